@@ -1,0 +1,152 @@
+"""The grid: a cell, its name in the paper, and the fingerprint of everything that determines its result.
+
+Pure Python, no torch: names and fingerprints must be cheap.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training with its result: one Hydra job, one MLflow run, one folder. Teachers are cells of role ``teacher``.
+
+    Attributes:
+        role: ``cell`` (a distilled Student), ``student`` (the baseline) or ``teacher``.
+        notation: the paper's name, such as ``HReg_KLD_WAug``, ``Student``, ``Teacher_WAug``.
+        split: index of the random split.
+        seed: of initialisation, shuffling and views.
+        settings: what the user chose and the result depends on, as plain nested values.
+        evidence: digests of what lies outside the configuration: data, code, weights files, the Teacher.
+        store: folder that holds all runs.
+    """
+
+    role: str
+    notation: str
+    split: int
+    seed: int
+    settings: dict[str, Any]
+    evidence: dict[str, str]
+    store: Path = field(compare=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal fingerprints mean the same result, so it is computed once."""
+        return digest(
+            [self.role, self.notation, self.split, self.seed, self.settings, self.evidence]
+        )
+
+    @property
+    def run_name(self) -> str:
+        """Name of the MLflow run, such as ``HReg_KLD_WAug/split0``."""
+        return f"{self.notation}/split{self.split}"
+
+    @property
+    def title(self) -> str:
+        """How messages call it, such as ``HReg_KLD_WAug split 0 seed 0``."""
+        return f"{self.notation} split {self.split} seed {self.seed}"
+
+    @property
+    def place(self) -> str:
+        """What a sweep asks for; a later computation of the same place (new code, new data) takes its seat."""
+        return f"{self.notation}/split{self.split}/seed{self.seed}/{digest(self.settings)[:8]}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the cell's files lie: named by its fingerprint, so that the same command finds them again."""
+        parent = "teachers" if self.role == "teacher" else "cells"
+        return self.store / parent / f"{self.notation}-split{self.split}-seed{self.seed}-{self.fingerprint[:10]}"
+
+
+def notation(*, path: str, loss: str, distill_view: str) -> str:
+    """The paper's name of a cell (PAPER, Table 3): ``HReg`` + ``KLD`` + ``_WAug`` for a weakly augmented Teacher."""
+    return f"{path}_{loss}{weak_suffix(distill_view)}"
+
+
+def teacher_notation(train_view: str) -> str:
+    """``Teacher``, or ``Teacher_WAug`` for one trained on weak views."""
+    return f"Teacher{weak_suffix(train_view)}"
+
+
+def weak_suffix(view: str) -> str:
+    """``_WAug`` for the weak view, as the paper writes it."""
+    return "_WAug" if view == "weak" else ""
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value made of dicts, lists, strings, numbers and None; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def targets(settings: Any) -> list[str]:
+    """Every ``_target_`` in nested settings, sorted: the code that a configuration names."""
+    if isinstance(settings, dict):
+        own = [settings["_target_"]] if isinstance(settings.get("_target_"), str) else []
+        return sorted({*own, *(name for value in settings.values() for name in targets(value))})
+    if isinstance(settings, list):
+        return sorted({name for value in settings for name in targets(value)})
+    return []
+
+
+def code_digest(objects: list[str]) -> str:
+    """Digest of the code that makes a result: functions and classes with the module-level names that they reach.
+
+    Comments, docstrings and layout do not count, nor does what is beside the named objects in their modules: adding
+    a loss leaves finished cells finished.
+
+    Args:
+        objects: dotted names ``module.object``, in the project or outside.
+    """
+    parts = {}
+    for name in objects:
+        module, _, attribute = name.rpartition(".")
+        parts[name] = _reachable(_tree(module), attribute)
+    return digest(parts)
+
+
+@lru_cache(maxsize=None)
+def _tree(module: str) -> ast.Module:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return ast.parse(repr(module))  # compiled code has no source: its name must do
+    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+
+
+def _normal(tree: ast.AST) -> str:
+    tree = ast.parse(ast.unparse(tree))  # a copy without comments, layout and line numbers
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            body[0] = ast.Pass()
+    return ast.unparse(tree)
+
+
+def _reachable(tree: ast.Module, name: str) -> str:
+    defined = {key: node for node in tree.body for key in _names(node)}
+    found: dict[str, str] = {}
+    waiting = [name]
+    while waiting:
+        key = waiting.pop()
+        if key in found or key not in defined:
+            continue
+        found[key] = _normal(defined[key])
+        waiting += [node.id for node in ast.walk(defined[key]) if isinstance(node, ast.Name)]
+    return digest(found)
+
+
+def _names(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return [node.target.id]
+    return []

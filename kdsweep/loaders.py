@@ -1,0 +1,125 @@
+"""Loaders: both views of training images, and whole images for validation and test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdsweep.data import Images
+from kdsweep.views import Views, id_number, sampling_theta
+
+
+class TrainViews(Dataset[dict[str, np.ndarray]]):
+    """Both views of a training image, by (epoch, index): nothing else decides what is drawn."""
+
+    def __init__(self, images: Images, *, views: Views, seed: int, split_index: int) -> None:
+        self.images, self.views, self.seed, self.split_index = images, views, seed, split_index
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+        """The rendering as arrays by name, with ``theta`` (2, 3) for the warp from weak to strong."""
+        epoch, index = key
+        rendering = self.views.render(
+            image=self.images.images[index],
+            mask=self.images.masks[index],
+            seed=[self.seed, self.split_index, epoch, id_number(self.images.ids[index])],
+        )
+        arrays = rendering._asdict()
+        theta = sampling_theta(arrays.pop("matrix"), image_size=rendering.strong.shape[0])
+        return {**arrays, "theta": theta}
+
+
+class EpochBatches:
+    """Batches of (epoch, index) keys in an order drawn from (seed, split, epoch) alone."""
+
+    def __init__(self, indices: list[int], *, batch_size: int, seed: int, split_index: int) -> None:
+        self.indices, self.batch_size, self.seed, self.split_index = indices, batch_size, seed, split_index
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng([self.seed, self.split_index, self.epoch]).permutation(self.indices)
+        keys = [(self.epoch, int(index)) for index in order]
+        for start in range(0, len(keys), self.batch_size):
+            yield keys[start : start + self.batch_size]
+
+
+class TrainLoader:
+    """Training batches of an epoch: dict of ``strong``, ``weak`` (N, S, S, 3) uint8, their masks, ``theta``.
+
+    Args:
+        images: the data set.
+        indices: of the training part.
+        views: draws the two views.
+        seed: of the cell.
+        split_index: of the split.
+        batch_size: the last batch of an epoch may be smaller.
+        workers: processes that prepare batches; 0 prepares them in this one. The batches are the same.
+    """
+
+    def __init__(
+        self, images: Images, *, indices: list[int], views: Views, seed: int, split_index: int, batch_size: int, workers: int
+    ) -> None:
+        self.batches = EpochBatches(indices, batch_size=batch_size, seed=seed, split_index=split_index)
+        self.image_count = len(indices)
+        self.loader = DataLoader(
+            TrainViews(images, views=views, seed=seed, split_index=split_index),
+            batch_sampler=self.batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def epoch(self, number: int) -> Iterator[dict[str, Tensor]]:
+        """The batches of one epoch, which depend on its number alone."""
+        self.batches.epoch = number
+        return iter(self.loader)
+
+
+@dataclass(frozen=True)
+class EvalPart:
+    """Validation or test images, whole, at the size at which they are scored.
+
+    Attributes:
+        ids: N ids.
+        labels: N labels.
+        images: (N, S, S, 3) uint8.
+        masks: (N, 1, S, S) uint8 in {0, 1}.
+    """
+
+    ids: list[str]
+    labels: list[str]
+    images: Tensor
+    masks: Tensor
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and masks in batches of at most ``size``, in order."""
+        yield from zip(self.images.split(size), self.masks.split(size), strict=True)
+
+
+def eval_part(images: Images, indices: list[int]) -> EvalPart:
+    """The part of a data set that ``indices`` name."""
+    return EvalPart(
+        ids=[images.ids[i] for i in indices],
+        labels=[images.labels[i] for i in indices],
+        images=torch.from_numpy(images.eval_images[indices]),
+        masks=torch.from_numpy(images.eval_masks[indices])[:, None],
+    )
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The three parts of one split, ready to be used."""
+
+    train: TrainLoader
+    validation: EvalPart
+    test: EvalPart

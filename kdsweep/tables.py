@@ -1,0 +1,444 @@
+"""The paper's Tables 3 and 4, made from what MLflow holds: frames of numbers first, text afterwards.
+
+Usage: `python -m kdsweep.tables table3|table4 [--store DIR] [--tracking-uri URI] [--sweep NAME] [--out DIR]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap, ttest_rel, wilcoxon
+
+from kdsweep.errors import InputError
+
+if TYPE_CHECKING:
+    from kdsweep.tracking import Sweep
+
+NAN = float("nan")
+DASH = "\N{EN DASH}"
+
+# Table 4 of the paper: DSC mean and standard deviation (%), p against Teacher, p against Student.
+PAPER: dict[str, tuple[float, float, float, float]] = {
+    "Teacher": (81.50, 18.40, NAN, 0.0048),
+    "Student": (73.16, 23.78, 0.0048, NAN),
+    "L_MSE": (77.75, 22.55, 0.1414, 0.0227),
+    "L_MSE_WAug": (77.52, 17.61, 0.1565, 0.0948),
+    "L_KLD": (78.00, 22.05, 0.0950, 0.0037),
+    "L_KLD_WAug": (80.00, 18.86, 0.2075, 0.0012),
+    "H_MSE": (77.50, 21.49, 0.0645, 0.0215),
+    "H_MSE_WAug": (77.85, 20.06, 0.0341, 0.0125),
+    "H_KLD": (79.00, 20.45, 0.1320, 0.0067),
+    "H_KLD_WAug": (78.50, 19.83, 0.1417, 0.0316),
+    "HReg_MSE": (78.06, 19.25, 0.0325, 0.0201),
+    "HReg_MSE_WAug": (77.63, 19.97, 0.0402, 0.0269),
+    "HReg_KLD": (79.00, 20.37, 0.2132, 0.0021),
+    "HReg_KLD_WAug": (79.31, 19.33, 0.1247, 0.0068),
+}
+BASELINES = ("Teacher", "Teacher_WAug", "Student")
+CELLS = tuple(notation for notation in PAPER if notation not in BASELINES)
+REPRESENTATIONS = {"L": "Logits", "H": "Hidden", "HReg": "Hidden-Regressor"}
+LOSSES = {"MSE": "mean squared error", "KLD": "Kullback-Leibler divergence"}
+PAPER_COLUMNS = ["paper_mean_dice_percent", "paper_std_dice_percent", "paper_p_teacher", "paper_p_student"]
+TESTS = {"ttest": ttest_rel, "wilcoxon": wilcoxon}
+TEST_NAMES = {"ttest": "paired two-sided t-test", "wilcoxon": "two-sided Wilcoxon signed-rank test"}
+RESAMPLES = 9999
+PLACE = ["split", "seed"]
+
+
+# ---- what the sweep holds ------------------------------------------------------------------------------------------
+
+
+def scored_images(sweep: Sweep) -> pd.DataFrame:
+    """One row per finished run and test image, sorted, so that the order of the records changes no digit."""
+    _refuse_mixing(sweep)
+    _refuse_conflicts(sweep)
+    finished = sweep.runs[sweep.runs["status"] == "FINISHED"]
+    columns = ["fingerprint", "notation", *PLACE, "teacher"]
+    scored = finished[columns].merge(sweep.scores[["fingerprint", "image", "dice"]], validate="one_to_many")
+    broken = scored[scored["dice"].isna() | scored.duplicated(["fingerprint", "image"])]
+    if not broken.empty:
+        first = broken.iloc[0]
+        raise InputError(
+            f"{first['notation']} split {first['split']} image {first['image']}: "
+            "dice must be one number for each test image; delete this run and run it again"
+        )
+    return scored.sort_values(["notation", *PLACE, "image"], ignore_index=True)
+
+
+def _refuse_mixing(sweep: Sweep) -> None:
+    if sweep.runs.empty:
+        raise InputError(f"sweep {sweep.name} has no runs: start with `python -m kdsweep -m +experiment=table4`")
+    for key in ("profile", "data"):
+        values = [f"{key}={value}" for value in sorted(sweep.runs[key].unique())]
+        if len(values) > 1:
+            raise InputError(
+                f"sweep {sweep.name} mixes {' and '.join(values)}: "
+                "pass --sweep NAME, or name each run's sweep with sweep_name=..."
+            )
+
+
+def _refuse_conflicts(sweep: Sweep) -> None:
+    finished = sweep.runs[sweep.runs["status"] == "FINISHED"].sort_values("fingerprint")
+    for (notation, split, seed), same in finished.groupby(["notation", *PLACE]):
+        if same["fingerprint"].nunique() > 1:
+            one, other = same["params"].iloc[0], same["params"].iloc[1]
+            keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+            shown = ", ".join(f"{key}={one.get(key, 'unset')} and {other.get(key, 'unset')}" for key in keys[:3])
+            raise InputError(
+                f"sweep {sweep.name} has two different finished runs of {notation} split {split} seed {seed} "
+                f"({shown or 'equal params'}): name sweeps apart with sweep_name=..."
+            )
+
+
+def gaps(*, sweep: Sweep, scored: pd.DataFrame, notations: list[str]) -> dict[str, str]:
+    """Why a row has no number, "" where it has one: it needs every (split, seed) that any run of the sweep asked for.
+
+    A mean over fewer splits than its neighbour's would compare different images, so there is none.
+    """
+    asked = sorted(set(zip(sweep.runs["split"], sweep.runs["seed"], strict=True)))
+    empty = (sweep.runs["status"] == "FINISHED") & ~sweep.runs["fingerprint"].isin(scored["fingerprint"])
+    runs = sweep.runs.assign(status=sweep.runs["status"].mask(empty, "no scores"))
+    return {name: _gap(runs[runs["notation"] == name], asked=asked) for name in notations}
+
+
+def _gap(runs: pd.DataFrame, *, asked: list[tuple[int, int]]) -> str:
+    if runs.empty:
+        return "not run"
+    places: dict[str, list[str]] = {}
+    several_seeds = len({seed for _, seed in asked}) > 1
+    for split, seed in asked:
+        here = runs.loc[(runs["split"] == split) & (runs["seed"] == seed), "status"]
+        for status in sorted(set(here) - {"FINISHED"}) if len(here) else ["not asked"]:
+            places.setdefault(status.lower(), []).append(f"{split} seed {seed}" if several_seeds else f"{split}")
+    return "; ".join(f"{status}: split {', '.join(where)}" for status, where in sorted(places.items()))
+
+
+def cell_notations(sweep: Sweep) -> list[str]:
+    """The paper's 12 in its order, then the cells of a user's own path or loss."""
+    cells = set(sweep.runs.loc[sweep.runs["role"] == "cell", "notation"])
+    return [*CELLS, *sorted(cells.difference(CELLS))]
+
+
+# ---- statistics ----------------------------------------------------------------------------------------------------
+
+
+def own_teachers(*, ours: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
+    """Scores of the Teachers that these cells learnt from, each under the split and seed of its cell."""
+    links = ours[["teacher", *PLACE]].drop_duplicates()
+    teachers = scored[["fingerprint", "notation", "image", "dice"]]
+    return links.merge(teachers, left_on="teacher", right_on="fingerprint")
+
+
+def pair(*, ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
+    """The two Dice scores of each (split, seed, image), columns dice_ours and dice_baseline (fractions).
+
+    Empty where the baseline has no scores in a split and seed of ours: a gap, never fewer pairs.
+
+    Raises:
+        InputError: both were scored, but on different images.
+    """
+    asked, there = (set(zip(frame["split"], frame["seed"], strict=True)) for frame in (ours, baseline))
+    both = ours.merge(baseline, on=[*PLACE, "image"], how="outer", suffixes=("_ours", "_baseline"), indicator=True)
+    if not asked or not asked <= there:
+        return both.iloc[:0]
+    alone = both[both["_merge"] != "both"]
+    if not alone.empty:
+        names = f"{ours['notation'].iloc[0]} and {baseline['notation'].iloc[0]}"
+        split, seed, image = alone.iloc[0][[*PLACE, "image"]]
+        raise InputError(
+            f"{names} were scored on different images: {len(alone)} without a partner, "
+            f"the first is {image} of split {split} seed {seed}; run both on the same data"
+        )
+    return both.sort_values([*PLACE, "image"], ignore_index=True)
+
+
+def p_value(pairs: pd.DataFrame, *, test: str) -> float:
+    """Two-sided p of a paired test: equal means (ttest) or differences symmetric about 0 (wilcoxon).
+
+    NaN for fewer than 2 pairs, and for a t-test whose differences are all equal but not 0: no spread, no t.
+    """
+    ours, baseline = pairs["dice_ours"].to_numpy(), pairs["dice_baseline"].to_numpy()
+    if len(pairs) < 2:
+        return NAN
+    if np.allclose(ours, baseline, rtol=0, atol=1e-12):
+        return 1.0
+    if test == "ttest" and np.ptp(ours - baseline) < 1e-12:
+        return NAN
+    return float(TESTS[test](ours, baseline).pvalue)
+
+
+def holm(p_values: pd.Series) -> pd.Series:
+    """Step-down adjusted p-values of one family; NaN stays NaN and does not count in the family.
+
+    With p_(1) <= ... <= p_(m): adjusted p_(i) = min(1, max over j <= i of (m - j + 1) p_(j)).
+    Source: Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6, 1979.
+    """
+    ordered = p_values.dropna().sort_values()
+    factors = np.arange(len(ordered), 0, -1)
+    return (ordered * factors).cummax().clip(upper=1.0).reindex(p_values.index)
+
+
+def mean_interval(differences: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval (BCa, seeded) of the mean of n paired differences, in their unit; NaN for n < 2."""
+    if len(differences) < 2:
+        return NAN, NAN
+    if np.ptp(differences) < 1e-12:  # BCa divides by the spread
+        return float(differences[0]), float(differences[0])
+    # random_state, the older name of rng: SciPy before 1.15 knows no other
+    rng = np.random.default_rng(0)
+    interval = bootstrap((differences,), np.mean, n_resamples=RESAMPLES, random_state=rng).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+# ---- the tables ----------------------------------------------------------------------------------------------------
+
+
+def table3(sweep: Sweep) -> pd.DataFrame:
+    """Table 3: the factors of each experiment, our mean Dice over the test images of all splits (%), the paper's."""
+    scored, notations = scored_images(sweep), cell_notations(sweep)
+    why = gaps(sweep=sweep, scored=scored, notations=notations)
+    rows = []
+    for notation in notations:
+        path, _, loss = notation.removesuffix("_WAug").partition("_")
+        row = {
+            "representation": REPRESENTATIONS.get(path, path),
+            "notation": notation,
+            "loss": LOSSES.get(loss, loss),
+            "teacher_augmentation": "weak" if notation.endswith("_WAug") else "strong",
+            "gap": why[notation],
+            "mean_dice_percent": NAN if why[notation] else 100 * scored["dice"][scored["notation"] == notation].mean(),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows).join(_paper()[PAPER_COLUMNS[0]], on="notation")
+
+
+def table4(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
+    """Table 4: Dice (%) and how each model compares with its Teacher and with Student, the paper's figures beside.
+
+    The difference is the paired mean difference to Student in percentage points; `test` is a key of TESTS.
+    """
+    scored, cells = scored_images(sweep), cell_notations(sweep)
+    why = gaps(sweep=sweep, scored=scored, notations=[*BASELINES, *cells])
+    whole = scored[scored["notation"].map(why) == ""]
+    rows = [
+        {"notation": notation, "gap": gap} | _compared(notation, whole=whole, scored=scored, test=test)
+        for notation, gap in why.items()
+    ]
+    table = pd.DataFrame(rows).astype({"n_images": "Int64"})
+    for column in ("p_teacher", "p_student"):  # the family is the KD cells: the baselines are not what is being tried
+        table[f"{column}_holm"] = holm(table[column].where(table["notation"].isin(cells)))
+    return table.join(_paper(), on="notation")
+
+
+def _paper() -> pd.DataFrame:
+    return pd.DataFrame.from_dict(PAPER, orient="index", columns=PAPER_COLUMNS)
+
+
+def _compared(notation: str, *, whole: pd.DataFrame, scored: pd.DataFrame, test: str) -> dict[str, object]:
+    """The measured numbers of one row of Table 4; whole holds the rows without a gap, scored all that finished."""
+    ours, baseline = whole[whole["notation"] == notation], whole[whole["notation"] == "Student"]
+    if notation == "Student":
+        teacher, baseline = whole[whole["notation"] == "Teacher"], whole.iloc[:0]
+    else:
+        teacher = own_teachers(ours=ours, scored=scored)  # none for a Teacher
+    to_teacher, to_student = pair(ours=ours, baseline=teacher), pair(ours=ours, baseline=baseline)
+    points = 100 * (to_student["dice_ours"] - to_student["dice_baseline"]).to_numpy()
+    low, high = mean_interval(points)
+    return {
+        "n_images": len(ours) or pd.NA,
+        "mean_dice_percent": 100 * ours["dice"].mean(),
+        "std_dice_percent": 100 * ours["dice"].std(ddof=1),
+        "p_teacher": p_value(to_teacher, test=test),
+        "p_student": p_value(to_student, test=test),
+        "difference_to_student_points": points.mean() if len(points) else NAN,
+        "difference_low_points": low,
+        "difference_high_points": high,
+    }
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+def _number(value: float, form: str = ".2f") -> str:
+    return DASH if pd.isna(value) else format(value, form)
+
+
+def _p(value: float) -> str:
+    return "<0.0001" if value < 0.0001 else _number(value, ".4f")
+
+
+def _with_std(*, mean: pd.Series, std: pd.Series) -> list[str]:
+    return [DASH if pd.isna(m) else f"{m:.2f} ± {_number(s)}" for m, s in zip(mean, std, strict=True)]
+
+
+def _or_gap(text: list[str], gap: pd.Series) -> list[str]:
+    return [f"{DASH} ({why})" if why else number for number, why in zip(text, gap, strict=True)]
+
+
+def format_table3(table: pd.DataFrame) -> pd.DataFrame:
+    """The strings of Table 3."""
+    columns = {
+        "KD representation": table["representation"],
+        "Notation": table["notation"],
+        "KD loss": table["loss"],
+        "Teacher augmentation": table["teacher_augmentation"],
+        "DSC % (ours)": _or_gap([_number(mean) for mean in table["mean_dice_percent"]], table["gap"]),
+        "DSC % (paper)": table["paper_mean_dice_percent"].map(_number),
+    }
+    return pd.DataFrame(columns)
+
+
+def format_table4(table: pd.DataFrame) -> pd.DataFrame:
+    """The strings of Table 4."""
+    intervals = zip(table["difference_low_points"], table["difference_high_points"], strict=True)
+    columns = {
+        "Model": table["notation"],
+        "DSC %": _or_gap(_with_std(mean=table["mean_dice_percent"], std=table["std_dice_percent"]), table["gap"]),
+        "p Teacher": table["p_teacher"].map(_p),
+        "p Teacher (Holm)": table["p_teacher_holm"].map(_p),
+        "p Student": table["p_student"].map(_p),
+        "p Student (Holm)": table["p_student_holm"].map(_p),
+        "Difference to Student": [DASH if pd.isna(low) else f"{low:+.2f} to {high:+.2f}" for low, high in intervals],
+        "DSC % (paper)": _with_std(mean=table["paper_mean_dice_percent"], std=table["paper_std_dice_percent"]),
+        "p Teacher (paper)": table["paper_p_teacher"].map(_p),
+        "p Student (paper)": table["paper_p_student"].map(_p),
+        "n images": [_number(n, "d") for n in table["n_images"]],
+    }
+    return pd.DataFrame(columns)
+
+
+def footnotes(*, sweep: Sweep, table: pd.DataFrame) -> list[str]:
+    """What made the numbers, which rows are gaps and why, where the paper's figures come from."""
+    runs, scored = sweep.runs, scored_images(sweep)
+    finished = runs[runs["status"] == "FINISHED"]
+    used = {key: ", ".join(sorted(set(finished[key]) - {""})) or DASH for key in ("weights", "device")}
+    profile, data = runs["profile"].iloc[0], runs["data"].iloc[0]
+    images = scored[[*PLACE, "image"]].drop_duplicates()
+    notes = [
+        f"profile {profile}, data {data}, weights {used['weights']}, device {used['device']}; "
+        f"splits: {runs['split'].nunique()}, seeds: {runs['seed'].nunique()}, "
+        f"test images: {len(images)} over all of them, {images['image'].nunique()} different."
+    ]
+    if profile == "quick":
+        notes.append("A check of the machinery, not a result.")
+    missing = table[table["gap"] != ""]
+    if not missing.empty:
+        listed = "; ".join(f"{name} ({gap})" for name, gap in zip(missing["notation"], missing["gap"], strict=True))
+        notes.append(f"Gaps, never averaged over fewer runs: {listed}.")
+    source = "Paper: Behboodi, Brooks, Rivaz 2025, Table 4, doi 10.36922/aih.3509"
+    differ = "" if data == "udiat" else f" (its data are UDIAT, not {data}: the figures do not compare directly)"
+    return [*notes, f"{source}{differ}."]
+
+
+def footnotes4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
+    """The further footnotes of Table 4: how it compares, and how to get a Student baseline that is not there."""
+    notes = [
+        f"p: {TEST_NAMES[test]} over the same images of the same split and seed (the paper names no test). Teacher is "
+        "the one that the cell learnt from, for Student it is the row Teacher. Holm: over the KD cells that have a p.",
+        f"Difference to Student: 95 % bootstrap interval (BCa, {RESAMPLES} resamples, fixed seed) of the paired mean "
+        "difference, percentage points. An image that several splits or seeds test counts once in each, "
+        "as if independent.",
+    ]
+    if table.loc[table["notation"] == "Student", "gap"].item():
+        notes.append(f"No p against Student before its baseline is finished: `{student_command(sweep)}`")
+    return notes
+
+
+def student_command(sweep: Sweep) -> str:
+    """The command that runs the Student baseline on every split and seed of this sweep."""
+    words = ["python -m kdsweep path=none"]
+    for key, default in {"profile": "paper", "data": "phantom", "split": 0, "seed": 0}.items():
+        values = sorted(sweep.runs[key].unique())
+        if values != [default]:
+            words.append(f"{key}={','.join(str(value) for value in values)}")
+    several = any("," in word for word in words)
+    return " ".join([*words, f"sweep_name={sweep.name}", *(["-m"] if several else [])])
+
+
+def to_markdown(*, title: str, text: pd.DataFrame, notes: list[str]) -> str:
+    """A title line, the table and its footnotes."""
+    body = text.to_markdown(index=False, disable_numparse=True)
+    return "\n".join([title, "", body, "", *(f"- {note}" for note in notes), ""])
+
+
+def to_latex(*, title: str, text: pd.DataFrame, notes: list[str]) -> str:
+    """A table environment for a document with the booktabs package, its footnotes as lines below."""
+
+    def tex(string: str) -> str:
+        escaped = re.sub(r"([_%&#$])", r"\\\1", string)
+        for sign, command in {"±": r"$\pm$", DASH: "--", "<": "$<$", "`": ""}.items():
+            escaped = escaped.replace(sign, command)
+        return escaped
+
+    body = text.map(tex).rename(columns=tex).to_latex(index=False, escape=False).rstrip()
+    lines = ["% needs \\usepackage{booktabs}", r"\begin{table}", rf"\caption{{{tex(title)}}}", body]
+    return "\n".join([*lines, *(rf"\par\footnotesize {tex(note)}" for note in notes), r"\end{table}", ""])
+
+
+def _write(file: Path, content: str) -> None:
+    part = file.with_name(f"{file.name}.part")  # a reader never sees half a table
+    part.write_text(content, encoding="utf-8")
+    part.replace(file)
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def make(*, which: str, sweep: Sweep, out_dir: Path, test: str) -> str:
+    """Write WHICH.md, .csv and .tex into out_dir; the Markdown, and a last line that names the files."""
+    if which == "table3":
+        table = table3(sweep)
+        title, text = "Table 3. The distillation experiments", format_table3(table)
+        notes = footnotes(sweep=sweep, table=table)
+    else:
+        table = table4(sweep, test=test)
+        title, text = "Table 4. Test DSC of Teacher, Student and distilled students", format_table4(table)
+        notes = footnotes(sweep=sweep, table=table) + footnotes4(sweep=sweep, table=table, test=test)
+        table = table.assign(test=test)
+    title = f"{title} (sweep {sweep.name})"
+    first = sweep.runs.iloc[0]
+    markdown = to_markdown(title=title, text=text, notes=notes)
+    files = {
+        "md": markdown,
+        "csv": table.assign(sweep=sweep.name, profile=first["profile"], data=first["data"]).to_csv(index=False),
+        "tex": to_latex(title=title, text=text, notes=notes),
+    }
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for suffix, content in files.items():
+            _write(out_dir / f"{which}.{suffix}", content)
+    except OSError as error:
+        raise InputError(f"--out {out_dir}: cannot write there ({error.strerror})") from error
+    return f"{markdown}\nwrote {out_dir / which}.md, .csv, .tex\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print and write one table; 0, or 1 after one line on stderr that says what to mend."""
+    parser = argparse.ArgumentParser(prog="python -m kdsweep.tables", description="The paper's tables, from MLflow.")
+    parser.add_argument("table", choices=["table3", "table4"])
+    parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
+    parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
+    parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
+    parser.add_argument("--out", type=Path, help="folder for the files (STORE/tables)")
+    parser.add_argument("--test", choices=sorted(TESTS), default="ttest", help="paired test of Table 4 (ttest)")
+    options = parser.parse_args(argv)
+    from kdsweep.tracking import read_sweep, store_uri  # loads mlflow: seconds that --help need not wait for
+
+    try:
+        sweep = read_sweep(uri=store_uri(options.store, options.tracking_uri), name=options.sweep)
+        out_dir = options.out or options.store / "tables"
+        sys.stdout.write(make(which=options.table, sweep=sweep, out_dir=out_dir, test=options.test))
+    except InputError as error:
+        sys.stderr.write(f"kdsweep: error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,461 @@
+"""The loop over a group of learners: every batch and every Teacher forward is made once and serves them all.
+
+A Teacher, the Student baseline and a distilled Student are all learners; a group of one or of thirteen is the same
+code, and each learner's weights and scores are those that it would have had alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from kdsweep import checkpoint, losses, metrics
+from kdsweep.loaders import EvalPart, Feed
+from kdsweep.models import Outputs, UNet
+from kdsweep.views import normalise, warp
+
+log = logging.getLogger(__name__)
+
+
+class KDPath(Protocol):
+    """What the loop uses of a KD path; see kd_paths.py."""
+
+    needs_logits: bool
+
+    def teacher_map(self, outputs: Outputs) -> Tensor:
+        """(N, C, h, w) of the Teacher."""
+
+    def student_map(self, outputs: Outputs) -> Tensor:
+        """(N, C, h, w) of the Student."""
+
+
+class Run(Protocol):
+    """What the loop uses of experiment tracking; see tracking.py."""
+
+    run_id: str
+
+    def log_epoch(self, values: dict[str, float], epoch: int) -> None:
+        """Record the values of one epoch."""
+
+    def finish(self, values: dict[str, float], files: list[Path]) -> None:
+        """Record the final values and files and close the run."""
+
+    def abort(self, *, status: str) -> None:
+        """Close the run as FAILED or KILLED."""
+
+
+class Diverged(RuntimeError):
+    """A loss term is no longer a finite number."""
+
+
+@dataclass
+class Distillation:
+    """How a Student is taught.
+
+    Attributes:
+        kd_path: which tensors are compared; a module, whose own parameters are trained with the Student.
+        loss: of the compared maps, see losses.py.
+        weight: of the KD term; the supervised term has 1 - weight (PAPER, Eq. I: 0.5 and 0.5).
+        teacher: name of the Teacher in the group.
+        view: what the Teacher sees, ``weak`` or ``strong``.
+        align: warp the maps of a weak view into the Student's frame; else compare them as they are.
+    """
+
+    kd_path: nn.Module
+    loss: Callable[..., Tensor]
+    weight: float
+    teacher: str
+    view: str
+    align: bool
+
+    def term(self, *, student: Outputs, teacher: Outputs, theta: Tensor | None) -> Tensor:
+        """The KD term of one batch; theta (N, 2, 3) is None where both saw the same view."""
+        theirs = self.kd_path.teacher_map(teacher)
+        valid = torch.ones_like(theirs[:, :1], dtype=torch.bool)
+        if theta is not None and self.align:
+            theirs, valid = warp(theirs, theta=theta)
+        return self.loss(student=self.kd_path.student_map(student), teacher=theirs, valid=valid)
+
+
+@dataclass
+class Learner:
+    """One network in training, with its own optimiser, early stopping, best checkpoint and run.
+
+    Attributes:
+        title: how messages call it.
+        role: ``cell``, ``student`` or ``teacher``.
+        network: trained in place.
+        view: what it sees in training, ``weak`` or ``strong``.
+        distillation: None for a network that learns from the masks alone.
+        lr: Adam's learning rate.
+        epochs: at most so many.
+        patience: epochs without a better validation loss after which it stops.
+        folder: where its files go.
+        run: where its values are recorded.
+    """
+
+    title: str
+    role: str
+    network: UNet
+    view: str
+    distillation: Distillation | None
+    lr: float
+    epochs: int
+    patience: int
+    folder: Path
+    run: Run
+    best_loss: float = math.inf
+    best_epoch: int = -1
+    epoch: int = -1
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.optimiser = torch.optim.Adam(self.parameters(), lr=self.lr)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The network and, if it is taught, its KD path."""
+        taught = {"kd_path": self.distillation.kd_path} if self.distillation else {}
+        return {"network": self.network, **taught}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained: the network's parameters and the KD path's own."""
+        return [parameter for module in self.modules().values() for parameter in module.parameters()]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it has had its epochs or run out of patience."""
+        return self.epoch + 1 >= self.epochs or self.epoch - self.best_epoch >= self.patience
+
+    def terms(self, outputs: Outputs, mask: Tensor, taught: Outputs | None, theta: Tensor | None) -> dict[str, Tensor]:
+        """The loss terms of one batch and their weighted sum ``loss`` (PAPER, Eq. I)."""
+        supervised = losses.cross_entropy(logits=outputs.logits, mask=mask)
+        if self.distillation is None or taught is None:
+            return {"loss": supervised, "supervised": supervised}
+        kd = self.distillation.term(student=outputs, teacher=taught, theta=theta)
+        weight = self.distillation.weight
+        return {"loss": weight * kd + (1 - weight) * supervised, "kd": kd, "supervised": supervised}
+
+    def end_epoch(self, values: dict[str, float]) -> None:
+        """Record an epoch's values, keep the checkpoint if it is the best so far."""
+        self.epoch += 1
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{self.title}: {name} is {value} in epoch {self.epoch + 1}; a lower lr may help")
+        self.history.append({"epoch": self.epoch, **values})
+        self.run.log_epoch(values, self.epoch)
+        if values["val/loss"] < self.best_loss:
+            self.best_loss, self.best_epoch = values["val/loss"], self.epoch
+            state = {name: module.state_dict() for name, module in self.modules().items()}
+            checkpoint.save_state(self.folder / checkpoint.CHECKPOINT, {**state, "epoch": self.epoch})
+
+    def restore_best(self) -> None:
+        """Put the weights with the best validation loss back."""
+        state = checkpoint.load_state(self.folder / checkpoint.CHECKPOINT)
+        for name, module in self.modules().items():
+            module.load_state_dict(state[name])
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how the numbers are computed.
+
+    Attributes:
+        device: of networks and batches.
+        precision: ``fp32``, or ``bf16`` for autocast of the forward passes.
+        eval_batch: images per forward outside training; results do not depend on the Student's batch.
+    """
+
+    device: torch.device
+    precision: str
+    eval_batch: int = 16
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The context of every forward pass."""
+        context: AbstractContextManager[None] = torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+        )
+        return context
+
+
+class Staff:
+    """The frozen Teachers of a group, and the only place where a Teacher's forward is called.
+
+    Args:
+        teachers: by name.
+        compute: where and how.
+    """
+
+    def __init__(self, teachers: Mapping[str, UNet], compute: Compute) -> None:
+        self.teachers, self.compute = teachers, compute
+        for name, network in teachers.items():
+            if network.training or any(parameter.requires_grad for parameter in network.parameters()):
+                raise ValueError(f"Teacher {name} is not frozen in eval mode")
+
+    def teach(self, learners: list[Learner], images: Mapping[str, Tensor]) -> dict[tuple[str, str], Outputs]:
+        """Outputs by (Teacher, view) for what these learners need: each pair once, encoder only where that is enough.
+
+        Args:
+            learners: those still in training.
+            images: normalised images (N, 3, H, W) by view.
+        """
+        needed: dict[tuple[str, str], bool] = {}
+        for learner in learners:
+            if (taught := learner.distillation) is not None:
+                key = (taught.teacher, taught.view)
+                needed[key] = needed.get(key, False) or bool(taught.kd_path.needs_logits)
+        with torch.no_grad(), self.compute.autocast():
+            return {key: self._forward(key[0], images[key[1]], logits=logits) for key, logits in needed.items()}
+
+    def _forward(self, name: str, images: Tensor, *, logits: bool) -> Outputs:
+        teacher = self.teachers[name]
+        if logits:
+            outputs: Outputs = teacher(images)
+            return outputs
+        hidden = teacher.hidden(images)
+        return Outputs(logits=hidden.new_empty(0), hidden=hidden)
+
+
+class Means:
+    """Running means over images, kept on the device: reading a value here would make the device wait every step."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, values: dict[str, Tensor], count: int) -> None:
+        """Add the means of a batch of ``count`` images."""
+        self.count += count
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double() * count
+
+    def read(self, prefix: str) -> dict[str, float]:
+        """The means so far as plain numbers, names led by ``prefix``."""
+        return {prefix + name: (value / self.count).item() for name, value in self.sums.items()}
+
+
+def fit(learners: list[Learner], *, teachers: Mapping[str, UNet], feed: Feed, compute: Compute) -> None:
+    """Train a group until every learner has stopped; their best checkpoints lie in their folders then.
+
+    Args:
+        learners: trained in place; each is what it would have become alone.
+        teachers: frozen networks by the names that the learners' distillations use.
+        feed: training and validation images.
+        compute: device and precision.
+
+    Raises:
+        Diverged: a loss term is not finite.
+    """
+    keep_freed_memory()
+    staff = Staff(teachers, compute)
+    for learner in learners:
+        for module in learner.modules().values():
+            module.to(compute.device, memory_format=torch.channels_last)
+    lessons = [staff.teach(learners, views) for views, _ in _eval_batches(feed.validation, compute)]
+    most = max(learner.epochs for learner in learners)
+    label = learners[0].title if len(learners) == 1 else f"{len(learners)} learners"
+    # Progress belongs on a terminal; a log file gets the lines of the epochs that count.
+    with tqdm(total=most, desc=label, unit="epoch", disable=not sys.stderr.isatty(), leave=False) as bar, logging_redirect_tqdm():
+        for epoch in range(most):
+            active = [learner for learner in learners if not learner.stopped]
+            if not active:
+                break
+            values = _train_epoch(active, epoch, staff=staff, feed=feed, compute=compute)
+            for learner in active:
+                learner.end_epoch(values[id(learner)] | _validate(learner, lessons, feed=feed, compute=compute))
+            bar.update()
+            bar.set_postfix(val_dice=f"{max(learner.history[-1]['val/dice'] for learner in active):.3f}")
+
+
+def _train_epoch(
+    learners: list[Learner], epoch: int, *, staff: Staff, feed: Feed, compute: Compute
+) -> dict[int, dict[str, float]]:
+    means = {id(learner): Means() for learner in learners}
+    views = {learner.view for learner in learners} | {
+        learner.distillation.view for learner in learners if learner.distillation
+    }
+    for batch in feed.train.epoch(epoch):
+        on_device = {name: values.to(compute.device, non_blocking=True) for name, values in batch.items()}
+        images = {view: normalise(on_device[view]) for view in views}
+        lessons = staff.teach(learners, images)
+        for learner in learners:
+            terms = _step(learner, on_device, images, lessons, compute)
+            means[id(learner)].add(terms, len(on_device["theta"]))
+    return {key: _with_ratio(mean.read("train/")) for key, mean in means.items()}
+
+
+def _step(
+    learner: Learner,
+    batch: dict[str, Tensor],
+    images: dict[str, Tensor],
+    lessons: dict[tuple[str, str], Outputs],
+    compute: Compute,
+) -> dict[str, Tensor]:
+    taught, theta = None, None
+    if (kd := learner.distillation) is not None:
+        taught = lessons[kd.teacher, kd.view]
+        theta = batch["theta"] if kd.view != learner.view else None
+    with compute.autocast():
+        outputs = learner.network(images[learner.view])
+        terms = learner.terms(outputs, batch[f"{learner.view}_mask"][:, None], taught, theta)
+    learner.optimiser.zero_grad(set_to_none=True)
+    terms["loss"].backward()
+    learner.optimiser.step()
+    return terms
+
+
+def _validate(
+    learner: Learner, lessons: list[dict[tuple[str, str], Outputs]], *, feed: Feed, compute: Compute
+) -> dict[str, float]:
+    """Means over the validation images, which Teacher and Student see alike: whole, unaugmented."""
+    means = Means()
+    learner.network.eval()
+    with torch.no_grad(), compute.autocast():
+        batches = _eval_batches(feed.validation, compute)
+        for (views, mask), lesson in zip(batches, lessons, strict=True):
+            outputs = learner.network(views["strong"])
+            kd = learner.distillation
+            taught = lesson[kd.teacher, kd.view] if kd else None
+            terms = learner.terms(outputs, mask, taught, None)
+            means.add({**terms, "dice": metrics.mean_dice(logits=outputs.logits, mask=mask)}, len(mask))
+    learner.network.train()
+    return means.read("val/")
+
+
+def _eval_batches(part: EvalPart, compute: Compute) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Normalised whole images under both views' names (they are the same here), with their masks."""
+    for images, masks in part.batches(compute.eval_batch):
+        ready = normalise(images.to(compute.device))
+        yield {"strong": ready, "weak": ready}, masks.to(compute.device)
+
+
+def _with_ratio(values: dict[str, float]) -> dict[str, float]:
+    """With fixed weights the ratio of the two terms decides the experiment, so it is recorded."""
+    if "train/kd" not in values:
+        return values
+    return {**values, "train/kd_to_supervised": values["train/kd"] / max(values["train/supervised"], 1e-12)}
+
+
+def score(network: UNet, part: EvalPart, *, compute: Compute) -> pd.DataFrame:
+    """One row per image: image, label, dice, iou, precision, sensitivity, hd95_px (see metrics.py)."""
+    network.eval()
+    rows = []
+    for views, mask in _eval_batches(part, compute):
+        with torch.no_grad(), compute.autocast():
+            logits = network(views["strong"]).logits
+        rows.append(pd.DataFrame(metrics.per_image(prediction=logits > 0, mask=mask)))
+    table = pd.concat(rows, ignore_index=True)
+    table.insert(0, "image", part.ids)
+    table.insert(1, "label", part.labels)
+    return table
+
+
+def conclude(learner: Learner, *, feed: Feed, compute: Compute) -> dict[str, float]:
+    """Test the best checkpoint, write its files, then record them; the marker comes last.
+
+    Returns:
+        The final values, ``test/dice`` among them.
+    """
+    learner.restore_best()
+    table = score(learner.network, feed.test, compute=compute)
+    values = {f"test/{name}": float(table[name].mean()) for name in metrics.SCORES}
+    values["test/dice_std"] = float(table["dice"].std())
+    values |= {"best_epoch": float(learner.best_epoch), "epochs": float(learner.epoch + 1)}
+    exported = "teacher" if learner.role == "teacher" else "student"
+    checkpoint.save_network(learner.folder / f"{exported}.safetensors", learner.network)
+    checkpoint.write_text(learner.folder / "history.csv", pd.DataFrame(learner.history).to_csv(index=False))
+    checkpoint.write_text(learner.folder / "test_scores.csv", table.to_csv(index=False))
+    learner.run.finish(values, [learner.folder / "test_scores.csv", learner.folder / "split.json"])
+    checkpoint.write_json(learner.folder / checkpoint.FINISHED, {"run_id": learner.run.run_id, **values})
+    log.info(
+        "%s: test Dice %.4f ± %.4f over %d images (best epoch %d of %d)",
+        learner.title, values["test/dice"], values["test/dice_std"], len(table), learner.best_epoch + 1, learner.epoch + 1,
+    )
+    return values
+
+
+def run(
+    learners: list[Learner], *, teachers: Mapping[str, UNet], feed: Feed, compute: Compute
+) -> list[dict[str, float]]:
+    """Train a group, then test each learner: final values in the learners' order. Arguments as for ``fit``.
+
+    Whatever ends it early closes the open runs: KILLED if the user or the system stopped it, else FAILED.
+    """
+    open_runs = list(learners)
+    try:
+        for learner in learners:
+            size = sum(parameter.numel() for parameter in learner.parameters())
+            log.info(
+                "%s: %.2f M parameters, at most %d epochs of %d batches, %d training images, %s, %s",
+                learner.title, size / 1e6, learner.epochs, len(feed.train), feed.train.image_count,
+                compute.device, compute.precision,
+            )
+        fit(learners, teachers=teachers, feed=feed, compute=compute)
+        values = []
+        for learner in learners:
+            values.append(conclude(learner, feed=feed, compute=compute))
+            open_runs.remove(learner)
+        return values
+    except BaseException as error:
+        for learner in open_runs:
+            learner.run.abort(status="FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+
+
+class StepTime(NamedTuple):
+    """Seconds per image of a training step (forward, backward, Adam) and of a forward alone."""
+
+    train: float
+    forward: float
+
+
+def time_step_s(network: UNet, *, image_size: int, compute: Compute, images: int = 4) -> StepTime:
+    """Time one step of a throwaway network on a batch of noise, after one to warm up."""
+    network.to(compute.device, memory_format=torch.channels_last)
+    optimiser = torch.optim.Adam(network.parameters())
+    batch = torch.randn(images, 3, image_size, image_size, device=compute.device)
+    batch = batch.to(memory_format=torch.channels_last)
+    times: list[float] = []
+    for _ in range(2):
+        clock = [_now_s(compute)]
+        with compute.autocast():
+            with torch.no_grad():
+                network(batch)
+            clock.append(_now_s(compute))
+            network(batch).logits.mean().backward()
+        optimiser.step()
+        clock.append(_now_s(compute))
+        times = [(clock[2] - clock[1]) / images, (clock[1] - clock[0]) / images]
+    return StepTime(*times)
+
+
+def _now_s(compute: Compute) -> float:
+    if compute.device.type == "cuda":
+        torch.cuda.synchronize(compute.device)
+    return time.perf_counter()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed activations instead of giving them back each step: 1.4 to 2 times faster on CPU.
+
+    Results stay the same bit for bit. Elsewhere than on glibc nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(ctypes.c_int(-3), ctypes.c_int(1 << 30))  # M_MMAP_THRESHOLD
+        mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD

@@ -1,0 +1,157 @@
+"""What Student and Teacher each see: two augmented renderings ("views") of one image, and the warp between them.
+
+A view here is an augmentation of an image, not a scan plane. Both views share one random crop. The weak view is that
+crop; the strong view adds shift, scale and rotation, Gaussian noise and pixel dropout (PAPER, "Augmentation").
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import albumentations as A
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Rendering(NamedTuple):
+    """Both views of one image.
+
+    Attributes:
+        strong: (S, S, 3) uint8.
+        strong_mask: (S, S) uint8 in {0, 1}.
+        weak: (S, S, 3) uint8, the crop alone.
+        weak_mask: (S, S) uint8 in {0, 1}.
+        matrix: (3, 3) float64, maps weak pixel coordinates (x, y, 1) to strong ones.
+    """
+
+    strong: np.ndarray
+    strong_mask: np.ndarray
+    weak: np.ndarray
+    weak_mask: np.ndarray
+    matrix: np.ndarray
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """Ranges of the strong view; the paper is silent on all of them.
+
+    Attributes:
+        shift: largest shift, as a share of the image's side.
+        scale: largest change of scale, x and y drawn apart as Albumentations' ShiftScaleRotate does.
+        rotate_deg: largest rotation.
+        noise_std: range of the Gaussian noise's standard deviation, as a share of the grey range.
+        dropout: share of pixels set to 0.
+        probability: with which each of the three is applied, independently.
+    """
+
+    shift: float
+    scale: float
+    rotate_deg: float
+    noise_std: tuple[float, float]
+    dropout: float
+    probability: float
+
+
+class Views:
+    """Draws both views of an image from one seed, by Albumentations.
+
+    Args:
+        image_size: side of the square views in pixels.
+        strengths: ranges of the strong view.
+    """
+
+    def __init__(self, *, image_size: int, strengths: Strengths) -> None:
+        p = strengths.probability
+        self.crop = A.RandomCrop(image_size, image_size, p=1.0)
+        self.affine = A.Affine(
+            translate_percent=(-strengths.shift, strengths.shift),
+            scale=(1 - strengths.scale, 1 + strengths.scale),
+            rotate=(-strengths.rotate_deg, strengths.rotate_deg),
+            p=p,
+        )
+        # B-mode is grey in three equal channels: one noise field for all three keeps it grey.
+        self.noise = A.GaussNoise(std_range=strengths.noise_std, per_channel=False, p=p)
+        self.dropout = A.PixelDropout(dropout_prob=strengths.dropout, p=p)
+        self.shared = A.Compose([self.crop])
+        self.strong = A.Compose([self.affine, self.noise, self.dropout], save_applied_params=True)
+
+    def render(self, *, image: np.ndarray, mask: np.ndarray, seed: list[int]) -> Rendering:
+        """Both views of one image; the same seed gives the same views, whatever was drawn before.
+
+        Args:
+            image: (H, W, 3) uint8, H and W at least image_size.
+            mask: (H, W) uint8 in {0, 1}.
+            seed: any number of non-negative integers.
+        """
+        # Compose.set_random_seed would give all its transforms one seed, so that they apply together or not at all.
+        transforms = (self.crop, self.affine, self.noise, self.dropout)
+        for transform, child in zip(transforms, np.random.SeedSequence(seed).generate_state(4), strict=True):
+            transform.set_random_seed(int(child))
+        weak = self.shared(image=image, mask=mask)
+        strong = self.strong(image=weak["image"], mask=weak["mask"])
+        return Rendering(
+            strong=strong["image"],
+            strong_mask=strong["mask"],
+            weak=weak["image"],
+            weak_mask=weak["mask"],
+            matrix=_applied_matrix(strong["applied_transforms"]),
+        )
+
+
+def _applied_matrix(applied: list[tuple[str, dict[str, Any]]]) -> np.ndarray:
+    for name, parameters in applied:
+        if name == "Affine":
+            return np.asarray(parameters["matrix"], dtype=np.float64)
+    return np.eye(3)
+
+
+def id_number(image_id: str) -> int:
+    """A number that stands for an image in seeds: depends on its id alone, not on its place in a list."""
+    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:4], "big")
+
+
+def normalise(images: Tensor) -> Tensor:
+    """ImageNet normalisation of (N, H, W, 3) uint8 to (N, 3, H, W) float32, in channels-last memory."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device) * 255
+    std = torch.tensor(IMAGENET_STD, device=images.device) * 255
+    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+def sampling_theta(matrix: np.ndarray, *, image_size: int) -> np.ndarray:
+    """The (2, 3) float32 theta for ``affine_grid`` that renders a weak-frame map in the strong frame.
+
+    With M the forward pixel matrix and N the map from pixel centres to [-1, 1] (``align_corners=False``),
+    theta = N M^-1 N^-1. It holds for maps of any resolution over the same frame.
+
+    Args:
+        matrix: (3, 3), weak pixel coordinates to strong ones.
+        image_size: side in pixels of the frame that the matrix speaks of.
+    """
+    offset = 1 / image_size - 1
+    to_unit = np.array([[2 / image_size, 0, offset], [0, 2 / image_size, offset], [0, 0, 1]])
+    theta = to_unit @ np.linalg.inv(matrix) @ np.linalg.inv(to_unit)
+    return theta[:2].astype(np.float32)
+
+
+def warp(maps: Tensor, *, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Render the Teacher's maps of the weak view in the Student's strong frame.
+
+    Args:
+        maps: (N, C, h, w), over the weak frame.
+        theta: (N, 2, 3), see ``sampling_theta``.
+
+    Returns:
+        The warped maps (N, C, h, w) by bilinear sampling, and where they are valid: (N, 1, h, w) bool, False where
+        a position's centre lies outside the weak frame.
+    """
+    grid = F.affine_grid(theta, [len(maps), 1, *maps.shape[2:]], align_corners=False)
+    # "border": the half cell between the outermost centres and the frame's edge has no second neighbour to blend with.
+    warped = F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return warped, (grid.abs() <= 1).all(dim=-1).unsqueeze(1)
