@@ -310,7 +310,8 @@ def tracker(cfg: DictConfig) -> tracking.Tracker:
 
 def params(cfg: DictConfig) -> dict[str, Any]:
     """The flat resolved configuration, keys joined by dots: what MLflow keeps of a run."""
-    return _flat(_plain(cfg))
+    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return _flat(_plain(own))
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ both are empty the prediction is perfect: 1, 1, 1, 1 and 0.
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import segmentation_models_pytorch as smp
@@ -59,7 +60,9 @@ def hd95_px(*, prediction: Tensor, mask: Tensor) -> np.ndarray:
     distances = np.where((has_prediction | has_mask).numpy(), math.hypot(*mask.shape[2:]), 0.0)
     both = (has_prediction & has_mask).nonzero().flatten()
     if len(both):
-        found = compute_hausdorff_distance(prediction[both], mask[both], include_background=True, percentile=95)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # MONAI's own calls use an argument that it deprecates
+            found = compute_hausdorff_distance(prediction[both], mask[both], include_background=True, percentile=95)
         distances[both.numpy()] = found.flatten().numpy()
     return distances
 

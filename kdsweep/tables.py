@@ -54,14 +54,31 @@ PLACE = ["split", "seed"]
 # ---- what the sweep holds ------------------------------------------------------------------------------------------
 
 
-def scored_images(sweep: Sweep) -> pd.DataFrame:
-    """One row per finished run and test image, sorted, so that the order of the records changes no digit."""
+def placed_runs(sweep: Sweep) -> pd.DataFrame:
+    """The sweep's runs, a Teacher under each (split, seed) whose cells learn from it, not under a seed of its own.
+
+    Several seeds of the cells may share one Teacher; it then stands in each of them.
+
+    Raises:
+        InputError: the sweep is empty, mixes profiles or data sets, or holds two results for one cell.
+    """
     _refuse_mixing(sweep)
-    _refuse_conflicts(sweep)
-    finished = sweep.runs[sweep.runs["status"] == "FINISHED"]
+    is_teacher = sweep.runs["role"] == "teacher"
+    teachers = sweep.runs[is_teacher]
+    links = sweep.runs[["teacher", *PLACE]].rename(columns={"teacher": "fingerprint"})
+    alone = teachers.loc[~teachers["fingerprint"].isin(links["fingerprint"]), ["fingerprint", *PLACE]]
+    places = pd.concat([links, alone]).drop_duplicates()
+    runs = pd.concat([sweep.runs[~is_teacher], teachers.drop(columns=PLACE).merge(places)], ignore_index=True)
+    _refuse_conflicts(runs, sweep=sweep.name)
+    return runs
+
+
+def scored_images(*, runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """One row per finished run and test image, sorted, so that the order of the records changes no digit."""
+    finished = runs[runs["status"] == "FINISHED"]
     columns = ["fingerprint", "notation", *PLACE, "teacher"]
-    scored = finished[columns].merge(sweep.scores[["fingerprint", "image", "dice"]], validate="one_to_many")
-    broken = scored[scored["dice"].isna() | scored.duplicated(["fingerprint", "image"])]
+    scored = finished[columns].merge(scores[["fingerprint", "image", "dice"]])
+    broken = scored[scored["dice"].isna() | scored.duplicated(["fingerprint", *PLACE, "image"])]
     if not broken.empty:
         first = broken.iloc[0]
         raise InputError(
@@ -71,11 +88,15 @@ def scored_images(sweep: Sweep) -> pd.DataFrame:
     return scored.sort_values(["notation", *PLACE, "image"], ignore_index=True)
 
 
+def _only(runs: pd.DataFrame, key: str) -> list[str]:
+    return sorted(set(runs[key]) - {""})  # what a run that never started would have had is not known
+
+
 def _refuse_mixing(sweep: Sweep) -> None:
     if sweep.runs.empty:
         raise InputError(f"sweep {sweep.name} has no runs: start with `python -m kdsweep -m +experiment=table4`")
     for key in ("profile", "data"):
-        values = [f"{key}={value}" for value in sorted(sweep.runs[key].unique())]
+        values = [f"{key}={value}" for value in _only(sweep.runs, key)]
         if len(values) > 1:
             raise InputError(
                 f"sweep {sweep.name} mixes {' and '.join(values)}: "
@@ -83,27 +104,28 @@ def _refuse_mixing(sweep: Sweep) -> None:
             )
 
 
-def _refuse_conflicts(sweep: Sweep) -> None:
-    finished = sweep.runs[sweep.runs["status"] == "FINISHED"].sort_values("fingerprint")
+def _refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
+    finished = runs[runs["status"] == "FINISHED"].sort_values("fingerprint")
     for (notation, split, seed), same in finished.groupby(["notation", *PLACE]):
         if same["fingerprint"].nunique() > 1:
             one, other = same["params"].iloc[0], same["params"].iloc[1]
             keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
             shown = ", ".join(f"{key}={one.get(key, 'unset')} and {other.get(key, 'unset')}" for key in keys[:3])
+            shown = shown or "equal options, so the code, the data or a weights file changed"
             raise InputError(
-                f"sweep {sweep.name} has two different finished runs of {notation} split {split} seed {seed} "
-                f"({shown or 'equal params'}): name sweeps apart with sweep_name=..."
+                f"sweep {sweep} has two different finished runs of {notation} split {split} seed {seed} "
+                f"({shown}): name sweeps apart with sweep_name=..."
             )
 
 
-def gaps(*, sweep: Sweep, scored: pd.DataFrame, notations: list[str]) -> dict[str, str]:
+def gaps(*, runs: pd.DataFrame, scored: pd.DataFrame, notations: list[str]) -> dict[str, str]:
     """Why a row has no number, "" where it has one: it needs every (split, seed) that any run of the sweep asked for.
 
     A mean over fewer splits than its neighbour's would compare different images, so there is none.
     """
-    asked = sorted(set(zip(sweep.runs["split"], sweep.runs["seed"], strict=True)))
-    empty = (sweep.runs["status"] == "FINISHED") & ~sweep.runs["fingerprint"].isin(scored["fingerprint"])
-    runs = sweep.runs.assign(status=sweep.runs["status"].mask(empty, "no scores"))
+    asked = sorted(set(zip(runs["split"], runs["seed"], strict=True)))
+    empty = (runs["status"] == "FINISHED") & ~runs["fingerprint"].isin(scored["fingerprint"])
+    runs = runs.assign(status=runs["status"].mask(empty, "no scores"))
     return {name: _gap(runs[runs["notation"] == name], asked=asked) for name in notations}
 
 
@@ -129,10 +151,9 @@ def cell_notations(sweep: Sweep) -> list[str]:
 
 
 def own_teachers(*, ours: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
-    """Scores of the Teachers that these cells learnt from, each under the split and seed of its cell."""
-    links = ours[["teacher", *PLACE]].drop_duplicates()
-    teachers = scored[["fingerprint", "notation", "image", "dice"]]
-    return links.merge(teachers, left_on="teacher", right_on="fingerprint")
+    """Scores of the Teachers that these cells learnt from."""
+    links = ours[["teacher", *PLACE]].drop_duplicates().rename(columns={"teacher": "fingerprint"})
+    return scored.drop(columns="teacher").merge(links)
 
 
 def pair(*, ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
@@ -201,8 +222,9 @@ def mean_interval(differences: np.ndarray) -> tuple[float, float]:
 
 def table3(sweep: Sweep) -> pd.DataFrame:
     """Table 3: the factors of each experiment, our mean Dice over the test images of all splits (%), the paper's."""
-    scored, notations = scored_images(sweep), cell_notations(sweep)
-    why = gaps(sweep=sweep, scored=scored, notations=notations)
+    runs, notations = placed_runs(sweep), cell_notations(sweep)
+    scored = scored_images(runs=runs, scores=sweep.scores)
+    why = gaps(runs=runs, scored=scored, notations=notations)
     rows = []
     for notation in notations:
         path, _, loss = notation.removesuffix("_WAug").partition("_")
@@ -223,8 +245,9 @@ def table4(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
 
     The difference is the paired mean difference to Student in percentage points; `test` is a key of TESTS.
     """
-    scored, cells = scored_images(sweep), cell_notations(sweep)
-    why = gaps(sweep=sweep, scored=scored, notations=[*BASELINES, *cells])
+    runs, cells = placed_runs(sweep), cell_notations(sweep)
+    scored = scored_images(runs=runs, scores=sweep.scores)
+    why = gaps(runs=runs, scored=scored, notations=[*BASELINES, *cells])
     whole = scored[scored["notation"].map(why) == ""]
     rows = [
         {"notation": notation, "gap": gap} | _compared(notation, whole=whole, scored=scored, test=test)
@@ -250,10 +273,11 @@ def _compared(notation: str, *, whole: pd.DataFrame, scored: pd.DataFrame, test:
     to_teacher, to_student = pair(ours=ours, baseline=teacher), pair(ours=ours, baseline=baseline)
     points = 100 * (to_student["dice_ours"] - to_student["dice_baseline"]).to_numpy()
     low, high = mean_interval(points)
+    dice = 100 * ours.drop_duplicates(["fingerprint", "image"])["dice"]  # a Teacher of several seeds counts once
     return {
-        "n_images": len(ours) or pd.NA,
-        "mean_dice_percent": 100 * ours["dice"].mean(),
-        "std_dice_percent": 100 * ours["dice"].std(ddof=1),
+        "n_images": len(dice) or pd.NA,
+        "mean_dice_percent": dice.mean(),
+        "std_dice_percent": dice.std(ddof=1),
         "p_teacher": p_value(to_teacher, test=test),
         "p_student": p_value(to_student, test=test),
         "difference_to_student_points": points.mean() if len(points) else NAN,
@@ -315,13 +339,14 @@ def format_table4(table: pd.DataFrame) -> pd.DataFrame:
 
 def footnotes(*, sweep: Sweep, table: pd.DataFrame) -> list[str]:
     """What made the numbers, which rows are gaps and why, where the paper's figures come from."""
-    runs, scored = sweep.runs, scored_images(sweep)
+    runs = placed_runs(sweep)
+    scored = scored_images(runs=runs, scores=sweep.scores)
     finished = runs[runs["status"] == "FINISHED"]
-    used = {key: ", ".join(sorted(set(finished[key]) - {""})) or DASH for key in ("weights", "device")}
-    profile, data = runs["profile"].iloc[0], runs["data"].iloc[0]
+    weights, device = (", ".join(_only(finished, key)) or DASH for key in ("weights", "device"))
+    profile, data = ("".join(_only(runs, key)) or DASH for key in ("profile", "data"))
     images = scored[[*PLACE, "image"]].drop_duplicates()
     notes = [
-        f"profile {profile}, data {data}, weights {used['weights']}, device {used['device']}; "
+        f"profile {profile}, data {data}, weights {weights}, device {device}; "
         f"splits: {runs['split'].nunique()}, seeds: {runs['seed'].nunique()}, "
         f"test images: {len(images)} over all of them, {images['image'].nunique()} different."
     ]
@@ -352,13 +377,14 @@ def footnotes4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
 
 def student_command(sweep: Sweep) -> str:
     """The command that runs the Student baseline on every split and seed of this sweep."""
-    words = ["python -m kdsweep path=none"]
-    for key, default in {"profile": "paper", "data": "phantom", "split": 0, "seed": 0}.items():
-        values = sorted(sweep.runs[key].unique())
-        if values != [default]:
-            words.append(f"{key}={','.join(str(value) for value in values)}")
-    several = any("," in word for word in words)
-    return " ".join([*words, f"sweep_name={sweep.name}", *(["-m"] if several else [])])
+    runs = sweep.runs[sweep.runs["role"] != "teacher"]
+    values = {key: _only(runs, key) for key in ("profile", "data")} | {key: sorted(set(runs[key])) for key in PLACE}
+    defaults = {"profile": "paper", "data": "phantom", "split": 0, "seed": 0}
+    words = [f"{key}={','.join(map(str, values[key]))}" for key in defaults if values[key] not in ([], [defaults[key]])]
+    if sweep.name != "-".join(values["data"] + values["profile"]):  # the sweep_name of conf/config.yaml
+        words.append(f"sweep_name={sweep.name}")
+    several = ["-m"] if len(values["split"]) * len(values["seed"]) > 1 else []
+    return " ".join(["python -m kdsweep path=none", *words, *several])
 
 
 def to_markdown(*, title: str, text: pd.DataFrame, notes: list[str]) -> str:
@@ -394,19 +420,19 @@ def make(*, which: str, sweep: Sweep, out_dir: Path, test: str) -> str:
     """Write WHICH.md, .csv and .tex into out_dir; the Markdown, and a last line that names the files."""
     if which == "table3":
         table = table3(sweep)
-        title, text = "Table 3. The distillation experiments", format_table3(table)
+        title, text = "The distillation experiments", format_table3(table)
         notes = footnotes(sweep=sweep, table=table)
     else:
         table = table4(sweep, test=test)
-        title, text = "Table 4. Test DSC of Teacher, Student and distilled students", format_table4(table)
+        title, text = "Test DSC of Teacher, Student and distilled students", format_table4(table)
         notes = footnotes(sweep=sweep, table=table) + footnotes4(sweep=sweep, table=table, test=test)
         table = table.assign(test=test)
     title = f"{title} (sweep {sweep.name})"
-    first = sweep.runs.iloc[0]
-    markdown = to_markdown(title=title, text=text, notes=notes)
+    profile, data = ("".join(_only(sweep.runs, key)) for key in ("profile", "data"))
+    markdown = to_markdown(title=f"Table {which[-1]}. {title}", text=text, notes=notes)
     files = {
         "md": markdown,
-        "csv": table.assign(sweep=sweep.name, profile=first["profile"], data=first["data"]).to_csv(index=False),
+        "csv": table.assign(sweep=sweep.name, profile=profile, data=data).to_csv(index=False),
         "tex": to_latex(title=title, text=text, notes=notes),
     }
     try:
@@ -428,10 +454,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for the files (STORE/tables)")
     parser.add_argument("--test", choices=sorted(TESTS), default="ttest", help="paired test of Table 4 (ttest)")
     options = parser.parse_args(argv)
-    from kdsweep.tracking import read_sweep, store_uri  # loads mlflow: seconds that --help need not wait for
+    from kdsweep.tracking import read_sweep  # loads mlflow: seconds that --help need not wait for
 
     try:
-        sweep = read_sweep(uri=store_uri(options.store, options.tracking_uri), name=options.sweep)
+        sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
         out_dir = options.out or options.store / "tables"
         sys.stdout.write(make(which=options.table, sweep=sweep, out_dir=out_dir, test=options.test))
     except InputError as error:

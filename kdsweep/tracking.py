@@ -19,14 +19,14 @@ from kdsweep.errors import InputError
 from kdsweep.grid import Cell
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-for _noisy in ("alembic", "mlflow"):
-    logging.getLogger(_noisy).setLevel(logging.WARNING)
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow import MlflowClient  # noqa: E402  (telemetry must be off before the import)
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
-log = logging.getLogger(__name__)
+for _noisy in ("alembic", "mlflow"):  # they tell every table of a new database at level INFO
+    logging.getLogger(_noisy).setLevel(logging.WARNING)
 
 EXPERIMENT = "kdsweep"
 ASKED = "kdsweep.asked."

@@ -87,6 +87,9 @@ def with_status(sweep, notation, split, status):
     """The run did not finish, so it has no scores; one that is missing has no run and no params either."""
     chosen = sweep.runs["fingerprint"] == fingerprint(notation, split)
     runs = sweep.runs.assign(status=sweep.runs["status"].mask(chosen, status))
+    if status == "missing":
+        unknown = dict.fromkeys(["profile", "data", "weights", "device", "teacher", "run_id"], "")
+        runs.loc[chosen, list(unknown)] = list(unknown.values())
     return replace(sweep, runs=runs, scores=sweep.scores[sweep.scores["fingerprint"] != fingerprint(notation, split)])
 
 
@@ -325,6 +328,24 @@ def test_a_single_image_has_a_mean_and_nothing_else():
     assert (text[["p Teacher", "p Student", "p Student (Holm)", "Difference to Student"]] == DASH).all()
 
 
+def test_a_teacher_with_a_seed_of_its_own_serves_every_seed_of_the_cells():
+    sweep = sweep_of(("Student", "L_MSE"), splits=(0, 1), seeds=(3, 7))
+    teachers = [run_row("Teacher", split, 0) for split in (0, 1)]
+    runs = pd.concat([sweep.runs, pd.DataFrame(teachers)], ignore_index=True)
+    cells = runs["role"] == "cell"
+    runs.loc[cells, "teacher"] = [fingerprint("Teacher", split) for split in runs.loc[cells, "split"]]
+    scores = pd.concat([sweep.scores, *(score_rows("Teacher", split) for split in (0, 1))], ignore_index=True)
+    table = tables.table4(replace(sweep, runs=runs, scores=scores))
+    places = [(split, seed) for split in (0, 1) for seed in (3, 7)]
+    ours, student = (np.concatenate([dice_of(name, *place) for place in places]) for name in ("L_MSE", "Student"))
+    teacher = np.concatenate([dice_of("Teacher", split) for split, _ in places])
+    assert row(table, "L_MSE")["p_teacher"] == pytest.approx(ttest_rel(ours, teacher).pvalue)
+    assert row(table, "Teacher")["p_student"] == pytest.approx(ttest_rel(student, teacher).pvalue)
+    assert row(table, "Student")["p_teacher"] == pytest.approx(ttest_rel(student, teacher).pvalue)
+    assert row(table, "Teacher")["std_dice_percent"] == pytest.approx(100 * dice_all("Teacher", (0, 1)).std(ddof=1))
+    assert (row(table, "Teacher")["n_images"], row(table, "L_MSE")["n_images"]) == (24, 48)
+
+
 # ---- gaps ----------------------------------------------------------------------------------------------------------
 
 
@@ -393,9 +414,14 @@ def test_finished_without_scores_is_a_gap(sweep):
 
 
 def test_nothing_finished_is_all_gaps(sweep):
-    empty = replace(changed(sweep, status="missing"), scores=sweep.scores.iloc[:0].astype(object))
+    runs = sweep.runs[sweep.runs["role"] != "teacher"].assign(
+        status="missing", profile="", data="", weights="", device="", teacher=""
+    )
+    empty = replace(sweep, runs=runs, scores=sweep.scores.iloc[:0].astype(object))
     table = tables.table4(empty)
-    assert set(table["gap"]) == {"missing: split 0, 1, 2"}
+    assert set(table["gap"].iloc[2:]) == {"missing: split 0, 1, 2"}
+    assert set(table["gap"].iloc[:2]) == {"not run"}
+    assert tables.student_command(empty) == "python -m kdsweep path=none split=0,1,2 sweep_name=study -m"
     text = tables.format_table4(table)
     assert set(text["p Student"]) == set(text["n images"]) == {DASH}
     assert tables.footnotes(sweep=empty, table=table)
@@ -414,10 +440,13 @@ def test_without_student_its_columns_are_gaps_and_a_note_names_the_command(sweep
 
 
 def test_the_command_is_short_for_the_defaults_and_names_the_profile():
-    sweep = changed(without(sweep_of(splits=(0,)), "Student"), data="phantom")
-    assert tables.student_command(sweep) == "python -m kdsweep path=none sweep_name=study"
+    sweep = replace(changed(without(sweep_of(splits=(0,)), "Student"), data="phantom"), name="phantom-paper")
+    assert tables.student_command(sweep) == "python -m kdsweep path=none"
     quick = changed(sweep, profile="quick")
-    assert tables.student_command(quick) == "python -m kdsweep path=none profile=quick sweep_name=study"
+    assert tables.student_command(replace(quick, name="phantom-quick")) == "python -m kdsweep path=none profile=quick"
+    assert tables.student_command(quick) == "python -m kdsweep path=none profile=quick sweep_name=phantom-paper"
+    busi = replace(sweep_of(splits=(1,)), name="busi-paper")
+    assert tables.student_command(busi) == "python -m kdsweep path=none data=busi split=1"
 
 
 def test_without_its_own_teacher_only_that_column_is_a_gap(sweep):
@@ -466,6 +495,15 @@ def test_two_different_results_of_one_cell_are_refused(sweep, make):
     assert "kd.align=unset and none, kd.weight=unset and 0.7, train.lr=0.0001 and 0.01)" in message
     assert "zoom" not in message
     assert message.endswith("name sweeps apart with sweep_name=...")
+
+
+def test_two_teachers_of_one_place_are_refused(sweep):
+    """Half of the cells were computed again after a change of the code, and learnt from a new Teacher."""
+    runs = sweep.runs.copy()
+    runs.loc[(runs["notation"] == "L_MSE") & (runs["split"] == 0), "teacher"] = "zz"
+    runs = pd.concat([runs, pd.DataFrame([run_row("Teacher", 0, fingerprint="zz")])], ignore_index=True)
+    with pytest.raises(InputError, match=r"runs of Teacher split 0 seed 0 \(equal options, so the code"):
+        tables.table4(replace(sweep, runs=runs))
 
 
 def test_a_second_unfinished_run_of_a_cell_is_a_gap(sweep):
@@ -576,17 +614,14 @@ def asked(sweep, monkeypatch):
     """A tracking module that holds this sweep; the list records what it was asked for."""
     calls = []
 
-    def read_sweep(*, uri, name):
-        calls.append((uri, name))
+    def read_sweep(*, store, uri, name):
+        calls.append((store, uri, name))
         if name == "nowhere":
             raise InputError("no sweep nowhere in this store")
         return sweep
 
-    def store_uri(store, uri):
-        return uri or f"sqlite:///{store}/mlflow.db"
-
     fake = types.ModuleType("kdsweep.tracking")
-    fake.read_sweep, fake.store_uri = read_sweep, store_uri
+    fake.read_sweep = read_sweep
     monkeypatch.setitem(sys.modules, "kdsweep.tracking", fake)
     return calls
 
@@ -595,7 +630,7 @@ def asked(sweep, monkeypatch):
 def test_the_command_prints_and_writes(asked, sweep, tmp_path, capsys, which):
     store = tmp_path / "store"
     assert tables.main([which, "--store", str(store)]) == 0
-    assert asked == [(f"sqlite:///{store}/mlflow.db", None)]
+    assert asked == [(store, None, None)]
     printed = capsys.readouterr().out
     written = store / "tables"
     assert sorted(file.name for file in written.iterdir()) == [f"{which}.{suffix}" for suffix in ("csv", "md", "tex")]
@@ -604,7 +639,9 @@ def test_the_command_prints_and_writes(asked, sweep, tmp_path, capsys, which):
     assert markdown.startswith(f"Table {which[-1]}. ")
     assert "| L_KLD_WAug " in markdown
     assert "doi 10.36922/aih.3509" in markdown
-    assert "doi 10.36922/aih.3509" in (written / f"{which}.tex").read_text(encoding="utf-8")
+    latex = (written / f"{which}.tex").read_text(encoding="utf-8")
+    assert "doi 10.36922/aih.3509" in latex
+    assert r"\caption{Table" not in latex  # LaTeX counts tables itself
 
 
 def test_the_csv_reads_back_unrounded(asked, sweep, table4, tmp_path):
@@ -624,7 +661,7 @@ def test_options_reach_their_place(asked, tmp_path, capsys):
     uri, out = "http://localhost:5000", tmp_path / "a" / "b"
     command = ["table4", "--tracking-uri", uri, "--sweep", "study", "--out", str(out), "--test", "wilcoxon"]
     assert tables.main(command) == 0
-    assert asked == [(uri, "study")]
+    assert asked == [(Path("multirun"), uri, "study")]
     back = pd.read_csv(out / "table4.csv").set_index("notation")
     expected = wilcoxon(dice_all("L_MSE"), dice_all("Student")).pvalue
     assert back.loc["L_MSE", "p_student"] == pytest.approx(expected)
