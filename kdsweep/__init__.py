@@ -1,3 +1,7 @@
-"""kdsweep: one command runs a knowledge-distillation ablation for small segmentation networks."""
+"""kdsweep: one command runs a knowledge-distillation ablation for small segmentation networks.
+
+Where a docstring says PAPER, it means Behboodi, Brooks, Rivaz: Optimizing knowledge distillation for efficient breast
+ultrasound image segmentation. Artificial Intelligence in Health 2(2), 2025, doi 10.36922/aih.3509.
+"""
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf  # noqa: TID251
+from omegaconf import DictConfig, OmegaConf
 
 from kdsweep.errors import InputError
 
@@ -34,6 +34,7 @@ def run_cell(cfg: DictConfig) -> float:
     """Compute one cell, unless it is finished in this store; its test Dice, which Hydra's sweepers can optimise."""
     from kdsweep import build, checkpoint, teachers, train
     from kdsweep.grid import Cell
+    from kdsweep.learner import Run
 
     build.check(cfg)
     cell = build.cell(cfg)
@@ -45,7 +46,7 @@ def run_cell(cfg: DictConfig) -> float:
         return float(finished["test/dice"])
     build.check_weights(cfg)
 
-    def start(own: Cell) -> train.Run:
+    def start(own: Cell) -> Run:
         checkpoint.write_json(own.folder / "split.json", build.split_ids(cfg))
         checkpoint.write_json(own.folder / "settings.json", {"settings": own.settings, "evidence": own.evidence})
         return tracker.start(own, sweep=cfg.sweep_name, params=build.params(cfg), tags=build.tags(cfg))

@@ -12,11 +12,13 @@ from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf  # noqa: TID251
+from omegaconf import DictConfig, OmegaConf
 
 from kdsweep import data, grid, limits, models, tracking, train
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
+from kdsweep.kd_paths import KDPath
+from kdsweep.learner import Distillation, Learner, Run
 from kdsweep.loaders import Feed, TrainLoader, eval_part
 from kdsweep.models import UNet
 from kdsweep.views import Strengths, Views
@@ -26,6 +28,8 @@ RESULT_CODE = [
     "kdsweep.build.feed",
     "kdsweep.data.load",
     "kdsweep.data.split",
+    "kdsweep.learner.Distillation",
+    "kdsweep.learner.Learner",
     "kdsweep.loaders.TrainLoader",
     "kdsweep.loaders.eval_part",
     "kdsweep.losses.cross_entropy",
@@ -69,7 +73,9 @@ def device(cfg: DictConfig) -> torch.device:
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()) or (kind == "cpu" and number):
         raise InputError(f"device={name} is not allowed: it must be auto, cpu, cuda or cuda:NUMBER")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise InputError(f"device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use device=cpu or auto")
+        raise InputError(
+            f"device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use device=cpu or auto"
+        )
     return torch.device(name)
 
 
@@ -107,7 +113,7 @@ def feed(cfg: DictConfig, *, seed: int) -> Feed:
         raise InputError(
             f"train.batch_size={cfg.train.batch_size} is larger than the training set of {len(part.train)} images"
         )
-    strengths = Strengths(**{**OmegaConf.to_container(cfg.views), "noise_std": tuple(cfg.views.noise_std)})
+    strengths = Strengths(**{**_plain(cfg.views), "noise_std": tuple(cfg.views.noise_std)})
     loader = TrainLoader(
         everything,
         indices=part.train,
@@ -131,7 +137,7 @@ def cell(cfg: DictConfig) -> Cell:
     common, evidence = _common(cfg)
     if cfg.path.kd_path is None:
         own = {**common, "network": _network(cfg.student), "lr": cfg.train.lr}
-        evidence |= _weights_evidence(cfg.student) | {"code": grid.code_digest(RESULT_CODE + grid.targets(own))}
+        evidence |= _weights_evidence(cfg.student) | {"code": grid.code_digest([*RESULT_CODE, *grid.targets(own)])}
         return _cell(cfg, "student", cfg.path.notation, own, evidence)
     loss = cfg.loss[_representation(cfg)]
     taught = {
@@ -143,10 +149,8 @@ def cell(cfg: DictConfig) -> Cell:
     master = teacher_cell(cfg)
     own = {**common, "network": _network(cfg.student), "lr": cfg.train.lr, **taught, "teacher": master.settings}
     evidence |= _weights_evidence(cfg.student) | {"teacher": master.fingerprint}
-    evidence["code"] = grid.code_digest(RESULT_CODE + ["kdsweep.models.freeze"] + grid.targets(own))
-    name = grid.notation(
-        path=cfg.path.notation, loss=cfg.loss.name.upper(), distill_view=cfg.teacher_aug.distill_view
-    )
+    evidence["code"] = grid.code_digest([*RESULT_CODE, *grid.targets(own)])
+    name = grid.notation(path=cfg.path.notation, loss=cfg.loss.name.upper(), distill_view=cfg.teacher_aug.distill_view)
     return _cell(cfg, "cell", name, own, evidence)
 
 
@@ -154,7 +158,7 @@ def teacher_cell(cfg: DictConfig) -> Cell:
     """The Teacher that a configuration's cell learns from."""
     common, evidence = _common(cfg)
     own = {**common, "network": _network(cfg.teacher), "lr": cfg.teacher.lr, "train_view": cfg.teacher_aug.train_view}
-    evidence |= _weights_evidence(cfg.teacher) | {"code": grid.code_digest(RESULT_CODE + grid.targets(own))}
+    evidence |= _weights_evidence(cfg.teacher) | {"code": grid.code_digest([*RESULT_CODE, *grid.targets(own)])}
     name = grid.teacher_notation(cfg.teacher_aug.train_view)
     return _cell(cfg, "teacher", name, own, evidence, seed=cfg.teacher.seed)
 
@@ -202,9 +206,8 @@ def _weights_evidence(node: DictConfig) -> dict[str, str]:
 
 
 def _representation(cfg: DictConfig) -> str:
-    kind = hydra.utils.get_class(cfg.path.kd_path._target_)
-    name: str = kind.representation
-    return name
+    kind: type[KDPath] = hydra.utils.get_class(cfg.path.kd_path._target_)
+    return kind.representation
 
 
 def _plain(node: DictConfig) -> Any:
@@ -230,7 +233,9 @@ def _build_network(group: str, node: DictConfig, *, seed: int, weights: str | No
     )
     channels = network.encoder.out_channels[-1]
     if channels != node.hidden_channels:
-        raise InputError(f"{group}.hidden_channels={node.hidden_channels} is not allowed: {node.encoder} has {channels}")
+        raise InputError(
+            f"{group}.hidden_channels={node.hidden_channels} is not allowed: {node.encoder} has {channels}"
+        )
     return network
 
 
@@ -254,14 +259,14 @@ def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
     return {name: [everything.ids[i] for i in indices] for name, indices in vars(part).items()}
 
 
-def distillation(cfg: DictConfig) -> train.Distillation | None:
+def distillation(cfg: DictConfig) -> Distillation | None:
     """How the configuration's Student is taught; None for path=none."""
     if cfg.path.kd_path is None:
         return None
     with torch.random.fork_rng(devices=[]):  # after the Student, from the same seed: paths share its initialisation
         torch.manual_seed(cfg.seed)
         kd_path = hydra.utils.instantiate(cfg.path.kd_path)
-    return train.Distillation(
+    return Distillation(
         kd_path=kd_path,
         loss=hydra.utils.instantiate(cfg.loss[kd_path.representation]),
         weight=cfg.kd.weight,
@@ -271,9 +276,9 @@ def distillation(cfg: DictConfig) -> train.Distillation | None:
     )
 
 
-def learner(cfg: DictConfig, own: Cell, run: train.Run) -> train.Learner:
+def learner(cfg: DictConfig, own: Cell, run: Run) -> Learner:
     """The configuration's Student in training."""
-    return train.Learner(
+    return Learner(
         title=own.title,
         role=own.role,
         network=student_network(cfg),
@@ -287,9 +292,9 @@ def learner(cfg: DictConfig, own: Cell, run: train.Run) -> train.Learner:
     )
 
 
-def teacher_learner(cfg: DictConfig, own: Cell, run: train.Run, network: UNet) -> train.Learner:
+def teacher_learner(cfg: DictConfig, own: Cell, run: Run, network: UNet) -> Learner:
     """The configuration's Teacher in training, on the view that ``teacher_aug.train_view`` names."""
-    return train.Learner(
+    return Learner(
         title=own.title,
         role=own.role,
         network=network,
@@ -310,7 +315,7 @@ def tracker(cfg: DictConfig) -> tracking.Tracker:
 
 def params(cfg: DictConfig) -> dict[str, Any]:
     """The flat resolved configuration, keys joined by dots: what MLflow keeps of a run."""
-    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     return _flat(_plain(own))
 
 
@@ -340,7 +345,7 @@ def git_commit() -> str:
     """Commit of the checkout that runs, with ``-dirty`` if it was changed; ``unknown`` outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return found.stdout.strip() or "unknown"

@@ -27,7 +27,7 @@ def _appearing(file: Path) -> Iterator[BinaryIO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(scratch, file)
+        scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)
 

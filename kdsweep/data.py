@@ -7,7 +7,6 @@ Everything after that (reading, checking, resizing, splitting) is the same for a
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -143,7 +142,7 @@ class Phantoms:
             Image.fromarray(item.image).save(folder / f"{item.id}.png", compress_level=1)
             Image.fromarray(item.mask * np.uint8(255)).save(folder / f"{item.id}_mask.png")
         try:
-            os.replace(scratch, root)
+            scratch.replace(root)
         except OSError:  # another process made them meanwhile, from the same seed
             shutil.rmtree(scratch)
             if not root.is_dir():
@@ -213,7 +212,9 @@ def load(source: Source, *, load_size: int, image_size: int) -> Images:
         arrays.append([*(resize_image(image, s) for s in sizes), *(resize_mask(mask, s) for s in sizes)])
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise InputError(f"data={source.name}: {len(problems)} of {len(entries)} images: {'; '.join(problems[:10])}{more}")
+        raise InputError(
+            f"data={source.name}: {len(problems)} of {len(entries)} images: {'; '.join(problems[:10])}{more}"
+        )
     ids = [entry.id for entry in entries]
     if len(set(ids)) < len(ids):
         raise InputError(f"data={source.name}: two images have the id {next(i for i in ids if ids.count(i) > 1)!r}")
@@ -231,17 +232,14 @@ def read(entry: Entry, *, smallest: int) -> tuple[np.ndarray, np.ndarray]:
     if not entry.mask_files:
         raise ValueError(f"{entry.image_file} has no mask")
     image = read_grey_or_colour(entry.image_file)
-    if min(image.shape[:2]) < smallest:
-        raise ValueError(
-            f"{entry.image_file} is {image.shape[1]} x {image.shape[0]} pixels, smaller than image_size={smallest}"
-        )
-    mask = np.zeros(image.shape[:2], np.uint8)
+    height, width = image.shape[:2]
+    if min(height, width) < smallest:
+        raise ValueError(f"{entry.image_file} is {width} x {height} pixels, smaller than image_size={smallest}")
+    mask = np.zeros((height, width), np.uint8)
     for file in entry.mask_files:
         part = read_mask(file)
         if part.shape != mask.shape:
-            raise ValueError(
-                f"{file} is {part.shape[1]} x {part.shape[0]} pixels, its image {mask.shape[1]} x {mask.shape[0]}"
-            )
+            raise ValueError(f"{file} is {part.shape[1]} x {part.shape[0]} pixels, its image {width} x {height}")
         mask |= part
     return image, mask
 

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,7 @@ class Cell:
     @property
     def fingerprint(self) -> str:
         """Equal fingerprints mean the same result, so it is computed once."""
-        return digest(
-            [self.role, self.notation, self.split, self.seed, self.settings, self.evidence]
-        )
+        return digest([self.role, self.notation, self.split, self.seed, self.settings, self.evidence])
 
     @property
     def run_name(self) -> str:
@@ -112,7 +110,7 @@ def code_digest(objects: list[str]) -> str:
     return digest(parts)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tree(module: str) -> ast.Module:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
@@ -124,7 +122,12 @@ def _normal(tree: ast.AST) -> str:
     tree = ast.parse(ast.unparse(tree))  # a copy without comments, layout and line numbers
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             body[0] = ast.Pass()
     return ast.unparse(tree)
 

@@ -1,13 +1,4 @@
-"""The KD paths: which tensors of Teacher and Student are compared.
-
-A path is a module with two attributes and two methods; ``train.py`` uses nothing else of it:
-
-* ``representation``: ``"logits"`` or ``"hidden"``, the group of the loss that fits (conf/loss/*.yaml);
-* ``needs_logits``: False lets the Teacher run its encoder alone;
-* ``teacher_map(outputs)`` and ``student_map(outputs)``: (N, C, h, w), equal shapes.
-
-Parameters that a path owns are trained with the Student, kept in its checkpoint, and absent from the exported Student.
-"""
+"""The KD paths: which tensors of Teacher and Student are compared."""
 
 from __future__ import annotations
 
@@ -16,7 +7,29 @@ from torch import Tensor, nn
 from kdsweep.models import Outputs
 
 
-class Logits(nn.Module):
+class KDPath(nn.Module):
+    """What the training loop uses of a path.
+
+    Parameters that a path owns are trained with the Student, kept in its checkpoint, and absent from the exported one.
+
+    Attributes:
+        representation: ``logits`` or ``hidden``: which of a loss's two functions fits (conf/loss/*.yaml).
+        needs_logits: False lets the Teacher run its encoder alone.
+    """
+
+    representation: str
+    needs_logits: bool
+
+    def teacher_map(self, outputs: Outputs) -> Tensor:
+        """What is taken of the Teacher: (N, C, h, w)."""
+        raise NotImplementedError
+
+    def student_map(self, outputs: Outputs) -> Tensor:
+        """What is taken of the Student: (N, C, h, w), as of the Teacher."""
+        raise NotImplementedError
+
+
+class Logits(KDPath):
     """L, KD-Logits: the final logits before any activation (PAPER, Figure 1). Both maps are (N, 1, H, W)."""
 
     representation = "logits"
@@ -31,7 +44,7 @@ class Logits(nn.Module):
         return outputs.logits
 
 
-class Hidden(nn.Module):
+class Hidden(KDPath):
     """H, KD-Hidden: the deepest feature map averaged over channels (PAPER, Figure 1). Both maps are (N, 1, h, w)."""
 
     representation = "hidden"
@@ -46,7 +59,7 @@ class Hidden(nn.Module):
         return outputs.hidden.mean(dim=1, keepdim=True)
 
 
-class HiddenRegressor(nn.Module):
+class HiddenRegressor(KDPath):
     """HR, KD-HiddenRegressor: a regressor raises the Student's hidden channels to the Teacher's (PAPER, Figure 1).
 
     Two convolutions, each followed by a ReLU because the Teacher's hidden map is non-negative. Both maps are

@@ -1,4 +1,4 @@
-"""The plan of a sweep: every job is composed and checked before the first one starts, and the user sees what will run."""
+"""The plan of a sweep: all jobs are composed and checked before the first one starts; the user sees what will run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig  # noqa: TID251
+from omegaconf import DictConfig
 
 from kdsweep.errors import InputError
 
@@ -105,17 +105,17 @@ def describe(cells: list[tuple[Cell, DictConfig]], *, jobs_count: int) -> str:
 
 def estimate_s(*, cells: list[DictConfig], teachers: list[DictConfig]) -> float:
     """Seconds for these trainings over all their epochs, from one timed step of the first cell's networks."""
-    from kdsweep import build, train
+    from kdsweep import build, timing, train
 
     train.keep_freed_memory()
     job = cells[0]
     where = build.compute(job)
     timed = {"image_size": job.image_size, "compute": where}
-    student = train.time_step_s(build.student_network(job, weights="none"), **timed)
+    student = timing.time_step_s(build.student_network(job, weights="none"), **timed)
     taught = [job for job in cells if job.path.kd_path is not None]
     step_s = {"student": student.train, "teacher": 0.0, "taught": student.train}
     if taught:
-        teacher = train.time_step_s(build.teacher_network(taught[0], weights="none"), **timed)
+        teacher = timing.time_step_s(build.teacher_network(taught[0], weights="none"), **timed)
         step_s = {"student": student.train, "teacher": teacher.train, "taught": student.train + teacher.forward}
     images = len(build.split_ids(job)["train"])
     total = sum(job.train.epochs * step_s["taught" if job.path.kd_path is not None else "student"] for job in cells)

@@ -64,7 +64,15 @@ class TrainLoader:
     """
 
     def __init__(
-        self, images: Images, *, indices: list[int], views: Views, seed: int, split_index: int, batch_size: int, workers: int
+        self,
+        images: Images,
+        *,
+        indices: list[int],
+        views: Views,
+        seed: int,
+        split_index: int,
+        batch_size: int,
+        workers: int,
     ) -> None:
         self.batches = EpochBatches(indices, batch_size=batch_size, seed=seed, split_index=split_index)
         self.image_count = len(indices)

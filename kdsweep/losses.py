@@ -60,7 +60,7 @@ def kld_pixels(*, student: Tensor, teacher: Tensor, valid: Tensor, temperature: 
 def kld_positions(*, student: Tensor, teacher: Tensor, valid: Tensor, temperature: float = 1.0) -> Tensor:
     """T^2 KL(teacher || student) of each channel's softmax over positions, mean over channels and images.
 
-    Channel-wise distillation (Shu et al., ICCV 2021, Eq. 4-5; PAPER, Eq. III): P_i = exp(t_i / T) / sum_j exp(t_j / T)
+    Channel-wise distillation (Shu et al., ICCV 2021; PAPER, Eq. III): P_i = exp(t_i / T) / sum_j exp(t_j / T)
     over the valid positions i of one channel, the divergence summed over positions.
 
     Args:

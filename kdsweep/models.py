@@ -41,9 +41,9 @@ class Outputs(NamedTuple):
 class TrimmedMobileNetV3Small(nn.Module, EncoderMixin):
     """MobileNetV3-small-100 without its last 1 x 1 convolution and without the last of its three stride-32 blocks.
 
-    The paper's Student has a "modified MobileNetV3-small-100" and 0.82 M parameters in all (PAPER, section 2); stock has
-    3.6 M, of which most sit in the stride-32 stage and the decoder it asks for. Every tensor kept has timm's name and
-    shape, so ImageNet weights load. timm's plain variant is taken because it pads symmetrically: its 7 x 7 cells lie
+    The paper's Student has a "modified MobileNetV3-small-100" encoder and 0.82 M parameters in all; the stock U-Net
+    has 3.6 M, of which most sit in the stride-32 stage and the decoder it asks for. Every kept tensor has timm's name
+    and shape, so ImageNet weights load. timm's plain variant is taken because it pads symmetrically: its 7 x 7 cells lie
     over the ResNeXt Teacher's, those of the ``tf_`` variant lie almost one cell beside them.
     """
 
@@ -220,16 +220,15 @@ def count_macs(network: UNet, *, image_size: int) -> int:
 
 
 def summary(*, teacher: UNet, student: UNet, image_size: int) -> str:
-    """A Markdown table of parameters, MACs and hidden shapes."""
+    """A Markdown table of parameters, MACs and hidden shapes; the networks lose their weights (meta device)."""
     lines = ["| network | encoder | parameters | MACs | hidden (C x H x W) |", "| --- | --- | ---: | ---: | --- |"]
     for label, network in (("Teacher", teacher), ("Student", student)):
         with torch.device("meta"), torch.no_grad():
             hidden = network.to("meta").eval().hidden(torch.zeros(1, 3, image_size, image_size))
         shape = " x ".join(str(size) for size in hidden.shape[1:])
-        macs = count_macs(network, image_size=image_size)
-        lines.append(
-            f"| {label} | {network.name.removeprefix('u-')} | {count_parameters(network):,} | {macs / 1e9:.2f} G | {shape} |"
-        )
+        macs, parameters = count_macs(network, image_size=image_size), count_parameters(network)
+        encoder = network.name.removeprefix("u-")
+        lines.append(f"| {label} | {encoder} | {parameters:,} | {macs / 1e9:.2f} G | {shape} |")
     return "\n".join(lines)
 
 

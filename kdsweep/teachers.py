@@ -7,15 +7,14 @@ from collections.abc import Callable
 
 from kdsweep import checkpoint, models, train
 from kdsweep.grid import Cell
+from kdsweep.learner import Learner
 from kdsweep.loaders import Feed
 from kdsweep.models import UNet
 
 log = logging.getLogger(__name__)
 
 
-def obtain(
-    cell: Cell, *, network: UNet, start: Callable[[UNet], train.Learner], feed: Feed, compute: train.Compute
-) -> UNet:
+def obtain(cell: Cell, *, network: UNet, start: Callable[[UNet], Learner], feed: Feed, compute: train.Compute) -> UNet:
     """The trained Teacher of a fingerprint, frozen: read from the store, or trained and scored now.
 
     Args:

@@ -18,12 +18,13 @@ import pandas as pd
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
 
+# Before the import of mlflow, which reads them.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-from mlflow import MlflowClient  # noqa: E402  (telemetry must be off before the import)
-from mlflow.entities import Metric, Param, Run, RunTag, ViewType  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag, ViewType
+from mlflow.exceptions import MlflowException
 
 for _noisy in ("alembic", "mlflow"):  # they tell every table of a new database at level INFO
     logging.getLogger(_noisy).setLevel(logging.WARNING)
@@ -152,7 +153,9 @@ class Tracker:
         teachers = sorted({row["teacher"] for row in rows} - {""})
         rows += [_row(fingerprint, runs[fingerprint], "") for fingerprint in teachers if fingerprint in runs]
         scores = [self._scores(row) for row in rows if row["status"] == "FINISHED"]
-        table = pd.concat(scores, ignore_index=True) if scores else pd.DataFrame(columns=["fingerprint", "image", "dice"])
+        table = (
+            pd.concat(scores, ignore_index=True) if scores else pd.DataFrame(columns=["fingerprint", "image", "dice"])
+        )
         return Sweep(parent.data.tags["kdsweep.sweep"], pd.DataFrame(rows), table)
 
     def _scores(self, row: dict[str, Any]) -> pd.DataFrame:
@@ -188,7 +191,9 @@ class Tracker:
         found: list[Run] = []
         token: str | None = None
         while True:
-            page = self._client.search_runs([self.experiment_id], condition, ViewType.ACTIVE_ONLY, 1000, page_token=token)
+            page = self._client.search_runs(
+                [self.experiment_id], condition, ViewType.ACTIVE_ONLY, 1000, page_token=token
+            )
             found += page
             token = page.token
             if not token:

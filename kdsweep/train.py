@@ -8,165 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from kdsweep import checkpoint, losses, metrics
+from kdsweep import checkpoint, metrics
+from kdsweep.learner import Learner
 from kdsweep.loaders import EvalPart, Feed
 from kdsweep.models import Outputs, UNet
-from kdsweep.views import normalise, warp
+from kdsweep.views import normalise
 
 log = logging.getLogger(__name__)
-
-
-class KDPath(Protocol):
-    """What the loop uses of a KD path; see kd_paths.py."""
-
-    needs_logits: bool
-
-    def teacher_map(self, outputs: Outputs) -> Tensor:
-        """(N, C, h, w) of the Teacher."""
-
-    def student_map(self, outputs: Outputs) -> Tensor:
-        """(N, C, h, w) of the Student."""
-
-
-class Run(Protocol):
-    """What the loop uses of experiment tracking; see tracking.py."""
-
-    run_id: str
-
-    def log_epoch(self, values: dict[str, float], epoch: int) -> None:
-        """Record the values of one epoch."""
-
-    def finish(self, values: dict[str, float], files: list[Path]) -> None:
-        """Record the final values and files and close the run."""
-
-    def abort(self, *, status: str) -> None:
-        """Close the run as FAILED or KILLED."""
-
-
-class Diverged(RuntimeError):
-    """A loss term is no longer a finite number."""
-
-
-@dataclass
-class Distillation:
-    """How a Student is taught.
-
-    Attributes:
-        kd_path: which tensors are compared; a module, whose own parameters are trained with the Student.
-        loss: of the compared maps, see losses.py.
-        weight: of the KD term; the supervised term has 1 - weight (PAPER, Eq. I: 0.5 and 0.5).
-        teacher: name of the Teacher in the group.
-        view: what the Teacher sees, ``weak`` or ``strong``.
-        align: warp the maps of a weak view into the Student's frame; else compare them as they are.
-    """
-
-    kd_path: nn.Module
-    loss: Callable[..., Tensor]
-    weight: float
-    teacher: str
-    view: str
-    align: bool
-
-    def term(self, *, student: Outputs, teacher: Outputs, theta: Tensor | None) -> Tensor:
-        """The KD term of one batch; theta (N, 2, 3) is None where both saw the same view."""
-        theirs = self.kd_path.teacher_map(teacher)
-        valid = torch.ones_like(theirs[:, :1], dtype=torch.bool)
-        if theta is not None and self.align:
-            theirs, valid = warp(theirs, theta=theta)
-        return self.loss(student=self.kd_path.student_map(student), teacher=theirs, valid=valid)
-
-
-@dataclass
-class Learner:
-    """One network in training, with its own optimiser, early stopping, best checkpoint and run.
-
-    Attributes:
-        title: how messages call it.
-        role: ``cell``, ``student`` or ``teacher``.
-        network: trained in place.
-        view: what it sees in training, ``weak`` or ``strong``.
-        distillation: None for a network that learns from the masks alone.
-        lr: Adam's learning rate.
-        epochs: at most so many.
-        patience: epochs without a better validation loss after which it stops.
-        folder: where its files go.
-        run: where its values are recorded.
-    """
-
-    title: str
-    role: str
-    network: UNet
-    view: str
-    distillation: Distillation | None
-    lr: float
-    epochs: int
-    patience: int
-    folder: Path
-    run: Run
-    best_loss: float = math.inf
-    best_epoch: int = -1
-    epoch: int = -1
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.optimiser = torch.optim.Adam(self.parameters(), lr=self.lr)
-
-    def modules(self) -> dict[str, nn.Module]:
-        """The network and, if it is taught, its KD path."""
-        taught = {"kd_path": self.distillation.kd_path} if self.distillation else {}
-        return {"network": self.network, **taught}
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained: the network's parameters and the KD path's own."""
-        return [parameter for module in self.modules().values() for parameter in module.parameters()]
-
-    @property
-    def stopped(self) -> bool:
-        """Whether it has had its epochs or run out of patience."""
-        return self.epoch + 1 >= self.epochs or self.epoch - self.best_epoch >= self.patience
-
-    def terms(self, outputs: Outputs, mask: Tensor, taught: Outputs | None, theta: Tensor | None) -> dict[str, Tensor]:
-        """The loss terms of one batch and their weighted sum ``loss`` (PAPER, Eq. I)."""
-        supervised = losses.cross_entropy(logits=outputs.logits, mask=mask)
-        if self.distillation is None or taught is None:
-            return {"loss": supervised, "supervised": supervised}
-        kd = self.distillation.term(student=outputs, teacher=taught, theta=theta)
-        weight = self.distillation.weight
-        return {"loss": weight * kd + (1 - weight) * supervised, "kd": kd, "supervised": supervised}
-
-    def end_epoch(self, values: dict[str, float]) -> None:
-        """Record an epoch's values, keep the checkpoint if it is the best so far."""
-        self.epoch += 1
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise Diverged(f"{self.title}: {name} is {value} in epoch {self.epoch + 1}; a lower lr may help")
-        self.history.append({"epoch": self.epoch, **values})
-        self.run.log_epoch(values, self.epoch)
-        if values["val/loss"] < self.best_loss:
-            self.best_loss, self.best_epoch = values["val/loss"], self.epoch
-            state = {name: module.state_dict() for name, module in self.modules().items()}
-            checkpoint.save_state(self.folder / checkpoint.CHECKPOINT, {**state, "epoch": self.epoch})
-
-    def restore_best(self) -> None:
-        """Put the weights with the best validation loss back."""
-        state = checkpoint.load_state(self.folder / checkpoint.CHECKPOINT)
-        for name, module in self.modules().items():
-            module.load_state_dict(state[name])
 
 
 @dataclass(frozen=True)
@@ -257,18 +116,21 @@ def fit(learners: list[Learner], *, teachers: Mapping[str, UNet], feed: Feed, co
         compute: device and precision.
 
     Raises:
-        Diverged: a loss term is not finite.
+        DivergedError: a loss term is not finite.
     """
     keep_freed_memory()
     staff = Staff(teachers, compute)
     for learner in learners:
         for module in learner.modules().values():
-            module.to(compute.device, memory_format=torch.channels_last)
+            module.to(compute.device).to(memory_format=torch.channels_last)
     lessons = [staff.teach(learners, views) for views, _ in _eval_batches(feed.validation, compute)]
     most = max(learner.epochs for learner in learners)
     label = learners[0].title if len(learners) == 1 else f"{len(learners)} learners"
     # Progress belongs on a terminal; a log file gets the lines of the epochs that count.
-    with tqdm(total=most, desc=label, unit="epoch", disable=not sys.stderr.isatty(), leave=False) as bar, logging_redirect_tqdm():
+    with (
+        tqdm(total=most, desc=label, unit="epoch", disable=not sys.stderr.isatty(), leave=False) as bar,
+        logging_redirect_tqdm(),
+    ):
         for epoch in range(most):
             active = [learner for learner in learners if not learner.stopped]
             if not active:
@@ -382,7 +244,12 @@ def conclude(learner: Learner, *, feed: Feed, compute: Compute) -> dict[str, flo
     checkpoint.write_json(learner.folder / checkpoint.FINISHED, {"run_id": learner.run.run_id, **values})
     log.info(
         "%s: test Dice %.4f ± %.4f over %d images (best epoch %d of %d)",
-        learner.title, values["test/dice"], values["test/dice_std"], len(table), learner.best_epoch + 1, learner.epoch + 1,
+        learner.title,
+        values["test/dice"],
+        values["test/dice_std"],
+        len(table),
+        learner.best_epoch + 1,
+        learner.epoch + 1,
     )
     return values
 
@@ -400,8 +267,13 @@ def run(
             size = sum(parameter.numel() for parameter in learner.parameters())
             log.info(
                 "%s: %.2f M parameters, at most %d epochs of %d batches, %d training images, %s, %s",
-                learner.title, size / 1e6, learner.epochs, len(feed.train), feed.train.image_count,
-                compute.device, compute.precision,
+                learner.title,
+                size / 1e6,
+                learner.epochs,
+                len(feed.train),
+                feed.train.image_count,
+                compute.device,
+                compute.precision,
             )
         fit(learners, teachers=teachers, feed=feed, compute=compute)
         values = []
@@ -413,39 +285,6 @@ def run(
         for learner in open_runs:
             learner.run.abort(status="FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-
-
-class StepTime(NamedTuple):
-    """Seconds per image of a training step (forward, backward, Adam) and of a forward alone."""
-
-    train: float
-    forward: float
-
-
-def time_step_s(network: UNet, *, image_size: int, compute: Compute, images: int = 4) -> StepTime:
-    """Time one step of a throwaway network on a batch of noise, after one to warm up."""
-    network.to(compute.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.Adam(network.parameters())
-    batch = torch.randn(images, 3, image_size, image_size, device=compute.device)
-    batch = batch.to(memory_format=torch.channels_last)
-    times: list[float] = []
-    for _ in range(2):
-        clock = [_now_s(compute)]
-        with compute.autocast():
-            with torch.no_grad():
-                network(batch)
-            clock.append(_now_s(compute))
-            network(batch).logits.mean().backward()
-        optimiser.step()
-        clock.append(_now_s(compute))
-        times = [(clock[2] - clock[1]) / images, (clock[1] - clock[0]) / images]
-    return StepTime(*times)
-
-
-def _now_s(compute: Compute) -> float:
-    if compute.device.type == "cuda":
-        torch.cuda.synchronize(compute.device)
-    return time.perf_counter()
 
 
 def keep_freed_memory() -> None:

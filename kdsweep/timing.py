@@ -1,0 +1,44 @@
+"""How long a training step takes here: the base of the estimate that a sweep starts with."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from kdsweep.models import UNet
+from kdsweep.train import Compute
+
+
+class StepTime(NamedTuple):
+    """Seconds per image of a training step (forward, backward, Adam) and of a forward alone."""
+
+    train: float
+    forward: float
+
+
+def time_step_s(network: UNet, *, image_size: int, compute: Compute, images: int = 4) -> StepTime:
+    """Time one step of a throwaway network on a batch of noise, after one to warm up."""
+    network.to(compute.device).to(memory_format=torch.channels_last)
+    optimiser = torch.optim.Adam(network.parameters())
+    batch = torch.randn(images, 3, image_size, image_size, device=compute.device)
+    batch = batch.to(memory_format=torch.channels_last)
+    times: list[float] = []
+    for _ in range(2):
+        clock = [_now_s(compute)]
+        with compute.autocast():
+            with torch.no_grad():
+                network(batch)
+            clock.append(_now_s(compute))
+            network(batch).logits.mean().backward()
+        optimiser.step()
+        clock.append(_now_s(compute))
+        times = [(clock[2] - clock[1]) / images, (clock[1] - clock[0]) / images]
+    return StepTime(*times)
+
+
+def _now_s(compute: Compute) -> float:
+    if compute.device.type == "cuda":
+        torch.cuda.synchronize(compute.device)
+    return time.perf_counter()
