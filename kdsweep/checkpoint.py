@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
@@ -70,6 +71,21 @@ def load_network(file: Path, network: nn.Module) -> None:
     """Read what ``save_network`` wrote into a network of the same architecture."""
     weights: dict[str, Tensor] = parse_safetensors(file.read_bytes())
     network.load_state_dict(weights)
+
+
+def save_predictions(file: Path, predictions: np.ndarray, *, ids: list[str]) -> None:
+    """Predicted masks (N, H, W) bool, eight pixels a byte, with the ids of their images."""
+    shape = np.array(predictions.shape)
+    with _appearing(file) as stream:
+        np.savez_compressed(stream, bits=np.packbits(predictions), shape=shape, ids=np.array(ids))
+
+
+def load_predictions(file: Path) -> dict[str, np.ndarray]:
+    """What ``save_predictions`` wrote: the predicted mask (H, W) bool of each image id."""
+    with np.load(file, allow_pickle=False) as stored:
+        shape = tuple(stored["shape"])
+        masks = np.unpackbits(stored["bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
+        return dict(zip(stored["ids"].tolist(), masks, strict=True))
 
 
 def read_finished(folder: Path) -> dict[str, Any] | None:

@@ -309,7 +309,8 @@ def _existing(root: str | Path) -> Path:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    """Image files in a folder; hidden ones are what a Mac leaves beside them (``._000001.png``)."""
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
 
 
 def _find_folder(root: Path, name: str, *, hint: str) -> Path:
@@ -336,5 +337,7 @@ def _udiat_labels(root: Path) -> dict[str, str]:
     import pandas as pd
 
     table = pd.read_excel(sheets[0], dtype=str)
+    if not {"Image", "Type"} <= set(table.columns):
+        raise InputError(f"{sheets[0]}: labels need the columns Image and Type, found {', '.join(map(str, table))}")
     names = table["Image"].str.strip().str.zfill(6)  # spreadsheets turn 000001 into 1
     return dict(zip(names, table["Type"].str.strip().str.lower(), strict=True))

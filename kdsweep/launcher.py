@@ -13,6 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from kdsweep.errors import InputError
+from kdsweep.progress import duration
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -120,10 +121,3 @@ def estimate_s(*, cells: list[DictConfig], teachers: list[DictConfig]) -> float:
     images = len(build.split_ids(job)["train"])
     total = sum(job.train.epochs * step_s["taught" if job.path.kd_path is not None else "student"] for job in cells)
     return images * (total + sum(job.train.epochs * step_s["teacher"] for job in teachers))
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, such as ``40 s``, ``12 min`` or ``3.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

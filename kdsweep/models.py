@@ -43,8 +43,8 @@ class TrimmedMobileNetV3Small(nn.Module, EncoderMixin):
 
     The paper's Student has a "modified MobileNetV3-small-100" encoder and 0.82 M parameters in all; the stock U-Net
     has 3.6 M, of which most sit in the stride-32 stage and the decoder it asks for. Every kept tensor has timm's name
-    and shape, so ImageNet weights load. timm's plain variant is taken because it pads symmetrically: its 7 x 7 cells lie
-    over the ResNeXt Teacher's, those of the ``tf_`` variant lie almost one cell beside them.
+    and shape, so ImageNet weights load. timm's plain variant is taken because it pads symmetrically: its 7 x 7 cells
+    lie over the ResNeXt Teacher's, those of the ``tf_`` variant lie almost one cell beside them.
     """
 
     removed_prefixes = ("blocks.4.2.", "blocks.5.")
@@ -183,7 +183,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # safetensors has an error class of its own
         raise InputError(f"weights={file}: not a weights file ({error})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"weights={file}: holds no state dict of tensors by name")
     return state
 

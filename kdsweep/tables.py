@@ -11,16 +11,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap, ttest_rel, wilcoxon
 
 from kdsweep.errors import InputError
+from kdsweep.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, TESTS, holm, mean_interval, own_teachers, p_value, pair
 
 if TYPE_CHECKING:
     from kdsweep.tracking import Sweep
 
-NAN = float("nan")
 DASH = "\N{EN DASH}"
 
 # Table 4 of the paper: DSC mean and standard deviation (%), p against Teacher, p against Student.
@@ -45,10 +43,17 @@ CELLS = tuple(notation for notation in PAPER if notation not in BASELINES)
 REPRESENTATIONS = {"L": "Logits", "H": "Hidden", "HReg": "Hidden-Regressor"}
 LOSSES = {"MSE": "mean squared error", "KLD": "Kullback-Leibler divergence"}
 PAPER_COLUMNS = ["paper_mean_dice_percent", "paper_std_dice_percent", "paper_p_teacher", "paper_p_student"]
-TESTS = {"ttest": ttest_rel, "wilcoxon": wilcoxon}
-TEST_NAMES = {"ttest": "paired two-sided t-test", "wilcoxon": "two-sided Wilcoxon signed-rank test"}
-RESAMPLES = 9999
-PLACE = ["split", "seed"]
+# Params in which the runs of a sweep may differ, each name with all below it: the factors of the grid, and what decides
+# no result (weights stands in student.weights and teacher.weights). UNUSED: what a role is given and does not use.
+FACTORS = ("path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
+LOCAL = ("device", "store", "sweep_name", "tracking", "train.workers", "data.root")
+NEUTRAL = (*LOCAL, "data.source.root", "data.source.cache_dir", "weights")
+UNUSED = {
+    "cell": (),
+    "student": ("path", "loss", "teacher_aug", "teacher", "kd"),
+    "teacher": ("path", "loss", "teacher_aug", "student", "kd", "train.lr", "seed"),
+}
+REMEDY = "add sweep_name=NAME to the command whose results belong in one table; finished cells are not run again"
 
 
 # ---- what the sweep holds ------------------------------------------------------------------------------------------
@@ -60,7 +65,7 @@ def placed_runs(sweep: Sweep) -> pd.DataFrame:
     Several seeds of the cells may share one Teacher; it then stands in each of them.
 
     Raises:
-        InputError: the sweep is empty, mixes profiles or data sets, or holds two results for one cell.
+        InputError: the sweep is empty, mixes options that determine results, or holds two results for one cell.
     """
     _refuse_mixing(sweep)
     is_teacher = sweep.runs["role"] == "teacher"
@@ -95,13 +100,34 @@ def _only(runs: pd.DataFrame, key: str) -> list[str]:
 def _refuse_mixing(sweep: Sweep) -> None:
     if sweep.runs.empty:
         raise InputError(f"sweep {sweep.name} has no runs: start with `python -m kdsweep -m +experiment=table4`")
-    for key in ("profile", "data"):
+    for key in ("profile", "data"):  # each stands for many params
         values = [f"{key}={value}" for value in _only(sweep.runs, key)]
         if len(values) > 1:
-            raise InputError(
-                f"sweep {sweep.name} mixes {' and '.join(values)}: "
-                "pass --sweep NAME, or name each run's sweep with sweep_name=..."
-            )
+            raise InputError(f"sweep {sweep.name} mixes {' and '.join(values)}: {REMEDY}")
+    mixed = _mixed_params(sweep.runs)
+    if mixed:
+        raise InputError(f"sweep {sweep.name} mixes {', '.join(mixed[:3])}: {REMEDY}")
+
+
+def _mixed_params(runs: pd.DataFrame) -> list[str]:
+    """The params that should have one value and do not, such as ``KEY=1 (L_MSE split 0) and KEY=2 (Student split 0)``.
+
+    Not those of Teachers: theirs are the params of whichever cell first trained them.
+    """
+    known = runs[(runs["role"] != "teacher") & runs["params"].map(bool)]  # no params: the run never started
+    known = known.sort_values(["role", "notation", *PLACE, "fingerprint"])
+    mixed = []
+    for key in sorted({key for params in known["params"] for key in params if not _under(key, FACTORS + NEUTRAL)}):
+        users = known[[not _under(key, UNUSED[role]) for role in known["role"]]]
+        first = users.assign(value=[params.get(key, "unset") for params in users["params"]]).drop_duplicates("value")
+        if len(first) > 1:
+            shown = zip(first["value"], first["notation"], first["split"], strict=True)
+            mixed.append(" and ".join([f"{key}={value} ({name} split {split})" for value, name, split in shown][:2]))
+    return mixed
+
+
+def _under(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
@@ -110,11 +136,12 @@ def _refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
         if same["fingerprint"].nunique() > 1:
             one, other = same["params"].iloc[0], same["params"].iloc[1]
             keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+            keys = [key for key in keys if not _under(key, NEUTRAL + UNUSED[same["role"].iloc[0]])]
             shown = ", ".join(f"{key}={one.get(key, 'unset')} and {other.get(key, 'unset')}" for key in keys[:3])
             shown = shown or "equal options, so the code, the data or a weights file changed"
             raise InputError(
                 f"sweep {sweep} has two different finished runs of {notation} split {split} seed {seed} "
-                f"({shown}): name sweeps apart with sweep_name=..."
+                f"({shown}): {REMEDY}"
             )
 
 
@@ -145,76 +172,6 @@ def cell_notations(sweep: Sweep) -> list[str]:
     """The paper's 12 in its order, then the cells of a user's own path or loss."""
     cells = set(sweep.runs.loc[sweep.runs["role"] == "cell", "notation"])
     return [*CELLS, *sorted(cells.difference(CELLS))]
-
-
-# ---- statistics ----------------------------------------------------------------------------------------------------
-
-
-def own_teachers(*, ours: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
-    """Scores of the Teachers that these cells learnt from."""
-    links = ours[["teacher", *PLACE]].drop_duplicates().rename(columns={"teacher": "fingerprint"})
-    return scored.drop(columns="teacher").merge(links)
-
-
-def pair(*, ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
-    """The two Dice scores of each (split, seed, image), columns dice_ours and dice_baseline (fractions).
-
-    Empty where the baseline has no scores in a split and seed of ours: a gap, never fewer pairs.
-
-    Raises:
-        InputError: both were scored, but on different images.
-    """
-    asked, there = (set(zip(frame["split"], frame["seed"], strict=True)) for frame in (ours, baseline))
-    both = ours.merge(baseline, on=[*PLACE, "image"], how="outer", suffixes=("_ours", "_baseline"), indicator=True)
-    if not asked or not asked <= there:
-        return both.iloc[:0]
-    alone = both[both["_merge"] != "both"]
-    if not alone.empty:
-        names = f"{ours['notation'].iloc[0]} and {baseline['notation'].iloc[0]}"
-        split, seed, image = alone.iloc[0][[*PLACE, "image"]]
-        raise InputError(
-            f"{names} were scored on different images: {len(alone)} without a partner, "
-            f"the first is {image} of split {split} seed {seed}; run both on the same data"
-        )
-    return both.sort_values([*PLACE, "image"], ignore_index=True)
-
-
-def p_value(pairs: pd.DataFrame, *, test: str) -> float:
-    """Two-sided p of a paired test: equal means (ttest) or differences symmetric about 0 (wilcoxon).
-
-    NaN for fewer than 2 pairs, and for a t-test whose differences are all equal but not 0: no spread, no t.
-    """
-    ours, baseline = pairs["dice_ours"].to_numpy(), pairs["dice_baseline"].to_numpy()
-    if len(pairs) < 2:
-        return NAN
-    if np.allclose(ours, baseline, rtol=0, atol=1e-12):
-        return 1.0
-    if test == "ttest" and np.ptp(ours - baseline) < 1e-12:
-        return NAN
-    return float(TESTS[test](ours, baseline).pvalue)
-
-
-def holm(p_values: pd.Series) -> pd.Series:
-    """Step-down adjusted p-values of one family; NaN stays NaN and does not count in the family.
-
-    With p_(1) <= ... <= p_(m): adjusted p_(i) = min(1, max over j <= i of (m - j + 1) p_(j)).
-    Source: Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6, 1979.
-    """
-    ordered = p_values.dropna().sort_values()
-    factors = np.arange(len(ordered), 0, -1)
-    return (ordered * factors).cummax().clip(upper=1.0).reindex(p_values.index)
-
-
-def mean_interval(differences: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval (BCa, seeded) of the mean of n paired differences, in their unit; NaN for n < 2."""
-    if len(differences) < 2:
-        return NAN, NAN
-    if np.ptp(differences) < 1e-12:  # BCa divides by the spread
-        return float(differences[0]), float(differences[0])
-    # random_state, the older name of rng: SciPy before 1.15 knows no other
-    rng = np.random.default_rng(0)
-    interval = bootstrap((differences,), np.mean, n_resamples=RESAMPLES, random_state=rng).confidence_interval
-    return float(interval.low), float(interval.high)
 
 
 # ---- the tables ----------------------------------------------------------------------------------------------------

@@ -226,6 +226,11 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
     }
 
 
+def artifact(*, store: Path, uri: str | None, run_id: str, name: str) -> Path:
+    """Local path of a file that a run recorded."""
+    return Path(MlflowClient(tracking_uri=store_uri(store, uri)).download_artifacts(run_id, name))
+
+
 def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
     """Read a sweep of a store that must be there already; see ``Tracker.read_sweep``.
 

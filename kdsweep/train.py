@@ -16,16 +16,17 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from kdsweep import checkpoint, metrics
 from kdsweep.learner import Learner
 from kdsweep.loaders import EvalPart, Feed
 from kdsweep.models import Outputs, UNet
+from kdsweep.progress import Progress
 from kdsweep.views import normalise
 
 log = logging.getLogger(__name__)
+
+PREDICTIONS = "test_predictions.npz"
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,7 @@ def fit(learners: list[Learner], *, teachers: Mapping[str, UNet], feed: Feed, co
     lessons = [staff.teach(learners, views) for views, _ in _eval_batches(feed.validation, compute)]
     most = max(learner.epochs for learner in learners)
     label = learners[0].title if len(learners) == 1 else f"{len(learners)} learners"
-    # Progress belongs on a terminal; a log file gets the lines of the epochs that count.
-    with (
-        tqdm(total=most, desc=label, unit="epoch", disable=not sys.stderr.isatty(), leave=False) as bar,
-        logging_redirect_tqdm(),
-    ):
+    with Progress(label, epochs=most) as progress:
         for epoch in range(most):
             active = [learner for learner in learners if not learner.stopped]
             if not active:
@@ -138,8 +135,7 @@ def fit(learners: list[Learner], *, teachers: Mapping[str, UNet], feed: Feed, co
             values = _train_epoch(active, epoch, staff=staff, feed=feed, compute=compute)
             for learner in active:
                 learner.end_epoch(values[id(learner)] | _validate(learner, lessons, feed=feed, compute=compute))
-            bar.update()
-            bar.set_postfix(val_dice=f"{max(learner.history[-1]['val/dice'] for learner in active):.3f}")
+            progress.update(max(learner.history[-1]["val/dice"] for learner in active))
 
 
 def _train_epoch(
@@ -211,15 +207,16 @@ def _with_ratio(values: dict[str, float]) -> dict[str, float]:
     return {**values, "train/kd_to_supervised": values["train/kd"] / max(values["train/supervised"], 1e-12)}
 
 
-def score(network: UNet, part: EvalPart, *, compute: Compute) -> pd.DataFrame:
-    """One row per image: image, label, dice, iou, precision, sensitivity, hd95_px (see metrics.py)."""
+def predict(network: UNet, part: EvalPart, *, compute: Compute) -> Tensor:
+    """Predictions (N, 1, H, W) bool of whole images on the CPU: probability above 0.5."""
     network.eval()
-    rows = []
-    for views, mask in _eval_batches(part, compute):
-        with torch.no_grad(), compute.autocast():
-            logits = network(views["strong"]).logits
-        rows.append(pd.DataFrame(metrics.per_image(prediction=logits > 0, mask=mask)))
-    table = pd.concat(rows, ignore_index=True)
+    with torch.no_grad(), compute.autocast():
+        return torch.cat([(network(views["strong"]).logits > 0).cpu() for views, _ in _eval_batches(part, compute)])
+
+
+def score(predictions: Tensor, part: EvalPart) -> pd.DataFrame:
+    """One row per image: image, label, dice, iou, precision, sensitivity, hd95_px (see metrics.py)."""
+    table = pd.DataFrame(metrics.per_image(prediction=predictions, mask=part.masks))
     table.insert(0, "image", part.ids)
     table.insert(1, "label", part.labels)
     return table
@@ -232,16 +229,19 @@ def conclude(learner: Learner, *, feed: Feed, compute: Compute) -> dict[str, flo
         The final values, ``test/dice`` among them.
     """
     learner.restore_best()
-    table = score(learner.network, feed.test, compute=compute)
+    predictions = predict(learner.network, feed.test, compute=compute)
+    table = score(predictions, feed.test)
     values = {f"test/{name}": float(table[name].mean()) for name in metrics.SCORES}
     values["test/dice_std"] = float(table["dice"].std())
     values |= {"best_epoch": float(learner.best_epoch), "epochs": float(learner.epoch + 1)}
+    folder = learner.folder
     exported = "teacher" if learner.role == "teacher" else "student"
-    checkpoint.save_network(learner.folder / f"{exported}.safetensors", learner.network)
-    checkpoint.write_text(learner.folder / "history.csv", pd.DataFrame(learner.history).to_csv(index=False))
-    checkpoint.write_text(learner.folder / "test_scores.csv", table.to_csv(index=False))
-    learner.run.finish(values, [learner.folder / "test_scores.csv", learner.folder / "split.json"])
-    checkpoint.write_json(learner.folder / checkpoint.FINISHED, {"run_id": learner.run.run_id, **values})
+    checkpoint.save_network(folder / f"{exported}.safetensors", learner.network)
+    checkpoint.write_text(folder / "history.csv", pd.DataFrame(learner.history).to_csv(index=False))
+    checkpoint.save_predictions(folder / PREDICTIONS, predictions[:, 0].numpy(), ids=feed.test.ids)
+    checkpoint.write_text(folder / "test_scores.csv", table.to_csv(index=False))
+    learner.run.finish(values, [folder / name for name in ("test_scores.csv", PREDICTIONS, "split.json")])
+    checkpoint.write_json(folder / checkpoint.FINISHED, {"run_id": learner.run.run_id, **values})
     log.info(
         "%s: test Dice %.4f ± %.4f over %d images (best epoch %d of %d)",
         learner.title,

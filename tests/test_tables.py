@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel, wilcoxon
 
-from kdsweep import tables
+from kdsweep import build, stats, tables
 from kdsweep.errors import InputError
 
 DASH = "\N{EN DASH}"
+REMEDY = "add sweep_name=NAME to the command whose results belong in one table; finished cells are not run again"
 IMAGES = 12
 ALL = (*tables.BASELINES, *tables.CELLS)
 PAPER_DICE = [77.75, 77.52, 78.00, 80.00, 77.50, 77.85, 79.00, 78.50, 78.06, 77.63, 79.00, 79.31]
@@ -90,6 +91,7 @@ def with_status(sweep, notation, split, status):
     if status == "missing":
         unknown = dict.fromkeys(["profile", "data", "weights", "device", "teacher", "run_id"], "")
         runs.loc[chosen, list(unknown)] = list(unknown.values())
+        runs["params"] = [{} if gone else params for gone, params in zip(chosen, runs["params"], strict=True)]
     return replace(sweep, runs=runs, scores=sweep.scores[sweep.scores["fingerprint"] != fingerprint(notation, split)])
 
 
@@ -114,10 +116,6 @@ def row(table, notation):
     return table.set_index("notation").loc[notation]
 
 
-def paired_frame(ours, baseline):
-    return pd.DataFrame({"dice_ours": ours, "dice_baseline": baseline}, dtype=float)
-
-
 @pytest.fixture(scope="module")
 def sweep():
     return sweep_of()
@@ -139,75 +137,6 @@ def test_the_paper_has_twelve_cells_in_its_order():
     assert tables.PAPER["Teacher"][:2] == (81.50, 18.40)
     assert tables.PAPER["Student"][:2] == (73.16, 23.78)
     assert tables.PAPER["Teacher"][3] == tables.PAPER["Student"][2] == 0.0048
-
-
-# ---- statistics ----------------------------------------------------------------------------------------------------
-
-
-def test_holm_by_hand():
-    # 4 x 0.01 = 0.04; 3 x 0.02 = 0.06; 2 x 0.02 = 0.04, held up to 0.06; 0.9
-    adjusted = tables.holm(pd.Series([0.9, 0.02, 0.01, 0.02], index=list("dbac")))
-    assert adjusted.to_dict() == pytest.approx({"d": 0.9, "b": 0.06, "a": 0.04, "c": 0.06})
-
-
-def test_holm_leaves_three_of_the_papers_twelve():
-    adjusted = tables.holm(pd.Series(PAPER_P_STUDENT, index=tables.CELLS))
-    assert set(adjusted[adjusted < 0.05].index) == {"L_KLD_WAug", "HReg_KLD", "L_KLD"}
-    assert adjusted["L_KLD_WAug"] == pytest.approx(12 * 0.0012)
-    assert adjusted["L_KLD"] == pytest.approx(10 * 0.0037)
-    assert adjusted["H_KLD"] == pytest.approx(9 * 0.0067)
-
-
-def test_holm_skips_what_is_not_there_and_never_passes_one():
-    adjusted = tables.holm(pd.Series([np.nan, 0.03, 0.6, 0.7]))
-    assert adjusted.iloc[1:].tolist() == pytest.approx([0.09, 1.0, 1.0])
-    assert np.isnan(adjusted.iloc[0])
-
-
-@pytest.mark.parametrize("test", ["ttest", "wilcoxon"])
-def test_equal_scores_give_p_one_without_a_warning(test):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert tables.p_value(paired_frame([0.5, 0.7, 0.9], [0.5, 0.7, 0.9]), test=test) == 1.0
-
-
-def test_t_test_by_hand():
-    # differences 1, 2, 3: t = 2 sqrt(3); with two degrees of freedom p = 1 - t / sqrt(t^2 + 2)
-    p = tables.p_value(paired_frame([2, 4, 6], [1, 2, 3]), test="ttest")
-    assert p == pytest.approx(1 - np.sqrt(12 / 14))
-
-
-def test_wilcoxon_by_hand():
-    # five differences of one sign: 2 of the 2^5 signings are as extreme
-    p = tables.p_value(paired_frame([1, 2, 3, 4, 5], [0, 0, 0, 0, 0]), test="wilcoxon")
-    assert p == pytest.approx(2 / 32)
-
-
-@pytest.mark.parametrize("pairs", [([], []), ([0.5], [0.4]), ([0.75, 0.5], [0.5, 0.25])])
-def test_no_p_without_two_pairs_or_without_spread(pairs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert np.isnan(tables.p_value(paired_frame(*pairs), test="ttest"))
-
-
-def test_wilcoxon_needs_no_spread():
-    assert tables.p_value(paired_frame([0.75] * 5, [0.5] * 5), test="wilcoxon") == wilcoxon([0.25] * 5).pvalue
-
-
-def test_interval_is_seeded_contains_the_mean_and_narrows_with_n():
-    differences = np.random.default_rng(3).normal(4, 10, 99)
-    low, high = tables.mean_interval(differences)
-    assert (low, high) == tables.mean_interval(differences)
-    assert low < differences.mean() < high
-    half = 1.96 * differences.std(ddof=1) / np.sqrt(99)
-    assert [low, high] == pytest.approx([differences.mean() - half, differences.mean() + half], abs=0.15 * half)
-
-
-def test_interval_without_spread_or_pairs():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert tables.mean_interval(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0)
-        assert np.isnan(tables.mean_interval(np.array([2.0]))).all()
 
 
 # ---- Table 4 -------------------------------------------------------------------------------------------------------
@@ -265,7 +194,7 @@ def test_difference_to_student_and_its_interval(table4):
         got = row(table4, notation)
         difference = 100 * (dice_all(notation) - dice_all("Student"))
         assert got["difference_to_student_points"] == pytest.approx(difference.mean())
-        expected = tables.mean_interval(difference)
+        expected = stats.mean_interval(difference)
         assert [got["difference_low_points"], got["difference_high_points"]] == pytest.approx(list(expected))
         assert got["difference_low_points"] < difference.mean() < got["difference_high_points"]
     assert np.isnan(row(table4, "Student")["difference_low_points"])
@@ -472,14 +401,118 @@ def test_scores_of_a_failed_teacher_are_not_used(sweep):
 def test_mixing_is_refused(sweep, make, key, value, both):
     runs = sweep.runs.copy()
     runs.loc[runs["notation"] == "L_MSE", key] = value
-    expected = f"sweep study mixes {both}: pass --sweep NAME, or name each run's sweep with sweep_name=..."
     with pytest.raises(InputError) as caught:
         make(replace(sweep, runs=runs))
-    assert str(caught.value) == expected
+    assert str(caught.value) == f"sweep study mixes {both}: {REMEDY}"
+
+
+def with_params(sweep, chosen, **changes):
+    """Those runs were made with further or other params; dots of a key are written as two underscores."""
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    params = [old | changes if there else old for old, there in zip(sweep.runs["params"], chosen, strict=True)]
+    return changed(sweep, params=params)
+
+
+def runs_of(sweep, notation, splits=(0, 1, 2)):
+    return (sweep.runs["notation"] == notation) & sweep.runs["split"].isin(splits)
+
+
+@pytest.mark.parametrize("make", [tables.table3, tables.table4])
+def test_a_student_of_other_epochs_is_refused(sweep, make):
+    """The second command changed train.epochs, and both landed in DATA-PROFILE."""
+    student = sweep.runs["role"] == "student"
+    mixed = with_params(with_params(sweep, ~student, train__epochs="12"), student, train__epochs="2")
+    for order in (mixed, replace(mixed, runs=mixed.runs.iloc[::-1])):
+        with pytest.raises(InputError) as caught:
+            make(order)
+        both = "train.epochs=12 (HReg_KLD split 0) and train.epochs=2 (Student split 0)"
+        assert str(caught.value) == f"sweep study mixes {both}: {REMEDY}"
+
+
+def test_one_cell_of_other_options_is_refused_and_three_keys_are_named(sweep):
+    options = {"views__shift": "0.1", "train__lr": "0.5", "precision": "bf16", "image_size": "64"}
+    mixed = with_params(sweep, runs_of(sweep, "H_MSE", [2]), **options)
+    with pytest.raises(InputError) as caught:
+        tables.table4(mixed)
+    message = str(caught.value)
+    assert "image_size=64 (H_MSE split 2)" in message
+    assert "image_size=unset (HReg_KLD split 0)" in message
+    assert "precision=unset (HReg_KLD split 0) and precision=bf16 (H_MSE split 2), train.lr=0.0001" not in message
+    assert "precision=bf16 (H_MSE split 2)" in message
+    assert "train.lr=0.0001 (HReg_KLD split 0)" in message
+    assert "views" not in message
+    assert message.endswith(REMEDY)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["device", "store", "data.root", "data.source.root", "data.source.cache_dir", "train.workers", "sweep_name"]
+    + ["tracking.uri", "weights", "teacher.seed", "path.kd_path.kernel_size", "loss.name", "teacher_aug.train_view"],
+)
+def test_what_determines_no_result_and_the_factors_may_differ(sweep, table4, key):
+    mixed = with_params(
+        with_params(sweep, runs_of(sweep, "Student"), **{key: "a"}), runs_of(sweep, "H_MSE"), **{key: "b"}
+    )
+    pd.testing.assert_frame_equal(tables.table4(mixed), table4)
+
+
+@pytest.mark.parametrize("key", ["data.roots", "path_length", "train.workers_seed", "weights_decay", "teacher_seed"])
+def test_a_key_that_only_begins_like_those_may_not(sweep, key):
+    with pytest.raises(InputError, match=f"mixes {key}=unset .* and {key}=1|mixes {key}=1 .* and {key}=unset"):
+        tables.table3(with_params(sweep, runs_of(sweep, "H_MSE"), **{key: "1"}))
+
+
+def test_a_teacher_option_concerns_the_cells_only(sweep, table4):
+    for role in ("student", "teacher"):
+        other = with_params(sweep, sweep.runs["role"] == role, teacher__encoder="resnet18", kd__weight="0.9")
+        pd.testing.assert_frame_equal(tables.table4(other), table4)
+    cells = with_params(sweep, sweep.runs["role"] == "cell", teacher__encoder="resnet18", kd__weight="0.9")
+    pd.testing.assert_frame_equal(tables.table4(cells), table4)
+    for key, one, other in (("teacher.encoder", "resnet18", "resnet34"), ("kd.weight", "0.9", "0.1")):
+        mixed = with_params(cells, runs_of(cells, "HReg_KLD", [0]), **{key: other})
+        with pytest.raises(InputError) as caught:
+            tables.table4(mixed)
+        both = f"{key}={other} (HReg_KLD split 0) and {key}={one} (HReg_KLD split 1)"
+        assert str(caught.value) == f"sweep study mixes {both}: {REMEDY}"
+
+
+def test_a_run_that_never_started_has_no_options_to_mix(sweep):
+    partial = with_params(sweep, sweep.runs["status"] == "FINISHED", train__epochs="12")
+    assert row(tables.table3(with_status(partial, "L_MSE", 1, "missing")), "L_MSE")["gap"] == "missing: split 1"
+
+
+def test_the_configurations_of_table4_do_not_mix(sweep, table4):
+    """With the params that MLflow really holds; then with those of a command that changes one."""
+    paths = {"L": "L", "H": "H", "HReg": "HR", "Student": "none"}
+
+    def params(notation, split, *overrides):
+        path, _, rest = notation.removesuffix("_WAug").partition("_")
+        view = "weak" if notation.endswith("_WAug") else "strong"
+        factors = [f"path={paths[path]}", f"loss={rest.lower() or 'kld'}", f"teacher_aug={view}", f"split={split}"]
+        flat = build.params(build.compose(["profile=quick", *factors, *overrides]))
+        return {key: str(value) for key, value in flat.items()}
+
+    runs = sweep.runs[sweep.runs["role"] != "teacher"]
+    real = [params(name, split) for name, split in zip(runs["notation"], runs["split"], strict=True)]
+    teachers = sweep.runs[sweep.runs["role"] == "teacher"].assign(params=[real[0]] * 6)
+    runs = pd.concat([runs.assign(params=real), teachers])
+    pd.testing.assert_frame_equal(tables.table4(replace(sweep, runs=runs)), table4)
+    student = {split: params("Student", split, "train.epochs=2", "teacher=resnet34") for split in (0, 1, 2)}
+    is_student = runs["role"] == "student"
+    other = [
+        student[split] if chosen else old
+        for chosen, split, old in zip(is_student, runs["split"], runs["params"], strict=True)
+    ]
+    with pytest.raises(InputError) as caught:
+        tables.table4(replace(sweep, runs=runs.assign(params=other)))
+    both = "train.epochs=12 (HReg_KLD split 0) and train.epochs=2 (Student split 0)"
+    assert str(caught.value) == f"sweep study mixes {both}: {REMEDY}"
 
 
 def rival(sweep, status):
-    params = {"train.lr": "0.01", "split": "1", "kd.weight": "0.7", "kd.align": "none", "zoom": "2"}
+    same = {"train.lr": "0.0001", "split": "1", "device": "cpu"}
+    params = same | {"loss.name": "kld2", "path.zoom": "2", "teacher.seed": "7", "teacher_aug.train_view": "strong"}
     extra = run_row("L_KLD", 1, fingerprint="zz", params=params, status=status)
     runs = pd.concat([sweep.runs, pd.DataFrame([extra])], ignore_index=True)
     scores = score_rows("L_KLD", 1).assign(fingerprint="zz")
@@ -492,16 +525,19 @@ def test_two_different_results_of_one_cell_are_refused(sweep, make):
         make(rival(sweep, "FINISHED"))
     message = str(caught.value)
     assert "L_KLD split 1 seed 0" in message
-    assert "kd.align=unset and none, kd.weight=unset and 0.7, train.lr=0.0001 and 0.01)" in message
-    assert "zoom" not in message
-    assert message.endswith("name sweeps apart with sweep_name=...")
+    assert "(loss.name=unset and kld2, path.zoom=unset and 2, teacher.seed=unset and 7)" in message
+    assert "train_view" not in message
+    assert "device" not in message  # it decides nothing
+    assert message.endswith(f"): {REMEDY}")
 
 
 def test_two_teachers_of_one_place_are_refused(sweep):
     """Half of the cells were computed again after a change of the code, and learnt from a new Teacher."""
     runs = sweep.runs.copy()
     runs.loc[(runs["notation"] == "L_MSE") & (runs["split"] == 0), "teacher"] = "zz"
-    runs = pd.concat([runs, pd.DataFrame([run_row("Teacher", 0, fingerprint="zz")])], ignore_index=True)
+    # its params are those of another cell, which is not why it is another Teacher
+    params = {"train.lr": "0.01", "split": "0", "path.name": "L", "loss.name": "mse", "kd.weight": "0.9", "store": "b"}
+    runs = pd.concat([runs, pd.DataFrame([run_row("Teacher", 0, fingerprint="zz", params=params)])], ignore_index=True)
     with pytest.raises(InputError, match=r"runs of Teacher split 0 seed 0 \(equal options, so the code"):
         tables.table4(replace(sweep, runs=runs))
 

@@ -1,0 +1,59 @@
+"""Progress of a training with its time left: a bar on a terminal, a line a minute in a log file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 60.0
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, such as ``40 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Progress:
+    """Counts epochs; use as a context.
+
+    Args:
+        label: what is in training.
+        epochs: at most so many; early stopping may end it sooner.
+    """
+
+    def __init__(self, label: str, *, epochs: int) -> None:
+        self.label, self.epochs, self.done = label, epochs, 0
+        self.started_s = self.told_s = time.monotonic()
+        self._bar = tqdm(total=epochs, desc=label, unit="epoch", leave=False, disable=not sys.stderr.isatty())
+        self._context = contextlib.ExitStack()
+
+    def __enter__(self) -> Progress:
+        self._context.enter_context(self._bar)
+        if not self._bar.disable:
+            self._context.enter_context(logging_redirect_tqdm())  # else a log line would cut the bar in two
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._context.__exit__(kind, error, at)
+
+    def update(self, val_dice: float) -> None:
+        """One more epoch is done; val_dice is the best of those in training, a fraction."""
+        self.done += 1
+        self._bar.set_postfix(val_dice=f"{val_dice:.3f}", refresh=False)
+        self._bar.update()
+        now_s = time.monotonic()
+        if self._bar.disable and now_s - self.told_s > LINE_EVERY_S:
+            self.told_s = now_s
+            left_s = (now_s - self.started_s) / self.done * (self.epochs - self.done)
+            line = "%s: epoch %d of %d, validation Dice %.3f, at most %s left"
+            log.info(line, self.label, self.done, self.epochs, val_dice, duration(left_s))

@@ -1,0 +1,38 @@
+"""Fixtures that several test modules share."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SMALL_COUNT = 25  # 16 for training, 4 for validation, 5 for test
+
+
+@pytest.fixture(scope="session")
+def small_busi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """25 synthetic images of 80 to 100 pixels in BUSI's layout: dark noise with one bright ellipse, the lesion."""
+    root = tmp_path_factory.mktemp("small-busi")
+    for number in range(SMALL_COUNT):
+        rng = np.random.default_rng([7, number])
+        label = "malignant" if number % 3 == 0 else "benign"
+        height, width = rng.integers(80, 101, size=2)
+        y, x = np.mgrid[:height, :width]
+        centre_y, centre_x, radius_y, radius_x = rng.uniform([0.4, 0.4, 0.15, 0.15], [0.6, 0.6, 0.3, 0.3])
+        mask = ((y / height - centre_y) / radius_y) ** 2 + ((x / width - centre_x) / radius_x) ** 2 < 1
+        image = (rng.integers(20, 90, size=mask.shape) + 120 * mask).astype(np.uint8)
+        folder = root / label
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{label} ({number + 1}).png")
+        Image.fromarray(mask).save(folder / f"{label} ({number + 1})_mask.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of published breast-ultrasound images, read where it lies."""
+    folder = os.environ.get("KDSWEEP_REAL_DATA")
+    if not folder:
+        pytest.skip("set KDSWEEP_REAL_DATA to the folder that holds busi163 and busi-originals")
+    return Path(folder)
