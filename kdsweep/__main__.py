@@ -91,7 +91,8 @@ def main() -> None:
     try:
         run()
     except KeyboardInterrupt:
-        sys.exit("kdsweep: stopped; the same command goes on with the cells that are not finished")
+        sys.stderr.write("kdsweep: stopped; the same command goes on with the cells that are not finished\n")
+        sys.exit(130)
     except Exception as error:
         if wants_traceback:
             raise

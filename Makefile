@@ -1,0 +1,53 @@
+# Set-up and the main jobs. Needs Python 3.11 or newer (PYTHON=...) and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# Hydra overrides for the jobs below, such as ARGS="data=busi data.root=/path/to/BUSI profile=quick"
+ARGS ?=
+STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types table3 table4 ui clean
+
+help: ## Show this list
+	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'ARGS="..." passes Hydra overrides to demo, table3 and table4'
+
+setup: $(READY) ## Make .venv with everything that runs and tests need (about 6 GB)
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("kdsweep needs Python 3.11 or newer, PYTHON=%s is %s" % (sys.executable, sys.version.split()[0])) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick, then Tables 3 and 4
+	$(PY) -m kdsweep path=none profile=quick $(ARGS)
+	$(PY) -m kdsweep -m +experiment=table3 profile=quick $(ARGS)
+	@$(PY) -m kdsweep.tables table3 --store $(STORE)
+	@$(PY) -m kdsweep.tables table4 --store $(STORE)
+
+test: setup ## Run the tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+
+lint: setup ## Check style and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: setup ## Check types
+	$(PY) -m mypy
+
+table3: setup ## Run the 12 cells of one split (finished ones are not run again) and print Table 3
+	@$(PY) -m kdsweep -m +experiment=table3 $(ARGS); code=$$?; $(PY) -m kdsweep.tables table3 --store $(STORE) && exit $$code
+
+table4: setup ## Run 12 cells and Student on three splits (finished ones are not run again) and print Table 4
+	@$(PY) -m kdsweep -m +experiment=table4 $(ARGS); code=$$?; $(PY) -m kdsweep.tables table4 --store $(STORE) && exit $$code
+
+ui: setup ## Open the MLflow UI on http://127.0.0.1:5000
+	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow ui --host 127.0.0.1 --port 5000 \
+		--backend-store-uri sqlite:///$(abspath $(STORE))/mlflow.db
+
+clean: ## Remove caches and build output (never multirun/)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kdsweep tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,164 @@
+"""The whole grid as its user runs it: one command, then the tables."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kdsweep import checkpoint, tables, tracking
+
+pytestmark = pytest.mark.slow
+
+QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=1"]
+GRID = ["-m", "path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong"]
+
+
+def kdsweep(*arguments: str, cwd: Path, module: str = "kdsweep") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=570, check=False)
+
+
+@pytest.fixture(scope="module")
+def swept(small_busi, tmp_path_factory):
+    """A store after the 12 cells and the Student of one split, with what the command printed."""
+    cwd = tmp_path_factory.mktemp("swept")
+    done = kdsweep(*GRID, *QUICK, f"data.root={small_busi}", cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return cwd, done
+
+
+def test_the_first_line_says_what_will_run(swept):
+    _, done = swept
+    first = done.stdout.splitlines()[0]
+    for part in ("13 cells", "3 repeated jobs", "13 to run", "2 Teachers to train", "25 images", "device", "at most about"):
+        assert part in first
+
+
+def test_every_cell_has_its_folder_with_its_files(swept):
+    cwd, _ = swept
+    folders = sorted((cwd / "multirun" / "cells").iterdir())
+    assert len(folders) == 13
+    for folder in folders:
+        marker = checkpoint.read_finished(folder)
+        assert marker is not None
+        table = pd.read_csv(folder / "test_scores.csv")
+        assert list(table) == ["image", "label", "dice", "iou", "precision", "sensitivity", "hd95_px"]
+        assert marker["test/dice"] == pytest.approx(table["dice"].mean())
+        assert {".hydra", "kdsweep.log", "checkpoint.pt", "student.safetensors"} <= set(os.listdir(folder))
+        parts = json.loads((folder / "split.json").read_text())
+        assert sorted(parts["test"]) == sorted(table["image"])
+    teachers = sorted(folder.name.split("-")[0] for folder in (cwd / "multirun" / "teachers").iterdir())
+    assert teachers == ["Teacher", "Teacher_WAug"]
+
+
+def test_mlflow_holds_one_finished_run_per_cell_with_all_names(swept):
+    cwd, _ = swept
+    sweep = tracking.read_sweep(store=cwd / "multirun", uri=None, name=None)
+    assert sweep.name == "busi-quick"
+    assert len(sweep.runs) == 15
+    assert set(sweep.runs["status"]) == {"FINISHED"}
+    assert sweep.runs["notation"].is_unique
+    client = tracking.MlflowClient(tracking_uri=tracking.store_uri(cwd / "multirun", None))
+    experiment = client.get_experiment_by_name("kdsweep")
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    parents = {run.info.run_id: run for run in runs if run.data.tags["kdsweep.role"] == "sweep"}
+    children = [run for run in runs if run.data.tags["kdsweep.role"] != "sweep"]
+    assert len(parents) == 1
+    assert len(children) == 15
+    for run in children:
+        tags, role = run.data.tags, run.data.tags["kdsweep.role"]
+        assert tags["mlflow.parentRunId"] in parents
+        assert run.info.run_name == f"{tags['kdsweep.notation']}/split0"
+        wanted = {"cell", "notation", "role", "split", "sweep", "profile", "fingerprint"}
+        assert {f"kdsweep.{name}" for name in wanted} | {"mlflow.source.git.commit"} <= tags.keys()
+        names = {"train/loss", "train/supervised", "val/loss", "val/dice"} | ({"train/kd"} if role == "cell" else set())
+        final = {"dice", "dice_std", "iou", "precision", "sensitivity", "hd95_px"}
+        assert names | {f"test/{name}" for name in final} <= run.data.metrics.keys()
+        assert run.data.params["train.epochs"] == "1"
+        artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+        assert {"test_scores.csv", "split.json", "test_predictions.npz"} <= artifacts
+
+
+def test_scores_in_mlflow_equal_those_in_the_folders(swept):
+    cwd, _ = swept
+    sweep = tracking.read_sweep(store=cwd / "multirun", uri=None, name="busi-quick")
+    means = sweep.scores.groupby("fingerprint")["dice"].mean()
+    for row in sweep.runs.itertuples():
+        parent = "teachers" if row.role == "teacher" else "cells"
+        (folder,) = (cwd / "multirun" / parent).glob(f"{row.notation}-split0-seed0-{row.fingerprint[:10]}")
+        assert means[row.fingerprint] == pytest.approx(pd.read_csv(folder / "test_scores.csv")["dice"].mean())
+
+
+def test_tables_come_out_with_every_row(swept, capsys):
+    cwd, _ = swept
+    store = cwd / "multirun"
+    for which, rows in (("table3", 12), ("table4", 15)):
+        assert tables.main([which, "--store", str(store)]) == 0
+        printed = capsys.readouterr().out
+        assert "not a result" in printed
+        table = pd.read_csv(store / "tables" / f"{which}.csv")
+        assert len(table) == rows
+        assert table["mean_dice_percent"].notna().all()
+        assert (store / "tables" / f"{which}.tex").stat().st_size > 500
+
+
+def test_the_same_command_finds_everything_finished(swept, small_busi):
+    cwd, _ = swept
+    files = sorted(p for p in (cwd / "multirun").rglob("*") if p.name in ("finished.json", "test_scores.csv"))
+    before = [(p, p.read_bytes()) for p in files]
+    again = kdsweep(*GRID, *QUICK, f"data.root={small_busi}", cwd=cwd)
+    assert again.returncode == 0, again.stderr
+    assert "13 cells" in again.stdout.splitlines()[0]
+    assert "0 to run, 13 finished; 0 Teachers" in again.stdout.splitlines()[0]
+    assert again.stdout.count("finished already, run ") == 16
+    assert "at most" not in again.stdout
+    assert before == [(p, p.read_bytes()) for p in files]
+
+
+def test_another_sweep_counts_the_finished_cells_without_running_them(swept, small_busi):
+    cwd, _ = swept
+    again = kdsweep("-m", "path=L,H", "teacher_aug=weak", "sweep_name=second", *QUICK, f"data.root={small_busi}", cwd=cwd)
+    assert "0 to run, 2 finished" in again.stdout.splitlines()[0]
+    sweep = tracking.read_sweep(store=cwd / "multirun", uri=None, name="second")
+    assert sorted(sweep.runs["notation"]) == ["H_KLD_WAug", "L_KLD_WAug", "Teacher_WAug"]
+    assert len(sweep.scores) == 3 * 5
+
+
+def test_a_failing_cell_leaves_the_others_and_says_where_its_traceback_is(small_busi, tmp_path):
+    (tmp_path / "own.py").write_text("def broken(*, student, teacher, valid):\n    raise RuntimeError('my loss broke')\n")
+    overrides = [*QUICK, f"data.root={small_busi}", "teacher_aug=weak", "++loss.hidden._target_=own.broken"]
+    overrides += ["~loss.hidden.temperature", "path=H,L"]
+    done = kdsweep("-m", *overrides, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "kdsweep: error: RuntimeError: my loss broke" in done.stderr
+    assert "failed: " in done.stdout
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    states = dict(zip(sweep.runs["notation"], sweep.runs["status"], strict=True))
+    assert states == {"H_KLD_WAug": "FAILED", "L_KLD_WAug": "FINISHED", "Teacher_WAug": "FINISHED"}
+    (error_file,) = (tmp_path / "multirun" / "cells").glob("*/error.txt")
+    assert "in broken" in error_file.read_text()
+    (printed,) = [kdsweep("table3", cwd=tmp_path, module="kdsweep.tables").stdout]
+    assert "failed: split 0" in printed
+
+
+def test_an_interrupt_closes_the_run_as_killed_and_says_how_to_go_on(small_busi, tmp_path):
+    import signal
+    import time
+
+    command = [sys.executable, "-m", "kdsweep", "path=none", *QUICK, "train.epochs=500", f"data.root={small_busi}"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("multirun/cells/*/checkpoint.pt")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command" in errors
+    assert "Traceback" not in errors
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    assert sweep.runs["status"].tolist() == ["KILLED"]

@@ -1,0 +1,274 @@
+"""The loop: a group equals its members alone, Teachers stay frozen, early stopping and divergence."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from kdsweep import build, checkpoint, data, models, train
+from kdsweep.errors import InputError
+from kdsweep.learner import DivergedError
+from kdsweep.loaders import Feed
+
+QUICK = ["profile=quick", "data=busi", "train.batch_size=6", "train.epochs=2", "device=cpu"]
+
+
+class Record:
+    """Stands in for an MLflow run."""
+
+    def __init__(self):
+        self.run_id, self.epochs, self.final, self.files, self.status = "record", [], None, [], "RUNNING"
+
+    def log_epoch(self, values, epoch):
+        self.epochs.append((epoch, values))
+
+    def finish(self, values, files):
+        self.final, self.files, self.status = values, files, "FINISHED"
+
+    def abort(self, *, status):
+        self.status = status
+
+
+@pytest.fixture
+def compose(small_busi, tmp_path):
+    def make(*overrides):
+        return build.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path}", *overrides])
+
+    return make
+
+
+def teachers_of(*configs):
+    """Untrained but frozen Teachers by fingerprint; distillation does not care how good they are."""
+    taught = [cfg for cfg in configs if cfg.path.kd_path is not None]
+    return {
+        build.teacher_cell(cfg).fingerprint: models.freeze(build.teacher_network(cfg).to(memory_format=torch.channels_last))
+        for cfg in taught
+    }
+
+
+def make_learner(cfg, folder):
+    learner = build.learner(cfg, build.cell(cfg), Record())
+    learner.folder = folder
+    return learner
+
+
+def feed_of(cfg):
+    return build.feed(cfg, seed=cfg.seed)
+
+
+def state_of(learner):
+    return {f"{k}.{n}": v for k, module in learner.modules().items() for n, v in module.state_dict().items()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+CPU = train.Compute(device=torch.device("cpu"), precision="fp32")
+
+
+def test_a_group_of_three_equals_three_solo_runs_bit_for_bit(compose, tmp_path):
+    configs = [
+        compose("path=HR", "loss=kld", "teacher_aug=weak"),
+        compose("path=L", "loss=mse", "teacher_aug=strong", "train.lr=3e-4"),
+        compose("path=none"),
+    ]
+    group = [make_learner(cfg, tmp_path / f"group{i}") for i, cfg in enumerate(configs)]
+    torch.manual_seed(123)  # what else has drawn random numbers must not matter
+    train.run(group, teachers=teachers_of(*configs), feed=feed_of(configs[0]), compute=CPU)
+    for i, cfg in enumerate(configs):
+        alone = make_learner(cfg, tmp_path / f"alone{i}")
+        train.run([alone], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+        assert_same(state_of(alone), state_of(group[i]))
+        assert alone.history == group[i].history
+        ours, theirs = (tmp_path / f"{kind}{i}" / "test_scores.csv" for kind in ("group", "alone"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    finals = [learner.run.final["test/dice"] for learner in group]
+    assert len({round(value, 12) for value in finals}) == 3  # three different trainings, not one thrice
+
+
+def test_the_order_of_a_group_makes_no_difference(compose, tmp_path):
+    configs = [compose("path=H", "loss=mse", "teacher_aug=weak"), compose("path=L", "loss=kld", "teacher_aug=weak")]
+    states = []
+    for order in (configs, configs[::-1]):
+        group = {cfg.path.name: make_learner(cfg, tmp_path / f"{len(states)}{cfg.path.name}") for cfg in order}
+        train.fit(list(group.values()), teachers=teachers_of(*configs), feed=feed_of(configs[0]), compute=CPU)
+        states.append({f"{name}.{k}": v for name, own in group.items() for k, v in state_of(own).items()})
+    assert_same(states[0], states[1])
+
+
+def test_the_teacher_is_left_as_it_was_and_gets_no_gradient(compose, tmp_path):
+    cfg = compose("path=HR", "teacher_aug=strong")
+    staff = teachers_of(cfg)
+    (teacher,) = staff.values()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    train.fit([make_learner(cfg, tmp_path)], teachers=staff, feed=feed_of(cfg), compute=CPU)
+    assert not teacher.training
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert_same(before, teacher.state_dict())  # batch norm statistics among them
+
+
+@pytest.mark.parametrize("spoil", [lambda t: t.train(), lambda t: t.requires_grad_(True)], ids=["train", "grad"])
+def test_a_teacher_that_is_not_frozen_is_refused(compose, spoil):
+    staff = teachers_of(compose("path=L"))
+    spoil(next(iter(staff.values())))
+    with pytest.raises(ValueError, match="not frozen"):
+        train.Staff(staff, CPU)
+
+
+def test_hidden_paths_run_the_teachers_encoder_alone_and_each_view_once(compose, tmp_path):
+    configs = [compose("path=H", "teacher_aug=weak"), compose("path=HR", "teacher_aug=weak")]
+    staff = train.Staff(teachers_of(*configs), CPU)
+    (teacher,) = staff.teachers.values()
+    calls = []
+    teacher.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
+    teacher.decoder.register_forward_hook(lambda *_: calls.append("decoder"))
+    images = {"weak": torch.zeros(2, 3, 64, 64), "strong": torch.ones(2, 3, 64, 64)}
+    learners = [make_learner(cfg, tmp_path) for cfg in configs]
+    (outputs,) = staff.teach(learners, images).values()
+    assert calls == ["encoder"]
+    calls.clear()
+    learners.append(make_learner(compose("path=L", "teacher_aug=weak"), tmp_path))
+    (full,) = staff.teach(learners, images).values()
+    assert calls == ["encoder", "decoder"]
+    assert torch.equal(outputs.hidden, full.hidden)
+
+
+def test_terms_are_weighted_as_equation_one_says_and_their_ratio_is_recorded(compose, tmp_path):
+    cfg = compose("path=L", "loss=mse", "kd.weight=0.3", "train.epochs=1")
+    learner = make_learner(cfg, tmp_path)
+    train.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    (values,) = learner.history
+    for part in ("train", "val"):
+        expected = 0.3 * values[f"{part}/kd"] + 0.7 * values[f"{part}/supervised"]
+        assert values[f"{part}/loss"] == pytest.approx(expected, rel=1e-6)
+    assert values["train/kd_to_supervised"] == pytest.approx(values["train/kd"] / values["train/supervised"])
+    assert {"train/loss", "train/kd", "train/supervised", "val/loss", "val/dice"} <= values.keys()
+
+
+def test_the_kd_term_reaches_the_student_and_the_regressor(compose, tmp_path):
+    cfg = compose("path=HR", "loss=mse", "kd.weight=1.0", "train.epochs=1")
+    learner = make_learner(cfg, tmp_path)
+    before = {name: value.clone() for name, value in state_of(learner).items()}
+    train.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    moved = {name for name, value in state_of(learner).items() if not torch.equal(value, before[name])}
+    assert "kd_path.regressor.0.weight" in moved
+    assert "network.encoder.conv_stem.weight" in moved
+    assert "network.segmentation_head.0.weight" not in moved  # with weight 1 nothing supervises the head
+
+
+def test_align_none_compares_the_maps_as_they_are(compose, tmp_path):
+    states = []
+    for align in ("warp", "none"):
+        cfg = compose("path=L", "teacher_aug=weak", f"kd.align={align}", "train.epochs=1")
+        learner = make_learner(cfg, tmp_path / align)
+        train.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+        states.append(learner.history[0]["train/kd"])
+    assert states[0] != states[1]
+
+
+def test_regressor_is_in_the_checkpoint_and_not_in_the_exported_student(compose, tmp_path):
+    cfg = compose("path=HR", "train.epochs=1")
+    learner = make_learner(cfg, tmp_path)
+    train.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    state = checkpoint.load_state(tmp_path / "checkpoint.pt")
+    assert "regressor.0.weight" in state["kd_path"]
+    exported = build.student_network(cfg)
+    checkpoint.load_network(tmp_path / "student.safetensors", exported)
+    assert models.count_parameters(exported) == 820_385
+    assert_same(exported.state_dict(), state["network"])
+
+
+def test_the_best_epoch_is_tested_not_the_last(compose, tmp_path):
+    cfg = compose("path=none", "train.lr=3e-2", "train.epochs=4")  # too high a rate: validation gets worse
+    learner = make_learner(cfg, tmp_path)
+    train.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
+    losses = [epoch["val/loss"] for epoch in learner.history]
+    assert learner.run.final["best_epoch"] == int(np.argmin(losses)) != len(losses) - 1
+    table = pd.read_csv(tmp_path / "test_scores.csv")
+    again = build.student_network(cfg)
+    checkpoint.load_network(tmp_path / "student.safetensors", again)
+    part = feed_of(cfg).test
+    fresh = train.score(train.predict(again, part, compute=CPU), part)
+    assert fresh["dice"].tolist() == pytest.approx(table["dice"].tolist())
+    assert learner.run.final["test/dice"] == pytest.approx(table["dice"].mean())
+    assert learner.run.final["test/dice_std"] == pytest.approx(table["dice"].std(ddof=1))
+    assert learner.run.status == "FINISHED"
+
+
+def test_early_stopping_waits_for_patience_epochs_without_a_better_loss(compose, tmp_path):
+    learner = make_learner(compose("path=none", "train.patience=2", "train.epochs=9"), tmp_path)
+    for epoch, loss in enumerate([0.9, 0.8, 0.85, 0.81]):
+        assert not learner.stopped, epoch
+        learner.end_epoch({"val/loss": loss})
+    assert learner.stopped
+    assert learner.best_epoch == 1
+    assert checkpoint.load_state(tmp_path / "checkpoint.pt")["epoch"] == 1
+
+
+def test_one_stopped_learner_does_not_stop_the_group(compose, tmp_path):
+    short, long = compose("path=none", "train.epochs=1"), compose("path=none", "train.epochs=3")
+    learners = [make_learner(short, tmp_path / "short"), make_learner(long, tmp_path / "long")]
+    train.fit(learners, teachers={}, feed=feed_of(long), compute=CPU)
+    assert [len(learner.history) for learner in learners] == [1, 3]
+    assert learners[0].history[0] == learners[1].history[0]
+
+
+def test_a_loss_that_is_not_finite_ends_the_learner_with_term_and_epoch(compose, tmp_path):
+    cfg = compose("path=L")
+    learner = make_learner(cfg, tmp_path)
+    learner.distillation.loss = lambda **maps: maps["student"].mean() * math.nan
+    with pytest.raises(DivergedError, match=r"L_KLD_WAug split 0 seed 0: train/\w+ is nan in epoch 1"):
+        train.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    assert learner.run.status == "FAILED"
+    assert checkpoint.read_finished(tmp_path) is None
+
+
+def test_bf16_runs_and_stays_close_to_fp32(compose, tmp_path):
+    values = {}
+    for precision in ("fp32", "bf16"):
+        cfg = compose("path=L", "loss=mse", "train.epochs=1", f"precision={precision}")
+        learner = make_learner(cfg, tmp_path / precision)
+        train.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=build.compute(cfg))
+        values[precision] = learner.history[0]["train/supervised"]
+    assert values["bf16"] == pytest.approx(values["fp32"], rel=0.02)
+    assert values["bf16"] != values["fp32"]  # autocast really was on
+
+
+def test_training_learns_a_visible_lesion(compose, tmp_path):
+    cfg = compose("path=none", "train.epochs=25", "train.patience=25", "train.lr=3e-3")
+    learner = make_learner(cfg, tmp_path)
+    (values,) = train.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
+    everything = train.score(torch.ones_like(feed_of(cfg).test.masks, dtype=torch.bool), feed_of(cfg).test)["dice"].mean()
+    assert values["test/dice"] > 1.5 * everything
+
+
+def test_batch_larger_than_the_training_set_is_refused(compose):
+    with pytest.raises(InputError, match=r"train\.batch_size=500 is larger than the training set of \d+ images"):
+        feed_of(compose("train.batch_size=500"))
+
+
+def test_feed_parts_are_disjoint(compose):
+    feed: Feed = feed_of(compose())
+    part = data.split(len(build.images(compose()).ids), index=0)
+    assert feed.train.image_count == len(part.train)
+    assert not set(feed.validation.ids) & set(feed.test.ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cell_trains_on_cuda_close_to_the_cpu(compose, tmp_path, precision):
+    values = {}
+    for device in ("cpu", "cuda"):
+        cfg = compose("path=L", "loss=mse", "train.epochs=1", f"device={device}", f"precision={precision}")
+        learner = make_learner(cfg, tmp_path / device)
+        compute = build.compute(cfg)
+        staff = {name: teacher.to(compute.device) for name, teacher in teachers_of(cfg).items()}
+        train.run([learner], teachers=staff, feed=feed_of(cfg), compute=compute)
+        values[device] = learner.history[0]["train/loss"]
+    assert values["cuda"] == pytest.approx(values["cpu"], rel=0.05)
