@@ -268,6 +268,16 @@ def test_a_missing_root_is_named(tmp_path: Path) -> None:
         assert "no such folder" in message
 
 
+def test_a_root_whose_name_is_a_number_is_a_folder_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the command line, data.root=2024 arrives as a number."""
+    folder_data(tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    assert load(data.Folder(2024)).ids == ["00"]
+    assert "data.root=2025: no such folder" in error_of(data.Folder(2025))
+
+
 @pytest.mark.parametrize(
     ("source", "expected"), [(data.Udiat, "original/"), (data.Busi, "benign/"), (data.Folder, "images/")]
 )

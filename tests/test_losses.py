@@ -229,7 +229,8 @@ def test_images_without_a_valid_position_give_finite_values(loss: Callable[..., 
     valid = everywhere(student)
     valid[0 if images == "one" else slice(None)] = False
     value = loss(student=student, teacher=teacher, valid=valid)
-    slope = gradient(loss, student=student, teacher=teacher, valid=valid)
+    with torch.autograd.set_detect_anomaly(True):  # not a NaN on the way either, which a zero would hide
+        slope = gradient(loss, student=student, teacher=teacher, valid=valid)
     assert torch.isfinite(slope).all()
     assert not slope[0].any()
     assert math.isfinite(value.item())
@@ -345,6 +346,14 @@ def test_a_training_step_moves_the_student_and_leaves_the_teacher(
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     assert not torch.equal(stem, learner.network.encoder.conv_stem.weight)
     assert all(parameter.grad is not None for parameter in kd_path.parameters())
+
+
+def test_a_teachers_outputs_have_no_graph_even_where_its_input_has_one(staff: Staff) -> None:
+    images = {"strong": draw(1, 3, 64, 64, seed=30, spread=1.0).requires_grad_()}
+    for kd_path in (small_path("L"), small_path("H")):
+        distillation = SimpleNamespace(kd_path=kd_path, teacher="Teacher", view="strong")
+        taught = staff.teach([SimpleNamespace(distillation=distillation)], images)  # type: ignore[list-item]
+        assert not kd_path.teacher_map(taught["Teacher", "strong"]).requires_grad
 
 
 def test_a_teacher_that_is_not_frozen_is_refused(staff: Staff) -> None:

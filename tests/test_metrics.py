@@ -2,10 +2,12 @@
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import binary_erosion
 from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_f1_score,
@@ -40,11 +42,19 @@ def pixels(*places: tuple[int, int], size: tuple[int, int] = (40, 30)) -> Tensor
     return mask
 
 
-def second_hd95_px(prediction: Tensor, mask: Tensor) -> float:
-    """By torchmetrics' edges and distances of one image (H, W); percentiles by NumPy."""
+def torchmetrics_hd95_px(prediction: Tensor, mask: Tensor) -> float:
+    """By torchmetrics' edges and distances of one square image (its distances are wrong on others: x and y mixed)."""
     edges = [edge.bool() for edge in mask_edges(prediction, mask)]
     directed = [surface_distance(*pair, spacing=[1, 1]).numpy() for pair in (edges, edges[::-1])]
     return max(float(np.percentile(distances, 95)) for distances in directed)
+
+
+def every_pair_hd95_px(prediction: Tensor, mask: Tensor) -> float:
+    """By the definition: each edge pixel's distance to each of the other set's."""
+    regions = (prediction.numpy(), mask.numpy())
+    edges = [np.argwhere(region & ~binary_erosion(region)) for region in regions]
+    distances = np.linalg.norm(edges[0][:, None] - edges[1][None], axis=2)
+    return max(float(np.percentile(distances.min(axis=axis), 95)) for axis in (0, 1))
 
 
 # ---- a second library ----------------------------------------------------------------------------------------------
@@ -61,10 +71,13 @@ def test_ratios_equal_torchmetrics_image_by_image() -> None:
         assert len(set(expected)) > 6, "the images must differ"
 
 
-def test_hd95_equals_torchmetrics_image_by_image() -> None:
-    prediction, mask = blobs(8, seed=2), blobs(8, seed=3)
+@pytest.mark.parametrize(("second_opinion", "size"), [(torchmetrics_hd95_px, (24, 24)), (every_pair_hd95_px, (24, 32))])
+def test_hd95_equals_a_second_opinion_image_by_image(
+    second_opinion: Callable[[Tensor, Tensor], float], size: tuple[int, int]
+) -> None:
+    prediction, mask = blobs(6, seed=2, size=size), blobs(6, seed=3, size=size)
     assert prediction[..., 0, :].any(), "the frame's edge must be part of the test"
-    expected = [second_hd95_px(p[0], m[0]) for p, m in zip(prediction, mask, strict=True)]
+    expected = [second_opinion(p[0], m[0]) for p, m in zip(prediction, mask, strict=True)]
     assert metrics.hd95_px(prediction=prediction, mask=mask.byte()) == pytest.approx(expected, rel=1e-5)
     assert len(set(expected)) > 4, "the images must differ"
 
@@ -95,14 +108,18 @@ def test_hd95_is_the_larger_direction_at_the_95th_percentile_by_hand() -> None:
     assert metrics.hd95_px(prediction=line, mask=end) == pytest.approx([19])
 
 
-def test_hd95_is_measured_from_the_edge_of_a_region() -> None:
-    disc = torch.zeros(1, 1, 40, 40, dtype=torch.bool)
-    disc[..., 10:21, 10:21] = True
-    larger = torch.zeros_like(disc)
-    larger[..., 8:23, 8:23] = True
-    found = metrics.hd95_px(prediction=disc, mask=larger)
-    assert found == pytest.approx([second_hd95_px(disc[0, 0], larger[0, 0])])
-    assert 2 <= found[0] <= 2 * math.sqrt(2)  # two pixels between the sides, two diagonal ones at the corners
+def square(start: int, stop: int) -> Tensor:
+    region = torch.zeros(1, 1, 40, 40, dtype=torch.bool)
+    region[..., start:stop, start:stop] = True
+    return region
+
+
+def test_hd95_is_measured_between_edges_not_regions() -> None:
+    # The large square's edge has 56 pixels; most are 2 away, its 4 corners sqrt(8), and 4 are more than 5 % of 56.
+    assert metrics.hd95_px(prediction=square(10, 21), mask=square(8, 23)) == pytest.approx([math.sqrt(8)])
+    # A ring against its filled square: the 52 pixels about the hole lie 3 inside the outer edge.
+    ring = square(5, 26) & ~square(9, 22)
+    assert metrics.hd95_px(prediction=ring, mask=square(5, 26)) == pytest.approx([3])
 
 
 # ---- empty sets, as the module's docstring defines them ------------------------------------------------------------

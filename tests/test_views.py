@@ -103,7 +103,7 @@ def test_without_the_strong_transforms_both_views_are_the_same_crop() -> None:
         assert np.array_equal(found.matrix, np.eye(3))
 
 
-def test_the_weak_view_is_a_random_crop_and_the_masks_is_the_same() -> None:
+def test_the_weak_view_is_a_random_crop_of_image_and_mask_alike() -> None:
     image, mask = noise_image(), disc_mask()
     y, x = np.mgrid[: image.shape[0], : image.shape[1]]
     image[..., 0], image[..., 1] = x, y  # each pixel says where it came from
@@ -116,8 +116,8 @@ def test_the_weak_view_is_a_random_crop_and_the_masks_is_the_same() -> None:
         assert np.array_equal(weak.weak_mask, mask[window])
         corners.add((left, top))
     assert len(corners) > 30
-    assert {0, 20} <= {left for left, _ in corners} | {top for _, top in corners} | {0, 20}
-    assert max(left for left, _ in corners) > 12, "crops reach across the image"
+    assert min(left for left, _ in corners) < 5, "crops reach across the image"
+    assert max(left for left, _ in corners) > 15
 
 
 def test_the_crop_does_not_depend_on_the_strong_transforms() -> None:
@@ -138,7 +138,7 @@ def test_the_three_strong_transforms_are_drawn_independently() -> None:
         noisy, dropped = bool(np.any((centre != 128) & (centre != 0))), bool(np.any(centre == 0))
         counts[moved, noisy, dropped] = counts.get((moved, noisy, dropped), 0) + 1
     assert len(counts) == 8
-    assert min(counts.values()) > 20, "300 / 8 = 37.5 each"  # binomial, deviation 5.7
+    assert min(counts.values()) > 20  # 300 / 8 = 37.5 each, deviation 5.7
     assert max(counts.values()) < 57
 
 
@@ -246,18 +246,6 @@ def test_another_corner_convention_would_be_seen(seed: int, grid_corners: bool, 
     warped = F.grid_sample(weak, grid, padding_mode="border", align_corners=sample_corners)
     limit = 1.5 if grid_corners and sample_corners else 5  # both wrong: the translation alone is off, by 1 / SIZE of it
     assert errors(warped, found, interior(valid)).max() > limit
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_corner_coordinates_in_theta_would_be_seen(seed: int) -> None:
-    """``align_corners=True`` throughout, theta included, is a right warp at full size and a wrong one at 7 x 7."""
-    matrix = render(GEOMETRY, seed).matrix
-    to_unit = np.array([[2 / (SIZE - 1), 0, -1], [0, 2 / (SIZE - 1), -1], [0, 0, 1]])
-    theta = torch.from_numpy((to_unit @ np.linalg.inv(matrix) @ np.linalg.inv(to_unit))[:2]).float()[None]
-    ramp, expected, inside = ramp_case(matrix, cells=7)
-    grid = F.affine_grid(theta, [1, 1, 7, 7], align_corners=True)
-    wrong = F.grid_sample(ramp, grid, padding_mode="border", align_corners=True)
-    assert (wrong[0, 0].numpy() - expected)[inside].__abs__().max() > 0.5
 
 
 def ramp_case(matrix: np.ndarray, *, cells: int) -> tuple[Tensor, np.ndarray, np.ndarray]:

@@ -1,0 +1,297 @@
+"""Wrong commands and wrong data, as a user meets them: one line with key, value and remedy, and nothing is trained."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdsweep import build, checkpoint
+from kdsweep.__main__ import one_line
+
+QUICK = ("profile=quick", "path=none", "device=cpu", "train.epochs=1")
+
+
+def busi(root: Path) -> tuple[str, str]:
+    return "data=busi", f"data.root={root}"
+
+
+# --- in this process: everything that is checked before a cell is trained
+
+
+def refusal(*overrides: str) -> str:
+    """The line that a configuration is refused with, by the checks that a job goes through before its training."""
+    with pytest.raises(Exception) as caught:
+        cfg = build.compose(["profile=quick", "device=cpu", *overrides])
+        build.check(cfg)
+        build.cell(cfg)
+        build.check_weights(cfg)
+        build.feed(cfg, seed=0)
+    message = one_line(caught.value)
+    assert "\n" not in message
+    assert not message.startswith(type(caught.value).__name__), "not an error that the user can mend"
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("split=3", "0, 1 or 2"),
+        ("train.epochs=0", "whole number >= 1"),
+        ("train.lr=-1", "number > 0"),
+        ("train.patience=0", "whole number >= 1"),
+        ("train.batch_size=many", "whole number >= 1"),
+        ("kd.weight=1.5", "from 0 to 1"),
+        ("image_size=100", "multiple of 32"),
+        ("device=gpu", "auto, cpu, cuda"),
+        ("device=cpu:1", "auto, cpu, cuda"),
+        ("device=cuda:99", "device=cpu or auto"),
+        ("data.count=3", "whole number >= 4"),
+        ("student.weights=absent.pt", "no such file; use imagenet, none"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_allowed(tmp_path: Path, override: str, expected: str) -> None:
+    message = refusal("data.count=4", f"store={tmp_path}", override)
+    key, _, value = override.partition("=")
+    assert f"{key.removeprefix('student.')}={value}" in message
+    assert expected in message
+
+
+def test_an_unknown_option_is_named_with_the_choices() -> None:
+    message = refusal("loss=foo")
+    assert "loss/foo" in message
+    assert "kld" in message
+    assert "mse" in message
+
+
+@pytest.mark.xfail(strict=True, reason="build.check_weights does not look at networks that start from scratch")
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("student.encoder=resnet19", "encoder=resnet19 is not known"),
+        ("student.hidden_channels=95", "student.hidden_channels=95 is not allowed"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused_before_training(
+    small_busi: Path, override: str, expected: str
+) -> None:
+    assert expected in refusal(*busi(small_busi), override)
+
+
+@pytest.mark.parametrize("name", ["udiat", "busi", "folder"])
+def test_a_data_set_without_its_folder_asks_for_it(name: str) -> None:
+    message = refusal(f"data={name}")
+    assert "data.root is missing" in message
+    assert "data.root=..." in message
+
+
+@pytest.mark.parametrize("name", ["udiat", "busi", "folder"])
+def test_absent_and_empty_folders_are_named(tmp_path: Path, name: str) -> None:
+    assert f"data.root={tmp_path / 'absent'}: no such folder" in refusal(
+        f"data={name}", f"data.root={tmp_path / 'absent'}"
+    )
+    assert f"data.root={tmp_path}" in refusal(f"data={name}", f"data.root={tmp_path}")
+
+
+def test_a_batch_larger_than_the_training_set_is_refused_with_both_numbers(small_busi: Path) -> None:
+    message = refusal(*busi(small_busi), "train.batch_size=17")
+    assert message == "train.batch_size=17 is larger than the training set of 16 images"
+
+
+def test_images_smaller_than_the_crop_are_named(small_busi: Path) -> None:
+    message = refusal(*busi(small_busi), "image_size=96")
+    assert str(small_busi / "benign") in message
+    assert "smaller than image_size=96" in message
+
+
+@pytest.fixture
+def folder_of_eight(tmp_path: Path) -> Path:
+    """Eight good pairs in the plain layout."""
+    root = tmp_path / "mine"
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 255, (80, 80), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
+        Image.fromarray(pixels > 127).save(root / "masks" / f"{number}.png")
+    return root
+
+
+def spoil_nothing(root: Path) -> None:
+    pass
+
+
+def remove_masks(root: Path) -> None:
+    for file in (root / "masks").iterdir():
+        file.unlink()
+    (root / "masks").rmdir()
+
+
+def remove_one_mask(root: Path) -> None:
+    (root / "masks" / "5.png").unlink()
+
+
+def shrink_one_mask(root: Path) -> None:
+    Image.new("1", (79, 80)).save(root / "masks" / "5.png")
+
+
+def cut_one_image(root: Path) -> None:
+    file = root / "images" / "5.png"
+    file.write_bytes(file.read_bytes()[:500])
+
+
+def empty_all_masks(root: Path) -> None:
+    for file in (root / "masks").iterdir():
+        Image.new("L", (80, 80), 1).save(file)  # 0 and 1 instead of 0 and 255 reads as empty
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (remove_masks, ["{root}: no folder masks/"]),
+        (remove_one_mask, ["1 of 8 images", "{root}/images/5.png has no mask"]),
+        (shrink_one_mask, ["1 of 8 images", "{root}/masks/5.png is 79 x 80 pixels, its image 80 x 80"]),
+        (cut_one_image, ["1 of 8 images", "{root}/images/5.png is not a readable image"]),
+        (empty_all_masks, ["masks are empty", "above 127"]),
+        (spoil_nothing, ["train.batch_size=16 is larger than the training set of 5 images"]),
+    ],
+)
+def test_faulty_files_are_named(folder_of_eight: Path, spoil: Callable[[Path], None], expected: list[str]) -> None:
+    spoil(folder_of_eight)
+    message = refusal("data=folder", f"data.root={folder_of_eight}")
+    for text in expected:
+        assert text.format(root=folder_of_eight) in message
+
+
+@pytest.fixture(scope="module")
+def resnet_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the quick profile's Teacher, a ResNet18 U-Net."""
+    file = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
+    checkpoint.save_network(file, build.teacher_network(build.compose(["profile=quick"])))
+    return file
+
+
+def test_weights_of_another_network_are_refused(small_busi: Path, resnet_weights: Path) -> None:
+    message = refusal(*busi(small_busi), f"student.weights={resnet_weights}")
+    assert str(resnet_weights) in message
+    assert "belongs to another network" in message
+    assert "weights=none" in message
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_that_holds_no_weights_is_refused(small_busi: Path, tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"notes{suffix}"
+    file.write_text("these are not weights")
+    assert f"weights={file}: not" in refusal(*busi(small_busi), f"student.weights={file}")
+
+
+# --- as its user starts it
+
+
+class Outcome:
+    """What a command left: exit code, all that it printed, the store."""
+
+    def __init__(self, *overrides: str, cwd: Path, sweep: bool = False, **environment: str) -> None:
+        self.store = cwd / "store"
+        command = [sys.executable, "-m", "kdsweep", *(["-m"] if sweep else []), f"store={self.store}", *overrides]
+        inherited = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+        done = subprocess.run(
+            command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, check=False, timeout=300
+        )
+        self.code, self.output = done.returncode, done.stdout + done.stderr
+
+    def refusal(self) -> str:
+        """The one error line of a command that failed before it trained anything."""
+        assert self.code not in (0, None), self.output
+        assert "Traceback" not in self.output, self.output
+        lines = [line for line in self.output.splitlines() if line.startswith("kdsweep: error: ")]
+        assert len(lines) == 1, self.output
+        assert not list(self.store.rglob("finished.json"))
+        assert not list(self.store.rglob("checkpoint.pt"))
+        return lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("loss=foo", "Could not find 'loss/foo' Available options in 'loss': kld mse"),
+        ("train.epoch=3", "train.epoch is not a key of the configuration; train has: batch_size, epochs"),
+        ("train.epochs=0", "train.epochs=0 is not allowed: it must be a whole number >= 1"),
+        ("data=busi", "data.root is missing: give it on the command line"),
+    ],
+)
+def test_a_wrong_word_on_the_command_line_ends_in_one_line(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in Outcome(override, cwd=tmp_path).refusal()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    message = Outcome("profile=quick", "device=cuda", cwd=tmp_path).refusal()
+    assert "device=cuda: PyTorch sees 0 CUDA devices; use device=cpu or auto" in message
+
+
+@pytest.mark.slow
+def test_one_bad_value_of_a_sweep_ends_it_before_the_first_job(small_busi: Path, tmp_path: Path) -> None:
+    outcome = Outcome(*QUICK, *busi(small_busi), "train.lr=1e-3,-1", cwd=tmp_path, sweep=True)
+    assert "train.lr=-1 is not allowed: it must be a number > 0" in outcome.refusal()
+    assert not (outcome.store / "cells").exists()
+
+
+@pytest.mark.slow
+def test_one_bad_weights_file_of_a_sweep_ends_it_before_the_first_job(
+    small_busi: Path, resnet_weights: Path, tmp_path: Path
+) -> None:
+    weights = f"student.weights=none,{resnet_weights}"
+    outcome = Outcome(*QUICK, *busi(small_busi), weights, cwd=tmp_path, sweep=True)
+    message = outcome.refusal()
+    assert str(resnet_weights) in message
+    assert "belongs to another network" in message
+    assert not (outcome.store / "cells").exists()
+
+
+@pytest.mark.slow
+def test_faulty_files_end_in_one_line_that_names_them_all(folder_of_eight: Path, tmp_path: Path) -> None:
+    cut_one_image(folder_of_eight)
+    Image.new("1", (79, 80)).save(folder_of_eight / "masks" / "6.png")
+    message = Outcome(*QUICK, "data=folder", f"data.root={folder_of_eight}", cwd=tmp_path).refusal()
+    assert "data=folder: 2 of 8 images" in message
+    assert f"{folder_of_eight}/images/5.png is not a readable image" in message
+    assert f"{folder_of_eight}/masks/6.png is 79 x 80 pixels" in message
+
+
+@pytest.mark.slow
+def test_imagenet_weights_without_a_network_are_refused_with_the_ways_out(small_busi: Path, tmp_path: Path) -> None:
+    outcome = Outcome(
+        *("profile=paper", "image_size=64", "train.batch_size=4", "train.epochs=1", "device=cpu"),
+        *busi(small_busi),
+        cwd=tmp_path,
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path / "empty-cache"),
+    )
+    message = outcome.refusal()
+    assert "weights=imagenet" in message
+    assert "could not be fetched" in message
+    assert "student.weights=FILE" in message
+    assert "weights=none" in message
+
+
+@pytest.mark.slow
+def test_a_bad_command_leaves_finished_results_as_they_are(small_busi: Path, tmp_path: Path) -> None:
+    good = Outcome(*QUICK, *busi(small_busi), cwd=tmp_path)
+    assert good.code == 0, good.output
+    files = sorted(good.store.rglob("finished.json")) + sorted(good.store.rglob("test_scores.csv"))
+    before = {file: file.read_bytes() for file in files if file.parent.parent.name == "cells"}
+    assert {file.name for file in before} == {"finished.json", "test_scores.csv"}
+
+    bad = Outcome(*QUICK, *busi(small_busi), "train.batch_size=17", cwd=tmp_path)
+    assert bad.code != 0
+    assert "kdsweep: error: train.batch_size=17 is larger than the training set of 16 images" in bad.output
+    assert {file: file.read_bytes() for file in before} == before
+    assert len(list(good.store.rglob("finished.json"))) == 1

@@ -1,0 +1,88 @@
+"""conf/ is found however the package is started, and the wheel carries what it needs."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.slow
+
+
+def composed(command: list[str], *, cwd: Path, path: str | None = None) -> tuple[str, str]:
+    """The searched configuration folder and the composed value of image_size."""
+    env = {**os.environ, **({"PYTHONPATH": path} if path else {})}
+    run = {"cwd": cwd, "env": env, "capture_output": True, "text": True, "timeout": 120, "check": True}
+    searched = subprocess.run([*command, "--info", "searchpath"], **run).stdout
+    (line,) = [line for line in searched.splitlines() if "main" in line and "file://" in line]
+    job = subprocess.run([*command, "profile=quick", "--cfg", "job"], **run).stdout
+    (size,) = [line for line in job.splitlines() if line.startswith("image_size")]
+    return line.split("file://")[1].split()[0].rstrip("|"), size
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel built from the checkout, and a folder that it is installed into."""
+    out, site = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(ROOT)], check=True)
+    (file,) = out.glob("kdsweep-*.whl")
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--target", str(site), str(file)], check=True)
+    return file, site
+
+
+def test_from_the_checkout():
+    folder, size = composed([sys.executable, "-m", "kdsweep"], cwd=ROOT)
+    assert Path(folder) == ROOT / "conf"
+    assert size == "image_size: 64"
+
+
+def test_from_another_working_directory(tmp_path):
+    folder, size = composed([sys.executable, "-m", "kdsweep"], cwd=tmp_path)
+    assert Path(folder) == ROOT / "conf"
+    assert size == "image_size: 64"
+
+
+def test_from_an_installed_wheel(wheel, tmp_path):
+    _, site = wheel
+    folder, size = composed([sys.executable, "-m", "kdsweep"], cwd=tmp_path, path=str(site))
+    assert Path(folder) == site / "kdsweep" / "conf"
+    assert size == "image_size: 64"
+
+
+def test_through_the_console_script_of_the_wheel(wheel, tmp_path):
+    _, site = wheel
+    folder, size = composed([str(site / "bin" / "kdsweep")], cwd=tmp_path, path=str(site))
+    assert Path(folder) == site / "kdsweep" / "conf"
+    assert size == "image_size: 64"
+
+
+def test_through_the_console_script_of_the_environment(tmp_path):
+    folder, size = composed([str(Path(sys.executable).with_name("kdsweep"))], cwd=tmp_path)
+    assert Path(folder) == ROOT / "conf"
+    assert size == "image_size: 64"
+
+
+def test_the_wheel_holds_all_configuration_and_no_image(wheel):
+    names = zipfile.ZipFile(wheel[0]).namelist()
+    conf = {f"kdsweep/conf/{file.relative_to(ROOT / 'conf')}" for file in (ROOT / "conf").rglob("*.yaml")}
+    assert conf <= set(names)
+    assert not [name for name in names if name.endswith((".png", ".pt", ".safetensors", ".db"))]
+    assert not [name for name in names if name.startswith("tests/")]
+
+
+def test_models_command_prints_both_networks(tmp_path):
+    command = [sys.executable, "-m", "kdsweep.models"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    for part in ("95,755,409", "820,385", "2048 x 7 x 7", "96 x 7 x 7", "20.47 G"):
+        assert part in done.stdout
+
+
+def test_help_is_quick_because_torch_is_not_imported(tmp_path):
+    code = "import sys, kdsweep.__main__; print(sorted({'torch', 'mlflow', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

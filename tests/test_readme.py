@@ -1,0 +1,72 @@
+"""The README's recipes, run as they are written."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdsweep import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory, small_busi):
+    """A folder with every file of the README, and its images under the clinic's names."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for _, name, body in re.findall(r"```(python|yaml)\n# (\S+)\n(.*?)```", README, flags=re.DOTALL):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(body)
+    (folder / "scans").mkdir()
+    for mask in small_busi.rglob("*_mask.png"):
+        stem = mask.name.removesuffix("_mask.png")
+        shutil.copy(mask, folder / "scans" / f"{stem}.mask.png")
+        shutil.copy(mask.with_name(f"{stem}.png"), folder / "scans" / f"{stem}.png")
+    return folder
+
+
+COMMANDS = [line for line in README.splitlines() if line.startswith("python -m kdsweep --config-dir")]
+
+
+def test_there_is_a_recipe_for_loss_path_and_data_set():
+    assert len(COMMANDS) == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "notation"), [("loss=mae", "L_MAE_WAug"), ("path=AT", "AT_MSE_WAug"), ("data=clinic", "L_KLD_WAug")]
+)
+def test_a_recipe_works_as_written(recipes, small_busi, word, notation):
+    (command,) = [line for line in COMMANDS if word in line]
+    small = ["train.epochs=1", "train.batch_size=8", f"store=store-{notation}"]
+    small += [] if "data=" in command else ["data=busi", f"data.root={small_busi}"]
+    arguments = [sys.executable, *command.split()[1:], *small]
+    done = subprocess.run(arguments, cwd=recipes, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (recipes / f"store-{notation}" / "cells").iterdir()
+    assert folder.name.startswith(f"{notation}-split0-seed0-")
+    assert 0 <= checkpoint.read_finished(folder)["test/dice"] <= 1
+
+
+def test_every_file_that_the_map_names_is_there():
+    names = set(re.findall(r"\b(\w+\.py)\b", README.split("## How it is made")[1].split("## Limits")[0]))
+    own = {file.name for file in (ROOT / "kdsweep").glob("*.py")} | {"test_sweep.py"}
+    assert names == own - {"__init__.py"} | {"__main__.py"}
+
+
+def test_every_configuration_option_named_in_the_tables_exists():
+    for name in ("resnext50", "resnet101", "resnet34", "resnet18"):
+        assert name in README
+        assert (ROOT / "conf" / "teacher" / f"{name}.yaml").is_file()
+
+
+def test_the_tools_print_help_that_names_their_options():
+    for module, option in (("tables", "--sweep"), ("figures", "--models")):
+        command = [sys.executable, "-m", f"kdsweep.{module}", "--help"]
+        assert option in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
