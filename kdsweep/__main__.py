@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import traceback
 from pathlib import Path
@@ -17,8 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kdsweep.errors import InputError
+from kdsweep.launcher import TRACEBACK, one_line
 
-# The title of the paper's table and the answer to "what can I set" must come fast: torch is imported when a job runs.
+# Torch is imported when a job runs: help and errors of the command line must come fast.
 log = logging.getLogger("kdsweep")
 
 ERROR_FILE = "error.txt"
@@ -86,7 +86,7 @@ def run(cfg: DictConfig) -> float:
 def main() -> None:
     """The console script: run, and tell an error in one line (HYDRA_FULL_ERROR=1 shows the traceback)."""
     OmegaConf.register_new_resolver("kdsweep.cell_dir", _cell_dir, replace=True)
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way
     try:
         run()
@@ -106,37 +106,6 @@ def _cell_dir(*, _root_: DictConfig) -> str:
     build.check(_root_)
     cell = build.cell(_root_)
     return str(cell.folder.relative_to(cell.store))
-
-
-def one_line(error: BaseException) -> str:
-    """The message that the user can act on, from an exception and what caused it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, InputError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    text = " ".join(str(error).split())
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{match[1]} is missing: give it on the command line, {match[1]}=..."
-    if match := re.search(r"Could not override '([^']+)'", text):
-        return f"{match[1]} is not a key of the configuration; {_known_keys(match[1])}"
-    if "Available options" in text or type(error).__module__.startswith(("hydra", "omegaconf")):
-        return text
-    return f"{type(error).__name__}: {text}"
-
-
-def _known_keys(key: str) -> str:
-    """What may stand in the place of a wrong key."""
-    from kdsweep import build
-
-    parent, _, _ = key.rpartition(".")
-    try:
-        cfg = build.compose([])
-        node = OmegaConf.select(cfg, parent) if parent else cfg
-        keys = ", ".join(sorted(node)) if node is not None else ""
-    except (InputError, TypeError):
-        keys = ""
-    return f"{parent + ' has' if parent else 'it has'}: {keys}" if keys else "see python -m kdsweep --help"
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ Everything after that (reading, checking, resizing, splitting) is the same for a
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +20,12 @@ import cv2
 import numpy as np
 from PIL import Image
 from sklearn.model_selection import ShuffleSplit
+from tqdm import tqdm
 
 from kdsweep import grid, phantom
 from kdsweep.errors import InputError
+
+log = logging.getLogger(__name__)
 
 SPLIT_SEED = 2025  # of the three random splits; the same for every data set, cell and machine
 TEST_SHARE, VALIDATION_SHARE = 0.20, 0.16  # 33 and 26 of the paper's 163 images
@@ -136,6 +141,7 @@ class Phantoms:
     def _generate(self, root: Path) -> None:
         root.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=root.parent, prefix=".making-"))
+        log.info("making %d phantoms, once: %s", self.count, root)
         for item in phantom.cohort(count=self.count, seed=self.seed):
             folder = scratch / item.label
             folder.mkdir(exist_ok=True)
@@ -198,7 +204,7 @@ def load(source: Source, *, load_size: int, image_size: int) -> Images:
     sha = hashlib.sha256()
     problems: list[str] = []
     arrays: list[list[np.ndarray]] = []
-    for entry in entries:
+    for entry in tqdm(entries, desc="reading images", unit="image", leave=False, disable=not sys.stderr.isatty()):
         for part in (entry.id, entry.label):
             sha.update(part.encode() + b"\0")
         for file in (entry.image_file, *entry.mask_files):
@@ -302,7 +308,7 @@ def check_training_masks(images: Images, part: Split) -> None:
 
 
 def _existing(root: str | Path) -> Path:
-    root = Path(root)
+    root = Path(str(root))  # a folder called 2024 comes as a number
     if not root.is_dir():
         raise InputError(f"data.root={root}: no such folder; give the folder that holds the images")
     return root

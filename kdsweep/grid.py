@@ -128,7 +128,7 @@ def _normal(tree: ast.AST) -> str:
             and isinstance(body[0], ast.Expr)
             and isinstance(body[0].value, ast.Constant)
         ):
-            body[0] = ast.Pass()
+            body[:] = body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
 
@@ -148,8 +148,9 @@ def _reachable(tree: ast.Module, name: str) -> str:
 def _names(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
-    if isinstance(node, ast.Assign):
-        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    if isinstance(node, ast.Assign):  # also A, B = 1, 2
+        parts = [part for target in node.targets for part in ast.walk(target)]
+        return [part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
     if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
         return [node.target.id]
     return []

@@ -52,11 +52,11 @@ class Hidden(KDPath):
 
     def teacher_map(self, outputs: Outputs) -> Tensor:
         """The Teacher's channel mean."""
-        return outputs.hidden.mean(dim=1, keepdim=True)
+        return outputs.hidden.float().mean(dim=1, keepdim=True)
 
     def student_map(self, outputs: Outputs) -> Tensor:
         """The Student's channel mean."""
-        return outputs.hidden.mean(dim=1, keepdim=True)
+        return outputs.hidden.float().mean(dim=1, keepdim=True)
 
 
 class HiddenRegressor(KDPath):

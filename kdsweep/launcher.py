@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import time
+import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from kdsweep.errors import InputError
 from kdsweep.progress import duration
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from kdsweep.grid import Cell
 
 log = logging.getLogger(__name__)
+
+TRACEBACK = "KDSWEEP_TRACEBACK"  # environment: 1 shows the traceback of an error that ends the program
 
 
 class Plan(Callback):
@@ -33,24 +39,12 @@ class Plan(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Compose and check all jobs; a wrong one ends the program before anything is trained."""
-        from kdsweep import build
-
-        try:
-            jobs = compose_jobs(config)
-            for job in jobs:
-                build.check(job)
-            cells = {cell.fingerprint: (cell, job) for job in jobs for cell in [build.cell(job)]}
-            for job in jobs:
-                build.check_weights(job)
-                build.feed(job, seed=job.seed)
-            for sweep in sorted({job.sweep_name for job in jobs}):
-                wanted = [cell for cell, job in cells.values() if job.sweep_name == sweep]
-                build.tracker(jobs[0]).ask(sweep, wanted)
-            log.info("%s", describe(list(cells.values()), jobs_count=len(jobs)))
-        except InputError as error:
-            # Hydra turns a callback's exceptions into warnings and goes on; this one must end the program.
-            raise SystemExit(f"kdsweep: error: {error}") from error
+        jobs = _checked(lambda: announce(compose_jobs(config)))
         self.total, self.started_s = len(jobs), time.monotonic()
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """The same for a single cell."""
+        _checked(lambda: announce([config]))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Say how far the sweep is, how long it still takes, and at its end what failed."""
@@ -66,6 +60,32 @@ class Plan(Callback):
         log.info("%d of %d jobs done in %s", self.done, self.total, duration(time.monotonic() - self.started_s))
         for line in self.failed:
             log.error("failed: %s", line)
+
+
+def _checked(prepare: Callable[[], list[DictConfig]]) -> list[DictConfig]:
+    """Hydra turns a callback's exceptions into warnings and goes on; what the user must mend ends the program here."""
+    try:
+        return prepare()
+    except Exception as error:
+        if os.environ.get(TRACEBACK) == "1":
+            traceback.print_exc()
+        raise SystemExit(f"kdsweep: error: {one_line(error)}") from error
+
+
+def announce(jobs: list[DictConfig]) -> list[DictConfig]:
+    """Check every job, write down what the sweep asks for, and tell the user what will run; gives the jobs back."""
+    from kdsweep import build
+
+    for job in jobs:
+        build.check(job)
+    cells = {cell.fingerprint: (cell, job) for job in jobs for cell in [build.cell(job)]}
+    for job in jobs:
+        build.check_weights(job)
+        build.feed(job, seed=job.seed)
+    for sweep in sorted({job.sweep_name for job in jobs}):
+        build.tracker(jobs[0]).ask(sweep, [cell for cell, job in cells.values() if job.sweep_name == sweep])
+    log.info("%s", describe(list(cells.values()), jobs_count=len(jobs)))
+    return jobs
 
 
 def compose_jobs(config: DictConfig) -> list[DictConfig]:
@@ -121,3 +141,36 @@ def estimate_s(*, cells: list[DictConfig], teachers: list[DictConfig]) -> float:
     images = len(build.split_ids(job)["train"])
     total = sum(job.train.epochs * step_s["taught" if job.path.kd_path is not None else "student"] for job in cells)
     return images * (total + sum(job.train.epochs * step_s["teacher"] for job in teachers))
+
+
+def one_line(error: BaseException) -> str:
+    """The message that the user can act on, from an exception and what caused it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(error).split())
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{match[1]} is missing: give it on the command line, {match[1]}=..."
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return f"{match[1]} is not a key of the configuration; {_known_keys(match[1])}"
+    if match := re.search(r"Could not find '(\S+)/([^/']+)' Available options in '\S+': (.+?)(?: Config search|$)", text):
+        return f"{match[1]}={match[2]} is not an option; {match[1]} has: {', '.join(match[3].split())}"
+    if type(error).__module__.startswith(("hydra", "omegaconf")):
+        return text
+    return f"{type(error).__name__}: {text}"
+
+
+def _known_keys(key: str) -> str:
+    """What may stand in the place of a wrong key."""
+    from kdsweep import build
+
+    parent, _, _ = key.rpartition(".")
+    try:
+        cfg = build.compose([])
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        keys = ", ".join(sorted(node)) if node is not None else ""
+    except (InputError, TypeError):
+        keys = ""
+    return f"{parent + ' has' if parent else 'it has'}: {keys}" if keys else "see python -m kdsweep --help"

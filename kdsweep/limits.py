@@ -21,7 +21,7 @@ def is_whole(value: Any) -> bool:
 
 # key, what is allowed in words, the test
 RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
-    ("seed", "a whole number >= 0", lambda v: is_whole(v) and v >= 0),
+    ("seed", "a whole number from 0 to 4294967295", lambda v: is_whole(v) and 0 <= v < 2**32),
     ("split", "0, 1 or 2", lambda v: is_whole(v) and 0 <= v <= 2),
     ("precision", "fp32 or bf16", lambda v: v in ("fp32", "bf16")),
     ("image_size", "a multiple of 32, at least 64", lambda v: is_whole(v) and v >= 64 and v % 32 == 0),
@@ -31,7 +31,7 @@ RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("train.patience", "a whole number >= 1", lambda v: is_whole(v) and v >= 1),
     ("train.workers", "auto or a whole number >= 0", lambda v: v == "auto" or (is_whole(v) and v >= 0)),
     ("teacher.lr", "a number > 0", lambda v: is_number(v) and v > 0),
-    ("teacher.seed", "a whole number >= 0", lambda v: is_whole(v) and v >= 0),
+    ("teacher.seed", "a whole number from 0 to 4294967295", lambda v: is_whole(v) and 0 <= v < 2**32),
     ("teacher_aug.train_view", "weak or strong", lambda v: v in ("weak", "strong")),
     ("teacher_aug.distill_view", "weak or strong", lambda v: v in ("weak", "strong")),
     ("kd.weight", "a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1),
@@ -43,7 +43,13 @@ RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("views.dropout", "a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1),
     ("views.probability", "a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1),
     ("views.noise_std", "two numbers, 0 <= first <= second <= 1", lambda v: _is_range(v)),
+    ("data.count", "a whole number >= 4", lambda v: v is None or (is_whole(v) and v >= 4)),  # phantoms alone have one
     ("data.load_size", "null or a whole number >= image_size", lambda v: v is None or (is_whole(v) and v >= 64)),
+    ("student.decoder_channels", "five whole numbers >= 1", lambda v: _is_five_widths(v)),
+    ("teacher.decoder_channels", "five whole numbers >= 1", lambda v: _is_five_widths(v)),
+    ("path.kd_path.inner_channels", "a whole number >= 1", lambda v: v is None or (is_whole(v) and v >= 1)),
+    ("path.kd_path.kernel_size", "an odd number >= 1", lambda v: v is None or (is_whole(v) and v >= 1 and v % 2 == 1)),
+    ("store", "the name of a folder", lambda v: isinstance(v, str) and bool(v)),
     ("sweep_name", "a name of letters, digits, blank . _ -", lambda v: isinstance(v, str) and _is_name(v)),
 ]
 
@@ -52,6 +58,10 @@ def _is_range(value: Any) -> bool:
     if not isinstance(value, list) or len(value) != 2 or not all(map(is_number, value)):
         return False
     return 0 <= value[0] <= value[1] <= 1
+
+
+def _is_five_widths(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 5 and all(is_whole(v) and v >= 1 for v in value)
 
 
 def _is_name(value: str) -> bool:
@@ -66,7 +76,8 @@ def check(values: dict[str, Any]) -> None:
     """
     for key, allowed, is_allowed in RULES:
         if not is_allowed(values.get(key)):
-            raise InputError(f"{key}={values.get(key)} is not allowed: it must be {allowed}")
+            shown = " ".join(str(values.get(key)).split())  # one line, whatever was typed
+            raise InputError(f"{key}={shown} is not allowed: it must be {allowed}")
     size = values["data.load_size"]
     if size is not None and size < values["image_size"]:
         raise InputError(f"data.load_size={size} is not allowed: image_size={values['image_size']} is cropped from it")

@@ -205,7 +205,7 @@ def freeze(network: UNet) -> UNet:
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Number of trainable scalars."""
+    """Number of parameters, frozen ones too."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 

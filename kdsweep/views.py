@@ -151,7 +151,7 @@ def warp(maps: Tensor, *, theta: Tensor) -> tuple[Tensor, Tensor]:
         The warped maps (N, C, h, w) by bilinear sampling, and where they are valid: (N, 1, h, w) bool, False where
         a position's centre lies outside the weak frame.
     """
-    with torch.autocast(maps.device.type, enabled=False):  # bf16 coordinates would miss by up to half a pixel
+    with torch.autocast(maps.device.type, enabled=False):  # bf16 coordinates would miss by up to a pixel
         grid = F.affine_grid(theta, [len(maps), 1, *maps.shape[2:]], align_corners=False)
     # "border": the half cell between the outermost centres and the frame's edge has no second neighbour to blend with.
     warped = F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
