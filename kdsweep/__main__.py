@@ -15,6 +15,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from kdsweep import conf_dir
 from kdsweep.errors import InputError
 from kdsweep.launcher import TRACEBACK, one_line
 
@@ -22,12 +23,6 @@ from kdsweep.launcher import TRACEBACK, one_line
 log = logging.getLogger("kdsweep")
 
 ERROR_FILE = "error.txt"
-
-
-def _conf_dir() -> str:
-    package = Path(__file__).resolve().parent
-    installed = package / "conf"  # in a wheel; a checkout has it beside the package
-    return str(installed if installed.is_dir() else package.parent / "conf")
 
 
 def run_cell(cfg: DictConfig) -> float:
@@ -67,7 +62,7 @@ def run_cell(cfg: DictConfig) -> float:
     return values["test/dice"]
 
 
-@hydra.main(config_path=_conf_dir(), config_name="config", version_base="1.3")
+@hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
 def run(cfg: DictConfig) -> float:
     """One Hydra job; an error goes to the job's log in one line, its traceback to error.txt beside it."""
     error_file = Path(HydraConfig.get().runtime.output_dir) / ERROR_FILE

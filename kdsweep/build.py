@@ -14,7 +14,7 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep import data, grid, limits, models, tracking, train
+from kdsweep import conf_dir, data, grid, limits, models, tracking, train
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
 from kdsweep.kd_paths import KDPath
@@ -45,13 +45,6 @@ RESULT_CODE = [
     "kdsweep.views.sampling_theta",
     "kdsweep.views.warp",
 ]
-
-
-def conf_dir() -> Path:
-    """The configuration folder: kdsweep/conf in an installed wheel, conf/ beside the package in a checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
 
 
 def check(cfg: DictConfig) -> None:

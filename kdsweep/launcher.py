@@ -155,7 +155,8 @@ def one_line(error: BaseException) -> str:
         return f"{match[1]} is missing: give it on the command line, {match[1]}=..."
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]} is not a key of the configuration; {_known_keys(match[1])}"
-    if match := re.search(r"Could not find '(\S+)/([^/']+)' Available options in '\S+': (.+?)(?: Config search|$)", text):
+    unknown_option = r"Could not find '(\S+)/([^/']+)' Available options in '\S+': (.+?)(?: Config search|$)"
+    if match := re.search(unknown_option, text):
         return f"{match[1]}={match[2]} is not an option; {match[1]} has: {', '.join(match[3].split())}"
     if type(error).__module__.startswith(("hydra", "omegaconf")):
         return text

@@ -84,6 +84,13 @@ def test_udiat_is_found_at_the_root_and_one_or_two_folders_deeper(tmp_path: Path
         assert np.array_equal(mask, MASK)
 
 
+def test_udiat_folders_are_found_in_any_case(tmp_path: Path) -> None:
+    udiat_data(tmp_path)
+    (tmp_path / "original").rename(tmp_path / "Original")
+    (tmp_path / "GT").rename(tmp_path / "gt")
+    assert load(data.Udiat(tmp_path)).ids == ["000001", "000002", "000010"]
+
+
 def test_udiat_reads_extensions_in_any_case(tmp_path: Path) -> None:
     udiat_data(tmp_path, suffix=".PNG")
     assert load(data.Udiat(tmp_path)).ids == ["000001", "000002", "000010"]

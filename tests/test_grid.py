@@ -1,5 +1,6 @@
 """Names, fingerprints and code digests: equal where results are equal, different where they may differ."""
 
+import ast
 import importlib
 import itertools
 from collections.abc import Callable
@@ -239,3 +240,54 @@ def test_every_name_of_the_result_code_exists_and_is_defined_where_it_says(name:
 
 def test_the_result_code_names_nothing_twice() -> None:
     assert len(set(build.RESULT_CODE)) == len(build.RESULT_CODE)
+
+
+# What the result code uses of other modules without its result depending on it: files, messages, containers, and the
+# phantoms' generator, whose images are in the data's digest.
+NO_RESULT = (
+    *("kdsweep.checkpoint.", "kdsweep.errors.", "kdsweep.progress.", "kdsweep.phantom.cohort"),
+    *(
+        "kdsweep.data.check_training_masks",
+        "kdsweep.grid.code_digest",
+        "kdsweep.loaders.Feed",
+        "kdsweep.metrics.SCORES",
+    ),
+)
+
+
+def used(name: str) -> tuple[set[str], set[str]]:
+    """Names that an object reaches within its module, and those of other kdsweep modules that it uses directly."""
+    module, _, attribute = name.rpartition(".")
+    tree = grid._tree(module)
+    defined = {key: node for node in tree.body for key in grid._names(node)}
+    origin = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kdsweep")
+        for alias in node.names
+    }
+    inside: set[str] = set()
+    outside: set[str] = set()
+    waiting = [attribute]
+    while waiting:
+        key = waiting.pop()
+        if key in inside or key not in defined:
+            continue
+        inside.add(key)
+        for node in ast.walk(defined[key]):
+            if isinstance(node, ast.Name):
+                waiting.append(node.id)
+                outside |= {origin[node.id]} if node.id in origin else set()
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in origin:
+                outside.add(f"{origin[node.value.id]}.{node.attr}")
+    return {f"{module}.{key}" for key in inside}, {name for name in outside if name.count(".") > 1}
+
+
+def test_the_result_code_names_all_that_it_uses_of_other_modules() -> None:
+    """Else a change there would leave old results standing as if they were those of the new code."""
+    configured = [grid.targets(build._plain(build.compose([f"path={path}"]))) for path in ("L", "H", "HR")]
+    pairs = [used(name) for name in {*build.RESULT_CODE, *itertools.chain(*configured)}]
+    covered = set().union(*(inside for inside, _ in pairs))
+    outside = set().union(*(outside for _, outside in pairs))
+    assert "kdsweep.losses.cross_entropy" in outside  # the walk sees what it should
+    assert sorted(name for name in outside - covered if not name.startswith(NO_RESULT)) == []

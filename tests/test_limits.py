@@ -1,6 +1,7 @@
 """What each configuration value may be; and every configuration file composes, so that none can rot."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,19 @@ def test_every_configuration_file_opens_with_a_comment_that_says_what_it_is(file
     assert line.startswith("# ")
     assert len(line) > 20
     assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict)
+
+
+def targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        yield from (value for key, value in node.items() if key == "_target_")
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from targets(child)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
+def test_every_target_of_a_configuration_file_exists(file: Path) -> None:
+    for name in targets(yaml.safe_load(file.read_text(encoding="utf-8"))):
+        assert callable(hydra.utils.get_object(name)), name
 
 
 def test_both_networks_follow_the_weights_of_the_profile(defaults: dict[str, Any]) -> None:
