@@ -30,6 +30,7 @@ for _noisy in ("alembic", "mlflow"):  # they tell every table of a new database 
     logging.getLogger(_noisy).setLevel(logging.WARNING)
 
 EXPERIMENT = "kdsweep"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on curves, not on prompts
 ASKED = "kdsweep.asked."
 PARAM_BATCH = 100  # MLflow takes at most so many params in one call
 
@@ -99,7 +100,7 @@ class Tracker:
             if found is None:
                 # A database has no place for artifacts: they go beside it. A server has one of its own.
                 place = None if uri and uri.startswith("http") else (store.resolve() / "artifacts").as_uri()
-                self.experiment_id = self._client.create_experiment(experiment, artifact_location=place)
+                self.experiment_id = self._client.create_experiment(experiment, place, tags=EXPERIMENT_TAGS)
             else:
                 self.experiment_id = found.experiment_id
         except MlflowException as error:

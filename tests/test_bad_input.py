@@ -220,7 +220,7 @@ class Outcome:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("loss=foo", "Could not find 'loss/foo' Available options in 'loss': kld mse"),
+        ("loss=foo", "loss=foo is not an option; loss has: kld, mse"),
         ("train.epoch=3", "train.epoch is not a key of the configuration; train has: batch_size, epochs"),
         ("train.epochs=0", "train.epochs=0 is not allowed: it must be a whole number >= 1"),
         ("data=busi", "data.root is missing: give it on the command line"),

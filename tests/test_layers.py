@@ -12,7 +12,7 @@ import kdsweep
 from kdsweep import build
 
 PACKAGE = Path(kdsweep.__file__).parent
-FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py")) if file.stem != "__init__"}
+FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py"))}
 
 # From top to bottom: a module may import only modules further down.
 LAYERS = (
@@ -40,6 +40,7 @@ LAYERS = (
     "progress",
     "grid",
     "errors",
+    "__init__",
 )
 
 CONFINED = {"mlflow": {"tracking"}, "omegaconf": {"build", "__main__", "launcher"}}
@@ -71,7 +72,9 @@ def imported(source: str) -> set[str]:
 
 
 def own_imports(source: str) -> set[str]:
-    return {name.split(".")[1] for name in imported(source) if name.startswith("kdsweep.")}
+    """Modules of the package that a module's source imports; what is not a module lies in ``__init__``."""
+    names = {name.split(".")[1] for name in imported(source) if name.startswith("kdsweep.")}
+    return {name if name in FILES else "__init__" for name in names}
 
 
 def read(name: str) -> str:
@@ -100,6 +103,7 @@ def test_imports_of_the_package_are_absolute(name: str) -> None:
 def test_the_walk_sees_imports_wherever_they_stand() -> None:
     assert own_imports("from kdsweep import build, data") == {"build", "data"}
     assert own_imports("import kdsweep.train as t") == {"train"}
+    assert own_imports("from kdsweep import __version__") == {"__init__"}
     assert own_imports("def f():\n    from kdsweep.build import compose") == {"build"}
     assert own_imports("if TYPE_CHECKING:\n    from kdsweep.tracking import Sweep") == {"tracking"}
     assert own_imports("if __name__ == '__main__':\n    from kdsweep.build import x") == set()

@@ -1,7 +1,6 @@
 """The whole grid as its user runs it: one command, then the tables."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +33,15 @@ def swept(small_busi, tmp_path_factory):
 def test_the_first_line_says_what_will_run(swept):
     _, done = swept
     first = done.stdout.splitlines()[0]
-    for part in ("13 cells", "3 repeated jobs", "13 to run", "2 Teachers to train", "25 images", "device", "at most about"):
+    for part in (
+        "13 cells",
+        "3 repeated jobs",
+        "13 to run",
+        "2 Teachers to train",
+        "25 images",
+        "device",
+        "at most about",
+    ):
         assert part in first
 
 
@@ -48,7 +55,9 @@ def test_every_cell_has_its_folder_with_its_files(swept):
         table = pd.read_csv(folder / "test_scores.csv")
         assert list(table) == ["image", "label", "dice", "iou", "precision", "sensitivity", "hd95_px"]
         assert marker["test/dice"] == pytest.approx(table["dice"].mean())
-        assert {".hydra", "kdsweep.log", "checkpoint.pt", "student.safetensors"} <= set(os.listdir(folder))
+        assert {".hydra", "kdsweep.log", "checkpoint.pt", "student.safetensors"} <= {
+            path.name for path in folder.iterdir()
+        }
         parts = json.loads((folder / "split.json").read_text())
         assert sorted(parts["test"]) == sorted(table["image"])
     teachers = sorted(folder.name.split("-")[0] for folder in (cwd / "multirun" / "teachers").iterdir())
@@ -121,7 +130,9 @@ def test_the_same_command_finds_everything_finished(swept, small_busi):
 
 def test_another_sweep_counts_the_finished_cells_without_running_them(swept, small_busi):
     cwd, _ = swept
-    again = kdsweep("-m", "path=L,H", "teacher_aug=weak", "sweep_name=second", *QUICK, f"data.root={small_busi}", cwd=cwd)
+    again = kdsweep(
+        "-m", "path=L,H", "teacher_aug=weak", "sweep_name=second", *QUICK, f"data.root={small_busi}", cwd=cwd
+    )
     assert "0 to run, 2 finished" in again.stdout.splitlines()[0]
     sweep = tracking.read_sweep(store=cwd / "multirun", uri=None, name="second")
     assert sorted(sweep.runs["notation"]) == ["H_KLD_WAug", "L_KLD_WAug", "Teacher_WAug"]
@@ -129,7 +140,9 @@ def test_another_sweep_counts_the_finished_cells_without_running_them(swept, sma
 
 
 def test_a_failing_cell_leaves_the_others_and_says_where_its_traceback_is(small_busi, tmp_path):
-    (tmp_path / "own.py").write_text("def broken(*, student, teacher, valid):\n    raise RuntimeError('my loss broke')\n")
+    (tmp_path / "own.py").write_text(
+        "def broken(*, student, teacher, valid):\n    raise RuntimeError('my loss broke')\n"
+    )
     overrides = [*QUICK, f"data.root={small_busi}", "teacher_aug=weak", "++loss.hidden._target_=own.broken"]
     overrides += ["~loss.hidden.temperature", "path=H,L"]
     done = kdsweep("-m", *overrides, cwd=tmp_path)

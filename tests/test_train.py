@@ -43,7 +43,9 @@ def teachers_of(*configs):
     """Untrained but frozen Teachers by fingerprint; distillation does not care how good they are."""
     taught = [cfg for cfg in configs if cfg.path.kd_path is not None]
     return {
-        build.teacher_cell(cfg).fingerprint: models.freeze(build.teacher_network(cfg).to(memory_format=torch.channels_last))
+        build.teacher_cell(cfg).fingerprint: models.freeze(
+            build.teacher_network(cfg).to(memory_format=torch.channels_last)
+        )
         for cfg in taught
     }
 
@@ -243,7 +245,9 @@ def test_training_learns_a_visible_lesion(compose, tmp_path):
     cfg = compose("path=none", "train.epochs=25", "train.patience=25", "train.lr=3e-3")
     learner = make_learner(cfg, tmp_path)
     (values,) = train.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
-    everything = train.score(torch.ones_like(feed_of(cfg).test.masks, dtype=torch.bool), feed_of(cfg).test)["dice"].mean()
+    everything = train.score(torch.ones_like(feed_of(cfg).test.masks, dtype=torch.bool), feed_of(cfg).test)[
+        "dice"
+    ].mean()
     assert values["test/dice"] > 1.5 * everything
 
 
