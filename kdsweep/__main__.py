@@ -39,7 +39,7 @@ def run_cell(cfg: DictConfig) -> float:
     if finished is not None:
         log.info("%s: finished already, run %s in %s", cell.title, finished["run_id"], cell.folder)
         return float(finished["test/dice"])
-    build.check_weights(cfg)
+    build.check_networks(cfg)
 
     def start(own: Cell) -> Run:
         checkpoint.write_json(own.folder / "split.json", build.split_ids(cfg))

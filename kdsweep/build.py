@@ -25,7 +25,10 @@ from kdsweep.views import Strengths, Views
 
 # The code that determines a result, beside what a configuration names by _target_.
 RESULT_CODE = [
+    "kdsweep.build.distillation",
     "kdsweep.build.feed",
+    "kdsweep.build.learner",
+    "kdsweep.build.teacher_learner",
     "kdsweep.data.load",
     "kdsweep.data.split",
     "kdsweep.learner.Distillation",
@@ -130,7 +133,9 @@ def cell(cfg: DictConfig) -> Cell:
     common, evidence = _common(cfg)
     if cfg.path.kd_path is None:
         own = {**common, "network": _network(cfg.student), "lr": cfg.train.lr}
-        evidence |= _weights_evidence(cfg.student) | {"code": grid.code_digest([*RESULT_CODE, *grid.targets(own)])}
+        evidence |= _weights_evidence("student", cfg.student) | {
+            "code": grid.code_digest([*RESULT_CODE, *grid.targets(own)])
+        }
         return _cell(cfg, "student", cfg.path.notation, own, evidence)
     loss = cfg.loss[_representation(cfg)]
     taught = {
@@ -141,7 +146,7 @@ def cell(cfg: DictConfig) -> Cell:
     }
     master = teacher_cell(cfg)
     own = {**common, "network": _network(cfg.student), "lr": cfg.train.lr, **taught, "teacher": master.settings}
-    evidence |= _weights_evidence(cfg.student) | {"teacher": master.fingerprint}
+    evidence |= _weights_evidence("student", cfg.student) | {"teacher": master.fingerprint}
     evidence["code"] = grid.code_digest([*RESULT_CODE, *grid.targets(own)])
     name = grid.notation(path=cfg.path.notation, loss=cfg.loss.name.upper(), distill_view=cfg.teacher_aug.distill_view)
     return _cell(cfg, "cell", name, own, evidence)
@@ -151,7 +156,9 @@ def teacher_cell(cfg: DictConfig) -> Cell:
     """The Teacher that a configuration's cell learns from."""
     common, evidence = _common(cfg)
     own = {**common, "network": _network(cfg.teacher), "lr": cfg.teacher.lr, "train_view": cfg.teacher_aug.train_view}
-    evidence |= _weights_evidence(cfg.teacher) | {"code": grid.code_digest([*RESULT_CODE, *grid.targets(own)])}
+    evidence |= _weights_evidence("teacher", cfg.teacher) | {
+        "code": grid.code_digest([*RESULT_CODE, *grid.targets(own)])
+    }
     name = grid.teacher_notation(cfg.teacher_aug.train_view)
     return _cell(cfg, "teacher", name, own, evidence, seed=cfg.teacher.seed)
 
@@ -189,13 +196,15 @@ def _network(node: DictConfig) -> dict[str, Any]:
     return {"encoder": node.encoder, "decoder_channels": list(node.decoder_channels), "weights": weights}
 
 
-def _weights_evidence(node: DictConfig) -> dict[str, str]:
-    if node.weights in ("imagenet", "none"):
+def _weights_evidence(group: str, node: DictConfig) -> dict[str, str]:
+    if node.weights == "none":
         return {}
-    file = Path(node.weights)
+    if node.weights == "imagenet":
+        return {f"{group}_weights": "@".join(models.imagenet_source(node.encoder))}
+    file = Path(str(node.weights))
     if not file.is_file():
-        raise InputError(f"weights={file}: no such file; use imagenet, none, or a .safetensors or .pt file")
-    return {"weights": hashlib.sha256(file.read_bytes()).hexdigest()}
+        raise InputError(f"{group}.weights={file}: no such file; use imagenet, none, or a .safetensors or .pt file")
+    return {f"{group}_weights": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def _representation(cfg: DictConfig) -> str:
@@ -209,40 +218,37 @@ def _plain(node: DictConfig) -> Any:
 
 def student_network(cfg: DictConfig, *, weights: str | None = None) -> UNet:
     """A new Student; all cells of a seed start from the same one."""
-    return _build_network("student", cfg.student, seed=cfg.seed, weights=weights)
+    return _new_network(cfg.student, seed=cfg.seed, weights=weights)
 
 
 def teacher_network(cfg: DictConfig, *, weights: str | None = None) -> UNet:
     """A new, untrained Teacher."""
-    return _build_network("teacher", cfg.teacher, seed=cfg.teacher.seed, weights=weights)
+    return _new_network(cfg.teacher, seed=cfg.teacher.seed, weights=weights)
 
 
-def _build_network(group: str, node: DictConfig, *, seed: int, weights: str | None) -> UNet:
-    network = models.unet(
+def _new_network(node: DictConfig, *, seed: int, weights: str | None) -> UNet:
+    return models.unet(
         encoder=node.encoder,
         decoder_channels=list(node.decoder_channels),
-        weights=weights or node.weights,
+        weights=weights or str(node.weights),
         seed=seed,
     )
-    channels = network.encoder.out_channels[-1]
-    if channels != node.hidden_channels:
-        raise InputError(
-            f"{group}.hidden_channels={node.hidden_channels} is not allowed: {node.encoder} has {channels}"
-        )
-    return network
 
 
-def check_weights(cfg: DictConfig) -> None:
-    """Raise InputError if the weights that a cell starts from cannot be had: before anything is trained."""
-    networks = [cfg.student, *([cfg.teacher] if cfg.path.kd_path is not None else [])]
-    for node in networks:
-        _check_weights(node.encoder, tuple(node.decoder_channels), node.weights)
+def check_networks(cfg: DictConfig) -> None:
+    """Raise InputError if a cell's networks or their weights cannot be had: before anything is trained."""
+    networks = {"student": cfg.student} | ({"teacher": cfg.teacher} if cfg.path.kd_path is not None else {})
+    for group, node in networks.items():
+        _check_network(group, node.encoder, tuple(node.decoder_channels), node.hidden_channels, str(node.weights))
 
 
 @lru_cache(maxsize=8)
-def _check_weights(encoder: str, decoder_channels: tuple[int, ...], weights: str) -> None:
-    if weights != "none":
-        models.unet(encoder=encoder, decoder_channels=list(decoder_channels), weights=weights, seed=0)
+def _check_network(
+    group: str, encoder: str, decoder_channels: tuple[int, ...], hidden_channels: int, weights: str
+) -> None:
+    network = models.unet(encoder=encoder, decoder_channels=list(decoder_channels), weights=weights, seed=0)
+    if (channels := network.encoder.out_channels[-1]) != hidden_channels:
+        raise InputError(f"{group}.hidden_channels={hidden_channels} is not allowed: {encoder} has {channels}")
 
 
 def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
@@ -309,16 +315,7 @@ def tracker(cfg: DictConfig) -> tracking.Tracker:
 def params(cfg: DictConfig) -> dict[str, Any]:
     """The flat resolved configuration, keys joined by dots: what MLflow keeps of a run."""
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return _flat(_plain(own))
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+    flat: dict[str, Any] = grid.flatten(_plain(own))
     return flat
 
 
@@ -356,7 +353,7 @@ def compose(overrides: list[str]) -> DictConfig:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return hydra.compose("config", overrides)
     except HydraException as error:
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(" ".join(str(error).split()).partition(" To append")[0]) from error
 
 
 def print_models(overrides: list[str]) -> int:

@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from kdsweep import grid, limits
 from kdsweep.errors import InputError
 from kdsweep.progress import duration
 
@@ -74,13 +75,18 @@ def _checked(prepare: Callable[[], list[DictConfig]]) -> list[DictConfig]:
 
 def announce(jobs: list[DictConfig]) -> list[DictConfig]:
     """Check every job, write down what the sweep asks for, and tell the user what will run; gives the jobs back."""
+    for job in jobs:
+        own = OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])
+        values: Any = OmegaConf.to_container(own, resolve=True)
+        limits.check(grid.flatten(values))  # before torch is imported, so that a typing error is told at once
+
     from kdsweep import build
 
     for job in jobs:
         build.check(job)
     cells = {cell.fingerprint: (cell, job) for job in jobs for cell in [build.cell(job)]}
     for job in jobs:
-        build.check_weights(job)
+        build.check_networks(job)
         build.feed(job, seed=job.seed)
     for sweep in sorted({job.sweep_name for job in jobs}):
         build.tracker(jobs[0]).ask(sweep, [cell for cell, job in cells.values() if job.sweep_name == sweep])

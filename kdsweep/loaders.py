@@ -82,6 +82,7 @@ class TrainLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else every epoch would draw from the generator that all networks share
         )
 
     def __len__(self) -> int:

@@ -67,6 +67,15 @@ def hd95_px(*, prediction: Tensor, mask: Tensor) -> np.ndarray:
     return distances
 
 
+def trivial_dice(masks: Tensor) -> float:
+    """Mean Dice of predicting lesion everywhere: what any learning must beat.
+
+    Args:
+        masks: (N, 1, H, W), ground truth in {0, 1}.
+    """
+    return float(overlap(prediction=torch.ones_like(masks), mask=masks)["dice"].mean())
+
+
 def mean_dice(*, logits: Tensor, mask: Tensor) -> Tensor:
     """Mean over images of the Dice of predictions (logits > 0, so probability > 0.5), as a tensor on their device.
 

@@ -114,6 +114,14 @@ def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) 
     return network
 
 
+def imagenet_source(encoder: str) -> tuple[str, str]:
+    """Repository on the Hugging Face hub and revision of an encoder's ImageNet weights, or InputError."""
+    settings = smp.encoders.encoders.get(encoder, {}).get("pretrained_settings", {}).get("imagenet")
+    if settings is None:
+        raise InputError(f"weights=imagenet: none are known for encoder={encoder}; use weights=none or a file")
+    return settings["repo_id"], settings["revision"]
+
+
 def imagenet_file(encoder: str) -> Path:
     """The file of an encoder's ImageNet weights, from the local cache or from the Hugging Face hub.
 
@@ -123,20 +131,18 @@ def imagenet_file(encoder: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    settings = smp.encoders.encoders.get(encoder, {}).get("pretrained_settings", {}).get("imagenet")
-    if settings is None:
-        raise InputError(f"weights=imagenet: none are known for encoder={encoder}; use weights=none or a file")
-    where = {"repo_id": settings["repo_id"], "filename": "model.safetensors", "revision": settings["revision"]}
+    repository, revision = imagenet_source(encoder)
+    where = {"repo_id": repository, "filename": "model.safetensors", "revision": revision}
     try:
         return Path(huggingface_hub.hf_hub_download(**where, local_files_only=True))
     except LocalEntryNotFoundError:
-        log.info("fetching the ImageNet weights of %s from the hub (%s)", encoder, settings["repo_id"])
+        log.info("fetching the ImageNet weights of %s from the hub (%s)", encoder, repository)
     huggingface_hub.logging.set_verbosity_error()  # its retries are told by our one line instead
     try:
         return Path(huggingface_hub.hf_hub_download(**where))
     except Exception as error:  # the hub's client raises many kinds: network, proxy, disk, missing entry
         raise InputError(
-            f"weights=imagenet: {settings['repo_id']}/model.safetensors could not be fetched "
+            f"weights=imagenet: {repository}/model.safetensors could not be fetched "
             f"({type(error).__name__}); connect to the network, give a file of it with weights=FILE per network "
             "(teacher.weights=FILE student.weights=FILE), or train from scratch with weights=none"
         ) from error

@@ -42,7 +42,7 @@ class Sweep:
     Attributes:
         name: of the sweep.
         runs: one row per cell asked for and per Teacher they learn from; columns fingerprint, role, notation, split,
-            seed, profile, data, weights, device, teacher, status, run_id, params.
+            seed, profile, data, weights, device, teacher, status, run_id, params, trivial_dice.
         scores: one row per fingerprint and test image of the finished ones; fractions 0 to 1, HD95 in pixels.
     """
 
@@ -208,7 +208,7 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         where = {"split": int(split.removeprefix("split")), "seed": int(seed.removeprefix("seed"))}
         unknown = dict.fromkeys(("profile", "data", "weights", "device", "teacher", "run_id"), "")
         own = {"fingerprint": fingerprint, "role": role, "notation": notation}
-        return {**own, **where, **unknown, "status": "missing", "params": {}}
+        return {**own, **where, **unknown, "status": "missing", "params": {}, "trivial_dice": float("nan")}
     tags = run.data.tags
     return {
         "fingerprint": fingerprint,
@@ -224,6 +224,7 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         "status": run.info.status,
         "run_id": run.info.run_id,
         "params": dict(run.data.params),
+        "trivial_dice": run.data.metrics.get("test/trivial_dice", float("nan")),
     }
 
 

@@ -233,6 +233,7 @@ def conclude(learner: Learner, *, feed: Feed, compute: Compute) -> dict[str, flo
     table = score(predictions, feed.test)
     values = {f"test/{name}": float(table[name].mean()) for name in metrics.SCORES}
     values["test/dice_std"] = float(table["dice"].std())
+    values["test/trivial_dice"] = metrics.trivial_dice(feed.test.masks)
     values |= {"best_epoch": float(learner.best_epoch), "epochs": float(learner.epoch + 1)}
     folder = learner.folder
     exported = "teacher" if learner.role == "teacher" else "student"

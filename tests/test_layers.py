@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 import kdsweep
-from kdsweep import build
 
 PACKAGE = Path(kdsweep.__file__).parent
 FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py"))}
@@ -20,6 +19,7 @@ LAYERS = (
     "launcher",
     "figures",
     "tables",
+    "sweeps",
     "stats",
     "teachers",
     "timing",
@@ -150,7 +150,7 @@ def strings(node: object) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "file", sorted(build.conf_dir().rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}"
+    "file", sorted(kdsweep.conf_dir().rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}"
 )
 def test_configuration_files_hold_no_absolute_paths(file: Path) -> None:
     for text in strings(yaml.safe_load(file.read_text(encoding="utf-8"))):

@@ -9,10 +9,10 @@ import hydra
 import pytest
 import yaml
 
-from kdsweep import build, limits
+from kdsweep import build, conf_dir, limits
 from kdsweep.errors import InputError
 
-CONF = build.conf_dir()
+CONF = conf_dir()
 FILES = sorted(CONF.rglob("*.yaml"))
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
