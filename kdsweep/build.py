@@ -38,6 +38,7 @@ RESULT_CODE = [
     "kdsweep.losses.cross_entropy",
     "kdsweep.metrics.per_image",
     "kdsweep.metrics.mean_dice",
+    "kdsweep.metrics.trivial_dice",
     "kdsweep.models.unet",
     "kdsweep.models.TrimmedMobileNetV3Small",
     "kdsweep.train.conclude",
@@ -258,8 +259,8 @@ def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
     return {name: [everything.ids[i] for i in indices] for name, indices in vars(part).items()}
 
 
-def distillation(cfg: DictConfig) -> Distillation | None:
-    """How the configuration's Student is taught; None for path=none."""
+def distillation(cfg: DictConfig, *, teacher: str) -> Distillation | None:
+    """How the configuration's Student is taught, by the Teacher of a fingerprint; None for path=none."""
     if cfg.path.kd_path is None:
         return None
     with torch.random.fork_rng(devices=[]):  # after the Student, from the same seed: paths share its initialisation
@@ -269,7 +270,7 @@ def distillation(cfg: DictConfig) -> Distillation | None:
         kd_path=kd_path,
         loss=hydra.utils.instantiate(cfg.loss[kd_path.representation]),
         weight=cfg.kd.weight,
-        teacher=teacher_cell(cfg).fingerprint,
+        teacher=teacher,
         view=cfg.teacher_aug.distill_view,
         align=cfg.kd.align == "warp",
     )
@@ -282,7 +283,7 @@ def learner(cfg: DictConfig, own: Cell, run: Run) -> Learner:
         role=own.role,
         network=student_network(cfg),
         view="strong",
-        distillation=distillation(cfg),
+        distillation=distillation(cfg, teacher=own.evidence.get("teacher", "")),
         lr=cfg.train.lr,
         epochs=cfg.train.epochs,
         patience=cfg.train.patience,

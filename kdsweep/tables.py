@@ -210,7 +210,8 @@ def footnotes4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
     ]
     if table.loc[table["notation"] == "Student", "gap"].item():
         notes.append(
-            f"No p against Student before its baseline is finished: `{student_command(sweep)}`, with the cells' own options"
+            "No p against Student before its baseline is finished; with the cells' own options: "
+            f"`{student_command(sweep)}`"
         )
     return notes
 

@@ -248,6 +248,7 @@ NO_RESULT = (
     *("kdsweep.checkpoint.", "kdsweep.errors.", "kdsweep.progress.", "kdsweep.phantom.cohort"),
     *(
         "kdsweep.data.check_training_masks",
+        "kdsweep.grid.Cell",
         "kdsweep.grid.code_digest",
         "kdsweep.loaders.Feed",
         "kdsweep.metrics.SCORES",
