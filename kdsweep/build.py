@@ -205,7 +205,12 @@ def _weights_evidence(group: str, node: DictConfig) -> dict[str, str]:
     file = Path(str(node.weights))
     if not file.is_file():
         raise InputError(f"{group}.weights={file}: no such file; use imagenet, none, or a .safetensors or .pt file")
-    return {f"{group}_weights": hashlib.sha256(file.read_bytes()).hexdigest()}
+    return {f"{group}_weights": _file_digest(file, file.stat().st_mtime_ns)}
+
+
+@lru_cache(maxsize=8)
+def _file_digest(file: Path, _: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _representation(cfg: DictConfig) -> str:

@@ -31,4 +31,4 @@ def obtain(cell: Cell, *, network: UNet, start: Callable[[UNet], Learner], feed:
     else:
         log.info("%s: read from %s (run %s)", cell.title, cell.folder, finished["run_id"])
     checkpoint.load_network(cell.folder / "teacher.safetensors", network)
-    return models.freeze(network.to(compute.device))
+    return models.freeze(train.placed(network, compute))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from kdsweep.models import UNet
-from kdsweep.train import Compute
+from kdsweep.train import Compute, placed
 
 
 class StepTime(NamedTuple):
@@ -20,7 +20,7 @@ class StepTime(NamedTuple):
 
 def time_step_s(network: UNet, *, image_size: int, compute: Compute, images: int = 4) -> StepTime:
     """Time one step of a throwaway network on a batch of noise, after one to warm up."""
-    network.to(compute.device).to(memory_format=torch.channels_last)
+    placed(network, compute)
     optimiser = torch.optim.Adam(network.parameters())
     batch = torch.randn(images, 3, image_size, image_size, device=compute.device)
     batch = batch.to(memory_format=torch.channels_last)

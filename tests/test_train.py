@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from kdsweep import build, checkpoint, data, models, train
+from kdsweep import build, checkpoint, data, models, teachers, train
 from kdsweep.errors import InputError
 from kdsweep.learner import DivergedError
 from kdsweep.loaders import Feed
@@ -261,6 +261,28 @@ def test_feed_parts_are_disjoint(compose):
     part = data.split(len(build.images(compose()).ids), index=0)
     assert feed.train.image_count == len(part.train)
     assert not set(feed.validation.ids) & set(feed.test.ids)
+
+
+def test_a_teacher_read_from_the_store_teaches_as_the_one_just_trained(compose, small_busi, tmp_path):
+    cfg = compose("path=L", "train.epochs=1", f"store={tmp_path}")
+    cell = build.teacher_cell(cfg)
+    started = []
+
+    def start(network):
+        started.append(network)
+        return build.teacher_learner(cfg, cell, Record(), network)
+
+    obtain = {"start": start, "feed": feed_of(cfg), "compute": CPU}
+    trained = teachers.obtain(cell, network=build.teacher_network(cfg), **obtain)
+    read = teachers.obtain(cell, network=build.teacher_network(cfg), **obtain)
+    assert len(started) == 1  # trained once, then read
+    assert not read.training
+    images = torch.randn(3, 3, 64, 64).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for one, other in zip(trained(images), read(images), strict=True):
+            assert torch.equal(one, other)
+    strides = [tuple(network.encoder.layer4[0].conv1.weight.stride()) for network in (trained, read)]
+    assert strides[0] == strides[1]
 
 
 @pytest.mark.gpu
