@@ -114,11 +114,14 @@ def code_digest(objects: list[str]) -> str:
     Args:
         objects: dotted names ``module.object``, in the project or outside.
     """
-    parts = {}
-    for name in objects:
-        module, _, attribute = name.rpartition(".")
-        parts[name] = _reachable(_tree(module), attribute)
+    parts = {name: _object_digest(name) for name in objects}
     return digest(parts)
+
+
+@cache
+def _object_digest(name: str) -> str:
+    module, _, attribute = name.rpartition(".")
+    return _reachable(_tree(module), attribute)
 
 
 @cache

@@ -179,10 +179,12 @@ def digest_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
         file.write_text(source, encoding="utf-8")
         importlib.invalidate_caches()
         grid._tree.cache_clear()
+        grid._object_digest.cache_clear()
         return grid.code_digest([f"{file.stem}.{name}"])
 
     yield digest
     grid._tree.cache_clear()
+    grid._object_digest.cache_clear()
 
 
 def test_comments_docstrings_and_layout_do_not_count(digest_of: Callable[[str], str]) -> None:
