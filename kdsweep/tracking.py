@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +60,22 @@ def store_uri(store: Path, uri: str | None) -> str:
     return uri or f"sqlite:///{store.resolve() / 'mlflow.db'}"
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the calls inside are done: one cut in the middle leaves the database locked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
+
+
 class CellRun:
     """The MLflow run of one cell in training."""
 
@@ -65,19 +85,22 @@ class CellRun:
     def log_epoch(self, values: dict[str, float], epoch: int) -> None:
         """Record the values of one epoch in one call."""
         now_ms = int(time.time() * 1000)
-        self._client.log_batch(self.run_id, metrics=[Metric(k, v, now_ms, epoch) for k, v in values.items()])
+        with uninterrupted():
+            self._client.log_batch(self.run_id, metrics=[Metric(k, v, now_ms, epoch) for k, v in values.items()])
 
     def finish(self, values: dict[str, float], files: list[Path]) -> None:
         """Record the final values and files and close the run as FINISHED."""
         now_ms = int(time.time() * 1000)
-        self._client.log_batch(self.run_id, metrics=[Metric(k, v, now_ms, 0) for k, v in values.items()])
-        for file in files:
-            self._client.log_artifact(self.run_id, str(file))
-        self._client.set_terminated(self.run_id, "FINISHED")
+        with uninterrupted():
+            self._client.log_batch(self.run_id, metrics=[Metric(k, v, now_ms, 0) for k, v in values.items()])
+            for file in files:
+                self._client.log_artifact(self.run_id, str(file))
+            self._client.set_terminated(self.run_id, "FINISHED")
 
     def abort(self, *, status: str) -> None:
         """Close the run as FAILED or KILLED."""
-        self._client.set_terminated(self.run_id, status)
+        with uninterrupted():
+            self._client.set_terminated(self.run_id, status)
 
 
 class Tracker:

@@ -294,8 +294,15 @@ def run(
         return values
     except BaseException as error:
         for learner in open_runs:
-            learner.run.abort(status="FAILED" if isinstance(error, Exception) else "KILLED")
+            _abort(learner, status="FAILED" if isinstance(error, Exception) else "KILLED")
         raise
+
+
+def _abort(learner: Learner, *, status: str) -> None:
+    try:
+        learner.run.abort(status=status)
+    except Exception as error:  # what ended the training is what the user must hear of
+        log.warning("%s: its run stays open, it could not be closed as %s: %s", learner.title, status, error)
 
 
 def keep_freed_memory() -> None:

@@ -170,7 +170,7 @@ def test_an_interrupt_closes_the_run_as_killed_and_says_how_to_go_on(small_busi,
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "the same command" in errors
     assert "Traceback" not in errors
     sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)

@@ -486,7 +486,7 @@ def test_the_configurations_of_table4_do_not_mix(sweep, table4):
         path, _, rest = notation.removesuffix("_WAug").partition("_")
         view = "weak" if notation.endswith("_WAug") else "strong"
         factors = [f"path={paths[path]}", f"loss={rest.lower() or 'kld'}", f"teacher_aug={view}", f"split={split}"]
-        flat = build.params(build.compose(["profile=quick", *factors, *overrides]))
+        flat = build.params(build.compose(["profile=quick", "train.epochs=12", *factors, *overrides]))
         return {key: str(value) for key, value in flat.items()}
 
     runs = sweep.runs[sweep.runs["role"] != "teacher"]

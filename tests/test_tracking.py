@@ -1,5 +1,6 @@
 """What is written to MLflow comes back: sweeps, gaps, and runs that a killed process left open."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +102,15 @@ def test_a_run_left_open_by_a_killed_process_is_closed_and_the_new_one_counts(st
     assert client.get_run(left.run_id).info.status == "KILLED"
     (row,) = tracking.read_sweep(store=store, uri=None, name="killed").runs.to_dict("records")
     assert (row["run_id"], row["status"]) == (run.run_id, "FINISHED")
+
+
+def test_an_interrupt_inside_a_call_is_held_back_until_it_is_done():
+    done = []
+    with pytest.raises(KeyboardInterrupt), tracking.uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        done.append("the rest of the call")
+    assert done == ["the rest of the call"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_more_params_than_one_call_takes_are_all_kept(store):

@@ -230,6 +230,15 @@ def test_a_loss_that_is_not_finite_ends_the_learner_with_term_and_epoch(compose,
     assert checkpoint.read_finished(tmp_path) is None
 
 
+def test_a_run_that_cannot_be_closed_does_not_hide_what_went_wrong(compose, tmp_path, caplog):
+    learner = make_learner(compose("path=none"), tmp_path)
+    learner.network.forward = lambda _: (_ for _ in ()).throw(RuntimeError("the real cause"))
+    learner.run.abort = lambda **_: (_ for _ in ()).throw(OSError("server gone"))
+    with pytest.raises(RuntimeError, match="the real cause"):
+        train.run([learner], teachers={}, feed=feed_of(compose()), compute=CPU)
+    assert "server gone" in caplog.text
+
+
 def test_bf16_runs_and_stays_close_to_fp32(compose, tmp_path):
     values = {}
     for precision in ("fp32", "bf16"):
