@@ -89,12 +89,13 @@ def load_size(cfg: DictConfig) -> int:
 def images(cfg: DictConfig) -> data.Images:
     """The data set in memory; read once per process."""
     source = hydra.utils.instantiate(cfg.data.source)
-    return _load(source, load_size=load_size(cfg), image_size=cfg.image_size)
+    takes_empty = bool(cfg.data.get("allow_empty_masks"))
+    return _load(source, load_size=load_size(cfg), image_size=cfg.image_size, allow_empty_masks=takes_empty)
 
 
 @lru_cache(maxsize=2)
-def _load(source: data.Source, *, load_size: int, image_size: int) -> data.Images:
-    return data.load(source, load_size=load_size, image_size=image_size)
+def _load(source: data.Source, *, load_size: int, image_size: int, allow_empty_masks: bool) -> data.Images:
+    return data.load(source, load_size=load_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
 
 
 def feed(cfg: DictConfig, *, seed: int) -> Feed:

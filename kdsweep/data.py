@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 SPLIT_SEED = 2025  # of the three random splits; the same for every data set, cell and machine
 TEST_SHARE, VALIDATION_SHARE = 0.20, 0.16  # 33 and 26 of the paper's 163 images
+TAKE_EMPTY = "data.allow_empty_masks=true"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
@@ -189,13 +190,15 @@ class Split:
     test: list[int]
 
 
-def load(source: Source, *, load_size: int, image_size: int) -> Images:
+def load(source: Source, *, load_size: int, image_size: int, allow_empty_masks: bool = False) -> Images:
     """Read, check and resize a whole data set once.
 
     Args:
         source: the data set.
         load_size: L, side in pixels of the images that are cropped.
         image_size: S, side in pixels of the crops and of the images that are scored.
+        allow_empty_masks: take images without a lesion too; else an empty mask is an error, for more often than not
+            it is one of the files (a mask of 0 and 1 where 0 and 255 are meant).
 
     Raises:
         InputError: it names every offending file (the first ten, and how many).
@@ -211,6 +214,8 @@ def load(source: Source, *, load_size: int, image_size: int) -> Images:
             sha.update(hashlib.sha256(file.read_bytes()).digest())
         try:
             image, mask = read(entry, smallest=image_size)
+            if not (allow_empty_masks or mask.any()):
+                raise ValueError(f"{entry.mask_files[0]} is empty, no pixel is above 127 ({TAKE_EMPTY} takes it)")
         except ValueError as error:
             problems.append(str(error))
             continue

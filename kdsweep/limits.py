@@ -50,6 +50,7 @@ RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("path.kd_path.inner_channels", "a whole number >= 1", lambda v: v is None or (is_whole(v) and v >= 1)),
     ("path.kd_path.kernel_size", "an odd number >= 1", lambda v: v is None or (is_whole(v) and v >= 1 and v % 2 == 1)),
     ("store", "the name of a folder", lambda v: isinstance(v, str) and bool(v)),
+    ("data.allow_empty_masks", "true or false", lambda v: v is None or isinstance(v, bool)),
     ("sweep_name", "a name of letters, digits, blank . _ -", lambda v: isinstance(v, str) and _is_name(v)),
 ]
 

@@ -149,6 +149,10 @@ def empty_all_masks(root: Path) -> None:
         Image.new("L", (80, 80), 1).save(file)  # 0 and 1 instead of 0 and 255 reads as empty
 
 
+def empty_one_mask(root: Path) -> None:
+    Image.new("L", (80, 80), 0).save(root / "masks" / "5.png")
+
+
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
@@ -156,7 +160,8 @@ def empty_all_masks(root: Path) -> None:
         (remove_one_mask, ["1 of 8 images", "{root}/images/5.png has no mask"]),
         (shrink_one_mask, ["1 of 8 images", "{root}/masks/5.png is 79 x 80 pixels, its image 80 x 80"]),
         (cut_one_image, ["1 of 8 images", "{root}/images/5.png is not a readable image"]),
-        (empty_all_masks, ["masks are empty", "above 127"]),
+        (empty_all_masks, ["8 of 8 images", "{root}/masks/5.png is empty, no pixel is above 127"]),
+        (empty_one_mask, ["1 of 8 images", "{root}/masks/5.png is empty", "data.allow_empty_masks=true"]),
         (spoil_nothing, ["train.batch_size=16 is larger than the training set of 5 images"]),
     ],
 )
@@ -165,6 +170,15 @@ def test_faulty_files_are_named(folder_of_eight: Path, spoil: Callable[[Path], N
     message = refusal("data=folder", f"data.root={folder_of_eight}")
     for text in expected:
         assert text.format(root=folder_of_eight) in message
+
+
+def test_images_without_a_lesion_are_taken_on_request_but_not_alone(folder_of_eight: Path) -> None:
+    asked = ["data=folder", f"data.root={folder_of_eight}", "data.allow_empty_masks=true"]
+    empty_one_mask(folder_of_eight)
+    assert "train.batch_size=16 is larger than" in refusal(*asked)  # the data are fine
+    build._load.cache_clear()  # a process reads a data set once
+    empty_all_masks(folder_of_eight)
+    assert "all 5 training masks are empty" in refusal(*asked)
 
 
 @pytest.fixture(scope="module")
