@@ -80,6 +80,7 @@ def run(cfg: DictConfig) -> float:
 
 def main() -> None:
     """The console script: run, and tell an error in one line (HYDRA_FULL_ERROR=1 shows the traceback)."""
+    logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
     OmegaConf.register_new_resolver("kdsweep.cell_dir", _cell_dir, replace=True)
     wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way

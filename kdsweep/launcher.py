@@ -80,14 +80,15 @@ def announce(jobs: list[DictConfig]) -> list[DictConfig]:
         values: Any = OmegaConf.to_container(own, resolve=True)
         limits.check(grid.flatten(values))  # before torch is imported, so that a typing error is told at once
 
-    from kdsweep import build
+    from kdsweep import build, checkpoint
 
     for job in jobs:
         build.check(job)
     cells = {cell.fingerprint: (cell, job) for job in jobs for cell in [build.cell(job)]}
-    for job in jobs:
-        build.check_networks(job)
-        build.feed(job, seed=job.seed)
+    for cell, job in cells.values():
+        if checkpoint.read_finished(cell.folder) is None:  # what is finished needs neither networks nor batches
+            build.check_networks(job)
+            build.feed(job, seed=job.seed)
     for sweep in sorted({job.sweep_name for job in jobs}):
         build.tracker(jobs[0]).ask(sweep, [cell for cell, job in cells.values() if job.sweep_name == sweep])
     log.info("%s", describe(list(cells.values()), jobs_count=len(jobs)))
