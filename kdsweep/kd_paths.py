@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 from kdsweep.models import Outputs
 
 
-class KDPath(nn.Module):
-    """What the training loop uses of a path.
+class KDPath(nn.Module, ABC):
+    """What the training loop uses of a path; a path that lacks a method is refused when it is built.
 
     Parameters that a path owns are trained with the Student, kept in its checkpoint, and absent from the exported one.
 
@@ -20,13 +22,13 @@ class KDPath(nn.Module):
     representation: str
     needs_logits: bool
 
+    @abstractmethod
     def teacher_map(self, outputs: Outputs) -> Tensor:
         """What is taken of the Teacher: (N, C, h, w)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def student_map(self, outputs: Outputs) -> Tensor:
         """What is taken of the Student: (N, C, h, w), as of the Teacher."""
-        raise NotImplementedError
 
 
 class Logits(KDPath):

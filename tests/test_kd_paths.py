@@ -140,3 +140,12 @@ def test_the_loss_gets_each_networks_map_under_its_own_name(student: Outputs, te
     assert torch.equal(seen["teacher"], kd_path.teacher_map(teacher))
     assert seen["valid"].shape == (2, 1, *seen["teacher"].shape[2:])
     assert seen["valid"].all()
+
+
+def test_a_path_that_lacks_a_method_is_refused_when_it_is_built() -> None:
+    class Half(kd_paths.KDPath):
+        def teacher_map(self, outputs):
+            return outputs.hidden
+
+    with pytest.raises(TypeError, match="student_map"):
+        Half()
