@@ -36,7 +36,7 @@ for _noisy in ("alembic", "mlflow"):  # they tell every table of a new database 
 EXPERIMENT = "kdsweep"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on curves, not on prompts
 ASKED = "kdsweep.asked."
-PARAM_BATCH = 100  # MLflow takes at most so many params in one call
+BATCH = 100  # MLflow takes at most so many params, or so many tags, in one call
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,10 @@ class Tracker:
     def ask(self, sweep: str, cells: list[Cell]) -> None:
         """Write down that this sweep wants these cells, finished or not, so that a table shows what is missing."""
         parent = self._parent(sweep)
-        tags = [RunTag(ASKED + cell.place, cell.fingerprint) for cell in cells]
-        self._client.log_batch(parent, tags=[*tags, RunTag("kdsweep.asked_at", str(time.time()))])
+        tags = [RunTag("kdsweep.asked_at", str(time.time()))]
+        tags += [RunTag(ASKED + cell.place, cell.fingerprint) for cell in cells]
+        for part in _parts(tags):
+            self._client.log_batch(parent, tags=part)
 
     def start(self, cell: Cell, *, sweep: str, params: dict[str, Any], tags: dict[str, str]) -> CellRun:
         """Open the run of a cell; one that a killed process left open for it is closed as KILLED.
@@ -159,9 +161,8 @@ class Tracker:
             "kdsweep.teacher": cell.evidence.get("teacher", ""),
         }
         run = self._client.create_run(self.experiment_id, run_name=cell.run_name, tags={**tags, **own})
-        every = [Param(key, str(value)) for key, value in sorted(params.items())]
-        for start in range(0, len(every), PARAM_BATCH):
-            self._client.log_batch(run.info.run_id, params=every[start : start + PARAM_BATCH])
+        for part in _parts([Param(key, str(value)) for key, value in sorted(params.items())]):
+            self._client.log_batch(run.info.run_id, params=part)
         return CellRun(self._client, run.info.run_id)
 
     def read_sweep(self, name: str | None) -> Sweep:
@@ -222,6 +223,11 @@ class Tracker:
             token = page.token
             if not token:
                 return found
+
+
+def _parts(entries: list[Any]) -> Iterator[list[Any]]:
+    for start in range(0, len(entries), BATCH):
+        yield entries[start : start + BATCH]
 
 
 def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:

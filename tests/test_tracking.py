@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from mlflow.utils.validation import _validate_batch_log_limits
 
 from kdsweep import tracking
 from kdsweep.errors import InputError
@@ -120,6 +121,27 @@ def test_more_params_than_one_call_takes_are_all_kept(store):
     client = tracking.MlflowClient(tracking_uri=tracking.store_uri(store, None))
     assert client.get_run(run.run_id).data.params == {key: str(value) for key, value in params.items()}
     run.abort(status="KILLED")
+
+
+def test_no_call_holds_more_than_an_mlflow_server_takes(store, monkeypatch):
+    """The SQLite store takes any number; a server applies MLflow's own limits, so they are applied here."""
+    send = tracking.MlflowClient.log_batch
+
+    def limited(client, run_id, metrics=(), params=(), tags=()):
+        _validate_batch_log_limits(metrics, params, tags)
+        return send(client, run_id, metrics, params, tags)
+
+    monkeypatch.setattr(tracking.MlflowClient, "log_batch", limited)
+    tracker, cells = tracking.Tracker(store=store, uri=None), [make_cell(lr=17, cell=number) for number in range(250)]
+    tracker.ask("large", cells)
+    tracker.start(cells[0], sweep="large", params={f"key{i}": i for i in range(250)}, tags=TAGS).abort(status="KILLED")
+    monkeypatch.undo()
+    client = tracking.MlflowClient(tracking_uri=tracking.store_uri(store, None))
+    (parent,) = client.search_runs(
+        [tracker.experiment_id], "tags.`kdsweep.role` = 'sweep' and tags.`kdsweep.sweep` = 'large'"
+    )
+    asked = {value for key, value in parent.data.tags.items() if key.startswith(tracking.ASKED)}
+    assert asked == {cell.fingerprint for cell in cells}
 
 
 def test_without_a_name_the_sweep_last_asked_for_is_read(store):
