@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -19,7 +20,6 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 from PIL import Image
-from sklearn.model_selection import ShuffleSplit
 from tqdm import tqdm
 
 from kdsweep import grid, phantom
@@ -190,6 +190,32 @@ class Split:
     test: list[int]
 
 
+class Listing(NamedTuple):
+    """The entries of a data set, sorted by id, and the SHA-256 over their ids, labels and the bytes of all files."""
+
+    entries: list[Entry]
+    digest: str
+
+
+def listing(source: Source) -> Listing:
+    """What a data set consists of, without decoding an image: enough to know whether a cell is finished.
+
+    Raises:
+        InputError: nothing is there, or two images have one id.
+    """
+    entries = sorted(source.entries())
+    ids = [entry.id for entry in entries]
+    if len(set(ids)) < len(ids):
+        raise InputError(f"data={source.name}: two images have the id {next(i for i in ids if ids.count(i) > 1)!r}")
+    sha = hashlib.sha256()
+    for entry in entries:
+        for part in (entry.id, entry.label):
+            sha.update(part.encode() + b"\0")
+        for file in (entry.image_file, *entry.mask_files):
+            sha.update(hashlib.sha256(file.read_bytes()).digest())
+    return Listing(entries, sha.hexdigest())
+
+
 def load(source: Source, *, load_size: int, image_size: int, allow_empty_masks: bool = False) -> Images:
     """Read, check and resize a whole data set once.
 
@@ -203,35 +229,32 @@ def load(source: Source, *, load_size: int, image_size: int, allow_empty_masks: 
     Raises:
         InputError: it names every offending file (the first ten, and how many).
     """
-    entries = sorted(source.entries())
-    sha = hashlib.sha256()
-    problems: list[str] = []
-    arrays: list[list[np.ndarray]] = []
-    for entry in tqdm(entries, desc="reading images", unit="image", leave=False, disable=not sys.stderr.isatty()):
-        for part in (entry.id, entry.label):
-            sha.update(part.encode() + b"\0")
-        for file in (entry.image_file, *entry.mask_files):
-            sha.update(hashlib.sha256(file.read_bytes()).digest())
+    entries, digest = listing(source)
+
+    def arrays(entry: Entry) -> list[np.ndarray] | ValueError:
         try:
             image, mask = read(entry, smallest=image_size)
             if not (allow_empty_masks or mask.any()):
                 raise ValueError(f"{entry.mask_files[0]} is empty, no pixel is above 127 ({TAKE_EMPTY} takes it)")
         except ValueError as error:
-            problems.append(str(error))
-            continue
+            return error
         sizes = (load_size, image_size)
-        arrays.append([*(resize_image(image, s) for s in sizes), *(resize_mask(mask, s) for s in sizes)])
-    if problems:
+        return [*(resize_image(image, s) for s in sizes), *(resize_mask(mask, s) for s in sizes)]
+
+    with ThreadPoolExecutor() as threads:  # Pillow and OpenCV decode and resize outside Python's lock
+        results = threads.map(arrays, entries)
+        hidden = not sys.stderr.isatty()
+        found = list(
+            tqdm(results, desc="reading images", total=len(entries), unit="image", leave=False, disable=hidden)
+        )
+    if problems := [str(result) for result in found if isinstance(result, ValueError)]:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise InputError(
             f"data={source.name}: {len(problems)} of {len(entries)} images: {'; '.join(problems[:10])}{more}"
         )
-    ids = [entry.id for entry in entries]
-    if len(set(ids)) < len(ids):
-        raise InputError(f"data={source.name}: two images have the id {next(i for i in ids if ids.count(i) > 1)!r}")
-    images, eval_images, masks, eval_masks = (np.stack(column) for column in zip(*arrays, strict=True))
-    labels = [entry.label for entry in entries]
-    return Images(source.name, ids, labels, images, masks, eval_images, eval_masks, sha.hexdigest())
+    images, eval_images, masks, eval_masks = (np.stack(column) for column in zip(*found, strict=True))
+    ids, labels = ([getattr(entry, name) for entry in entries] for name in ("id", "label"))
+    return Images(source.name, ids, labels, images, masks, eval_images, eval_masks, digest)
 
 
 def read(entry: Entry, *, smallest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -296,6 +319,8 @@ def split(count: int, *, index: int) -> Split:
     Raises:
         InputError: too few images for three parts.
     """
+    from sklearn.model_selection import ShuffleSplit  # takes a second, and who only asks for fingerprints needs none
+
     test, validation = round(count * TEST_SHARE), round(count * VALIDATION_SHARE)
     if min(test, validation) < 1 or count - test - validation < 1:
         raise InputError(f"the data set has {count} images; training, validation and test need at least 4")

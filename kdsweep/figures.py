@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from kdsweep import build, checkpoint, tracking
+from kdsweep import cells, checkpoint, tracking
 from kdsweep.data import Images
 from kdsweep.errors import InputError
 from kdsweep.tracking import Sweep
@@ -131,15 +131,15 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     mpl.use("Agg")
     try:
-        cfg = build.compose(options.overrides)
-        build.check(cfg)
+        cfg = cells.compose(options.overrides)
+        cells.check(cfg)
         store, uri = Path(cfg.store), cfg.tracking.uri
         contours(
             tracking.read_sweep(store=store, uri=uri, name=cfg.sweep_name),
             store=store,
             uri=uri,
             split=cfg.split,
-            images=build.images(cfg),
+            images=cells.images(cfg),
             models=options.models.split(","),
             count=options.images,
             file=options.out,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import itertools
 import json
 from dataclasses import dataclass, field
 from functools import cache
@@ -82,6 +83,28 @@ def weak_suffix(view: str) -> str:
 def digest(value: Any) -> str:
     """SHA-256 of a value made of dicts, lists, strings, numbers and None; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def group_by(keys: list[str]) -> list[list[int]]:
+    """Positions of equal keys together, in the order in which the keys first appear."""
+    groups: dict[str, list[int]] = {}
+    for position, key in enumerate(keys):
+        groups.setdefault(key, []).append(position)
+    return list(groups.values())
+
+
+def divide(group: list[int], *, largest: int, likeness: list[str]) -> list[list[int]]:
+    """A lockstep group in parts of at most ``largest`` members and nearly equal size.
+
+    Args:
+        group: positions of the members.
+        largest: members of a part.
+        likeness: by position, what members of a part should have in common, such as their Teacher.
+    """
+    count = -(-len(group) // largest)
+    ordered = sorted(group, key=lambda position: likeness[position])
+    bounds = [round(len(group) * part / count) for part in range(count + 1)]
+    return [sorted(ordered[start:end]) for start, end in itertools.pairwise(bounds)]
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

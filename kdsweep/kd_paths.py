@@ -15,11 +15,9 @@ class KDPath(nn.Module, ABC):
     Parameters that a path owns are trained with the Student, kept in its checkpoint, and absent from the exported one.
 
     Attributes:
-        representation: ``logits`` or ``hidden``: which of a loss's two functions fits (conf/loss/*.yaml).
-        needs_logits: False lets the Teacher run its encoder alone.
+        needs_logits: False lets the Teacher run its encoder alone; ``logits`` of its outputs is empty then.
     """
 
-    representation: str
     needs_logits: bool
 
     @abstractmethod
@@ -34,7 +32,6 @@ class KDPath(nn.Module, ABC):
 class Logits(KDPath):
     """L, KD-Logits: the final logits before any activation (PAPER, Figure 1). Both maps are (N, 1, H, W)."""
 
-    representation = "logits"
     needs_logits = True
 
     def teacher_map(self, outputs: Outputs) -> Tensor:
@@ -49,7 +46,6 @@ class Logits(KDPath):
 class Hidden(KDPath):
     """H, KD-Hidden: the deepest feature map averaged over channels (PAPER, Figure 1). Both maps are (N, 1, h, w)."""
 
-    representation = "hidden"
     needs_logits = False
 
     def teacher_map(self, outputs: Outputs) -> Tensor:
@@ -74,7 +70,6 @@ class HiddenRegressor(KDPath):
         kernel_size: odd; the maps keep their size.
     """
 
-    representation = "hidden"
     needs_logits = False
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The plan of a sweep: all jobs are composed and checked before the first one starts; the user sees what will run."""
+"""The lockstep launcher: checks a whole sweep, shows its plan, and runs each group of cells in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,31 +7,271 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, filter_overrides, setup_globals
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from kdsweep import grid, limits
-from kdsweep.errors import InputError
-from kdsweep.progress import duration
+from kdsweep.errors import CellError, InputError
 
+# This module is imported whenever Hydra starts (see plugins/): what is heavier comes when it is needed.
 if TYPE_CHECKING:
-    from hydra.core.utils import JobReturn
-
-    from kdsweep.grid import Cell
+    from kdsweep.plan import Job, Look
+    from kdsweep.worker import Worker
 
 log = logging.getLogger(__name__)
 
 TRACEBACK = "KDSWEEP_TRACEBACK"  # environment: 1 shows the traceback of an error that ends the program
 
 
-class Plan(Callback):
-    """Hydra callback: checks the whole sweep first, says what will run, and keeps the user posted between the jobs."""
+def trains_cells(task_function: TaskFunction) -> TaskFunction:
+    """Mark the task function whose jobs are cells; the jobs of any other one are run one by one."""
+    task_function.trains_cells = True  # type: ignore[attr-defined]
+    return task_function
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """What one process does: a function of worker.py with a group's configurations.
+
+    Attributes:
+        call: the function, first argument the configurations.
+        configs: of the group.
+        places: names of the devices where it can run.
+    """
+
+    call: Callable[[list[DictConfig]], Any]
+    configs: list[DictConfig]
+    places: list[str]
+
+
+class LockstepLauncher(Launcher):
+    """Hydra launcher: cells that share all batches are trained together, each group in a spawned process.
+
+    Args:
+        devices: where groups run at the same time, such as ``[cuda:0,cuda:1]``; by default all that ``device`` names.
+    """
+
+    def __init__(self, devices: list[str] | None = None) -> None:
+        self.devices = list(devices or [])
+        self.idle: Worker | None = None  # started, and used by the first group
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what ``launch`` needs."""
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run these jobs.
+
+        Returns:
+            One per job, in their order.
+        """
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        configs = [self._compose(job, initial_job_idx + number) for number, job in enumerate(job_overrides)]
+        try:
+            if getattr(self.task_function, "trains_cells", False):
+                return self._launch_cells(configs)
+            return self._launch_others(configs)
+        finally:
+            if self.idle is not None:
+                self.idle.close()
+
+    def _compose(self, overrides: Sequence[str], number: int) -> DictConfig:
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+        return config
+
+    def _launch_cells(self, configs: list[DictConfig]) -> list[JobReturn]:
+        from kdsweep import plan, worker
+
+        jobs = plan.read_jobs(configs)
+        settle_folders(configs, names=[job.cell.fingerprint for job in jobs])
+        plan.ask(jobs)
+        waiting = plan.waiting(jobs)
+        results: dict[str, JobReturn] = {}
+        if waiting:
+            self.idle = self._start()
+            look = self.idle.call(worker.look_at_cells, [job.config for job in waiting], self.devices)
+            groups = plan.form_groups(waiting, devices=look.devices)
+            log.info("%s", plan.describe(jobs, groups=groups, look=look))
+        else:
+            log.info("%s", plan.describe(jobs, groups=[], look=None))
+        for job in plan.unique(jobs):
+            if job.finished is not None:
+                log.info("%s: finished already, run %s in %s", job.cell.title, job.finished["run_id"], job.cell.folder)
+                results[job.cell.fingerprint] = closed(job.config, float(job.finished["test/dice"]))
+        if waiting:
+            results |= self._train(groups, look)
+        returns = [results[job.cell.fingerprint] for job in jobs]
+        return [
+            own if own.overrides == list(config.hydra.overrides.task) else closed(config, own._return_value)
+            for own, config in zip(returns, configs, strict=True)
+        ]
+
+    def _train(self, groups: list[list[Job]], look: Look) -> dict[str, JobReturn]:
+        from kdsweep import plan, worker
+
+        places = list(dict.fromkeys(name for names in look.devices.values() for name in names))
+        if self.devices:
+            places = self.devices  # one of them may stand there twice
+        if len(places) > 1:  # else the Teachers that several groups need would be trained by each
+            missing = list(plan.missing_teachers([job for group in groups for job in group]).values())
+            units = [Unit(worker.train_teachers, [config], look.devices[str(config.device)]) for config in missing]
+            for _ in self._run(units, places):
+                log.info("a Teacher is done")
+        run = partial(worker.run_jobs, hydra_context=self.hydra_context, run_group=worker.run_cells)
+        members = {id(group[0].config): group for group in groups}
+        units = [
+            Unit(run, [job.config for job in group], look.devices[str(group[0].config.device)]) for group in groups
+        ]
+        report = Report(groups)
+        results: dict[str, JobReturn] = {}
+        for unit, outcome in self._run(units, places):
+            group = members[id(unit.configs[0])]
+            if isinstance(outcome, Exception):
+                outcome = [closed(job.config, outcome) for job in group]
+            results |= {job.cell.fingerprint: own for job, own in zip(group, outcome, strict=True)}
+            report.add(group, outcome)
+        report.end()
+        return results
+
+    def _launch_others(self, configs: list[DictConfig]) -> list[JobReturn]:
+        from kdsweep import worker
+
+        settle_folders(configs, names=[f"job {number}" for number in range(len(configs))])
+        for config in configs:
+            log.info("#%s : %s", config.hydra.job.num, " ".join(filter_overrides(config.hydra.overrides.task)))
+        run_alone = partial(worker.one_by_one, task_function=self.task_function)
+        run = partial(worker.run_jobs, hydra_context=self.hydra_context, run_group=run_alone)
+        results: dict[int, JobReturn] = {}
+        for unit, outcome in self._run([Unit(run, [config], [""]) for config in configs], [""]):
+            (own,) = [closed(unit.configs[0], outcome)] if isinstance(outcome, Exception) else outcome
+            results[id(unit.configs[0])] = own
+        return [results[id(config)] for config in configs]
+
+    def _start(self) -> Worker:
+        from kdsweep import worker
+
+        started = worker.Worker()
+        started.call(worker.set_up, self.config, Singleton.get_state())
+        return started
+
+    def _run(self, units: list[Unit], places: list[str]) -> Iterator[tuple[Unit, Any]]:
+        """Run each unit in a process of its own, one at a time at each place; gives results or errors as they come."""
+        from kdsweep.worker import pin
+
+        waiting = list(units)
+        busy: dict[int, tuple[Unit, Worker]] = {}
+        try:
+            while waiting or busy:
+                for number, place in enumerate(places):
+                    unit = next((unit for unit in waiting if place in unit.places), None)
+                    if unit is not None and number not in busy:
+                        waiting.remove(unit)
+                        process, self.idle = self.idle or self._start(), None
+                        busy[number] = unit, process
+                        process.send(pin, unit.call, unit.configs, place if len(places) > 1 else "")
+                ready = wait([process.connection for _, process in busy.values()])
+                for number, (unit, process) in list(busy.items()):
+                    if process.connection in ready:
+                        outcome = process.outcome()
+                        del busy[number]
+                        process.close()
+                        yield unit, outcome
+        except BaseException:
+            for _, process in busy.values():
+                process.interrupt()
+            raise
+
+
+class Report:
+    """Keeps the user posted on a sweep's groups."""
+
+    def __init__(self, groups: Sequence[Sequence[Job]]) -> None:
+        self.groups, self.cells = len(groups), sum(len(group) for group in groups)
+        self.done = self.done_cells = 0
+        self.failed: list[str] = []
+        self.started_s = time.monotonic()
+
+    def add(self, group: Sequence[Job], outcome: Sequence[JobReturn]) -> None:
+        """One more group has ended."""
+        from kdsweep.progress import duration
+
+        self.done, self.done_cells = self.done + 1, self.done_cells + len(group)
+        for job, own in zip(group, outcome, strict=True):
+            if own.status == JobStatus.FAILED:
+                self.failed.append(f"{job.cell.folder}: {own._return_value}")
+        passed_s = time.monotonic() - self.started_s
+        if self.done < self.groups:
+            left_s = passed_s / self.done_cells * (self.cells - self.done_cells)
+            log.info("%d of %d groups done, about %s left", self.done, self.groups, duration(left_s))
+
+    def end(self) -> None:
+        """All have ended: how long it took, and what failed."""
+        from kdsweep.progress import duration
+
+        done = self.cells - len(self.failed)
+        log.info("%d of %d cells done in %s", done, self.cells, duration(time.monotonic() - self.started_s))
+        for line in self.failed:
+            log.error("failed: %s", line)
+
+
+def settle_folders(configs: Sequence[DictConfig], *, names: Sequence[str]) -> None:
+    """Write each job's folder into its configuration.
+
+    Raises:
+        InputError: jobs of different names have one folder, so that one would overwrite the other.
+    """
+    owners: dict[Path, tuple[str, int]] = {}
+    before = HydraConfig.instance().cfg
+    for number, (config, name) in enumerate(zip(configs, names, strict=True)):
+        HydraConfig.instance().set_config(config)  # what ${hydra:...} in a folder's name refers to
+        subdir = str(OmegaConf.select(config, "hydra.sweep.subdir"))
+        folder = Path(str(config.hydra.sweep.dir)) / subdir
+        owner, first = owners.setdefault(folder, (name, number))
+        if owner != name:
+            raise InputError(
+                f"hydra.sweep.subdir={subdir}: jobs {first} and {number} would write to one folder; "
+                "name every swept key in it"
+            )
+        with read_write(config.hydra.sweep):
+            config.hydra.sweep.subdir = subdir
+    HydraConfig.instance().cfg = before
+
+
+def closed(config: DictConfig, result: Any) -> JobReturn:
+    """The return of a job that was not run under Hydra: finished before, asked for twice, or its process died."""
+    own = config.copy()
+    with read_write(own), open_dict(own):
+        hydra_node = own.pop("hydra")
+    return JobReturn(
+        overrides=list(config.hydra.overrides.task),
+        cfg=own,
+        hydra_cfg=OmegaConf.create({"hydra": hydra_node}),
+        working_dir=str(Path.cwd()),
+        task_name=JobRuntime.instance().get("name"),
+        status=JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED,
+        _return_value=result,
+    )
+
+
+class Announce(Callback):
+    """Hydra callback: where cells run one by one, checks all first, says what will run, and keeps the user posted."""
 
     def __init__(self) -> None:
         self.total = self.done = 0
@@ -40,19 +280,24 @@ class Plan(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Compose and check all jobs; a wrong one ends the program before anything is trained."""
-        jobs = _checked(lambda: announce(compose_jobs(config)))
+        if config.hydra.launcher._target_.endswith(".LockstepLauncher"):
+            return  # which does all this itself
+        jobs = compose_jobs(config)
+        _or_exit(lambda: announce(jobs))
         self.total, self.started_s = len(jobs), time.monotonic()
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """The same for a single cell."""
-        _checked(lambda: announce([config]))
+        _or_exit(lambda: announce([config]))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Say how far the sweep is, how long it still takes, and at its end what failed."""
+        from kdsweep.progress import duration
+
         if not self.total:
             return
         self.done += 1
-        if job_return.status.name == "FAILED":
+        if job_return.status == JobStatus.FAILED:
             self.failed.append(f"{config.hydra.runtime.output_dir}: {job_return._return_value}")
         if self.done < self.total:
             left_s = (time.monotonic() - self.started_s) / self.done * (self.total - self.done)
@@ -63,36 +308,25 @@ class Plan(Callback):
             log.error("failed: %s", line)
 
 
-def _checked(prepare: Callable[[], list[DictConfig]]) -> list[DictConfig]:
+def _or_exit(prepare: Callable[[], None]) -> None:
     """Hydra turns a callback's exceptions into warnings and goes on; what the user must mend ends the program here."""
     try:
-        return prepare()
+        prepare()
     except Exception as error:
         if os.environ.get(TRACEBACK) == "1":
             traceback.print_exc()
         raise SystemExit(f"kdsweep: error: {one_line(error)}") from error
 
 
-def announce(jobs: list[DictConfig]) -> list[DictConfig]:
-    """Check every job, write down what the sweep asks for, and tell the user what will run; gives the jobs back."""
-    for job in jobs:
-        own = OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])
-        values: Any = OmegaConf.to_container(own, resolve=True)
-        limits.check(grid.flatten(values))  # before torch is imported, so that a typing error is told at once
+def announce(configs: list[DictConfig]) -> None:
+    """Check every job in this process, write down what the sweep asks for, and tell the user what will run."""
+    from kdsweep import plan, worker
 
-    from kdsweep import build, checkpoint
-
-    for job in jobs:
-        build.check(job)
-    cells = {cell.fingerprint: (cell, job) for job in jobs for cell in [build.cell(job)]}
-    for cell, job in cells.values():
-        if checkpoint.read_finished(cell.folder) is None:  # what is finished needs neither networks nor batches
-            build.check_networks(job)
-            build.feed(job, seed=job.seed)
-    for sweep in sorted({job.sweep_name for job in jobs}):
-        build.tracker(jobs[0]).ask(sweep, [cell for cell, job in cells.values() if job.sweep_name == sweep])
-    log.info("%s", describe(list(cells.values()), jobs_count=len(jobs)))
-    return jobs
+    jobs = plan.read_jobs(configs)
+    plan.ask(jobs)
+    waiting = plan.waiting(jobs)
+    look = worker.look_at_cells([job.config for job in waiting], []) if waiting else None
+    log.info("%s", plan.describe(jobs, groups=[[job] for job in waiting], look=look))
 
 
 def compose_jobs(config: DictConfig) -> list[DictConfig]:
@@ -105,56 +339,11 @@ def compose_jobs(config: DictConfig) -> list[DictConfig]:
     return [loader.load_sweep_config(config, list(job)) for job in batch]
 
 
-def describe(cells: list[tuple[Cell, DictConfig]], *, jobs_count: int) -> str:
-    """One line on what will run: cells, Teachers, data, device, the longest that it can take."""
-    from kdsweep import build, checkpoint
-
-    waiting = [(cell, job) for cell, job in cells if checkpoint.read_finished(cell.folder) is None]
-    teachers = {
-        teacher.fingerprint: job
-        for cell, job in waiting
-        if cell.role == "cell"
-        for teacher in [build.teacher_cell(job)]
-        if checkpoint.read_finished(teacher.folder) is None
-    }
-    job = cells[0][1]
-    repeats = f" ({jobs_count - len(cells)} repeated jobs are the same cell)" if jobs_count > len(cells) else ""
-    finished = len(cells) - len(waiting)
-    line = (
-        f"{len(cells)} cells{repeats}: {len(waiting)} to run, {finished} finished; {len(teachers)} Teachers to train; "
-        f"data={job.data.name} with {len(build.images(job).ids)} images at {job.image_size} pixels; "
-        f"device {build.device(job)}; profile={job.profile}; sweep {job.sweep_name}"
-    )
-    if not waiting:
-        return line
-    longest_s = estimate_s(cells=[job for _, job in waiting], teachers=list(teachers.values()))
-    return f"{line}; at most about {duration(longest_s)} if no early stop ends a cell sooner"
-
-
-def estimate_s(*, cells: list[DictConfig], teachers: list[DictConfig]) -> float:
-    """Seconds for these trainings over all their epochs, from one timed step of the first cell's networks."""
-    from kdsweep import build, timing, train
-
-    train.keep_freed_memory()
-    job = cells[0]
-    where = build.compute(job)
-    timed = {"image_size": job.image_size, "compute": where}
-    student = timing.time_step_s(build.student_network(job, weights="none"), **timed)
-    taught = [job for job in cells if job.path.kd_path is not None]
-    step_s = {"student": student.train, "teacher": 0.0, "taught": student.train}
-    if taught:
-        teacher = timing.time_step_s(build.teacher_network(taught[0], weights="none"), **timed)
-        step_s = {"student": student.train, "teacher": teacher.train, "taught": student.train + teacher.forward}
-    images = len(build.split_ids(job)["train"])
-    total = sum(job.train.epochs * step_s["taught" if job.path.kd_path is not None else "student"] for job in cells)
-    return images * (total + sum(job.train.epochs * step_s["teacher"] for job in teachers))
-
-
 def one_line(error: BaseException) -> str:
     """The message that the user can act on, from an exception and what caused it."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, InputError):
+        if isinstance(cause, InputError | CellError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     text = " ".join(str(error).split())
@@ -172,11 +361,11 @@ def one_line(error: BaseException) -> str:
 
 def _known_keys(key: str) -> str:
     """What may stand in the place of a wrong key."""
-    from kdsweep import build
+    from kdsweep import cells
 
     parent, _, _ = key.rpartition(".")
     try:
-        cfg = build.compose([])
+        cfg = cells.compose([])
         node = OmegaConf.select(cfg, parent) if parent else cfg
         keys = ", ".join(sorted(node)) if node is not None else ""
     except (InputError, TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ def is_whole(value: Any) -> bool:
 RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("seed", "a whole number from 0 to 4294967295", lambda v: is_whole(v) and 0 <= v < 2**32),
     ("split", "0, 1 or 2", lambda v: is_whole(v) and 0 <= v <= 2),
+    ("device", "auto, cpu, cuda or cuda:NUMBER", lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(v)) is not None),
+    ("deterministic", "true or false", lambda v: isinstance(v, bool)),
     ("precision", "fp32 or bf16", lambda v: v in ("fp32", "bf16")),
     ("image_size", "a multiple of 32, at least 64", lambda v: is_whole(v) and v >= 64 and v % 32 == 0),
     ("train.epochs", "a whole number >= 1", lambda v: is_whole(v) and v >= 1),
@@ -36,6 +39,7 @@ RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("teacher_aug.distill_view", "weak or strong", lambda v: v in ("weak", "strong")),
     ("kd.weight", "a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1),
     ("kd.temperature", "a number > 0", lambda v: is_number(v) and v > 0),
+    ("kd.teacher_precision", "fp32 or bf16", lambda v: v in ("fp32", "bf16")),
     ("kd.align", "warp or none", lambda v: v in ("warp", "none")),
     ("views.shift", "a number from 0 to 0.5", lambda v: is_number(v) and 0 <= v <= 0.5),
     ("views.scale", "a number from 0 to 0.9", lambda v: is_number(v) and 0 <= v <= 0.9),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,24 +35,29 @@ class TrainViews(Dataset[dict[str, np.ndarray]]):
 
 
 class EpochBatches:
-    """Batches of (epoch, index) keys in an order drawn from (seed, split, epoch) alone."""
+    """Batches of (epoch, index) keys from an epoch on, without end; each epoch's order depends on its number alone."""
 
     def __init__(self, indices: list[int], *, batch_size: int, seed: int, split_index: int) -> None:
         self.indices, self.batch_size, self.seed, self.split_index = indices, batch_size, seed, split_index
-        self.epoch = 0
+        self.first_epoch = 0
 
-    def __len__(self) -> int:
+    def per_epoch(self) -> int:
+        """Batches of one epoch."""
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng([self.seed, self.split_index, self.epoch]).permutation(self.indices)
-        keys = [(self.epoch, int(index)) for index in order]
-        for start in range(0, len(keys), self.batch_size):
-            yield keys[start : start + self.batch_size]
+        for epoch in itertools.count(self.first_epoch):
+            order = np.random.default_rng([self.seed, self.split_index, epoch]).permutation(self.indices)
+            keys = [(epoch, int(index)) for index in order]
+            for start in range(0, len(keys), self.batch_size):
+                yield keys[start : start + self.batch_size]
 
 
 class TrainLoader:
     """Training batches of an epoch: dict of ``strong``, ``weak`` (N, S, S, 3) uint8, their masks, ``theta``.
+
+    The processes that prepare batches live as long as the loader and work ahead over the ends of epochs: an epoch of
+    the paper has two batches, so that waiting for the first one of each would be half of all.
 
     Args:
         images: the data set.
@@ -80,18 +86,28 @@ class TrainLoader:
             TrainViews(images, views=views, seed=seed, split_index=split_index),
             batch_sampler=self.batches,
             num_workers=workers,
-            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else every epoch would draw from the generator that all networks share
+            generator=torch.Generator(),  # else it would draw from the generator that all networks share
         )
+        self._ahead: Iterator[dict[str, Tensor]] = iter(())
+        self._next_epoch = -1
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return self.batches.per_epoch()
 
     def epoch(self, number: int) -> Iterator[dict[str, Tensor]]:
-        """The batches of one epoch, which depend on its number alone."""
-        self.batches.epoch = number
-        return iter(self.loader)
+        """The batches of one epoch, which depend on its number alone; to be used up before the next is asked for."""
+        if number != self._next_epoch:
+            self.batches.first_epoch = number
+            self._ahead = iter(self.loader)
+        self._next_epoch = -1  # until this one has been used up
+        yield from itertools.islice(self._ahead, len(self))
+        self._next_epoch = number + 1
+
+    def step_seed(self, epoch: int, number: int) -> int:
+        """Seed of whatever a learner draws while it learns from batch ``number`` of an epoch."""
+        entropy = [self.batches.seed, self.batches.split_index, epoch, number]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 CLASSIFIER_PREFIXES = ("fc.", "classifier.", "conv_head.", "norm_head.", "last_linear.")
 
 
+HUB = "hub:"  # leads the name of weights on the Hugging Face hub
+
+
 class Outputs(NamedTuple):
     """What one forward of a network gives.
 
@@ -72,7 +75,7 @@ class TrimmedMobileNetV3Small(nn.Module, EncoderMixin):
 smp.encoders.encoders["mobilenetv3_small_trimmed"] = {
     "encoder": TrimmedMobileNetV3Small,
     "params": {},
-    "pretrained_settings": {"imagenet": {"repo_id": "timm/mobilenetv3_small_100.lamb_in1k", "revision": "main"}},
+    "pretrained_settings": {},  # ImageNet weights are read by load_weights
 }
 
 
@@ -96,7 +99,7 @@ def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) 
     Args:
         encoder: a name known to smp, or ``mobilenetv3_small_trimmed``.
         decoder_channels: output channels of the five decoder blocks, deepest first.
-        weights: ``imagenet``, ``none``, or a file (see ``load_weights``).
+        weights: ``none``, a file (see ``load_weights``), or ``hub:REPOSITORY@REVISION`` of ImageNet weights.
         seed: of the random initialisation.
 
     Raises:
@@ -107,36 +110,31 @@ def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = UNet(encoder, encoder_weights=None, decoder_channels=decoder_channels, in_channels=3, classes=1)
-    if weights == "imagenet":
-        load_weights(network, imagenet_file(encoder), label=f"ImageNet weights of {encoder}")
+    if weights.startswith(HUB):
+        load_weights(network, imagenet_file(weights.removeprefix(HUB)), label=f"ImageNet weights of {encoder}")
     elif weights != "none":
         load_weights(network, Path(weights), label=f"weights={weights}")
     return network
 
 
-def imagenet_source(encoder: str) -> tuple[str, str]:
-    """Repository on the Hugging Face hub and revision of an encoder's ImageNet weights, or InputError."""
-    settings = smp.encoders.encoders.get(encoder, {}).get("pretrained_settings", {}).get("imagenet")
-    if settings is None:
-        raise InputError(f"weights=imagenet: none are known for encoder={encoder}; use weights=none or a file")
-    return settings["repo_id"], settings["revision"]
-
-
-def imagenet_file(encoder: str) -> Path:
+def imagenet_file(source: str) -> Path:
     """The file of an encoder's ImageNet weights, from the local cache or from the Hugging Face hub.
 
+    Args:
+        source: ``REPOSITORY@REVISION``.
+
     Raises:
-        InputError: there are none for this encoder, or they could not be fetched.
+        InputError: it could not be fetched.
     """
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    repository, revision = imagenet_source(encoder)
+    repository, _, revision = source.partition("@")
     where = {"repo_id": repository, "filename": "model.safetensors", "revision": revision}
     try:
         return Path(huggingface_hub.hf_hub_download(**where, local_files_only=True))
     except LocalEntryNotFoundError:
-        log.info("fetching the ImageNet weights of %s from the hub (%s)", encoder, repository)
+        log.info("fetching ImageNet weights from the hub: %s", repository)
     huggingface_hub.logging.set_verbosity_error()  # its retries are told by our one line instead
     try:
         return Path(huggingface_hub.hf_hub_download(**where))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 import time
 from types import TracebackType
@@ -46,9 +47,10 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._context.__exit__(kind, error, at)
 
-    def update(self, val_dice: float) -> None:
-        """One more epoch is done; val_dice is the best of those in training, a fraction."""
+    def update(self, val_dices: list[float]) -> None:
+        """One more epoch is done; val_dices are the fractions of those in training, of which the best is shown."""
         self.done += 1
+        val_dice = max(val_dices, default=math.nan)
         self._bar.set_postfix(val_dice=f"{val_dice:.3f}", refresh=False)
         self._bar.update()
         now_s = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 from kdsweep import checkpoint, models, train
 from kdsweep.grid import Cell
@@ -14,21 +15,42 @@ from kdsweep.models import UNet
 log = logging.getLogger(__name__)
 
 
-def obtain(cell: Cell, *, network: UNet, start: Callable[[UNet], Learner], feed: Feed, compute: train.Compute) -> UNet:
-    """The trained Teacher of a fingerprint, frozen: read from the store, or trained and scored now.
+class Wanted(NamedTuple):
+    """A Teacher that is needed.
+
+    Attributes:
+        cell: of role ``teacher``.
+        network: a new one of its architecture.
+        learner: opens the learner (and its run) that trains the network; called only if that is needed.
+    """
+
+    cell: Cell
+    network: UNet
+    learner: Callable[[], Learner]
+
+
+def obtain(wanted: list[Wanted], *, feed: Feed, compute: train.Compute) -> dict[str, UNet | Exception]:
+    """Trained and frozen Teachers by fingerprint: read from the store, or trained and scored now, as one group.
 
     Args:
-        cell: of role ``teacher``.
-        network: a new one of the Teacher's architecture.
-        start: opens the learner (and its run) that trains the network; called only if that is needed.
+        wanted: Teachers that can share their batches.
         feed: the split's images.
         compute: device and precision.
+
+    Returns:
+        For each the network, or what ended its training.
     """
-    finished = checkpoint.read_finished(cell.folder)
-    if finished is None:
-        log.info("%s: not in the store yet, so it is trained first", cell.title)
-        train.run([start(network)], teachers={}, feed=feed, compute=compute)
-    else:
-        log.info("%s: read from %s (run %s)", cell.title, cell.folder, finished["run_id"])
-    checkpoint.load_network(cell.folder / "teacher.safetensors", network)
-    return models.freeze(train.placed(network, compute))
+    found: dict[str, UNet | Exception] = {}
+    missing = [teacher for teacher in wanted if checkpoint.read_finished(teacher.cell.folder) is None]
+    if missing:
+        log.info("%s: not in the store yet, so trained first", ", ".join(teacher.cell.title for teacher in missing))
+        learners = [teacher.learner() for teacher in missing]
+        results = train.run(learners, teachers={}, feed=feed, compute=compute)
+        failures = zip(missing, results, strict=True)
+        found = {teacher.cell.fingerprint: error for teacher, error in failures if isinstance(error, Exception)}
+    for cell, network, _ in wanted:
+        if cell.fingerprint not in found:
+            log.info("%s: read from %s", cell.title, cell.folder)
+            checkpoint.load_network(cell.folder / "teacher.safetensors", network)
+            found[cell.fingerprint] = models.freeze(train.placed(network, compute))
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import albumentations as A
@@ -119,9 +120,14 @@ def id_number(image_id: str) -> int:
 
 def normalise(images: Tensor) -> Tensor:
     """ImageNet normalisation of (N, H, W, 3) uint8 to (N, 3, H, W) float32, in channels-last memory."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device) * 255
-    std = torch.tensor(IMAGENET_STD, device=images.device) * 255
+    mean, std = _grey_statistics(images.device)
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+@cache
+def _grey_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation in grey levels, brought to the device once: a copy in each step would make the host wait."""
+    return torch.tensor(IMAGENET_MEAN, device=device) * 255, torch.tensor(IMAGENET_STD, device=device) * 255
 
 
 def sampling_theta(matrix: np.ndarray, *, image_size: int) -> np.ndarray:

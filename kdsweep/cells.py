@@ -1,0 +1,227 @@
+"""Which cell a configuration describes: settings, evidence, fingerprint, and with which others it can be trained.
+
+With ``build.py`` the only place that reads a configuration. This half runs without torch: a sweep is checked and
+planned, and what is finished is found, before any process has waited for its import.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from kdsweep import conf_dir, data, grid, limits, tracking
+from kdsweep.errors import InputError
+from kdsweep.grid import Cell
+
+# The code that determines a result, beside what a configuration names by _target_.
+RESULT_CODE = [
+    "kdsweep.build.distillation",
+    "kdsweep.build.feed",
+    "kdsweep.build.learner",
+    "kdsweep.build.teacher_learner",
+    "kdsweep.data.load",
+    "kdsweep.data.split",
+    "kdsweep.learner.Distillation",
+    "kdsweep.learner.Learner",
+    "kdsweep.loaders.TrainLoader",
+    "kdsweep.loaders.eval_part",
+    "kdsweep.losses.cross_entropy",
+    "kdsweep.metrics.per_image",
+    "kdsweep.metrics.mean_dice",
+    "kdsweep.metrics.trivial_dice",
+    "kdsweep.models.unet",
+    "kdsweep.models.TrimmedMobileNetV3Small",
+    "kdsweep.train.conclude",
+    "kdsweep.train.fit",
+    "kdsweep.views.Views",
+    "kdsweep.views.id_number",
+    "kdsweep.views.normalise",
+    "kdsweep.views.sampling_theta",
+    "kdsweep.views.warp",
+]
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise InputError for the first value out of its range: one line with key, value and what is allowed."""
+    limits.check(params(cfg))
+
+
+def load_size(cfg: DictConfig) -> int:
+    """Side in pixels of the images that crops are taken from: 256 for 224, and in that ratio."""
+    return cfg.data.load_size or round(cfg.image_size * 256 / 224)
+
+
+def listing(cfg: DictConfig) -> data.Listing:
+    """What the data set consists of; looked at once per process."""
+    return _listing(hydra.utils.instantiate(cfg.data.source))
+
+
+@lru_cache(maxsize=2)
+def _listing(source: data.Source) -> data.Listing:
+    return data.listing(source)
+
+
+def images(cfg: DictConfig) -> data.Images:
+    """The data set in memory; read once per process."""
+    source = hydra.utils.instantiate(cfg.data.source)
+    takes_empty = bool(cfg.data.get("allow_empty_masks"))
+    return _load(source, load_size=load_size(cfg), image_size=cfg.image_size, allow_empty_masks=takes_empty)
+
+
+@lru_cache(maxsize=2)
+def _load(source: data.Source, *, load_size: int, image_size: int, allow_empty_masks: bool) -> data.Images:
+    return data.load(source, load_size=load_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
+
+
+def cell(cfg: DictConfig) -> Cell:
+    """The cell that a configuration describes, with its fingerprint."""
+    common, evidence = _common(cfg)
+    if cfg.path.kd_path is None:
+        own = {**common, "network": _network(cfg.student), "lr": cfg.train.lr}
+        evidence |= _weights_evidence("student", cfg.student) | {
+            "code": grid.code_digest([*RESULT_CODE, *grid.targets(own)])
+        }
+        return _cell(cfg, "student", cfg.path.notation, own, evidence)
+    representation = cfg.path.get("representation")
+    if representation not in cfg.loss:
+        raise InputError(f"path.representation={representation} is not allowed: it must be logits or hidden")
+    taught = {
+        "path": plain(cfg.path),
+        "loss": plain(cfg.loss[representation]),
+        "distill_view": cfg.teacher_aug.distill_view,
+        "kd": plain(cfg.kd),
+    }
+    master = teacher_cell(cfg)
+    own = {**common, "network": _network(cfg.student), "lr": cfg.train.lr, **taught, "teacher": master.settings}
+    evidence |= _weights_evidence("student", cfg.student) | {"teacher": master.fingerprint}
+    evidence["code"] = grid.code_digest([*RESULT_CODE, *grid.targets(own)])
+    name = grid.notation(path=cfg.path.notation, loss=cfg.loss.name.upper(), distill_view=cfg.teacher_aug.distill_view)
+    return _cell(cfg, "cell", name, own, evidence)
+
+
+def teacher_cell(cfg: DictConfig) -> Cell:
+    """The Teacher that a configuration's cell learns from."""
+    common, evidence = _common(cfg)
+    own = {**common, "network": _network(cfg.teacher), "lr": cfg.teacher.lr, "train_view": cfg.teacher_aug.train_view}
+    evidence |= _weights_evidence("teacher", cfg.teacher) | {
+        "code": grid.code_digest([*RESULT_CODE, *grid.targets(own)])
+    }
+    name = grid.teacher_notation(cfg.teacher_aug.train_view)
+    return _cell(cfg, "teacher", name, own, evidence, seed=cfg.teacher.seed)
+
+
+def batches_key(cfg: DictConfig, *, seed: int) -> str:
+    """Equal for trainings that can share every batch: a digest of all that batches and their computation depend on.
+
+    Whatever else may differ inside a lockstep group: path, loss, views, Teacher, Student, rates, weights, epochs.
+    """
+    common, evidence = _common(cfg)
+    made_of = [common[key] for key in ("data", "image_size", "views", "precision")]
+    kept_in = [cfg.store, cfg.tracking.uri, cfg.tracking.experiment]
+    by = [cfg.train.batch_size, cfg.train.workers, cfg.device, cfg.deterministic]
+    return grid.digest([made_of, evidence, cfg.split, seed, by, kept_in])
+
+
+def _cell(
+    cfg: DictConfig, role: str, name: str, own: dict[str, Any], evidence: dict[str, str], seed: int | None = None
+) -> Cell:
+    return Cell(
+        role=role,
+        notation=name,
+        split=cfg.split,
+        seed=cfg.seed if seed is None else seed,
+        settings=own,
+        evidence=evidence,
+        store=Path(cfg.store),
+    )
+
+
+def _common(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """What every training of a configuration depends on: settings, and digests of what lies outside them."""
+    source = {key: value for key, value in plain(cfg.data.source).items() if key not in ("root", "cache_dir")}
+    settings = {
+        "profile": cfg.profile,
+        "data": {"name": cfg.data.name, "source": source, "load_size": load_size(cfg)},
+        "image_size": cfg.image_size,
+        "views": plain(cfg.views),
+        "precision": cfg.precision,
+        "train": {key: cfg.train[key] for key in ("epochs", "batch_size", "patience")},
+    }
+    return settings, {"data": listing(cfg).digest}
+
+
+def _network(node: DictConfig) -> dict[str, Any]:
+    weights = node.weights if node.weights in ("imagenet", "none") else "file"
+    return {"encoder": node.encoder, "decoder_channels": list(node.decoder_channels), "weights": weights}
+
+
+def _weights_evidence(group: str, node: DictConfig) -> dict[str, str]:
+    if node.weights == "none":
+        return {}
+    if node.weights == "imagenet":
+        return {f"{group}_weights": imagenet(node)}
+    file = Path(str(node.weights))
+    if not file.is_file():
+        raise InputError(f"{group}.weights={file}: no such file; use imagenet, none, or a .safetensors or .pt file")
+    return {f"{group}_weights": _file_digest(file, file.stat().st_mtime_ns)}
+
+
+def imagenet(node: DictConfig) -> str:
+    """Where the ImageNet weights of a network's encoder are, as REPOSITORY@REVISION on the Hugging Face hub."""
+    if node.get("imagenet") is None:
+        raise InputError(f"weights=imagenet: none are known for encoder={node.encoder}; use weights=none or a file")
+    return str(node.imagenet)
+
+
+@lru_cache(maxsize=8)
+def _file_digest(file: Path, _: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def plain(node: DictConfig) -> Any:
+    """A part of the configuration as dicts, lists and plain values, references resolved."""
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
+    """Image ids of the split's three parts: written beside the run."""
+    ids = [entry.id for entry in listing(cfg).entries]
+    part = data.split(len(ids), index=cfg.split)
+    return {name: [ids[i] for i in indices] for name, indices in vars(part).items()}
+
+
+def tracker(cfg: DictConfig) -> tracking.Tracker:
+    """The MLflow store of the configuration; opened once per process."""
+    return _tracker(Path(cfg.store), cfg.tracking.uri, cfg.tracking.experiment)
+
+
+@lru_cache(maxsize=2)
+def _tracker(store: Path, uri: str | None, experiment: str) -> tracking.Tracker:
+    return tracking.Tracker(store=store, uri=uri, experiment=experiment)
+
+
+def params(cfg: DictConfig) -> dict[str, Any]:
+    """The flat resolved configuration, keys joined by dots: what MLflow keeps of a run."""
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    flat: dict[str, Any] = grid.flatten(plain(own))
+    return flat
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """The configuration of one cell from overrides, outside of a Hydra run.
+
+    Raises:
+        InputError: an override is wrong.
+    """
+    from hydra.errors import HydraException
+
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return hydra.compose("config", overrides)
+    except HydraException as error:
+        raise InputError(" ".join(str(error).split()).partition(" To append")[0]) from error

@@ -1,0 +1,158 @@
+"""The plan of a sweep: which jobs are which cells, what is finished, which are trained together, and how long it takes.
+
+Runs without torch; what only the real networks can tell is a ``Look``, taken where torch is (``group.look``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from kdsweep import cells, checkpoint, grid
+from kdsweep.grid import Cell
+from kdsweep.progress import duration
+
+
+@dataclass(frozen=True)
+class Job:
+    """A Hydra job and the cell that it asks for.
+
+    Attributes:
+        config: of the job.
+        cell: that it describes.
+        finished: the marker of an earlier computation of the cell, if there is one.
+    """
+
+    config: DictConfig
+    cell: Cell
+    finished: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look at the real networks tells before anything is trained.
+
+    Attributes:
+        devices: names of those where groups can run at the same time, by the value of ``device``.
+        student_s: seconds per image of a Student's training step.
+        teacher_s: of a Teacher's training step.
+        lesson_s: of a Teacher's forward.
+        images: in the training part.
+    """
+
+    devices: dict[str, list[str]]
+    student_s: float
+    teacher_s: float
+    lesson_s: float
+    images: int
+
+
+def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
+    """Check the values of all configurations and find out which cells they describe.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    for cfg in configs:
+        cells.check(cfg)
+    jobs = []
+    for cfg in configs:
+        cell = cells.cell(cfg)
+        jobs.append(Job(cfg, cell, checkpoint.read_finished(cell.folder)))
+    return jobs
+
+
+def ask(jobs: Sequence[Job]) -> None:
+    """Write down in MLflow what each sweep asks for, finished or not."""
+    for sweep in sorted({job.config.sweep_name for job in jobs}):
+        asked = [job for job in jobs if job.config.sweep_name == sweep]
+        cells.tracker(asked[0].config).ask(sweep, [job.cell for job in unique(asked)])
+
+
+def unique(jobs: Sequence[Job]) -> list[Job]:
+    """The first job of each cell: ``path=none`` has no loss, so a sweep over losses asks for it again and again."""
+    return list({job.cell.fingerprint: job for job in reversed(jobs)}.values())[::-1]
+
+
+def waiting(jobs: Sequence[Job]) -> list[Job]:
+    """One job for each cell that is not finished."""
+    return [job for job in unique(jobs) if job.finished is None]
+
+
+def form_groups(jobs: Sequence[Job], *, devices: dict[str, list[str]]) -> list[list[Job]]:
+    """Lockstep groups: jobs that can share every batch, divided where they would leave devices idle.
+
+    Args:
+        jobs: each of another cell.
+        devices: names of those where groups can run at the same time, by the value of ``device``.
+    """
+    keys = [cells.batches_key(job.config, seed=job.config.seed) for job in jobs]
+    likeness = [job.cell.evidence.get("teacher", "") for job in jobs]
+    groups = []
+    for members in grid.group_by(keys):
+        device = str(jobs[members[0]].config.device)
+        largest = -(-len([job for job in jobs if str(job.config.device) == device]) // len(devices[device]))
+        groups += grid.divide(members, largest=largest, likeness=likeness)
+    return [[jobs[position] for position in members] for members in groups]
+
+
+def missing_teachers(jobs: Sequence[Job]) -> dict[str, DictConfig]:
+    """By fingerprint the Teachers that these jobs need and that are not in the store, with a job's configuration."""
+    found = {}
+    for job in jobs:
+        if job.cell.role == "cell":
+            teacher = cells.teacher_cell(job.config)
+            if checkpoint.read_finished(teacher.folder) is None:
+                found[teacher.fingerprint] = job.config
+    return found
+
+
+def estimate_s(groups: Sequence[Sequence[Job]], look: Look) -> float:
+    """Seconds that the groups take on one device if no early stop ends a cell sooner."""
+    total = 0.0
+    for cfg in missing_teachers([job for group in groups for job in group]).values():
+        total += cfg.train.epochs * look.images * look.teacher_s
+    for group in groups:
+        epochs = max(job.config.train.epochs for job in group)
+        lessons = {lesson_of(job) for job in group if job.cell.role == "cell"}
+        total += sum(job.config.train.epochs for job in group) * look.images * look.student_s
+        total += epochs * len(lessons) * look.images * look.lesson_s
+    return total
+
+
+def lesson_of(job: Job) -> tuple[str, str, str]:
+    """Which Teacher forward a cell learns from: jobs with equal ones share it."""
+    cfg = job.config
+    return job.cell.evidence["teacher"], cfg.teacher_aug.distill_view, cfg.kd.teacher_precision
+
+
+def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look | None) -> str:
+    """One line on what will run: cells, groups, Teachers, data, device, the longest that it can take.
+
+    Args:
+        jobs: of the whole sweep.
+        groups: what waits, as it is trained together.
+        look: None if nothing waits.
+    """
+    own, count = unique(jobs), sum(len(group) for group in groups)
+    cfg = own[0].config
+    repeats = f" ({len(jobs) - len(own)} repeated jobs are the same cell)" if len(jobs) > len(own) else ""
+    line = f"{_number(len(own), 'cell')}{repeats}: {count} to run, {len(own) - count} finished"
+    if groups:
+        members = [job for group in groups for job in group]
+        shared = {lesson_of(job)[0] for job in members if job.cell.role == "cell"}
+        line += f"; {_number(len(groups), 'lockstep group')}, {_number(len(shared), 'shared Teacher')}"
+        line += f", {_number(len(missing_teachers(members)), 'Teacher')} to train"
+    line += f"; data={cfg.data.name} with {len(cells.listing(cfg).entries)} images at {cfg.image_size} pixels"
+    if look is not None:
+        names = list(dict.fromkeys(name for device in look.devices.values() for name in device))
+        longest = duration(estimate_s(groups, look) / len(names))
+        line += f"; device {', '.join(names)}; at most about {longest} if no early stop ends a cell sooner"
+    return f"{line}; profile={cfg.profile}; sweep {cfg.sweep_name}"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,26 @@
+"""Shows the lockstep launcher to Hydra, which takes launchers from the namespace ``hydra_plugins`` alone.
+
+This folder has no ``__init__.py``: one would hide the plugins of other packages.
+"""
+
+from dataclasses import dataclass, field
+from typing import List  # noqa: UP035 (OmegaConf reads the annotation)
+
+from hydra.core.config_store import ConfigStore
+
+from kdsweep import launcher
+
+
+class LockstepLauncher(launcher.LockstepLauncher):
+    """See kdsweep/launcher.py."""
+
+
+@dataclass
+class LockstepConf:
+    """What ``hydra/launcher=lockstep`` can be told."""
+
+    _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepLauncher"
+    devices: List[str] = field(default_factory=list)  # noqa: UP006
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="lockstep", node=LockstepConf, provider="kdsweep")
