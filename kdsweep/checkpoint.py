@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all, and the marker that says a cell is finished."""
+"""Files that appear whole or not at all, and the marker that says a cell is finished.
+
+Torch is imported by the functions that need it: who looks for finished cells must not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
-from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as to_safetensors
-from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CHECKPOINT, FINISHED = "checkpoint.pt", "finished.json"
 
@@ -51,26 +53,33 @@ def write_json(file: Path, content: Any) -> None:
 
 def save_state(file: Path, state: dict[str, Any]) -> None:
     """Write nested tensors and plain values, readable without running code from the file."""
+    import torch
+
     with _appearing(file) as stream:
         torch.save(state, stream)
 
 
 def load_state(file: Path) -> dict[str, Any]:
     """What ``save_state`` wrote, on the CPU."""
+    import torch
+
     state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return state
 
 
 def save_network(file: Path, network: nn.Module) -> None:
     """A network's weights alone as safetensors, which any tool reads and which cannot carry code."""
+    import safetensors.torch
+
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_bytes(file, to_safetensors(weights))
+    write_bytes(file, safetensors.torch.save(weights))
 
 
 def load_network(file: Path, network: nn.Module) -> None:
     """Read what ``save_network`` wrote into a network of the same architecture."""
-    weights: dict[str, Tensor] = parse_safetensors(file.read_bytes())
-    network.load_state_dict(weights)
+    import safetensors.torch
+
+    network.load_state_dict(safetensors.torch.load(file.read_bytes()))
 
 
 def save_predictions(file: Path, predictions: np.ndarray, *, ids: list[str]) -> None:

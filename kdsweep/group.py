@@ -65,49 +65,37 @@ def run_group(configs: list[DictConfig]) -> list[Result]:
     """Train the cells of these configurations together.
 
     Args:
-        configs: whose ``cells.batches_key`` are equal; finished ones among them are not computed again.
+        configs: of different cells that are not finished, with equal ``cells.batches_key``.
 
     Returns:
         For each configuration its test Dice, or what ended it. What ends one leaves the others alone.
     """
     compute = build.compute(configs[0])
     compute.prepare()
-    members = {cell.fingerprint: (cell, cfg) for cfg in configs for cell in [cells.cell(cfg)]}
-    results: dict[str, Result] = {}
-    for cell, _ in members.values():
-        if (finished := checkpoint.read_finished(cell.folder)) is not None:
-            log.info("%s: finished already, run %s in %s", cell.title, finished["run_id"], cell.folder)
-            results[cell.fingerprint] = float(finished["test/dice"])
-    waiting = [(cell, cfg) for fingerprint, (cell, cfg) in members.items() if fingerprint not in results]
-    if waiting:
-        results |= _train(waiting, compute)
-    return [results[cells.cell(cfg).fingerprint] for cfg in configs]
-
-
-def _train(waiting: list[tuple[Cell, DictConfig]], compute: train.Compute) -> dict[str, Result]:
-    staff = obtain_teachers([cfg for _, cfg in waiting], compute)
-    results: dict[str, Result] = {}
-    learners: dict[str, Learner] = {}
-    for cell, cfg in waiting:
+    staff = obtain_teachers(configs, compute)
+    results: dict[int, Result] = {}
+    learners: dict[int, Learner] = {}
+    for number, cfg in enumerate(configs):
+        cell = cells.cell(cfg)
         with logs.about(cell.folder):
             try:
                 lacking = staff.get(cell.evidence.get("teacher", ""))
                 if isinstance(lacking, Exception):
                     raise TeacherError(f"its Teacher could not be trained: {lacking}") from lacking
-                learners[cell.fingerprint] = build.learner(cfg, cell, partial(start, cfg))
+                learners[number] = build.learner(cfg, cell, partial(start, cfg))
             except Exception as error:
                 log.error("%s: %s: %s", cell.title, type(error).__name__, error, exc_info=error)
-                results[cell.fingerprint] = error
+                results[number] = error
     if learners:
         outcomes = train.run(
             list(learners.values()),
             teachers={name: network for name, network in staff.items() if isinstance(network, UNet)},
-            feed=build.feed(waiting[0][1], seed=waiting[0][1].seed),
+            feed=build.feed(configs[0], seed=configs[0].seed),
             compute=compute,
         )
-        for fingerprint, values in zip(learners, outcomes, strict=True):
-            results[fingerprint] = values if isinstance(values, Exception) else values["test/dice"]
-    return results
+        for number, values in zip(learners, outcomes, strict=True):
+            results[number] = values if isinstance(values, Exception) else values["test/dice"]
+    return [results[number] for number in range(len(configs))]
 
 
 def obtain_teachers(configs: list[DictConfig], compute: train.Compute) -> dict[str, UNet | Exception]:

@@ -113,7 +113,7 @@ class LockstepLauncher(Launcher):
             log.info("%s", plan.describe(jobs, groups=[], look=None))
         for job in plan.unique(jobs):
             if job.finished is not None:
-                log.info("%s: finished already, run %s in %s", job.cell.title, job.finished["run_id"], job.cell.folder)
+                plan.tell_finished(job)
                 results[job.cell.fingerprint] = closed(job.config, float(job.finished["test/dice"]))
         if waiting:
             results |= self._train(groups, look)

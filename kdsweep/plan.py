@@ -5,6 +5,7 @@ Runs without torch; what only the real networks can tell is a ``Look``, taken wh
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from omegaconf import DictConfig
 from kdsweep import cells, checkpoint, grid
 from kdsweep.grid import Cell
 from kdsweep.progress import duration
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,12 @@ def unique(jobs: Sequence[Job]) -> list[Job]:
 def waiting(jobs: Sequence[Job]) -> list[Job]:
     """One job for each cell that is not finished."""
     return [job for job in unique(jobs) if job.finished is None]
+
+
+def tell_finished(job: Job) -> None:
+    """One line that names the run that a cell is not computed again for."""
+    run_id = (job.finished or {})["run_id"]
+    log.info("%s: finished already, run %s in %s", job.cell.title, run_id, job.cell.folder)
 
 
 def form_groups(jobs: Sequence[Job], *, devices: dict[str, list[str]]) -> list[list[Job]]:
