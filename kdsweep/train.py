@@ -148,7 +148,7 @@ def fit(learners: list[Learner], *, teachers: Mapping[str, UNet], feed: Feed, co
                 break
             trained = _train_epoch(active, epoch, staff=staff, feed=feed, compute=compute)
             validated = _validate(active, taught, feed=feed, compute=compute)
-            for learner in active:
+            for learner in (own for own in active if own.failure is None):
                 with alone(learner):
                     learner.end_epoch(trained[learner.folder].read("train/") | validated[learner.folder].read("val/"))
             progress.update([learner.history[-1]["val/dice"] for learner in active if learner.history])

@@ -5,6 +5,7 @@ A process per group survives the death of another one, which the pools of the st
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import multiprocessing
@@ -42,6 +43,7 @@ class Worker:
         self.process = context.Process(target=_serve, args=(theirs,))
         self.process.start()
         theirs.close()
+        atexit.register(self.connection.close)  # else the end of this program would wait for the process for ever
 
     def send(self, function: Callable[..., Any], *args: Any) -> None:
         """Have it call the function; ``receive`` gives the result."""
@@ -79,6 +81,7 @@ class Worker:
 
     def close(self) -> None:
         """Let it end, and wait for that."""
+        atexit.unregister(self.connection.close)
         self.connection.close()
         self.process.join()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdsweep import build, checkpoint
+from kdsweep import build, cells, checkpoint
 from kdsweep.__main__ import one_line
 
 QUICK = ("profile=quick", "path=none", "device=cpu", "train.epochs=1")
@@ -27,9 +27,9 @@ def busi(root: Path) -> tuple[str, str]:
 def refusal(*overrides: str) -> str:
     """The line that a configuration is refused with, by the checks that a job goes through before its training."""
     with pytest.raises(Exception) as caught:
-        cfg = build.compose(["profile=quick", "device=cpu", *overrides])
-        build.check(cfg)
-        build.cell(cfg)
+        cfg = cells.compose(["profile=quick", "device=cpu", *overrides])
+        cells.check(cfg)
+        cells.cell(cfg)
         build.check_networks(cfg)
         build.feed(cfg, seed=0)
     message = one_line(caught.value)
@@ -176,7 +176,7 @@ def test_images_without_a_lesion_are_taken_on_request_but_not_alone(folder_of_ei
     asked = ["data=folder", f"data.root={folder_of_eight}", "data.allow_empty_masks=true"]
     empty_one_mask(folder_of_eight)
     assert "train.batch_size=16 is larger than" in refusal(*asked)  # the data are fine
-    build._load.cache_clear()  # a process reads a data set once
+    cells._load.cache_clear()  # a process reads a data set once
     empty_all_masks(folder_of_eight)
     assert "all 5 training masks are empty" in refusal(*asked)
 
@@ -185,7 +185,7 @@ def test_images_without_a_lesion_are_taken_on_request_but_not_alone(folder_of_ei
 def resnet_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of the quick profile's Teacher, a ResNet18 U-Net."""
     file = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
-    checkpoint.save_network(file, build.teacher_network(build.compose(["profile=quick"])))
+    checkpoint.save_network(file, build.teacher_network(cells.compose(["profile=quick"])))
     return file
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdsweep import build, grid
+from kdsweep import cells, grid
 from kdsweep.grid import Cell
 
 CELL = Cell(
@@ -233,7 +233,7 @@ def test_compiled_code_without_source_counts_by_its_name() -> None:
     assert grid.code_digest(["math.sin"]) != grid.code_digest(["math.cos"])
 
 
-@pytest.mark.parametrize("name", build.RESULT_CODE)
+@pytest.mark.parametrize("name", cells.RESULT_CODE)
 def test_every_name_of_the_result_code_exists_and_is_defined_where_it_says(name: str) -> None:
     module, _, attribute = name.rpartition(".")
     assert hasattr(importlib.import_module(module), attribute)
@@ -241,7 +241,7 @@ def test_every_name_of_the_result_code_exists_and_is_defined_where_it_says(name:
 
 
 def test_the_result_code_names_nothing_twice() -> None:
-    assert len(set(build.RESULT_CODE)) == len(build.RESULT_CODE)
+    assert len(set(cells.RESULT_CODE)) == len(cells.RESULT_CODE)
 
 
 # What the result code uses of other modules without its result depending on it: files, messages, containers, and the
@@ -288,8 +288,8 @@ def used(name: str) -> tuple[set[str], set[str]]:
 
 def test_the_result_code_names_all_that_it_uses_of_other_modules() -> None:
     """Else a change there would leave old results standing as if they were those of the new code."""
-    configured = [grid.targets(build._plain(build.compose([f"path={path}"]))) for path in ("L", "H", "HR")]
-    pairs = [used(name) for name in {*build.RESULT_CODE, *itertools.chain(*configured)}]
+    configured = [grid.targets(cells.plain(cells.compose([f"path={path}"]))) for path in ("L", "H", "HR")]
+    pairs = [used(name) for name in {*cells.RESULT_CODE, *itertools.chain(*configured)}]
     covered = set().union(*(inside for inside, _ in pairs))
     outside = set().union(*(outside for _, outside in pairs))
     assert "kdsweep.losses.cross_entropy" in outside  # the walk sees what it should

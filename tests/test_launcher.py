@@ -1,9 +1,16 @@
-"""What a sweep tells before and between its jobs, and errors in one line."""
+"""The launcher as Hydra's own tests see it, processes that die, folders, devices, and errors in one line."""
+
+import os
+import signal
+from functools import partial
 
 import pytest
+from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
+from hydra.version import VersionBase
+from packaging.version import Version
 
-from kdsweep import build, launcher, timing
-from kdsweep.errors import InputError
+from kdsweep import build, cells, launcher, timing
+from kdsweep.errors import CellError, InputError
 from kdsweep.progress import duration
 
 
@@ -14,21 +21,8 @@ def test_durations_read_like_words(seconds, words):
     assert duration(seconds) == words
 
 
-def test_the_estimate_counts_each_trainings_own_cost(monkeypatch, small_busi, tmp_path):
-    # Each class of network gets a price per image: Student 1 s a step, Teacher 10 s a step and 4 s a forward.
-    def priced(network, **_):
-        return timing.StepTime(train=10.0, forward=4.0) if "resnet" in network.name else timing.StepTime(1.0, 0.5)
-
-    monkeypatch.setattr(timing, "time_step_s", priced)
-    small = ["profile=quick", "data=busi", f"data.root={small_busi}", f"store={tmp_path}", "train.epochs=3"]
-    cell, student = build.compose([*small, "path=L"]), build.compose([*small, "path=none"])
-    images = len(build.split_ids(cell)["train"])
-    assert launcher.estimate_s(cells=[student], teachers=[]) == images * 3 * 1
-    assert launcher.estimate_s(cells=[student, cell], teachers=[cell]) == images * 3 * (1 + (1 + 4) + 10)
-
-
 def test_a_timed_step_is_a_positive_time_per_image():
-    cfg = build.compose(["profile=quick", "device=cpu"])
+    cfg = cells.compose(["profile=quick", "device=cpu"])
     step = timing.time_step_s(build.student_network(cfg), image_size=64, compute=build.compute(cfg))
     assert 0 < step.forward < step.train < 60
 
@@ -45,3 +39,29 @@ def test_the_users_error_is_found_below_what_hydra_wraps_around_it():
 
 def test_any_other_error_keeps_its_class_and_loses_its_line_breaks():
     assert launcher.one_line(ValueError("a\n  b")) == "ValueError: a b"
+
+
+# --- what Hydra asks of every launcher
+
+
+@pytest.fixture
+def plain_hydra(hydra_restore_singletons, tmp_path, monkeypatch):
+    """Hydra's tests expect the behaviour of version_base 1.1, which other tests of this process have changed."""
+    VersionBase.instance().setbase(Version("1.1"))
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("plain_hydra")
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("lockstep", [])])
+class TestLauncher(LauncherTestSuite):
+    """Hydra's own tests of a launcher."""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("plain_hydra")
+@pytest.mark.parametrize(("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=lockstep"])])
+class TestLauncherIntegration(IntegrationTestSuite):
+    """Hydra's own tests of whole programs with a launcher."""

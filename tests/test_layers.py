@@ -48,7 +48,7 @@ LAYERS = (
     "__init__",
 )
 
-CONFINED = {"mlflow": {"tracking"}, "omegaconf": {"build", "__main__", "launcher"}}
+CONFINED = {"mlflow": {"tracking"}, "omegaconf": {"__main__", "build", "cells", "group", "launcher", "plan", "worker"}}
 
 
 def is_entry_block(node: ast.AST) -> bool:

@@ -9,7 +9,7 @@ import hydra
 import pytest
 import yaml
 
-from kdsweep import build, conf_dir, limits
+from kdsweep import cells, conf_dir, limits
 from kdsweep.errors import InputError
 
 CONF = conf_dir()
@@ -29,6 +29,9 @@ NOT_WIDTHS = ([16] * 4, [16] * 6, [16, 16, 16, 16, 0], [16, 16, 16, 16, 1.5], 16
 BAD: dict[str, tuple[Any, ...]] = {
     "seed": (-1, 0.5, 0.0, 2**32, *NOT_NUMBERS),
     "split": (3, -1, 1.0, *NOT_NUMBERS[:2], True),
+    "device": ("gpu", "cpu:1", "cuda:", "cuda:x", "auto:0", None, 1),
+    "deterministic": ("yes", 1, None),
+    "kd.teacher_precision": ("fp16", "BF16", None),
     "precision": ("fp16", "FP32", 32, None),
     "image_size": (0, 32, 63, 100, 64.0, -64, *NOT_NUMBERS),
     "train.epochs": NOT_COUNTS,
@@ -80,13 +83,13 @@ EDGES: dict[str, tuple[Any, ...]] = {
 
 @pytest.fixture(scope="module")
 def defaults() -> dict[str, Any]:
-    return build.params(build.compose(["path=HR"]))  # the path that has the most keys
+    return cells.params(cells.compose(["path=HR"]))  # the path that has the most keys
 
 
 def compose(*overrides: str) -> dict[str, Any]:
     """Flat values of a configuration; data sets that need a folder are given one."""
     needs_root = any(override in ("data=udiat", "data=busi", "data=folder") for override in overrides)
-    return build.params(build.compose([*overrides, *(["data.root=images"] if needs_root else [])]))
+    return cells.params(cells.compose([*overrides, *(["data.root=images"] if needs_root else [])]))
 
 
 def test_every_rule_has_bad_values_in_this_test() -> None:
@@ -176,7 +179,7 @@ def test_every_path_composes_under_every_profile(path: str, profile: str) -> Non
 def test_every_experiment_sweeps_existing_options_within_the_limits(name: str) -> None:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("config", [f"+experiment={name}"], return_hydra_config=True)
-    limits.check(build.params(cfg))
+    limits.check(cells.params(cfg))
     swept = {key: str(values).split(",") for key, values in cfg.hydra.sweeper.params.items()}
     for key, values in swept.items():
         for value in values:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
 from kdsweep import kd_paths, losses, models
-from kdsweep.learner import Distillation, Learner
+from kdsweep.learner import Distillation, Learner, Lesson
 from kdsweep.train import Compute, Staff
 
 KD_LOSSES = [losses.mse, losses.kld_pixels, losses.kld_positions]
@@ -296,6 +296,9 @@ def small_path(name: str) -> kd_paths.KDPath:
     return {"L": kd_paths.Logits, "H": kd_paths.Hidden}[name]()
 
 
+WEAK = Lesson("Teacher", view="weak", precision="fp32")
+
+
 @pytest.fixture(scope="module")
 def staff() -> Staff:
     teacher = models.unet(encoder="resnet18", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=1)
@@ -308,13 +311,12 @@ def test_a_training_step_moves_the_student_and_leaves_the_teacher(
     staff: Staff, tmp_path: Path, name: str, loss: str
 ) -> None:
     kd_path = small_path(name)
-    kld = losses.kld_pixels if kd_path.representation == "logits" else losses.kld_positions
+    kld = losses.kld_pixels if name == "L" else losses.kld_positions
     distillation = Distillation(
         kd_path=kd_path,
         loss=losses.mse if loss == "mse" else kld,
         weight=1.0,  # the KD term alone: what moves, moves through it
-        teacher="Teacher",
-        view="weak",
+        lesson=WEAK,
         align=True,
     )
     learner = Learner(
@@ -334,7 +336,7 @@ def test_a_training_step_moves_the_student_and_leaves_the_teacher(
     stem = learner.network.encoder.conv_stem.weight.clone()
     images = {view: draw(2, 3, 64, 64, seed=seed, spread=1.0) for view, seed in (("weak", 28), ("strong", 29))}
 
-    taught = staff.teach([learner], images)["Teacher", "weak"]
+    taught = staff.teach([learner], images)[WEAK]
     assert not kd_path.teacher_map(taught).requires_grad
     theta = torch.tensor([[[0.9, 0.1, 0.05], [-0.1, 0.9, 0.0]]]).repeat(2, 1, 1)
     terms = learner.terms(learner.network(images["strong"]), torch.zeros(2, 1, 64, 64), taught, theta)
@@ -351,9 +353,10 @@ def test_a_training_step_moves_the_student_and_leaves_the_teacher(
 def test_a_teachers_outputs_have_no_graph_even_where_its_input_has_one(staff: Staff) -> None:
     images = {"strong": draw(1, 3, 64, 64, seed=30, spread=1.0).requires_grad_()}
     for kd_path in (small_path("L"), small_path("H")):
-        distillation = SimpleNamespace(kd_path=kd_path, teacher="Teacher", view="strong")
+        lesson = Lesson("Teacher", view="strong", precision="fp32")
+        distillation = SimpleNamespace(kd_path=kd_path, lesson=lesson)
         taught = staff.teach([SimpleNamespace(distillation=distillation)], images)  # type: ignore[list-item]
-        assert not kd_path.teacher_map(taught["Teacher", "strong"]).requires_grad
+        assert not kd_path.teacher_map(taught[lesson]).requires_grad
 
 
 def test_a_teacher_that_is_not_frozen_is_refused(staff: Staff) -> None:

@@ -16,8 +16,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdsweep import models
+from kdsweep import cells, models
+from kdsweep.build import teacher_network
 from kdsweep.errors import InputError
+
+MOBILENET = "timm/mobilenetv3_small_100.lamb_in1k"
 
 TEACHER = {"encoder": "resnext101_32x8d", "decoder_channels": [256, 128, 64, 32, 16]}
 STUDENT = {"encoder": "mobilenetv3_small_trimmed", "decoder_channels": [80, 40, 24, 16, 16]}
@@ -398,9 +401,9 @@ def install(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> Hub:
 
 def test_cached_imagenet_weights_need_no_network(monkeypatch: pytest.MonkeyPatch, student_file: Path) -> None:
     hub = install(monkeypatch, Hub(cached=student_file))
-    network = build("mobilenetv3_small_trimmed", weights="imagenet")
+    network = build("mobilenetv3_small_trimmed", weights=f"hub:{MOBILENET}@main")
     assert torch.equal(network.encoder.conv_stem.weight, mobilenet_state()["conv_stem.weight"])
-    assert hub.asked == [("timm/mobilenetv3_small_100.lamb_in1k", "model.safetensors", True)]
+    assert hub.asked == [(MOBILENET, "model.safetensors", True)]
 
 
 def test_imagenet_weights_are_fetched_once_the_cache_has_none(
@@ -408,27 +411,29 @@ def test_imagenet_weights_are_fetched_once_the_cache_has_none(
 ) -> None:
     hub = install(monkeypatch, Hub(online=student_file))
     with caplog.at_level(logging.INFO, logger="kdsweep"):
-        network = build("mobilenetv3_small_trimmed", weights="imagenet")
+        network = build("mobilenetv3_small_trimmed", weights=f"hub:{MOBILENET}@main")
     assert torch.equal(network.encoder.conv_stem.weight, mobilenet_state()["conv_stem.weight"])
     assert [local for _, _, local in hub.asked] == [True, False]
-    assert "timm/mobilenetv3_small_100.lamb_in1k" in caplog.text
+    assert MOBILENET in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("encoder", "repository"),
-    [
-        ("mobilenetv3_small_trimmed", "timm/mobilenetv3_small_100.lamb_in1k"),
-        ("resnet18", "smp-hub/resnet18.imagenet"),
-        ("resnext101_32x8d", "smp-hub/resnext101_32x8d.imagenet"),
-    ],
-)
-def test_without_a_network_one_line_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, encoder: str, repository: str
-) -> None:
+def test_without_a_network_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, Hub())
     with pytest.raises(InputError) as error:
-        models.imagenet_file(encoder)
-    one_line(error, repository, "ConnectionError", "weights=none", "weights=FILE")
+        models.imagenet_file(f"{MOBILENET}@main")
+    one_line(error, MOBILENET, "ConnectionError", "weights=none", "weights=FILE")
+
+
+@pytest.mark.parametrize("name", ["resnext101", "resnext50", "resnet101", "resnet34", "resnet18"])
+def test_the_configured_imagenet_weights_are_those_that_smp_knows(name: str) -> None:
+    node = cells.compose([f"teacher={name}"]).teacher
+    known = smp.encoders.encoders[node.encoder]["pretrained_settings"]["imagenet"]
+    assert node.imagenet == f"{known['repo_id']}@{known['revision']}"
+
+
+def test_the_students_imagenet_weights_are_those_that_timm_knows() -> None:
+    source, _, revision = cells.compose([]).student.imagenet.partition("@")
+    assert (source, revision) == (timm.get_pretrained_cfg("mobilenetv3_small_100").hf_hub_id, "main")
 
 
 def test_weights_none_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,9 +442,8 @@ def test_weights_none_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.asked == []
 
 
-def test_an_encoder_without_imagenet_weights_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = install(monkeypatch, Hub())
+def test_an_encoder_without_imagenet_weights_says_so() -> None:
+    cfg = cells.compose(["teacher.encoder=tu-resnet18", "~teacher.imagenet"])
     with pytest.raises(InputError) as error:
-        models.imagenet_file("tu-resnet18")
+        teacher_network(cfg)
     one_line(error, "encoder=tu-resnet18", "weights=none")
-    assert hub.asked == []

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel, wilcoxon
 
-from kdsweep import build, stats, tables
+from kdsweep import cells, stats, tables
 from kdsweep.errors import InputError
 
 DASH = "\N{EN DASH}"
@@ -486,7 +486,7 @@ def test_the_configurations_of_table4_do_not_mix(sweep, table4):
         path, _, rest = notation.removesuffix("_WAug").partition("_")
         view = "weak" if notation.endswith("_WAug") else "strong"
         factors = [f"path={paths[path]}", f"loss={rest.lower() or 'kld'}", f"teacher_aug={view}", f"split={split}"]
-        flat = build.params(build.compose(["profile=quick", "train.epochs=12", *factors, *overrides]))
+        flat = cells.params(cells.compose(["profile=quick", "train.epochs=12", *factors, *overrides]))
         return {key: str(value) for key, value in flat.items()}
 
     runs = sweep.runs[sweep.runs["role"] != "teacher"]
