@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ class EpochKeys(Sampler[tuple[int, int]]):
         return len(self.batches.indices)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        self.batches.epoch, self.next_epoch = self.next_epoch, self.next_epoch + 1
-        for keys in self.batches:
+        self.batches.first_epoch, self.next_epoch = self.next_epoch, self.next_epoch + 1
+        for keys in islice(self.batches, self.batches.per_epoch()):
             yield from keys
 
 

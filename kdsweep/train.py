@@ -146,7 +146,7 @@ def fit(learners: list[Learner], *, teachers: Mapping[str, UNet], feed: Feed, co
         for epoch in range(most):
             if not (active := [learner for learner in learners if not learner.stopped]):
                 break
-            trained = _train_epoch(active, epoch, staff=staff, feed=feed, compute=compute)
+            trained = train_epoch(active, epoch, staff=staff, feed=feed, compute=compute)
             validated = _validate(active, taught, feed=feed, compute=compute)
             for learner in (own for own in active if own.failure is None):
                 with alone(learner):
@@ -180,9 +180,10 @@ def placed(module: Module, compute: Compute) -> Module:
     return module.to(compute.device).to(memory_format=torch.channels_last)
 
 
-def _train_epoch(
+def train_epoch(
     learners: list[Learner], epoch: int, *, staff: Staff, feed: Feed, compute: Compute
 ) -> dict[Path, Means]:
+    """One pass over the training images for all learners: their running means by folder."""
     means = {learner.folder: Means() for learner in learners}
     for number, batch in enumerate(feed.train.epoch(epoch)):
         active = [learner for learner in learners if learner.failure is None]

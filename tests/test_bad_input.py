@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdsweep import build, cells, checkpoint
+from kdsweep import build, cells, checkpoint, group, plan
 from kdsweep.__main__ import one_line
 
 QUICK = ("profile=quick", "path=none", "device=cpu", "train.epochs=1")
@@ -28,10 +28,8 @@ def refusal(*overrides: str) -> str:
     """The line that a configuration is refused with, by the checks that a job goes through before its training."""
     with pytest.raises(Exception) as caught:
         cfg = cells.compose(["profile=quick", "device=cpu", *overrides])
-        cells.check(cfg)
-        cells.cell(cfg)
-        build.check_networks(cfg)
-        build.feed(cfg, seed=0)
+        plan.read_jobs([cfg])
+        group.check([cfg])
     message = one_line(caught.value)
     assert "\n" not in message
     assert not message.startswith(type(caught.value).__name__), "not an error that the user can mend"

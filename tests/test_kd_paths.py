@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdsweep import kd_paths, models
-from kdsweep.learner import Distillation
+from kdsweep.learner import Distillation, Lesson
 from kdsweep.models import Outputs
 
 
@@ -133,7 +133,8 @@ def test_the_loss_gets_each_networks_map_under_its_own_name(student: Outputs, te
         seen.update(arguments)
         return torch.zeros(())
 
-    taught = Distillation(kd_path=kd_path, loss=loss, weight=0.5, teacher="Teacher", view="strong", align=True)
+    lesson = Lesson("Teacher", view="strong", precision="fp32")
+    taught = Distillation(kd_path=kd_path, loss=loss, weight=0.5, lesson=lesson, align=True)
     taught.term(student=student, teacher=teacher, theta=None)
     assert torch.equal(seen["student"], kd_path.student_map(student))
     assert torch.equal(seen["teacher"], kd_path.teacher_map(teacher))

@@ -1,16 +1,12 @@
 """The launcher as Hydra's own tests see it, processes that die, folders, devices, and errors in one line."""
 
-import os
-import signal
-from functools import partial
-
 import pytest
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
 from hydra.version import VersionBase
 from packaging.version import Version
 
 from kdsweep import build, cells, launcher, timing
-from kdsweep.errors import CellError, InputError
+from kdsweep.errors import InputError
 from kdsweep.progress import duration
 
 
