@@ -1,0 +1,341 @@
+"""How fast lockstep is: against one cell at a time, against torchdistill, and against the bare cost of the Students.
+
+    make bench                                    # on this machine, about 20 minutes on two CPU cores
+    python benchmarks/bench.py --help
+
+All sides are timed in one run, turn and turn about, and compared by medians: machines are noisy, ratios less so. The
+networks are the paper's, untrained, for their weights do not change the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from kdsweep import build, cells, checkpoint, models, train
+from kdsweep.learner import Learner
+from kdsweep.loaders import Feed
+from kdsweep.models import UNet
+
+GRID = [
+    [f"path={path}", f"loss={loss}", f"teacher_aug={view}"]
+    for path in ("L", "H", "HR")
+    for loss in ("mse", "kld")
+    for view in ("strong", "weak")
+]
+SWEEP = ["-m", "path=L,H,HR", "loss=mse,kld", "teacher_aug=strong,weak"]
+COUNTS = (1, 2, 4, 8, 12)
+
+
+class NoRun:
+    """Stands in for an MLflow run."""
+
+    run_id = "none"
+
+    def log_epoch(self, values: dict[str, float], epoch: int) -> None:
+        """Nothing is recorded."""
+
+    def finish(self, values: dict[str, float], files: list[Path]) -> None:
+        """Nothing is recorded."""
+
+    def abort(self, *, status: str) -> None:
+        """Nothing is recorded."""
+
+
+class Bench:
+    """The 12 cells of one split with what they share, and a clock.
+
+    Args:
+        options: of the command line.
+        store: folder for runs and images.
+    """
+
+    def __init__(self, options: argparse.Namespace, store: Path) -> None:
+        self.options = options
+        images = round(options.steps * options.batch / 0.64) + 1  # of which the training part has steps x batch
+        while round(images * 0.64) < options.steps * options.batch:
+            images += 1
+        self.overrides = [
+            *(f"store={store}", f"data.count={images}", f"image_size={options.image_size}", "weights=none"),
+            *(f"teacher={options.teacher}", f"train.batch_size={options.batch}", f"device={options.device}"),
+            *("train.epochs=1", "train.lr=1e-4"),
+        ]
+        self.configs = [cells.compose([*self.overrides, *cell]) for cell in GRID]
+        self.student = cells.compose([*self.overrides, "path=none"])
+        self.feed: Feed = build.feed(self.student, seed=0)
+        self.compute = build.compute(self.student)
+        self.teachers = self._teachers()
+        self.epoch = 0
+
+    def _teachers(self) -> dict[str, UNet]:
+        """Untrained Teachers, put into the store as if they had been trained."""
+        found: dict[str, UNet] = {}
+        for cfg in self.configs:
+            cell = cells.teacher_cell(cfg)
+            if cell.fingerprint not in found:
+                network = build.teacher_network(cfg)
+                checkpoint.save_network(cell.folder / "teacher.safetensors", network)
+                checkpoint.write_json(cell.folder / checkpoint.FINISHED, {"run_id": "none", "test/dice": 0.0})
+                found[cell.fingerprint] = models.freeze(train.placed(network, self.compute))
+        return found
+
+    def learners(self, configs: list[DictConfig]) -> list[Learner]:
+        """New learners, where they are trained."""
+        made = [build.learner(cfg, cells.cell(cfg), lambda _: NoRun()) for cfg in configs]
+        for learner in made:
+            for module in learner.modules().values():
+                train.placed(module, self.compute)
+        return made
+
+    def step_s(self, learners: list[Learner]) -> float:
+        """Seconds per step of one epoch of a group."""
+        staff = train.Staff(self.teachers, self.compute)
+        self.epoch += 1
+        self._synchronise()
+        start = time.perf_counter()
+        train.train_epoch(learners, self.epoch, staff=staff, feed=self.feed, compute=self.compute)
+        self._synchronise()
+        if failed := [learner.failure for learner in learners if learner.failure is not None]:
+            raise failed[0]
+        return (time.perf_counter() - start) / len(self.feed.train)
+
+    def _synchronise(self) -> None:
+        if self.compute.device.type == "cuda":
+            torch.cuda.synchronize(self.compute.device)
+
+    def shares(self, learners: list[Learner]) -> dict[str, float]:
+        """Seconds per step by what they are spent on."""
+        spent = {"students": 0.0, "teachers": 0.0, "data": 0.0}
+        with (
+            self._clocked(train, "_step", spent, "students"),
+            self._clocked(train.Staff, "teach", spent, "teachers"),
+            self._clocked(train, "normalise", spent, "data"),
+            self._clocked_loader(spent),
+        ):
+            total = self.step_s(learners)
+        shares = {name: seconds / len(self.feed.train) for name, seconds in spent.items()}
+        return {**shares, "rest": total - sum(shares.values()), "total": total}
+
+    @contextmanager
+    def _clocked(self, owner: Any, name: str, spent: dict[str, float], label: str) -> Iterator[None]:
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._synchronise()
+            start = time.perf_counter()
+            result = inner(*args, **kwargs)
+            self._synchronise()
+            spent[label] += time.perf_counter() - start
+            return result
+
+        setattr(owner, name, timed)
+        yield
+        setattr(owner, name, inner)
+
+    @contextmanager
+    def _clocked_loader(self, spent: dict[str, float]) -> Iterator[None]:
+        inner = self.feed.train.epoch
+
+        def timed(number: int) -> Iterator[Any]:
+            batches = inner(number)
+            while True:
+                start = time.perf_counter()
+                batch = next(batches, None)
+                spent["data"] += time.perf_counter() - start
+                if batch is None:
+                    return
+                yield batch
+
+        self.feed.train.epoch = timed  # type: ignore[method-assign]
+        yield
+        self.feed.train.epoch = inner  # type: ignore[method-assign]
+
+    def command(self, *more: str, store: Path) -> tuple[float, float]:
+        """Run the 12 cells as a user does; seconds from start to end, and GiB of the largest process at its peak."""
+        overrides = [each for each in self.overrides if not each.startswith("store=")]
+        start = time.perf_counter()
+        seconds_memory = run([sys.executable, "-m", "kdsweep", *SWEEP, *overrides, f"store={store}", *more])
+        return time.perf_counter() - start, seconds_memory
+
+
+def run(command: list[str]) -> float:
+    """Run a program to its end; GiB of the largest of its processes at its peak."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            raise RuntimeError(f"{' '.join(command)}\n{log.read().decode()}")
+    return usage.ru_maxrss / 2**20
+
+
+def torchdistill_step_s(bench: Bench, out: Path) -> dict[str, float]:
+    """Median seconds per step of each cell as torchdistill trains it, in fp32; the first step, a warm-up, left out."""
+    options = bench.options
+    sizes = ["--batch", str(options.batch), "--image-size", str(options.image_size), "--teacher", options.teacher]
+    script = str(Path(__file__).with_name("torchdistill_cells.py"))
+    count = next(each for each in bench.overrides if each.startswith("data.count="))
+    where = ["--device", str(bench.compute.device), "--steps", str(options.steps + 1), "--out", str(out)]
+    run([sys.executable, script, *sizes, *where, count, f"store={out.parent}", "weights=none"])
+    timed = json.loads(out.read_text())["cells"]
+    return {name: statistics.median(cell["step_seconds"][1:]) for name, cell in timed.items()}
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All figures; times in seconds per step unless the name says otherwise."""
+    bench = Bench(options, folder / "store")
+    bench.compute.prepare()
+    fp32 = bench.learners(bench.configs)
+    bf16 = bench.learners([cells.compose([*bench.overrides, *cell, "kd.teacher_precision=bf16"]) for cell in GRID])
+    (alone,) = bench.learners([bench.student])
+    turns: dict[str, list[float]] = {}
+    shares: dict[str, list[dict[str, float]]] = {"fp32": [], "bf16": []}
+    commands: dict[str, list[tuple[float, float]]] = {"lockstep": [], "basic": []}
+    rival: list[dict[str, float]] = []
+
+    def turn(name: str, seconds: float) -> None:
+        turns.setdefault(name, []).append(seconds)
+        sys.stderr.write(f"{name}: {seconds:.2f} s\n")
+
+    bench.step_s([alone, *fp32, *bf16])  # a warm-up
+    for number in range(options.rounds):
+        for count in COUNTS:
+            turn(f"lockstep {count}", bench.step_s(fp32[:count]))
+        turn("lockstep bf16", bench.step_s(bf16))
+        turn("one by one", sum(bench.step_s([learner]) for learner in fp32))
+        turn("student", bench.step_s([alone]))
+        for precision, learners in (("fp32", fp32), ("bf16", bf16)):
+            shares[precision].append(bench.shares(learners))
+        for launcher, measured in commands.items():
+            store = folder / f"{launcher}{number}"
+            _share(folder / "store", store)
+            measured.append(bench.command(f"hydra/launcher={launcher}", store=store))
+            turn(f"command {launcher}", measured[-1][0])
+        rival.append(torchdistill_step_s(bench, folder / "torchdistill.json"))
+        turn("torchdistill", sum(rival[-1].values()))
+    medians = {name: statistics.median(values) for name, values in turns.items()}
+    return {
+        "settings": {**vars(options), "out": str(options.out), "steps_per_epoch": len(bench.feed.train)},
+        "machine": machine(bench.compute.device),
+        "median": medians,
+        "all": turns,
+        "shares": {
+            precision: {name: statistics.median(each[name] for each in found) for name in found[0]}
+            for precision, found in shares.items()
+        },
+        "peak_gib": {launcher: max(gib for _, gib in found) for launcher, found in commands.items()},
+        "peak_cuda_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+        "torchdistill_cells": rival,
+    }
+
+
+def _share(source: Path, store: Path) -> None:
+    """Give a new store the images and Teachers of another one."""
+    store.mkdir()
+    for name in ("phantoms", "teachers"):
+        (store / name).symlink_to(source.resolve() / name, target_is_directory=True)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "timm", "torchdistill", "hydra-core", "mlflow")},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    settings, own, median = found["settings"], found["machine"], found["median"]
+    best, fp32 = median["lockstep bf16"], median["lockstep 12"]
+    lines = [
+        f"{settings['image_size']} x {settings['image_size']} pixels, batch {settings['batch']}, Teacher "
+        f"{settings['teacher']}, {own['device']} ({own['cpu']}, {own['threads']} threads), PyTorch {own['torch']}, "
+        f"torchdistill {own['torchdistill']}, {own['date']}; medians of {settings['rounds']} rounds",
+        "",
+        "| 12 cells of one split | seconds | times as fast as lockstep, fp32 | as fast as torchdistill |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    rows = {
+        "torchdistill, one by one, per step": median["torchdistill"],
+        "kdsweep, one by one, per step": median["one by one"],
+        "kdsweep, lockstep, per step": fp32,
+        "kdsweep, lockstep, bf16 Teachers, per step": best,
+    }
+    for name, seconds in rows.items():
+        lines.append(f"| {name} | {seconds:.2f} | {fp32 / seconds:.2f} | {median['torchdistill'] / seconds:.2f} |")
+    whole = {name: median[f"command {name}"] for name in ("basic", "lockstep")}
+    for name, seconds in whole.items():
+        steps = settings["steps_per_epoch"]
+        label = f"the whole command of {steps} steps with start, validation and test, hydra/launcher={name}"
+        lines.append(f"| {label} | {seconds:.1f} | {whole['lockstep'] / seconds:.2f} | |")
+    lines += [
+        "",
+        "| cells in the group | seconds per step | per cell | each further cell |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    before: tuple[int, float] | None = None
+    for count in COUNTS:
+        seconds = median[f"lockstep {count}"]
+        further = f"{(seconds - before[1]) / (count - before[0]):.2f}" if before else ""
+        lines.append(f"| {count} | {seconds:.2f} | {seconds / count:.2f} | {further} |")
+        before = count, seconds
+    lines += [
+        f"| a Student alone, no Teacher | {median['student']:.2f} | {median['student']:.2f} | |",
+        "",
+        "| share of a step of 12 cells | Students | Teachers | data | rest | all but Students / Students |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for precision, parts in found["shares"].items():
+        shown = " | ".join(f"{parts[name] / parts['total']:.1%}" for name in ("students", "teachers", "data", "rest"))
+        over = (parts["total"] - parts["students"]) / parts["students"]
+        lines.append(f"| {precision} Teachers | {shown} | {over:.2f} |")
+    peak = found["peak_gib"]
+    lines += ["", f"Largest process: {peak['lockstep']:.2f} GiB in lockstep, {peak['basic']:.2f} GiB one by one."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print the tables, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--teacher", default="resnext101", help="a file of conf/teacher")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--steps", type=int, default=2, help="steps of an epoch, the unit that is timed")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("multirun/bench.json"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(options, Path(folder))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    sys.stdout.write(report(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
