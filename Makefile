@@ -8,7 +8,7 @@ STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types table3 table4 ui clean
+.PHONY: help setup demo test bench lint types table3 table4 ui clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick
 
 test: setup ## Run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+
+bench: setup ## Measure lockstep against one by one, torchdistill and bare Students (20 minutes; ARGS="--help" for options)
+	$(PY) benchmarks/bench.py $(ARGS)
 
 lint: setup ## Check style and format
 	$(PY) -m ruff check .

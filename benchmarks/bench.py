@@ -10,6 +10,7 @@ networks are the paper's, untrained, for their weights do not change the time.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -67,9 +68,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, store: Path) -> None:
         self.options = options
-        images = round(options.steps * options.batch / 0.64) + 1  # of which the training part has steps x batch
-        while round(images * 0.64) < options.steps * options.batch:
-            images += 1
+        wanted = options.steps * options.batch
+        images = next(n for n in itertools.count(4) if n - round(0.2 * n) - round(0.16 * n) >= wanted)
         self.overrides = [
             *(f"store={store}", f"data.count={images}", f"image_size={options.image_size}", "weights=none"),
             *(f"teacher={options.teacher}", f"train.batch_size={options.batch}", f"device={options.device}"),
@@ -78,6 +78,8 @@ class Bench:
         self.configs = [cells.compose([*self.overrides, *cell]) for cell in GRID]
         self.student = cells.compose([*self.overrides, "path=none"])
         self.feed: Feed = build.feed(self.student, seed=0)
+        if self.feed.train.image_count != wanted:
+            raise ValueError(f"no data set has {wanted} training images: another --steps or --batch is needed")
         self.compute = build.compute(self.student)
         self.teachers = self._teachers()
         self.epoch = 0

@@ -51,7 +51,9 @@ def look(configs: list[DictConfig], devices: list[str]) -> Look:
     student = timing.time_step_s(build.student_network(first, weights="none"), **timed)
     teacher = timing.StepTime(0.0, 0.0)
     if taught := [cfg for cfg in configs if cfg.path.kd_path is not None]:
-        teacher = timing.time_step_s(build.teacher_network(taught[0], weights="none"), **timed)
+        trained = all(checkpoint.read_finished(cells.teacher_cell(cfg).folder) is not None for cfg in taught)
+        network = build.teacher_network(taught[0], weights="none")
+        teacher = timing.time_step_s(network, **timed, forward_only=trained)
     return Look(
         devices={str(cfg.device): devices or build.devices(cfg) for cfg in configs},
         student_s=student.train,

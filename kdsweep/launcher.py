@@ -124,7 +124,7 @@ class LockstepLauncher(Launcher):
         ]
 
     def _train(self, groups: list[list[Job]], look: Look) -> dict[str, JobReturn]:
-        from kdsweep import plan, worker
+        from kdsweep import cells, plan, worker
 
         places = list(dict.fromkeys(name for names in look.devices.values() for name in names))
         if self.devices:
@@ -132,8 +132,8 @@ class LockstepLauncher(Launcher):
         if len(places) > 1:  # else the Teachers that several groups need would be trained by each
             missing = list(plan.missing_teachers([job for group in groups for job in group]).values())
             units = [Unit(worker.train_teachers, [config], look.devices[str(config.device)]) for config in missing]
-            for _ in self._run(units, places):
-                log.info("a Teacher is done")
+            for unit, outcome in self._run(units, places):
+                log.info("%s: %s", cells.teacher_cell(unit.configs[0]).title, outcome or "done")
         run = partial(worker.run_jobs, hydra_context=self.hydra_context, run_group=worker.run_cells)
         members = {id(group[0].config): group for group in groups}
         units = [

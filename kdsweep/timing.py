@@ -12,13 +12,15 @@ from kdsweep.train import Compute, placed
 
 
 class StepTime(NamedTuple):
-    """Seconds per image of a training step (forward, backward, Adam) and of a forward alone."""
+    """Seconds per image of a training step (forward, backward, Adam; 0 if not timed) and of a forward alone."""
 
     train: float
     forward: float
 
 
-def time_step_s(network: UNet, *, image_size: int, compute: Compute, images: int = 4) -> StepTime:
+def time_step_s(
+    network: UNet, *, image_size: int, compute: Compute, images: int = 4, forward_only: bool = False
+) -> StepTime:
     """Time one step of a throwaway network on a batch of noise, after one to warm up."""
     placed(network, compute)
     optimiser = torch.optim.Adam(network.parameters())
@@ -31,10 +33,11 @@ def time_step_s(network: UNet, *, image_size: int, compute: Compute, images: int
             with torch.no_grad():
                 network(batch)
             clock.append(_now_s(compute))
-            network(batch).logits.mean().backward()
-        optimiser.step()
+            if not forward_only:
+                network(batch).logits.mean().backward()
+                optimiser.step()
         clock.append(_now_s(compute))
-        times = [(clock[2] - clock[1]) / images, (clock[1] - clock[0]) / images]
+        times = [0.0 if forward_only else (clock[2] - clock[1]) / images, (clock[1] - clock[0]) / images]
     return StepTime(*times)
 
 

@@ -1,12 +1,20 @@
 """The launcher as Hydra's own tests see it, processes that die, folders, devices, and errors in one line."""
 
+import os
+import signal
+from types import SimpleNamespace
+
 import pytest
+from hydra._internal.callbacks import Callbacks
+from hydra.core.utils import JobStatus
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
+from hydra.types import HydraContext
 from hydra.version import VersionBase
+from omegaconf import OmegaConf
 from packaging.version import Version
 
 from kdsweep import build, cells, launcher, timing
-from kdsweep.errors import InputError
+from kdsweep.errors import CellError, InputError
 from kdsweep.progress import duration
 
 
@@ -61,3 +69,61 @@ class TestLauncher(LauncherTestSuite):
 @pytest.mark.parametrize(("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=lockstep"])])
 class TestLauncherIntegration(IntegrationTestSuite):
     """Hydra's own tests of whole programs with a launcher."""
+
+
+# --- jobs that are not cells, as another program's
+
+
+class Dies:
+    """A task function whose process is killed in one job."""
+
+    def __call__(self, cfg):
+        if cfg.number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return cfg.number * 10
+
+
+@pytest.fixture
+def launch(job_config, plain_hydra):
+    """Runs jobs of a task function with the launcher, without Hydra around it."""
+
+    def run(task_function, numbers, subdir="${hydra.job.num}"):
+        own = launcher.LockstepLauncher()
+        config = job_config(0, subdir=subdir)
+        loader = SimpleNamespace(load_sweep_config=with_overrides)
+        context = HydraContext(config_loader=loader, callbacks=Callbacks())
+        own.setup(hydra_context=context, task_function=task_function, config=config)
+        return own.launch([[f"number={number}"] for number in numbers], initial_job_idx=0)
+
+    return run
+
+
+def with_overrides(config, overrides):
+    own = config.copy()
+    own.number = int(overrides[0].removeprefix("number="))
+    OmegaConf.set_readonly(own.hydra, False)
+    own.hydra.overrides.task = overrides
+    return own
+
+
+@pytest.mark.slow
+def test_a_killed_job_takes_no_other_with_it(launch):
+    returns = launch(Dies(), [0, 1, 2])
+    assert [job.status for job in returns] == [JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.COMPLETED]
+    assert [returns[0].return_value, returns[2].return_value] == [0, 20]
+    with pytest.raises(CellError, match="its process ended early, killed by SIGKILL"):
+        _ = returns[1].return_value
+    assert returns[1].overrides == ["number=1"]
+
+
+def test_two_jobs_of_one_folder_are_refused(launch):
+    with pytest.raises(InputError, match="jobs 0 and 1 would write to one folder; name every swept key in it"):
+        launch(Dies(), [0, 2], subdir="same")
+
+
+def test_a_folder_may_be_named_by_any_key_and_is_settled_before_the_jobs_start(job_config, plain_hydra):
+    configs = [job_config(number, subdir="x${number}") for number in (1, 2, 1)]
+    launcher.settle_folders(configs, names=["one", "two", "one"])
+    assert [cfg.hydra.sweep.subdir for cfg in configs] == ["x1", "x2", "x1"]
+    with pytest.raises(InputError):
+        launcher.settle_folders(configs, names=["one", "two", "three"])

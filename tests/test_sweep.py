@@ -1,8 +1,11 @@
 """The whole grid as its user runs it: one command, then the tables."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +15,7 @@ from kdsweep import checkpoint, tables, tracking
 
 pytestmark = pytest.mark.slow
 
-QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=1"]
+QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=2"]
 GRID = ["-m", "path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong"]
 
 
@@ -89,7 +92,7 @@ def test_mlflow_holds_one_finished_run_per_cell_with_all_names(swept):
         names = {"train/loss", "train/supervised", "val/loss", "val/dice"} | ({"train/kd"} if role == "cell" else set())
         final = {"dice", "dice_std", "iou", "precision", "sensitivity", "hd95_px"}
         assert names | {f"test/{name}" for name in final} <= run.data.metrics.keys()
-        assert run.data.params["train.epochs"] == "1"
+        assert run.data.params["train.epochs"] == "2"
         artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
         assert {"test_scores.csv", "split.json", "test_predictions.npz"} <= artifacts
 
@@ -164,10 +167,115 @@ def test_a_failing_cell_leaves_the_others_and_says_where_its_traceback_is(small_
     assert "failed: split 0" in printed
 
 
-def test_an_interrupt_closes_the_run_as_killed_and_says_how_to_go_on(small_busi, tmp_path):
-    import signal
-    import time
+def files_of(store: Path, *names: str) -> dict[str, bytes]:
+    """Contents of the files of these names in a store, by folder and name."""
+    return {f"{f.parent.name}/{f.name}": f.read_bytes() for f in store.glob("*/*/*") if f.name in names}
 
+
+RESULTS = ("student.safetensors", "teacher.safetensors", "history.csv", "test_scores.csv", "test_predictions.npz")
+
+
+def test_one_by_one_gives_the_same_bits(swept, small_busi):
+    cwd, _ = swept
+    root = f"data.root={small_busi}"
+    alone = kdsweep(*GRID, *QUICK, root, "hydra/launcher=basic", "store=alone", cwd=cwd)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert "13 lockstep groups" in alone.stdout.splitlines()[0]
+    together, solo = files_of(cwd / "multirun", *RESULTS), files_of(cwd / "alone", *RESULTS)
+    assert len(together) == 15 * 4
+    assert together == solo
+    assert len({content for name, content in together.items() if name.endswith("student.safetensors")}) == 13
+
+
+def test_two_processes_at_once_give_the_same_bits(swept, small_busi):
+    cwd, _ = swept
+    part = ["-m", "path=HR,L", "teacher_aug=strong,weak", *QUICK, f"data.root={small_busi}", "store=divided"]
+    divided = kdsweep(*part, "hydra.launcher.devices=[cpu,cpu]", cwd=cwd)
+    assert divided.returncode == 0, divided.stdout + divided.stderr
+    assert "4 to run, 0 finished; 2 lockstep groups, 2 shared Teachers, 2 Teachers" in divided.stdout.splitlines()[0]
+    together, apart = files_of(cwd / "multirun", *RESULTS), files_of(cwd / "divided", *RESULTS)
+    assert len(apart) == 6 * 4
+    assert apart == {name: together[name] for name in apart}
+    sweep = tracking.read_sweep(store=cwd / "divided", uri=None, name=None)
+    assert len(sweep.runs) == 6
+    assert set(sweep.runs["status"]) == {"FINISHED"}
+
+
+def test_a_learning_rate_sweep_is_one_group(small_busi, tmp_path):
+    done = kdsweep("-m", "path=none", "train.lr=1e-3,3e-4", *QUICK, f"data.root={small_busi}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 cells: 2 to run, 0 finished; 1 lockstep group" in done.stdout.splitlines()[0]
+    logs = [file.read_text() for file in tmp_path.glob("multirun/cells/*/kdsweep.log")]
+    assert [log.count("test Dice") for log in logs] == [1, 1]
+    assert len(set(logs)) == 2
+
+
+def test_a_finished_sweep_needs_no_torch(swept, small_busi):
+    """Its import alone would take longer than the answer may."""
+    cwd, _ = swept
+    command = "import sys; from kdsweep.__main__ import main; main(); print('torch' in sys.modules)"
+    arguments = [*GRID, *QUICK, f"data.root={small_busi}"]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments], cwd=cwd, capture_output=True, text=True, check=True, timeout=100
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def all_gone(pids: list[int]) -> bool:
+    """Whether these processes end within a minute."""
+    deadline = time.monotonic() + 60
+    while (alive := any(Path(f"/proc/{pid}").exists() for pid in pids)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return not alive
+
+
+@pytest.fixture
+def endless(small_busi, tmp_path):
+    """A sweep that has trained its first epochs and goes on."""
+    command = [sys.executable, "-m", "kdsweep", "-m", "path=none", "train.lr=1e-3,3e-4", *QUICK, "train.epochs=5000"]
+    with subprocess.Popen(
+        [*command, f"data.root={small_busi}"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("multirun/cells/*/checkpoint.pt"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        yield process
+        process.kill()
+
+
+def test_an_interrupt_of_a_sweep_closes_all_its_runs_and_ends_its_processes(endless, tmp_path):
+    own = children(endless.pid)
+    endless.send_signal(signal.SIGINT)
+    _, errors = endless.communicate(timeout=60)
+    assert endless.returncode == 130, errors
+    assert "the same command" in errors
+    assert "Traceback" not in errors
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    assert sweep.runs["status"].tolist() == ["KILLED", "KILLED"]
+    assert own
+    assert all_gone(own)
+
+
+def test_a_killed_launcher_leaves_no_process_behind(endless, tmp_path):
+    own = children(endless.pid)
+    assert own
+    endless.kill()
+    assert all_gone(own)
+
+
+def test_a_killed_group_fails_its_cells_and_the_next_group_is_trained(endless, small_busi, tmp_path):
+    os.kill(max(children(endless.pid)), signal.SIGKILL)
+    output, errors = endless.communicate(timeout=60)
+    assert endless.returncode == 1
+    assert "its process ended early, killed by SIGKILL" in errors
+    assert output.count("failed: ") == 2
+
+
+def test_an_interrupt_closes_the_run_as_killed_and_says_how_to_go_on(small_busi, tmp_path):
     command = [sys.executable, "-m", "kdsweep", "path=none", *QUICK, "train.epochs=500", f"data.root={small_busi}"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120

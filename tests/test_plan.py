@@ -1,0 +1,113 @@
+"""The plan of a sweep: what is trained together, on how many devices, and for how long at most."""
+
+import itertools
+
+import pytest
+
+from kdsweep import cells, checkpoint, grid, plan
+
+LOOK = plan.Look(devices={"cpu": ["cpu"]}, student_s=1.0, teacher_s=10.0, lesson_s=4.0, images=16)
+
+
+@pytest.fixture
+def jobs(small_busi, tmp_path):
+    """Makes the jobs of configurations given as lists of overrides."""
+
+    def make(*each: list[str]) -> list[plan.Job]:
+        fixed = ["profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu", f"store={tmp_path}"]
+        return plan.read_jobs([cells.compose([*fixed, "train.batch_size=8", *overrides]) for overrides in each])
+
+    return make
+
+
+def groups_of(own: list[plan.Job], devices: tuple[str, ...] = ("cpu",)) -> list[list[str]]:
+    found = plan.form_groups(own, devices={"cpu": list(devices)})
+    return [[job.cell.notation for job in group] for group in found]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("path=HR", "path=none", "loss=mse", "teacher_aug=strong", "kd.weight=0.7", "kd.temperature=2"),
+        *("kd.align=none", "kd.teacher_precision=bf16", "train.lr=3e-4", "train.epochs=3", "train.patience=2"),
+        *("student.decoder_channels=[16,16,8,8,8]", "teacher=resnet34", "teacher.lr=1e-2", "sweep_name=other"),
+    ],
+)
+def test_what_batches_do_not_depend_on_may_differ_inside_a_group(jobs, override):
+    one, other = jobs([], [override])
+    assert one.cell.fingerprint != other.cell.fingerprint or override.startswith("sweep_name")
+    assert len(plan.form_groups([one, other], devices={"cpu": ["cpu"]})) == 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("split=1", "seed=1", "train.batch_size=4", "views.rotate_deg=10", "precision=bf16", "data.load_size=70"),
+        *("deterministic=true", "train.workers=2", "store=elsewhere"),
+    ],
+)
+def test_what_batches_or_their_computation_depend_on_makes_another_group(jobs, override):
+    assert len(plan.form_groups(jobs([], [override]), devices={"cpu": ["cpu"]})) == 2
+
+
+def test_the_papers_grid_on_three_splits_is_three_groups_of_thirteen(jobs):
+    grids = [
+        [f"path={path}", f"loss={loss}", f"teacher_aug={view}", f"split={split}"]
+        for split in range(3)
+        for path in ("none", "L", "H", "HR")
+        for loss in ("mse", "kld")
+        for view in ("weak", "strong")
+    ]
+    own = plan.waiting(jobs(*grids))
+    assert [len(group) for group in groups_of(own)] == [13, 13, 13]
+    assert len(plan.missing_teachers(own)) == 6
+
+
+def test_two_devices_share_a_group_and_each_part_has_one_teacher(jobs):
+    own = jobs(*([f"path={path}", f"teacher_aug={view}"] for path in ("L", "H", "HR") for view in ("weak", "strong")))
+    first, second = plan.form_groups(own, devices={"cpu": ["one", "two"]})
+    assert {len(first), len(second)} == {3}
+    for group in (first, second):
+        assert len({job.cell.evidence["teacher"] for job in group}) == 1
+    assert {job.cell.fingerprint for job in first + second} == {job.cell.fingerprint for job in own}
+
+
+def test_groups_that_keep_all_devices_busy_are_not_divided(jobs):
+    own = jobs(*([f"path={path}", f"split={split}"] for split in (0, 1) for path in ("L", "H", "HR")))
+    assert [len(group) for group in groups_of(own, ("one", "two"))] == [3, 3]
+
+
+def test_division_gives_nearly_equal_parts_and_loses_nobody():
+    parts = grid.divide(list(range(13)), largest=5, likeness=["b", "a"] * 6 + ["a"])
+    assert sorted(map(len, parts)) == [4, 4, 5]
+    assert sorted(itertools.chain(*parts)) == list(range(13))
+
+
+def test_repeated_and_finished_jobs_do_not_wait(jobs):
+    own = jobs(["path=none", "loss=mse"], ["path=none", "loss=kld"], ["path=L"], ["path=H"])
+    assert [job.cell.notation for job in plan.unique(own)] == ["Student", "L_KLD_WAug", "H_KLD_WAug"]
+    checkpoint.write_json(own[2].cell.folder / checkpoint.FINISHED, {"run_id": "x", "test/dice": 0.5})
+    own = jobs(["path=none", "loss=mse"], ["path=none", "loss=kld"], ["path=L"], ["path=H"])
+    assert [job.cell.notation for job in plan.waiting(own)] == ["Student", "H_KLD_WAug"]
+    line = plan.describe(own, groups=[plan.waiting(own)], look=LOOK)
+    for part in (
+        "3 cells (1 repeated jobs are the same cell): 2 to run, 1 finished; 1 lockstep group, 1 shared Teacher, ",
+        "1 Teacher to train",
+        "25 images at 64 pixels",
+        "device cpu",
+    ):
+        assert part in line
+
+
+def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
+    small = ["train.epochs=3"]
+    own = jobs(*([*small, f"path={path}"] for path in ("none", "L", "H", "HR")))
+    student, lesson, teacher = 16 * 3 * 1.0, 16 * 3 * 4.0, 16 * 3 * 10.0
+    assert plan.estimate_s([own[:1]], LOOK) == student
+    assert plan.estimate_s([own], LOOK) == 4 * student + lesson + teacher
+    assert plan.estimate_s([own[:2], own[2:]], LOOK) == 4 * student + 2 * lesson + teacher
+    strong = jobs([*small, "path=L"], [*small, "path=L", "teacher_aug=strong"])
+    assert plan.estimate_s([strong], LOOK) == 2 * student + 2 * lesson + 2 * teacher
+    cell = cells.teacher_cell(own[1].config)
+    checkpoint.write_json(cell.folder / checkpoint.FINISHED, {"run_id": "x", "test/dice": 0.5})
+    assert plan.estimate_s([own], LOOK) == 4 * student + lesson
