@@ -54,6 +54,9 @@ def look(configs: list[DictConfig], devices: list[str]) -> Look:
         trained = all(checkpoint.read_finished(cells.teacher_cell(cfg).folder) is not None for cfg in taught)
         network = build.teacher_network(taught[0], weights="none")
         teacher = timing.time_step_s(network, **timed, forward_only=trained)
+        del network
+    gc.collect()
+    train.give_back_memory()
     return Look(
         devices={str(cfg.device): devices or build.devices(cfg) for cfg in configs},
         student_s=student.train,
