@@ -23,8 +23,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick, then Tables 3 and 4
-	$(PY) -m kdsweep path=none profile=quick $(ARGS)
-	$(PY) -m kdsweep -m +experiment=table3 profile=quick $(ARGS)
+	$(PY) -m kdsweep -m +experiment=table4 split=0 profile=quick $(ARGS)
 	@$(PY) -m kdsweep.tables table3 --store $(STORE)
 	@$(PY) -m kdsweep.tables table4 --store $(STORE)
 

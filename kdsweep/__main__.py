@@ -15,7 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kdsweep import conf_dir, logs
-from kdsweep.launcher import TRACEBACK, one_line, trains_cells
+from kdsweep.announce import TRACEBACK, one_line
+from kdsweep.launcher import trains_cells
 
 # Torch is imported when a job runs: help and errors of the command line must come fast.
 

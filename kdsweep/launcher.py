@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,18 +11,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, filter_overrides, setup_globals
-from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from kdsweep.errors import CellError, InputError
+from kdsweep.errors import InputError
 
 # This module is imported whenever Hydra starts (see plugins/): what is heavier comes when it is needed.
 if TYPE_CHECKING:
@@ -33,8 +26,6 @@ if TYPE_CHECKING:
     from kdsweep.worker import Worker
 
 log = logging.getLogger(__name__)
-
-TRACEBACK = "KDSWEEP_TRACEBACK"  # environment: 1 shows the traceback of an error that ends the program
 
 
 def trains_cells(task_function: TaskFunction) -> TaskFunction:
@@ -268,106 +259,3 @@ def closed(config: DictConfig, result: Any) -> JobReturn:
         status=JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED,
         _return_value=result,
     )
-
-
-class Announce(Callback):
-    """Hydra callback: where cells run one by one, checks all first, says what will run, and keeps the user posted."""
-
-    def __init__(self) -> None:
-        self.total = self.done = 0
-        self.failed: list[str] = []
-        self.started_s = 0.0
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Compose and check all jobs; a wrong one ends the program before anything is trained."""
-        if config.hydra.launcher._target_.endswith(".LockstepLauncher"):
-            return  # which does all this itself
-        jobs = compose_jobs(config)
-        _or_exit(lambda: announce(jobs))
-        self.total, self.started_s = len(jobs), time.monotonic()
-
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """The same for a single cell."""
-        _or_exit(lambda: announce([config]))
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Say how far the sweep is, how long it still takes, and at its end what failed."""
-        from kdsweep.progress import duration
-
-        if not self.total:
-            return
-        self.done += 1
-        if job_return.status == JobStatus.FAILED:
-            self.failed.append(f"{config.hydra.runtime.output_dir}: {job_return._return_value}")
-        if self.done < self.total:
-            left_s = (time.monotonic() - self.started_s) / self.done * (self.total - self.done)
-            log.info("%d of %d jobs done, about %s left", self.done, self.total, duration(left_s))
-            return
-        log.info("%d of %d jobs done in %s", self.done, self.total, duration(time.monotonic() - self.started_s))
-        for line in self.failed:
-            log.error("failed: %s", line)
-
-
-def _or_exit(prepare: Callable[[], None]) -> None:
-    """Hydra turns a callback's exceptions into warnings and goes on; what the user must mend ends the program here."""
-    try:
-        prepare()
-    except Exception as error:
-        if os.environ.get(TRACEBACK) == "1":
-            traceback.print_exc()
-        raise SystemExit(f"kdsweep: error: {one_line(error)}") from error
-
-
-def announce(configs: list[DictConfig]) -> None:
-    """Check every job in this process, write down what the sweep asks for, and tell the user what will run."""
-    from kdsweep import plan, worker
-
-    jobs = plan.read_jobs(configs)
-    plan.ask(jobs)
-    waiting = plan.waiting(jobs)
-    look = worker.look_at_cells([job.config for job in waiting], []) if waiting else None
-    log.info("%s", plan.describe(jobs, groups=[[job] for job in waiting], look=look))
-
-
-def compose_jobs(config: DictConfig) -> list[DictConfig]:
-    """The configuration of every job of a multirun, in order, as Hydra's basic sweeper will make them."""
-    loader = GlobalHydra.instance().config_loader()
-    fixed = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    parser = OverridesParser.create(config_loader=loader)
-    overrides = parser.parse_overrides([*fixed, *config.hydra.overrides.task])
-    (batch,) = BasicSweeper.split_arguments(overrides, None)
-    return [loader.load_sweep_config(config, list(job)) for job in batch]
-
-
-def one_line(error: BaseException) -> str:
-    """The message that the user can act on, from an exception and what caused it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, InputError | CellError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    text = " ".join(str(error).split())
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{match[1]} is missing: give it on the command line, {match[1]}=..."
-    if match := re.search(r"Could not override '([^']+)'", text):
-        return f"{match[1]} is not a key of the configuration; {_known_keys(match[1])}"
-    unknown_option = r"Could not find '(\S+)/([^/']+)' Available options in '\S+': (.+?)(?: Config search|$)"
-    if match := re.search(unknown_option, text):
-        return f"{match[1]}={match[2]} is not an option; {match[1]} has: {', '.join(match[3].split())}"
-    if type(error).__module__.startswith(("hydra", "omegaconf")):
-        return text
-    return f"{type(error).__name__}: {text}"
-
-
-def _known_keys(key: str) -> str:
-    """What may stand in the place of a wrong key."""
-    from kdsweep import cells
-
-    parent, _, _ = key.rpartition(".")
-    try:
-        cfg = cells.compose([])
-        node = OmegaConf.select(cfg, parent) if parent else cfg
-        keys = ", ".join(sorted(node)) if node is not None else ""
-    except (InputError, TypeError):
-        keys = ""
-    return f"{parent + ' has' if parent else 'it has'}: {keys}" if keys else "see python -m kdsweep --help"

@@ -67,8 +67,9 @@ class Compute:
 class Staff:
     """The frozen Teachers of a group, and the only place where a Teacher's forward is called.
 
-    A Teacher's forward is convolution at the rate of a plain matrix product for 93 % of its time on the CPU: folding
-    batch norms gained 3 %, torch.compile nothing in bf16, for 40 s of compiling. What pays is bf16 and few forwards.
+    On two CPU cores 93 % of a Teacher's forward is convolution at the rate of a plain matrix product (224 x 224, batch
+    16: 3.5 s, in bf16 1.7 s): folding its batch norms gains 3 %, torch.compile nothing in bf16, for 40 s of compiling.
+    What pays is bf16, channels-last memory (3.5 s instead of 3.6) and few forwards.
 
     Args:
         teachers: by name.
@@ -183,7 +184,12 @@ def placed(module: Module, compute: Compute) -> Module:
 def train_epoch(
     learners: list[Learner], epoch: int, *, staff: Staff, feed: Feed, compute: Compute
 ) -> dict[Path, Means]:
-    """One pass over the training images for all learners: their running means by folder."""
+    """One pass over the training images for all learners: their running means by folder.
+
+    The Students step one after the other, which on two CPU cores is the fastest way (224 x 224, batch 16): stacked
+    under torch.func.vmap they take 1.7 to 3.7 times as long, torch.compile gains nothing (455 ms a step instead of
+    450, for 60 s of compiling), a fused Adam under 1 %. CUDA graphs are not tried: no device was at hand to measure.
+    """
     means = {learner.folder: Means() for learner in learners}
     for number, batch in enumerate(feed.train.epoch(epoch)):
         active = [learner for learner in learners if learner.failure is None]

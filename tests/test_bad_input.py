@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from kdsweep import build, cells, checkpoint, group, plan
-from kdsweep.__main__ import one_line
+from kdsweep.announce import one_line
 
 QUICK = ("profile=quick", "path=none", "device=cpu", "train.epochs=1")
 

@@ -13,7 +13,7 @@ from hydra.version import VersionBase
 from omegaconf import OmegaConf
 from packaging.version import Version
 
-from kdsweep import build, cells, launcher, timing
+from kdsweep import announce, build, cells, launcher, timing
 from kdsweep.errors import CellError, InputError
 from kdsweep.progress import duration
 
@@ -38,11 +38,11 @@ def test_the_users_error_is_found_below_what_hydra_wraps_around_it():
         except InputError as error:
             raise RuntimeError("while resolving\nan interpolation") from error
     except RuntimeError as wrapped:
-        assert launcher.one_line(wrapped) == "data.root=/x: no such folder"
+        assert announce.one_line(wrapped) == "data.root=/x: no such folder"
 
 
 def test_any_other_error_keeps_its_class_and_loses_its_line_breaks():
-    assert launcher.one_line(ValueError("a\n  b")) == "ValueError: a b"
+    assert announce.one_line(ValueError("a\n  b")) == "ValueError: a b"
 
 
 # --- what Hydra asks of every launcher

@@ -17,6 +17,7 @@ FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py"))}
 LAYERS = (
     "__main__",
     "launcher",
+    "announce",
     "worker",
     "group",
     "plan",
@@ -48,7 +49,10 @@ LAYERS = (
     "__init__",
 )
 
-CONFINED = {"mlflow": {"tracking"}, "omegaconf": {"__main__", "build", "cells", "group", "launcher", "plan", "worker"}}
+CONFINED = {
+    "mlflow": {"tracking"},
+    "omegaconf": {"__main__", "announce", "build", "cells", "group", "launcher", "plan", "worker"},
+}
 
 
 def is_entry_block(node: ast.AST) -> bool:
