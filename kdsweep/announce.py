@@ -1,4 +1,4 @@
-"""What the user is told before anything is trained, and between cells that are trained one by one; errors in one line."""
+"""What the user is told before cells are trained, and between those trained one by one; errors in one line."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ LAYERS = (
     "__init__",
 )
 
-CONFINED = {
+READS_CONFIG = {"__main__", "announce", "build", "cells", "group", "launcher", "plan", "worker"}
+CONFINED = {"mlflow": {"tracking"}, "omegaconf": READS_CONFIG}
     "mlflow": {"tracking"},
     "omegaconf": {"__main__", "announce", "build", "cells", "group", "launcher", "plan", "worker"},
 }
