@@ -51,9 +51,6 @@ LAYERS = (
 
 READS_CONFIG = {"__main__", "announce", "build", "cells", "group", "launcher", "plan", "worker"}
 CONFINED = {"mlflow": {"tracking"}, "omegaconf": READS_CONFIG}
-    "mlflow": {"tracking"},
-    "omegaconf": {"__main__", "announce", "build", "cells", "group", "launcher", "plan", "worker"},
-}
 
 
 def is_entry_block(node: ast.AST) -> bool:
