@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="resnext101", help="a file of conf/teacher")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=2, help="steps of an epoch, the unit that is timed")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("multirun/bench.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

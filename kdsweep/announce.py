@@ -36,9 +36,8 @@ class Announce(Callback):
         """Compose and check all jobs; a wrong one ends the program before anything is trained."""
         if config.hydra.launcher._target_.endswith(".LockstepLauncher"):
             return  # which does all this itself
-        jobs = compose_jobs(config)
-        _or_exit(lambda: announce(jobs))
-        self.total, self.started_s = len(jobs), time.monotonic()
+        self.total = _or_exit(lambda: announce(compose_jobs(config)))
+        self.started_s = time.monotonic()
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """The same for a single cell."""
@@ -62,18 +61,18 @@ class Announce(Callback):
             log.error("failed: %s", line)
 
 
-def _or_exit(prepare: Callable[[], None]) -> None:
+def _or_exit(prepare: Callable[[], int]) -> int:
     """Hydra turns a callback's exceptions into warnings and goes on; what the user must mend ends the program here."""
     try:
-        prepare()
+        return prepare()
     except Exception as error:
         if os.environ.get(TRACEBACK) == "1":
             traceback.print_exc()
         raise SystemExit(f"kdsweep: error: {one_line(error)}") from error
 
 
-def announce(configs: list[DictConfig]) -> None:
-    """Check every job in this process, write down what the sweep asks for, and tell the user what will run."""
+def announce(configs: list[DictConfig]) -> int:
+    """Check every job in this process, write down what the sweep asks for, tell the user what will run; count jobs."""
     from kdsweep import plan, worker
 
     jobs = plan.read_jobs(configs)
@@ -81,6 +80,7 @@ def announce(configs: list[DictConfig]) -> None:
     waiting = plan.waiting(jobs)
     look = worker.look_at_cells([job.config for job in waiting], []) if waiting else None
     log.info("%s", plan.describe(jobs, groups=[[job] for job in waiting], look=look))
+    return len(jobs)
 
 
 def compose_jobs(config: DictConfig) -> list[DictConfig]:

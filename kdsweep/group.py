@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from functools import partial
@@ -91,6 +92,9 @@ def run_group(configs: list[DictConfig]) -> list[Result]:
             except Exception as error:
                 log.error("%s: %s: %s", cell.title, type(error).__name__, error, exc_info=error)
                 results[number] = error
+                # Tables show it as failed; that this does not work either is no news.
+                with contextlib.suppress(Exception):
+                    start(cfg, cell).abort(status="FAILED")
     if learners:
         outcomes = train.run(
             list(learners.values()),

@@ -90,14 +90,12 @@ def test_a_cell_that_diverges_fails_alone_with_term_and_epoch(compose):
     assert math.isfinite(results[1])
 
 
-def test_a_path_that_cannot_be_built_fails_alone_and_opens_no_run(compose):
+def test_a_path_that_cannot_be_built_fails_alone_and_is_seen_as_failed(compose):
     bad = compose("path=H", f"path.kd_path._target_={__name__}.Unbuildable")
     results = run(bad, compose("path=none"))
     assert "no such path" in str(results[0])
     assert isinstance(results[1], float)
-    assert statuses(bad) == {"H_KLD_WAug": "missing", "Student": "FINISHED", "Teacher_WAug": "FINISHED"} or (
-        "RUNNING" not in statuses(bad).values()
-    )
+    assert statuses(bad) == {"H_KLD_WAug": "FAILED", "Student": "FINISHED", "Teacher_WAug": "FINISHED"}
 
 
 def test_a_teacher_that_diverges_fails_its_cells_and_no_others(compose):

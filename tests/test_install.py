@@ -75,6 +75,28 @@ def test_the_wheel_holds_all_configuration_and_no_image(wheel):
     assert not [name for name in names if name.startswith("tests/")]
 
 
+def test_the_wheel_shows_its_launcher_to_hydra_and_hides_nobody_elses(wheel, tmp_path):
+    file, site = wheel
+    names = zipfile.ZipFile(file).namelist()
+    plugins = [name for name in names if "plugins" in name and not name.startswith("kdsweep-")]
+    assert plugins == ["hydra_plugins/kdsweep_lockstep.py"]
+    command = [sys.executable, "-m", "kdsweep", "--cfg", "hydra", "--package", "hydra.launcher"]
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=True)
+    assert "_target_: hydra_plugins.kdsweep_lockstep.LockstepLauncher" in done.stdout
+
+
+def test_a_sweep_through_the_console_script(wheel, small_busi, tmp_path):
+    """Its processes have to import a main module that is not a package's."""
+    overrides = ["profile=quick", "train.epochs=1", "train.batch_size=8", "data=busi", f"data.root={small_busi}"]
+    command = [str(wheel[1] / "bin" / "kdsweep"), "-m", "path=none", "seed=0,1", *overrides]
+    env = {**os.environ, "PYTHONPATH": str(wheel[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 cells: 2 to run, 0 finished; 2 lockstep groups, 0 shared Teachers, 0 Teachers to train" in done.stdout
+    assert len(list(tmp_path.glob("multirun/cells/*/finished.json"))) == 2
+
+
 def test_models_command_prints_both_networks(tmp_path):
     command = [sys.executable, "-m", "kdsweep.models"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
