@@ -226,10 +226,10 @@ def _step(
     with compute.autocast():
         outputs = learner.network(images[learner.view])
         terms = learner.terms(outputs, batch[f"{learner.view}_mask"][:, None], taught, theta)
-    learner.optimiser.zero_grad(set_to_none=True)
     terms["loss"].backward()
     learner.optimiser.step()
-    return terms
+    learner.optimiser.zero_grad(set_to_none=True)  # now, so that a group holds the gradients of one learner at a time
+    return {name: term.detach() for name, term in terms.items()}
 
 
 def _validate(
