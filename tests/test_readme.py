@@ -1,5 +1,6 @@
 """The README's recipes, run as they are written."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -70,3 +71,17 @@ def test_the_tools_print_help_that_names_their_options():
     for module, option in (("tables", "--sweep"), ("figures", "--models")):
         command = [sys.executable, "-m", f"kdsweep.{module}", "--help"]
         assert option in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_benchmarks_figures_are_those_of_its_file() -> None:
+    found = json.loads((ROOT / "benchmarks" / "cpu.json").read_text())
+    median = found["median"]
+    names = ("torchdistill", "one by one", "lockstep 12", "lockstep bf16")
+    shown = [f"| {median[name]:.1f} | {median['torchdistill'] / median[name]:.1f} |" for name in names]
+    shown += [" | ".join(f"{median[f'lockstep {n}'] / n:.2f}" for n in (1, 2, 4, 8, 12))]
+    shown += [f"{median['one by one'] / median['lockstep 12']:.1f} times", f"{found['peak_gib']['lockstep']:.1f} GiB"]
+    parts = found["shares"]["bf16"]
+    shown += [f"{(parts['total'] - parts['students']) / parts['students']:.2f} of the Students' own time"]
+    shown += [f"{median['command lockstep']:.0f} s instead of {median['command basic']:.0f} s"]
+    text = " ".join(README.split())
+    assert [figure for figure in shown if figure not in text] == []
