@@ -236,7 +236,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         turn("torchdistill", sum(rival[-1].values()))
     medians = {name: statistics.median(values) for name, values in turns.items()}
     return {
-        "settings": {**vars(options), "out": str(options.out), "steps_per_epoch": len(bench.feed.train)},
+        "settings": {
+            **{name: value for name, value in vars(options).items() if name != "out"},
+            "steps_per_epoch": len(bench.feed.train),
+        },
         "machine": machine(bench.compute.device),
         "median": medians,
         "all": turns,
