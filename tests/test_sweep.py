@@ -267,7 +267,7 @@ def test_a_killed_launcher_leaves_no_process_behind(endless, tmp_path):
     assert all_gone(own)
 
 
-def test_a_killed_group_fails_its_cells_and_the_next_group_is_trained(endless, small_busi, tmp_path):
+def test_a_killed_group_fails_its_cells_and_says_why(endless):
     os.kill(max(children(endless.pid)), signal.SIGKILL)
     output, errors = endless.communicate(timeout=60)
     assert endless.returncode == 1
