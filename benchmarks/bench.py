@@ -163,9 +163,9 @@ class Bench:
                     return
                 yield batch
 
-        self.feed.train.epoch = timed  # type: ignore[method-assign]
+        self.feed.train.epoch = timed
         yield
-        self.feed.train.epoch = inner  # type: ignore[method-assign]
+        self.feed.train.epoch = inner
 
     def command(self, *more: str, store: Path) -> tuple[float, float]:
         """Run the 12 cells as a user does; seconds from start to end, and GiB of the largest process at its peak."""

@@ -16,7 +16,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from kdsweep import cells, data, models, train
+from kdsweep import cells, data, limits, models, train
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
 from kdsweep.learner import Distillation, Learner, Lesson, Run
@@ -38,8 +38,10 @@ def find_device(name: str) -> torch.device:
     """The device of a name: ``cpu``, ``cuda``, ``cuda:NUMBER``, or ``auto``, which is CUDA if there is one.
 
     Raises:
-        InputError: it is not there.
+        InputError: it is not a device, or not there.
     """
+    if not limits.is_device(name):
+        raise InputError(f"device={name} is not allowed: it must be auto, cpu, cuda or cuda:NUMBER")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")

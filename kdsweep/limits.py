@@ -20,11 +20,16 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_device(value: Any) -> bool:
+    """Whether it names a device: auto, cpu, cuda or cuda:NUMBER."""
+    return re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)) is not None
+
+
 # key, what is allowed in words, the test
 RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("seed", "a whole number from 0 to 4294967295", lambda v: is_whole(v) and 0 <= v < 2**32),
     ("split", "0, 1 or 2", lambda v: is_whole(v) and 0 <= v <= 2),
-    ("device", "auto, cpu, cuda or cuda:NUMBER", lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(v)) is not None),
+    ("device", "auto, cpu, cuda or cuda:NUMBER", lambda v: is_device(v)),
     ("deterministic", "true or false", lambda v: isinstance(v, bool)),
     ("precision", "fp32 or bf16", lambda v: v in ("fp32", "bf16")),
     ("image_size", "a multiple of 32, at least 64", lambda v: is_whole(v) and v >= 64 and v % 32 == 0),

@@ -244,13 +244,14 @@ def test_the_result_code_names_nothing_twice() -> None:
     assert len(set(cells.RESULT_CODE)) == len(cells.RESULT_CODE)
 
 
-# What the result code uses of other modules without its result depending on it: files, messages, containers, readers of
-# the configuration, and the phantoms' generator, whose images are in the data's digest.
+# What the result code uses of other modules without its result depending on it: files, messages, refusals, containers,
+# readers of the configuration, and the phantoms' generator, whose images are in the data's digest.
 NO_RESULT = (
     *(
         "kdsweep.cells.",
         "kdsweep.checkpoint.",
         "kdsweep.errors.",
+        "kdsweep.limits.",
         "kdsweep.logs.",
         "kdsweep.progress.",
         "kdsweep.phantom.cohort",

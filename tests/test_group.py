@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kdsweep import build, cells, checkpoint, group, plan, tracking
+from kdsweep.errors import InputError
 from kdsweep.kd_paths import Hidden
 
 QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=2", "device=cpu", "teacher_aug=weak"]
@@ -82,6 +83,11 @@ def test_a_broken_loss_ends_its_own_cell_and_leaves_the_others_bit_for_bit(compo
     ]
     run(*again)
     assert [weights(cfg) for cfg in again] == before
+
+
+def test_a_launchers_device_that_is_none_is_refused(compose):
+    with pytest.raises(InputError, match="device=gpu is not allowed: it must be auto, cpu, cuda or cuda:NUMBER"):
+        group.look([compose("path=none")], ["cpu", "gpu"])
 
 
 def test_a_cell_that_diverges_fails_alone_with_term_and_epoch(compose):

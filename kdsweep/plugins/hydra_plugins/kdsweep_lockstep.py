@@ -4,7 +4,6 @@ This folder has no ``__init__.py``: one would hide the plugins of other packages
 """
 
 from dataclasses import dataclass, field
-from typing import List  # noqa: UP035 (OmegaConf reads the annotation)
 
 from hydra.core.config_store import ConfigStore
 
@@ -20,7 +19,7 @@ class LockstepConf:
     """What ``hydra/launcher=lockstep`` can be told."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepLauncher"
-    devices: List[str] = field(default_factory=list)  # noqa: UP006
+    devices: list[str] = field(default_factory=list)
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="lockstep", node=LockstepConf, provider="kdsweep")
