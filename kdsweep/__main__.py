@@ -14,8 +14,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep import conf_dir, logs
-from kdsweep.announce import TRACEBACK, one_line
+from kdsweep import conf_dir, interrupts, logs
+from kdsweep.announce import TRACEBACK, at_end, one_line
 from kdsweep.launcher import trains_cells
 
 # Torch is imported when a job runs: help and errors of the command line must come fast.
@@ -36,6 +36,8 @@ def run(cfg: DictConfig) -> float:
 
     logs.claim(Path(HydraConfig.get().runtime.output_dir))
     (result,) = group.run_group([cfg])
+    if isinstance(result, Exception) and cfg.retry_failed:
+        (result,) = group.run_group([cfg])
     if isinstance(result, Exception):
         raise result
     return result
@@ -43,19 +45,22 @@ def run(cfg: DictConfig) -> float:
 
 def main() -> None:
     """The console script: run, and tell an error in one line (HYDRA_FULL_ERROR=1 shows the traceback)."""
+    interrupts.install()
     logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
     OmegaConf.register_new_resolver("kdsweep.cell_dir", _cell_dir, replace=True)
     wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way
     try:
         run()
-    except KeyboardInterrupt:
-        sys.stderr.write("kdsweep: stopped; the same command goes on with the cells that are not finished\n")
-        sys.exit(130)
+    except interrupts.Stopped as stop:
+        sys.stderr.write(f"kdsweep: {stop}; all is saved: the same command goes on from here\n")
+        sys.exit(stop.exit_code)
     except Exception as error:
         if wants_traceback:
             raise
         sys.exit(f"kdsweep: error: {one_line(error)}")
+    finally:
+        at_end.close()
 
 
 def _cell_dir(*, _root_: DictConfig) -> str:

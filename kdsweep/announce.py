@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -17,10 +18,11 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep.errors import CellError, InputError
+from kdsweep.errors import CellError, InputError, told
 
 log = logging.getLogger(__name__)
 
+at_end = contextlib.ExitStack()  # what the program closes last
 TRACEBACK = "KDSWEEP_TRACEBACK"  # environment: 1 shows the traceback of an error that ends the program
 
 
@@ -51,7 +53,8 @@ class Announce(Callback):
             return
         self.done += 1
         if job_return.status == JobStatus.FAILED:
-            self.failed.append(f"{config.hydra.runtime.output_dir}: {job_return._return_value}")
+            folder = config.hydra.runtime.output_dir
+            self.failed.append(f"{told(job_return._return_value)}; log: {folder}/kdsweep.log")
         if self.done < self.total:
             left_s = (time.monotonic() - self.started_s) / self.done * (self.total - self.done)
             log.info("%d of %d jobs done, about %s left", self.done, self.total, duration(left_s))
@@ -73,13 +76,15 @@ def _or_exit(prepare: Callable[[], int]) -> int:
 
 def announce(configs: list[DictConfig]) -> int:
     """Check every job in this process, write down what the sweep asks for, tell the user what will run; count jobs."""
-    from kdsweep import plan, worker
+    from kdsweep import mirror, plan, worker
 
     jobs = plan.read_jobs(configs)
-    plan.ask(jobs)
+    plan.watch(jobs)
+    at_end.callback(mirror.close_all)
     waiting = plan.waiting(jobs)
     look = worker.look_at_cells([job.config for job in waiting], []) if waiting else None
     log.info("%s", plan.describe(jobs, groups=[[job] for job in waiting], look=look))
+    plan.tell_changes(jobs)
     return len(jobs)
 
 
@@ -110,7 +115,7 @@ def one_line(error: BaseException) -> str:
         return f"{match[1]}={match[2]} is not an option; {match[1]} has: {', '.join(match[3].split())}"
     if type(error).__module__.startswith(("hydra", "omegaconf")):
         return text
-    return f"{type(error).__name__}: {text}"
+    return told(error)
 
 
 def _known_keys(key: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -16,10 +15,11 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from kdsweep import cells, data, limits, models, train
+from kdsweep import cells, data, limits, models
+from kdsweep.compute import Compute
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
-from kdsweep.learner import Distillation, Learner, Lesson, Run
+from kdsweep.learner import Distillation, Learner, Lesson
 from kdsweep.loaders import Feed, TrainLoader, eval_part
 from kdsweep.models import UNet
 from kdsweep.views import Strengths, Views
@@ -60,9 +60,9 @@ def devices(cfg: DictConfig) -> list[str]:
     return [str(found)]
 
 
-def compute(cfg: DictConfig) -> train.Compute:
+def compute(cfg: DictConfig) -> Compute:
     """Where and how the numbers are computed."""
-    return train.Compute(device=device(cfg), precision=cfg.precision, deterministic=cfg.deterministic)
+    return Compute(device=device(cfg), precision=cfg.precision, deterministic=cfg.deterministic)
 
 
 def feed(cfg: DictConfig, *, seed: int) -> Feed:
@@ -152,8 +152,8 @@ def distillation(cfg: DictConfig, *, teacher: str) -> Distillation | None:
     )
 
 
-def learner(cfg: DictConfig, own: Cell, start: Callable[[Cell], Run]) -> Learner:
-    """The configuration's Student in training; its run is started last, when nothing can go wrong any more."""
+def learner(cfg: DictConfig, own: Cell) -> Learner:
+    """The configuration's Student in training."""
     return Learner(
         title=own.title,
         role=own.role,
@@ -164,23 +164,21 @@ def learner(cfg: DictConfig, own: Cell, start: Callable[[Cell], Run]) -> Learner
         epochs=cfg.train.epochs,
         patience=cfg.train.patience,
         folder=own.folder,
-        run=start(own),
     )
 
 
-def teacher_learner(cfg: DictConfig, own: Cell, start: Callable[[Cell], Run], network: UNet) -> Learner:
+def teacher_learner(cfg: DictConfig, own: Cell) -> Learner:
     """The configuration's Teacher in training, on the view that ``teacher_aug.train_view`` names."""
     return Learner(
         title=own.title,
         role=own.role,
-        network=network,
+        network=teacher_network(cfg),
         view=cfg.teacher_aug.train_view,
         distillation=None,
         lr=cfg.teacher.lr,
         epochs=cfg.train.epochs,
         patience=cfg.train.patience,
         folder=own.folder,
-        run=start(own),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep import conf_dir, data, grid, limits, tracking
+from kdsweep import conf_dir, data, grid, limits
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
 
@@ -24,6 +24,8 @@ RESULT_CODE = [
     "kdsweep.build.feed",
     "kdsweep.build.learner",
     "kdsweep.build.teacher_learner",
+    "kdsweep.compute.Compute",
+    "kdsweep.compute.placed",
     "kdsweep.data.load",
     "kdsweep.data.split",
     "kdsweep.learner.Distillation",
@@ -36,7 +38,7 @@ RESULT_CODE = [
     "kdsweep.metrics.trivial_dice",
     "kdsweep.models.unet",
     "kdsweep.models.TrimmedMobileNetV3Small",
-    "kdsweep.train.conclude",
+    "kdsweep.scoring.conclude",
     "kdsweep.train.fit",
     "kdsweep.views.Views",
     "kdsweep.views.id_number",
@@ -83,9 +85,7 @@ def cell(cfg: DictConfig) -> Cell:
     common, evidence = _common(cfg)
     if cfg.path.kd_path is None:
         own = {**common, "network": _network(cfg.student), "lr": cfg.train.lr}
-        evidence |= _weights_evidence("student", cfg.student) | {
-            "code": grid.code_digest([*RESULT_CODE, *grid.targets(own)])
-        }
+        evidence |= _weights_evidence("student", cfg.student)
         return _cell(cfg, "student", cfg.path.notation, own, evidence)
     representation = cfg.path.get("representation")
     if representation not in cfg.loss:
@@ -99,7 +99,6 @@ def cell(cfg: DictConfig) -> Cell:
     master = teacher_cell(cfg)
     own = {**common, "network": _network(cfg.student), "lr": cfg.train.lr, **taught, "teacher": master.settings}
     evidence |= _weights_evidence("student", cfg.student) | {"teacher": master.fingerprint}
-    evidence["code"] = grid.code_digest([*RESULT_CODE, *grid.targets(own)])
     name = grid.notation(path=cfg.path.notation, loss=cfg.loss.name.upper(), distill_view=cfg.teacher_aug.distill_view)
     return _cell(cfg, "cell", name, own, evidence)
 
@@ -108,9 +107,7 @@ def teacher_cell(cfg: DictConfig) -> Cell:
     """The Teacher that a configuration's cell learns from."""
     common, evidence = _common(cfg)
     own = {**common, "network": _network(cfg.teacher), "lr": cfg.teacher.lr, "train_view": cfg.teacher_aug.train_view}
-    evidence |= _weights_evidence("teacher", cfg.teacher) | {
-        "code": grid.code_digest([*RESULT_CODE, *grid.targets(own)])
-    }
+    evidence |= _weights_evidence("teacher", cfg.teacher)
     name = grid.teacher_notation(cfg.teacher_aug.train_view)
     return _cell(cfg, "teacher", name, own, evidence, seed=cfg.teacher.seed)
 
@@ -130,14 +127,16 @@ def batches_key(cfg: DictConfig, *, seed: int) -> str:
 def _cell(
     cfg: DictConfig, role: str, name: str, own: dict[str, Any], evidence: dict[str, str], seed: int | None = None
 ) -> Cell:
+    code = grid.code_parts([*RESULT_CODE, *grid.targets(own)])
     return Cell(
         role=role,
         notation=name,
         split=cfg.split,
         seed=cfg.seed if seed is None else seed,
         settings=own,
-        evidence=evidence,
+        evidence={**evidence, "code": grid.digest(code)},
         store=Path(cfg.store),
+        code=code,
     )
 
 
@@ -193,16 +192,6 @@ def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
     ids = [entry.id for entry in listing(cfg).entries]
     part = data.split(len(ids), index=cfg.split)
     return {name: [ids[i] for i in indices] for name, indices in vars(part).items()}
-
-
-def tracker(cfg: DictConfig) -> tracking.Tracker:
-    """The MLflow store of the configuration; opened once per process."""
-    return _tracker(Path(cfg.store), cfg.tracking.uri, cfg.tracking.experiment)
-
-
-@lru_cache(maxsize=2)
-def _tracker(store: Path, uri: str | None, experiment: str) -> tracking.Tracker:
-    return tracking.Tracker(store=store, uri=uri, experiment=experiment)
 
 
 def params(cfg: DictConfig) -> dict[str, Any]:

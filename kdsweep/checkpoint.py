@@ -1,30 +1,36 @@
-"""Files that appear whole or not at all, and the marker that says a cell is finished.
+"""Files that appear whole or not at all, and a training's state that is known to be what was written.
 
 Torch is imported by the functions that need it: who looks for finished cells must not wait for it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 
 if TYPE_CHECKING:
     from torch import nn
 
-CHECKPOINT, FINISHED = "checkpoint.pt", "finished.json"
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-@contextmanager
+class DamagedError(Exception):
+    """A file is not what was written: cut short, or with other bytes. One line that names it."""
+
+
+@contextlib.contextmanager
 def _appearing(file: Path) -> Iterator[BinaryIO]:
     """Write beside, flush to disk, rename: a reader sees the old file or the whole new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         with scratch.open("wb") as stream:
             yield stream
@@ -32,6 +38,12 @@ def _appearing(file: Path) -> Iterator[BinaryIO]:
             os.fsync(stream.fileno())
         scratch.replace(file)
     finally:
+        scratch.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a process that was killed in the midst of writing has left."""
+    for scratch in folder.glob(".*.part"):
         scratch.unlink(missing_ok=True)
 
 
@@ -51,19 +63,65 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=1) + "\n")
 
 
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class _Hashing:
+    """A stream that passes on what is written to it and keeps the SHA-256 of it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.sha256 = stream, hashlib.sha256()
+
+    def write(self, part: Any) -> int:
+        self.sha256.update(part)
+        return self.stream.write(part)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
 def save_state(file: Path, state: dict[str, Any]) -> None:
-    """Write nested tensors and plain values, readable without running code from the file."""
+    """Write nested tensors and plain values, readable without running code from the file (``torch.load`` reads it).
+
+    The SHA-256 of all that is before ends the file. What the file held until now stays beside it as the previous one.
+    """
     import torch
 
+    previous = file.with_name(PREVIOUS)
     with _appearing(file) as stream:
-        torch.save(state, stream)
+        hashing = _Hashing(stream)
+        torch.save(state, cast("IO[bytes]", hashing))
+        stream.write(hashing.sha256.digest())
+        if file.exists():
+            with contextlib.suppress(OSError):  # where files cannot have two names there is no previous one
+                previous.unlink(missing_ok=True)
+                os.link(file, previous)
 
 
 def load_state(file: Path) -> dict[str, Any]:
-    """What ``save_state`` wrote, on the CPU."""
+    """What ``save_state`` wrote, on the CPU.
+
+    Raises:
+        DamagedError: the file is not what was written.
+        FileNotFoundError: there is none.
+    """
     import torch
 
-    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    with file.open("rb") as stream:
+        sha256, left = hashlib.sha256(), file.stat().st_size - DIGEST_BYTES
+        while left > 0 and (part := stream.read(min(left, 1 << 24))):
+            sha256.update(part)
+            left -= len(part)
+        if left != 0 or stream.read() != sha256.digest():
+            raise DamagedError(f"{file}: damaged, its checksum does not fit its {file.stat().st_size} bytes")
+        stream.seek(0)
+        try:
+            state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
+        except Exception as error:  # of many kinds, whatever the bytes are taken for
+            raise DamagedError(f"{file}: not a checkpoint: {' '.join(str(error).split())[:200]}") from error
     return state
 
 
@@ -95,12 +153,3 @@ def load_predictions(file: Path) -> dict[str, np.ndarray]:
         shape = tuple(stored["shape"])
         masks = np.unpackbits(stored["bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
         return dict(zip(stored["ids"].tolist(), masks, strict=True))
-
-
-def read_finished(folder: Path) -> dict[str, Any] | None:
-    """The marker of a finished cell, written last of all its files; None if the cell is not finished."""
-    try:
-        marker: dict[str, Any] = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return marker

@@ -11,3 +11,13 @@ class InputError(Exception):
 
 class CellError(Exception):
     """A cell failed, in one line; the traceback is in the cell's log."""
+
+
+def told(error: BaseException) -> str:
+    """An error in one line, led by its type where its message was not written for the user."""
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError | CellError):
+        return text
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; when that is mended the same command goes on"
+    return f"{type(error).__name__}: {text}"

@@ -28,6 +28,7 @@ class Cell:
         settings: what the user chose and the result depends on, as plain nested values.
         evidence: digests of what lies outside the configuration: data, code, weights files, the Teacher.
         store: folder that holds all runs.
+        code: digest of each piece of code that the result depends on, by its name; evidence holds that of them all.
     """
 
     role: str
@@ -37,6 +38,7 @@ class Cell:
     settings: dict[str, Any]
     evidence: dict[str, str]
     store: Path = field(compare=False)
+    code: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -129,7 +131,12 @@ def targets(settings: Any) -> list[str]:
 
 
 def code_digest(objects: list[str]) -> str:
-    """Digest of the code that makes a result: functions and classes with the module-level names that they reach.
+    """Digest of ``code_parts``."""
+    return digest(code_parts(objects))
+
+
+def code_parts(objects: list[str]) -> dict[str, str]:
+    """Digests of the code that makes a result: functions and classes with the module-level names that they reach.
 
     Comments, docstrings and layout do not count, nor does what is beside the named objects in their modules: adding
     a loss leaves finished cells finished.
@@ -137,8 +144,7 @@ def code_digest(objects: list[str]) -> str:
     Args:
         objects: dotted names ``module.object``, in the project or outside.
     """
-    parts = {name: _object_digest(name) for name in objects}
-    return digest(parts)
+    return {name: _object_digest(name) for name in objects}
 
 
 @cache

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
+import time
 from functools import partial
 
 from omegaconf import DictConfig
 
-from kdsweep import build, cells, checkpoint, grid, logs, teachers, timing, train
+from kdsweep import build, cells, grid, logs, records, teachers, timing, train
+from kdsweep.compute import give_back_memory
+from kdsweep.errors import CellError, told
 from kdsweep.grid import Cell
-from kdsweep.learner import Learner, Run
+from kdsweep.learner import Learner
 from kdsweep.models import UNet
 from kdsweep.plan import Look
 
@@ -20,7 +22,7 @@ log = logging.getLogger(__name__)
 Result = float | Exception
 
 
-class TeacherError(RuntimeError):
+class TeacherError(CellError):
     """A cell cannot be trained because its Teacher could not."""
 
 
@@ -52,12 +54,11 @@ def look(configs: list[DictConfig], devices: list[str]) -> Look:
     student = timing.time_step_s(build.student_network(first, weights="none"), **timed)
     teacher = timing.StepTime(0.0, 0.0)
     if taught := [cfg for cfg in configs if cfg.path.kd_path is not None]:
-        trained = all(checkpoint.read_finished(cells.teacher_cell(cfg).folder) is not None for cfg in taught)
+        trained = all(records.read_finished(cells.teacher_cell(cfg).folder) is not None for cfg in taught)
         network = build.teacher_network(taught[0], weights="none")
         teacher = timing.time_step_s(network, **timed, forward_only=trained)
         del network
-    gc.collect()
-    train.give_back_memory()
+    give_back_memory()
     return Look(
         devices={str(cfg.device): devices or build.devices(cfg) for cfg in configs},
         student_s=student.train,
@@ -68,43 +69,74 @@ def look(configs: list[DictConfig], devices: list[str]) -> Look:
 
 
 def run_group(configs: list[DictConfig]) -> list[Result]:
-    """Train the cells of these configurations together.
+    """Train the cells of these configurations together, from their checkpoints on.
+
+    What another command has finished meanwhile is read; what one computes at the moment is waited for at the end.
 
     Args:
-        configs: of different cells that are not finished, with equal ``cells.batches_key``.
+        configs: of different cells, with equal ``cells.batches_key``.
 
     Returns:
         For each configuration its test Dice, or what ended it. What ends one leaves the others alone.
     """
+    own = [cells.cell(cfg) for cfg in configs]
+    results: dict[int, Result] = {}
+    waits = False
+    while lacking := [number for number in range(len(own)) if number not in results]:
+        with contextlib.ExitStack() as held:
+            mine = []
+            for number in lacking:
+                try:
+                    if not records.hold(held, own[number].folder):
+                        continue
+                    if (finished := records.read_finished(own[number].folder)) is not None:
+                        results[number] = finished["test/dice"]
+                    else:
+                        mine.append(number)
+                except OSError as error:  # a folder that cannot be written to
+                    results[number] = _failed(own[number], error)
+            if mine:
+                outcomes = _train([configs[number] for number in mine], [own[number] for number in mine])
+                results |= dict(zip(mine, outcomes, strict=True))
+        if len(results) < len(own) and not mine:
+            if not waits:
+                log.info("%s: another command computes it; waiting for that", own[lacking[0]].title)
+            waits = True
+            time.sleep(teachers.LOOK_EVERY_S)
+    return [results[number] for number in range(len(own))]
+
+
+def _train(configs: list[DictConfig], own: list[Cell]) -> list[Result]:
     compute = build.compute(configs[0])
     compute.prepare()
     staff = obtain_teachers(configs, compute)
-    results: dict[int, Result] = {}
-    learners: dict[int, Learner] = {}
-    for number, cfg in enumerate(configs):
-        cell = cells.cell(cfg)
-        with logs.about(cell.folder):
-            try:
-                lacking = staff.get(cell.evidence.get("teacher", ""))
-                if isinstance(lacking, Exception):
-                    raise TeacherError(f"its Teacher could not be trained: {lacking}") from lacking
-                learners[number] = build.learner(cfg, cell, partial(start, cfg))
-            except Exception as error:
-                log.error("%s: %s: %s", cell.title, type(error).__name__, error, exc_info=error)
-                results[number] = error
-                # Tables show it as failed; that this does not work either is no news.
-                with contextlib.suppress(Exception):
-                    start(cfg, cell).abort(status="FAILED")
-    if learners:
-        outcomes = train.run(
-            list(learners.values()),
-            teachers={name: network for name, network in staff.items() if isinstance(network, UNet)},
-            feed=build.feed(configs[0], seed=configs[0].seed),
-            compute=compute,
-        )
-        for number, values in zip(learners, outcomes, strict=True):
-            results[number] = values if isinstance(values, Exception) else values["test/dice"]
-    return [results[number] for number in range(len(configs))]
+    outcomes = train.run_divided(
+        [partial(_make, cfg, cell, staff) for cfg, cell in zip(configs, own, strict=True)],
+        teachers={name: network for name, network in staff.items() if not isinstance(network, Exception)},
+        feed=build.feed(configs[0], seed=configs[0].seed),
+        compute=compute,
+    )
+    return [values if isinstance(values, Exception) else values["test/dice"] for values in outcomes]
+
+
+def _make(cfg: DictConfig, cell: Cell, staff: dict[str, UNet | Exception]) -> Learner | Exception:
+    """The learner of a cell, or why there can be none."""
+    with logs.about(cell.folder):
+        try:
+            describe(cfg, cell)
+            lacking = staff.get(cell.evidence.get("teacher", ""))
+            if isinstance(lacking, Exception):
+                raise TeacherError(f"{cell.title}: its Teacher could not be trained: {told(lacking)}") from lacking
+            return build.learner(cfg, cell)
+        except Exception as error:
+            return _failed(cell, error)
+
+
+def _failed(cell: Cell, error: Exception) -> Exception:
+    line = told(error)
+    log.error("%s%s", "" if line.startswith(cell.title) else f"{cell.title}: ", line, exc_info=error)
+    records.write_failed(cell.folder, line)
+    return error
 
 
 def obtain_teachers(configs: list[DictConfig], compute: train.Compute) -> dict[str, UNet | Exception]:
@@ -124,18 +156,23 @@ def obtain_teachers(configs: list[DictConfig], compute: train.Compute) -> dict[s
             feed=build.feed(members[0], seed=members[0].teacher.seed),
             compute=compute,
         )
-        gc.collect()
-        train.give_back_memory()
+        give_back_memory()
     return found
 
 
 def _new_teacher(cfg: DictConfig) -> teachers.Wanted:
-    cell, network = cells.teacher_cell(cfg), build.teacher_network(cfg)
-    return teachers.Wanted(cell, network, lambda: build.teacher_learner(cfg, cell, partial(start, cfg), network))
+    cell = cells.teacher_cell(cfg)
+    return teachers.Wanted(cell, partial(build.teacher_network, cfg), partial(_make_teacher, cfg, cell))
 
 
-def start(cfg: DictConfig, own: Cell) -> Run:
-    """Write down what a cell is beside its results, and open its MLflow run."""
-    checkpoint.write_json(own.folder / "split.json", cells.split_ids(cfg))
-    checkpoint.write_json(own.folder / "settings.json", {"settings": own.settings, "evidence": own.evidence})
-    return cells.tracker(cfg).start(own, sweep=cfg.sweep_name, params=cells.params(cfg), tags=build.tags(cfg))
+def _make_teacher(cfg: DictConfig, cell: Cell) -> Learner | Exception:
+    try:
+        describe(cfg, cell)
+        return build.teacher_learner(cfg, cell)
+    except Exception as error:
+        return _failed(cell, error)
+
+
+def describe(cfg: DictConfig, own: Cell) -> None:
+    """Write down what a cell is beside its results."""
+    records.describe(own, split=cells.split_ids(cfg), params=cells.params(cfg), tags=build.tags(cfg))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, filter_overrides, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from kdsweep.errors import InputError
+from kdsweep.interrupts import Stopped
 
 # This module is imported whenever Hydra starts (see plugins/): what is heavier comes when it is needed.
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from kdsweep.worker import Worker
 
 log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
 
 
 def trains_cells(task_function: TaskFunction) -> TaskFunction:
@@ -42,11 +46,13 @@ class Unit:
         call: the function, first argument the configurations.
         configs: of the group.
         places: names of the devices where it can run.
+        waits: whether it must not be started yet.
     """
 
     call: Callable[[list[DictConfig]], Any]
     configs: list[DictConfig]
     places: list[str]
+    waits: Callable[[], bool] = lambda: False
 
 
 class LockstepLauncher(Launcher):
@@ -77,9 +83,19 @@ class LockstepLauncher(Launcher):
             if getattr(self.task_function, "trains_cells", False):
                 return self._launch_cells(configs)
             return self._launch_others(configs)
+        except BaseException as error:
+            self._stop([], error)
+            raise
         finally:
             if self.idle is not None:
                 self.idle.close()
+
+    def _stop(self, busy: list[Worker], error: BaseException) -> None:
+        """End processes early: they save what they do, as the signal that ended this one would have them."""
+        from kdsweep import worker
+
+        idle, self.idle = [self.idle] if self.idle is not None else [], None
+        worker.stop([*busy, *idle], error.number if isinstance(error, Stopped) else signal.SIGTERM)
 
     def _compose(self, overrides: Sequence[str], number: int) -> DictConfig:
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
@@ -88,29 +104,33 @@ class LockstepLauncher(Launcher):
         return config
 
     def _launch_cells(self, configs: list[DictConfig]) -> list[JobReturn]:
-        from kdsweep import plan, worker
+        from kdsweep import mirror, plan, worker
 
         jobs = plan.read_jobs(configs)
         settle_folders(configs, names=[job.cell.fingerprint for job in jobs])
-        plan.ask(jobs)
-        waiting = plan.waiting(jobs)
-        results: dict[str, JobReturn] = {}
-        if waiting:
-            self.idle = self._start()
-            look = self.idle.call(worker.look_at_cells, [job.config for job in waiting], self.devices)
-            groups = plan.form_groups(waiting, devices=look.devices)
-            log.info("%s", plan.describe(jobs, groups=groups, look=look))
-        else:
-            log.info("%s", plan.describe(jobs, groups=[], look=None))
-        for job in plan.unique(jobs):
-            if job.finished is not None:
-                plan.tell_finished(job)
-                results[job.cell.fingerprint] = closed(job.config, float(job.finished["test/dice"]))
-        if waiting:
-            results |= self._train(groups, look)
+        plan.watch(jobs)
+        try:
+            waiting = plan.waiting(jobs)
+            results: dict[str, JobReturn] = {}
+            if waiting:
+                self.idle = self._start()
+                look = self.idle.call(worker.look_at_cells, [job.config for job in waiting], self.devices)
+                groups = plan.form_groups(waiting, devices=look.devices)
+                log.info("%s", plan.describe(jobs, groups=groups, look=look))
+                plan.tell_changes(jobs)
+            else:
+                log.info("%s", plan.describe(jobs, groups=[], look=None))
+            for job in plan.unique(jobs):
+                if job.finished is not None:
+                    plan.tell_finished(job)
+                    results[job.cell.fingerprint] = worker.closed(job.config, float(job.finished["test/dice"]))
+            if waiting:
+                results |= self._train(groups, look)
+        finally:
+            mirror.close_all()
         returns = [results[job.cell.fingerprint] for job in jobs]
         return [
-            own if own.overrides == list(config.hydra.overrides.task) else closed(config, own._return_value)
+            own if own.overrides == list(config.hydra.overrides.task) else worker.closed(config, own._return_value)
             for own, config in zip(returns, configs, strict=True)
         ]
 
@@ -120,25 +140,43 @@ class LockstepLauncher(Launcher):
         places = list(dict.fromkeys(name for names in look.devices.values() for name in names))
         if self.devices:
             places = self.devices  # one of them may stand there twice
-        if len(places) > 1:  # else the Teachers that several groups need would be trained by each
+        if len(places) > 1:  # else the Teachers that several groups need would be waited for by each
             missing = list(plan.missing_teachers([job for group in groups for job in group]).values())
             units = [Unit(worker.train_teachers, [config], look.devices[str(config.device)]) for config in missing]
             for unit, outcome in self._run(units, places):
                 log.info("%s: %s", cells.teacher_cell(unit.configs[0]).title, outcome or "done")
+        report = Report(groups)
+        results = self._train_groups(groups, look, places, report)
+        failed = [job for group in groups for job in group if job.cell.fingerprint in report.failed]
+        if again := [[job] for job in failed if job.config.retry_failed]:
+            log.info("trying the cells that failed a second time, each alone: %d", len(again))
+            results |= self._train_groups(again, look, places, report)
+        report.end()
+        return results
+
+    def _train_groups(
+        self, groups: list[list[Job]], look: Look, places: list[str], report: Report
+    ) -> dict[str, JobReturn]:
+        from kdsweep import plan, worker
+
         run = partial(worker.run_jobs, hydra_context=self.hydra_context, run_group=worker.run_cells)
         members = {id(group[0].config): group for group in groups}
         units = [
-            Unit(run, [job.config for job in group], look.devices[str(group[0].config.device)]) for group in groups
+            Unit(
+                run,
+                [job.config for job in group],
+                look.devices[str(group[0].config.device)],
+                waits=partial(plan.is_computed_elsewhere, group),
+            )
+            for group in groups
         ]
-        report = Report(groups)
         results: dict[str, JobReturn] = {}
         for unit, outcome in self._run(units, places):
             group = members[id(unit.configs[0])]
-            if isinstance(outcome, Exception):
-                outcome = [closed(job.config, outcome) for job in group]
+            if isinstance(outcome, Exception):  # of the whole group: its process died
+                outcome = [worker.closed(job.config, plan.outcome(job, outcome)) for job in group]
             results |= {job.cell.fingerprint: own for job, own in zip(group, outcome, strict=True)}
             report.add(group, outcome)
-        report.end()
         return results
 
     def _launch_others(self, configs: list[DictConfig]) -> list[JobReturn]:
@@ -151,7 +189,7 @@ class LockstepLauncher(Launcher):
         run = partial(worker.run_jobs, hydra_context=self.hydra_context, run_group=run_alone)
         results: dict[int, JobReturn] = {}
         for unit, outcome in self._run([Unit(run, [config], [""]) for config in configs], [""]):
-            (own,) = [closed(unit.configs[0], outcome)] if isinstance(outcome, Exception) else outcome
+            (own,) = [worker.closed(unit.configs[0], outcome)] if isinstance(outcome, Exception) else outcome
             results[id(unit.configs[0])] = own
         return [results[id(config)] for config in configs]
 
@@ -168,25 +206,32 @@ class LockstepLauncher(Launcher):
 
         waiting = list(units)
         busy: dict[int, tuple[Unit, Worker]] = {}
+        told = False
         try:
             while waiting or busy:
+                ready = [unit for unit in waiting if not unit.waits()]
                 for number, place in enumerate(places):
-                    unit = next((unit for unit in waiting if place in unit.places), None)
+                    unit = next((unit for unit in ready if place in unit.places), None)
                     if unit is not None and number not in busy:
                         waiting.remove(unit)
+                        ready.remove(unit)
                         process, self.idle = self.idle or self._start(), None
                         busy[number] = unit, process
                         process.send(pin, unit.call, unit.configs, place if len(places) > 1 else "")
-                ready = wait([process.connection for _, process in busy.values()])
+                if not busy:
+                    if not told:
+                        log.info("all that is left is computed by another command: waiting for it")
+                    told = True
+                    time.sleep(LOOK_EVERY_S)
+                arrived = wait([process.connection for _, process in busy.values()], timeout=LOOK_EVERY_S)
                 for number, (unit, process) in list(busy.items()):
-                    if process.connection in ready:
+                    if process.connection in arrived:
                         outcome = process.outcome()
                         del busy[number]
                         process.close()
                         yield unit, outcome
-        except BaseException:
-            for _, process in busy.values():
-                process.interrupt()
+        except BaseException as error:
+            self._stop([process for _, process in busy.values()], error)
             raise
 
 
@@ -196,17 +241,19 @@ class Report:
     def __init__(self, groups: Sequence[Sequence[Job]]) -> None:
         self.groups, self.cells = len(groups), sum(len(group) for group in groups)
         self.done = self.done_cells = 0
-        self.failed: list[str] = []
+        self.failed: dict[str, str] = {}
         self.started_s = time.monotonic()
 
     def add(self, group: Sequence[Job], outcome: Sequence[JobReturn]) -> None:
         """One more group has ended."""
+        from kdsweep import plan
         from kdsweep.progress import duration
 
         self.done, self.done_cells = self.done + 1, self.done_cells + len(group)
         for job, own in zip(group, outcome, strict=True):
+            self.failed.pop(job.cell.fingerprint, None)
             if own.status == JobStatus.FAILED:
-                self.failed.append(f"{job.cell.folder}: {own._return_value}")
+                self.failed[job.cell.fingerprint] = plan.failure(job.cell, own._return_value)
         passed_s = time.monotonic() - self.started_s
         if self.done < self.groups:
             left_s = passed_s / self.done_cells * (self.cells - self.done_cells)
@@ -218,7 +265,7 @@ class Report:
 
         done = self.cells - len(self.failed)
         log.info("%d of %d cells done in %s", done, self.cells, duration(time.monotonic() - self.started_s))
-        for line in self.failed:
+        for line in self.failed.values():
             log.error("failed: %s", line)
 
 
@@ -243,19 +290,3 @@ def settle_folders(configs: Sequence[DictConfig], *, names: Sequence[str]) -> No
         with read_write(config.hydra.sweep):
             config.hydra.sweep.subdir = subdir
     HydraConfig.instance().cfg = before
-
-
-def closed(config: DictConfig, result: Any) -> JobReturn:
-    """The return of a job that was not run under Hydra: finished before, asked for twice, or its process died."""
-    own = config.copy()
-    with read_write(own), open_dict(own):
-        hydra_node = own.pop("hydra")
-    return JobReturn(
-        overrides=list(config.hydra.overrides.task),
-        cfg=own,
-        hydra_cfg=OmegaConf.create({"hydra": hydra_node}),
-        working_dir=str(Path.cwd()),
-        task_name=JobRuntime.instance().get("name"),
-        status=JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED,
-        _return_value=result,
-    )

@@ -30,6 +30,7 @@ RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("seed", "a whole number from 0 to 4294967295", lambda v: is_whole(v) and 0 <= v < 2**32),
     ("split", "0, 1 or 2", lambda v: is_whole(v) and 0 <= v <= 2),
     ("device", "auto, cpu, cuda or cuda:NUMBER", lambda v: is_device(v)),
+    ("retry_failed", "true or false", lambda v: isinstance(v, bool)),
     ("deterministic", "true or false", lambda v: isinstance(v, bool)),
     ("precision", "fp32 or bf16", lambda v: v in ("fp32", "bf16")),
     ("image_size", "a multiple of 32, at least 64", lambda v: is_whole(v) and v >= 64 and v % 32 == 0),

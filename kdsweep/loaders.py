@@ -35,11 +35,11 @@ class TrainViews(Dataset[dict[str, np.ndarray]]):
 
 
 class EpochBatches:
-    """Batches of (epoch, index) keys from an epoch on, without end; each epoch's order depends on its number alone."""
+    """Batches of (epoch, index) keys without end; each epoch's order depends on its number alone."""
 
     def __init__(self, indices: list[int], *, batch_size: int, seed: int, split_index: int) -> None:
         self.indices, self.batch_size, self.seed, self.split_index = indices, batch_size, seed, split_index
-        self.first_epoch = 0
+        self.first_epoch = self.first_batch = 0
 
     def per_epoch(self) -> int:
         """Batches of one epoch."""
@@ -49,7 +49,8 @@ class EpochBatches:
         for epoch in itertools.count(self.first_epoch):
             order = np.random.default_rng([self.seed, self.split_index, epoch]).permutation(self.indices)
             keys = [(epoch, int(index)) for index in order]
-            for start in range(0, len(keys), self.batch_size):
+            skipped = self.first_batch * self.batch_size if epoch == self.first_epoch else 0
+            for start in range(skipped, len(keys), self.batch_size):
                 yield keys[start : start + self.batch_size]
 
 
@@ -95,13 +96,18 @@ class TrainLoader:
     def __len__(self) -> int:
         return self.batches.per_epoch()
 
-    def epoch(self, number: int) -> Iterator[dict[str, Tensor]]:
-        """The batches of one epoch, which depend on its number alone; to be used up before the next is asked for."""
-        if number != self._next_epoch:
-            self.batches.first_epoch = number
+    def epoch(self, number: int, *, first: int = 0) -> Iterator[dict[str, Tensor]]:
+        """The batches of one epoch, which depend on its number alone; to be used up before the next is asked for.
+
+        Args:
+            number: of the epoch.
+            first: number of the batch to begin with; those before it are not prepared.
+        """
+        if number != self._next_epoch or first:
+            self.batches.first_epoch, self.batches.first_batch = number, first
             self._ahead = iter(self.loader)
         self._next_epoch = -1  # until this one has been used up
-        yield from itertools.islice(self._ahead, len(self))
+        yield from itertools.islice(self._ahead, len(self) - first)
         self._next_epoch = number + 1
 
     def step_seed(self, epoch: int, number: int) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from kdsweep import cells, checkpoint, grid
+from kdsweep import cells, grid, records
 from kdsweep.grid import Cell
 from kdsweep.progress import duration
 
@@ -26,12 +27,12 @@ class Job:
     Attributes:
         config: of the job.
         cell: that it describes.
-        finished: the marker of an earlier computation of the cell, if there is one.
+        finished: final values of an earlier computation of the cell, if there is one.
     """
 
     config: DictConfig
     cell: Cell
-    finished: dict[str, Any] | None
+    finished: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,69 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
     jobs = []
     for cfg in configs:
         cell = cells.cell(cfg)
-        jobs.append(Job(cfg, cell, checkpoint.read_finished(cell.folder)))
+        jobs.append(Job(cfg, cell, records.read_finished(cell.folder)))
     return jobs
 
 
-def ask(jobs: Sequence[Job]) -> None:
-    """Write down in MLflow what each sweep asks for, finished or not."""
-    for sweep in sorted({job.config.sweep_name for job in jobs}):
-        asked = [job for job in jobs if job.config.sweep_name == sweep]
-        cells.tracker(asked[0].config).ask(sweep, [job.cell for job in unique(asked)])
+def watch(jobs: Sequence[Job]) -> None:
+    """Write down what each sweep asks for, finished or not, and have MLflow kept equal to what the folders tell."""
+    from kdsweep import mirror  # with mlflow, which the processes that train do not need
+
+    stores: dict[tuple[str, str | None, str], list[Job]] = {}
+    for job in jobs:
+        cfg = job.config
+        stores.setdefault((cfg.store, cfg.tracking.uri, cfg.tracking.experiment), []).append(job)
+    for (store, uri, experiment), own in stores.items():
+        asked: dict[str, list[Cell]] = {}
+        for sweep in sorted({job.config.sweep_name for job in own}):
+            members = [job for job in own if job.config.sweep_name == sweep]
+            asked[sweep] = [job.cell for job in unique(members)]
+            records.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members))
+        mirror.Mirror(store=Path(store), uri=uri, experiment=experiment, asked=asked, teachers=teacher_cells(own))
+
+
+def teacher_cells(jobs: Sequence[Job]) -> list[Cell]:
+    """The Teachers that jobs learn from, each once."""
+    return list({cell.folder: cell for job in jobs if job.cell.role == "cell" for cell in [_teacher(job)]}.values())
+
+
+def _teacher(job: Job) -> Cell:
+    return cells.teacher_cell(job.config)
+
+
+def tell_changes(jobs: Sequence[Job]) -> None:
+    """Say why cells are computed that the store holds under the same name: what changed since."""
+    asked = {job.cell.folder for job in jobs}
+    new: dict[str, list[Job]] = {}
+    for job in waiting(jobs):
+        if (before := records.read_predecessor(job.cell, besides=asked)) is not None:
+            new.setdefault(_difference(before, job.cell), []).append(job)
+    for difference, own in new.items():
+        log.info(
+            "%s (%s) computed anew, since the earlier results of the same name this changed: %s",
+            f"{_number(len(own), 'cell')} {'is' if len(own) == 1 else 'are'}",
+            ", ".join(job.cell.title for job in own[:3]) + (", ..." if len(own) > 3 else ""),
+            difference,
+        )
+
+
+def _difference(before: dict[str, Any], cell: Cell) -> str:
+    """What differs between an earlier cell of the same name and this one, in words."""
+    old, new = grid.flatten(before["settings"]), grid.flatten(cell.settings)
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    found = [f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})" for key in keys]
+    code = [
+        name
+        for name in sorted(before["code"].keys() | cell.code.keys())
+        if before["code"].get(name) != cell.code.get(name)
+    ]
+    found += [f"the code of {name}" for name in code]
+    names = {"data": "the images", "student_weights": "the file of student.weights"}
+    old_evidence = before["evidence"]
+    found += [words for key, words in names.items() if old_evidence.get(key) != cell.evidence.get(key)]
+    if not found:
+        found = ["its Teacher"]
+    return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
 
 
 def unique(jobs: Sequence[Job]) -> list[Job]:
@@ -87,8 +142,30 @@ def waiting(jobs: Sequence[Job]) -> list[Job]:
 
 def tell_finished(job: Job) -> None:
     """One line that names the run that a cell is not computed again for."""
-    run_id = (job.finished or {})["run_id"]
+    from kdsweep import mirror
+
+    run_id = mirror.run_id(job.cell.folder) or "not in MLflow yet"
     log.info("%s: finished already, run %s in %s", job.cell.title, run_id, job.cell.folder)
+
+
+def is_computed_elsewhere(jobs: Sequence[Job]) -> bool:
+    """Whether other processes are at all of these cells."""
+    return all(records.is_held(job.cell.folder) for job in jobs)
+
+
+def outcome(job: Job, error: Exception) -> float | Exception:
+    """What a cell has come to whose process has died: it may have been finished before, else that ended it."""
+    if (finished := records.read_finished(job.cell.folder)) is not None:
+        return finished["test/dice"]
+    if not records.read(job.cell.folder).error:
+        records.write_failed(job.cell.folder, str(error))
+    return error
+
+
+def failure(cell: Cell, error: object) -> str:
+    """A line on a cell that failed: why, and where more is to be read."""
+    text = str(error)
+    return f"{'' if text.startswith(cell.title) else f'{cell.title}: '}{text}; log: {cell.folder / 'kdsweep.log'}"
 
 
 def form_groups(jobs: Sequence[Job], *, devices: dict[str, list[str]]) -> list[list[Job]]:
@@ -99,6 +176,8 @@ def form_groups(jobs: Sequence[Job], *, devices: dict[str, list[str]]) -> list[l
         devices: names of those where groups can run at the same time, by the value of ``device``.
     """
     keys = [cells.batches_key(job.config, seed=job.config.seed) for job in jobs]
+    # What another command is at is a group of its own: it waits for that, and the others need not.
+    keys = [f"{key} {records.is_held(job.cell.folder)}" for key, job in zip(keys, jobs, strict=True)]
     likeness = [job.cell.evidence.get("teacher", "") for job in jobs]
     groups = []
     for members in grid.group_by(keys):
@@ -114,7 +193,7 @@ def missing_teachers(jobs: Sequence[Job]) -> dict[str, DictConfig]:
     for job in jobs:
         if job.cell.role == "cell":
             teacher = cells.teacher_cell(job.config)
-            if checkpoint.read_finished(teacher.folder) is None:
+            if records.read_finished(teacher.folder) is None:
                 found[teacher.fingerprint] = job.config
     return found
 

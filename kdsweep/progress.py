@@ -30,12 +30,15 @@ class Progress:
     Args:
         label: what is in training.
         epochs: at most so many; early stopping may end it sooner.
+        done: so many of them before an interruption.
     """
 
-    def __init__(self, label: str, *, epochs: int) -> None:
-        self.label, self.epochs, self.done = label, epochs, 0
+    def __init__(self, label: str, *, epochs: int, done: int = 0) -> None:
+        self.label, self.epochs, self.done, self.before = label, epochs, done, done
         self.started_s = self.told_s = time.monotonic()
-        self._bar = tqdm(total=epochs, desc=label, unit="epoch", leave=False, disable=not sys.stderr.isatty())
+        self._bar = tqdm(
+            total=epochs, initial=done, desc=label, unit="epoch", leave=False, disable=not sys.stderr.isatty()
+        )
         self._context = contextlib.ExitStack()
 
     def __enter__(self) -> Progress:
@@ -56,6 +59,6 @@ class Progress:
         now_s = time.monotonic()
         if self._bar.disable and now_s - self.told_s > LINE_EVERY_S:
             self.told_s = now_s
-            left_s = (now_s - self.started_s) / self.done * (self.epochs - self.done)
+            left_s = (now_s - self.started_s) / (self.done - self.before) * (self.epochs - self.done)
             line = "%s: epoch %d of %d, validation Dice %.3f, at most %s left"
             log.info(line, self.label, self.done, self.epochs, val_dice, duration(left_s))

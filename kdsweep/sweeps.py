@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Params in which the runs of a sweep may differ, each name with all below it: the factors of the grid, and what decides
 # no result (weights stands in student.weights and teacher.weights). UNUSED: what a role is given and does not use.
 FACTORS = ("path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
-LOCAL = ("device", "store", "sweep_name", "tracking", "train.workers", "data.root")
+LOCAL = ("device", "retry_failed", "store", "sweep_name", "tracking", "train.workers", "data.root")
 NEUTRAL = (*LOCAL, "data.source.root", "data.source.cache_dir", "weights")
 UNUSED = {
     "cell": (),

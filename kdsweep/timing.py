@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from kdsweep.compute import Compute, placed
 from kdsweep.models import UNet
-from kdsweep.train import Compute, placed
 
 
 class StepTime(NamedTuple):

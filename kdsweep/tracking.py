@@ -6,10 +6,10 @@ run of its own, computed once per fingerprint, and counts in every sweep that as
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import signal
-import threading
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
+from kdsweep.records import Record
 
 # Before the import of mlflow, which reads them.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; a server that is down would block for minutes
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # whoever calls tries again
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
@@ -36,7 +40,12 @@ for _noisy in ("alembic", "mlflow"):  # they tell every table of a new database 
 EXPERIMENT = "kdsweep"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on curves, not on prompts
 ASKED = "kdsweep.asked."
+ARTIFACTS = ("test_scores.csv", "test_predictions.npz", "split.json")
 BATCH = 100  # MLflow takes at most so many params, or so many tags, in one call
+
+
+class TrackingError(Exception):
+    """The store does not answer now; it may later."""
 
 
 @dataclass(frozen=True)
@@ -60,47 +69,20 @@ def store_uri(store: Path, uri: str | None) -> str:
     return uri or f"sqlite:///{store.resolve() / 'mlflow.db'}"
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the calls inside are done: one cut in the middle leaves the database locked."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if held:
-        raise KeyboardInterrupt
+def passes(error: BaseException, uri: str) -> bool:
+    """Whether a failure may be over the next time: a server that does not answer, a database that another one locks."""
+    return uri.startswith("http") or "database is locked" in str(error)
 
 
-class CellRun:
-    """The MLflow run of one cell in training."""
+@dataclass
+class _Known:
+    """What a store is known to hold of a cell's run."""
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self._client, self.run_id = client, run_id
-
-    def log_epoch(self, values: dict[str, float], epoch: int) -> None:
-        """Record the values of one epoch in one call."""
-        now_ms = int(time.time() * 1000)
-        with uninterrupted():
-            self._client.log_batch(self.run_id, metrics=[Metric(k, v, now_ms, epoch) for k, v in values.items()])
-
-    def finish(self, values: dict[str, float], files: list[Path]) -> None:
-        """Record the final values and files and close the run as FINISHED."""
-        now_ms = int(time.time() * 1000)
-        with uninterrupted():
-            self._client.log_batch(self.run_id, metrics=[Metric(k, v, now_ms, 0) for k, v in values.items()])
-            for file in files:
-                self._client.log_artifact(self.run_id, str(file))
-            self._client.set_terminated(self.run_id, "FINISHED")
-
-    def abort(self, *, status: str) -> None:
-        """Close the run as FAILED or KILLED."""
-        with uninterrupted():
-            self._client.set_terminated(self.run_id, status)
+    run_id: str
+    status: str
+    metrics: dict[str, float]
+    params: dict[str, str]
+    epochs: int | None = None  # logged ones; None: not asked yet
 
 
 class Tracker:
@@ -113,21 +95,34 @@ class Tracker:
 
     Raises:
         InputError: the store cannot be opened.
+        TrackingError: not now.
     """
 
     def __init__(self, *, store: Path, uri: str | None, experiment: str = EXPERIMENT) -> None:
+        self.uri, self.store = store_uri(store, uri), store
+        self._parents: dict[str, str] = {}
+        self._known: dict[str, _Known] | None = None
         store.mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(tracking_uri=store_uri(store, uri))
         try:
-            found = self._client.get_experiment_by_name(experiment)
-            if found is None:
-                # A database has no place for artifacts: they go beside it. A server has one of its own.
-                place = None if uri and uri.startswith("http") else (store.resolve() / "artifacts").as_uri()
-                self.experiment_id = self._client.create_experiment(experiment, place, tags=EXPERIMENT_TAGS)
-            else:
-                self.experiment_id = found.experiment_id
-        except MlflowException as error:
-            raise InputError(f"tracking.uri={store_uri(store, uri)}: the store does not open: {error}") from error
+            with alone(store):  # a fresh database that many open at once breaks
+                if uri is None:
+                    _follow_move(store, experiment)
+                self._client = MlflowClient(tracking_uri=self.uri)
+                self.experiment_id = self._open(experiment, uri)
+        except Exception as error:
+            if passes(error, self.uri):
+                raise TrackingError(_line(error)) from error
+            if isinstance(error, MlflowException):
+                raise InputError(f"tracking.uri={self.uri}: the store does not open: {_line(error)}") from error
+            raise
+
+    def _open(self, experiment: str, uri: str | None) -> str:
+        found = self._client.get_experiment_by_name(experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        # A database has no place for artifacts: they go beside it. A server has one of its own.
+        place = None if uri and uri.startswith("http") else _artifacts(self.store)
+        return str(self._client.create_experiment(experiment, place, tags=EXPERIMENT_TAGS))
 
     def ask(self, sweep: str, cells: list[Cell]) -> None:
         """Write down that this sweep wants these cells, finished or not, so that a table shows what is missing."""
@@ -137,33 +132,77 @@ class Tracker:
         for part in _parts(tags):
             self._client.log_batch(parent, tags=part)
 
-    def start(self, cell: Cell, *, sweep: str, params: dict[str, Any], tags: dict[str, str]) -> CellRun:
-        """Open the run of a cell; one that a killed process left open for it is closed as KILLED.
+    def mirror(self, record: Record, *, sweep: str) -> str:
+        """Make the run of a cell hold what its folder tells, each value once; the run's id.
+
+        A run that is there goes on if all it holds is in the folder too. If not (the folder was lost and the cell is
+        computed again), it is left behind as KILLED, and a finished one is deleted as soon as the new one is finished
+        with other scores: a cell has one finished run.
 
         Args:
-            cell: to be computed.
-            sweep: in whose name.
-            params: the flat resolved configuration.
-            tags: further tags, such as the git commit.
+            record: of a cell that was begun.
+            sweep: in whose name a new run is opened.
         """
-        for stale in self._search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'"):
-            if stale.info.status == "RUNNING":
-                self._client.set_terminated(stale.info.run_id, "KILLED")
-        own = {
-            "mlflow.parentRunId": self._parent(sweep),
-            "kdsweep.cell": cell.place,
-            "kdsweep.notation": cell.notation,
-            "kdsweep.role": cell.role,
-            "kdsweep.split": str(cell.split),
-            "kdsweep.seed": str(cell.seed),
-            "kdsweep.sweep": sweep,
-            "kdsweep.fingerprint": cell.fingerprint,
-            "kdsweep.teacher": cell.evidence.get("teacher", ""),
-        }
-        run = self._client.create_run(self.experiment_id, run_name=cell.run_name, tags={**tags, **own})
-        for part in _parts([Param(key, str(value)) for key, value in sorted(params.items())]):
-            self._client.log_batch(run.info.run_id, params=part)
-        return CellRun(self._client, run.info.run_id)
+        if self._known is None:
+            self._known = {key: _known(run) for key, run in self._by_fingerprint().items()}
+        fingerprint = record.tags["kdsweep.fingerprint"]
+        known, old = self._known.get(fingerprint), None
+        if known is not None and known.status == "FINISHED":
+            if record.status != "FINISHED" or _same(record.values, known.metrics):
+                return known.run_id
+            known, old = None, known
+        if known is not None and known.epochs is None:
+            epochs = self._logged(known.run_id)
+            known.epochs = len(epochs)
+            if epochs != _epochs(record)[: len(epochs)]:
+                self._client.set_terminated(known.run_id, "KILLED")
+                known = None
+        if known is None:
+            known = self._known[fingerprint] = self._create(record, sweep)
+        self._log(record, known)
+        if old is not None:
+            self._client.delete_run(old.run_id)
+        return known.run_id
+
+    def _create(self, record: Record, sweep: str) -> _Known:
+        tags = {**record.tags, "mlflow.parentRunId": self._parent(sweep), "kdsweep.sweep": sweep}
+        name = f"{tags['kdsweep.notation']}/split{tags['kdsweep.split']}"
+        run = self._client.create_run(self.experiment_id, record.started_ms, tags, run_name=name)
+        return _Known(run.info.run_id, "RUNNING", {}, {}, epochs=0)
+
+    def _log(self, record: Record, known: _Known) -> None:
+        params = {key: str(value) for key, value in sorted(record.params.items()) if key not in known.params}
+        for part in _parts([Param(key, value) for key, value in params.items()]):
+            self._client.log_batch(known.run_id, params=part)
+        known.params |= params
+        new = list(zip(record.history, record.times_ms, strict=True))[known.epochs or 0 :]
+        for part in _parts(new):
+            metrics = [
+                Metric(name, value, time_ms, int(epoch["epoch"]))
+                for epoch, time_ms in part
+                for name, value in epoch.items()
+                if name != "epoch"
+            ]
+            self._client.log_batch(known.run_id, metrics=metrics)
+        known.epochs = len(record.history)
+        if record.status == "FINISHED":
+            final = [Metric(name, value, record.ended_ms, 0) for name, value in record.values.items()]
+            self._client.log_batch(known.run_id, metrics=final)
+            for name in ARTIFACTS:
+                self._client.log_artifact(known.run_id, str(record.folder / name))
+            known.metrics = dict(record.values)
+        if record.status == "FAILED":
+            self._client.set_tag(known.run_id, "kdsweep.error", record.error[:4000])
+        if record.status != known.status:
+            if record.status == "RUNNING":
+                self._client.update_run(known.run_id, "RUNNING")
+            else:
+                self._client.set_terminated(known.run_id, record.status, record.ended_ms or None)
+            known.status = record.status
+
+    def _logged(self, run_id: str) -> list[tuple[int, int]]:
+        points = self._client.get_metric_history(run_id, "val/loss")
+        return sorted((point.step, point.timestamp) for point in points)
 
     def read_sweep(self, name: str | None) -> Sweep:
         """Everything a sweep asked for, with its scores; None takes the sweep last asked for.
@@ -184,7 +223,7 @@ class Tracker:
         return Sweep(parent.data.tags["kdsweep.sweep"], pd.DataFrame(rows), table)
 
     def _scores(self, row: dict[str, Any]) -> pd.DataFrame:
-        file = self._client.download_artifacts(row["run_id"], "test_scores.csv")
+        file = _artifact(self._client, self.store, row["run_id"], "test_scores.csv")
         return pd.read_csv(file, dtype={"image": str, "label": str}).assign(fingerprint=row["fingerprint"])
 
     def _named_sweep(self, name: str | None) -> Run:
@@ -204,9 +243,12 @@ class Tracker:
         return {run.data.tags["kdsweep.fingerprint"]: run for run in runs}
 
     def _parent(self, sweep: str) -> str:
-        found = self._search(f"tags.`kdsweep.role` = 'sweep' and tags.`kdsweep.sweep` = '{sweep}'")
-        if found:
-            return str(found[0].info.run_id)
+        if sweep not in self._parents:
+            found = self._search(f"tags.`kdsweep.role` = 'sweep' and tags.`kdsweep.sweep` = '{sweep}'")
+            self._parents[sweep] = str(found[0].info.run_id) if found else self._new_parent(sweep)
+        return self._parents[sweep]
+
+    def _new_parent(self, sweep: str) -> str:
         tags = {"kdsweep.role": "sweep", "kdsweep.sweep": sweep}
         run_id: str = self._client.create_run(self.experiment_id, run_name=sweep, tags=tags).info.run_id
         self._client.set_terminated(run_id, "FINISHED")  # it groups runs and computes nothing that could go on
@@ -223,6 +265,69 @@ class Tracker:
             token = page.token
             if not token:
                 return found
+
+
+@contextmanager
+def alone(store: Path) -> Iterator[None]:
+    """Keep the other processes that write about this store to MLflow out; one that died keeps nobody out."""
+    lock = FileLock(store / ".mlflow.lock")
+    try:
+        lock.acquire(timeout=60)
+    except Timeout as error:
+        raise TrackingError("another process has been at it for a minute") from error
+    except OSError:  # a store that can only be read
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _artifacts(store: Path) -> str:
+    return (store.resolve() / "artifacts").as_uri()
+
+
+def _artifact(client: MlflowClient, store: Path, run_id: str, name: str) -> Path:
+    """A run's file: in a store that was moved, MLflow looks for it at the old place."""
+    file = store / "artifacts" / run_id / "artifacts" / name
+    return file if file.is_file() else Path(client.download_artifacts(run_id, name))
+
+
+def _follow_move(store: Path, experiment: str) -> None:
+    """Tell the SQLite file where its artifacts are now: it knows them by absolute names, and the store may be moved."""
+    file, place = store / "mlflow.db", _artifacts(store)
+    if not file.is_file():
+        return
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        has = "SELECT count(*) FROM sqlite_master WHERE name IN ('experiments', 'runs')"
+        if database.execute(has).fetchone() != (2,):
+            return
+        query = "SELECT artifact_location FROM experiments WHERE name = ? AND artifact_location LIKE 'file:%'"
+        for (old,) in database.execute(query, (experiment,)).fetchall():
+            if old != place:
+                database.execute("UPDATE experiments SET artifact_location = ? WHERE name = ?", (place, experiment))
+                change = (
+                    "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) WHERE substr(artifact_uri, 1, ?) = ?"
+                )
+                database.execute(change, (place, len(old) + 1, len(old) + 1, f"{old}/"))
+
+
+def _known(run: Run) -> _Known:
+    return _Known(run.info.run_id, run.info.status, dict(run.data.metrics), dict(run.data.params))
+
+
+def _same(values: dict[str, float], metrics: dict[str, float]) -> bool:
+    """Whether a run's metrics are these values; one that is not a number equals itself here."""
+    return all(repr(value) == repr(metrics.get(name)) for name, value in values.items())
+
+
+def _epochs(record: Record) -> list[tuple[int, int]]:
+    return [(int(epoch["epoch"]), time_ms) for epoch, time_ms in zip(record.history, record.times_ms, strict=True)]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _parts(entries: list[Any]) -> Iterator[list[Any]]:
@@ -259,7 +364,7 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
 
 def artifact(*, store: Path, uri: str | None, run_id: str, name: str) -> Path:
     """Local path of a file that a run recorded."""
-    return Path(MlflowClient(tracking_uri=store_uri(store, uri)).download_artifacts(run_id, name))
+    return _artifact(MlflowClient(tracking_uri=store_uri(store, uri)), store, run_id, name)
 
 
 def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:

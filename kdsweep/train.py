@@ -1,67 +1,38 @@
 """The loop over a group of learners: every batch and every Teacher forward is made once and serves them all.
 
 A Teacher, the Student baseline and a distilled Student are all learners; a group of one or of thirteen is the same
-code, and each learner's weights and scores are those that it would have had alone.
+code, and each learner's weights and scores are those that it would have had alone, and without any interruption.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
-import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdsweep import checkpoint, logs, metrics
-from kdsweep.learner import Learner, Lesson
-from kdsweep.loaders import EvalPart, Feed
+from kdsweep import interrupts, logs, metrics, records, scoring
+from kdsweep.compute import Compute, give_back_memory, is_out_of_memory, placed
+from kdsweep.errors import CellError, told
+from kdsweep.learner import Learner, Lesson, Means
+from kdsweep.loaders import Feed
 from kdsweep.models import Outputs, UNet
 from kdsweep.progress import Progress
 from kdsweep.views import normalise
 
 log = logging.getLogger(__name__)
 
-Module = TypeVar("Module", bound=nn.Module)
-PREDICTIONS = "test_predictions.npz"
+Values = dict[str, float]
+Batch = dict[str, Tensor]
+Maker = Callable[[], Learner | Exception]
 
 
-@dataclass(frozen=True)
-class Compute:
-    """Where and how the numbers are computed.
-
-    Attributes:
-        device: of networks and batches.
-        precision: ``fp32``, or ``bf16`` for autocast of the forward passes.
-        deterministic: have CUDA choose algorithms that give the same bits every time.
-        eval_batch: images per forward outside training; results do not depend on the Student's batch.
-    """
-
-    device: torch.device
-    precision: str
-    deterministic: bool = False
-    eval_batch: int = 16
-
-    def autocast(self, precision: str | None = None) -> AbstractContextManager[None]:
-        """The context of every forward pass, of this or another precision."""
-        context: AbstractContextManager[None] = torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=(precision or self.precision) == "bf16"
-        )
-        return context
-
-    def prepare(self) -> None:
-        """Set the process up; before anything else is computed."""
-        keep_freed_memory()
-        if self.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
-        torch.use_deterministic_algorithms(self.deterministic)
+class StepError(CellError):
+    """Something went wrong inside a training step; the message says in which epoch, step and term."""
 
 
 class Staff:
@@ -106,103 +77,133 @@ class Staff:
             return Outputs(logits=hidden.new_empty(0), hidden=hidden)
 
 
-class Means:
-    """Running means over images, kept on the device: reading a value here would make the device wait every step."""
+class Pace:
+    """When checkpoints are written: so often that they take at most a share of the time.
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
+    Args:
+        share: of the time since the start.
+    """
 
-    def add(self, values: dict[str, Tensor], count: int) -> None:
-        """Add the means of a batch of ``count`` images."""
-        self.count += count
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double() * count
+    def __init__(self, share: float = 0.05) -> None:
+        self.share, self.started_s = share, time.monotonic()
+        self.spent_s = self.told_bytes = 0.0
+        self.saved_s: dict[Path, float] = {}
 
-    def read(self, prefix: str) -> dict[str, float]:
-        """The means so far as plain numbers, names led by ``prefix``."""
-        return {prefix + name: (value / self.count).item() for name, value in self.sums.items()}
+    def next(self, learners: list[Learner]) -> Learner | None:
+        """The learner whose turn it is, if there is time for a checkpoint: the one that was saved longest ago."""
+        stalest = min(learners, key=lambda learner: self.saved_s.get(learner.folder, 0.0), default=None)
+        if stalest is None:
+            return None
+        rate = self.told_bytes / self.spent_s if self.spent_s else 2e8  # bytes per second; a guess before the first
+        expected_s = stalest.state_bytes() / rate
+        return stalest if self.spent_s + expected_s <= self.share * (time.monotonic() - self.started_s) else None
+
+    def save(self, learner: Learner) -> None:
+        """Write a learner's checkpoint, on the clock."""
+        start_s = time.monotonic()
+        learner.save()
+        now_s = self.saved_s[learner.folder] = time.monotonic()
+        self.spent_s += now_s - start_s
+        self.told_bytes += learner.state_bytes()
 
 
-def fit(learners: list[Learner], *, teachers: Mapping[str, UNet], feed: Feed, compute: Compute) -> None:
-    """Train a group until every learner has stopped; their best checkpoints lie in their folders then.
+def fit(
+    learners: list[Learner],
+    *,
+    teachers: Mapping[str, UNet],
+    feed: Feed,
+    compute: Compute,
+    stopped: Callable[[Learner], None] = lambda _: None,
+) -> None:
+    """Train a group until every learner has stopped.
 
     A learner that fails, be it that a loss term is not finite, is left out from there on; the others do not notice.
+    One that was resumed takes part again from the batch on that it has not seen.
 
     Args:
         learners: trained in place; each is what it would have become alone.
         teachers: frozen networks by the names that the learners' lessons use.
         feed: training and validation images.
         compute: device and precision.
+        stopped: called with each learner that has had its last epoch.
     """
-    compute.prepare()
-    staff = Staff(teachers, compute)
-    for learner in learners:
-        for module in learner.modules().values():
-            placed(module, compute)
-    taught = [staff.teach(learners, views) for views, _ in _eval_batches(feed.validation, compute)]
+    staff, pace = Staff(teachers, compute), Pace()
+    taught = [staff.teach(learners, views) for views, _ in scoring.eval_batches(feed.validation, compute)]
+    first = min(learner.epoch for learner in learners) + 1
     most = max(learner.epochs for learner in learners)
     label = learners[0].title if len(learners) == 1 else f"{len(learners)} learners"
-    with Progress(label, epochs=most) as progress:
-        for epoch in range(most):
-            if not (active := [learner for learner in learners if not learner.stopped]):
+    with Progress(label, epochs=most, done=first) as progress:
+        for epoch in range(first, most):
+            due = [learner for learner in learners if learner.is_due(epoch)]
+            if not due and all(learner.stopped for learner in learners):
                 break
-            trained = train_epoch(active, epoch, staff=staff, feed=feed, compute=compute)
-            validated = _validate(active, taught, feed=feed, compute=compute)
-            for learner in (own for own in active if own.failure is None):
-                with alone(learner):
-                    learner.end_epoch(trained[learner.folder].read("train/") | validated[learner.folder].read("val/"))
-            progress.update([learner.history[-1]["val/dice"] for learner in active if learner.history])
+            train_epoch(due, epoch, staff=staff, feed=feed, compute=compute, pace=pace)
+            _validate(due, taught, feed=feed, compute=compute)
+            for learner in (own for own in due if own.failure is None and own.stopped):
+                stopped(learner)
+            progress.update([learner.history[-1]["val/dice"] for learner in due if learner.history])
+    share = pace.spent_s / (time.monotonic() - pace.started_s)
+    log.info("%s: checkpoints took %.1f s, %.1f %% of the time", label, pace.spent_s, 100 * share)
 
 
 @contextmanager
 def alone(learner: Learner) -> Iterator[None]:
-    """Work on one learner: what goes wrong inside ends this one with its traceback in its own log, not its group."""
+    """Work on one learner: what goes wrong inside ends this one with its traceback in its own log, not its group.
+
+    Only a lack of memory is passed on: fewer learners at a time may do.
+    """
     with logs.about(learner.folder):
         try:
             yield
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             fail(learner, error)
 
 
 def fail(learner: Learner, error: Exception) -> None:
-    """End a learner before its time; its run is closed as FAILED."""
+    """End a learner before its time, and write down why."""
     learner.failure = error
-    text = " ".join(str(error).split())
-    log.error("%s: %s: %s; traceback in %s", learner.title, type(error).__name__, text, learner.folder, exc_info=error)
-    _abort(learner, status="FAILED")
-
-
-def placed(module: Module, compute: Compute) -> Module:
-    """The module on the device in channels-last memory, which is faster on CPU and CUDA.
-
-    Every network is placed so, trained now or read from a file: the other memory format sums in another order.
-    """
-    return module.to(compute.device).to(memory_format=torch.channels_last)
+    line = told(error)
+    lead = "" if line.startswith(learner.title) else f"{learner.title}: "
+    log.error("%s%s; traceback in %s", lead, line, learner.folder, exc_info=error)
+    records.write_failed(learner.folder, line)
 
 
 def train_epoch(
-    learners: list[Learner], epoch: int, *, staff: Staff, feed: Feed, compute: Compute
-) -> dict[Path, Means]:
-    """One pass over the training images for all learners: their running means by folder.
+    learners: list[Learner], epoch: int, *, staff: Staff, feed: Feed, compute: Compute, pace: Pace | None = None
+) -> None:
+    """One pass over the training images for all learners; with a pace, checkpoints are written in between.
 
     The Students step one after the other, which on two CPU cores is the fastest way (224 x 224, batch 16): stacked
     under torch.func.vmap they take 1.7 to 3.7 times as long, torch.compile gains nothing (455 ms a step instead of
     450, for 60 s of compiling), a fused Adam under 1 %. CUDA graphs are not tried: no device was at hand to measure.
     """
-    means = {learner.folder: Means() for learner in learners}
-    for number, batch in enumerate(feed.train.epoch(epoch)):
-        active = [learner for learner in learners if learner.failure is None]
+    first = min((learner.steps for learner in learners), default=0)
+    batches = enumerate(feed.train.epoch(epoch, first=first), start=first)
+    number = first
+    while any(learner.failure is None for learner in learners):
+        try:
+            number, batch = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise StepError(f"epoch {epoch + 1}, step {number + 1}, data: {told(error)}") from error
+        active = [learner for learner in learners if learner.failure is None and learner.steps == number]
         on_device = {name: values.to(compute.device, non_blocking=True) for name, values in batch.items()}
         images = {view: normalise(on_device[view]) for view in _views(active)}
         lessons = staff.teach(active, images)
         for learner in active:
+            interrupts.check()
             with alone(learner):
                 # What a loss or network draws is its own too: neither the others nor an interruption change it.
                 torch.manual_seed(feed.train.step_seed(epoch, number))
-                terms = _step(learner, on_device, images, lessons, compute)
-                means[learner.folder].add(terms, len(on_device["theta"]))
-    return means
+                _step(learner, on_device, images, lessons, compute)
+        number += 1
+        if pace is not None and (turn := pace.next([own for own in active if own.failure is None])) is not None:
+            with alone(turn):
+                pace.save(turn)
+        interrupts.check()
 
 
 def _views(learners: list[Learner]) -> set[str]:
@@ -212,134 +213,132 @@ def _views(learners: list[Learner]) -> set[str]:
     }
 
 
-def _step(
-    learner: Learner,
-    batch: dict[str, Tensor],
-    images: dict[str, Tensor],
-    lessons: dict[Lesson, Outputs],
-    compute: Compute,
-) -> dict[str, Tensor]:
+def _step(learner: Learner, batch: Batch, images: Batch, lessons: dict[Lesson, Outputs], compute: Compute) -> None:
     taught, theta = None, None
     if (kd := learner.distillation) is not None:
         taught = lessons[kd.lesson]
         theta = batch["theta"] if kd.lesson.view != learner.view else None
-    with compute.autocast():
-        outputs = learner.network(images[learner.view])
-        terms = learner.terms(outputs, batch[f"{learner.view}_mask"][:, None], taught, theta)
-    terms["loss"].backward()
-    learner.optimiser.step()
-    learner.optimiser.zero_grad(set_to_none=True)  # now, so that a group holds the gradients of one learner at a time
-    return {name: term.detach() for name, term in terms.items()}
+    with learner.changing(), _located(learner, f"step {learner.steps + 1}"):
+        learner.doing = "forward"
+        with compute.autocast():
+            outputs = learner.network(images[learner.view])
+            terms = learner.terms(outputs, batch[f"{learner.view}_mask"][:, None], taught, theta)
+        learner.doing = "backward"
+        terms["loss"].backward()
+        learner.optimiser.step()
+        learner.optimiser.zero_grad(set_to_none=True)  # now: a group holds the gradients of one learner at a time
+        learner.means.add(terms, len(batch["theta"]))
 
 
-def _validate(
-    learners: list[Learner], taught: list[dict[Lesson, Outputs]], *, feed: Feed, compute: Compute
-) -> dict[Path, Means]:
-    """Means over the validation images, which Teacher and Student see alike: whole, unaugmented."""
-    means = {learner.folder: Means() for learner in learners}
-    for learner in learners:
-        learner.evaluate()
-    with torch.no_grad():
-        for (views, mask), lessons in zip(_eval_batches(feed.validation, compute), taught, strict=True):
-            for learner in learners:
-                if learner.failure is None:
-                    with alone(learner), compute.autocast():
-                        outputs = learner.network(views["strong"])
-                        kd = learner.distillation
-                        terms = learner.terms(outputs, mask, lessons[kd.lesson] if kd else None, None)
-                        dice = metrics.mean_dice(logits=outputs.logits, mask=mask)
-                        means[learner.folder].add({**terms, "dice": dice}, len(mask))
-    for learner in learners:
-        learner.train()
-    return means
+@contextmanager
+def _located(learner: Learner, where: str) -> Iterator[None]:
+    """Say where in the training an error came up."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, CellError):
+            raise
+        raise StepError(f"epoch {learner.epoch + 2}, {where}, {learner.doing}: {told(error)}") from error
 
 
-def _eval_batches(part: EvalPart, compute: Compute) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Normalised whole images under both views' names (they are the same here), with their masks."""
-    for images, masks in part.batches(compute.eval_batch):
-        ready = normalise(images.to(compute.device))
-        yield {"strong": ready, "weak": ready}, masks.to(compute.device)
-
-
-def predict(network: UNet, part: EvalPart, *, compute: Compute) -> Tensor:
-    """Predictions (N, 1, H, W) bool of whole images on the CPU: probability above 0.5."""
-    network.eval()
-    with torch.no_grad(), compute.autocast():
-        return torch.cat([(network(views["strong"]).logits > 0).cpu() for views, _ in _eval_batches(part, compute)])
-
-
-def score(predictions: Tensor, part: EvalPart) -> pd.DataFrame:
-    """One row per image: image, label, dice, iou, precision, sensitivity, hd95_px (see metrics.py)."""
-    table = pd.DataFrame(metrics.per_image(prediction=predictions, mask=part.masks))
-    table.insert(0, "image", part.ids)
-    table.insert(1, "label", part.labels)
-    return table
-
-
-def conclude(learner: Learner, *, feed: Feed, compute: Compute) -> dict[str, float]:
-    """Test the best checkpoint, write its files, then record them; the marker comes last.
-
-    Returns:
-        The final values, ``test/dice`` among them.
-    """
-    learner.restore_best()
-    predictions = predict(learner.network, feed.test, compute=compute)
-    table = score(predictions, feed.test)
-    values = {f"test/{name}": float(table[name].mean()) for name in metrics.SCORES}
-    values["test/dice_std"] = float(table["dice"].std())
-    values["test/trivial_dice"] = metrics.trivial_dice(feed.test.masks)
-    values |= {"best_epoch": float(learner.best_epoch), "epochs": float(learner.epoch + 1)}
-    folder = learner.folder
-    exported = "teacher" if learner.role == "teacher" else "student"
-    checkpoint.save_network(folder / f"{exported}.safetensors", learner.network)
-    checkpoint.write_text(folder / "history.csv", pd.DataFrame(learner.history).to_csv(index=False))
-    checkpoint.save_predictions(folder / PREDICTIONS, predictions[:, 0].numpy(), ids=feed.test.ids)
-    checkpoint.write_text(folder / "test_scores.csv", table.to_csv(index=False))
-    learner.run.finish(values, [folder / name for name in ("test_scores.csv", PREDICTIONS, "split.json")])
-    checkpoint.write_json(folder / checkpoint.FINISHED, {"run_id": learner.run.run_id, **values})
-    log.info(
-        "%s: test Dice %.4f ± %.4f over %d images (best epoch %d of %d)",
-        learner.title,
-        values["test/dice"],
-        values["test/dice_std"],
-        len(table),
-        learner.best_epoch + 1,
-        learner.epoch + 1,
-    )
-    return values
+def _validate(learners: list[Learner], taught: list[dict[Lesson, Outputs]], *, feed: Feed, compute: Compute) -> None:
+    """End the epoch with the means over the validation images, which Teacher and Student see whole, unaugmented."""
+    for learner in (own for own in learners if own.failure is None):
+        interrupts.check()
+        with alone(learner):
+            learner.check_finite(learner.means, "train")
+            means = Means()
+            learner.evaluate()
+            with torch.no_grad(), compute.autocast(), _located(learner, "validation"):
+                for (views, mask), lessons in zip(scoring.eval_batches(feed.validation, compute), taught, strict=True):
+                    learner.doing = "forward"
+                    outputs = learner.network(views["strong"])
+                    kd = learner.distillation
+                    terms = learner.terms(outputs, mask, lessons[kd.lesson] if kd else None, None)
+                    dice = metrics.mean_dice(logits=outputs.logits, mask=mask)
+                    means.add({**terms, "dice": dice}, len(mask))
+            learner.train()
+            learner.check_finite(means, "val")
+            learner.end_epoch(learner.means.read("train/") | means.read("val/"))
 
 
 def run(
     learners: list[Learner], *, teachers: Mapping[str, UNet], feed: Feed, compute: Compute
-) -> list[dict[str, float] | Exception]:
-    """Train a group, then test each learner: final values, or what ended it, in the learners' order.
+) -> list[Values | Exception]:
+    """Train a group from its checkpoints on and test each learner: final values, or what ended it, in their order.
 
-    Arguments as for ``fit``. Whatever ends it early closes the open runs: KILLED if the user or the system stopped it,
-    else FAILED.
+    Arguments as for ``fit``. Where Ctrl-C or SIGTERM ends it, or the memory is too small for the group, the learners
+    are saved first.
     """
-    results: dict[Path, dict[str, float] | Exception] = {}
+    results: dict[Path, Values] = {}
+
+    def conclude(learner: Learner) -> None:
+        with alone(learner):
+            results[learner.folder] = scoring.conclude(learner, part=feed.test, compute=compute)
+
     try:
+        compute.prepare()
         for learner in learners:
+            with alone(learner):
+                _begin(learner, feed=feed, compute=compute)
+        for learner in (own for own in learners if own.stopped and own.failure is None):
+            conclude(learner)  # what was interrupted after its last epoch
+        with interrupts.deferred():
+            if going := [learner for learner in learners if not learner.stopped]:
+                fit(going, teachers=teachers, feed=feed, compute=compute, stopped=conclude)
+    except BaseException as error:
+        open_ones = [own for own in learners if own.failure is None and own.folder not in results]
+        if interrupts.pending() or not isinstance(error, Exception) or is_out_of_memory(error):
+            _save(open_ones)
+            interrupts.check()
+            raise
+        for learner in open_ones:  # an error of what they share: batches, a Teacher's forward
             with logs.about(learner.folder):
-                _introduce(learner, feed=feed, compute=compute)
-        fit(learners, teachers=teachers, feed=feed, compute=compute)
-        for learner in learners:
-            if learner.failure is None:
-                with alone(learner):
-                    results[learner.folder] = conclude(learner, feed=feed, compute=compute)
-    except Exception as error:  # of what they share: batches, a Teacher's forward
-        for learner in learners:
-            if learner.failure is None and learner.folder not in results:
                 fail(learner, error)
-    except BaseException:
-        for learner in learners:
-            if learner.failure is None and learner.folder not in results:
-                _abort(learner, status="KILLED")
-        raise
     return [learner.failure or results[learner.folder] for learner in learners]
 
 
-def _introduce(learner: Learner, *, feed: Feed, compute: Compute) -> None:
+def run_divided(
+    makers: list[Maker], *, teachers: Mapping[str, UNet], feed: Feed, compute: Compute
+) -> list[Values | Exception]:
+    """``run`` with as many learners at a time as the memory holds: what does not fit is divided and goes on.
+
+    Args:
+        makers: make the learners, or say why that cannot be; checkpoints let each part go on where the group was.
+        teachers: as for ``fit``.
+        feed: as for ``fit``.
+        compute: as for ``fit``.
+    """
+    made = [make() for make in makers]
+    learners = [own for own in made if isinstance(own, Learner)]
+    try:
+        outcomes = iter(run(learners, teachers=teachers, feed=feed, compute=compute) if learners else [])
+        return [next(outcomes) if isinstance(own, Learner) else own for own in made]
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(learners) == 1:
+            lack = CellError(
+                f"{learners[0].title}: out of memory on {compute.device}; a smaller train.batch_size helps"
+            )
+            lack.__cause__ = error
+            with logs.about(learners[0].folder):
+                fail(learners[0], lack)
+            return [lack if isinstance(own, Learner) else own for own in made]
+        log.warning("out of memory with %d learners on %s: divided in two", len(learners), compute.device)
+    del learners, made
+    give_back_memory()
+    half = len(makers) // 2
+    parts = (makers[:half], makers[half:])
+    return [own for part in parts for own in run_divided(part, teachers=teachers, feed=feed, compute=compute)]
+
+
+def _begin(learner: Learner, *, feed: Feed, compute: Compute) -> None:
+    for module in learner.modules().values():
+        placed(module, compute)
+    if learner.resume():
+        log.info("%s: goes on after epoch %d and %d steps", learner.title, learner.epoch + 1, learner.steps)
+        return
     log.info(
         "%s: %.2f M parameters, at most %d epochs of %d batches, %d training images, %s, %s",
         learner.title,
@@ -352,28 +351,13 @@ def _introduce(learner: Learner, *, feed: Feed, compute: Compute) -> None:
     )
 
 
-def _abort(learner: Learner, *, status: str) -> None:
-    try:
-        learner.run.abort(status=status)
-    except Exception as error:  # what ended the training is what the user must hear of
-        log.warning("%s: its run stays open, it could not be closed as %s: %s", learner.title, status, error)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed activations instead of giving them back each step: 1.4 to 2 times faster on CPU.
-
-    Results stay the same bit for bit. Elsewhere than on glibc nothing happens.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(ctypes.c_int(-3), ctypes.c_int(1 << 30))  # M_MMAP_THRESHOLD
-        mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD
-
-
-def give_back_memory() -> None:
-    """Return to the system what ``keep_freed_memory`` held back: training a Teacher takes several times a Student's."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
+def _save(learners: list[Learner]) -> None:
+    """Save those that no step has left half changed; the others go on from their last checkpoint."""
+    for learner in learners:
+        with logs.about(learner.folder):
+            try:
+                if learner.whole:
+                    learner.save()
+                    log.info("%s: saved in epoch %d after %d steps", learner.title, learner.epoch + 2, learner.steps)
+            except Exception as error:
+                log.warning("%s: its last checkpoint stays, this one failed: %s", learner.title, told(error))

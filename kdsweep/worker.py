@@ -12,26 +12,28 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, configure_log, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from kdsweep import logs
-from kdsweep.errors import CellError, InputError
+from kdsweep import interrupts, logs
+from kdsweep.errors import CellError, InputError, told
 
 if TYPE_CHECKING:
     from kdsweep.plan import Look
 
 log = logging.getLogger(__name__)
+
+STOP_WITHIN_S = 10.0
 
 
 class Worker:
@@ -85,11 +87,24 @@ class Worker:
         self.connection.close()
         self.process.join()
 
-    def interrupt(self) -> None:
-        """Have it stop what it does, close its runs and end."""
-        if self.process.is_alive() and self.process.pid is not None:
-            os.kill(self.process.pid, signal.SIGINT)
-        self.close()
+
+def stop(workers: Sequence[Worker], number: int) -> None:
+    """Have processes save what they do and end; those that take too long are killed.
+
+    Args:
+        workers: the processes.
+        number: of the signal that they are sent.
+    """
+    for worker in workers:
+        if worker.process.is_alive() and worker.process.pid is not None:
+            os.kill(worker.process.pid, number)
+    deadline_s = time.monotonic() + STOP_WITHIN_S
+    for worker in workers:
+        worker.process.join(max(deadline_s - time.monotonic(), 0.0))
+        if worker.process.is_alive():
+            log.warning("process %d did not end in time and is killed", worker.process.pid)
+            worker.process.kill()
+        worker.close()
 
 
 def _ending(code: int | None) -> str:
@@ -101,7 +116,7 @@ def _ending(code: int | None) -> str:
 
 def _serve(connection: Connection) -> None:
     """The process: call what comes in until the sender is gone."""
-    signal.signal(signal.SIGINT, _interrupted)
+    interrupts.install()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
@@ -116,20 +131,14 @@ def _serve(connection: Connection) -> None:
             return
         except Exception as error:
             log.error("%s", traceback.format_exc())
-            connection.send((None, CellError(f"{type(error).__name__}: {error}")))
-
-
-def _interrupted(_: int, __: FrameType | None) -> None:
-    """Ctrl-C reaches the whole family, and the parent passes it on too: once is enough."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
+            connection.send((None, CellError(told(error))))
 
 
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def set_up(config: DictConfig, singletons: dict[Any, Any]) -> None:
@@ -140,6 +149,7 @@ def set_up(config: DictConfig, singletons: dict[Any, Any]) -> None:
         singletons: Hydra's state.
     """
     Singleton.set_state(singletons)
+    logging.raiseExceptions = False  # a full disk must not turn each line into a traceback
     setup_globals()
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
 
@@ -159,45 +169,52 @@ def run_jobs(
     Returns:
         One per job, exceptions as text.
     """
-    opened: list[DictConfig] = []
+    opened: dict[int, DictConfig] = {}
     files: list[logging.Handler] = []
-    results: list[Any] = []
-    returns: list[JobReturn] = []
+    results: dict[int, Any] = {}
+    returns: dict[int, JobReturn] = {}
     root = logging.getLogger()
 
     def compute() -> None:
         for handler in files:
             root.addHandler(handler)
         try:
-            results.extend(run_group(opened))
+            results.update(zip(opened, run_group(list(opened.values())), strict=True))
         except Exception as error:
-            log.error("%s: %s", type(error).__name__, error, exc_info=error)
-            results.extend([error] * len(configs))
+            log.error("%s", told(error), exc_info=error)
+            results.update(dict.fromkeys(opened, error))
 
-    def task(cfg: DictConfig) -> Any:
-        number = len(opened)
-        opened.append(cfg)
-        own = logs.claim(Path(configs[number].hydra.runtime.output_dir))
-        for handler in own:
-            root.removeHandler(handler)  # else opening the next job would drop it
-        files.extend(own)
-        if len(opened) < len(configs):
-            open_next()
-        else:
+    def open_from(number: int) -> None:
+        if number == len(configs):
             compute()
-        if isinstance(results[number], Exception):
-            raise results[number]
-        return results[number]
+            return
 
-    def open_next() -> None:
-        own = run_job(task, configs[len(opened)], "hydra.sweep.dir", "hydra.sweep.subdir", hydra_context)
-        returns.append(own)
+        def task(cfg: DictConfig) -> Any:
+            opened[number] = cfg
+            own = logs.claim(Path(configs[number].hydra.runtime.output_dir))
+            for handler in own:
+                root.removeHandler(handler)  # else opening the next job would drop it
+            files.extend(own)
+            open_from(number + 1)
+            if isinstance(results[number], Exception):
+                raise results[number]
+            return results[number]
 
-    open_next()
+        try:
+            job = run_job(task, configs[number], "hydra.sweep.dir", "hydra.sweep.subdir", hydra_context)
+            returns[number] = _as_text(job)
+        except OSError as error:
+            if number in opened:
+                raise
+            log.error("%s", told(error))  # its folder cannot be written to: the others can do without it
+            returns[number] = closed(configs[number], CellError(told(error)))
+            open_from(number + 1)
+
+    open_from(0)
     for handler in files:
         root.removeHandler(handler)
         handler.close()
-    return [_as_text(job) for job in reversed(returns)]
+    return [returns[number] for number in range(len(configs))]
 
 
 def one_by_one(configs: list[DictConfig], *, task_function: TaskFunction) -> list[Any]:
@@ -235,11 +252,27 @@ def pin(call: Callable[[list[DictConfig]], Any], configs: list[DictConfig], devi
     return call(configs)
 
 
+def closed(config: DictConfig, result: Any) -> JobReturn:
+    """The return of a job that was not run under Hydra: finished before, asked for twice, or its process died."""
+    own = config.copy()
+    with read_write(own), open_dict(own):
+        hydra_node = own.pop("hydra")
+    return JobReturn(
+        overrides=list(config.hydra.overrides.task),
+        cfg=own,
+        hydra_cfg=OmegaConf.create({"hydra": hydra_node}),
+        working_dir=str(Path.cwd()),
+        task_name=JobRuntime.instance().get("name"),
+        status=JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED,
+        _return_value=result,
+    )
+
+
 def _as_text(job: JobReturn) -> JobReturn:
     """An exception may not survive pickling: its text does."""
     error = job._return_value
     if isinstance(error, InputError):
         job._return_value = InputError(str(error))
     elif isinstance(error, Exception):
-        job._return_value = CellError(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        job._return_value = CellError(told(error))
     return job

@@ -1,0 +1,85 @@
+"""Ctrl-C and SIGTERM: they end the program at once, or, in the midst of a training step, where nothing is half done."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+GRACE_S = 5.0  # a step that takes longer is given up; its learner goes on from its last checkpoint
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """The user or the system wants the program to end.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects: 130 after Ctrl-C, 143 after SIGTERM."""
+        return 128 + self.number
+
+
+class _State:
+    """Of this process: whether signals wait for a good moment, and the one that does."""
+
+    deferring = False
+    pending: int | None = None
+
+
+def install() -> None:
+    """Have SIGINT and SIGTERM raise Stopped in the main thread: the first one; further ones are ignored then."""
+    _State.deferring, _State.pending = False, None
+    for number in SIGNALS:
+        signal.signal(number, _handle)
+
+
+def _handle(number: int, _: FrameType | None) -> None:
+    if _State.deferring:
+        _State.deferring, _State.pending = False, number
+        signal.signal(signal.SIGALRM, _handle_alarm)
+        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+        return
+    if _State.pending is None:
+        _State.pending = number
+        _stop(number)
+
+
+def _handle_alarm(_: int, __: FrameType | None) -> None:
+    if _State.pending is not None:
+        _stop(_State.pending)
+
+
+def _stop(number: int) -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    raise Stopped(number)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, a signal waits until ``check`` is called, at most GRACE_S seconds."""
+    before, _State.deferring = _State.deferring, _State.pending is None
+    try:
+        yield
+    finally:
+        _State.deferring = before and _State.pending is None
+    check()
+
+
+def pending() -> bool:
+    """Whether a signal has come."""
+    return _State.pending is not None
+
+
+def check() -> None:
+    """Raise Stopped if a signal has come: called where nothing is half done."""
+    if _State.pending is not None:
+        _stop(_State.pending)
