@@ -8,7 +8,7 @@ STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint types table3 table4 ui clean
+.PHONY: help setup demo test chaos bench lint types table3 table4 ui clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick
 
 test: setup ## Run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+
+chaos: setup ## Kill a sweep 20 times at random moments; it must end as an unbroken one (15 minutes; ARGS="--help" for options)
+	$(PY) tests/chaos.py $(ARGS)
 
 bench: setup ## Measure lockstep against one by one, torchdistill and bare Students (20 minutes; ARGS="--help" for options)
 	$(PY) benchmarks/bench.py $(ARGS)

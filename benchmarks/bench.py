@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from kdsweep import build, cells, checkpoint, models, train
-from kdsweep.learner import Learner
+from kdsweep import build, cells, checkpoint, models, records, train
+from kdsweep.compute import placed
+from kdsweep.learner import Learner, Means
 from kdsweep.loaders import Feed
 from kdsweep.models import UNet
 
@@ -41,21 +42,6 @@ GRID = [
 ]
 SWEEP = ["-m", "path=L,H,HR", "loss=mse,kld", "teacher_aug=strong,weak"]
 COUNTS = (1, 2, 4, 8, 12)
-
-
-class NoRun:
-    """Stands in for an MLflow run."""
-
-    run_id = "none"
-
-    def log_epoch(self, values: dict[str, float], epoch: int) -> None:
-        """Nothing is recorded."""
-
-    def finish(self, values: dict[str, float], files: list[Path]) -> None:
-        """Nothing is recorded."""
-
-    def abort(self, *, status: str) -> None:
-        """Nothing is recorded."""
 
 
 class Bench:
@@ -92,22 +78,24 @@ class Bench:
             if cell.fingerprint not in found:
                 network = build.teacher_network(cfg)
                 checkpoint.save_network(cell.folder / "teacher.safetensors", network)
-                checkpoint.write_json(cell.folder / checkpoint.FINISHED, {"run_id": "none", "test/dice": 0.0})
-                found[cell.fingerprint] = models.freeze(train.placed(network, self.compute))
+                records.write_finished(cell.folder, values={"test/dice": 0.0}, files=["teacher.safetensors"])
+                found[cell.fingerprint] = models.freeze(placed(network, self.compute))
         return found
 
     def learners(self, configs: list[DictConfig]) -> list[Learner]:
         """New learners, where they are trained."""
-        made = [build.learner(cfg, cells.cell(cfg), lambda _: NoRun()) for cfg in configs]
+        made = [build.learner(cfg, cells.cell(cfg)) for cfg in configs]
         for learner in made:
             for module in learner.modules().values():
-                train.placed(module, self.compute)
+                placed(module, self.compute)
         return made
 
     def step_s(self, learners: list[Learner]) -> float:
         """Seconds per step of one epoch of a group."""
         staff = train.Staff(self.teachers, self.compute)
         self.epoch += 1
+        for learner in learners:
+            learner.means = Means()  # a new epoch begins
         self._synchronise()
         start = time.perf_counter()
         train.train_epoch(learners, self.epoch, staff=staff, feed=self.feed, compute=self.compute)
@@ -153,8 +141,8 @@ class Bench:
     def _clocked_loader(self, spent: dict[str, float]) -> Iterator[None]:
         inner = self.feed.train.epoch
 
-        def timed(number: int) -> Iterator[Any]:
-            batches = inner(number)
+        def timed(number: int, *, first: int = 0) -> Iterator[Any]:
+            batches = inner(number, first=first)
             while True:
                 start = time.perf_counter()
                 batch = next(batches, None)

@@ -35,13 +35,21 @@ class Mirror:
         experiment: name of the MLflow experiment.
         asked: cells by the sweep that asks for them.
         teachers: those that the cells learn from.
+        trains: whether there is training to be done, which must not wait long at its end.
 
     Raises:
         InputError: the store cannot be opened, now or later.
     """
 
     def __init__(
-        self, *, store: Path, uri: str | None, experiment: str, asked: dict[str, list[Cell]], teachers: list[Cell]
+        self,
+        *,
+        store: Path,
+        uri: str | None,
+        experiment: str,
+        asked: dict[str, list[Cell]],
+        teachers: list[Cell],
+        trains: bool = True,
     ) -> None:
         self.store, self.asked = store, asked
         self.where = tracking.store_uri(store, uri)
@@ -49,6 +57,7 @@ class Mirror:
         first = next(iter(asked))
         self._sweeps = {cell.folder: first for cell in teachers}
         self._sweeps |= {cell.folder: sweep for sweep, cells in asked.items() for cell in cells}
+        self._trains = trains
         self._waits_s = SERVER_WAIT_S if self.where.startswith("http") else DATABASE_WAIT_S
         self._tracker: tracking.Tracker | None = None
         self._unasked = list(asked)
@@ -72,6 +81,9 @@ class Mirror:
         self._closing.set()
         self._wake.set()
         self._thread.join(STOP_WAIT_S if interrupts.pending() else self._waits_s)
+        if not self._trains and self._thread.is_alive() and not interrupts.pending():
+            log.info("MLflow at %s is slow: %d cells are still to be logged there", self.where, self._left())
+            self._thread.join()
         if left := self._left():
             log.warning(
                 "%d cells are not in MLflow at %s yet, their scores are safe in %s: the same command logs them",
@@ -93,7 +105,7 @@ class Mirror:
             closing = self._closing.is_set()
             succeeded = self._attempt(self._pass)
             self._tried.set()
-            if closing and succeeded:
+            if closing and (succeeded or not self._trains):
                 return
             if closing:
                 time.sleep(0.5)

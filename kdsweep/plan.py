@@ -83,7 +83,14 @@ def watch(jobs: Sequence[Job]) -> None:
             members = [job for job in own if job.config.sweep_name == sweep]
             asked[sweep] = [job.cell for job in unique(members)]
             records.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members))
-        mirror.Mirror(store=Path(store), uri=uri, experiment=experiment, asked=asked, teachers=teacher_cells(own))
+        mirror.Mirror(
+            store=Path(store),
+            uri=uri,
+            experiment=experiment,
+            asked=asked,
+            teachers=teacher_cells(own),
+            trains=bool(waiting(own)),
+        )
 
 
 def teacher_cells(jobs: Sequence[Job]) -> list[Cell]:

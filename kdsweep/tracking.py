@@ -27,6 +27,7 @@ from kdsweep.records import Record
 # Before the import of mlflow, which reads them.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; a server that is down would block for minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # whoever calls tries again
 
@@ -112,7 +113,7 @@ class Tracker:
         except Exception as error:
             if passes(error, self.uri):
                 raise TrackingError(_line(error)) from error
-            if isinstance(error, MlflowException):
+            if isinstance(error, MlflowException | sqlite3.Error):
                 raise InputError(f"tracking.uri={self.uri}: the store does not open: {_line(error)}") from error
             raise
 
@@ -375,4 +376,10 @@ def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
     """
     if uri is None and not (store / "mlflow.db").is_file():
         raise InputError(f"--store {store}: no mlflow.db in it; run a sweep first, or name its folder")
-    return Tracker(store=store, uri=uri).read_sweep(name)
+    try:
+        return Tracker(store=store, uri=uri).read_sweep(name)
+    except Exception as error:
+        if not isinstance(error, TrackingError) and not passes(error, uri or ""):
+            raise
+        what = f"--tracking-uri {uri} does not answer" if uri else f"--store {store}: its MLflow store does not answer"
+        raise InputError(f"{what}: {_line(error)}") from error

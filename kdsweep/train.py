@@ -238,7 +238,8 @@ def _located(learner: Learner, where: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, CellError):
             raise
-        raise StepError(f"epoch {learner.epoch + 2}, {where}, {learner.doing}: {told(error)}") from error
+        place = f"epoch {learner.epoch + 2}, {where}, {learner.doing}"
+        raise StepError(f"{learner.title}: {place}: {told(error)}") from error
 
 
 def _validate(learners: list[Learner], taught: list[dict[Lesson, Outputs]], *, feed: Feed, compute: Compute) -> None:

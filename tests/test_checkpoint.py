@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and come back as they were."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -29,14 +30,55 @@ def test_a_state_that_cannot_be_saved_leaves_the_old_checkpoint(tmp_path):
 
 
 def test_a_state_with_code_in_it_is_not_loaded(tmp_path):
+    """Neither as a plain file nor with the checksum that would make it pass for one of ours."""
+
     class Attack:
         def __reduce__(self):
             return (open, (str(tmp_path / "marker"), "w"))
 
     torch.save({"network": Attack()}, tmp_path / "evil.pt")
-    with pytest.raises(Exception, match=r"[Ww]eights"):
+    with pytest.raises(checkpoint.DamagedError, match=r"evil\.pt: damaged, its checksum does not fit"):
         checkpoint.load_state(tmp_path / "evil.pt")
+    content = (tmp_path / "evil.pt").read_bytes()
+    (tmp_path / "sealed.pt").write_bytes(content + hashlib.sha256(content).digest())
+    with pytest.raises(checkpoint.DamagedError, match=r"sealed\.pt: not a checkpoint: Weights only load failed"):
+        checkpoint.load_state(tmp_path / "sealed.pt")
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda b: b[:-1], lambda b: b"", lambda b: b[:100], lambda b: b[:70] + b"?" + b[71:]]
+)
+def test_a_damaged_state_is_told_from_a_whole_one(tmp_path, spoil):
+    file = tmp_path / "checkpoint.pt"
+    checkpoint.save_state(file, {"weights": torch.arange(50.0)})
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(checkpoint.DamagedError, match=r"checkpoint\.pt: damaged, its checksum does not fit its \d+"):
+        checkpoint.load_state(file)
+
+
+def test_every_flipped_bit_is_seen(tmp_path):
+    file = tmp_path / "checkpoint.pt"
+    checkpoint.save_state(file, {"epoch": 3})
+    content = file.read_bytes()
+    for position in range(0, len(content), 41):
+        file.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
+        with pytest.raises(checkpoint.DamagedError):
+            checkpoint.load_state(file)
+
+
+def test_the_state_before_stays_beside_the_new_one(tmp_path):
+    file = tmp_path / "checkpoint.pt"
+    for epoch in range(3):
+        checkpoint.save_state(file, {"epoch": epoch})
+    assert checkpoint.load_state(file) == {"epoch": 2}
+    assert checkpoint.load_state(tmp_path / checkpoint.PREVIOUS) == {"epoch": 1}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_anybody_can_read_a_checkpoint_with_torch_alone(tmp_path):
+    checkpoint.save_state(tmp_path / "checkpoint.pt", {"epoch": 3})
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True) == {"epoch": 3}
 
 
 def test_predictions_come_back_by_id(tmp_path):
@@ -55,9 +97,3 @@ def test_a_network_comes_back_bit_for_bit_whatever_its_memory_format(tmp_path):
     checkpoint.load_network(tmp_path / "n.safetensors", other)
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
-
-
-def test_a_folder_without_the_marker_is_not_finished(tmp_path):
-    assert checkpoint.read_finished(tmp_path) is None
-    checkpoint.write_json(tmp_path / checkpoint.FINISHED, {"run_id": "x", "test/dice": 0.5})
-    assert checkpoint.read_finished(tmp_path) == {"run_id": "x", "test/dice": 0.5}

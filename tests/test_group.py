@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kdsweep import build, cells, checkpoint, group, plan, tracking
+from kdsweep import build, cells, group, mirror, plan, records, tracking
 from kdsweep.errors import InputError
 from kdsweep.kd_paths import Hidden
 
@@ -24,9 +24,12 @@ def compose(small_busi, tmp_path):
 def run(*configs):
     """Results by position, with the plan's checks before."""
     jobs = plan.read_jobs(configs)
-    plan.ask(jobs)
+    plan.watch(jobs)
     group.check(list(configs))
-    return group.run_group(list(configs))
+    try:
+        return group.run_group(list(configs))
+    finally:
+        mirror.close_all()
 
 
 def weights(cfg):
@@ -69,12 +72,12 @@ def test_a_broken_loss_ends_its_own_cell_and_leaves_the_others_bit_for_bit(compo
     good = [compose("path=L"), compose("path=H", "loss=mse"), compose("path=none")]
     bad = compose("path=H", f"++loss.hidden._target_={__name__}.broken", "~loss.hidden.temperature")
     first, failure, *others = run(good[0], bad, *good[1:])
-    assert str(failure) == "my loss broke"
+    assert str(failure) == "H_KLD_WAug split 0 seed 0: epoch 1, step 1, kd term: RuntimeError: my loss broke"
     assert all(isinstance(result, float) for result in (first, *others))
     assert statuses(bad)["H_KLD_WAug"] == "FAILED"
-    assert checkpoint.read_finished(cells.cell(bad).folder) is None
+    assert records.read_finished(cells.cell(bad).folder) is None
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert "H_KLD_WAug split 0 seed 0: RuntimeError: my loss broke" in record.getMessage()
+    assert "H_KLD_WAug split 0 seed 0: epoch 1, step 1, kd term: RuntimeError: my loss" in record.getMessage()
     assert "in broken" in logging.Formatter().format(record)
 
     before = [weights(cfg) for cfg in good]

@@ -23,6 +23,7 @@ LAYERS = (
     "plan",
     "mirror",
     "figures",
+    "status",
     "tables",
     "sweeps",
     "stats",

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from kdsweep import cells, checkpoint, grid, plan
+from kdsweep import cells, grid, plan, records
 
 LOOK = plan.Look(devices={"cpu": ["cpu"]}, student_s=1.0, teacher_s=10.0, lesson_s=4.0, images=16)
 
@@ -86,7 +86,7 @@ def test_division_gives_nearly_equal_parts_and_loses_nobody():
 def test_repeated_and_finished_jobs_do_not_wait(jobs):
     own = jobs(["path=none", "loss=mse"], ["path=none", "loss=kld"], ["path=L"], ["path=H"])
     assert [job.cell.notation for job in plan.unique(own)] == ["Student", "L_KLD_WAug", "H_KLD_WAug"]
-    checkpoint.write_json(own[2].cell.folder / checkpoint.FINISHED, {"run_id": "x", "test/dice": 0.5})
+    records.write_finished(own[2].cell.folder, values={"test/dice": 0.5}, files=[])
     own = jobs(["path=none", "loss=mse"], ["path=none", "loss=kld"], ["path=L"], ["path=H"])
     assert [job.cell.notation for job in plan.waiting(own)] == ["Student", "H_KLD_WAug"]
     line = plan.describe(own, groups=[plan.waiting(own)], look=LOOK)
@@ -109,5 +109,5 @@ def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
     strong = jobs([*small, "path=L"], [*small, "path=L", "teacher_aug=strong"])
     assert plan.estimate_s([strong], LOOK) == 2 * student + 2 * lesson + 2 * teacher
     cell = cells.teacher_cell(own[1].config)
-    checkpoint.write_json(cell.folder / checkpoint.FINISHED, {"run_id": "x", "test/dice": 0.5})
+    records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
     assert plan.estimate_s([own], LOOK) == 4 * student + lesson

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kdsweep import checkpoint, tables, tracking
+from kdsweep import records, tables, tracking
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def test_every_cell_has_its_folder_with_its_files(swept):
     folders = sorted((cwd / "multirun" / "cells").iterdir())
     assert len(folders) == 13
     for folder in folders:
-        marker = checkpoint.read_finished(folder)
+        marker = records.read_finished(folder)
         assert marker is not None
         table = pd.read_csv(folder / "test_scores.csv")
         assert list(table) == ["image", "label", "dice", "iou", "precision", "sensitivity", "hd95_px"]
@@ -153,8 +153,11 @@ def test_a_failing_cell_leaves_the_others_and_says_where_its_traceback_is(small_
     done = kdsweep("-m", *overrides, cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "kdsweep: error: RuntimeError: my loss broke" in done.stderr
-    assert "failed: " in done.stdout
+    message = "H_KLD_WAug split 0 seed 0: epoch 1, step 1, kd term: RuntimeError: my loss broke"
+    assert done.stderr.splitlines() == [f"kdsweep: error: {message}"]
+    (failed,) = [line for line in done.stdout.splitlines() if "failed: " in line]
+    assert f"failed: {message}; log: multirun/cells/H_KLD_WAug-split0-seed0-" in failed
+    assert failed.endswith("/kdsweep.log")
     sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     states = dict(zip(sweep.runs["notation"], sweep.runs["status"], strict=True))
     assert states == {"H_KLD_WAug": "FAILED", "L_KLD_WAug": "FINISHED", "Teacher_WAug": "FINISHED"}
@@ -247,13 +250,21 @@ def endless(small_busi, tmp_path):
         process.kill()
 
 
-def test_an_interrupt_of_a_sweep_closes_all_its_runs_and_ends_its_processes(endless, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_cells_closes_their_runs_and_ends_all_processes(endless, tmp_path, number, code):
     own = children(endless.pid)
-    endless.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    endless.send_signal(number)
     _, errors = endless.communicate(timeout=60)
-    assert endless.returncode == 130, errors
-    assert "the same command" in errors
-    assert "Traceback" not in errors
+    assert time.monotonic() - start < 20  # 10 s for the checkpoints, on a machine that does other things too
+    assert endless.returncode == code, errors
+    name = signal.Signals(number).name
+    assert errors.splitlines() == [f"kdsweep: stopped by {name}; all is saved: the same command goes on from here"]
+    saved = [records.read(folder) for folder in (tmp_path / "multirun" / "cells").iterdir()]
+    assert [record.status for record in saved] == ["KILLED", "KILLED"]
+    logs = [(record.folder / "kdsweep.log").read_text().splitlines()[-1] for record in saved]
+    for record, line in zip(saved, logs, strict=True):
+        assert f"saved in epoch {len(record.history) + 1} after" in line
     sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     assert sweep.runs["status"].tolist() == ["KILLED", "KILLED"]
     assert own
@@ -267,12 +278,14 @@ def test_a_killed_launcher_leaves_no_process_behind(endless, tmp_path):
     assert all_gone(own)
 
 
-def test_a_killed_group_fails_its_cells_and_says_why(endless):
+def test_a_killed_group_fails_its_cells_and_says_why(endless, tmp_path):
     os.kill(max(children(endless.pid)), signal.SIGKILL)
     output, errors = endless.communicate(timeout=60)
     assert endless.returncode == 1
     assert "its process ended early, killed by SIGKILL" in errors
     assert output.count("failed: ") == 2
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    assert sweep.runs["status"].tolist() == ["FAILED", "FAILED"]
 
 
 def test_an_interrupt_closes_the_run_as_killed_and_says_how_to_go_on(small_busi, tmp_path):

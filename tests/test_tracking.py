@@ -1,6 +1,5 @@
 """What is written to MLflow comes back: sweeps, gaps, and runs that a killed process left open."""
 
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pandas as pd
 import pytest
 from mlflow.utils.validation import _validate_batch_log_limits
 
-from kdsweep import tracking
+from kdsweep import records, tracking
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
 
@@ -29,24 +28,39 @@ def make_cell(notation="L_MSE", split=0, evidence="a", store=Path("store"), **se
     return Cell(role, notation, split, 0, settings or {"lr": 1}, {"data": evidence}, store)
 
 
-def finish(tracker: tracking.Tracker, cell: Cell, sweep: str, folder: Path, dice: list[float]) -> tracking.CellRun:
-    run = tracker.start(cell, sweep=sweep, params=PARAMS, tags=TAGS)
-    for epoch in range(3):
-        run.log_epoch({"train/loss": 1.0 / (epoch + 1), "val/loss": 0.5}, epoch)
-    file = folder / "test_scores.csv"
+def begin(cell: Cell, epochs: int = 3, params=PARAMS) -> records.Record:
+    """What the folder of a cell in training tells."""
+    records.describe(cell, split={}, params=params, tags=TAGS)
+    history = [{"epoch": epoch, "train/loss": 1.0 / (epoch + 1), "val/loss": 0.5} for epoch in range(epochs)]
+    times_ms = [1_000_000 + 1000 * epoch for epoch in range(epochs)]
+    records.write_progress(cell.folder, epochs=9, history=history, times_ms=times_ms)
+    return replace(records.read(cell.folder), status="RUNNING")
+
+
+def end(cell: Cell, dice: list[float]) -> records.Record:
+    """What the folder of a finished cell tells."""
+    begin(cell)
     images = [f"{i:06d}" for i in range(len(dice))]
-    pd.DataFrame({"image": images, "label": "benign", "dice": dice}).to_csv(file, index=False)
-    run.finish({"test/dice": sum(dice) / len(dice)}, [file])
-    return run
+    frame = pd.DataFrame({"image": images, "label": "benign", "dice": dice})
+    frame.to_csv(cell.folder / "test_scores.csv", index=False)
+    (cell.folder / "test_predictions.npz").write_bytes(b"masks")
+    files = ["test_scores.csv", "test_predictions.npz", "split.json"]
+    records.write_finished(cell.folder, values={"test/dice": sum(dice) / len(dice)}, files=files)
+    return records.read(cell.folder)
+
+
+def finish(tracker: tracking.Tracker, cell: Cell, sweep: str, folder: Path, dice: list[float]) -> str:
+    """Id of the run of a cell that was computed in a folder."""
+    return tracker.mirror(end(replace(cell, store=folder), dice), sweep=sweep)
 
 
 def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
     tracker, cell = tracking.Tracker(store=store, uri=None), make_cell()
     tracker.ask("round-trip", [cell])
-    run = finish(tracker, cell, "round-trip", tmp_path, [0.25, 0.75])
+    run_id = finish(tracker, cell, "round-trip", tmp_path, [0.25, 0.75])
     sweep = tracking.read_sweep(store=store, uri=None, name="round-trip")
     (row,) = sweep.runs.to_dict("records")
-    assert (row["fingerprint"], row["run_id"], row["status"]) == (cell.fingerprint, run.run_id, "FINISHED")
+    assert (row["fingerprint"], row["run_id"], row["status"]) == (cell.fingerprint, run_id, "FINISHED")
     assert (row["notation"], row["split"], row["seed"], row["profile"], row["data"]) == ("L_MSE", 0, 0, "quick", "busi")
     assert row["params"]["train.lr"] == "0.001"
     assert sweep.scores["image"].tolist() == ["000000", "000001"]
@@ -54,12 +68,88 @@ def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
     assert set(sweep.scores["fingerprint"]) == {cell.fingerprint}
 
 
-def test_every_epoch_is_kept_once(store, tmp_path):
-    tracker, cell = tracking.Tracker(store=store, uri=None), make_cell(lr=7)
-    run = finish(tracker, cell, "epochs", tmp_path, [0.5])
-    client = tracking.MlflowClient(tracking_uri=tracking.store_uri(store, None))
-    history = client.get_metric_history(run.run_id, "train/loss")
+def client_of(store: Path) -> tracking.MlflowClient:
+    return tracking.MlflowClient(tracking_uri=tracking.store_uri(store, None))
+
+
+def steps_of(store: Path, run_id: str, key: str = "train/loss") -> list[int]:
+    return sorted(point.step for point in client_of(store).get_metric_history(run_id, key))
+
+
+def test_every_epoch_is_kept_once_however_often_it_is_told(store, tmp_path):
+    cell = replace(make_cell(lr=7), store=tmp_path)
+    first = tracking.Tracker(store=store, uri=None)
+    for epochs in (1, 2, 2):
+        run_id = first.mirror(begin(cell, epochs), sweep="epochs")
+    assert steps_of(store, run_id) == [0, 1]
+    later = tracking.Tracker(store=store, uri=None)  # of the next command
+    assert later.mirror(begin(cell, 3), sweep="epochs") == run_id
+    assert later.mirror(end(cell, [0.5]), sweep="epochs") == run_id
+    assert tracking.Tracker(store=store, uri=None).mirror(end(cell, [0.5]), sweep="epochs") == run_id
+    history = client_of(store).get_metric_history(run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
+    assert steps_of(store, run_id, "test/dice") == [0]
+    assert client_of(store).get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_call_whose_answer_was_lost_is_made_again_and_doubles_nothing(store, tmp_path, monkeypatch):
+    cell = replace(make_cell(lr=20), store=tmp_path)
+    tracker = tracking.Tracker(store=store, uri=None)
+    record = end(cell, [0.5])
+    for name in ("create_run", "log_batch", "log_artifact", "set_terminated"):
+        done = getattr(tracking.MlflowClient, name)
+
+        def lost(*args, done=done, **kwargs):
+            done(*args, **kwargs)
+            raise ConnectionError("no answer")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tracking.MlflowClient, name, lost)
+            with pytest.raises(ConnectionError):
+                tracker.mirror(record, sweep="lost")
+        tracker = tracking.Tracker(store=store, uri=None)
+    run_id = tracker.mirror(record, sweep="lost")
+    assert steps_of(store, run_id) == [0, 1, 2]
+    assert steps_of(store, run_id, "test/dice") == [0]
+    runs = [run for run in tracker._search("tags.`kdsweep.role` = 'cell'") if run.data.tags["kdsweep.sweep"] == "lost"]
+    assert [run.info.run_id for run in runs] == [run_id]
+
+
+def test_a_cell_that_is_computed_anew_leaves_its_old_run_behind(store, tmp_path):
+    """Its checkpoint was lost: the epochs are others, and must not stand beside the old ones in one run."""
+    cell = replace(make_cell(lr=21), store=tmp_path)
+    tracker = tracking.Tracker(store=store, uri=None)
+    old = tracker.mirror(begin(cell, 3), sweep="anew")
+    record = replace(begin(cell, 1), times_ms=[5_000_000])
+    new = tracking.Tracker(store=store, uri=None).mirror(record, sweep="anew")
+    assert new != old
+    assert client_of(store).get_run(old).info.status == "KILLED"
+    assert steps_of(store, new) == [0]
+
+
+def test_a_finished_cell_has_one_finished_run_also_after_it_was_computed_again(store, tmp_path):
+    cell = replace(make_cell(lr=22), store=tmp_path)
+    first = tracking.Tracker(store=store, uri=None).mirror(end(cell, [0.5]), sweep="twice")
+    tracker = tracking.Tracker(store=store, uri=None)
+    assert tracker.mirror(begin(cell, 1), sweep="twice") == first  # until it is finished the old scores stand
+    assert tracker.mirror(end(cell, [0.5]), sweep="twice") == first  # the same scores: nothing to add
+    second = tracker.mirror(end(cell, [0.75]), sweep="twice")
+    assert second != first
+    found = tracker._search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
+    assert [(run.info.run_id, run.info.status) for run in found] == [(second, "FINISHED")]
+
+
+def test_a_failed_cell_has_its_error_beside_its_status_and_may_go_on(store, tmp_path):
+    cell = replace(make_cell(lr=23), store=tmp_path)
+    tracker = tracking.Tracker(store=store, uri=None)
+    begin(cell, 1)
+    records.write_failed(cell.folder, "my loss\nbroke")
+    run_id = tracker.mirror(records.read(cell.folder), sweep="failed")
+    run = client_of(store).get_run(run_id)
+    assert (run.info.status, run.data.tags["kdsweep.error"]) == ("FAILED", "my loss broke")
+    assert tracker.mirror(begin(cell, 2), sweep="failed") == run_id
+    assert client_of(store).get_run(run_id).info.status == "RUNNING"
+    assert steps_of(store, run_id) == [0, 1]
 
 
 def test_what_was_asked_for_and_is_not_there_is_missing(store):
@@ -93,37 +183,28 @@ def test_a_teacher_comes_with_the_cells_that_it_taught(store, tmp_path):
     assert sorted(sweep.scores["dice"]) == [0.8, 0.9]
 
 
-def test_a_run_left_open_by_a_killed_process_is_closed_and_the_new_one_counts(store, tmp_path):
-    tracker, cell = tracking.Tracker(store=store, uri=None), make_cell(lr=13)
-    tracker.ask("killed", [cell])
-    left = tracker.start(cell, sweep="killed", params=PARAMS, tags=TAGS)
-    client = tracking.MlflowClient(tracking_uri=tracking.store_uri(store, None))
-    assert client.get_run(left.run_id).info.status == "RUNNING"
-    run = finish(tracker, cell, "killed", tmp_path, [0.4])
-    assert client.get_run(left.run_id).info.status == "KILLED"
+def test_a_run_left_open_by_a_killed_process_is_closed_and_goes_on_later(store, tmp_path):
+    cell = replace(make_cell(lr=13), store=tmp_path)
+    tracking.Tracker(store=store, uri=None).ask("killed", [cell])
+    run_id = tracking.Tracker(store=store, uri=None).mirror(begin(cell, 1), sweep="killed")
+    assert client_of(store).get_run(run_id).info.status == "RUNNING"
+    record = records.read(cell.folder)
+    assert record.status == "KILLED"  # nobody holds its lock
+    assert tracking.Tracker(store=store, uri=None).mirror(record, sweep="killed") == run_id
+    assert client_of(store).get_run(run_id).info.status == "KILLED"
+    assert tracking.Tracker(store=store, uri=None).mirror(end(cell, [0.4]), sweep="killed") == run_id
     (row,) = tracking.read_sweep(store=store, uri=None, name="killed").runs.to_dict("records")
-    assert (row["run_id"], row["status"]) == (run.run_id, "FINISHED")
+    assert (row["run_id"], row["status"]) == (run_id, "FINISHED")
 
 
-def test_an_interrupt_inside_a_call_is_held_back_until_it_is_done():
-    done = []
-    with pytest.raises(KeyboardInterrupt), tracking.uninterrupted():
-        signal.raise_signal(signal.SIGINT)
-        done.append("the rest of the call")
-    assert done == ["the rest of the call"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_more_params_than_one_call_takes_are_all_kept(store):
+def test_more_params_than_one_call_takes_are_all_kept(store, tmp_path):
     tracker, cell = tracking.Tracker(store=store, uri=None), make_cell(lr=14)
     params = {**PARAMS, **{f"key{i}": i for i in range(250)}}
-    run = tracker.start(cell, sweep="many", params=params, tags=TAGS)
-    client = tracking.MlflowClient(tracking_uri=tracking.store_uri(store, None))
-    assert client.get_run(run.run_id).data.params == {key: str(value) for key, value in params.items()}
-    run.abort(status="KILLED")
+    run_id = tracker.mirror(begin(replace(cell, store=tmp_path), params=params), sweep="many")
+    assert client_of(store).get_run(run_id).data.params == {key: str(value) for key, value in params.items()}
 
 
-def test_no_call_holds_more_than_an_mlflow_server_takes(store, monkeypatch):
+def test_no_call_holds_more_than_an_mlflow_server_takes(store, tmp_path, monkeypatch):
     """The SQLite store takes any number; a server applies MLflow's own limits, so they are applied here."""
     send = tracking.MlflowClient.log_batch
 
@@ -134,9 +215,11 @@ def test_no_call_holds_more_than_an_mlflow_server_takes(store, monkeypatch):
     monkeypatch.setattr(tracking.MlflowClient, "log_batch", limited)
     tracker, cells = tracking.Tracker(store=store, uri=None), [make_cell(lr=17, cell=number) for number in range(250)]
     tracker.ask("large", cells)
-    tracker.start(cells[0], sweep="large", params={f"key{i}": i for i in range(250)}, tags=TAGS).abort(status="KILLED")
+    many = begin(replace(cells[0], store=tmp_path), 1000, params={f"key{i}": i for i in range(250)})
+    run_id = tracker.mirror(many, sweep="large")
     monkeypatch.undo()
-    client = tracking.MlflowClient(tracking_uri=tracking.store_uri(store, None))
+    assert steps_of(store, run_id) == list(range(1000))
+    client = client_of(store)
     (parent,) = client.search_runs(
         [tracker.experiment_id], "tags.`kdsweep.role` = 'sweep' and tags.`kdsweep.sweep` = 'large'"
     )

@@ -1,37 +1,21 @@
 """The loop: a group equals its members alone, Teachers stay frozen, early stopping and divergence."""
 
 import math
-import re
 
 import pandas as pd
 import pytest
 import torch
 
-from kdsweep import build, cells, checkpoint, data, models, teachers, train
+from kdsweep import build, cells, checkpoint, data, models, records, scoring, teachers, train
+from kdsweep.compute import Compute, placed
 from kdsweep.errors import InputError
-from kdsweep.learner import DivergedError
+from kdsweep.learner import DivergedError, Means
 from kdsweep.loaders import Feed
 
 QUICK = ["profile=quick", "data=busi", "train.batch_size=6", "train.epochs=2", "device=cpu"]
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-class Record:
-    """Stands in for an MLflow run."""
-
-    def __init__(self):
-        self.run_id, self.epochs, self.final, self.files, self.status = "record", [], None, [], "RUNNING"
-
-    def log_epoch(self, values, epoch):
-        self.epochs.append((epoch, values))
-
-    def finish(self, values, files):
-        self.final, self.files, self.status = values, files, "FINISHED"
-
-    def abort(self, *, status):
-        self.status = status
 
 
 @pytest.fixture
@@ -54,8 +38,9 @@ def teachers_of(*configs):
 
 
 def make_learner(cfg, folder):
-    learner = build.learner(cfg, cells.cell(cfg), lambda _: Record())
+    learner = build.learner(cfg, cells.cell(cfg))
     learner.folder = folder
+    checkpoint.write_json(folder / "split.json", {})
     return learner
 
 
@@ -73,7 +58,7 @@ def assert_same(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
-CPU = train.Compute(device=torch.device("cpu"), precision="fp32")
+CPU = Compute(device=torch.device("cpu"), precision="fp32")
 
 
 def test_a_group_of_three_equals_three_solo_runs_bit_for_bit(compose, tmp_path):
@@ -92,7 +77,7 @@ def test_a_group_of_three_equals_three_solo_runs_bit_for_bit(compose, tmp_path):
         assert alone.history == group[i].history
         ours, theirs = (tmp_path / f"{kind}{i}" / "test_scores.csv" for kind in ("group", "alone"))
         assert ours.read_bytes() == theirs.read_bytes()
-    finals = [learner.run.final["test/dice"] for learner in group]
+    finals = [records.read(learner.folder).values["test/dice"] for learner in group]
     assert len({round(value, 12) for value in finals}) == 3  # three different trainings, not one thrice
 
 
@@ -180,7 +165,7 @@ def test_regressor_is_in_the_checkpoint_and_not_in_the_exported_student(compose,
     cfg = compose("path=HR", "train.epochs=1")
     learner = make_learner(cfg, tmp_path)
     train.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
-    state = checkpoint.load_state(tmp_path / "checkpoint.pt")
+    state = checkpoint.load_state(tmp_path / "checkpoint.pt")["best"]
     assert "regressor.0.weight" in state["kd_path"]
     exported = build.student_network(cfg)
     checkpoint.load_network(tmp_path / "student.safetensors", exported)
@@ -198,19 +183,19 @@ def test_the_best_epoch_is_tested_not_the_last(compose, tmp_path):
         end_epoch({**values, "val/loss": next(told)})
 
     learner.end_epoch = end_with_told_loss
-    train.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
-    assert learner.run.final["best_epoch"] == 1
+    (final,) = train.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
+    assert final["best_epoch"] == 1
     assert_same(learner.network.state_dict(), states[1])
     assert not torch.equal(states[1]["segmentation_head.0.weight"], states[3]["segmentation_head.0.weight"])
     table = pd.read_csv(tmp_path / "test_scores.csv")
     again = build.student_network(cfg)
     checkpoint.load_network(tmp_path / "student.safetensors", again)
     part = feed_of(cfg).test
-    fresh = train.score(train.predict(again, part, compute=CPU), part)
+    fresh = scoring.score(scoring.predict(again, part, compute=CPU), part)
     assert fresh["dice"].tolist() == pytest.approx(table["dice"].tolist())
-    assert learner.run.final["test/dice"] == pytest.approx(table["dice"].mean())
-    assert learner.run.final["test/dice_std"] == pytest.approx(table["dice"].std(ddof=1))
-    assert learner.run.status == "FINISHED"
+    assert final["test/dice"] == pytest.approx(table["dice"].mean())
+    assert final["test/dice_std"] == pytest.approx(table["dice"].std(ddof=1))
+    assert records.read_finished(tmp_path) == final
 
 
 def test_early_stopping_waits_for_patience_epochs_without_a_better_loss(compose, tmp_path):
@@ -220,7 +205,6 @@ def test_early_stopping_waits_for_patience_epochs_without_a_better_loss(compose,
         learner.end_epoch({"val/loss": loss})
     assert learner.stopped
     assert learner.best_epoch == 1
-    assert checkpoint.load_state(tmp_path / "checkpoint.pt")["epoch"] == 1
 
 
 def test_one_stopped_learner_does_not_stop_the_group(compose, tmp_path):
@@ -237,18 +221,34 @@ def test_a_loss_that_is_not_finite_ends_the_learner_with_term_and_epoch(compose,
     learner.distillation.loss = lambda **maps: maps["student"].mean() * math.nan
     (result,) = train.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
     assert isinstance(result, DivergedError)
-    assert re.match(r"L_KLD_WAug split 0 seed 0: train/\w+ is nan in epoch 1", str(result))
-    assert learner.run.status == "FAILED"
-    assert checkpoint.read_finished(tmp_path) is None
+    assert str(result).startswith("L_KLD_WAug split 0 seed 0: train/kd is nan in epoch 1, step 1; ")
+    record = records.read(tmp_path)
+    assert (record.status, record.error) == ("FAILED", str(result))
+    assert records.read_finished(tmp_path) is None
 
 
-def test_a_run_that_cannot_be_closed_does_not_hide_what_went_wrong(compose, tmp_path, caplog):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_later_is_found_with_its_step(compose, tmp_path, value):
+    cfg = compose("path=L", "train.epochs=3")
+    learner, calls = make_learner(cfg, tmp_path), []
+    usual = learner.distillation.loss
+
+    def loss(**maps):
+        calls.append(1)
+        # an epoch is 3 steps and 1 validation batch: the second step of the second epoch
+        return usual(**maps) * (value if len(calls) == 6 else 1.0)
+
+    learner.distillation.loss = loss
+    (result,) = train.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    assert f"train/kd is {value} in epoch 2, step 2" in str(result)
+
+
+def test_what_went_wrong_is_told_also_when_it_cannot_be_written_down(compose, tmp_path, monkeypatch):
     learner = make_learner(compose("path=none"), tmp_path)
     learner.network.forward = lambda _: (_ for _ in ()).throw(RuntimeError("the real cause"))
-    learner.run.abort = lambda **_: (_ for _ in ()).throw(OSError("server gone"))
+    monkeypatch.setattr(checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     (result,) = train.run([learner], teachers={}, feed=feed_of(compose()), compute=CPU)
-    assert str(result) == "the real cause"
-    assert "server gone" in caplog.text
+    assert str(result) == "Student split 0 seed 0: epoch 1, step 1, forward: RuntimeError: the real cause"
 
 
 def test_bf16_runs_and_stays_close_to_fp32(compose, tmp_path):
@@ -266,7 +266,7 @@ def test_training_learns_a_visible_lesion(compose, tmp_path):
     cfg = compose("path=none", "train.epochs=25", "train.patience=25", "train.lr=3e-3")
     learner = make_learner(cfg, tmp_path)
     (values,) = train.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
-    everything = train.score(torch.ones_like(feed_of(cfg).test.masks, dtype=torch.bool), feed_of(cfg).test)[
+    everything = scoring.score(torch.ones_like(feed_of(cfg).test.masks, dtype=torch.bool), feed_of(cfg).test)[
         "dice"
     ].mean()
     assert values["test/dice"] > 1.5 * everything
@@ -290,13 +290,12 @@ def test_a_teacher_read_from_the_store_teaches_as_the_one_just_trained(compose, 
     started = []
 
     def obtained():
-        network = build.teacher_network(cfg)
-
         def learner():
-            started.append(network)
-            return build.teacher_learner(cfg, cell, lambda _: Record(), network)
+            started.append(cell)
+            checkpoint.write_json(cell.folder / "split.json", {})
+            return build.teacher_learner(cfg, cell)
 
-        wanted = teachers.Wanted(cell, network, learner)
+        wanted = teachers.Wanted(cell, lambda: build.teacher_network(cfg), learner)
         return teachers.obtain([wanted], feed=feed_of(cfg), compute=CPU)[cell.fingerprint]
 
     trained, read = obtained(), obtained()
@@ -337,7 +336,7 @@ def test_a_group_equals_solo_runs_on_cuda(compose, tmp_path, deterministic):
     names = [*("path=HR", "path=L"), "path=none"]
     configs = [compose(name, "device=cuda", f"deterministic={deterministic}") for name in names]
     compute = build.compute(configs[0])
-    staff = {name: train.placed(teacher, compute) for name, teacher in teachers_of(*configs).items()}
+    staff = {name: placed(teacher, compute) for name, teacher in teachers_of(*configs).items()}
     group = [make_learner(cfg, tmp_path / f"group{i}") for i, cfg in enumerate(configs)]
     train.run(group, teachers=staff, feed=feed_of(configs[0]), compute=compute)
     for i, cfg in enumerate(configs):
@@ -354,13 +353,15 @@ def test_a_group_equals_solo_runs_on_cuda(compose, tmp_path, deterministic):
 def test_no_step_makes_the_host_wait_for_the_device(compose, tmp_path):
     configs = [compose(name, "device=cuda") for name in ("path=HR", "path=L", "path=H", "path=none")]
     compute = build.compute(configs[0])
-    staff = train.Staff({n: train.placed(t, compute) for n, t in teachers_of(*configs).items()}, compute)
+    staff = train.Staff({n: placed(t, compute) for n, t in teachers_of(*configs).items()}, compute)
     group = [make_learner(cfg, tmp_path / str(i)) for i, cfg in enumerate(configs)]
     for learner in group:
         for module in learner.modules().values():
-            train.placed(module, compute)
+            placed(module, compute)
     feed = feed_of(configs[0])
     train.train_epoch(group, 0, staff=staff, feed=feed, compute=compute)  # what is done once may wait
+    for learner in group:
+        learner.means = Means()
     torch.cuda.set_sync_debug_mode("error")
     try:
         train.train_epoch(group, 1, staff=staff, feed=feed, compute=compute)

@@ -22,7 +22,7 @@ from kdsweep.errors import CellError, InputError
 def process():
     started = worker.Worker()
     yield started
-    started.interrupt()
+    worker.stop([started], signal.SIGINT)
 
 
 def refuse() -> None:
@@ -74,7 +74,7 @@ def test_an_interrupt_ends_what_it_does(process):
     process.send(time.sleep, 600)
     time.sleep(0.5)
     start = time.monotonic()
-    process.interrupt()
+    worker.stop([process], signal.SIGINT)
     assert time.monotonic() - start < 30
     assert not process.process.is_alive()
 

@@ -1,0 +1,41 @@
+"""Kill it anywhere, type the same command again: a short version of ``make chaos``."""
+
+import chaos
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SMALL = ["path=none,HR", "teacher_aug=weak", "profile=quick", "data=busi", "train.batch_size=8", "train.epochs=5"]
+
+
+def test_kinds_of_kills_come_in_turn_and_from_the_seed():
+    kills = chaos.draw(12, seed=3)
+    assert kills == chaos.draw(12, seed=3) != chaos.draw(12, seed=4)
+    assert [kill.number for kill in kills] == list(range(1, 13))
+    assert {kill.kind for kill in kills[:5]} == {kill.kind for kill in kills[5:10]} == set(chaos.KINDS)
+    assert all(0 <= kill.moment < 1 for kill in kills)
+
+
+def test_differences_and_faults_are_named():
+    before = {"table4.csv": "a", "run L/split0, status": "FINISHED, active", "run L/split0, metric m, step 1": "0.5"}
+    after = {
+        "run L/split0, status": "RUNNING, active",
+        "run L/split0, how many": "2",
+        "run L/split0, metric m, step 1": "0.5 and 0.5",
+        "file cells/x/.cell.json.7.part": "there",
+        "file phantoms/.making-1/a.png": "there",
+        "file cells/x/cell.json": "there",
+    }
+    assert not list(chaos.faults(before))
+    assert [fault.split(":")[0] for fault in chaos.faults(after)] == list(after)[:-1]
+    named = [line.split(":")[0] for line in chaos.differences(before, after)]
+    assert named == sorted(before.keys() | after.keys())
+    assert not list(chaos.differences(before, before))
+
+
+def test_a_sweep_killed_four_times_equals_an_unbroken_one(small_busi, tmp_path, capsys):
+    own = ["--kills", "4", "--seed", "2", "--folder", str(tmp_path)]
+    code = chaos.main([*own, *SMALL, f"data.root={small_busi}", "device=cpu"])
+    told = capsys.readouterr().out
+    assert code == 0, told
+    assert "equal to the unbroken sweep" in told
