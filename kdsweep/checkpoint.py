@@ -37,8 +37,11 @@ def _appearing(file: Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         scratch.replace(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error  # a full disk does not name the file
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 def remove_parts(folder: Path) -> None:
@@ -74,10 +77,15 @@ class _Hashing:
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.sha256 = stream, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, part: Any) -> int:
         self.sha256.update(part)
-        return self.stream.write(part)
+        try:
+            return self.stream.write(part)
+        except OSError as error:
+            self.error = error  # torch makes another error of it
+            raise
 
     def flush(self) -> None:
         self.stream.flush()
@@ -93,7 +101,10 @@ def save_state(file: Path, state: dict[str, Any]) -> None:
     previous = file.with_name(PREVIOUS)
     with _appearing(file) as stream:
         hashing = _Hashing(stream)
-        torch.save(state, cast("IO[bytes]", hashing))
+        try:
+            torch.save(state, cast("IO[bytes]", hashing))
+        except Exception as error:
+            raise hashing.error or error from error
         stream.write(hashing.sha256.digest())
         if file.exists():
             with contextlib.suppress(OSError):  # where files cannot have two names there is no previous one

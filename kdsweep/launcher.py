@@ -83,8 +83,8 @@ class LockstepLauncher(Launcher):
             if getattr(self.task_function, "trains_cells", False):
                 return self._launch_cells(configs)
             return self._launch_others(configs)
-        except BaseException as error:
-            self._stop([], error)
+        except Stopped as stop:
+            self._stop([], stop)
             raise
         finally:
             if self.idle is not None:

@@ -71,8 +71,9 @@ def store_uri(store: Path, uri: str | None) -> str:
 
 
 def passes(error: BaseException, uri: str) -> bool:
-    """Whether a failure may be over the next time: a server that does not answer, a database that another one locks."""
-    return uri.startswith("http") or "database is locked" in str(error)
+    """Whether a failure may be over the next time: a server that does not answer, a database locked, a disk full."""
+    signs = ("database is locked", "disk is full", "disk I/O error", "readonly database", "No space left")
+    return uri.startswith("http") or any(sign in str(error) for sign in signs)
 
 
 @dataclass

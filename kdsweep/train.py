@@ -188,7 +188,8 @@ def train_epoch(
         except StopIteration:
             return
         except Exception as error:
-            raise StepError(f"epoch {epoch + 1}, step {number + 1}, data: {told(error)}") from error
+            line = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else told(error)
+            raise StepError(f"epoch {epoch + 1}, step {number + 1}, data: {line}") from error
         active = [learner for learner in learners if learner.failure is None and learner.steps == number]
         on_device = {name: values.to(compute.device, non_blocking=True) for name, values in batch.items()}
         images = {view: normalise(on_device[view]) for view in _views(active)}

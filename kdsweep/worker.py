@@ -118,20 +118,21 @@ def _serve(connection: Connection) -> None:
     """The process: call what comes in until the sender is gone."""
     interrupts.install()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        try:
+    with contextlib.suppress(EOFError, ConnectionError, interrupts.Stopped):
+        while True:
             function, args = cloudpickle.loads(connection.recv_bytes())
-        except (EOFError, ConnectionError, KeyboardInterrupt):
-            return
-        try:
-            connection.send((function(*args), None))
-        except InputError as error:
-            connection.send((None, InputError(str(error))))
-        except KeyboardInterrupt:
-            return
-        except Exception as error:
-            log.error("%s", traceback.format_exc())
-            connection.send((None, CellError(told(error))))
+            connection.send(_answer(function, args))
+
+
+def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception | None]:
+    """A call's result, or its error as one that survives pickling."""
+    try:
+        return function(*args), None
+    except InputError as error:
+        return None, InputError(str(error))
+    except Exception as error:
+        log.error("%s", traceback.format_exc())
+        return None, CellError(told(error))
 
 
 def _end_with_parent() -> None:

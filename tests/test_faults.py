@@ -1,0 +1,410 @@
+"""Faults for real: processes killed inside a write, damaged files, memory and disks that are full, users' errors.
+
+Whatever happened, the same call again ends with the bytes of a run that nothing happened to.
+"""
+
+import itertools
+import logging
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdsweep import build, cells, checkpoint, group, interrupts, records, teachers, train, views
+from kdsweep.learner import Learner
+from kdsweep.records import FINISHED
+
+QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=3", "device=cpu", "teacher_aug=weak"]
+GROUP = (["path=HR"], ["path=L", "loss=mse"], ["path=none"])
+FILES = ("student.safetensors", "teacher.safetensors", "history.csv", "test_scores.csv", "test_predictions.npz")
+
+spawner = multiprocessing.get_context("forkserver")
+spawner.set_forkserver_preload(["kdsweep.group", "test_faults"])
+
+
+def configs_of(small_busi: Path, store: Path, *each: list[str]):
+    common = [*QUICK, f"data.root={small_busi}", f"store={store}"]
+    return [cells.compose([*common, *overrides]) for overrides in each or GROUP]
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """The files that hold results, by folder and name."""
+    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in store.glob("*/*/*") if file.name in FILES}
+
+
+@pytest.fixture(scope="module")
+def unbroken(small_busi, tmp_path_factory) -> Path:
+    """A store after a group that nothing happened to."""
+    store = tmp_path_factory.mktemp("unbroken") / "store"
+    assert all(isinstance(result, float) for result in group.run_group(configs_of(small_busi, store)))
+    assert len(contents(store)) == 4 * 4
+    return store
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """A checkpoint of the first cell after every step."""
+    monkeypatch.setattr(train.Pace, "next", lambda _, own: own[0] if own and own[0].role != "teacher" else None)
+
+
+# --- killed inside a write
+
+
+def doomed(small_busi: Path, store: Path, point: str, number: int) -> None:
+    """Train the group; this process kills itself when it comes to a point for the n-th time."""
+    calls = itertools.count(1)
+
+    def spoil(inner):
+        def call(*args, **kwargs):
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return inner(*args, **kwargs)
+
+        return call
+
+    turns = itertools.count()
+    train.Pace.next = lambda _, learners: learners[(next(turns) // 2) % len(learners)] if next(turns) % 4 == 3 else None
+    owner, name = {
+        "bytes": (checkpoint._Hashing, "write"),
+        "flush": (os, "fsync"),
+        "rename": (Path, "replace"),
+        "marker": (records, "write_finished"),
+        "link": (os, "link"),
+        "progress": (records, "write_progress"),
+    }[point]
+    setattr(owner, name, spoil(getattr(owner, name)))
+    group.run_group(configs_of(small_busi, store))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_inside_its_writes_again_and_again_it_ends_as_if_nothing_had_happened(
+    small_busi, unbroken, tmp_path, seed
+):
+    rng = random.Random(seed)
+    store, kills = tmp_path / "store", []
+    for _ in range(60):
+        point = rng.choice(["bytes", "flush", "rename", "marker", "link", "progress"])
+        number = rng.randint(1, {"bytes": 200, "marker": 1, "link": 6}.get(point, 12))
+        process = spawner.Process(target=doomed, args=(small_busi, store, point, number))
+        process.start()
+        process.join(120)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills.append((point, number))
+    assert process.exitcode == 0
+    assert len(kills) > 5
+    assert contents(store) == contents(unbroken), kills
+    left = [file.name for file in store.rglob("*") if file.name.endswith(".part") or file.name == checkpoint.PREVIOUS]
+    assert left == []
+
+
+# --- stopped and gone on
+
+
+def interrupted(small_busi: Path, store: Path, steps: int, monkeypatch) -> None:
+    """Train the group until SIGTERM comes after so many steps of learners, which is saved at the next good moment."""
+    taken, step = itertools.count(1), train._step
+
+    def stepping(*args):
+        step(*args)
+        if next(taken) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    interrupts.install()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_step", stepping)
+        with pytest.raises(interrupts.Stopped, match="stopped by SIGTERM"):
+            group.run_group(configs_of(small_busi, store))
+    interrupts.install()
+
+
+@pytest.fixture(autouse=True)
+def usual_signals():
+    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+# The Teacher takes the first 6 steps (2 of each epoch), the three cells 18 (3 for each batch).
+@pytest.mark.parametrize("steps", [1, 4, 7, 8, 12, 17, 23])
+def test_a_signal_after_any_step_changes_nothing(small_busi, unbroken, tmp_path, monkeypatch, steps):
+    store = tmp_path / "store"
+    interrupted(small_busi, store, steps, monkeypatch)
+    group.run_group(configs_of(small_busi, store))
+    assert contents(store) == contents(unbroken)
+
+
+def test_a_signal_saves_every_step_that_was_taken(small_busi, tmp_path, monkeypatch):
+    interrupted(small_busi, tmp_path, 6 + 8, monkeypatch)
+    states = [checkpoint.load_state(file) for file in tmp_path.glob("cells/*/checkpoint.pt")]
+    taken = [2 * (state["epoch"] + 1) + len(state["training"]["means"]["counts"]) for state in states]
+    assert sorted(taken) == [2, 3, 3]  # 8 steps of 3 learners: two have taken their third
+    assert {records.read(folder).status for folder in tmp_path.glob("cells/*")} == {"KILLED"}
+
+
+def test_a_step_that_takes_too_long_is_given_up_and_taken_again(small_busi, unbroken, tmp_path, monkeypatch, often):
+    """As inside a backward pass of minutes: what is half done is not saved, the last checkpoint stands."""
+    monkeypatch.setattr(interrupts, "GRACE_S", 0.3)
+    steps, backward = itertools.count(1), torch.Tensor.backward
+
+    def slow(tensor):
+        backward(tensor)
+        if next(steps) == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(300):
+                signal.sigtimedwait([], 0.05)  # lets the alarm in
+
+    interrupts.install()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", slow)
+        with pytest.raises(interrupts.Stopped):
+            group.run_group(configs_of(small_busi, tmp_path / "store"))
+    interrupts.install()
+    group.run_group(configs_of(small_busi, tmp_path / "store"))
+    assert contents(tmp_path / "store") == contents(unbroken)
+
+
+# --- damaged files
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("spoil", [cut, empty, flip])
+@pytest.mark.parametrize("names", [["checkpoint.pt"], ["checkpoint.pt", "checkpoint.previous.pt"]], ids=["one", "both"])
+def test_a_damaged_checkpoint_is_named_and_an_earlier_one_used(
+    small_busi, unbroken, tmp_path, monkeypatch, caplog, often, spoil, names
+):
+    caplog.set_level(logging.INFO)
+    interrupted(small_busi, tmp_path / "store", 6 + 14, monkeypatch)
+    (folder,) = (tmp_path / "store" / "cells").glob("HReg*")
+    for name in names:
+        spoil(folder / name)
+    caplog.clear()
+    group.run_group(configs_of(small_busi, tmp_path / "store"))
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == len(names)
+    for name, line in zip(names, warnings, strict=True):
+        assert line.startswith(f"{folder / name}: damaged, its checksum does not fit")
+    goes_on = [record.getMessage() for record in caplog.records if "HReg" in record.getMessage()]
+    assert any("goes on after epoch" in line for line in goes_on) == (len(names) == 1)
+    assert contents(tmp_path / "store") == contents(unbroken)
+
+
+@pytest.mark.parametrize("spoil", [cut, empty, flip, Path.unlink])
+@pytest.mark.parametrize(
+    "name", ["test_scores.csv", "test_predictions.npz", "student.safetensors", FINISHED, "history.csv"]
+)
+def test_a_damaged_score_file_is_named_and_made_again_without_training(
+    small_busi, unbroken, tmp_path, monkeypatch, caplog, spoil, name
+):
+    store = Path(shutil.copytree(unbroken, tmp_path / "store"))
+    (folder,) = (store / "cells").glob("HReg*")
+    if name == FINISHED and spoil is flip:  # the value that a table would show
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace('"test/dice": 0.', '"test/dice": 1.'))
+        assert (folder / name).read_text() != text
+    else:
+        spoil(folder / name)
+    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained again"))
+    results = group.run_group(configs_of(small_busi, store))
+    assert contents(store) == contents(unbroken)
+    assert results == group.run_group(configs_of(small_busi, unbroken))
+    gone = name == FINISHED and spoil is Path.unlink  # a cell without its marker is simply not finished
+    lines = [f"{folder / name}: damaged, its checksum differs; what it held is computed again"]
+    assert caplog.messages[: len(lines)] == ([] if gone else lines)
+
+
+def test_a_damaged_teacher_is_noticed_before_it_teaches(small_busi, unbroken, tmp_path, caplog):
+    store = Path(shutil.copytree(unbroken, tmp_path / "store"))
+    (folder,) = (store / "teachers").iterdir()
+    flip(folder / teachers.WEIGHTS)
+    shutil.rmtree(next((store / "cells").glob("HReg*")))
+    group.run_group(configs_of(small_busi, store))
+    assert f"{folder / teachers.WEIGHTS}: damaged" in caplog.text
+    assert contents(store) == contents(unbroken)
+
+
+def test_a_checkpoint_of_another_cell_is_refused(small_busi, unbroken, tmp_path, often, monkeypatch):
+    store = tmp_path / "store"
+    interrupted(small_busi, store, 6 + 12, monkeypatch)
+    folders = {folder.name.split("_")[0].split("-")[0]: folder for folder in (store / "cells").iterdir()}
+    shutil.copy(folders["HReg"] / "checkpoint.pt", folders["Student"] / "checkpoint.pt")
+    results = group.run_group(configs_of(small_busi, store))
+    assert [isinstance(result, float) for result in results] == [True, True, False]
+    file = folders["Student"] / "checkpoint.pt"
+    assert str(results[2]).startswith(f"{file}: not a checkpoint of Student split 0 seed 0 (")
+    assert str(results[2]).endswith("delete it to start anew")
+
+
+# --- memory
+
+
+class Limit:
+    """Memory for so many learners: a step of a larger group fails, now before a learner's step and now inside it."""
+
+    def __init__(self, learners: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = itertools.count(1)
+        step, epoch = train._step, train.train_epoch
+        self.size = 0
+
+        def training(own: list[Learner], *args, **kwargs):
+            self.size = len(own)
+            return epoch(own, *args, **kwargs)
+
+        def stepping(learner, *args):
+            if self.size <= learners:
+                return step(learner, *args)
+            if next(self.calls) % 5 == 4:
+                learner.whole = False  # as the middle of a step leaves it
+                next(iter(learner.parameters())).data.add_(1.0)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return step(learner, *args)
+
+        monkeypatch.setattr(train, "train_epoch", training)
+        monkeypatch.setattr(train, "_step", stepping)
+
+
+def test_too_little_memory_divides_the_group_and_changes_no_score(small_busi, unbroken, tmp_path, monkeypatch, caplog):
+    Limit(1, monkeypatch)
+    results = group.run_group(configs_of(small_busi, tmp_path / "store"))
+    assert all(isinstance(result, float) for result in results)
+    assert "out of memory with 3 learners on cpu: divided in two" in caplog.text
+    assert contents(tmp_path / "store") == contents(unbroken)
+
+
+def test_too_little_memory_for_one_cell_fails_that_cell(small_busi, tmp_path, monkeypatch):
+    Limit(0, monkeypatch)
+    results = group.run_group(configs_of(small_busi, tmp_path, ["path=none"], ["path=none", "train.lr=1e-3"]))
+    expected = "Student split 0 seed 0: out of memory on cpu; a smaller train.batch_size helps"
+    assert [str(result) for result in results] == [expected] * 2
+    assert {records.read(folder).status for folder in tmp_path.glob("cells/*")} == {"FAILED"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_too_little_memory_on_cuda_divides_the_group(small_busi, tmp_path, caplog):
+    own = [
+        cells.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path}", "device=cuda", *each]) for each in GROUP
+    ]
+    group.obtain_teachers(own, build.compute(own[0]))
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 120 * 2**20) / total)
+    try:
+        results = group.run_group(own)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "divided in two" in caplog.text
+    assert all(isinstance(result, float) for result in results)
+
+
+# --- errors of the user's code
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_the_data_names_epoch_and_step_and_the_rest_goes_on(small_busi, tmp_path, monkeypatch, workers):
+    render = views.Views.render
+
+    def broken(self, *, image, mask, seed):
+        if seed[2] == 1:
+            raise ValueError("the image is upside down")
+        return render(self, image=image, mask=mask, seed=seed)
+
+    configs = configs_of(small_busi, tmp_path, ["path=none", f"train.workers={workers}"])
+    with monkeypatch.context() as patch:
+        patch.setattr(views.Views, "render", broken)
+        (result,) = group.run_group(configs)
+    assert str(result) == "epoch 2, step 1, data: ValueError: the image is upside down"
+    record = records.read(cells.cell(configs[0]).folder)
+    assert (record.status, record.error) == ("FAILED", str(result))
+    (result,) = group.run_group(configs)  # mended: it goes on
+    assert isinstance(result, float)
+
+
+def test_an_error_in_validation_says_so(small_busi, tmp_path, monkeypatch):
+    evaluate, calls = Learner.evaluate, itertools.count(1)
+
+    def broken(learner):
+        evaluate(learner)
+        if next(calls) == 2:
+            learner.network.forward = lambda _: (_ for _ in ()).throw(ValueError("no"))
+
+    monkeypatch.setattr(Learner, "evaluate", broken)
+    (result,) = group.run_group(configs_of(small_busi, tmp_path, ["path=none"]))
+    assert str(result) == "Student split 0 seed 0: epoch 2, validation, forward: ValueError: no"
+
+
+# --- disks
+
+
+SCRIPT = """
+set -eu
+mount -t tmpfs -o size=20m tmpfs "$1"
+cd "$1"
+run() { "$2" -m kdsweep -m path=none train.lr="$1" profile=quick data=busi data.root="$3" train.batch_size=8 \
+    train.epochs=2 device=cpu > "out$4" 2> "err$4" && echo "exit 0" || echo "exit $?"; }
+run 1e-3 "$2" "$3" 1
+sha256sum multirun/cells/*/* > before
+used=$(df -k --output=used . | tail -1)
+mount -o remount,size=$((used + 3000))k "$1"
+run 1e-3,1e-4 "$2" "$3" 2
+cat err2
+mount -o remount,size=60m "$1"
+sha256sum --quiet -c before && echo intact
+mount -o remount,ro "$1"
+"$2" -m kdsweep -m path=none train.lr=1e-3,1e-4 profile=quick data=busi data.root="$3" train.batch_size=8 \
+    train.epochs=2 device=cpu 2>&1 | tail -1
+"$2" -m kdsweep.status 2>&1 | head -1
+mount -o remount,rw "$1"
+run 1e-3,1e-4 "$2" "$3" 3
+grep -c "test Dice" out3
+sha256sum --quiet -c before && echo intact
+"$2" -m kdsweep.status | head -1
+"""
+
+
+def can_mount() -> bool:
+    command = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    try:
+        return subprocess.run(command, capture_output=True, check=False, timeout=20).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small disk (user namespaces)")
+def test_a_full_or_read_only_disk_fails_the_cell_and_the_same_command_goes_on(small_busi, tmp_path):
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", SCRIPT, "sh", str(tmp_path), sys.executable]
+    done = subprocess.run([*command, str(small_busi)], capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, full, *errors, intact, read_only, status, again, trained, last_intact, last_status = done.stdout.splitlines()
+    assert (first, full, again) == ("exit 0", "exit 1", "exit 0")
+    assert re.fullmatch(r"kdsweep: error: multirun/\S+: No space left on device; when .* goes on", errors[-1]), errors
+    assert not any("Traceback" in line for line in errors)
+    assert re.fullmatch(r"kdsweep: error: \S+: Read-only file system; when that is mended .* goes on", read_only)
+    assert status.startswith("sweep busi-quick: 2 cells: 1 done, 1 failed")
+    assert (intact, last_intact, trained) == ("intact", "intact", "1")  # the finished cell is as it was
+    assert last_status == "sweep busi-quick: 2 cells: 2 done"
