@@ -32,10 +32,14 @@ from kdsweep import checkpoint, tables, tracking
 GRID = ["path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong", "profile=quick", "device=cpu"]
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 KINDS = ("launcher", "child", "all", *SIGNALS)  # the first three by SIGKILL
+BIRTH = (
+    "birth"  # of all, by SIGKILL, while the database comes into being: once per store, so drawn moments seldom meet it
+)
 COMPARED = ("student.safetensors", "teacher.safetensors", "history.csv", "test_scores.csv", "test_predictions.npz")
 LEFTOVERS = (".*.part", ".making-*", "checkpoint.previous.pt", "failed.json")
 
 EARLIEST_S = 1.0
+BIRTH_S = 1.0
 FINISHED_S = 3.0  # what the command takes that finds everything finished
 END_WITHIN_S = 60.0  # after a signal, or the death of a child
 RUN_WITHIN_S = 7200.0
@@ -54,7 +58,7 @@ class Kill:
 
     Attributes:
         number: from 1.
-        kind: one of KINDS.
+        kind: BIRTH or one of KINDS.
         moment: share of the time in which it may happen, 0 to 1.
     """
 
@@ -64,9 +68,9 @@ class Kill:
 
 
 def draw(count: int, *, seed: int) -> list[Kill]:
-    """Kills of all kinds in turn, each turn in an order of its own."""
+    """One at the birth of the store, then kills of all kinds in turn, each turn in an order of its own."""
     rng = random.Random(seed)
-    kinds = [kind for _ in range(0, count, len(KINDS)) for kind in rng.sample(KINDS, len(KINDS))]
+    kinds = [BIRTH, *(kind for _ in range(0, count, len(KINDS)) for kind in rng.sample(KINDS, len(KINDS)))]
     return [Kill(number, kind, rng.random()) for number, kind in enumerate(kinds[:count], start=1)]
 
 
@@ -78,11 +82,13 @@ class Sweep:
         overrides: of the sweep, without the store.
         store: a folder; the command's output goes to ``logs`` beside it.
         started: process ids of the commands so far, each of which leads a session.
+        saved: epochs that each folder was seen to hold.
     """
 
     overrides: list[str]
     store: Path
     started: list[int] = field(default_factory=list)
+    saved: Counter[str] = field(default_factory=Counter)
 
     def start(self, name: str) -> subprocess.Popen[bytes]:
         """Type the command once more."""
@@ -125,9 +131,15 @@ class Sweep:
     def told(self) -> str:
         """What the store holds, in words."""
         cells, teachers = (len(list(self.store.glob(f"{part}/*/finished.json"))) for part in ("cells", "teachers"))
-        texts = [file.read_text() for file in self.store.glob("*/*/progress.json")]
-        epochs = sum(len(json.loads(text)["history"]) for text in texts)
-        return f"{cells} cells and {teachers} Teachers finished, {epochs} epochs saved"
+        return f"{cells} cells and {teachers} Teachers finished, {self.saved.total()} epochs saved"
+
+    def check_saved(self, name: str) -> None:
+        """Raise DifferenceError if a folder holds fewer epochs than before."""
+        for file in self.store.glob("*/*/progress.json"):
+            folder, epochs = str(file.parent), len(json.loads(file.read_text())["history"])
+            if epochs < self.saved[folder]:
+                raise DifferenceError(f"{name}: {folder}: {self.saved[folder]} epochs were saved, now it has {epochs}")
+            self.saved[folder] = epochs
 
     def left(self) -> list[int]:
         """Processes of all commands so far that are still there."""
@@ -187,7 +199,7 @@ def strike(kind: str, process: subprocess.Popen[bytes]) -> None:
     """Kill what the kind says; a child is waited for if there is none yet."""
     if kind == "launcher":
         process.kill()
-    elif kind == "all":
+    elif kind in ("all", BIRTH):
         os.killpg(process.pid, signal.SIGKILL)
     elif kind == "child":
         while not (own := workers(process.pid)) and ends_within(process, 0.05) is None:
@@ -243,42 +255,52 @@ def perform(sweep: Sweep, kill: Kill, *, longest_s: float, folders: int) -> tupl
 
     A command that ends by itself before is repeated: now everything is finished, and the kill comes sooner.
     """
-    shrinking = 1.0
+    name, latest_s = f"{kill.number:02d}-{kill.kind}", FINISHED_S
     while True:
-        kind, name = kill.kind, f"{kill.number:02d}-{kill.kind}"
-        latest_s, earliest_s = longest_s, EARLIEST_S
+        kind, delay_s = kill.kind, EARLIEST_S + kill.moment * (longest_s - EARLIEST_S)
         if complete := sweep.finished() == folders:
             kind = "all" if kind == "child" else kind  # nothing is computed, so there is none
-            latest_s, earliest_s = FINISHED_S * shrinking, 0.2
-            shrinking *= 0.8
+            latest_s, delay_s = 0.8 * latest_s, kill.moment * latest_s
         process, start_s = sweep.start(name), time.monotonic()
-        code = ends_within(process, earliest_s + kill.moment * (latest_s - earliest_s))
+        if kind == BIRTH:
+            delay_s = until_birth_s(process, sweep.store) + kill.moment * BIRTH_S
+        code = ends_within(process, start_s + delay_s - time.monotonic())
         if code is None:
             break
         sweep.expect(code, {0}, name)
         if not complete and sweep.finished() != folders:
             raise DifferenceError(f"{name}: exit code 0, but {sweep.told()}")
-    caught = catches_signals(process.pid)
+    allowed = exit_codes(kind, caught=catches_signals(process.pid))
     strike(kind, process)
-    after_s, held = time.monotonic() - start_s, sweep.told()
+    struck_s = time.monotonic()
     code = ends_within(process, END_WITHIN_S)
     if code is None:
         raise DifferenceError(f"{name}: the command did not end within {END_WITHIN_S:.0f} s")
-    sweep.expect(code, allowed(kind, caught=caught, complete=sweep.finished() == folders), name)
-    took_s = time.monotonic() - start_s - after_s
-    return kind, f"{kill.number:3d}  {kind:8s} after {after_s:5.1f} s: {held}; exit code {code} {took_s:.1f} s later"
+    allowed |= {0} if kind == "child" and sweep.finished() == folders else set()
+    sweep.expect(code, allowed, name)
+    sweep.check_saved(name)
+    took_s, after_s = time.monotonic() - struck_s, struck_s - start_s
+    line = f"{kill.number:3d}  {kind:8s} after {after_s:5.1f} s: {sweep.told()}; exit code {code} {took_s:.1f} s later"
+    return kind, line
 
 
-def allowed(kind: str, *, caught: bool, complete: bool) -> set[int]:
-    """Exit codes after a kill.
+def until_birth_s(process: subprocess.Popen[bytes], store: Path) -> float:
+    """Seconds until the database of the store, or what becomes it, is there."""
+    start_s = time.monotonic()
+    while not any(store.glob("*mlflow.db*")) and ends_within(process, 0.01) is None:
+        pass
+    return time.monotonic() - start_s
+
+
+def exit_codes(kind: str, *, caught: bool) -> set[int]:
+    """Those that are allowed after a kill.
 
     Args:
         kind: of it.
         caught: whether the program had its handlers of signals in place: not in its first moments, nor in its last.
-        complete: whether all cells are finished.
     """
     if kind == "child":
-        return {0, 1} if complete else {1}
+        return {1}
     if kind in SIGNALS:
         return {128 + SIGNALS[kind]} if caught else {128 + SIGNALS[kind], -SIGNALS[kind]}
     return {-signal.SIGKILL}
@@ -327,6 +349,9 @@ def _run(client: tracking.MlflowClient, run: tracking.Run, store: Path) -> Itera
     yield "status", f"{run.info.status}, {run.info.lifecycle_stage}"
     for key, value in run.data.params.items():
         yield f"param {key}", value.replace(str(store), "STORE")
+    for key, value in run.data.tags.items():
+        if key.startswith("kdsweep.") and key != "kdsweep.asked_at":
+            yield f"tag {key}", value
     for key in run.data.metrics:
         steps: dict[int, list[str]] = {}
         for point in client.get_metric_history(run.info.run_id, key):
@@ -387,6 +412,7 @@ def compare(calm: Sweep, killed: Sweep) -> list[str]:
 def chaos(calm: Sweep, killed: Sweep, *, kills: list[Kill], longest_s: float | None) -> tuple[Counter[str], list[str]]:
     """Run both sweeps; kills by kind, and all that is wrong in the end."""
     pace = unbroken(calm)
+    calm.check_saved("unbroken")
     longest_s = longest_s or pace.longest_s(len(kills))
     tell(
         f"unbroken: {calm.told()} in {pace.whole_s:.0f} s, training from {pace.start_s:.0f} s on; "
@@ -397,7 +423,10 @@ def chaos(calm: Sweep, killed: Sweep, *, kills: list[Kill], longest_s: float | N
         kind, line = perform(killed, kill, longest_s=longest_s, folders=pace.folders)
         kinds[kind] += 1
         tell(line)
-    tell(f"to the end: {killed.run('to-the-end'):.0f} s, {killed.told()}; once more: {killed.run('once-more'):.0f} s")
+    for name in ("to-the-end", "once-more"):
+        took_s = killed.run(name)
+        killed.check_saved(name)
+        tell(f"{name}: {took_s:.0f} s, {killed.told()}")
     return kinds, compare(calm, killed)
 
 

@@ -8,11 +8,12 @@ pytestmark = pytest.mark.slow
 SMALL = ["path=none,HR", "teacher_aug=weak", "profile=quick", "data=busi", "train.batch_size=8", "train.epochs=5"]
 
 
-def test_kinds_of_kills_come_in_turn_and_from_the_seed():
+def test_kills_come_at_the_birth_then_in_turn_and_from_the_seed():
     kills = chaos.draw(12, seed=3)
     assert kills == chaos.draw(12, seed=3) != chaos.draw(12, seed=4)
     assert [kill.number for kill in kills] == list(range(1, 13))
-    assert {kill.kind for kill in kills[:5]} == {kill.kind for kill in kills[5:10]} == set(chaos.KINDS)
+    assert kills[0].kind == chaos.BIRTH
+    assert {kill.kind for kill in kills[1:6]} == {kill.kind for kill in kills[6:11]} == set(chaos.KINDS)
     assert all(0 <= kill.moment < 1 for kill in kills)
 
 
@@ -33,7 +34,7 @@ def test_differences_and_faults_are_named():
     assert not list(chaos.differences(before, before))
 
 
-def test_a_sweep_killed_four_times_equals_an_unbroken_one(small_busi, tmp_path, capsys):
+def test_a_sweep_killed_at_four_moments_equals_an_unbroken_one(small_busi, tmp_path, capsys):
     own = ["--kills", "4", "--seed", "2", "--folder", str(tmp_path)]
     code = chaos.main([*own, *SMALL, f"data.root={small_busi}", "device=cpu"])
     told = capsys.readouterr().out

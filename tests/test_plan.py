@@ -1,6 +1,7 @@
 """The plan of a sweep: what is trained together, on how many devices, and for how long at most."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -111,3 +112,56 @@ def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
     cell = cells.teacher_cell(own[1].config)
     records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
     assert plan.estimate_s([own], LOOK) == 4 * student + lesson
+
+
+CHANGED = "for since the results of the same name in the store this has changed: "
+
+
+def begun(job: plan.Job) -> None:
+    records.describe(job.cell, split={}, params={}, tags={})
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lr=0.5", "lr (0.001 -> 0.5)"),
+        ("kd.weight=0.9", "kd.weight (0.5 -> 0.9)"),
+        ("teacher.lr=0.5", "teacher.lr (0.001 -> 0.5)"),
+    ],
+)
+def test_a_new_cell_beside_an_old_one_of_its_name_says_what_changed(jobs, caplog, override, words):
+    caplog.set_level("INFO")
+    (old,) = jobs(["path=L"])
+    begun(old)
+    plan.tell_changes(jobs(["path=L"]))
+    assert caplog.messages == []  # it goes on, nothing has changed
+    plan.tell_changes(jobs(["path=L", override], ["path=none"]))
+    (line,) = caplog.messages
+    assert line.endswith(
+        f"(L_KLD_WAug split 0 seed 0), for since the results of the same name in the store {CHANGED}{words}"
+    )
+    caplog.clear()
+    plan.tell_changes(jobs(["path=L"], ["path=L", override]))
+    assert caplog.messages == []  # both are asked for
+
+
+def test_changed_code_is_named_by_its_piece(jobs, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    for job in jobs(["path=L"], ["path=H"]):
+        begun(job)
+    parts = grid.code_parts
+    monkeypatch.setattr(grid, "code_parts", lambda names: {**parts(names), "kdsweep.views.Views": "edited"})
+    plan.tell_changes(jobs(["path=L"], ["path=H"]))
+    (line,) = caplog.messages
+    assert line.startswith("2 cells are new (L_KLD_WAug split 0 seed 0, H_KLD_WAug split 0 seed 0), ")
+    assert line.endswith(f"{CHANGED}the code of kdsweep.views.Views")
+
+
+def test_a_changed_teacher_alone_is_named(jobs, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    (old,) = jobs(["path=L"])
+    begun(old)
+    (new,) = jobs(["path=L"])
+    changed = replace(new.cell, evidence={**new.cell.evidence, "teacher": "another"})
+    plan.tell_changes([replace(new, cell=changed)])
+    assert caplog.messages[0].endswith(f"{CHANGED}its Teacher")

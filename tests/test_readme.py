@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kdsweep import checkpoint
+from kdsweep import records
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,7 +52,7 @@ def test_a_recipe_works_as_written(recipes, small_busi, word, notation):
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (recipes / f"store-{notation}" / "cells").iterdir()
     assert folder.name.startswith(f"{notation}-split0-seed0-")
-    assert 0 <= checkpoint.read_finished(folder)["test/dice"] <= 1
+    assert 0 <= records.read_finished(folder)["test/dice"] <= 1
 
 
 def test_every_file_that_the_map_names_is_there():
@@ -68,7 +68,7 @@ def test_every_configuration_option_named_in_the_tables_exists():
 
 
 def test_the_tools_print_help_that_names_their_options():
-    for module, option in (("tables", "--sweep"), ("figures", "--models")):
+    for module, option in (("tables", "--sweep"), ("figures", "--models"), ("status", "--sweep")):
         command = [sys.executable, "-m", f"kdsweep.{module}", "--help"]
         assert option in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from kdsweep import records, tables, tracking
 
@@ -301,3 +304,82 @@ def test_an_interrupt_closes_the_run_as_killed_and_says_how_to_go_on(small_busi,
     assert "Traceback" not in errors
     sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     assert sweep.runs["status"].tolist() == ["KILLED"]
+
+
+def test_two_sweeps_at_once_compute_each_cell_and_each_teacher_once(swept, small_busi):
+    cwd, _ = swept
+    common = [*QUICK, f"data.root={small_busi}", "teacher_aug=weak", "store=shared"]
+    commands = [
+        [sys.executable, "-m", "kdsweep", "-m", "path=none,L,H", *common, "sweep_name=one"],
+        [sys.executable, "-m", "kdsweep", "-m", "path=H,L,HR", *common, "sweep_name=other"],
+    ]
+    running = [
+        subprocess.Popen(each, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for each in commands
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    told = "".join(outputs)
+    for name in ("Student", "L_KLD_WAug", "H_KLD_WAug", "HReg_KLD_WAug", "Teacher_WAug"):
+        assert told.count(f"{name} split 0 seed 0: test Dice") == 1, outputs
+    alone, shared = files_of(cwd / "multirun", *RESULTS), files_of(cwd / "shared", *RESULTS)
+    assert len(shared) == 5 * 4
+    assert shared == {name: alone[name] for name in shared}
+    for name in ("one", "other"):
+        sweep = tracking.read_sweep(store=cwd / "shared", uri=None, name=name)
+        assert set(sweep.runs["status"]) == {"FINISHED"}
+        assert len(sweep.runs) == 4
+
+
+def test_what_fails_is_tried_once_or_with_retry_failed_twice(small_busi, tmp_path):
+    """The loss fails at its first call of each process but the third."""
+    (tmp_path / "own.py").write_text(
+        "from pathlib import Path\n"
+        "def flaky(*, student, teacher, valid):\n"
+        "    file = Path('tries')\n"
+        "    if not flaky.called:\n"
+        "        flaky.called = True\n"
+        "        file.write_text((file.read_text() if file.exists() else '') + 'x')\n"
+        "        if len(file.read_text()) < 3:\n"
+        "            raise RuntimeError('not yet')\n"
+        "    return (student - teacher).square().mean()\n"
+        "flaky.called = False\n"
+    )
+    overrides = ["-m", *QUICK, f"data.root={small_busi}", "path=H,none", "teacher_aug=weak"]
+    overrides += ["++loss.hidden._target_=own.flaky", "~loss.hidden.temperature"]
+    once = kdsweep(*overrides, cwd=tmp_path)
+    assert once.returncode == 1
+    assert (tmp_path / "tries").read_text() == "x"
+    twice = kdsweep(*overrides, "retry_failed=true", cwd=tmp_path)
+    assert (tmp_path / "tries").read_text() == "xxx"
+    assert twice.returncode == 0, twice.stderr
+    assert "trying the cells that failed a second time, each alone: 1" in twice.stdout
+    assert "failed: " not in twice.stdout
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    assert set(sweep.runs["status"]) == {"FINISHED"}
+    assert len(sweep.runs) == 3
+
+
+def test_changed_images_make_new_cells_and_the_line_says_so(small_busi, tmp_path):
+    root = Path(shutil.copytree(small_busi, tmp_path / "images"))
+    arguments = ["path=none", *QUICK, f"data.root={root}", "train.epochs=1"]
+    assert kdsweep(*arguments, cwd=tmp_path).returncode == 0
+    image = next((root / "benign").glob("*).png"))
+    Image.fromarray(np.asarray(Image.open(image)) ^ 1).save(image)
+    again = kdsweep(*arguments, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    line = (
+        "1 cell is new (Student split 0 seed 0), for since the results of the same name in the store this has changed"
+    )
+    assert f"{line}: the images" in again.stdout
+    folders = list((tmp_path / "multirun" / "cells").iterdir())
+    assert len(folders) == 2
+    assert all(records.read_finished(folder) is not None for folder in folders)
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    assert len(sweep.runs) == 1  # the old result does not count any more
+
+
+def test_the_status_of_a_sweep_in_training(endless, tmp_path):
+    printed = kdsweep(cwd=tmp_path, module="kdsweep.status").stdout
+    assert printed.startswith("sweep busi-quick: 2 cells: 0 done, 2 running; about ")
+    assert "epoch" in printed
