@@ -111,7 +111,7 @@ def tell_changes(jobs: Sequence[Job]) -> None:
             new.setdefault(_difference(before, job.cell), []).append(job)
     for difference, own in new.items():
         log.info(
-            "%s new (%s), for since the results of the same name in the store this has changed: %s",
+            "%s new (%s): the store holds results of that name, but since then this has changed: %s",
             f"{_number(len(own), 'cell')} {'is' if len(own) == 1 else 'are'}",
             ", ".join(job.cell.title for job in own[:3]) + (", ..." if len(own) > 3 else ""),
             difference,

@@ -114,7 +114,7 @@ def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
     assert plan.estimate_s([own], LOOK) == 4 * student + lesson
 
 
-CHANGED = "for since the results of the same name in the store this has changed: "
+CHANGED = "the store holds results of that name, but since then this has changed: "
 
 
 def begun(job: plan.Job) -> None:
@@ -137,9 +137,8 @@ def test_a_new_cell_beside_an_old_one_of_its_name_says_what_changed(jobs, caplog
     assert caplog.messages == []  # it goes on, nothing has changed
     plan.tell_changes(jobs(["path=L", override], ["path=none"]))
     (line,) = caplog.messages
-    assert line.endswith(
-        f"(L_KLD_WAug split 0 seed 0), for since the results of the same name in the store {CHANGED}{words}"
-    )
+    assert line.startswith("1 cell is new (L_KLD_WAug split 0 seed 0): ")
+    assert line.endswith(f"{CHANGED}{words}")
     caplog.clear()
     plan.tell_changes(jobs(["path=L"], ["path=L", override]))
     assert caplog.messages == []  # both are asked for
@@ -153,7 +152,7 @@ def test_changed_code_is_named_by_its_piece(jobs, caplog, monkeypatch):
     monkeypatch.setattr(grid, "code_parts", lambda names: {**parts(names), "kdsweep.views.Views": "edited"})
     plan.tell_changes(jobs(["path=L"], ["path=H"]))
     (line,) = caplog.messages
-    assert line.startswith("2 cells are new (L_KLD_WAug split 0 seed 0, H_KLD_WAug split 0 seed 0), ")
+    assert line.startswith("2 cells are new (L_KLD_WAug split 0 seed 0, H_KLD_WAug split 0 seed 0): ")
     assert line.endswith(f"{CHANGED}the code of kdsweep.views.Views")
 
 
