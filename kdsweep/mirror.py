@@ -165,7 +165,7 @@ class Mirror:
 
     def _mirror(self, folder: Path) -> None:
         record = records.read(folder)
-        if self._tracker is not None and record.status != "WAITING":
+        if self._tracker is not None and record.tags:  # else it was never begun, or failed before
             self._run_ids[folder] = self._tracker.mirror(record, sweep=self._sweeps[folder])
 
 

@@ -183,17 +183,15 @@ def train_epoch(
     batches = enumerate(feed.train.epoch(epoch, first=first), start=first)
     number = first
     while any(learner.failure is None for learner in learners):
-        try:
-            number, batch = next(batches)
-        except StopIteration:
+        with _shared(f"epoch {epoch + 1}, step {number + 1}, data"):
+            number, batch = next(batches, (number, None))
+        if batch is None:
             return
-        except Exception as error:
-            line = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else told(error)
-            raise StepError(f"epoch {epoch + 1}, step {number + 1}, data: {line}") from error
         active = [learner for learner in learners if learner.failure is None and learner.steps == number]
         on_device = {name: values.to(compute.device, non_blocking=True) for name, values in batch.items()}
         images = {view: normalise(on_device[view]) for view in _views(active)}
-        lessons = staff.teach(active, images)
+        with _shared(f"epoch {epoch + 1}, step {number + 1}, Teacher's forward"):
+            lessons = staff.teach(active, images)
         for learner in active:
             interrupts.check()
             with alone(learner):
@@ -205,6 +203,18 @@ def train_epoch(
             with alone(turn):
                 pace.save(turn)
         interrupts.check()
+
+
+@contextmanager
+def _shared(where: str) -> Iterator[None]:
+    """Say where an error came up of what all learners share, in one line also if it is one of a loader's process."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        line = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else told(error)
+        raise StepError(f"{where}: {line}") from error
 
 
 def _views(learners: list[Learner]) -> set[str]:

@@ -350,6 +350,26 @@ def test_an_error_in_the_data_names_epoch_and_step_and_the_rest_goes_on(small_bu
     assert isinstance(result, float)
 
 
+def test_an_error_in_a_teachers_forward_fails_those_that_share_it_with_epoch_and_step(
+    small_busi, unbroken, tmp_path, monkeypatch
+):
+    store = Path(shutil.copytree(unbroken, tmp_path / "store"))
+    shutil.rmtree(store / "cells")
+    teach, calls = train.Staff.teach, itertools.count(1)
+
+    def broken(*args):
+        if next(calls) == 5:  # once for validation, 2 steps an epoch
+            raise ValueError("no lesson today")
+        return teach(*args)
+
+    monkeypatch.setattr(train.Staff, "teach", broken)
+    results = group.run_group(configs_of(small_busi, store))
+    assert {str(result) for result in results} == {"epoch 2, step 2, Teacher's forward: ValueError: no lesson today"}
+    monkeypatch.undo()
+    group.run_group(configs_of(small_busi, store))
+    assert contents(store) == contents(unbroken)
+
+
 def test_an_error_in_validation_says_so(small_busi, tmp_path, monkeypatch):
     evaluate, calls = Learner.evaluate, itertools.count(1)
 

@@ -329,7 +329,6 @@ def test_a_training_step_moves_the_student_and_leaves_the_teacher(
         epochs=1,
         patience=1,
         folder=tmp_path,
-        run=SimpleNamespace(run_id="none"),  # type: ignore[arg-type]
     )
     teacher = staff.teachers["Teacher"]
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
