@@ -46,7 +46,7 @@ def _appearing(file: Path) -> Iterator[BinaryIO]:
 
 def remove_parts(folder: Path) -> None:
     """Remove what a process that was killed in the midst of writing has left."""
-    for scratch in folder.glob(".*.part"):
+    for scratch in folder.glob(".*.part*"):
         scratch.unlink(missing_ok=True)
 
 

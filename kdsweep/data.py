@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
@@ -136,11 +137,15 @@ class Phantoms:
         generator = grid.code_digest(["kdsweep.phantom.cohort"])
         root = Path(self.cache_dir) / f"{self.count}-seed{self.seed}-{generator[:10]}"
         if not root.is_dir():
-            self._generate(root)
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(root.parent / ".lock"):  # another process may be making them
+                if not root.is_dir():
+                    self._generate(root)
         return Busi(root).entries()
 
     def _generate(self, root: Path) -> None:
-        root.parent.mkdir(parents=True, exist_ok=True)
+        for left in root.parent.glob(".making-*"):  # by a process that was killed
+            shutil.rmtree(left)
         scratch = Path(tempfile.mkdtemp(dir=root.parent, prefix=".making-"))
         log.info("making %d phantoms, once: %s", self.count, root)
         for item in phantom.cohort(count=self.count, seed=self.seed):
@@ -148,12 +153,7 @@ class Phantoms:
             folder.mkdir(exist_ok=True)
             Image.fromarray(item.image).save(folder / f"{item.id}.png", compress_level=1)
             Image.fromarray(item.mask * np.uint8(255)).save(folder / f"{item.id}_mask.png")
-        try:
-            scratch.replace(root)
-        except OSError:  # another process made them meanwhile, from the same seed
-            shutil.rmtree(scratch)
-            if not root.is_dir():
-                raise
+        scratch.replace(root)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class Learner:
         history: values of each whole epoch.
         times_ms: when each of them ended.
         failure: what ended it before its time.
-        whole: whether it is as some number of whole steps left it, so that it can be saved.
+        whole: whether it is as some number of whole steps left it, its checkpoint read before, so that it can be saved.
         doing: what a step is at, for messages.
     """
 
@@ -162,7 +162,7 @@ class Learner:
     history: list[dict[str, float]] = field(default_factory=list)
     times_ms: list[int] = field(default_factory=list)
     failure: Exception | None = None
-    whole: bool = True
+    whole: bool = False
     doing: str = ""
 
     def __post_init__(self) -> None:

@@ -266,6 +266,7 @@ def ask(store: Path, sweep: str, *, cells: list[Cell], teachers: list[Cell]) -> 
     folder = store / SWEEPS
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / LOCK):
+        checkpoint.remove_parts(folder)
         asked = read_asked(store, sweep)
         asked |= {cell.place: str(cell.folder.relative_to(store)) for cell in [*teachers, *cells]}
         checkpoint.write_json(folder / f"{sweep}.json", {"asked": asked})

@@ -63,8 +63,8 @@ def conclude(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str,
     checkpoint.save_predictions(folder / PREDICTIONS, predictions[:, 0].numpy(), ids=part.ids)
     checkpoint.write_text(folder / SCORES, table.to_csv(index=False))
     learner.save_outcome()
-    records.write_finished(folder, values=values, files=[weights, HISTORY, PREDICTIONS, SCORES, "split.json"])
     (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
+    records.write_finished(folder, values=values, files=[weights, HISTORY, PREDICTIONS, SCORES, "split.json"])
     log.info(
         "%s: test Dice %.4f ± %.4f over %d images (best epoch %d of %d)",
         learner.title,

@@ -20,9 +20,10 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from kdsweep.checkpoint import remove_parts
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
-from kdsweep.records import Record
+from kdsweep.records import Record, now_ms
 
 # Before the import of mlflow, which reads them.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -41,6 +42,8 @@ for _noisy in ("alembic", "mlflow"):  # they tell every table of a new database 
 EXPERIMENT = "kdsweep"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on curves, not on prompts
 ASKED = "kdsweep.asked."
+ERROR = "kdsweep.error"
+DATABASE = "mlflow.db"
 ARTIFACTS = ("test_scores.csv", "test_predictions.npz", "split.json")
 BATCH = 100  # MLflow takes at most so many params, or so many tags, in one call
 
@@ -67,7 +70,7 @@ class Sweep:
 
 def store_uri(store: Path, uri: str | None) -> str:
     """The tracking URI: the one given, or a SQLite file in the store (absolute: the working directory may change)."""
-    return uri or f"sqlite:///{store.resolve() / 'mlflow.db'}"
+    return uri or f"sqlite:///{store.resolve() / DATABASE}"
 
 
 def passes(error: BaseException, uri: str) -> bool:
@@ -84,7 +87,8 @@ class _Known:
     status: str
     metrics: dict[str, float]
     params: dict[str, str]
-    epochs: int | None = None  # logged ones; None: not asked yet
+    epochs: list[tuple[int, int]] | None = None  # logged ones and when they ended; None: not asked yet
+    failed: bool = False  # whether it tells of an error
 
 
 class Tracker:
@@ -103,10 +107,13 @@ class Tracker:
     def __init__(self, *, store: Path, uri: str | None, experiment: str = EXPERIMENT) -> None:
         self.uri, self.store = store_uri(store, uri), store
         self._parents: dict[str, str] = {}
-        self._known: dict[str, _Known] | None = None
+        self._known: dict[str, list[_Known]] = {}
+        self._looked = False
         store.mkdir(parents=True, exist_ok=True)
         try:
             with alone(store):  # a fresh database that many open at once breaks
+                if uri is None and not (store / DATABASE).exists():
+                    _create(store, experiment)
                 if uri is None:
                     _follow_move(store, experiment)
                 self._client = MlflowClient(tracking_uri=self.uri)
@@ -137,47 +144,56 @@ class Tracker:
     def mirror(self, record: Record, *, sweep: str) -> str:
         """Make the run of a cell hold what its folder tells, each value once; the run's id.
 
-        A run that is there goes on if all it holds is in the folder too. If not (the folder was lost and the cell is
-        computed again), it is left behind as KILLED, and a finished one is deleted as soon as the new one is finished
-        with other scores: a cell has one finished run.
+        A run that is there goes on if all it holds is in the folder too. If not (a checkpoint was lost and the cell is
+        computed again), it is left behind, and a finished one is deleted as soon as the new one is finished with other
+        scores: a cell has one finished run.
 
         Args:
             record: of a cell that was begun.
             sweep: in whose name a new run is opened.
         """
-        if self._known is None:
-            self._known = {key: _known(run) for key, run in self._by_fingerprint().items()}
-        fingerprint = record.tags["kdsweep.fingerprint"]
-        known, old = self._known.get(fingerprint), None
-        if known is not None and known.status == "FINISHED":
-            if record.status != "FINISHED" or _same(record.values, known.metrics):
-                return known.run_id
-            known, old = None, known
-        if known is not None and known.epochs is None:
-            epochs = self._logged(known.run_id)
-            known.epochs = len(epochs)
-            if epochs != _epochs(record)[: len(epochs)]:
-                self._client.set_terminated(known.run_id, "KILLED")
-                known = None
-        if known is None:
-            known = self._known[fingerprint] = self._create(record, sweep)
-        self._log(record, known)
-        if old is not None:
+        if not self._looked:
+            for run in self._search("tags.`kdsweep.role` != 'sweep'"):
+                self._known.setdefault(run.data.tags["kdsweep.fingerprint"], []).append(_known(run))
+            self._looked = True
+        runs = self._known.setdefault(record.tags["kdsweep.fingerprint"], [])
+        finished = [run for run in runs if run.status == "FINISHED"]
+        for run in finished:
+            if record.status != "FINISHED" or _same(record.values, run.metrics):
+                return run.run_id
+        own = next((run for run in runs if run not in finished and self._fits(run, record)), None)
+        for other in runs:
+            if other is not own and other.status == "RUNNING":
+                self._client.set_terminated(other.run_id, "KILLED")
+                other.status = "KILLED"
+        if own is None:
+            own = self._create(record, sweep, again=bool(runs))
+            runs.insert(0, own)
+        self._log(record, own)
+        for old in finished:
             self._client.delete_run(old.run_id)
-        return known.run_id
+            runs.remove(old)
+        return own.run_id
 
-    def _create(self, record: Record, sweep: str) -> _Known:
+    def _fits(self, run: _Known, record: Record) -> bool:
+        """Whether the epochs that a run holds are the first ones of the record, so that it can go on."""
+        if run.epochs is None:
+            run.epochs = self._logged(run.run_id)
+        return run.epochs == _epochs(record)[: len(run.epochs)]
+
+    def _create(self, record: Record, sweep: str, *, again: bool) -> _Known:
         tags = {**record.tags, "mlflow.parentRunId": self._parent(sweep), "kdsweep.sweep": sweep}
         name = f"{tags['kdsweep.notation']}/split{tags['kdsweep.split']}"
-        run = self._client.create_run(self.experiment_id, record.started_ms, tags, run_name=name)
-        return _Known(run.info.run_id, "RUNNING", {}, {}, epochs=0)
+        start_ms = now_ms() if again else record.started_ms  # so that the newest is known
+        run = self._client.create_run(self.experiment_id, start_ms, tags, run_name=name)
+        return _Known(run.info.run_id, "RUNNING", {}, {}, epochs=[])
 
     def _log(self, record: Record, known: _Known) -> None:
         params = {key: str(value) for key, value in sorted(record.params.items()) if key not in known.params}
         for part in _parts([Param(key, value) for key, value in params.items()]):
             self._client.log_batch(known.run_id, params=part)
         known.params |= params
-        new = list(zip(record.history, record.times_ms, strict=True))[known.epochs or 0 :]
+        new = list(zip(record.history, record.times_ms, strict=True))[len(known.epochs or []) :]
         for part in _parts(new):
             metrics = [
                 Metric(name, value, time_ms, int(epoch["epoch"]))
@@ -186,7 +202,7 @@ class Tracker:
                 if name != "epoch"
             ]
             self._client.log_batch(known.run_id, metrics=metrics)
-        known.epochs = len(record.history)
+        known.epochs = _epochs(record)
         if record.status == "FINISHED":
             final = [Metric(name, value, record.ended_ms, 0) for name, value in record.values.items()]
             self._client.log_batch(known.run_id, metrics=final)
@@ -194,7 +210,10 @@ class Tracker:
                 self._client.log_artifact(known.run_id, str(record.folder / name))
             known.metrics = dict(record.values)
         if record.status == "FAILED":
-            self._client.set_tag(known.run_id, "kdsweep.error", record.error[:4000])
+            self._client.set_tag(known.run_id, ERROR, record.error[:4000])
+        elif known.failed:
+            self._client.delete_tag(known.run_id, ERROR)
+        known.failed = record.status == "FAILED"
         if record.status != known.status:
             if record.status == "RUNNING":
                 self._client.update_run(known.run_id, "RUNNING")
@@ -247,14 +266,12 @@ class Tracker:
     def _parent(self, sweep: str) -> str:
         if sweep not in self._parents:
             found = self._search(f"tags.`kdsweep.role` = 'sweep' and tags.`kdsweep.sweep` = '{sweep}'")
-            self._parents[sweep] = str(found[0].info.run_id) if found else self._new_parent(sweep)
+            tags = {"kdsweep.role": "sweep", "kdsweep.sweep": sweep}
+            run = found[0] if found else self._client.create_run(self.experiment_id, run_name=sweep, tags=tags)
+            if run.info.status != "FINISHED":  # it groups runs and computes nothing that could go on
+                self._client.set_terminated(run.info.run_id, "FINISHED")
+            self._parents[sweep] = str(run.info.run_id)
         return self._parents[sweep]
-
-    def _new_parent(self, sweep: str) -> str:
-        tags = {"kdsweep.role": "sweep", "kdsweep.sweep": sweep}
-        run_id: str = self._client.create_run(self.experiment_id, run_name=sweep, tags=tags).info.run_id
-        self._client.set_terminated(run_id, "FINISHED")  # it groups runs and computes nothing that could go on
-        return run_id
 
     def _search(self, condition: str) -> list[Run]:
         found: list[Run] = []
@@ -286,6 +303,15 @@ def alone(store: Path) -> Iterator[None]:
         lock.release()
 
 
+def _create(store: Path, experiment: str) -> None:
+    """Make the SQLite file beside its place: MLflow takes seconds for it, and a kill in between would spoil it."""
+    remove_parts(store)
+    scratch = store / f".{DATABASE}.{os.getpid()}.part"
+    client = MlflowClient(tracking_uri=f"sqlite:///{scratch.resolve()}")
+    client.create_experiment(experiment, _artifacts(store), tags=EXPERIMENT_TAGS)
+    scratch.replace(store / DATABASE)
+
+
 def _artifacts(store: Path) -> str:
     return (store.resolve() / "artifacts").as_uri()
 
@@ -298,7 +324,7 @@ def _artifact(client: MlflowClient, store: Path, run_id: str, name: str) -> Path
 
 def _follow_move(store: Path, experiment: str) -> None:
     """Tell the SQLite file where its artifacts are now: it knows them by absolute names, and the store may be moved."""
-    file, place = store / "mlflow.db", _artifacts(store)
+    file, place = store / DATABASE, _artifacts(store)
     if not file.is_file():
         return
     with contextlib.closing(sqlite3.connect(file)) as database, database:
@@ -316,7 +342,8 @@ def _follow_move(store: Path, experiment: str) -> None:
 
 
 def _known(run: Run) -> _Known:
-    return _Known(run.info.run_id, run.info.status, dict(run.data.metrics), dict(run.data.params))
+    data = run.data
+    return _Known(run.info.run_id, run.info.status, dict(data.metrics), dict(data.params), failed=ERROR in data.tags)
 
 
 def _same(values: dict[str, float], metrics: dict[str, float]) -> bool:
@@ -375,7 +402,7 @@ def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
     Raises:
         InputError: no store, or no such sweep in it.
     """
-    if uri is None and not (store / "mlflow.db").is_file():
+    if uri is None and not (store / DATABASE).is_file():
         raise InputError(f"--store {store}: no mlflow.db in it; run a sweep first, or name its folder")
     try:
         return Tracker(store=store, uri=uri).read_sweep(name)

@@ -290,12 +290,13 @@ def run(
 
     try:
         compute.prepare()
-        for learner in learners:
-            with alone(learner):
-                _begin(learner, feed=feed, compute=compute)
-        for learner in (own for own in learners if own.stopped and own.failure is None):
-            conclude(learner)  # what was interrupted after its last epoch
         with interrupts.deferred():
+            for learner in learners:
+                interrupts.check()
+                with alone(learner):
+                    _begin(learner, feed=feed, compute=compute)
+            for learner in (own for own in learners if own.stopped and own.failure is None):
+                conclude(learner)  # what was interrupted after its last epoch
             if going := [learner for learner in learners if not learner.stopped]:
                 fit(going, teachers=teachers, feed=feed, compute=compute, stopped=conclude)
     except BaseException as error:
@@ -348,7 +349,9 @@ def run_divided(
 def _begin(learner: Learner, *, feed: Feed, compute: Compute) -> None:
     for module in learner.modules().values():
         placed(module, compute)
-    if learner.resume():
+    resumed = learner.resume()
+    learner.whole = True  # not before: what is saved half read would take the place of its own checkpoint
+    if resumed:
         log.info("%s: goes on after epoch %d and %d steps", learner.title, learner.epoch + 1, learner.steps)
         return
     log.info(

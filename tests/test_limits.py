@@ -31,6 +31,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "split": (3, -1, 1.0, *NOT_NUMBERS[:2], True),
     "device": ("gpu", "cpu:1", "cuda:", "cuda:x", "auto:0", None, 1),
     "deterministic": ("yes", 1, None),
+    "retry_failed": ("yes", 1, None),
     "kd.teacher_precision": ("fp16", "BF16", None),
     "precision": ("fp16", "FP32", 32, None),
     "image_size": (0, 32, 63, 100, 64.0, -64, *NOT_NUMBERS),

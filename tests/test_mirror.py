@@ -167,6 +167,27 @@ mirror.Mirror(store=store, uri=None, experiment="kdsweep", asked={"sweep": [cell
     assert len(sweep.scores) == 5
 
 
+DYING = """
+import os, signal, sys, threading
+from pathlib import Path
+from kdsweep import tracking
+threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+tracking.Tracker(store=Path(sys.argv[1]), uri=None)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_it_makes_the_database_spoils_nothing(tmp_path):
+    for moment in (0.3, 0.6, 0.9, 1.3):
+        done = subprocess.run([sys.executable, "-c", DYING, str(tmp_path), str(moment)], check=False, timeout=60)
+        assert done.returncode in (-9, 0)
+    cells = some_cells(tmp_path)
+    mirror.Mirror(store=tmp_path, uri=None, asked={"sweep": cells}, **OPTIONS).close()
+    assert len(tracking.read_sweep(store=tmp_path, uri=None, name="sweep").runs) == 2
+    left = {file.name for file in tmp_path.iterdir()} - {"mlflow.db", ".mlflow.lock"}
+    assert left == set()
+
+
 def test_a_database_that_cannot_be_opened_is_told_before_anything_is_trained(tmp_path):
     (tmp_path / "mlflow.db").write_text("this is not a database, however long it may be" * 100)
     with pytest.raises(InputError, match=r"mlflow\.db: the store does not open: .*not a database"):

@@ -148,8 +148,27 @@ def test_a_failed_cell_has_its_error_beside_its_status_and_may_go_on(store, tmp_
     run = client_of(store).get_run(run_id)
     assert (run.info.status, run.data.tags["kdsweep.error"]) == ("FAILED", "my loss broke")
     assert tracker.mirror(begin(cell, 2), sweep="failed") == run_id
-    assert client_of(store).get_run(run_id).info.status == "RUNNING"
+    run = client_of(store).get_run(run_id)
+    assert run.info.status == "RUNNING"
+    assert "kdsweep.error" not in run.data.tags
     assert steps_of(store, run_id) == [0, 1]
+
+
+def test_of_several_runs_of_a_cell_the_one_that_fits_goes_on_and_none_stays_open(store, tmp_path):
+    cell = replace(make_cell(lr=24), store=tmp_path)
+    first = tracking.Tracker(store=store, uri=None)
+    fits = first.mirror(begin(cell, 2), sweep="several")
+    own = first._known[cell.fingerprint][0]
+    others = [first._create(begin(cell, 1), "several", again=True).run_id for _ in range(2)]
+    for number, run_id in enumerate(others):
+        point = tracking.Metric("val/loss", 0.1, 77 + number, 0)
+        client_of(store).log_batch(run_id, metrics=[point])
+    assert own.run_id == fits
+    for epochs in (2, 3):
+        assert tracking.Tracker(store=store, uri=None).mirror(begin(cell, epochs), sweep="several") == fits
+    found = first._search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
+    statuses = {run.info.run_id: run.info.status for run in found}
+    assert statuses == {fits: "RUNNING", others[0]: "KILLED", others[1]: "KILLED"}
 
 
 def test_what_was_asked_for_and_is_not_there_is_missing(store):
