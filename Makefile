@@ -28,7 +28,7 @@ demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick
 	@$(PY) -m kdsweep.tables table4 --store $(STORE)
 
 test: setup ## Run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 chaos: setup ## Kill a sweep 20 times at random moments; it must end as an unbroken one (15 minutes; ARGS="--help" for options)
 	$(PY) tests/chaos.py $(ARGS)

@@ -114,7 +114,7 @@ class Tracker:
             with alone(store):  # a fresh database that many open at once breaks
                 if uri is None and not (store / DATABASE).exists():
                     _create(store, experiment)
-                if uri is None:
+                if uri is None and os.access(store, os.W_OK):
                     _follow_move(store, experiment)
                 self._client = MlflowClient(tracking_uri=self.uri)
                 self.experiment_id = self._open(experiment, uri)
@@ -380,8 +380,8 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         "split": int(tags["kdsweep.split"]),
         "seed": int(tags["kdsweep.seed"]),
         "profile": tags["kdsweep.profile"],
-        "data": run.data.params["data.name"],
-        "weights": run.data.params["weights"],
+        "data": run.data.params.get("data.name", ""),
+        "weights": run.data.params.get("weights", ""),
         "device": tags["kdsweep.device"],
         "teacher": tags["kdsweep.teacher"],
         "status": run.info.status,
