@@ -123,7 +123,7 @@ class Mirror:
                 log.warning(
                     "MLflow at %s does not answer: training goes on, the runs are logged when it does (%s)",
                     self.where,
-                    " ".join(str(error).split())[:200],
+                    tracking.line(error),
                 )
             self._complains = True
             return False
@@ -157,7 +157,7 @@ class Mirror:
         except Exception as error:
             if self._passes(error):
                 raise
-            log.warning("%s: MLflow refuses what is to be logged: %s", about, " ".join(str(error).split())[:300])
+            log.warning("%s: MLflow refuses what is to be logged: %s", about, tracking.line(error))
 
     def _ask(self, sweep: str) -> None:
         if self._tracker is not None:

@@ -38,6 +38,7 @@ from mlflow.exceptions import MlflowException
 
 for _noisy in ("alembic", "mlflow"):  # they tell every table of a new database at level INFO
     logging.getLogger(_noisy).setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what is raised as well
 
 EXPERIMENT = "kdsweep"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on curves, not on prompts
@@ -120,9 +121,9 @@ class Tracker:
                 self.experiment_id = self._open(experiment, uri)
         except Exception as error:
             if passes(error, self.uri):
-                raise TrackingError(_line(error)) from error
+                raise TrackingError(line(error)) from error
             if isinstance(error, MlflowException | sqlite3.Error):
-                raise InputError(f"tracking.uri={self.uri}: the store does not open: {_line(error)}") from error
+                raise InputError(f"tracking.uri={self.uri}: the store does not open: {line(error)}") from error
             raise
 
     def _open(self, experiment: str, uri: str | None) -> str:
@@ -355,8 +356,9 @@ def _epochs(record: Record) -> list[tuple[int, int]]:
     return [(int(epoch["epoch"]), time_ms) for epoch, time_ms in zip(record.history, record.times_ms, strict=True)]
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def line(error: BaseException) -> str:
+    """What went wrong with MLflow in one line, without the database's statement."""
+    return " ".join(str(error).split()).partition(" [SQL:")[0][:300]
 
 
 def _parts(entries: list[Any]) -> Iterator[list[Any]]:
@@ -410,4 +412,4 @@ def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
         if not isinstance(error, TrackingError) and not passes(error, uri or ""):
             raise
         what = f"--tracking-uri {uri} does not answer" if uri else f"--store {store}: its MLflow store does not answer"
-        raise InputError(f"{what}: {_line(error)}") from error
+        raise InputError(f"{what}: {line(error)}") from error
