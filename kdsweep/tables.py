@@ -20,6 +20,7 @@ from kdsweep.sweeps import gaps, known_values, placed_runs, scored_images
 if TYPE_CHECKING:
     from kdsweep.tracking import Sweep
 
+SPLIT_MEAN = "mean_dice_percent_split"
 DASH = "\N{EN DASH}"
 
 # Table 4 of the paper: DSC mean and standard deviation (%), p against Teacher, p against Student.
@@ -91,7 +92,8 @@ def table4(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
     table = pd.DataFrame(rows).astype({"n_images": "Int64"})
     for column in ("p_teacher", "p_student"):  # the family is the KD cells: the baselines are not what is being tried
         table[f"{column}_holm"] = holm(table[column].where(table["notation"].isin(cells)))
-    return table.join(_paper(), on="notation")
+    table = table.join(_paper(), on="notation")
+    return table.assign(difference_to_paper_points=table["mean_dice_percent"] - table["paper_mean_dice_percent"])
 
 
 def _paper() -> pd.DataFrame:
@@ -113,6 +115,7 @@ def _compared(notation: str, *, whole: pd.DataFrame, scored: pd.DataFrame, test:
         "n_images": len(dice) or pd.NA,
         "mean_dice_percent": dice.mean(),
         "std_dice_percent": dice.std(ddof=1),
+        **{f"{SPLIT_MEAN}{split}": mean for split, mean in dice.groupby(ours["split"]).mean().items()},
         "p_teacher": p_value(to_teacher, test=test),
         "p_student": p_value(to_student, test=test),
         "difference_to_student_points": points.mean() if len(points) else NAN,
@@ -159,17 +162,31 @@ def format_table4(table: pd.DataFrame) -> pd.DataFrame:
     columns = {
         "Model": table["notation"],
         "DSC %": _or_gap(_with_std(mean=table["mean_dice_percent"], std=table["std_dice_percent"]), table["gap"]),
+        **_per_split(table),
         "p Teacher": table["p_teacher"].map(_p),
         "p Teacher (Holm)": table["p_teacher_holm"].map(_p),
         "p Student": table["p_student"].map(_p),
         "p Student (Holm)": table["p_student_holm"].map(_p),
         "Difference to Student": [DASH if pd.isna(low) else f"{low:+.2f} to {high:+.2f}" for low, high in intervals],
         "DSC % (paper)": _with_std(mean=table["paper_mean_dice_percent"], std=table["paper_std_dice_percent"]),
+        "DSC points to paper": [_number(points, "+.2f") for points in table["difference_to_paper_points"]],
         "p Teacher (paper)": table["paper_p_teacher"].map(_p),
         "p Student (paper)": table["paper_p_student"].map(_p),
         "n images": [_number(n, "d") for n in table["n_images"]],
     }
     return pd.DataFrame(columns)
+
+
+def _per_split(table: pd.DataFrame) -> dict[str, list[str]]:
+    """A column with the mean of each split, so that the spread between splits shows; none for a single split."""
+    names = sorted(
+        (str(name) for name in table if str(name).startswith(SPLIT_MEAN)), key=lambda name: (len(name), name)
+    )
+    if len(names) < 2:
+        return {}
+    rows = table[names].itertuples(index=False)
+    splits = ", ".join(name.removeprefix(SPLIT_MEAN) for name in names)
+    return {f"DSC % of split {splits}": [" / ".join(map(_number, row)) if row[0] == row[0] else DASH for row in rows]}
 
 
 def footnotes(*, sweep: Sweep, table: pd.DataFrame) -> list[str]:

@@ -68,7 +68,8 @@ def test_every_configuration_option_named_in_the_tables_exists():
 
 
 def test_the_tools_print_help_that_names_their_options():
-    for module, option in (("tables", "--sweep"), ("figures", "--models"), ("status", "--sweep")):
+    options = {"tables": "--sweep", "figures": "--models", "status": "--sweep", "predict": "--run", "export": "--out"}
+    for module, option in options.items():
         command = [sys.executable, "-m", f"kdsweep.{module}", "--help"]
         assert option in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 

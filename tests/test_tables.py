@@ -153,6 +153,26 @@ def test_table4_rows_means_and_deviations(table4):
         assert got["n_images"] == 36
 
 
+def test_table4_shows_each_splits_mean_and_the_distance_to_the_paper(sweep, table4):
+    text = tables.format_table4(table4).set_index("Model")
+    for notation in ALL:
+        means = [100 * np.mean(dice_of(notation, split, 0)) for split in range(3)]
+        got = row(table4, notation)
+        assert [got[f"mean_dice_percent_split{split}"] for split in range(3)] == pytest.approx(means)
+        assert text.loc[notation, "DSC % of split 0, 1, 2"] == " / ".join(f"{mean:.2f}" for mean in means)
+    distance = 100 * dice_all("L_MSE").mean() - PAPER_DICE[0]
+    assert row(table4, "L_MSE")["difference_to_paper_points"] == pytest.approx(distance)
+    assert text.loc["L_MSE", "DSC points to paper"] == f"{distance:+.2f}"
+    assert text.loc["Teacher_WAug", "DSC points to paper"] == DASH  # the paper does not tell of one
+    gap = tables.format_table4(tables.table4(with_status(sweep, "L_MSE", 1, "FAILED"))).set_index("Model")
+    assert gap.loc["L_MSE", "DSC % of split 0, 1, 2"] == gap.loc["L_MSE", "DSC points to paper"] == DASH
+
+
+def test_a_single_split_has_no_spread_and_no_column_for_it():
+    text = tables.format_table4(tables.table4(sweep_of(splits=(1,))))
+    assert not any(column.startswith("DSC % of split") for column in text)
+
+
 @pytest.mark.parametrize(("test", "reference"), [("ttest", ttest_rel), ("wilcoxon", wilcoxon)])
 def test_table4_p_values_are_those_of_hand_aligned_arrays(sweep, test, reference):
     table = tables.table4(sweep, test=test)
