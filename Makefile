@@ -8,7 +8,7 @@ STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos bench lint types table3 table4 ui clean
+.PHONY: help setup demo test chaos bench lint types table3 table4 table5 effects ui clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,12 @@ table3: setup ## Run the 12 cells of one split (finished ones are not run again)
 
 table4: setup ## Run 12 cells and Student on three splits (finished ones are not run again) and print Table 4
 	@$(PY) -m kdsweep -m +experiment=table4 $(ARGS); code=$$?; $(PY) -m kdsweep.tables table4 --store $(STORE) && exit $$code
+
+table5: setup ## Measure what Teacher, Student and best cell of the last sweep cost here, and print Table 5
+	@$(PY) -m kdsweep.tables table5 --store $(STORE)
+
+effects: setup ## Print which of path, loss and teacher augmentation mattered in the last sweep
+	@$(PY) -m kdsweep.tables effects --store $(STORE)
 
 ui: setup ## Open the MLflow UI on http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow ui --host 127.0.0.1 --port 5000 \

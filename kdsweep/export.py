@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import platform
-import re
 import sys
 import time
 import warnings
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdsweep import checkpoint, phantom, predict
+from kdsweep import checkpoint, costs, phantom, predict
 from kdsweep.errors import InputError
 from kdsweep.models import UNet
 from kdsweep.predict import Model
@@ -179,16 +177,7 @@ def latency(session: Any, network: nn.Module, images: Tensor) -> str:
         f"{name} {median:.2f} ms (95th percentile {slow:.2f})"
         for name, (median, slow) in {"ONNX Runtime": theirs, "PyTorch": ours}.items()
     ]
-    return f"one image on one thread of {cpu_name()}, median of {TIMED}: {', '.join(told)}"
-
-
-def cpu_name() -> str:
-    """Name of the processor, as far as the system tells."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return f"one image on one thread of {costs.cpu_name()}, median of {TIMED}: {', '.join(told)}"
 
 
 def make(model: Model, *, out: Path, images: Path | None) -> None:

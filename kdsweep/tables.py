@@ -1,6 +1,6 @@
-"""The paper's Tables 3 and 4, made from what MLflow holds: frames of numbers first, text afterwards.
+"""The paper's tables and the effects of its factors, from what MLflow holds: frames of numbers first, text afterwards.
 
-Usage: `python -m kdsweep.tables table3|table4 [--store DIR] [--tracking-uri URI] [--sweep NAME] [--out DIR]`.
+Usage: `python -m kdsweep.tables table3|table4|table5|effects [--store DIR] [--sweep NAME] [--out DIR]`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
+from kdsweep import effects
 from kdsweep.errors import InputError
 from kdsweep.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, TESTS, holm, mean_interval, own_teachers, p_value, pair
 from kdsweep.sweeps import gaps, known_values, placed_runs, scored_images
@@ -20,6 +21,7 @@ from kdsweep.sweeps import gaps, known_values, placed_runs, scored_images
 if TYPE_CHECKING:
     from kdsweep.tracking import Sweep
 
+TABLES = ("table3", "table4", "table5", "effects")
 SPLIT_MEAN = "mean_dice_percent_split"
 DASH = "\N{EN DASH}"
 
@@ -189,8 +191,8 @@ def _per_split(table: pd.DataFrame) -> dict[str, list[str]]:
     return {f"DSC % of split {splits}": [" / ".join(map(_number, row)) if row[0] == row[0] else DASH for row in rows]}
 
 
-def footnotes(*, sweep: Sweep, table: pd.DataFrame) -> list[str]:
-    """What made the numbers, which rows are gaps and why, where the paper's figures come from."""
+def provenance(sweep: Sweep) -> list[str]:
+    """What made the numbers: profile, data, weights, device, how many images."""
     runs = placed_runs(sweep)
     scored = scored_images(runs=runs, scores=sweep.scores)
     finished = runs[runs["status"] == "FINISHED"]
@@ -207,11 +209,18 @@ def footnotes(*, sweep: Sweep, table: pd.DataFrame) -> list[str]:
     if "trivial_dice" in finished:
         everywhere = finished.drop_duplicates(PLACE)["trivial_dice"].mean()
         notes.append(f"For comparison: lesion predicted everywhere scores {100 * everywhere:.2f} on these images.")
+    return notes
+
+
+def footnotes(*, sweep: Sweep, table: pd.DataFrame) -> list[str]:
+    """What made the numbers, which rows are gaps and why, where the paper's figures come from."""
+    notes = provenance(sweep)
     missing = table[table["gap"] != ""]
     if not missing.empty:
         listed = "; ".join(f"{name} ({gap})" for name, gap in zip(missing["notation"], missing["gap"], strict=True))
         notes.append(f"Gaps, never averaged over fewer runs: {listed}.")
     source = "Paper: Behboodi, Brooks, Rivaz 2025, Table 4, doi 10.36922/aih.3509"
+    data = "".join(known_values(sweep.runs, "data")) or DASH
     differ = "" if data == "udiat" else f" (its data are UDIAT, not {data}: the figures do not compare directly)"
     return [*notes, f"{source}{differ}."]
 
@@ -276,24 +285,48 @@ def _write(file: Path, content: str) -> None:
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def make(*, which: str, sweep: Sweep, out_dir: Path, test: str) -> str:
-    """Write WHICH.md, .csv and .tex into out_dir; the Markdown, and a last line that names the files."""
+class Made(NamedTuple):
+    """A table ready to be written: its heading, the numbers, the strings, the footnotes."""
+
+    heading: str
+    table: pd.DataFrame
+    text: pd.DataFrame
+    notes: list[str]
+
+
+def made(which: str, *, sweep: Sweep, store: Path, test: str) -> Made:
+    """One of TABLES of a sweep whose cells' folders are in a store."""
     if which == "table3":
         table = table3(sweep)
-        title, text = "The distillation experiments", format_table3(table)
-        notes = footnotes(sweep=sweep, table=table)
-    else:
-        table = table4(sweep, test=test)
-        title, text = "Test DSC of Teacher, Student and distilled students", format_table4(table)
-        notes = footnotes(sweep=sweep, table=table) + footnotes4(sweep=sweep, table=table, test=test)
-        table = table.assign(test=test)
-    title = f"{title} (sweep {sweep.name})"
+        heading = "Table 3. The distillation experiments"
+        return Made(heading, table, format_table3(table), footnotes(sweep=sweep, table=table))
+    if which == "effects":
+        table = effects.effects(sweep, test=test)
+        notes = [*effects.sentences(table), *provenance(sweep), *effects.notes(sweep=sweep, table=table, test=test)]
+        heading = "Factor effects. Which choice mattered"
+        return Made(heading, table.assign(test=test), effects.format_effects(table), notes)
+    table = table4(sweep, test=test)
+    if which == "table5":
+        from kdsweep import costs  # loads torch: seconds that the other tables need not wait for
+
+        measured = costs.table5(sweep, store=store, scores=table)
+        notes = costs.notes(sweep=sweep, table=measured, scores=table)
+        return Made("Table 5. What the networks cost", measured, costs.format_table5(measured), notes)
+    notes = footnotes(sweep=sweep, table=table) + footnotes4(sweep=sweep, table=table, test=test)
+    heading = "Table 4. Test DSC of Teacher, Student and distilled students"
+    return Made(heading, table.assign(test=test), format_table4(table), notes)
+
+
+def make(*, which: str, sweep: Sweep, store: Path, out_dir: Path, test: str) -> str:
+    """Write WHICH.md, .csv and .tex into out_dir; the Markdown, and a last line that names the files."""
+    heading, table, text, notes = made(which, sweep=sweep, store=store, test=test)
+    title = f"{heading} (sweep {sweep.name})"
     profile, data = ("".join(known_values(sweep.runs, key)) for key in ("profile", "data"))
-    markdown = to_markdown(title=f"Table {which[-1]}. {title}", text=text, notes=notes)
+    markdown = to_markdown(title=title, text=text, notes=notes)
     files = {
         "md": markdown,
         "csv": table.assign(sweep=sweep.name, profile=profile, data=data).to_csv(index=False),
-        "tex": to_latex(title=title, text=text, notes=notes),
+        "tex": to_latex(title=title.partition(". ")[2], text=text, notes=notes),
     }
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -307,19 +340,20 @@ def make(*, which: str, sweep: Sweep, out_dir: Path, test: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print and write one table; 0, or 1 after one line on stderr that says what to mend."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep.tables", description="The paper's tables, from MLflow.")
-    parser.add_argument("table", choices=["table3", "table4"])
+    parser.add_argument("table", choices=TABLES)
     parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
     parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
     parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
     parser.add_argument("--out", type=Path, help="folder for the files (STORE/tables)")
-    parser.add_argument("--test", choices=sorted(TESTS), default="ttest", help="paired test of Table 4 (ttest)")
+    parser.add_argument("--test", choices=sorted(TESTS), default="ttest", help="test of table4, effects (ttest)")
     options = parser.parse_args(argv)
     from kdsweep.tracking import read_sweep  # loads mlflow: seconds that --help need not wait for
 
     try:
         sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
         out_dir = options.out or options.store / "tables"
-        sys.stdout.write(make(which=options.table, sweep=sweep, out_dir=out_dir, test=options.test))
+        which, test = options.table, options.test
+        sys.stdout.write(make(which=which, sweep=sweep, store=options.store, out_dir=out_dir, test=test))
     except InputError as error:
         sys.stderr.write(f"kdsweep: error: {error}\n")
         return 1

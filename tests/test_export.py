@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from test_predict import SIZE, copy, damage, finish, noise
 
-from kdsweep import export, predict
+from kdsweep import costs, export, predict
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
 
@@ -86,7 +86,7 @@ def test_it_tells_parity_and_latency(cell, tmp_path, capsys):
     first, latency, last = capsys.readouterr().out.splitlines()
     name = "Student split 0 seed 0 (mobilenetv3_small_trimmed, 64 x 64)"
     assert first == f"{name} to ONNX opset 18: {out}"
-    assert latency.startswith(f"one image on one thread of {export.cpu_name()}, median of 50: ONNX Runtime ")
+    assert latency.startswith(f"one image on one thread of {costs.cpu_name()}, median of 50: ONNX Runtime ")
     assert last.startswith(f"wrote {out} (")
     assert last.endswith(f"on 1 images of {tmp_path / 'images'}, allowed 1e-04")
     assert torch.get_num_threads() == threads

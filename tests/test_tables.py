@@ -739,9 +739,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(asked, tmp_path, capsys):
 
 def test_an_unknown_table_names_the_choices(asked, capsys):
     with pytest.raises(SystemExit) as stop:
-        tables.main(["table5"])
+        tables.main(["table9"])
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert "table5" in error
+    assert "table9" in error
     assert "table3" in error
     assert "table4" in error
