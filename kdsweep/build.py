@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from kdsweep import cells, data, limits, models
 from kdsweep.compute import Compute
-from kdsweep.errors import InputError
+from kdsweep.errors import InputError, exit_code
 from kdsweep.grid import Cell
 from kdsweep.learner import Distillation, Learner, Lesson
 from kdsweep.loaders import Feed, TrainLoader, eval_part
@@ -207,12 +207,11 @@ def git_commit() -> str:
 
 def print_models(overrides: list[str]) -> int:
     """Print parameters, MACs and hidden shapes of the configured networks; the exit code."""
-    try:
+
+    def work() -> None:
         cfg = cells.compose(overrides)
         cells.check(cfg)
         student, teacher = student_network(cfg, weights="none"), teacher_network(cfg, weights="none")
-    except InputError as error:
-        sys.stderr.write(f"kdsweep: error: {error}\n")
-        return 1
-    sys.stdout.write(models.summary(teacher=teacher, student=student, image_size=cfg.image_size) + "\n")
-    return 0
+        sys.stdout.write(models.summary(teacher=teacher, student=student, image_size=cfg.image_size) + "\n")
+
+    return exit_code(work)

@@ -1,5 +1,10 @@
 """Errors that are told in one line."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 
 class InputError(Exception):
     """Something in the command, the configuration or the data is wrong; the user can mend it.
@@ -21,3 +26,13 @@ def told(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; when that is mended the same command goes on"
     return f"{type(error).__name__}: {text}"
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Do the work of a command-line tool: 0, or 1 after one line on stderr that says what to mend."""
+    try:
+        work()
+    except InputError as error:
+        sys.stderr.write(f"kdsweep: error: {error}\n")
+        return 1
+    return 0

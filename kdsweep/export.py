@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kdsweep import checkpoint, costs, phantom, predict
-from kdsweep.errors import InputError
+from kdsweep.errors import InputError, exit_code
 from kdsweep.models import UNet
 from kdsweep.predict import Model
 from kdsweep.views import IMAGENET_MEAN, IMAGENET_STD
@@ -216,13 +216,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="ONNX file; one that is there is replaced")
     parser.add_argument("--images", type=Path, help="folder of images to compare on (4 phantoms and noise)")
     options = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         check_installed()
         make(predict.find_model(options), out=options.out, images=options.images)
-    except InputError as error:
-        sys.stderr.write(f"kdsweep: error: {error}\n")
-        return 1
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

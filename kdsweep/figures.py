@@ -18,7 +18,7 @@ import pandas as pd
 
 from kdsweep import cells, checkpoint, tracking
 from kdsweep.data import Images
-from kdsweep.errors import InputError
+from kdsweep.errors import InputError, exit_code
 from kdsweep.tracking import Sweep
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of the sweep, such as profile=quick split=1")
     options = parser.parse_args(argv)
     mpl.use("Agg")
-    try:
+
+    def work() -> None:
         cfg = cells.compose(options.overrides)
         cells.check(cfg)
         store, uri = Path(cfg.store), cfg.tracking.uri
@@ -144,11 +145,9 @@ def main(argv: list[str] | None = None) -> int:
             count=options.images,
             file=options.out,
         )
-    except InputError as error:
-        sys.stderr.write(f"kdsweep: error: {error}\n")
-        return 1
-    sys.stdout.write(f"wrote {options.out}\n")
-    return 0
+        sys.stdout.write(f"wrote {options.out}\n")
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

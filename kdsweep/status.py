@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from kdsweep import records
-from kdsweep.errors import InputError
+from kdsweep.errors import InputError, exit_code
 from kdsweep.progress import duration
 from kdsweep.records import Record
 
@@ -180,12 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
     parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
     options = parser.parse_args(argv)
-    try:
-        sys.stdout.write(make(store=options.store, sweep=options.sweep))
-    except InputError as error:
-        sys.stderr.write(f"kdsweep: error: {error}\n")
-        return 1
-    return 0
+    return exit_code(lambda: sys.stdout.write(make(store=options.store, sweep=options.sweep)))
 
 
 if __name__ == "__main__":

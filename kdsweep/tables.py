@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 
 from kdsweep import effects
-from kdsweep.errors import InputError
+from kdsweep.errors import InputError, exit_code
 from kdsweep.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, TESTS, holm, mean_interval, own_teachers, p_value, pair
 from kdsweep.sweeps import gaps, known_values, placed_runs, scored_images
 
@@ -349,15 +349,13 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     from kdsweep.tracking import read_sweep  # loads mlflow: seconds that --help need not wait for
 
-    try:
+    def work() -> None:
         sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
         out_dir = options.out or options.store / "tables"
         which, test = options.table, options.test
         sys.stdout.write(make(which=which, sweep=sweep, store=options.store, out_dir=out_dir, test=test))
-    except InputError as error:
-        sys.stderr.write(f"kdsweep: error: {error}\n")
-        return 1
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ class Tracker:
         try:
             with alone(store):  # a fresh database that many open at once breaks
                 if uri is None and not (store / DATABASE).exists():
-                    _create(store, experiment)
+                    _make_database(store, experiment)
                 if uri is None and os.access(store, os.W_OK):
                     _follow_move(store, experiment)
                 self._client = MlflowClient(tracking_uri=self.uri)
@@ -304,7 +304,7 @@ def alone(store: Path) -> Iterator[None]:
         lock.release()
 
 
-def _create(store: Path, experiment: str) -> None:
+def _make_database(store: Path, experiment: str) -> None:
     """Make the SQLite file beside its place: MLflow takes seconds for it, and a kill in between would spoil it."""
     remove_parts(store)
     scratch = store / f".{DATABASE}.{os.getpid()}.part"
