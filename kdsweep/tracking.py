@@ -153,16 +153,20 @@ class Tracker:
             record: of a cell that was begun.
             sweep: in whose name a new run is opened.
         """
+        fingerprint = record.tags["kdsweep.fingerprint"]
         if not self._looked:
             for run in self._search("tags.`kdsweep.role` != 'sweep'"):
                 self._known.setdefault(run.data.tags["kdsweep.fingerprint"], []).append(_known(run))
             self._looked = True
-        runs = self._known.setdefault(record.tags["kdsweep.fingerprint"], [])
+        own = self._own(record, self._known.get(fingerprint, []))
+        if own is None:  # another command may have opened one since, or the answer to this one's request was lost
+            found = self._search(f"tags.`kdsweep.role` != 'sweep' and tags.`kdsweep.fingerprint` = '{fingerprint}'")
+            self._known[fingerprint] = [_known(run) for run in found]
+            own = self._own(record, self._known[fingerprint])
+        runs = self._known[fingerprint]
         finished = [run for run in runs if run.status == "FINISHED"]
-        for run in finished:
-            if record.status != "FINISHED" or _same(record.values, run.metrics):
-                return run.run_id
-        own = next((run for run in runs if run not in finished and self._fits(run, record)), None)
+        if own in finished:
+            return own.run_id
         for other in runs:
             if other is not own and other.status == "RUNNING":
                 self._client.set_terminated(other.run_id, "KILLED")
@@ -175,6 +179,14 @@ class Tracker:
             self._client.delete_run(old.run_id)
             runs.remove(old)
         return own.run_id
+
+    def _own(self, record: Record, runs: list[_Known]) -> _Known | None:
+        """The run of these that is the record's: a finished one that agrees with it, else one that can go on."""
+        finished = [run for run in runs if run.status == "FINISHED"]
+        for run in finished:
+            if record.status != "FINISHED" or _same(record.values, run.metrics):
+                return run
+        return next((run for run in runs if run not in finished and self._fits(run, record)), None)
 
     def _fits(self, run: _Known, record: Record) -> bool:
         """Whether the epochs that a run holds are the first ones of the record, so that it can go on."""

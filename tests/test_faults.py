@@ -162,7 +162,7 @@ def test_a_signal_saves_every_step_that_was_taken(small_busi, tmp_path, monkeypa
 def test_a_step_that_takes_too_long_is_given_up_and_taken_again(small_busi, unbroken, tmp_path, monkeypatch, often):
     """As inside a backward pass of minutes: what is half done is not saved, the last checkpoint stands."""
     monkeypatch.setattr(interrupts, "GRACE_S", 0.3)
-    steps, backward = itertools.count(1), torch.Tensor.backward
+    steps, backward, ended = itertools.count(1), torch.Tensor.backward, []
 
     def slow(tensor):
         backward(tensor)
@@ -170,12 +170,14 @@ def test_a_step_that_takes_too_long_is_given_up_and_taken_again(small_busi, unbr
             os.kill(os.getpid(), signal.SIGTERM)
             for _ in range(300):
                 signal.sigtimedwait([], 0.05)  # lets the alarm in
+            ended.append("the slow step")
 
     interrupts.install()
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", slow)
         with pytest.raises(interrupts.Stopped):
             group.run_group(configs_of(small_busi, tmp_path / "store"))
+    assert ended == []
     interrupts.install()
     group.run_group(configs_of(small_busi, tmp_path / "store"))
     assert contents(tmp_path / "store") == contents(unbroken)

@@ -115,6 +115,35 @@ def test_a_call_whose_answer_was_lost_is_made_again_and_doubles_nothing(store, t
     assert [run.info.run_id for run in runs] == [run_id]
 
 
+def test_two_commands_that_looked_before_a_cell_was_begun_open_one_run(store, tmp_path):
+    known, fresh = (replace(make_cell(lr=lr), store=tmp_path) for lr in (25, 26))
+    both = [tracking.Tracker(store=store, uri=None) for _ in range(2)]
+    for tracker in both:
+        tracker.mirror(end(known, [0.5]), sweep="both")
+    assert len({tracker.mirror(end(fresh, [0.25]), sweep="both") for tracker in both}) == 1
+    found = both[0]._search(f"tags.`kdsweep.fingerprint` = '{fresh.fingerprint}'")
+    assert len(found) == 1
+
+
+def test_a_run_whose_opening_was_not_answered_is_found_by_the_same_command(store, tmp_path, monkeypatch):
+    """As when a busy server takes longer than the request waits."""
+    cell, tracker = replace(make_cell(lr=27), store=tmp_path), tracking.Tracker(store=store, uri=None)
+    create = tracking.MlflowClient.create_run
+
+    def lost(*args, **kwargs):
+        create(*args, **kwargs)
+        raise ConnectionError("no answer")
+
+    tracker.ask("unanswered", [cell])
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.MlflowClient, "create_run", lost)
+        with pytest.raises(ConnectionError):
+            tracker.mirror(end(cell, [0.5]), sweep="unanswered")
+    run_id = tracker.mirror(end(cell, [0.5]), sweep="unanswered")
+    found = tracker._search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
+    assert [run.info.run_id for run in found] == [run_id]
+
+
 def test_a_cell_that_is_computed_anew_leaves_its_old_run_behind(store, tmp_path):
     """Its checkpoint was lost: the epochs are others, and must not stand beside the old ones in one run."""
     cell = replace(make_cell(lr=21), store=tmp_path)

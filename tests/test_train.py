@@ -243,6 +243,16 @@ def test_a_loss_that_is_not_finite_later_is_found_with_its_step(compose, tmp_pat
     assert f"train/kd is {value} in epoch 2, step 2" in str(result)
 
 
+def test_what_has_diverged_does_not_take_the_place_of_a_good_checkpoint(compose, tmp_path):
+    learner = make_learner(compose("path=none"), tmp_path)
+    learner.save()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    learner.means.add({"loss": torch.tensor(math.inf), "supervised": torch.tensor(math.inf)}, 6)
+    with pytest.raises(DivergedError, match="train/supervised is inf in epoch 1, step 1"):
+        learner.save()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 def test_what_went_wrong_is_told_also_when_it_cannot_be_written_down(compose, tmp_path, monkeypatch):
     learner = make_learner(compose("path=none"), tmp_path)
     learner.network.forward = lambda _: (_ for _ in ()).throw(RuntimeError("the real cause"))
