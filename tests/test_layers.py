@@ -45,6 +45,7 @@ LAYERS = (
     "loaders",
     "metrics",
     "views",
+    "run_data",
     "data",
     "phantom",
     "kd_paths",
