@@ -48,7 +48,7 @@ def test_images_are_as_they_were_scored(small_busi):
 
 
 def test_an_image_that_is_gone_is_named(small_busi):
-    with pytest.raises(InputError, match="data=busi: image benign.*77.* is not in the data set any more"):
+    with pytest.raises(InputError, match=r"data=busi: image benign.*77.* is not in the data set any more"):
         run_data.scored(data.Busi(small_busi), ["benign (77)"], image_size=32)
 
 
