@@ -13,7 +13,9 @@ from kdsweep import data
 from kdsweep.errors import InputError
 
 # A record may come from elsewhere, so it names one of these and is never imported by its word.
-SOURCES = {f"kdsweep.data.{cls.__name__}": cls for cls in (data.Udiat, data.Busi, data.Folder, data.Phantoms)}
+SOURCES: dict[str, type[data.Source]] = {
+    f"kdsweep.data.{cls.__name__}": cls for cls in (data.Udiat, data.Busi, data.Folder, data.Phantoms)
+}
 
 
 class Scored(NamedTuple):
@@ -45,10 +47,9 @@ def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) 
     if "cache_dir" in values:
         own["cache_dir"] = str(store / "phantoms")
     try:
-        found: data.Source = SOURCES[name](**own)
+        return SOURCES[name](**own)
     except TypeError as error:
         raise InputError(f"data.source={name}: the run recorded other options than it has now ({error})") from error
-    return found
 
 
 def scored(of: data.Source, ids: Iterable[str], *, image_size: int) -> dict[str, Scored]:
