@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from kdsweep import data
 from kdsweep.errors import InputError
 
 # A record may come from elsewhere, so it names one of these and is never imported by its word.
-SOURCES: dict[str, type[data.Source]] = {
+SOURCES: dict[str, Callable[..., Any]] = {
     f"kdsweep.data.{cls.__name__}": cls for cls in (data.Udiat, data.Busi, data.Folder, data.Phantoms)
 }
 
@@ -47,9 +47,10 @@ def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) 
     if "cache_dir" in values:
         own["cache_dir"] = str(store / "phantoms")
     try:
-        return SOURCES[name](**own)
+        found: data.Source = SOURCES[name](**own)
     except TypeError as error:
         raise InputError(f"data.source={name}: the run recorded other options than it has now ({error})") from error
+    return found
 
 
 def scored(of: data.Source, ids: Iterable[str], *, image_size: int) -> dict[str, Scored]:
