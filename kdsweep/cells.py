@@ -137,6 +137,7 @@ def _cell(
         evidence={**evidence, "code": grid.digest(code)},
         store=Path(cfg.store),
         code=code,
+        variant=grid.used_by(role, plain(cfg.variant)),
     )
 
 
@@ -196,7 +197,7 @@ def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
 
 def params(cfg: DictConfig) -> dict[str, Any]:
     """The flat resolved configuration, keys joined by dots: what MLflow keeps of a run."""
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("hydra", "variant")])
     flat: dict[str, Any] = grid.flatten(plain(own))
     return flat
 

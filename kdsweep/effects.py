@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations, product
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,7 +11,7 @@ import pandas as pd
 
 from kdsweep.errors import InputError
 from kdsweep.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, holm, mean_interval, p_value
-from kdsweep.sweeps import gaps, placed_runs, scored_images
+from kdsweep.sweeps import each_variant, gaps, placed_runs, scored_images
 
 if TYPE_CHECKING:
     from kdsweep.tracking import Sweep
@@ -70,11 +71,16 @@ def effects(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
 
     Returns:
         One row per effect with its 95 % interval, p, and Holm's p within its kind; a row that lacks a cell that it
-        needs has no numbers, and its gap says why.
+        needs has no numbers, and its gap says why. A sweep that varies further keys gives this for each of their
+        values, below each other, column settings first.
 
     Raises:
         InputError: the sweep is empty or mixed, or the cells were scored on different images.
     """
+    return each_variant(sweep, partial(_effects, test=test))
+
+
+def _effects(sweep: Sweep, *, test: str) -> pd.DataFrame:
     runs = placed_runs(sweep)
     scored = scored_images(runs=runs, scores=sweep.scores)
     why = gaps(runs=runs, scored=scored, notations=list(CELLS))
@@ -137,6 +143,7 @@ def format_effects(table: pd.DataFrame) -> pd.DataFrame:
     estimates = zip(table["estimate_points"], table["gap"], strict=True)
     intervals = zip(table["low_points"], table["high_points"], strict=True)
     columns = {
+        **({"Settings": table["settings"]} if "settings" in table else {}),
         "Factor": table["factor"],
         "Effect": table["effect"],
         "DSC points": [f"{DASH} ({gap})" if gap else _points(points) for points, gap in estimates],
@@ -150,6 +157,9 @@ def format_effects(table: pd.DataFrame) -> pd.DataFrame:
 
 def sentences(table: pd.DataFrame) -> list[str]:
     """One sentence per factor: what the data support at 5 % after Holm, what not, and on what the effect depends."""
+    if "settings" in table:
+        parts = table.groupby("settings", sort=False)
+        return [f"With {label}: {line}" for label, part in parts for line in sentences(part.drop(columns="settings"))]
     shown = []
     for factor in FACTORS:
         mine = table[[factor in name.split(" x ") for name in table["factor"]]]
@@ -192,7 +202,8 @@ def _told(row: pd.Series) -> str:
 
 def notes(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
     """What the numbers are, what they treat as independent, which runs are left out and which rows are gaps."""
-    tested = table.dropna(subset="p")["kind"].value_counts()
+    some = table[table["settings"] == table["settings"].iloc[0]] if "settings" in table else table
+    tested = some.dropna(subset="p")["kind"].value_counts()
     main, interaction = tested.get("main", 0), tested.get("interaction", 0)
     lines = [
         f"p: {TEST_NAMES[test]} of each image's contrast against 0; Holm: over the {main} main effects and, apart "
@@ -209,6 +220,7 @@ def notes(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
         lines.append(f"Left out, not of the 12 cells: {', '.join(others)}.")
     missing = table[table["gap"] != ""]
     if not missing.empty:
-        listed = "; ".join(f"{row['effect']}: {row['gap']}" for _, row in missing.iterrows())
+        where = missing["effect"] + (" with " + missing["settings"] if "settings" in missing else "")
+        listed = "; ".join(f"{name}: {gap}" for name, gap in zip(where, missing["gap"], strict=True))
         lines.append(f"Gaps, never averaged over fewer cells: {listed}.")
     return lines

@@ -1,29 +1,32 @@
 """The network of a finished run as one ONNX file that says how images are prepared for it.
 
-Usage: ``python -m kdsweep.export --run RUN --out student.onnx [--store DIR] [--images FOLDER]``; RUN as for predict.
-The file appears only if ONNX Runtime computes from it what PyTorch computes.
+Usage: ``python -m kdsweep.export --run RUN --out student.onnx [--store DIR] [--data-root DIR] [--register NAME]``; RUN
+as for predict. The file appears only if ONNX Runtime computes from it what PyTorch computes, by default on the run's
+own test images.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdsweep import checkpoint, costs, phantom, predict
-from kdsweep.errors import InputError, exit_code
+from kdsweep import checkpoint, costs, metrics, phantom, predict, records, registry, run_data
+from kdsweep.errors import InputError, exit_code, told
 from kdsweep.models import UNet
 from kdsweep.predict import Model
-from kdsweep.views import IMAGENET_MEAN, IMAGENET_STD
+from kdsweep.views import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 NEEDS = ("onnx", "onnxruntime", "onnxscript")
 OPSET = 18
 TOLERANCE = 1e-4  # of probabilities, between PyTorch and ONNX Runtime
+DICE_TOLERANCE = 1e-3  # of a mean: a pixel or two on the threshold may fall to the other side
 INPUT, OUTPUT = "images", "probabilities"
 WARM_UP, TIMED = 5, 50  # forward passes
 
@@ -116,39 +120,125 @@ def open_session(content: bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def check_inputs(*, images: Path | None, image_size: int) -> list[Tensor]:
-    """Inputs (1, 3, S, S) on which both runtimes are compared: a folder's images, else phantoms and noise.
+# ---- on which images -----------------------------------------------------------------------------------------------
 
-    Raises:
-        InputError: the folder has no image, or an unreadable one.
+
+class Inputs(NamedTuple):
+    """What both runtimes are compared on.
+
+    Attributes:
+        where: in words, as the last line names it.
+        images: each (1, 3, S, S), normalised.
+        masks: (N, 1, S, S) in {0, 1}, or None where there is no ground truth.
     """
-    if images is None:
-        noise = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-        drawn = [np.repeat(item.image[..., None], 3, axis=2) for item in phantom.cohort(count=4, seed=0)]
-        return [*(predict.prepare(image, image_size=image_size) for image in drawn), *noise.split(1)]
-    try:
-        read = [predict.read_image(file) for file in predict.list_images(images)[0].values()]
-    except ValueError as error:
-        raise InputError(f"--images {images}: {error}") from error
-    return [predict.prepare(image, image_size=image_size) for image in read]
+
+    where: str
+    images: list[Tensor]
+    masks: Tensor | None = None
 
 
-def largest_difference(session: Any, network: nn.Module, inputs: list[Tensor]) -> float:
-    """The largest absolute difference of a probability between ONNX Runtime and PyTorch, both on the CPU.
+def check_inputs(model: Model, *, images: Path | None, store: Path, data_root: Path | None) -> Inputs:
+    """A folder's images, else the run's test images, else phantoms and noise, which is told in a line.
 
     Args:
-        session: takes and gives arrays by name, as ONNX Runtime's does.
-        network: gives probabilities (1, 1, S, S).
-        inputs: each (1, 3, S, S).
+        model: whose input they become.
+        images: the folder.
+        store: where the run's phantoms lie.
+        data_root: where the run's images lie now, if not where they lay then.
+
+    Raises:
+        InputError: a folder that was named does not have the images.
     """
-    largest = 0.0
-    for images in inputs:
-        with torch.no_grad():
-            expected = network(images).numpy()
-        (found,) = session.run([OUTPUT], {INPUT: np.ascontiguousarray(images.numpy())})
-        difference = float(np.abs(found - expected).max())
-        largest = max(largest, difference if np.isfinite(difference) else np.inf)
-    return largest
+    if images is not None:
+        return folder_inputs(images, image_size=model.image_size)
+    try:
+        return run_inputs(model, store=store, data_root=data_root)
+    except (InputError, OSError) as error:
+        if data_root is not None:
+            raise InputError(f"--data-root {data_root}: {told(error)}") from error
+        drawn = drawn_inputs(model.image_size)
+        why = f"the run's test images cannot be read: {told(error)}"
+        sys.stdout.write(f"{why}; compared on {drawn.where} instead (--data-root DIR names images that were moved)\n")
+        return drawn
+
+
+def run_inputs(model: Model, *, store: Path, data_root: Path | None) -> Inputs:
+    """The images and masks that a run was tested on, as they were scored.
+
+    Raises:
+        InputError: the data set is not one of kdsweep's own, or it is not there, or not as it was.
+    """
+    try:
+        ids = json.loads((model.folder / "split.json").read_text(encoding="utf-8"))["test"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{model.folder / 'split.json'} is damaged") from error
+    params = json.loads((model.folder / records.CELL).read_text(encoding="utf-8"))["params"]
+    with tempfile.TemporaryDirectory() as scratch:
+        # Phantoms are drawn anew where the store has none: a folder that is no store stays as it is.
+        place = store if (store / "phantoms").is_dir() else Path(scratch)
+        source = run_data.source(params, store=place, root=data_root)
+        found = list(run_data.scored(source, ids, image_size=model.image_size).values())
+    masks = torch.from_numpy(np.stack([one.mask for one in found]))[:, None]
+    images = [normalise(torch.from_numpy(one.image)[None]) for one in found]
+    return Inputs(f"the run's {len(images)} test images ({source.name})", images, masks)
+
+
+def folder_inputs(folder: Path, *, image_size: int) -> Inputs:
+    """Any images; InputError if the folder has none, or an unreadable one."""
+    try:
+        read = [predict.read_image(file) for file in predict.list_images(folder)[0].values()]
+    except ValueError as error:
+        raise InputError(f"--images {folder}: {error}") from error
+    return Inputs(f"{len(read)} images of {folder}", [predict.prepare(image, image_size=image_size) for image in read])
+
+
+def drawn_inputs(image_size: int) -> Inputs:
+    """Phantoms and noise, the same ones each time."""
+    noise = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    drawn = [np.repeat(item.image[..., None], 3, axis=2) for item in phantom.cohort(count=4, seed=0)]
+    images = [*(predict.prepare(image, image_size=image_size) for image in drawn), *noise.split(1)]
+    return Inputs("4 phantoms and 4 images of noise", images)
+
+
+# ---- what is compared ----------------------------------------------------------------------------------------------
+
+
+def onnx_probabilities(session: Any, images: list[Tensor]) -> np.ndarray:
+    """Probabilities (N, 1, S, S) of images (1, 3, S, S) each by what takes and gives arrays as ONNX Runtime does."""
+    return np.concatenate([session.run([OUTPUT], {INPUT: np.ascontiguousarray(one.numpy())})[0] for one in images])
+
+
+def largest_difference(found: np.ndarray, network: nn.Module, images: list[Tensor]) -> float:
+    """The largest absolute difference of a probability from PyTorch's on the CPU; infinite if one is not a number.
+
+    Args:
+        found: (N, 1, S, S), of ONNX Runtime.
+        network: gives probabilities (1, 1, S, S).
+        images: N of (1, 3, S, S).
+    """
+    with torch.no_grad():
+        expected = np.concatenate([network(one).numpy() for one in images])
+    difference = float(np.abs(found - expected).max())
+    return difference if np.isfinite(difference) else np.inf
+
+
+def compare_dice(model: Model, found: np.ndarray, masks: Tensor) -> str:
+    """The mean Dice of probabilities (N, 1, S, S) beside the one that the run recorded, in words.
+
+    Raises:
+        InputError: the record is damaged.
+    """
+    try:
+        marker = json.loads((model.folder / records.FINISHED).read_text(encoding="utf-8"))
+        recorded = float(marker["values"]["test/dice"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{model.folder / records.FINISHED} is damaged; the sweep's command tests it again") from error
+    prediction = torch.from_numpy(found > predict.THRESHOLD)
+    dice = float(metrics.overlap(prediction=prediction, mask=masks)["dice"].mean())
+    if abs(dice - recorded) <= DICE_TOLERANCE:
+        return f"mean Dice {dice:.4f} there, recorded {recorded:.4f}"
+    cause = "it was tested in bf16" if model.precision == "bf16" else "are these the images that it was tested on?"
+    return f"WARNING: mean Dice {dice:.4f} there, but recorded {recorded:.4f} ({cause})"
 
 
 def time_ms(forward: Callable[[], object]) -> tuple[float, float]:
@@ -180,33 +270,41 @@ def latency(session: Any, network: nn.Module, images: Tensor) -> str:
     return f"one image on one thread of {costs.cpu_name()}, median of {TIMED}: {', '.join(told)}"
 
 
-def make(model: Model, *, out: Path, images: Path | None) -> None:
-    """Export, compare, write, and tell about it in three lines.
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def make(model: Model, *, out: Path, inputs: Inputs) -> bytes:
+    """Export, compare, write, and tell about it in three lines; the content of the file.
 
     Raises:
         InputError: the runtimes differ by more than TOLERANCE (nothing is written), or the file cannot be written.
     """
-    if out.is_dir():
-        raise InputError(f"--out {out}: is a folder; give a file such as {out / 'student.onnx'}")
-    inputs = check_inputs(images=images, image_size=model.image_size)
     sys.stdout.write(f"{model.title} to ONNX opset {OPSET}: {out}\n")
     sys.stdout.flush()
     content, network = to_onnx(model), Probabilities(model.network)
     session = open_session(content)
-    difference = largest_difference(session, network, inputs)
-    where = f"{len(inputs)} images of {images}" if images else "4 phantoms and 4 images of noise"
+    found = onnx_probabilities(session, inputs.images)
+    difference = largest_difference(found, network, inputs.images)
     if difference > TOLERANCE:
         raise InputError(
             f"--out {out}: not written, probabilities of ONNX Runtime and PyTorch differ by up to {difference:.1e} "
-            f"on {where}; allowed are {TOLERANCE:.0e}"
+            f"on {inputs.where}; allowed are {TOLERANCE:.0e}"
         )
-    sys.stdout.write(latency(session, network, inputs[0]) + "\n")
+    scored = "" if inputs.masks is None else f"; {compare_dice(model, found, inputs.masks)}"
+    sys.stdout.write(latency(session, network, inputs.images[0]) + "\n")
     try:
         checkpoint.write_bytes(out, content)
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
-    agree = f"probabilities differ from PyTorch's by at most {difference:.1e} on {where}, allowed {TOLERANCE:.0e}"
-    sys.stdout.write(f"wrote {out} ({len(content) / 1e6:.1f} MB); {agree}\n")
+    agree = f"probabilities differ from PyTorch's by at most {difference:.1e} on {inputs.where}"
+    sys.stdout.write(f"wrote {out} ({len(content) / 1e6:.1f} MB); {agree}, allowed {TOLERANCE:.0e}{scored}\n")
+    return content
+
+
+def find_store(model: Model, *, named: Path) -> Path:
+    """The store that a run's folder lies in, else the one that was named."""
+    folder = model.folder.resolve()
+    return folder.parents[1] if folder.parent.name in ("cells", "teachers") else named
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -214,12 +312,25 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kdsweep.export", description="A trained network as ONNX.")
     predict.parse_run(parser)
     parser.add_argument("--out", type=Path, required=True, help="ONNX file; one that is there is replaced")
-    parser.add_argument("--images", type=Path, help="folder of images to compare on (4 phantoms and noise)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--images", type=Path, help="folder of images to compare on (the run's test images)")
+    where.add_argument("--data-root", type=Path, help="where the run's images lie now (where they lay then)")
+    parser.add_argument(
+        "--register", metavar="NAME", help="make it the next version of this model in MLflow's registry"
+    )
     options = parser.parse_args(argv)
 
     def work() -> None:
         check_installed()
-        make(predict.find_model(options), out=options.out, images=options.images)
+        model = predict.find_model(options)
+        if options.out.is_dir():
+            raise InputError(f"--out {options.out}: is a folder; give a file such as {options.out / 'student.onnx'}")
+        store = find_store(model, named=options.store)
+        inputs = check_inputs(model, images=options.images, store=store, data_root=options.data_root)
+        content = make(model, out=options.out, inputs=inputs)
+        if options.register is not None:
+            network, uri = Probabilities(model.network), options.tracking_uri
+            registry.register(model, content, network=network, name=options.register, store=store, uri=uri)
 
     return exit_code(work)
 

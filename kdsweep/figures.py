@@ -1,153 +1,200 @@
-"""Figures from what MLflow holds: contours of several models on the same test images.
+"""The figures of a sweep, from what MLflow holds, as PNG, PDF and SVG.
 
-Usage: ``python -m kdsweep.figures --models Teacher_WAug,Student,L_KLD_WAug --out FILE [Hydra overrides of the sweep]``.
-The overrides say which sweep, split and data set: images are read from the data set, MLflow never holds any.
+Usage: ``python -m kdsweep.figures figure2|effects|curves|pairs|all [--sweep NAME] [--out DIR] [Hydra overrides]``.
+Hydra overrides, such as ``data=busi data.root=DIR``, may say which sweep is meant and where its images lie.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import re
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
-import numpy as np
-import pandas as pd
 
-from kdsweep import cells, checkpoint, tracking
-from kdsweep.data import Images
+from kdsweep import cells, checkpoint, contours, effects, plots, tables, tracking
 from kdsweep.errors import InputError, exit_code
-from kdsweep.tracking import Sweep
+from kdsweep.sweeps import known_values, variants
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-TRUTH, PREDICTION = "#00c853", "#ff1744"  # green and red, as in the paper's Figure 2
-QUANTILES = {1: (0.5,), 2: (0.25, 0.75), 3: (0.25, 0.5, 0.75)}
+    from kdsweep.tracking import Sweep
 
-
-def pick_images(dice: pd.Series, *, count: int) -> list[str]:
-    """Ids of the images at even quantiles of a model's Dice, so that good and bad ones show alike.
-
-    Args:
-        dice: fractions by image id.
-        count: 1 (the median image), 2 or 3 (quartiles).
-    """
-    ordered = dice.sort_values(kind="stable")
-    return [str(ordered.index[round(q * (len(ordered) - 1))]) for q in QUANTILES[count]]
-
-
-def draw_contours(
-    *,
-    images: dict[str, np.ndarray],
-    masks: dict[str, np.ndarray],
-    predictions: dict[str, dict[str, np.ndarray]],
-    dice: dict[str, pd.Series],
-    file: Path,
-) -> None:
-    """One row per image, one column per model: ground truth in green, prediction in red and dashed.
-
-    Args:
-        images: (H, W, 3) uint8 by image id; the rows.
-        masks: (H, W) in {0, 1} by image id.
-        predictions: (H, W) bool by model and image id; the columns.
-        dice: fractions by model, each by image id.
-        file: .png, .svg or .pdf.
-    """
-    columns = ["image", *predictions]
-    figure, grid = plt.subplots(
-        len(images), len(columns), figsize=(2.4 * len(columns), 2.55 * len(images)), squeeze=False, layout="constrained"
-    )
-    for row, (image_id, image) in zip(grid, images.items(), strict=True):
-        for axes, model in zip(row, columns, strict=True):
-            axes.imshow(image, interpolation="bicubic")
-            axes.set_axis_off()
-            if model == "image":
-                axes.set_title(image_id, fontsize=10)
-                continue
-            _contour(axes, masks[image_id], color=TRUTH, style="-")
-            _contour(axes, predictions[model][image_id], color=PREDICTION, style="--")
-            axes.set_title(f"{model}: Dice {dice[model][image_id]:.2f}", fontsize=10)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+FIGURES = {
+    "figure2": "contours of all models on test images",
+    "effects": "test DSC of each cell, and the main effects",
+    "curves": "validation Dice over the epochs",
+    "pairs": "each test image against Student",
+}
+# Of each format: what else it is saved with. Dates are left out, so that equal figures are equal files.
+FORMATS: dict[str, dict[str, Any]] = {
+    "png": {"dpi": 200},
+    "pdf": {"metadata": {"CreationDate": None}},
+    "svg": {"metadata": {"Date": None}},
+}
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "kdsweep", "pdf.fonttype": 42}  # text stays text
 
 
-def _contour(axes: Axes, mask: np.ndarray, *, color: str, style: str) -> None:
-    if mask.any() and not mask.all():
-        axes.contour(mask.astype(float), levels=[0.5], colors=color, linestyles=style, linewidths=1.6)
+@dataclass(frozen=True)
+class Choice:
+    """Which models on which images ``figure2`` shows; see ``contours.load``."""
+
+    split: int | None = None
+    seed: int | None = None
+    models: list[str] | None = None
+    count: int = 1
+    ids: list[str] | None = None
+    root: Path | None = None
 
 
-def contours(
-    sweep: Sweep, *, store: Path, uri: str | None, split: int, images: Images, models: list[str], count: int, file: Path
-) -> None:
-    """Draw models of a sweep on test images of one split, picked by the Dice of the last model.
+def draw(which: str, sweep: Sweep, *, store: Path, uri: str | None, choice: Choice) -> Iterator[tuple[str, Figure]]:
+    """One of FIGURES of a sweep, with the name of its file: several if it shows several images or settings.
 
     Args:
+        which: a key of FIGURES.
         sweep: as ``tracking.read_sweep`` gives it.
         store: folder of the runs.
-        uri: of the MLflow server, or None for the file in the store.
-        split: index of the random split.
-        images: the data set that the sweep ran on.
-        models: notations; the columns.
-        count: how many images.
-        file: .png, .svg or .pdf.
+        uri: of the MLflow server or database, or None for the file in the store.
+        choice: for figure2.
 
     Raises:
-        InputError: the sweep has no finished run of a model.
+        InputError: the sweep lacks what the figure shows.
     """
-    runs = sweep.runs[(sweep.runs["status"] == "FINISHED") & (sweep.runs["split"] == split)]
-    predictions, dice = {}, {}
-    for model in models:
-        own = runs[runs["notation"] == model]
-        if own.empty:
-            known = ", ".join(sorted(set(runs["notation"]))) or "none"
-            raise InputError(f"--models {model}: not finished in sweep {sweep.name} split {split}; finished: {known}")
-        run = own.iloc[0]
-        found = tracking.artifact(store=store, uri=uri, run_id=run["run_id"], name="test_predictions.npz")
-        predictions[model] = checkpoint.load_predictions(found)
-        scores = sweep.scores[sweep.scores["fingerprint"] == run["fingerprint"]]
-        dice[model] = scores.set_index("image")["dice"]
-    place = {image_id: index for index, image_id in enumerate(images.ids)}
-    chosen = pick_images(dice[models[-1]], count=count)
-    draw_contours(
-        images={i: images.eval_images[place[i]] for i in chosen},
-        masks={i: images.eval_masks[place[i]] for i in chosen},
-        predictions=predictions,
-        dice=dice,
-        file=file,
+    for label, part in variants(sweep).items():
+        name = f"{which}-{slug(label)}" if label else which
+        if which == "figure2":
+            shown = contours.load(part, store=store, uri=uri, **vars(choice))
+            for number, one in enumerate(shown, start=1):
+                one = one._replace(title=f"{one.title}, {label}" if label else one.title)
+                yield f"{name}-{number}" if len(shown) > 1 else name, contours.figure2(**one._asdict())
+            continue
+        title = heading(which, part, label=label)
+        if which == "effects":
+            yield name, plots.effects_plot(scores=tables.table4(part), effects=effects.effects(part), title=title)
+        elif which == "curves":
+            curves = tracking.read_curves(part, store=store, uri=uri)
+            yield name, plots.curves_plot(curves=curves, title=title)
+        else:
+            yield name, plots.pairs_plot(pairs=plots.paired(part), title=title)
+
+
+def heading(which: str, sweep: Sweep, *, label: str) -> str:
+    """The title of a figure: what it shows, of which sweep, data and profile."""
+    data, profile = ("".join(known_values(sweep.runs, key)) for key in ("data", "profile"))
+    shows = FIGURES[which][0].upper() + FIGURES[which][1:]
+    kind = " (a check, not a result)" if profile == "quick" else ""
+    return f"{shows}. Sweep {sweep.name}{f', {label}' if label else ''}: data {data}, profile {profile}{kind}"
+
+
+def slug(label: str) -> str:
+    """A label as a part of a file's name."""
+    return re.sub(r"[^\w.=-]+", "_", label)
+
+
+def render(figure: Figure, suffix: str) -> bytes:
+    """The bytes of a figure as one of FORMATS; equal figures give equal bytes."""
+    stream = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(stream, format=suffix, **FORMATS[suffix])
+    return stream.getvalue()
+
+
+def write(figure: Figure, *, out_dir: Path, name: str) -> list[Path]:
+    """Write NAME.png, .pdf and .svg.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    files = [out_dir / f"{name}.{suffix}" for suffix in FORMATS]
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            checkpoint.write_bytes(file, render(figure, file.suffix[1:]))
+    except OSError as error:
+        raise InputError(f"--out {out_dir}: cannot write there ({error.strerror})") from error
+    return files
+
+
+class Place(NamedTuple):
+    """Where a sweep is: folder of the runs, MLflow's address, its name (None: the one last asked for), its images."""
+
+    store: Path
+    uri: str | None
+    sweep: str | None
+    root: Path | None
+
+
+def parse_place(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which sweep is meant."""
+    parser.add_argument("--store", type=Path, help="folder of the runs (multirun)")
+    parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
+    parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
+    parser.add_argument("--data-root", type=Path, help="folder of the sweep's images, if they were moved")
+    parser.add_argument("overrides", nargs="*", help="or Hydra overrides of the sweep: data=busi data.root=DIR")
+
+
+def find_place(options: argparse.Namespace) -> Place:
+    """The sweep that the options of ``parse_place`` name."""
+    own = options.store or Path("multirun"), options.tracking_uri, options.sweep, options.data_root
+    if not options.overrides:
+        return Place(*own)
+    cfg = cells.compose(options.overrides)
+    typed = {word.lstrip("+").partition("=")[0] for word in options.overrides}
+    root = Path(str(cfg.data.root)) if "data.root" in typed else None
+    named = cfg.sweep_name if typed - {"store", "tracking.uri", "data.root"} else None
+    return Place(
+        options.store or Path(cfg.store),
+        options.tracking_uri or cfg.tracking.uri,
+        options.sweep or named,
+        options.data_root or root,
     )
+
+
+def make(which: str, *, place: Place, out_dir: Path | None, choice: Choice) -> None:
+    """Draw, write and log one figure or all; what cannot be drawn leaves the others alone.
+
+    Raises:
+        InputError: there is no such sweep, or what is lacking for a figure.
+    """
+    sweep = tracking.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
+    out_dir = out_dir or place.store / "figures"
+    choice = replace(choice, root=place.root)
+    failed = []
+    for name in FIGURES if which == "all" else [which]:
+        try:
+            for file_name, figure in draw(name, sweep, store=place.store, uri=place.uri, choice=choice):
+                files = write(figure, out_dir=out_dir, name=file_name)
+                logged = tracking.attach(sweep, files, folder="figures", store=place.store, uri=place.uri)
+                sys.stdout.write(f"wrote {out_dir / file_name}.{', .'.join(FORMATS)}; {logged}\n")
+        except InputError as error:
+            failed.append(str(error) if which == name else f"{name}: {error}")
+    if failed:
+        raise InputError("; ".join(failed))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw one figure; 0, or 1 after one line on stderr that says what to mend."""
-    parser = argparse.ArgumentParser(prog="python -m kdsweep.figures", description="Contours of models on test images.")
-    parser.add_argument("--models", default="Teacher_WAug,Student,L_KLD_WAug", help="notations, comma between them")
-    parser.add_argument("--images", type=int, choices=sorted(QUANTILES), default=3, help="how many test images (3)")
-    parser.add_argument("--out", type=Path, default=Path("contours.png"), help=".png, .svg or .pdf (contours.png)")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides of the sweep, such as profile=quick split=1")
-    options = parser.parse_args(argv)
-    mpl.use("Agg")
-
-    def work() -> None:
-        cfg = cells.compose(options.overrides)
-        cells.check(cfg)
-        store, uri = Path(cfg.store), cfg.tracking.uri
-        contours(
-            tracking.read_sweep(store=store, uri=uri, name=cfg.sweep_name),
-            store=store,
-            uri=uri,
-            split=cfg.split,
-            images=cells.images(cfg),
-            models=options.models.split(","),
-            count=options.images,
-            file=options.out,
-        )
-        sys.stdout.write(f"wrote {options.out}\n")
-
-    return exit_code(work)
+    """Draw one figure or all; 0, or 1 after one line on stderr that says what to mend."""
+    shows = "; ".join(f"{name}: {what}" for name, what in FIGURES.items())
+    parser = argparse.ArgumentParser(prog="python -m kdsweep.figures", description=f"Figures of a sweep. {shows}.")
+    parser.add_argument("figure", choices=[*FIGURES, "all"])
+    parse_place(parser)
+    parser.add_argument("--out", type=Path, help="folder for the files (STORE/figures)")
+    own = parser.add_argument_group("figure2")
+    own.add_argument("--models", help="notations, comma between them (the paper's figure)")
+    own.add_argument("--split", type=int, help="index of the random split (the first with most models finished)")
+    own.add_argument("--seed", type=int, help="of the cells (likewise)")
+    own.add_argument("--count", type=int, default=1, help="how many test images, at even quantiles of Dice (1: median)")
+    own.add_argument("--image", action="append", help="id of a test image instead; may be repeated")
+    options = parser.parse_intermixed_args(argv)
+    models = options.models.split(",") if options.models else None
+    choice = Choice(options.split, options.seed, models, options.count, options.image)
+    return exit_code(lambda: make(options.figure, place=find_place(options), out_dir=options.out, choice=choice))
 
 
 if __name__ == "__main__":

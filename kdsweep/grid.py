@@ -15,6 +15,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+# Keys of the configuration, each with all below it. FACTORS: those of the grid. NEUTRAL: what decides no result
+# (weights stands in student.weights and teacher.weights). UNUSED: what a role is given and does not use.
+FACTORS = ("path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
+LOCAL = ("device", "retry_failed", "store", "sweep_name", "tracking", "train.workers", "data.root", "variant")
+NEUTRAL = (*LOCAL, "data.source.root", "data.source.cache_dir", "weights")
+UNUSED = {
+    "cell": (),
+    "student": ("path", "loss", "teacher_aug", "teacher", "kd"),
+    "teacher": ("path", "loss", "teacher_aug", "student", "kd", "train.lr", "seed"),
+}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -29,6 +40,7 @@ class Cell:
         evidence: digests of what lies outside the configuration: data, code, weights files, the Teacher.
         store: folder that holds all runs.
         code: digest of each piece of code that the result depends on, by its name; evidence holds that of them all.
+        variant: values of the further keys that the sweep varies, as far as the role uses them.
     """
 
     role: str
@@ -39,6 +51,7 @@ class Cell:
     evidence: dict[str, str]
     store: Path = field(compare=False)
     code: dict[str, str] = field(default_factory=dict, compare=False)
+    variant: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -52,8 +65,9 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """How messages call it, such as ``HReg_KLD_WAug split 0 seed 0``."""
-        return f"{self.notation} split {self.split} seed {self.seed}"
+        """How messages call it, such as ``HReg_KLD_WAug split 0 seed 0``, and in brackets its variant if it has one."""
+        name = f"{self.notation} split {self.split} seed {self.seed}"
+        return f"{name} ({variant_label(self.variant)})" if self.variant else name
 
     @property
     def place(self) -> str:
@@ -80,6 +94,38 @@ def teacher_notation(train_view: str) -> str:
 def weak_suffix(view: str) -> str:
     """``_WAug`` for the weak view, as the paper writes it."""
     return "_WAug" if view == "weak" else ""
+
+
+def is_under(key: str, names: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of these, or below one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def variant_label(variant: dict[str, str]) -> str:
+    """Such as ``train.lr=0.001, kd.weight=0.9``."""
+    return ", ".join(f"{key}={value}" for key, value in variant.items())
+
+
+def used_by(role: str, variant: dict[str, str]) -> dict[str, str]:
+    """The part of a variant that a role uses: a Student without distillation has no ``kd.weight``."""
+    return {key: value for key, value in variant.items() if not is_under(key, UNUSED[role])}
+
+
+def varied_keys(params: list[dict[str, Any]]) -> list[str]:
+    """Keys of flat configurations that do not have one value in all, beyond the factors and what decides no result."""
+    keys = sorted({key for own in params for key in own if not is_under(key, FACTORS + NEUTRAL)})
+    return [key for key in keys if len({str(own.get(key)) for own in params}) > 1]
+
+
+def swept_keys(typed: list[list[str]]) -> list[str]:
+    """Keys that the command lines of several jobs give different values, beyond the factors and the neutral ones.
+
+    Args:
+        typed: the overrides of each job, such as ``["path=L", "train.lr=1e-3"]``.
+    """
+    jobs = [dict(word.lstrip("+").partition("=")[::2] for word in words) for words in typed]
+    keys = list(dict.fromkeys(key for job in jobs for key in job if not is_under(key, FACTORS + NEUTRAL)))
+    return [key for key in keys if len({job.get(key) for job in jobs}) > 1]
 
 
 def digest(value: Any) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kdsweep import interrupts, records, tracking
+from kdsweep import database, interrupts, records, tracking
 from kdsweep.grid import Cell
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Mirror:
         experiment: name of the MLflow experiment.
         asked: cells by the sweep that asks for them.
         teachers: those that the cells learn from.
+        varied: by the sweep the keys beyond the factors in which its cells differ.
         trains: whether there is training to be done, which must not wait long at its end.
 
     Raises:
@@ -49,10 +50,11 @@ class Mirror:
         experiment: str,
         asked: dict[str, list[Cell]],
         teachers: list[Cell],
+        varied: dict[str, list[str]] | None = None,
         trains: bool = True,
     ) -> None:
-        self.store, self.asked = store, asked
-        self.where = tracking.store_uri(store, uri)
+        self.store, self.asked, self._varied = store, asked, varied or {}
+        self.where = database.store_uri(store, uri)
         self._uri, self._experiment = uri, experiment
         first = next(iter(asked))
         self._sweeps = {cell.folder: first for cell in teachers}
@@ -123,7 +125,7 @@ class Mirror:
                 log.warning(
                     "MLflow at %s does not answer: training goes on, the runs are logged when it does (%s)",
                     self.where,
-                    tracking.line(error),
+                    database.line(error),
                 )
             self._complains = True
             return False
@@ -133,7 +135,7 @@ class Mirror:
         return True
 
     def _passes(self, error: Exception) -> bool:
-        return isinstance(error, tracking.TrackingError) or tracking.passes(error, self.where)
+        return isinstance(error, database.TrackingError) or database.passes(error, self.where)
 
     def _open(self) -> None:
         if self._tracker is None:
@@ -141,7 +143,7 @@ class Mirror:
 
     def _pass(self) -> None:
         self._open()
-        with tracking.alone(self.store):
+        with database.alone(self.store):
             while self._unasked:
                 self._tell(self._ask, self._unasked[0])
                 del self._unasked[0]
@@ -157,11 +159,11 @@ class Mirror:
         except Exception as error:
             if self._passes(error):
                 raise
-            log.warning("%s: MLflow refuses what is to be logged: %s", about, tracking.line(error))
+            log.warning("%s: MLflow refuses what is to be logged: %s", about, database.line(error))
 
     def _ask(self, sweep: str) -> None:
         if self._tracker is not None:
-            self._tracker.ask(sweep, self.asked[sweep])
+            self._tracker.ask(sweep, self.asked[sweep], varied=self._varied.get(sweep, []))
 
     def _mirror(self, folder: Path) -> None:
         record = records.read(folder)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from kdsweep import cells, grid, records
 from kdsweep.grid import Cell
@@ -62,11 +62,43 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
     """
     for cfg in configs:
         cells.check(cfg)
+    name_variants(configs)
     jobs = []
     for cfg in configs:
         cell = cells.cell(cfg)
         jobs.append(Job(cfg, cell, records.read_finished(cell.folder)))
     return jobs
+
+
+def name_variants(configs: Sequence[DictConfig]) -> None:
+    """Write into each configuration the values of the keys beyond the factors that its sweep varies.
+
+    A key that an earlier command of the same sweep varied counts too, so that a value can be added to its list later.
+    """
+    for own in _by_sweep(configs).values():
+        first = own[0]
+        keys = swept_keys(own) + records.read_varied(Path(first.store), first.sweep_name)
+        if not keys:
+            continue
+        for cfg in own:
+            flat = cells.params(cfg)
+            choices = cfg.hydra.runtime.choices if "hydra" in cfg else {}
+            found = {key: flat[key] if key in flat else choices.get(key) for key in dict.fromkeys(keys)}
+            with open_dict(cfg):
+                cfg.variant = {key: str(value) for key, value in found.items() if value is not None}
+
+
+def swept_keys(configs: Sequence[DictConfig]) -> list[str]:
+    """What a command line gives several values, beyond the factors: keys and configuration groups such as teacher."""
+    typed = [list(cfg.hydra.overrides.task) if "hydra" in cfg else [] for cfg in configs]
+    return [key for key in grid.swept_keys(typed) if not key.startswith("hydra")]
+
+
+def _by_sweep(configs: Sequence[DictConfig]) -> dict[tuple[str, str], list[DictConfig]]:
+    found: dict[tuple[str, str], list[DictConfig]] = {}
+    for cfg in configs:
+        found.setdefault((cfg.store, cfg.sweep_name), []).append(cfg)
+    return found
 
 
 def watch(jobs: Sequence[Job]) -> None:
@@ -79,15 +111,19 @@ def watch(jobs: Sequence[Job]) -> None:
         stores.setdefault((cfg.store, cfg.tracking.uri, cfg.tracking.experiment), []).append(job)
     for (store, uri, experiment), own in stores.items():
         asked: dict[str, list[Cell]] = {}
+        varied: dict[str, list[str]] = {}
         for sweep in sorted({job.config.sweep_name for job in own}):
             members = [job for job in own if job.config.sweep_name == sweep]
             asked[sweep] = [job.cell for job in unique(members)]
-            records.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members))
+            swept = swept_keys([job.config for job in members])
+            varied[sweep] = swept + grid.varied_keys([cells.params(job.config) for job in members])
+            records.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
         mirror.Mirror(
             store=Path(store),
             uri=uri,
             experiment=experiment,
             asked=asked,
+            varied=varied,
             teachers=teacher_cells(own),
             trains=bool(waiting(own)),
         )

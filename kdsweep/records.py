@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,24 +259,50 @@ def read(folder: Path) -> Record:
     )
 
 
-def ask(store: Path, sweep: str, *, cells: list[Cell], teachers: list[Cell]) -> None:
+def ask(store: Path, sweep: str, *, cells: list[Cell], teachers: list[Cell], varied: Sequence[str] = ()) -> None:
     """Write down which cells a sweep asks for, and their Teachers; what it asked for before stays.
 
     A cell that is asked for again with new code or new data takes the seat of the old one.
+
+    Args:
+        store: folder of the runs.
+        sweep: its name.
+        cells: that it asks for.
+        teachers: that they learn from.
+        varied: keys beyond the factors that its command line gave several values.
     """
     folder = store / SWEEPS
     folder.mkdir(parents=True, exist_ok=True)
+    own = [*teachers, *cells]
     with FileLock(folder / LOCK):
         checkpoint.remove_parts(folder)
-        asked = read_asked(store, sweep)
-        asked |= {cell.place: str(cell.folder.relative_to(store)) for cell in [*teachers, *cells]}
-        checkpoint.write_json(folder / f"{sweep}.json", {"asked": asked})
+        asked = read_asked(store, sweep) | {cell.place: str(cell.folder.relative_to(store)) for cell in own}
+        variants = read_variants(store, sweep) | {cell.place: cell.variant for cell in own if cell.variant}
+        keys = dict.fromkeys([*read_varied(store, sweep), *varied])
+        content = {"asked": asked, "varied": list(keys), "variants": variants}
+        checkpoint.write_json(folder / f"{sweep}.json", content)
 
 
 def read_asked(store: Path, sweep: str) -> dict[str, str]:
     """Folders, relative to the store, of the cells and Teachers that a sweep asked for, by their places."""
-    asked: dict[str, str] = (_read(store / SWEEPS / f"{sweep}.json") or {}).get("asked", {})
+    asked: dict[str, str] = _read_sweep(store, sweep).get("asked", {})
     return asked
+
+
+def read_variants(store: Path, sweep: str) -> dict[str, dict[str, str]]:
+    """Variants of what a sweep asked for, by their places; what has none is left out."""
+    variants: dict[str, dict[str, str]] = _read_sweep(store, sweep).get("variants", {})
+    return variants
+
+
+def read_varied(store: Path, sweep: str) -> list[str]:
+    """Keys beyond the factors that the command lines of a sweep gave several values."""
+    varied: list[str] = _read_sweep(store, sweep).get("varied", [])
+    return varied
+
+
+def _read_sweep(store: Path, sweep: str) -> dict[str, Any]:
+    return _read(store / SWEEPS / f"{sweep}.json") or {}
 
 
 def sweeps(store: Path) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kdsweep import records
 from kdsweep.errors import InputError, exit_code
+from kdsweep.grid import variant_label
 from kdsweep.progress import duration
 from kdsweep.records import Record
 
@@ -75,16 +76,19 @@ def outlook(*, teachers: list[Record], cells: list[Record]) -> str:
 # ---- text ----------------------------------------------------------------------------------------------------------
 
 
-def report(sweep: str, found: Mapping[str, Record], *, now_ms: int) -> str:
+def report(
+    sweep: str, found: Mapping[str, Record], *, variants: Mapping[str, dict[str, str]] | None = None, now_ms: int
+) -> str:
     """The text that the command prints.
 
     Args:
         sweep: its name.
         found: records of all that it asked for, by their places (``Cell.place``).
+        variants: of the places that have one.
         now_ms: milliseconds since 1970.
     """
     places = sorted(found, key=lambda place: _order(place, found[place]))
-    titles = _titles(places)
+    titles = _titles(places, variants or {})
     teachers = [found[place] for place in places if _is_teacher(found[place])]
     cells = [found[place] for place in places if not _is_teacher(found[place])]
     number = f"{len(cells)} cell{'' if len(cells) == 1 else 's'}"
@@ -112,15 +116,16 @@ def _order(place: str, record: Record) -> tuple[bool, int, int, str, str]:
     return not _is_teacher(record), *numbers, notation, settings
 
 
-def _titles(places: Iterable[str]) -> dict[str, str]:
-    """Names as messages have them (``Cell.title``); where several share one, the digest of the settings behind it."""
+def _titles(places: Iterable[str], variants: Mapping[str, dict[str, str]]) -> dict[str, str]:
+    """Names as messages have them (``Cell.title``); where several share one, variant or digest of the settings too."""
     parts = {place: place.rpartition("/") for place in places}
     shared = Counter(name for name, _, _ in parts.values())
     titles = {}
     for place, (name, _, settings) in parts.items():
         notation, split, seed = name.rsplit("/", 2)
         title = f"{notation} split {split.removeprefix('split')} seed {seed.removeprefix('seed')}"
-        titles[place] = f"{title} ({settings})" if shared[name] > 1 else title
+        variant = variant_label(variants.get(place, {}))
+        titles[place] = f"{title} ({variant or settings})" if variant or shared[name] > 1 else title
     return titles
 
 
@@ -171,7 +176,7 @@ def make(*, store: Path, sweep: str | None) -> str:
     name = sweep or known[-1]
     asked = records.read_asked(store, name)
     found = {place: records.read(store / folder) for place, folder in asked.items()}
-    return report(name, found, now_ms=records.now_ms())
+    return report(name, found, variants=records.read_variants(store, name), now_ms=records.now_ms())
 
 
 def main(argv: list[str] | None = None) -> int:

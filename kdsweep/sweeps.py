@@ -2,27 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from kdsweep.errors import InputError
+from kdsweep.grid import FACTORS, NEUTRAL, UNUSED, is_under, used_by, variant_label
 from kdsweep.stats import PLACE
 
 if TYPE_CHECKING:
     from kdsweep.tracking import Sweep
 
-# Params in which the runs of a sweep may differ, each name with all below it: the factors of the grid, and what decides
-# no result (weights stands in student.weights and teacher.weights). UNUSED: what a role is given and does not use.
-FACTORS = ("path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
-LOCAL = ("device", "retry_failed", "store", "sweep_name", "tracking", "train.workers", "data.root")
-NEUTRAL = (*LOCAL, "data.source.root", "data.source.cache_dir", "weights")
-UNUSED = {
-    "cell": (),
-    "student": ("path", "loss", "teacher_aug", "teacher", "kd"),
-    "teacher": ("path", "loss", "teacher_aug", "student", "kd", "train.lr", "seed"),
-}
+NOT_RUN = "not run"
 REMEDY = "add sweep_name=NAME to the command whose results belong in one table; finished cells are not run again"
+
+
+def variants(sweep: Sweep) -> dict[str, Sweep]:
+    """The sweep by the values of the further keys that it varies, each part with its own Students and Teachers.
+
+    Returns:
+        By label, such as ``train.lr=0.001``, in the order of the values; one part, labelled "", if it varies none.
+
+    Raises:
+        InputError: the sweep is empty, or mixes options that determine results and that it does not vary.
+    """
+    _refuse_mixing(sweep)
+    runs = sweep.runs.assign(variant=pd.Series(_variants(sweep), index=sweep.runs.index, dtype=object))
+    taught, alone = (list(runs.loc[runs["role"] == role, "variant"]) for role in ("cell", "student"))
+    served = [used_by("student", variant) for variant in taught]
+    every = [*taught, *(variant for variant in alone if variant not in served)]
+    found = {variant_label(variant): variant for variant in every}
+    parts = {}
+    for label in sorted(found, key=lambda label: [_rank(value) for value in found[label].values()]):
+        variant = found[label]
+        own = {"cell": variant, "student": used_by("student", variant)}
+        here = runs[[own.get(role) == its for role, its in zip(runs["role"], runs["variant"], strict=True)]]
+        teachers = runs[(runs["role"] == "teacher") & runs["fingerprint"].isin(here["teacher"])]
+        parts[label] = replace(sweep, runs=pd.concat([here, teachers], ignore_index=True), varied=())
+    return parts if len(parts) > 1 else {"": replace(sweep, varied=())}
+
+
+def each_variant(sweep: Sweep, make: Callable[[Sweep], pd.DataFrame]) -> pd.DataFrame:
+    """A table of each variant, below each other, with a first column ``settings`` if there are several.
+
+    Then rows that no variant asked for are left out.
+    """
+    parts = variants(sweep)
+    if len(parts) == 1:
+        return make(*parts.values())
+    tables = [make(part) for part in parts.values()]
+    for label, table in zip(parts, tables, strict=True):
+        table.insert(0, "settings", label)
+    whole = pd.concat(tables, ignore_index=True)
+    if "notation" in whole:
+        asked = whole.loc[whole["gap"] != NOT_RUN, "notation"]
+        whole = whole[whole["notation"].isin(asked)].reset_index(drop=True)
+    return whole
+
+
+def _variants(sweep: Sweep) -> list[dict[str, str]]:
+    """The variant of each run; what was asked for alone gets the values of its params."""
+    given = list(sweep.runs["variant"])
+    keys = list(dict.fromkeys(key for variant in given for key in variant))
+    rows = zip(given, sweep.runs["params"], sweep.runs["role"], strict=True)
+    return [
+        used_by(role, {key: variant.get(key, params.get(key, "?")) for key in keys}) if role != "teacher" else {}
+        for variant, params, role in rows
+    ]
+
+
+def _rank(value: str) -> tuple[bool, float, str]:
+    """Numbers before words, and by their size."""
+    try:
+        return False, float(value), value
+    except ValueError:
+        return True, 0.0, value
 
 
 def placed_runs(sweep: Sweep) -> pd.DataFrame:
@@ -71,12 +127,12 @@ def _refuse_mixing(sweep: Sweep) -> None:
         values = [f"{key}={value}" for value in known_values(sweep.runs, key)]
         if len(values) > 1:
             raise InputError(f"sweep {sweep.name} mixes {' and '.join(values)}: {REMEDY}")
-    mixed = _mixed_params(sweep.runs)
+    mixed = _mixed_params(sweep.runs, besides=sweep.varied)
     if mixed:
         raise InputError(f"sweep {sweep.name} mixes {', '.join(mixed[:3])}: {REMEDY}")
 
 
-def _mixed_params(runs: pd.DataFrame) -> list[str]:
+def _mixed_params(runs: pd.DataFrame, *, besides: tuple[str, ...]) -> list[str]:
     """The params that should have one value and do not, such as ``KEY=1 (L_MSE split 0) and KEY=2 (Student split 0)``.
 
     Not those of Teachers: theirs are the params of whichever cell first trained them.
@@ -84,17 +140,15 @@ def _mixed_params(runs: pd.DataFrame) -> list[str]:
     known = runs[(runs["role"] != "teacher") & runs["params"].map(bool)]  # no params: the run never started
     known = known.sort_values(["role", "notation", *PLACE, "fingerprint"])
     mixed = []
-    for key in sorted({key for params in known["params"] for key in params if not _under(key, FACTORS + NEUTRAL)}):
-        users = known[[not _under(key, UNUSED[role]) for role in known["role"]]]
+    for key in sorted(
+        {key for params in known["params"] for key in params if not is_under(key, FACTORS + NEUTRAL + besides)}
+    ):
+        users = known[[not is_under(key, UNUSED[role]) for role in known["role"]]]
         first = users.assign(value=[params.get(key, "unset") for params in users["params"]]).drop_duplicates("value")
         if len(first) > 1:
             shown = zip(first["value"], first["notation"], first["split"], strict=True)
             mixed.append(" and ".join([f"{key}={value} ({name} split {split})" for value, name, split in shown][:2]))
     return mixed
-
-
-def _under(key: str, names: tuple[str, ...]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
@@ -103,7 +157,7 @@ def _refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
         if same["fingerprint"].nunique() > 1:
             one, other = same["params"].iloc[0], same["params"].iloc[1]
             keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
-            keys = [key for key in keys if not _under(key, NEUTRAL + UNUSED[same["role"].iloc[0]])]
+            keys = [key for key in keys if not is_under(key, NEUTRAL + UNUSED[same["role"].iloc[0]])]
             shown = ", ".join(f"{key}={one.get(key, 'unset')} and {other.get(key, 'unset')}" for key in keys[:3])
             shown = shown or "equal options, so the code, the data or a weights file changed"
             raise InputError(
@@ -125,7 +179,7 @@ def gaps(*, runs: pd.DataFrame, scored: pd.DataFrame, notations: list[str]) -> d
 
 def _gap(runs: pd.DataFrame, *, asked: list[tuple[int, int]]) -> str:
     if runs.empty:
-        return "not run"
+        return NOT_RUN
     places: dict[str, list[str]] = {}
     several_seeds = len({seed for _, seed in asked}) > 1
     for split, seed in asked:

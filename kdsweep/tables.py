@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,8 +16,9 @@ import pandas as pd
 
 from kdsweep import effects
 from kdsweep.errors import InputError, exit_code
+from kdsweep.grid import used_by
 from kdsweep.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, TESTS, holm, mean_interval, own_teachers, p_value, pair
-from kdsweep.sweeps import gaps, known_values, placed_runs, scored_images
+from kdsweep.sweeps import each_variant, gaps, known_values, placed_runs, scored_images, variants
 
 if TYPE_CHECKING:
     from kdsweep.tracking import Sweep
@@ -59,7 +61,14 @@ def cell_notations(sweep: Sweep) -> list[str]:
 
 
 def table3(sweep: Sweep) -> pd.DataFrame:
-    """Table 3: the factors of each experiment, our mean Dice over the test images of all splits (%), the paper's."""
+    """Table 3: the factors of each experiment, our mean Dice over the test images of all splits (%), the paper's.
+
+    A sweep that varies further keys gives a table for each of their values, below each other, column settings first.
+    """
+    return each_variant(sweep, _table3)
+
+
+def _table3(sweep: Sweep) -> pd.DataFrame:
     runs, notations = placed_runs(sweep), cell_notations(sweep)
     scored = scored_images(runs=runs, scores=sweep.scores)
     why = gaps(runs=runs, scored=scored, notations=notations)
@@ -81,8 +90,17 @@ def table3(sweep: Sweep) -> pd.DataFrame:
 def table4(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
     """Table 4: Dice (%) and how each model compares with its Teacher and with Student, the paper's figures beside.
 
-    The difference is the paired mean difference to Student in percentage points; `test` is a key of TESTS.
+    The difference is the paired mean difference to Student in percentage points; `test` is a key of TESTS. A sweep that
+    varies further keys gives a table for each of their values, below each other, column settings first: each row is
+    compared with the Teacher and the Student of its own settings, and Holm's family is all of them.
     """
+    table = each_variant(sweep, partial(_table4, test=test))
+    for column in ("p_teacher", "p_student"):  # the family is the KD cells: the baselines are not what is being tried
+        table[f"{column}_holm"] = holm(table[column].where(~table["notation"].isin(BASELINES)))
+    return table
+
+
+def _table4(sweep: Sweep, *, test: str) -> pd.DataFrame:
     runs, cells = placed_runs(sweep), cell_notations(sweep)
     scored = scored_images(runs=runs, scores=sweep.scores)
     why = gaps(runs=runs, scored=scored, notations=[*BASELINES, *cells])
@@ -92,8 +110,6 @@ def table4(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
         for notation, gap in why.items()
     ]
     table = pd.DataFrame(rows).astype({"n_images": "Int64"})
-    for column in ("p_teacher", "p_student"):  # the family is the KD cells: the baselines are not what is being tried
-        table[f"{column}_holm"] = holm(table[column].where(table["notation"].isin(cells)))
     table = table.join(_paper(), on="notation")
     return table.assign(difference_to_paper_points=table["mean_dice_percent"] - table["paper_mean_dice_percent"])
 
@@ -145,9 +161,14 @@ def _or_gap(text: list[str], gap: pd.Series) -> list[str]:
     return [f"{DASH} ({why})" if why else number for number, why in zip(text, gap, strict=True)]
 
 
+def _settings(table: pd.DataFrame) -> dict[str, pd.Series]:
+    return {"Settings": table["settings"]} if "settings" in table else {}
+
+
 def format_table3(table: pd.DataFrame) -> pd.DataFrame:
     """The strings of Table 3."""
     columns = {
+        **_settings(table),
         "KD representation": table["representation"],
         "Notation": table["notation"],
         "KD loss": table["loss"],
@@ -162,6 +183,7 @@ def format_table4(table: pd.DataFrame) -> pd.DataFrame:
     """The strings of Table 4."""
     intervals = zip(table["difference_low_points"], table["difference_high_points"], strict=True)
     columns = {
+        **_settings(table),
         "Model": table["notation"],
         "DSC %": _or_gap(_with_std(mean=table["mean_dice_percent"], std=table["std_dice_percent"]), table["gap"]),
         **_per_split(table),
@@ -193,7 +215,8 @@ def _per_split(table: pd.DataFrame) -> dict[str, list[str]]:
 
 def provenance(sweep: Sweep) -> list[str]:
     """What made the numbers: profile, data, weights, device, how many images."""
-    runs = placed_runs(sweep)
+    parts = variants(sweep)
+    runs = pd.concat([placed_runs(part) for part in parts.values()]).drop_duplicates(["fingerprint", *PLACE])
     scored = scored_images(runs=runs, scores=sweep.scores)
     finished = runs[runs["status"] == "FINISHED"]
     weights, device = (", ".join(known_values(finished, key)) or DASH for key in ("weights", "device"))
@@ -204,6 +227,10 @@ def provenance(sweep: Sweep) -> list[str]:
         f"splits: {runs['split'].nunique()}, seeds: {runs['seed'].nunique()}, "
         f"test images: {len(images)} over all of them, {images['image'].nunique()} different."
     ]
+    if len(parts) > 1:
+        notes.append(
+            f"Each of the {len(parts)} settings stands for itself: {'; '.join(parts)}. Nothing is averaged over."
+        )
     if profile == "quick":
         notes.append("A check of the machinery, not a result.")
     if "trivial_dice" in finished:
@@ -217,7 +244,10 @@ def footnotes(*, sweep: Sweep, table: pd.DataFrame) -> list[str]:
     notes = provenance(sweep)
     missing = table[table["gap"] != ""]
     if not missing.empty:
-        listed = "; ".join(f"{name} ({gap})" for name, gap in zip(missing["notation"], missing["gap"], strict=True))
+        names = missing["notation"]
+        if "settings" in missing:
+            names += " with " + missing["settings"]
+        listed = "; ".join(f"{name} ({gap})" for name, gap in zip(names, missing["gap"], strict=True))
         notes.append(f"Gaps, never averaged over fewer runs: {listed}.")
     source = "Paper: Behboodi, Brooks, Rivaz 2025, Table 4, doi 10.36922/aih.3509"
     data = "".join(known_values(sweep.runs, "data")) or DASH
@@ -234,7 +264,8 @@ def footnotes4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
         "difference, percentage points. An image that several splits or seeds test counts once in each, "
         "as if independent.",
     ]
-    if table.loc[table["notation"] == "Student", "gap"].item():
+    student = table.loc[table["notation"] == "Student", "gap"]
+    if student.empty or (student != "").any():
         notes.append(
             "No p against Student before its baseline is finished; with the cells' own options: "
             f"`{student_command(sweep)}`"
@@ -250,9 +281,12 @@ def student_command(sweep: Sweep) -> str:
     }
     defaults = {"profile": "paper", "data": "phantom", "split": 0, "seed": 0}
     words = [f"{key}={','.join(map(str, values[key]))}" for key in defaults if values[key] not in ([], [defaults[key]])]
+    used = [used_by("student", variant) for variant in runs["variant"]]
+    for key in dict.fromkeys(key for variant in used for key in variant):
+        words.append(f"{key}={','.join(dict.fromkeys(variant[key] for variant in used if key in variant))}")
     if sweep.name != "-".join(values["data"] + values["profile"]):  # the sweep_name of conf/config.yaml
         words.append(f"sweep_name={sweep.name}")
-    several = ["-m"] if len(values["split"]) * len(values["seed"]) > 1 else []
+    several = ["-m"] if any("," in word for word in words) else []
     return " ".join(["python -m kdsweep path=none", *words, *several])
 
 
@@ -294,6 +328,15 @@ class Made(NamedTuple):
     notes: list[str]
 
 
+def best_variant(sweep: Sweep, table: pd.DataFrame) -> tuple[Sweep, pd.DataFrame]:
+    """The part of a sweep, and of its Table 4, that has the best finished cell; all of them if it varies no keys."""
+    if "settings" not in table:
+        return sweep, table
+    cells = table[~table["notation"].isin(BASELINES)].sort_values("mean_dice_percent", ascending=False)
+    label = [*cells["settings"], *table["settings"]][0]
+    return variants(sweep)[label], table[table["settings"] == label].drop(columns="settings")
+
+
 def made(which: str, *, sweep: Sweep, store: Path, test: str) -> Made:
     """One of TABLES of a sweep whose cells' folders are in a store."""
     if which == "table3":
@@ -309,6 +352,7 @@ def made(which: str, *, sweep: Sweep, store: Path, test: str) -> Made:
     if which == "table5":
         from kdsweep import costs  # loads torch: seconds that the other tables need not wait for
 
+        sweep, table = best_variant(sweep, table)
         measured = costs.table5(sweep, store=store, scores=table)
         notes = costs.notes(sweep=sweep, table=measured, scores=table)
         return Made("Table 5. What the networks cost", measured, costs.format_table5(measured), notes)

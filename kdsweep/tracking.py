@@ -1,26 +1,30 @@
 """The only module that talks to MLflow: runs are written here, and read back as pandas frames.
 
-A sweep is a parent run; what it asked for is written on it as tags ``kdsweep.asked.PLACE = FINGERPRINT``. A cell is a
-run of its own, computed once per fingerprint, and counts in every sweep that asked for it.
+A sweep is a parent run; what it asked for is written on it as tags ``kdsweep.asked.PLACE = FINGERPRINT VARIANT``. A
+cell is a run of its own, computed once per fingerprint, and counts in every sweep that asked for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sqlite3
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 
 from kdsweep.checkpoint import remove_parts
+from kdsweep.database import DATABASE, TrackingError, alone, artifacts_uri, follow_move, line, passes, store_uri
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
 from kdsweep.records import Record, now_ms
@@ -40,17 +44,15 @@ for _noisy in ("alembic", "mlflow"):  # they tell every table of a new database 
     logging.getLogger(_noisy).setLevel(logging.WARNING)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what is raised as well
 
+T = TypeVar("T")
 EXPERIMENT = "kdsweep"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on curves, not on prompts
 ASKED = "kdsweep.asked."
+VARIED = "kdsweep.varied"
 ERROR = "kdsweep.error"
-DATABASE = "mlflow.db"
+NOTE = "mlflow.note.content"  # what the UI shows as a run's description
 ARTIFACTS = ("test_scores.csv", "test_predictions.npz", "split.json")
 BATCH = 100  # MLflow takes at most so many params, or so many tags, in one call
-
-
-class TrackingError(Exception):
-    """The store does not answer now; it may later."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +62,20 @@ class Sweep:
     Attributes:
         name: of the sweep.
         runs: one row per cell asked for and per Teacher they learn from; columns fingerprint, role, notation, split,
-            seed, profile, data, weights, device, teacher, status, run_id, params, trivial_dice.
+            seed, variant (values of the further keys that the sweep varies, as a dict), profile, data, weights,
+            device, teacher, status, run_id, started_ms, ended_ms, params, tags, trivial_dice.
         scores: one row per fingerprint and test image of the finished ones; fractions 0 to 1, HD95 in pixels.
+        varied: the keys beyond the factors in which its cells differ on purpose.
+        run_id: of the parent run.
+        experiment_id: of the MLflow experiment.
     """
 
     name: str
     runs: pd.DataFrame
     scores: pd.DataFrame
-
-
-def store_uri(store: Path, uri: str | None) -> str:
-    """The tracking URI: the one given, or a SQLite file in the store (absolute: the working directory may change)."""
-    return uri or f"sqlite:///{store.resolve() / DATABASE}"
-
-
-def passes(error: BaseException, uri: str) -> bool:
-    """Whether a failure may be over the next time: a server that does not answer, a database locked, a disk full."""
-    signs = ("database is locked", "disk is full", "disk I/O error", "readonly database", "No space left")
-    return uri.startswith("http") or any(sign in str(error) for sign in signs)
+    varied: tuple[str, ...] = ()
+    run_id: str = ""
+    experiment_id: str = ""
 
 
 @dataclass
@@ -116,7 +114,7 @@ class Tracker:
                 if uri is None and not (store / DATABASE).exists():
                     _make_database(store, experiment)
                 if uri is None and os.access(store, os.W_OK):
-                    _follow_move(store, experiment)
+                    follow_move(store, experiment)
                 self._client = MlflowClient(tracking_uri=self.uri)
                 self.experiment_id = self._open(experiment, uri)
         except Exception as error:
@@ -131,15 +129,28 @@ class Tracker:
         if found is not None:
             return str(found.experiment_id)
         # A database has no place for artifacts: they go beside it. A server has one of its own.
-        place = None if uri and uri.startswith("http") else _artifacts(self.store)
+        place = None if uri and uri.startswith("http") else artifacts_uri(self.store)
         return str(self._client.create_experiment(experiment, place, tags=EXPERIMENT_TAGS))
 
-    def ask(self, sweep: str, cells: list[Cell]) -> None:
-        """Write down that this sweep wants these cells, finished or not, so that a table shows what is missing."""
+    def ask(self, sweep: str, cells: list[Cell], *, varied: Sequence[str] = ()) -> None:
+        """Write down that this sweep wants these cells, finished or not, so that a table shows what is missing.
+
+        Args:
+            sweep: its name.
+            cells: that it asks for, beside those it asked for before.
+            varied: keys beyond the factors in which they differ on purpose.
+        """
         parent = self._parent(sweep)
-        tags = [RunTag("kdsweep.asked_at", str(time.time()))]
-        tags += [RunTag(ASKED + cell.place, cell.fingerprint) for cell in cells]
-        for part in _parts(tags):
+        before = self._client.get_run(parent).data.tags
+        keys = dict.fromkeys([*before.get(VARIED, "").split(), *varied])
+        asked = {}
+        for cell in cells:
+            key = ASKED + cell.place
+            asked[key] = f"{cell.fingerprint} {json.dumps(cell.variant)}" if cell.variant else cell.fingerprint
+            if before.get(key, "").startswith(f"{asked[key]} "):  # asked for alone this time, among others before
+                asked[key] = before[key]
+        about = {"kdsweep.asked_at": str(time.time()), VARIED: " ".join(keys), NOTE: _note(sweep, before | asked)}
+        for part in _parts([RunTag(key, value) for key, value in (about | asked).items()]):
             self._client.log_batch(parent, tags=part)
 
     def mirror(self, record: Record, *, sweep: str) -> str:
@@ -245,16 +256,27 @@ class Tracker:
             InputError: there is no such sweep.
         """
         parent = self._named_sweep(name)
-        asked = {key.removeprefix(ASKED): value for key, value in parent.data.tags.items() if key.startswith(ASKED)}
+        tags = parent.data.tags
+        varied = tuple(tags.get(VARIED, "").split())
+        asked = {key.removeprefix(ASKED): value for key, value in tags.items() if key.startswith(ASKED)}
         runs = self._by_fingerprint()
-        rows = [_row(fingerprint, runs.get(fingerprint), place) for place, fingerprint in sorted(asked.items())]
+        rows = []
+        for place, value in sorted(asked.items()):
+            fingerprint, _, variant = value.partition(" ")
+            row = _row(fingerprint, runs.get(fingerprint), place)
+            rows.append(row | {"variant": json.loads(variant or "{}")})
         teachers = sorted({row["teacher"] for row in rows} - {""})
-        rows += [_row(fingerprint, runs[fingerprint], "") for fingerprint in teachers if fingerprint in runs]
+        rows += [
+            _row(fingerprint, runs[fingerprint], "") | {"variant": {}}
+            for fingerprint in teachers
+            if fingerprint in runs
+        ]
         scores = [self._scores(row) for row in rows if row["status"] == "FINISHED"]
         table = (
             pd.concat(scores, ignore_index=True) if scores else pd.DataFrame(columns=["fingerprint", "image", "dice"])
         )
-        return Sweep(parent.data.tags["kdsweep.sweep"], pd.DataFrame(rows), table)
+        name, run_id = parent.data.tags["kdsweep.sweep"], str(parent.info.run_id)
+        return Sweep(name, pd.DataFrame(rows), table, varied, run_id, str(self.experiment_id))
 
     def _scores(self, row: dict[str, Any]) -> pd.DataFrame:
         file = _artifact(self._client, self.store, row["run_id"], "test_scores.csv")
@@ -299,34 +321,13 @@ class Tracker:
                 return found
 
 
-@contextmanager
-def alone(store: Path) -> Iterator[None]:
-    """Keep the other processes that write about this store to MLflow out; one that died keeps nobody out."""
-    lock = FileLock(store / ".mlflow.lock")
-    try:
-        lock.acquire(timeout=60)
-    except Timeout as error:
-        raise TrackingError("another process has been at it for a minute") from error
-    except OSError:  # a store that can only be read
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _make_database(store: Path, experiment: str) -> None:
     """Make the SQLite file beside its place: MLflow takes seconds for it, and a kill in between would spoil it."""
     remove_parts(store)
     scratch = store / f".{DATABASE}.{os.getpid()}.part"
     client = MlflowClient(tracking_uri=f"sqlite:///{scratch.resolve()}")
-    client.create_experiment(experiment, _artifacts(store), tags=EXPERIMENT_TAGS)
+    client.create_experiment(experiment, artifacts_uri(store), tags=EXPERIMENT_TAGS)
     scratch.replace(store / DATABASE)
-
-
-def _artifacts(store: Path) -> str:
-    return (store.resolve() / "artifacts").as_uri()
 
 
 def _artifact(client: MlflowClient, store: Path, run_id: str, name: str) -> Path:
@@ -335,23 +336,18 @@ def _artifact(client: MlflowClient, store: Path, run_id: str, name: str) -> Path
     return file if file.is_file() else Path(client.download_artifacts(run_id, name))
 
 
-def _follow_move(store: Path, experiment: str) -> None:
-    """Tell the SQLite file where its artifacts are now: it knows them by absolute names, and the store may be moved."""
-    file, place = store / DATABASE, _artifacts(store)
-    if not file.is_file():
-        return
-    with contextlib.closing(sqlite3.connect(file)) as database, database:
-        has = "SELECT count(*) FROM sqlite_master WHERE name IN ('experiments', 'runs')"
-        if database.execute(has).fetchone() != (2,):
-            return
-        query = "SELECT artifact_location FROM experiments WHERE name = ? AND artifact_location LIKE 'file:%'"
-        for (old,) in database.execute(query, (experiment,)).fetchall():
-            if old != place:
-                database.execute("UPDATE experiments SET artifact_location = ? WHERE name = ?", (place, experiment))
-                change = (
-                    "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) WHERE substr(artifact_uri, 1, ?) = ?"
-                )
-                database.execute(change, (place, len(old) + 1, len(old) + 1, f"{old}/"))
+def _note(sweep: str, tags: dict[str, str]) -> str:
+    """The description of a sweep's parent run, in Markdown, from its tags."""
+    places = [key.removeprefix(ASKED).rsplit("/", 3) for key in tags if key.startswith(ASKED)]
+    names = sorted({notation for notation, *_ in places})
+    splits, seeds = (sorted({place[number] for place in places}) for number in (1, 2))
+    return (
+        f"**{len(places)} cells** of sweep `{sweep}`: {', '.join(names)}; {', '.join(splits)}; {', '.join(seeds)}.\n\n"
+        "Each is a run of its own below this one, named NOTATION/splitK; Teachers are there too. Select several and "
+        "press Compare: `test/dice` is the mean Dice over the test images, `val/dice` the curve; the artifact "
+        "test_scores.csv holds the scores of each image.\n\n"
+        f"Tables and figures: `python -m kdsweep.report --sweep {sweep}`; those made so far are among the artifacts."
+    )
 
 
 def _known(run: Run) -> _Known:
@@ -368,11 +364,6 @@ def _epochs(record: Record) -> list[tuple[int, int]]:
     return [(int(epoch["epoch"]), time_ms) for epoch, time_ms in zip(record.history, record.times_ms, strict=True)]
 
 
-def line(error: BaseException) -> str:
-    """What went wrong with MLflow in one line, without the database's statement."""
-    return " ".join(str(error).split()).partition(" [SQL:")[0][:300]
-
-
 def _parts(entries: list[Any]) -> Iterator[list[Any]]:
     for start in range(0, len(entries), BATCH):
         yield entries[start : start + BATCH]
@@ -385,7 +376,8 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         where = {"split": int(split.removeprefix("split")), "seed": int(seed.removeprefix("seed"))}
         unknown = dict.fromkeys(("profile", "data", "weights", "device", "teacher", "run_id"), "")
         own = {"fingerprint": fingerprint, "role": role, "notation": notation}
-        return {**own, **where, **unknown, "status": "missing", "params": {}, "trivial_dice": float("nan")}
+        no_run = {"started_ms": 0, "ended_ms": 0, "params": {}, "tags": {}, "trivial_dice": float("nan")}
+        return {**own, **where, **unknown, "status": "missing", **no_run}
     tags = run.data.tags
     return {
         "fingerprint": fingerprint,
@@ -400,7 +392,10 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         "teacher": tags["kdsweep.teacher"],
         "status": run.info.status,
         "run_id": run.info.run_id,
+        "started_ms": run.info.start_time or 0,
+        "ended_ms": run.info.end_time or 0,
         "params": dict(run.data.params),
+        "tags": dict(tags),
         "trivial_dice": run.data.metrics.get("test/trivial_dice", float("nan")),
     }
 
@@ -408,6 +403,37 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
 def artifact(*, store: Path, uri: str | None, run_id: str, name: str) -> Path:
     """Local path of a file that a run recorded."""
     return _artifact(MlflowClient(tracking_uri=store_uri(store, uri)), store, run_id, name)
+
+
+def read_curves(sweep: Sweep, *, store: Path, uri: str | None, metric: str = "val/dice") -> pd.DataFrame:
+    """A metric of each epoch of all begun runs of a sweep: columns notation, split, seed, metric, epoch, value.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+    client = MlflowClient(tracking_uri=store_uri(store, uri))
+    rows = []
+    for run in sweep.runs[sweep.runs["run_id"] != ""].to_dict("records"):
+        place = {key: run[key] for key in ("notation", "split", "seed")}
+        points = _answered(partial(client.get_metric_history, run["run_id"], metric), store=store, uri=uri)
+        rows += [{**place, "metric": metric, "epoch": point.step, "value": point.value} for point in points]
+    columns = ["notation", "split", "seed", "metric", "epoch", "value"]
+    return pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:-1])
+
+
+def attach(sweep: Sweep, files: Sequence[Path], *, folder: str, store: Path, uri: str | None) -> str:
+    """Keep files among the artifacts of a sweep's parent run; what became of it, in words.
+
+    That MLflow takes no files now (a store that can only be read, a server that is down) costs nobody the files.
+    """
+    try:
+        with alone(store):
+            client = MlflowClient(tracking_uri=store_uri(store, uri))
+            for file in files:
+                client.log_artifact(sweep.run_id, str(file), folder)
+    except Exception as error:  # of many kinds: server, network, database, disk
+        return f"not logged to MLflow: {line(error)}"
+    return f"logged to MLflow, run {sweep.run_id}"
 
 
 def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
@@ -418,10 +444,152 @@ def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
     """
     if uri is None and not (store / DATABASE).is_file():
         raise InputError(f"--store {store}: no mlflow.db in it; run a sweep first, or name its folder")
+    return _answered(lambda: Tracker(store=store, uri=uri).read_sweep(name), store=store, uri=uri)
+
+
+def _answered(ask: Callable[[], T], *, store: Path, uri: str | None) -> T:
+    """What MLflow answers, or InputError if it does not answer."""
     try:
-        return Tracker(store=store, uri=uri).read_sweep(name)
+        return ask()
     except Exception as error:
         if not isinstance(error, TrackingError) and not passes(error, uri or ""):
             raise
         what = f"--tracking-uri {uri} does not answer" if uri else f"--store {store}: its MLflow store does not answer"
         raise InputError(f"{what}: {line(error)}") from error
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """A network as it is registered.
+
+    Attributes:
+        proto: the ONNX model.
+        example: an input array by name; its first dimension is the batch, of any size.
+        expected: the output array that it gives, by name.
+        tolerance: by which an output may differ once the model was logged and loaded again.
+        metadata: what the model says about itself.
+        requirements: packages with versions, as pip takes them, with which it was checked.
+    """
+
+    proto: Any
+    example: dict[str, np.ndarray]
+    expected: dict[str, np.ndarray]
+    tolerance: float
+    metadata: dict[str, str]
+    requirements: list[str]
+
+
+def register_onnx(model: OnnxModel, *, name: str, fingerprint: str, store: Path, uri: str | None) -> int:
+    """Log a model under the finished run of its cell and make it the next version of a registered one; its number.
+
+    The tracking URI of the process stays as it is, no run is begun, and what fails leaves no version behind.
+
+    Args:
+        model: what is logged.
+        name: of the registered model; made if there is none.
+        fingerprint: of the cell.
+        store: folder of the runs.
+        uri: of an MLflow server or database, or None for the file in the store.
+
+    Raises:
+        InputError: there is no such run, MLflow does not take the model, or gives back another one.
+    """
+    place = store_uri(store, uri)
+    if uri is None and not (store / DATABASE).is_file():
+        raise InputError(f"--register {name}: {store} has no {DATABASE}; name the run's MLflow with --tracking-uri")
+    try:
+        found = Tracker(store=store, uri=uri)._search(
+            f"tags.`kdsweep.fingerprint` = '{fingerprint}' and attributes.status = 'FINISHED'"
+        )
+        if not found:
+            raise InputError(
+                f"--register {name}: {place} has no finished run of this cell (fingerprint {fingerprint[:10]}); the "
+                "sweep's command writes it there, or name the MLflow that has it with --tracking-uri"
+            )
+        with alone(store), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of MLflow about its own parts
+            return _register(model, name=name, run=found[0], uri=place)
+    except InputError:
+        raise
+    except Exception as error:  # of many kinds: server, network, database, disk
+        raise InputError(f"--register {name}: MLflow at {place}: {line(error)}") from error
+
+
+def _register(model: OnnxModel, *, name: str, run: Run, uri: str) -> int:
+    from mlflow.entities import LoggedModelOutput
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    run_id, version, is_new = str(run.info.run_id), None, False
+    logged = client.create_logged_model(run.info.experiment_id, "onnx", run_id, tags=model.metadata)
+    try:
+        _log_onnx(model, logged=logged, client=client)
+        is_new = _make_registered(client, name)
+        # By its place: SQLite would look up models:/ID with the tracking URI of the process.
+        made = client.create_model_version(
+            name, logged.artifact_location, run_id, tags=model.metadata, model_id=logged.model_id
+        )
+        version = int(made.version)
+        _check_registered(model, place=client.get_model_version_download_uri(name, str(version)), name=name, uri=uri)
+        link = json.dumps([{"name": name, "version": version}])  # the UI's way from a run's model to the registry
+        client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": link})
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    except BaseException:
+        with contextlib.suppress(Exception):
+            client.delete_logged_model(logged.model_id)
+            if version is not None:
+                client.delete_model_version(name, str(version))
+            if is_new:
+                client.delete_registered_model(name)
+        raise
+    return version
+
+
+def _make_registered(client: MlflowClient, name: str) -> bool:
+    """Make a registered model without a version, unless there is one of this name; whether it is new."""
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return False
+    return True
+
+
+def _log_onnx(model: OnnxModel, *, logged: Any, client: MlflowClient) -> None:
+    """Fill a logged model that has no files yet."""
+    import mlflow.onnx
+    from mlflow.models import Model, infer_signature
+
+    # Without artifact_path, a path of this computer that nothing reads.
+    about = Model(run_id=logged.source_run_id, model_uuid=logged.model_id, model_id=logged.model_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        mlflow.onnx.save_model(
+            model.proto,
+            str(folder),
+            mlflow_model=about,
+            signature=infer_signature(model.example, model.expected),
+            input_example=model.example,
+            metadata=model.metadata,
+            pip_requirements=list(model.requirements),  # named, else MLflow loads the model in processes to find them
+            onnx_execution_providers=["CPUExecutionProvider"],  # what it is checked on; CUDA would warn without a GPU
+            save_as_external_data=False,
+        )
+        client.log_model_artifacts(logged.model_id, str(folder))
+    client.finalize_logged_model(logged.model_id, "READY")
+
+
+def _check_registered(model: OnnxModel, *, place: str, name: str, uri: str) -> None:
+    """Raise InputError unless the model that lies at a place gives the expected output."""
+    import mlflow.artifacts
+    import mlflow.pyfunc
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = mlflow.artifacts.download_artifacts(artifact_uri=place, dst_path=scratch, tracking_uri=uri)
+        found = mlflow.pyfunc.load_model(folder).predict(model.example)
+    difference = max(float(np.abs(found[key] - expected).max()) for key, expected in model.expected.items())
+    if not difference <= model.tolerance:
+        raise InputError(
+            f"--register {name}: not registered, what MLflow loads differs by {difference:.1e} from what was logged; "
+            f"allowed are {model.tolerance:.0e}"
+        )

@@ -77,7 +77,7 @@ def test_every_ingredient_changes_the_fingerprint(name: str) -> None:
 
 
 def test_no_ingredient_is_left_out_of_the_test_above() -> None:
-    assert {*INGREDIENTS, "store", "code"} == set(vars(CELL))  # the digest of the code is in the evidence
+    assert {*INGREDIENTS, "store", "code", "variant"} == set(vars(CELL))  # evidence and settings hold the latter two
 
 
 def test_a_deep_setting_changes_the_fingerprint() -> None:

@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from omegaconf import open_dict
 
 from kdsweep import cells, grid, plan, records
 
@@ -19,6 +20,64 @@ def jobs(small_busi, tmp_path):
         return plan.read_jobs([cells.compose([*fixed, "train.batch_size=8", *overrides]) for overrides in each])
 
     return make
+
+
+@pytest.fixture
+def command(small_busi, tmp_path):
+    """Jobs of one command line, which Hydra tells each job with its own overrides."""
+
+    def make(*each: list[str]) -> list[plan.Job]:
+        fixed = ["profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu", f"store={tmp_path}"]
+        configs = []
+        for overrides in each:
+            cfg = cells.compose([*fixed, *overrides])
+            choices = {"teacher": "resnet18"} | dict(word.split("=") for word in overrides)
+            with open_dict(cfg):
+                cfg.hydra = {"overrides": {"task": [*fixed, *overrides]}, "runtime": {"choices": choices}}
+            configs.append(cfg)
+        return plan.read_jobs(configs)
+
+    return make
+
+
+def asked(own: list[plan.Job]) -> None:
+    """As plan.watch writes it down."""
+    swept = plan.swept_keys([job.config for job in own])
+    records.ask(own[0].cell.store, "busi-quick", cells=[job.cell for job in own], teachers=[], varied=swept)
+
+
+def test_a_swept_key_tells_cells_apart_where_the_role_uses_it(command):
+    own = command(*([f"path={path}", f"kd.weight={weight}"] for path in ("none", "L") for weight in ("0.50", "0.9")))
+    assert [job.cell.title for job in own] == [
+        "Student split 0 seed 0",
+        "Student split 0 seed 0",
+        "L_KLD_WAug split 0 seed 0 (kd.weight=0.5)",
+        "L_KLD_WAug split 0 seed 0 (kd.weight=0.9)",
+    ]
+    assert [cells.cell(job.config).title for job in own] == [job.cell.title for job in own]  # in another process too
+    assert [cells.teacher_cell(job.config).variant for job in own] == [{}] * 4
+
+
+def test_factors_folders_and_devices_tell_nothing_apart(command):
+    for key in ("loss=mse", "split=1", "seed=1", "device=auto", "sweep_name=x", "train.workers=1", "retry_failed=true"):
+        assert [job.cell.variant for job in command([], [key])] == [{}, {}]
+
+
+def test_a_swept_group_is_told_by_the_name_of_the_choice(command):
+    one, other = command(["teacher=resnet18", "train.lr=0.01"], ["teacher=resnet34", "train.lr=0.01"])
+    assert [one.cell.variant, other.cell.variant] == [{"teacher": "resnet18"}, {"teacher": "resnet34"}]
+    assert cells.teacher_cell(other.config).title == "Teacher_WAug split 0 seed 0 (teacher=resnet34)"
+
+
+def test_a_value_added_later_is_told_apart_too_and_results_stay_the_same_cells(command):
+    own = command(["train.lr=0.01"], ["train.lr=0.02"])
+    asked(own)
+    (later,) = command(["train.lr=0.03"])
+    assert later.cell.variant == {"train.lr": "0.03"}
+    (again,) = command(["train.lr=1e-2"])
+    assert again.cell.fingerprint == own[0].cell.fingerprint
+    assert again.cell.variant == own[0].cell.variant
+    assert "variant" not in cells.params(again.config)
 
 
 def groups_of(own: list[plan.Job], devices: tuple[str, ...] = ("cpu",)) -> list[list[str]]:

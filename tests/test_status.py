@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,15 @@ def test_a_cell_of_each_state_is_told_and_counted(tmp_path, hold):
     assert lines[-3] == ""
     assert row(lines, "finished") == ["test Dice %"]
     assert row(lines, finished.title) == ["78.12"]
+
+
+def test_cells_that_a_swept_key_tells_apart_are_named_by_it(tmp_path):
+    own = [replace(make_cell(tmp_path, lr=lr), variant={"train.lr": str(lr)}) for lr in (1, 2)]
+    finish(own[0])
+    records.ask(tmp_path, "study", cells=own, teachers=[], varied=["train.lr"])
+    lines = status.make(store=tmp_path, sweep=None).splitlines()
+    assert row(lines, "L_MSE split 0 seed 0 (train.lr=1)") == ["78.12"]
+    assert row(lines, "L_MSE split 0 seed 0 (train.lr=2)") == ["waiting"]
 
 
 def test_columns_are_aligned(tmp_path, hold):

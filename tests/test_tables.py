@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel, wilcoxon
 
-from kdsweep import cells, stats, tables
+from kdsweep import cells, effects, grid, stats, tables
 from kdsweep.errors import InputError
 
 DASH = "\N{EN DASH}"
@@ -30,6 +30,7 @@ class FakeSweep:
     name: str
     runs: pd.DataFrame
     scores: pd.DataFrame
+    varied: tuple[str, ...] = ()
 
 
 def fingerprint(notation, split, seed=0):
@@ -59,6 +60,7 @@ def run_row(notation, split, seed=0, /, **changes):
         "notation": notation,
         "split": split,
         "seed": seed,
+        "variant": {},
         "profile": "paper",
         "data": "busi",
         "weights": "imagenet",
@@ -745,3 +747,130 @@ def test_an_unknown_table_names_the_choices(asked, capsys):
     assert "table9" in error
     assert "table3" in error
     assert "table4" in error
+
+
+# ---- further keys that a sweep varies --------------------------------------------------------------------------------
+
+
+def rates(changes, key="train.lr", **options):
+    """The sweep of each value below each other; scores move by the number given with it."""
+    runs, scores = [], []
+    for value, shift in changes.items():
+        one = sweep_of(**options)
+        name = one.runs["fingerprint"] + f"-{value}"
+        teacher = one.runs["role"] == "teacher"
+        own = one.runs.assign(
+            fingerprint=one.runs["fingerprint"].where(teacher, name),
+            params=[{**params, key: value} for params in one.runs["params"]],
+            variant=[grid.used_by(role, {key: value}) for role in one.runs["role"]],
+        )
+        runs.append(own)
+        named = dict(zip(one.runs["fingerprint"], own["fingerprint"], strict=True))
+        scores.append(
+            one.scores.assign(fingerprint=one.scores["fingerprint"].map(named), dice=one.scores["dice"] + shift)
+        )
+    runs = pd.concat(runs, ignore_index=True)
+    runs.loc[runs["role"] == "teacher", "variant"] = [{}] * (runs["role"] == "teacher").sum()
+    scores = pd.concat(scores, ignore_index=True).drop_duplicates(["fingerprint", "image"])
+    unique = runs.drop_duplicates("fingerprint").reset_index(drop=True)
+    return FakeSweep("rates", unique, scores, varied=(key,))
+
+
+def test_a_swept_key_gives_each_of_its_values_rows_of_its_own():
+    sweep = rates({"0.001": 0.0, "0.0001": -0.1})
+    table = tables.table4(sweep)
+    assert list(dict.fromkeys(table["settings"])) == ["train.lr=0.0001", "train.lr=0.001"]
+    for label, shift in {"train.lr=0.001": 0, "train.lr=0.0001": -10}.items():
+        part = table[table["settings"] == label].set_index("notation")
+        assert list(part.index) == list(ALL)
+        for name in ("Student", "L_MSE", "HReg_KLD_WAug"):
+            assert part.loc[name, "mean_dice_percent"] == pytest.approx(100 * dice_all(name).mean() + shift)
+        ours, student = dice_all("H_KLD"), dice_all("Student")
+        assert part.loc["H_KLD", "p_student"] == pytest.approx(ttest_rel(ours, student).pvalue)
+        teacher = dice_all("Teacher")  # is not trained with train.lr: the same for both
+        assert part.loc["H_KLD", "p_teacher"] == pytest.approx(ttest_rel(ours + shift / 100, teacher).pvalue)
+
+
+def test_holm_counts_the_cells_of_all_settings():
+    sweep = rates({"1": 0.0, "2": -0.01})
+    table = tables.table4(sweep)
+    cells = table[~table["notation"].isin(tables.BASELINES)]
+    assert cells["p_student"].notna().sum() == 24
+    pd.testing.assert_series_equal(cells["p_student_holm"], stats.holm(cells["p_student"]), check_names=False)
+
+
+def test_a_key_that_the_student_does_not_use_leaves_one_student_for_all():
+    sweep = rates({"0.5": 0.0, "0.9": 0.05}, key="kd.weight")
+    students = sweep.runs[sweep.runs["notation"] == "Student"]
+    keep = students["fingerprint"].str.endswith("0.5")  # the same cell, computed once
+    sweep = replace(sweep, runs=sweep.runs.drop(students[~keep].index))
+    sweep = replace(sweep, scores=sweep.scores[sweep.scores["fingerprint"].isin(sweep.runs["fingerprint"])])
+    table = tables.table4(sweep).set_index(["settings", "notation"])
+    for label, shift in {"kd.weight=0.5": 0.0, "kd.weight=0.9": 5.0}.items():
+        student = 100 * dice_all("Student").mean()
+        assert table.loc[(label, "Student"), "mean_dice_percent"] == pytest.approx(student)
+        difference = 100 * dice_all("L_MSE").mean() + shift - student
+        assert table.loc[(label, "L_MSE"), "difference_to_student_points"] == pytest.approx(difference)
+
+
+def test_gaps_of_a_setting_are_told_with_it_and_rows_that_none_asked_for_are_left_out():
+    sweep = rates({"1": 0.0, "2": 0.0}, notations=("Teacher", "Student", "L_MSE", "H_KLD"))
+    gone = (sweep.runs["notation"] == "H_KLD") & sweep.runs["fingerprint"].str.endswith("-2")
+    sweep = replace(sweep, runs=sweep.runs[~gone])
+    table = tables.table3(sweep)
+    assert list(zip(table["settings"], table["notation"], table["gap"], strict=True)) == [
+        ("train.lr=1", "L_MSE", ""),
+        ("train.lr=1", "H_KLD", ""),
+        ("train.lr=2", "L_MSE", ""),
+        ("train.lr=2", "H_KLD", "not run"),
+    ]
+    notes = " ".join(tables.footnotes(sweep=sweep, table=table))
+    assert "H_KLD with train.lr=2 (not run)" in notes
+    assert "Each of the 2 settings stands for itself: train.lr=1; train.lr=2." in notes
+    assert tables.format_table3(table).columns[0] == "Settings"
+
+
+def test_what_differs_within_a_setting_or_was_not_swept_is_mixing():
+    sweep = rates({"1": 0.0, "2": 0.0})
+    with pytest.raises(InputError, match=r"mixes train\.lr=1 .* and train\.lr=2"):
+        tables.table4(replace(sweep, varied=()))
+    params = [params | {"train.epochs": str(i % 2)} for i, params in enumerate(sweep.runs["params"])]
+    with pytest.raises(InputError, match=r"mixes train\.epochs=\d .* and train\.epochs="):
+        tables.table4(changed(sweep, params=params))
+    both = replace(sweep, varied=("train.lr", "train.epochs"))
+    with pytest.raises(InputError, match=r"mixes train\.epochs=\d .* and train\.epochs="):
+        tables.table4(changed(both, params=params))
+
+
+def test_a_value_that_was_asked_for_alone_is_a_row_too():
+    """Typed after the sweep, it has no variant of its own: its params tell it."""
+    sweep = rates({"1": 0.0, "2": 0.0, "10": 0.0})
+    alone = [params["train.lr"] == "10" for params in sweep.runs["params"]]
+    sweep = changed(sweep, variant=sweep.runs["variant"].mask(alone, {}))
+    labels = tables.table4(sweep)["settings"]
+    assert list(dict.fromkeys(labels)) == ["train.lr=1", "train.lr=2", "train.lr=10"]
+
+
+def test_effects_and_sentences_stand_for_each_setting():
+    sweep = rates({"1": 0.0, "2": 0.0})
+    table = effects.effects(sweep)
+    one = effects.effects(sweep_of())
+    for _, part in table.groupby("settings"):
+        pd.testing.assert_frame_equal(part.drop(columns="settings").reset_index(drop=True), one)
+    lines = effects.sentences(table)
+    assert [line.partition(": ")[0] for line in lines] == ["With train.lr=1"] * 3 + ["With train.lr=2"] * 3
+    assert lines[0].removeprefix("With train.lr=1: ") == effects.sentences(one)[0]
+    assert "over the 5 main effects" in " ".join(effects.notes(sweep=sweep, table=table, test="ttest"))
+
+
+def test_table5_is_of_the_settings_with_the_best_cell():
+    sweep = rates({"1": 0.0, "2": 0.1})
+    part, table = tables.best_variant(sweep, tables.table4(sweep))
+    assert set(table["notation"]) == set(ALL)
+    assert set(part.runs.loc[part.runs["role"] != "teacher", "params"].map(lambda params: params["train.lr"])) == {"2"}
+
+
+def test_the_command_for_missing_students_asks_for_each_value():
+    sweep = without(rates({"1": 0.0, "2": 0.0}, splits=(0,)), "Student")
+    command = tables.student_command(sweep)
+    assert command == "python -m kdsweep path=none data=busi train.lr=1,2 sweep_name=rates -m"

@@ -68,6 +68,30 @@ def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
     assert set(sweep.scores["fingerprint"]) == {cell.fingerprint}
 
 
+def test_what_tells_cells_of_a_sweep_apart_comes_back_and_stays(store):
+    tracker = tracking.Tracker(store=store, uri=None)
+    own = [replace(make_cell(lr=lr), variant={"train.lr": str(lr)}) for lr in (0.5, 0.25)]
+    tracker.ask("variants", own, varied=["train.lr"])
+    tracker.ask("variants", [replace(own[0], variant={})])  # alone, by a later command
+    tracker.ask("variants", [replace(make_cell("H_MSE"), variant={"kd.weight": "1"})], varied=["kd.weight"])
+    sweep = tracking.read_sweep(store=store, uri=None, name="variants")
+    found = {row["fingerprint"]: row["variant"] for row in sweep.runs.to_dict("records")}
+    assert [found[cell.fingerprint] for cell in own] == [{"train.lr": "0.5"}, {"train.lr": "0.25"}]
+    assert sweep.varied == ("train.lr", "kd.weight")
+
+
+def test_the_parent_run_says_what_the_sweep_is(store):
+    tracker = tracking.Tracker(store=store, uri=None)
+    tracker.ask("told", [make_cell("L_MSE", split=0), make_cell("Student", split=1)])
+    tracker.ask("told", [make_cell("H_KLD", split=0)])
+    sweep = tracking.read_sweep(store=store, uri=None, name="told")
+    run = client_of(store).get_run(sweep.run_id)
+    assert run.data.tags["mlflow.note.content"].startswith(
+        "**3 cells** of sweep `told`: H_KLD, L_MSE, Student; split0, split1; seed0."
+    )
+    assert run.info.experiment_id == sweep.experiment_id
+
+
 def client_of(store: Path) -> tracking.MlflowClient:
     return tracking.MlflowClient(tracking_uri=tracking.store_uri(store, None))
 

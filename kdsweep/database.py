@@ -1,0 +1,81 @@
+"""Where MLflow keeps a store's runs: its address, who writes to it, and the SQLite file of a store that was moved."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+DATABASE = "mlflow.db"
+# Columns of the SQLite file that hold places below the folder of the artifacts, beside that of the experiment.
+PLACES = (
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+
+class TrackingError(Exception):
+    """The store does not answer now; it may later."""
+
+
+def store_uri(store: Path, uri: str | None) -> str:
+    """The tracking URI: the one given, or a SQLite file in the store (absolute: the working directory may change)."""
+    return uri or f"sqlite:///{store.resolve() / DATABASE}"
+
+
+def passes(error: BaseException, uri: str) -> bool:
+    """Whether a failure may be over the next time: a server that does not answer, a database locked, a disk full."""
+    signs = ("database is locked", "disk is full", "disk I/O error", "readonly database", "No space left")
+    return uri.startswith("http") or any(sign in str(error) for sign in signs)
+
+
+def artifacts_uri(store: Path) -> str:
+    """Where a store's artifacts lie."""
+    return (store.resolve() / "artifacts").as_uri()
+
+
+@contextmanager
+def alone(store: Path) -> Iterator[None]:
+    """Keep the other processes that write about this store to MLflow out; one that died keeps nobody out."""
+    lock = FileLock(store / ".mlflow.lock")
+    try:
+        lock.acquire(timeout=60)
+    except Timeout as error:
+        raise TrackingError("another process has been at it for a minute") from error
+    except OSError:  # a store that can only be read
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def follow_move(store: Path, experiment: str) -> None:
+    """Tell the SQLite file where its artifacts are now: it knows them by absolute names, and the store may be moved."""
+    file, place = store / DATABASE, artifacts_uri(store)
+    if not file.is_file():
+        return
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not {"experiments", *(table for table, _ in PLACES)} <= tables:
+            return
+        query = "SELECT artifact_location FROM experiments WHERE name = ? AND artifact_location LIKE 'file:%'"
+        for (old,) in database.execute(query, (experiment,)).fetchall():
+            if old == place:
+                continue
+            database.execute("UPDATE experiments SET artifact_location = ? WHERE name = ?", (place, experiment))
+            for table, column in PLACES:
+                change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
+                database.execute(change, (place, len(old) + 1, len(old) + 1, f"{old}/"))
+
+
+def line(error: BaseException) -> str:
+    """What went wrong with MLflow in one line, without the database's statement."""
+    return " ".join(str(error).split()).partition(" [SQL:")[0][:300]

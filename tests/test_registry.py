@@ -1,0 +1,181 @@
+"""A network in MLflow's model registry: what is loaded from there is what was trained, and nothing else has changed."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from test_predict import SIZE, finish, noise
+
+from kdsweep import export, phantom, predict, records, registry, scoring, tracking
+from kdsweep.errors import InputError
+from kdsweep.grid import Cell
+
+NAME = "kdsweep-student"
+
+
+@pytest.fixture(scope="module")
+def cell(tmp_path_factory) -> Cell:
+    """A finished cell that is in the MLflow of its store."""
+    cell = finish(tmp_path_factory.mktemp("registered"))
+    for name in scoring.SCORES, scoring.PREDICTIONS:
+        (cell.folder / name).touch()
+    tracking.Tracker(store=cell.store, uri=None).mirror(records.read(cell.folder), sweep="study")
+    return cell
+
+
+@pytest.fixture(scope="module")
+def content(cell) -> bytes:
+    return export.to_onnx(predict.load_model(cell.folder))
+
+
+@pytest.fixture
+def client(cell) -> mlflow.MlflowClient:
+    uri = tracking.store_uri(cell.store, None)
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@pytest.fixture
+def call(cell, content, tmp_path, monkeypatch):
+    """Exports and registers by the command, with the export done already."""
+    monkeypatch.setattr(export, "to_onnx", lambda _: content)
+
+    def export_and_register(name: str, *more: str) -> int:
+        return export.main(["--run", str(cell.folder), "--out", str(tmp_path / "a.onnx"), "--register", name, *more])
+
+    return export_and_register
+
+
+def run_of(client, cell: Cell):
+    (run,) = client.search_runs(["1"], f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
+    return run
+
+
+def probabilities(model: predict.Model, images: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return torch.sigmoid(model.network(images).logits).numpy()
+
+
+def test_what_is_registered_is_loaded_as_the_printed_line_says(cell, client, call, capsys, monkeypatch):
+    before, uris = run_of(client, cell), (mlflow.get_tracking_uri(), mlflow.get_registry_uri())
+    for version in (1, 2):
+        assert call(NAME) == 0
+        told = capsys.readouterr().out.splitlines()[-1]
+        place = tracking.store_uri(cell.store, None)
+        loading = f'MLFLOW_TRACKING_URI={place} and mlflow.pyfunc.load_model("models:/{NAME}/{version}")'
+        assert told == f"registered {NAME} version {version}; to load it: {loading}"
+    after = run_of(client, cell)
+    assert (mlflow.get_tracking_uri(), mlflow.get_registry_uri()) == uris
+    assert mlflow.active_run() is None
+    assert after.info.status == "FINISHED"
+    assert after.info.end_time is not None
+    assert (after.info, after.data.metrics, after.data.tags) == (before.info, before.data.metrics, before.data.tags)
+    assert len(after.outputs.model_outputs) == 2
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", re.search(r"MLFLOW_TRACKING_URI=(\S+)", told)[1])
+    loaded = mlflow.pyfunc.load_model(re.search(r'load_model\("(.+)"\)', told)[1])
+    model = predict.load_model(cell.folder)
+    images = torch.cat([predict.prepare(noise(70, 90, 3, seed=i), image_size=SIZE) for i in range(3)])
+    found = loaded.predict({"images": images.numpy()})["probabilities"]
+    np.testing.assert_allclose(found, probabilities(model, images), rtol=0, atol=1e-4)
+    assert found.std() > 0.01
+
+
+def test_a_version_says_what_it_takes_and_from_which_run_it_is(cell, client, call, content):
+    assert call("about") == 0
+    version = client.get_model_version("about", "1")
+    run = run_of(client, cell)
+    assert version.run_id == run.info.run_id
+    assert version.tags["kdsweep.fingerprint"] == cell.fingerprint
+    folder = Path(version.source.removeprefix("file://"))
+    about = mlflow.models.Model.load(str(folder))
+    (images,), (output,) = about.signature.inputs.inputs, about.signature.outputs.inputs
+    assert (images.name, images.shape, images.type) == ("images", (-1, 3, SIZE, SIZE), np.dtype("float32"))
+    assert (output.name, output.shape, output.type) == ("probabilities", (-1, 1, SIZE, SIZE), np.dtype("float32"))
+    assert about.run_id == run.info.run_id
+    props = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]).get_modelmeta()
+    assert about.metadata == props.custom_metadata_map
+    assert "subtract the mean (0.485" in about.metadata["kdsweep.preprocessing"]
+    needs = {line.partition("==")[0] for line in (folder / "requirements.txt").read_text().split()}
+    assert needs == {"mlflow", "onnx", "onnxruntime", "numpy"}
+    assert str(cell.store) not in (folder / "MLmodel").read_text()
+    logged = client.get_logged_model(about.model_id)
+    assert (logged.status, logged.source_run_id) == ("READY", run.info.run_id)
+    assert json.loads(logged.tags["mlflow.modelVersions"]) == [{"name": "about", "version": 1}]
+
+
+def test_the_example_is_a_phantom(cell, client, call):
+    assert call("example") == 0
+    folder = Path(client.get_model_version("example", "1").source.removeprefix("file://"))
+    ((name, image),) = json.loads((folder / "input_example.json").read_text()).items()
+    grey = next(phantom.cohort(count=1, seed=0)).image
+    drawn = predict.prepare(np.repeat(grey[..., None], 3, axis=2), image_size=SIZE)
+    assert name == "images"
+    np.testing.assert_allclose(np.array(image), drawn.numpy(), rtol=0, atol=1e-5)
+
+
+def test_a_model_that_comes_back_changed_leaves_no_version(cell, client, content):
+    class Half(torch.nn.Module):
+        def forward(self, images):
+            return torch.full((1, 1, SIZE, SIZE), 0.5)
+
+    model, before = predict.load_model(cell.folder), run_of(client, cell)
+    with pytest.raises(InputError, match=r"--register changed: not registered, what MLflow loads differs by .*1e-04"):
+        registry.register(model, content, network=Half(), name="changed", store=cell.store, uri=None)
+    assert client.search_registered_models("name = 'changed'") == []
+    assert len(run_of(client, cell).outputs.model_outputs) == len(before.outputs.model_outputs)
+    assert {logged.status for logged in client.search_logged_models(["1"])} <= {"READY"}
+
+
+def test_a_failed_version_leaves_the_earlier_ones(cell, client, call, capsys, monkeypatch):
+    assert call("kept") == 0
+    monkeypatch.setattr(tracking, "_check_registered", lambda *_, **__: 1 / 0)
+    assert call("kept") == 1
+    assert "--register kept: MLflow at sqlite:" in capsys.readouterr().err
+    assert [int(version.version) for version in client.search_model_versions("name = 'kept'")] == [1]
+
+
+def test_a_run_that_mlflow_does_not_have_and_a_bad_name_are_told_in_one_line(
+    cell, client, call, content, tmp_path, capsys
+):
+    def refused(name: str, *more: str) -> str:
+        assert call(name, *more) == 1
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1
+        return printed
+
+    assert "--register a/b: MLflow at sqlite:" in refused("a/b")
+    run = run_of(client, cell).info
+    client.update_run(run.run_id, "RUNNING")
+    told = refused(NAME)
+    client.set_terminated(run.run_id, "FINISHED", run.end_time)
+    assert f"has no finished run of this cell (fingerprint {cell.fingerprint[:10]}); the sweep's command" in told
+    broken = tmp_path / "broken.db"
+    broken.write_bytes(b"not a database" * 100)
+    told = refused(NAME, "--tracking-uri", f"sqlite:///{broken}")
+    assert told.endswith(
+        f"--register {NAME}: MLflow at sqlite:///{broken}: (sqlite3.DatabaseError) file is not a database\n"
+    )
+    model, network = predict.load_model(cell.folder), torch.nn.Identity()
+    with pytest.raises(InputError, match=rf"--register {NAME}: .* has no mlflow\.db; name the run's MLflow with"):
+        registry.register(model, content, network=network, name=NAME, store=tmp_path, uri=None)
+
+
+def test_a_registered_model_is_found_again_in_a_store_that_was_moved(cell, client, call, tmp_path):
+    assert call("moved") == 0
+    run = run_of(client, cell)
+    moved = Path(shutil.copytree(cell.store, tmp_path / "elsewhere"))
+    tracking.Tracker(store=moved, uri=None)
+    uri = tracking.store_uri(moved, None)
+    there = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    assert there.get_model_version_download_uri("moved", "1").startswith(f"file://{moved}/artifacts/")
+    logged = there.search_logged_models([run.info.experiment_id])
+    assert logged
+    assert all(own.artifact_location.startswith(f"file://{moved}/artifacts/") for own in logged)
+    assert client.get_model_version_download_uri("moved", "1").startswith(f"file://{cell.store}/")
+
