@@ -178,4 +178,3 @@ def test_a_registered_model_is_found_again_in_a_store_that_was_moved(cell, clien
     assert logged
     assert all(own.artifact_location.startswith(f"file://{moved}/artifacts/") for own in logged)
     assert client.get_model_version_download_uri("moved", "1").startswith(f"file://{cell.store}/")
-
