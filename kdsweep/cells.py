@@ -202,6 +202,16 @@ def params(cfg: DictConfig) -> dict[str, Any]:
     return flat
 
 
+def factors(cfg: DictConfig, *, role: str) -> dict[str, str]:
+    """The factors as a cell uses them: first among the params by their names, so MLflow compares runs by them."""
+    if role == "teacher":
+        return {"cell.teacher_aug": cfg.teacher_aug.train_view}
+    if role == "student":
+        return {"cell.path": "none"}
+    own = {"path": cfg.path.name, "loss": cfg.loss.name, "teacher_aug": cfg.teacher_aug.distill_view}
+    return {f"cell.{key}": value for key, value in own.items()}
+
+
 def compose(overrides: list[str]) -> DictConfig:
     """The configuration of one cell from overrides, outside of a Hydra run.
 

@@ -237,6 +237,10 @@ def load(
     first = finished.iloc[0]
     source = run_data.source(first["params"], store=store, root=root)
     images = _images(source, list(chosen), image_size=int(first["params"]["image_size"]))
+    known = {tags["kdsweep.data"] for tags in finished["tags"] if "kdsweep.data" in tags}
+    if known - {data.listing(source).digest}:
+        what = f"the images in {_folder(source)} are not those that sweep {sweep.name} was trained and scored on"
+        raise InputError(f"{what}: other files or other bytes; {_remedy(source)}")
     shown = [
         Shown(
             image=images[image].image,

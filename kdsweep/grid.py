@@ -17,7 +17,7 @@ from typing import Any
 
 # Keys of the configuration, each with all below it. FACTORS: those of the grid. NEUTRAL: what decides no result
 # (weights stands in student.weights and teacher.weights). UNUSED: what a role is given and does not use.
-FACTORS = ("path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
+FACTORS = ("cell", "path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
 LOCAL = ("device", "retry_failed", "store", "sweep_name", "tracking", "train.workers", "data.root", "variant")
 NEUTRAL = (*LOCAL, "data.source.root", "data.source.cache_dir", "weights")
 UNUSED = {

@@ -175,4 +175,5 @@ def _make_teacher(cfg: DictConfig, cell: Cell) -> Learner | Exception:
 
 def describe(cfg: DictConfig, own: Cell) -> None:
     """Write down what a cell is beside its results."""
-    records.describe(own, split=cells.split_ids(cfg), params=cells.params(cfg), tags=build.tags(cfg))
+    params = cells.params(cfg) | cells.factors(cfg, role=own.role)
+    records.describe(own, split=cells.split_ids(cfg), params=params, tags=build.tags(cfg))

@@ -112,6 +112,7 @@ def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any],
         "kdsweep.seed": str(cell.seed),
         "kdsweep.fingerprint": cell.fingerprint,
         "kdsweep.teacher": cell.evidence.get("teacher", ""),
+        "kdsweep.data": cell.evidence.get("data", ""),
     }
     content = {
         "tags": {**tags, **own},

@@ -362,13 +362,14 @@ def study(scored, small_busi, tmp_path, monkeypatch):
     """Makes a sweep of predictions that are known: each mask, shifted by the model's place in the table."""
     tests, images = scored
     source = {"_target_": "kdsweep.data.Busi", "root": str(small_busi), "include_normal": "False", "name": "busi"}
+    tags = {"kdsweep.data": data.listing(data.Busi(small_busi)).digest}
     params = {"image_size": str(S)} | {f"data.source.{key}": value for key, value in source.items()}
 
     def make(notations=OWN, splits=(0, 1), seeds=(0,)):
         runs, scores = [], []
         for notation, split, seed in [(n, s, e) for n in notations for s in splits for e in seeds]:
             name = fingerprint(notation, split, seed)
-            runs.append(run_row(notation, split, seed, run_id=name, params=params))
+            runs.append(run_row(notation, split, seed, run_id=name, params=params, tags=tags))
             masks = {image: shifted(images[image][1], notation) for image in tests[split]}
             checkpoint.save_predictions(tmp_path / f"{name}.npz", np.stack(list(masks.values())), ids=list(masks))
             rows = {"image": list(masks), "dice": [by_hand(own, images[one][1]) for one, own in masks.items()]}
@@ -406,6 +407,23 @@ def test_what_is_shown_is_the_image_its_mask_and_each_models_prediction(study, s
     assert shown.caption == f"Split 0, image {median}: {rule}"
     assert shown.title == "Sweep study (data busi, profile paper)"
     assert grid(contours.figure2(**shown._asdict())) == [["Image", *OWN[:3]], list(OWN[3:])]
+
+
+def unsigned(sweep):
+    """As recorded without the digest of the data, so that scores alone tell."""
+    return changed(sweep, tags=[{} for _ in sweep.runs["tags"]])
+
+
+def test_images_with_other_pixels_under_the_same_masks_are_refused(study, small_busi, tmp_path):
+    root = shutil.copytree(small_busi, tmp_path / "busi")
+    file = next(file for file in sorted(root.rglob("*.png")) if "_mask" not in file.name)
+    with Image.open(file) as image:
+        changed_image = image.point(lambda grey: 255 - grey)
+    changed_image.save(file)
+    told = r"busi are not those that sweep study was trained and scored on: other files or other bytes; .*--data-root"
+    with pytest.raises(InputError, match=told):
+        load(study(), tmp_path, root=root)
+    assert load(unsigned(study()), tmp_path, root=root)
 
 
 def test_several_images_come_from_the_worst_to_the_best(study, tmp_path):

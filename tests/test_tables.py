@@ -69,6 +69,7 @@ def run_row(notation, split, seed=0, /, **changes):
         "status": "FINISHED",
         "run_id": "r",
         "params": {"train.lr": "0.0001", "split": str(split)},
+        "tags": {},
     }
     return row | changes
 
