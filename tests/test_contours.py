@@ -502,7 +502,7 @@ def test_models_scored_on_different_images_are_not_ranked_together(study, tmp_pa
 
 
 def test_other_images_than_those_scored_are_refused(study, small_busi, tmp_path):
-    sweep, moved = study(), tmp_path / "moved"
+    sweep, moved = unsigned(study()), tmp_path / "moved"
     shutil.copytree(small_busi, moved)
     assert load(sweep, tmp_path, root=moved)[0].caption == load(sweep, tmp_path)[0].caption
     for file in moved.rglob("*_mask.png"):
