@@ -8,11 +8,11 @@ STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos bench lint types table3 table4 table5 effects ui clean
+.PHONY: help setup demo test chaos bench lint types table3 table4 table5 effects figure2 figures report ui clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'ARGS="..." passes Hydra overrides to demo, table3 and table4'
+	@echo 'ARGS="..." passes Hydra overrides to demo, table3, table4, figure2, figures and report'
 
 setup: $(READY) ## Make .venv with everything that runs and tests need (about 6 GB)
 
@@ -55,7 +55,17 @@ table5: setup ## Measure what Teacher, Student and best cell of the last sweep c
 effects: setup ## Print which of path, loss and teacher augmentation mattered in the last sweep
 	@$(PY) -m kdsweep.tables effects --store $(STORE)
 
+figure2: setup ## Draw Figure 2: one test image with the contours of all models (of the last sweep, or of that of ARGS)
+	@$(PY) -m kdsweep.figures figure2 $(ARGS)
+
+figures: setup ## Draw all figures of the last sweep: contours, effects, learning curves, each image against Student
+	@$(PY) -m kdsweep.figures all $(ARGS)
+
+report: setup ## Write one HTML file on the last sweep: what was run, tables, effects, figures, every cell
+	@$(PY) -m kdsweep.report $(ARGS)
+
 ui: setup ## Open the MLflow UI on http://127.0.0.1:5000
+	@echo 'runs, the best first: http://127.0.0.1:5000/#/experiments/1/runs?searchFilter=tags.%60kdsweep.split%60%20%3D%20%220%22&orderByKey=metrics.%60test%2Fdice%60&orderByAsc=false&workflowType=machine_learning'
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow ui --host 127.0.0.1 --port 5000 \
 		--backend-store-uri sqlite:///$(abspath $(STORE))/mlflow.db
 

@@ -264,6 +264,8 @@ def footnotes4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
         "difference, percentage points. An image that several splits or seeds test counts once in each, "
         "as if independent.",
     ]
+    if sweep.runs["split"].nunique() == 1:
+        notes.append("One split: how much the scores spread between splits is not known.")
     student = table.loc[table["notation"] == "Student", "gap"]
     if student.empty or (student != "").any():
         notes.append(

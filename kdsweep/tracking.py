@@ -49,6 +49,7 @@ EXPERIMENT = "kdsweep"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on curves, not on prompts
 ASKED = "kdsweep.asked."
 VARIED = "kdsweep.varied"
+UI_TRAINING = "workflowType=machine_learning"  # else MLflow's pages open on prompts and traces
 ERROR = "kdsweep.error"
 NOTE = "mlflow.note.content"  # what the UI shows as a run's description
 ARTIFACTS = ("test_scores.csv", "test_predictions.npz", "split.json")

@@ -1,6 +1,7 @@
 """Wrong commands and wrong data, as a user meets them: one line with key, value and remedy, and nothing is trained."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -204,6 +205,12 @@ def test_a_file_that_holds_no_weights_is_refused(small_busi: Path, tmp_path: Pat
 # --- as its user starts it
 
 
+@pytest.fixture
+def database(empty_store: Path, tmp_path: Path) -> None:
+    """The store has its database already, which takes a command seconds to make."""
+    shutil.copytree(empty_store, tmp_path / "store")
+
+
 class Outcome:
     """What a command left: exit code, all that it printed, the store."""
 
@@ -242,9 +249,10 @@ def test_a_wrong_word_on_the_command_line_ends_in_one_line(tmp_path: Path, overr
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("database")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    message = Outcome("profile=quick", "device=cuda", cwd=tmp_path).refusal()
+    message = Outcome("profile=quick", "data.count=4", "device=cuda", cwd=tmp_path).refusal()
     assert "device=cuda: PyTorch sees 0 CUDA devices; use device=cpu or auto" in message
 
 
@@ -256,6 +264,7 @@ def test_one_bad_value_of_a_sweep_ends_it_before_the_first_job(small_busi: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("database")
 def test_one_bad_weights_file_of_a_sweep_ends_it_before_the_first_job(
     small_busi: Path, resnet_weights: Path, tmp_path: Path
 ) -> None:
@@ -268,6 +277,7 @@ def test_one_bad_weights_file_of_a_sweep_ends_it_before_the_first_job(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("database")
 def test_faulty_files_end_in_one_line_that_names_them_all(folder_of_eight: Path, tmp_path: Path) -> None:
     cut_one_image(folder_of_eight)
     Image.new("1", (79, 80)).save(folder_of_eight / "masks" / "6.png")
@@ -278,6 +288,7 @@ def test_faulty_files_end_in_one_line_that_names_them_all(folder_of_eight: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("database")
 def test_imagenet_weights_without_a_network_are_refused_with_the_ways_out(small_busi: Path, tmp_path: Path) -> None:
     outcome = Outcome(
         *("profile=paper", "image_size=64", "train.batch_size=4", "train.epochs=1", "device=cpu"),
@@ -294,6 +305,7 @@ def test_imagenet_weights_without_a_network_are_refused_with_the_ways_out(small_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("database")
 def test_a_bad_command_leaves_finished_results_as_they_are(small_busi: Path, tmp_path: Path) -> None:
     good = Outcome(*QUICK, *busi(small_busi), cwd=tmp_path)
     assert good.code == 0, good.output

@@ -3,6 +3,7 @@
 Whatever happened, the same call again ends with the bytes of a run that nothing happened to.
 """
 
+import functools
 import itertools
 import logging
 import multiprocessing
@@ -17,22 +18,36 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import DictConfig
+from small import TEACHER
 
 from kdsweep import build, cells, checkpoint, group, interrupts, records, teachers, train, views
 from kdsweep.learner import Learner
 from kdsweep.records import FINISHED
 
-QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=3", "device=cpu", "teacher_aug=weak"]
+QUICK = [
+    "profile=quick",
+    "data=busi",
+    "train.batch_size=8",
+    "train.epochs=3",
+    "device=cpu",
+    "teacher_aug=weak",
+    *TEACHER,
+]
 GROUP = (["path=HR"], ["path=L", "loss=mse"], ["path=none"])
 FILES = ("student.safetensors", "teacher.safetensors", "history.csv", "test_scores.csv", "test_predictions.npz")
 
 spawner = multiprocessing.get_context("forkserver")
-spawner.set_forkserver_preload(["kdsweep.group", "test_faults"])
+spawner.set_forkserver_preload(["kdsweep.group", "test_faults", "monai.metrics", "sklearn.model_selection"])
+
+composed = functools.cache(lambda *overrides: cells.compose(list(overrides)))
 
 
 def configs_of(small_busi: Path, store: Path, *each: list[str]):
-    common = [*QUICK, f"data.root={small_busi}", f"store={store}"]
-    return [cells.compose([*common, *overrides]) for overrides in each or GROUP]
+    configs = [composed(*QUICK, f"data.root={small_busi}", *overrides).copy() for overrides in each or GROUP]
+    for cfg in configs:
+        cfg.store = str(store)
+    return configs
 
 
 def contents(store: Path) -> dict[str, bytes]:
@@ -49,6 +64,12 @@ def unbroken(small_busi, tmp_path_factory) -> Path:
     return store
 
 
+@pytest.fixture(scope="module")
+def dices(small_busi, unbroken) -> list[float]:
+    """The test Dice of each cell of that group."""
+    return group.run_group(configs_of(small_busi, unbroken))
+
+
 @pytest.fixture
 def often(monkeypatch):
     """A checkpoint of the first cell after every step."""
@@ -58,7 +79,7 @@ def often(monkeypatch):
 # --- killed inside a write
 
 
-def doomed(small_busi: Path, store: Path, point: str, number: int) -> None:
+def doomed(configs: list[DictConfig], point: str, number: int) -> None:
     """Train the group; this process kills itself when it comes to a point for the n-th time."""
     calls = itertools.count(1)
 
@@ -87,7 +108,7 @@ def doomed(small_busi: Path, store: Path, point: str, number: int) -> None:
         "progress": (records, "write_progress"),
     }[point]
     setattr(owner, name, spoil(getattr(owner, name)))
-    group.run_group(configs_of(small_busi, store))
+    group.run_group(configs)
 
 
 @pytest.mark.slow
@@ -97,10 +118,11 @@ def test_killed_inside_its_writes_again_and_again_it_ends_as_if_nothing_had_happ
 ):
     rng = random.Random(seed)
     store, kills = tmp_path / "store", []
+    configs = configs_of(small_busi, store)
     for _ in range(60):
         point = rng.choice(["bytes", "flush", "rename", "marker", "link", "progress"])
         number = rng.randint(1, {"bytes": 120, "marker": 1, "link": 3}.get(point, 7))
-        process = spawner.Process(target=doomed, args=(small_busi, store, point, number))
+        process = spawner.Process(target=doomed, args=(configs, point, number))
         process.start()
         process.join(120)
         if process.exitcode == 0:
@@ -263,7 +285,7 @@ def test_a_damaged_checkpoint_is_named_and_an_earlier_one_used(
     "name", ["test_scores.csv", "test_predictions.npz", "student.safetensors", FINISHED, "history.csv"]
 )
 def test_a_damaged_score_file_is_named_and_made_again_without_training(
-    small_busi, unbroken, tmp_path, monkeypatch, caplog, spoil, name
+    small_busi, unbroken, dices, tmp_path, monkeypatch, caplog, spoil, name
 ):
     store = Path(shutil.copytree(unbroken, tmp_path / "store"))
     (folder,) = (store / "cells").glob("HReg*")
@@ -276,7 +298,7 @@ def test_a_damaged_score_file_is_named_and_made_again_without_training(
     monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained again"))
     results = group.run_group(configs_of(small_busi, store))
     assert contents(store) == contents(unbroken)
-    assert results == group.run_group(configs_of(small_busi, unbroken))
+    assert results == dices
     gone = name == FINISHED and spoil is Path.unlink  # a cell without its marker is simply not finished
     lines = [f"{folder / name}: damaged, its checksum differs; what it held is computed again"]
     assert caplog.messages[: len(lines)] == ([] if gone else lines)

@@ -2,21 +2,35 @@
 
 import logging
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from small import TEACHER
 
 from kdsweep import build, cells, group, mirror, plan, records, tracking
 from kdsweep.errors import InputError
 from kdsweep.kd_paths import Hidden
 
-QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=2", "device=cpu", "teacher_aug=weak"]
+QUICK = [
+    "profile=quick",
+    "data=busi",
+    "train.batch_size=8",
+    "train.epochs=2",
+    "device=cpu",
+    "teacher_aug=weak",
+    *TEACHER,
+]
 
 
 @pytest.fixture
-def compose(small_busi, tmp_path):
+def compose(small_busi, empty_store, tmp_path):
     def make(*overrides):
-        return cells.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path / 'store'}", *overrides])
+        cfg = cells.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path / 'store'}", *overrides])
+        if not Path(cfg.store).exists():
+            shutil.copytree(empty_store, cfg.store)
+        return cfg
 
     return make
 

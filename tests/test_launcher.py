@@ -74,18 +74,27 @@ class TestLauncherIntegration(IntegrationTestSuite):
 # --- jobs that are not cells, as another program's
 
 
-class Dies:
+def dying():
     """A task function whose process is killed in one job."""
 
-    def __call__(self, cfg):
+    def task(cfg):
         if cfg.number == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return cfg.number * 10
+
+    return task
 
 
 @pytest.fixture
 def launch(job_config, plain_hydra):
     """Runs jobs of a task function with the launcher, without Hydra around it."""
+
+    def with_overrides(config, overrides):  # in here: it reaches the jobs' processes without this module's imports
+        own = config.copy()
+        own.number = int(overrides[0].removeprefix("number="))
+        OmegaConf.set_readonly(own.hydra, False)
+        own.hydra.overrides.task = overrides
+        return own
 
     def run(task_function, numbers, subdir="${hydra.job.num}"):
         own = launcher.LockstepLauncher()
@@ -98,17 +107,9 @@ def launch(job_config, plain_hydra):
     return run
 
 
-def with_overrides(config, overrides):
-    own = config.copy()
-    own.number = int(overrides[0].removeprefix("number="))
-    OmegaConf.set_readonly(own.hydra, False)
-    own.hydra.overrides.task = overrides
-    return own
-
-
 @pytest.mark.slow
 def test_a_killed_job_takes_no_other_with_it(launch):
-    returns = launch(Dies(), [0, 1, 2])
+    returns = launch(dying(), [0, 1, 2])
     assert [job.status for job in returns] == [JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.COMPLETED]
     assert [returns[0].return_value, returns[2].return_value] == [0, 20]
     with pytest.raises(CellError, match="its process ended early, killed by SIGKILL"):
@@ -118,7 +119,7 @@ def test_a_killed_job_takes_no_other_with_it(launch):
 
 def test_two_jobs_of_one_folder_are_refused(launch):
     with pytest.raises(InputError, match="jobs 0 and 1 would write to one folder; name every swept key in it"):
-        launch(Dies(), [0, 2], subdir="same")
+        launch(dying(), [0, 2], subdir="same")
 
 
 def test_a_folder_may_be_named_by_any_key_and_is_settled_before_the_jobs_start(job_config, plain_hydra):

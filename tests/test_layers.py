@@ -22,6 +22,8 @@ LAYERS = (
     "group",
     "plan",
     "mirror",
+    "report",
+    "facts",
     "figures",
     "contours",
     "plots",

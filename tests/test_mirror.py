@@ -29,14 +29,6 @@ def quick_passes(monkeypatch):
     mirror.close_all()
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory) -> Path:
-    """A store without runs: creating the database takes seconds."""
-    folder = tmp_path_factory.mktemp("empty")
-    tracking.Tracker(store=folder, uri=None)
-    return folder
-
-
 @pytest.fixture
 def store(empty_store, tmp_path) -> Path:
     return Path(shutil.copytree(empty_store, tmp_path / "store"))

@@ -269,7 +269,8 @@ def test_a_name_means_the_finished_run_and_two_of_them_are_not_guessed_between(c
         predict.load_model(find("Student/split0", tmp_path))
 
 
-def test_a_run_is_found_by_its_id_in_mlflow(cell, tmp_path):
+def test_a_run_is_found_by_its_id_in_mlflow(cell, empty_store, tmp_path):
+    shutil.copytree(empty_store, tmp_path, dirs_exist_ok=True)
     shutil.copytree(cell.store / "cells", tmp_path / "cells")
     folder = tmp_path / "cells" / cell.folder.name
     tracker = tracking.Tracker(store=tmp_path, uri=None)

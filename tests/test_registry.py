@@ -20,9 +20,9 @@ NAME = "kdsweep-student"
 
 
 @pytest.fixture(scope="module")
-def cell(tmp_path_factory) -> Cell:
+def cell(empty_store, tmp_path_factory) -> Cell:
     """A finished cell that is in the MLflow of its store."""
-    cell = finish(tmp_path_factory.mktemp("registered"))
+    cell = finish(Path(shutil.copytree(empty_store, tmp_path_factory.mktemp("registered") / "store")))
     for name in scoring.SCORES, scoring.PREDICTIONS:
         (cell.folder / name).touch()
     tracking.Tracker(store=cell.store, uri=None).mirror(records.read(cell.folder), sweep="study")

@@ -13,18 +13,25 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from small import TEACHER
 
 from kdsweep import records, tables, tracking
 
 pytestmark = pytest.mark.slow
 
-QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=2"]
+QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=2", *TEACHER]
 GRID = ["-m", "path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong"]
 
 
 def kdsweep(*arguments: str, cwd: Path, module: str = "kdsweep") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=570, check=False)
+
+
+@pytest.fixture
+def database(empty_store, tmp_path):
+    """The store has its database already, which takes a command seconds to make."""
+    shutil.copytree(empty_store, tmp_path / "multirun")
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +155,7 @@ def test_another_sweep_counts_the_finished_cells_without_running_them(swept, sma
     assert len(sweep.scores) == 3 * 5
 
 
+@pytest.mark.usefixtures("database")
 def test_a_failing_cell_leaves_the_others_and_says_where_its_traceback_is(small_busi, tmp_path):
     (tmp_path / "own.py").write_text(
         "def broken(*, student, teacher, valid):\n    raise RuntimeError('my loss broke')\n"
@@ -182,8 +190,9 @@ def files_of(store: Path, *names: str) -> dict[str, bytes]:
 RESULTS = ("student.safetensors", "teacher.safetensors", "history.csv", "test_scores.csv", "test_predictions.npz")
 
 
-def test_one_by_one_gives_the_same_bits(swept, small_busi):
+def test_one_by_one_gives_the_same_bits(swept, small_busi, empty_store):
     cwd, _ = swept
+    shutil.copytree(empty_store, cwd / "alone")
     root = f"data.root={small_busi}"
     alone = kdsweep(*GRID, *QUICK, root, "hydra/launcher=basic", "store=alone", cwd=cwd)
     assert alone.returncode == 0, alone.stdout + alone.stderr
@@ -194,8 +203,9 @@ def test_one_by_one_gives_the_same_bits(swept, small_busi):
     assert len({content for name, content in together.items() if name.endswith("student.safetensors")}) == 13
 
 
-def test_two_processes_at_once_give_the_same_bits(swept, small_busi):
+def test_two_processes_at_once_give_the_same_bits(swept, small_busi, empty_store):
     cwd, _ = swept
+    shutil.copytree(empty_store, cwd / "divided")
     part = ["-m", "path=HR,L", "teacher_aug=strong,weak", *QUICK, f"data.root={small_busi}", "store=divided"]
     divided = kdsweep(*part, "hydra.launcher.devices=[cpu,cpu]", cwd=cwd)
     assert divided.returncode == 0, divided.stdout + divided.stderr
@@ -208,6 +218,7 @@ def test_two_processes_at_once_give_the_same_bits(swept, small_busi):
     assert set(sweep.runs["status"]) == {"FINISHED"}
 
 
+@pytest.mark.usefixtures("database")
 def test_a_learning_rate_sweep_is_one_group(small_busi, tmp_path):
     done = kdsweep("-m", "path=none", "train.lr=1e-3,3e-4", *QUICK, f"data.root={small_busi}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -241,7 +252,7 @@ def all_gone(pids: list[int]) -> bool:
 
 
 @pytest.fixture
-def endless(small_busi, tmp_path):
+def endless(small_busi, database, tmp_path):
     """A sweep that has trained its first epochs and goes on."""
     command = [sys.executable, "-m", "kdsweep", "-m", "path=none", "train.lr=1e-3,3e-4", *QUICK, "train.epochs=5000"]
     with subprocess.Popen(
@@ -292,6 +303,7 @@ def test_a_killed_group_fails_its_cells_and_says_why(endless, tmp_path):
     assert sweep.runs["status"].tolist() == ["FAILED", "FAILED"]
 
 
+@pytest.mark.usefixtures("database")
 def test_an_interrupt_closes_the_run_as_killed_and_says_how_to_go_on(small_busi, tmp_path):
     command = [sys.executable, "-m", "kdsweep", "path=none", *QUICK, "train.epochs=500", f"data.root={small_busi}"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -332,6 +344,7 @@ def test_two_sweeps_at_once_compute_each_cell_and_each_teacher_once(swept, small
         assert len(sweep.runs) == 4
 
 
+@pytest.mark.usefixtures("database")
 def test_what_fails_is_tried_once_or_with_retry_failed_twice(small_busi, tmp_path):
     """The loss fails at its first call of each process but the third."""
     (tmp_path / "own.py").write_text(
@@ -361,6 +374,7 @@ def test_what_fails_is_tried_once_or_with_retry_failed_twice(small_busi, tmp_pat
     assert len(sweep.runs) == 3
 
 
+@pytest.mark.usefixtures("database")
 def test_changed_images_make_new_cells_and_the_line_says_so(small_busi, tmp_path):
     root = Path(shutil.copytree(small_busi, tmp_path / "images"))
     arguments = ["path=none", *QUICK, f"data.root={root}", "train.epochs=1"]

@@ -875,3 +875,10 @@ def test_the_command_for_missing_students_asks_for_each_value():
     sweep = without(rates({"1": 0.0, "2": 0.0}, splits=(0,)), "Student")
     command = tables.student_command(sweep)
     assert command == "python -m kdsweep path=none data=busi train.lr=1,2 sweep_name=rates -m"
+
+
+def test_a_single_split_is_said_to_show_no_spread():
+    for splits, told in (((0,), True), ((0, 1), False)):
+        sweep = sweep_of(splits=splits)
+        notes = tables.footnotes4(sweep=sweep, table=tables.table4(sweep), test="ttest")
+        assert ("One split: how much the scores spread between splits is not known." in notes) == told

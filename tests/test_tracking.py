@@ -1,5 +1,6 @@
 """What is written to MLflow comes back: sweeps, gaps, and runs that a killed process left open."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,9 @@ TAGS = {"kdsweep.profile": "quick", "kdsweep.device": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    """One database for all tests of the module: creating it takes seconds."""
-    folder = tmp_path_factory.mktemp("store")
-    tracking.Tracker(store=folder, uri=None)
-    return folder
+def store(empty_store, tmp_path_factory) -> Path:
+    """One database for all tests of the module."""
+    return Path(shutil.copytree(empty_store, tmp_path_factory.mktemp("tracking") / "store"))
 
 
 def make_cell(notation="L_MSE", split=0, evidence="a", store=Path("store"), **settings) -> Cell:
