@@ -58,26 +58,30 @@ def load_size(cfg: DictConfig) -> int:
     return cfg.data.load_size or round(cfg.image_size * 256 / 224)
 
 
+def source(cfg: DictConfig) -> Any:
+    """The data set that a configuration names: a ``data.Source``."""
+    return hydra.utils.instantiate(cfg.data.source)
+
+
 def listing(cfg: DictConfig) -> data.Listing:
     """What the data set consists of; looked at once per process."""
-    return _listing(hydra.utils.instantiate(cfg.data.source))
+    return _listing(source(cfg))
 
 
 @lru_cache(maxsize=2)
-def _listing(source: data.Source) -> data.Listing:
-    return data.listing(source)
+def _listing(of: data.Source) -> data.Listing:
+    return data.listing(of)
 
 
 def images(cfg: DictConfig) -> data.Images:
     """The data set in memory; read once per process."""
-    source = hydra.utils.instantiate(cfg.data.source)
     takes_empty = bool(cfg.data.get("allow_empty_masks"))
-    return _load(source, load_size=load_size(cfg), image_size=cfg.image_size, allow_empty_masks=takes_empty)
+    return _load(source(cfg), load_size=load_size(cfg), image_size=cfg.image_size, allow_empty_masks=takes_empty)
 
 
 @lru_cache(maxsize=2)
-def _load(source: data.Source, *, load_size: int, image_size: int, allow_empty_masks: bool) -> data.Images:
-    return data.load(source, load_size=load_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
+def _load(of: data.Source, *, load_size: int, image_size: int, allow_empty_masks: bool) -> data.Images:
+    return data.load(of, load_size=load_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
 
 
 def cell(cfg: DictConfig) -> Cell:

@@ -202,6 +202,7 @@ def load(
     count: int,
     ids: list[str] | None,
     root: Path | None,
+    source: data.Source | None = None,
 ) -> list[Shown]:
     """What the figures of a sweep show, one entry per image.
 
@@ -215,6 +216,7 @@ def load(
         count: how many images ``pick`` chooses.
         ids: images chosen by hand instead.
         root: where the images lie now, if not where they lay when the sweep ran.
+        source: the data set, if it is not one of kdsweep's own.
 
     Raises:
         InputError: there is no such model, split, seed or image; nothing is finished there; or the images are not
@@ -235,7 +237,7 @@ def load(
     recorded = dict(zip(dice.index, dice.to_numpy(float), strict=True))
     masks = {str(name): _predictions(run, list(chosen), store=store, uri=uri) for name, run in finished.iterrows()}
     first = finished.iloc[0]
-    source = run_data.source(first["params"], store=store, root=root)
+    source = source or run_data.source(first["params"], store=store, root=root)
     images = _images(source, list(chosen), image_size=int(first["params"]["image_size"]))
     known = {tags["kdsweep.data"] for tags in finished["tags"] if "kdsweep.data" in tags}
     if known - {data.listing(source).digest}:

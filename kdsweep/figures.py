@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 
-from kdsweep import cells, checkpoint, contours, effects, plots, tables, tracking
+from kdsweep import cells, checkpoint, contours, data, effects, plots, run_data, tables, tracking
 from kdsweep.errors import InputError, exit_code
 from kdsweep.sweeps import known_values, variants
 
@@ -51,6 +51,7 @@ class Choice:
     count: int = 1
     ids: list[str] | None = None
     root: Path | None = None
+    source: data.Source | None = None
 
 
 def draw(which: str, sweep: Sweep, *, store: Path, uri: str | None, choice: Choice) -> Iterator[tuple[str, Figure]]:
@@ -86,10 +87,10 @@ def draw(which: str, sweep: Sweep, *, store: Path, uri: str | None, choice: Choi
 
 def heading(which: str, sweep: Sweep, *, label: str) -> str:
     """The title of a figure: what it shows, of which sweep, data and profile."""
-    data, profile = ("".join(known_values(sweep.runs, key)) for key in ("data", "profile"))
+    name, profile = ("".join(known_values(sweep.runs, key)) for key in ("data", "profile"))
     shows = FIGURES[which][0].upper() + FIGURES[which][1:]
     kind = " (a check, not a result)" if profile == "quick" else ""
-    return f"{shows}. Sweep {sweep.name}{f', {label}' if label else ''}: data {data}, profile {profile}{kind}"
+    return f"{shows}. Sweep {sweep.name}{f', {label}' if label else ''}: data {name}, profile {profile}{kind}"
 
 
 def slug(label: str) -> str:
@@ -122,12 +123,21 @@ def write(figure: Figure, *, out_dir: Path, name: str) -> list[Path]:
 
 
 class Place(NamedTuple):
-    """Where a sweep is: folder of the runs, MLflow's address, its name (None: the one last asked for), its images."""
+    """Where a sweep is.
+
+    Attributes:
+        store: folder of the runs.
+        uri: of the MLflow server or database, or None for the file in the store.
+        sweep: its name; None takes the one last asked for.
+        root: where its images lie now, if not where they lay then.
+        source: its data set, if that is a user's own class.
+    """
 
     store: Path
     uri: str | None
     sweep: str | None
     root: Path | None
+    source: data.Source | None = None
 
 
 def parse_place(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +163,7 @@ def find_place(options: argparse.Namespace) -> Place:
         options.tracking_uri or cfg.tracking.uri,
         options.sweep or named,
         options.data_root or root,
+        cells.source(cfg) if cfg.data.source._target_ not in run_data.SOURCES else None,
     )
 
 
@@ -164,7 +175,7 @@ def make(which: str, *, place: Place, out_dir: Path | None, choice: Choice) -> N
     """
     sweep = tracking.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
     out_dir = out_dir or place.store / "figures"
-    choice = replace(choice, root=place.root)
+    choice = replace(choice, root=place.root, source=place.source)
     failed = []
     for name in FIGURES if which == "all" else [which]:
         try:

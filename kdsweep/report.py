@@ -151,7 +151,9 @@ def make_table(which: str, sweep: Sweep, *, store: Path, test: str) -> Table:
 def make_figures(which: str, sweep: Sweep, *, place: Place, hide: Callable[[str], str]) -> Figures:
     """One of FIGURES: photographs as PNG, the others as SVG."""
     heading = FIGURES[which][0].upper() + FIGURES[which][1:]
-    drawn = figures.draw(which, sweep, store=place.store, uri=place.uri, choice=Choice(root=place.root))
+    drawn = figures.draw(
+        which, sweep, store=place.store, uri=place.uri, choice=Choice(root=place.root, source=place.source)
+    )
     pictures: list[Picture] = []
     try:
         for name, figure in drawn:

@@ -141,15 +141,36 @@ def place_of(*words):
 
 
 def test_overrides_say_which_sweep_is_meant():
-    assert place_of() == (Path("multirun"), None, None, None)
-    assert place_of("--store", "s", "--sweep", "x", "--data-root", "d") == (Path("s"), None, "x", Path("d"))
-    assert place_of("store=elsewhere") == (Path("elsewhere"), None, None, None)
-    assert place_of("data=busi", "data.root=r", "profile=quick") == (Path("multirun"), None, "busi-quick", Path("r"))
+    assert place_of() == (Path("multirun"), None, None, None, None)
+    assert place_of("--store", "s", "--sweep", "x", "--data-root", "d") == (Path("s"), None, "x", Path("d"), None)
+    assert place_of("store=elsewhere") == (Path("elsewhere"), None, None, None, None)
+    assert place_of("data=busi", "data.root=r", "profile=quick") == (
+        Path("multirun"),
+        None,
+        "busi-quick",
+        Path("r"),
+        None,
+    )
     assert place_of("profile=quick", "tracking.uri=http://127.0.0.1:9", "--sweep", "own") == (
-        *(Path("multirun"), "http://127.0.0.1:9", "own", None),
+        *(Path("multirun"), "http://127.0.0.1:9", "own", None, None),
     )
     with pytest.raises(InputError, match="profil"):
         place_of("profil=quick")
+
+
+def test_a_data_set_of_ones_own_is_taken_from_the_command(tmp_path, monkeypatch, call):
+    """Never from the record of the run, which may come from elsewhere."""
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    node = "name: clinic\nroot: ???\nload_size: null\nsource: {_target_: own_scans.Clinic, root: '${data.root}'}\n"
+    (tmp_path / "conf" / "data" / "clinic.yaml").write_text(node)
+    (tmp_path / "own_scans.py").write_text("class Clinic:\n    def __init__(self, root):\n        self.root = root\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = {}
+    monkeypatch.setattr(contours, "load", lambda *_, **options: asked.update(options) or [shown()])
+    words = ("data=clinic", "data.root=here", f"hydra.searchpath=[file://{tmp_path / 'conf'}]")
+    call(sweep_of(splits=(0,)), "figure2", *words)
+    assert type(asked["source"]).__name__ == "Clinic"
+    assert (asked["source"].root, asked["root"]) == ("here", Path("here"))
 
 
 def test_the_command_tells_a_missing_store_in_one_line(tmp_path):
