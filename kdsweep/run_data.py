@@ -40,8 +40,8 @@ def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) 
     values = {key.removeprefix(prefix): value for key, value in params.items() if key.startswith(prefix)}
     name = values.pop("_target_", "none recorded")
     if name not in SOURCES:
-        own = "give your own with the command: data=NAME data.root=DIR hydra.searchpath=[file://FOLDER]"
-        raise InputError(f"data.source={name}: only {', '.join(SOURCES)} are found again from a run; {own}")
+        remedy = "give your own with the command: data=NAME data.root=DIR hydra.searchpath=[file://FOLDER]"
+        raise InputError(f"data.source={name}: only {', '.join(SOURCES)} are found again from a run; {remedy}")
     own = {key: _value(value) for key, value in values.items() if key not in ("root", "cache_dir")}
     if "root" in values:
         own["root"] = str(root or values["root"])
