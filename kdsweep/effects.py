@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kdsweep.tracking import Sweep
 
 ALPHA = 0.05
+NAMED = 3  # of the cells that an effect lacks
 DASH = "\N{EN DASH}"
 
 
@@ -118,13 +119,18 @@ def _row(effect: Effect, *, dice: pd.DataFrame, why: dict[str, str], test: str) 
     }
     numbers: dict[str, object] = dict.fromkeys(["estimate_points", "low_points", "high_points", "p"], NAN)
     if missing:
-        needs = "; ".join(f"{', '.join(cells)} ({reason})" for reason, cells in missing.items())
+        needs = "; ".join(f"{_some(cells)} ({reason})" for reason, cells in missing.items())
         return row | numbers | {"n_images": pd.NA, "gap": f"needs {needs}"}
     plus, minus = (dice[[cell for cell in CELLS if signs[cell] == sign]].mean(axis=1) for sign in (1, -1))
     points = 100 * (plus - minus).to_numpy()
     p = p_value(pd.DataFrame({"dice_ours": plus, "dice_baseline": minus}), test=test)
     numbers = dict(zip(numbers, (points.mean(), *mean_interval(points), p), strict=True))
     return row | numbers | {"n_images": len(points), "gap": ""}
+
+
+def _some(cells: list[str]) -> str:
+    more = len(cells) - NAMED
+    return ", ".join(cells[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------

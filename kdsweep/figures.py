@@ -65,24 +65,37 @@ def draw(which: str, sweep: Sweep, *, store: Path, uri: str | None, choice: Choi
         choice: for figure2.
 
     Raises:
-        InputError: the sweep lacks what the figure shows.
+        InputError: after all that can be drawn, what the sweep lacks for the others.
     """
+    failed = []
     for label, part in variants(sweep).items():
         name = f"{which}-{slug(label)}" if label else which
-        if which == "figure2":
-            shown = contours.load(part, store=store, uri=uri, **vars(choice))
-            for number, one in enumerate(shown, start=1):
-                one = one._replace(title=f"{one.title}, {label}" if label else one.title)
-                yield f"{name}-{number}" if len(shown) > 1 else name, contours.figure2(**one._asdict())
-            continue
-        title = heading(which, part, label=label)
-        if which == "effects":
-            yield name, plots.effects_plot(scores=tables.table4(part), effects=effects.effects(part), title=title)
-        elif which == "curves":
-            curves = tracking.read_curves(part, store=store, uri=uri)
-            yield name, plots.curves_plot(curves=curves, title=title)
-        else:
-            yield name, plots.pairs_plot(pairs=plots.paired(part), title=title)
+        try:
+            if which == "figure2":
+                yield from _contours(part, name=name, label=label, store=store, uri=uri, choice=choice)
+            else:
+                yield name, _plot(which, part, title=heading(which, part, label=label), store=store, uri=uri)
+        except InputError as error:
+            failed.append(f"{label}: {error}" if label else str(error))
+    if failed:
+        raise InputError("; ".join(failed))
+
+
+def _contours(
+    sweep: Sweep, *, name: str, label: str, store: Path, uri: str | None, choice: Choice
+) -> Iterator[tuple[str, Figure]]:
+    shown = contours.load(sweep, store=store, uri=uri, **vars(choice))
+    for number, one in enumerate(shown, start=1):
+        one = one._replace(title=f"{one.title}, {label}" if label else one.title)
+        yield f"{name}-{number}" if len(shown) > 1 else name, contours.figure2(**one._asdict())
+
+
+def _plot(which: str, sweep: Sweep, *, title: str, store: Path, uri: str | None) -> Figure:
+    if which == "effects":
+        return plots.effects_plot(scores=tables.table4(sweep), effects=effects.effects(sweep), title=title)
+    if which == "curves":
+        return plots.curves_plot(curves=tracking.read_curves(sweep, store=store, uri=uri), title=title)
+    return plots.pairs_plot(pairs=plots.paired(sweep), title=title)
 
 
 def heading(which: str, sweep: Sweep, *, label: str) -> str:

@@ -87,8 +87,9 @@ def report(
         variants: of the places that have one.
         now_ms: milliseconds since 1970.
     """
-    places = sorted(found, key=lambda place: _order(place, found[place]))
-    titles = _titles(places, variants or {})
+    variants = variants or {}
+    places = sorted(found, key=lambda place: (*_order(place, found[place]), variant_label(variants.get(place, {}))))
+    titles = _titles(places, variants)
     teachers = [found[place] for place in places if _is_teacher(found[place])]
     cells = [found[place] for place in places if not _is_teacher(found[place])]
     number = f"{len(cells)} cell{'' if len(cells) == 1 else 's'}"
@@ -110,10 +111,10 @@ def _is_teacher(record: Record) -> bool:
     return record.folder.parent.name == "teachers"
 
 
-def _order(place: str, record: Record) -> tuple[bool, int, int, str, str]:
-    notation, split, seed, settings = place.rsplit("/", 3)
+def _order(place: str, record: Record) -> tuple[bool, int, int, str]:
+    notation, split, seed, _ = place.rsplit("/", 3)
     numbers = int(split.removeprefix("split")), int(seed.removeprefix("seed"))
-    return not _is_teacher(record), *numbers, notation, settings
+    return not _is_teacher(record), *numbers, notation
 
 
 def _titles(places: Iterable[str], variants: Mapping[str, dict[str, str]]) -> dict[str, str]:

@@ -373,3 +373,8 @@ def test_notes(sweep, table, test):
     assert "several splits or seeds test counts once in each, as if independent" in notes[1]
     assert "half the difference of the two simple effects" in notes[2]
     assert notes[3] == "Left out, not of the 12 cells: Student, Teacher, Teacher_WAug."
+
+
+def test_of_many_cells_that_are_not_there_the_first_are_named():
+    table = effects.effects(sweep_of(("Teacher", "Student", "L_MSE")))
+    assert row(table, "H - L")["gap"] == "needs L_MSE_WAug, L_KLD, L_KLD_WAug and 4 more (not run)"

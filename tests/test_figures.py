@@ -125,6 +125,16 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_others(call, monkeypatch, caps
     assert line.startswith("kdsweep: error: figure2: images are gone; pairs: nothing to compare")
 
 
+def test_settings_that_cannot_be_drawn_leave_the_others(call, capsys):
+    sweep = rates({"1": 0.0, "2": 0.0}, splits=(0,), notations=("Teacher", "Student", "L_MSE"))
+    gone = (sweep.runs["notation"] == "Student") & sweep.runs["fingerprint"].str.endswith("-1")
+    code, files, _ = call(replace(sweep, runs=sweep.runs[~gone]), "pairs")
+    assert code == 1
+    assert [name for name in files if name.endswith(".png")] == ["pairs-train.lr=2.png"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("kdsweep: error: train.lr=1: nothing to compare")
+
+
 def test_options_of_figure2_reach_it(call, monkeypatch):
     asked = {}
     monkeypatch.setattr(contours, "load", lambda *_, **options: asked.update(options) or [shown()])
