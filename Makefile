@@ -16,7 +16,7 @@ help: ## Show this list
 
 setup: $(READY) ## Make .venv with everything that runs and tests need (about 6 GB)
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml kdsweep/plugins/hydra_plugins/kdsweep_lockstep.py  # both are copied when it is installed
 	$(PYTHON) -c 'import sys; sys.exit("kdsweep needs Python 3.11 or newer, PYTHON=%s is %s" % (sys.executable, sys.version.split()[0])) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'

@@ -45,6 +45,7 @@ def run(cfg: DictConfig) -> float:
 
 def main() -> None:
     """The console script: run, and tell an error in one line (HYDRA_FULL_ERROR=1 shows the traceback)."""
+    sys.argv[1:] = ["hydra.launcher.plan=true" if word == "--plan" else word for word in sys.argv[1:]]
     interrupts.install()
     logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
     OmegaConf.register_new_resolver("kdsweep.cell_dir", _cell_dir, replace=True)

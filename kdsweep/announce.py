@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -43,6 +44,9 @@ class Announce(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """The same for a single cell."""
+        if config.hydra.launcher.get("plan"):
+            _or_exit(lambda: show_plan([config]))
+            raise SystemExit(0)
         _or_exit(lambda: announce([config]))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
@@ -85,6 +89,17 @@ def announce(configs: list[DictConfig]) -> int:
     look = worker.look_at_cells([job.config for job in waiting], []) if waiting else None
     log.info("%s", plan.describe(jobs, groups=[[job] for job in waiting], look=look))
     plan.tell_changes(jobs)
+    return len(jobs)
+
+
+def show_plan(configs: list[DictConfig]) -> int:
+    """Check every job and tell what would run, without writing anything; count jobs."""
+    from kdsweep import plan, worker
+
+    jobs = plan.read_jobs(configs)
+    waiting = plan.waiting(jobs)
+    look = worker.look_at_cells([job.config for job in waiting], []) if waiting else None
+    sys.stdout.write(plan.overview(jobs, groups=[waiting] if waiting else [], look=look) + "\n")
     return len(jobs)
 
 

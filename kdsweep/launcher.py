@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from kdsweep.errors import InputError
+from kdsweep.errors import CellError, InputError
 from kdsweep.interrupts import Stopped
 
 # This module is imported whenever Hydra starts (see plugins/): what is heavier comes when it is needed.
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
+LOST = "lost"  # stands in the place of a device that does not compute any more
 
 
 def trains_cells(task_function: TaskFunction) -> TaskFunction:
@@ -60,10 +63,15 @@ class LockstepLauncher(Launcher):
 
     Args:
         devices: where groups run at the same time, such as ``[cuda:0,cuda:1]``; by default all that ``device`` names.
+        processes: on the CPU, how many groups run at the same time; they share its threads.
+        plan: say what would run and for how long, and run nothing.
     """
 
-    def __init__(self, devices: list[str] | None = None) -> None:
-        self.devices = list(devices or [])
+    def __init__(self, devices: list[str] | None = None, *, processes: int = 1, plan: bool = False) -> None:
+        if processes < 1:
+            raise InputError(f"hydra.launcher.processes={processes} is not allowed: it must be at least 1")
+        self.devices = list(devices or []) or (["cpu"] * processes if processes > 1 else [])
+        self.plan = plan
         self.idle: Worker | None = None  # started, and used by the first group
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -108,9 +116,12 @@ class LockstepLauncher(Launcher):
 
         jobs = plan.read_jobs(configs)
         settle_folders(configs, names=[job.cell.fingerprint for job in jobs])
+        waiting = plan.waiting(jobs)
+        if self.plan:
+            self._show_plan(jobs, waiting)
+            return [worker.closed(job.config, (job.finished or {}).get("test/dice", math.nan)) for job in jobs]
         plan.watch(jobs)
         try:
-            waiting = plan.waiting(jobs)
             results: dict[str, JobReturn] = {}
             if waiting:
                 self.idle = self._start()
@@ -134,6 +145,17 @@ class LockstepLauncher(Launcher):
             for own, config in zip(returns, configs, strict=True)
         ]
 
+    def _show_plan(self, jobs: list[Job], waiting: list[Job]) -> None:
+        """Print what ``plan.overview`` tells; nothing is written and nothing is trained but one timed step."""
+        from kdsweep import plan, worker
+
+        groups, look = [], None
+        if waiting:
+            self.idle = self._start()
+            look = self.idle.call(worker.look_at_cells, [job.config for job in waiting], self.devices)
+            groups = plan.form_groups(waiting, devices=look.devices)
+        sys.stdout.write(plan.overview(jobs, groups=groups, look=look) + "\n")
+
     def _train(self, groups: list[list[Job]], look: Look) -> dict[str, JobReturn]:
         from kdsweep import cells, plan, worker
 
@@ -145,6 +167,7 @@ class LockstepLauncher(Launcher):
             units = [Unit(worker.train_teachers, [config], look.devices[str(config.device)]) for config in missing]
             for unit, outcome in self._run(units, places):
                 log.info("%s: %s", cells.teacher_cell(unit.configs[0]).title, outcome or "done")
+            groups = sorted(groups, key=lambda group: -plan.group_s(group, look))  # the last ones to end are short
         report = Report(groups)
         results = self._train_groups(groups, look, places, report)
         failed = [job for group in groups for job in group if job.cell.fingerprint in report.failed]
@@ -201,14 +224,20 @@ class LockstepLauncher(Launcher):
         return started
 
     def _run(self, units: list[Unit], places: list[str]) -> Iterator[tuple[Unit, Any]]:
-        """Run each unit in a process of its own, one at a time at each place; gives results or errors as they come."""
+        """Run each unit in a process of its own, one at a time at each place; gives results or errors as they come.
+
+        A unit whose device does not compute any more is run at another place, as long as there is one.
+        """
         from kdsweep.worker import pin
 
-        waiting = list(units)
+        waiting, places = list(units), list(places)
         busy: dict[int, tuple[Unit, Worker]] = {}
         told = False
         try:
             while waiting or busy:
+                for orphan in [unit for unit in waiting if not set(unit.places) & set(places)]:
+                    waiting.remove(orphan)
+                    yield orphan, CellError(f"{', '.join(orphan.places)} does not compute any more")
                 ready = [unit for unit in waiting if not unit.waits()]
                 for number, place in enumerate(places):
                     unit = next((unit for unit in ready if place in unit.places), None)
@@ -217,7 +246,8 @@ class LockstepLauncher(Launcher):
                         ready.remove(unit)
                         process, self.idle = self.idle or self._start(), None
                         busy[number] = unit, process
-                        process.send(pin, unit.call, unit.configs, place if len(places) > 1 else "")
+                        name = place if len(places) > 1 else ""
+                        process.send(pin, unit.call, unit.configs, name, places.count(place))
                 if not busy:
                     if not told:
                         log.info("all that is left is computed by another command: waiting for it")
@@ -229,10 +259,36 @@ class LockstepLauncher(Launcher):
                         outcome = process.outcome()
                         del busy[number]
                         process.close()
-                        yield unit, outcome
+                        place = places[number]
+                        elsewhere = set(unit.places) & set(places) - {place, LOST}
+                        if elsewhere and _failed(outcome) and self._is_lost(place):
+                            log.warning("%s does not compute any more: its group moves to another device", place)
+                            places = [LOST if name == place else name for name in places]
+                            waiting.insert(0, unit)
+                        else:
+                            yield unit, outcome
         except BaseException as error:
             self._stop([process for _, process in busy.values()], error)
             raise
+
+    def _is_lost(self, place: str) -> bool:
+        """Whether a CUDA device does not answer a fresh process either."""
+        from kdsweep import worker
+
+        if not place.startswith("cuda"):
+            return False
+        process = self._start()
+        process.send(worker.probe, place)
+        outcome = process.outcome()
+        process.close()
+        return isinstance(outcome, Exception)
+
+
+def _failed(outcome: Any) -> bool:
+    """Whether anything of a unit failed."""
+    if isinstance(outcome, list):
+        return any(own.status == JobStatus.FAILED for own in outcome)
+    return isinstance(outcome, Exception)
 
 
 class Report:

@@ -6,6 +6,7 @@ Runs without torch; what only the real networks can tell is a ``Look``, taken wh
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,15 +244,20 @@ def missing_teachers(jobs: Sequence[Job]) -> dict[str, DictConfig]:
 
 def estimate_s(groups: Sequence[Sequence[Job]], look: Look) -> float:
     """Seconds that the groups take on one device if no early stop ends a cell sooner."""
-    total = 0.0
-    for cfg in missing_teachers([job for group in groups for job in group]).values():
-        total += cfg.train.epochs * look.images * look.teacher_s
-    for group in groups:
-        epochs = max(job.config.train.epochs for job in group)
-        lessons = {lesson_of(job) for job in group if job.cell.role == "cell"}
-        total += sum(job.config.train.epochs for job in group) * look.images * look.student_s
-        total += epochs * len(lessons) * look.images * look.lesson_s
-    return total
+    members = [job for group in groups for job in group]
+    return teachers_s(members, look) + sum(group_s(group, look) for group in groups)
+
+
+def teachers_s(jobs: Sequence[Job], look: Look) -> float:
+    """Seconds that the training of the Teachers takes that these jobs lack."""
+    return sum(cfg.train.epochs * look.images * look.teacher_s for cfg in missing_teachers(jobs).values())
+
+
+def group_s(group: Sequence[Job], look: Look) -> float:
+    """Seconds that a group takes once its Teachers are there."""
+    epochs = [job.config.train.epochs for job in group]
+    lessons = {lesson_of(job) for job in group if job.cell.role == "cell"}
+    return look.images * float(sum(epochs) * look.student_s + max(epochs) * len(lessons) * look.lesson_s)
 
 
 def lesson_of(job: Job) -> tuple[str, str, str]:
@@ -283,6 +289,31 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
         longest = duration(estimate_s(groups, look) / len(names))
         line += f"; device {', '.join(names)}; at most about {longest} if no early stop ends a cell sooner"
     return f"{line}; profile={cfg.profile}; sweep {cfg.sweep_name}"
+
+
+def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look | None) -> str:
+    """What a sweep would compute and for how long at most, a line per group, for who wants to know before it runs.
+
+    The arguments are those of ``describe``.
+    """
+    lines = [describe(jobs, groups=groups, look=look)]
+    if look is None:
+        return lines[0]
+    members = [job for group in groups for job in group]
+    for number, group in enumerate(groups, start=1):
+        cfg = group[0].config
+        names = Counter(job.cell.notation for job in group)
+        listed = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names.items())
+        where = f"split {cfg.split} seed {cfg.seed} on {' or '.join(look.devices[str(cfg.device)])}"
+        lines.append(
+            f"group {number}: {_number(len(group), 'cell')}, {where}, {duration(group_s(group, look))}: {listed}"
+        )
+    teachers = [f"{cells.teacher_cell(cfg).title}" for cfg in missing_teachers(members).values()]
+    if teachers:
+        lines.append(f"Teachers first, {duration(teachers_s(members, look))}: {', '.join(teachers)}")
+    hours = estimate_s(groups, look) / 3600
+    lines.append(f"at most {hours:.2g} device hours from one timed step; nothing was started")
+    return "\n".join(lines)
 
 
 def _number(count: int, noun: str) -> str:

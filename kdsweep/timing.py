@@ -10,6 +10,8 @@ import torch
 from kdsweep.compute import Compute, placed
 from kdsweep.models import UNet
 
+STEPS, ENOUGH_S = 5, 2.0  # at most so many steps, and no further one after so many seconds
+
 
 class StepTime(NamedTuple):
     """Seconds per image of a training step (forward, backward, Adam; 0 if not timed) and of a forward alone."""
@@ -21,13 +23,13 @@ class StepTime(NamedTuple):
 def time_step_s(
     network: UNet, *, image_size: int, compute: Compute, images: int = 4, forward_only: bool = False
 ) -> StepTime:
-    """Time one step of a throwaway network on a batch of noise, after one to warm up."""
+    """Time steps of a throwaway network on a batch of noise, after one to warm up; the least, for others only add."""
     placed(network, compute)
     optimiser = torch.optim.Adam(network.parameters())
     batch = torch.randn(images, 3, image_size, image_size, device=compute.device)
     batch = batch.to(memory_format=torch.channels_last)
-    times: list[float] = []
-    for _ in range(2):
+    times: list[tuple[float, float]] = []
+    while len(times) <= STEPS and (len(times) < 2 or sum(map(sum, times)) < ENOUGH_S):
         clock = [_now_s(compute)]
         with compute.autocast():
             with torch.no_grad():
@@ -37,8 +39,9 @@ def time_step_s(
                 network(batch).logits.mean().backward()
                 optimiser.step()
         clock.append(_now_s(compute))
-        times = [0.0 if forward_only else (clock[2] - clock[1]) / images, (clock[1] - clock[0]) / images]
-    return StepTime(*times)
+        times.append((clock[2] - clock[1], clock[1] - clock[0]))
+    train, forward = (min(column) / images for column in zip(*times[1:], strict=True))
+    return StepTime(0.0 if forward_only else train, forward)
 
 
 def _now_s(compute: Compute) -> float:

@@ -244,13 +244,31 @@ def look_at_cells(configs: list[DictConfig], devices: list[str]) -> Look:
     return group.look(configs, devices)
 
 
-def pin(call: Callable[[list[DictConfig]], Any], configs: list[DictConfig], device: str) -> Any:
-    """Call a function of configurations on one of several devices; an empty name leaves them as they are."""
+def pin(call: Callable[[list[DictConfig]], Any], configs: list[DictConfig], device: str, share: int = 1) -> Any:
+    """Call a function of configurations on one of several devices.
+
+    Args:
+        call: the function.
+        configs: its argument.
+        device: where; an empty name leaves the configurations as they are.
+        share: how many processes compute on this device: on the CPU each takes its part of the threads.
+    """
     if device:
         os.environ["TQDM_DISABLE"] = "1"  # the bars of several processes would overwrite each other
         for config in configs:
             config.device = device
+    if share > 1:
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // share))
     return call(configs)
+
+
+def probe(device: str) -> None:
+    """Compute something on a device; whatever is wrong with it is raised."""
+    import torch
+
+    torch.ones(8, device=device).sum().item()
 
 
 def closed(config: DictConfig, result: Any) -> JobReturn:

@@ -128,3 +128,61 @@ def test_a_folder_may_be_named_by_any_key_and_is_settled_before_the_jobs_start(j
     assert [cfg.hydra.sweep.subdir for cfg in configs] == ["x1", "x2", "x1"]
     with pytest.raises(InputError):
         launcher.settle_folders(configs, names=["one", "two", "three"])
+
+
+# --- several devices
+
+GONE = "cuda:99"  # no machine has it: what is lost does not compute in a fresh process either
+
+
+@pytest.fixture
+def run_units(job_config, plain_hydra):
+    """Runs units of the names of their devices; each gives its name, its device and its share of the threads."""
+
+    def make(*each: list[str], places: list[str], fails: str = GONE):
+        def call(configs):
+            import torch
+
+            if configs[0].device == fails:
+                raise RuntimeError("CUDA error: the device is lost")
+            return [f"{configs[0].name} on {configs[0].device}", torch.get_num_threads()]
+
+        own = launcher.LockstepLauncher()
+        own.setup(hydra_context=None, task_function=None, config=job_config(0, subdir="x"))
+        configs = [OmegaConf.create({"name": f"unit{number}", "device": "auto"}) for number in range(len(each))]
+        units = [launcher.Unit(call, [config], list(names)) for config, names in zip(configs, each, strict=True)]
+        return {unit.configs[0].name: outcome for unit, outcome in own._run(units, places)}
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_group_whose_device_is_lost_moves_to_another(run_units, caplog):
+    outcomes = run_units([GONE, "cpu"], [GONE, "cpu"], places=[GONE, "cpu"])
+    assert sorted(outcome[0] for outcome in outcomes.values()) == ["unit0 on cpu", "unit1 on cpu"]
+    assert caplog.text.count(f"{GONE} does not compute any more: its group moves to another device") == 1
+
+
+@pytest.mark.slow
+def test_a_group_that_may_run_on_the_lost_device_alone_fails_and_is_told(run_units):
+    outcomes = run_units([GONE, "cpu"], [GONE], places=[GONE, "cpu"])
+    assert outcomes["unit0"][0] == "unit0 on cpu"
+    assert str(outcomes["unit1"]) == f"{GONE} does not compute any more"
+
+
+@pytest.mark.slow
+def test_a_group_that_fails_on_a_device_that_computes_is_not_tried_elsewhere(run_units):
+    outcomes = run_units(["cpu", "meta"], places=["cpu", "meta"], fails="cpu")
+    assert "the device is lost" in str(outcomes["unit0"])
+
+
+@pytest.mark.slow
+def test_processes_on_the_cpu_share_its_threads(run_units, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    ((_, threads),) = run_units(["cpu"], places=["cpu"]).values()
+    assert threads == 2
+    outcomes = run_units(["cpu"], ["cpu"], places=["cpu", "cpu"])
+    assert sorted(outcomes.values()) == [["unit0 on cpu", 1], ["unit1 on cpu", 1]]
+    assert launcher.LockstepLauncher(processes=3).devices == ["cpu"] * 3
+    with pytest.raises(InputError, match=r"hydra\.launcher\.processes=0 is not allowed"):
+        launcher.LockstepLauncher(processes=0)

@@ -173,6 +173,21 @@ def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
     assert plan.estimate_s([own], LOOK) == 4 * student + lesson
 
 
+def test_the_overview_tells_each_group_and_the_hours(jobs):
+    small = ["train.epochs=3"]
+    own = jobs(*([*small, f"path={path}"] for path in ("none", "L", "H")), [*small, "path=none", "split=1"])
+    groups = [own[:3], own[3:]]
+    first, *rest = plan.overview(own, groups=groups, look=LOOK).splitlines()
+    assert first == plan.describe(own, groups=groups, look=LOOK)
+    assert rest == [
+        "group 1: 3 cells, split 0 seed 0 on cpu, 6 min: Student, L_KLD_WAug, H_KLD_WAug",  # 48 s x 3 + 192 s
+        "group 2: 1 cell, split 1 seed 0 on cpu, 48 s: Student",
+        "Teachers first, 8 min: Teacher_WAug split 0 seed 0",  # 480 s
+        "at most 0.24 device hours from one timed step; nothing was started",  # 864 s
+    ]
+    assert plan.overview(own, groups=[], look=None) == plan.describe(own, groups=[], look=None)
+
+
 CHANGED = "the store holds results of that name, but since then this has changed: "
 
 

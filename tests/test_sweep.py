@@ -207,7 +207,7 @@ def test_two_processes_at_once_give_the_same_bits(swept, small_busi, empty_store
     cwd, _ = swept
     shutil.copytree(empty_store, cwd / "divided")
     part = ["-m", "path=HR,L", "teacher_aug=strong,weak", *QUICK, f"data.root={small_busi}", "store=divided"]
-    divided = kdsweep(*part, "hydra.launcher.devices=[cpu,cpu]", cwd=cwd)
+    divided = kdsweep(*part, "hydra.launcher.processes=2", cwd=cwd)
     assert divided.returncode == 0, divided.stdout + divided.stderr
     assert "4 to run, 0 finished; 2 lockstep groups, 2 shared Teachers, 2 Teachers" in divided.stdout.splitlines()[0]
     together, apart = files_of(cwd / "multirun", *RESULTS), files_of(cwd / "divided", *RESULTS)
@@ -223,9 +223,25 @@ def test_a_learning_rate_sweep_is_one_group(small_busi, tmp_path):
     done = kdsweep("-m", "path=none", "train.lr=1e-3,3e-4", *QUICK, f"data.root={small_busi}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 cells: 2 to run, 0 finished; 1 lockstep group" in done.stdout.splitlines()[0]
+    assert "Student split 0 seed 0 (train.lr=0.001): test Dice" in done.stdout  # by the process that trained it
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    table = tables.table4(sweep)
+    assert list(table["settings"]) == ["train.lr=0.0003", "train.lr=0.001"]
+    assert set(table["notation"]) == {"Student"}
     logs = [file.read_text() for file in tmp_path.glob("multirun/cells/*/kdsweep.log")]
     assert [log.count("test Dice") for log in logs] == [1, 1]
     assert len(set(logs)) == 2
+
+
+@pytest.mark.parametrize("words", [["-m", "path=none,L"], ["path=L"]])
+def test_a_plan_is_shown_and_nothing_else_happens(small_busi, tmp_path, words):
+    done = kdsweep(*words, *QUICK, f"data.root={small_busi}", "--plan", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert " to run, 0 finished; 1 lockstep group, 1 shared Teacher, 1 Teacher to train" in first
+    assert rest[0].startswith("group 1: ")
+    assert rest[-1].endswith("device hours from one timed step; nothing was started")
+    assert not list((tmp_path / "multirun").glob("*/*"))
 
 
 def test_a_finished_sweep_needs_no_torch(swept, small_busi):

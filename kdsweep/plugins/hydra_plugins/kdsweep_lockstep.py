@@ -20,6 +20,8 @@ class LockstepConf:
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepLauncher"
     devices: list[str] = field(default_factory=list)
+    processes: int = 1
+    plan: bool = False
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="lockstep", node=LockstepConf, provider="kdsweep")
