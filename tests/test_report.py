@@ -124,7 +124,11 @@ def shown(sweep, **_):
 def call(monkeypatch, tmp_path):
     """Runs the command on a sweep made here: exit code, page or None, what was logged."""
     logged = []
-    attached = lambda _, files, *, folder, **__: logged.append((folder, files[0].name)) or "logged"  # noqa: E731
+
+    def attached(_, files, *, folder, **__):
+        logged.append((folder, files[0].name))
+        return "logged"
+
     monkeypatch.setattr(tracking, "attach", attached)
     monkeypatch.setattr(tracking, "read_curves", curves_of)
     monkeypatch.setattr(contours, "load", shown)
@@ -253,7 +257,10 @@ def test_all_cells_are_listed_with_their_links(call):
 
 def test_links_go_where_the_user_says(call, capsys):
     sweep = stored(sweep_of(FEW, splits=(0,)))
-    address = lambda page: next(link for link in page.all("a", "href") if "/runs/" in link)  # noqa: E731
+
+    def address(page):
+        return next(link for link in page.all("a", "href") if "/runs/" in link)
+
     _, page, _ = call(sweep, "--tracking-uri", "http://me:secret@host:1/")
     assert address(page).startswith("http://host:1/#/experiments/7/runs/")
     assert "secret" not in page.text
