@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
-LOST = "lost"  # stands in the place of a device that does not compute any more
 
 
 def trains_cells(task_function: TaskFunction) -> TaskFunction:
@@ -230,25 +229,25 @@ class LockstepLauncher(Launcher):
         """
         from kdsweep.worker import pin
 
-        waiting, places = list(units), list(places)
+        waiting, lost = list(units), set[str]()
         busy: dict[int, tuple[Unit, Worker]] = {}
         told = False
         try:
             while waiting or busy:
-                for orphan in [unit for unit in waiting if not set(unit.places) & set(places)]:
+                for orphan in [unit for unit in waiting if set(unit.places) <= lost]:
                     waiting.remove(orphan)
                     yield orphan, CellError(f"{', '.join(orphan.places)} does not compute any more")
                 ready = [unit for unit in waiting if not unit.waits()]
                 for number, place in enumerate(places):
                     unit = next((unit for unit in ready if place in unit.places), None)
-                    if unit is not None and number not in busy:
+                    if unit is not None and number not in busy and place not in lost:
                         waiting.remove(unit)
                         ready.remove(unit)
                         process, self.idle = self.idle or self._start(), None
                         busy[number] = unit, process
                         name = place if len(places) > 1 else ""
                         process.send(pin, unit.call, unit.configs, name, places.count(place))
-                if not busy:
+                if waiting and not busy:
                     if not told:
                         log.info("all that is left is computed by another command: waiting for it")
                     told = True
@@ -260,10 +259,10 @@ class LockstepLauncher(Launcher):
                         del busy[number]
                         process.close()
                         place = places[number]
-                        elsewhere = set(unit.places) & set(places) - {place, LOST}
-                        if elsewhere and _failed(outcome) and self._is_lost(place):
+                        elsewhere = set(unit.places) - lost - {place}
+                        if elsewhere and _failed(outcome) and (place in lost or self._is_lost(place)):
                             log.warning("%s does not compute any more: its group moves to another device", place)
-                            places = [LOST if name == place else name for name in places]
+                            lost.add(place)
                             waiting.insert(0, unit)
                         else:
                             yield unit, outcome

@@ -305,10 +305,9 @@ def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
         names = Counter(job.cell.notation for job in group)
         listed = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names.items())
         where = f"split {cfg.split} seed {cfg.seed} on {' or '.join(look.devices[str(cfg.device)])}"
-        lines.append(
-            f"group {number}: {_number(len(group), 'cell')}, {where}, {duration(group_s(group, look))}: {listed}"
-        )
-    teachers = [f"{cells.teacher_cell(cfg).title}" for cfg in missing_teachers(members).values()]
+        size, time = _number(len(group), "cell"), duration(group_s(group, look))
+        lines.append(f"group {number}: {size}, {where}, {time}: {listed}")
+    teachers = [cells.teacher_cell(cfg).title for cfg in missing_teachers(members).values()]
     if teachers:
         lines.append(f"Teachers first, {duration(teachers_s(members, look))}: {', '.join(teachers)}")
     hours = estimate_s(groups, look) / 3600
