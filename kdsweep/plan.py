@@ -117,7 +117,8 @@ def watch(jobs: Sequence[Job]) -> None:
             members = [job for job in own if job.config.sweep_name == sweep]
             asked[sweep] = [job.cell for job in unique(members)]
             swept = swept_keys([job.config for job in members])
-            varied[sweep] = swept + grid.varied_keys([cells.params(job.config) for job in members])
+            if swept:
+                varied[sweep] = swept + grid.varied_keys([cells.params(job.config) for job in members])
             records.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
         mirror.Mirror(
             store=Path(store),
