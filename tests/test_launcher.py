@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from hydra._internal.callbacks import Callbacks
-from hydra.core.utils import JobStatus
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
 from hydra.types import HydraContext
 from hydra.version import VersionBase
@@ -145,13 +145,17 @@ def run_units(job_config, plain_hydra):
 
             if configs[0].device == fails:
                 raise RuntimeError("CUDA error: the device is lost")
-            return [f"{configs[0].name} on {configs[0].device}", torch.get_num_threads()]
+            value = f"{configs[0].name} on {configs[0].device}", torch.get_num_threads()
+            return [JobReturn(status=JobStatus.COMPLETED, _return_value=value)]
 
         own = launcher.LockstepLauncher()
         own.setup(hydra_context=None, task_function=None, config=job_config(0, subdir="x"))
         configs = [OmegaConf.create({"name": f"unit{number}", "device": "auto"}) for number in range(len(each))]
         units = [launcher.Unit(call, [config], list(names)) for config, names in zip(configs, each, strict=True)]
-        return {unit.configs[0].name: outcome for unit, outcome in own._run(units, places)}
+        return {
+            unit.configs[0].name: outcome if isinstance(outcome, Exception) else outcome[0].return_value
+            for unit, outcome in own._run(units, places)
+        }
 
     return make
 
@@ -182,7 +186,7 @@ def test_processes_on_the_cpu_share_its_threads(run_units, monkeypatch):
     ((_, threads),) = run_units(["cpu"], places=["cpu"]).values()
     assert threads == 2
     outcomes = run_units(["cpu"], ["cpu"], places=["cpu", "cpu"])
-    assert sorted(outcomes.values()) == [["unit0 on cpu", 1], ["unit1 on cpu", 1]]
+    assert sorted(outcomes.values()) == [("unit0 on cpu", 1), ("unit1 on cpu", 1)]
     assert launcher.LockstepLauncher(processes=3).devices == ["cpu"] * 3
     with pytest.raises(InputError, match=r"hydra\.launcher\.processes=0 is not allowed"):
         launcher.LockstepLauncher(processes=0)
