@@ -8,7 +8,7 @@ STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos bench lint types table3 table4 table5 effects figure2 figures report ui clean
+.PHONY: help setup demo test chaos bench growth lint types table3 table4 table5 effects figure2 figures report ui clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ chaos: setup ## Kill a sweep 20 times at random moments; it must end as an unbro
 
 bench: setup ## Measure lockstep against one by one, torchdistill and bare Students (20 minutes; ARGS="--help" for options)
 	$(PY) benchmarks/bench.py $(ARGS)
+
+growth: setup ## Measure plan and bookkeeping of 100, 1,000 and 10,000 cells, training stubbed (an hour; ARGS="--help" for options)
+	$(PY) benchmarks/growth.py $(ARGS)
 
 lint: setup ## Check style and format
 	$(PY) -m ruff check .

@@ -37,13 +37,16 @@ class Announce(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Compose and check all jobs; a wrong one ends the program before anything is trained."""
-        if config.hydra.launcher._target_.endswith(".LockstepLauncher"):
-            return  # which does all this itself
+        if _is_own(config):
+            return  # the lockstep launchers do all this themselves
         self.total = _or_exit(lambda: announce(compose_jobs(config)))
         self.started_s = time.monotonic()
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """The same for a single cell."""
+        if _is_own(config) and not config.hydra.launcher._target_.endswith(".LockstepLauncher"):
+            name = config.hydra.runtime.choices["hydra/launcher"]
+            raise SystemExit(f"kdsweep: error: hydra/launcher={name} runs sweeps: add -m, or leave it out")
         if config.hydra.launcher.get("plan"):
             _or_exit(lambda: show_plan([config]))
             raise SystemExit(0)
@@ -66,6 +69,10 @@ class Announce(Callback):
         log.info("%d of %d jobs done in %s", self.done, self.total, duration(time.monotonic() - self.started_s))
         for line in self.failed:
             log.error("failed: %s", line)
+
+
+def _is_own(config: DictConfig) -> bool:
+    return str(config.hydra.launcher._target_).startswith("hydra_plugins.kdsweep_lockstep.")
 
 
 def _or_exit(prepare: Callable[[], int]) -> int:

@@ -7,6 +7,8 @@ planned, and what is finished is found, before any process has waited for its im
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,14 +50,22 @@ RESULT_CODE = [
 ]
 
 
-def check(cfg: DictConfig) -> None:
+Config = DictConfig | dict[str, Any]  # as Hydra gives it, or its ``values``
+
+
+def check(cfg: Config) -> None:
     """Raise InputError for the first value out of its range: one line with key, value and what is allowed."""
     limits.check(params(cfg))
 
 
 def load_size(cfg: DictConfig) -> int:
     """Side in pixels of the images that crops are taken from: 256 for 224, and in that ratio."""
-    return cfg.data.load_size or round(cfg.image_size * 256 / 224)
+    return cfg.data.load_size or default_load_size(cfg.image_size)
+
+
+def default_load_size(image_size: int) -> int:
+    """That of ``load_size`` if the configuration has none."""
+    return round(image_size * 256 / 224)
 
 
 def source(cfg: DictConfig) -> Any:
@@ -63,14 +73,14 @@ def source(cfg: DictConfig) -> Any:
     return hydra.utils.instantiate(cfg.data.source)
 
 
-def listing(cfg: DictConfig) -> data.Listing:
+def listing(cfg: Config) -> data.Listing:
     """What the data set consists of; looked at once per process."""
-    return _listing(source(cfg))
+    return _listing(json.dumps(values(cfg)["data"]["source"]))
 
 
 @lru_cache(maxsize=2)
-def _listing(of: data.Source) -> data.Listing:
-    return data.listing(of)
+def _listing(of: str) -> data.Listing:
+    return data.listing(hydra.utils.instantiate(json.loads(of)))
 
 
 def images(cfg: DictConfig) -> data.Images:
@@ -84,102 +94,110 @@ def _load(of: data.Source, *, load_size: int, image_size: int, allow_empty_masks
     return data.load(of, load_size=load_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
 
 
-def cell(cfg: DictConfig) -> Cell:
+def cell(cfg: Config) -> Cell:
     """The cell that a configuration describes, with its fingerprint."""
-    common, evidence = _common(cfg)
-    if cfg.path.kd_path is None:
-        own = {**common, "network": _network(cfg.student), "lr": cfg.train.lr}
-        evidence |= _weights_evidence("student", cfg.student)
-        return _cell(cfg, "student", cfg.path.notation, own, evidence)
-    representation = cfg.path.get("representation")
-    if representation not in cfg.loss:
+    given = values(cfg)
+    common, evidence = _common(given)
+    student, path = given["student"], given["path"]
+    evidence |= _weights_evidence("student", student)
+    own = {**common, "network": _network(student), "lr": given["train"]["lr"]}
+    if path["kd_path"] is None:
+        return _cell(given, "student", path["notation"], own, evidence)
+    representation, loss, view = path.get("representation"), given["loss"], given["teacher_aug"]["distill_view"]
+    if representation not in loss:
         raise InputError(f"path.representation={representation} is not allowed: it must be logits or hidden")
-    taught = {
-        "path": plain(cfg.path),
-        "loss": plain(cfg.loss[representation]),
-        "distill_view": cfg.teacher_aug.distill_view,
-        "kd": plain(cfg.kd),
-    }
-    master = teacher_cell(cfg)
-    own = {**common, "network": _network(cfg.student), "lr": cfg.train.lr, **taught, "teacher": master.settings}
-    evidence |= _weights_evidence("student", cfg.student) | {"teacher": master.fingerprint}
-    name = grid.notation(path=cfg.path.notation, loss=cfg.loss.name.upper(), distill_view=cfg.teacher_aug.distill_view)
-    return _cell(cfg, "cell", name, own, evidence)
+    taught = {"path": path, "loss": loss[representation], "distill_view": view, "kd": given["kd"]}
+    master = teacher_cell(given)
+    own = {**own, **taught, "teacher": master.settings}
+    name = grid.notation(path=path["notation"], loss=loss["name"].upper(), distill_view=view)
+    return _cell(given, "cell", name, own, {**evidence, "teacher": master.fingerprint}, teacher=master)
 
 
-def teacher_cell(cfg: DictConfig) -> Cell:
+def teacher_cell(cfg: Config) -> Cell:
     """The Teacher that a configuration's cell learns from."""
-    common, evidence = _common(cfg)
-    own = {**common, "network": _network(cfg.teacher), "lr": cfg.teacher.lr, "train_view": cfg.teacher_aug.train_view}
-    evidence |= _weights_evidence("teacher", cfg.teacher)
-    name = grid.teacher_notation(cfg.teacher_aug.train_view)
-    return _cell(cfg, "teacher", name, own, evidence, seed=cfg.teacher.seed)
+    given = values(cfg)
+    common, evidence = _common(given)
+    teacher, view = given["teacher"], given["teacher_aug"]["train_view"]
+    own = {**common, "network": _network(teacher), "lr": teacher["lr"], "train_view": view}
+    evidence |= _weights_evidence("teacher", teacher)
+    return _cell(given, "teacher", grid.teacher_notation(view), own, evidence, seed=teacher["seed"])
 
 
-def batches_key(cfg: DictConfig, *, seed: int) -> str:
+def batches_key(cfg: Config, *, seed: int) -> str:
     """Equal for trainings that can share every batch: a digest of all that batches and their computation depend on.
 
     Whatever else may differ inside a lockstep group: path, loss, views, Teacher, Student, rates, weights, epochs.
     """
-    common, evidence = _common(cfg)
+    given = values(cfg)
+    common, evidence = _common(given)
     made_of = [common[key] for key in ("data", "image_size", "views", "precision")]
-    kept_in = [cfg.store, cfg.tracking.uri, cfg.tracking.experiment]
-    by = [cfg.train.batch_size, cfg.train.workers, cfg.device, cfg.deterministic]
-    return grid.digest([made_of, evidence, cfg.split, seed, by, kept_in])
+    kept_in = [given["store"], given["tracking"]["uri"], given["tracking"]["experiment"]]
+    by = [given["train"]["batch_size"], given["train"]["workers"], given["device"], given["deterministic"]]
+    return grid.digest([made_of, evidence, given["split"], seed, by, kept_in])
 
 
 def _cell(
-    cfg: DictConfig, role: str, name: str, own: dict[str, Any], evidence: dict[str, str], seed: int | None = None
+    given: dict[str, Any],
+    role: str,
+    name: str,
+    own: dict[str, Any],
+    evidence: dict[str, str],
+    *,
+    seed: int | None = None,
+    teacher: Cell | None = None,
 ) -> Cell:
     code = grid.code_parts([*RESULT_CODE, *grid.targets(own)])
     return Cell(
         role=role,
         notation=name,
-        split=cfg.split,
-        seed=cfg.seed if seed is None else seed,
+        split=given["split"],
+        seed=given["seed"] if seed is None else seed,
         settings=own,
         evidence={**evidence, "code": grid.digest(code)},
-        store=Path(cfg.store),
+        store=Path(given["store"]),
         code=code,
-        variant=grid.used_by(role, plain(cfg.variant)),
+        variant=grid.used_by(role, given["variant"]),
+        teacher=teacher,
     )
 
 
-def _common(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
+def _common(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """What every training of a configuration depends on: settings, and digests of what lies outside them."""
-    source = {key: value for key, value in plain(cfg.data.source).items() if key not in ("root", "cache_dir")}
+    own = given["data"]
+    source = {key: value for key, value in own["source"].items() if key not in ("root", "cache_dir")}
+    size = own["load_size"] or default_load_size(given["image_size"])
     settings = {
-        "profile": cfg.profile,
-        "data": {"name": cfg.data.name, "source": source, "load_size": load_size(cfg)},
-        "image_size": cfg.image_size,
-        "views": plain(cfg.views),
-        "precision": cfg.precision,
-        "train": {key: cfg.train[key] for key in ("epochs", "batch_size", "patience")},
+        "profile": given["profile"],
+        "data": {"name": own["name"], "source": source, "load_size": size},
+        "image_size": given["image_size"],
+        "views": given["views"],
+        "precision": given["precision"],
+        "train": {key: given["train"][key] for key in ("epochs", "batch_size", "patience")},
     }
-    return settings, {"data": listing(cfg).digest}
+    return settings, {"data": listing(given).digest}
 
 
-def _network(node: DictConfig) -> dict[str, Any]:
-    weights = node.weights if node.weights in ("imagenet", "none") else "file"
-    return {"encoder": node.encoder, "decoder_channels": list(node.decoder_channels), "weights": weights}
+def _network(node: dict[str, Any]) -> dict[str, Any]:
+    weights = node["weights"] if node["weights"] in ("imagenet", "none") else "file"
+    return {"encoder": node["encoder"], "decoder_channels": node["decoder_channels"], "weights": weights}
 
 
-def _weights_evidence(group: str, node: DictConfig) -> dict[str, str]:
-    if node.weights == "none":
+def _weights_evidence(group: str, node: dict[str, Any]) -> dict[str, str]:
+    if node["weights"] == "none":
         return {}
-    if node.weights == "imagenet":
+    if node["weights"] == "imagenet":
         return {f"{group}_weights": imagenet(node)}
-    file = Path(str(node.weights))
+    file = Path(str(node["weights"]))
     if not file.is_file():
         raise InputError(f"{group}.weights={file}: no such file; use imagenet, none, or a .safetensors or .pt file")
     return {f"{group}_weights": _file_digest(file, file.stat().st_mtime_ns)}
 
 
-def imagenet(node: DictConfig) -> str:
+def imagenet(node: Mapping[str, Any]) -> str:
     """Where the ImageNet weights of a network's encoder are, as REPOSITORY@REVISION on the Hugging Face hub."""
     if node.get("imagenet") is None:
-        raise InputError(f"weights=imagenet: none are known for encoder={node.encoder}; use weights=none or a file")
-    return str(node.imagenet)
+        raise InputError(f"weights=imagenet: none are known for encoder={node['encoder']}; use weights=none or a file")
+    return str(node["imagenet"])
 
 
 @lru_cache(maxsize=8)
@@ -199,11 +217,21 @@ def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
     return {name: [ids[i] for i in indices] for name, indices in vars(part).items()}
 
 
-def params(cfg: DictConfig) -> dict[str, Any]:
+def params(cfg: Config) -> dict[str, Any]:
     """The flat resolved configuration, keys joined by dots: what MLflow keeps of a run."""
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("hydra", "variant")])
-    flat: dict[str, Any] = grid.flatten(plain(own))
+    flat: dict[str, Any] = grid.flatten({key: value for key, value in values(cfg).items() if key != "variant"})
     return flat
+
+
+def values(cfg: Config) -> dict[str, Any]:
+    """A configuration without Hydra's part as dicts, lists and plain values, references resolved.
+
+    Resolving takes milliseconds, so the plan of a sweep does it once per job: functions here take its result as well.
+    """
+    if isinstance(cfg, dict):
+        return cfg
+    own = {str(key): cfg[key] for key in cfg if key != "hydra"}
+    return {key: plain(value) if OmegaConf.is_config(value) else value for key, value in own.items()}
 
 
 def factors(cfg: DictConfig, *, role: str) -> dict[str, str]:

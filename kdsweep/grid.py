@@ -11,7 +11,7 @@ import importlib.util
 import itertools
 import json
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Cell:
         store: folder that holds all runs.
         code: digest of each piece of code that the result depends on, by its name; evidence holds that of them all.
         variant: values of the further keys that the sweep varies, as far as the role uses them.
+        teacher: of a distilled Student.
     """
 
     role: str
@@ -52,8 +53,9 @@ class Cell:
     store: Path = field(compare=False)
     code: dict[str, str] = field(default_factory=dict, compare=False)
     variant: dict[str, str] = field(default_factory=dict, compare=False)
+    teacher: Cell | None = field(default=None, compare=False)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Equal fingerprints mean the same result, so it is computed once."""
         return digest([self.role, self.notation, self.split, self.seed, self.settings, self.evidence])
@@ -74,7 +76,7 @@ class Cell:
         """What a sweep asks for; a later computation of the same place (new code, new data) takes its seat."""
         return f"{self.notation}/split{self.split}/seed{self.seed}/{digest(self.settings)[:8]}"
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """Where the cell's files lie: named by its fingerprint, so that the same command finds them again."""
         parent = "teachers" if self.role == "teacher" else "cells"

@@ -10,7 +10,7 @@ from functools import partial
 from omegaconf import DictConfig
 
 from kdsweep import build, cells, grid, logs, records, teachers, timing, train
-from kdsweep.compute import give_back_memory
+from kdsweep.compute import Compute, give_back_memory
 from kdsweep.errors import CellError, told
 from kdsweep.grid import Cell
 from kdsweep.learner import Learner
@@ -27,15 +27,15 @@ class TeacherError(CellError):
 
 
 def check(configs: list[DictConfig]) -> None:
-    """Raise InputError for the first of these cells that could not be trained: device, networks, weights, images."""
+    """Raise InputError for the first of these cells that could not be trained anywhere: networks, weights, images."""
     for cfg in configs:
-        build.device(cfg)
         build.check_networks(cfg)
+    for cfg in {cells.batches_key(cfg, seed=cfg.seed): cfg for cfg in reversed(configs)}.values():
         build.feed(cfg, seed=cfg.seed)
 
 
 def look(configs: list[DictConfig], devices: list[str]) -> Look:
-    """Check cells that wait, and time one step of the first one's networks.
+    """Check cells that wait to be trained on this machine, and time one step of the first one's networks.
 
     Args:
         configs: of all that wait.
@@ -44,11 +44,35 @@ def look(configs: list[DictConfig], devices: list[str]) -> Look:
     Raises:
         InputError: one of them could not be trained.
     """
-    check(configs)
     for name in devices:
         build.find_device(name)
+    found = {str(cfg.device): devices or build.devices(cfg) for cfg in configs}
+    check(configs)
+    return _timed(configs, devices=found, device=str(configs[0].device))
+
+
+def look_from_afar(configs: list[DictConfig], place: str, *, times: bool) -> Look:
+    """Check cells that wait to be trained on other machines, whose devices are not seen from here.
+
+    Args:
+        configs: of all that wait.
+        place: what these machines are called.
+        times: time a step here all the same.
+
+    Raises:
+        InputError: one of them could not be trained.
+    """
+    found = {str(cfg.device): [place] for cfg in configs}
+    for cfg in configs:
+        cfg.device = "auto"  # this machine need not have it
+    check(configs)
+    return _timed(configs, devices=found, device="auto") if times else Look(found)
+
+
+def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: str) -> Look:
     first = configs[0]
-    compute = build.compute(first)
+    on = build.find_device(device)
+    compute = Compute(device=on, precision=first.precision, deterministic=first.deterministic)
     compute.prepare()
     timed = {"image_size": first.image_size, "compute": compute}
     student = timing.time_step_s(build.student_network(first, weights="none"), **timed)
@@ -60,7 +84,8 @@ def look(configs: list[DictConfig], devices: list[str]) -> Look:
         del network
     give_back_memory()
     return Look(
-        devices={str(cfg.device): devices or build.devices(cfg) for cfg in configs},
+        devices=devices,
+        timed_on=str(on),
         student_s=student.train,
         teacher_s=teacher.train,
         lesson_s=teacher.forward,

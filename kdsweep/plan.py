@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,13 @@ class Job:
         config: of the job.
         cell: that it describes.
         finished: final values of an earlier computation of the cell, if there is one.
+        values: of the configuration, as ``cells.values`` gives them.
     """
 
     config: DictConfig
     cell: Cell
     finished: dict[str, float] | None
+    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Look:
 
     Attributes:
         devices: names of those where groups can run at the same time, by the value of ``device``.
+        timed_on: the device of the times; empty if nothing was timed, because the groups run on other machines. The
+            times are then guesses that only put groups in order.
         student_s: seconds per image of a Student's training step.
         teacher_s: of a Teacher's training step.
         lesson_s: of a Teacher's forward.
@@ -49,10 +53,11 @@ class Look:
     """
 
     devices: dict[str, list[str]]
-    student_s: float
-    teacher_s: float
-    lesson_s: float
-    images: int
+    timed_on: str = ""
+    student_s: float = 1.0
+    teacher_s: float = 4.0
+    lesson_s: float = 1.0
+    images: int = 1
 
 
 def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
@@ -61,32 +66,38 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
     Raises:
         InputError: the first thing that is wrong.
     """
-    for cfg in configs:
-        cells.check(cfg)
-    name_variants(configs)
-    jobs = []
-    for cfg in configs:
-        cell = cells.cell(cfg)
-        jobs.append(Job(cfg, cell, records.read_finished(cell.folder)))
-    return jobs
+    read = [cells.values(cfg) for cfg in configs]
+    for values in read:
+        cells.check(values)
+    name_variants(configs, read)
+    own = [cells.cell(values) for values in read]
+    known = [records.read_finished(cell.folder) for cell in own]
+    return [Job(*of) for of in zip(configs, own, known, read, strict=True)]
 
 
-def name_variants(configs: Sequence[DictConfig]) -> None:
-    """Write into each configuration the values of the keys beyond the factors that its sweep varies.
+def name_variants(configs: Sequence[DictConfig], read: Sequence[dict[str, Any]]) -> None:
+    """Write into each configuration and its values those of the keys beyond the factors that its sweep varies.
 
     A key that an earlier command of the same sweep varied counts too, so that a value can be added to its list later.
+
+    Args:
+        configs: of all jobs.
+        read: their ``cells.values``.
     """
-    for own in _by_sweep(configs).values():
-        first = own[0]
-        keys = swept_keys(own) + records.read_varied(Path(first.store), first.sweep_name)
+    sweeps: dict[tuple[str, str], list[int]] = {}
+    for number, values in enumerate(read):
+        sweeps.setdefault((values["store"], values["sweep_name"]), []).append(number)
+    for (store, sweep), members in sweeps.items():
+        keys = swept_keys([configs[number] for number in members]) + records.read_varied(Path(store), sweep)
         if not keys:
             continue
-        for cfg in own:
-            flat = cells.params(cfg)
+        for number in members:
+            cfg, flat = configs[number], cells.params(read[number])
             choices = cfg.hydra.runtime.choices if "hydra" in cfg else {}
             found = {key: flat[key] if key in flat else choices.get(key) for key in dict.fromkeys(keys)}
+            read[number]["variant"] = {key: str(value) for key, value in found.items() if value is not None}
             with open_dict(cfg):
-                cfg.variant = {key: str(value) for key, value in found.items() if value is not None}
+                cfg.variant = read[number]["variant"]
 
 
 def swept_keys(configs: Sequence[DictConfig]) -> list[str]:
@@ -95,30 +106,23 @@ def swept_keys(configs: Sequence[DictConfig]) -> list[str]:
     return [key for key in grid.swept_keys(typed) if not key.startswith("hydra")]
 
 
-def _by_sweep(configs: Sequence[DictConfig]) -> dict[tuple[str, str], list[DictConfig]]:
-    found: dict[tuple[str, str], list[DictConfig]] = {}
-    for cfg in configs:
-        found.setdefault((cfg.store, cfg.sweep_name), []).append(cfg)
-    return found
-
-
 def watch(jobs: Sequence[Job]) -> None:
     """Write down what each sweep asks for, finished or not, and have MLflow kept equal to what the folders tell."""
     from kdsweep import mirror  # with mlflow, which the processes that train do not need
 
     stores: dict[tuple[str, str | None, str], list[Job]] = {}
     for job in jobs:
-        cfg = job.config
-        stores.setdefault((cfg.store, cfg.tracking.uri, cfg.tracking.experiment), []).append(job)
+        tracked = job.values["tracking"]
+        stores.setdefault((job.values["store"], tracked["uri"], tracked["experiment"]), []).append(job)
     for (store, uri, experiment), own in stores.items():
         asked: dict[str, list[Cell]] = {}
         varied: dict[str, list[str]] = {}
-        for sweep in sorted({job.config.sweep_name for job in own}):
-            members = [job for job in own if job.config.sweep_name == sweep]
+        for sweep in sorted({job.values["sweep_name"] for job in own}):
+            members = [job for job in own if job.values["sweep_name"] == sweep]
             asked[sweep] = [job.cell for job in unique(members)]
             swept = swept_keys([job.config for job in members])
             if swept:
-                varied[sweep] = swept + grid.varied_keys([cells.params(job.config) for job in members])
+                varied[sweep] = swept + grid.varied_keys([cells.params(job.values) for job in members])
             records.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
         mirror.Mirror(
             store=Path(store),
@@ -133,11 +137,7 @@ def watch(jobs: Sequence[Job]) -> None:
 
 def teacher_cells(jobs: Sequence[Job]) -> list[Cell]:
     """The Teachers that jobs learn from, each once."""
-    return list({cell.folder: cell for job in jobs if job.cell.role == "cell" for cell in [_teacher(job)]}.values())
-
-
-def _teacher(job: Job) -> Cell:
-    return cells.teacher_cell(job.config)
+    return list({cell.folder: cell for job in jobs if (cell := job.cell.teacher) is not None}.values())
 
 
 def tell_changes(jobs: Sequence[Job]) -> None:
@@ -213,34 +213,35 @@ def failure(cell: Cell, error: object) -> str:
     return f"{'' if text.startswith(cell.title) else f'{cell.title}: '}{text}; log: {cell.folder / 'kdsweep.log'}"
 
 
-def form_groups(jobs: Sequence[Job], *, devices: dict[str, list[str]]) -> list[list[Job]]:
+def form_groups(
+    jobs: Sequence[Job], *, devices: dict[str, list[str]], largest: int | None = None, apart: Set[Path] = frozenset()
+) -> list[list[Job]]:
     """Lockstep groups: jobs that can share every batch, divided where they would leave devices idle.
 
     Args:
         jobs: each of another cell.
         devices: names of those where groups can run at the same time, by the value of ``device``.
+        largest: so many at most in a group, however few devices there are.
+        apart: folders of cells that are in a queue already, and so in groups of their own.
     """
-    keys = [cells.batches_key(job.config, seed=job.config.seed) for job in jobs]
-    # What another command is at is a group of its own: it waits for that, and the others need not.
-    keys = [f"{key} {records.is_held(job.cell.folder)}" for key, job in zip(keys, jobs, strict=True)]
+    keys = [cells.batches_key(job.values, seed=job.values["seed"]) for job in jobs]
+    # What another command is at, or has left in a queue, is a group of its own: that waits, and the others need not.
+    taken = [(records.is_held(job.cell.folder), job.cell.folder in apart) for job in jobs]
+    keys = [f"{key} {of}" for key, of in zip(keys, taken, strict=True)]
     likeness = [job.cell.evidence.get("teacher", "") for job in jobs]
+    alike = Counter(str(job.values["device"]) for job in jobs)
     groups = []
     for members in grid.group_by(keys):
-        device = str(jobs[members[0]].config.device)
-        largest = -(-len([job for job in jobs if str(job.config.device) == device]) // len(devices[device]))
-        groups += grid.divide(members, largest=largest, likeness=likeness)
+        device = str(jobs[members[0]].values["device"])
+        share = -(-alike[device] // len(devices[device]))
+        groups += grid.divide(members, largest=min(share, largest or share), likeness=likeness)
     return [[jobs[position] for position in members] for members in groups]
 
 
 def missing_teachers(jobs: Sequence[Job]) -> dict[str, DictConfig]:
     """By fingerprint the Teachers that these jobs need and that are not in the store, with a job's configuration."""
-    found = {}
-    for job in jobs:
-        if job.cell.role == "cell":
-            teacher = cells.teacher_cell(job.config)
-            if records.read_finished(teacher.folder) is None:
-                found[teacher.fingerprint] = job.config
-    return found
+    needed = {cell.fingerprint: (cell, job.config) for job in jobs if (cell := job.cell.teacher) is not None}
+    return {name: cfg for name, (cell, cfg) in needed.items() if records.read_finished(cell.folder) is None}
 
 
 def estimate_s(groups: Sequence[Sequence[Job]], look: Look) -> float:
@@ -256,15 +257,15 @@ def teachers_s(jobs: Sequence[Job], look: Look) -> float:
 
 def group_s(group: Sequence[Job], look: Look) -> float:
     """Seconds that a group takes once its Teachers are there."""
-    epochs = [job.config.train.epochs for job in group]
+    epochs = [job.values["train"]["epochs"] for job in group]
     lessons = {lesson_of(job) for job in group if job.cell.role == "cell"}
     return look.images * float(sum(epochs) * look.student_s + max(epochs) * len(lessons) * look.lesson_s)
 
 
 def lesson_of(job: Job) -> tuple[str, str, str]:
     """Which Teacher forward a cell learns from: jobs with equal ones share it."""
-    cfg = job.config
-    return job.cell.evidence["teacher"], cfg.teacher_aug.distill_view, cfg.kd.teacher_precision
+    view, precision = job.values["teacher_aug"]["distill_view"], job.values["kd"]["teacher_precision"]
+    return job.cell.evidence["teacher"], view, precision
 
 
 def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look | None) -> str:
@@ -287,8 +288,10 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
     line += f"; data={cfg.data.name} with {len(cells.listing(cfg).entries)} images at {cfg.image_size} pixels"
     if look is not None:
         names = list(dict.fromkeys(name for device in look.devices.values() for name in device))
+        line += f"; device {', '.join(names)}"
+    if look is not None and look.timed_on:
         longest = duration(estimate_s(groups, look) / len(names))
-        line += f"; device {', '.join(names)}; at most about {longest} if no early stop ends a cell sooner"
+        line += f"; at most about {longest} if no early stop ends a cell sooner"
     return f"{line}; profile={cfg.profile}; sweep {cfg.sweep_name}"
 
 
@@ -312,7 +315,7 @@ def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
     if teachers:
         lines.append(f"Teachers first, {duration(teachers_s(members, look))}: {', '.join(teachers)}")
     hours = estimate_s(groups, look) / 3600
-    lines.append(f"at most {hours:.2g} device hours from one timed step; nothing was started")
+    lines.append(f"at most {hours:.2g} device hours from one timed step on {look.timed_on}; nothing was started")
     return "\n".join(lines)
 
 

@@ -9,16 +9,25 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from kdsweep import records
+from kdsweep import records, submissions
 from kdsweep.errors import InputError, exit_code
 from kdsweep.grid import variant_label
 from kdsweep.progress import duration
 from kdsweep.records import Record
+from kdsweep.submissions import Task
 
-WORDS = {"FINISHED": "done", "RUNNING": "running", "FAILED": "failed", "KILLED": "interrupted", "WAITING": "waiting"}
-WAITS = ("WAITING", "KILLED")
+WORDS = {
+    "FINISHED": "done",
+    "RUNNING": "running",
+    "QUEUED": "queued",
+    "FAILED": "failed",
+    "KILLED": "interrupted",
+    "WAITING": "waiting",
+}
+WAITS = ("WAITING", "QUEUED", "KILLED")
 HEADER = ("not finished", "state", "saved", "val/dice", "last epoch", "left")
 PACE_EPOCHS = 10
 
@@ -60,6 +69,8 @@ def outlook(*, teachers: list[Record], cells: list[Record]) -> str:
     """What follows the counts of a sweep: the time left, or that nothing is running."""
     running = [record for record in [*teachers, *cells] if record.status == "RUNNING"]
     if not running:
+        if any(record.status == "QUEUED" for record in [*teachers, *cells]):
+            return "; nothing is running yet, SLURM has what is queued"
         finished = all(cell.status == "FINISHED" for cell in cells)
         return "" if finished else "; nothing is running, the same command goes on"
     known_s = [left for record in running if (left := left_s(record)) is not None]
@@ -77,7 +88,12 @@ def outlook(*, teachers: list[Record], cells: list[Record]) -> str:
 
 
 def report(
-    sweep: str, found: Mapping[str, Record], *, variants: Mapping[str, dict[str, str]] | None = None, now_ms: int
+    sweep: str,
+    found: Mapping[str, Record],
+    *,
+    variants: Mapping[str, dict[str, str]] | None = None,
+    tasks: Mapping[Path, Task] | None = None,
+    now_ms: int,
 ) -> str:
     """The text that the command prints.
 
@@ -85,9 +101,14 @@ def report(
         sweep: its name.
         found: records of all that it asked for, by their places (``Cell.place``).
         variants: of the places that have one.
+        tasks: by folder the jobs of cells that were submitted to SLURM and have not ended there.
         now_ms: milliseconds since 1970.
     """
-    variants = variants or {}
+    variants, tasks = variants or {}, tasks or {}
+    found = {
+        place: replace(record, status="QUEUED") if record.status in WAITS and record.folder in tasks else record
+        for place, record in found.items()
+    }
     places = sorted(found, key=lambda place: (*_order(place, found[place]), variant_label(variants.get(place, {}))))
     titles = _titles(places, variants)
     teachers = [found[place] for place in places if _is_teacher(found[place])]
@@ -97,7 +118,10 @@ def report(
     if teachers:
         lines.append(f"Teachers: {_counts(teachers)}")
     if open_ := [place for place in places if found[place].status != "FINISHED"]:
-        head, *rows = _align([HEADER, *(_columns(titles[place], found[place], now_ms=now_ms) for place in open_)])
+        jobs = [" ".join(tasks.get(found[place].folder, ())) for place in open_]
+        columns = [_columns(titles[place], found[place], now_ms=now_ms) for place in open_]
+        head, *rows = _align([(*HEADER, "job"), *((*row, job) for row, job in zip(columns, jobs, strict=True))])
+        head = head if any(jobs) else head.removesuffix("job").rstrip()
         lines += ["", head]
         for place, row in zip(open_, rows, strict=True):
             lines += [row, *_failure(found[place])]
@@ -177,7 +201,13 @@ def make(*, store: Path, sweep: str | None) -> str:
     name = sweep or known[-1]
     asked = records.read_asked(store, name)
     found = {place: records.read(store / folder) for place, folder in asked.items()}
-    return report(name, found, variants=records.read_variants(store, name), now_ms=records.now_ms())
+    variants = records.read_variants(store, name)
+    try:
+        tasks = {store / folder: task for folder, task in submissions.queued(store).items()}
+        unknown = ""
+    except submissions.QueueError as error:
+        tasks, unknown = {}, f"\nSLURM's queue is not known here: {error}\n"
+    return report(name, found, variants=variants, tasks=tasks, now_ms=records.now_ms()) + unknown
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -139,31 +139,35 @@ def _mixed_params(runs: pd.DataFrame, *, besides: tuple[str, ...]) -> list[str]:
     """
     known = runs[(runs["role"] != "teacher") & runs["params"].map(bool)]  # no params: the run never started
     known = known.sort_values(["role", "notation", *PLACE, "fingerprint"])
+    rows = list(zip(known["role"], known["params"], known["notation"], known["split"], strict=True))
     mixed = []
-    for key in sorted(
-        {key for params in known["params"] for key in params if not is_under(key, FACTORS + NEUTRAL + besides)}
-    ):
-        users = known[[not is_under(key, UNUSED[role]) for role in known["role"]]]
-        first = users.assign(value=[params.get(key, "unset") for params in users["params"]]).drop_duplicates("value")
+    for key in sorted(set().union(*known["params"])):
+        if is_under(key, FACTORS + NEUTRAL + besides):
+            continue
+        uses = {role: not is_under(key, unused) for role, unused in UNUSED.items()}
+        first: dict[str, str] = {}
+        for role, params, notation, split in rows:
+            if uses[role]:
+                first.setdefault(params.get(key, "unset"), f"({notation} split {split})")
         if len(first) > 1:
-            shown = zip(first["value"], first["notation"], first["split"], strict=True)
-            mixed.append(" and ".join([f"{key}={value} ({name} split {split})" for value, name, split in shown][:2]))
+            mixed.append(" and ".join([f"{key}={value} {where}" for value, where in first.items()][:2]))
     return mixed
 
 
 def _refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
     finished = runs[runs["status"] == "FINISHED"].sort_values("fingerprint")
-    for (notation, split, seed), same in finished.groupby(["notation", *PLACE]):
-        if same["fingerprint"].nunique() > 1:
-            one, other = same["params"].iloc[0], same["params"].iloc[1]
-            keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
-            keys = [key for key in keys if not is_under(key, NEUTRAL + UNUSED[same["role"].iloc[0]])]
-            shown = ", ".join(f"{key}={one.get(key, 'unset')} and {other.get(key, 'unset')}" for key in keys[:3])
-            shown = shown or "equal options, so the code, the data or a weights file changed"
-            raise InputError(
-                f"sweep {sweep} has two different finished runs of {notation} split {split} seed {seed} "
-                f"({shown}): {REMEDY}"
-            )
+    counts = finished.groupby(["notation", *PLACE])["fingerprint"].nunique()
+    for notation, split, seed in counts.index[counts > 1]:
+        cell = (finished["notation"] == notation) & (finished["split"] == split) & (finished["seed"] == seed)
+        same = finished[cell]
+        one, other = same["params"].iloc[0], same["params"].iloc[1]
+        keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+        keys = [key for key in keys if not is_under(key, NEUTRAL + UNUSED[same["role"].iloc[0]])]
+        shown = ", ".join(f"{key}={one.get(key, 'unset')} and {other.get(key, 'unset')}" for key in keys[:3])
+        shown = shown or "equal options, so the code, the data or a weights file changed"
+        raise InputError(
+            f"sweep {sweep} has two different finished runs of {notation} split {split} seed {seed} ({shown}): {REMEDY}"
+        )
 
 
 def gaps(*, runs: pd.DataFrame, scored: pd.DataFrame, notations: list[str]) -> dict[str, str]:
@@ -180,10 +184,12 @@ def gaps(*, runs: pd.DataFrame, scored: pd.DataFrame, notations: list[str]) -> d
 def _gap(runs: pd.DataFrame, *, asked: list[tuple[int, int]]) -> str:
     if runs.empty:
         return NOT_RUN
+    states: dict[tuple[int, int], set[str]] = {}
+    for split, seed, status in zip(runs["split"], runs["seed"], runs["status"], strict=True):
+        states.setdefault((split, seed), set()).add(status)
     places: dict[str, list[str]] = {}
     several_seeds = len({seed for _, seed in asked}) > 1
     for split, seed in asked:
-        here = runs.loc[(runs["split"] == split) & (runs["seed"] == seed), "status"]
-        for status in sorted(set(here) - {"FINISHED"}) if len(here) else ["not asked"]:
+        for status in sorted(states.get((split, seed), {"not asked"}) - {"FINISHED"}):
             places.setdefault(status.lower(), []).append(f"{split} seed {seed}" if several_seeds else f"{split}")
     return "; ".join(f"{status}: split {', '.join(where)}" for status, where in sorted(places.items()))

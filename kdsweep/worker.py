@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from kdsweep import interrupts, logs
+from kdsweep.engine import DONE
 from kdsweep.errors import CellError, InputError, told
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,))
-        self.process.start()
+        with _withheld():
+            self.process.start()
         theirs.close()
         atexit.register(self.connection.close)  # else the end of this program would wait for the process for ever
 
@@ -61,7 +63,7 @@ class Worker:
             CellError: any other error of the function, or the process died.
         """
         try:
-            result, error = self.connection.recv()
+            result, error = cloudpickle.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionError) as error:
             self.process.join()
             raise CellError(f"its process ended early, {_ending(self.process.exitcode)}") from error
@@ -86,6 +88,27 @@ class Worker:
         atexit.unregister(self.connection.close)
         self.connection.close()
         self.process.join()
+
+
+def start(config: DictConfig) -> Worker:
+    """A new worker that has Hydra's state and the log of this process.
+
+    Args:
+        config: of the sweep.
+    """
+    started = Worker()
+    started.call(set_up, config, Singleton.get_state())
+    return started
+
+
+@contextlib.contextmanager
+def _withheld() -> Iterator[None]:
+    """What is started inside never gets the signals that SLURM sends to all processes of a job: they would end it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stop(workers: Sequence[Worker], number: int) -> None:
@@ -121,7 +144,8 @@ def _serve(connection: Connection) -> None:
     with contextlib.suppress(EOFError, ConnectionError, interrupts.Stopped):
         while True:
             function, args = cloudpickle.loads(connection.recv_bytes())
-            connection.send(_answer(function, args))
+            # Not ``send``: a plugin that Hydra has loaded twice has classes that pickle does not take.
+            connection.send_bytes(cloudpickle.dumps(_answer(function, args)))
 
 
 def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception | None]:
@@ -230,11 +254,12 @@ def run_cells(configs: list[DictConfig]) -> list[float | Exception]:
     return group.run_group(configs)
 
 
-def train_teachers(configs: list[DictConfig]) -> None:
+def train_teachers(configs: list[DictConfig]) -> str:
     """``group.obtain_teachers``; one that fails is told in its log and by the cells that need it."""
     from kdsweep import build, group
 
     group.obtain_teachers(configs, build.compute(configs[0]))
+    return DONE
 
 
 def look_at_cells(configs: list[DictConfig], devices: list[str]) -> Look:
@@ -242,6 +267,13 @@ def look_at_cells(configs: list[DictConfig], devices: list[str]) -> Look:
     from kdsweep import group
 
     return group.look(configs, devices)
+
+
+def look_from_afar(configs: list[DictConfig], place: str, *, times: bool) -> Look:
+    """``group.look_from_afar``."""
+    from kdsweep import group
+
+    return group.look_from_afar(configs, place, times=times)
 
 
 def pin(call: Callable[[list[DictConfig]], Any], configs: list[DictConfig], device: str, share: int = 1) -> Any:

@@ -13,7 +13,8 @@ from hydra.version import VersionBase
 from omegaconf import OmegaConf
 from packaging.version import Version
 
-from kdsweep import announce, build, cells, launcher, timing
+from kdsweep import announce, build, cells, devices, launcher, timing
+from kdsweep.engine import Unit
 from kdsweep.errors import CellError, InputError
 from kdsweep.progress import duration
 
@@ -97,7 +98,7 @@ def launch(job_config, plain_hydra):
         return own
 
     def run(task_function, numbers, subdir="${hydra.job.num}"):
-        own = launcher.LockstepLauncher()
+        own = launcher.LockstepLauncher(devices.Devices())
         config = job_config(0, subdir=subdir)
         loader = SimpleNamespace(load_sweep_config=with_overrides)
         context = HydraContext(config_loader=loader, callbacks=Callbacks())
@@ -148,10 +149,10 @@ def run_units(job_config, plain_hydra):
             value = f"{configs[0].name} on {configs[0].device}", torch.get_num_threads()
             return [JobReturn(status=JobStatus.COMPLETED, _return_value=value)]
 
-        own = launcher.LockstepLauncher()
-        own.setup(hydra_context=None, task_function=None, config=job_config(0, subdir="x"))
+        own = devices.Devices()
+        own.open(job_config(0, subdir="x"))
         configs = [OmegaConf.create({"name": f"unit{number}", "device": "auto"}) for number in range(len(each))]
-        units = [launcher.Unit(call, [config], list(names)) for config, names in zip(configs, each, strict=True)]
+        units = [Unit(call, [config], list(names)) for config, names in zip(configs, each, strict=True)]
         return {
             unit.configs[0].name: outcome if isinstance(outcome, Exception) else outcome[0].return_value
             for unit, outcome in own._run(units, places)
@@ -187,6 +188,6 @@ def test_processes_on_the_cpu_share_its_threads(run_units, monkeypatch):
     assert threads == 2
     outcomes = run_units(["cpu"], ["cpu"], places=["cpu", "cpu"])
     assert sorted(outcomes.values()) == [("unit0 on cpu", 1), ("unit1 on cpu", 1)]
-    assert launcher.LockstepLauncher(processes=3).devices == ["cpu"] * 3
+    assert devices.Devices(processes=3).names == ["cpu"] * 3
     with pytest.raises(InputError, match=r"hydra\.launcher\.processes=0 is not allowed"):
-        launcher.LockstepLauncher(processes=0)
+        devices.Devices(processes=0)

@@ -18,7 +18,12 @@ LAYERS = (
     "__main__",
     "launcher",
     "announce",
+    "slurm",
+    "on_ray",
+    "node",
+    "devices",
     "worker",
+    "engine",
     "group",
     "plan",
     "mirror",
@@ -28,6 +33,7 @@ LAYERS = (
     "contours",
     "plots",
     "status",
+    "submissions",
     "export",
     "registry",
     "predict",
@@ -60,13 +66,25 @@ LAYERS = (
     "limits",
     "progress",
     "logs",
+    "composition",
     "grid",
     "interrupts",
     "errors",
     "__init__",
 )
 
-READS_CONFIG = {"__main__", "announce", "build", "cells", "group", "launcher", "plan", "worker"}
+ENGINES = {"devices", "engine", "node", "on_ray", "slurm"}
+READS_CONFIG = {
+    "__main__",
+    "announce",
+    "build",
+    "cells",
+    "composition",
+    "group",
+    "launcher",
+    "plan",
+    "worker",
+} | ENGINES
 CONFINED = {"mlflow": {"tracking"}, "omegaconf": READS_CONFIG}
 
 

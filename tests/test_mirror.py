@@ -1,7 +1,6 @@
 """MLflow is kept equal to the cells' folders whatever happens to it, and no training waits for that."""
 
 import contextlib
-import os
 import re
 import shutil
 import socket
@@ -14,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from servers import free_port, serving, until
 from test_tracking import begin, client_of, end, make_cell, steps_of
 
 from kdsweep import mirror, records, tables, tracking
@@ -50,13 +50,6 @@ def runs_of(uri: str) -> dict[str, tuple[str, str, list[int]]]:
         steps = sorted(point.step for point in client.get_metric_history(run_id, "val/loss"))
         found[fingerprint] = run_id, run.info.status, steps
     return found
-
-
-def until(happens, seconds: float = 30) -> bool:
-    deadline = time.monotonic() + seconds
-    while not happens() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return bool(happens())
 
 
 def test_a_training_is_seen_while_it_goes_on_and_closed_by_what_its_folder_says(store):
@@ -230,35 +223,6 @@ def test_a_copy_and_its_original_go_on_apart(store, tmp_path):
 @pytest.fixture(scope="module")
 def server_folder(empty_store, tmp_path_factory) -> Path:
     return Path(shutil.copytree(empty_store, tmp_path_factory.mktemp("server") / "server"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def serving(folder: Path, port: int):
-    """An MLflow server, up until the end of the context."""
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder)]
-    with (folder / "server.log").open("ab") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-    try:
-        assert until(lambda: answers(port), 120), (folder / "server.log").read_text()[-2000:]
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.wait()
-
-
-def answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
 
 
 @contextlib.contextmanager

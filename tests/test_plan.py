@@ -8,7 +8,7 @@ from omegaconf import open_dict
 
 from kdsweep import cells, grid, plan, records
 
-LOOK = plan.Look(devices={"cpu": ["cpu"]}, student_s=1.0, teacher_s=10.0, lesson_s=4.0, images=16)
+LOOK = plan.Look({"cpu": ["cpu"]}, timed_on="cpu", student_s=1.0, teacher_s=10.0, lesson_s=4.0, images=16)
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_the_overview_tells_each_group_and_the_hours(jobs):
         "group 1: 3 cells, split 0 seed 0 on cpu, 6 min: Student, L_KLD_WAug, H_KLD_WAug",  # 48 s x 3 + 192 s
         "group 2: 1 cell, split 1 seed 0 on cpu, 48 s: Student",
         "Teachers first, 8 min: Teacher_WAug split 0 seed 0",  # 480 s
-        "at most 0.24 device hours from one timed step; nothing was started",  # 864 s
+        "at most 0.24 device hours from one timed step on cpu; nothing was started",  # 864 s
     ]
     assert plan.overview(own, groups=[], look=None) == plan.describe(own, groups=[], look=None)
 

@@ -240,7 +240,7 @@ def test_a_plan_is_shown_and_nothing_else_happens(small_busi, tmp_path, words):
     first, *rest = done.stdout.splitlines()
     assert " to run, 0 finished; 1 lockstep group, 1 shared Teacher, 1 Teacher to train" in first
     assert rest[0].startswith("group 1: ")
-    assert rest[-1].endswith("device hours from one timed step; nothing was started")
+    assert rest[-1].endswith("device hours from one timed step on cpu; nothing was started")
     assert not list((tmp_path / "multirun").glob("*/*"))
 
 

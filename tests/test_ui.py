@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from test_mirror import free_port, serving
+from servers import free_port, serving
 from test_tracking import PARAMS, begin, end, make_cell
 
 from kdsweep import tracking

@@ -1,9 +1,11 @@
-"""Shows the lockstep launcher to Hydra, which takes launchers from the namespace ``hydra_plugins`` alone.
+"""Shows the lockstep launchers to Hydra, which takes launchers from the namespace ``hydra_plugins`` alone.
 
 This folder has no ``__init__.py``: one would hide the plugins of other packages.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
@@ -11,7 +13,30 @@ from kdsweep import launcher
 
 
 class LockstepLauncher(launcher.LockstepLauncher):
-    """See kdsweep/launcher.py."""
+    """``hydra/launcher=lockstep``: groups on the devices of this machine; see kdsweep/devices.py."""
+
+    def __init__(self, devices: Sequence[str] = (), *, processes: int = 1, plan: bool = False) -> None:
+        from kdsweep.devices import Devices
+
+        super().__init__(Devices(devices, processes=processes), plan=plan)
+
+
+class SlurmLauncher(launcher.LockstepLauncher):
+    """``hydra/launcher=lockstep_slurm``: groups as an array job; see kdsweep/slurm.py."""
+
+    def __init__(self, *, plan: bool = False, **options: Any) -> None:
+        from kdsweep.slurm import Slurm
+
+        super().__init__(Slurm(**options), plan=plan)
+
+
+class RayLauncher(launcher.LockstepLauncher):
+    """``hydra/launcher=lockstep_ray``: groups as Ray tasks; see kdsweep/on_ray.py."""
+
+    def __init__(self, *, plan: bool = False, **options: Any) -> None:
+        from kdsweep.on_ray import OnRay
+
+        super().__init__(OnRay(**options), plan=plan)
 
 
 @dataclass
@@ -24,4 +49,41 @@ class LockstepConf:
     plan: bool = False
 
 
-ConfigStore.instance().store(group="hydra/launcher", name="lockstep", node=LockstepConf, provider="kdsweep")
+@dataclass
+class SlurmConf:
+    """What ``hydra/launcher=lockstep_slurm`` can be told; each is described in kdsweep/slurm.py."""
+
+    _target_: str = "hydra_plugins.kdsweep_lockstep.SlurmLauncher"
+    plan: bool = False
+    largest: int | None = None
+    wait: bool = True
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gpus: int = 1
+    cpus: int = 8
+    memory_gb: int = 32
+    time_min: int = 720
+    at_once: int = 256
+    requeues: int = 20
+    sbatch: dict[str, str] = field(default_factory=dict)
+    cluster: str = "slurm"
+
+
+@dataclass
+class RayConf:
+    """What ``hydra/launcher=lockstep_ray`` can be told; each is described in kdsweep/on_ray.py."""
+
+    _target_: str = "hydra_plugins.kdsweep_lockstep.RayLauncher"
+    plan: bool = False
+    largest: int | None = None
+    address: str | None = None
+    gpus: float = 1.0
+    cpus: int = 1
+    memory_gb: float | None = None
+    retries: int = 3
+
+
+for name, node in (("lockstep", LockstepConf), ("lockstep_slurm", SlurmConf), ("lockstep_ray", RayConf)):
+    ConfigStore.instance().store(group="hydra/launcher", name=name, node=node, provider="kdsweep")

@@ -1,0 +1,59 @@
+"""Groups as Ray tasks: what is refused before anything is handed over."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+from test_tracking import make_cell
+
+from kdsweep.errors import InputError
+from kdsweep.on_ray import OnRay
+
+
+def cluster_of(*machines: tuple[str, dict[str, float]]):
+    """A stand-in for ray that knows these machines' resources."""
+    own = [
+        {"Alive": True, "NodeManagerHostname": name, "Resources": {"CPU": 4.0, **resources}}
+        for name, resources in machines
+    ]
+    return lambda: SimpleNamespace(nodes=lambda: own)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpus": -1}, r"hydra\.launcher\.gpus=-1 is not allowed: it must be at least 0"),
+        ({"cpus": 0}, r"hydra\.launcher\.cpus=0 is not allowed"),
+        ({"retries": -1}, r"hydra\.launcher\.retries=-1 is not allowed"),
+        ({"largest": 0}, r"hydra\.launcher\.largest=0 is not allowed"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        OnRay(**options)
+
+
+def test_sqlite_is_refused_if_the_machines_are_several(tmp_path, monkeypatch):
+    cfg = OmegaConf.create({"store": str(tmp_path), "tracking": {"uri": None}})
+    engine = OnRay(gpus=0)
+    monkeypatch.setattr(engine, "_connect", cluster_of(("one", {}), ("one", {})))
+    engine.check([SimpleNamespace(config=cfg)])
+    monkeypatch.setattr(engine, "_connect", cluster_of(("one", {}), ("other", {})))
+    with pytest.raises(InputError, match="workers on several machines cannot share the SQLite file"):
+        engine.check([SimpleNamespace(config=cfg)])
+
+
+def test_what_no_machine_has_is_told_instead_of_waited_for(monkeypatch):
+    engine = OnRay(gpus=1, cpus=2)
+    monkeypatch.setattr(engine, "_connect", cluster_of(("one", {"GPU": 1.0})))
+    engine.check([])
+    monkeypatch.setattr(engine, "_connect", cluster_of(("one", {}), ("one", {"GPU": 0.5})))
+    with pytest.raises(InputError, match=r"hydra\.launcher\.gpus=1: the largest machine of the Ray cluster has 0\.5"):
+        engine.check([])
+
+
+def test_the_extra_is_named_where_ray_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"needs Ray: pip install 'kdsweep\[ray\]'"):
+        OnRay().check([SimpleNamespace(cell=make_cell())])
