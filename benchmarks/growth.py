@@ -42,9 +42,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep import cells, checkpoint, conf_dir, launcher, mirror, plan, records, tables, tracking, worker
+from kdsweep import cells, checkpoint, conf_dir, mirror, plan, records, tables, tracking, worker
 from kdsweep.__main__ import _cell_dir
-from kdsweep.composition import Composer
+from kdsweep.composition import Composed, Composer
 from kdsweep.grid import Cell
 from kdsweep.plan import Job, Look
 
@@ -187,9 +187,9 @@ class Command:
         self.composer = Composer(loader, self.config)
         (self.jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
 
-    def compose(self) -> list[DictConfig]:
+    def compose(self) -> Composed:
         """The configurations of the jobs, as ``launch`` has them."""
-        return [self.composer.compose(job, number=number) for number, job in enumerate(self.jobs)]
+        return Composed(self.composer, self.jobs, first=0)
 
 
 def measure(size: int, folder: Path) -> dict[str, Any]:
@@ -221,13 +221,11 @@ def planned(words: list[str], clock: Clock) -> list[Job]:
     """Everything until the first group would be trained, but the look at the real networks."""
     with clock.step("the command line into jobs"):
         sweep = Command(words)
-    with clock.step("compose the jobs"):
-        configs = sweep.compose()
+    with clock.step("compose the jobs, read them as cells"):
+        jobs = plan.read_jobs(sweep.compose())
         gc.freeze()  # as the launcher does
-    with clock.step("read them as cells"):
-        jobs = plan.read_jobs(configs)
-    with clock.step("settle their folders"):
-        launcher.settle_folders(configs, names=[job.cell.fingerprint for job in jobs])
+    with clock.step("the kinds that torch has to look at, composed again"):
+        _ = [job.config for job in plan.kinds(jobs)]
     with clock.step("find what waits, form groups"):
         groups = plan.form_groups(plan.waiting(jobs), devices=LOOK.devices)
     with clock.step("estimate and overview"):
@@ -246,8 +244,8 @@ def finished(words: list[str], jobs: list[Job], clock: Clock, *, weights: Path) 
     with clock.step("(write the stubs)"):
         for cell, cfg in {job.cell.folder: (job.cell, job.config) for job in jobs}.values():
             stub(cell, cfg, weights=weights)
-        for cfg in plan.missing_teachers(jobs).values():
-            stub(cells.teacher_cell(cfg), cfg, weights=weights)
+        for cell, job in plan.missing_teachers(jobs):
+            stub(cell, job.config, weights=weights)
     jobs = [replace(job, finished={"test/dice": 0.5}) for job in jobs]
     with clock.step("log all to MLflow (SQLite)"):
         plan.watch(jobs)
@@ -264,7 +262,7 @@ def again(words: list[str], clock: Clock) -> None:
     if any(job.finished is None for job in jobs):
         raise RuntimeError("a stub is not taken as finished")
     with clock.step("rerun: returns of the jobs"):
-        _ = [worker.closed(job.config, 0.5) for job in jobs]
+        _ = [worker.closed(job.overrides, 0.5) for job in jobs]
     with clock.step("rerun: MLflow has all"):
         plan.watch(jobs)
         mirror._opened[-1]._tried.wait()

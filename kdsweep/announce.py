@@ -93,7 +93,7 @@ def announce(configs: list[DictConfig]) -> int:
     plan.watch(jobs)
     at_end.callback(mirror.close_all)
     waiting = plan.waiting(jobs)
-    look = worker.look_at_cells([job.config for job in waiting], []) if waiting else None
+    look = worker.look_at_cells([job.config for job in plan.kinds(waiting)], []) if waiting else None
     log.info("%s", plan.describe(jobs, groups=[[job] for job in waiting], look=look))
     plan.tell_changes(jobs)
     return len(jobs)
@@ -105,7 +105,7 @@ def show_plan(configs: list[DictConfig]) -> int:
 
     jobs = plan.read_jobs(configs)
     waiting = plan.waiting(jobs)
-    look = worker.look_at_cells([job.config for job in waiting], []) if waiting else None
+    look = worker.look_at_cells([job.config for job in plan.kinds(waiting)], []) if waiting else None
     sys.stdout.write(plan.overview(jobs, groups=[waiting] if waiting else [], look=look) + "\n")
     return len(jobs)
 

@@ -10,7 +10,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.utils import JobStatus
+from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
 from kdsweep.engine import Unit
@@ -130,7 +130,7 @@ class Devices:
                 process, self._idle = self._idle or worker.start(self._config), None
                 self._busy[number] = unit, process
                 name = place if len(places) > 1 else ""
-                process.send(worker.pin, unit.call, unit.configs, name, places.count(place))
+                process.send(worker.pin, unit.call, unit.make(), name, places.count(place))
 
     def _is_lost(self, place: str) -> bool:
         """Whether a CUDA device does not answer a fresh process either."""
@@ -147,6 +147,5 @@ class Devices:
 
 def _failed(outcome: Any) -> bool:
     """Whether anything of a unit failed."""
-    if isinstance(outcome, list):
-        return any(own.status == JobStatus.FAILED for own in outcome)
-    return isinstance(outcome, Exception)
+    parts = outcome if isinstance(outcome, list) else [outcome]
+    return any(isinstance(own._return_value if isinstance(own, JobReturn) else own, Exception) for own in parts)

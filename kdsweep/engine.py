@@ -24,14 +24,14 @@ class Unit:
 
     Attributes:
         call: the function, first argument the configurations.
-        configs: of the group.
+        make: gives the configurations of the group.
         places: names of the devices of this machine where it can run.
         cells: that it computes, or the Teacher; empty if the jobs are no cells.
         waits: whether it must not be started yet.
     """
 
     call: Callable[[list[DictConfig]], Any]
-    configs: list[DictConfig]
+    make: Callable[[], list[DictConfig]]
     places: list[str]
     cells: list[Cell] = field(default_factory=list)
     waits: Callable[[], bool] = lambda: False

@@ -44,11 +44,20 @@ def look(configs: list[DictConfig], devices: list[str]) -> Look:
     Raises:
         InputError: one of them could not be trained.
     """
-    for name in devices:
-        build.find_device(name)
-    found = {str(cfg.device): devices or build.devices(cfg) for cfg in configs}
+    found = places(configs, devices)
     check(configs)
     return _timed(configs, devices=found, device=str(configs[0].device))
+
+
+def places(configs: list[DictConfig], devices: list[str]) -> dict[str, list[str]]:
+    """Names of the devices that groups can be spread over, by the value of ``device``.
+
+    Raises:
+        InputError: one of them is not there.
+    """
+    for name in devices:
+        build.find_device(name)
+    return {str(cfg.device): devices or build.devices(cfg) for cfg in configs}
 
 
 def look_from_afar(configs: list[DictConfig], place: str, *, times: bool) -> Look:

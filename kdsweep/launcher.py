@@ -7,19 +7,20 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
+from hydra.core.utils import JobReturn, configure_log, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from kdsweep.composition import Composer
+from kdsweep.composition import Composed, Composer
 from kdsweep.engine import SUBMITTED, Engine, Unit
 from kdsweep.errors import InputError
 
@@ -60,12 +61,11 @@ class LockstepLauncher(Launcher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         composer = Composer(self.hydra_context.config_loader, self.config)
-        configs = [composer.compose(job, number=number) for number, job in enumerate(job_overrides, initial_job_idx)]
-        gc.freeze()  # they stay to the end: else each collection of garbage would go through all of them again
+        configs = Composed(composer, job_overrides, first=initial_job_idx)
         if getattr(self.task_function, "trains_cells", False):
             return self._launch_cells(configs)
         with self._engine_open():
-            return self._launch_others(configs)
+            return self._launch_others(list(configs))
 
     @contextmanager
     def _engine_open(self) -> Iterator[None]:
@@ -77,47 +77,53 @@ class LockstepLauncher(Launcher):
             raise
         self.engine.close(None)
 
-    def _launch_cells(self, configs: list[DictConfig]) -> list[JobReturn]:
+    def _launch_cells(self, configs: Sequence[DictConfig]) -> list[JobReturn]:
         from kdsweep import mirror, plan, worker
 
         jobs = plan.read_jobs(configs)
-        settle_folders(configs, names=[job.cell.fingerprint for job in jobs])
+        gc.freeze()  # they stay to the end: else each collection of garbage would go through all of them again
+        jobs = [replace(job, subdir=subdir) for job, subdir in zip(jobs, self._subdirs(jobs), strict=True)]
         waiting = plan.waiting(jobs)
+        results: dict[str, float | Exception]
         if self.plan:
             with self._engine_open():
                 self._show_plan(jobs, waiting)
-            return [worker.closed(job.config, (job.finished or {}).get("test/dice", math.nan)) for job in jobs]
-        self.engine.check(waiting)
-        plan.watch(jobs)
-        try:
-            with self._engine_open():  # within: MLflow is told how those that are stopped have ended
-                results = self._obtain(jobs, waiting)
-        finally:
-            mirror.close_all()
-        returns = [results[job.cell.fingerprint] for job in jobs]
-        return [
-            own if own.overrides == list(config.hydra.overrides.task) else worker.closed(config, own._return_value)
-            for own, config in zip(returns, configs, strict=True)
-        ]
+            results = {job.cell.fingerprint: (job.finished or {}).get("test/dice", math.nan) for job in jobs}
+        else:
+            self.engine.check(waiting)
+            plan.watch(jobs)
+            try:
+                with self._engine_open():  # within: MLflow is told how those that are stopped have ended
+                    results = self._obtain(jobs, waiting)
+            finally:
+                mirror.close_all()
+        return [worker.closed(job.overrides, results[job.cell.fingerprint]) for job in jobs]
 
-    def _obtain(self, jobs: list[Job], waiting: list[Job]) -> dict[str, JobReturn]:
+    def _subdirs(self, jobs: list[Job]) -> list[str]:
+        """Name of each job's folder below the sweep's."""
+        raw = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)
+        if raw == {"dir": "${store}", "subdir": "${kdsweep.cell_dir:}"}:  # no need to compose them all for that
+            return [str(job.cell.folder.relative_to(job.cell.store)) for job in jobs]
+        return settle_folders((job.config for job in jobs), names=[job.cell.fingerprint for job in jobs])
+
+    def _obtain(self, jobs: list[Job], waiting: list[Job]) -> dict[str, float | Exception]:
         """By fingerprint the results of all cells, read or computed."""
-        from kdsweep import plan, worker
+        from kdsweep import plan
 
         look, groups = self._look(waiting, times=False) if waiting else (None, [])
         log.info("%s", plan.describe(jobs, groups=groups, look=look))
         plan.tell_changes(jobs)
-        results: dict[str, JobReturn] = {}
+        results: dict[str, float | Exception] = {}
         for job in plan.unique(jobs):
             if job.finished is not None:
                 plan.tell_finished(job)
-                results[job.cell.fingerprint] = worker.closed(job.config, float(job.finished["test/dice"]))
+                results[job.cell.fingerprint] = float(job.finished["test/dice"])
         return results | (self._train(groups, look) if look is not None else {})
 
     def _look(self, waiting: list[Job], *, times: bool) -> tuple[Look, list[list[Job]]]:
         from kdsweep import plan
 
-        look = self.engine.look([job.config for job in waiting], times=times)
+        look = self.engine.look([job.config for job in plan.kinds(waiting)], times=times)
         apart = self.engine.queued(waiting)
         return look, plan.form_groups(waiting, devices=look.devices, largest=self.engine.largest, apart=apart)
 
@@ -128,7 +134,7 @@ class LockstepLauncher(Launcher):
         look, groups = self._look(waiting, times=True) if waiting else (None, [])
         sys.stdout.write(plan.overview(jobs, groups=groups, look=look) + "\n")
 
-    def _train(self, groups: list[list[Job]], look: Look) -> dict[str, JobReturn]:
+    def _train(self, groups: list[list[Job]], look: Look) -> dict[str, float | Exception]:
         from kdsweep import plan
 
         first: list[Unit] = []
@@ -138,7 +144,7 @@ class LockstepLauncher(Launcher):
         report = Report(groups)
         results = self._train_groups(groups, look, report, first=first)
         failed = [job for group in groups for job in group if job.cell.fingerprint in report.failed]
-        if again := [[job] for job in failed if job.config.retry_failed]:
+        if again := [[job] for job in failed if job.values["retry_failed"]]:
             log.info("trying the cells that failed a second time, each alone: %d", len(again))
             results |= self._train_groups(again, look, report, first=[])
         if report.done:
@@ -147,59 +153,64 @@ class LockstepLauncher(Launcher):
 
     def _train_groups(
         self, groups: list[list[Job]], look: Look, report: Report, *, first: list[Unit]
-    ) -> dict[str, JobReturn]:
+    ) -> dict[str, float | Exception]:
         from kdsweep import plan, worker
 
-        run = partial(worker.run_jobs, hydra_context=self.hydra_context, run_group=worker.run_cells)
-        members = {id(group[0].config): group for group in groups}
-        units = [
+        run = partial(worker.train_cells, hydra_context=self.hydra_context)
+        members = {
             Unit(
                 run,
-                [job.config for job in group],
-                look.devices[str(group[0].config.device)],
+                partial(_configs, group),
+                look.devices[str(group[0].values["device"])],
                 cells=[job.cell for job in group],
                 waits=partial(plan.is_computed_elsewhere, group),
-            )
+            ): group
             for group in groups
-        ]
-        results: dict[str, JobReturn] = {}
-        for unit, outcome in self.engine.run(units, before=first):
+        }
+        results: dict[str, float | Exception] = {}
+        for unit, outcome in self.engine.run(list(members), before=first):
             if unit in first:
                 log.info("%s: %s", unit.cells[0].title, outcome)
                 continue
-            group = members[id(unit.configs[0])]
-            if outcome == SUBMITTED:
-                results |= {job.cell.fingerprint: worker.closed(job.config, math.nan) for job in group}
-                continue
+            group = members[unit]
             if isinstance(outcome, Exception):  # of the whole group: its process died
-                outcome = [worker.closed(job.config, plan.outcome(job, outcome)) for job in group]
-            results |= {job.cell.fingerprint: own for job, own in zip(group, outcome, strict=True)}
-            report.add(group, outcome)
+                values = [plan.outcome(job, outcome) for job in group]
+            else:
+                values = [math.nan] * len(group) if outcome == SUBMITTED else outcome
+            results |= {job.cell.fingerprint: value for job, value in zip(group, values, strict=True)}
+            if outcome != SUBMITTED:
+                report.add(group, values)
         return results
 
     def _launch_others(self, configs: list[DictConfig]) -> list[JobReturn]:
         from kdsweep import worker
 
-        settle_folders(configs, names=[f"job {number}" for number in range(len(configs))])
-        for config in configs:
+        names = [f"job {number}" for number in range(len(configs))]
+        for config, subdir in zip(configs, settle_folders(configs, names=names), strict=True):
+            with read_write(config.hydra.sweep):
+                config.hydra.sweep.subdir = subdir
             log.info("#%s : %s", config.hydra.job.num, " ".join(filter_overrides(config.hydra.overrides.task)))
         run_alone = partial(worker.one_by_one, task_function=self.task_function)
         run = partial(worker.run_jobs, hydra_context=self.hydra_context, run_group=run_alone)
-        results: dict[int, JobReturn] = {}
-        for unit, outcome in self.engine.run([Unit(run, [config], [""]) for config in configs]):
-            (own,) = [worker.closed(unit.configs[0], outcome)] if isinstance(outcome, Exception) else outcome
-            results[id(unit.configs[0])] = own
-        return [results[id(config)] for config in configs]
+        units = {Unit(run, partial(list, [config]), [""]): config for config in configs}
+        results: dict[Unit, JobReturn] = {}
+        for unit, outcome in self.engine.run(list(units)):
+            words = list(units[unit].hydra.overrides.task)
+            (results[unit],) = [worker.closed(words, outcome)] if isinstance(outcome, Exception) else outcome
+        return [results[unit] for unit in units]
+
+
+def _configs(group: list[Job]) -> list[DictConfig]:
+    return [job.config for job in group]
 
 
 def _teacher_units(jobs: list[Job], look: Look) -> list[Unit]:
     """One for each Teacher that these jobs lack."""
-    from kdsweep import cells, plan, worker
+    from kdsweep import plan, worker
 
-    missing = plan.missing_teachers(jobs).values()
     return [
-        Unit(worker.train_teachers, [cfg], look.devices[str(cfg.device)], cells=[cells.teacher_cell(cfg)])
-        for cfg in missing
+        Unit(worker.train_teachers, partial(_configs, [job]), look.devices[str(job.values["device"])], cells=[cell])
+        for cell, job in plan.missing_teachers(jobs)
     ]
 
 
@@ -212,16 +223,16 @@ class Report:
         self.failed: dict[str, str] = {}
         self.started_s = time.monotonic()
 
-    def add(self, group: Sequence[Job], outcome: Sequence[JobReturn]) -> None:
-        """One more group has ended."""
+    def add(self, group: Sequence[Job], values: Sequence[float | Exception]) -> None:
+        """One more group has ended; of each cell its test Dice, or what ended it."""
         from kdsweep import plan
         from kdsweep.progress import duration
 
         self.done, self.done_cells = self.done + 1, self.done_cells + len(group)
-        for job, own in zip(group, outcome, strict=True):
+        for job, value in zip(group, values, strict=True):
             self.failed.pop(job.cell.fingerprint, None)
-            if own.status == JobStatus.FAILED:
-                self.failed[job.cell.fingerprint] = plan.failure(job.cell, own._return_value)
+            if isinstance(value, Exception):
+                self.failed[job.cell.fingerprint] = plan.failure(job.cell, value)
         passed_s = time.monotonic() - self.started_s
         if self.done < self.groups:
             left_s = passed_s / self.done_cells * (self.cells - self.done_cells)
@@ -237,13 +248,14 @@ class Report:
             log.error("failed: %s", line)
 
 
-def settle_folders(configs: Sequence[DictConfig], *, names: Sequence[str]) -> None:
-    """Write each job's folder into its configuration.
+def settle_folders(configs: Iterable[DictConfig], *, names: Sequence[str]) -> list[str]:
+    """Name of each job's folder below the sweep's.
 
     Raises:
         InputError: jobs of different names have one folder, so that one would overwrite the other.
     """
     owners: dict[Path, tuple[str, int]] = {}
+    found = []
     before = HydraConfig.instance().cfg
     for number, (config, name) in enumerate(zip(configs, names, strict=True)):
         HydraConfig.instance().set_config(config)  # what ${hydra:...} in a folder's name refers to
@@ -255,6 +267,6 @@ def settle_folders(configs: Sequence[DictConfig], *, names: Sequence[str]) -> No
                 f"hydra.sweep.subdir={subdir}: jobs {first} and {number} would write to one folder; "
                 "name every swept key in it"
             )
-        with read_write(config.hydra.sweep):
-            config.hydra.sweep.subdir = subdir
+        found.append(subdir)
     HydraConfig.instance().cfg = before
+    return found

@@ -19,6 +19,7 @@ from kdsweep.grid import Cell
 log = logging.getLogger(__name__)
 
 PASS_EVERY_S = 2.0
+SELDOM_S = 30.0  # also after a pass that logged much
 SERVER_WAIT_S = 4.0  # at the start and at the end: together less than 10 s
 STOP_WAIT_S = 3.0  # after Ctrl-C or SIGTERM
 DATABASE_WAIT_S = 60.0  # at the end: a file that another process locks is free again soon
@@ -105,14 +106,17 @@ class Mirror:
     def _work(self) -> None:
         while True:
             closing = self._closing.is_set()
+            start_s = time.monotonic()
             succeeded = self._attempt(self._pass)
+            pass_s = time.monotonic() - start_s
             self._tried.set()
             if closing and (succeeded or not self._trains):
                 return
             if closing:
                 time.sleep(0.5)
             else:
-                self._wake.wait(PASS_EVERY_S)
+                # A look at thousands of folders takes its time: at most a twentieth of a core is spent on it.
+                self._wake.wait(min(max(PASS_EVERY_S, 20 * pass_s), SELDOM_S))
 
     def _attempt(self, work: Callable[[], None]) -> bool:
         """Call it; that the store does not answer is told once, and it is tried again later."""

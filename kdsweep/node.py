@@ -40,7 +40,7 @@ class Errand:
         self.identities = {cell.store: identify(cell.store) for cell in unit.cells}
         self.folder, self.path = str(Path.cwd()), list(sys.path)
         # Loaded only where the modules of ``path`` are found.
-        self.payload = cloudpickle.dumps((unit.call, unit.configs, config, Singleton.get_state()))
+        self.payload = cloudpickle.dumps((unit.call, unit.make(), config, Singleton.get_state()))
         self._process: worker.Worker | None = None
 
     def __call__(self) -> Any:
@@ -119,11 +119,16 @@ def _read_identity(store: Path) -> str:
         return ""
 
 
-def check_tracking(cfg: DictConfig) -> None:
-    """Raise InputError unless MLflow can be written to by several machines at once: SQLite cannot."""
-    where = database.store_uri(Path(cfg.store), cfg.tracking.uri)
+def check_tracking(values: dict[str, Any]) -> None:
+    """Raise InputError unless MLflow can be written to by several machines at once: SQLite cannot.
+
+    Args:
+        values: of a cell's configuration.
+    """
+    uri = values["tracking"]["uri"]
+    where = database.store_uri(Path(values["store"]), uri)
     if where.startswith("sqlite"):
         raise InputError(
-            f"tracking.uri={cfg.tracking.uri}: workers on several machines cannot share the SQLite file {where[10:]}; "
+            f"tracking.uri={uri}: workers on several machines cannot share the SQLite file {where[10:]}; "
             "start an MLflow server that all reach and name it, tracking.uri=http://HOST:5000"
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, open_dict, read_write
 
 from kdsweep import cells, grid, records
 from kdsweep.grid import Cell
@@ -20,22 +20,41 @@ from kdsweep.progress import duration
 
 log = logging.getLogger(__name__)
 
+LARGEST = 60  # cells in a group: more gain nothing (README, Lockstep), but each keeps a log open and Adam's state
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Job:
     """A Hydra job and the cell that it asks for.
 
     Attributes:
-        config: of the job.
-        cell: that it describes.
+        cell: that the job describes.
         finished: final values of an earlier computation of the cell, if there is one.
         values: of the configuration, as ``cells.values`` gives them.
+        overrides: of the job.
+        configs: of all jobs; they may be composed when they are asked for, thousands would not fit the memory.
+        number: of this one among them.
+        subdir: of the job's folder, once that is settled.
     """
 
-    config: DictConfig
     cell: Cell
     finished: dict[str, float] | None
     values: dict[str, Any]
+    overrides: list[str]
+    configs: Sequence[DictConfig]
+    number: int
+    subdir: str = ""
+
+    @property
+    def config(self) -> DictConfig:
+        """With what was settled since it was read."""
+        config = self.configs[self.number]
+        with open_dict(config):
+            config.variant = self.values["variant"]
+        if self.subdir:
+            with read_write(config.hydra.sweep):
+                config.hydra.sweep.subdir = self.subdir
+        return config
 
 
 @dataclass(frozen=True)
@@ -66,44 +85,58 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
     Raises:
         InputError: the first thing that is wrong.
     """
-    read = [cells.values(cfg) for cfg in configs]
+    read, words, choices = [], [], []
+    for cfg in configs:
+        read.append(cells.values(cfg))
+        words.append(list(cfg.hydra.overrides.task) if "hydra" in cfg else [])
+        choices.append(dict(cfg.hydra.runtime.choices) if "hydra" in cfg else {})
     for values in read:
         cells.check(values)
-    name_variants(configs, read)
+    name_variants(read, words=words, choices=choices)
     own = [cells.cell(values) for values in read]
     known = [records.read_finished(cell.folder) for cell in own]
-    return [Job(*of) for of in zip(configs, own, known, read, strict=True)]
+    return [
+        Job(cell, finished, values, typed, configs, number)
+        for number, (cell, finished, values, typed) in enumerate(zip(own, known, read, words, strict=True))
+    ]
 
 
-def name_variants(configs: Sequence[DictConfig], read: Sequence[dict[str, Any]]) -> None:
-    """Write into each configuration and its values those of the keys beyond the factors that its sweep varies.
+def name_variants(
+    read: Sequence[dict[str, Any]], *, words: Sequence[list[str]], choices: Sequence[dict[str, str]]
+) -> None:
+    """Write into the values of each job those of the keys beyond the factors that its sweep varies.
 
     A key that an earlier command of the same sweep varied counts too, so that a value can be added to its list later.
 
     Args:
-        configs: of all jobs.
-        read: their ``cells.values``.
+        read: ``cells.values`` of all jobs.
+        words: their overrides.
+        choices: the options that they take of each group of configuration files.
     """
     sweeps: dict[tuple[str, str], list[int]] = {}
     for number, values in enumerate(read):
         sweeps.setdefault((values["store"], values["sweep_name"]), []).append(number)
     for (store, sweep), members in sweeps.items():
-        keys = swept_keys([configs[number] for number in members]) + records.read_varied(Path(store), sweep)
-        if not keys:
-            continue
-        for number in members:
-            cfg, flat = configs[number], cells.params(read[number])
-            choices = cfg.hydra.runtime.choices if "hydra" in cfg else {}
-            found = {key: flat[key] if key in flat else choices.get(key) for key in dict.fromkeys(keys)}
+        keys = swept_keys([words[number] for number in members]) + records.read_varied(Path(store), sweep)
+        for number in members if keys else []:
+            flat = cells.params(read[number])
+            found = {key: flat[key] if key in flat else choices[number].get(key) for key in dict.fromkeys(keys)}
             read[number]["variant"] = {key: str(value) for key, value in found.items() if value is not None}
-            with open_dict(cfg):
-                cfg.variant = read[number]["variant"]
 
 
-def swept_keys(configs: Sequence[DictConfig]) -> list[str]:
+def swept_keys(words: list[list[str]]) -> list[str]:
     """What a command line gives several values, beyond the factors: keys and configuration groups such as teacher."""
-    typed = [list(cfg.hydra.overrides.task) if "hydra" in cfg else [] for cfg in configs]
-    return [key for key in grid.swept_keys(typed) if not key.startswith("hydra")]
+    return [key for key in grid.swept_keys(words) if not key.startswith("hydra")]
+
+
+def kinds(jobs: Sequence[Job]) -> list[Job]:
+    """One job of each kind that must be looked at where torch is: others with its batches and networks are alike."""
+    found: dict[str, Job] = {}
+    for job in jobs:
+        networks = [job.values["student"], job.values["teacher"], job.cell.evidence.get("teacher", "")]
+        key = grid.digest([cells.batches_key(job.values, seed=job.values["seed"]), networks])
+        found.setdefault(key, job)
+    return list(found.values())
 
 
 def watch(jobs: Sequence[Job]) -> None:
@@ -120,7 +153,7 @@ def watch(jobs: Sequence[Job]) -> None:
         for sweep in sorted({job.values["sweep_name"] for job in own}):
             members = [job for job in own if job.values["sweep_name"] == sweep]
             asked[sweep] = [job.cell for job in unique(members)]
-            swept = swept_keys([job.config for job in members])
+            swept = swept_keys([job.overrides for job in members])
             if swept:
                 varied[sweep] = swept + grid.varied_keys([cells.params(job.values) for job in members])
             records.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
@@ -221,7 +254,7 @@ def form_groups(
     Args:
         jobs: each of another cell.
         devices: names of those where groups can run at the same time, by the value of ``device``.
-        largest: so many at most in a group, however few devices there are.
+        largest: so many at most in a group, however few devices there are; None for LARGEST.
         apart: folders of cells that are in a queue already, and so in groups of their own.
     """
     keys = [cells.batches_key(job.values, seed=job.values["seed"]) for job in jobs]
@@ -234,14 +267,14 @@ def form_groups(
     for members in grid.group_by(keys):
         device = str(jobs[members[0]].values["device"])
         share = -(-alike[device] // len(devices[device]))
-        groups += grid.divide(members, largest=min(share, largest or share), likeness=likeness)
+        groups += grid.divide(members, largest=min(share, largest or LARGEST), likeness=likeness)
     return [[jobs[position] for position in members] for members in groups]
 
 
-def missing_teachers(jobs: Sequence[Job]) -> dict[str, DictConfig]:
-    """By fingerprint the Teachers that these jobs need and that are not in the store, with a job's configuration."""
-    needed = {cell.fingerprint: (cell, job.config) for job in jobs if (cell := job.cell.teacher) is not None}
-    return {name: cfg for name, (cell, cfg) in needed.items() if records.read_finished(cell.folder) is None}
+def missing_teachers(jobs: Sequence[Job]) -> list[tuple[Cell, Job]]:
+    """The Teachers that these jobs need and that are not in the store, each with a job that needs it."""
+    needed = {cell.fingerprint: (cell, job) for job in jobs if (cell := job.cell.teacher) is not None}
+    return [(cell, job) for cell, job in needed.values() if records.read_finished(cell.folder) is None]
 
 
 def estimate_s(groups: Sequence[Sequence[Job]], look: Look) -> float:
@@ -252,7 +285,8 @@ def estimate_s(groups: Sequence[Sequence[Job]], look: Look) -> float:
 
 def teachers_s(jobs: Sequence[Job], look: Look) -> float:
     """Seconds that the training of the Teachers takes that these jobs lack."""
-    return sum(cfg.train.epochs * look.images * look.teacher_s for cfg in missing_teachers(jobs).values())
+    epochs = sum(job.values["train"]["epochs"] for _, job in missing_teachers(jobs))
+    return float(epochs * look.images * look.teacher_s)
 
 
 def group_s(group: Sequence[Job], look: Look) -> float:
@@ -277,7 +311,7 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
         look: None if nothing waits.
     """
     own, count = unique(jobs), sum(len(group) for group in groups)
-    cfg = own[0].config
+    first = own[0].values
     repeats = f" ({len(jobs) - len(own)} repeated jobs are the same cell)" if len(jobs) > len(own) else ""
     line = f"{_number(len(own), 'cell')}{repeats}: {count} to run, {len(own) - count} finished"
     if groups:
@@ -285,14 +319,15 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
         shared = {lesson_of(job)[0] for job in members if job.cell.role == "cell"}
         line += f"; {_number(len(groups), 'lockstep group')}, {_number(len(shared), 'shared Teacher')}"
         line += f", {_number(len(missing_teachers(members)), 'Teacher')} to train"
-    line += f"; data={cfg.data.name} with {len(cells.listing(cfg).entries)} images at {cfg.image_size} pixels"
+    images = len(cells.listing(first).entries)
+    line += f"; data={first['data']['name']} with {images} images at {first['image_size']} pixels"
     if look is not None:
         names = list(dict.fromkeys(name for device in look.devices.values() for name in device))
         line += f"; device {', '.join(names)}"
     if look is not None and look.timed_on:
         longest = duration(estimate_s(groups, look) / len(names))
         line += f"; at most about {longest} if no early stop ends a cell sooner"
-    return f"{line}; profile={cfg.profile}; sweep {cfg.sweep_name}"
+    return f"{line}; profile={first['profile']}; sweep {first['sweep_name']}"
 
 
 def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look | None) -> str:
@@ -305,13 +340,14 @@ def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
         return lines[0]
     members = [job for group in groups for job in group]
     for number, group in enumerate(groups, start=1):
-        cfg = group[0].config
+        first = group[0].values
         names = Counter(job.cell.notation for job in group)
         listed = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names.items())
-        where = f"split {cfg.split} seed {cfg.seed} on {' or '.join(look.devices[str(cfg.device)])}"
+        places = " or ".join(look.devices[str(first["device"])])
+        where = f"split {first['split']} seed {first['seed']} on {places}"
         size, time = _number(len(group), "cell"), duration(group_s(group, look))
         lines.append(f"group {number}: {size}, {where}, {time}: {listed}")
-    teachers = [cells.teacher_cell(cfg).title for cfg in missing_teachers(members).values()]
+    teachers = [cell.title for cell, _ in missing_teachers(members)]
     if teachers:
         lines.append(f"Teachers first, {duration(teachers_s(members, look))}: {', '.join(teachers)}")
     hours = estimate_s(groups, look) / 3600

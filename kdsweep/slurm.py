@@ -120,7 +120,7 @@ class Slurm:
                     "hydra/launcher=lockstep_slurm: sbatch is not on this machine; run it where jobs are submitted"
                 )
             for job in jobs:
-                node.check_tracking(job.config)
+                node.check_tracking(job.values)
 
     def look(self, configs: list[DictConfig], *, times: bool) -> Look:
         """See ``Engine``."""
@@ -301,7 +301,7 @@ def _by_place(units: Sequence[Unit]) -> dict[Path, list[Unit]]:
     """Units by the folder that their notes and logs go to: the store, or the sweep's where they are no cells."""
     found: dict[Path, list[Unit]] = {}
     for unit in units:
-        place = unit.cells[0].store if unit.cells else Path(unit.configs[0].hydra.sweep.dir)
+        place = unit.cells[0].store if unit.cells else Path(unit.make()[0].hydra.sweep.dir)
         found.setdefault(place, []).append(unit)
     return found
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig
 
 from kdsweep import interrupts, logs
 from kdsweep.engine import DONE
@@ -232,7 +232,7 @@ def run_jobs(
             if number in opened:
                 raise
             log.error("%s", told(error))  # its folder cannot be written to: the others can do without it
-            returns[number] = closed(configs[number], CellError(told(error)))
+            returns[number] = closed(configs[number].hydra.overrides.task, CellError(told(error)))
             open_from(number + 1)
 
     open_from(0)
@@ -247,11 +247,15 @@ def one_by_one(configs: list[DictConfig], *, task_function: TaskFunction) -> lis
     return [task_function(config) for config in configs]
 
 
-def run_cells(configs: list[DictConfig]) -> list[float | Exception]:
-    """``group.run_group``; the process that sends this has no torch."""
+def train_cells(configs: Sequence[DictConfig], hydra_context: HydraContext) -> list[float | Exception]:
+    """``group.run_group`` as Hydra jobs; the process that sends this has no torch.
+
+    Returns:
+        For each its test Dice, or what ended it.
+    """
     from kdsweep import group
 
-    return group.run_group(configs)
+    return [own._return_value for own in run_jobs(configs, hydra_context, group.run_group)]
 
 
 def train_teachers(configs: list[DictConfig]) -> str:
@@ -303,20 +307,15 @@ def probe(device: str) -> None:
     torch.ones(8, device=device).sum().item()
 
 
-def closed(config: DictConfig, result: Any) -> JobReturn:
-    """The return of a job that was not run under Hydra: finished before, asked for twice, or its process died."""
-    own = config.copy()
-    with read_write(own), open_dict(own):
-        hydra_node = own.pop("hydra")
-    return JobReturn(
-        overrides=list(config.hydra.overrides.task),
-        cfg=own,
-        hydra_cfg=OmegaConf.create({"hydra": hydra_node}),
-        working_dir=str(Path.cwd()),
-        task_name=JobRuntime.instance().get("name"),
-        status=JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED,
-        _return_value=result,
-    )
+def closed(overrides: Sequence[str], result: Any) -> JobReturn:
+    """The return of a job: of a cell, or of one whose process died.
+
+    Args:
+        overrides: of the job.
+        result: its value, or what ended it.
+    """
+    status = JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED
+    return JobReturn(overrides=overrides, status=status, _return_value=result)
 
 
 def _as_text(job: JobReturn) -> JobReturn:

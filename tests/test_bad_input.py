@@ -30,6 +30,7 @@ def refusal(*overrides: str) -> str:
     with pytest.raises(Exception) as caught:
         cfg = cells.compose(["profile=quick", "device=cpu", *overrides])
         plan.read_jobs([cfg])
+        group.places([cfg], [])
         group.check([cfg])
     message = one_line(caught.value)
     assert "\n" not in message

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -125,8 +126,7 @@ def test_two_jobs_of_one_folder_are_refused(launch):
 
 def test_a_folder_may_be_named_by_any_key_and_is_settled_before_the_jobs_start(job_config, plain_hydra):
     configs = [job_config(number, subdir="x${number}") for number in (1, 2, 1)]
-    launcher.settle_folders(configs, names=["one", "two", "one"])
-    assert [cfg.hydra.sweep.subdir for cfg in configs] == ["x1", "x2", "x1"]
+    assert launcher.settle_folders(configs, names=["one", "two", "one"]) == ["x1", "x2", "x1"]
     with pytest.raises(InputError):
         launcher.settle_folders(configs, names=["one", "two", "three"])
 
@@ -152,10 +152,13 @@ def run_units(job_config, plain_hydra):
         own = devices.Devices()
         own.open(job_config(0, subdir="x"))
         configs = [OmegaConf.create({"name": f"unit{number}", "device": "auto"}) for number in range(len(each))]
-        units = [Unit(call, [config], list(names)) for config, names in zip(configs, each, strict=True)]
+        units = {
+            Unit(call, partial(list, [config]), list(names)): config.name
+            for config, names in zip(configs, each, strict=True)
+        }
         return {
-            unit.configs[0].name: outcome if isinstance(outcome, Exception) else outcome[0].return_value
-            for unit, outcome in own._run(units, places)
+            units[unit]: outcome if isinstance(outcome, Exception) else outcome[0].return_value
+            for unit, outcome in own._run(list(units), places)
         }
 
     return make

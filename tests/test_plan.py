@@ -42,7 +42,7 @@ def command(small_busi, tmp_path):
 
 def asked(own: list[plan.Job]) -> None:
     """As plan.watch writes it down."""
-    swept = plan.swept_keys([job.config for job in own])
+    swept = plan.swept_keys([job.overrides for job in own])
     records.ask(own[0].cell.store, "busi-quick", cells=[job.cell for job in own], teachers=[], varied=swept)
 
 

@@ -4,7 +4,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from omegaconf import OmegaConf
 from test_tracking import make_cell
 
 from kdsweep.errors import InputError
@@ -35,13 +34,13 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_sqlite_is_refused_if_the_machines_are_several(tmp_path, monkeypatch):
-    cfg = OmegaConf.create({"store": str(tmp_path), "tracking": {"uri": None}})
+    values = {"store": str(tmp_path), "tracking": {"uri": None}}
     engine = OnRay(gpus=0)
     monkeypatch.setattr(engine, "_connect", cluster_of(("one", {}), ("one", {})))
-    engine.check([SimpleNamespace(config=cfg)])
+    engine.check([SimpleNamespace(values=values)])
     monkeypatch.setattr(engine, "_connect", cluster_of(("one", {}), ("other", {})))
     with pytest.raises(InputError, match="workers on several machines cannot share the SQLite file"):
-        engine.check([SimpleNamespace(config=cfg)])
+        engine.check([SimpleNamespace(values=values)])
 
 
 def test_what_no_machine_has_is_told_instead_of_waited_for(monkeypatch):

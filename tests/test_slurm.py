@@ -41,7 +41,7 @@ def commands(tmp_path, monkeypatch):
 
 
 def make_unit(store: Path, *cells) -> Unit:
-    return Unit(len, [OmegaConf.create({"device": "auto"})], ["SLURM"], cells=list(cells))
+    return Unit(len, list, ["SLURM"], cells=list(cells))
 
 
 def opened(**options) -> Slurm:
@@ -149,14 +149,14 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_without_sbatch_or_a_server_nothing_is_submitted(commands, some, monkeypatch):
-    cfg = OmegaConf.create({"store": str(some.store), "tracking": {"uri": None}})
+    values = {"store": str(some.store), "tracking": {"uri": None}}
     with pytest.raises(InputError, match=r"^tracking\.uri=None: workers on several machines cannot share the SQLite"):
-        opened().check([SimpleNamespace(config=cfg)])
-    cfg.tracking.uri = "sqlite:////shared/mlflow.db"
+        opened().check([SimpleNamespace(values=values)])
+    values["tracking"]["uri"] = "sqlite:////shared/mlflow.db"
     with pytest.raises(InputError, match=r"SQLite file /shared/mlflow\.db; start an MLflow server"):
-        opened().check([SimpleNamespace(config=cfg)])
-    cfg.tracking.uri = "http://127.0.0.1:5000"
-    opened().check([SimpleNamespace(config=cfg)])
+        opened().check([SimpleNamespace(values=values)])
+    values["tracking"]["uri"] = "http://127.0.0.1:5000"
+    opened().check([SimpleNamespace(values=values)])
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InputError, match=r"sbatch is not on this machine"):
         opened().check([])

@@ -1,4 +1,4 @@
-"""Shows the lockstep launchers to Hydra, which takes launchers from the namespace ``hydra_plugins`` alone.
+"""Shows the lockstep launchers to Hydra, which takes plugins from the namespace ``hydra_plugins`` alone.
 
 This folder has no ``__init__.py``: one would hide the plugins of other packages.
 """
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 
 from kdsweep import launcher
@@ -37,6 +38,23 @@ class RayLauncher(launcher.LockstepLauncher):
         from kdsweep.on_ray import OnRay
 
         super().__init__(OnRay(**options), plan=plan)
+
+
+class LockstepSweeper(BasicSweeper):
+    """``hydra/sweeper=lockstep``: Hydra's basic sweeper, which composes every job to see whether that can be done.
+
+    The launchers compose and check every job before the first one starts, in a small part of the time.
+    """
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Left to the launcher."""
+
+
+@dataclass
+class LockstepSweeperConf(BasicSweeperConf):
+    """As Hydra's basic sweeper."""
+
+    _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepSweeper"
 
 
 @dataclass
@@ -87,3 +105,4 @@ class RayConf:
 
 for name, node in (("lockstep", LockstepConf), ("lockstep_slurm", SlurmConf), ("lockstep_ray", RayConf)):
     ConfigStore.instance().store(group="hydra/launcher", name=name, node=node, provider="kdsweep")
+ConfigStore.instance().store(group="hydra/sweeper", name="lockstep", node=LockstepSweeperConf, provider="kdsweep")
