@@ -85,7 +85,7 @@ READS_CONFIG = {
     "plan",
     "worker",
 } | ENGINES
-CONFINED = {"mlflow": {"tracking"}, "omegaconf": READS_CONFIG}
+CONFINED = {"mlflow": {"tracking"}, "omegaconf": READS_CONFIG, "ray": {"on_ray"}, "submitit": {"slurm"}}
 
 
 def is_entry_block(node: ast.AST) -> bool:

@@ -1,19 +1,21 @@
 """MLflow is kept equal to the cells' folders whatever happens to it, and no training waits for that."""
 
 import contextlib
+import os
 import re
 import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from servers import free_port, serving, until
+from servers import free_port, postgres, serving, until
 from test_tracking import begin, client_of, end, make_cell, steps_of
 
 from kdsweep import mirror, records, tables, tracking
@@ -289,6 +291,45 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
         assert [found[cell.fingerprint][1:] for cell in cells] == [("FINISHED", [0, 1, 2])] * 3
         sweep = tracking.read_sweep(store=tmp_path, uri=uri, name="sweep")
         assert sorted(sweep.scores["dice"]) == [0.25, 0.5, 0.75]
+
+
+@pytest.mark.slow
+def test_many_workers_log_to_one_server_on_postgresql_and_nothing_is_lost(tmp_path):
+    """Four processes with cells of their own and a Teacher that all share, on a database that is made by the first."""
+    code = """
+        import sys, time
+        from pathlib import Path
+        from test_tracking import begin, end, make_cell
+        from kdsweep import mirror
+        store, uri, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+        own = [make_cell(store=store, lr=10 * number + each) for each in range(5)]
+        teacher = make_cell("Teacher", store=store)
+        mirror.PASS_EVERY_S = 0.1
+        mirror.Mirror(store=store, uri=uri, experiment="kdsweep", asked={"sweep": own}, teachers=[teacher])
+        for epochs in (1, 2):
+            for cell in own:
+                begin(cell, epochs)
+            time.sleep(0.5)
+        for cell in own:
+            end(cell, [0.25, 0.75])
+        if number == 0:
+            end(teacher, [0.5])
+        time.sleep(1)
+        mirror.close_all()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    port = free_port()
+    uri, store = f"http://127.0.0.1:{port}", tmp_path / "store"
+    with postgres() as backend, serving(tmp_path, port, backend=backend):
+        workers = [subprocess.Popen([*command, str(store), uri, str(n)], env=environment) for n in range(4)]
+        assert [worker.wait(300) for worker in workers] == [0] * 4
+        found = runs_of(uri)
+        assert [run[1:] for run in found.values()] == [("FINISHED", [0, 1, 2])] * 20
+        sweep = tracking.read_sweep(store=store, uri=uri, name="sweep")
+        assert (sweep.runs["status"] == "FINISHED").all()
+        assert len(sweep.scores) == 40
+        assert sweep.scores["dice"].mean() == 0.5
 
 
 def test_a_server_that_never_answers_costs_less_than_ten_seconds_in_all(tmp_path, caplog):

@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,6 +162,19 @@ def test_without_sbatch_or_a_server_nothing_is_submitted(commands, some, monkeyp
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InputError, match=r"sbatch is not on this machine"):
         opened().check([])
+
+
+def test_without_m_nothing_is_submitted_and_nothing_is_trained(tmp_path):
+    command = [sys.executable, "-m", "kdsweep", "hydra/launcher=lockstep_slurm", "profile=quick"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    message = "kdsweep: error: hydra/launcher=lockstep_slurm runs sweeps: add -m, or leave it out\n"
+    assert (ended.returncode, ended.stderr) == (1, message)
+
+
+def test_nothing_of_a_cluster_is_imported_unless_it_is_asked_for():
+    modules = "launcher, devices, engine, node, on_ray, plan, slurm, status, worker"
+    code = f"import sys; from kdsweep import {modules}; sys.exit(len({{'ray', 'submitit'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
 
 
 # --- what travels
