@@ -6,6 +6,7 @@ Usage: `python -m kdsweep.tables table3|table4|table5|effects [--store DIR] [--s
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 import sys
 from functools import partial
@@ -396,6 +397,8 @@ def main(argv: list[str] | None = None) -> int:
     from kdsweep.tracking import read_sweep  # loads mlflow: seconds that --help need not wait for
 
     def work() -> None:
+        gc.freeze()
+        gc.set_threshold(100_000)  # a large sweep is a million objects that stay: looking through them is half the time
         sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
         out_dir = options.out or options.store / "tables"
         which, test = options.table, options.test
