@@ -134,7 +134,7 @@ def test_images_cannot_be_loaded_smaller_than_they_are_cropped(defaults: dict[st
 def test_the_groups_are_those_that_the_design_names() -> None:
     assert GROUPS.keys() >= {"path", "loss", "teacher_aug", "data", "teacher", "student", "profile", "tracking"}
     assert GROUPS["path"] == ["H", "HR", "L", "none"]
-    assert EXPERIMENTS == ["table3", "table4"]
+    assert EXPERIMENTS == ["cpu_study", "table3", "table4"]
 
 
 def test_the_defaults_are_the_papers_best_cell_by_its_protocol() -> None:
@@ -186,7 +186,7 @@ def test_every_experiment_sweeps_existing_options_within_the_limits(name: str) -
         for value in values:
             limits.check(compose(f"{key}={value}"))
     count = math.prod(map(len, swept.values()))
-    assert count == {"table3": 12, "table4": 48}[name]
+    assert count == {"table3": 12, "table4": 48, "cpu_study": 48}[name]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
