@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, open_dict, read_write
 
 from kdsweep import cells, grid, records
+from kdsweep.errors import CellError
 from kdsweep.grid import Cell
 from kdsweep.progress import duration
 
@@ -235,8 +236,9 @@ def outcome(job: Job, error: Exception) -> float | Exception:
     """What a cell has come to whose process has died: it may have been finished before, else that ended it."""
     if (finished := records.read_finished(job.cell.folder)) is not None:
         return finished["test/dice"]
-    if not records.read(job.cell.folder).error:
-        records.write_failed(job.cell.folder, str(error))
+    if known := records.read(job.cell.folder).error:
+        return CellError(known)
+    records.write_failed(job.cell.folder, str(error))
     return error
 
 

@@ -136,8 +136,14 @@ class Slurm:
     def queued(self, jobs: Sequence[Job]) -> set[Path]:
         """See ``Engine``: an earlier command may have submitted some of these."""
         for store in {job.cell.store for job in jobs}:
-            submissions.forget_ended(store)
-            self._queued |= {store / folder: task for folder, task in submissions.queued(store).items()}
+            try:
+                submissions.forget_ended(store)
+                queued = submissions.queued(store)
+            except submissions.QueueError as error:
+                raise InputError(
+                    f"{error}; what is in the queue already is not known, so nothing is submitted"
+                ) from error
+            self._queued |= {store / folder: task for folder, task in queued.items()}
         found = {job.cell.folder for job in jobs} & self._queued.keys()
         if found:
             names = ", ".join(sorted({self._queued[folder].job_id for folder in found}))

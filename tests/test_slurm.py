@@ -111,6 +111,13 @@ def test_what_is_in_the_queue_is_not_submitted_again_but_waited_for(commands, so
     assert str(outcomes[other]).startswith("job 99 has ended without a result (cancelled or killed?); log: ")
 
 
+def test_nothing_is_submitted_while_the_queue_is_not_known(commands, some):
+    list(opened(wait=False).run([make_unit(some.store, some.cells[0])]))
+    (commands / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact' >&2; exit 1\n")
+    with pytest.raises(InputError, match=r"^squeue: Unable to contact; what is in the queue is not known, so"):
+        opened().queued([SimpleNamespace(cell=some.cells[0])])
+
+
 def test_teachers_in_the_queue_are_depended_on(commands, some):
     list(opened(wait=False).run([make_unit(some.store, some.teacher)]))
     (commands / "queue").write_text("11 RUNNING\n")
