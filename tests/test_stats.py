@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import wilcoxon
+from scipy.stats import bootstrap, wilcoxon
 
 from kdsweep import stats, tables
 from kdsweep.errors import InputError
@@ -75,6 +75,8 @@ def test_interval_is_seeded_contains_the_mean_and_narrows_with_n():
     differences = np.random.default_rng(3).normal(4, 10, 99)
     low, high = stats.mean_interval(differences)
     assert (low, high) == stats.mean_interval(differences)
+    theirs = bootstrap((differences,), np.mean, n_resamples=stats.RESAMPLES, random_state=np.random.default_rng(0))
+    assert (low, high) == tuple(theirs.confidence_interval)
     assert low < differences.mean() < high
     half = 1.96 * differences.std(ddof=1) / np.sqrt(99)
     assert [low, high] == pytest.approx([differences.mean() - half, differences.mean() + half], abs=0.15 * half)
