@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kdsweep import records, status
+from kdsweep import records, status, submissions
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
+from kdsweep.submissions import Task
 
 PACE_S = 50.0
 EPOCHS = 60
@@ -45,11 +46,11 @@ def hold():
         yield lambda cell: held.enter_context(records.lock(cell.folder))
 
 
-def tell(store: Path, *, cells=(), teachers=()) -> list[str]:
+def tell(store: Path, *, cells=(), teachers=(), tasks=None) -> list[str]:
     """Lines of the report on a sweep of these cells."""
     records.ask(store, "study", cells=list(cells), teachers=list(teachers))
     found = {place: records.read(store / folder) for place, folder in records.read_asked(store, "study").items()}
-    return status.report("study", found, now_ms=NOW_MS).splitlines()
+    return status.report("study", found, tasks=tasks, now_ms=NOW_MS).splitlines()
 
 
 def row(lines: list[str], name: str) -> list[str]:
@@ -85,6 +86,37 @@ def test_a_cell_of_each_state_is_told_and_counted(tmp_path, hold):
     assert lines[-3] == ""
     assert row(lines, "finished") == ["test Dice %"]
     assert row(lines, finished.title) == ["78.12"]
+
+
+def test_what_slurm_has_is_queued_or_running_as_its_job(tmp_path, hold):
+    cells = [make_cell(tmp_path, name) for name in ("H_KLD", "L_KLD", "L_MSE", "H_MSE")]
+    _, preempted, running, _ = cells
+    begin(preempted)
+    begin(running)
+    tasks = {cell.folder: Task(f"7_{number}", "PENDING") for number, cell in enumerate(cells[:2])}
+    lines = tell(tmp_path, cells=cells, tasks=tasks)
+    assert lines[0] == (
+        "sweep study: 4 cells: 0 done, 2 queued, 1 interrupted, 1 waiting; "
+        "nothing is running yet, SLURM has what is queued"
+    )
+    assert lines[2].split()[-1] == "job"
+    assert row(lines, "H_KLD split 0 seed 0") == ["queued", "7_0 PENDING"]
+    assert row(lines, "L_KLD split 0 seed 0") == ["queued", "epoch 12 of 60", "0.512", "7_1 PENDING"]
+    hold(running)
+    lines = tell(tmp_path, cells=cells, tasks=tasks | {running.folder: Task("7_2", "RUNNING")})
+    assert row(lines, "L_MSE split 0 seed 0")[-1] == "7_2 RUNNING"
+    assert "2 queued, 1 waiting; about " in lines[0]
+    assert row(lines, "H_MSE split 0 seed 0") == ["waiting"]
+
+
+def test_a_queue_that_does_not_answer_is_said_below(tmp_path, monkeypatch):
+    cell = make_cell(tmp_path)
+    records.ask(tmp_path, "study", cells=[cell], teachers=[])
+    submissions.write(tmp_path, cluster="slurm", tasks={"7": [str(cell.folder.relative_to(tmp_path))]})
+    monkeypatch.setenv("PATH", "/nowhere")
+    lines = status.make(store=tmp_path, sweep=None).splitlines()
+    assert lines[0].startswith("sweep study: 1 cell: 0 done, 1 waiting;")
+    assert lines[-1].startswith("SLURM's queue is not known here: squeue: ")
 
 
 def test_cells_that_a_swept_key_tells_apart_are_named_by_it(tmp_path):
