@@ -7,8 +7,9 @@ import signal
 import socket
 import sys
 import uuid
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 from hydra.core.singleton import Singleton
@@ -17,6 +18,9 @@ from omegaconf import DictConfig
 from kdsweep import checkpoint, database, mirror, worker
 from kdsweep.engine import Unit
 from kdsweep.errors import CellError, InputError, told
+
+if TYPE_CHECKING:
+    from kdsweep.plan import Look
 
 IDENTITY = ".identity"
 REMEDY = "put store, data and environment on a file system that all machines share, under the same name"
@@ -117,6 +121,26 @@ def _read_identity(store: Path) -> str:
         return (store / IDENTITY).read_text(encoding="utf-8").strip('"\n ')
     except OSError:
         return ""
+
+
+def look(configs: list[DictConfig], place: str, *, config: DictConfig, times: bool) -> Look:
+    """Check cells that other machines are to train, in a process with torch.
+
+    Args:
+        configs: of the cells.
+        place: what these machines are called.
+        config: of the sweep.
+        times: time a step on this machine all the same.
+
+    Raises:
+        InputError: one of them could not be trained.
+    """
+    process = worker.start(config)
+    try:
+        found: Look = process.call(partial(worker.look_from_afar, times=times), configs, place)
+    finally:
+        process.close()
+    return found
 
 
 def check_tracking(values: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,14 +99,9 @@ class OnRay:
 
     def look(self, configs: list[DictConfig], *, times: bool) -> Look:
         """See ``Engine``."""
-        from kdsweep import worker
+        from kdsweep import node
 
-        process = worker.start(self._config)
-        try:
-            found: Look = process.call(partial(worker.look_from_afar, times=times), configs, self._place)
-        finally:
-            process.close()
-        return found
+        return node.look(configs, self._place, config=self._config, times=times)
 
     def queued(self, jobs: Sequence[Job]) -> set[Path]:
         """See ``Engine``: tasks end with the command."""

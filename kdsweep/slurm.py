@@ -10,7 +10,6 @@ import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -124,14 +123,9 @@ class Slurm:
 
     def look(self, configs: list[DictConfig], *, times: bool) -> Look:
         """See ``Engine``."""
-        from kdsweep import worker
+        from kdsweep import node
 
-        process = worker.start(self._config)
-        try:
-            found: Look = process.call(partial(worker.look_from_afar, times=times), configs, self._place)
-        finally:
-            process.close()
-        return found
+        return node.look(configs, self._place, config=self._config, times=times)
 
     def queued(self, jobs: Sequence[Job]) -> set[Path]:
         """See ``Engine``: an earlier command may have submitted some of these."""
@@ -140,9 +134,7 @@ class Slurm:
                 submissions.forget_ended(store)
                 queued = submissions.queued(store)
             except submissions.QueueError as error:
-                raise InputError(
-                    f"{error}; what is in the queue already is not known, so nothing is submitted"
-                ) from error
+                raise InputError(f"{error}; what is in the queue is not known, so nothing is submitted") from error
             self._queued |= {store / folder: task for folder, task in queued.items()}
         found = {job.cell.folder for job in jobs} & self._queued.keys()
         if found:

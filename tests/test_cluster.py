@@ -119,7 +119,8 @@ def _queued(store: Path, environment: dict[str, str]) -> dict[str, submissions.T
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_machine_that_dies_in_the_midst_changes_no_score(undisturbed, small_busi, tmp_path):
+def test_a_machine_that_dies_in_the_midst_changes_no_score(undisturbed, small_busi, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else its processes wait for those of other tests
     from ray.cluster_utils import Cluster
 
     store = tmp_path / "multirun"
