@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from kdsweep import interrupts
 from kdsweep.engine import Unit
 from kdsweep.errors import CellError, InputError
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
+STOP_WITHIN_S = 12.0  # a little more than a process is given
 
 
 class OnRay:
@@ -125,20 +128,24 @@ class OnRay:
         waiting = {task.remote(Errand(unit, config=self._config, threads=self._cpus)): unit for unit in units}
         while waiting:
             self._running = list(waiting)
-            done, _ = ray.wait(self._running, num_returns=1, timeout=LOOK_EVERY_S)
+            try:
+                done, _ = ray.wait(self._running, num_returns=1, timeout=LOOK_EVERY_S)
+            except KeyboardInterrupt:  # what Ray makes of any exception of a signal's handler
+                interrupts.check()
+                raise
             for own in done:
                 yield waiting.pop(own), _outcome(ray, own)
         self._running = []
 
     def close(self, error: BaseException | None) -> None:
         """See ``Engine``."""
-        import sys
-
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
             return
-        for own in self._running if error is not None else []:
-            ray.cancel(own)
+        if error is not None and self._running:
+            for own in self._running:
+                ray.cancel(own)
+            ray.wait(self._running, num_returns=len(self._running), timeout=STOP_WITHIN_S)  # they save what they do
         ray.shutdown()
 
 

@@ -1,11 +1,15 @@
 """Groups as Ray tasks: what is refused before anything is handed over."""
 
+import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 from test_tracking import make_cell
 
+from kdsweep import interrupts
+from kdsweep.engine import Unit
 from kdsweep.errors import InputError
 from kdsweep.on_ray import OnRay
 
@@ -56,3 +60,18 @@ def test_the_extra_is_named_where_ray_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"needs Ray: pip install 'kdsweep\[ray\]'"):
         OnRay().check([SimpleNamespace(cell=make_cell())])
+
+
+def test_a_signal_ends_the_command_as_it_does_elsewhere(monkeypatch):
+    def wait(*_, **__):
+        raise KeyboardInterrupt  # Ray's own, in the place of ours
+
+    engine = OnRay(gpus=0)
+    engine.open(OmegaConf.create({}))
+    task = SimpleNamespace(remote=lambda errand: "task")
+    ray = SimpleNamespace(remote=lambda **_: lambda _: task, wait=wait)
+    monkeypatch.setattr(interrupts._State, "pending", signal.SIGTERM)
+    with pytest.raises(interrupts.Stopped) as stopped:
+        list(engine._run(ray, [Unit(len, list, [])]))
+    assert stopped.value.exit_code == 143
+    assert engine._running == ["task"]
