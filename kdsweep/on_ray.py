@@ -97,7 +97,10 @@ class OnRay:
                 ray.init(address=self._address or "local", **_loopback(self._address))
             except (ConnectionError, RuntimeError, ValueError) as error:
                 line = " ".join(str(error).split())[:200]
-                raise InputError(f"hydra.launcher.address={self._address}: no Ray cluster answers: {line}") from error
+                raise InputError(
+                    f"hydra.launcher.address={self._address}: no Ray cluster answers: {line}; if it asks for a token, "
+                    "set RAY_AUTH_MODE=token in the environment"
+                ) from error
         return ray
 
     def look(self, configs: list[DictConfig], *, times: bool) -> Look:

@@ -62,6 +62,16 @@ def test_the_extra_is_named_where_ray_is_missing(monkeypatch):
         OnRay().check([SimpleNamespace(cell=make_cell())])
 
 
+def test_a_cluster_that_does_not_answer_is_told_with_what_may_be_missing(monkeypatch):
+    def refuse(**_):
+        raise ConnectionError("Failed to connect\nto Ray cluster at host:1")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=refuse))
+    message = r"^hydra\.launcher\.address=host:1: no Ray cluster answers: Failed .*; if it asks for a token, set"
+    with pytest.raises(InputError, match=message):
+        OnRay(address="host:1").check([])
+
+
 def test_a_signal_ends_the_command_as_it_does_elsewhere(monkeypatch):
     def wait(*_, **__):
         raise KeyboardInterrupt  # Ray's own, in the place of ours
