@@ -41,7 +41,7 @@ class Engine(Protocol):
     """Runs units, several at once if it can.
 
     Attributes:
-        largest: so many cells at most in a group; None for all that share their batches.
+        largest: so many cells at most in a group; None for ``plan.LARGEST``.
     """
 
     largest: int | None

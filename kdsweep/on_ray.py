@@ -37,7 +37,7 @@ class OnRay:
         cpus: of each group, and so many threads.
         memory_gb: of each group; None if that is not to be counted.
         retries: so often at most a group whose machine or process died is started again.
-        largest: so many cells at most in a group; None for all that share their batches.
+        largest: so many cells at most in a group; None for ``plan.LARGEST``.
     """
 
     def __init__(

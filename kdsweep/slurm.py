@@ -53,7 +53,7 @@ class Slurm:
         time_min: limit of each job, minutes; a group that takes longer goes on in the next job.
         at_once: so many jobs at most run at the same time.
         requeues: so often at most a job goes on after its time limit.
-        largest: so many cells at most in a group; None for all that share their batches.
+        largest: so many cells at most in a group; None for ``plan.LARGEST``.
         wait: stay until all is done; if not, the command ends when all is submitted, and its jobs' values are nan.
         sbatch: further options by their long names, such as ``{reservation: course}``.
         cluster: ``slurm``, or ``local`` for jobs that are processes of this machine, all at once: to try things out.
@@ -174,10 +174,9 @@ class Slurm:
             executor = self._executor(place, after=after)
             for start in range(0, len(own), ARRAY):
                 part = own[start : start + ARRAY]
+                errands = [Errand(unit, config=self._config, threads=self._cpus) for unit in part]
                 try:
-                    jobs = executor.submit_array(
-                        [ArrayJob(Errand(unit, config=self._config, threads=self._cpus)) for unit in part]
-                    )
+                    jobs = executor.submit_array([ArrayJob(errand) for errand in errands])
                 except Exception as error:  # of submitit or its command, with what sbatch printed
                     told = re.findall(r"sbatch: error: (.+)", str(error)) or [_last_line(error)]
                     raise InputError(f"the groups cannot be submitted, sbatch says: {'; '.join(told)}") from error
