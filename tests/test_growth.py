@@ -60,6 +60,12 @@ def test_a_job_is_composed_as_hydra_composes_it(sweep, more):
         assert OmegaConf.is_readonly(composed.hydra) == OmegaConf.is_readonly(expected.hydra)
 
 
+def test_of_two_words_for_one_key_the_later_one_counts_as_with_hydra(sweep):
+    words = [*FIXED, "kd.weight=0.3", "++kd.weight=0.9"]
+    composed = Composer(*sweep).compose(words, number=0)
+    assert composed.kd.weight == slow(*sweep, words, 0).kd.weight == 0.9
+
+
 def test_hydra_composes_once_for_all_values_of_a_key(sweep, monkeypatch):
     loader, config = sweep
     calls = []
