@@ -158,7 +158,7 @@ def save_predictions(file: Path, predictions: np.ndarray, *, ids: list[str]) -> 
         np.savez_compressed(stream, bits=np.packbits(predictions), shape=shape, ids=np.array(ids))
 
 
-def load_predictions(file: Path) -> dict[str, np.ndarray]:
+def load_predictions(file: Path | BinaryIO) -> dict[str, np.ndarray]:
     """What ``save_predictions`` wrote: the predicted mask (H, W) bool of each image id."""
     with np.load(file, allow_pickle=False) as stored:
         shape = tuple(stored["shape"])

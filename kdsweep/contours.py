@@ -5,6 +5,7 @@ Images come from the data set and are checked against the recorded scores: MLflo
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from fractions import Fraction
@@ -276,8 +277,8 @@ def _dice(finished: pd.DataFrame, *, scores: pd.DataFrame, where: str) -> pd.Dat
 
 def _predictions(run: pd.Series, ids: list[str], *, store: Path, uri: str | None) -> dict[str, np.ndarray]:
     try:
-        file = tracking.artifact(store=store, uri=uri, run_id=run["run_id"], name=PREDICTIONS)
-        stored = checkpoint.load_predictions(file)
+        kept = tracking.artifact(store=store, uri=uri, run_id=run["run_id"], name=PREDICTIONS)
+        stored = checkpoint.load_predictions(io.BytesIO(kept))
         return {image: stored[image] for image in ids}
     except Exception as error:  # MLflow, NumPy and zip files each have their own
         what = f"{run['notation']} split {run['split']} seed {run['seed']}: {PREDICTIONS} of run {run['run_id']}"

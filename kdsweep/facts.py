@@ -74,8 +74,8 @@ def _images(sweep: Sweep, *, store: Path, uri: str | None) -> str:
     finished = sweep.runs[sweep.runs["status"] == "FINISHED"]
     for run_id in finished["run_id"].head(1):
         try:
-            file = tracking.artifact(store=store, uri=uri, run_id=run_id, name="split.json")
-            return str(sum(map(len, json.loads(file.read_text(encoding="utf-8")).values())))
+            split = json.loads(tracking.artifact(store=store, uri=uri, run_id=run_id, name="split.json"))
+            return str(sum(map(len, split.values())))
         except Exception:  # of many kinds: MLflow, files, JSON; the page has more to tell
             return DASH
     return DASH

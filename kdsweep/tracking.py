@@ -282,8 +282,8 @@ class Tracker:
         """The scores of finished runs; files of equal columns are read as one, a thousand of which take seconds."""
         parts: dict[str, list[tuple[str, str]]] = {}
         for row in rows:
-            file = _artifact(self._client, self.store, row["run_id"], "test_scores.csv")
-            header, _, body = file.read_text(encoding="utf-8").partition("\n")
+            kept = _artifact(self._client, self.store, row["run_id"], "test_scores.csv")
+            header, _, body = kept.decode().partition("\n")
             parts.setdefault(header, []).append((row["fingerprint"], body))
         tables = [pd.DataFrame(columns=["fingerprint", "image", "dice"])] if not parts else []
         for header, own in parts.items():
@@ -341,10 +341,13 @@ def _make_database(store: Path, experiment: str) -> None:
     scratch.replace(store / DATABASE)
 
 
-def _artifact(client: MlflowClient, store: Path, run_id: str, name: str) -> Path:
-    """A run's file: in a store that was moved, MLflow looks for it at the old place."""
+def _artifact(client: MlflowClient, store: Path, run_id: str, name: str) -> bytes:
+    """What is in a run's file: in a store that was moved, MLflow looks for it at the old place."""
     file = store / "artifacts" / run_id / "artifacts" / name
-    return file if file.is_file() else Path(client.download_artifacts(run_id, name))
+    if file.is_file():
+        return file.read_bytes()
+    with tempfile.TemporaryDirectory() as scratch:  # without a folder MLflow leaves one behind for each file
+        return Path(client.download_artifacts(run_id, name, scratch)).read_bytes()
 
 
 def _note(sweep: str, tags: dict[str, str]) -> str:
@@ -411,8 +414,8 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
     }
 
 
-def artifact(*, store: Path, uri: str | None, run_id: str, name: str) -> Path:
-    """Local path of a file that a run recorded."""
+def artifact(*, store: Path, uri: str | None, run_id: str, name: str) -> bytes:
+    """What is in a file that a run recorded."""
     return _artifact(MlflowClient(tracking_uri=store_uri(store, uri)), store, run_id, name)
 
 

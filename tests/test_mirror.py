@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -255,7 +256,7 @@ def slow(port: int, seconds: float):
 
 @pytest.mark.slow
 def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_nobody_waits(
-    server_folder, tmp_path, caplog
+    server_folder, tmp_path, tmp_path_factory, monkeypatch, caplog
 ):
     caplog.set_level("INFO")
     port = free_port()
@@ -289,8 +290,11 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
         last.close()
         found = runs_of(uri)
         assert [found[cell.fingerprint][1:] for cell in cells] == [("FINISHED", [0, 1, 2])] * 3
+        scratch = tmp_path_factory.mktemp("scratch")
+        monkeypatch.setattr(tempfile, "tempdir", str(scratch))
         sweep = tracking.read_sweep(store=tmp_path, uri=uri, name="sweep")
         assert sorted(sweep.scores["dice"]) == [0.25, 0.5, 0.75]
+        assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.slow
