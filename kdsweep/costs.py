@@ -17,15 +17,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kdsweep import models
+from kdsweep import formats, models
 from kdsweep.compute import Compute, placed
+from kdsweep.formats import DASH
 from kdsweep.stats import NAN, PLACE
 from kdsweep.sweeps import known_values
 
 if TYPE_CHECKING:
     from kdsweep.tracking import Sweep
 
-DASH = "\N{EN DASH}"
 BEST = "best cell"
 WARM_UP, REPEATS = 5, 50  # forward passes
 TIMINGS = {"cpu_1_thread": "CPU, 1 thread (ms)", "cpu_all_threads": "CPU, all threads (ms)", "cuda": "CUDA (ms)"}
@@ -182,10 +182,6 @@ def cpu_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _number(value: float, form: str = ".2f") -> str:
-    return DASH if pd.isna(value) else format(value, form)
-
-
 def _latency(median: float, slow: float) -> str:
     form = ".1f" if median >= 100 else ".2f"
     return DASH if pd.isna(median) else f"{median:{form}} ({slow:{form}})"
@@ -196,9 +192,9 @@ def format_table5(table: pd.DataFrame) -> pd.DataFrame:
     best = (table["kind"] == BEST) & (table["notation"] != BEST)
     columns = {
         "Model": table["notation"].where(~best, table["notation"] + f" ({BEST})"),
-        "Parameters (M)": [_number(count / 1e6) for count in table["parameters"]],
-        "MACs (G)": [_number(count / 1e9) for count in table["macs"]],
-        "Weights (MB)": table["file_mb"].map(_number),
+        "Parameters (M)": [formats.number(count / 1e6) for count in table["parameters"]],
+        "MACs (G)": [formats.number(count / 1e9) for count in table["macs"]],
+        "Weights (MB)": table["file_mb"].map(formats.number),
     }
     for name, title in TIMINGS.items():
         median, slow = table[f"{name}_median_ms"], table[f"{name}_p95_ms"]
@@ -206,10 +202,10 @@ def format_table5(table: pd.DataFrame) -> pd.DataFrame:
             columns[title] = [_latency(*both) for both in zip(median, slow, strict=True)]
     dice = zip(table["mean_dice_percent"], table["gap"], strict=True)
     columns |= {
-        "DSC %": [f"{DASH} ({gap})" if gap else _number(mean) for mean, gap in dice],
-        "Parameters (M, published)": [_number(count, "g") for count in table["published_parameters_millions"]],
-        "GFLOPs (published)": [_number(count, "g") for count in table["published_gflops"]],
-        "DSC % (published)": [_number(mean, "g") for mean in table["published_dice_percent"]],
+        "DSC %": [formats.or_gap(formats.number(mean), gap) for mean, gap in dice],
+        "Parameters (M, published)": [formats.number(count, "g") for count in table["published_parameters_millions"]],
+        "GFLOPs (published)": [formats.number(count, "g") for count in table["published_gflops"]],
+        "DSC % (published)": [formats.number(mean, "g") for mean in table["published_dice_percent"]],
     }
     return pd.DataFrame(columns)
 

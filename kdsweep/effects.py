@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
+from kdsweep import formats
 from kdsweep.errors import InputError
 from kdsweep.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, holm, mean_interval, p_value
 from kdsweep.sweeps import each_variant, gaps, placed_runs, scored_images
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 ALPHA = 0.05
 NAMED = 3  # of the cells that an effect lacks
-DASH = "\N{EN DASH}"
 
 
 class Contrast(NamedTuple):
@@ -136,14 +136,6 @@ def _some(cells: list[str]) -> str:
 # ---- text ----------------------------------------------------------------------------------------------------------
 
 
-def _points(value: float) -> str:
-    return DASH if pd.isna(value) else f"{value:+.2f}"
-
-
-def _p(value: float) -> str:
-    return DASH if pd.isna(value) else "<0.0001" if value < 0.0001 else f"{value:.4f}"
-
-
 def format_effects(table: pd.DataFrame) -> pd.DataFrame:
     """The strings of the table of effects."""
     estimates = zip(table["estimate_points"], table["gap"], strict=True)
@@ -152,11 +144,11 @@ def format_effects(table: pd.DataFrame) -> pd.DataFrame:
         **({"Settings": table["settings"]} if "settings" in table else {}),
         "Factor": table["factor"],
         "Effect": table["effect"],
-        "DSC points": [f"{DASH} ({gap})" if gap else _points(points) for points, gap in estimates],
-        "95 % interval": [DASH if pd.isna(low) else f"{low:+.2f} to {high:+.2f}" for low, high in intervals],
-        "p": table["p"].map(_p),
-        "p (Holm)": table["p_holm"].map(_p),
-        "n images": [DASH if pd.isna(n) else str(n) for n in table["n_images"]],
+        "DSC points": [formats.or_gap(formats.points(points), gap) for points, gap in estimates],
+        "95 % interval": [formats.interval(low=low, high=high) for low, high in intervals],
+        "p": table["p"].map(formats.p),
+        "p (Holm)": table["p_holm"].map(formats.p),
+        "n images": [formats.number(n, "d") for n in table["n_images"]],
     }
     return pd.DataFrame(columns)
 
@@ -173,15 +165,10 @@ def sentences(table: pd.DataFrame) -> list[str]:
         found = mine[(mine["kind"] == "interaction") & (mine["p_holm"] < ALPHA)]
         for name, rows in found.groupby("factor", sort=False):
             (other,) = set(str(name).split(" x ")) - {factor}
-            which = ", ".join(f"{row['effect']} {_after_holm(row)}" for _, row in rows.iterrows())
+            which = ", ".join(f"{row['effect']} {formats.after_holm(row['p_holm'])}" for _, row in rows.iterrows())
             told.append(f"the effect depends on the {other} ({which})")
         shown.append(f"{factor.capitalize()}: {'; '.join(told)}.")
     return shown
-
-
-def _after_holm(row: pd.Series) -> str:
-    p = _p(row["p_holm"])
-    return f"p {p.replace('<', '< ') if p.startswith('<') else '= ' + p} after Holm"
 
 
 def _told(row: pd.Series) -> str:
@@ -196,14 +183,15 @@ def _told(row: pd.Series) -> str:
         return f"no difference between {plus} and {minus} is shown, their means are equal in each image"
     is_open = low <= 0 <= high
     if row["p_holm"] < ALPHA and is_open:  # the two need not agree, above all for a test of ranks
-        differ = f"{plus} and {minus} differ by the test ({_after_holm(row)})"
+        differ = f"{plus} and {minus} differ by the test ({formats.after_holm(row['p_holm'])})"
         return f"{differ}, but the {interval} leaves open which is better"
     if row["p_holm"] < ALPHA:
         better, worse, near, far = (plus, minus, low, high) if low > 0 else (minus, plus, -high, -low)
         number = f"{abs(points):.2f} points higher than {worse} on average"
-        return f"{better} scores {number} (95 % interval {near:.2f} to {far:.2f}, {_after_holm(row)})"
+        return f"{better} scores {number} (95 % interval {near:.2f} to {far:.2f}, {formats.after_holm(row['p_holm'])})"
     leaves = "leaves room for either" if is_open else "is of this comparison alone and leaves out 0"
-    return f"no difference between {plus} and {minus} is shown ({_after_holm(row)}); the {interval} {leaves}"
+    shown = f"no difference between {plus} and {minus} is shown ({formats.after_holm(row['p_holm'])})"
+    return f"{shown}; the {interval} {leaves}"
 
 
 def notes(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:

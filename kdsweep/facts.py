@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from kdsweep import __version__, tracking
+from kdsweep.formats import DASH
 from kdsweep.grid import UNUSED, is_under, variant_label
 from kdsweep.progress import duration
 from kdsweep.sweeps import known_values
-from kdsweep.tables import BASELINES, CELLS, DASH
+from kdsweep.tables import BASELINES, CELLS
 
 if TYPE_CHECKING:
     from kdsweep.tracking import Sweep

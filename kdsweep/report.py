@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import jinja2
-import pandas as pd
 from markupsafe import Markup, escape
 from tqdm import tqdm
 
-from kdsweep import checkpoint, effects, figures, tables, tracking
+from kdsweep import checkpoint, figures, formats, tables, tracking
 from kdsweep.errors import InputError, exit_code, told
 from kdsweep.facts import STATUS, counts, facts, listed
 from kdsweep.figures import FIGURES, Choice, Place
+from kdsweep.formats import DASH
 from kdsweep.grid import variant_label
 from kdsweep.progress import duration
 from kdsweep.stats import PLACE, TESTS
 from kdsweep.sweeps import known_values
-from kdsweep.tables import BASELINES, CELLS, DASH
+from kdsweep.tables import BASELINES, CELLS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,12 +136,12 @@ def _gap(error: Exception) -> str:
 
 
 def make_table(which: str, sweep: Sweep, *, store: Path, test: str) -> Table:
-    """One of tables.TABLES; the sentences of the effects lead, the other notes are below."""
+    """One of tables.TABLES; the sentences on what the data support lead, the other notes are below."""
     try:
         heading, table, text, notes = tables.made(which, sweep=sweep, store=store, test=test)
     except (InputError, OSError) as error:
         return Table(which, which.capitalize().replace("Table", "Table "), [], [], [], 0, [], [], _gap(error))
-    lead = effects.sentences(table) if which == "effects" else []
+    lead = tables.sentences(which, table)
     columns = list(map(str, text))
     numeric = [all(re.match(rf"[-+<{DASH}\d]", value) for value in text[name]) for name in columns]
     row_name = next((place for place, name in enumerate(columns) if name in ROW_NAMES), 0)
@@ -198,8 +198,8 @@ def cell_rows(sweep: Sweep, *, place: Place, ui: str) -> list[dict[str, Any]]:
                 **{key: run[key] for key in ("notation", *PLACE)},
                 "settings": variant_label(run["variant"]) or DASH,
                 "status": STATUS.get(run["status"], "not run"),
-                "dice": _number(100 * score.get("dice", float("nan"))),
-                "hd95": _number(score.get("hd95_px", float("nan"))),
+                "dice": formats.number(100 * score.get("dice", float("nan"))),
+                "hd95": formats.number(score.get("hd95_px", float("nan"))),
                 "epochs": _epochs(replace(sweep, runs=sweep.runs.loc[[index]]), place=place),
                 "time": duration((run["ended_ms"] - run["started_ms"]) / 1000) if run["ended_ms"] else DASH,
                 "link": page_ if run["run_id"] else "",
@@ -207,10 +207,6 @@ def cell_rows(sweep: Sweep, *, place: Place, ui: str) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: (order[row["notation"]], row["settings"], row["split"], row["seed"]))
-
-
-def _number(value: float) -> str:
-    return DASH if pd.isna(value) else f"{value:.2f}"
 
 
 def _epochs(run: Sweep, *, place: Place) -> str:
@@ -246,7 +242,7 @@ def commands(sweep: Sweep, *, place: Place, wanted: Wanted) -> list[str]:
     test = "" if wanted.test == "ttest" else f" --test {wanted.test}"
     own = "".join(f" {option}" for option, on in _switches(wanted).items() if on)
     return [
-        *(f"python -m kdsweep.tables {which}{where}{test}" for which in tables.TABLES),
+        *(f"python -m kdsweep.tables {which}{where}{test}" for which in tables.asked(sweep)),
         f"python -m kdsweep.figures all{where}",
         f"python -m kdsweep.report{where}{test}{own}",
     ]
@@ -258,7 +254,7 @@ def _switches(wanted: Wanted) -> dict[str, bool]:
 
 def collect(sweep: Sweep, *, place: Place, wanted: Wanted, hide: Callable[[str], str]) -> dict[str, Any]:
     """All that the page shows, by the names in its template."""
-    names = [which for which in ("effects", "table4", "table3", "table5") if wanted.with_costs or which != "table5"]
+    names = [which for which in tables.asked(sweep) if wanted.with_costs or which != "table5"]
     drawn = [which for which in FIGURES if which != "figure2" or wanted.with_images or is_synthetic(sweep)]
     made: dict[str, Table] = {}
     pictures: dict[str, Figures] = {}

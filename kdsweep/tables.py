@@ -1,6 +1,6 @@
 """The paper's tables and the effects of its factors, from what MLflow holds: frames of numbers first, text afterwards.
 
-Usage: `python -m kdsweep.tables table3|table4|table5|effects [--store DIR] [--sweep NAME] [--out DIR]`.
+Usage: `python -m kdsweep.tables table3|table4|table5|effects|settings|seeds [--store DIR] [--sweep NAME] [--out DIR]`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
-from kdsweep import effects
+from kdsweep import comparisons, effects, formats
 from kdsweep.errors import InputError, exit_code
+from kdsweep.formats import DASH
 from kdsweep.grid import used_by
 from kdsweep.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, TESTS, holm, mean_interval, own_teachers, p_value, pair
 from kdsweep.sweeps import each_variant, gaps, known_values, placed_runs, scored_images, variants
@@ -24,9 +25,16 @@ from kdsweep.sweeps import each_variant, gaps, known_values, placed_runs, scored
 if TYPE_CHECKING:
     from kdsweep.tracking import Sweep
 
-TABLES = ("table3", "table4", "table5", "effects")
+TABLES = ("table3", "table4", "table5", "effects", "settings", "seeds")
+HEADINGS = {
+    "table3": "Table 3. The distillation experiments",
+    "table4": "Table 4. Test DSC of Teacher, Student and distilled students",
+    "table5": "Table 5. What the networks cost",
+    "effects": "Factor effects. Which choice mattered",
+    "settings": "Settings. What the varied keys change",
+    "seeds": "Seeds. How much another training would change",
+}
 SPLIT_MEAN = "mean_dice_percent_split"
-DASH = "\N{EN DASH}"
 
 # Table 4 of the paper: DSC mean and standard deviation (%), p against Teacher, p against Student.
 PAPER: dict[str, tuple[float, float, float, float]] = {
@@ -146,20 +154,8 @@ def _compared(notation: str, *, whole: pd.DataFrame, scored: pd.DataFrame, test:
 # ---- text ----------------------------------------------------------------------------------------------------------
 
 
-def _number(value: float, form: str = ".2f") -> str:
-    return DASH if pd.isna(value) else format(value, form)
-
-
-def _p(value: float) -> str:
-    return "<0.0001" if value < 0.0001 else _number(value, ".4f")
-
-
 def _with_std(*, mean: pd.Series, std: pd.Series) -> list[str]:
-    return [DASH if pd.isna(m) else f"{m:.2f} ± {_number(s)}" for m, s in zip(mean, std, strict=True)]
-
-
-def _or_gap(text: list[str], gap: pd.Series) -> list[str]:
-    return [f"{DASH} ({why})" if why else number for number, why in zip(text, gap, strict=True)]
+    return [DASH if pd.isna(m) else f"{m:.2f} ± {formats.number(s)}" for m, s in zip(mean, std, strict=True)]
 
 
 def _settings(table: pd.DataFrame) -> dict[str, pd.Series]:
@@ -174,8 +170,8 @@ def format_table3(table: pd.DataFrame) -> pd.DataFrame:
         "Notation": table["notation"],
         "KD loss": table["loss"],
         "Teacher augmentation": table["teacher_augmentation"],
-        "DSC % (ours)": _or_gap([_number(mean) for mean in table["mean_dice_percent"]], table["gap"]),
-        "DSC % (paper)": table["paper_mean_dice_percent"].map(_number),
+        "DSC % (ours)": list(map(formats.or_gap, table["mean_dice_percent"].map(formats.number), table["gap"])),
+        "DSC % (paper)": table["paper_mean_dice_percent"].map(formats.number),
     }
     return pd.DataFrame(columns)
 
@@ -183,21 +179,22 @@ def format_table3(table: pd.DataFrame) -> pd.DataFrame:
 def format_table4(table: pd.DataFrame) -> pd.DataFrame:
     """The strings of Table 4."""
     intervals = zip(table["difference_low_points"], table["difference_high_points"], strict=True)
+    means = _with_std(mean=table["mean_dice_percent"], std=table["std_dice_percent"])
     columns = {
         **_settings(table),
         "Model": table["notation"],
-        "DSC %": _or_gap(_with_std(mean=table["mean_dice_percent"], std=table["std_dice_percent"]), table["gap"]),
+        "DSC %": list(map(formats.or_gap, means, table["gap"])),
         **_per_split(table),
-        "p Teacher": table["p_teacher"].map(_p),
-        "p Teacher (Holm)": table["p_teacher_holm"].map(_p),
-        "p Student": table["p_student"].map(_p),
-        "p Student (Holm)": table["p_student_holm"].map(_p),
-        "Difference to Student": [DASH if pd.isna(low) else f"{low:+.2f} to {high:+.2f}" for low, high in intervals],
+        "p Teacher": table["p_teacher"].map(formats.p),
+        "p Teacher (Holm)": table["p_teacher_holm"].map(formats.p),
+        "p Student": table["p_student"].map(formats.p),
+        "p Student (Holm)": table["p_student_holm"].map(formats.p),
+        "Difference to Student": [formats.interval(low=low, high=high) for low, high in intervals],
         "DSC % (paper)": _with_std(mean=table["paper_mean_dice_percent"], std=table["paper_std_dice_percent"]),
-        "DSC points to paper": [_number(points, "+.2f") for points in table["difference_to_paper_points"]],
-        "p Teacher (paper)": table["paper_p_teacher"].map(_p),
-        "p Student (paper)": table["paper_p_student"].map(_p),
-        "n images": [_number(n, "d") for n in table["n_images"]],
+        "DSC points to paper": table["difference_to_paper_points"].map(formats.points),
+        "p Teacher (paper)": table["paper_p_teacher"].map(formats.p),
+        "p Student (paper)": table["paper_p_student"].map(formats.p),
+        "n images": [formats.number(n, "d") for n in table["n_images"]],
     }
     return pd.DataFrame(columns)
 
@@ -211,7 +208,9 @@ def _per_split(table: pd.DataFrame) -> dict[str, list[str]]:
         return {}
     rows = table[names].itertuples(index=False)
     splits = ", ".join(name.removeprefix(SPLIT_MEAN) for name in names)
-    return {f"DSC % of split {splits}": [" / ".join(map(_number, row)) if row[0] == row[0] else DASH for row in rows]}
+    return {
+        f"DSC % of split {splits}": [" / ".join(map(formats.number, row)) if row[0] == row[0] else DASH for row in rows]
+    }
 
 
 def provenance(sweep: Sweep) -> list[str]:
@@ -340,17 +339,34 @@ def best_variant(sweep: Sweep, table: pd.DataFrame) -> tuple[Sweep, pd.DataFrame
     return variants(sweep)[label], table[table["settings"] == label].drop(columns="settings")
 
 
+def asked(sweep: Sweep) -> list[str]:
+    """Those of TABLES that a sweep has something for: settings if it varies further keys, seeds if it has several."""
+    has = {"settings": comparisons.has_settings(sweep), "seeds": comparisons.has_seeds(sweep)}
+    return [which for which in TABLES if has.get(which, True)]
+
+
+def sentences(which: str, table: pd.DataFrame) -> list[str]:
+    """What the numbers of a table support, in words; none for those that only show numbers."""
+    told = {"effects": effects.sentences, "settings": comparisons.told_settings, "seeds": comparisons.told_seeds}
+    return told[which](table) if which in told else []
+
+
 def made(which: str, *, sweep: Sweep, store: Path, test: str) -> Made:
     """One of TABLES of a sweep whose cells' folders are in a store."""
     if which == "table3":
         table = table3(sweep)
-        heading = "Table 3. The distillation experiments"
-        return Made(heading, table, format_table3(table), footnotes(sweep=sweep, table=table))
+        return Made(HEADINGS[which], table, format_table3(table), footnotes(sweep=sweep, table=table))
     if which == "effects":
         table = effects.effects(sweep, test=test)
-        notes = [*effects.sentences(table), *provenance(sweep), *effects.notes(sweep=sweep, table=table, test=test)]
-        heading = "Factor effects. Which choice mattered"
-        return Made(heading, table.assign(test=test), effects.format_effects(table), notes)
+        notes = effects.notes(sweep=sweep, table=table, test=test)
+        return _led(which, sweep, table.assign(test=test), effects.format_effects(table), notes)
+    if which == "settings":
+        table = comparisons.settings(sweep, test=test)
+        notes = comparisons.notes_settings(test=test)
+        return _led(which, sweep, table.assign(test=test), comparisons.format_settings(table), notes)
+    if which == "seeds":
+        table = comparisons.seeds(sweep)
+        return _led(which, sweep, table, comparisons.format_seeds(table), comparisons.notes_seeds(table=table))
     table = table4(sweep, test=test)
     if which == "table5":
         from kdsweep import costs  # loads torch: seconds that the other tables need not wait for
@@ -358,10 +374,14 @@ def made(which: str, *, sweep: Sweep, store: Path, test: str) -> Made:
         sweep, table = best_variant(sweep, table)
         measured = costs.table5(sweep, store=store, scores=table)
         notes = costs.notes(sweep=sweep, table=measured, scores=table)
-        return Made("Table 5. What the networks cost", measured, costs.format_table5(measured), notes)
+        return Made(HEADINGS[which], measured, costs.format_table5(measured), notes)
     notes = footnotes(sweep=sweep, table=table) + footnotes4(sweep=sweep, table=table, test=test)
-    heading = "Table 4. Test DSC of Teacher, Student and distilled students"
-    return Made(heading, table.assign(test=test), format_table4(table), notes)
+    return Made(HEADINGS[which], table.assign(test=test), format_table4(table), notes)
+
+
+def _led(which: str, sweep: Sweep, table: pd.DataFrame, text: pd.DataFrame, notes: list[str]) -> Made:
+    """A table whose notes begin with what its numbers support."""
+    return Made(HEADINGS[which], table, text, [*sentences(which, table), *provenance(sweep), *notes])
 
 
 def make(*, which: str, sweep: Sweep, store: Path, out_dir: Path, test: str) -> str:
@@ -392,7 +412,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
     parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
     parser.add_argument("--out", type=Path, help="folder for the files (STORE/tables)")
-    parser.add_argument("--test", choices=sorted(TESTS), default="ttest", help="test of table4, effects (ttest)")
+    parser.add_argument(
+        "--test", choices=sorted(TESTS), default="ttest", help="test of table4, effects, settings (ttest)"
+    )
     options = parser.parse_args(argv)
     from kdsweep.tracking import read_sweep  # loads mlflow: seconds that --help need not wait for
 

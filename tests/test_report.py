@@ -15,12 +15,12 @@ import pytest
 from matplotlib.figure import Figure
 from test_tables import FakeSweep, fingerprint, rates, sweep_of, with_status
 
-from kdsweep import contours, costs, effects, facts, figures, report, tables, tracking
+from kdsweep import contours, costs, effects, facts, figures, formats, report, tables, tracking
 from kdsweep.errors import InputError
 from kdsweep.stats import NAN
 from kdsweep.sweeps import variants
 
-DASH = tables.DASH
+DASH = formats.DASH
 VOID = {"meta", "link", "img", "br", "hr", "input", "base"}
 FEW = ("Teacher", "Student", "L_MSE", "H_KLD_WAug")
 ROOT = "/data/jane doe/clinic"
@@ -477,10 +477,8 @@ def test_nothing_overflows_in_a_browser(call, tmp_path, width):
 
 
 def test_the_number_of_images_is_that_of_all_parts_of_a_split(tmp_path, monkeypatch):
-    file = tmp_path / "split.json"
-    file.write_text('{"train": ["a", "b", "c"], "validation": ["d"], "test": ["e", "f"]}')
-    monkeypatch.setattr(tracking, "artifact", lambda **_: file)
+    kept = [b'{"train": ["a", "b", "c"], "validation": ["d"], "test": ["e", "f"]}', b"damaged"]
+    monkeypatch.setattr(tracking, "artifact", lambda **_: kept.pop(0))
     own = sweep_of(("Student",), splits=(0,))
     assert facts._images(own, store=tmp_path, uri=None) == "6"
-    file.write_text("damaged")
     assert facts._images(own, store=tmp_path, uri=None) == "\N{EN DASH}"

@@ -1,0 +1,38 @@
+"""Numbers as the tables show them; what is not known is a dash."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+DASH = "\N{EN DASH}"
+
+
+def number(value: float, form: str = ".2f") -> str:
+    """Such as ``73.16``."""
+    return DASH if pd.isna(value) else format(value, form)
+
+
+def points(value: float) -> str:
+    """A difference with its sign, such as ``+1.20``."""
+    return number(value, "+.2f")
+
+
+def p(value: float) -> str:
+    """A p-value of four digits."""
+    return "<0.0001" if value < 0.0001 else number(value, ".4f")
+
+
+def after_holm(value: float) -> str:
+    """A corrected p-value in a sentence."""
+    shown = p(value)
+    return f"p {shown.replace('<', '< ') if shown.startswith('<') else '= ' + shown} after Holm"
+
+
+def interval(*, low: float, high: float) -> str:
+    """Of differences, such as ``-0.30 to +2.70``."""
+    return DASH if pd.isna(low) else f"{low:+.2f} to {high:+.2f}"
+
+
+def or_gap(shown: str, gap: str) -> str:
+    """What is shown, or a dash and why there is nothing."""
+    return f"{DASH} ({gap})" if gap else shown
