@@ -54,7 +54,7 @@ def main() -> None:
     try:
         run()
     except interrupts.Stopped as stop:
-        sys.stderr.write(f"kdsweep: {stop}; all is saved: the same command goes on from here\n")
+        sys.stderr.write(f"kdsweep: {stop.told()}\n")
         sys.exit(stop.exit_code)
     except Exception as error:
         if wants_traceback:

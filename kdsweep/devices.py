@@ -74,7 +74,9 @@ class Devices:
         idle, self._idle, self._busy = self._idle, None, {}
         if error is not None:
             number = error.number if isinstance(error, Stopped) else signal.SIGTERM
-            worker.stop([*running, *([idle] if idle is not None else [])], number)
+            killed = worker.stop([*running, *([idle] if idle is not None else [])], number)
+            if isinstance(error, Stopped):
+                error.killed = killed
         elif idle is not None:
             idle.close()
 

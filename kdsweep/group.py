@@ -83,6 +83,7 @@ def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: 
     on = build.find_device(device)
     compute = Compute(device=on, precision=first.precision, deterministic=first.deterministic)
     compute.prepare()
+    load = timing.load_of_others() if on.type == "cpu" else 0.0
     timed = {"image_size": first.image_size, "compute": compute}
     student = timing.time_step_s(build.student_network(first, weights="none"), **timed)
     teacher = timing.StepTime(0.0, 0.0)
@@ -99,6 +100,7 @@ def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: 
         teacher_s=teacher.train,
         lesson_s=teacher.forward,
         images=len(cells.split_ids(first)["train"]),
+        load=load,
     )
 
 

@@ -16,11 +16,19 @@ class Stopped(KeyboardInterrupt):
 
     Args:
         number: of the signal.
+
+    Attributes:
+        killed: processes that did not end in time, so that not all they had done could be saved.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
+        self.number, self.killed = number, 0
+
+    def told(self) -> str:
+        """What ended the program and what is saved, in one line."""
+        saved = "all is saved" if not self.killed else "there was no time to save all, the last checkpoints stay"
+        return f"{self}; {saved}: the same command goes on from here"
 
     @property
     def exit_code(self) -> int:

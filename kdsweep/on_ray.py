@@ -148,7 +148,10 @@ class OnRay:
         if error is not None and self._running:
             for own in self._running:
                 ray.cancel(own)
-            ray.wait(self._running, num_returns=len(self._running), timeout=STOP_WITHIN_S)  # they save what they do
+            # They save what they do.
+            _, late = ray.wait(self._running, num_returns=len(self._running), timeout=STOP_WITHIN_S)
+            if isinstance(error, interrupts.Stopped):
+                error.killed = len(late)
         ray.shutdown()
 
 

@@ -36,6 +36,7 @@ class Job:
         configs: of all jobs; they may be composed when they are asked for, thousands would not fit the memory.
         number: of this one among them.
         subdir: of the job's folder, once that is settled.
+        begun: epochs that the cell has behind it and that a checkpoint holds.
     """
 
     cell: Cell
@@ -45,6 +46,12 @@ class Job:
     configs: Sequence[DictConfig]
     number: int
     subdir: str = ""
+    begun: int = 0
+
+    @property
+    def epochs_left(self) -> int:
+        """If no early stop ends it sooner."""
+        return max(0, int(self.values["train"]["epochs"]) - self.begun)
 
     @property
     def config(self) -> DictConfig:
@@ -70,6 +77,7 @@ class Look:
         teacher_s: of a Teacher's training step.
         lesson_s: of a Teacher's forward.
         images: in the training part.
+        load: of the processor before, if other programs took a good part of it; else 0.
     """
 
     devices: dict[str, list[str]]
@@ -78,6 +86,7 @@ class Look:
     teacher_s: float = 4.0
     lesson_s: float = 1.0
     images: int = 1
+    load: float = 0.0
 
 
 def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
@@ -97,7 +106,7 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
     own = [cells.cell(values) for values in read]
     known = [records.read_finished(cell.folder) for cell in own]
     return [
-        Job(cell, finished, values, typed, configs, number)
+        Job(cell, finished, values, typed, configs, number, begun=0 if finished else records.epochs(cell.folder))
         for number, (cell, finished, values, typed) in enumerate(zip(own, known, read, words, strict=True))
     ]
 
@@ -287,13 +296,14 @@ def estimate_s(groups: Sequence[Sequence[Job]], look: Look) -> float:
 
 def teachers_s(jobs: Sequence[Job], look: Look) -> float:
     """Seconds that the training of the Teachers takes that these jobs lack."""
-    epochs = sum(job.values["train"]["epochs"] for _, job in missing_teachers(jobs))
+    missing = missing_teachers(jobs)
+    epochs = sum(max(0, job.values["train"]["epochs"] - records.epochs(cell.folder)) for cell, job in missing)
     return float(epochs * look.images * look.teacher_s)
 
 
 def group_s(group: Sequence[Job], look: Look) -> float:
     """Seconds that a group takes once its Teachers are there."""
-    epochs = [job.values["train"]["epochs"] for job in group]
+    epochs = [job.epochs_left for job in group]
     lessons = {lesson_of(job) for job in group if job.cell.role == "cell"}
     return look.images * float(sum(epochs) * look.student_s + max(epochs) * len(lessons) * look.lesson_s)
 
@@ -315,7 +325,9 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
     own, count = unique(jobs), sum(len(group) for group in groups)
     first = own[0].values
     repeats = f" ({len(jobs) - len(own)} repeated jobs are the same cell)" if len(jobs) > len(own) else ""
-    line = f"{_number(len(own), 'cell')}{repeats}: {count} to run, {len(own) - count} finished"
+    begun = sum(job.begun > 0 for group in groups for job in group)
+    resumed = f", {begun} of them from a checkpoint" if begun else ""
+    line = f"{_number(len(own), 'cell')}{repeats}: {count} to run{resumed}, {len(own) - count} finished"
     if groups:
         members = [job for group in groups for job in group]
         shared = {lesson_of(job)[0] for job in members if job.cell.role == "cell"}
@@ -329,6 +341,8 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
     if look is not None and look.timed_on:
         longest = duration(estimate_s(groups, look) / len(names))
         line += f"; at most about {longest} if no early stop ends a cell sooner"
+        if look.load:
+            line += f" (timed while other programs were at work, load {look.load:.1f}: without them it is less)"
     return f"{line}; profile={first['profile']}; sweep {first['sweep_name']}"
 
 

@@ -231,6 +231,11 @@ def version(folder: Path) -> tuple[object, ...]:
     return (*stamps, is_held(folder))
 
 
+def epochs(folder: Path) -> int:
+    """How many epochs of a cell are saved; there may be no folder."""
+    return len((_read(folder / PROGRESS) or {}).get("times_ms", []))
+
+
 def read(folder: Path) -> Record:
     """What the folder of a cell tells; there may be none."""
     values = read_finished(folder)

@@ -30,6 +30,7 @@ WORDS = {
 WAITS = ("WAITING", "QUEUED", "KILLED")
 HEADER = ("not finished", "state", "saved", "val/dice", "last epoch", "left")
 PACE_EPOCHS = 10
+FEW = 4  # so many waiting cells of a split are named one by one
 
 
 # ---- time left -----------------------------------------------------------------------------------------------------
@@ -118,13 +119,17 @@ def report(
     if teachers:
         lines.append(f"Teachers: {_counts(teachers)}")
     if open_ := [place for place in places if found[place].status != "FINISHED"]:
-        jobs = [" ".join(tasks.get(found[place].folder, ())) for place in open_]
-        columns = [_columns(titles[place], found[place], now_ms=now_ms) for place in open_]
-        head, *rows = _align([(*HEADER, "job"), *((*row, job) for row, job in zip(columns, jobs, strict=True))])
-        head = head if any(jobs) else head.removesuffix("job").rstrip()
+        jobs = {place: " ".join(tasks.get(found[place].folder, ())) for place in open_}
+        alike = _alike({place: found[place] for place in open_}, jobs)
+        columns = []
+        for first, *more in alike:
+            title = _title_of_all([first, *more], found[first]) if more else titles[first]
+            columns.append((*_columns(title, found[first], now_ms=now_ms), jobs[first]))
+        head, *rows = _align([(*HEADER, "job"), *columns])
+        head = head if any(jobs.values()) else head.removesuffix("job").rstrip()
         lines += ["", head]
-        for place, row in zip(open_, rows, strict=True):
-            lines += [row, *_failure(found[place])]
+        for (first, *_), row in zip(alike, rows, strict=True):
+            lines += [row, *_failure(found[first])]
     if done := [place for place in places if found[place].status == "FINISHED"]:
         scores = [(titles[place], f"{100 * found[place].values.get('test/dice', math.nan):.2f}") for place in done]
         lines += ["", *_align([("finished", "test Dice %"), *scores])]
@@ -139,6 +144,22 @@ def _order(place: str, record: Record) -> tuple[bool, int, int, str]:
     notation, split, seed, _ = place.rsplit("/", 3)
     numbers = int(split.removeprefix("split")), int(seed.removeprefix("seed"))
     return not _is_teacher(record), *numbers, notation
+
+
+def _alike(found: Mapping[str, Record], jobs: Mapping[str, str]) -> list[list[str]]:
+    """Places with one row together, if they are many: those of a split and seed that wait and have not begun."""
+    groups: dict[object, list[str]] = {}
+    for place, record in found.items():
+        begun = record.status not in ("WAITING", "QUEUED") or bool(record.history)
+        key = place if begun else (record.status, *_order(place, record)[:3], jobs[place])
+        groups.setdefault(key, []).append(place)
+    return [part for own in groups.values() for part in ([own] if len(own) > FEW else [[place] for place in own])]
+
+
+def _title_of_all(places: list[str], first: Record) -> str:
+    _, split, seed, _ = places[0].rsplit("/", 3)
+    what = "Teachers" if _is_teacher(first) else "cells"
+    return f"{len(places)} {what} split {split.removeprefix('split')} seed {seed.removeprefix('seed')}"
 
 
 def _titles(places: Iterable[str], variants: Mapping[str, dict[str, str]]) -> dict[str, str]:

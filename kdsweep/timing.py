@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import NamedTuple
 
@@ -48,3 +49,15 @@ def _now_s(compute: Compute) -> float:
     if compute.device.type == "cuda":
         torch.cuda.synchronize(compute.device)
     return time.perf_counter()
+
+
+def load_of_others() -> float:
+    """What other programs ask of the processor, the mean of the last minute; 0 if that is less than half of it.
+
+    To be asked for before this process has computed anything. 0 also where the system does not tell.
+    """
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return 0.0
+    return load if load > (os.cpu_count() or 1) / 2 else 0.0

@@ -111,8 +111,8 @@ def _withheld() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def stop(workers: Sequence[Worker], number: int) -> None:
-    """Have processes save what they do and end; those that take too long are killed.
+def stop(workers: Sequence[Worker], number: int) -> int:
+    """Have processes save what they do and end; those that take too long are killed, and counted.
 
     Args:
         workers: the processes.
@@ -121,13 +121,15 @@ def stop(workers: Sequence[Worker], number: int) -> None:
     for worker in workers:
         if worker.process.is_alive() and worker.process.pid is not None:
             os.kill(worker.process.pid, number)
-    deadline_s = time.monotonic() + STOP_WITHIN_S
+    killed, deadline_s = 0, time.monotonic() + STOP_WITHIN_S
     for worker in workers:
         worker.process.join(max(deadline_s - time.monotonic(), 0.0))
         if worker.process.is_alive():
             log.warning("process %d did not end in time and is killed", worker.process.pid)
             worker.process.kill()
+            killed += 1
         worker.close()
+    return killed
 
 
 def _ending(code: int | None) -> str:

@@ -1,12 +1,13 @@
 """The plan of a sweep: what is trained together, on how many devices, and for how long at most."""
 
 import itertools
+import os
 from dataclasses import replace
 
 import pytest
 from omegaconf import open_dict
 
-from kdsweep import cells, grid, plan, records
+from kdsweep import cells, grid, plan, records, timing
 
 LOOK = plan.Look({"cpu": ["cpu"]}, timed_on="cpu", student_s=1.0, teacher_s=10.0, lesson_s=4.0, images=16)
 
@@ -108,6 +109,40 @@ def test_what_batches_do_not_depend_on_may_differ_inside_a_group(jobs, override)
 )
 def test_what_batches_or_their_computation_depend_on_makes_another_group(jobs, override):
     assert len(plan.form_groups(jobs([], [override]), devices={"cpu": ["cpu"]})) == 2
+
+
+def test_what_goes_on_from_a_checkpoint_is_told_and_takes_less_time(jobs):
+    fixed = ["path=none", "train.epochs=10"]
+    (fresh,) = jobs(fixed)
+    assert "; profile" in plan.describe([fresh], groups=[[fresh]], look=LOOK)
+    assert "1 to run, 0 finished" in plan.describe([fresh], groups=[[fresh]], look=LOOK)
+    assert plan.group_s([fresh], LOOK) == 10 * 16
+    history = [{"epoch": float(epoch)} for epoch in range(7)]
+    records.write_progress(fresh.cell.folder, epochs=10, history=history, times_ms=list(range(7)))
+    (begun,) = jobs(fixed)
+    assert "1 to run, 1 of them from a checkpoint, 0 finished" in plan.describe([begun], groups=[[begun]], look=LOOK)
+    assert plan.group_s([begun], LOOK) == 3 * 16
+
+
+def test_a_teacher_that_goes_on_from_a_checkpoint_takes_less_time(jobs):
+    (own,) = jobs(["path=L", "train.epochs=10"])
+    assert plan.teachers_s([own], LOOK) == 10 * 16 * 10
+    records.write_progress(own.cell.teacher.folder, epochs=10, history=[{"epoch": 0.0}] * 4, times_ms=[1, 2, 3, 4])
+    assert plan.teachers_s([own], LOOK) == 6 * 16 * 10
+
+
+def test_a_time_from_a_busy_machine_is_called_that(jobs):
+    own = jobs([])
+    assert "other programs" not in plan.describe(own, groups=[own], look=LOOK)
+    line = plan.describe(own, groups=[own], look=replace(LOOK, load=3.21))
+    assert "ends a cell sooner (timed while other programs were at work, load 3.2: without them it is less)" in line
+
+
+@pytest.mark.parametrize(("load", "shown"), [(0.9, 0.0), (1.0, 0.0), (1.1, 1.1), (7.0, 7.0)])
+def test_a_machine_is_busy_from_half_its_processors_on(monkeypatch, load, shown):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+    assert timing.load_of_others() == shown
 
 
 def test_the_papers_grid_on_three_splits_is_three_groups_of_thirteen(jobs):

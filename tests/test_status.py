@@ -159,6 +159,24 @@ def test_the_order_is_split_seed_notation_and_like_names_are_told_apart(tmp_path
     assert rows == ["H_MSE split 2 seed 0", *twins, *names]
 
 
+def test_many_that_wait_are_one_row(tmp_path, hold):
+    names = ("HReg_MSE", "H_MSE", "L_KLD", "L_MSE", "Student")
+    cells = [make_cell(tmp_path, name, split) for split in (0, 1) for name in names]
+    rows = [line.split("  ") for line in tell(tmp_path, cells=cells)[3:]]
+    assert [(name, words[-1]) for name, *words in rows] == [
+        ("5 cells split 0 seed 0", "waiting"),
+        ("5 cells split 1 seed 0", "waiting"),
+    ]
+    begin(cells[0])
+    hold(cells[0])
+    rows = [line.split("  ")[0] for line in tell(tmp_path, cells=cells)[3:]]
+    assert rows == [*(f"{name} split 0 seed 0" for name in names), "5 cells split 1 seed 0"]
+    first, second = Task("7_1", ""), Task("7_2", "")
+    tasks = {cell.folder: second if number < 8 else first for number, cell in enumerate(cells[5:], start=5)}
+    queued = tell(tmp_path, cells=cells, tasks=tasks)[-5:]
+    assert [line.split()[-1] for line in queued] == ["7_2"] * 3 + ["7_1"] * 2  # of two jobs, so too few of each
+
+
 def test_nothing_running_is_said_unless_all_is_done(tmp_path):
     cells = [make_cell(tmp_path, name) for name in ("H_KLD", "L_KLD")]
     finish(cells[0])

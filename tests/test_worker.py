@@ -14,7 +14,7 @@ from hydra.core.utils import JobStatus
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
-from kdsweep import logs, worker
+from kdsweep import devices, interrupts, logs, worker
 from kdsweep.errors import CellError, InputError
 
 
@@ -74,9 +74,27 @@ def test_an_interrupt_ends_what_it_does(process):
     process.send(time.sleep, 600)
     time.sleep(0.5)
     start = time.monotonic()
-    worker.stop([process], signal.SIGINT)
+    assert worker.stop([process], signal.SIGINT) == 0
     assert time.monotonic() - start < 30
     assert not process.process.is_alive()
+
+
+def hear_nothing() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+
+
+def test_what_does_not_end_in_time_is_killed_and_not_called_saved(monkeypatch):
+    monkeypatch.setattr(worker, "STOP_WITHIN_S", 0.5)
+    engine, stop = devices.Devices(), interrupts.Stopped(signal.SIGTERM)
+    end = "the same command goes on from here"
+    assert stop.told() == f"stopped by SIGTERM; all is saved: {end}"
+    engine._idle = process = worker.Worker()
+    process.send(hear_nothing)
+    time.sleep(0.5)
+    engine.close(stop)
+    assert not process.process.is_alive()
+    assert stop.told() == f"stopped by SIGTERM; there was no time to save all, the last checkpoints stay: {end}"
 
 
 # --- the jobs of a group, in this process
