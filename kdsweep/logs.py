@@ -15,6 +15,10 @@ from pathlib import Path
 _about: ContextVar[Path | None] = ContextVar("about", default=None)
 _claimed: set[Path] = set()
 
+# ``extra`` of a line: what each of many cells has to tell is one line together on the screen.
+FILE_ONLY = {"place": "file"}
+SCREEN_ONLY = {"place": "screen"}
+
 
 @contextmanager
 def about(folder: Path) -> Iterator[None]:
@@ -35,7 +39,14 @@ class _Own(logging.Filter):
         self.folder = folder
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return _about.get() in (None, self.folder)
+        return _about.get() in (None, self.folder) and getattr(record, "place", "file") == "file"
+
+
+class _Screen(logging.Filter):
+    """Lets pass what is not for files alone."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return getattr(record, "place", "screen") == "screen"
 
 
 class _OneLine(logging.Formatter):
@@ -62,4 +73,5 @@ def claim(folder: Path) -> list[logging.Handler]:
             files.append(handler)
         elif not isinstance(handler.formatter, _OneLine):
             handler.setFormatter(_OneLine(handler.formatter or logging.Formatter()))
+            handler.addFilter(_Screen())
     return files

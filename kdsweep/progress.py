@@ -60,5 +60,6 @@ class Progress:
         if self._bar.disable and now_s - self.told_s > LINE_EVERY_S:
             self.told_s = now_s
             left_s = (now_s - self.started_s) / (self.done - self.before) * (self.epochs - self.done)
-            line = "%s: epoch %d of %d, validation Dice %.3f, at most %s left"
-            log.info(line, self.label, self.done, self.epochs, val_dice, duration(left_s))
+            line = "%s: epoch %d of %d, validation Dice %s%.3f, at most %s left"
+            most = "up to " if len(val_dices) > 1 else ""
+            log.info(line, self.label, self.done, self.epochs, most, val_dice, duration(left_s))

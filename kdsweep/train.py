@@ -131,7 +131,7 @@ def fit(
     taught = [staff.teach(learners, views) for views, _ in scoring.eval_batches(feed.validation, compute)]
     first = min(learner.epoch for learner in learners) + 1
     most = max(learner.epochs for learner in learners)
-    label = learners[0].title if len(learners) == 1 else f"{len(learners)} learners"
+    label = _label(learners)
     with Progress(label, epochs=most, done=first) as progress:
         for epoch in range(first, most):
             due = [learner for learner in learners if learner.is_due(epoch)]
@@ -291,10 +291,7 @@ def run(
     try:
         compute.prepare()
         with interrupts.deferred():
-            for learner in learners:
-                interrupts.check()
-                with alone(learner):
-                    _begin(learner, feed=feed, compute=compute)
+            _begin_all(learners, feed=feed, compute=compute)
             for learner in (own for own in learners if own.stopped and own.failure is None):
                 conclude(learner)  # what was interrupted after its last epoch
             if going := [learner for learner in learners if not learner.stopped]:
@@ -346,33 +343,60 @@ def run_divided(
     return [own for part in parts for own in run_divided(part, teachers=teachers, feed=feed, compute=compute)]
 
 
-def _begin(learner: Learner, *, feed: Feed, compute: Compute) -> None:
+def _label(learners: list[Learner]) -> str:
+    """Such as ``13 learners of split 0 seed 0``; one has its title."""
+    if len(learners) == 1:
+        return learners[0].title
+    places = {learner.title.partition(" ")[2].partition(" (")[0] for learner in learners}
+    return f"{len(learners)} learners of {', '.join(sorted(places))}"
+
+
+def _begin_all(learners: list[Learner], *, feed: Feed, compute: Compute) -> None:
+    """Place and resume each; of a group each log says how, and the screen once for all."""
+    extra = _extra(learners)
+    what = f"at most {max(learner.epochs for learner in learners)} epochs of {len(feed.train)} batches, "
+    what += f"{feed.train.image_count} training images, {compute.device}, {compute.precision}"
+    resumed = 0
+    for learner in learners:
+        interrupts.check()
+        with alone(learner):
+            if _begin(learner, compute):
+                resumed += 1
+                line = f"goes on after epoch {learner.epoch + 1} and {learner.steps} steps"
+            else:
+                line = f"{sum(parameter.numel() for parameter in learner.parameters()) / 1e6:.2f} M parameters, {what}"
+            log.info("%s: %s", learner.title, line, extra=extra)
+    if extra:
+        begun = f"; {resumed} go on from their checkpoints" if resumed else ""
+        log.info("%s: %s%s", _label(learners), what, begun, extra=logs.SCREEN_ONLY)
+
+
+def _begin(learner: Learner, compute: Compute) -> bool:
+    """Whether it goes on from a checkpoint."""
     for module in learner.modules().values():
         placed(module, compute)
     resumed = learner.resume()
     learner.whole = True  # not before: what is saved half read would take the place of its own checkpoint
-    if resumed:
-        log.info("%s: goes on after epoch %d and %d steps", learner.title, learner.epoch + 1, learner.steps)
-        return
-    log.info(
-        "%s: %.2f M parameters, at most %d epochs of %d batches, %d training images, %s, %s",
-        learner.title,
-        sum(parameter.numel() for parameter in learner.parameters()) / 1e6,
-        learner.epochs,
-        len(feed.train),
-        feed.train.image_count,
-        compute.device,
-        compute.precision,
-    )
+    return resumed
 
 
 def _save(learners: list[Learner]) -> None:
     """Save those that no step has left half changed; the others go on from their last checkpoint."""
+    saved = 0
     for learner in learners:
         with logs.about(learner.folder):
             try:
                 if learner.whole:
                     learner.save()
-                    log.info("%s: saved in epoch %d after %d steps", learner.title, learner.epoch + 2, learner.steps)
+                    saved += 1
+                    where = learner.epoch + 2, learner.steps
+                    log.info("%s: saved in epoch %d after %d steps", learner.title, *where, extra=_extra(learners))
             except Exception as error:
                 log.warning("%s: its last checkpoint stays, this one failed: %s", learner.title, told(error))
+    if len(learners) > 1:
+        log.info("%s: %d saved", _label(learners), saved, extra=logs.SCREEN_ONLY)
+
+
+def _extra(learners: list[Learner]) -> dict[str, str] | None:
+    """Of a line that each learner has: on the screen there is one for a group."""
+    return logs.FILE_ONLY if len(learners) > 1 else None

@@ -60,6 +60,17 @@ def test_the_first_line_says_what_will_run(swept):
         assert part in first
 
 
+def test_the_screen_has_one_line_for_a_group_and_each_log_its_own(swept):
+    cwd, done = swept
+    told = [line for line in done.stdout.splitlines() if " training images" in line]
+    assert len(told) == 2  # of the two Teachers, and of the 13 that share their batches
+    assert "2 learners of split 0 seed 0: at most " in told[0]
+    assert "13 learners of split 0 seed 0: at most " in told[1]
+    for log in (cwd / "multirun" / "cells").glob("*/kdsweep.log"):
+        cell = [line for line in log.read_text().splitlines() if " M parameters" in line and "Teacher" not in line]
+        assert len(cell) == 1
+
+
 def test_every_cell_has_its_folder_with_its_files(swept):
     cwd, _ = swept
     folders = sorted((cwd / "multirun" / "cells").iterdir())

@@ -158,7 +158,7 @@ def test_what_breaks_the_group_fails_all_its_jobs(open_jobs, tmp_path):
         assert "in run_group" in (tmp_path / f"job{number}" / "job.log").read_text()
 
 
-def test_tracebacks_go_to_the_file_and_not_to_the_screen(tmp_path):
+def test_tracebacks_and_lines_of_one_among_many_go_to_the_file_and_not_to_the_screen(tmp_path):
     root, screen, file = logging.Logger("own"), io.StringIO(), tmp_path / "job.log"
     handlers = [logging.StreamHandler(screen), logging.FileHandler(file)]
     before = logging.getLogger().handlers
@@ -169,11 +169,14 @@ def test_tracebacks_go_to_the_file_and_not_to_the_screen(tmp_path):
             refuse()
         except InputError as error:
             root.error("refused", exc_info=error)
+        root.warning("one of many", extra=logs.FILE_ONLY)
+        root.warning("many", extra=logs.SCREEN_ONLY)
     finally:
         logging.getLogger().handlers = before
         handlers[1].close()
-    assert screen.getvalue() == "refused\n"
+    assert screen.getvalue() == "refused\nmany\n"
     assert "in refuse" in file.read_text()
+    assert file.read_text().splitlines()[-1] == "one of many"
 
 
 def test_jobs_that_are_not_cells_are_called_one_by_one():
