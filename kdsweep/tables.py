@@ -55,6 +55,17 @@ PAPER: dict[str, tuple[float, float, float, float]] = {
 }
 BASELINES = ("Teacher", "Teacher_WAug", "Student")
 CELLS = tuple(notation for notation in PAPER if notation not in BASELINES)
+# The setting of the paper's experiments (conf/profile/paper.yaml), by the params of our runs.
+PROTOCOL = {
+    "teacher.encoder": "resnext101_32x8d",
+    "weights": "imagenet",
+    "image_size": "224",
+    "train.epochs": "500",
+    "train.patience": "50",
+    "train.batch_size": "64",
+    "train.lr": "0.0001",
+    "teacher.lr": "0.0001",
+}
 REPRESENTATIONS = {"L": "Logits", "H": "Hidden", "HReg": "Hidden-Regressor"}
 LOSSES = {"MSE": "mean squared error", "KLD": "Kullback-Leibler divergence"}
 PAPER_COLUMNS = ["paper_mean_dice_percent", "paper_std_dice_percent", "paper_p_teacher", "paper_p_student"]
@@ -213,6 +224,17 @@ def _per_split(table: pd.DataFrame) -> dict[str, list[str]]:
     }
 
 
+def departures(runs: pd.DataFrame) -> list[str]:
+    """Where the options of the students' runs are not those of the paper, such as ``image_size 128 instead of 224``."""
+    known = [params for params, role in zip(runs["params"], runs["role"], strict=True) if role != "teacher"]
+    used = {key: dict.fromkeys(str(params[key]) for params in known if key in params) for key in PROTOCOL}
+    return [
+        f"{key} {' and '.join(own)} instead of {PROTOCOL[key]}"
+        for key, own in used.items()
+        if set(own) - {PROTOCOL[key]}
+    ]
+
+
 def provenance(sweep: Sweep) -> list[str]:
     """What made the numbers: profile, data, weights, device, how many images."""
     parts = variants(sweep)
@@ -233,6 +255,8 @@ def provenance(sweep: Sweep) -> list[str]:
         )
     if profile == "quick":
         notes.append("A check of the machinery, not a result.")
+    elif other := departures(runs):
+        notes.append(f"A study of its own, not the paper's protocol: {', '.join(other)}.")
     if "trivial_dice" in finished:
         everywhere = finished.drop_duplicates(PLACE)["trivial_dice"].mean()
         notes.append(f"For comparison: lesion predicted everywhere scores {100 * everywhere:.2f} on these images.")

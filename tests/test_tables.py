@@ -750,6 +750,22 @@ def test_an_unknown_table_names_the_choices(asked, capsys):
     assert "table4" in error
 
 
+def test_what_departs_from_the_papers_protocol_is_said():
+    sweep = sweep_of()
+    assert not any("protocol" in note for note in tables.provenance(sweep))
+    params = [own | {"image_size": "128", "weights": "none", "train.epochs": "500"} for own in sweep.runs["params"]]
+    lines = [note for note in tables.provenance(changed(sweep, params=params)) if "protocol" in note]
+    told = "weights none instead of imagenet, image_size 128 instead of 224"
+    assert lines == [f"A study of its own, not the paper's protocol: {told}."]
+    rated = [note for note in tables.provenance(rates({"0.0001": 0.0, "0.01": 0.0})) if "protocol" in note]
+    assert rated == ["A study of its own, not the paper's protocol: train.lr 0.0001 and 0.01 instead of 0.0001."]
+
+
+def test_the_protocol_is_that_of_the_default_profile():
+    params = cells.params(cells.compose([]))
+    assert {key: str(params[key]) for key in tables.PROTOCOL} == tables.PROTOCOL
+
+
 # ---- further keys that a sweep varies --------------------------------------------------------------------------------
 
 
