@@ -61,6 +61,18 @@ def test_every_file_that_the_map_names_is_there():
     assert names == own - {"__init__.py"} | {"__main__.py"}
 
 
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page.name}: {link}"
+            if anchor:
+                heads = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                assert anchor in {head.lower().replace(" ", "-") for head in heads}, f"{page.name}: {link}"
+
+
 def test_every_configuration_option_named_in_the_tables_exists():
     for name in ("resnext50", "resnet101", "resnet34", "resnet18"):
         assert name in README
@@ -84,5 +96,5 @@ def test_the_benchmarks_figures_are_those_of_its_file() -> None:
     parts = found["shares"]["bf16"]
     shown += [f"{(parts['total'] - parts['students']) / parts['students']:.2f} of the Students' own time"]
     shown += [f"{median['command lockstep']:.0f} s instead of {median['command basic']:.0f} s"]
-    text = " ".join(README.split())
+    text = " ".join((ROOT / "docs" / "lockstep.md").read_text(encoding="utf-8").split())
     assert [figure for figure in shown if figure not in text] == []
