@@ -79,10 +79,27 @@ def outlook(*, teachers: list[Record], cells: list[Record]) -> str:
         return ""
     trained = [cell for cell in cells if cell.status == "RUNNING"]
     waiting = [cell for cell in cells if cell.status in WAITS]
-    whole_s = max((cell.epochs * pace for cell in trained if (pace := pace_s(cell)) is not None), default=0.0)
-    total_s = total_left_s(running_s=known_s, waiting=len(waiting), at_once=len(trained), whole_s=whole_s)
-    unknown = len(known_s) < len(running) or (waiting and not whole_s) or any(own.status in WAITS for own in teachers)
+    untaught = [teacher for teacher in teachers if teacher.status in WAITS]
+    whole_s, teach_s = (_whole_s(records_) for records_ in (cells, teachers))
+    # A group is larger than what still runs of it: some have stopped early.
+    begun_ms = min((cell.started_ms for cell in trained), default=0)
+    group = trained + [cell for cell in cells if trained and cell.status == "FINISHED" and cell.ended_ms > begun_ms]
+    at_once = len(group) or max(Counter(map(_where, waiting)).values(), default=0)
+    total_s = total_left_s(running_s=known_s, waiting=len(waiting), at_once=at_once, whole_s=whole_s)
+    total_s += len(set(map(_where, untaught))) * teach_s  # those of a split and seed are trained together
+    unknown = len(known_s) < len(running) or (waiting and not whole_s) or (untaught and not teach_s)
     return f"; {'at least' if unknown else 'about'} {duration(total_s)} left"
+
+
+def _whole_s(found: list[Record]) -> float:
+    """Seconds of a training from its first epoch to its last, at the pace of those that run, else that have run."""
+    paced = [(record.status == "RUNNING", record.epochs * pace) for record in found if (pace := pace_s(record))]
+    return max((whole for runs, whole in paced if runs == any(runs for runs, _ in paced)), default=0.0)
+
+
+def _where(record: Record) -> str:
+    """Such as ``split0-seed0``."""
+    return record.folder.name.partition("-")[2].rpartition("-")[0]
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_a_cell_of_each_state_is_told_and_counted(tmp_path, hold):
     lines = tell(tmp_path, cells=cells)
     counts = "1 done, 1 running, 1 failed, 1 interrupted, 1 waiting"
     # at most 48 epochs of 50 s for the running one, then two rounds of 60 epochs: 8400 s
-    assert lines[0] == f"sweep study: 5 cells: {counts}; about 2.3 h left"
+    assert lines[0] == f"sweep study: 5 cells: {counts}; about 1.5 h left"
     assert lines[1] == ""
     assert lines[2].split("  ")[0] == "not finished"
     assert row(lines, waiting.title) == ["waiting"]
@@ -258,6 +258,34 @@ def test_a_teacher_that_waits_makes_it_a_lower_bound(tmp_path, hold):
     begin(cell)
     hold(cell)
     assert tell(tmp_path, cells=[cell], teachers=[teacher])[0].endswith("1 running; at least 40 min left")
+
+
+def test_teachers_and_cells_that_wait_take_as_long_as_those_before(tmp_path, hold):
+    """Of three splits the first is done, the second's Teachers have 48 epochs of 10 s left; 60 s an epoch of cells."""
+    teachers = [make_cell(tmp_path, name, split) for split in range(3) for name in ("Teacher", "Teacher_WAug")]
+    cells = [make_cell(tmp_path, name, split) for split in range(3) for name in ("H_KLD", "L_KLD")]
+    for teacher in teachers[:2]:
+        begin(teacher, done=EPOCHS, pace_s=20.0)
+        records.write_finished(teacher.folder, values={"test/dice": 0.5}, files=[])
+    for cell in cells[:2]:
+        begin(cell, done=EPOCHS, pace_s=60.0)
+        records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
+    for teacher in teachers[2:4]:
+        begin(teacher, pace_s=10.0)
+        hold(teacher)
+    line = tell(tmp_path, cells=cells, teachers=teachers)[0]
+    expected_s = 48 * 10 + 60 * 10 + 2 * 60 * 60  # what runs, the third split's Teachers, two groups of cells
+    assert line.endswith(f"; about {expected_s / 3600:.1f} h left")
+
+
+def test_a_cell_that_stopped_early_was_of_the_group(tmp_path, hold):
+    early, late, *others = [make_cell(tmp_path, name, split) for split in (0, 1) for name in ("H_KLD", "L_KLD")]
+    for cell in (early, late):
+        begin(cell)
+    records.write_finished(early.folder, values={"test/dice": 0.5}, files=[])
+    hold(late)
+    line = tell(tmp_path, cells=[early, late, *others])[0]
+    assert line.endswith("; about 1.5 h left")  # 48 epochs of 50 s, and one group of two: 60 epochs of 50 s
 
 
 def test_a_running_teacher_counts_too(tmp_path, hold):
