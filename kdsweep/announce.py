@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -39,7 +40,7 @@ class Announce(Callback):
         """Compose and check all jobs; a wrong one ends the program before anything is trained."""
         if _is_own(config):
             return  # the lockstep launchers do all this themselves
-        self.total = _or_exit(lambda: announce(compose_jobs(config)))
+        self.total = _or_exit(lambda: announce(compose_jobs(config), command=command_line(config)))
         self.started_s = time.monotonic()
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
@@ -50,7 +51,7 @@ class Announce(Callback):
         if config.hydra.launcher.get("plan"):
             _or_exit(lambda: show_plan([config]))
             raise SystemExit(0)
-        _or_exit(lambda: announce([config]))
+        _or_exit(lambda: announce([config], command=command_line(config)))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Say how far the sweep is, how long it still takes, and at its end what failed."""
@@ -85,12 +86,22 @@ def _or_exit(prepare: Callable[[], int]) -> int:
         raise SystemExit(f"kdsweep: error: {one_line(error)}") from error
 
 
-def announce(configs: list[DictConfig]) -> int:
+def command_line(config: DictConfig) -> str:
+    """What the user typed, as it can be typed again: of a multirun with all of its values."""
+    hydra, words = config.hydra, ["python", "-m", "kdsweep"]
+    words += ["-m"] if "hydra.mode=MULTIRUN" in hydra.overrides.hydra else []
+    for source in hydra.runtime.config_sources:
+        words += ["--config-dir", source.path] if source.provider == "command-line" else []
+    words += [word for word in hydra.overrides.hydra if not word.startswith("hydra.mode=")]
+    return shlex.join([*words, *hydra.overrides.task])
+
+
+def announce(configs: list[DictConfig], *, command: str) -> int:
     """Check every job in this process, write down what the sweep asks for, tell the user what will run; count jobs."""
     from kdsweep import mirror, plan, worker
 
     jobs = plan.read_jobs(configs)
-    plan.watch(jobs)
+    plan.watch(jobs, command=command)
     at_end.callback(mirror.close_all)
     waiting = plan.waiting(jobs)
     look = worker.look_at_cells([job.config for job in plan.kinds(waiting)], []) if waiting else None

@@ -78,7 +78,7 @@ class LockstepLauncher(Launcher):
         self.engine.close(None)
 
     def _launch_cells(self, configs: Sequence[DictConfig]) -> list[JobReturn]:
-        from kdsweep import mirror, plan, worker
+        from kdsweep import announce, mirror, plan, worker
 
         jobs = plan.read_jobs(configs)
         gc.freeze()  # they stay to the end: else each collection of garbage would go through all of them again
@@ -91,7 +91,7 @@ class LockstepLauncher(Launcher):
             results = {job.cell.fingerprint: (job.finished or {}).get("test/dice", math.nan) for job in jobs}
         else:
             self.engine.check(waiting)
-            plan.watch(jobs)
+            plan.watch(jobs, command=announce.command_line(self.config))
             try:
                 with self._engine_open():  # within: MLflow is told how those that are stopped have ended
                     results = self._obtain(jobs, waiting)

@@ -37,6 +37,7 @@ class Mirror:
         asked: cells by the sweep that asks for them.
         teachers: those that the cells learn from.
         varied: by the sweep the keys beyond the factors in which its cells differ.
+        command: that asked for the cells, as it can be typed again.
         trains: whether there is training to be done, which must not wait long at its end.
 
     Raises:
@@ -52,9 +53,10 @@ class Mirror:
         asked: dict[str, list[Cell]],
         teachers: list[Cell],
         varied: dict[str, list[str]] | None = None,
+        command: str = "",
         trains: bool = True,
     ) -> None:
-        self.store, self.asked, self._varied = store, asked, varied or {}
+        self.store, self.asked, self._varied, self._command = store, asked, varied or {}, command
         self.where = database.store_uri(store, uri)
         self._uri, self._experiment = uri, experiment
         first = next(iter(asked))
@@ -167,7 +169,7 @@ class Mirror:
 
     def _ask(self, sweep: str) -> None:
         if self._tracker is not None:
-            self._tracker.ask(sweep, self.asked[sweep], varied=self._varied.get(sweep, []))
+            self._tracker.ask(sweep, self.asked[sweep], varied=self._varied.get(sweep, []), command=self._command)
 
     def _mirror(self, folder: Path) -> None:
         record = records.read(folder)

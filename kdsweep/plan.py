@@ -149,8 +149,13 @@ def kinds(jobs: Sequence[Job]) -> list[Job]:
     return list(found.values())
 
 
-def watch(jobs: Sequence[Job]) -> None:
-    """Write down what each sweep asks for, finished or not, and have MLflow kept equal to what the folders tell."""
+def watch(jobs: Sequence[Job], *, command: str = "") -> None:
+    """Write down what each sweep asks for, finished or not, and have MLflow kept equal to what the folders tell.
+
+    Args:
+        jobs: all that were asked for.
+        command: that asked for them, as it can be typed again.
+    """
     from kdsweep import mirror  # with mlflow, which the processes that train do not need
 
     stores: dict[tuple[str, str | None, str], list[Job]] = {}
@@ -173,6 +178,7 @@ def watch(jobs: Sequence[Job]) -> None:
             experiment=experiment,
             asked=asked,
             varied=varied,
+            command=command,
             teachers=teacher_cells(own),
             trains=bool(waiting(own)),
         )

@@ -281,6 +281,7 @@ def collect(sweep: Sweep, *, place: Place, wanted: Wanted, hide: Callable[[str],
         "cells": rows,
         "has_settings": any(row["settings"] != DASH for row in rows),
         "ui": wanted.ui,
+        "asked_by": list(sweep.commands),
         "commands": commands(sweep, place=place, wanted=wanted),
     }
 

@@ -188,8 +188,9 @@ def _gap(runs: pd.DataFrame, *, asked: list[tuple[int, int]]) -> str:
     for split, seed, status in zip(runs["split"], runs["seed"], runs["status"], strict=True):
         states.setdefault((split, seed), set()).add(status)
     places: dict[str, list[str]] = {}
+    unasked = "not trained" if (runs["role"] == "teacher").all() else "not asked"
     several_seeds = len({seed for _, seed in asked}) > 1
     for split, seed in asked:
-        for status in sorted(states.get((split, seed), {"not asked"}) - {"FINISHED"}):
+        for status in sorted(states.get((split, seed), {unasked}) - {"FINISHED"}):
             places.setdefault(status.lower(), []).append(f"{split} seed {seed}" if several_seeds else f"{split}")
     return "; ".join(f"{status}: split {', '.join(where)}" for status, where in sorted(places.items()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import re
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,6 @@ import pandas as pd
 from kdsweep import comparisons, effects, formats
 from kdsweep.errors import InputError, exit_code
 from kdsweep.formats import DASH
-from kdsweep.grid import used_by
 from kdsweep.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, TESTS, holm, mean_interval, own_teachers, p_value, pair
 from kdsweep.sweeps import each_variant, gaps, known_values, placed_runs, scored_images, variants
 
@@ -292,28 +292,17 @@ def footnotes4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
         notes.append("One split: how much the scores spread between splits is not known.")
     student = table.loc[table["notation"] == "Student", "gap"]
     if student.empty or (student != "").any():
-        notes.append(
-            "No p against Student before its baseline is finished; with the cells' own options: "
-            f"`{student_command(sweep)}`"
-        )
+        is_asked = "Student" in set(sweep.runs["notation"])
+        remedy = "the command of the sweep goes on with it" if is_asked else f"run it with `{student_command(sweep)}`"
+        notes.append(f"No p against Student before its baseline is finished: {remedy}.")
     return notes
 
 
 def student_command(sweep: Sweep) -> str:
     """The command that runs the Student baseline on every split and seed of this sweep."""
-    runs = sweep.runs[sweep.runs["role"] != "teacher"]
-    values = {key: known_values(runs, key) for key in ("profile", "data")} | {
-        key: sorted(set(runs[key])) for key in PLACE
-    }
-    defaults = {"profile": "paper", "data": "phantom", "split": 0, "seed": 0}
-    words = [f"{key}={','.join(map(str, values[key]))}" for key in defaults if values[key] not in ([], [defaults[key]])]
-    used = [used_by("student", variant) for variant in runs["variant"]]
-    for key in dict.fromkeys(key for variant in used for key in variant):
-        words.append(f"{key}={','.join(dict.fromkeys(variant[key] for variant in used if key in variant))}")
-    if sweep.name != "-".join(values["data"] + values["profile"]):  # the sweep_name of conf/config.yaml
-        words.append(f"sweep_name={sweep.name}")
-    several = ["-m"] if any("," in word for word in words) else []
-    return " ".join(["python -m kdsweep path=none", *words, *several])
+    command = sweep.commands[-1] if sweep.commands else "python -m kdsweep -m"
+    words = [word for word in shlex.split(command) if word.partition("=")[0] not in ("path", "sweep_name")]
+    return shlex.join([*words, "path=none", f"sweep_name={sweep.name}"])
 
 
 def to_markdown(*, title: str, text: pd.DataFrame, notes: list[str]) -> str:

@@ -51,6 +51,7 @@ EXPERIMENT = "kdsweep"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on curves, not on prompts
 ASKED = "kdsweep.asked."
 VARIED = "kdsweep.varied"
+COMMANDS, COMMANDS_LENGTH = "kdsweep.commands", 4000  # a tag, and how many characters MLflow surely takes for one
 UI_TRAINING = "workflowType=machine_learning"  # else MLflow's pages open on prompts and traces
 ERROR = "kdsweep.error"
 NOTE = "mlflow.note.content"  # what the UI shows as a run's description
@@ -69,6 +70,7 @@ class Sweep:
             device, teacher, status, run_id, started_ms, ended_ms, params, tags, trivial_dice.
         scores: one row per fingerprint and test image of the finished ones; fractions 0 to 1, HD95 in pixels.
         varied: the keys beyond the factors in which its cells differ on purpose.
+        commands: that asked for its cells, as they can be typed again, the last one last.
         run_id: of the parent run.
         experiment_id: of the MLflow experiment.
     """
@@ -77,6 +79,7 @@ class Sweep:
     runs: pd.DataFrame
     scores: pd.DataFrame
     varied: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
     run_id: str = ""
     experiment_id: str = ""
 
@@ -135,13 +138,14 @@ class Tracker:
         place = None if uri and uri.startswith("http") else artifacts_uri(self.store)
         return str(self._client.create_experiment(experiment, place, tags=EXPERIMENT_TAGS))
 
-    def ask(self, sweep: str, cells: list[Cell], *, varied: Sequence[str] = ()) -> None:
+    def ask(self, sweep: str, cells: list[Cell], *, varied: Sequence[str] = (), command: str = "") -> None:
         """Write down that this sweep wants these cells, finished or not, so that a table shows what is missing.
 
         Args:
             sweep: its name.
             cells: that it asks for, beside those it asked for before.
             varied: keys beyond the factors in which they differ on purpose.
+            command: that asks for them, as it can be typed again.
         """
         parent = self._parent(sweep)
         before = self._client.get_run(parent).data.tags
@@ -153,6 +157,10 @@ class Tracker:
             if before.get(key, "").startswith(f"{asked[key]} "):  # asked for alone this time, among others before
                 asked[key] = before[key]
         about = {"kdsweep.asked_at": str(time.time()), VARIED: " ".join(keys), NOTE: _note(sweep, before | asked)}
+        commands = [known for known in before.get(COMMANDS, "").splitlines() if known != command] + [command]
+        while len("\n".join(commands)) > COMMANDS_LENGTH:
+            del commands[0]
+        about[COMMANDS] = "\n".join(filter(None, commands))
         for part in _parts([RunTag(key, value) for key, value in (about | asked).items()]):
             self._client.log_batch(parent, tags=part)
 
@@ -276,7 +284,8 @@ class Tracker:
         ]
         table = self._scores([row for row in rows if row["status"] == "FINISHED"])
         name, run_id = parent.data.tags["kdsweep.sweep"], str(parent.info.run_id)
-        return Sweep(name, pd.DataFrame(rows), table, varied, run_id, str(self.experiment_id))
+        commands = tuple(tags.get(COMMANDS, "").splitlines())
+        return Sweep(name, pd.DataFrame(rows), table, varied, commands, run_id, str(self.experiment_id))
 
     def _scores(self, rows: list[dict[str, Any]]) -> pd.DataFrame:
         """The scores of finished runs; files of equal columns are read as one, a thousand of which take seconds."""

@@ -54,7 +54,7 @@ def stored(sweep, *, params=None, tags=None, **columns):
         ended_ms=[1_090_000 if own else 0 for own in sweep.runs["params"]],
         trivial_dice=0.1,
     )
-    return Stored(sweep.name, runs.assign(**columns), sweep.scores, sweep.varied)
+    return Stored(sweep.name, runs.assign(**columns), sweep.scores, sweep.varied, sweep.commands)
 
 
 class Page(HTMLParser):
@@ -409,6 +409,14 @@ def test_several_settings_are_told_apart(call):
     assert page.fact("Settings") == "train.lr=1; train.lr=2"
     assert page.fact("Learning rate") == "Student 1, 2, Teacher 0.0002"
     assert Counter(row[1] for row in cells_of(page)) == {"train.lr=1": 3, "train.lr=2": 3, DASH: 1}
+
+
+def test_the_page_has_the_commands_of_the_sweep_without_folders(call):
+    typed = f"python -m kdsweep -m path=L 'data.root={ROOT}' student.weights=/home/ann/scans/small.pt"
+    code, page, _ = call(stored(replace(sweep_of(FEW, splits=(0,)), commands=(typed,))))
+    assert code == 0
+    assert "python -m kdsweep -m path=L 'data.root=[path]' student.weights=[path]small.pt" in page.text
+    assert "jane" not in page.text
 
 
 def test_ids_of_figures_do_not_meet():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -58,6 +59,12 @@ def test_the_first_line_says_what_will_run(swept):
         "at most about",
     ):
         assert part in first
+
+
+def test_the_command_is_kept_with_the_sweep(swept):
+    cwd, done = swept
+    sweep = tracking.read_sweep(store=cwd / "multirun", uri=None, name=None)
+    assert sweep.commands == (shlex.join(["python", "-m", "kdsweep", *done.args[3:]]),)
 
 
 def test_the_screen_has_one_line_for_a_group_and_each_log_its_own(swept):

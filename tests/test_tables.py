@@ -31,6 +31,7 @@ class FakeSweep:
     runs: pd.DataFrame
     scores: pd.DataFrame
     varied: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
 
 
 def fingerprint(notation, split, seed=0):
@@ -360,6 +361,14 @@ def test_seeds_count_as_asked_too():
     assert row(tables.table3(fewer), "L_MSE")["gap"] == "not asked: split 0 seed 7"
 
 
+def test_a_teacher_that_no_run_has_needed_yet_is_not_trained():
+    """Cells ask for their Teachers, and of those that have not begun nobody knows which that will be."""
+    sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,))
+    later = pd.DataFrame([run_row("L_MSE", 1, status="missing", teacher="", params={})])
+    gap = row(tables.table4(replace(sweep, runs=pd.concat([sweep.runs, later]))), "Teacher")["gap"]
+    assert gap == "not trained: split 1"
+
+
 def test_finished_without_scores_is_a_gap(sweep):
     partial = replace(sweep, scores=sweep.scores[sweep.scores["fingerprint"] != fingerprint("L_MSE", 0)])
     assert row(tables.table3(partial), "L_MSE")["gap"] == "no scores: split 0"
@@ -373,7 +382,6 @@ def test_nothing_finished_is_all_gaps(sweep):
     table = tables.table4(empty)
     assert set(table["gap"].iloc[2:]) == {"missing: split 0, 1, 2"}
     assert set(table["gap"].iloc[:2]) == {"not run"}
-    assert tables.student_command(empty) == "python -m kdsweep path=none split=0,1,2 sweep_name=study -m"
     text = tables.format_table4(table)
     assert set(text["p Student"]) == set(text["n images"]) == {DASH}
     assert tables.footnotes(sweep=empty, table=table)
@@ -386,19 +394,21 @@ def test_without_student_its_columns_are_gaps_and_a_note_names_the_command(sweep
     assert np.isnan(row(table, "Student")["p_teacher"])
     assert row(table, "L_MSE")["p_teacher"] == pytest.approx(ttest_rel(dice_all("L_MSE"), dice_all("Teacher")).pvalue)
     notes = tables.footnotes4(sweep=partial, table=table, test="ttest")
-    assert notes[-1].endswith("`python -m kdsweep path=none data=busi split=0,1,2 sweep_name=study -m`")
+    assert notes[-1].endswith("before its baseline is finished: the command of the sweep goes on with it.")
+    never = without(sweep, "Student")
+    notes = tables.footnotes4(sweep=never, table=tables.table4(never), test="ttest")
+    assert notes[-1].endswith("run it with `python -m kdsweep -m path=none sweep_name=study`.")
     whole = tables.footnotes4(sweep=sweep, table=tables.table4(sweep), test="ttest")
     assert not any("path=none" in note for note in whole)
 
 
-def test_the_command_is_short_for_the_defaults_and_names_the_profile():
-    sweep = replace(changed(without(sweep_of(splits=(0,)), "Student"), data="phantom"), name="phantom-paper")
-    assert tables.student_command(sweep) == "python -m kdsweep path=none"
-    quick = changed(sweep, profile="quick")
-    assert tables.student_command(replace(quick, name="phantom-quick")) == "python -m kdsweep path=none profile=quick"
-    assert tables.student_command(quick) == "python -m kdsweep path=none profile=quick sweep_name=phantom-paper"
-    busi = replace(sweep_of(splits=(1,)), name="busi-paper")
-    assert tables.student_command(busi) == "python -m kdsweep path=none data=busi split=1"
+def test_the_command_for_student_is_that_of_the_sweep_with_another_path(sweep):
+    words = "-m +experiment=table3 'data.root=/my images' split=0,1,2"
+    typed = replace(
+        sweep, commands=("python -m kdsweep path=L", f"python -m kdsweep path=L,H {words} sweep_name=study")
+    )
+    assert tables.student_command(typed) == f"python -m kdsweep {words} path=none sweep_name=study"
+    assert tables.student_command(sweep) == "python -m kdsweep -m path=none sweep_name=study"
 
 
 def test_without_its_own_teacher_only_that_column_is_a_gap(sweep):
@@ -885,12 +895,6 @@ def test_table5_is_of_the_settings_with_the_best_cell():
     part, table = tables.best_variant(sweep, tables.table4(sweep))
     assert set(table["notation"]) == set(ALL)
     assert set(part.runs.loc[part.runs["role"] != "teacher", "params"].map(lambda params: params["train.lr"])) == {"2"}
-
-
-def test_the_command_for_missing_students_asks_for_each_value():
-    sweep = without(rates({"1": 0.0, "2": 0.0}, splits=(0,)), "Student")
-    command = tables.student_command(sweep)
-    assert command == "python -m kdsweep path=none data=busi train.lr=1,2 sweep_name=rates -m"
 
 
 def test_a_single_split_is_said_to_show_no_spread():

@@ -79,6 +79,17 @@ def test_what_tells_cells_of_a_sweep_apart_comes_back_and_stays(store):
     assert sweep.varied == ("train.lr", "kd.weight")
 
 
+def test_commands_come_back_once_each_the_last_one_last_and_never_too_many(store):
+    tracker = tracking.Tracker(store=store, uri=None)
+    for command in ("first", "second 'a b'", "first", ""):
+        tracker.ask("commands", [make_cell()], command=command)
+    assert tracking.read_sweep(store=store, uri=None, name="commands").commands == ("second 'a b'", "first")
+    for number in range(5):
+        tracker.ask("commands", [make_cell()], command=str(number) * 1500)
+    lengths = [len(command) for command in tracking.read_sweep(store=store, uri=None, name="commands").commands]
+    assert lengths == [1500, 1500]
+
+
 def test_the_parent_run_says_what_the_sweep_is(store):
     tracker = tracking.Tracker(store=store, uri=None)
     tracker.ask("told", [make_cell("L_MSE", split=0), make_cell("Student", split=1)])
