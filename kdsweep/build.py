@@ -164,6 +164,7 @@ def learner(cfg: DictConfig, own: Cell) -> Learner:
         epochs=cfg.train.epochs,
         patience=cfg.train.patience,
         folder=own.folder,
+        monitor=cfg.train.monitor,
     )
 
 

@@ -100,7 +100,7 @@ def cell(cfg: Config) -> Cell:
     common, evidence = _common(given)
     student, path = given["student"], given["path"]
     evidence |= _weights_evidence("student", student)
-    own = {**common, "network": _network(student), "lr": given["train"]["lr"]}
+    own = {**common, "network": _network(student), **{key: given["train"][key] for key in ("lr", "monitor")}}
     if path["kd_path"] is None:
         return _cell(given, "student", path["notation"], own, evidence)
     representation, loss, view = path.get("representation"), given["loss"], given["teacher_aug"]["distill_view"]

@@ -23,7 +23,7 @@ NEUTRAL = (*LOCAL, "data.source.root", "data.source.cache_dir", "weights")
 UNUSED = {
     "cell": (),
     "student": ("path", "loss", "teacher_aug", "teacher", "kd"),
-    "teacher": ("path", "loss", "teacher_aug", "student", "kd", "train.lr", "seed"),
+    "teacher": ("path", "loss", "teacher_aug", "student", "kd", "train.lr", "train.monitor", "seed"),
 }
 
 

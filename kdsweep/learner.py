@@ -131,9 +131,10 @@ class Learner:
         distillation: None for a network that learns from the masks alone.
         lr: Adam's learning rate.
         epochs: at most so many.
-        patience: epochs without a better validation loss after which it stops.
+        patience: epochs without a better value of what is monitored after which it stops.
         folder: where its files go.
-        best_loss: lowest validation loss so far.
+        monitor: what tells the best epoch, of the validation images: ``loss`` (its own, KD term included) or ``dice``.
+        best_loss: lowest so far of what is monitored.
         best_epoch: number of its epoch, from 0.
         best: the state of the modules then.
         epoch: number of the last whole epoch.
@@ -154,6 +155,7 @@ class Learner:
     epochs: int
     patience: int
     folder: Path
+    monitor: str = "loss"
     best_loss: float = math.inf
     best_epoch: int = -1
     best: dict[str, Any] | None = None
@@ -247,15 +249,16 @@ class Learner:
                 values = {**values, "train/kd_to_supervised": ratio}
             self.history.append({"epoch": self.epoch, **values})
             self.times_ms.append(records.now_ms())
-            if values["val/loss"] < self.best_loss:
-                self.best_loss, self.best_epoch = values["val/loss"], self.epoch
+            monitored = values["val/loss"] if self.monitor == "loss" else 1 - values["val/dice"]
+            if monitored < self.best_loss:
+                self.best_loss, self.best_epoch = monitored, self.epoch
                 self.best = {
                     name: {key: value.detach().clone() for key, value in module.state_dict().items()}
                     for name, module in self.modules().items()
                 }
 
     def restore_best(self) -> None:
-        """Put the weights with the best validation loss back."""
+        """Put the weights of the best epoch back."""
         if self.best is None:
             raise RuntimeError(f"{self.title}: no epoch of it was validated")
         for name, module in self.modules().items():

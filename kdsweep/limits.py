@@ -38,6 +38,7 @@ RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("train.batch_size", "a whole number >= 1", lambda v: is_whole(v) and v >= 1),
     ("train.lr", "a number > 0", lambda v: is_number(v) and v > 0),
     ("train.patience", "a whole number >= 1", lambda v: is_whole(v) and v >= 1),
+    ("train.monitor", "loss or dice", lambda v: v in ("loss", "dice")),
     ("train.workers", "auto or a whole number >= 0", lambda v: v == "auto" or (is_whole(v) and v >= 0)),
     ("teacher.lr", "a number > 0", lambda v: is_number(v) and v > 0),
     ("teacher.seed", "a whole number from 0 to 4294967295", lambda v: is_whole(v) and 0 <= v < 2**32),

@@ -91,6 +91,7 @@ def groups_of(own: list[plan.Job], devices: tuple[str, ...] = ("cpu",)) -> list[
     [
         *("path=HR", "path=none", "loss=mse", "teacher_aug=strong", "kd.weight=0.7", "kd.temperature=2"),
         *("kd.align=none", "kd.teacher_precision=bf16", "train.lr=3e-4", "train.epochs=3", "train.patience=2"),
+        "train.monitor=dice",
         *("student.decoder_channels=[16,16,8,8,8]", "teacher=resnet34", "teacher.lr=1e-2", "sweep_name=other"),
     ],
 )

@@ -207,6 +207,24 @@ def test_early_stopping_waits_for_patience_epochs_without_a_better_loss(compose,
     assert learner.best_epoch == 1
 
 
+def test_the_best_epoch_is_that_of_what_is_monitored(compose, tmp_path):
+    values = [(0.9, 0.2), (0.5, 0.4), (0.6, 0.7), (0.7, 0.6)]
+    for monitor, best in (("loss", 1), ("dice", 2)):
+        learner = make_learner(
+            compose("path=none", f"train.monitor={monitor}", "train.patience=2", "train.epochs=9"), tmp_path
+        )
+        for loss, dice in values:
+            learner.end_epoch({"val/loss": loss, "val/dice": dice})
+        assert learner.best_epoch == best
+        assert learner.stopped == (monitor == "loss")
+
+
+def test_a_teacher_is_the_same_whatever_its_students_monitor(compose):
+    own = [compose("path=L", f"train.monitor={monitor}") for monitor in ("loss", "dice")]
+    assert len({cells.cell(cfg).fingerprint for cfg in own}) == 2
+    assert len({cells.teacher_cell(cfg).fingerprint for cfg in own}) == 1
+
+
 def test_one_stopped_learner_does_not_stop_the_group(compose, tmp_path):
     short, long = compose("path=none", "train.epochs=1"), compose("path=none", "train.epochs=3")
     learners = [make_learner(short, tmp_path / "short"), make_learner(long, tmp_path / "long")]
