@@ -126,12 +126,23 @@ def _table4(sweep: Sweep, *, test: str) -> pd.DataFrame:
     why = gaps(runs=runs, scored=scored, notations=[*BASELINES, *cells])
     whole = scored[scored["notation"].map(why) == ""]
     rows = [
-        {"notation": notation, "gap": gap} | _compared(notation, whole=whole, scored=scored, test=test)
+        {"notation": notation, "gap": gap}
+        | _compared(notation, whole=whole, scored=scored, test=test)
+        | _trained(runs[runs["notation"] == notation], gap=gap)
         for notation, gap in why.items()
     ]
     table = pd.DataFrame(rows).astype({"n_images": "Int64"})
     table = table.join(_paper(), on="notation")
     return table.assign(difference_to_paper_points=table["mean_dice_percent"] - table["paper_mean_dice_percent"])
+
+
+def _trained(runs: pd.DataFrame, *, gap: str) -> dict[str, float]:
+    """How long a row's runs were trained: means over them, epochs counted from 1."""
+    if "epochs" not in runs:
+        return {}
+    own = runs.drop_duplicates("fingerprint")
+    means = {"mean_epochs": own["epochs"].mean(), "mean_best_epoch": own["best_epoch"].mean() + 1}
+    return dict.fromkeys(means, NAN) if gap else means
 
 
 def _paper() -> pd.DataFrame:
@@ -201,6 +212,7 @@ def format_table4(table: pd.DataFrame) -> pd.DataFrame:
         "p Student": table["p_student"].map(formats.p),
         "p Student (Holm)": table["p_student_holm"].map(formats.p),
         "Difference to Student": [formats.interval(low=low, high=high) for low, high in intervals],
+        **_epochs(table),
         "DSC % (paper)": _with_std(mean=table["paper_mean_dice_percent"], std=table["paper_std_dice_percent"]),
         "DSC points to paper": table["difference_to_paper_points"].map(formats.points),
         "p Teacher (paper)": table["paper_p_teacher"].map(formats.p),
@@ -222,6 +234,30 @@ def _per_split(table: pd.DataFrame) -> dict[str, list[str]]:
     return {
         f"DSC % of split {splits}": [" / ".join(map(formats.number, row)) if row[0] == row[0] else DASH for row in rows]
     }
+
+
+def _epochs(table: pd.DataFrame) -> dict[str, list[str]]:
+    if "mean_epochs" not in table:
+        return {}
+    pairs = zip(table["mean_best_epoch"], table["mean_epochs"], strict=True)
+    return {
+        "Best epoch": [
+            f"{formats.number(best, '.0f')} of {epochs:.0f}" if epochs == epochs else DASH for best, epochs in pairs
+        ]
+    }
+
+
+def _cut_off(runs: pd.DataFrame) -> list[str]:
+    """Which runs ended because they had had their epochs, in a sentence; none if early stopping ended them all."""
+    if "epochs" not in runs:
+        return []
+    known = runs[(runs["status"] == "FINISHED") & runs["params"].map(bool)].drop_duplicates("fingerprint")
+    most = [float(params.get("train.epochs", "nan")) for params in known["params"]]
+    count = int((known["epochs"] >= pd.Series(most, index=known.index, dtype=float)).sum())
+    told = (
+        f"{count} of {len(known)} runs were ended by train.epochs, not by early stopping: they might have got better."
+    )
+    return [told] if count else []
 
 
 def departures(runs: pd.DataFrame) -> list[str]:
@@ -288,6 +324,7 @@ def footnotes4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
         "difference, percentage points. An image that several splits or seeds test counts once in each, "
         "as if independent.",
     ]
+    notes += _cut_off(sweep.runs)
     if sweep.runs["split"].nunique() == 1:
         notes.append("One split: how much the scores spread between splits is not known.")
     student = table.loc[table["notation"] == "Student", "gap"]

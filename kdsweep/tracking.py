@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +57,7 @@ UI_TRAINING = "workflowType=machine_learning"  # else MLflow's pages open on pro
 ERROR = "kdsweep.error"
 NOTE = "mlflow.note.content"  # what the UI shows as a run's description
 ARTIFACTS = ("test_scores.csv", "test_predictions.npz", "split.json")
+VALUES = {"test/trivial_dice": "trivial_dice", "epochs": "epochs", "best_epoch": "best_epoch"}  # in a sweep's runs
 BATCH = 100  # MLflow takes at most so many params, or so many tags, in one call
 
 
@@ -67,7 +69,8 @@ class Sweep:
         name: of the sweep.
         runs: one row per cell asked for and per Teacher they learn from; columns fingerprint, role, notation, split,
             seed, variant (values of the further keys that the sweep varies, as a dict), profile, data, weights,
-            device, teacher, status, run_id, started_ms, ended_ms, params, tags, trivial_dice.
+            device, teacher, status, run_id, started_ms, ended_ms, params, tags, trivial_dice, epochs (how many it was
+            trained), best_epoch (counted from 0); what is not known is 0, empty or NaN.
         scores: one row per fingerprint and test image of the finished ones; fractions 0 to 1, HD95 in pixels.
         varied: the keys beyond the factors in which its cells differ on purpose.
         commands: that asked for its cells, as they can be typed again, the last one last.
@@ -399,7 +402,7 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         where = {"split": int(split.removeprefix("split")), "seed": int(seed.removeprefix("seed"))}
         unknown = dict.fromkeys(("profile", "data", "weights", "device", "teacher", "run_id"), "")
         own = {"fingerprint": fingerprint, "role": role, "notation": notation}
-        no_run = {"started_ms": 0, "ended_ms": 0, "params": {}, "tags": {}, "trivial_dice": float("nan")}
+        no_run = {"started_ms": 0, "ended_ms": 0, "params": {}, "tags": {}} | dict.fromkeys(VALUES.values(), nan)
         return {**own, **where, **unknown, "status": "missing", **no_run}
     tags = run.data.tags
     return {
@@ -419,7 +422,7 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         "ended_ms": run.info.end_time or 0,
         "params": dict(run.data.params),
         "tags": dict(tags),
-        "trivial_dice": run.data.metrics.get("test/trivial_dice", float("nan")),
+        **{name: run.data.metrics.get(metric, nan) for metric, name in VALUES.items()},
     }
 
 

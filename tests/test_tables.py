@@ -172,6 +172,22 @@ def test_table4_shows_each_splits_mean_and_the_distance_to_the_paper(sweep, tabl
     assert gap.loc["L_MSE", "DSC % of split 0, 1, 2"] == gap.loc["L_MSE", "DSC points to paper"] == DASH
 
 
+def test_table4_tells_how_long_each_row_was_trained(sweep):
+    params = [own | {"train.epochs": "100"} for own in sweep.runs["params"]]
+    is_student = sweep.runs["notation"] == "Student"
+    epochs = np.where(is_student, 40.0 + sweep.runs["split"], 100.0)
+    longer = changed(sweep, epochs=epochs, best_epoch=epochs - 31, params=params)
+    table = tables.table4(with_status(longer, "L_MSE", 1, "FAILED"))
+    assert row(table, "Student")[["mean_epochs", "mean_best_epoch"]].tolist() == [41, 11]
+    text = tables.format_table4(table).set_index("Model")["Best epoch"]
+    assert (text["Student"], text["H_KLD"], text["L_MSE"]) == ("11 of 41", "70 of 100", DASH)
+    ended = "41 of 44 runs were ended by train.epochs, not by early stopping: they might have got better."
+    failed = with_status(longer, "L_MSE", 1, "FAILED")
+    assert ended in tables.footnotes4(sweep=failed, table=table, test="ttest")
+    early = changed(longer, epochs=99.0)
+    assert not any("early stopping" in note for note in tables.footnotes4(sweep=early, table=table, test="ttest"))
+
+
 def test_a_single_split_has_no_spread_and_no_column_for_it():
     text = tables.format_table4(tables.table4(sweep_of(splits=(1,))))
     assert not any(column.startswith("DSC % of split") for column in text)

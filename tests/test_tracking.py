@@ -44,7 +44,8 @@ def end(cell: Cell, dice: list[float]) -> records.Record:
     frame.to_csv(cell.folder / "test_scores.csv", index=False)
     (cell.folder / "test_predictions.npz").write_bytes(b"masks")
     files = ["test_scores.csv", "test_predictions.npz", "split.json"]
-    records.write_finished(cell.folder, values={"test/dice": sum(dice) / len(dice)}, files=files)
+    values = {"test/dice": sum(dice) / len(dice), "epochs": 2.0, "best_epoch": 1.0}
+    records.write_finished(cell.folder, values=values, files=files)
     return records.read(cell.folder)
 
 
@@ -62,6 +63,7 @@ def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
     assert (row["fingerprint"], row["run_id"], row["status"]) == (cell.fingerprint, run_id, "FINISHED")
     assert (row["notation"], row["split"], row["seed"], row["profile"], row["data"]) == ("L_MSE", 0, 0, "quick", "busi")
     assert row["params"]["train.lr"] == "0.001"
+    assert (row["epochs"], row["best_epoch"]) == (2, 1)
     assert sweep.scores["image"].tolist() == ["000000", "000001"]
     assert sweep.scores["dice"].tolist() == [0.25, 0.75]
     assert set(sweep.scores["fingerprint"]) == {cell.fingerprint}
