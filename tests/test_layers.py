@@ -41,6 +41,7 @@ LAYERS = (
     "costs",
     "comparisons",
     "effects",
+    "footnotes",
     "formats",
     "sweeps",
     "stats",

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel, wilcoxon
 
-from kdsweep import cells, effects, grid, stats, tables
+from kdsweep import cells, effects, footnotes, grid, stats, tables
 from kdsweep.errors import InputError
 
 DASH = "\N{EN DASH}"
@@ -183,9 +183,9 @@ def test_table4_tells_how_long_each_row_was_trained(sweep):
     assert (text["Student"], text["H_KLD"], text["L_MSE"]) == ("11 of 41", "70 of 100", DASH)
     ended = "41 of 44 runs were ended by train.epochs, not by early stopping: they might have got better."
     failed = with_status(longer, "L_MSE", 1, "FAILED")
-    assert ended in tables.footnotes4(sweep=failed, table=table, test="ttest")
+    assert ended in footnotes.of_table4(sweep=failed, table=table, test="ttest")
     early = changed(longer, epochs=99.0)
-    assert not any("early stopping" in note for note in tables.footnotes4(sweep=early, table=table, test="ttest"))
+    assert not any("early stopping" in note for note in footnotes.of_table4(sweep=early, table=table, test="ttest"))
 
 
 def test_a_single_split_has_no_spread_and_no_column_for_it():
@@ -252,7 +252,7 @@ def test_order_of_the_records_changes_no_digit(sweep, table4):
     )
     pd.testing.assert_frame_equal(tables.table4(shuffled), table4, check_exact=True)
     pd.testing.assert_frame_equal(tables.table3(shuffled), tables.table3(sweep), check_exact=True)
-    assert tables.footnotes(sweep=shuffled, table=table4) == tables.footnotes(sweep=sweep, table=table4)
+    assert footnotes.of_scores(sweep=shuffled, table=table4) == footnotes.of_scores(sweep=sweep, table=table4)
 
 
 def test_same_image_in_two_splits_and_seeds_is_paired_within_each():
@@ -264,7 +264,7 @@ def test_same_image_in_two_splits_and_seeds_is_paired_within_each():
     got = row(tables.table4(sweep), "L_MSE")
     assert got["p_student"] == pytest.approx(ttest_rel(ours, student).pvalue)
     assert got["n_images"] == 48
-    assert "48 over all of them, 12 different" in tables.footnotes(sweep=sweep, table=tables.table4(sweep))[0]
+    assert "48 over all of them, 12 different" in footnotes.of_scores(sweep=sweep, table=tables.table4(sweep))[0]
 
 
 def test_different_images_are_refused(sweep):
@@ -334,7 +334,7 @@ def test_an_unfinished_split_is_a_gap_in_both_tables(sweep, status, word):
     text = tables.format_table3(three).set_index("Notation").loc["H_KLD_WAug"]
     assert text["DSC % (ours)"] == f"{DASH} ({word}: split 1)"
     assert text["DSC % (paper)"] == "78.50"
-    assert any(f"H_KLD_WAug ({word}: split 1)" in note for note in tables.footnotes(sweep=partial, table=four))
+    assert any(f"H_KLD_WAug ({word}: split 1)" in note for note in footnotes.of_scores(sweep=partial, table=four))
 
 
 def test_the_holm_family_shrinks_with_a_gap(sweep):
@@ -400,7 +400,7 @@ def test_nothing_finished_is_all_gaps(sweep):
     assert set(table["gap"].iloc[:2]) == {"not run"}
     text = tables.format_table4(table)
     assert set(text["p Student"]) == set(text["n images"]) == {DASH}
-    assert tables.footnotes(sweep=empty, table=table)
+    assert footnotes.of_scores(sweep=empty, table=table)
 
 
 def test_without_student_its_columns_are_gaps_and_a_note_names_the_command(sweep):
@@ -409,12 +409,12 @@ def test_without_student_its_columns_are_gaps_and_a_note_names_the_command(sweep
     assert table[["p_student", "p_student_holm", "difference_low_points"]].isna().all(axis=None)
     assert np.isnan(row(table, "Student")["p_teacher"])
     assert row(table, "L_MSE")["p_teacher"] == pytest.approx(ttest_rel(dice_all("L_MSE"), dice_all("Teacher")).pvalue)
-    notes = tables.footnotes4(sweep=partial, table=table, test="ttest")
+    notes = footnotes.of_table4(sweep=partial, table=table, test="ttest")
     assert notes[-1].endswith("before its baseline is finished: the command of the sweep goes on with it.")
     never = without(sweep, "Student")
-    notes = tables.footnotes4(sweep=never, table=tables.table4(never), test="ttest")
+    notes = footnotes.of_table4(sweep=never, table=tables.table4(never), test="ttest")
     assert notes[-1].endswith("run it with `python -m kdsweep -m path=none sweep_name=study`.")
-    whole = tables.footnotes4(sweep=sweep, table=tables.table4(sweep), test="ttest")
+    whole = footnotes.of_table4(sweep=sweep, table=tables.table4(sweep), test="ttest")
     assert not any("path=none" in note for note in whole)
 
 
@@ -423,8 +423,8 @@ def test_the_command_for_student_is_that_of_the_sweep_with_another_path(sweep):
     typed = replace(
         sweep, commands=("python -m kdsweep path=L", f"python -m kdsweep path=L,H {words} sweep_name=study")
     )
-    assert tables.student_command(typed) == f"python -m kdsweep {words} path=none sweep_name=study"
-    assert tables.student_command(sweep) == "python -m kdsweep -m path=none sweep_name=study"
+    assert footnotes.student_command(typed) == f"python -m kdsweep {words} path=none sweep_name=study"
+    assert footnotes.student_command(sweep) == "python -m kdsweep -m path=none sweep_name=study"
 
 
 def test_without_its_own_teacher_only_that_column_is_a_gap(sweep):
@@ -655,7 +655,7 @@ def test_a_tiny_p_is_not_printed_as_zero(table4):
 
 
 def test_footnotes_say_what_made_the_numbers(sweep, table4):
-    notes = tables.footnotes(sweep=sweep, table=table4)
+    notes = footnotes.of_scores(sweep=sweep, table=table4)
     assert notes[0] == (
         "profile paper, data busi, weights imagenet, device cuda; splits: 3, seeds: 1, "
         "test images: 36 over all of them, 36 different."
@@ -664,11 +664,11 @@ def test_footnotes_say_what_made_the_numbers(sweep, table4):
     assert "10.36922/aih.3509" in notes[-1]
     assert "UDIAT, not busi" in notes[-1]
     assert not any("Gaps" in note or "machinery" in note for note in notes)
-    assert "UDIAT" not in tables.footnotes(sweep=changed(sweep, data="udiat"), table=table4)[-1]
-    assert "A check of the machinery, not a result." in tables.footnotes(
+    assert "UDIAT" not in footnotes.of_scores(sweep=changed(sweep, data="udiat"), table=table4)[-1]
+    assert "A check of the machinery, not a result." in footnotes.of_scores(
         sweep=changed(sweep, profile="quick"), table=table4
     )
-    assert "weights imagenet, none" in tables.footnotes(sweep=mixed_weights(sweep), table=table4)[0]
+    assert "weights imagenet, none" in footnotes.of_scores(sweep=mixed_weights(sweep), table=table4)[0]
 
 
 def mixed_weights(sweep):
@@ -778,18 +778,18 @@ def test_an_unknown_table_names_the_choices(asked, capsys):
 
 def test_what_departs_from_the_papers_protocol_is_said():
     sweep = sweep_of()
-    assert not any("protocol" in note for note in tables.provenance(sweep))
+    assert not any("protocol" in note for note in footnotes.provenance(sweep))
     params = [own | {"image_size": "128", "weights": "none", "train.epochs": "500"} for own in sweep.runs["params"]]
-    lines = [note for note in tables.provenance(changed(sweep, params=params)) if "protocol" in note]
+    lines = [note for note in footnotes.provenance(changed(sweep, params=params)) if "protocol" in note]
     told = "weights none instead of imagenet, image_size 128 instead of 224"
     assert lines == [f"A study of its own, not the paper's protocol: {told}."]
-    rated = [note for note in tables.provenance(rates({"0.0001": 0.0, "0.01": 0.0})) if "protocol" in note]
+    rated = [note for note in footnotes.provenance(rates({"0.0001": 0.0, "0.01": 0.0})) if "protocol" in note]
     assert rated == ["A study of its own, not the paper's protocol: train.lr 0.0001 and 0.01 instead of 0.0001."]
 
 
 def test_the_protocol_is_that_of_the_default_profile():
     params = cells.params(cells.compose([]))
-    assert {key: str(params[key]) for key in tables.PROTOCOL} == tables.PROTOCOL
+    assert {key: str(params[key]) for key in footnotes.PROTOCOL} == footnotes.PROTOCOL
 
 
 # ---- further keys that a sweep varies --------------------------------------------------------------------------------
@@ -867,7 +867,7 @@ def test_gaps_of_a_setting_are_told_with_it_and_rows_that_none_asked_for_are_lef
         ("train.lr=2", "L_MSE", ""),
         ("train.lr=2", "H_KLD", "not run"),
     ]
-    notes = " ".join(tables.footnotes(sweep=sweep, table=table))
+    notes = " ".join(footnotes.of_scores(sweep=sweep, table=table))
     assert "H_KLD with train.lr=2 (not run)" in notes
     assert "Each of the 2 settings stands for itself: train.lr=1; train.lr=2." in notes
     assert tables.format_table3(table).columns[0] == "Settings"
@@ -916,5 +916,5 @@ def test_table5_is_of_the_settings_with_the_best_cell():
 def test_a_single_split_is_said_to_show_no_spread():
     for splits, told in (((0,), True), ((0, 1), False)):
         sweep = sweep_of(splits=splits)
-        notes = tables.footnotes4(sweep=sweep, table=tables.table4(sweep), test="ttest")
+        notes = footnotes.of_table4(sweep=sweep, table=tables.table4(sweep), test="ttest")
         assert ("One split: how much the scores spread between splits is not known." in notes) == told
