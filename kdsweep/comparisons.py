@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 ALL = "all cells"
 
 
-def students(sweep: Sweep) -> list[str]:
-    """The notations of a sweep's trained students: the paper's cells in its order, others, the baseline."""
-    asked = set(sweep.runs.loc[sweep.runs["role"] != "teacher", "notation"])
+def students(*sweeps: Sweep) -> list[str]:
+    """The notations of the students of sweeps: the paper's cells in its order, others, the baseline."""
+    asked = set().union(*(sweep.runs.loc[sweep.runs["role"] != "teacher", "notation"] for sweep in sweeps))
     own = sorted(asked.difference(CELLS, ["Student"]))
     return [*(cell for cell in CELLS if cell in asked), *own, *(["Student"] if "Student" in asked else [])]
 
@@ -70,7 +70,7 @@ def settings(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
 
 
 def _against(ours: Sweep, base: Sweep, *, test: str) -> list[dict[str, Any]]:
-    names = [name for name in students(ours) if not _is_same_run(name, ours, base)]
+    names = [name for name in students(ours, base) if not _is_same_run(name, ours, base)]
     (dice, why), (base_dice, base_why) = (_scores(part, names) for part in (ours, base))
     rows = []
     for name in names:

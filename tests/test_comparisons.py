@@ -101,6 +101,13 @@ def test_a_missing_run_is_a_gap_and_all_cells_are_never_fewer():
     assert "not known over all cells, it needs L_MSE" in line
 
 
+def test_a_cell_that_one_setting_alone_asked_for_is_a_gap():
+    sweep = aligned()
+    gone = sweep.runs["fingerprint"].str.startswith("L_MSE-") & sweep.runs["fingerprint"].str.endswith("-warp")
+    table = comparisons.settings(replace(sweep, runs=sweep.runs[~gone])).set_index("notation")
+    assert table["gap"].to_dict() == {"L_MSE": "not run", "H_KLD_WAug": "", "all cells": "needs L_MSE"}
+
+
 def test_a_sweep_without_further_keys_has_nothing_to_compare(tmp_path):
     with pytest.raises(InputError, match=r"sweep study varies no key beyond its factors"):
         comparisons.settings(sweep_of())
