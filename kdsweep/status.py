@@ -93,8 +93,8 @@ def outlook(*, teachers: list[Record], cells: list[Record]) -> str:
 
 def _whole_s(found: list[Record]) -> float:
     """Seconds of a training from its first epoch to its last, at the pace of those that run, else that have run."""
-    paced = [(record.status == "RUNNING", record.epochs * pace) for record in found if (pace := pace_s(record))]
-    return max((whole for runs, whole in paced if runs == any(runs for runs, _ in paced)), default=0.0)
+    running = [record for record in found if record.status == "RUNNING" and pace_s(record)]
+    return max((record.epochs * (pace_s(record) or 0.0) for record in running or found), default=0.0)
 
 
 def _where(record: Record) -> str:
