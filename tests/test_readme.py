@@ -98,3 +98,6 @@ def test_the_benchmarks_figures_are_those_of_its_file() -> None:
     shown += [f"{median['command lockstep']:.0f} s instead of {median['command basic']:.0f} s"]
     text = " ".join((ROOT / "docs" / "lockstep.md").read_text(encoding="utf-8").split())
     assert [figure for figure in shown if figure not in text] == []
+    parts = [f"{median['lockstep 12']:.1f} s instead of {median['one by one']:.1f} s one by one"]
+    parts += [f"{median['torchdistill'] / median['lockstep 12']:.1f} times as fast as torchdistill"]
+    assert [figure for figure in parts if figure not in " ".join(README.split())] == []
