@@ -109,7 +109,6 @@ def _compared(dice: pd.DataFrame, base: pd.DataFrame, names: list[str], *, gap: 
 
 def format_settings(table: pd.DataFrame) -> pd.DataFrame:
     """The strings of the table of settings."""
-    bounds = zip(table["low_points"], table["high_points"], strict=True)
     means = zip(table["mean_dice_percent"].map(formats.number), table["gap"], strict=True)
     columns = {
         "Settings": table["settings"],
@@ -118,10 +117,7 @@ def format_settings(table: pd.DataFrame) -> pd.DataFrame:
         "DSC %": [formats.or_gap(shown, gap) for shown, gap in means],
         "DSC % against": table["against_mean_dice_percent"].map(formats.number),
         "DSC points": table["difference_points"].map(formats.points),
-        "95 % interval": [formats.interval(low=low, high=high) for low, high in bounds],
-        "p": table["p"].map(formats.p),
-        "p (Holm)": table["p_holm"].map(formats.p),
-        "n images": [formats.number(n, "d") for n in table["n_images"]],
+        **formats.tested(table),
     }
     return pd.DataFrame(columns)
 

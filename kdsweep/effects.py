@@ -139,16 +139,12 @@ def _some(cells: list[str]) -> str:
 def format_effects(table: pd.DataFrame) -> pd.DataFrame:
     """The strings of the table of effects."""
     estimates = zip(table["estimate_points"], table["gap"], strict=True)
-    intervals = zip(table["low_points"], table["high_points"], strict=True)
     columns = {
         **({"Settings": table["settings"]} if "settings" in table else {}),
         "Factor": table["factor"],
         "Effect": table["effect"],
         "DSC points": [formats.or_gap(formats.points(points), gap) for points, gap in estimates],
-        "95 % interval": [formats.interval(low=low, high=high) for low, high in intervals],
-        "p": table["p"].map(formats.p),
-        "p (Holm)": table["p_holm"].map(formats.p),
-        "n images": [formats.number(n, "d") for n in table["n_images"]],
+        **formats.tested(table),
     }
     return pd.DataFrame(columns)
 

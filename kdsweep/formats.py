@@ -36,3 +36,14 @@ def interval(*, low: float, high: float) -> str:
 def or_gap(shown: str, gap: str) -> str:
     """What is shown, or a dash and why there is nothing."""
     return f"{DASH} ({gap})" if gap else shown
+
+
+def tested(table: pd.DataFrame) -> dict[str, list[str]]:
+    """The columns that each table of paired differences ends with: interval (points), p, Holm's p, how many images."""
+    bounds = zip(table["low_points"], table["high_points"], strict=True)
+    return {
+        "95 % interval": [interval(low=low, high=high) for low, high in bounds],
+        "p": list(map(p, table["p"])),
+        "p (Holm)": list(map(p, table["p_holm"])),
+        "n images": [number(n, "d") for n in table["n_images"]],
+    }
