@@ -351,7 +351,7 @@ def _run(client: tracking.MlflowClient, run: tracking.Run, store: Path) -> Itera
         yield f"param {key}", value.replace(str(store), "STORE")
     for key, value in run.data.tags.items():
         if key.startswith("kdsweep.") and key != "kdsweep.asked_at":
-            yield f"tag {key}", value
+            yield f"tag {key}", value.replace(str(store), "STORE")
     for key in run.data.metrics:
         steps: dict[int, list[str]] = {}
         for point in client.get_metric_history(run.info.run_id, key):

@@ -378,7 +378,7 @@ def study(scored, small_busi, tmp_path, monkeypatch):
 
     def artifact(*, run_id, name, **_):
         assert name == "test_predictions.npz"
-        return tmp_path / f"{run_id}.npz"
+        return (tmp_path / f"{run_id}.npz").read_bytes()
 
     monkeypatch.setattr(contours.tracking, "artifact", artifact)
     return make

@@ -68,6 +68,6 @@ def test_runs_are_found_and_compared_in_a_browser(study, tmp_path):
         assert "Comparing 2 Runs from 1 Experiment" in compared
         assert "Parameters: cell.path Metrics:" in compared  # what it plots without a click
         assert "cell.path none L data.name" in compared
-        assert "test/dice train/loss val/loss 0.25 0.75" in compared
+        assert "best_epoch epochs test/dice train/loss val/loss 1 1 2 2 0.25 0.75" in compared
         parent = seen(f"{pages}/experiments/{experiment}/runs/{runs['study']}?{training}", tmp_path / "browser")
         assert "3 cells of sweep study : H_KLD, L_MSE, Student; split0; seed0." in parent
