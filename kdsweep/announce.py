@@ -87,13 +87,14 @@ def _or_exit(prepare: Callable[[], int]) -> int:
 
 
 def command_line(config: DictConfig) -> str:
-    """What the user typed, as it can be typed again: of a multirun with all of its values."""
+    """What the user typed, as it can be typed again: of a multirun with all of its values; without passwords."""
     hydra, words = config.hydra, ["python", "-m", "kdsweep"]
     words += ["-m"] if "hydra.mode=MULTIRUN" in hydra.overrides.hydra else []
     for source in hydra.runtime.config_sources:
         words += ["--config-dir", source.path] if source.provider == "command-line" else []
     words += [word for word in hydra.overrides.hydra if not word.startswith("hydra.mode=")]
-    return shlex.join([*words, *hydra.overrides.task])
+    # MLflow's tags and the report, which keep this, are read by others than the one who typed it.
+    return shlex.join(re.sub(r"://[^/\s]+@", "://USER:PASSWORD@", word) for word in [*words, *hydra.overrides.task])
 
 
 def announce(configs: list[DictConfig], *, command: str) -> int:

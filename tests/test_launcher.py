@@ -47,6 +47,25 @@ def test_any_other_error_keeps_its_class_and_loses_its_line_breaks():
     assert announce.one_line(ValueError("a\n  b")) == "ValueError: a b"
 
 
+def test_a_kept_command_can_be_typed_again_and_tells_no_password():
+    hydra = {
+        "overrides": {
+            "hydra": ["hydra.launcher.n_jobs=2", "hydra.mode=MULTIRUN"],
+            "task": ["path=L,H", "store=/my scans", "tracking.uri=postgresql://me:se@cret@host:5432/db"],
+        },
+        "runtime": {
+            "config_sources": [
+                {"path": "/pkg/conf", "provider": "main"},
+                {"path": "/mine", "provider": "command-line"},
+            ]
+        },
+    }
+    assert announce.command_line(OmegaConf.create({"hydra": hydra})) == (
+        "python -m kdsweep -m --config-dir /mine hydra.launcher.n_jobs=2 path=L,H 'store=/my scans' "
+        "tracking.uri=postgresql://USER:PASSWORD@host:5432/db"
+    )
+
+
 # --- what Hydra asks of every launcher
 
 
