@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from kdsweep import records
+from kdsweep import effects, formats, records, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -101,3 +102,33 @@ def test_the_benchmarks_figures_are_those_of_its_file() -> None:
     parts = [f"{median['lockstep 12']:.1f} s instead of {median['one by one']:.1f} s one by one"]
     parts += [f"{median['torchdistill'] / median['lockstep 12']:.1f} times as fast as torchdistill"]
     assert [figure for figure in parts if figure not in " ".join(README.split())] == []
+
+
+def result(name: str) -> pd.DataFrame:
+    return pd.read_csv(ROOT / "results" / "cpu_study" / f"{name}.csv", dtype={"gap": str}).fillna({"gap": ""})
+
+
+def results() -> str:
+    """The section on results; a sentence may run over several lines."""
+    return README.split("## Results")[1].split("\n## ")[0]
+
+
+def test_the_table_of_the_results_is_that_of_their_file() -> None:
+    table = result("table4")
+    wanted = []
+    for _, row in table.iterrows():
+        splits = " / ".join(f"{row[f'mean_dice_percent_split{split}']:.2f}" for split in range(3))
+        bounds = formats.interval(low=row["difference_low_points"], high=row["difference_high_points"])
+        difference = f"{row['difference_to_student_points']:+.2f} ({bounds})" if row["notation"] != "Student" else ""
+        p = formats.p(row["p_student_holm"]) if row["notation"] in tables.CELLS else ""
+        dice = f"{row['mean_dice_percent']:.2f} ± {row['std_dice_percent']:.2f}"
+        epochs = f"{row['mean_best_epoch']:.0f} of {row['mean_epochs']:.0f}"
+        wanted.append(" | ".join((f"| {row['notation']}", dice, splits, difference, p, f"{epochs} |")))
+    shown = [line for line in results().splitlines() if re.match(r"\| [A-Z]", line)]
+    assert shown == wanted
+    assert len(shown) == 15
+
+
+def test_the_sentences_of_the_results_are_those_of_their_files() -> None:
+    text = " ".join(results().split())
+    assert [line for line in effects.sentences(result("effects")) if line not in text] == []
