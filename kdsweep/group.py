@@ -7,6 +7,7 @@ import logging
 import time
 from functools import partial
 
+import torch
 from omegaconf import DictConfig
 
 from kdsweep import build, cells, grid, logs, records, teachers, timing, train
@@ -101,6 +102,7 @@ def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: 
         lesson_s=teacher.forward,
         images=len(cells.split_ids(first)["train"]),
         load=load,
+        threads=torch.get_num_threads() if on.type == "cpu" else 0,
     )
 
 

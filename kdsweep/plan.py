@@ -78,6 +78,7 @@ class Look:
         lesson_s: of a Teacher's forward.
         images: in the training part.
         load: of the processor before, if other programs took a good part of it; else 0.
+        threads: of the timed steps, on the CPU; else 0.
     """
 
     devices: dict[str, list[str]]
@@ -87,6 +88,7 @@ class Look:
     lesson_s: float = 1.0
     images: int = 1
     load: float = 0.0
+    threads: int = 0
 
 
 def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
@@ -344,6 +346,8 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
     if look is not None:
         names = list(dict.fromkeys(name for device in look.devices.values() for name in device))
         line += f"; device {', '.join(names)}"
+        if look.threads and names == [look.timed_on]:
+            line += f" with {_number(look.threads, 'thread')}"
     if look is not None and look.timed_on:
         longest = duration(estimate_s(groups, look) / len(names))
         line += f"; at most about {longest} if no early stop ends a cell sooner"

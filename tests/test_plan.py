@@ -190,9 +190,12 @@ def test_repeated_and_finished_jobs_do_not_wait(jobs):
         "3 cells (1 repeated jobs are the same cell): 2 to run, 1 finished; 1 lockstep group, 1 shared Teacher, ",
         "1 Teacher to train",
         "25 images at 64 pixels",
-        "device cpu",
+        "device cpu; ",
     ):
         assert part in line
+    assert "; device cpu with 2 threads; " in plan.describe(own, groups=[own], look=replace(LOOK, threads=2))
+    afar = replace(LOOK, threads=2, devices={"cpu": ["SLURM"]})  # timed here, trained there
+    assert "; device SLURM; " in plan.describe(own, groups=[own], look=afar)
 
 
 def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
