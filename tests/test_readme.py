@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kdsweep import effects, formats, records, tables
+from kdsweep import comparisons, effects, formats, records, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -130,5 +130,19 @@ def test_the_table_of_the_results_is_that_of_their_file() -> None:
 
 
 def test_the_sentences_of_the_results_are_those_of_their_files() -> None:
+    seeds, cells = result("seeds"), result("table4").set_index("notation")
+    limit = comparisons.repeatability_points(seeds)
+    wanted = [f"less than {limit:.2f} points in 95 % of cases", f"halves this to {limit / 2:.2f}"]
+    for _, row in seeds.iterrows():
+        means = " / ".join(f"{row[f'mean_dice_percent_seed{seed}']:.2f}" for seed in range(3))
+        wanted.append(f"{means} ({row['notation']})")
+    epochs = cells["mean_epochs"].round().astype(int)
+    own = epochs[list(tables.CELLS)]
+    wanted.append(f"after {epochs['Student']} epochs on average")
+    wanted.append(f"after {own.min()} to {own.max()}")
+    wanted += effects.sentences(result("effects")) + comparisons.told_settings(result("settings"))
     text = " ".join(results().split())
-    assert [line for line in effects.sentences(result("effects")) if line not in text] == []
+    assert [line for line in wanted if line not in text] == []
+    assert cells.loc[list(tables.CELLS), "mean_dice_percent"].idxmin() == "L_KLD_WAug"
+    paths = result("effects").set_index("effect")["estimate_points"]
+    assert paths["HReg - L"] > limit / 2 > max(paths["H - L"], paths["HReg - H"])
