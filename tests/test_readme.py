@@ -1,5 +1,6 @@
 """The README's recipes, run as they are written."""
 
+import itertools
 import json
 import re
 import shutil
@@ -146,5 +147,10 @@ def test_the_sentences_of_the_results_are_those_of_their_files() -> None:
     text = " ".join(results().split())
     assert [line for line in wanted if line not in text] == []
     assert cells.loc[list(tables.CELLS), "mean_dice_percent"].idxmin() == "L_KLD_WAug"
+    assert (
+        seeds["mean_dice_percent_seed0"] > seeds[["mean_dice_percent_seed1", "mean_dice_percent_seed2"]].max(axis=1)
+    ).all()
+    pairs = list(itertools.combinations(cells.loc[list(tables.CELLS), "mean_dice_percent"], 2))
+    assert sum(abs(one - other) <= limit for one, other in pairs) > len(pairs) / 2
     paths = result("effects").set_index("effect")["estimate_points"]
     assert paths["HReg - L"] > limit / 2 > max(paths["H - L"], paths["HReg - H"])
