@@ -16,39 +16,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep import conf_dir, data, grid, limits
+from kdsweep import conf_dir, data, grid, limits, user_code
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
-
-# The code that determines a result, beside what a configuration names by _target_.
-RESULT_CODE = [
-    "kdsweep.build.distillation",
-    "kdsweep.build.feed",
-    "kdsweep.build.learner",
-    "kdsweep.build.teacher_learner",
-    "kdsweep.compute.Compute",
-    "kdsweep.compute.placed",
-    "kdsweep.data.load",
-    "kdsweep.data.split",
-    "kdsweep.learner.Distillation",
-    "kdsweep.learner.Learner",
-    "kdsweep.loaders.TrainLoader",
-    "kdsweep.loaders.eval_part",
-    "kdsweep.losses.cross_entropy",
-    "kdsweep.metrics.per_image",
-    "kdsweep.metrics.mean_dice",
-    "kdsweep.metrics.trivial_dice",
-    "kdsweep.models.unet",
-    "kdsweep.models.TrimmedMobileNetV3Small",
-    "kdsweep.scoring.conclude",
-    "kdsweep.train.fit",
-    "kdsweep.views.Views",
-    "kdsweep.views.id_number",
-    "kdsweep.views.normalise",
-    "kdsweep.views.sampling_theta",
-    "kdsweep.views.warp",
-]
-
 
 Config = DictConfig | dict[str, Any]  # as Hydra gives it, or its ``values``
 
@@ -97,30 +67,34 @@ def _load(of: data.Source, *, load_size: int, image_size: int, allow_empty_masks
 def cell(cfg: Config) -> Cell:
     """The cell that a configuration describes, with its fingerprint."""
     given = values(cfg)
-    common, evidence = _common(given)
+    common, evidence, sources = _common(given)
     student, path = given["student"], given["path"]
-    evidence |= _weights_evidence("student", student)
+    evidence, sources = evidence | _weights_evidence("student", student), sources | _weights_source("student", student)
     own = {**common, "network": _network(student), **{key: given["train"][key] for key in ("lr", "monitor")}}
     if path["kd_path"] is None:
-        return _cell(given, "student", path["notation"], own, evidence)
+        return _cell(given, "student", path["notation"], own, evidence, sources)
     representation, loss, view = path.get("representation"), given["loss"], given["teacher_aug"]["distill_view"]
     if representation not in loss:
         raise InputError(f"path.representation={representation} is not allowed: it must be logits or hidden")
-    taught = {"path": path, "loss": loss[representation], "distill_view": view, "kd": given["kd"]}
+    idle = grid.unused("cell", params(given))
+    kd = {key: value for key, value in given["kd"].items() if f"kd.{key}" not in idle}
+    taught = {"path": path["kd_path"], "loss": loss[representation], "distill_view": view, "kd": kd}
     master = teacher_cell(given)
-    own = {**own, **taught, "teacher": master.settings}
+    own = {**own, **taught, "representation": representation, "teacher": master.settings}
+    evidence["teacher"] = master.fingerprint
+    sources |= {"teacher.seed": str(master.seed)} | _weights_source("teacher", given["teacher"])
     name = grid.notation(path=path["notation"], loss=loss["name"].upper(), distill_view=view)
-    return _cell(given, "cell", name, own, {**evidence, "teacher": master.fingerprint}, teacher=master)
+    return _cell(given, "cell", name, own, evidence, sources, teacher=master)
 
 
 def teacher_cell(cfg: Config) -> Cell:
     """The Teacher that a configuration's cell learns from."""
     given = values(cfg)
-    common, evidence = _common(given)
+    common, evidence, sources = _common(given)
     teacher, view = given["teacher"], given["teacher_aug"]["train_view"]
     own = {**common, "network": _network(teacher), "lr": teacher["lr"], "train_view": view}
-    evidence |= _weights_evidence("teacher", teacher)
-    return _cell(given, "teacher", grid.teacher_notation(view), own, evidence, seed=teacher["seed"])
+    evidence, sources = evidence | _weights_evidence("teacher", teacher), sources | _weights_source("teacher", teacher)
+    return _cell(given, "teacher", grid.teacher_notation(view), own, evidence, sources, seed=teacher["seed"])
 
 
 def batches_key(cfg: Config, *, seed: int) -> str:
@@ -129,7 +103,7 @@ def batches_key(cfg: Config, *, seed: int) -> str:
     Whatever else may differ inside a lockstep group: path, loss, views, Teacher, Student, rates, weights, epochs.
     """
     given = values(cfg)
-    common, evidence = _common(given)
+    common, evidence, _ = _common(given)
     made_of = [common[key] for key in ("data", "image_size", "views", "precision")]
     kept_in = [given["store"], given["tracking"]["uri"], given["tracking"]["experiment"]]
     by = [given["train"]["batch_size"], given["train"]["workers"], given["device"], given["deterministic"]]
@@ -142,27 +116,28 @@ def _cell(
     name: str,
     own: dict[str, Any],
     evidence: dict[str, str],
+    sources: dict[str, str],
     *,
     seed: int | None = None,
     teacher: Cell | None = None,
 ) -> Cell:
-    code = grid.code_parts([*RESULT_CODE, *grid.targets(own)])
+    # A Teacher's settings are settled already, and name no code that the Student's do not.
+    users = user_code.user_code_digest(grid.targets({key: value for key, value in own.items() if key != "teacher"}))
     return Cell(
         role=role,
         notation=name,
         split=given["split"],
         seed=given["seed"] if seed is None else seed,
-        settings=own,
-        evidence={**evidence, "code": grid.digest(code)},
+        settings=grid.without_places(own),
+        evidence={**evidence, **({"user_code": users} if users else {}), "results_version": str(grid.RESULTS_VERSION)},
         store=Path(given["store"]),
-        code=code,
-        variant=grid.used_by(role, given["variant"]),
+        sources=sources,
         teacher=teacher,
     )
 
 
-def _common(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What every training of a configuration depends on: settings, and digests of what lies outside them."""
+def _common(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """What every training depends on: settings, digests of what lies outside them, and where that lies."""
     own = given["data"]
     source = {key: value for key, value in own["source"].items() if key not in ("root", "cache_dir")}
     size = own["load_size"] or default_load_size(given["image_size"])
@@ -174,7 +149,7 @@ def _common(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         "precision": given["precision"],
         "train": {key: given["train"][key] for key in ("epochs", "batch_size", "patience")},
     }
-    return settings, {"data": listing(given).digest}
+    return settings, {"data": listing(given).digest}, {"data.root": str(own.get("root", ""))}
 
 
 def _network(node: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +166,10 @@ def _weights_evidence(group: str, node: dict[str, Any]) -> dict[str, str]:
     if not file.is_file():
         raise InputError(f"{group}.weights={file}: no such file; use imagenet, none, or a .safetensors or .pt file")
     return {f"{group}_weights": _file_digest(file, file.stat().st_mtime_ns)}
+
+
+def _weights_source(group: str, node: dict[str, Any]) -> dict[str, str]:
+    return {f"{group}.weights": str(node["weights"])}
 
 
 def imagenet(node: Mapping[str, Any]) -> str:
@@ -219,8 +198,7 @@ def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
 
 def params(cfg: Config) -> dict[str, Any]:
     """The flat resolved configuration, keys joined by dots: what MLflow keeps of a run."""
-    flat: dict[str, Any] = grid.flatten({key: value for key, value in values(cfg).items() if key != "variant"})
-    return flat
+    return grid.flatten(values(cfg))
 
 
 def values(cfg: Config) -> dict[str, Any]:

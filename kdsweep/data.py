@@ -23,7 +23,7 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
-from kdsweep import grid, phantom
+from kdsweep import phantom
 from kdsweep.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Phantoms:
     Args:
         count: number of images.
         seed: of the generator.
-        cache_dir: holds one folder per (count, seed, generator): a changed generator makes new images.
+        cache_dir: holds one folder per (count, seed, version of the generator).
     """
 
     count: int
@@ -134,8 +134,7 @@ class Phantoms:
 
     def entries(self) -> list[Entry]:
         """The phantoms, generated at the first call."""
-        generator = grid.code_digest(["kdsweep.phantom.cohort"])
-        root = Path(self.cache_dir) / f"{self.count}-seed{self.seed}-{generator[:10]}"
+        root = Path(self.cache_dir) / f"{self.count}-seed{self.seed}-generator{phantom.GENERATOR_VERSION}"
         if not root.is_dir():
             root.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(root.parent / ".lock"):  # another process may be making them

@@ -12,7 +12,7 @@ import pandas as pd
 
 from kdsweep import __version__, tracking
 from kdsweep.formats import DASH
-from kdsweep.grid import UNUSED, is_under, variant_label
+from kdsweep.grid import is_under, unused, variant_label
 from kdsweep.progress import duration
 from kdsweep.sweeps import known_values
 from kdsweep.tables import BASELINES, CELLS
@@ -102,7 +102,7 @@ def _order(value: Any) -> tuple[float, str]:
 def _params(sweep: Sweep, key: str) -> str:
     """The values that a param has in the runs whose role uses it."""
     rows = zip(sweep.runs["role"], sweep.runs["params"], strict=True)
-    values: set[str] = {params.get(key, "") for role, params in rows if not is_under(key, UNUSED[role])}
+    values: set[str] = {params.get(key, "") for role, params in rows if not is_under(key, unused(role, params))}
     return listed(sorted(values - {"", "None"}, key=_order))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from kdsweep.formats import DASH
+from kdsweep.grid import RESULTS_VERSION
 from kdsweep.stats import PLACE, RESAMPLES, TEST_NAMES
 from kdsweep.sweeps import known_values, placed_runs, scored_images, variants
 
@@ -59,6 +60,7 @@ def provenance(sweep: Sweep) -> list[str]:
     finished = runs[runs["status"] == "FINISHED"]
     weights, device = (", ".join(known_values(finished, key)) or DASH for key in ("weights", "device"))
     profile, data = ("".join(known_values(runs, key)) or DASH for key in ("profile", "data"))
+    version = "".join(known_values(runs, "results_version"))
     images = scored[[*PLACE, "image"]].drop_duplicates()
     notes = [
         f"profile {profile}, data {data}, weights {weights}, device {device}; "
@@ -69,6 +71,8 @@ def provenance(sweep: Sweep) -> list[str]:
         notes.append(
             f"Each of the {len(parts)} settings stands for itself: {'; '.join(parts)}. Nothing is averaged over."
         )
+    if version not in ("", str(RESULTS_VERSION)):
+        notes.append(f"Computed by an earlier kdsweep, results version {version} (this one: {RESULTS_VERSION}).")
     if profile == "quick":
         notes.append("A check of the machinery, not a result.")
     elif other := departures(runs):

@@ -5,26 +5,31 @@ Pure Python, no torch: names and fingerprints must be cheap.
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib.util
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-# Keys of the configuration, each with all below it. FACTORS: those of the grid. NEUTRAL: what decides no result
-# (weights stands in student.weights and teacher.weights). UNUSED: what a role is given and does not use.
+PACKAGE = "kdsweep"
+
+# Raise it by one whenever equal settings, data and seeds give other weights or scores than before: another
+# augmentation, loss, initialization, order of training images, optimizer, metric, or a new default that no setting
+# names. Every finished cell is computed again then. tests/test_golden.py notices such a change and is recorded anew
+# with it. What only moves, renames, logs, speeds up or reports does not raise it.
+RESULTS_VERSION = 1
+
+# Keys of the configuration, each with all below it. FACTORS: those of the grid. LOCAL: what decides no result.
+# SOURCES: where the images and the weights come from; their content counts (weights stands in student.weights and
+# teacher.weights).
 FACTORS = ("cell", "path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
-LOCAL = ("device", "retry_failed", "store", "sweep_name", "tracking", "train.workers", "data.root", "variant")
-NEUTRAL = (*LOCAL, "data.source.root", "data.source.cache_dir", "weights")
-UNUSED = {
-    "cell": (),
-    "student": ("path", "loss", "teacher_aug", "teacher", "kd"),
-    "teacher": ("path", "loss", "teacher_aug", "student", "kd", "train.lr", "train.monitor", "seed"),
-}
+LOCAL = ("device", "retry_failed", "store", "sweep_name", "tracking", "train.workers")
+SOURCES = ("data.root", "data.source.root", "data.source.cache_dir", "weights")
+NEUTRAL = (*LOCAL, *SOURCES)
+NAMES = ("path", "loss", "teacher_aug", "split", "seed")  # factors by which a cell is named
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,11 @@ class Cell:
         split: index of the random split.
         seed: of initialisation, shuffling and views.
         settings: what the user chose and the result depends on, as plain nested values.
-        evidence: digests of what lies outside the configuration: data, code, weights files, the Teacher.
+        evidence: what lies outside the configuration: results version; digests of data, weights files, the Teacher, the
+            user's own code.
         store: folder that holds all runs.
-        code: digest of each piece of code that the result depends on, by its name; evidence holds that of them all.
-        variant: values of the further keys that the sweep varies, as far as the role uses them.
+        sources: what the user typed for that: folders and files by key, the Teacher's seed.
+        variant: values of the further keys that the sweep varies, as far as they tell this cell from others.
         teacher: of a distilled Student.
     """
 
@@ -51,7 +57,7 @@ class Cell:
     settings: dict[str, Any]
     evidence: dict[str, str]
     store: Path = field(compare=False)
-    code: dict[str, str] = field(default_factory=dict, compare=False)
+    sources: dict[str, str] = field(default_factory=dict, compare=False)
     variant: dict[str, str] = field(default_factory=dict, compare=False)
     teacher: Cell | None = field(default=None, compare=False)
 
@@ -73,8 +79,12 @@ class Cell:
 
     @property
     def place(self) -> str:
-        """What a sweep asks for; a later computation of the same place (new code, new data) takes its seat."""
-        return f"{self.notation}/split{self.split}/seed{self.seed}/{digest(self.settings)[:8]}"
+        """What a sweep asks for: name, results version, and a digest of all that the user chose.
+
+        A later computation of the same place (an image was replaced) takes its seat.
+        """
+        choice = f"v{RESULTS_VERSION}-{digest([self.settings, self.sources])[:8]}"
+        return f"{self.notation}/split{self.split}/seed{self.seed}/{choice}"
 
     @cached_property
     def folder(self) -> Path:
@@ -108,9 +118,54 @@ def variant_label(variant: dict[str, str]) -> str:
     return ", ".join(f"{key}={value}" for key, value in variant.items())
 
 
-def used_by(role: str, variant: dict[str, str]) -> dict[str, str]:
-    """The part of a variant that a role uses: a Student without distillation has no ``kd.weight``."""
-    return {key: value for key, value in variant.items() if not is_under(key, UNUSED[role])}
+def unused(role: str, params: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys that a run is given and that cannot matter for its result.
+
+    Args:
+        role: ``cell``, ``student`` or ``teacher``.
+        params: its flat configuration, as values or, as MLflow keeps them, as strings.
+    """
+    if role == "student":
+        return ("path", "loss", "teacher_aug", "teacher", "kd")
+    if role == "teacher":
+        return ("path", "loss", "teacher_aug", "student", "kd", "train.lr", "train.monitor", "seed")
+    same_view = ("kd.align",) if params.get("teacher_aug.distill_view") == "strong" else ()  # nothing to align
+    loss = f"loss.{params.get('path.representation')}"
+    own = str(params.get(f"{loss}._target_", "")).startswith(f"{PACKAGE}.")
+    return (*same_view, "kd.temperature") if own and f"{loss}.temperature" not in params else same_view
+
+
+def used_by(role: str, variant: dict[str, str], params: Mapping[str, Any]) -> dict[str, str]:
+    """The part of a variant that matters for a run: a Student without distillation has no ``kd.weight``."""
+    idle = unused(role, params)
+    return {key: value for key, value in variant.items() if not is_under(key, idle)}
+
+
+def superseded(asked: Mapping[str, str], by: Mapping[str, str]) -> list[str]:
+    """Return the places of a sweep that new ones take.
+
+    These are the same cell under another name of its data or weights, and the cell of an older results version.
+
+    Args:
+        asked: by place what was asked for before: which cell it is, then its variant if it has one.
+        by: the same of what is asked for now.
+    """
+    cells = {value.partition(" ")[0] for value in by.values()}
+    names = {_without_version(place, value) for place, value in by.items()}
+    return [
+        place
+        for place, value in asked.items()
+        if place not in by
+        and (value.partition(" ")[0] in cells or (_is_older(place) and _without_version(place, value) in names))
+    ]
+
+
+def _is_older(place: str) -> bool:
+    return not place.rpartition("/")[2].startswith(f"v{RESULTS_VERSION}-")
+
+
+def _without_version(place: str, value: str) -> tuple[str, str]:
+    return place.rpartition("/")[0], value.partition(" ")[2]
 
 
 def varied_keys(params: list[dict[str, Any]]) -> list[str]:
@@ -120,13 +175,13 @@ def varied_keys(params: list[dict[str, Any]]) -> list[str]:
 
 
 def swept_keys(typed: list[list[str]]) -> list[str]:
-    """Keys that the command lines of several jobs give different values, beyond the factors and the neutral ones.
+    """Keys that the command lines of several jobs give different values, beyond those in a cell's name and LOCAL ones.
 
     Args:
         typed: the overrides of each job, such as ``["path=L", "train.lr=1e-3"]``.
     """
     jobs = [dict(word.lstrip("+").partition("=")[::2] for word in words) for words in typed]
-    keys = list(dict.fromkeys(key for job in jobs for key in job if not is_under(key, FACTORS + NEUTRAL)))
+    keys = dict.fromkeys(key for job in jobs for key in job if key not in NAMES and not is_under(key, LOCAL))
     return [key for key in keys if len({job.get(key) for job in jobs}) > 1]
 
 
@@ -178,70 +233,15 @@ def targets(settings: Any) -> list[str]:
     return []
 
 
-def code_digest(objects: list[str]) -> str:
-    """Digest of ``code_parts``."""
-    return digest(code_parts(objects))
+def without_places(settings: Any) -> Any:
+    """Return nested settings in which a ``_target_`` of this package is its last word alone.
 
-
-def code_parts(objects: list[str]) -> dict[str, str]:
-    """Digests of the code that makes a result: functions and classes with the module-level names that they reach.
-
-    Comments, docstrings and layout do not count, nor does what is beside the named objects in their modules: adding
-    a loss leaves finished cells finished.
-
-    Args:
-        objects: dotted names ``module.object``, in the project or outside.
+    A class that moves to another module is the same class: what its results are, RESULTS_VERSION says.
     """
-    return {name: _object_digest(name) for name in objects}
-
-
-@cache
-def _object_digest(name: str) -> str:
-    module, _, attribute = name.rpartition(".")
-    return _reachable(_tree(module), attribute)
-
-
-@cache
-def _tree(module: str) -> ast.Module:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return ast.parse(repr(module))  # compiled code has no source: its name must do
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-
-
-def _normal(tree: ast.AST) -> str:
-    tree = ast.parse(ast.unparse(tree))  # a copy without comments, layout and line numbers
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[:] = body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
-
-
-def _reachable(tree: ast.Module, name: str) -> str:
-    defined = {key: node for node in tree.body for key in _names(node)}
-    found: dict[str, str] = {}
-    waiting = [name]
-    while waiting:
-        key = waiting.pop()
-        if key in found or key not in defined:
-            continue
-        found[key] = _normal(defined[key])
-        waiting += [node.id for node in ast.walk(defined[key]) if isinstance(node, ast.Name)]
-    return digest(found)
-
-
-def _names(node: ast.stmt) -> list[str]:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return [node.name]
-    if isinstance(node, ast.Assign):  # also A, B = 1, 2
-        parts = [part for target in node.targets for part in ast.walk(target)]
-        return [part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
-    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-        return [node.target.id]
-    return []
+    if isinstance(settings, dict):
+        kept = {key: without_places(value) for key, value in settings.items()}
+        target = kept.get("_target_")
+        if isinstance(target, str) and target.startswith(f"{PACKAGE}."):
+            kept["_target_"] = target.rpartition(".")[2]
+        return kept
+    return [without_places(value) for value in settings] if isinstance(settings, list) else settings

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -106,18 +108,20 @@ def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: 
     )
 
 
-def run_group(configs: list[DictConfig]) -> list[Result]:
+def run_group(configs: list[DictConfig], *, variants: Mapping[str, dict[str, str]] | None = None) -> list[Result]:
     """Train the cells of these configurations together, from their checkpoints on.
 
     What another command has finished meanwhile is read; what one computes at the moment is waited for at the end.
 
     Args:
         configs: of different cells, with equal ``cells.batches_key``.
+        variants: by fingerprint those of the cells that have one.
 
     Returns:
         For each configuration its test Dice, or what ended it. What ends one leaves the others alone.
     """
     own = [cells.cell(cfg) for cfg in configs]
+    own = [replace(cell, variant=(variants or {}).get(cell.fingerprint, {})) for cell in own]
     results: dict[int, Result] = {}
     waits = False
     while lacking := [number for number in range(len(own)) if number not in results]:

@@ -159,7 +159,7 @@ class LockstepLauncher(Launcher):
         run = partial(worker.train_cells, hydra_context=self.hydra_context)
         members = {
             Unit(
-                run,
+                partial(run, variants={job.cell.fingerprint: job.cell.variant for job in group}),
                 partial(_configs, group),
                 look.devices[str(group[0].values["device"])],
                 cells=[job.cell for job in group],

@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, read_write
 
 from kdsweep import cells, grid, records
 from kdsweep.errors import CellError
@@ -57,8 +57,6 @@ class Job:
     def config(self) -> DictConfig:
         """With what was settled since it was read."""
         config = self.configs[self.number]
-        with open_dict(config):
-            config.variant = self.values["variant"]
         if self.subdir:
             with read_write(config.hydra.sweep):
                 config.hydra.sweep.subdir = self.subdir
@@ -104,8 +102,7 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
         choices.append(dict(cfg.hydra.runtime.choices) if "hydra" in cfg else {})
     for values in read:
         cells.check(values)
-    name_variants(read, words=words, choices=choices)
-    own = [cells.cell(values) for values in read]
+    own = name_variants([cells.cell(values) for values in read], read=read, words=words, choices=choices)
     known = [records.read_finished(cell.folder) for cell in own]
     return [
         Job(cell, finished, values, typed, configs, number, begun=0 if finished else records.epochs(cell.folder))
@@ -114,13 +111,19 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
 
 
 def name_variants(
-    read: Sequence[dict[str, Any]], *, words: Sequence[list[str]], choices: Sequence[dict[str, str]]
-) -> None:
-    """Write into the values of each job those of the keys beyond the factors that its sweep varies.
+    own: Sequence[Cell],
+    *,
+    read: Sequence[dict[str, Any]],
+    words: Sequence[list[str]],
+    choices: Sequence[dict[str, str]],
+) -> list[Cell]:
+    """Return the cells of all jobs with their variants: the swept values that tell a cell from others of its name.
 
     A key that an earlier command of the same sweep varied counts too, so that a value can be added to its list later.
+    One whose values all give the same cell does not: it does not matter there.
 
     Args:
+        own: the cells.
         read: ``cells.values`` of all jobs.
         words: their overrides.
         choices: the options that they take of each group of configuration files.
@@ -128,12 +131,21 @@ def name_variants(
     sweeps: dict[tuple[str, str], list[int]] = {}
     for number, values in enumerate(read):
         sweeps.setdefault((values["store"], values["sweep_name"]), []).append(number)
+    named = list(own)
     for (store, sweep), members in sweeps.items():
         keys = swept_keys([words[number] for number in members]) + records.read_varied(Path(store), sweep)
-        for number in members if keys else []:
-            flat = cells.params(read[number])
+        shared: dict[str, dict[str, str]] = {}
+        flats = {number: cells.params(read[number]) for number in members} if keys else {}
+        for number, flat in flats.items():
             found = {key: flat[key] if key in flat else choices[number].get(key) for key in dict.fromkeys(keys)}
-            read[number]["variant"] = {key: str(value) for key, value in found.items() if value is not None}
+            variant = {key: str(value) for key, value in found.items() if value is not None}
+            known = shared.setdefault(own[number].fingerprint, variant)
+            shared[own[number].fingerprint] = {key: value for key, value in known.items() if variant.get(key) == value}
+        for number, flat in flats.items():
+            cell, variant = own[number], shared[own[number].fingerprint]
+            teacher = cell.teacher and replace(cell.teacher, variant=grid.used_by("teacher", variant, flat))
+            named[number] = replace(cell, variant=grid.used_by(cell.role, variant, flat), teacher=teacher)
+    return named
 
 
 def swept_keys(words: list[list[str]]) -> list[str]:
@@ -200,7 +212,7 @@ def tell_changes(jobs: Sequence[Job]) -> None:
             new.setdefault(_difference(before, job.cell), []).append(job)
     for difference, own in new.items():
         log.info(
-            "%s new (%s): the store holds results of that name, but since then this has changed: %s",
+            "%s new (%s): the store holds results of that name, but %s",
             f"{_number(len(own), 'cell')} {'is' if len(own) == 1 else 'are'}",
             ", ".join(job.cell.title for job in own[:3]) + (", ..." if len(own) > 3 else ""),
             difference,
@@ -209,21 +221,22 @@ def tell_changes(jobs: Sequence[Job]) -> None:
 
 def _difference(before: dict[str, Any], cell: Cell) -> str:
     """What differs between an earlier cell of the same name and this one, in words."""
+    old_evidence = before["evidence"]
+    version = old_evidence.get("results_version", "0")  # the first ones had none
+    if version != str(grid.RESULTS_VERSION):
+        return (
+            f"they are of results version {version}, this is version {grid.RESULTS_VERSION}; "
+            "their tables, report and predictions can still be made"
+        )
     old, new = grid.flatten(before["settings"]), grid.flatten(cell.settings)
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     found = [f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})" for key in keys]
-    code = [
-        name
-        for name in sorted(before["code"].keys() | cell.code.keys())
-        if before["code"].get(name) != cell.code.get(name)
-    ]
-    found += [f"the code of {name}" for name in code]
-    names = {"data": "the images", "student_weights": "the file of student.weights"}
-    old_evidence = before["evidence"]
+    names = {"user_code": "your own code", "data": "the images", "student_weights": "the file of student.weights"}
     found += [words for key, words in names.items() if old_evidence.get(key) != cell.evidence.get(key)]
     if not found:
         found = ["its Teacher"]
-    return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    return f"since then this has changed: {', '.join(found[:4])}{more}"
 
 
 def unique(jobs: Sequence[Job]) -> list[Job]:

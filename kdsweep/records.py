@@ -19,7 +19,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from kdsweep import checkpoint
-from kdsweep.grid import Cell
+from kdsweep.grid import Cell, superseded
 
 log = logging.getLogger(__name__)
 
@@ -113,13 +113,14 @@ def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any],
         "kdsweep.fingerprint": cell.fingerprint,
         "kdsweep.teacher": cell.evidence.get("teacher", ""),
         "kdsweep.data": cell.evidence.get("data", ""),
+        "kdsweep.user_code": cell.evidence.get("user_code", ""),
+        "kdsweep.results_version": cell.evidence.get("results_version", ""),
     }
     content = {
         "tags": {**tags, **own},
         "started_ms": before.get("started_ms", now_ms()),
         "settings": cell.settings,
         "evidence": cell.evidence,
-        "code": cell.code,
         "params": params,
     }
     checkpoint.write_json(folder / "split.json", split)
@@ -268,7 +269,7 @@ def read(folder: Path) -> Record:
 def ask(store: Path, sweep: str, *, cells: list[Cell], teachers: list[Cell], varied: Sequence[str] = ()) -> None:
     """Write down which cells a sweep asks for, and their Teachers; what it asked for before stays.
 
-    A cell that is asked for again with new code or new data takes the seat of the old one.
+    A cell that is asked for again with replaced images, or by a later results version, takes the seat of the old one.
 
     Args:
         store: folder of the runs.
@@ -279,14 +280,22 @@ def ask(store: Path, sweep: str, *, cells: list[Cell], teachers: list[Cell], var
     """
     folder = store / SWEEPS
     folder.mkdir(parents=True, exist_ok=True)
-    own = [*teachers, *cells]
     with FileLock(folder / LOCK):
         checkpoint.remove_parts(folder)
-        asked = read_asked(store, sweep) | {cell.place: str(cell.folder.relative_to(store)) for cell in own}
-        variants = read_variants(store, sweep) | {cell.place: cell.variant for cell in own if cell.variant}
+        asked, variants = read_asked(store, sweep), read_variants(store, sweep)
+        new = {cell.place: str(cell.folder.relative_to(store)) for cell in [*teachers, *cells]}
+        told = {cell.place: cell.variant for cell in [*teachers, *cells] if cell.variant}
+        for place in superseded(_with_variants(asked, variants), _with_variants(new, told)):
+            del asked[place]
+            variants.pop(place, None)
         keys = dict.fromkeys([*read_varied(store, sweep), *varied])
-        content = {"asked": asked, "varied": list(keys), "variants": variants}
+        content = {"asked": asked | new, "varied": list(keys), "variants": variants | told}
         checkpoint.write_json(folder / f"{sweep}.json", content)
+
+
+def _with_variants(asked: dict[str, str], variants: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Each folder with the variant of its place behind it."""
+    return {place: f"{folder} {json.dumps(variants.get(place, {}))}" for place, folder in asked.items()}
 
 
 def read_asked(store: Path, sweep: str) -> dict[str, str]:

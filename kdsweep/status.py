@@ -188,7 +188,7 @@ def _titles(places: Iterable[str], variants: Mapping[str, dict[str, str]]) -> di
         notation, split, seed = name.rsplit("/", 2)
         title = f"{notation} split {split.removeprefix('split')} seed {seed.removeprefix('seed')}"
         variant = variant_label(variants.get(place, {}))
-        titles[place] = f"{title} ({variant or settings})" if variant or shared[name] > 1 else title
+        titles[place] = f"{title} ({variant or settings.rpartition('-')[2]})" if variant or shared[name] > 1 else title
     return titles
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from kdsweep.errors import InputError
-from kdsweep.grid import FACTORS, NEUTRAL, UNUSED, is_under, used_by, variant_label
+from kdsweep.grid import FACTORS, LOCAL, NEUTRAL, is_under, unused, used_by, variant_label
 from kdsweep.stats import PLACE
 
 if TYPE_CHECKING:
@@ -30,16 +31,18 @@ def variants(sweep: Sweep) -> dict[str, Sweep]:
     """
     _refuse_mixing(sweep)
     runs = sweep.runs.assign(variant=pd.Series(_variants(sweep), index=sweep.runs.index, dtype=object))
-    taught, alone = (list(runs.loc[runs["role"] == role, "variant"]) for role in ("cell", "student"))
-    served = [used_by("student", variant) for variant in taught]
-    every = [*taught, *(variant for variant in alone if variant not in served)]
-    found = {variant_label(variant): variant for variant in every}
+    is_teacher = runs["role"] == "teacher"
+    found = {variant_label(variant): variant for variant in runs.loc[~is_teacher, "variant"]}
+    whole = {
+        label: variant
+        for label, variant in found.items()
+        if not any(variant.items() < other.items() for other in found.values())
+    }
     parts = {}
-    for label in sorted(found, key=lambda label: [_rank(value) for value in found[label].values()]):
-        variant = found[label]
-        own = {"cell": variant, "student": used_by("student", variant)}
-        here = runs[[own.get(role) == its for role, its in zip(runs["role"], runs["variant"], strict=True)]]
-        teachers = runs[(runs["role"] == "teacher") & runs["fingerprint"].isin(here["teacher"])]
+    for label in sorted(whole, key=lambda label: [_rank(value) for value in whole[label].values()]):
+        serves = runs["variant"].map(partial(_is_part, whole=whole[label])).astype(bool)
+        here = runs[~is_teacher & serves]
+        teachers = runs[is_teacher & runs["fingerprint"].isin(here["teacher"])]
         parts[label] = replace(sweep, runs=pd.concat([here, teachers], ignore_index=True), varied=())
     return parts if len(parts) > 1 else {"": replace(sweep, varied=())}
 
@@ -64,13 +67,18 @@ def each_variant(sweep: Sweep, make: Callable[[Sweep], pd.DataFrame]) -> pd.Data
 
 def _variants(sweep: Sweep) -> list[dict[str, str]]:
     """The variant of each run; what was asked for alone gets the values of its params."""
-    given = list(sweep.runs["variant"])
-    keys = list(dict.fromkeys(key for variant in given for key in variant))
-    rows = zip(given, sweep.runs["params"], sweep.runs["role"], strict=True)
-    return [
-        used_by(role, {key: variant.get(key, params.get(key, "?")) for key in keys}) if role != "teacher" else {}
-        for variant, params, role in rows
-    ]
+    keys = list(dict.fromkeys(key for variant in sweep.runs["variant"] for key in variant))
+    found = []
+    for given, params, role in zip(sweep.runs["variant"], sweep.runs["params"], sweep.runs["role"], strict=True):
+        known = params | given
+        found.append(
+            used_by(role, {key: known[key] for key in keys if key in known}, params) if role != "teacher" else {}
+        )
+    return found
+
+
+def _is_part(variant: dict[str, str], *, whole: dict[str, str]) -> bool:
+    return variant.items() <= whole.items()
 
 
 def _rank(value: str) -> tuple[bool, float, str]:
@@ -123,7 +131,7 @@ def known_values(runs: pd.DataFrame, key: str) -> list[str]:
 def _refuse_mixing(sweep: Sweep) -> None:
     if sweep.runs.empty:
         raise InputError(f"sweep {sweep.name} has no runs: start with `python -m kdsweep -m +experiment=table4`")
-    for key in ("profile", "data"):  # each stands for many params
+    for key in ("profile", "data", "results_version"):
         values = [f"{key}={value}" for value in known_values(sweep.runs, key)]
         if len(values) > 1:
             raise InputError(f"sweep {sweep.name} mixes {' and '.join(values)}: {REMEDY}")
@@ -139,15 +147,15 @@ def _mixed_params(runs: pd.DataFrame, *, besides: tuple[str, ...]) -> list[str]:
     """
     known = runs[(runs["role"] != "teacher") & runs["params"].map(bool)]  # no params: the run never started
     known = known.sort_values(["role", "notation", *PLACE, "fingerprint"])
-    rows = list(zip(known["role"], known["params"], known["notation"], known["split"], strict=True))
+    idle = [unused(role, params) for role, params in zip(known["role"], known["params"], strict=True)]
+    rows = list(zip(idle, known["params"], known["notation"], known["split"], strict=True))
     mixed = []
     for key in sorted(set().union(*known["params"])):
         if is_under(key, FACTORS + NEUTRAL + besides):
             continue
-        uses = {role: not is_under(key, unused) for role, unused in UNUSED.items()}
         first: dict[str, str] = {}
-        for role, params, notation, split in rows:
-            if uses[role]:
+        for own, params, notation, split in rows:
+            if not is_under(key, own):
                 first.setdefault(params.get(key, "unset"), f"({notation} split {split})")
         if len(first) > 1:
             mixed.append(" and ".join([f"{key}={value} {where}" for value, where in first.items()][:2]))
@@ -162,7 +170,7 @@ def _refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
         same = finished[cell]
         one, other = same["params"].iloc[0], same["params"].iloc[1]
         keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
-        keys = [key for key in keys if not is_under(key, NEUTRAL + UNUSED[same["role"].iloc[0]])]
+        keys = [key for key in keys if not is_under(key, LOCAL + unused(same["role"].iloc[0], one))]
         shown = ", ".join(f"{key}={one.get(key, 'unset')} and {other.get(key, 'unset')}" for key in keys[:3])
         shown = shown or "equal options, so the code, the data or a weights file changed"
         raise InputError(

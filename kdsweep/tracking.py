@@ -29,7 +29,7 @@ import pandas as pd
 from kdsweep.checkpoint import remove_parts
 from kdsweep.database import DATABASE, TrackingError, alone, artifacts_uri, follow_move, line, passes, store_uri
 from kdsweep.errors import InputError
-from kdsweep.grid import Cell
+from kdsweep.grid import Cell, superseded
 from kdsweep.records import Record, now_ms
 
 # Before the import of mlflow, which reads them.
@@ -69,8 +69,8 @@ class Sweep:
         name: of the sweep.
         runs: one row per cell asked for and per Teacher they learn from; columns fingerprint, role, notation, split,
             seed, variant (values of the further keys that the sweep varies, as a dict), profile, data, weights,
-            device, teacher, status, run_id, started_ms, ended_ms, params, tags, trivial_dice, epochs (how many it was
-            trained), best_epoch (counted from 0); what is not known is 0, empty or NaN.
+            results_version, device, teacher, status, run_id, started_ms, ended_ms, params, tags, trivial_dice, epochs
+            (how many it was trained), best_epoch (counted from 0); what is not known is 0, empty or NaN.
         scores: one row per fingerprint and test image of the finished ones; fractions 0 to 1, HD95 in pixels.
         varied: the keys beyond the factors in which its cells differ on purpose.
         commands: that asked for its cells, as they can be typed again, the last one last.
@@ -151,7 +151,7 @@ class Tracker:
             command: that asks for them, as it can be typed again.
         """
         parent = self._parent(sweep)
-        before = self._client.get_run(parent).data.tags
+        before = dict(self._client.get_run(parent).data.tags)
         keys = dict.fromkeys([*before.get(VARIED, "").split(), *varied])
         asked = {}
         for cell in cells:
@@ -159,6 +159,9 @@ class Tracker:
             asked[key] = f"{cell.fingerprint} {json.dumps(cell.variant)}" if cell.variant else cell.fingerprint
             if before.get(key, "").startswith(f"{asked[key]} "):  # asked for alone this time, among others before
                 asked[key] = before[key]
+        for key in superseded({key: value for key, value in before.items() if key.startswith(ASKED)}, asked):
+            self._client.delete_tag(parent, key)
+            del before[key]
         about = {"kdsweep.asked_at": str(time.time()), VARIED: " ".join(keys), NOTE: _note(sweep, before | asked)}
         commands = [known for known in before.get(COMMANDS, "").splitlines() if known != command] + [command]
         while len("\n".join(commands)) > COMMANDS_LENGTH:
@@ -400,7 +403,7 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         notation, split, seed, _ = place.split("/")
         role = "student" if notation == "Student" else "cell"
         where = {"split": int(split.removeprefix("split")), "seed": int(seed.removeprefix("seed"))}
-        unknown = dict.fromkeys(("profile", "data", "weights", "device", "teacher", "run_id"), "")
+        unknown = dict.fromkeys(("profile", "data", "weights", "results_version", "device", "teacher", "run_id"), "")
         own = {"fingerprint": fingerprint, "role": role, "notation": notation}
         no_run = {"started_ms": 0, "ended_ms": 0, "params": {}, "tags": {}} | dict.fromkeys(VALUES.values(), nan)
         return {**own, **where, **unknown, "status": "missing", **no_run}
@@ -414,6 +417,7 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         "profile": tags["kdsweep.profile"],
         "data": run.data.params.get("data.name", ""),
         "weights": run.data.params.get("weights", ""),
+        "results_version": tags.get("kdsweep.results_version", "0"),  # the first ones told none
         "device": tags["kdsweep.device"],
         "teacher": tags["kdsweep.teacher"],
         "status": run.info.status,

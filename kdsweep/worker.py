@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -249,7 +250,9 @@ def one_by_one(configs: list[DictConfig], *, task_function: TaskFunction) -> lis
     return [task_function(config) for config in configs]
 
 
-def train_cells(configs: Sequence[DictConfig], hydra_context: HydraContext) -> list[float | Exception]:
+def train_cells(
+    configs: Sequence[DictConfig], hydra_context: HydraContext, variants: dict[str, dict[str, str]]
+) -> list[float | Exception]:
     """``group.run_group`` as Hydra jobs; the process that sends this has no torch.
 
     Returns:
@@ -257,7 +260,8 @@ def train_cells(configs: Sequence[DictConfig], hydra_context: HydraContext) -> l
     """
     from kdsweep import group
 
-    return [own._return_value for own in run_jobs(configs, hydra_context, group.run_group)]
+    run_group = partial(group.run_group, variants=variants)
+    return [own._return_value for own in run_jobs(configs, hydra_context, run_group)]
 
 
 def train_teachers(configs: list[DictConfig]) -> str:

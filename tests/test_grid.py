@@ -1,9 +1,6 @@
-"""Names, fingerprints and code digests: equal where results are equal, different where they may differ."""
+"""Names and fingerprints: equal where results are equal, different where they may differ."""
 
-import ast
-import importlib
 import itertools
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdsweep import cells, grid
+from kdsweep import grid
 from kdsweep.grid import Cell
 
 CELL = Cell(
@@ -21,7 +18,7 @@ CELL = Cell(
     split=0,
     seed=0,
     settings={"lr": 1e-4, "kd": {"weight": 0.5, "align": "warp"}, "sizes": [256, 128]},
-    evidence={"data": "aaaa", "code": "bbbb"},
+    evidence={"data": "aaaa", "user_code": "bbbb"},
     store=Path("runs"),
 )
 
@@ -67,7 +64,7 @@ INGREDIENTS: dict[str, Any] = {
     "split": 1,
     "seed": 1,
     "settings": {**CELL.settings, "lr": 1e-3},
-    "evidence": {**CELL.evidence, "code": "cccc"},
+    "evidence": {**CELL.evidence, "user_code": "cccc"},
 }
 
 
@@ -77,7 +74,7 @@ def test_every_ingredient_changes_the_fingerprint(name: str) -> None:
 
 
 def test_no_ingredient_is_left_out_of_the_test_above() -> None:
-    held = {"store", "code", "variant", "teacher"}  # evidence and settings hold all but the first
+    held = {"store", "sources", "variant", "teacher"}  # evidence and settings hold all but the first
     assert {*INGREDIENTS, *held} == {own.name for own in fields(CELL)}
 
 
@@ -93,7 +90,7 @@ def test_the_store_changes_the_folder_and_nothing_else() -> None:
 
 
 def test_new_evidence_makes_a_new_fingerprint_for_the_same_place() -> None:
-    later = replace(CELL, evidence={"data": "aaaa", "code": "changed"})
+    later = replace(CELL, evidence={"data": "changed", "user_code": "bbbb"})
     assert later.place == CELL.place
     assert later.fingerprint != CELL.fingerprint
     assert later.folder != CELL.folder
@@ -141,168 +138,33 @@ def test_targets_of_any_nesting_are_those_put_in(value: Any) -> None:
     assert grid.targets({"_target_": "x.X", "more": [value, {"_target_": "y.Y", "value": value}]}) == ["x.X", "y.Y"]
 
 
-# --- digests of code
-
-MODULE = """
-import math
-
-RATE, SHARE = 0.1, 0.2
-LIMIT: int = 3
-UNRELATED = 1
+def test_a_class_of_the_package_that_moves_is_the_same_class() -> None:
+    before = {"path": {"_target_": "kdsweep.kd_paths.Hidden"}, "losses": [{"_target_": "own.mae", "x": 1}, 2]}
+    after = {"path": {"_target_": "kdsweep.distill.paths.Hidden"}, "losses": [{"_target_": "own.mae", "x": 1}, 2]}
+    settled = grid.without_places(before)
+    assert settled == grid.without_places(after)
+    assert settled == {"path": {"_target_": "Hidden"}, "losses": [{"_target_": "own.mae", "x": 1}, 2]}
 
 
-def helper(x):
-    return min(x, LIMIT) * SHARE
+# --- what a sweep asks for
 
 
-class Base:
-    def value(self):
-        return helper(1)
-
-
-class Result(Base):
-    def total(self):
-        return self.value() + RATE
-
-
-def unrelated():
-    return math.pi
-"""
-
-
-@pytest.fixture
-def digest_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Digest of ``Result`` in a module of the given source."""
-    file = tmp_path / "kdsweep_test_module.py"
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def digest(source: str, name: str = "Result") -> str:
-        file.write_text(source, encoding="utf-8")
-        importlib.invalidate_caches()
-        grid._tree.cache_clear()
-        grid._object_digest.cache_clear()
-        return grid.code_digest([f"{file.stem}.{name}"])
-
-    yield digest
-    grid._tree.cache_clear()
-    grid._object_digest.cache_clear()
-
-
-def test_comments_docstrings_and_layout_do_not_count(digest_of: Callable[[str], str]) -> None:
-    dressed = (
-        MODULE.replace("import math", '"""What this is."""\n\nimport math')
-        .replace("def helper(x):\n", 'def helper(\n    x,\n):\n    """Limit x."""\n    # and scale it\n')
-        .replace("class Base:\n", 'class Base:\n    """The base.\n\n    Of all.\n    """\n\n')
-        .replace("def unrelated", "# beside it\n\ndef unrelated")
-    )
-    assert dressed != MODULE
-    assert digest_of(dressed) == digest_of(MODULE)
-    redressed = dressed.replace("Limit x.", "Another text.")
-    assert digest_of(redressed) == digest_of(MODULE)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("self.value() +", "self.value() -"),  # the class itself
-        ("helper(1)", "helper(2)"),  # its base
-        ("min(x, LIMIT)", "max(x, LIMIT)"),  # a function that the base calls
-        ("LIMIT: int = 3", "LIMIT: int = 4"),  # constants in each way of writing them
-        ("RATE, SHARE = 0.1", "RATE, SHARE = 0.3"),
-        ("def helper(x):", "def helper(x, y=1):"),
-        ("class Result(Base):", "class Result(Base, object):"),
-    ],
-)
-def test_whatever_the_object_reaches_counts(digest_of: Callable[[str], str], old: str, new: str) -> None:
-    assert old in MODULE
-    assert digest_of(MODULE.replace(old, new)) != digest_of(MODULE)
-
-
-def test_what_stands_beside_the_object_does_not_count(digest_of: Callable[[str], str]) -> None:
-    before = digest_of(MODULE)
-    assert digest_of(MODULE + "\n\ndef added():\n    return helper(7)\n") == before
-    assert digest_of(MODULE.replace("math.pi", "math.e").replace("UNRELATED = 1", "UNRELATED = 2")) == before
-    assert digest_of(MODULE.replace("import math", "import math\nimport os")) == before
-
-
-def test_mutual_recursion_ends(digest_of: Callable[[str], str]) -> None:
-    source = "def even(n):\n    return n == 0 or odd(n - 1)\n\ndef odd(n):\n    return n != 0 and even(n - 1)\n"
-    assert digest_of(source, "even") != digest_of(source.replace("n != 0", "n > 0"), "even")
-
-
-def test_compiled_code_without_source_counts_by_its_name() -> None:
-    assert grid.code_digest(["math.sin"]) != grid.code_digest(["math.cos"])
-
-
-@pytest.mark.parametrize("name", cells.RESULT_CODE)
-def test_every_name_of_the_result_code_exists_and_is_defined_where_it_says(name: str) -> None:
-    module, _, attribute = name.rpartition(".")
-    assert hasattr(importlib.import_module(module), attribute)
-    assert any(attribute in grid._names(node) for node in grid._tree(module).body), f"{module} only imports {attribute}"
-
-
-def test_the_result_code_names_nothing_twice() -> None:
-    assert len(set(cells.RESULT_CODE)) == len(cells.RESULT_CODE)
-
-
-# What the result code uses of other modules without its result depending on it: files, messages, refusals, containers,
-# readers of the configuration, and the phantoms' generator, whose images are in the data's digest.
-NO_RESULT = (
-    *(
-        "kdsweep.cells.",
-        "kdsweep.checkpoint.",
-        "kdsweep.errors.",
-        "kdsweep.interrupts.",
-        "kdsweep.limits.",
-        "kdsweep.logs.",
-        "kdsweep.progress.",
-        "kdsweep.phantom.cohort",
-        "kdsweep.records.",
-    ),
-    *(
-        "kdsweep.compute.is_out_of_memory",
-        "kdsweep.data.check_training_masks",
-        "kdsweep.grid.Cell",
-        "kdsweep.grid.code_digest",
-        "kdsweep.loaders.Feed",
-        "kdsweep.metrics.SCORES",
-    ),
-)
-
-
-def used(name: str) -> tuple[set[str], set[str]]:
-    """Names that an object reaches within its module, and those of other kdsweep modules that it uses directly."""
-    module, _, attribute = name.rpartition(".")
-    tree = grid._tree(module)
-    defined = {key: node for node in tree.body for key in grid._names(node)}
-    origin = {
-        alias.asname or alias.name: f"{node.module}.{alias.name}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kdsweep")
-        for alias in node.names
+def test_a_new_place_takes_that_of_the_same_cell_and_of_an_older_results_version() -> None:
+    asked = {
+        "L_MSE/split0/seed0/0123abcd": "cells/a {}",  # before places had a version
+        "L_MSE/split0/seed0/v0-0123abcd": 'cells/b {"train.lr": "1"}',
+        "L_MSE/split1/seed0/0123abcd": "cells/c {}",
+        "H_MSE/split0/seed0/v1-aaaaaaaa": "cells/d {}",
+        "H_KLD/split0/seed0/v1-aaaaaaaa": "cells/e {}",
     }
-    inside: set[str] = set()
-    outside: set[str] = set()
-    waiting = [attribute]
-    while waiting:
-        key = waiting.pop()
-        if key in inside or key not in defined:
-            continue
-        inside.add(key)
-        for node in ast.walk(defined[key]):
-            if isinstance(node, ast.Name):
-                waiting.append(node.id)
-                outside |= {origin[node.id]} if node.id in origin else set()
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in origin:
-                outside.add(f"{origin[node.value.id]}.{node.attr}")
-    return {f"{module}.{key}" for key in inside}, {name for name in outside if name.count(".") > 1}
+    new = {"L_MSE/split0/seed0/v1-89abcdef": "cells/f {}", "H_MSE/split0/seed0/v1-bbbbbbbb": "cells/d {}"}
+    assert grid.RESULTS_VERSION == 1
+    assert grid.superseded(asked, new) == ["L_MSE/split0/seed0/0123abcd", "H_MSE/split0/seed0/v1-aaaaaaaa"]
+    assert grid.superseded(asked | new, new) == grid.superseded(asked, new)
 
 
-def test_the_result_code_names_all_that_it_uses_of_other_modules() -> None:
-    """Else a change there would leave old results standing as if they were those of the new code."""
-    configured = [grid.targets(cells.plain(cells.compose([f"path={path}"]))) for path in ("L", "H", "HR")]
-    pairs = [used(name) for name in {*cells.RESULT_CODE, *itertools.chain(*configured)}]
-    covered = set().union(*(inside for inside, _ in pairs))
-    outside = set().union(*(outside for _, outside in pairs))
-    assert "kdsweep.losses.cross_entropy" in outside  # the walk sees what it should
-    assert sorted(name for name in outside - covered if not name.startswith(NO_RESULT)) == []
+@pytest.mark.parametrize("role", ["cell", "student", "teacher"])
+def test_a_role_uses_its_own_keys(role: str) -> None:
+    keys = {"train.lr": "1", "kd.weight": "1", "teacher.lr": "1", "student.encoder": "x", "image_size": "64"}
+    used = {"cell": set(keys), "student": {"train.lr", "student.encoder", "image_size"}}
+    assert set(grid.used_by(role, keys, {})) == used.get(role, {"teacher.lr", "image_size"})

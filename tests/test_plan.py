@@ -2,10 +2,13 @@
 
 import itertools
 import os
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from omegaconf import open_dict
+from PIL import Image
 
 from kdsweep import cells, grid, plan, records, timing
 
@@ -55,8 +58,62 @@ def test_a_swept_key_tells_cells_apart_where_the_role_uses_it(command):
         "L_KLD_WAug split 0 seed 0 (kd.weight=0.5)",
         "L_KLD_WAug split 0 seed 0 (kd.weight=0.9)",
     ]
-    assert [cells.cell(job.config).title for job in own] == [job.cell.title for job in own]  # in another process too
-    assert [cells.teacher_cell(job.config).variant for job in own] == [{}] * 4
+    assert [job.cell.teacher.variant for job in own[2:]] == [{}, {}]
+
+
+def test_what_cannot_matter_makes_no_further_cell(command):
+    """Both views are the same with a strong Teacher: nothing to align. The mean squared error has no temperature."""
+    grid_of = itertools.product(("weak", "strong"), ("warp", "none"), ("1", "2"))
+    own = command(
+        *(
+            ["path=L", "loss=mse", f"teacher_aug={aug}", f"kd.align={align}", f"kd.temperature={temperature}"]
+            for aug, align, temperature in grid_of
+        )
+    )
+    assert [job.cell.title for job in plan.unique(own)] == [
+        "L_MSE_WAug split 0 seed 0 (kd.align=warp)",
+        "L_MSE_WAug split 0 seed 0 (kd.align=none)",
+        "L_MSE split 0 seed 0",
+    ]
+    warm = command(*(["path=L", "loss=kld", f"kd.temperature={temperature}"] for temperature in ("1", "2")))
+    assert [job.cell.variant for job in warm] == [{"kd.temperature": "1"}, {"kd.temperature": "2"}]
+
+
+@pytest.mark.parametrize("key", ["teacher.seed", "data.root", "student.weights", "teacher.weights", "weights"])
+def test_cells_of_one_command_that_the_fingerprint_tells_apart_have_places_of_their_own(command, small_busi, key):
+    values = ["0", "1"]
+    if key == "data.root":
+        values = [str(small_busi), shutil.copytree(small_busi, small_busi.parent / "site-b", dirs_exist_ok=True)]
+        mask = next((small_busi.parent / "site-b").rglob("*_mask.png"))
+        Image.fromarray(~np.array(Image.open(mask))).save(mask)
+    elif key.endswith("weights"):
+        values = ["none", "imagenet"]
+    own = command(*([f"{key}={value}"] for value in values))
+    assert len({job.cell.fingerprint for job in own}) == 2
+    assert [job.cell.variant for job in own] == [{key: str(value)} for value in values]
+    asked(own)
+    folders = records.read_asked(own[0].cell.store, "busi-quick")
+    assert set(folders.values()) == {str(job.cell.folder.relative_to(job.cell.store)) for job in own}
+
+
+def test_a_replaced_image_takes_the_seat_of_the_old_one_and_a_moved_folder_too(command, small_busi, tmp_path):
+    first, moved = tmp_path / "first", tmp_path / "moved"
+    shutil.copytree(small_busi, first)
+    (old,) = command([f"data.root={first}"])
+    asked([old])
+    first.rename(moved)
+    (same,) = command([f"data.root={moved}"])
+    asked([same])
+    assert (same.cell.fingerprint, same.cell.place == old.cell.place) == (old.cell.fingerprint, False)
+    assert list(records.read_asked(tmp_path, "busi-quick")) == [same.cell.place]
+    image = next(moved.rglob("*(1).png"))
+    Image.fromarray(~np.array(Image.open(image))).save(image)
+    cells._listing.cache_clear()
+    (changed,) = command([f"data.root={moved}"])
+    asked([changed])
+    assert changed.cell.fingerprint != same.cell.fingerprint
+    folder = str(changed.cell.folder.relative_to(tmp_path))
+    assert records.read_asked(tmp_path, "busi-quick") == {changed.cell.place: folder}
 
 
 def test_factors_folders_and_devices_tell_nothing_apart(command):
@@ -67,7 +124,7 @@ def test_factors_folders_and_devices_tell_nothing_apart(command):
 def test_a_swept_group_is_told_by_the_name_of_the_choice(command):
     one, other = command(["teacher=resnet18", "train.lr=0.01"], ["teacher=resnet34", "train.lr=0.01"])
     assert [one.cell.variant, other.cell.variant] == [{"teacher": "resnet18"}, {"teacher": "resnet34"}]
-    assert cells.teacher_cell(other.config).title == "Teacher_WAug split 0 seed 0 (teacher=resnet34)"
+    assert other.cell.teacher.title == "Teacher_WAug split 0 seed 0 (teacher=resnet34)"
 
 
 def test_a_value_added_later_is_told_apart_too_and_results_stay_the_same_cells(command):
@@ -257,16 +314,28 @@ def test_a_new_cell_beside_an_old_one_of_its_name_says_what_changed(jobs, caplog
     assert caplog.messages == []  # both are asked for
 
 
-def test_changed_code_is_named_by_its_piece(jobs, caplog, monkeypatch):
+def test_a_later_results_version_is_told_with_what_still_can_be_done(jobs, caplog, monkeypatch):
     caplog.set_level("INFO")
     for job in jobs(["path=L"], ["path=H"]):
         begun(job)
-    parts = grid.code_parts
-    monkeypatch.setattr(grid, "code_parts", lambda names: {**parts(names), "kdsweep.views.Views": "edited"})
-    plan.tell_changes(jobs(["path=L"], ["path=H"]))
+    monkeypatch.setattr(grid, "RESULTS_VERSION", grid.RESULTS_VERSION + 1)
+    later = jobs(["path=L"], ["path=H"])
+    plan.tell_changes(later)
     (line,) = caplog.messages
-    assert line.startswith("2 cells are new (L_KLD_WAug split 0 seed 0, H_KLD_WAug split 0 seed 0): ")
-    assert line.endswith(f"{CHANGED}the code of kdsweep.views.Views")
+    assert line == (
+        "2 cells are new (L_KLD_WAug split 0 seed 0, H_KLD_WAug split 0 seed 0): the store holds results of that name, "
+        f"but they are of results version {grid.RESULTS_VERSION - 1}, this is version {grid.RESULTS_VERSION}; their "
+        "tables, report and predictions can still be made"
+    )
+
+
+def test_changed_code_of_the_users_own_is_named(jobs, caplog):
+    caplog.set_level("INFO")
+    (old,) = jobs(["path=L"])
+    begun(old)
+    changed = replace(old.cell, evidence={**old.cell.evidence, "user_code": "another"})
+    plan.tell_changes([replace(old, cell=changed)])
+    assert caplog.messages[0].endswith(f"{CHANGED}your own code")
 
 
 def test_a_changed_teacher_alone_is_named(jobs, caplog, monkeypatch):

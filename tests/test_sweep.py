@@ -409,6 +409,25 @@ def test_what_fails_is_tried_once_or_with_retry_failed_twice(small_busi, tmp_pat
 
 
 @pytest.mark.usefixtures("database")
+def test_two_data_folders_of_one_command_are_two_rows(small_busi, database, tmp_path):
+    """Neither the status nor a table loses one of two cells that only the images tell apart."""
+    other = shutil.copytree(small_busi, tmp_path / "site-b")
+    for mask in other.rglob("*_mask.png"):
+        Image.fromarray(~np.array(Image.open(mask))).save(mask)
+    small = [*QUICK, "train.epochs=1", "path=none", f"data.root={small_busi},{other}"]
+    done = kdsweep("-m", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 cells done" in done.stdout
+    told = kdsweep(cwd=tmp_path, module="kdsweep.status").stdout
+    assert "2 cells: 2 done" in told
+    assert f"Student split 0 seed 0 (data.root={other})" in told
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    table = tables.table4(sweep)
+    own = table[table["notation"] == "Student"]
+    assert sorted(own["settings"]) == sorted([f"data.root={small_busi}", f"data.root={other}"])
+    assert own["mean_dice_percent"].nunique() == 2
+
+
 def test_changed_images_make_new_cells_and_the_line_says_so(small_busi, tmp_path):
     root = Path(shutil.copytree(small_busi, tmp_path / "images"))
     arguments = ["path=none", *QUICK, f"data.root={root}", "train.epochs=1"]

@@ -65,6 +65,7 @@ def run_row(notation, split, seed=0, /, **changes):
         "profile": "paper",
         "data": "busi",
         "weights": "imagenet",
+        "results_version": "1",
         "device": "cuda",
         "teacher": fingerprint(own, split, seed) if role_of(notation) == "cell" else "",
         "status": "FINISHED",
@@ -93,7 +94,7 @@ def with_status(sweep, notation, split, status):
     chosen = sweep.runs["fingerprint"] == fingerprint(notation, split)
     runs = sweep.runs.assign(status=sweep.runs["status"].mask(chosen, status))
     if status == "missing":
-        unknown = dict.fromkeys(["profile", "data", "weights", "device", "teacher", "run_id"], "")
+        unknown = dict.fromkeys(["profile", "data", "weights", "results_version", "device", "teacher", "run_id"], "")
         runs.loc[chosen, list(unknown)] = list(unknown.values())
         runs["params"] = [{} if gone else params for gone, params in zip(chosen, runs["params"], strict=True)]
     return replace(sweep, runs=runs, scores=sweep.scores[sweep.scores["fingerprint"] != fingerprint(notation, split)])
@@ -805,7 +806,7 @@ def rates(changes, key="train.lr", **options):
         own = one.runs.assign(
             fingerprint=one.runs["fingerprint"].where(teacher, name),
             params=[{**params, key: value} for params in one.runs["params"]],
-            variant=[grid.used_by(role, {key: value}) for role in one.runs["role"]],
+            variant=[grid.used_by(role, {key: value}, {}) for role in one.runs["role"]],
         )
         runs.append(own)
         named = dict(zip(one.runs["fingerprint"], own["fingerprint"], strict=True))

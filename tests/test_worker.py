@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from hydra._internal.callbacks import Callbacks
@@ -79,19 +80,21 @@ def test_an_interrupt_ends_what_it_does(process):
     assert not process.process.is_alive()
 
 
-def hear_nothing() -> None:
+def hear_nothing(begun: Path) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    begun.touch()
     time.sleep(600)
 
 
-def test_what_does_not_end_in_time_is_killed_and_not_called_saved(monkeypatch):
+def test_what_does_not_end_in_time_is_killed_and_not_called_saved(monkeypatch, tmp_path):
     monkeypatch.setattr(worker, "STOP_WITHIN_S", 0.5)
     engine, stop = devices.Devices(), interrupts.Stopped(signal.SIGTERM)
     end = "the same command goes on from here"
     assert stop.told() == f"stopped by SIGTERM; all is saved: {end}"
     engine._idle = process = worker.Worker()
-    process.send(hear_nothing)
-    time.sleep(0.5)
+    process.send(hear_nothing, tmp_path / "begun")
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
     engine.close(stop)
     assert not process.process.is_alive()
     assert stop.told() == f"stopped by SIGTERM; there was no time to save all, the last checkpoints stay: {end}"
