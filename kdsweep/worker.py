@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import logging
 import multiprocessing
 import os
@@ -18,13 +19,15 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import cloudpickle
+from hydra import version
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, env_override, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from kdsweep import interrupts, logs
 from kdsweep.engine import DONE
@@ -155,11 +158,10 @@ def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, E
     """A call's result, or its error as one that survives pickling."""
     try:
         return function(*args), None
-    except InputError as error:
-        return None, InputError(str(error))
     except Exception as error:
-        log.error("%s", traceback.format_exc())
-        return None, CellError(told(error))
+        if not isinstance(error, InputError):
+            log.error("%s", traceback.format_exc())
+        return None, _as_text(error)
 
 
 def _end_with_parent() -> None:
@@ -182,67 +184,72 @@ def set_up(config: DictConfig, singletons: dict[Any, Any]) -> None:
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
 
 
+@contextlib.contextmanager
+def open_job(config: DictConfig, hydra_context: HydraContext, task_function: TaskFunction) -> Iterator[JobReturn]:
+    """Hydra's ``run_job``, which calls the task function and puts its result into the return: here the body does."""
+    hydra, state, before = config.hydra, HydraConfig.instance(), HydraConfig.instance().cfg
+    state.set_config(config)  # what ${hydra:...} in the folder's name refers to
+    try:
+        folder = Path(str(hydra.sweep.dir), str(hydra.sweep.subdir)).absolute()
+        with read_write(hydra.runtime), open_dict(hydra.runtime):
+            hydra.runtime.output_dir = str(folder)
+        state.set_config(config)  # it keeps a copy, now with the folder
+        own, about = copy.deepcopy(config), cast(DictConfig, copy.deepcopy(state.cfg))
+        with read_write(own), open_dict(own):
+            del own["hydra"]
+        (folder / (hydra.output_subdir or "")).mkdir(parents=True, exist_ok=True)
+        chdir = not version.base_at_least("1.2") if hydra.job.chdir is None else hydra.job.chdir
+        with contextlib.chdir(folder if chdir else "."):
+            configure_log(hydra.job_logging, hydra.verbose)
+            if hydra.output_subdir is not None:
+                for name, part in ("config", own), ("hydra", about), ("overrides", hydra.overrides.task):
+                    OmegaConf.save(part, folder / hydra.output_subdir / f"{name}.yaml")
+            job = JobReturn(list(hydra.overrides.task), own, about, working_dir=str(Path.cwd()))
+            with env_override(hydra.job.env_set):
+                hydra_context.callbacks.on_job_start(config=config, task_function=task_function)
+                yield job
+            job.task_name = JobRuntime.instance().get("name")
+            hydra_context.callbacks.on_job_end(config=config, job_return=job)
+    finally:
+        state.cfg = before
+
+
 def run_jobs(
-    configs: Sequence[DictConfig],
-    hydra_context: HydraContext,
-    run_group: Callable[[list[DictConfig]], list[Any]],
+    configs: Sequence[DictConfig], hydra_context: HydraContext, run_group: Callable[[list[Any]], list[Any]]
 ) -> list[JobReturn]:
-    """Run Hydra jobs together: all are opened (folder, ``.hydra/``, log, callbacks), then computed, then closed.
+    """Open Hydra jobs, compute them together, close them; one return per job, exceptions as text.
 
     Args:
         configs: of the jobs, each with its ``hydra`` node.
-        hydra_context: for ``run_job``.
+        hydra_context: of the sweep.
         run_group: computes the jobs' results; an exception among them fails that job alone.
-
-    Returns:
-        One per job, exceptions as text.
     """
-    opened: dict[int, DictConfig] = {}
+    returns: list[JobReturn] = []
     files: list[logging.Handler] = []
-    results: dict[int, Any] = {}
-    returns: dict[int, JobReturn] = {}
-    root = logging.getLogger()
-
-    def compute() -> None:
+    with contextlib.ExitStack() as jobs:
+        for config in configs:
+            try:
+                returns.append(jobs.enter_context(open_job(config, hydra_context, run_group)))
+            except OSError as error:  # its folder cannot be written to: the others can do without it
+                log.error("%s", told(error), extra=logs.SCREEN_ONLY)
+                returns.append(closed(config.hydra.overrides.task, _as_text(error)))
+            else:
+                files += logs.claim(Path(config.hydra.runtime.output_dir))
         for handler in files:
-            root.addHandler(handler)
+            logging.getLogger().addHandler(handler)  # again: opening a job removes those of the others
+        opened = [job for job in returns if job.status == JobStatus.UNKNOWN]
         try:
-            results.update(zip(opened, run_group(list(opened.values())), strict=True))
+            results = run_group([job.cfg for job in opened])
         except Exception as error:
             log.error("%s", told(error), exc_info=error)
-            results.update(dict.fromkeys(opened, error))
-
-    def open_from(number: int) -> None:
-        if number == len(configs):
-            compute()
-            return
-
-        def task(cfg: DictConfig) -> Any:
-            opened[number] = cfg
-            own = logs.claim(Path(configs[number].hydra.runtime.output_dir))
-            for handler in own:
-                root.removeHandler(handler)  # else opening the next job would drop it
-            files.extend(own)
-            open_from(number + 1)
-            if isinstance(results[number], Exception):
-                raise results[number]
-            return results[number]
-
-        try:
-            job = run_job(task, configs[number], "hydra.sweep.dir", "hydra.sweep.subdir", hydra_context)
-            returns[number] = _as_text(job)
-        except OSError as error:
-            if number in opened:
-                raise
-            log.error("%s", told(error))  # its folder cannot be written to: the others can do without it
-            returns[number] = closed(configs[number].hydra.overrides.task, CellError(told(error)))
-            open_from(number + 1)
-
-    open_from(0)
+            results = [error] * len(opened)
+        for job, result in zip(opened, results, strict=True):
+            job.status = JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED
+            job.return_value = _as_text(result)
     for handler in files:
-        root.removeHandler(handler)
+        logging.getLogger().removeHandler(handler)
         handler.close()
-    return [returns[number] for number in range(len(configs))]
+    return returns
 
 
 def one_by_one(configs: list[DictConfig], *, task_function: TaskFunction) -> list[Any]:
@@ -314,21 +321,13 @@ def probe(device: str) -> None:
 
 
 def closed(overrides: Sequence[str], result: Any) -> JobReturn:
-    """The return of a job: of a cell, or of one whose process died.
-
-    Args:
-        overrides: of the job.
-        result: its value, or what ended it.
-    """
+    """The return of a job that was not run here, or could not be opened; its result is a value or what ended it."""
     status = JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED
     return JobReturn(overrides=overrides, status=status, _return_value=result)
 
 
-def _as_text(job: JobReturn) -> JobReturn:
+def _as_text(result: Any) -> Any:
     """An exception may not survive pickling: its text does."""
-    error = job._return_value
-    if isinstance(error, InputError):
-        job._return_value = InputError(str(error))
-    elif isinstance(error, Exception):
-        job._return_value = CellError(told(error))
-    return job
+    if isinstance(result, Exception):
+        return InputError(str(result)) if isinstance(result, InputError) else CellError(told(result))
+    return result
