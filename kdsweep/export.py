@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdsweep import checkpoint, costs, metrics, phantom, predict, records, registry, run_data
+from kdsweep import checkpoint, costs, metrics, phantom, predict, records, run_data
 from kdsweep.errors import InputError, exit_code, told
 from kdsweep.models import UNet
 from kdsweep.predict import Model
@@ -301,6 +301,44 @@ def make(model: Model, *, out: Path, inputs: Inputs) -> bytes:
     return content
 
 
+def register(model: Model, content: bytes, *, name: str, store: Path, uri: str | None) -> None:
+    """Make an ONNX file the next version of a model in MLflow's registry, and tell in one line how to load it.
+
+    Args:
+        model: the network that was exported.
+        content: the ONNX file.
+        name: of the registered model; made if there is none.
+        store: folder of the runs.
+        uri: of an MLflow server or database, or None for the file in the store.
+
+    Raises:
+        InputError: MLflow does not have the finished run, does not take the model, or gives back another one; then
+            there is no new version.
+    """
+    import onnx
+
+    from kdsweep import tracking  # loads mlflow: seconds that an export alone need not wait for
+
+    # The example is kept in the clear with the model and goes wherever that goes: a phantom, never a patient's image.
+    grey = next(phantom.cohort(count=1, seed=0)).image
+    example = predict.prepare(np.repeat(grey[..., None], 3, axis=2), image_size=model.image_size)
+    with torch.no_grad():
+        expected = Probabilities(model.network)(example).numpy()
+    version = tracking.register_onnx(
+        onnx.load_model_from_string(content),
+        example={INPUT: example.numpy()},
+        expected={OUTPUT: expected},
+        tolerance=TOLERANCE,
+        metadata=metadata(model),
+        name=name,
+        store=store,
+        uri=uri,
+    )
+    place = f"MLFLOW_TRACKING_URI={tracking.store_uri(store, uri)}"
+    call = f'mlflow.pyfunc.load_model("models:/{name}/{version}")'
+    sys.stdout.write(f"registered {name} version {version}; to load it: {place} and {call}\n")
+
+
 def find_store(model: Model, *, named: Path) -> Path:
     """The store that a run's folder lies in, else the one that was named."""
     folder = model.folder.resolve()
@@ -329,8 +367,7 @@ def main(argv: list[str] | None = None) -> int:
         inputs = check_inputs(model, images=options.images, store=store, data_root=options.data_root)
         content = make(model, out=options.out, inputs=inputs)
         if options.register is not None:
-            network, uri = Probabilities(model.network), options.tracking_uri
-            registry.register(model, content, network=network, name=options.register, store=store, uri=uri)
+            register(model, content, name=options.register, store=store, uri=options.tracking_uri)
 
     return exit_code(work)
 

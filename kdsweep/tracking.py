@@ -39,6 +39,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; a server that is down would block for minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # whoever calls tries again
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
@@ -488,36 +489,26 @@ def _answered(ask: Callable[[], T], *, store: Path, uri: str | None) -> T:
         raise InputError(f"{what}: {line(error)}") from error
 
 
-@dataclass(frozen=True)
-class OnnxModel:
-    """A network as it is registered.
+def register_onnx(
+    proto: Any,
+    *,
+    example: dict[str, np.ndarray],
+    expected: dict[str, np.ndarray],
+    tolerance: float,
+    metadata: dict[str, str],
+    name: str,
+    store: Path,
+    uri: str | None,
+) -> int:
+    """Log a model under the finished run of its cell and make it the next version of a registered one; its number.
 
-    Attributes:
+    Args:
         proto: the ONNX model.
         example: an input array by name; its first dimension is the batch, of any size.
         expected: the output array that it gives, by name.
-        tolerance: by which an output may differ once the model was logged and loaded again.
-        metadata: what the model says about itself.
-        requirements: packages with versions, as pip takes them, with which it was checked.
-    """
-
-    proto: Any
-    example: dict[str, np.ndarray]
-    expected: dict[str, np.ndarray]
-    tolerance: float
-    metadata: dict[str, str]
-    requirements: list[str]
-
-
-def register_onnx(model: OnnxModel, *, name: str, fingerprint: str, store: Path, uri: str | None) -> int:
-    """Log a model under the finished run of its cell and make it the next version of a registered one; its number.
-
-    The tracking URI of the process stays as it is, no run is begun, and what fails leaves no version behind.
-
-    Args:
-        model: what is logged.
+        tolerance: by which an output may differ once the model was logged and loaded again; else there is no version.
+        metadata: what the model says about itself; names the fingerprint of its cell.
         name: of the registered model; made if there is none.
-        fingerprint: of the cell.
         store: folder of the runs.
         uri: of an MLflow server or database, or None for the file in the store.
 
@@ -528,98 +519,70 @@ def register_onnx(model: OnnxModel, *, name: str, fingerprint: str, store: Path,
     if uri is None and not (store / DATABASE).is_file():
         raise InputError(f"--register {name}: {store} has no {DATABASE}; name the run's MLflow with --tracking-uri")
     try:
-        found = Tracker(store=store, uri=uri)._search(
-            f"tags.`kdsweep.fingerprint` = '{fingerprint}' and attributes.status = 'FINISHED'"
-        )
-        if not found:
-            raise InputError(
-                f"--register {name}: {place} has no finished run of this cell (fingerprint {fingerprint[:10]}); the "
-                "sweep's command writes it there, or name the MLflow that has it with --tracking-uri"
-            )
-        with alone(store), warnings.catch_warnings():
+        run = _finished_run(metadata["kdsweep.fingerprint"], name=name, store=store, uri=uri)
+        with alone(store), _current(place) as client, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of MLflow about its own parts
-            return _register(model, name=name, run=found[0], uri=place)
+            model = client.create_logged_model(run.info.experiment_id, "onnx", run.info.run_id, tags=metadata)
+            try:
+                _log_onnx(proto, example, expected, metadata=metadata, model=model)
+                _check_loaded(model.model_uri, example, expected, name=name, tolerance=tolerance)
+                return int(mlflow.register_model(model.model_uri, name, tags=metadata).version)
+            except BaseException:
+                client.delete_logged_model(model.model_id)
+                raise
     except InputError:
         raise
     except Exception as error:  # of many kinds: server, network, database, disk
         raise InputError(f"--register {name}: MLflow at {place}: {line(error)}") from error
 
 
-def _register(model: OnnxModel, *, name: str, run: Run, uri: str) -> int:
-    from mlflow.entities import LoggedModelOutput
+def _finished_run(fingerprint: str, *, name: str, store: Path, uri: str | None) -> Run:
+    finished = f"tags.`kdsweep.fingerprint` = '{fingerprint}' and attributes.status = 'FINISHED'"
+    for run in Tracker(store=store, uri=uri)._search(finished):
+        return run
+    raise InputError(
+        f"--register {name}: {store_uri(store, uri)} has no finished run of this cell (fingerprint {fingerprint[:10]})"
+        "; the sweep's command writes it there, or name the MLflow that has it with --tracking-uri"
+    )
 
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    run_id, version, is_new = str(run.info.run_id), None, False
-    logged = client.create_logged_model(run.info.experiment_id, "onnx", run_id, tags=model.metadata)
+
+@contextlib.contextmanager
+def _current(uri: str) -> Iterator[MlflowClient]:
+    """A client of what MLflow's own functions, which take no address, work on meanwhile."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)  # sets the variable too
     try:
-        _log_onnx(model, logged=logged, client=client)
-        is_new = _make_registered(client, name)
-        # By its place: SQLite would look up models:/ID with the tracking URI of the process.
-        made = client.create_model_version(
-            name, logged.artifact_location, run_id, tags=model.metadata, model_id=logged.model_id
-        )
-        version = int(made.version)
-        _check_registered(model, place=client.get_model_version_download_uri(name, str(version)), name=name, uri=uri)
-        link = json.dumps([{"name": name, "version": version}])  # the UI's way from a run's model to the registry
-        client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": link})
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    except BaseException:
-        with contextlib.suppress(Exception):
-            client.delete_logged_model(logged.model_id)
-            if version is not None:
-                client.delete_model_version(name, str(version))
-            if is_new:
-                client.delete_registered_model(name)
-        raise
-    return version
+        yield MlflowClient()
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
-def _make_registered(client: MlflowClient, name: str) -> bool:
-    """Make a registered model without a version, unless there is one of this name; whether it is new."""
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-        return False
-    return True
-
-
-def _log_onnx(model: OnnxModel, *, logged: Any, client: MlflowClient) -> None:
-    """Fill a logged model that has no files yet."""
+def _log_onnx(
+    proto: Any, example: dict[str, np.ndarray], expected: dict[str, np.ndarray], *, metadata: dict[str, str], model: Any
+) -> None:
     import mlflow.onnx
-    from mlflow.models import Model, infer_signature
+    from mlflow.models import infer_signature
 
-    # Without artifact_path, a path of this computer that nothing reads.
-    about = Model(run_id=logged.source_run_id, model_uuid=logged.model_id, model_id=logged.model_id)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        mlflow.onnx.save_model(
-            model.proto,
-            str(folder),
-            mlflow_model=about,
-            signature=infer_signature(model.example, model.expected),
-            input_example=model.example,
-            metadata=model.metadata,
-            pip_requirements=list(model.requirements),  # named, else MLflow loads the model in processes to find them
-            onnx_execution_providers=["CPUExecutionProvider"],  # what it is checked on; CUDA would warn without a GPU
-            save_as_external_data=False,
-        )
-        client.log_model_artifacts(logged.model_id, str(folder))
-    client.finalize_logged_model(logged.model_id, "READY")
+    mlflow.onnx.log_model(
+        proto,
+        model_id=model.model_id,  # else it would be one of MLflow's current experiment, not of the run's
+        run_id=model.source_run_id,
+        signature=infer_signature(example, expected),
+        input_example=example,
+        metadata=metadata,
+        pip_requirements=mlflow.onnx.get_default_pip_requirements(),  # else MLflow loads it in processes to find them
+        onnx_execution_providers=["CPUExecutionProvider"],  # what it is checked on; CUDA would warn without a GPU
+        save_as_external_data=False,
+    )
 
 
-def _check_registered(model: OnnxModel, *, place: str, name: str, uri: str) -> None:
-    """Raise InputError unless the model that lies at a place gives the expected output."""
-    import mlflow.artifacts
-    import mlflow.pyfunc
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = mlflow.artifacts.download_artifacts(artifact_uri=place, dst_path=scratch, tracking_uri=uri)
-        found = mlflow.pyfunc.load_model(folder).predict(model.example)
-    difference = max(float(np.abs(found[key] - expected).max()) for key, expected in model.expected.items())
-    if not difference <= model.tolerance:
+def _check_loaded(
+    model_uri: str, example: dict[str, np.ndarray], expected: dict[str, np.ndarray], *, name: str, tolerance: float
+) -> None:
+    found = mlflow.pyfunc.load_model(model_uri).predict(example)
+    difference = max(float(np.abs(found[key] - values).max()) for key, values in expected.items())
+    if not difference <= tolerance:
         raise InputError(
             f"--register {name}: not registered, what MLflow loads differs by {difference:.1e} from what was logged; "
-            f"allowed are {model.tolerance:.0e}"
+            f"allowed are {tolerance:.0e}"
         )

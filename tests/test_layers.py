@@ -35,7 +35,6 @@ LAYERS = (
     "status",
     "submissions",
     "export",
-    "registry",
     "predict",
     "tables",
     "costs",
