@@ -9,17 +9,16 @@ import json
 import os
 import platform
 import re
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 
-from kdsweep import formats, models
+from kdsweep import formats, latency, models
 from kdsweep.compute import Compute, placed
 from kdsweep.formats import DASH
+from kdsweep.latency import REPEATS, WARM_UP
 from kdsweep.stats import NAN, PLACE
 from kdsweep.sweeps import known_values
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from kdsweep.tracking import Sweep
 
 BEST = "best cell"
-WARM_UP, REPEATS = 5, 50  # forward passes
 TIMINGS = {"cpu_1_thread": "CPU, 1 thread (ms)", "cpu_all_threads": "CPU, all threads (ms)", "cuda": "CUDA (ms)"}
 COUNTS = ["image_size", "parameters", "macs"]
 COLUMNS = [f"{name}_{part}_ms" for name in TIMINGS for part in ("median", "p95")] + ["file_mb", "mean_dice_percent"]
@@ -138,36 +136,14 @@ def measure(network: Network, *, repeats: int) -> dict[str, float]:
     found: dict[str, float] = {"parameters": models.count_parameters(built), "macs": macs}
     kinds = [("cpu_1_thread", "cpu", 1), ("cpu_all_threads", "cpu", all_threads())]
     kinds += [("cuda", "cuda", torch.get_num_threads())] if torch.cuda.is_available() else []
-    before = torch.get_num_threads()
-    try:
-        for name, device, threads in kinds:
-            torch.set_num_threads(threads)
-            timed = _time_ms(built, image_size=size, device=torch.device(device), repeats=repeats)
-            found[f"{name}_median_ms"], found[f"{name}_p95_ms"] = timed
-    finally:
-        torch.set_num_threads(before)
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    for name, device_name, threads in kinds:
+        device = torch.device(device_name)
+        placed(built, Compute(device=device, precision="fp32"))
+        image = noise.to(device).to(memory_format=torch.channels_last)
+        timed = latency.time_ms(built, image, device=device, threads=threads, repeats=repeats)
+        found[f"{name}_median_ms"], found[f"{name}_p95_ms"] = timed
     return found
-
-
-def _time_ms(network: models.UNet, *, image_size: int, device: torch.device, repeats: int) -> tuple[float, float]:
-    """Median and 95th percentile of a forward of one image in milliseconds."""
-    placed(network, Compute(device=device, precision="fp32"))
-    noise = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    image = noise.to(device).to(memory_format=torch.channels_last)
-    durations = []
-    with torch.inference_mode():
-        for _ in range(WARM_UP + repeats):
-            start = _now_s(device)
-            network(image)
-            durations.append(1000 * (_now_s(device) - start))
-    median, slow = np.percentile(durations[WARM_UP:], [50, 95])
-    return float(median), float(slow)
-
-
-def _now_s(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def all_threads() -> int:

@@ -12,9 +12,7 @@ import importlib.util
 import json
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdsweep import checkpoint, costs, metrics, phantom, predict, records, run_data
+from kdsweep import checkpoint, costs, latency, metrics, phantom, predict, records, run_data
 from kdsweep.errors import InputError, exit_code, told
 from kdsweep.models import UNet
 from kdsweep.predict import Model
@@ -36,7 +34,6 @@ OPSET = 18
 TOLERANCE = 1e-4  # of probabilities, between PyTorch and ONNX Runtime
 DICE_TOLERANCE = 1e-3  # of a mean: a pixel or two on the threshold may fall to the other side
 INPUT, OUTPUT = "images", "probabilities"
-WARM_UP, TIMED = 5, 50  # forward passes
 
 
 class Probabilities(nn.Module):
@@ -241,33 +238,17 @@ def compare_dice(model: Model, found: np.ndarray, masks: Tensor) -> str:
     return f"WARNING: mean Dice {dice:.4f} there, but recorded {recorded:.4f} ({cause})"
 
 
-def time_ms(forward: Callable[[], object]) -> tuple[float, float]:
-    """Median and 95th percentile of the duration of a call in milliseconds, on one thread of PyTorch."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        durations = []
-        for _ in range(WARM_UP + TIMED):
-            start = time.perf_counter()
-            forward()
-            durations.append(1000 * (time.perf_counter() - start))
-    finally:
-        torch.set_num_threads(threads)
-    median, slow = np.percentile(durations[WARM_UP:], [50, 95])
-    return float(median), float(slow)
-
-
-def latency(session: Any, network: nn.Module, images: Tensor) -> str:
+def compare_latency(session: Any, network: nn.Module, images: Tensor) -> str:
     """One line: how long both runtimes take for one image (1, 3, S, S) on one thread, and of which CPU."""
     array = np.ascontiguousarray(images.numpy())
-    with torch.inference_mode():
-        ours = time_ms(lambda: network(images))
-    theirs = time_ms(lambda: session.run([OUTPUT], {INPUT: array}))
+    cpu = torch.device("cpu")
+    theirs = latency.time_ms(session.run, [OUTPUT], {INPUT: array}, device=cpu, threads=1)
+    ours = latency.time_ms(network, images, device=cpu, threads=1)
     told = [
         f"{name} {median:.2f} ms (95th percentile {slow:.2f})"
         for name, (median, slow) in {"ONNX Runtime": theirs, "PyTorch": ours}.items()
     ]
-    return f"one image on one thread of {costs.cpu_name()}, median of {TIMED}: {', '.join(told)}"
+    return f"one image on one thread of {costs.cpu_name()}, median of {latency.REPEATS}: {', '.join(told)}"
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -291,7 +272,7 @@ def make(model: Model, *, out: Path, inputs: Inputs) -> bytes:
             f"on {inputs.where}; allowed are {TOLERANCE:.0e}"
         )
     scored = "" if inputs.masks is None else f"; {compare_dice(model, found, inputs.masks)}"
-    sys.stdout.write(latency(session, network, inputs.images[0]) + "\n")
+    sys.stdout.write(compare_latency(session, network, inputs.images[0]) + "\n")
     try:
         checkpoint.write_bytes(out, content)
     except OSError as error:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from omegaconf import DictConfig
 
-from kdsweep import build, cells, grid, logs, records, teachers, timing, train
+from kdsweep import build, cells, grid, latency, logs, records, teachers, train
 from kdsweep.compute import Compute, give_back_memory
 from kdsweep.errors import CellError, told
 from kdsweep.grid import Cell
@@ -86,14 +86,14 @@ def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: 
     on = build.find_device(device)
     compute = Compute(device=on, precision=first.precision, deterministic=first.deterministic)
     compute.prepare()
-    load = timing.load_of_others() if on.type == "cpu" else 0.0
+    load = latency.load_of_others() if on.type == "cpu" else 0.0
     timed = {"image_size": first.image_size, "compute": compute}
-    student = timing.time_step_s(build.student_network(first, weights="none"), **timed)
-    teacher = timing.StepTime(0.0, 0.0)
+    student = latency.time_step_s(build.student_network(first, weights="none"), **timed)
+    teacher = latency.StepTime(0.0, 0.0)
     if taught := [cfg for cfg in configs if cfg.path.kd_path is not None]:
         trained = all(records.read_finished(cells.teacher_cell(cfg).folder) is not None for cfg in taught)
         network = build.teacher_network(taught[0], weights="none")
-        teacher = timing.time_step_s(network, **timed, forward_only=trained)
+        teacher = latency.time_step_s(network, **timed, forward_only=trained)
         del network
     give_back_memory()
     return Look(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_predict import CPU, SIZE, copy, damage, finish, noise
 
-from kdsweep import build, cells, checkpoint, costs, data, export, predict, records, scoring
+from kdsweep import build, cells, checkpoint, costs, data, export, latency, predict, records, scoring
 from kdsweep.errors import InputError
 from kdsweep.grid import Cell
 from kdsweep.loaders import EvalPart
@@ -294,10 +294,10 @@ def test_phantoms_and_noise_are_the_same_each_time():
 
 
 def test_durations_are_told_as_median_and_95th_percentile(monkeypatch):
-    durations_s = [9.0] * export.WARM_UP + [number / 1000 for number in range(1, export.TIMED + 1)]
+    durations_s = [9.0] * latency.WARM_UP + [number / 1000 for number in range(1, latency.REPEATS + 1)]
     ticks = iter(tick for duration_s in durations_s for tick in (0.0, duration_s))
-    monkeypatch.setattr(export.time, "perf_counter", lambda: next(ticks))
-    assert export.time_ms(lambda: None) == pytest.approx((25.5, 47.55))
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: next(ticks))
+    assert latency.time_ms(lambda: None, device=torch.device("cpu"), threads=1) == pytest.approx((25.5, 47.55))
 
 
 def test_a_missing_package_bad_weights_and_a_bad_place_are_told_in_one_line(

@@ -14,7 +14,7 @@ from hydra.version import VersionBase
 from omegaconf import OmegaConf
 from packaging.version import Version
 
-from kdsweep import announce, build, cells, devices, launcher, timing
+from kdsweep import announce, build, cells, devices, latency, launcher
 from kdsweep.engine import Unit
 from kdsweep.errors import CellError, InputError
 from kdsweep.progress import duration
@@ -29,7 +29,7 @@ def test_durations_read_like_words(seconds, words):
 
 def test_a_timed_step_is_a_positive_time_per_image():
     cfg = cells.compose(["profile=quick", "device=cpu"])
-    step = timing.time_step_s(build.student_network(cfg), image_size=64, compute=build.compute(cfg))
+    step = latency.time_step_s(build.student_network(cfg), image_size=64, compute=build.compute(cfg))
     assert 0 < step.forward < step.train < 60
 
 

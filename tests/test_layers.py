@@ -45,7 +45,7 @@ LAYERS = (
     "sweeps",
     "stats",
     "teachers",
-    "timing",
+    "latency",
     "build",
     "cells",
     "user_code",

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import open_dict
 from PIL import Image
 
-from kdsweep import cells, grid, plan, records, timing
+from kdsweep import cells, grid, latency, plan, records
 
 LOOK = plan.Look({"cpu": ["cpu"]}, timed_on="cpu", student_s=1.0, teacher_s=10.0, lesson_s=4.0, images=16)
 
@@ -200,7 +200,7 @@ def test_a_time_from_a_busy_machine_is_called_that(jobs):
 def test_a_machine_is_busy_from_half_its_processors_on(monkeypatch, load, shown):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
-    assert timing.load_of_others() == shown
+    assert latency.load_of_others() == shown
 
 
 def test_the_papers_grid_on_three_splits_is_three_groups_of_thirteen(jobs):

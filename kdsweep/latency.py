@@ -1,17 +1,20 @@
-"""How long a training step takes here: the base of the estimate that a sweep starts with."""
+"""How long networks take here: a training step, on which a sweep's estimate rests, and a forward of one image."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kdsweep.compute import Compute, placed
 from kdsweep.models import UNet
 
 STEPS, ENOUGH_S = 5, 2.0  # at most so many steps, and no further one after so many seconds
+WARM_UP, REPEATS = 5, 50  # forward passes
 
 
 class StepTime(NamedTuple):
@@ -31,23 +34,49 @@ def time_step_s(
     batch = batch.to(memory_format=torch.channels_last)
     times: list[tuple[float, float]] = []
     while len(times) <= STEPS and (len(times) < 2 or sum(map(sum, times)) < ENOUGH_S):
-        clock = [_now_s(compute)]
+        clock = [_now_s(compute.device)]
         with compute.autocast():
             with torch.no_grad():
                 network(batch)
-            clock.append(_now_s(compute))
+            clock.append(_now_s(compute.device))
             if not forward_only:
                 network(batch).logits.mean().backward()
                 optimiser.step()
-        clock.append(_now_s(compute))
+        clock.append(_now_s(compute.device))
         times.append((clock[2] - clock[1], clock[1] - clock[0]))
     train, forward = (min(column) / images for column in zip(*times[1:], strict=True))
     return StepTime(0.0 if forward_only else train, forward)
 
 
-def _now_s(compute: Compute) -> float:
-    if compute.device.type == "cuda":
-        torch.cuda.synchronize(compute.device)
+def time_ms(
+    forward: Callable[..., object], *args: object, device: torch.device, threads: int, repeats: int = REPEATS
+) -> tuple[float, float]:
+    """Median and 95th percentile of the duration of a call in milliseconds, after WARM_UP calls.
+
+    Args:
+        forward: what is called.
+        args: its arguments.
+        device: that it computes on.
+        threads: how many PyTorch has on the CPU meanwhile.
+        repeats: timed calls.
+    """
+    before, durations = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            for _ in range(WARM_UP + repeats):
+                start = _now_s(device)
+                forward(*args)
+                durations.append(1000 * (_now_s(device) - start))
+    finally:
+        torch.set_num_threads(before)
+    median, slow = np.percentile(durations[WARM_UP:], [50, 95])
+    return float(median), float(slow)
+
+
+def _now_s(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
