@@ -55,7 +55,7 @@ class Announce(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Say how far the sweep is, how long it still takes, and at its end what failed."""
-        from kdsweep.progress import duration
+        from kdsweep.progress import duration, left_s
 
         if not self.total:
             return
@@ -63,11 +63,12 @@ class Announce(Callback):
         if job_return.status == JobStatus.FAILED:
             folder = config.hydra.runtime.output_dir
             self.failed.append(f"{told(job_return._return_value)}; log: {folder}/kdsweep.log")
+        passed_s = time.monotonic() - self.started_s
         if self.done < self.total:
-            left_s = (time.monotonic() - self.started_s) / self.done * (self.total - self.done)
-            log.info("%d of %d jobs done, about %s left", self.done, self.total, duration(left_s))
+            about_s = left_s(passed_s=passed_s, done=self.done, left=self.total - self.done)
+            log.info("%d of %d jobs done, about %s left", self.done, self.total, duration(about_s))
             return
-        log.info("%d of %d jobs done in %s", self.done, self.total, duration(time.monotonic() - self.started_s))
+        log.info("%d of %d jobs done in %s", self.done, self.total, duration(passed_s))
         for line in self.failed:
             log.error("failed: %s", line)
 

@@ -13,7 +13,7 @@ import pandas as pd
 from kdsweep import __version__, tracking
 from kdsweep.formats import DASH
 from kdsweep.grid import is_under, unused, variant_label
-from kdsweep.progress import duration
+from kdsweep.progress import duration, plural
 from kdsweep.sweeps import known_values
 from kdsweep.tables import BASELINES, CELLS
 
@@ -80,11 +80,6 @@ def _images(sweep: Sweep, *, store: Path, uri: str | None) -> str:
         except Exception:  # of many kinds: MLflow, files, JSON; the page has more to tell
             return DASH
     return DASH
-
-
-def plural(count: int, word: str) -> str:
-    """Such as ``3 splits``."""
-    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def listed(values: Iterable[object]) -> str:

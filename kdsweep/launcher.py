@@ -226,7 +226,7 @@ class Report:
     def add(self, group: Sequence[Job], values: Sequence[float | Exception]) -> None:
         """One more group has ended; of each cell its test Dice, or what ended it."""
         from kdsweep import plan
-        from kdsweep.progress import duration
+        from kdsweep.progress import duration, left_s
 
         self.done, self.done_cells = self.done + 1, self.done_cells + len(group)
         for job, value in zip(group, values, strict=True):
@@ -235,8 +235,8 @@ class Report:
                 self.failed[job.cell.fingerprint] = plan.failure(job.cell, value)
         passed_s = time.monotonic() - self.started_s
         if self.done < self.groups:
-            left_s = passed_s / self.done_cells * (self.cells - self.done_cells)
-            log.info("%d of %d groups done, about %s left", self.done, self.groups, duration(left_s))
+            about_s = left_s(passed_s=passed_s, done=self.done_cells, left=self.cells - self.done_cells)
+            log.info("%d of %d groups done, about %s left", self.done, self.groups, duration(about_s))
 
     def end(self) -> None:
         """All have ended: how long it took, and what failed."""

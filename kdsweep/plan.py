@@ -18,6 +18,7 @@ from kdsweep import cells, grid, records
 from kdsweep.errors import CellError
 from kdsweep.grid import Cell
 from kdsweep.progress import duration
+from kdsweep.progress import plural as _number
 
 log = logging.getLogger(__name__)
 
@@ -392,7 +393,3 @@ def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
     hours = estimate_s(groups, look) / 3600
     lines.append(f"at most {hours:.2g} device hours from one timed step on {look.timed_on}; nothing was started")
     return "\n".join(lines)
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -24,6 +24,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def left_s(*, passed_s: float, done: int, left: int) -> float:
+    """Seconds that what is left takes, if each of it takes as long as what is done took on average."""
+    return passed_s / done * left
+
+
+def plural(count: int, noun: str) -> str:
+    """Such as ``3 cells``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 class Progress:
     """Counts epochs; use as a context.
 
@@ -59,7 +69,8 @@ class Progress:
         now_s = time.monotonic()
         if self._bar.disable and now_s - self.told_s > LINE_EVERY_S:
             self.told_s = now_s
-            left_s = (now_s - self.started_s) / (self.done - self.before) * (self.epochs - self.done)
+            passed_s, own = now_s - self.started_s, self.done - self.before
+            most_s = left_s(passed_s=passed_s, done=own, left=self.epochs - self.done)
             line = "%s: epoch %d of %d, validation Dice %s%.3f, at most %s left"
             most = "up to " if len(val_dices) > 1 else ""
-            log.info(line, self.label, self.done, self.epochs, most, val_dice, duration(left_s))
+            log.info(line, self.label, self.done, self.epochs, most, val_dice, duration(most_s))

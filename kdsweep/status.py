@@ -15,7 +15,7 @@ from pathlib import Path
 from kdsweep import records, submissions
 from kdsweep.errors import InputError, exit_code
 from kdsweep.grid import variant_label
-from kdsweep.progress import duration
+from kdsweep.progress import duration, plural
 from kdsweep.records import Record
 from kdsweep.submissions import Task
 
@@ -131,8 +131,7 @@ def report(
     titles = _titles(places, variants)
     teachers = [found[place] for place in places if _is_teacher(found[place])]
     cells = [found[place] for place in places if not _is_teacher(found[place])]
-    number = f"{len(cells)} cell{'' if len(cells) == 1 else 's'}"
-    lines = [f"sweep {sweep}: {number}: {_counts(cells)}{outlook(teachers=teachers, cells=cells)}"]
+    lines = [f"sweep {sweep}: {plural(len(cells), 'cell')}: {_counts(cells)}{outlook(teachers=teachers, cells=cells)}"]
     if teachers:
         lines.append(f"Teachers: {_counts(teachers)}")
     if open_ := [place for place in places if found[place].status != "FINISHED"]:
