@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
-from kdsweep import comparisons, effects, footnotes, formats
+from kdsweep import checkpoint, comparisons, effects, footnotes, formats
 from kdsweep.errors import InputError, exit_code
 from kdsweep.formats import DASH
 from kdsweep.stats import NAN, TESTS, holm, mean_interval, own_teachers, p_value, pair
@@ -255,12 +255,6 @@ def to_latex(*, title: str, text: pd.DataFrame, notes: list[str]) -> str:
     return "\n".join([*lines, *(rf"\par\footnotesize {tex(note)}" for note in notes), r"\end{table}", ""])
 
 
-def _write(file: Path, content: str) -> None:
-    part = file.with_name(f"{file.name}.part")  # a reader never sees half a table
-    part.write_text(content, encoding="utf-8")
-    part.replace(file)
-
-
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -339,9 +333,8 @@ def make(*, which: str, sweep: Sweep, store: Path, out_dir: Path, test: str) -> 
         "tex": to_latex(title=title.partition(". ")[2], text=text, notes=notes),
     }
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
         for suffix, content in files.items():
-            _write(out_dir / f"{which}.{suffix}", content)
+            checkpoint.write_text(out_dir / f"{which}.{suffix}", content)
     except OSError as error:
         raise InputError(f"--out {out_dir}: cannot write there ({error.strerror})") from error
     return f"{markdown}\nwrote {out_dir / which}.md, .csv, .tex\n"
