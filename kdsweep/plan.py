@@ -17,8 +17,7 @@ from omegaconf import DictConfig, read_write
 from kdsweep import cells, grid, records
 from kdsweep.errors import CellError
 from kdsweep.grid import Cell
-from kdsweep.progress import duration
-from kdsweep.progress import plural as _number
+from kdsweep.progress import duration, plural
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +213,7 @@ def tell_changes(jobs: Sequence[Job]) -> None:
     for difference, own in new.items():
         log.info(
             "%s new (%s): the store holds results of that name, but %s",
-            f"{_number(len(own), 'cell')} {'is' if len(own) == 1 else 'are'}",
+            f"{plural(len(own), 'cell')} {'is' if len(own) == 1 else 'are'}",
             ", ".join(job.cell.title for job in own[:3]) + (", ..." if len(own) > 3 else ""),
             difference,
         )
@@ -349,19 +348,19 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
     repeats = f" ({len(jobs) - len(own)} repeated jobs are the same cell)" if len(jobs) > len(own) else ""
     begun = sum(job.begun > 0 for group in groups for job in group)
     resumed = f", {begun} of them from a checkpoint" if begun else ""
-    line = f"{_number(len(own), 'cell')}{repeats}: {count} to run{resumed}, {len(own) - count} finished"
+    line = f"{plural(len(own), 'cell')}{repeats}: {count} to run{resumed}, {len(own) - count} finished"
     if groups:
         members = [job for group in groups for job in group]
         shared = {lesson_of(job)[0] for job in members if job.cell.role == "cell"}
-        line += f"; {_number(len(groups), 'lockstep group')}, {_number(len(shared), 'shared Teacher')}"
-        line += f", {_number(len(missing_teachers(members)), 'Teacher')} to train"
+        line += f"; {plural(len(groups), 'lockstep group')}, {plural(len(shared), 'shared Teacher')}"
+        line += f", {plural(len(missing_teachers(members)), 'Teacher')} to train"
     images = len(cells.listing(first).entries)
     line += f"; data={first['data']['name']} with {images} images at {first['image_size']} pixels"
     if look is not None:
         names = list(dict.fromkeys(name for device in look.devices.values() for name in device))
         line += f"; device {', '.join(names)}"
         if look.threads and names == [look.timed_on]:
-            line += f" with {_number(look.threads, 'thread')}"
+            line += f" with {plural(look.threads, 'thread')}"
     if look is not None and look.timed_on:
         longest = duration(estimate_s(groups, look) / len(names))
         line += f"; at most about {longest} if no early stop ends a cell sooner"
@@ -385,7 +384,7 @@ def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
         listed = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names.items())
         places = " or ".join(look.devices[str(first["device"])])
         where = f"split {first['split']} seed {first['seed']} on {places}"
-        size, time = _number(len(group), "cell"), duration(group_s(group, look))
+        size, time = plural(len(group), "cell"), duration(group_s(group, look))
         lines.append(f"group {number}: {size}, {where}, {time}: {listed}")
     teachers = [cell.title for cell, _ in missing_teachers(members)]
     if teachers:
