@@ -28,11 +28,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from kdsweep import build, cells, checkpoint, models, records, train
-from kdsweep.compute import placed
-from kdsweep.learner import Learner, Means
-from kdsweep.loaders import Feed
-from kdsweep.models import UNet
+from kdsweep.config import cells
+from kdsweep.core.compute import placed
+from kdsweep.data.loaders import Feed
+from kdsweep.models import models
+from kdsweep.models.models import UNet
+from kdsweep.runs import checkpoint, records
+from kdsweep.training import build, train
+from kdsweep.training.learner import Learner, Means
 
 GRID = [
     [f"path={path}", f"loss={loss}", f"teacher_aug={view}"]

@@ -42,11 +42,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep import cells, checkpoint, conf_dir, mirror, plan, records, tables, tracking, worker
+from kdsweep import conf_dir
 from kdsweep.__main__ import _cell_dir
-from kdsweep.composition import Composed, Composer
-from kdsweep.grid import Cell
-from kdsweep.plan import Job, Look
+from kdsweep.config import cells
+from kdsweep.config.composition import Composed, Composer
+from kdsweep.config.grid import Cell
+from kdsweep.results import tables
+from kdsweep.runs import checkpoint, records
+from kdsweep.sweep import plan
+from kdsweep.sweep.engines import worker
+from kdsweep.sweep.plan import Job, Look
+from kdsweep.tracking import mirror, tracking
 
 PAPER_GRID = ["path=L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong", "split=0,1,2"]
 SIZES = {  # cells by name: 36 for each seed, weight and temperature
@@ -212,7 +218,7 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
         again(words, clock)
     read_back(store, clock)
     command(clock, "whole command: rerun, all finished", ["-m", "kdsweep", "-m", *words])
-    command(clock, "whole command: tables table4", ["-m", "kdsweep.tables", "table4", "--store", str(store)])
+    command(clock, "whole command: tables table4", ["-m", "kdsweep.results.tables", "table4", "--store", str(store)])
     shutil.rmtree(store)
     return {"cells": count, "steps": clock.found}
 

@@ -33,11 +33,12 @@ from torchdistill.losses.registry import register_mid_level_loss
 from torchdistill.models.registry import register_auxiliary_model_wrapper
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
-from kdsweep import losses, models
-from kdsweep.kd_paths import HiddenRegressor
-from kdsweep.loaders import EpochBatches, TrainViews
-from kdsweep.models import UNet
-from kdsweep.views import normalise, warp
+from kdsweep.data.loaders import EpochBatches, TrainViews
+from kdsweep.data.views import normalise, warp
+from kdsweep.distill import losses
+from kdsweep.distill.kd_paths import HiddenRegressor
+from kdsweep.models import models
+from kdsweep.models.models import UNet
 
 SAME = "."  # torchdistill's path of the model itself
 STAGES = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -276,7 +277,8 @@ def main() -> None:
     if unknown := set(names) - set(CELLS):
         parser.error(f"unknown cells {', '.join(sorted(unknown))}; there are {', '.join(CELLS)}")
 
-    from kdsweep import build, cells
+    from kdsweep.config import cells
+    from kdsweep.training import build
 
     cfg = cells.compose(
         [f"image_size={args.image_size}", f"teacher={args.teacher}", f"train.batch_size={args.batch}", *args.overrides]

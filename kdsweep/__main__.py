@@ -14,9 +14,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep import conf_dir, interrupts, logs
-from kdsweep.announce import TRACEBACK, at_end, one_line
-from kdsweep.launcher import trains_cells
+from kdsweep import conf_dir
+from kdsweep.core import interrupts, logs
+from kdsweep.sweep.announce import TRACEBACK, at_end, one_line
+from kdsweep.sweep.launcher import trains_cells
 
 # Torch is imported when a job runs: help and errors of the command line must come fast.
 
@@ -25,14 +26,14 @@ from kdsweep.launcher import trains_cells
 @trains_cells
 def run(cfg: DictConfig) -> float:
     """One Hydra job: its cell's test Dice, which Hydra's sweepers can optimise."""
-    from kdsweep import plan
+    from kdsweep.sweep import plan
 
     (job,) = plan.read_jobs([cfg])
     if job.finished is not None:
         plan.tell_finished(job)
         return float(job.finished["test/dice"])
 
-    from kdsweep import group
+    from kdsweep.training import group
 
     logs.claim(Path(HydraConfig.get().runtime.output_dir))
     (result,) = group.run_group([cfg])
@@ -66,7 +67,7 @@ def main() -> None:
 
 def _cell_dir(*, _root_: DictConfig) -> str:
     """Folder of the configured cell below the store: Hydra's job folder."""
-    from kdsweep import cells
+    from kdsweep.config import cells
 
     cells.check(_root_)
     cell = cells.cell(_root_)

@@ -54,7 +54,7 @@ def small_busi(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store without runs, to be copied: creating the database takes seconds."""
-    from kdsweep import tracking  # here: it takes seconds to import, and most tests do without
+    from kdsweep.tracking import tracking  # here: it takes seconds to import, and most tests do without
 
     folder = tmp_path_factory.mktemp("empty")
     tracking.Tracker(store=folder, uri=None)

@@ -12,8 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from kdsweep import build, cells, checkpoint, group, plan
-from kdsweep.announce import one_line
+from kdsweep.config import cells
+from kdsweep.runs import checkpoint
+from kdsweep.sweep import plan
+from kdsweep.sweep.announce import one_line
+from kdsweep.training import build, group
 
 QUICK = ("profile=quick", "path=none", "device=cpu", "train.epochs=1")
 

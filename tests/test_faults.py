@@ -21,9 +21,13 @@ import torch
 from omegaconf import DictConfig
 from small import TEACHER
 
-from kdsweep import build, cells, checkpoint, group, interrupts, records, teachers, train, views
-from kdsweep.learner import Learner
-from kdsweep.records import FINISHED
+from kdsweep.config import cells
+from kdsweep.core import interrupts
+from kdsweep.data import views
+from kdsweep.runs import checkpoint, records
+from kdsweep.runs.records import FINISHED
+from kdsweep.training import build, group, teachers, train
+from kdsweep.training.learner import Learner
 
 QUICK = [
     "profile=quick",
@@ -38,7 +42,7 @@ GROUP = (["path=HR"], ["path=L", "loss=mse"], ["path=none"])
 FILES = ("student.safetensors", "teacher.safetensors", "history.csv", "test_scores.csv", "test_predictions.npz")
 
 spawner = multiprocessing.get_context("forkserver")
-spawner.set_forkserver_preload(["kdsweep.group", "test_faults", "monai.metrics", "sklearn.model_selection"])
+spawner.set_forkserver_preload(["kdsweep.training.group", "test_faults", "monai.metrics", "sklearn.model_selection"])
 
 composed = functools.cache(lambda *overrides: cells.compose(list(overrides)))
 
@@ -464,12 +468,12 @@ sha256sum --quiet -c before && echo intact
 mount -o remount,ro "$1"
 "$2" -m kdsweep -m path=none train.lr=1e-3,1e-4 profile=quick data=busi data.root="$3" train.batch_size=8 \
     train.epochs=2 device=cpu 2>&1 | tail -1
-"$2" -m kdsweep.status 2>&1 | head -1
+"$2" -m kdsweep.sweep.status 2>&1 | head -1
 mount -o remount,rw "$1"
 run 1e-3,1e-4 "$2" "$3" 3
 grep -c "test Dice" out3
 sha256sum --quiet -c before && echo intact
-"$2" -m kdsweep.status | head -1
+"$2" -m kdsweep.sweep.status | head -1
 """
 
 

@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 from small import TEACHER
 
-from kdsweep import cells, grid, group, records
-from kdsweep.grid import Cell
+from kdsweep.config import cells, grid
+from kdsweep.config.grid import Cell
+from kdsweep.runs import records
+from kdsweep.training import group
 
 RECORDED = Path(__file__).parent / "golden.json"
 LOSS = {"rel": 2e-3, "abs": 1e-6}
@@ -70,4 +72,4 @@ def test_results_are_those_recorded_for_this_results_version(small_busi: Path, t
             bound = DICE if key.endswith("dice") else LOSS
             if found[name].get(key) != pytest.approx(value, **bound):
                 off.append(f"{name} {key}: {found[name].get(key)} instead of {value}")
-    assert not off, f"the results changed: raise RESULTS_VERSION (kdsweep/grid.py) and record anew; {off}"
+    assert not off, f"the results changed: raise RESULTS_VERSION (kdsweep/config/grid.py) and record anew; {off}"

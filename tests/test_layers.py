@@ -1,7 +1,9 @@
-"""The architecture: imports run downwards only, and each foreign library has its one place."""
+"""The architecture: which room may import which, no circles inside one, and each foreign library has its one place."""
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,85 +13,53 @@ import yaml
 import kdsweep
 
 PACKAGE = Path(kdsweep.__file__).parent
-FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py"))}
+# By dotted name without the package: "training.build", "__main__"; a room's own file by the room's name: "training".
+FILES = {
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
 
-# From top to bottom: a module may import only modules further down.
-LAYERS = (
-    "__main__",
-    "launcher",
-    "announce",
-    "slurm",
-    "on_ray",
-    "node",
-    "devices",
-    "worker",
-    "engine",
-    "group",
-    "plan",
-    "mirror",
-    "report",
-    "facts",
-    "figures",
-    "contours",
-    "plots",
-    "status",
-    "submissions",
-    "export",
-    "predict",
-    "tables",
-    "costs",
-    "comparisons",
-    "effects",
-    "footnotes",
-    "formats",
-    "sweeps",
-    "stats",
-    "teachers",
-    "latency",
-    "build",
-    "cells",
-    "user_code",
-    "train",
-    "scoring",
-    "learner",
-    "tracking",
-    "database",
-    "records",
-    "checkpoint",
-    "compute",
-    "loaders",
-    "metrics",
-    "views",
-    "run_data",
-    "data",
-    "phantom",
-    "kd_paths",
-    "losses",
-    "models",
-    "limits",
-    "progress",
-    "logs",
-    "composition",
-    "grid",
-    "interrupts",
-    "errors",
-    "__init__",
-)
+# What a room may import; kdsweep/__init__.py may be imported by all. One place may import only places above it.
+BELOW_TRAINING = {"core", "data", "config", "models", "runs", "distill", "evaluation"}
+MAY_IMPORT = {
+    "__init__": set(),
+    "core": set(),
+    "data": {"core"},
+    "config": {"core", "data"},
+    "models": {"core", "config"},
+    "runs": {"core", "config"},
+    "distill": {"core", "models", "data"},
+    "evaluation": {"core", "data", "models", "config"},
+    "tracking": {"core", "config", "runs"},
+    "training": BELOW_TRAINING,
+    "results": BELOW_TRAINING | {"tracking"},
+    "deploy": BELOW_TRAINING | {"tracking", "results"},
+    "sweep": BELOW_TRAINING | {"tracking", "training", "results", "deploy"},
+    "plugins": {"sweep"},
+    "__main__": BELOW_TRAINING | {"tracking", "training", "results", "deploy", "sweep"},
+    "kd_paths": {"distill"},  # a former address
+}
+ROOMS = MAY_IMPORT.keys() - {"__init__", "__main__", "kd_paths", "plugins"}
 
-ENGINES = {"devices", "engine", "node", "on_ray", "slurm"}
-READS_CONFIG = {
-    "__main__",
-    "announce",
-    "build",
-    "cells",
-    "user_code",
-    "composition",
-    "group",
-    "launcher",
-    "plan",
-    "worker",
-} | ENGINES
-CONFINED = {"mlflow": {"tracking"}, "omegaconf": READS_CONFIG, "ray": {"on_ray"}, "submitit": {"slurm"}}
+# What does not keep to it yet, by module. A line goes when its import goes.
+KNOWN = {
+    "data.data": {"config.grid"},
+    "deploy.predict": {"training.build"},
+    "evaluation.scoring": {"runs.checkpoint", "runs.records", "training.learner"},
+    "training.group": {"sweep.plan"},
+}
+
+# Rooms and modules that may import a library.
+CONFINED = {
+    "mlflow": {"tracking"},
+    "omegaconf": {"__main__", "config", "training.build", "training.group", "sweep"},
+    "ray": {"sweep.engines.on_ray"},
+    "submitit": {"sweep.engines.slurm"},
+}
+
+
+def room(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def is_entry_block(node: ast.AST) -> bool:
@@ -97,48 +67,104 @@ def is_entry_block(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
 
 
-def nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes of a module, function bodies and TYPE_CHECKING blocks included, its entry script left out."""
+def is_type_checking(node: ast.AST) -> bool:
+    """Whether it is ``if TYPE_CHECKING:``, imports that never run."""
+    return isinstance(node, ast.If) and ast.unparse(node.test).removeprefix("typing.") == "TYPE_CHECKING"
+
+
+def nodes(tree: ast.AST, *, running: bool = False) -> Iterator[ast.AST]:
+    """All nodes of a module, function bodies included, its entry script left out.
+
+    Args:
+        tree: the module.
+        running: leave out TYPE_CHECKING blocks too; what is under ``else`` there runs, and is still left out.
+    """
     for child in ast.iter_child_nodes(tree):
-        if not is_entry_block(child):
+        if not is_entry_block(child) and not (running and is_type_checking(child)):
             yield child
-            yield from nodes(child)
+            yield from nodes(child, running=running)
 
 
-def imported(source: str) -> set[str]:
-    """Dotted names of all modules that a module's source imports; of the package also ``from kdsweep import x``."""
+def imported(source: str, *, running: bool = False) -> set[str]:
+    """Dotted names of all that a module's source imports; of the package with x of ``from kdsweep.room import x``."""
     found: set[str] = set()
-    for node in nodes(ast.parse(source)):
+    for node in nodes(ast.parse(source), running=running):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
-            found |= {f"kdsweep.{alias.name}" for alias in node.names} if base == "kdsweep" else {base}
+            own = base.split(".")[0] == "kdsweep"
+            found |= {f"{base}.{alias.name}" for alias in node.names} if own else {base}
     return found
 
 
-def own_imports(source: str) -> set[str]:
-    """Modules of the package that a module's source imports; what is not a module lies in ``__init__``."""
-    names = {name.split(".")[1] for name in imported(source) if name.startswith("kdsweep.")}
-    return {name if name in FILES else "__init__" for name in names}
+def own_imports(source: str, *, running: bool = False) -> set[str]:
+    """Modules of the package that a module's source imports; for what is no module, the one that it is taken from."""
+    found = set()
+    for name in imported(source, running=running):
+        if name.split(".")[0] == "kdsweep":
+            own = name.removeprefix("kdsweep").removeprefix(".")
+            while own and own not in FILES:
+                own = own.rpartition(".")[0]
+            found.add(own or "__init__")
+    return found
 
 
 def read(name: str) -> str:
     return FILES[name].read_text(encoding="utf-8")
 
 
-def upward(name: str, source: str) -> set[str]:
-    """What a module imports from its own height or above."""
-    return {other for other in own_imports(source) if LAYERS.index(other) <= LAYERS.index(name)}
+def forbidden(name: str, source: str) -> set[str]:
+    """What a module imports of rooms that its own room may not import."""
+    allowed = MAY_IMPORT[room(name)] | {room(name), "__init__"}
+    return {other for other in own_imports(source) if room(other) not in allowed}
 
 
-def test_every_module_has_its_place_in_the_order() -> None:
-    assert FILES.keys() <= set(LAYERS), "give a new module its place in LAYERS"
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A circle in a graph, the first node again at its end; empty if there is none."""
+    done: set[str] = set()
+
+    def search(path: list[str]) -> list[str]:
+        for other in sorted(graph.get(path[-1], ())):
+            if other in path:
+                return [*path[path.index(other) :], other]
+            found = search([*path, other]) if other not in done else []
+            if found:
+                return found
+        done.add(path[-1])
+        return []
+
+    return next((found for name in sorted(graph) if name not in done and (found := search([name]))), [])
+
+
+def uses(name: str, library: str) -> bool:
+    return any(module.split(".")[0] == library for module in imported(read(name)))
+
+
+def test_every_module_lies_in_a_room() -> None:
+    assert {room(name) for name in FILES} == MAY_IMPORT.keys(), "give a new room its line in MAY_IMPORT"
+    assert {name for name in FILES if "." not in name} == MAY_IMPORT.keys() - {"plugins"}
+    assert [name for name in FILES if room(name) == "plugins"] == ["plugins.hydra_plugins.kdsweep_lockstep"]
+
+
+def test_the_rooms_themselves_have_no_circle() -> None:
+    assert circle({"data": {"core"}, "core": {"runs"}, "runs": {"data"}}) == ["core", "runs", "data", "core"]
+    assert circle(MAY_IMPORT) == []
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_imports_run_downwards(name: str) -> None:
-    assert upward(name, read(name)) == set()
+def test_a_room_imports_only_what_it_may(name: str) -> None:
+    assert forbidden(name, read(name)) == KNOWN.get(name, set())
+
+
+def test_what_is_known_is_about_modules_that_are_there() -> None:
+    assert KNOWN.keys() <= FILES.keys()
+
+
+@pytest.mark.parametrize("name", sorted(ROOMS))
+def test_no_circle_inside_a_room(name: str) -> None:
+    own = [module for module in FILES if room(module) == name]
+    assert circle({module: own_imports(read(module), running=True) & set(own) for module in own}) == []
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -147,20 +173,51 @@ def test_imports_of_the_package_are_absolute(name: str) -> None:
 
 
 def test_the_walk_sees_imports_wherever_they_stand() -> None:
-    assert own_imports("from kdsweep import build, data") == {"build", "data"}
-    assert own_imports("import kdsweep.train as t") == {"train"}
-    assert own_imports("from kdsweep import __version__") == {"__init__"}
-    assert own_imports("def f():\n    from kdsweep.build import compose") == {"build"}
-    assert own_imports("if TYPE_CHECKING:\n    from kdsweep.tracking import Sweep") == {"tracking"}
-    assert own_imports("if __name__ == '__main__':\n    from kdsweep.build import x") == set()
-    assert upward("losses", "from kdsweep import train, errors") == {"train"}
+    assert own_imports("from kdsweep.data import phantom, views") == {"data.phantom", "data.views"}
+    assert own_imports("from kdsweep.data import Entry") == {"data"}
+    assert own_imports("from kdsweep.data.data import Entry") == {"data.data"}
+    assert own_imports("import kdsweep.training.train as t") == {"training.train"}
+    assert own_imports("from kdsweep import __version__") == own_imports("import kdsweep") == {"__init__"}
+    assert own_imports("from kdsweep.sweep.engines import slurm") == {"sweep.engines.slurm"}
+    assert own_imports("def f():\n    from kdsweep.training.build import feed") == {"training.build"}
+    checked = "if TYPE_CHECKING:\n    from kdsweep.tracking.tracking import Sweep"
+    assert own_imports(checked) == {"tracking.tracking"}
+    assert own_imports(checked, running=True) == set()
+    assert own_imports("if __name__ == '__main__':\n    from kdsweep.training.build import x") == set()
+    source = "from kdsweep.training import train\nfrom kdsweep.models import models\nfrom kdsweep import conf_dir"
+    assert forbidden("distill.losses", source) == {"training.train"}
 
 
 @pytest.mark.parametrize(("library", "allowed"), CONFINED.items())
 def test_confined_libraries_are_imported_only_where_they_belong(library: str, allowed: set[str]) -> None:
-    users = {name for name in FILES if any(module.split(".")[0] == library for module in imported(read(name)))}
-    assert users <= allowed
+    users = {name for name in FILES if uses(name, library)}
+    assert {name for name in users if not {name, room(name)} & allowed} == set()
     assert users
+
+
+def test_importing_a_room_is_quick() -> None:
+    """A room's own file loads neither torch nor mlflow."""
+    names = [f"kdsweep.{name}" for name, file in FILES.items() if file.name == "__init__.py" and name != "__init__"]
+    assert {room(name.removeprefix("kdsweep.")) for name in names} == ROOMS
+    code = f"import sys, {', '.join(names)}; print(sorted({{'torch', 'mlflow'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_addresses_that_others_know_stay() -> None:
+    """Configurations of old runs name them, and users' own code."""
+    from kdsweep import data, distill
+    from kdsweep.data import data as where
+    from kdsweep.distill import kd_paths
+
+    assert all(getattr(data, name) is getattr(where, name) for name in data.__all__)
+    assert {"Busi", "Entry", "Folder", "Phantoms", "Source", "Udiat"} == set(data.__all__)
+    assert distill.KDPath is kd_paths.KDPath
+    with pytest.warns(DeprecationWarning, match="import KDPath from kdsweep.distill"):
+        from kdsweep.kd_paths import KDPath
+    assert KDPath is kd_paths.KDPath
+    with pytest.raises(AttributeError):
+        distill.other  # noqa: B018
 
 
 @pytest.mark.parametrize("name", FILES)

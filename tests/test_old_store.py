@@ -18,7 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdsweep import cells, plan, predict, report, status, tables
+from kdsweep.config import cells
+from kdsweep.deploy import predict
+from kdsweep.results import report, tables
+from kdsweep.sweep import plan, status
 
 SIZES = ["data.count=10", "train.epochs=2", "train.batch_size=4", "path=L", "loss=kld", "teacher_aug=weak"]
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kdsweep import comparisons, effects, formats, records, tables
+from kdsweep.results import comparisons, effects, formats, tables
+from kdsweep.runs import records
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,7 +61,7 @@ def test_a_recipe_works_as_written(recipes, small_busi, word, notation):
 
 def test_every_file_that_the_map_names_is_there():
     names = set(re.findall(r"\b(\w+\.py)\b", README.split("## How it is made")[1].split("## Limits")[0]))
-    own = {file.name for file in (ROOT / "kdsweep").glob("*.py")} | {"test_sweep.py"}
+    own = {file.name for file in (ROOT / "kdsweep").rglob("*.py")} - {"kdsweep_lockstep.py"} | {"test_sweep.py"}
     assert names == own - {"__init__.py"} | {"__main__.py"}
 
 
@@ -83,7 +84,13 @@ def test_every_configuration_option_named_in_the_tables_exists():
 
 
 def test_the_tools_print_help_that_names_their_options():
-    options = {"tables": "--sweep", "figures": "--models", "status": "--sweep", "predict": "--run", "export": "--out"}
+    options = {
+        "results.tables": "--sweep",
+        "results.figures": "--models",
+        "sweep.status": "--sweep",
+        "deploy.predict": "--run",
+        "deploy.export": "--out",
+    }
     for module, option in options.items():
         command = [sys.executable, "-m", f"kdsweep.{module}", "--help"]
         assert option in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -12,9 +12,13 @@ import pytest
 import torch
 from test_predict import SIZE, finish, noise
 
-from kdsweep import export, phantom, predict, records, scoring, tracking
-from kdsweep.errors import InputError
-from kdsweep.grid import Cell
+from kdsweep.config.grid import Cell
+from kdsweep.core.errors import InputError
+from kdsweep.data import phantom
+from kdsweep.deploy import export, predict
+from kdsweep.evaluation import scoring
+from kdsweep.runs import records
+from kdsweep.tracking import tracking
 
 NAME = "kdsweep-student"
 

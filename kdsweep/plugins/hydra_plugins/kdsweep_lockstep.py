@@ -10,32 +10,32 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 
-from kdsweep import launcher
+from kdsweep.sweep import launcher
 
 
 class LockstepLauncher(launcher.LockstepLauncher):
-    """``hydra/launcher=lockstep``: groups on the devices of this machine; see kdsweep/devices.py."""
+    """``hydra/launcher=lockstep``: groups on the devices of this machine; see kdsweep/sweep/engines/devices.py."""
 
     def __init__(self, devices: Sequence[str] = (), *, processes: int = 1, plan: bool = False) -> None:
-        from kdsweep.devices import Devices
+        from kdsweep.sweep.engines.devices import Devices
 
         super().__init__(Devices(devices, processes=processes), plan=plan)
 
 
 class SlurmLauncher(launcher.LockstepLauncher):
-    """``hydra/launcher=lockstep_slurm``: groups as an array job; see kdsweep/slurm.py."""
+    """``hydra/launcher=lockstep_slurm``: groups as an array job; see kdsweep/sweep/engines/slurm.py."""
 
     def __init__(self, *, plan: bool = False, **options: Any) -> None:
-        from kdsweep.slurm import Slurm
+        from kdsweep.sweep.engines.slurm import Slurm
 
         super().__init__(Slurm(**options), plan=plan)
 
 
 class RayLauncher(launcher.LockstepLauncher):
-    """``hydra/launcher=lockstep_ray``: groups as Ray tasks; see kdsweep/on_ray.py."""
+    """``hydra/launcher=lockstep_ray``: groups as Ray tasks; see kdsweep/sweep/engines/on_ray.py."""
 
     def __init__(self, *, plan: bool = False, **options: Any) -> None:
-        from kdsweep.on_ray import OnRay
+        from kdsweep.sweep.engines.on_ray import OnRay
 
         super().__init__(OnRay(**options), plan=plan)
 
@@ -69,7 +69,7 @@ class LockstepConf:
 
 @dataclass
 class SlurmConf:
-    """What ``hydra/launcher=lockstep_slurm`` can be told; each is described in kdsweep/slurm.py."""
+    """What ``hydra/launcher=lockstep_slurm`` can be told; each is described in kdsweep/sweep/engines/slurm.py."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.SlurmLauncher"
     plan: bool = False
@@ -91,7 +91,7 @@ class SlurmConf:
 
 @dataclass
 class RayConf:
-    """What ``hydra/launcher=lockstep_ray`` can be told; each is described in kdsweep/on_ray.py."""
+    """What ``hydra/launcher=lockstep_ray`` can be told; each is described in kdsweep/sweep/engines/on_ray.py."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.RayLauncher"
     plan: bool = False

@@ -1,0 +1,239 @@
+"""Which cell a configuration describes: settings, evidence, fingerprint, and with which others it can be trained.
+
+With ``build.py`` the only place that reads a configuration. This half runs without torch: a sweep is checked and
+planned, and what is finished is found, before any process has waited for its import.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from kdsweep import conf_dir
+from kdsweep.config import grid, limits, user_code
+from kdsweep.config.grid import Cell
+from kdsweep.core.errors import InputError
+from kdsweep.data import data
+
+Config = DictConfig | dict[str, Any]  # as Hydra gives it, or its ``values``
+
+
+def check(cfg: Config) -> None:
+    """Raise InputError for the first value out of its range: one line with key, value and what is allowed."""
+    limits.check(params(cfg))
+
+
+def load_size(cfg: DictConfig) -> int:
+    """Side in pixels of the images that crops are taken from: 256 for 224, and in that ratio."""
+    return cfg.data.load_size or default_load_size(cfg.image_size)
+
+
+def default_load_size(image_size: int) -> int:
+    """That of ``load_size`` if the configuration has none."""
+    return round(image_size * 256 / 224)
+
+
+def source(cfg: DictConfig) -> Any:
+    """The data set that a configuration names: a ``data.Source``."""
+    return hydra.utils.instantiate(cfg.data.source)
+
+
+def listing(cfg: Config) -> data.Listing:
+    """What the data set consists of; looked at once per process."""
+    return _listing(json.dumps(values(cfg)["data"]["source"]))
+
+
+@lru_cache(maxsize=2)
+def _listing(of: str) -> data.Listing:
+    return data.listing(hydra.utils.instantiate(json.loads(of)))
+
+
+def images(cfg: DictConfig) -> data.Images:
+    """The data set in memory; read once per process."""
+    takes_empty = bool(cfg.data.get("allow_empty_masks"))
+    return _load(source(cfg), load_size=load_size(cfg), image_size=cfg.image_size, allow_empty_masks=takes_empty)
+
+
+@lru_cache(maxsize=2)
+def _load(of: data.Source, *, load_size: int, image_size: int, allow_empty_masks: bool) -> data.Images:
+    return data.load(of, load_size=load_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
+
+
+def cell(cfg: Config) -> Cell:
+    """The cell that a configuration describes, with its fingerprint."""
+    given = values(cfg)
+    common, evidence, sources = _common(given)
+    student, path = given["student"], given["path"]
+    evidence, sources = evidence | _weights_evidence("student", student), sources | _weights_source("student", student)
+    own = {**common, "network": _network(student), **{key: given["train"][key] for key in ("lr", "monitor")}}
+    if path["kd_path"] is None:
+        return _cell(given, "student", path["notation"], own, evidence, sources)
+    representation, loss, view = path.get("representation"), given["loss"], given["teacher_aug"]["distill_view"]
+    if representation not in loss:
+        raise InputError(f"path.representation={representation} is not allowed: it must be logits or hidden")
+    idle = grid.unused("cell", params(given))
+    kd = {key: value for key, value in given["kd"].items() if f"kd.{key}" not in idle}
+    taught = {"path": path["kd_path"], "loss": loss[representation], "distill_view": view, "kd": kd}
+    master = teacher_cell(given)
+    own = {**own, **taught, "representation": representation, "teacher": master.settings}
+    evidence["teacher"] = master.fingerprint
+    sources |= {"teacher.seed": str(master.seed)} | _weights_source("teacher", given["teacher"])
+    name = grid.notation(path=path["notation"], loss=loss["name"].upper(), distill_view=view)
+    return _cell(given, "cell", name, own, evidence, sources, teacher=master)
+
+
+def teacher_cell(cfg: Config) -> Cell:
+    """The Teacher that a configuration's cell learns from."""
+    given = values(cfg)
+    common, evidence, sources = _common(given)
+    teacher, view = given["teacher"], given["teacher_aug"]["train_view"]
+    own = {**common, "network": _network(teacher), "lr": teacher["lr"], "train_view": view}
+    evidence, sources = evidence | _weights_evidence("teacher", teacher), sources | _weights_source("teacher", teacher)
+    return _cell(given, "teacher", grid.teacher_notation(view), own, evidence, sources, seed=teacher["seed"])
+
+
+def batches_key(cfg: Config, *, seed: int) -> str:
+    """Equal for trainings that can share every batch: a digest of all that batches and their computation depend on.
+
+    Whatever else may differ inside a lockstep group: path, loss, views, Teacher, Student, rates, weights, epochs.
+    """
+    given = values(cfg)
+    common, evidence, _ = _common(given)
+    made_of = [common[key] for key in ("data", "image_size", "views", "precision")]
+    kept_in = [given["store"], given["tracking"]["uri"], given["tracking"]["experiment"]]
+    by = [given["train"]["batch_size"], given["train"]["workers"], given["device"], given["deterministic"]]
+    return grid.digest([made_of, evidence, given["split"], seed, by, kept_in])
+
+
+def _cell(
+    given: dict[str, Any],
+    role: str,
+    name: str,
+    own: dict[str, Any],
+    evidence: dict[str, str],
+    sources: dict[str, str],
+    *,
+    seed: int | None = None,
+    teacher: Cell | None = None,
+) -> Cell:
+    # A Teacher's settings are settled already, and name no code that the Student's do not.
+    users = user_code.user_code_digest(grid.targets({key: value for key, value in own.items() if key != "teacher"}))
+    return Cell(
+        role=role,
+        notation=name,
+        split=given["split"],
+        seed=given["seed"] if seed is None else seed,
+        settings=grid.without_places(own),
+        evidence={**evidence, **({"user_code": users} if users else {}), "results_version": str(grid.RESULTS_VERSION)},
+        store=Path(given["store"]),
+        sources=sources,
+        teacher=teacher,
+    )
+
+
+def _common(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """What every training depends on: settings, digests of what lies outside them, and where that lies."""
+    own = given["data"]
+    source = {key: value for key, value in own["source"].items() if key not in ("root", "cache_dir")}
+    size = own["load_size"] or default_load_size(given["image_size"])
+    settings = {
+        "profile": given["profile"],
+        "data": {"name": own["name"], "source": source, "load_size": size},
+        "image_size": given["image_size"],
+        "views": given["views"],
+        "precision": given["precision"],
+        "train": {key: given["train"][key] for key in ("epochs", "batch_size", "patience")},
+    }
+    return settings, {"data": listing(given).digest}, {"data.root": str(own.get("root", ""))}
+
+
+def _network(node: dict[str, Any]) -> dict[str, Any]:
+    weights = node["weights"] if node["weights"] in ("imagenet", "none") else "file"
+    return {"encoder": node["encoder"], "decoder_channels": node["decoder_channels"], "weights": weights}
+
+
+def _weights_evidence(group: str, node: dict[str, Any]) -> dict[str, str]:
+    if node["weights"] == "none":
+        return {}
+    if node["weights"] == "imagenet":
+        return {f"{group}_weights": imagenet(node)}
+    file = Path(str(node["weights"]))
+    if not file.is_file():
+        raise InputError(f"{group}.weights={file}: no such file; use imagenet, none, or a .safetensors or .pt file")
+    return {f"{group}_weights": _file_digest(file, file.stat().st_mtime_ns)}
+
+
+def _weights_source(group: str, node: dict[str, Any]) -> dict[str, str]:
+    return {f"{group}.weights": str(node["weights"])}
+
+
+def imagenet(node: Mapping[str, Any]) -> str:
+    """Where the ImageNet weights of a network's encoder are, as REPOSITORY@REVISION on the Hugging Face hub."""
+    if node.get("imagenet") is None:
+        raise InputError(f"weights=imagenet: none are known for encoder={node['encoder']}; use weights=none or a file")
+    return str(node["imagenet"])
+
+
+@lru_cache(maxsize=8)
+def _file_digest(file: Path, _: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def plain(node: DictConfig) -> Any:
+    """A part of the configuration as dicts, lists and plain values, references resolved."""
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
+    """Image ids of the split's three parts: written beside the run."""
+    ids = [entry.id for entry in listing(cfg).entries]
+    part = data.split(len(ids), index=cfg.split)
+    return {name: [ids[i] for i in indices] for name, indices in vars(part).items()}
+
+
+def params(cfg: Config) -> dict[str, Any]:
+    """The flat resolved configuration, keys joined by dots: what MLflow keeps of a run."""
+    return grid.flatten(values(cfg))
+
+
+def values(cfg: Config) -> dict[str, Any]:
+    """A configuration without Hydra's part as dicts, lists and plain values, references resolved.
+
+    Resolving takes milliseconds, so the plan of a sweep does it once per job: functions here take its result as well.
+    """
+    if isinstance(cfg, dict):
+        return cfg
+    own = {str(key): cfg[key] for key in cfg if key != "hydra"}
+    return {key: plain(value) if OmegaConf.is_config(value) else value for key, value in own.items()}
+
+
+def factors(cfg: DictConfig, *, role: str) -> dict[str, str]:
+    """The factors as a cell uses them: first among the params by their names, so MLflow compares runs by them."""
+    if role == "teacher":
+        return {"cell.teacher_aug": cfg.teacher_aug.train_view}
+    if role == "student":
+        return {"cell.path": "none"}
+    own = {"path": cfg.path.name, "loss": cfg.loss.name, "teacher_aug": cfg.teacher_aug.distill_view}
+    return {f"cell.{key}": value for key, value in own.items()}
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """The configuration of one cell from overrides, outside of a Hydra run.
+
+    Raises:
+        InputError: an override is wrong.
+    """
+    from hydra.errors import HydraException
+
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return hydra.compose("config", overrides)
+    except HydraException as error:
+        raise InputError(" ".join(str(error).split()).partition(" To append")[0]) from error

@@ -1,0 +1,90 @@
+"""The configurations of a sweep's jobs, composed once for all that differ in plain values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import cloudpickle
+from hydra._internal.config_loader_impl import get_overrides_dirname
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from kdsweep.config.grid import is_under
+
+
+class Composer:
+    """Gives each job the configuration that Hydra's ``load_sweep_config`` would, which takes 70 ms: a copy takes 2.
+
+    Args:
+        loader: Hydra's own.
+        config: of the sweep.
+    """
+
+    def __init__(self, loader: ConfigLoader, config: DictConfig) -> None:
+        self._loader, self._config = loader, config
+        self._composed: dict[tuple[str, ...], bytes] = {}  # a pickle is copied faster than a DictConfig
+        self._is_value = cache(self._look_up)
+        self._parse = cache(OverridesParser.create(config_loader=loader).parse_override)
+
+    def compose(self, overrides: Sequence[str], *, number: int) -> DictConfig:
+        """The configuration of one job.
+
+        Args:
+            overrides: of the job.
+            number: of the job.
+        """
+        parsed = [self._parse(word) for word in overrides]
+        changed = {own.key_or_group: own.value() for own in parsed if self._is_plain(own, parsed)}
+        shape = tuple(own.key_or_group if own.key_or_group in changed else str(own.input_line) for own in parsed)
+        if shape not in self._composed:
+            self._composed[shape] = cloudpickle.dumps(self._loader.load_sweep_config(self._config, list(overrides)))
+        config: DictConfig = cloudpickle.loads(self._composed[shape])
+        for key, value in changed.items():
+            OmegaConf.update(config, key, value)
+        job, own = config.hydra.job, [each for each in parsed if not each.is_hydra_override()]
+        config.hydra.overrides.task = [each.input_line for each in own]
+        job.override_dirname = get_overrides_dirname(own, **job.config.override_dirname)
+        with open_dict(config):
+            job.id = job.num = number
+        return config
+
+    def _is_plain(self, own: Override, among: Sequence[Override]) -> bool:
+        """Whether an override gives one value to a key that no other override touches, and composes nothing."""
+        key = own.key_or_group
+        if own.type is not OverrideType.CHANGE or not isinstance(own.value(), str | int | float | None):
+            return False
+        others = [other.key_or_group for other in among if other is not own]
+        touched = any(is_under(key, (other,)) or is_under(other, (key,)) for other in others)
+        return not touched and self._is_value(key)
+
+    def _look_up(self, key: str) -> bool:
+        """Whether a key is that of a value: not of a group of files, nor of a part, nor Hydra's own."""
+        if key.startswith("hydra") or key in self._config.hydra.runtime.choices:
+            return False
+        now = OmegaConf.select(self._config, key)
+        return now is not None and not OmegaConf.is_config(now)
+
+
+class Composed(Sequence[DictConfig]):
+    """The configurations of all jobs, each composed anew when it is asked for: ten thousand would take 1.6 GB.
+
+    Args:
+        composer: of the sweep.
+        jobs: overrides of each.
+        first: number of the first one.
+    """
+
+    def __init__(self, composer: Composer, jobs: Sequence[Sequence[str]], *, first: int) -> None:
+        self._composer, self._jobs, self._first = composer, jobs, first
+
+    def __len__(self) -> int:
+        """How many jobs."""
+        return len(self._jobs)
+
+    def __getitem__(self, index: Any) -> Any:
+        """That of one job."""
+        return self._composer.compose(self._jobs[index], number=self._first + index)

@@ -1,0 +1,156 @@
+"""Digest a user's own code: what a configuration names outside this package, and everything that it imports.
+
+Pure Python, no torch: a sweep is planned before torch is imported. Equal source gives an equal digest on Python 3.11,
+3.12 and 3.13.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import io
+import sys
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+from kdsweep.config.grid import PACKAGE, digest
+from kdsweep.core.errors import InputError
+
+# Since Python 3.12 an f-string comes as several tokens between these two, before as one STRING.
+STRING_START = {getattr(tokenize, name, None) for name in ("FSTRING_START", "TSTRING_START")} - {None}
+STRING_END = {getattr(tokenize, name, None) for name in ("FSTRING_END", "TSTRING_END")} - {None}
+INSTALLED = {"site-packages", "dist-packages"}
+LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
+
+
+def user_code_digest(targets: list[str]) -> str:
+    """Return the digest of a user's code, or "" if all targets lie in this package.
+
+    A changed helper counts as much as a changed loss. Comments, docstrings and layout do not count, nor do installed
+    packages. A module that is imported by a computed name (``importlib.import_module``) is not seen.
+
+    Args:
+        targets: dotted names of functions and classes, as ``_target_`` gives them.
+
+    Raises:
+        InputError: a target's module is not found, or is not Python that can be read.
+    """
+    own = [target for target in targets if target.partition(".")[0] != PACKAGE]
+    digests: dict[str, str] = {}
+    waiting = [name for target in own for name in _target_modules(target)]
+    while waiting:
+        name = waiting.pop()
+        if name in digests or (file := _user_file(name)) is None:
+            continue
+        digests[name], imported = _read(name, file, file.stat().st_mtime_ns)
+        waiting += imported
+    return digest(digests) if digests else ""
+
+
+def _target_modules(target: str) -> list[str]:
+    """The module of a target with the packages that it lies in."""
+    parts = target.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        if _find_spec(".".join(parts[:count])) is not None:
+            return [".".join(parts[:end]) for end in range(1, count + 1)]
+    raise InputError(f"_target_={target}: there is no module {parts[0]}; start the command in its folder")
+
+
+@cache
+def _find_spec(name: str) -> ModuleSpec | None:
+    """Find a module without importing the packages that it lies in, which may take seconds or do something."""
+    parent, _, _ = name.rpartition(".")
+    if not parent:
+        try:
+            return importlib.util.find_spec(name)
+        except ValueError:  # such as __main__, which has no spec
+            return None
+    package = _find_spec(parent)
+    if package is None or package.submodule_search_locations is None:
+        return None
+    return PathFinder.find_spec(name, list(package.submodule_search_locations))
+
+
+def _user_file(name: str) -> Path | None:
+    """The file of a module, or None for Python's own modules, installed packages and this package."""
+    top = name.partition(".")[0]
+    spec = None if top in sys.stdlib_module_names or top == PACKAGE else _find_spec(name)
+    if spec is None or not spec.has_location or spec.origin is None:
+        return None
+    file = Path(spec.origin)
+    return None if INSTALLED & set(file.parts) else file
+
+
+@cache
+def _read(name: str, file: Path, _: int) -> tuple[str, list[str]]:
+    """Digest of a module's source, and the names of the modules that it may import; a compiled one imports nothing."""
+    if file.suffix != ".py":
+        return hashlib.sha256(file.read_bytes()).hexdigest(), []
+    try:
+        with tokenize.open(file) as stream:
+            source = stream.read()
+        tree = ast.parse(source)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not readable as Python: {' '.join(str(error).split())}") from error
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    return digest("\n".join(bare_lines(source))), list(_imports(tree, package=package))
+
+
+def _imports(tree: ast.Module, *, package: str) -> Iterator[str]:
+    """Names of all modules that may be imported: ``from a import b`` may mean the module a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*up, *([node.module] if node.module else [])])
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def bare_lines(source: str) -> Iterator[str]:
+    """Give the logical lines of Python source, without comments, docstrings and layout.
+
+    Each is its tokens with one blank between them, led by a tab per level of indentation. A line of a string alone,
+    which is a docstring or does nothing, is left out.
+    """
+    lines = source.splitlines(keepends=True)
+    words: list[str] = []
+    kinds: set[int] = set()
+    level, depth, start = 0, 0, (0, 0)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in STRING_START:
+            start = start if depth else token.start
+            depth += 1
+        elif token.type in STRING_END:
+            depth -= 1
+            if not depth:
+                words.append(_between(lines, start, token.end))
+                kinds.add(token.type)
+        elif depth or token.type in LAYOUT:
+            continue
+        elif token.type == tokenize.NEWLINE:
+            if kinds != {tokenize.STRING}:
+                yield "\t" * level + " ".join(words)
+            words, kinds = [], set()
+        elif token.type in (tokenize.INDENT, tokenize.DEDENT):
+            level += 1 if token.type == tokenize.INDENT else -1
+        else:
+            words.append(token.string)
+            kinds.add(token.type)
+
+
+def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+    """The text from one (row, column) to another, rows counted from 1."""
+    (first, left), (last, right) = start, end
+    if first == last:
+        return lines[first - 1][left:right]
+    return "".join([lines[first - 1][left:], *lines[first : last - 1], lines[last - 1][:right]])

@@ -1,0 +1,156 @@
+"""Loaders: both views of training images, and whole images for validation and test."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdsweep.data.data import Images
+from kdsweep.data.views import Views, id_number, sampling_theta
+
+
+class TrainViews(Dataset[dict[str, np.ndarray]]):
+    """Both views of a training image, by (epoch, index): nothing else decides what is drawn."""
+
+    def __init__(self, images: Images, *, views: Views, seed: int, split_index: int) -> None:
+        self.images, self.views, self.seed, self.split_index = images, views, seed, split_index
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+        """The rendering as arrays by name, with ``theta`` (2, 3) for the warp from weak to strong."""
+        epoch, index = key
+        rendering = self.views.render(
+            image=self.images.images[index],
+            mask=self.images.masks[index],
+            seed=[self.seed, self.split_index, epoch, id_number(self.images.ids[index])],
+        )
+        arrays = rendering._asdict()
+        theta = sampling_theta(arrays.pop("matrix"), image_size=rendering.strong.shape[0])
+        return {**arrays, "theta": theta}
+
+
+class EpochBatches:
+    """Batches of (epoch, index) keys without end; each epoch's order depends on its number alone."""
+
+    def __init__(self, indices: list[int], *, batch_size: int, seed: int, split_index: int) -> None:
+        self.indices, self.batch_size, self.seed, self.split_index = indices, batch_size, seed, split_index
+        self.first_epoch = self.first_batch = 0
+
+    def per_epoch(self) -> int:
+        """Batches of one epoch."""
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch in itertools.count(self.first_epoch):
+            order = np.random.default_rng([self.seed, self.split_index, epoch]).permutation(self.indices)
+            keys = [(epoch, int(index)) for index in order]
+            skipped = self.first_batch * self.batch_size if epoch == self.first_epoch else 0
+            for start in range(skipped, len(keys), self.batch_size):
+                yield keys[start : start + self.batch_size]
+
+
+class TrainLoader:
+    """Training batches of an epoch: dict of ``strong``, ``weak`` (N, S, S, 3) uint8, their masks, ``theta``.
+
+    The processes that prepare batches live as long as the loader and work ahead over the ends of epochs: an epoch of
+    the paper has two batches, so that waiting for the first one of each would be half of all.
+
+    Args:
+        images: the data set.
+        indices: of the training part.
+        views: draws the two views.
+        seed: of the cell.
+        split_index: of the split.
+        batch_size: the last batch of an epoch may be smaller.
+        workers: processes that prepare batches; 0 prepares them in this one. The batches are the same.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        indices: list[int],
+        views: Views,
+        seed: int,
+        split_index: int,
+        batch_size: int,
+        workers: int,
+    ) -> None:
+        self.batches = EpochBatches(indices, batch_size=batch_size, seed=seed, split_index=split_index)
+        self.image_count = len(indices)
+        self.loader = DataLoader(
+            TrainViews(images, views=views, seed=seed, split_index=split_index),
+            batch_sampler=self.batches,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else it would draw from the generator that all networks share
+        )
+        self._ahead: Iterator[dict[str, Tensor]] = iter(())
+        self._next_epoch = -1
+
+    def __len__(self) -> int:
+        return self.batches.per_epoch()
+
+    def epoch(self, number: int, *, first: int = 0) -> Iterator[dict[str, Tensor]]:
+        """The batches of one epoch, which depend on its number alone; to be used up before the next is asked for.
+
+        Args:
+            number: of the epoch.
+            first: number of the batch to begin with; those before it are not prepared.
+        """
+        if number != self._next_epoch or first:
+            self.batches.first_epoch, self.batches.first_batch = number, first
+            self._ahead = iter(self.loader)
+        self._next_epoch = -1  # until this one has been used up
+        yield from itertools.islice(self._ahead, len(self) - first)
+        self._next_epoch = number + 1
+
+    def step_seed(self, epoch: int, number: int) -> int:
+        """Seed of whatever a learner draws while it learns from batch ``number`` of an epoch."""
+        entropy = [self.batches.seed, self.batches.split_index, epoch, number]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+@dataclass(frozen=True)
+class EvalPart:
+    """Validation or test images, whole, at the size at which they are scored.
+
+    Attributes:
+        ids: N ids.
+        labels: N labels.
+        images: (N, S, S, 3) uint8.
+        masks: (N, 1, S, S) uint8 in {0, 1}.
+    """
+
+    ids: list[str]
+    labels: list[str]
+    images: Tensor
+    masks: Tensor
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and masks in batches of at most ``size``, in order."""
+        yield from zip(self.images.split(size), self.masks.split(size), strict=True)
+
+
+def eval_part(images: Images, indices: list[int]) -> EvalPart:
+    """The part of a data set that ``indices`` name."""
+    return EvalPart(
+        ids=[images.ids[i] for i in indices],
+        labels=[images.labels[i] for i in indices],
+        images=torch.from_numpy(images.eval_images[indices]),
+        masks=torch.from_numpy(images.eval_masks[indices])[:, None],
+    )
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The three parts of one split, ready to be used."""
+
+    train: TrainLoader
+    validation: EvalPart
+    test: EvalPart

@@ -1,0 +1,83 @@
+"""The images that a finished run was tested on, found again from what the run recorded of its configuration."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdsweep.core.errors import InputError
+from kdsweep.data import data
+
+# A record may come from elsewhere, so it names one of these and is never imported by its word.
+SOURCES: dict[str, Callable[..., Any]] = {
+    f"kdsweep.data.{cls.__name__}": cls for cls in (data.Udiat, data.Busi, data.Folder, data.Phantoms)
+}
+
+
+class Scored(NamedTuple):
+    """An image (S, S, 3) uint8 and its mask (S, S) uint8 in {0, 1}, as they are scored."""
+
+    image: np.ndarray
+    mask: np.ndarray
+
+
+def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) -> data.Source:
+    """The data set of a run.
+
+    Args:
+        params: the flat configuration that the run recorded, as values or, as MLflow keeps them, as strings.
+        store: folder of the runs, where phantoms lie.
+        root: where the images lie now, if not where they lay then.
+
+    Raises:
+        InputError: the data set is not one of kdsweep's own.
+    """
+    prefix = "data.source."
+    values = {key.removeprefix(prefix): value for key, value in params.items() if key.startswith(prefix)}
+    name = values.pop("_target_", "none recorded")
+    if name not in SOURCES:
+        remedy = "give your own with the command: data=NAME data.root=DIR hydra.searchpath=[file://FOLDER]"
+        raise InputError(f"data.source={name}: only {', '.join(SOURCES)} are found again from a run; {remedy}")
+    own = {key: _value(value) for key, value in values.items() if key not in ("root", "cache_dir")}
+    if "root" in values:
+        own["root"] = str(root or values["root"])
+    if "cache_dir" in values:
+        own["cache_dir"] = str(store / "phantoms")
+    try:
+        found: data.Source = SOURCES[name](**own)
+    except TypeError as error:
+        raise InputError(f"data.source={name}: the run recorded other options than it has now ({error})") from error
+    return found
+
+
+def scored(of: data.Source, ids: Iterable[str], *, image_size: int) -> dict[str, Scored]:
+    """Images of a data set by id, at the size (S pixels) at which they are scored.
+
+    Raises:
+        InputError: one is not there, or cannot be read.
+    """
+    entries = {entry.id: entry for entry in of.entries()}
+    found = {}
+    for image_id in ids:
+        if image_id not in entries:
+            raise InputError(f"data={of.name}: image {image_id} of the run is not in the data set any more")
+        try:
+            image, mask = data.read(entries[image_id], smallest=image_size)
+        except ValueError as error:
+            raise InputError(f"data={of.name}: {error}") from error
+        found[image_id] = Scored(data.resize_image(image, image_size), data.resize_mask(mask, image_size))
+    return found
+
+
+def _value(recorded: Any) -> Any:
+    """What a value was before MLflow wrote it down as a string."""
+    if not isinstance(recorded, str):
+        return recorded
+    try:
+        return ast.literal_eval(recorded)
+    except (ValueError, SyntaxError):
+        return recorded

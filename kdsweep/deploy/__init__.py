@@ -1,0 +1,1 @@
+"""The student in use: masks of one's own images, ONNX files, MLflow's registry."""

@@ -1,0 +1,317 @@
+"""Masks of one's own images by the network of a finished run.
+
+Usage: ``python -m kdsweep.deploy.predict --run RUN --images FOLDER --out FOLDER [--store DIR] [--device cpu]
+[--overwrite]``. RUN is a cell's name as in the tables (``HReg_KLD_WAug/split0``), its folder, or the id of its MLflow
+run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import io
+import json
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from kdsweep.core.compute import Compute, placed
+from kdsweep.core.errors import InputError
+from kdsweep.data import data
+from kdsweep.data.views import normalise
+from kdsweep.models import models
+from kdsweep.models.models import UNet
+from kdsweep.runs import checkpoint, records
+from kdsweep.training import build
+
+THRESHOLD = 0.5  # a pixel is lesion if its probability is above: as in testing
+TAGS = ("notation", "split", "seed", "role", "fingerprint")
+CONTOUR = (0xFF, 0x17, 0x44)  # RGB; the red of predictions in figures
+TABLE = "predictions.csv"
+COLUMNS = ["image", "width", "height", "area_px", "area_percent", "mean_probability", "max_probability"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network of a finished run, and what its folder tells about it.
+
+    Attributes:
+        network: frozen, with the weights that were tested, on the CPU.
+        folder: of the run.
+        tags: of the run, by TAGS.
+        encoder: its name.
+        image_size: S, side in pixels of the images that it takes.
+        precision: ``fp32`` or ``bf16``: in which it was tested.
+    """
+
+    network: UNet
+    folder: Path
+    tags: dict[str, str]
+    encoder: str
+    image_size: int
+    precision: str
+
+    @property
+    def title(self) -> str:
+        """How messages call it, such as ``Student split 0 seed 0 (mobilenetv3_small_trimmed, 224 x 224)``."""
+        notation, split, seed = (self.tags[key] for key in TAGS[:3])
+        return f"{notation} split {split} seed {seed} ({self.encoder}, {self.image_size} x {self.image_size})"
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+def find_folder(run: str, *, store: Path, uri: str | None) -> Path:
+    """The folder of a run.
+
+    Args:
+        run: the folder itself, ``NOTATION/splitK`` or ``NOTATION/splitK/seedS``, or the id of an MLflow run.
+        store: folder of the runs.
+        uri: of the MLflow server or database, or None for the file in the store.
+
+    Raises:
+        InputError: there is no such run, or several.
+    """
+    for folder in (Path(run), store / "cells" / run, store / "teachers" / run):
+        if (folder / records.CELL).is_file():
+            return folder
+    if re.fullmatch(r"[0-9a-f]{32}", run):
+        return _folder_of_id(run, store=store, uri=uri)
+    if named := re.fullmatch(r"([^/]+)/split(\d+)(?:/seed(\d+))?", run):
+        return _folder_of_name(
+            run, store=store, stem=f"{glob.escape(named[1])}-split{named[2]}-seed{named[3] or '*'}-*"
+        )
+    raise InputError(
+        f"--run {run}: no such folder with a {records.CELL}; give a run's folder, its name such as "
+        "HReg_KLD_WAug/split0, or the id of its MLflow run"
+    )
+
+
+def _folder_of_name(run: str, *, store: Path, stem: str) -> Path:
+    begun = [folder.parent for folder in sorted(store.glob(f"*/{stem}/{records.CELL}"))]
+    finished = [folder for folder in begun if (folder / records.FINISHED).is_file()]
+    if not begun:
+        raise InputError(f"--run {run}: not in --store {store}")
+    if len(finished) > 1:
+        folders = ", ".join(map(str, finished))
+        raise InputError(
+            f"--run {run}: {len(finished)} finished runs have this name; give the folder of one: {folders}"
+        )
+    return (finished or begun)[0]
+
+
+def _folder_of_id(run: str, *, store: Path, uri: str | None) -> Path:
+    from kdsweep.tracking import tracking  # loads mlflow: seconds that names and folders need not wait for
+
+    if uri is None and not (store / tracking.DATABASE).is_file():
+        raise InputError(f"--run {run}: --store {store} has no {tracking.DATABASE}; name its folder or --tracking-uri")
+    try:
+        tags = tracking.MlflowClient(tracking_uri=tracking.store_uri(store, uri)).get_run(run).data.tags
+    except Exception as error:  # of many kinds: server, network, database
+        raise InputError(f"--run {run}: MLflow does not give it: {' '.join(str(error).split())[:300]}") from error
+    if not {f"kdsweep.{key}" for key in TAGS} <= tags.keys():
+        raise InputError(f"--run {run}: the MLflow run is not one of a Student, Teacher or distilled cell")
+    notation, split, seed, role, digest = (tags[f"kdsweep.{key}"] for key in TAGS)
+    kind = "teachers" if role == "teacher" else "cells"
+    folder = store / kind / f"{notation}-split{split}-seed{seed}-{digest[:10]}"
+    if not (folder / records.CELL).is_file():
+        raise InputError(f"--run {run}: its folder {folder} is not there; name the store that has it with --store")
+    return folder
+
+
+def load_model(folder: Path) -> Model:
+    """The network of a finished run; its weights are read only if they are what was written.
+
+    Raises:
+        InputError: the run is not finished, or a file of it is damaged.
+    """
+    if not (folder / records.FINISHED).is_file():
+        raise InputError(f"--run {folder}: not finished, it has no tested weights yet; the sweep's command goes on")
+    try:
+        about = json.loads((folder / records.CELL).read_text(encoding="utf-8"))
+        params, tags = about["params"], {key: str(about["tags"][f"kdsweep.{key}"]) for key in TAGS}
+        node = "teacher" if tags["role"] == "teacher" else "student"
+        encoder, channels = str(params[f"{node}.encoder"]), list(params[f"{node}.decoder_channels"])
+        image_size, precision = int(params["image_size"]), str(params["precision"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--run {folder}: {records.CELL} is damaged ({type(error).__name__})") from error
+    file = folder / f"{node}.safetensors"
+    if not records.check_file(folder, file.name):
+        raise InputError(f"{file}: missing or damaged, its checksum differs; the sweep's command computes it again")
+    network = models.unet(encoder=encoder, decoder_channels=channels, weights="none", seed=0)
+    try:
+        checkpoint.load_network(file, network)
+    except Exception as error:  # torch and safetensors have errors of their own
+        raise InputError(f"{file}: belongs to another network than {encoder} as this version builds it") from error
+    return Model(models.freeze(network), folder, tags, encoder, image_size, precision)
+
+
+# ---- images --------------------------------------------------------------------------------------------------------
+
+
+def list_images(folder: Path) -> tuple[dict[str, Path], int]:
+    """Image files of a folder by the name that their results get, and how many other entries it has.
+
+    Raises:
+        InputError: no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--images {folder}: no such folder")
+    entries = sorted(folder.iterdir())
+    files = [f for f in entries if f.suffix.lower() in data.SUFFIXES and not f.name.startswith(".") and f.is_file()]
+    stems = {file.stem for file in files}
+    files = [file for file in files if re.sub(r"_mask(_\d+)?$", "", file.stem) not in stems - {file.stem}]  # BUSI's
+    if not files:
+        raise InputError(f"--images {folder}: no images found; expected files ending in {', '.join(data.SUFFIXES)}")
+    taken = Counter(name.lower() for file in files for name in (file.stem, file.name))  # a.png, a.jpg: their names
+    named = {file.stem if taken[file.stem.lower()] == 1 else file.name: file for file in files}
+    return named, len(entries) - len(files)
+
+
+def read_image(file: Path) -> np.ndarray:
+    """Any image as (H, W, 3) uint8, as data sets are read.
+
+    Raises:
+        ValueError: names an unreadable one.
+    """
+    try:
+        return data.read_grey_or_colour(file)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{file} has more pixels than Pillow reads") from error
+
+
+def prepare(image: np.ndarray, *, image_size: int) -> torch.Tensor:
+    """(H, W, 3) uint8 to the network's input (1, 3, S, S) float32: the whole image, resized and normalised."""
+    return normalise(torch.from_numpy(data.resize_image(image, image_size))[None])
+
+
+def probabilities(network: UNet, image: np.ndarray, *, image_size: int, compute: Compute) -> np.ndarray:
+    """Probability of lesion (H, W) float32 of each pixel of an image (H, W, 3) uint8, at the image's own size."""
+    views = prepare(image, image_size=image_size).to(compute.device)
+    with torch.no_grad(), compute.autocast():
+        logits = network(views).logits
+    small = logits[0, 0].float().sigmoid().cpu().numpy()
+    height, width = image.shape[:2]
+    large: np.ndarray = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+    return large
+
+
+def measure(name: str, probability: np.ndarray) -> list[Any]:
+    """COLUMNS of one image's probabilities (H, W): area above the threshold, their mean there, their maximum."""
+    mask = probability > THRESHOLD
+    height, width = mask.shape
+    area = int(mask.sum())
+    mean = f"{probability[mask].mean(dtype=np.float64):.6f}" if area else ""
+    return [name, width, height, area, f"{100 * area / mask.size:.4f}", mean, f"{probability.max():.6f}"]
+
+
+def draw(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The image (H, W, 3) uint8 with the contour of a mask (H, W) bool."""
+    lines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    drawn = np.ascontiguousarray(image).copy()
+    cv2.drawContours(drawn, lines, -1, CONTOUR, thickness=max(1, round(min(mask.shape) / 250)))
+    return drawn
+
+
+def _write_png(file: Path, pixels: np.ndarray) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG")
+    checkpoint.write_bytes(file, stream.getvalue())
+
+
+def predict_folder(model: Model, images: dict[str, Path], *, out: Path, compute: Compute) -> int:
+    """Write mask, overlay and a row of the table for each image; the number of those that could not be read."""
+    network = placed(model.network, compute)
+    rows: list[list[Any]] = []
+    hidden = not sys.stderr.isatty()
+    try:
+        for name, file in tqdm(images.items(), desc="predicting", unit="image", leave=False, disable=hidden):
+            try:
+                image = read_image(file)
+            except ValueError as error:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                continue
+            probability = probabilities(network, image, image_size=model.image_size, compute=compute)
+            mask = probability > THRESHOLD
+            _write_png(out / f"{name}_mask.png", mask * np.uint8(255))
+            _write_png(out / f"{name}_overlay.png", draw(image, mask))
+            rows.append(measure(file.name, probability))
+    finally:  # also after Ctrl-C
+        checkpoint.write_text(out / TABLE, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
+    return len(images) - len(rows)
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def check_out(out: Path, *, images: Path, overwrite: bool) -> None:
+    """Raise InputError unless results may be written to this folder; there may be none yet."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; give a folder")
+    if out.resolve() == images.resolve():
+        raise InputError(f"--out {out}: is the folder of the images; give another one")
+    if not overwrite and out.is_dir() and any(out.iterdir()):
+        raise InputError(f"--out {out}: not empty; give another folder, or --overwrite to replace files of equal name")
+
+
+def make(model: Model, *, images: Path, out: Path, device: str) -> int:
+    """Predict a folder of images and tell about it in two lines; the number of unreadable images."""
+    files, others = list_images(images)
+    compute = Compute(device=build.find_device(device), precision=model.precision)
+    sys.stdout.write(f"{model.title}: {len(files)} images of {images} on {compute.device}\n")
+    sys.stdout.flush()
+    try:
+        unread = predict_folder(model, files, out=out, compute=compute)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
+    done = f"wrote masks and overlays of {len(files) - unread} of {len(files)} images and {TABLE} to {out}"
+    sys.stdout.write(f"{done}; unreadable: {unread}; other files skipped: {others}\n")
+    return unread
+
+
+def parse_run(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which run is meant."""
+    parser.add_argument("--run", required=True, help="NOTATION/splitK as in the tables, a folder, or an MLflow run id")
+    parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
+    parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
+
+
+def find_model(options: argparse.Namespace) -> Model:
+    """The network that the options of ``parse_run`` name."""
+    return load_model(find_folder(options.run, store=options.store, uri=options.tracking_uri))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Predict a folder; 0, or 1 after a line on stderr for an error, or for each image that could not be read."""
+    parser = argparse.ArgumentParser(prog="python -m kdsweep.deploy.predict", description="Masks of one's own images.")
+    parse_run(parser)
+    parser.add_argument("--images", type=Path, required=True, help="folder of images of any size and mode")
+    parser.add_argument("--out", type=Path, required=True, help="folder for masks, overlays and the table")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:NUMBER or auto (cpu)")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    options = parser.parse_args(argv)
+    try:
+        check_out(options.out, images=options.images, overwrite=options.overwrite)
+        model = find_model(options)
+        unread = make(model, images=options.images, out=options.out, device=options.device)
+    except InputError as error:
+        sys.stderr.write(f"kdsweep: error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"kdsweep: stopped; what is done lies in {options.out}\n")
+        return 130
+    return 1 if unread else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

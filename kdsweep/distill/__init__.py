@@ -1,0 +1,17 @@
+"""What of Teacher and Student is compared, and by which loss."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdsweep.distill.kd_paths import KDPath
+
+__all__ = ["KDPath"]
+
+
+def __getattr__(name: str) -> Any:
+    """KDPath, imported when it is asked for: it loads torch."""
+    if name != "KDPath":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from kdsweep.distill.kd_paths import KDPath
+
+    return KDPath

@@ -1,0 +1,92 @@
+"""How long networks take here: a training step, on which a sweep's estimate rests, and a forward of one image."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kdsweep.core.compute import Compute, placed
+from kdsweep.models.models import UNet
+
+STEPS, ENOUGH_S = 5, 2.0  # at most so many steps, and no further one after so many seconds
+WARM_UP, REPEATS = 5, 50  # forward passes
+
+
+class StepTime(NamedTuple):
+    """Seconds per image of a training step (forward, backward, Adam; 0 if not timed) and of a forward alone."""
+
+    train: float
+    forward: float
+
+
+def time_step_s(
+    network: UNet, *, image_size: int, compute: Compute, images: int = 4, forward_only: bool = False
+) -> StepTime:
+    """Time steps of a throwaway network on a batch of noise, after one to warm up; the least, for others only add."""
+    placed(network, compute)
+    optimiser = torch.optim.Adam(network.parameters())
+    batch = torch.randn(images, 3, image_size, image_size, device=compute.device)
+    batch = batch.to(memory_format=torch.channels_last)
+    times: list[tuple[float, float]] = []
+    while len(times) <= STEPS and (len(times) < 2 or sum(map(sum, times)) < ENOUGH_S):
+        clock = [_now_s(compute.device)]
+        with compute.autocast():
+            with torch.no_grad():
+                network(batch)
+            clock.append(_now_s(compute.device))
+            if not forward_only:
+                network(batch).logits.mean().backward()
+                optimiser.step()
+        clock.append(_now_s(compute.device))
+        times.append((clock[2] - clock[1], clock[1] - clock[0]))
+    train, forward = (min(column) / images for column in zip(*times[1:], strict=True))
+    return StepTime(0.0 if forward_only else train, forward)
+
+
+def time_ms(
+    forward: Callable[..., object], *args: object, device: torch.device, threads: int, repeats: int = REPEATS
+) -> tuple[float, float]:
+    """Median and 95th percentile of the duration of a call in milliseconds, after WARM_UP calls.
+
+    Args:
+        forward: what is called.
+        args: its arguments.
+        device: that it computes on.
+        threads: how many PyTorch has on the CPU meanwhile.
+        repeats: timed calls.
+    """
+    before, durations = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            for _ in range(WARM_UP + repeats):
+                start = _now_s(device)
+                forward(*args)
+                durations.append(1000 * (_now_s(device) - start))
+    finally:
+        torch.set_num_threads(before)
+    median, slow = np.percentile(durations[WARM_UP:], [50, 95])
+    return float(median), float(slow)
+
+
+def _now_s(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def load_of_others() -> float:
+    """What other programs ask of the processor, the mean of the last minute; 0 if that is less than half of it.
+
+    To be asked for before this process has computed anything. 0 also where the system does not tell.
+    """
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return 0.0
+    return load if load > (os.cpu_count() or 1) / 2 else 0.0

@@ -1,0 +1,1 @@
+"""The U-Nets of Teacher and Student, and their weights."""

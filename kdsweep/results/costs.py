@@ -1,0 +1,215 @@
+"""The content of Table 5: what Teacher, Student and best cell cost on this machine, beside what others published.
+
+All costs are measured when the table is made; only the published figures are constants.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pandas as pd
+import torch
+
+from kdsweep.core.compute import Compute, placed
+from kdsweep.evaluation import latency
+from kdsweep.evaluation.latency import REPEATS, WARM_UP
+from kdsweep.models import models
+from kdsweep.results import formats
+from kdsweep.results.formats import DASH
+from kdsweep.results.stats import NAN, PLACE
+from kdsweep.results.sweeps import known_values
+
+if TYPE_CHECKING:
+    from kdsweep.tracking.tracking import Sweep
+
+BEST = "best cell"
+TIMINGS = {"cpu_1_thread": "CPU, 1 thread (ms)", "cpu_all_threads": "CPU, all threads (ms)", "cuda": "CUDA (ms)"}
+COUNTS = ["image_size", "parameters", "macs"]
+COLUMNS = [f"{name}_{part}_ms" for name in TIMINGS for part in ("median", "p95")] + ["file_mb", "mean_dice_percent"]
+COLUMNS += ["published_parameters_millions", "published_gflops", "published_dice_percent"]
+
+
+class Published(NamedTuple):
+    """What a publication tells of a network, as it rounds and in its units (FLOPs, not MACs); NaN where silent."""
+
+    parameters_millions: float
+    gflops: float
+    dice_percent: float
+    source: str
+
+
+DUAL_TEACHER = "doi 10.7507/1001-5515.202311054"
+PAPER = "Behboodi, Brooks, Rivaz 2025, doi 10.36922/aih.3509"
+PAPER_PARAMETERS_MILLIONS = {"teacher": 96.0, "student": 0.82, "cell": 0.82}  # the text: "about 96 M", 0.82 M in all
+PUBLISHED = {
+    "Behboodi et al., L_KLD_WAug": Published(0.82, NAN, 80, f"{PAPER}, Table 5"),
+    "Liang et al.": Published(20.5, NAN, 84, f"{PAPER}, Table 5"),
+    "Gao et al.": Published(2.34, NAN, 85, f"{PAPER}, Table 5"),
+    "Lou et al.": Published(26.63, NAN, 90, f"{PAPER}, Table 5"),
+    "Lee et al.": Published(7.7, NAN, 89, f"{PAPER}, Table 5"),
+    "dual-teacher Attention U-Net": Published(2.2, 16.59, 88.40, DUAL_TEACHER),
+}
+
+
+class Network(NamedTuple):
+    """What decides the cost of a network."""
+
+    encoder: str
+    decoder_channels: tuple[int, ...]
+    image_size: int
+
+
+def table5(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = REPEATS) -> pd.DataFrame:
+    """Table 5: costs and Dice (%) of Teacher, Student and best cell, then the networks that others published.
+
+    Costs depend on no weights, so that a run need not be finished for them; a row without any run has none. Networks
+    that are equal (Student and a distilled student) are measured once.
+
+    Args:
+        sweep: whose runs tell which networks they are.
+        store: folder of the runs, where the files of weights lie.
+        scores: Table 4 of the sweep: columns notation, gap, mean_dice_percent, paper_mean_dice_percent.
+        repeats: timed forward passes, after WARM_UP more.
+    """
+    names = set(sweep.runs["notation"])
+    teacher = "Teacher_WAug" if "Teacher_WAug" in names and "Teacher" not in names else "Teacher"
+    chosen = {"teacher": teacher, "student": "Student", "cell": next(iter(whole_cells(scores)), "")}
+    scores = scores.set_index("notation")
+    known: dict[Network, dict[str, float]] = {}
+    rows: list[dict[str, object]] = []
+    ordered = sweep.runs.assign(unfinished=sweep.runs["status"] != "FINISHED")
+    ordered = ordered.sort_values(["unfinished", *PLACE, "fingerprint"])
+    for role, notation in chosen.items():
+        runs = ordered[ordered["notation"] == notation]
+        network = _network(runs, group="teacher" if role == "teacher" else "student")
+        if network is not None and network not in known:
+            known[network] = measure(network, repeats=repeats)
+        row = {
+            "notation": notation or BEST,
+            "kind": BEST if role == "cell" else role,
+            "gap": scores["gap"].get(notation, "not run") if notation else "no finished cell",
+            "file_mb": _file_mb(runs, store=store),
+            "mean_dice_percent": scores["mean_dice_percent"].get(notation, NAN),
+            "published_parameters_millions": PAPER_PARAMETERS_MILLIONS[role],
+            "published_dice_percent": scores["paper_mean_dice_percent"].get(notation, NAN),
+            "source": f"{PAPER}, text and Table 4",
+        }
+        rows.append(row | ({"image_size": network.image_size, **known[network]} if network else {}))
+    for name, figures in PUBLISHED.items():
+        row = {f"published_{key}": value for key, value in figures._asdict().items()}
+        rows.append({"notation": name, "kind": "published", "gap": "", "source": figures.source, **row})
+    table = pd.DataFrame(rows).reindex(columns=[*COUNTS, *COLUMNS, "source", "notation", "kind", "gap"])
+    table = table.astype(dict.fromkeys(COUNTS, "Int64") | dict.fromkeys(COLUMNS, "float"))
+    return table[["notation", "kind", "gap", *COUNTS, *COLUMNS, "source"]]
+
+
+def whole_cells(scores: pd.DataFrame) -> list[str]:
+    """Notations of Table 4's distilled students without a gap, the highest mean Dice first, equals by name."""
+    whole = scores[(scores["gap"] == "") & ~scores["notation"].isin(["Teacher", "Teacher_WAug", "Student"])]
+    return whole.sort_values(["mean_dice_percent", "notation"], ascending=[False, True])["notation"].tolist()
+
+
+def _network(runs: pd.DataFrame, *, group: str) -> Network | None:
+    """The network of the first run that tells of it, a finished one if there is any."""
+    keys = [f"{group}.encoder", f"{group}.decoder_channels", "image_size"]
+    told = [[params[key] for key in keys] for params in runs["params"] if params.keys() >= set(keys)]
+    return Network(told[0][0], tuple(json.loads(told[0][1])), int(told[0][2])) if told else None  # MLflow: strings
+
+
+def _file_mb(runs: pd.DataFrame, *, store: Path) -> float:
+    """Size of a run's weights in 10^6 bytes; NaN if they are not in this store."""
+    for run in runs.to_dict("records"):
+        parent, name = ("teachers", "teacher") if run["role"] == "teacher" else ("cells", "student")
+        for file in store.glob(f"{parent}/*-{run['fingerprint'][:10]}/{name}.safetensors"):
+            return file.stat().st_size / 1e6
+    return NAN
+
+
+def measure(network: Network, *, repeats: int) -> dict[str, float]:
+    """Parameters, MACs and latency of one image in fp32, by column; without CUDA its columns are left out."""
+    channels, size = list(network.decoder_channels), network.image_size
+    built = models.freeze(models.unet(encoder=network.encoder, decoder_channels=channels, weights="none", seed=0))
+    macs = models.count_macs(built, image_size=size)
+    found: dict[str, float] = {"parameters": models.count_parameters(built), "macs": macs}
+    kinds = [("cpu_1_thread", "cpu", 1), ("cpu_all_threads", "cpu", all_threads())]
+    kinds += [("cuda", "cuda", torch.get_num_threads())] if torch.cuda.is_available() else []
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    for name, device_name, threads in kinds:
+        device = torch.device(device_name)
+        placed(built, Compute(device=device, precision="fp32"))
+        image = noise.to(device).to(memory_format=torch.channels_last)
+        timed = latency.time_ms(built, image, device=device, threads=threads, repeats=repeats)
+        found[f"{name}_median_ms"], found[f"{name}_p95_ms"] = timed
+    return found
+
+
+def all_threads() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Name of the processor, as far as the system tells."""
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", file.read_text(encoding="utf-8"), re.M) if file.is_file() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _latency(median: float, slow: float) -> str:
+    form = ".1f" if median >= 100 else ".2f"
+    return DASH if pd.isna(median) else f"{median:{form}} ({slow:{form}})"
+
+
+def format_table5(table: pd.DataFrame) -> pd.DataFrame:
+    """The strings of Table 5; a latency is its median and in brackets its 95th percentile."""
+    best = (table["kind"] == BEST) & (table["notation"] != BEST)
+    columns = {
+        "Model": table["notation"].where(~best, table["notation"] + f" ({BEST})"),
+        "Parameters (M)": [formats.number(count / 1e6) for count in table["parameters"]],
+        "MACs (G)": [formats.number(count / 1e9) for count in table["macs"]],
+        "Weights (MB)": table["file_mb"].map(formats.number),
+    }
+    for name, title in TIMINGS.items():
+        median, slow = table[f"{name}_median_ms"], table[f"{name}_p95_ms"]
+        if name != "cuda" or median.notna().any():
+            columns[title] = [_latency(*both) for both in zip(median, slow, strict=True)]
+    dice = zip(table["mean_dice_percent"], table["gap"], strict=True)
+    columns |= {
+        "DSC %": [formats.or_gap(formats.number(mean), gap) for mean, gap in dice],
+        "Parameters (M, published)": [formats.number(count, "g") for count in table["published_parameters_millions"]],
+        "GFLOPs (published)": [formats.number(count, "g") for count in table["published_gflops"]],
+        "DSC % (published)": [formats.number(mean, "g") for mean in table["published_dice_percent"]],
+    }
+    return pd.DataFrame(columns)
+
+
+def notes(*, sweep: Sweep, table: pd.DataFrame, scores: pd.DataFrame, repeats: int = REPEATS) -> list[str]:
+    """On what and how a table made here was measured, how the best cell was chosen, gaps, and whose figures stand by.
+
+    The arguments are those of table5, and what it gave.
+    """
+    profile, data = ("".join(known_values(sweep.runs, key)) or DASH for key in ("profile", "data"))
+    sizes = " and ".join(f"{size} x {size}" for size in sorted(set(table["image_size"].dropna())))
+    cuda = torch.cuda.get_device_name() if table["cuda_median_ms"].notna().any() else "not timed"
+    told = [
+        f"Measured here: {cpu_name()}, 1 thread and {all_threads()} threads, CUDA {cuda}, PyTorch {torch.__version__}; "
+        f"a batch of 1 image of {sizes or 'unknown size'}, fp32, channels-last, untrained weights (which cost the "
+        f"same), median and 95th percentile of {repeats} forward passes after {WARM_UP} to warm up. MACs are those of "
+        "convolutions and matrix products.",
+        f"DSC: profile {profile}, data {data}, sweep {sweep.name}.",
+    ]
+    told += ["A check of the machinery, not a result."] if profile == "quick" else []
+    if cells := len(whole_cells(scores)):
+        told.append(f"The best of {cells} finished cells is chosen by its DSC on the test images, which flatters it.")
+    missing = [f"{name} ({gap})" for name, gap in zip(table["notation"], table["gap"], strict=True) if gap]
+    told += [f"Gaps: {'; '.join(missing)}."] if missing else []
+    told.append(
+        f"Published: {PAPER} (Teacher: about 96 M; the rows of others as its Table 5 quotes them; one Titan Xp) and "
+        f"{DUAL_TEACHER}. Other networks, hardware, data and splits; FLOPs are not MACs; no latency stands there."
+    )
+    return told

@@ -1,0 +1,126 @@
+"""What stands below a table: what made its numbers, how they compare, which of them are missing and why."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from kdsweep.config.grid import RESULTS_VERSION
+from kdsweep.results.formats import DASH
+from kdsweep.results.stats import PLACE, RESAMPLES, TEST_NAMES
+from kdsweep.results.sweeps import known_values, placed_runs, scored_images, variants
+
+if TYPE_CHECKING:
+    from kdsweep.tracking.tracking import Sweep
+
+# The setting of the paper's experiments (conf/profile/paper.yaml), by the params of our runs.
+PROTOCOL = {
+    "teacher.encoder": "resnext101_32x8d",
+    "weights": "imagenet",
+    "image_size": "224",
+    "train.epochs": "500",
+    "train.patience": "50",
+    "train.batch_size": "64",
+    "train.lr": "0.0001",
+    "teacher.lr": "0.0001",
+}
+
+
+def _cut_off(runs: pd.DataFrame) -> list[str]:
+    """Which runs ended because they had had their epochs, in a sentence; none if early stopping ended them all."""
+    if "epochs" not in runs:
+        return []
+    known = runs[(runs["status"] == "FINISHED") & runs["params"].map(bool)].drop_duplicates("fingerprint")
+    most = [float(params.get("train.epochs", "nan")) for params in known["params"]]
+    count = int((known["epochs"] >= pd.Series(most, index=known.index, dtype=float)).sum())
+    told = (
+        f"{count} of {len(known)} runs were ended by train.epochs, not by early stopping: they might have got better."
+    )
+    return [told] if count else []
+
+
+def departures(runs: pd.DataFrame) -> list[str]:
+    """Where the options of the students' runs are not those of the paper, such as ``image_size 128 instead of 224``."""
+    known = [params for params, role in zip(runs["params"], runs["role"], strict=True) if role != "teacher"]
+    used = {key: dict.fromkeys(str(params[key]) for params in known if key in params) for key in PROTOCOL}
+    return [
+        f"{key} {' and '.join(own)} instead of {PROTOCOL[key]}"
+        for key, own in used.items()
+        if set(own) - {PROTOCOL[key]}
+    ]
+
+
+def provenance(sweep: Sweep) -> list[str]:
+    """What made the numbers: profile, data, weights, device, how many images."""
+    parts = variants(sweep)
+    runs = pd.concat([placed_runs(part) for part in parts.values()]).drop_duplicates(["fingerprint", *PLACE])
+    scored = scored_images(runs=runs, scores=sweep.scores)
+    finished = runs[runs["status"] == "FINISHED"]
+    weights, device = (", ".join(known_values(finished, key)) or DASH for key in ("weights", "device"))
+    profile, data = ("".join(known_values(runs, key)) or DASH for key in ("profile", "data"))
+    version = "".join(known_values(runs, "results_version"))
+    images = scored[[*PLACE, "image"]].drop_duplicates()
+    notes = [
+        f"profile {profile}, data {data}, weights {weights}, device {device}; "
+        f"splits: {runs['split'].nunique()}, seeds: {runs['seed'].nunique()}, "
+        f"test images: {len(images)} over all of them, {images['image'].nunique()} different."
+    ]
+    if len(parts) > 1:
+        notes.append(
+            f"Each of the {len(parts)} settings stands for itself: {'; '.join(parts)}. Nothing is averaged over."
+        )
+    if version not in ("", str(RESULTS_VERSION)):
+        notes.append(f"Computed by an earlier kdsweep, results version {version} (this one: {RESULTS_VERSION}).")
+    if profile == "quick":
+        notes.append("A check of the machinery, not a result.")
+    elif other := departures(runs):
+        notes.append(f"A study of its own, not the paper's protocol: {', '.join(other)}.")
+    if "trivial_dice" in finished:
+        everywhere = finished.drop_duplicates(PLACE)["trivial_dice"].mean()
+        notes.append(f"For comparison: lesion predicted everywhere scores {100 * everywhere:.2f} on these images.")
+    return notes
+
+
+def of_scores(*, sweep: Sweep, table: pd.DataFrame) -> list[str]:
+    """What made the numbers, which rows are gaps and why, where the paper's figures come from."""
+    notes = provenance(sweep)
+    missing = table[table["gap"] != ""]
+    if not missing.empty:
+        names = missing["notation"]
+        if "settings" in missing:
+            names += " with " + missing["settings"]
+        listed = "; ".join(f"{name} ({gap})" for name, gap in zip(names, missing["gap"], strict=True))
+        notes.append(f"Gaps, never averaged over fewer runs: {listed}.")
+    source = "Paper: Behboodi, Brooks, Rivaz 2025, Table 4, doi 10.36922/aih.3509"
+    data = "".join(known_values(sweep.runs, "data")) or DASH
+    differ = "" if data == "udiat" else f" (its data are UDIAT, not {data}: the figures do not compare directly)"
+    return [*notes, f"{source}{differ}."]
+
+
+def of_table4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
+    """The further footnotes of Table 4: how it compares, and how to get a Student baseline that is not there."""
+    notes = [
+        f"p: {TEST_NAMES[test]} over the same images of the same split and seed (the paper names no test). Teacher is "
+        "the one that the cell learnt from, for Student it is the row Teacher. Holm: over the KD cells that have a p.",
+        f"Difference to Student: 95 % bootstrap interval (BCa, {RESAMPLES} resamples, fixed seed) of the paired mean "
+        "difference, percentage points. An image that several splits or seeds test counts once in each, "
+        "as if independent.",
+    ]
+    notes += _cut_off(sweep.runs)
+    if sweep.runs["split"].nunique() == 1:
+        notes.append("One split: how much the scores spread between splits is not known.")
+    student = table.loc[table["notation"] == "Student", "gap"]
+    if student.empty or (student != "").any():
+        is_asked = "Student" in set(sweep.runs["notation"])
+        remedy = "the command of the sweep goes on with it" if is_asked else f"run it with `{student_command(sweep)}`"
+        notes.append(f"No p against Student before its baseline is finished: {remedy}.")
+    return notes
+
+
+def student_command(sweep: Sweep) -> str:
+    """The command that runs the Student baseline on every split and seed of this sweep."""
+    command = sweep.commands[-1] if sweep.commands else "python -m kdsweep -m"
+    words = [word for word in shlex.split(command) if word.partition("=")[0] not in ("path", "sweep_name")]
+    return shlex.join([*words, "path=none", f"sweep_name={sweep.name}"])

@@ -1,0 +1,368 @@
+"""Three figures of a sweep from frames alone: scores and main effects, validation curves, each image against Student.
+
+Nothing here writes a file: a matplotlib Figure comes back, 7 inches wide, with no text below 7 points. Shape, fill or
+line style carries every distinction that colour carries. Blue and vermilion always mean strong and weak augmentation
+of the Teacher's views; the splits have the other colours.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from kdsweep.core.errors import InputError
+from kdsweep.results.effects import CELLS, format_effects
+from kdsweep.results.stats import PLACE, pair
+from kdsweep.results.sweeps import gaps, placed_runs, scored_images
+from kdsweep.results.tables import BASELINES, REPRESENTATIONS, SPLIT_MEAN, cell_notations
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from kdsweep.tracking.tracking import Sweep
+
+WIDTH, ROW = 7.0, 0.235  # inches: a page's text, a row of the figure of scores
+FONT = 7.0  # points
+ACROSS = 4  # panels beside each other: as many as the paper has cells of one path
+GREY, DARK, LIGHT = "0.45", "0.25", "0.78"
+PAIR_COLUMNS = ["notation", *PLACE, "image", "dice_ours", "dice_baseline"]
+EQUAL = 1e-12  # of two Dice scores, fractions
+
+
+class Look(NamedTuple):
+    """How a mark or a line is told from the others; the colours are Okabe and Ito's, safe for the colour-blind."""
+
+    color: str
+    marker: str
+    line: str | tuple[int, tuple[float, ...]] = "-"
+
+
+AUGMENTATIONS = {"strong": Look("#0072B2", "o"), "weak": Look("#D55E00", "D")}
+LINES = {"Student": Look("black", ""), "Teacher": Look("#0072B2", "", "--"), "Teacher_WAug": Look("#D55E00", "", "-.")}
+SPLITS = (  # the last in grey; more splits than these begin again
+    Look("#009E73", "^", "-"),
+    Look("#E69F00", "s", (0, (4, 1.5))),
+    Look("#CC79A7", "v", (0, (1, 1))),
+    Look("#56B4E9", "<", (0, (5, 1.5, 1, 1.5))),
+    Look("#000000", ">", (0, (8, 2))),
+    Look("#666666", "p", (0, (4, 1.5, 1, 1.5, 1, 1.5))),
+)
+
+
+# ---- what the figures share ----------------------------------------------------------------------------------------
+
+
+def _figure(*, title: str, height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    lines = textwrap.fill(title, 95)
+    figure.suptitle(lines, x=0.01, ha="left", fontsize=FONT + 1.5, fontweight="bold")
+    return figure
+
+
+def _plain(axes: Axes) -> None:
+    """Sizes are set on each axes: ticks that appear only when it is drawn would take those of the global settings."""
+    axes.tick_params(labelsize=FONT, length=2.5, width=0.6)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_linewidth(0.6)
+
+
+def _looks(splits: Iterable[int]) -> dict[int, Look]:
+    return {split: SPLITS[index % len(SPLITS)] for index, split in enumerate(sorted(set(splits)))}
+
+
+def _panels(figure: Figure, *, count: int, xlabel: str, ylabel: str) -> list[Axes]:
+    """Panels with common axes in rows of ACROSS, or one shorter row; labels where no panel is below or to the left."""
+    across = min(ACROSS, count)
+    grid = figure.subplots(-(-count // across), across, sharex=True, sharey=True, squeeze=False)
+    panels = list(grid.flat)
+    for unused in panels[count:]:
+        unused.set_axis_off()
+    for index, axes in enumerate(panels[:count]):
+        _plain(axes)
+        is_lowest = index + across >= count
+        axes.tick_params(labelbottom=is_lowest)
+        axes.set_xlabel(xlabel if is_lowest else "", fontsize=FONT)
+        axes.set_ylabel(ylabel if index % across == 0 else "", fontsize=FONT)
+    return panels[:count]
+
+
+def _legend_below(figure: Figure, handles: list[Line2D]) -> None:
+    across = -(-len(handles) // -(-len(handles) // 6))  # lines of at most 6, equally full
+    figure.legend(handles=handles, loc="outside lower center", ncols=across, fontsize=FONT, frameon=False)
+
+
+def _in_order(notations: Iterable[str]) -> list[str]:
+    """The paper's cells in its order, then the others by name."""
+    there = set(notations)
+    return [*(cell for cell in CELLS if cell in there), *sorted(there.difference(CELLS))]
+
+
+# ---- scores and main effects ---------------------------------------------------------------------------------------
+
+
+def effects_plot(*, scores: pd.DataFrame, effects: pd.DataFrame, title: str) -> Figure:
+    """Test DSC of each cell beside the lines of Student and Teachers; the main effects with their 95 % intervals.
+
+    The interval in a cell's row is that of its paired difference to Student, laid off from Student's mean: taken
+    alone, a cell differs from Student where it does not reach Student's line. The spread of the images tells no such
+    thing.
+
+    Args:
+        scores: as tables.table4 gives it (percent, percentage points); without Student there are no such intervals.
+        effects: as effects.effects gives it (percentage points).
+        title: a line at the top left.
+
+    Raises:
+        InputError: scores has no row of a cell.
+    """
+    table = scores.set_index("notation")
+    rows = _rows(_in_order(set(table.index).difference(BASELINES)))
+    if not rows:
+        raise InputError("scores: no row is a cell's; give the whole table that tables.table4 makes of a sweep")
+    figure = _figure(title=title, height=max(3.9, 1.2 + ROW * len(rows)))
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.75, 1), height_ratios=(1.0, 0.85))
+    left, right, beside = (figure.add_subplot(place) for place in (grid[:, 0], grid[0, 1], grid[1, 1]))
+    _draw_rows(left, rows=rows, table=table)
+    _draw_cells(left, cells=table.reindex(rows), student=_mean_of(table, "Student"))
+    _draw_baselines(left, table=table)
+    _draw_effects(right, main=effects[effects["kind"] == "main"])
+    beside.set_axis_off()
+    marks, names = left.get_legend_handles_labels()
+    if marks:
+        beside.legend(marks, names, loc="upper left", fontsize=FONT, frameon=False, borderaxespad=0, labelspacing=0.6)
+    return figure
+
+
+def _rows(cells: list[str]) -> list[str]:
+    """What stands in the rows: the heading of each path, which is no notation, and its cells below."""
+    headings = [REPRESENTATIONS[CELLS[cell][0]] if cell in CELLS else "Own cells" for cell in cells]
+    rows: list[str] = []
+    for heading, cell in zip(headings, cells, strict=True):
+        rows += [cell] if heading in rows else [heading, cell]
+    return rows
+
+
+def _mean_of(table: pd.DataFrame, notation: str) -> float:
+    return float(table["mean_dice_percent"].get(notation, np.nan))
+
+
+def _draw_rows(axes: Axes, *, rows: list[str], table: pd.DataFrame) -> None:
+    _plain(axes)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.3, -0.7)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("test DSC (%)", fontsize=FONT)
+    if table["mean_dice_percent"].isna().all():
+        axes.set_xlim(0, 100)
+    gap = table["gap"].to_dict()
+    for y, (row, label) in enumerate(zip(rows, axes.get_yticklabels(), strict=True)):
+        if row not in gap:
+            label.set_fontweight("bold")
+            continue
+        axes.axhline(y, color="0.92", linewidth=0.6, zorder=0)
+        if gap[row]:
+            _tell_gap(axes, y=y, gap=gap[row], width=50, lines=1)
+
+
+def _tell_gap(axes: Axes, *, y: float, gap: str, width: int, lines: int) -> None:
+    """In at most so many lines of so many characters; the tables hold the whole of it."""
+    text = textwrap.fill(gap, width, max_lines=lines, placeholder=" ...", break_on_hyphens=False)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+    across = axes.get_yaxis_transform()
+    axes.text(0.02, y, text, transform=across, va="center", color=GREY, fontsize=FONT, bbox=box, zorder=6)
+
+
+def _draw_cells(axes: Axes, *, cells: pd.DataFrame, student: float) -> None:
+    """Means, intervals, splits: a row of cells for each row of the axes, those of headings and gaps are NaN."""
+    y = np.arange(len(cells))
+    weak = cells.index.str.endswith("_WAug")
+    for name, look in AUGMENTATIONS.items():
+        mean = cells["mean_dice_percent"].where(weak == (name == "weak"))
+        if mean.notna().any():
+            label = f"mean of all test images,\n{name} Teacher augmentation"
+            axes.plot(mean, y, look.marker, color=look.color, markersize=5, zorder=5, label=label)
+    low, high = student + cells["difference_low_points"], student + cells["difference_high_points"]
+    known = low.notna()
+    if known.any():
+        label = "95 % interval of the paired\ndifference to Student, laid off\nfrom Student's mean"
+        axes.hlines(y[known], low[known], high[known], color=DARK, linewidth=1.3, zorder=4, label=label)
+    splits = [int(name.removeprefix(SPLIT_MEAN)) for name in map(str, cells) if name.startswith(SPLIT_MEAN)]
+    hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": GREY, "markeredgewidth": 0.7}
+    for split, look in _looks(splits).items() if len(splits) > 1 else ():
+        mean = cells[f"{SPLIT_MEAN}{split}"]
+        if mean.notna().any():
+            label = f"mean of split {split}"
+            axes.plot(mean, y + 0.33, look.marker, **hollow, markersize=3.2, zorder=3, label=label)
+
+
+def _draw_baselines(axes: Axes, *, table: pd.DataFrame) -> None:
+    """Labels in steps, the line furthest left lowest and each text to the left of its line: none meets another."""
+    means = {name: _mean_of(table, name) for name in LINES}
+    known = sorted((name for name in LINES if means[name] == means[name]), key=lambda name: means[name])
+    for step, name in enumerate(known):
+        x, look = means[name], LINES[name]
+        axes.axvline(x, color=look.color, linestyle=look.line, linewidth=0.9, zorder=1)
+        up = (FONT + 2) * step
+        leader = {"arrowstyle": "-", "color": look.color, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
+        place: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+        axes.annotate("", (x, 1), xytext=(0, up + FONT), arrowprops=leader, **place)
+        text = f"{name} {x:.1f}"
+        axes.annotate(text, (x, 1), xytext=(-2, up + 2), ha="right", fontsize=FONT, color=look.color, **place)
+
+
+def _draw_effects(axes: Axes, *, main: pd.DataFrame) -> None:
+    _plain(axes)
+    axes.set_title("Main effects", fontsize=FONT, loc="left")
+    axes.set_yticks(range(len(main)), main["effect"])
+    axes.set_ylim(len(main) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    if main["estimate_points"].isna().all():
+        axes.set_xticks([])
+    else:
+        y = np.arange(len(main))
+        axes.axvline(0, color="black", linewidth=0.8, zorder=1)
+        axes.hlines(y, main["low_points"], main["high_points"], color=DARK, linewidth=1.3)
+        axes.plot(main["estimate_points"], y, "o", color="black", markersize=4.5)
+        axes.set_xlabel("difference (DSC points), 95 % interval", fontsize=FONT)
+        axes.annotate(
+            "p (Holm)", (1.04, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points", size=FONT
+        )
+    for at, (gap, p) in enumerate(zip(main["gap"], format_effects(main)["p (Holm)"], strict=True)):
+        if gap:
+            _tell_gap(axes, y=at, gap=gap, width=32, lines=2)
+        else:
+            axes.text(1.04, at, p, transform=axes.get_yaxis_transform(), va="center", fontsize=FONT)
+
+
+# ---- validation curves ---------------------------------------------------------------------------------------------
+
+
+def curves_plot(*, curves: pd.DataFrame, title: str, metric: str = "val/dice") -> Figure:
+    """A panel per notation with a line per (split, seed) over the epochs, Student's in light grey behind each cell's.
+
+    Args:
+        curves: columns notation, split, seed, metric, epoch, value; NaN leaves a hole.
+        title: a line at the top left.
+        metric: which of the metrics is drawn.
+
+    Raises:
+        InputError: no value of the metric is there.
+    """
+    mine = curves[curves["metric"] == metric].sort_values([*PLACE, "epoch"])
+    if mine["value"].isna().all():
+        known = ", ".join(sorted(set(curves["metric"].dropna()) - {metric})) or "none"
+        raise InputError(f"metric={metric}: no run has a value of it; other metrics: {known}")
+    looks, notations = _looks(mine["split"]), _curve_notations(mine)
+    figure = _figure(title=title, height=1.0 + 1.25 * -(-len(notations) // ACROSS))
+    student = mine[mine["notation"] == "Student"]
+    ylabel = "validation Dice" if metric == "val/dice" else metric
+    panels = _panels(figure, count=len(notations), xlabel="epoch", ylabel=ylabel)
+    for axes, notation in zip(panels, notations, strict=True):
+        axes.set_title(notation, fontsize=FONT, loc="left", pad=2)
+        own = mine[mine["notation"] == notation]
+        if own["value"].isna().all():
+            axes.text(0.5, 0.5, "no curve", transform=axes.transAxes, ha="center", color=GREY, fontsize=FONT)
+            continue
+        if notation not in BASELINES:
+            _draw_curves(axes, curves=student, looks=looks, color=LIGHT)
+        _draw_curves(axes, curves=own, looks=looks)
+    axes.locator_params(axis="x", integer=True, nbins=4)
+    axes.locator_params(axis="y", nbins=4)
+    handles = [Line2D([], [], color=k.color, linestyle=k.line, label=f"split {split}") for split, k in looks.items()]
+    if not student.empty and set(notations).difference(BASELINES):
+        handles.append(Line2D([], [], color=LIGHT, label="Student, same line styles"))
+    _legend_below(figure, handles)
+    return figure
+
+
+def _curve_notations(curves: pd.DataFrame) -> list[str]:
+    """The 12 cells as soon as two of them are there, so that each keeps its place; the baselines; the others."""
+    there = set(curves.loc[curves["value"].notna(), "notation"])
+    paper = [cell for cell in CELLS if cell in there]
+    first = list(CELLS) if len(paper) > 1 else paper
+    baselines = [name for name in ("Student", "Teacher", "Teacher_WAug") if name in there]
+    return [*first, *baselines, *sorted(there.difference(CELLS, BASELINES))]
+
+
+def _draw_curves(axes: Axes, *, curves: pd.DataFrame, looks: dict[int, Look], color: str = "") -> None:
+    for split, look in looks.items():
+        style: dict[str, Any] = {"color": color or look.color, "linestyle": look.line, "zorder": 1 if color else 2}
+        for _, run in curves[curves["split"] == split].groupby("seed"):
+            there = np.concatenate([[False], run["value"].notna(), [False]])
+            alone = there[1:-1] & ~there[:-2] & ~there[2:]  # a line has nothing to draw there
+            axes.plot(run["epoch"], run["value"], linewidth=1.0, marker=".", markersize=3, markevery=alone, **style)
+
+
+# ---- each image against Student ------------------------------------------------------------------------------------
+
+
+def paired(sweep: Sweep) -> pd.DataFrame:
+    """The Dice of each cell without a gap beside Student's on the same image of the same split and seed.
+
+    Returns:
+        Columns notation, split, seed, image, dice_ours, dice_baseline (fractions); no rows if Student has a gap.
+
+    Raises:
+        InputError: the sweep is empty or mixed, or two were scored on different images.
+    """
+    runs, cells = placed_runs(sweep), cell_notations(sweep)
+    scored = scored_images(runs=runs, scores=sweep.scores)
+    why = gaps(runs=runs, scored=scored, notations=cells)
+    student = scored[scored["notation"] == "Student"]  # with a gap it lacks a place of every cell that has none
+    frames = [
+        pair(ours=scored[scored["notation"] == cell], baseline=student).rename(columns={"notation_ours": "notation"})
+        for cell in cells
+        if not why[cell]
+    ]
+    return pd.concat(frames, ignore_index=True)[PAIR_COLUMNS] if frames else pd.DataFrame(columns=PAIR_COLUMNS)
+
+
+def pairs_plot(*, pairs: pd.DataFrame, title: str) -> Figure:
+    """A panel per cell with a mark per test image, Student's Dice across and the cell's up; above the diagonal: better.
+
+    Args:
+        pairs: as paired gives it (fractions).
+        title: a line at the top left.
+
+    Raises:
+        InputError: there is no pair.
+    """
+    if pairs.empty:
+        raise InputError("nothing to compare: no cell and Student are both finished on all splits and seeds asked for")
+    looks, notations = _looks(pairs["split"]), _in_order(pairs["notation"])
+    across = min(ACROSS, len(notations))
+    side = min(2.6, (WIDTH - 0.5) / across - 0.15)
+    figure = _figure(title=title, height=0.8 + (side + 0.5) * -(-len(notations) // across))
+    panels = _panels(figure, count=len(notations), xlabel="Student's Dice", ylabel="Dice of the cell")
+    for axes, notation in zip(panels, notations, strict=True):
+        own = pairs[pairs["notation"] == notation]
+        axes.axline((0, 0), (1, 1), color=GREY, linewidth=0.7, zorder=1)
+        for split, look in looks.items():
+            here = own[own["split"] == split]
+            hollow: dict[str, Any] = {"facecolors": "none", "edgecolors": look.color, "marker": look.marker}
+            axes.scatter(here["dice_baseline"], here["dice_ours"], s=9, linewidths=0.6, **hollow)
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        axes.set_title(f"{notation}\n{_counted(own)}", fontsize=FONT, loc="left", pad=3, linespacing=1.15)
+    mark: dict[str, Any] = {"linestyle": "none", "markerfacecolor": "none", "markersize": 4}
+    handles = [
+        Line2D([], [], color=look.color, marker=look.marker, label=f"split {split}", **mark)
+        for split, look in looks.items()
+    ]
+    _legend_below(figure, handles)
+    return figure
+
+
+def _counted(pairs: pd.DataFrame) -> str:
+    """How many images are better and worse than Student's, and by how much in the mean."""
+    difference = (pairs["dice_ours"] - pairs["dice_baseline"]).to_numpy()
+    better, worse = int((difference > EQUAL).sum()), int((difference < -EQUAL).sum())
+    equal = len(difference) - better - worse
+    mean = f"mean {100 * difference.mean():+.2f} points"
+    return f"better {better}, worse {worse}\n{f'equal {equal}, ' if equal else ''}{mean}"

@@ -1,0 +1,204 @@
+"""What a sweep holds: its runs checked for mixing, each in its place, its scores, and its gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from kdsweep.config.grid import FACTORS, LOCAL, NEUTRAL, is_under, unused, used_by, variant_label
+from kdsweep.core.errors import InputError
+from kdsweep.results.stats import PLACE
+
+if TYPE_CHECKING:
+    from kdsweep.tracking.tracking import Sweep
+
+NOT_RUN = "not run"
+REMEDY = "add sweep_name=NAME to the command whose results belong in one table; finished cells are not run again"
+
+
+def variants(sweep: Sweep) -> dict[str, Sweep]:
+    """The sweep by the values of the further keys that it varies, each part with its own Students and Teachers.
+
+    Returns:
+        By label, such as ``train.lr=0.001``, in the order of the values; one part, labelled "", if it varies none.
+
+    Raises:
+        InputError: the sweep is empty, or mixes options that determine results and that it does not vary.
+    """
+    _refuse_mixing(sweep)
+    runs = sweep.runs.assign(variant=pd.Series(_variants(sweep), index=sweep.runs.index, dtype=object))
+    is_teacher = runs["role"] == "teacher"
+    found = {variant_label(variant): variant for variant in runs.loc[~is_teacher, "variant"]}
+    whole = {
+        label: variant
+        for label, variant in found.items()
+        if not any(variant.items() < other.items() for other in found.values())
+    }
+    parts = {}
+    for label in sorted(whole, key=lambda label: [_rank(value) for value in whole[label].values()]):
+        serves = runs["variant"].map(partial(_is_part, whole=whole[label])).astype(bool)
+        here = runs[~is_teacher & serves]
+        teachers = runs[is_teacher & runs["fingerprint"].isin(here["teacher"])]
+        parts[label] = replace(sweep, runs=pd.concat([here, teachers], ignore_index=True), varied=())
+    return parts if len(parts) > 1 else {"": replace(sweep, varied=())}
+
+
+def each_variant(sweep: Sweep, make: Callable[[Sweep], pd.DataFrame]) -> pd.DataFrame:
+    """A table of each variant, below each other, with a first column ``settings`` if there are several.
+
+    Then rows that no variant asked for are left out.
+    """
+    parts = variants(sweep)
+    if len(parts) == 1:
+        return make(*parts.values())
+    tables = [make(part) for part in parts.values()]
+    for label, table in zip(parts, tables, strict=True):
+        table.insert(0, "settings", label)
+    whole = pd.concat(tables, ignore_index=True)
+    if "notation" in whole:
+        asked = whole.loc[whole["gap"] != NOT_RUN, "notation"]
+        whole = whole[whole["notation"].isin(asked)].reset_index(drop=True)
+    return whole
+
+
+def _variants(sweep: Sweep) -> list[dict[str, str]]:
+    """The variant of each run; what was asked for alone gets the values of its params."""
+    keys = list(dict.fromkeys(key for variant in sweep.runs["variant"] for key in variant))
+    found = []
+    for given, params, role in zip(sweep.runs["variant"], sweep.runs["params"], sweep.runs["role"], strict=True):
+        known = params | given
+        found.append(
+            used_by(role, {key: known[key] for key in keys if key in known}, params) if role != "teacher" else {}
+        )
+    return found
+
+
+def _is_part(variant: dict[str, str], *, whole: dict[str, str]) -> bool:
+    return variant.items() <= whole.items()
+
+
+def _rank(value: str) -> tuple[bool, float, str]:
+    """Numbers before words, and by their size."""
+    try:
+        return False, float(value), value
+    except ValueError:
+        return True, 0.0, value
+
+
+def placed_runs(sweep: Sweep) -> pd.DataFrame:
+    """The sweep's runs, a Teacher under each (split, seed) whose cells learn from it, not under a seed of its own.
+
+    Several seeds of the cells may share one Teacher; it then stands in each of them.
+
+    Raises:
+        InputError: the sweep is empty, mixes options that determine results, or holds two results for one cell.
+    """
+    _refuse_mixing(sweep)
+    is_teacher = sweep.runs["role"] == "teacher"
+    teachers = sweep.runs[is_teacher]
+    links = sweep.runs[["teacher", *PLACE]].rename(columns={"teacher": "fingerprint"})
+    alone = teachers.loc[~teachers["fingerprint"].isin(links["fingerprint"]), ["fingerprint", *PLACE]]
+    places = pd.concat([links, alone]).drop_duplicates()
+    runs = pd.concat([sweep.runs[~is_teacher], teachers.drop(columns=PLACE).merge(places)], ignore_index=True)
+    _refuse_conflicts(runs, sweep=sweep.name)
+    return runs
+
+
+def scored_images(*, runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """One row per finished run and test image, sorted, so that the order of the records changes no digit."""
+    finished = runs[runs["status"] == "FINISHED"]
+    columns = ["fingerprint", "notation", *PLACE, "teacher"]
+    scored = finished[columns].merge(scores[["fingerprint", "image", "dice"]])
+    broken = scored[scored["dice"].isna() | scored.duplicated(["fingerprint", *PLACE, "image"])]
+    if not broken.empty:
+        first = broken.iloc[0]
+        raise InputError(
+            f"{first['notation']} split {first['split']} image {first['image']}: "
+            "dice must be one number for each test image; delete this run and run it again"
+        )
+    return scored.sort_values(["notation", *PLACE, "image"], ignore_index=True)
+
+
+def known_values(runs: pd.DataFrame, key: str) -> list[str]:
+    """The sorted distinct values of a column, as far as they are known."""
+    return sorted(set(runs[key]) - {""})  # what a run that never started would have had is not known
+
+
+def _refuse_mixing(sweep: Sweep) -> None:
+    if sweep.runs.empty:
+        raise InputError(f"sweep {sweep.name} has no runs: start with `python -m kdsweep -m +experiment=table4`")
+    for key in ("profile", "data", "results_version"):
+        values = [f"{key}={value}" for value in known_values(sweep.runs, key)]
+        if len(values) > 1:
+            raise InputError(f"sweep {sweep.name} mixes {' and '.join(values)}: {REMEDY}")
+    mixed = _mixed_params(sweep.runs, besides=sweep.varied)
+    if mixed:
+        raise InputError(f"sweep {sweep.name} mixes {', '.join(mixed[:3])}: {REMEDY}")
+
+
+def _mixed_params(runs: pd.DataFrame, *, besides: tuple[str, ...]) -> list[str]:
+    """The params that should have one value and do not, such as ``KEY=1 (L_MSE split 0) and KEY=2 (Student split 0)``.
+
+    Not those of Teachers: theirs are the params of whichever cell first trained them.
+    """
+    known = runs[(runs["role"] != "teacher") & runs["params"].map(bool)]  # no params: the run never started
+    known = known.sort_values(["role", "notation", *PLACE, "fingerprint"])
+    idle = [unused(role, params) for role, params in zip(known["role"], known["params"], strict=True)]
+    rows = list(zip(idle, known["params"], known["notation"], known["split"], strict=True))
+    mixed = []
+    for key in sorted(set().union(*known["params"])):
+        if is_under(key, FACTORS + NEUTRAL + besides):
+            continue
+        first: dict[str, str] = {}
+        for own, params, notation, split in rows:
+            if not is_under(key, own):
+                first.setdefault(params.get(key, "unset"), f"({notation} split {split})")
+        if len(first) > 1:
+            mixed.append(" and ".join([f"{key}={value} {where}" for value, where in first.items()][:2]))
+    return mixed
+
+
+def _refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
+    finished = runs[runs["status"] == "FINISHED"].sort_values("fingerprint")
+    counts = finished.groupby(["notation", *PLACE])["fingerprint"].nunique()
+    for notation, split, seed in counts.index[counts > 1]:
+        cell = (finished["notation"] == notation) & (finished["split"] == split) & (finished["seed"] == seed)
+        same = finished[cell]
+        one, other = same["params"].iloc[0], same["params"].iloc[1]
+        keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+        keys = [key for key in keys if not is_under(key, LOCAL + unused(same["role"].iloc[0], one))]
+        shown = ", ".join(f"{key}={one.get(key, 'unset')} and {other.get(key, 'unset')}" for key in keys[:3])
+        shown = shown or "equal options, so the code, the data or a weights file changed"
+        raise InputError(
+            f"sweep {sweep} has two different finished runs of {notation} split {split} seed {seed} ({shown}): {REMEDY}"
+        )
+
+
+def gaps(*, runs: pd.DataFrame, scored: pd.DataFrame, notations: list[str]) -> dict[str, str]:
+    """Why a row has no number, "" where it has one: it needs every (split, seed) that any run of the sweep asked for.
+
+    A mean over fewer splits than its neighbour's would compare different images, so there is none.
+    """
+    asked = sorted(set(zip(runs["split"], runs["seed"], strict=True)))
+    empty = (runs["status"] == "FINISHED") & ~runs["fingerprint"].isin(scored["fingerprint"])
+    runs = runs.assign(status=runs["status"].mask(empty, "no scores"))
+    return {name: _gap(runs[runs["notation"] == name], asked=asked) for name in notations}
+
+
+def _gap(runs: pd.DataFrame, *, asked: list[tuple[int, int]]) -> str:
+    if runs.empty:
+        return NOT_RUN
+    states: dict[tuple[int, int], set[str]] = {}
+    for split, seed, status in zip(runs["split"], runs["seed"], runs["status"], strict=True):
+        states.setdefault((split, seed), set()).add(status)
+    places: dict[str, list[str]] = {}
+    unasked = "not trained" if (runs["role"] == "teacher").all() else "not asked"
+    several_seeds = len({seed for _, seed in asked}) > 1
+    for split, seed in asked:
+        for status in sorted(states.get((split, seed), {unasked}) - {"FINISHED"}):
+            places.setdefault(status.lower(), []).append(f"{split} seed {seed}" if several_seeds else f"{split}")
+    return "; ".join(f"{status}: split {', '.join(where)}" for status, where in sorted(places.items()))

@@ -1,0 +1,373 @@
+"""The paper's tables and the effects of its factors, from what MLflow holds: frames of numbers first, text afterwards.
+
+Usage: `python -m kdsweep.results.tables table3|table4|table5|effects|settings|seeds [--store DIR] [--sweep NAME] [--out
+DIR]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pandas as pd
+
+from kdsweep.core.errors import InputError, exit_code
+from kdsweep.results import comparisons, effects, footnotes, formats
+from kdsweep.results.formats import DASH
+from kdsweep.results.stats import NAN, TESTS, holm, mean_interval, own_teachers, p_value, pair
+from kdsweep.results.sweeps import each_variant, gaps, known_values, placed_runs, scored_images, variants
+from kdsweep.runs import checkpoint
+
+if TYPE_CHECKING:
+    from kdsweep.tracking.tracking import Sweep
+
+TABLES = ("table3", "table4", "table5", "effects", "settings", "seeds")
+HEADINGS = {
+    "table3": "Table 3. The distillation experiments",
+    "table4": "Table 4. Test DSC of Teacher, Student and distilled students",
+    "table5": "Table 5. What the networks cost",
+    "effects": "Factor effects. Which choice mattered",
+    "settings": "Settings. What the varied keys change",
+    "seeds": "Seeds. How much another training would change",
+}
+SPLIT_MEAN = "mean_dice_percent_split"
+
+# Table 4 of the paper: DSC mean and standard deviation (%), p against Teacher, p against Student.
+PAPER: dict[str, tuple[float, float, float, float]] = {
+    "Teacher": (81.50, 18.40, NAN, 0.0048),
+    "Student": (73.16, 23.78, 0.0048, NAN),
+    "L_MSE": (77.75, 22.55, 0.1414, 0.0227),
+    "L_MSE_WAug": (77.52, 17.61, 0.1565, 0.0948),
+    "L_KLD": (78.00, 22.05, 0.0950, 0.0037),
+    "L_KLD_WAug": (80.00, 18.86, 0.2075, 0.0012),
+    "H_MSE": (77.50, 21.49, 0.0645, 0.0215),
+    "H_MSE_WAug": (77.85, 20.06, 0.0341, 0.0125),
+    "H_KLD": (79.00, 20.45, 0.1320, 0.0067),
+    "H_KLD_WAug": (78.50, 19.83, 0.1417, 0.0316),
+    "HReg_MSE": (78.06, 19.25, 0.0325, 0.0201),
+    "HReg_MSE_WAug": (77.63, 19.97, 0.0402, 0.0269),
+    "HReg_KLD": (79.00, 20.37, 0.2132, 0.0021),
+    "HReg_KLD_WAug": (79.31, 19.33, 0.1247, 0.0068),
+}
+BASELINES = ("Teacher", "Teacher_WAug", "Student")
+CELLS = tuple(notation for notation in PAPER if notation not in BASELINES)
+REPRESENTATIONS = {"L": "Logits", "H": "Hidden", "HReg": "Hidden-Regressor"}
+LOSSES = {"MSE": "mean squared error", "KLD": "Kullback-Leibler divergence"}
+PAPER_COLUMNS = ["paper_mean_dice_percent", "paper_std_dice_percent", "paper_p_teacher", "paper_p_student"]
+
+
+def cell_notations(sweep: Sweep) -> list[str]:
+    """The paper's 12 in its order, then the cells of a user's own path or loss."""
+    cells = set(sweep.runs.loc[sweep.runs["role"] == "cell", "notation"])
+    return [*CELLS, *sorted(cells.difference(CELLS))]
+
+
+# ---- the tables ----------------------------------------------------------------------------------------------------
+
+
+def table3(sweep: Sweep) -> pd.DataFrame:
+    """Table 3: the factors of each experiment, our mean Dice over the test images of all splits (%), the paper's.
+
+    A sweep that varies further keys gives a table for each of their values, below each other, column settings first.
+    """
+    return each_variant(sweep, _table3)
+
+
+def _table3(sweep: Sweep) -> pd.DataFrame:
+    runs, notations = placed_runs(sweep), cell_notations(sweep)
+    scored = scored_images(runs=runs, scores=sweep.scores)
+    why = gaps(runs=runs, scored=scored, notations=notations)
+    rows = []
+    for notation in notations:
+        path, _, loss = notation.removesuffix("_WAug").partition("_")
+        row = {
+            "representation": REPRESENTATIONS.get(path, path),
+            "notation": notation,
+            "loss": LOSSES.get(loss, loss),
+            "teacher_augmentation": "weak" if notation.endswith("_WAug") else "strong",
+            "gap": why[notation],
+            "mean_dice_percent": NAN if why[notation] else 100 * scored["dice"][scored["notation"] == notation].mean(),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows).join(_paper()[PAPER_COLUMNS[0]], on="notation")
+
+
+def table4(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
+    """Table 4: Dice (%) and how each model compares with its Teacher and with Student, the paper's figures beside.
+
+    The difference is the paired mean difference to Student in percentage points; `test` is a key of TESTS. A sweep that
+    varies further keys gives a table for each of their values, below each other, column settings first: each row is
+    compared with the Teacher and the Student of its own settings, and Holm's family is all of them.
+    """
+    table = each_variant(sweep, partial(_table4, test=test))
+    for column in ("p_teacher", "p_student"):  # the family is the KD cells: the baselines are not what is being tried
+        table[f"{column}_holm"] = holm(table[column].where(~table["notation"].isin(BASELINES)))
+    return table
+
+
+def _table4(sweep: Sweep, *, test: str) -> pd.DataFrame:
+    runs, cells = placed_runs(sweep), cell_notations(sweep)
+    scored = scored_images(runs=runs, scores=sweep.scores)
+    why = gaps(runs=runs, scored=scored, notations=[*BASELINES, *cells])
+    whole = scored[scored["notation"].map(why) == ""]
+    rows = [
+        {"notation": notation, "gap": gap}
+        | _compared(notation, whole=whole, scored=scored, test=test)
+        | _trained(runs[runs["notation"] == notation], gap=gap)
+        for notation, gap in why.items()
+    ]
+    table = pd.DataFrame(rows).astype({"n_images": "Int64"})
+    table = table.join(_paper(), on="notation")
+    return table.assign(difference_to_paper_points=table["mean_dice_percent"] - table["paper_mean_dice_percent"])
+
+
+def _trained(runs: pd.DataFrame, *, gap: str) -> dict[str, float]:
+    """How long a row's runs were trained: means over them, epochs counted from 1."""
+    if "epochs" not in runs:
+        return {}
+    own = runs.drop_duplicates("fingerprint")
+    means = {"mean_epochs": own["epochs"].mean(), "mean_best_epoch": own["best_epoch"].mean() + 1}
+    return dict.fromkeys(means, NAN) if gap else means
+
+
+def _paper() -> pd.DataFrame:
+    return pd.DataFrame.from_dict(PAPER, orient="index", columns=PAPER_COLUMNS)
+
+
+def _compared(notation: str, *, whole: pd.DataFrame, scored: pd.DataFrame, test: str) -> dict[str, object]:
+    """The measured numbers of one row of Table 4; whole holds the rows without a gap, scored all that finished."""
+    ours, baseline = whole[whole["notation"] == notation], whole[whole["notation"] == "Student"]
+    if notation == "Student":
+        teacher, baseline = whole[whole["notation"] == "Teacher"], whole.iloc[:0]
+    else:
+        teacher = own_teachers(ours=ours, scored=scored)  # none for a Teacher
+    to_teacher, to_student = pair(ours=ours, baseline=teacher), pair(ours=ours, baseline=baseline)
+    points = 100 * (to_student["dice_ours"] - to_student["dice_baseline"]).to_numpy()
+    low, high = mean_interval(points)
+    dice = 100 * ours.drop_duplicates(["fingerprint", "image"])["dice"]  # a Teacher of several seeds counts once
+    return {
+        "n_images": len(dice) or pd.NA,
+        "mean_dice_percent": dice.mean(),
+        "std_dice_percent": dice.std(ddof=1),
+        **{f"{SPLIT_MEAN}{split}": mean for split, mean in dice.groupby(ours["split"]).mean().items()},
+        "p_teacher": p_value(to_teacher, test=test),
+        "p_student": p_value(to_student, test=test),
+        "difference_to_student_points": points.mean() if len(points) else NAN,
+        "difference_low_points": low,
+        "difference_high_points": high,
+    }
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+def _with_std(*, mean: pd.Series, std: pd.Series) -> list[str]:
+    return [DASH if pd.isna(m) else f"{m:.2f} ± {formats.number(s)}" for m, s in zip(mean, std, strict=True)]
+
+
+def _settings(table: pd.DataFrame) -> dict[str, pd.Series]:
+    return {"Settings": table["settings"]} if "settings" in table else {}
+
+
+def format_table3(table: pd.DataFrame) -> pd.DataFrame:
+    """The strings of Table 3."""
+    columns = {
+        **_settings(table),
+        "KD representation": table["representation"],
+        "Notation": table["notation"],
+        "KD loss": table["loss"],
+        "Teacher augmentation": table["teacher_augmentation"],
+        "DSC % (ours)": list(map(formats.or_gap, table["mean_dice_percent"].map(formats.number), table["gap"])),
+        "DSC % (paper)": table["paper_mean_dice_percent"].map(formats.number),
+    }
+    return pd.DataFrame(columns)
+
+
+def format_table4(table: pd.DataFrame) -> pd.DataFrame:
+    """The strings of Table 4."""
+    intervals = zip(table["difference_low_points"], table["difference_high_points"], strict=True)
+    means = _with_std(mean=table["mean_dice_percent"], std=table["std_dice_percent"])
+    columns = {
+        **_settings(table),
+        "Model": table["notation"],
+        "DSC %": list(map(formats.or_gap, means, table["gap"])),
+        **_per_split(table),
+        "p Teacher": table["p_teacher"].map(formats.p),
+        "p Teacher (Holm)": table["p_teacher_holm"].map(formats.p),
+        "p Student": table["p_student"].map(formats.p),
+        "p Student (Holm)": table["p_student_holm"].map(formats.p),
+        "Difference to Student": [formats.interval(low=low, high=high) for low, high in intervals],
+        **_epochs(table),
+        "DSC % (paper)": _with_std(mean=table["paper_mean_dice_percent"], std=table["paper_std_dice_percent"]),
+        "DSC points to paper": table["difference_to_paper_points"].map(formats.points),
+        "p Teacher (paper)": table["paper_p_teacher"].map(formats.p),
+        "p Student (paper)": table["paper_p_student"].map(formats.p),
+        "n images": [formats.number(n, "d") for n in table["n_images"]],
+    }
+    return pd.DataFrame(columns)
+
+
+def _per_split(table: pd.DataFrame) -> dict[str, list[str]]:
+    """A column with the mean of each split, so that the spread between splits shows; none for a single split."""
+    names = sorted(
+        (str(name) for name in table if str(name).startswith(SPLIT_MEAN)), key=lambda name: (len(name), name)
+    )
+    if len(names) < 2:
+        return {}
+    rows = table[names].itertuples(index=False)
+    splits = ", ".join(name.removeprefix(SPLIT_MEAN) for name in names)
+    return {
+        f"DSC % of split {splits}": [" / ".join(map(formats.number, row)) if row[0] == row[0] else DASH for row in rows]
+    }
+
+
+def _epochs(table: pd.DataFrame) -> dict[str, list[str]]:
+    if "mean_epochs" not in table:
+        return {}
+    pairs = zip(table["mean_best_epoch"], table["mean_epochs"], strict=True)
+    return {
+        "Best epoch": [
+            f"{formats.number(best, '.0f')} of {epochs:.0f}" if epochs == epochs else DASH for best, epochs in pairs
+        ]
+    }
+
+
+def to_markdown(*, title: str, text: pd.DataFrame, notes: list[str]) -> str:
+    """A title line, the table and its footnotes."""
+    body = text.to_markdown(index=False, disable_numparse=True)
+    return "\n".join([title, "", body, "", *(f"- {note}" for note in notes), ""])
+
+
+def to_latex(*, title: str, text: pd.DataFrame, notes: list[str]) -> str:
+    """A table environment for a document with the booktabs package, its footnotes as lines below."""
+
+    def tex(string: str) -> str:
+        escaped = re.sub(r"([_%&#$])", r"\\\1", string)
+        for sign, command in {"±": r"$\pm$", DASH: "--", "<": "$<$", "`": ""}.items():
+            escaped = escaped.replace(sign, command)
+        return escaped
+
+    body = text.map(tex).rename(columns=tex).to_latex(index=False, escape=False).rstrip()
+    lines = ["% needs \\usepackage{booktabs}", r"\begin{table}", rf"\caption{{{tex(title)}}}", body]
+    return "\n".join([*lines, *(rf"\par\footnotesize {tex(note)}" for note in notes), r"\end{table}", ""])
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+class Made(NamedTuple):
+    """A table ready to be written: its heading, the numbers, the strings, the footnotes."""
+
+    heading: str
+    table: pd.DataFrame
+    text: pd.DataFrame
+    notes: list[str]
+
+
+def best_variant(sweep: Sweep, table: pd.DataFrame) -> tuple[Sweep, pd.DataFrame]:
+    """The part of a sweep, and of its Table 4, that has the best finished cell; all of them if it varies no keys."""
+    if "settings" not in table:
+        return sweep, table
+    cells = table[~table["notation"].isin(BASELINES)].sort_values("mean_dice_percent", ascending=False)
+    label = [*cells["settings"], *table["settings"]][0]
+    return variants(sweep)[label], table[table["settings"] == label].drop(columns="settings")
+
+
+def asked(sweep: Sweep) -> list[str]:
+    """Those of TABLES that a sweep has something for: settings if it varies further keys, seeds if it has several."""
+    has = {"settings": comparisons.has_settings(sweep), "seeds": comparisons.has_seeds(sweep)}
+    return [which for which in TABLES if has.get(which, True)]
+
+
+def sentences(which: str, table: pd.DataFrame) -> list[str]:
+    """What the numbers of a table support, in words; none for those that only show numbers."""
+    told = {"effects": effects.sentences, "settings": comparisons.told_settings, "seeds": comparisons.told_seeds}
+    return told[which](table) if which in told else []
+
+
+def made(which: str, *, sweep: Sweep, store: Path, test: str) -> Made:
+    """One of TABLES of a sweep whose cells' folders are in a store."""
+    if which == "table3":
+        table = table3(sweep)
+        return Made(HEADINGS[which], table, format_table3(table), footnotes.of_scores(sweep=sweep, table=table))
+    if which == "effects":
+        table = effects.effects(sweep, test=test)
+        notes = effects.notes(sweep=sweep, table=table, test=test)
+        return _led(which, sweep, table.assign(test=test), effects.format_effects(table), notes)
+    if which == "settings":
+        table = comparisons.settings(sweep, test=test)
+        notes = comparisons.notes_settings(test=test)
+        return _led(which, sweep, table.assign(test=test), comparisons.format_settings(table), notes)
+    if which == "seeds":
+        table = comparisons.seeds(sweep)
+        return _led(which, sweep, table, comparisons.format_seeds(table), comparisons.notes_seeds(table=table))
+    table = table4(sweep, test=test)
+    if which == "table5":
+        from kdsweep.results import costs  # loads torch: seconds that the other tables need not wait for
+
+        sweep, table = best_variant(sweep, table)
+        measured = costs.table5(sweep, store=store, scores=table)
+        notes = costs.notes(sweep=sweep, table=measured, scores=table)
+        return Made(HEADINGS[which], measured, costs.format_table5(measured), notes)
+    notes = footnotes.of_scores(sweep=sweep, table=table) + footnotes.of_table4(sweep=sweep, table=table, test=test)
+    return Made(HEADINGS[which], table.assign(test=test), format_table4(table), notes)
+
+
+def _led(which: str, sweep: Sweep, table: pd.DataFrame, text: pd.DataFrame, notes: list[str]) -> Made:
+    """A table whose notes begin with what its numbers support."""
+    return Made(HEADINGS[which], table, text, [*sentences(which, table), *footnotes.provenance(sweep), *notes])
+
+
+def make(*, which: str, sweep: Sweep, store: Path, out_dir: Path, test: str) -> str:
+    """Write WHICH.md, .csv and .tex into out_dir; the Markdown, and a last line that names the files."""
+    heading, table, text, notes = made(which, sweep=sweep, store=store, test=test)
+    title = f"{heading} (sweep {sweep.name})"
+    profile, data = ("".join(known_values(sweep.runs, key)) for key in ("profile", "data"))
+    markdown = to_markdown(title=title, text=text, notes=notes)
+    files = {
+        "md": markdown,
+        "csv": table.assign(sweep=sweep.name, profile=profile, data=data).to_csv(index=False),
+        "tex": to_latex(title=title.partition(". ")[2], text=text, notes=notes),
+    }
+    try:
+        for suffix, content in files.items():
+            checkpoint.write_text(out_dir / f"{which}.{suffix}", content)
+    except OSError as error:
+        raise InputError(f"--out {out_dir}: cannot write there ({error.strerror})") from error
+    return f"{markdown}\nwrote {out_dir / which}.md, .csv, .tex\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print and write one table; 0, or 1 after one line on stderr that says what to mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kdsweep.results.tables", description="The paper's tables, from MLflow."
+    )
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
+    parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
+    parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
+    parser.add_argument("--out", type=Path, help="folder for the files (STORE/tables)")
+    parser.add_argument(
+        "--test", choices=sorted(TESTS), default="ttest", help="test of table4, effects, settings (ttest)"
+    )
+    options = parser.parse_args(argv)
+    from kdsweep.tracking.tracking import read_sweep  # loads mlflow: seconds that --help need not wait for
+
+    def work() -> None:
+        gc.freeze()
+        gc.set_threshold(100_000)  # a large sweep is a million objects that stay: looking through them is half the time
+        sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
+        out_dir = options.out or options.store / "tables"
+        which, test = options.table, options.test
+        sys.stdout.write(make(which=which, sweep=sweep, store=options.store, out_dir=out_dir, test=test))
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

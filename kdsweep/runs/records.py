@@ -1,0 +1,326 @@
+"""What lies in a cell's folder beside its weights: all that MLflow and the status are made from.
+
+A folder tells by itself what the cell is and how far it has come, so that a store can be moved, a tracking server can
+be down, and a killed process need not have said goodbye.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from kdsweep.config.grid import Cell, superseded
+from kdsweep.runs import checkpoint
+
+log = logging.getLogger(__name__)
+
+CELL, PROGRESS, FAILED, FINISHED, LOCK = "cell.json", "progress.json", "failed.json", "finished.json", ".lock"
+SWEEPS = "sweeps"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A cell as its folder tells it.
+
+    Attributes:
+        folder: of the cell.
+        status: ``WAITING`` (not begun), ``RUNNING``, ``KILLED`` (begun, and nobody is at it), ``FAILED``, ``FINISHED``.
+        params: the flat resolved configuration.
+        tags: of its run, the cell's own and those of the process that trains it.
+        started_ms: when it was begun, milliseconds since 1970.
+        epochs: at most so many.
+        history: values of each epoch, ``epoch`` among them.
+        times_ms: when each epoch ended.
+        error: what ended a failed one, in one line.
+        values: the final ones of a finished one.
+        ended_ms: when it failed or was finished.
+    """
+
+    folder: Path
+    status: str
+    params: dict[str, Any]
+    tags: dict[str, str]
+    started_ms: int
+    epochs: int
+    history: list[dict[str, float]]
+    times_ms: list[int]
+    error: str
+    values: dict[str, float]
+    ended_ms: int
+
+
+def now_ms() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
+def lock(folder: Path) -> BaseFileLock:
+    """The lock that whoever computes a cell holds; the system opens it when its process ends, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / LOCK, thread_local=False)
+
+
+def hold(stack: contextlib.ExitStack, folder: Path) -> bool:
+    """Take the lock of a cell until the stack is closed; False if another process has it."""
+    own = lock(folder)
+    try:
+        own.acquire(timeout=0.5, poll_interval=0.05)  # who only looks whether it is held lets go at once
+    except Timeout:
+        return False
+    stack.callback(own.release)
+    return True
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process computes the cell of this folder."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0, thread_local=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a copy that cannot be written to: nobody computes in it
+        return False
+
+
+def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any], tags: dict[str, str]) -> None:
+    """Write down what a cell is, before it is trained; an earlier failure is forgotten.
+
+    Args:
+        cell: whose folder is written to.
+        split: image ids of the three parts.
+        params: the flat resolved configuration.
+        tags: of its run beyond the cell's own.
+    """
+    folder = cell.folder
+    before = _read(folder / CELL) or {}
+    own = {
+        "kdsweep.cell": cell.place,
+        "kdsweep.notation": cell.notation,
+        "kdsweep.role": cell.role,
+        "kdsweep.split": str(cell.split),
+        "kdsweep.seed": str(cell.seed),
+        "kdsweep.fingerprint": cell.fingerprint,
+        "kdsweep.teacher": cell.evidence.get("teacher", ""),
+        "kdsweep.data": cell.evidence.get("data", ""),
+        "kdsweep.user_code": cell.evidence.get("user_code", ""),
+        "kdsweep.results_version": cell.evidence.get("results_version", ""),
+    }
+    content = {
+        "tags": {**tags, **own},
+        "started_ms": before.get("started_ms", now_ms()),
+        "settings": cell.settings,
+        "evidence": cell.evidence,
+        "params": params,
+    }
+    checkpoint.write_json(folder / "split.json", split)
+    checkpoint.write_json(folder / CELL, content)
+    (folder / FAILED).unlink(missing_ok=True)
+
+
+def write_progress(folder: Path, *, epochs: int, history: list[dict[str, float]], times_ms: list[int]) -> None:
+    """Write down the epochs that the checkpoint holds: never more, else a resumed training would tell them twice."""
+    checkpoint.write_json(folder / PROGRESS, {"epochs": epochs, "times_ms": times_ms, "history": history})
+
+
+def write_failed(folder: Path, error: str) -> None:
+    """Write down what ended a cell; that this does not work either (a full disk) is no news."""
+    with contextlib.suppress(OSError):
+        checkpoint.write_json(folder / FAILED, {"error": " ".join(error.split()), "time_ms": now_ms()})
+
+
+def write_finished(folder: Path, *, values: dict[str, float], files: list[str]) -> None:
+    """Write the marker of a finished cell, last of all: the final values, and the SHA-256 of the files they rest on."""
+    digests = {name: checkpoint.file_digest(folder / name) for name in files}
+    content = {"time_ms": now_ms(), "values": values, "sha256": digests}
+    checkpoint.write_json(folder / FINISHED, {**content, "seal": _seal(content)})
+    (folder / FAILED).unlink(missing_ok=True)
+
+
+def read_finished(folder: Path) -> dict[str, float] | None:
+    """The final values of a finished cell, or None.
+
+    What is damaged is told in one line and no longer counts: the cell is tested again from its checkpoint, or trained
+    again. Only a Teacher's weights are not looked at here, which takes seconds, but when they are read.
+    """
+    file = folder / FINISHED
+    if not file.exists():
+        return None
+    damaged = _damage(folder)
+    if damaged is None:
+        values: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["values"]
+        return values
+    forget_finished(folder, damaged)
+    return None
+
+
+def forget_finished(folder: Path, damaged: Path) -> None:
+    """Say which file of a finished cell is damaged, and have the cell computed again."""
+    log.warning("%s: damaged, its checksum differs; what it held is computed again", damaged)
+    with contextlib.suppress(OSError):
+        (folder / FINISHED).unlink(missing_ok=True)
+
+
+def check_file(folder: Path, name: str) -> bool:
+    """Whether a file of a finished cell still is what was written."""
+    marker = _read(folder / FINISHED) or {}
+    return _is_whole(folder / name, marker.get("sha256", {}).get(name))
+
+
+def _damage(folder: Path) -> Path | None:
+    marker = _read(folder / FINISHED)
+    if marker is None or marker.pop("seal", None) != _seal(marker):
+        return folder / FINISHED
+    for name, digest in marker["sha256"].items():
+        if name != "teacher.safetensors" and not _is_whole(folder / name, digest):
+            return folder / name
+    return None
+
+
+def _is_whole(file: Path, digest: str | None) -> bool:
+    try:
+        return checkpoint.file_digest(file) == digest
+    except OSError:
+        return False
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def read_predecessor(cell: Cell, *, besides: set[Path]) -> dict[str, Any] | None:
+    """What the youngest other cell of the same name, split and seed was made of, if this one was never begun.
+
+    Args:
+        cell: that is to be computed.
+        besides: folders that do not count.
+    """
+    if (cell.folder / CELL).exists():
+        return None
+    name = cell.folder.name.rpartition("-")[0]
+    others = [folder / CELL for folder in cell.folder.parent.glob(f"{name}-*") if folder not in besides]
+    known = sorted((file for file in others if file.is_file()), key=lambda file: file.stat().st_mtime_ns)
+    return _read(known[-1]) if known else None
+
+
+def version(folder: Path) -> tuple[object, ...]:
+    """Changes whenever the record of a folder does."""
+    stamps = []
+    for name in (CELL, PROGRESS, FAILED, FINISHED):
+        try:
+            stamps.append((folder / name).stat().st_mtime_ns)
+        except OSError:
+            stamps.append(0)
+    return (*stamps, is_held(folder))
+
+
+def epochs(folder: Path) -> int:
+    """How many epochs of a cell are saved; there may be no folder."""
+    return len((_read(folder / PROGRESS) or {}).get("times_ms", []))
+
+
+def read(folder: Path) -> Record:
+    """What the folder of a cell tells; there may be none."""
+    values = read_finished(folder)
+    about, failed = _read(folder / CELL) or {}, _read(folder / FAILED)
+    progress = _read(folder / PROGRESS) or {}
+    ended = (_read(folder / FINISHED) if values is not None else failed) or {}
+    if values is not None:
+        status = "FINISHED"
+    elif failed is not None:
+        status = "FAILED"
+    elif about:
+        status = "RUNNING" if is_held(folder) else "KILLED"
+    else:
+        status = "WAITING"
+    return Record(
+        folder=folder,
+        status=status,
+        params=about.get("params", {}),
+        tags=about.get("tags", {}),
+        started_ms=about.get("started_ms", 0),
+        epochs=progress.get("epochs", 0),
+        history=progress.get("history", []),
+        times_ms=progress.get("times_ms", []),
+        error=(failed or {}).get("error", "") if status == "FAILED" else "",
+        values=values or {},
+        ended_ms=ended.get("time_ms", 0),
+    )
+
+
+def ask(store: Path, sweep: str, *, cells: list[Cell], teachers: list[Cell], varied: Sequence[str] = ()) -> None:
+    """Write down which cells a sweep asks for, and their Teachers; what it asked for before stays.
+
+    A cell that is asked for again with replaced images, or by a later results version, takes the seat of the old one.
+
+    Args:
+        store: folder of the runs.
+        sweep: its name.
+        cells: that it asks for.
+        teachers: that they learn from.
+        varied: keys beyond the factors that its command line gave several values.
+    """
+    folder = store / SWEEPS
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / LOCK):
+        checkpoint.remove_parts(folder)
+        asked, variants = read_asked(store, sweep), read_variants(store, sweep)
+        new = {cell.place: str(cell.folder.relative_to(store)) for cell in [*teachers, *cells]}
+        told = {cell.place: cell.variant for cell in [*teachers, *cells] if cell.variant}
+        for place in superseded(_with_variants(asked, variants), _with_variants(new, told)):
+            del asked[place]
+            variants.pop(place, None)
+        keys = dict.fromkeys([*read_varied(store, sweep), *varied])
+        content = {"asked": asked | new, "varied": list(keys), "variants": variants | told}
+        checkpoint.write_json(folder / f"{sweep}.json", content)
+
+
+def _with_variants(asked: dict[str, str], variants: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Each folder with the variant of its place behind it."""
+    return {place: f"{folder} {json.dumps(variants.get(place, {}))}" for place, folder in asked.items()}
+
+
+def read_asked(store: Path, sweep: str) -> dict[str, str]:
+    """Folders, relative to the store, of the cells and Teachers that a sweep asked for, by their places."""
+    asked: dict[str, str] = _read_sweep(store, sweep).get("asked", {})
+    return asked
+
+
+def read_variants(store: Path, sweep: str) -> dict[str, dict[str, str]]:
+    """Variants of what a sweep asked for, by their places; what has none is left out."""
+    variants: dict[str, dict[str, str]] = _read_sweep(store, sweep).get("variants", {})
+    return variants
+
+
+def read_varied(store: Path, sweep: str) -> list[str]:
+    """Keys beyond the factors that the command lines of a sweep gave several values."""
+    varied: list[str] = _read_sweep(store, sweep).get("varied", [])
+    return varied
+
+
+def _read_sweep(store: Path, sweep: str) -> dict[str, Any]:
+    return _read(store / SWEEPS / f"{sweep}.json") or {}
+
+
+def sweeps(store: Path) -> list[str]:
+    """Names of a store's sweeps, the one last asked for at the end."""
+    files = sorted((store / SWEEPS).glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+    return [file.stem for file in files]

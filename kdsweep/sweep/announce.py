@@ -1,0 +1,170 @@
+"""What the user is told before cells are trained, and between those trained one by one; errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from kdsweep.core.errors import CellError, InputError, told
+
+log = logging.getLogger(__name__)
+
+at_end = contextlib.ExitStack()  # what the program closes last
+TRACEBACK = "KDSWEEP_TRACEBACK"  # environment: 1 shows the traceback of an error that ends the program
+
+
+class Announce(Callback):
+    """Hydra callback: where cells run one by one, checks all first, says what will run, and keeps the user posted."""
+
+    def __init__(self) -> None:
+        self.total = self.done = 0
+        self.failed: list[str] = []
+        self.started_s = 0.0
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Compose and check all jobs; a wrong one ends the program before anything is trained."""
+        if _is_own(config):
+            return  # the lockstep launchers do all this themselves
+        self.total = _or_exit(lambda: announce(compose_jobs(config), command=command_line(config)))
+        self.started_s = time.monotonic()
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """The same for a single cell."""
+        if _is_own(config) and not config.hydra.launcher._target_.endswith(".LockstepLauncher"):
+            name = config.hydra.runtime.choices["hydra/launcher"]
+            raise SystemExit(f"kdsweep: error: hydra/launcher={name} runs sweeps: add -m, or leave it out")
+        if config.hydra.launcher.get("plan"):
+            _or_exit(lambda: show_plan([config]))
+            raise SystemExit(0)
+        _or_exit(lambda: announce([config], command=command_line(config)))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Say how far the sweep is, how long it still takes, and at its end what failed."""
+        from kdsweep.core.progress import duration, left_s
+
+        if not self.total:
+            return
+        self.done += 1
+        if job_return.status == JobStatus.FAILED:
+            folder = config.hydra.runtime.output_dir
+            self.failed.append(f"{told(job_return._return_value)}; log: {folder}/kdsweep.log")
+        passed_s = time.monotonic() - self.started_s
+        if self.done < self.total:
+            about_s = left_s(passed_s=passed_s, done=self.done, left=self.total - self.done)
+            log.info("%d of %d jobs done, about %s left", self.done, self.total, duration(about_s))
+            return
+        log.info("%d of %d jobs done in %s", self.done, self.total, duration(passed_s))
+        for line in self.failed:
+            log.error("failed: %s", line)
+
+
+def _is_own(config: DictConfig) -> bool:
+    return str(config.hydra.launcher._target_).startswith("hydra_plugins.kdsweep_lockstep.")
+
+
+def _or_exit(prepare: Callable[[], int]) -> int:
+    """Hydra turns a callback's exceptions into warnings and goes on; what the user must mend ends the program here."""
+    try:
+        return prepare()
+    except Exception as error:
+        if os.environ.get(TRACEBACK) == "1":
+            traceback.print_exc()
+        raise SystemExit(f"kdsweep: error: {one_line(error)}") from error
+
+
+def command_line(config: DictConfig) -> str:
+    """What the user typed, as it can be typed again: of a multirun with all of its values; without passwords."""
+    hydra, words = config.hydra, ["python", "-m", "kdsweep"]
+    words += ["-m"] if "hydra.mode=MULTIRUN" in hydra.overrides.hydra else []
+    for source in hydra.runtime.config_sources:
+        words += ["--config-dir", source.path] if source.provider == "command-line" else []
+    words += [word for word in hydra.overrides.hydra if not word.startswith("hydra.mode=")]
+    # MLflow's tags and the report, which keep this, are read by others than the one who typed it.
+    return shlex.join(re.sub(r"://[^/\s]+@", "://USER:PASSWORD@", word) for word in [*words, *hydra.overrides.task])
+
+
+def announce(configs: list[DictConfig], *, command: str) -> int:
+    """Check every job in this process, write down what the sweep asks for, tell the user what will run; count jobs."""
+    from kdsweep.sweep import plan
+    from kdsweep.sweep.engines import worker
+    from kdsweep.tracking import mirror
+
+    jobs = plan.read_jobs(configs)
+    plan.watch(jobs, command=command)
+    at_end.callback(mirror.close_all)
+    waiting = plan.waiting(jobs)
+    look = worker.look_at_cells([job.config for job in plan.kinds(waiting)], []) if waiting else None
+    log.info("%s", plan.describe(jobs, groups=[[job] for job in waiting], look=look))
+    plan.tell_changes(jobs)
+    return len(jobs)
+
+
+def show_plan(configs: list[DictConfig]) -> int:
+    """Check every job and tell what would run, without writing anything; count jobs."""
+    from kdsweep.sweep import plan
+    from kdsweep.sweep.engines import worker
+
+    jobs = plan.read_jobs(configs)
+    waiting = plan.waiting(jobs)
+    look = worker.look_at_cells([job.config for job in plan.kinds(waiting)], []) if waiting else None
+    sys.stdout.write(plan.overview(jobs, groups=[waiting] if waiting else [], look=look) + "\n")
+    return len(jobs)
+
+
+def compose_jobs(config: DictConfig) -> list[DictConfig]:
+    """The configuration of every job of a multirun, in order, as Hydra's basic sweeper will make them."""
+    loader = GlobalHydra.instance().config_loader()
+    fixed = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    parser = OverridesParser.create(config_loader=loader)
+    overrides = parser.parse_overrides([*fixed, *config.hydra.overrides.task])
+    (batch,) = BasicSweeper.split_arguments(overrides, None)
+    return [loader.load_sweep_config(config, list(job)) for job in batch]
+
+
+def one_line(error: BaseException) -> str:
+    """The message that the user can act on, from an exception and what caused it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError | CellError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(error).split())
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{match[1]} is missing: give it on the command line, {match[1]}=..."
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return f"{match[1]} is not a key of the configuration; {_known_keys(match[1])}"
+    unknown_option = r"Could not find '(\S+)/([^/']+)' Available options in '\S+': (.+?)(?: Config search|$)"
+    if match := re.search(unknown_option, text):
+        return f"{match[1]}={match[2]} is not an option; {match[1]} has: {', '.join(match[3].split())}"
+    if type(error).__module__.startswith(("hydra", "omegaconf")):
+        return text
+    return told(error)
+
+
+def _known_keys(key: str) -> str:
+    """What may stand in the place of a wrong key."""
+    from kdsweep.config import cells
+
+    parent, _, _ = key.rpartition(".")
+    try:
+        cfg = cells.compose([])
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        keys = ", ".join(sorted(node)) if node is not None else ""
+    except (InputError, TypeError):
+        keys = ""
+    return f"{parent + ' has' if parent else 'it has'}: {keys}" if keys else "see python -m kdsweep --help"

@@ -1,0 +1,160 @@
+"""A group on another machine of a cluster that shares folders, code and data with the one that submits it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import uuid
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+from hydra.core.singleton import Singleton
+from omegaconf import DictConfig
+
+from kdsweep.core.errors import CellError, InputError, told
+from kdsweep.runs import checkpoint
+from kdsweep.sweep.engines import worker
+from kdsweep.sweep.engines.engine import Unit
+from kdsweep.tracking import database, mirror
+
+if TYPE_CHECKING:
+    from kdsweep.sweep.plan import Look
+
+IDENTITY = ".identity"
+REMEDY = "put store, data and environment on a file system that all machines share, under the same name"
+
+
+class Errand:
+    """A unit on its way: called on the other machine, it gives the unit's result, or its error as a value.
+
+    The store, the images, the code and the Python environment must lie there where they lie here: on a file system
+    that all machines share. That is checked there, by the store's identity and by the cells' fingerprints, which
+    images and code are part of.
+
+    Args:
+        unit: that is to be run.
+        config: of the sweep.
+        threads: on the CPU; another number of them gives other sums, so it must not be the machine's choice.
+    """
+
+    def __init__(self, unit: Unit, *, config: DictConfig, threads: int) -> None:
+        self.cells, self.threads = unit.cells, threads
+        self.identities = {cell.store: identify(cell.store) for cell in unit.cells}
+        self.folder, self.path = str(Path.cwd()), list(sys.path)
+        # Loaded only where the modules of ``path`` are found.
+        self.payload = cloudpickle.dumps((unit.call, unit.make(), config, Singleton.get_state()))
+        self._process: worker.Worker | None = None
+
+    def __call__(self) -> Any:
+        """Run the unit in a process of its own and keep MLflow equal to what its folders tell."""
+        try:
+            os.chdir(self.folder)
+        except OSError as error:
+            return InputError(f"{self.folder} cannot be entered on {socket.gethostname()}: {told(error)}; {REMEDY}")
+        sys.path[:] = [*self.path, *(entry for entry in sys.path if entry not in self.path)]
+        os.environ["OMP_NUM_THREADS"] = str(self.threads)
+        call, configs, config, singletons = cloudpickle.loads(self.payload)
+        worker.set_up(config, singletons)
+        try:
+            self._check(configs)
+            self._process = worker.start(config)
+            self._process.send(worker.pin, call, configs, "")
+            outcome = self._process.outcome()
+        except (InputError, CellError) as error:
+            outcome = error
+        except BaseException:
+            self.stop(signal.SIGTERM)
+            raise
+        mirror.close_all()
+        if self._process is not None:
+            self._process.close()
+        return outcome
+
+    def stop(self, number: int) -> None:
+        """Have the process save what it does and end, and tell MLflow.
+
+        Args:
+            number: of the signal that it is sent.
+        """
+        process, self._process = self._process, None
+        if process is not None:
+            worker.stop([process], number)
+        mirror.close_all()
+
+    def _check(self, configs: list[DictConfig]) -> None:
+        """Raise InputError if this machine does not see what the one saw that submits; else begin to tell MLflow."""
+        from kdsweep.sweep import plan
+
+        for store, identity in self.identities.items():
+            if _read_identity(store) != identity:
+                host = socket.gethostname()
+                raise InputError(f"store={store}: on {host} it is not the folder of the machine that submits; {REMEDY}")
+        if self.cells:
+            jobs = plan.read_jobs(configs)
+            there = {job.cell.fingerprint for job in jobs} | {job.cell.evidence.get("teacher", "") for job in jobs}
+            for cell in self.cells:
+                if cell.fingerprint not in there:
+                    raise InputError(
+                        f"{cell.title}: on {socket.gethostname()} the images or the code are not those of the machine "
+                        f"that submits; {REMEDY}"
+                    )
+            plan.watch(jobs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_process": None}
+
+
+def identify(store: Path) -> str:
+    """A store's own word, made at the first call: who reads the same one sees the same folder."""
+    found = _read_identity(store)
+    if not found:
+        store.mkdir(parents=True, exist_ok=True)
+        found = uuid.uuid4().hex
+        checkpoint.write_json(store / IDENTITY, found)
+    return found
+
+
+def _read_identity(store: Path) -> str:
+    try:
+        return (store / IDENTITY).read_text(encoding="utf-8").strip('"\n ')
+    except OSError:
+        return ""
+
+
+def look(configs: list[DictConfig], place: str, *, config: DictConfig, times: bool) -> Look:
+    """Check cells that other machines are to train, in a process with torch.
+
+    Args:
+        configs: of the cells.
+        place: what these machines are called.
+        config: of the sweep.
+        times: time a step on this machine all the same.
+
+    Raises:
+        InputError: one of them could not be trained.
+    """
+    process = worker.start(config)
+    try:
+        found: Look = process.call(partial(worker.look_from_afar, times=times), configs, place)
+    finally:
+        process.close()
+    return found
+
+
+def check_tracking(values: dict[str, Any]) -> None:
+    """Raise InputError unless MLflow can be written to by several machines at once: SQLite cannot.
+
+    Args:
+        values: of a cell's configuration.
+    """
+    uri = values["tracking"]["uri"]
+    where = database.store_uri(Path(values["store"]), uri)
+    if where.startswith("sqlite"):
+        raise InputError(
+            f"tracking.uri={uri}: workers on several machines cannot share the SQLite file {where[10:]}; "
+            "start an MLflow server that all reach and name it, tracking.uri=http://HOST:5000"
+        )

@@ -1,0 +1,175 @@
+"""Groups as tasks of a Ray cluster, one that runs or one of this machine alone: ``hydra/launcher=lockstep_ray``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from kdsweep.core import interrupts
+from kdsweep.core.errors import CellError, InputError
+from kdsweep.sweep.engines.engine import Unit
+
+if TYPE_CHECKING:
+    from kdsweep.sweep.engines.node import Errand
+    from kdsweep.sweep.plan import Job, Look
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+STOP_WITHIN_S = 12.0  # a little more than a process is given
+
+
+class OnRay:
+    """The engine that hands each group to a Ray cluster as a task.
+
+    Ray starts a task where its GPUs, CPUs and memory are free, and starts it again elsewhere when its machine or its
+    process dies; it then goes on from its checkpoints.
+
+    Args:
+        address: of a running cluster, such as ``auto`` or ``10.0.0.1:6379``; None starts one of this machine alone.
+        gpus: of each group; a part of one lets groups share it.
+        cpus: of each group, and so many threads.
+        memory_gb: of each group; None if that is not to be counted.
+        retries: so often at most a group whose machine or process died is started again.
+        largest: so many cells at most in a group; None for ``plan.LARGEST``.
+    """
+
+    def __init__(
+        self,
+        *,
+        address: str | None = None,
+        gpus: float = 1.0,
+        cpus: int = 1,
+        memory_gb: float | None = None,
+        retries: int = 3,
+        largest: int | None = None,
+    ) -> None:
+        least = {"gpus": (gpus, 0), "cpus": (cpus, 1), "memory_gb": (memory_gb, 0), "retries": (retries, 0)}
+        for name, (value, lowest) in {**least, "largest": (largest, 1)}.items():
+            if value is not None and value < lowest:
+                raise InputError(f"hydra.launcher.{name}={value} is not allowed: it must be at least {lowest}")
+        self.largest = largest
+        self._address = address
+        self._place = f"Ray, {gpus:g} GPU and {cpus} CPUs per group"
+        self._cpus = cpus
+        self._needs: dict[str, Any] = {"num_gpus": gpus, "num_cpus": cpus, "max_retries": retries}
+        if memory_gb is not None:
+            self._needs["memory"] = int(memory_gb * 2**30)
+        self._running: list[Any] = []
+
+    def open(self, config: DictConfig) -> None:
+        """See ``Engine``."""
+        self._config = config
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """See ``Engine``: on several machines MLflow must be a server, and one must have what a group needs."""
+        from kdsweep.sweep.engines import node
+
+        ray = self._connect()
+        machines = {own["NodeManagerHostname"] for own in ray.nodes() if own["Alive"]}
+        if len(machines) > 1:
+            for job in jobs:
+                node.check_tracking(job.values)
+        for name, key in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
+            most = max((own["Resources"].get(name, 0) for own in ray.nodes() if own["Alive"]), default=0)
+            if self._needs[key] > most:
+                option = key.removeprefix("num_")
+                raise InputError(
+                    f"hydra.launcher.{option}={self._needs[key]:g}: the largest machine of the Ray cluster has "
+                    f"{most:g}; give less"
+                )
+
+    def _connect(self) -> Any:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        try:
+            import ray
+        except ImportError as error:
+            raise InputError("hydra/launcher=lockstep_ray needs Ray: pip install 'kdsweep[ray]'") from error
+        if not ray.is_initialized():
+            try:
+                ray.init(address=self._address or "local", **_loopback(self._address))
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                line = " ".join(str(error).split())[:200]
+                raise InputError(
+                    f"hydra.launcher.address={self._address}: no Ray cluster answers: {line}; if it asks for a token, "
+                    "set RAY_AUTH_MODE=token in the environment"
+                ) from error
+        return ray
+
+    def look(self, configs: list[DictConfig], *, times: bool) -> Look:
+        """See ``Engine``."""
+        from kdsweep.sweep.engines import node
+
+        return node.look(configs, self._place, config=self._config, times=times)
+
+    def queued(self, jobs: Sequence[Job]) -> set[Path]:
+        """See ``Engine``: tasks end with the command."""
+        return set()
+
+    def at_once(self, look: Look) -> int:
+        """See ``Engine``: more than one, else Teachers would be waited for by tasks that hold devices."""
+        return 2
+
+    def run(self, units: Sequence[Unit], *, before: Sequence[Unit] = ()) -> Iterator[tuple[Unit, Any]]:
+        """See ``Engine``."""
+        ray = self._connect()
+        yield from self._run(ray, before)
+        yield from self._run(ray, units)
+
+    def _run(self, ray: Any, units: Sequence[Unit]) -> Iterator[tuple[Unit, Any]]:
+        from kdsweep.sweep.engines.node import Errand
+
+        # A fresh process for each: what one leaves behind (memory, threads, loggers) would reach the next.
+        task = ray.remote(max_calls=1, **self._needs)(_do)
+        waiting = {task.remote(Errand(unit, config=self._config, threads=self._cpus)): unit for unit in units}
+        while waiting:
+            self._running = list(waiting)
+            try:
+                done, _ = ray.wait(self._running, num_returns=1, timeout=LOOK_EVERY_S)
+            except KeyboardInterrupt:  # what Ray makes of any exception of a signal's handler
+                interrupts.check()
+                raise
+            for own in done:
+                yield waiting.pop(own), _outcome(ray, own)
+        self._running = []
+
+    def close(self, error: BaseException | None) -> None:
+        """See ``Engine``."""
+        ray = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized():
+            return
+        if error is not None and self._running:
+            for own in self._running:
+                ray.cancel(own)
+            # They save what they do.
+            _, late = ray.wait(self._running, num_returns=len(self._running), timeout=STOP_WITHIN_S)
+            if isinstance(error, interrupts.Stopped):
+                error.killed = len(late)
+        ray.shutdown()
+
+
+def _loopback(address: str | None) -> dict[str, Any]:
+    """What keeps a cluster of this machine alone from being seen by others; Ray would choose the network's address."""
+    if address is None:
+        return {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    host = address.partition(":")[0]
+    return {"_node_ip_address": host} if host.startswith("127.") else {}
+
+
+def _do(errand: Errand) -> Any:
+    """The task."""
+    return errand()
+
+
+def _outcome(ray: Any, own: Any) -> Any:
+    try:
+        return ray.get(own)
+    except ray.exceptions.RayError as error:
+        return CellError(f"its Ray task failed: {' '.join(str(error).split())[:300]}")

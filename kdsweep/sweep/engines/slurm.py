@@ -1,0 +1,323 @@
+"""Groups as an array job of SLURM, submitted through submitit: ``hydra/launcher=lockstep_slurm``."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from omegaconf import DictConfig
+
+from kdsweep.core import interrupts
+from kdsweep.core.errors import CellError, InputError
+from kdsweep.core.interrupts import Stopped
+from kdsweep.sweep.engines import submissions
+from kdsweep.sweep.engines.engine import SUBMITTED, Unit
+
+if TYPE_CHECKING:
+    import submitit
+
+    from kdsweep.sweep.engines.node import Errand
+    from kdsweep.sweep.plan import Job, Look
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 2.0
+ASK_EVERY_S = 30.0  # squeue is everybody's
+MISSES = 2  # so often in a row a job is not in the queue before it is given up
+ARRAY = 1000  # jobs of one array: SLURM takes 1,000 unless it is told otherwise
+KILL_WAIT_S = 900.0
+
+
+class Slurm:
+    """The engine that submits: each group is one job of an array, each with a device of its own.
+
+    Teachers that groups need are an array before, which that of the groups depends on. What was submitted goes on
+    without the command that submitted it; a job that is preempted or reaches its time limit saves what it does and is
+    put into the queue again.
+
+    Args:
+        partition: for ``sbatch``, as are account, qos and constraint; None leaves the cluster's default.
+        account: see partition.
+        qos: see partition.
+        constraint: see partition.
+        gpus: of each group.
+        cpus: of each group.
+        memory_gb: of each group.
+        time_min: limit of each job, minutes; a group that takes longer goes on in the next job.
+        at_once: so many jobs at most run at the same time.
+        requeues: so often at most a job goes on after its time limit.
+        largest: so many cells at most in a group; None for ``plan.LARGEST``.
+        wait: stay until all is done; if not, the command ends when all is submitted, and its jobs' values are nan.
+        sbatch: further options by their long names, such as ``{reservation: course}``.
+        cluster: ``slurm``, or ``local`` for jobs that are processes of this machine, all at once: to try things out.
+    """
+
+    def __init__(
+        self,
+        *,
+        partition: str | None = None,
+        account: str | None = None,
+        qos: str | None = None,
+        constraint: str | None = None,
+        gpus: int = 1,
+        cpus: int = 8,
+        memory_gb: int = 32,
+        time_min: int = 720,
+        at_once: int = 256,
+        requeues: int = 20,
+        largest: int | None = None,
+        wait: bool = True,
+        sbatch: dict[str, str] | None = None,
+        cluster: str = "slurm",
+    ) -> None:
+        if cluster not in ("slurm", submissions.LOCAL):
+            raise InputError(f"hydra.launcher.cluster={cluster} is not allowed: it must be slurm or local")
+        for name in sbatch or {}:
+            if not re.fullmatch(r"[a-z][a-z-]*", name):
+                raise InputError(f"hydra.launcher.sbatch has {name}: an option of sbatch is lower case, without --")
+        _check_least(gpus=(gpus, 0), cpus=(cpus, 1), memory_gb=(memory_gb, 1), time_min=(time_min, 5))
+        _check_least(at_once=(at_once, 1), requeues=(requeues, 0), largest=(1 if largest is None else largest, 1))
+        self.cluster, self.largest, self.wait = cluster, largest, wait
+        self._requeues, self._cpus = requeues, cpus
+        where = f"SLURM{f' partition {partition}' if partition else ''}" if cluster == "slurm" else "local jobs"
+        self._place = f"{where}, {gpus} GPU and {cpus} CPUs per group"
+        asked = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
+        self._parameters = {
+            "timeout_min": time_min,
+            **({"gpus_per_node": gpus} if gpus else {}),
+            "cpus_per_task": cpus,
+            "slurm_srun_args": [f"--cpus-per-task={cpus}"],  # srun does not take it over from sbatch
+            "mem_gb": memory_gb,
+            "tasks_per_node": 1,
+            "name": "kdsweep",
+            "slurm_array_parallelism": at_once,
+            "slurm_additional_parameters": {"requeue": True, **(sbatch or {})},
+            **{f"slurm_{name}": value for name, value in asked.items() if value is not None},
+        }
+        self._own: list[str] = []  # arrays that this command submitted
+        self._queued: dict[Path, submissions.Task] = {}  # by folder what an earlier one did
+
+    def open(self, config: DictConfig) -> None:
+        """See ``Engine``."""
+        self._config = config
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """See ``Engine``: MLflow must be a server, and SLURM and submitit must be here."""
+        from kdsweep.sweep.engines import node
+
+        _submitit()
+        if self.cluster == "slurm":
+            if shutil.which("sbatch") is None:
+                raise InputError(
+                    "hydra/launcher=lockstep_slurm: sbatch is not on this machine; run it where jobs are submitted"
+                )
+            for job in jobs:
+                node.check_tracking(job.values)
+
+    def look(self, configs: list[DictConfig], *, times: bool) -> Look:
+        """See ``Engine``."""
+        from kdsweep.sweep.engines import node
+
+        return node.look(configs, self._place, config=self._config, times=times)
+
+    def queued(self, jobs: Sequence[Job]) -> set[Path]:
+        """See ``Engine``: an earlier command may have submitted some of these."""
+        for store in {job.cell.store for job in jobs}:
+            try:
+                submissions.forget_ended(store)
+                queued = submissions.queued(store)
+            except submissions.QueueError as error:
+                raise InputError(f"{error}; what is in the queue is not known, so nothing is submitted") from error
+            self._queued |= {store / folder: task for folder, task in queued.items()}
+        found = {job.cell.folder for job in jobs} & self._queued.keys()
+        if found:
+            names = ", ".join(sorted({self._queued[folder].job_id for folder in found}))
+            log.info("%d cells are in the queue already, as job %s: not submitted again", len(found), names)
+        return found
+
+    def at_once(self, look: Look) -> int:
+        """See ``Engine``: more than one, else Teachers would be waited for by jobs that hold devices."""
+        return 2
+
+    def run(self, units: Sequence[Unit], *, before: Sequence[Unit] = ()) -> Iterator[tuple[Unit, Any]]:
+        """See ``Engine``."""
+        first = self._submit([unit for unit in before if not self._ahead(unit)], what="Teachers")
+        if self.cluster == submissions.LOCAL:  # which knows no dependencies
+            yield from self._wait(first)
+            first = []
+        after = {job_id for unit in before for job_id in self._ahead(unit)} | {own.job_id for own in first}
+        own = self._submit([unit for unit in units if not self._ahead(unit)], what="groups", after=after)
+        ahead = [_Submitted(unit, job_id, None) for unit in units for job_id in self._ahead(unit)]
+        self._queued = {}
+        if self.wait:
+            yield from self._wait([*first, *own, *ahead])
+        else:
+            log.info("not waiting: python -m kdsweep.sweep.status shows how far it is")
+            yield from ((unit, SUBMITTED) for unit in units)
+
+    def _ahead(self, unit: Unit) -> list[str]:
+        """Jobs that an earlier command has submitted for the cells of a unit."""
+        return sorted({task.job_id for cell in unit.cells if (task := self._queued.get(cell.folder)) is not None})
+
+    def _submit(self, units: Sequence[Unit], *, what: str, after: Iterable[str] = ()) -> list[_Submitted]:
+        from kdsweep.sweep.engines.node import Errand
+
+        submitted = []
+        for place, own in _by_place(units).items():
+            executor = self._executor(place, after=after)
+            for start in range(0, len(own), ARRAY):
+                part = own[start : start + ARRAY]
+                errands = [Errand(unit, config=self._config, threads=self._cpus) for unit in part]
+                try:
+                    jobs = executor.submit_array([ArrayJob(errand) for errand in errands])
+                except Exception as error:  # of submitit or its command, with what sbatch printed
+                    told = re.findall(r"sbatch: error: (.+)", str(error)) or [_last_line(error)]
+                    raise InputError(f"the groups cannot be submitted, sbatch says: {'; '.join(told)}") from error
+                tasks = {
+                    job.job_id: [str(cell.folder.relative_to(place)) for cell in unit.cells]
+                    for unit, job in zip(part, jobs, strict=True)
+                }
+                submissions.write(place, cluster=self.cluster, tasks=tasks)
+                submitted += [_Submitted(unit, job.job_id, job) for unit, job in zip(part, jobs, strict=True)]
+                array = jobs[0].job_id.partition("_")[0]
+                self._own.append(array)
+                log.info("%d %s submitted as job %s; its logs: %s", len(part), what, array, executor.folder)
+        return submitted
+
+    def _executor(self, place: Path, *, after: Iterable[str]) -> Any:
+        submitit = _submitit()
+        timeouts = {f"{self.cluster}_max_num_timeout": self._requeues}
+        executor = submitit.AutoExecutor(place / submissions.FOLDER, cluster=self.cluster, **timeouts)
+        arrays = sorted({job_id.partition("_")[0] for job_id in after})
+        depends = {"slurm_dependency": ":".join(["afterany", *arrays])} if arrays else {}
+        executor.update_parameters(**self._parameters, **depends)
+        return executor
+
+    def _wait(self, submitted: list[_Submitted]) -> Iterator[tuple[Unit, Any]]:
+        """Give each unit's outcome when its jobs have ended."""
+        waiting = list(submitted)
+        missed: dict[str, int] = {}
+        asked_s = -math.inf
+        while waiting:
+            time.sleep(LOOK_EVERY_S)
+            if time.monotonic() - asked_s >= (LOOK_EVERY_S if self.cluster == submissions.LOCAL else ASK_EVERY_S):
+                asked_s = time.monotonic()
+                self._count_missing(waiting, missed)
+            for own in list(waiting):
+                outcome = own.outcome() if own.has_result() else None
+                if outcome is None and missed.get(own.job_id, 0) >= MISSES:
+                    outcome = own.lost()
+                if outcome is not None:
+                    waiting.remove(own)
+                    if all(other.unit is not own.unit for other in waiting):
+                        yield own.unit, outcome
+
+    def _count_missing(self, waiting: list[_Submitted], missed: dict[str, int]) -> None:
+        """Count how often in a row jobs were not in the queue: between two states, or with a result that is late."""
+        try:
+            live = submissions.states([own.job_id for own in waiting], cluster=self.cluster)
+        except submissions.QueueError as error:
+            log.warning("%s; asking again", error)
+            return
+        for own in waiting:
+            missed[own.job_id] = 0 if own.job_id in live else missed.get(own.job_id, 0) + 1
+
+    def close(self, error: BaseException | None) -> None:
+        """See ``Engine``: what was submitted goes on."""
+        if error is not None and self._own:
+            log.warning(
+                "job %s goes on without this command: python -m kdsweep.sweep.status shows how far it is, the same "
+                "command waits for it again, scancel %s ends it",
+                ", ".join(self._own),
+                " ".join(self._own),
+            )
+
+
+class _Submitted(NamedTuple):
+    """A job of this command, or, without ``job``, of an earlier one."""
+
+    unit: Unit
+    job_id: str
+    job: submitit.Job[Any] | None
+
+    def has_result(self) -> bool:
+        return self.job is not None and self.job.paths.result_pickle.exists()
+
+    def outcome(self) -> Any:
+        assert self.job is not None
+        try:
+            return self.job.result()
+        except Exception as error:  # what submitit itself tells: out of time too often, a module that is missing
+            return CellError(f"job {self.job_id}: {_last_line(error)}; log: {self.job.paths.stderr}")
+
+    def lost(self) -> Any:
+        if self.job is None:
+            return CellError(f"job {self.job_id}, submitted before, has ended without it")
+        return CellError(
+            f"job {self.job_id} has ended without a result (cancelled or killed?); log: {self.job.paths.stderr}"
+        )
+
+
+class ArrayJob:
+    """What submitit calls in a job: an errand that saves what it does when the job has to end.
+
+    Args:
+        errand: with the group.
+    """
+
+    def __init__(self, errand: Errand) -> None:
+        self.errand = errand
+
+    def __call__(self) -> Any:
+        """Run the group."""
+        interrupts.install()  # after submitit, which would let SIGTERM pass
+        try:
+            return self.errand()
+        except Stopped as stop:
+            log.warning("%s: all is saved", stop)
+            if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+                # Preempted or cancelled, nobody tells which. SLURM requeues a job that it preempts only if that has
+                # not ended by itself, so the end is SLURM's.
+                time.sleep(KILL_WAIT_S)
+            raise
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """Called by submitit when the time is nearly over: save, and go on from there in the queue's next turn."""
+        self.errand.stop(signal.SIGTERM)
+        return _submitit().helpers.DelayedSubmission(self)
+
+
+def _by_place(units: Sequence[Unit]) -> dict[Path, list[Unit]]:
+    """Units by the folder that their notes and logs go to: the store, or the sweep's where they are no cells."""
+    found: dict[Path, list[Unit]] = {}
+    for unit in units:
+        place = unit.cells[0].store if unit.cells else Path(unit.make()[0].hydra.sweep.dir)
+        found.setdefault(place, []).append(unit)
+    return found
+
+
+def _check_least(**values: tuple[int, int]) -> None:
+    for name, (value, least) in values.items():
+        if value < least:
+            raise InputError(f"hydra.launcher.{name}={value} is not allowed: it must be at least {least}")
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip(" -") for line in str(error).splitlines()]
+    return next((line for line in reversed(lines) if line), type(error).__name__)
+
+
+def _submitit() -> Any:
+    try:
+        import submitit
+    except ImportError as error:
+        raise InputError("hydra/launcher=lockstep_slurm needs submitit: pip install 'kdsweep[slurm]'") from error
+    return submitit

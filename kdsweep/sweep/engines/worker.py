@@ -1,0 +1,333 @@
+"""Spawned processes that compute, and what one does with the Hydra jobs of a group.
+
+A process per group survives the death of another one, which the pools of the standard library do not.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import cloudpickle
+from hydra import version
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, env_override, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from kdsweep.core import interrupts, logs
+from kdsweep.core.errors import CellError, InputError, told
+from kdsweep.sweep.engines.engine import DONE
+
+if TYPE_CHECKING:
+    from kdsweep.sweep.plan import Look
+
+log = logging.getLogger(__name__)
+
+STOP_WITHIN_S = 10.0
+
+
+class Worker:
+    """A process that is sent functions to call, one at a time; they and their results are pickled."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,))
+        with _withheld():
+            self.process.start()
+        theirs.close()
+        atexit.register(self.connection.close)  # else the end of this program would wait for the process for ever
+
+    def send(self, function: Callable[..., Any], *args: Any) -> None:
+        """Have it call the function; ``receive`` gives the result."""
+        message = cloudpickle.dumps((function, args))
+        with contextlib.suppress(ConnectionError):  # it has died: receive says how
+            self.connection.send_bytes(message)
+
+    def receive(self) -> Any:
+        """The result of what was sent last.
+
+        Raises:
+            InputError: raised by the function.
+            CellError: any other error of the function, or the process died.
+        """
+        try:
+            result, error = cloudpickle.loads(self.connection.recv_bytes())
+        except (EOFError, ConnectionError) as error:
+            self.process.join()
+            raise CellError(f"its process ended early, {_ending(self.process.exitcode)}") from error
+        if error is not None:
+            raise error
+        return result
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Send and receive."""
+        self.send(function, *args)
+        return self.receive()
+
+    def outcome(self) -> Any:
+        """What ``receive`` gives, or the error that it raises."""
+        try:
+            return self.receive()
+        except (InputError, CellError) as error:
+            return error
+
+    def close(self) -> None:
+        """Let it end, and wait for that."""
+        atexit.unregister(self.connection.close)
+        self.connection.close()
+        self.process.join()
+
+
+def start(config: DictConfig) -> Worker:
+    """A new worker that has Hydra's state and the log of this process.
+
+    Args:
+        config: of the sweep.
+    """
+    started = Worker()
+    started.call(set_up, config, Singleton.get_state())
+    return started
+
+
+@contextlib.contextmanager
+def _withheld() -> Iterator[None]:
+    """What is started inside never gets the signals that SLURM sends to all processes of a job: they would end it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def stop(workers: Sequence[Worker], number: int) -> int:
+    """Have processes save what they do and end; those that take too long are killed, and counted.
+
+    Args:
+        workers: the processes.
+        number: of the signal that they are sent.
+    """
+    for worker in workers:
+        if worker.process.is_alive() and worker.process.pid is not None:
+            os.kill(worker.process.pid, number)
+    killed, deadline_s = 0, time.monotonic() + STOP_WITHIN_S
+    for worker in workers:
+        worker.process.join(max(deadline_s - time.monotonic(), 0.0))
+        if worker.process.is_alive():
+            log.warning("process %d did not end in time and is killed", worker.process.pid)
+            worker.process.kill()
+            killed += 1
+        worker.close()
+    return killed
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}" + (" (was the memory full?)" if name == "SIGKILL" else "")
+    return f"exit code {code}"
+
+
+def _serve(connection: Connection) -> None:
+    """The process: call what comes in until the sender is gone."""
+    interrupts.install()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, ConnectionError, interrupts.Stopped):
+        while True:
+            function, args = cloudpickle.loads(connection.recv_bytes())
+            # Not ``send``: a plugin that Hydra has loaded twice has classes that pickle does not take.
+            connection.send_bytes(cloudpickle.dumps(_answer(function, args)))
+
+
+def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception | None]:
+    """A call's result, or its error as one that survives pickling."""
+    try:
+        return function(*args), None
+    except Exception as error:
+        if not isinstance(error, InputError):
+            log.error("%s", traceback.format_exc())
+        return None, _as_text(error)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def set_up(config: DictConfig, singletons: dict[Any, Any]) -> None:
+    """Give a new process the state of Hydra and the log of the one that started it.
+
+    Args:
+        config: of the sweep.
+        singletons: Hydra's state.
+    """
+    Singleton.set_state(singletons)
+    logging.raiseExceptions = False  # a full disk must not turn each line into a traceback
+    setup_globals()
+    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+
+
+@contextlib.contextmanager
+def open_job(config: DictConfig, hydra_context: HydraContext, task_function: TaskFunction) -> Iterator[JobReturn]:
+    """Hydra's ``run_job``, which calls the task function and puts its result into the return: here the body does."""
+    hydra, state, before = config.hydra, HydraConfig.instance(), HydraConfig.instance().cfg
+    state.set_config(config)  # what ${hydra:...} in the folder's name refers to
+    try:
+        folder = Path(str(hydra.sweep.dir), str(hydra.sweep.subdir)).absolute()
+        with read_write(hydra.runtime), open_dict(hydra.runtime):
+            hydra.runtime.output_dir = str(folder)
+        state.set_config(config)  # it keeps a copy, now with the folder
+        own, about = copy.deepcopy(config), cast(DictConfig, copy.deepcopy(state.cfg))
+        with read_write(own), open_dict(own):
+            del own["hydra"]
+        (folder / (hydra.output_subdir or "")).mkdir(parents=True, exist_ok=True)
+        chdir = not version.base_at_least("1.2") if hydra.job.chdir is None else hydra.job.chdir
+        with contextlib.chdir(folder if chdir else "."):
+            configure_log(hydra.job_logging, hydra.verbose)
+            if hydra.output_subdir is not None:
+                for name, part in ("config", own), ("hydra", about), ("overrides", hydra.overrides.task):
+                    OmegaConf.save(part, folder / hydra.output_subdir / f"{name}.yaml")
+            job = JobReturn(list(hydra.overrides.task), own, about, working_dir=str(Path.cwd()))
+            with env_override(hydra.job.env_set):
+                hydra_context.callbacks.on_job_start(config=config, task_function=task_function)
+                yield job
+            job.task_name = JobRuntime.instance().get("name")
+            hydra_context.callbacks.on_job_end(config=config, job_return=job)
+    finally:
+        state.cfg = before
+
+
+def run_jobs(
+    configs: Sequence[DictConfig], hydra_context: HydraContext, run_group: Callable[[list[Any]], list[Any]]
+) -> list[JobReturn]:
+    """Open Hydra jobs, compute them together, close them; one return per job, exceptions as text.
+
+    Args:
+        configs: of the jobs, each with its ``hydra`` node.
+        hydra_context: of the sweep.
+        run_group: computes the jobs' results; an exception among them fails that job alone.
+    """
+    returns: list[JobReturn] = []
+    files: list[logging.Handler] = []
+    with contextlib.ExitStack() as jobs:
+        for config in configs:
+            try:
+                returns.append(jobs.enter_context(open_job(config, hydra_context, run_group)))
+            except OSError as error:  # its folder cannot be written to: the others can do without it
+                log.error("%s", told(error), extra=logs.SCREEN_ONLY)
+                returns.append(closed(config.hydra.overrides.task, _as_text(error)))
+            else:
+                files += logs.claim(Path(config.hydra.runtime.output_dir))
+        for handler in files:
+            logging.getLogger().addHandler(handler)  # again: opening a job removes those of the others
+        opened = [job for job in returns if job.status == JobStatus.UNKNOWN]
+        try:
+            results = run_group([job.cfg for job in opened])
+        except Exception as error:
+            log.error("%s", told(error), exc_info=error)
+            results = [error] * len(opened)
+        for job, result in zip(opened, results, strict=True):
+            job.status = JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED
+            job.return_value = _as_text(result)
+    for handler in files:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    return returns
+
+
+def one_by_one(configs: list[DictConfig], *, task_function: TaskFunction) -> list[Any]:
+    """Run jobs that are not cells."""
+    return [task_function(config) for config in configs]
+
+
+def train_cells(
+    configs: Sequence[DictConfig], hydra_context: HydraContext, variants: dict[str, dict[str, str]]
+) -> list[float | Exception]:
+    """``group.run_group`` as Hydra jobs; the process that sends this has no torch.
+
+    Returns:
+        For each its test Dice, or what ended it.
+    """
+    from kdsweep.training import group
+
+    run_group = partial(group.run_group, variants=variants)
+    return [own._return_value for own in run_jobs(configs, hydra_context, run_group)]
+
+
+def train_teachers(configs: list[DictConfig]) -> str:
+    """``group.obtain_teachers``; one that fails is told in its log and by the cells that need it."""
+    from kdsweep.training import build, group
+
+    group.obtain_teachers(configs, build.compute(configs[0]))
+    return DONE
+
+
+def look_at_cells(configs: list[DictConfig], devices: list[str]) -> Look:
+    """``group.look``."""
+    from kdsweep.training import group
+
+    return group.look(configs, devices)
+
+
+def look_from_afar(configs: list[DictConfig], place: str, *, times: bool) -> Look:
+    """``group.look_from_afar``."""
+    from kdsweep.training import group
+
+    return group.look_from_afar(configs, place, times=times)
+
+
+def pin(call: Callable[[list[DictConfig]], Any], configs: list[DictConfig], device: str, share: int = 1) -> Any:
+    """Call a function of configurations on one of several devices.
+
+    Args:
+        call: the function.
+        configs: its argument.
+        device: where; an empty name leaves the configurations as they are.
+        share: how many processes compute on this device: on the CPU each takes its part of the threads.
+    """
+    if device:
+        os.environ["TQDM_DISABLE"] = "1"  # the bars of several processes would overwrite each other
+        for config in configs:
+            config.device = device
+    if share > 1:
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // share))
+    return call(configs)
+
+
+def probe(device: str) -> None:
+    """Compute something on a device; whatever is wrong with it is raised."""
+    import torch
+
+    torch.ones(8, device=device).sum().item()
+
+
+def closed(overrides: Sequence[str], result: Any) -> JobReturn:
+    """The return of a job that was not run here, or could not be opened; its result is a value or what ended it."""
+    status = JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED
+    return JobReturn(overrides=overrides, status=status, _return_value=result)
+
+
+def _as_text(result: Any) -> Any:
+    """An exception may not survive pickling: its text does."""
+    if isinstance(result, Exception):
+        return InputError(str(result)) if isinstance(result, InputError) else CellError(told(result))
+    return result

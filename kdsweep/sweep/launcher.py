@@ -1,0 +1,276 @@
+"""The lockstep launcher: checks a whole sweep, shows its plan, and runs each group of cells in a process of its own."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, configure_log, filter_overrides, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from kdsweep.config.composition import Composed, Composer
+from kdsweep.core.errors import InputError
+from kdsweep.sweep.engines.engine import SUBMITTED, Engine, Unit
+
+# This module is imported whenever Hydra starts (see plugins/): what is heavier comes when it is needed.
+if TYPE_CHECKING:
+    from kdsweep.sweep.plan import Job, Look
+
+log = logging.getLogger(__name__)
+
+
+def trains_cells(task_function: TaskFunction) -> TaskFunction:
+    """Mark the task function whose jobs are cells; the jobs of any other one are run one by one."""
+    task_function.trains_cells = True  # type: ignore[attr-defined]
+    return task_function
+
+
+class LockstepLauncher(Launcher):
+    """Hydra launcher: cells that share all batches are trained together, each group in a process of its own.
+
+    Args:
+        engine: what runs the groups.
+        plan: say what would run and for how long, and run nothing.
+    """
+
+    def __init__(self, engine: Engine, *, plan: bool = False) -> None:
+        self.engine, self.plan = engine, plan
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what ``launch`` needs."""
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run these jobs.
+
+        Returns:
+            One per job, in their order.
+        """
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        composer = Composer(self.hydra_context.config_loader, self.config)
+        configs = Composed(composer, job_overrides, first=initial_job_idx)
+        if getattr(self.task_function, "trains_cells", False):
+            return self._launch_cells(configs)
+        with self._engine_open():
+            return self._launch_others(list(configs))
+
+    @contextmanager
+    def _engine_open(self) -> Iterator[None]:
+        self.engine.open(self.config)
+        try:
+            yield
+        except BaseException as error:
+            self.engine.close(error)
+            raise
+        self.engine.close(None)
+
+    def _launch_cells(self, configs: Sequence[DictConfig]) -> list[JobReturn]:
+        from kdsweep.sweep import announce, plan
+        from kdsweep.sweep.engines import worker
+        from kdsweep.tracking import mirror
+
+        jobs = plan.read_jobs(configs)
+        gc.freeze()  # they stay to the end: else each collection of garbage would go through all of them again
+        jobs = [replace(job, subdir=subdir) for job, subdir in zip(jobs, self._subdirs(jobs), strict=True)]
+        waiting = plan.waiting(jobs)
+        results: dict[str, float | Exception]
+        if self.plan:
+            with self._engine_open():
+                self._show_plan(jobs, waiting)
+            results = {job.cell.fingerprint: (job.finished or {}).get("test/dice", math.nan) for job in jobs}
+        else:
+            self.engine.check(waiting)
+            plan.watch(jobs, command=announce.command_line(self.config))
+            try:
+                with self._engine_open():  # within: MLflow is told how those that are stopped have ended
+                    results = self._obtain(jobs, waiting)
+            finally:
+                mirror.close_all()
+        return [worker.closed(job.overrides, results[job.cell.fingerprint]) for job in jobs]
+
+    def _subdirs(self, jobs: list[Job]) -> list[str]:
+        """Name of each job's folder below the sweep's."""
+        raw = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)
+        if raw == {"dir": "${store}", "subdir": "${kdsweep.cell_dir:}"}:  # no need to compose them all for that
+            return [str(job.cell.folder.relative_to(job.cell.store)) for job in jobs]
+        return settle_folders((job.config for job in jobs), names=[job.cell.fingerprint for job in jobs])
+
+    def _obtain(self, jobs: list[Job], waiting: list[Job]) -> dict[str, float | Exception]:
+        """By fingerprint the results of all cells, read or computed."""
+        from kdsweep.sweep import plan
+
+        look, groups = self._look(waiting, times=False) if waiting else (None, [])
+        log.info("%s", plan.describe(jobs, groups=groups, look=look))
+        plan.tell_changes(jobs)
+        results: dict[str, float | Exception] = {}
+        for job in plan.unique(jobs):
+            if job.finished is not None:
+                plan.tell_finished(job)
+                results[job.cell.fingerprint] = float(job.finished["test/dice"])
+        return results | (self._train(groups, look) if look is not None else {})
+
+    def _look(self, waiting: list[Job], *, times: bool) -> tuple[Look, list[list[Job]]]:
+        from kdsweep.sweep import plan
+
+        look = self.engine.look([job.config for job in plan.kinds(waiting)], times=times)
+        apart = self.engine.queued(waiting)
+        return look, plan.form_groups(waiting, devices=look.devices, largest=self.engine.largest, apart=apart)
+
+    def _show_plan(self, jobs: list[Job], waiting: list[Job]) -> None:
+        """Print what ``plan.overview`` tells; nothing is written and nothing is trained but one timed step."""
+        from kdsweep.sweep import plan
+
+        look, groups = self._look(waiting, times=True) if waiting else (None, [])
+        sys.stdout.write(plan.overview(jobs, groups=groups, look=look) + "\n")
+
+    def _train(self, groups: list[list[Job]], look: Look) -> dict[str, float | Exception]:
+        from kdsweep.sweep import plan
+
+        first: list[Unit] = []
+        if self.engine.at_once(look) > 1:  # else the Teachers that several groups need would be waited for by each
+            first = _teacher_units([job for group in groups for job in group], look)
+            groups = sorted(groups, key=lambda group: -plan.group_s(group, look))  # the last ones to end are short
+        report = Report(groups)
+        results = self._train_groups(groups, look, report, first=first)
+        failed = [job for group in groups for job in group if job.cell.fingerprint in report.failed]
+        if again := [[job] for job in failed if job.values["retry_failed"]]:
+            log.info("trying the cells that failed a second time, each alone: %d", len(again))
+            results |= self._train_groups(again, look, report, first=[])
+        if report.done:
+            report.end()
+        return results
+
+    def _train_groups(
+        self, groups: list[list[Job]], look: Look, report: Report, *, first: list[Unit]
+    ) -> dict[str, float | Exception]:
+        from kdsweep.sweep import plan
+        from kdsweep.sweep.engines import worker
+
+        run = partial(worker.train_cells, hydra_context=self.hydra_context)
+        members = {
+            Unit(
+                partial(run, variants={job.cell.fingerprint: job.cell.variant for job in group}),
+                partial(_configs, group),
+                look.devices[str(group[0].values["device"])],
+                cells=[job.cell for job in group],
+                waits=partial(plan.is_computed_elsewhere, group),
+            ): group
+            for group in groups
+        }
+        results: dict[str, float | Exception] = {}
+        for unit, outcome in self.engine.run(list(members), before=first):
+            if unit in first:
+                log.info("%s: %s", unit.cells[0].title, outcome)
+                continue
+            group = members[unit]
+            if isinstance(outcome, Exception):  # of the whole group: its process died
+                values = [plan.outcome(job, outcome) for job in group]
+            else:
+                values = [math.nan] * len(group) if outcome == SUBMITTED else outcome
+            results |= {job.cell.fingerprint: value for job, value in zip(group, values, strict=True)}
+            if outcome != SUBMITTED:
+                report.add(group, values)
+        return results
+
+    def _launch_others(self, configs: list[DictConfig]) -> list[JobReturn]:
+        from kdsweep.sweep.engines import worker
+
+        names = [f"job {number}" for number in range(len(configs))]
+        for config, subdir in zip(configs, settle_folders(configs, names=names), strict=True):
+            with read_write(config.hydra.sweep):
+                config.hydra.sweep.subdir = subdir
+            log.info("#%s : %s", config.hydra.job.num, " ".join(filter_overrides(config.hydra.overrides.task)))
+        run_alone = partial(worker.one_by_one, task_function=self.task_function)
+        run = partial(worker.run_jobs, hydra_context=self.hydra_context, run_group=run_alone)
+        units = {Unit(run, partial(list, [config]), [""]): config for config in configs}
+        results: dict[Unit, JobReturn] = {}
+        for unit, outcome in self.engine.run(list(units)):
+            words = list(units[unit].hydra.overrides.task)
+            (results[unit],) = [worker.closed(words, outcome)] if isinstance(outcome, Exception) else outcome
+        return [results[unit] for unit in units]
+
+
+def _configs(group: list[Job]) -> list[DictConfig]:
+    return [job.config for job in group]
+
+
+def _teacher_units(jobs: list[Job], look: Look) -> list[Unit]:
+    """One for each Teacher that these jobs lack."""
+    from kdsweep.sweep import plan
+    from kdsweep.sweep.engines import worker
+
+    return [
+        Unit(worker.train_teachers, partial(_configs, [job]), look.devices[str(job.values["device"])], cells=[cell])
+        for cell, job in plan.missing_teachers(jobs)
+    ]
+
+
+class Report:
+    """Keeps the user posted on a sweep's groups."""
+
+    def __init__(self, groups: Sequence[Sequence[Job]]) -> None:
+        self.groups, self.cells = len(groups), sum(len(group) for group in groups)
+        self.done = self.done_cells = 0
+        self.failed: dict[str, str] = {}
+        self.started_s = time.monotonic()
+
+    def add(self, group: Sequence[Job], values: Sequence[float | Exception]) -> None:
+        """One more group has ended; of each cell its test Dice, or what ended it."""
+        from kdsweep.core.progress import duration, left_s
+        from kdsweep.sweep import plan
+
+        self.done, self.done_cells = self.done + 1, self.done_cells + len(group)
+        for job, value in zip(group, values, strict=True):
+            self.failed.pop(job.cell.fingerprint, None)
+            if isinstance(value, Exception):
+                self.failed[job.cell.fingerprint] = plan.failure(job.cell, value)
+        passed_s = time.monotonic() - self.started_s
+        if self.done < self.groups:
+            about_s = left_s(passed_s=passed_s, done=self.done_cells, left=self.cells - self.done_cells)
+            log.info("%d of %d groups done, about %s left", self.done, self.groups, duration(about_s))
+
+    def end(self) -> None:
+        """All have ended: how long it took, and what failed."""
+        from kdsweep.core.progress import duration
+
+        done = self.cells - len(self.failed)
+        log.info("%d of %d cells done in %s", done, self.cells, duration(time.monotonic() - self.started_s))
+        for line in self.failed.values():
+            log.error("failed: %s", line)
+
+
+def settle_folders(configs: Iterable[DictConfig], *, names: Sequence[str]) -> list[str]:
+    """Name of each job's folder below the sweep's.
+
+    Raises:
+        InputError: jobs of different names have one folder, so that one would overwrite the other.
+    """
+    owners: dict[Path, tuple[str, int]] = {}
+    found = []
+    before = HydraConfig.instance().cfg
+    for number, (config, name) in enumerate(zip(configs, names, strict=True)):
+        HydraConfig.instance().set_config(config)  # what ${hydra:...} in a folder's name refers to
+        subdir = str(OmegaConf.select(config, "hydra.sweep.subdir"))
+        folder = Path(str(config.hydra.sweep.dir)) / subdir
+        owner, first = owners.setdefault(folder, (name, number))
+        if owner != name:
+            raise InputError(
+                f"hydra.sweep.subdir={subdir}: jobs {first} and {number} would write to one folder; "
+                "name every swept key in it"
+            )
+        found.append(subdir)
+    HydraConfig.instance().cfg = before
+    return found

@@ -1,0 +1,395 @@
+"""The plan of a sweep: which jobs are which cells, what is finished, which are trained together, and how long it takes.
+
+Runs without torch; what only the real networks can tell is a ``Look``, taken where torch is (``group.look``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, read_write
+
+from kdsweep.config import cells, grid
+from kdsweep.config.grid import Cell
+from kdsweep.core.errors import CellError
+from kdsweep.core.progress import duration, plural
+from kdsweep.runs import records
+
+log = logging.getLogger(__name__)
+
+LARGEST = 60  # cells in a group: more gain nothing (README, Lockstep), but each keeps a log open and Adam's state
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A Hydra job and the cell that it asks for.
+
+    Attributes:
+        cell: that the job describes.
+        finished: final values of an earlier computation of the cell, if there is one.
+        values: of the configuration, as ``cells.values`` gives them.
+        overrides: of the job.
+        configs: of all jobs; they may be composed when they are asked for, thousands would not fit the memory.
+        number: of this one among them.
+        subdir: of the job's folder, once that is settled.
+        begun: epochs that the cell has behind it and that a checkpoint holds.
+    """
+
+    cell: Cell
+    finished: dict[str, float] | None
+    values: dict[str, Any]
+    overrides: list[str]
+    configs: Sequence[DictConfig]
+    number: int
+    subdir: str = ""
+    begun: int = 0
+
+    @property
+    def epochs_left(self) -> int:
+        """If no early stop ends it sooner."""
+        return max(0, int(self.values["train"]["epochs"]) - self.begun)
+
+    @property
+    def config(self) -> DictConfig:
+        """With what was settled since it was read."""
+        config = self.configs[self.number]
+        if self.subdir:
+            with read_write(config.hydra.sweep):
+                config.hydra.sweep.subdir = self.subdir
+        return config
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look at the real networks tells before anything is trained.
+
+    Attributes:
+        devices: names of those where groups can run at the same time, by the value of ``device``.
+        timed_on: the device of the times; empty if nothing was timed, because the groups run on other machines. The
+            times are then guesses that only put groups in order.
+        student_s: seconds per image of a Student's training step.
+        teacher_s: of a Teacher's training step.
+        lesson_s: of a Teacher's forward.
+        images: in the training part.
+        load: of the processor before, if other programs took a good part of it; else 0.
+        threads: of the timed steps, on the CPU; else 0.
+    """
+
+    devices: dict[str, list[str]]
+    timed_on: str = ""
+    student_s: float = 1.0
+    teacher_s: float = 4.0
+    lesson_s: float = 1.0
+    images: int = 1
+    load: float = 0.0
+    threads: int = 0
+
+
+def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
+    """Check the values of all configurations and find out which cells they describe.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    read, words, choices = [], [], []
+    for cfg in configs:
+        read.append(cells.values(cfg))
+        words.append(list(cfg.hydra.overrides.task) if "hydra" in cfg else [])
+        choices.append(dict(cfg.hydra.runtime.choices) if "hydra" in cfg else {})
+    for values in read:
+        cells.check(values)
+    own = name_variants([cells.cell(values) for values in read], read=read, words=words, choices=choices)
+    known = [records.read_finished(cell.folder) for cell in own]
+    return [
+        Job(cell, finished, values, typed, configs, number, begun=0 if finished else records.epochs(cell.folder))
+        for number, (cell, finished, values, typed) in enumerate(zip(own, known, read, words, strict=True))
+    ]
+
+
+def name_variants(
+    own: Sequence[Cell],
+    *,
+    read: Sequence[dict[str, Any]],
+    words: Sequence[list[str]],
+    choices: Sequence[dict[str, str]],
+) -> list[Cell]:
+    """Return the cells of all jobs with their variants: the swept values that tell a cell from others of its name.
+
+    A key that an earlier command of the same sweep varied counts too, so that a value can be added to its list later.
+    One whose values all give the same cell does not: it does not matter there.
+
+    Args:
+        own: the cells.
+        read: ``cells.values`` of all jobs.
+        words: their overrides.
+        choices: the options that they take of each group of configuration files.
+    """
+    sweeps: dict[tuple[str, str], list[int]] = {}
+    for number, values in enumerate(read):
+        sweeps.setdefault((values["store"], values["sweep_name"]), []).append(number)
+    named = list(own)
+    for (store, sweep), members in sweeps.items():
+        keys = swept_keys([words[number] for number in members]) + records.read_varied(Path(store), sweep)
+        shared: dict[str, dict[str, str]] = {}
+        flats = {number: cells.params(read[number]) for number in members} if keys else {}
+        for number, flat in flats.items():
+            found = {key: flat[key] if key in flat else choices[number].get(key) for key in dict.fromkeys(keys)}
+            variant = {key: str(value) for key, value in found.items() if value is not None}
+            known = shared.setdefault(own[number].fingerprint, variant)
+            shared[own[number].fingerprint] = {key: value for key, value in known.items() if variant.get(key) == value}
+        for number, flat in flats.items():
+            cell, variant = own[number], shared[own[number].fingerprint]
+            teacher = cell.teacher and replace(cell.teacher, variant=grid.used_by("teacher", variant, flat))
+            named[number] = replace(cell, variant=grid.used_by(cell.role, variant, flat), teacher=teacher)
+    return named
+
+
+def swept_keys(words: list[list[str]]) -> list[str]:
+    """What a command line gives several values, beyond the factors: keys and configuration groups such as teacher."""
+    return [key for key in grid.swept_keys(words) if not key.startswith("hydra")]
+
+
+def kinds(jobs: Sequence[Job]) -> list[Job]:
+    """One job of each kind that must be looked at where torch is: others with its batches and networks are alike."""
+    found: dict[str, Job] = {}
+    for job in jobs:
+        networks = [job.values["student"], job.values["teacher"], job.cell.evidence.get("teacher", "")]
+        key = grid.digest([cells.batches_key(job.values, seed=job.values["seed"]), networks])
+        found.setdefault(key, job)
+    return list(found.values())
+
+
+def watch(jobs: Sequence[Job], *, command: str = "") -> None:
+    """Write down what each sweep asks for, finished or not, and have MLflow kept equal to what the folders tell.
+
+    Args:
+        jobs: all that were asked for.
+        command: that asked for them, as it can be typed again.
+    """
+    from kdsweep.tracking import mirror  # with mlflow, which the processes that train do not need
+
+    stores: dict[tuple[str, str | None, str], list[Job]] = {}
+    for job in jobs:
+        tracked = job.values["tracking"]
+        stores.setdefault((job.values["store"], tracked["uri"], tracked["experiment"]), []).append(job)
+    for (store, uri, experiment), own in stores.items():
+        asked: dict[str, list[Cell]] = {}
+        varied: dict[str, list[str]] = {}
+        for sweep in sorted({job.values["sweep_name"] for job in own}):
+            members = [job for job in own if job.values["sweep_name"] == sweep]
+            asked[sweep] = [job.cell for job in unique(members)]
+            swept = swept_keys([job.overrides for job in members])
+            if swept:
+                varied[sweep] = swept + grid.varied_keys([cells.params(job.values) for job in members])
+            records.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
+        mirror.Mirror(
+            store=Path(store),
+            uri=uri,
+            experiment=experiment,
+            asked=asked,
+            varied=varied,
+            command=command,
+            teachers=teacher_cells(own),
+            trains=bool(waiting(own)),
+        )
+
+
+def teacher_cells(jobs: Sequence[Job]) -> list[Cell]:
+    """The Teachers that jobs learn from, each once."""
+    return list({cell.folder: cell for job in jobs if (cell := job.cell.teacher) is not None}.values())
+
+
+def tell_changes(jobs: Sequence[Job]) -> None:
+    """Say why cells are computed that the store holds under the same name: what changed since."""
+    asked = {job.cell.folder for job in jobs}
+    new: dict[str, list[Job]] = {}
+    for job in waiting(jobs):
+        if (before := records.read_predecessor(job.cell, besides=asked)) is not None:
+            new.setdefault(_difference(before, job.cell), []).append(job)
+    for difference, own in new.items():
+        log.info(
+            "%s new (%s): the store holds results of that name, but %s",
+            f"{plural(len(own), 'cell')} {'is' if len(own) == 1 else 'are'}",
+            ", ".join(job.cell.title for job in own[:3]) + (", ..." if len(own) > 3 else ""),
+            difference,
+        )
+
+
+def _difference(before: dict[str, Any], cell: Cell) -> str:
+    """What differs between an earlier cell of the same name and this one, in words."""
+    old_evidence = before["evidence"]
+    version = old_evidence.get("results_version", "0")  # the first ones had none
+    if version != str(grid.RESULTS_VERSION):
+        return (
+            f"they are of results version {version}, this is version {grid.RESULTS_VERSION}; "
+            "their tables, report and predictions can still be made"
+        )
+    old, new = grid.flatten(before["settings"]), grid.flatten(cell.settings)
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    found = [f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})" for key in keys]
+    names = {"user_code": "your own code", "data": "the images", "student_weights": "the file of student.weights"}
+    found += [words for key, words in names.items() if old_evidence.get(key) != cell.evidence.get(key)]
+    if not found:
+        found = ["its Teacher"]
+    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    return f"since then this has changed: {', '.join(found[:4])}{more}"
+
+
+def unique(jobs: Sequence[Job]) -> list[Job]:
+    """The first job of each cell: ``path=none`` has no loss, so a sweep over losses asks for it again and again."""
+    return list({job.cell.fingerprint: job for job in reversed(jobs)}.values())[::-1]
+
+
+def waiting(jobs: Sequence[Job]) -> list[Job]:
+    """One job for each cell that is not finished."""
+    return [job for job in unique(jobs) if job.finished is None]
+
+
+def tell_finished(job: Job) -> None:
+    """One line that names the run that a cell is not computed again for."""
+    from kdsweep.tracking import mirror
+
+    run_id = mirror.run_id(job.cell.folder) or "not in MLflow yet"
+    log.info("%s: finished already, run %s in %s", job.cell.title, run_id, job.cell.folder)
+
+
+def is_computed_elsewhere(jobs: Sequence[Job]) -> bool:
+    """Whether other processes are at all of these cells."""
+    return all(records.is_held(job.cell.folder) for job in jobs)
+
+
+def outcome(job: Job, error: Exception) -> float | Exception:
+    """What a cell has come to whose process has died: it may have been finished before, else that ended it."""
+    if (finished := records.read_finished(job.cell.folder)) is not None:
+        return finished["test/dice"]
+    if known := records.read(job.cell.folder).error:
+        return CellError(known)
+    records.write_failed(job.cell.folder, str(error))
+    return error
+
+
+def failure(cell: Cell, error: object) -> str:
+    """A line on a cell that failed: why, and where more is to be read."""
+    text = str(error)
+    return f"{'' if text.startswith(cell.title) else f'{cell.title}: '}{text}; log: {cell.folder / 'kdsweep.log'}"
+
+
+def form_groups(
+    jobs: Sequence[Job], *, devices: dict[str, list[str]], largest: int | None = None, apart: Set[Path] = frozenset()
+) -> list[list[Job]]:
+    """Lockstep groups: jobs that can share every batch, divided where they would leave devices idle.
+
+    Args:
+        jobs: each of another cell.
+        devices: names of those where groups can run at the same time, by the value of ``device``.
+        largest: so many at most in a group, however few devices there are; None for LARGEST.
+        apart: folders of cells that are in a queue already, and so in groups of their own.
+    """
+    keys = [cells.batches_key(job.values, seed=job.values["seed"]) for job in jobs]
+    # What another command is at, or has left in a queue, is a group of its own: that waits, and the others need not.
+    taken = [(records.is_held(job.cell.folder), job.cell.folder in apart) for job in jobs]
+    keys = [f"{key} {of}" for key, of in zip(keys, taken, strict=True)]
+    likeness = [job.cell.evidence.get("teacher", "") for job in jobs]
+    alike = Counter(str(job.values["device"]) for job in jobs)
+    groups = []
+    for members in grid.group_by(keys):
+        device = str(jobs[members[0]].values["device"])
+        share = -(-alike[device] // len(devices[device]))
+        groups += grid.divide(members, largest=min(share, largest or LARGEST), likeness=likeness)
+    return [[jobs[position] for position in members] for members in groups]
+
+
+def missing_teachers(jobs: Sequence[Job]) -> list[tuple[Cell, Job]]:
+    """The Teachers that these jobs need and that are not in the store, each with a job that needs it."""
+    needed = {cell.fingerprint: (cell, job) for job in jobs if (cell := job.cell.teacher) is not None}
+    return [(cell, job) for cell, job in needed.values() if records.read_finished(cell.folder) is None]
+
+
+def estimate_s(groups: Sequence[Sequence[Job]], look: Look) -> float:
+    """Seconds that the groups take on one device if no early stop ends a cell sooner."""
+    members = [job for group in groups for job in group]
+    return teachers_s(members, look) + sum(group_s(group, look) for group in groups)
+
+
+def teachers_s(jobs: Sequence[Job], look: Look) -> float:
+    """Seconds that the training of the Teachers takes that these jobs lack."""
+    missing = missing_teachers(jobs)
+    epochs = sum(max(0, job.values["train"]["epochs"] - records.epochs(cell.folder)) for cell, job in missing)
+    return float(epochs * look.images * look.teacher_s)
+
+
+def group_s(group: Sequence[Job], look: Look) -> float:
+    """Seconds that a group takes once its Teachers are there."""
+    epochs = [job.epochs_left for job in group]
+    lessons = {lesson_of(job) for job in group if job.cell.role == "cell"}
+    return look.images * float(sum(epochs) * look.student_s + max(epochs) * len(lessons) * look.lesson_s)
+
+
+def lesson_of(job: Job) -> tuple[str, str, str]:
+    """Which Teacher forward a cell learns from: jobs with equal ones share it."""
+    view, precision = job.values["teacher_aug"]["distill_view"], job.values["kd"]["teacher_precision"]
+    return job.cell.evidence["teacher"], view, precision
+
+
+def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look | None) -> str:
+    """One line on what will run: cells, groups, Teachers, data, device, the longest that it can take.
+
+    Args:
+        jobs: of the whole sweep.
+        groups: what waits, as it is trained together.
+        look: None if nothing waits.
+    """
+    own, count = unique(jobs), sum(len(group) for group in groups)
+    first = own[0].values
+    repeats = f" ({len(jobs) - len(own)} repeated jobs are the same cell)" if len(jobs) > len(own) else ""
+    begun = sum(job.begun > 0 for group in groups for job in group)
+    resumed = f", {begun} of them from a checkpoint" if begun else ""
+    line = f"{plural(len(own), 'cell')}{repeats}: {count} to run{resumed}, {len(own) - count} finished"
+    if groups:
+        members = [job for group in groups for job in group]
+        shared = {lesson_of(job)[0] for job in members if job.cell.role == "cell"}
+        line += f"; {plural(len(groups), 'lockstep group')}, {plural(len(shared), 'shared Teacher')}"
+        line += f", {plural(len(missing_teachers(members)), 'Teacher')} to train"
+    images = len(cells.listing(first).entries)
+    line += f"; data={first['data']['name']} with {images} images at {first['image_size']} pixels"
+    if look is not None:
+        names = list(dict.fromkeys(name for device in look.devices.values() for name in device))
+        line += f"; device {', '.join(names)}"
+        if look.threads and names == [look.timed_on]:
+            line += f" with {plural(look.threads, 'thread')}"
+    if look is not None and look.timed_on:
+        longest = duration(estimate_s(groups, look) / len(names))
+        line += f"; at most about {longest} if no early stop ends a cell sooner"
+        if look.load:
+            line += f" (timed while other programs were at work, load {look.load:.1f}: without them it is less)"
+    return f"{line}; profile={first['profile']}; sweep {first['sweep_name']}"
+
+
+def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look | None) -> str:
+    """What a sweep would compute and for how long at most, a line per group, for who wants to know before it runs.
+
+    The arguments are those of ``describe``.
+    """
+    lines = [describe(jobs, groups=groups, look=look)]
+    if look is None:
+        return lines[0]
+    members = [job for group in groups for job in group]
+    for number, group in enumerate(groups, start=1):
+        first = group[0].values
+        names = Counter(job.cell.notation for job in group)
+        listed = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names.items())
+        places = " or ".join(look.devices[str(first["device"])])
+        where = f"split {first['split']} seed {first['seed']} on {places}"
+        size, time = plural(len(group), "cell"), duration(group_s(group, look))
+        lines.append(f"group {number}: {size}, {where}, {time}: {listed}")
+    teachers = [cell.title for cell, _ in missing_teachers(members)]
+    if teachers:
+        lines.append(f"Teachers first, {duration(teachers_s(members, look))}: {', '.join(teachers)}")
+    hours = estimate_s(groups, look) / 3600
+    lines.append(f"at most {hours:.2g} device hours from one timed step on {look.timed_on}; nothing was started")
+    return "\n".join(lines)

@@ -1,0 +1,261 @@
+"""How far a sweep is, read from its folders alone: what is done, what runs, what failed and why, and the time left."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from kdsweep.config.grid import variant_label
+from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.progress import duration, plural
+from kdsweep.runs import records
+from kdsweep.runs.records import Record
+from kdsweep.sweep.engines import submissions
+from kdsweep.sweep.engines.submissions import Task
+
+WORDS = {
+    "FINISHED": "done",
+    "RUNNING": "running",
+    "QUEUED": "queued",
+    "FAILED": "failed",
+    "KILLED": "interrupted",
+    "WAITING": "waiting",
+}
+WAITS = ("WAITING", "QUEUED", "KILLED")
+HEADER = ("not finished", "state", "saved", "val/dice", "last epoch", "left")
+PACE_EPOCHS = 10
+FEW = 4  # so many waiting cells of a split are named one by one
+
+
+# ---- time left -----------------------------------------------------------------------------------------------------
+
+
+def pace_s(record: Record) -> float | None:
+    """Seconds that an epoch takes, the median of the latest; None before the second epoch is saved.
+
+    Not the mean: in what was resumed, one of the differences is the break, which may be a night.
+    """
+    gaps = [later - earlier for earlier, later in itertools.pairwise(record.times_ms[-PACE_EPOCHS:])]
+    return statistics.median(gaps) / 1000 if gaps else None
+
+
+def left_s(record: Record) -> float | None:
+    """Seconds that a training still takes at most, at its own pace."""
+    pace = pace_s(record)
+    return None if pace is None else max(0, record.epochs - len(record.history)) * pace
+
+
+def total_left_s(*, running_s: list[float], waiting: int, at_once: int, whole_s: float) -> float:
+    """Seconds until the last cell is done: max(running_s) + ceil(waiting / at_once) * whole_s.
+
+    Assumes that no training stops early, and that those that wait are trained from their first epoch on, in groups as
+    large as what is in training now, one group after the other.
+
+    Args:
+        running_s: what is left of each running training, Teachers included.
+        waiting: cells that nobody is at.
+        at_once: cells in training.
+        whole_s: how long a cell takes from its first epoch to its last.
+    """
+    return max(running_s) + math.ceil(waiting / max(1, at_once)) * whole_s
+
+
+def outlook(*, teachers: list[Record], cells: list[Record]) -> str:
+    """What follows the counts of a sweep: the time left, or that nothing is running."""
+    running = [record for record in [*teachers, *cells] if record.status == "RUNNING"]
+    if not running:
+        if any(record.status == "QUEUED" for record in [*teachers, *cells]):
+            return "; nothing is running yet, SLURM has what is queued"
+        finished = all(cell.status == "FINISHED" for cell in cells)
+        return "" if finished else "; nothing is running, the same command goes on"
+    known_s = [left for record in running if (left := left_s(record)) is not None]
+    if not known_s:
+        return ""
+    trained = [cell for cell in cells if cell.status == "RUNNING"]
+    waiting = [cell for cell in cells if cell.status in WAITS]
+    untaught = [teacher for teacher in teachers if teacher.status in WAITS]
+    whole_s, teach_s = (_whole_s(records_) for records_ in (cells, teachers))
+    # A group is larger than what still runs of it: some have stopped early.
+    begun_ms = min((cell.started_ms for cell in trained), default=0)
+    group = trained + [cell for cell in cells if trained and cell.status == "FINISHED" and cell.ended_ms > begun_ms]
+    at_once = len(group) or max(Counter(map(_where, waiting)).values(), default=0)
+    total_s = total_left_s(running_s=known_s, waiting=len(waiting), at_once=at_once, whole_s=whole_s)
+    total_s += len(set(map(_where, untaught))) * teach_s  # those of a split and seed are trained together
+    unknown = len(known_s) < len(running) or (waiting and not whole_s) or (untaught and not teach_s)
+    return f"; {'at least' if unknown else 'about'} {duration(total_s)} left"
+
+
+def _whole_s(found: list[Record]) -> float:
+    """Seconds of a training from its first epoch to its last, at the pace of those that run, else that have run."""
+    running = [record for record in found if record.status == "RUNNING" and pace_s(record)]
+    return max((record.epochs * (pace_s(record) or 0.0) for record in running or found), default=0.0)
+
+
+def _where(record: Record) -> str:
+    """Such as ``split0-seed0``."""
+    return record.folder.name.partition("-")[2].rpartition("-")[0]
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+def report(
+    sweep: str,
+    found: Mapping[str, Record],
+    *,
+    variants: Mapping[str, dict[str, str]] | None = None,
+    tasks: Mapping[Path, Task] | None = None,
+    now_ms: int,
+) -> str:
+    """The text that the command prints.
+
+    Args:
+        sweep: its name.
+        found: records of all that it asked for, by their places (``Cell.place``).
+        variants: of the places that have one.
+        tasks: by folder the jobs of cells that were submitted to SLURM and have not ended there.
+        now_ms: milliseconds since 1970.
+    """
+    variants, tasks = variants or {}, tasks or {}
+    found = {
+        place: replace(record, status="QUEUED") if record.status in WAITS and record.folder in tasks else record
+        for place, record in found.items()
+    }
+    places = sorted(found, key=lambda place: (*_order(place, found[place]), variant_label(variants.get(place, {}))))
+    titles = _titles(places, variants)
+    teachers = [found[place] for place in places if _is_teacher(found[place])]
+    cells = [found[place] for place in places if not _is_teacher(found[place])]
+    lines = [f"sweep {sweep}: {plural(len(cells), 'cell')}: {_counts(cells)}{outlook(teachers=teachers, cells=cells)}"]
+    if teachers:
+        lines.append(f"Teachers: {_counts(teachers)}")
+    if open_ := [place for place in places if found[place].status != "FINISHED"]:
+        jobs = {place: " ".join(tasks.get(found[place].folder, ())) for place in open_}
+        alike = _alike({place: found[place] for place in open_}, jobs)
+        columns = []
+        for first, *more in alike:
+            title = _title_of_all([first, *more], found[first]) if more else titles[first]
+            columns.append((*_columns(title, found[first], now_ms=now_ms), jobs[first]))
+        head, *rows = _align([(*HEADER, "job"), *columns])
+        head = head if any(jobs.values()) else head.removesuffix("job").rstrip()
+        lines += ["", head]
+        for (first, *_), row in zip(alike, rows, strict=True):
+            lines += [row, *_failure(found[first])]
+    if done := [place for place in places if found[place].status == "FINISHED"]:
+        scores = [(titles[place], f"{100 * found[place].values.get('test/dice', math.nan):.2f}") for place in done]
+        lines += ["", *_align([("finished", "test Dice %"), *scores])]
+    return "\n".join([*lines, ""])
+
+
+def _is_teacher(record: Record) -> bool:
+    return record.folder.parent.name == "teachers"
+
+
+def _order(place: str, record: Record) -> tuple[bool, int, int, str]:
+    notation, split, seed, _ = place.rsplit("/", 3)
+    numbers = int(split.removeprefix("split")), int(seed.removeprefix("seed"))
+    return not _is_teacher(record), *numbers, notation
+
+
+def _alike(found: Mapping[str, Record], jobs: Mapping[str, str]) -> list[list[str]]:
+    """Places with one row together, if they are many: those of a split and seed that wait and have not begun."""
+    groups: dict[object, list[str]] = {}
+    for place, record in found.items():
+        begun = record.status not in ("WAITING", "QUEUED") or bool(record.history)
+        key = place if begun else (record.status, *_order(place, record)[:3], jobs[place])
+        groups.setdefault(key, []).append(place)
+    return [part for own in groups.values() for part in ([own] if len(own) > FEW else [[place] for place in own])]
+
+
+def _title_of_all(places: list[str], first: Record) -> str:
+    _, split, seed, _ = places[0].rsplit("/", 3)
+    what = "Teachers" if _is_teacher(first) else "cells"
+    return f"{len(places)} {what} split {split.removeprefix('split')} seed {seed.removeprefix('seed')}"
+
+
+def _titles(places: Iterable[str], variants: Mapping[str, dict[str, str]]) -> dict[str, str]:
+    """Names as messages have them (``Cell.title``); where several share one, variant or digest of the settings too."""
+    parts = {place: place.rpartition("/") for place in places}
+    shared = Counter(name for name, _, _ in parts.values())
+    titles = {}
+    for place, (name, _, settings) in parts.items():
+        notation, split, seed = name.rsplit("/", 2)
+        title = f"{notation} split {split.removeprefix('split')} seed {seed.removeprefix('seed')}"
+        variant = variant_label(variants.get(place, {}))
+        titles[place] = f"{title} ({variant or settings.rpartition('-')[2]})" if variant or shared[name] > 1 else title
+    return titles
+
+
+def _counts(found: list[Record]) -> str:
+    counts = Counter(record.status for record in found)
+    return ", ".join(f"{counts[status]} {word}" for status, word in WORDS.items() if counts[status] or word == "done")
+
+
+def _columns(title: str, record: Record, *, now_ms: int) -> tuple[str, ...]:
+    """A row below HEADER."""
+    epochs = f"epoch {len(record.history)} of {record.epochs}" if record.epochs else ""
+    dice = record.history[-1].get("val/dice", math.nan) if record.history else None
+    ago = left = ""
+    if record.status == "RUNNING":
+        if record.times_ms:
+            ago = f"{duration(max(0, now_ms - record.times_ms[-1]) / 1000)} ago"
+        if (own_s := left_s(record)) is not None:
+            left = f"at most {duration(own_s)}"
+    return title, WORDS[record.status], epochs, "" if dice is None else f"{dice:.3f}", ago, left
+
+
+def _failure(record: Record) -> list[str]:
+    if record.status != "FAILED":
+        return []
+    log = record.folder / "kdsweep.log"  # a Teacher has none, the logs of those that it teaches tell of it
+    return [f"    {record.error}{f'; log: {log}' if log.exists() else ''}"]
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def make(*, store: Path, sweep: str | None) -> str:
+    """The report on a sweep of a store, or on the one last asked for.
+
+    Raises:
+        InputError: there is no such sweep.
+    """
+    known = records.sweeps(store)
+    if not known:
+        raise InputError(f"--store {store}: no sweep was started in it yet")
+    if sweep is not None and sweep not in known:
+        raise InputError(f"--sweep {sweep}: not in this store; it holds: {', '.join(sorted(known))}")
+    name = sweep or known[-1]
+    asked = records.read_asked(store, name)
+    found = {place: records.read(store / folder) for place, folder in asked.items()}
+    variants = records.read_variants(store, name)
+    try:
+        tasks = {store / folder: task for folder, task in submissions.queued(store).items()}
+        unknown = ""
+    except submissions.QueueError as error:
+        tasks, unknown = {}, f"\nSLURM's queue is not known here: {error}\n"
+    return report(name, found, variants=variants, tasks=tasks, now_ms=records.now_ms()) + unknown
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print how far a sweep is; 0, or 1 after one line on stderr that says what to mend."""
+    parser = argparse.ArgumentParser(prog="python -m kdsweep.sweep.status", description="How far a sweep is.")
+    parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
+    parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
+    options = parser.parse_args(argv)
+    return exit_code(lambda: sys.stdout.write(make(store=options.store, sweep=options.sweep)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,220 @@
+"""The only place where a configuration becomes objects; below it, functions take plain arguments.
+
+What of a configuration can be told without torch is in ``cells.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import cache, lru_cache
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from kdsweep.config import cells, limits
+from kdsweep.config.grid import Cell
+from kdsweep.core.compute import Compute
+from kdsweep.core.errors import InputError, exit_code
+from kdsweep.data import data
+from kdsweep.data.loaders import Feed, TrainLoader, eval_part
+from kdsweep.data.views import Strengths, Views
+from kdsweep.models import models
+from kdsweep.models.models import UNet
+from kdsweep.training.learner import Distillation, Learner, Lesson
+
+
+def device(cfg: DictConfig) -> torch.device:
+    """The device that a configuration names.
+
+    Raises:
+        InputError: it is not there.
+    """
+    return find_device(str(cfg.device))
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name: ``cpu``, ``cuda``, ``cuda:NUMBER``, or ``auto``, which is CUDA if there is one.
+
+    Raises:
+        InputError: it is not a device, or not there.
+    """
+    if not limits.is_device(name):
+        raise InputError(f"device={name} is not allowed: it must be auto, cpu, cuda or cuda:NUMBER")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use device=cpu or auto"
+        )
+    return torch.device(name)
+
+
+def devices(cfg: DictConfig) -> list[str]:
+    """Names of the devices that groups of this configuration can be spread over."""
+    found = device(cfg)
+    if found.type == "cuda" and str(cfg.device) in ("auto", "cuda"):
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return [str(found)]
+
+
+def compute(cfg: DictConfig) -> Compute:
+    """Where and how the numbers are computed."""
+    return Compute(device=device(cfg), precision=cfg.precision, deterministic=cfg.deterministic)
+
+
+def feed(cfg: DictConfig, *, seed: int) -> Feed:
+    """The three parts of the cell's split; seed decides order and views of the training part.
+
+    Raises:
+        InputError: the training part cannot be trained on.
+    """
+    everything = cells.images(cfg)
+    part = data.split(len(everything.ids), index=cfg.split)
+    data.check_training_masks(everything, part)
+    if cfg.train.batch_size > len(part.train):
+        raise InputError(
+            f"train.batch_size={cfg.train.batch_size} is larger than the training set of {len(part.train)} images"
+        )
+    strengths = Strengths(**{**cells.plain(cfg.views), "noise_std": tuple(cfg.views.noise_std)})
+    loader = TrainLoader(
+        everything,
+        indices=part.train,
+        views=Views(image_size=cfg.image_size, strengths=strengths),
+        seed=seed,
+        split_index=cfg.split,
+        batch_size=cfg.train.batch_size,
+        workers=_workers(cfg),
+    )
+    return Feed(loader, eval_part(everything, part.validation), eval_part(everything, part.test))
+
+
+def _workers(cfg: DictConfig) -> int:
+    if cfg.train.workers != "auto":
+        return int(cfg.train.workers)
+    return min(4, os.cpu_count() or 1) if device(cfg).type == "cuda" else 0
+
+
+def student_network(cfg: DictConfig, *, weights: str | None = None) -> UNet:
+    """A new Student; all cells of a seed start from the same one."""
+    return _new_network(cfg.student, seed=cfg.seed, weights=weights)
+
+
+def teacher_network(cfg: DictConfig, *, weights: str | None = None) -> UNet:
+    """A new, untrained Teacher."""
+    return _new_network(cfg.teacher, seed=cfg.teacher.seed, weights=weights)
+
+
+def _new_network(node: DictConfig, *, seed: int, weights: str | None) -> UNet:
+    return models.unet(
+        encoder=node.encoder,
+        decoder_channels=list(node.decoder_channels),
+        weights=weights or _weights(node),
+        seed=seed,
+    )
+
+
+def _weights(node: DictConfig) -> str:
+    return models.HUB + cells.imagenet(node) if node.weights == "imagenet" else str(node.weights)
+
+
+def check_networks(cfg: DictConfig) -> None:
+    """Raise InputError if a cell's networks or their weights cannot be had: before anything is trained."""
+    networks = {"student": cfg.student} | ({"teacher": cfg.teacher} if cfg.path.kd_path is not None else {})
+    for group, node in networks.items():
+        _check_network(group, node.encoder, tuple(node.decoder_channels), node.hidden_channels, _weights(node))
+
+
+@lru_cache(maxsize=8)
+def _check_network(
+    group: str, encoder: str, decoder_channels: tuple[int, ...], hidden_channels: int, weights: str
+) -> None:
+    network = models.unet(encoder=encoder, decoder_channels=list(decoder_channels), weights=weights, seed=0)
+    if (channels := network.encoder.out_channels[-1]) != hidden_channels:
+        raise InputError(f"{group}.hidden_channels={hidden_channels} is not allowed: {encoder} has {channels}")
+
+
+def distillation(cfg: DictConfig, *, teacher: str) -> Distillation | None:
+    """How the configuration's Student is taught, by the Teacher of a fingerprint; None for path=none."""
+    if cfg.path.kd_path is None:
+        return None
+    with torch.random.fork_rng(devices=[]):  # after the Student, from the same seed: paths share its initialisation
+        torch.manual_seed(cfg.seed)
+        kd_path = hydra.utils.instantiate(cfg.path.kd_path)
+    return Distillation(
+        kd_path=kd_path,
+        loss=hydra.utils.instantiate(cfg.loss[cfg.path.representation]),
+        weight=cfg.kd.weight,
+        lesson=Lesson(teacher, view=cfg.teacher_aug.distill_view, precision=cfg.kd.teacher_precision),
+        align=cfg.kd.align == "warp",
+    )
+
+
+def learner(cfg: DictConfig, own: Cell) -> Learner:
+    """The configuration's Student in training."""
+    return Learner(
+        title=own.title,
+        role=own.role,
+        network=student_network(cfg),
+        view="strong",
+        distillation=distillation(cfg, teacher=own.evidence.get("teacher", "")),
+        lr=cfg.train.lr,
+        epochs=cfg.train.epochs,
+        patience=cfg.train.patience,
+        folder=own.folder,
+        monitor=cfg.train.monitor,
+    )
+
+
+def teacher_learner(cfg: DictConfig, own: Cell) -> Learner:
+    """The configuration's Teacher in training, on the view that ``teacher_aug.train_view`` names."""
+    return Learner(
+        title=own.title,
+        role=own.role,
+        network=teacher_network(cfg),
+        view=cfg.teacher_aug.train_view,
+        distillation=None,
+        lr=cfg.teacher.lr,
+        epochs=cfg.train.epochs,
+        patience=cfg.train.patience,
+        folder=own.folder,
+    )
+
+
+def tags(cfg: DictConfig) -> dict[str, str]:
+    """Tags of a run beyond its cell's: profile, and what is recorded but does not make another cell."""
+    where = device(cfg)
+    return {
+        "kdsweep.profile": cfg.profile,
+        "kdsweep.device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        "kdsweep.threads": str(torch.get_num_threads()),
+        "kdsweep.torch": torch.__version__,
+        "mlflow.source.git.commit": git_commit(),
+    }
+
+
+@cache
+def git_commit() -> str:
+    """Commit of the checkout that runs, with ``-dirty`` if it was changed; ``unknown`` outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def print_models(overrides: list[str]) -> int:
+    """Print parameters, MACs and hidden shapes of the configured networks; the exit code."""
+
+    def work() -> None:
+        cfg = cells.compose(overrides)
+        cells.check(cfg)
+        student, teacher = student_network(cfg, weights="none"), teacher_network(cfg, weights="none")
+        sys.stdout.write(models.summary(teacher=teacher, student=student, image_size=cfg.image_size) + "\n")
+
+    return exit_code(work)

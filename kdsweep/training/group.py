@@ -1,0 +1,225 @@
+"""A lockstep group from its configurations to its results: cells that share batches, Teachers and a process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from omegaconf import DictConfig
+
+from kdsweep.config import cells, grid
+from kdsweep.config.grid import Cell
+from kdsweep.core import logs
+from kdsweep.core.compute import Compute, give_back_memory
+from kdsweep.core.errors import CellError, told
+from kdsweep.evaluation import latency
+from kdsweep.models.models import UNet
+from kdsweep.runs import records
+from kdsweep.sweep.plan import Look
+from kdsweep.training import build, teachers, train
+from kdsweep.training.learner import Learner
+
+log = logging.getLogger(__name__)
+
+Result = float | Exception
+
+
+class TeacherError(CellError):
+    """A cell cannot be trained because its Teacher could not."""
+
+
+def check(configs: list[DictConfig]) -> None:
+    """Raise InputError for the first of these cells that could not be trained anywhere: networks, weights, images."""
+    for cfg in configs:
+        build.check_networks(cfg)
+    for cfg in {cells.batches_key(cfg, seed=cfg.seed): cfg for cfg in reversed(configs)}.values():
+        build.feed(cfg, seed=cfg.seed)
+
+
+def look(configs: list[DictConfig], devices: list[str]) -> Look:
+    """Check cells that wait to be trained on this machine, and time one step of the first one's networks.
+
+    Args:
+        configs: of all that wait.
+        devices: where to run, or empty for what the configurations say.
+
+    Raises:
+        InputError: one of them could not be trained.
+    """
+    found = places(configs, devices)
+    check(configs)
+    return _timed(configs, devices=found, device=str(configs[0].device))
+
+
+def places(configs: list[DictConfig], devices: list[str]) -> dict[str, list[str]]:
+    """Names of the devices that groups can be spread over, by the value of ``device``.
+
+    Raises:
+        InputError: one of them is not there.
+    """
+    for name in devices:
+        build.find_device(name)
+    return {str(cfg.device): devices or build.devices(cfg) for cfg in configs}
+
+
+def look_from_afar(configs: list[DictConfig], place: str, *, times: bool) -> Look:
+    """Check cells that wait to be trained on other machines, whose devices are not seen from here.
+
+    Args:
+        configs: of all that wait.
+        place: what these machines are called.
+        times: time a step here all the same.
+
+    Raises:
+        InputError: one of them could not be trained.
+    """
+    found = {str(cfg.device): [place] for cfg in configs}
+    for cfg in configs:
+        cfg.device = "auto"  # this machine need not have it
+    check(configs)
+    return _timed(configs, devices=found, device="auto") if times else Look(found)
+
+
+def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: str) -> Look:
+    first = configs[0]
+    on = build.find_device(device)
+    compute = Compute(device=on, precision=first.precision, deterministic=first.deterministic)
+    compute.prepare()
+    load = latency.load_of_others() if on.type == "cpu" else 0.0
+    timed = {"image_size": first.image_size, "compute": compute}
+    student = latency.time_step_s(build.student_network(first, weights="none"), **timed)
+    teacher = latency.StepTime(0.0, 0.0)
+    if taught := [cfg for cfg in configs if cfg.path.kd_path is not None]:
+        trained = all(records.read_finished(cells.teacher_cell(cfg).folder) is not None for cfg in taught)
+        network = build.teacher_network(taught[0], weights="none")
+        teacher = latency.time_step_s(network, **timed, forward_only=trained)
+        del network
+    give_back_memory()
+    return Look(
+        devices=devices,
+        timed_on=str(on),
+        student_s=student.train,
+        teacher_s=teacher.train,
+        lesson_s=teacher.forward,
+        images=len(cells.split_ids(first)["train"]),
+        load=load,
+        threads=torch.get_num_threads() if on.type == "cpu" else 0,
+    )
+
+
+def run_group(configs: list[DictConfig], *, variants: Mapping[str, dict[str, str]] | None = None) -> list[Result]:
+    """Train the cells of these configurations together, from their checkpoints on.
+
+    What another command has finished meanwhile is read; what one computes at the moment is waited for at the end.
+
+    Args:
+        configs: of different cells, with equal ``cells.batches_key``.
+        variants: by fingerprint those of the cells that have one.
+
+    Returns:
+        For each configuration its test Dice, or what ended it. What ends one leaves the others alone.
+    """
+    own = [cells.cell(cfg) for cfg in configs]
+    own = [replace(cell, variant=(variants or {}).get(cell.fingerprint, {})) for cell in own]
+    results: dict[int, Result] = {}
+    waits = False
+    while lacking := [number for number in range(len(own)) if number not in results]:
+        with contextlib.ExitStack() as held:
+            mine = []
+            for number in lacking:
+                try:
+                    if not records.hold(held, own[number].folder):
+                        continue
+                    if (finished := records.read_finished(own[number].folder)) is not None:
+                        results[number] = finished["test/dice"]
+                    else:
+                        mine.append(number)
+                except OSError as error:  # a folder that cannot be written to
+                    results[number] = _failed(own[number], error)
+            if mine:
+                outcomes = _train([configs[number] for number in mine], [own[number] for number in mine])
+                results |= dict(zip(mine, outcomes, strict=True))
+        if len(results) < len(own) and not mine:
+            if not waits:
+                log.info("%s: another command computes it; waiting for that", own[lacking[0]].title)
+            waits = True
+            time.sleep(teachers.LOOK_EVERY_S)
+    return [results[number] for number in range(len(own))]
+
+
+def _train(configs: list[DictConfig], own: list[Cell]) -> list[Result]:
+    compute = build.compute(configs[0])
+    compute.prepare()
+    staff = obtain_teachers(configs, compute)
+    outcomes = train.run_divided(
+        [partial(_make, cfg, cell, staff) for cfg, cell in zip(configs, own, strict=True)],
+        teachers={name: network for name, network in staff.items() if not isinstance(network, Exception)},
+        feed=build.feed(configs[0], seed=configs[0].seed),
+        compute=compute,
+    )
+    return [values if isinstance(values, Exception) else values["test/dice"] for values in outcomes]
+
+
+def _make(cfg: DictConfig, cell: Cell, staff: dict[str, UNet | Exception]) -> Learner | Exception:
+    """The learner of a cell, or why there can be none."""
+    with logs.about(cell.folder):
+        try:
+            describe(cfg, cell)
+            lacking = staff.get(cell.evidence.get("teacher", ""))
+            if isinstance(lacking, Exception):
+                raise TeacherError(f"{cell.title}: its Teacher could not be trained: {told(lacking)}") from lacking
+            return build.learner(cfg, cell)
+        except Exception as error:
+            return _failed(cell, error)
+
+
+def _failed(cell: Cell, error: Exception) -> Exception:
+    line = told(error)
+    log.error("%s%s", "" if line.startswith(cell.title) else f"{cell.title}: ", line, exc_info=error)
+    records.write_failed(cell.folder, line)
+    return error
+
+
+def obtain_teachers(configs: list[DictConfig], compute: train.Compute) -> dict[str, UNet | Exception]:
+    """The Teachers of these cells by fingerprint; those that are not in the store are trained, together if they can be.
+
+    Args:
+        configs: of any cells; the Student baseline needs none.
+        compute: device and precision.
+    """
+    wanted = {cells.teacher_cell(cfg).fingerprint: cfg for cfg in configs if cfg.path.kd_path is not None}
+    own = list(wanted.values())
+    found: dict[str, UNet | Exception] = {}
+    for group in grid.group_by([cells.batches_key(cfg, seed=cfg.teacher.seed) for cfg in own]):
+        members = [own[position] for position in group]
+        found |= teachers.obtain(
+            [_new_teacher(cfg) for cfg in members],
+            feed=build.feed(members[0], seed=members[0].teacher.seed),
+            compute=compute,
+        )
+        give_back_memory()
+    return found
+
+
+def _new_teacher(cfg: DictConfig) -> teachers.Wanted:
+    cell = cells.teacher_cell(cfg)
+    return teachers.Wanted(cell, partial(build.teacher_network, cfg), partial(_make_teacher, cfg, cell))
+
+
+def _make_teacher(cfg: DictConfig, cell: Cell) -> Learner | Exception:
+    try:
+        describe(cfg, cell)
+        return build.teacher_learner(cfg, cell)
+    except Exception as error:
+        return _failed(cell, error)
+
+
+def describe(cfg: DictConfig, own: Cell) -> None:
+    """Write down what a cell is beside its results."""
+    params = cells.params(cfg) | cells.factors(cfg, role=own.role)
+    records.describe(own, split=cells.split_ids(cfg), params=params, tags=build.tags(cfg))

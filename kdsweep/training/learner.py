@@ -1,0 +1,323 @@
+"""A learner: one network in training with everything that is its own, and how it is taught."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdsweep.core.errors import CellError
+from kdsweep.data.views import warp
+from kdsweep.distill import losses
+from kdsweep.distill.kd_paths import KDPath
+from kdsweep.models.models import Outputs, UNet
+from kdsweep.runs import checkpoint, records
+
+log = logging.getLogger(__name__)
+
+
+class Lesson(NamedTuple):
+    """One forward of a Teacher that Students can share: who teaches, what it sees, how it computes.
+
+    Attributes:
+        teacher: name of the Teacher in the group.
+        view: what the Teacher sees, ``weak`` or ``strong``.
+        precision: of its forward, ``fp32`` or ``bf16``.
+    """
+
+    teacher: str
+    view: str
+    precision: str
+
+
+class DivergedError(CellError):
+    """A loss term is no longer a finite number."""
+
+
+class Means:
+    """Means over the images of an epoch, step by step, on the device: reading one would make the device wait."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+        self.counts: list[int] = []
+
+    def add(self, values: dict[str, Tensor], count: int) -> None:
+        """Add the means of a batch of ``count`` images."""
+        self.steps.append({name: value.detach() for name, value in values.items()})
+        self.counts.append(count)
+
+    def state(self) -> dict[str, Any]:
+        """Everything so far, for a checkpoint."""
+        return {"counts": self.counts, "steps": self._by_name()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state``."""
+        self.counts = list(state["counts"])
+        self.steps = [{name: values[i] for name, values in state["steps"].items()} for i in range(len(self.counts))]
+
+    def not_finite(self) -> tuple[str, float, int] | None:
+        """The first value that is not a finite number: its name, the value, the number of the step from 0."""
+        bad = [
+            (int((~values.isfinite()).nonzero()[0]), name)
+            for name, values in self._by_name().items()
+            if not bool(values.isfinite().all())
+        ]
+        if not bad:
+            return None
+        # a weighted sum is not finite if a term of it is: the term says more
+        step, name = min(bad, key=lambda found: (found[0], found[1] == "loss"))
+        return name, float(self._by_name()[name][step]), step
+
+    def read(self, prefix: str) -> dict[str, float]:
+        """The means so far as plain numbers, names led by ``prefix``."""
+        counts = torch.tensor(self.counts, dtype=torch.float64)
+        return {
+            prefix + name: float((values.double() * counts).sum() / counts.sum())
+            for name, values in self._by_name().items()
+        }
+
+    def _by_name(self) -> dict[str, Tensor]:
+        names = self.steps[0] if self.steps else {}
+        return {name: torch.stack([step[name] for step in self.steps]).cpu() for name in names}
+
+
+@dataclass
+class Distillation:
+    """How a Student is taught.
+
+    Attributes:
+        kd_path: which tensors are compared.
+        loss: of the compared maps, see losses.py.
+        weight: of the KD term; the supervised term has 1 - weight (PAPER, Eq. I: 0.5 and 0.5).
+        lesson: which forward of which Teacher it learns from.
+        align: warp the maps of a weak view into the Student's frame; else compare them as they are.
+    """
+
+    kd_path: KDPath
+    loss: Callable[..., Tensor]
+    weight: float
+    lesson: Lesson
+    align: bool
+
+    def term(self, *, student: Outputs, teacher: Outputs, theta: Tensor | None) -> Tensor:
+        """The KD term of one batch; theta (N, 2, 3) is None where both saw the same view.
+
+        The Teacher's outputs are copied first (about 1 ms): the originals serve other learners too, and tensors made
+        under inference mode cannot take part in autograd, which a loss or path of the user's may ask for.
+        """
+        logits = teacher.logits.clone() if self.kd_path.needs_logits else teacher.hidden.new_empty(0)
+        theirs = self.kd_path.teacher_map(Outputs(logits=logits, hidden=teacher.hidden.clone()))
+        valid = torch.ones_like(theirs[:, :1], dtype=torch.bool)
+        if theta is not None and self.align:
+            theirs, valid = warp(theirs, theta=theta)
+        return self.loss(student=self.kd_path.student_map(student), teacher=theirs, valid=valid)
+
+
+@dataclass
+class Learner:
+    """One network in training, with its own optimiser, early stopping, best checkpoint and run.
+
+    Attributes:
+        title: how messages call it.
+        role: ``cell``, ``student`` or ``teacher``.
+        network: trained in place.
+        view: what it sees in training, ``weak`` or ``strong``.
+        distillation: None for a network that learns from the masks alone.
+        lr: Adam's learning rate.
+        epochs: at most so many.
+        patience: epochs without a better value of what is monitored after which it stops.
+        folder: where its files go.
+        monitor: what tells the best epoch, of the validation images: ``loss`` (its own, KD term included) or ``dice``.
+        best_loss: lowest so far of what is monitored.
+        best_epoch: number of its epoch, from 0.
+        best: the state of the modules then.
+        epoch: number of the last whole epoch.
+        means: of the steps taken in the epoch that has begun.
+        history: values of each whole epoch.
+        times_ms: when each of them ended.
+        failure: what ended it before its time.
+        whole: whether it is as some number of whole steps left it, its checkpoint read before, so that it can be saved.
+        doing: what a step is at, for messages.
+    """
+
+    title: str
+    role: str
+    network: UNet
+    view: str
+    distillation: Distillation | None
+    lr: float
+    epochs: int
+    patience: int
+    folder: Path
+    monitor: str = "loss"
+    best_loss: float = math.inf
+    best_epoch: int = -1
+    best: dict[str, Any] | None = None
+    epoch: int = -1
+    means: Means = field(default_factory=Means)
+    history: list[dict[str, float]] = field(default_factory=list)
+    times_ms: list[int] = field(default_factory=list)
+    failure: Exception | None = None
+    whole: bool = False
+    doing: str = ""
+
+    def __post_init__(self) -> None:
+        self.optimiser = torch.optim.Adam(self.parameters(), lr=self.lr)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The network and, if it is taught, its KD path."""
+        taught = {"kd_path": self.distillation.kd_path} if self.distillation else {}
+        return {"network": self.network, **taught}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained: the network's parameters and the KD path's own."""
+        return [parameter for module in self.modules().values() for parameter in module.parameters()]
+
+    def state_bytes(self) -> int:
+        """About how large its checkpoint is: weights, the best ones, two moments of Adam."""
+        return 4 * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it has failed, had its epochs or run out of patience."""
+        if self.failure is not None:
+            return True
+        return self.epoch + 1 >= self.epochs or self.epoch - self.best_epoch >= self.patience
+
+    def train(self) -> None:
+        """Put the network and the KD path into training mode."""
+        for module in self.modules().values():
+            module.train()
+
+    def evaluate(self) -> None:
+        """Put them into evaluation mode."""
+        for module in self.modules().values():
+            module.eval()
+
+    @property
+    def steps(self) -> int:
+        """Batches of the epoch that has begun which it has learned from."""
+        return len(self.means.counts)
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether this is the epoch that it trains next: one that was resumed may be behind or ahead of others."""
+        return not self.stopped and self.epoch + 1 == epoch
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Within, it is half changed: what is interrupted here is not saved."""
+        self.whole = False
+        yield
+        self.whole = True
+
+    def terms(self, outputs: Outputs, mask: Tensor, taught: Outputs | None, theta: Tensor | None) -> dict[str, Tensor]:
+        """The loss terms of one batch and their weighted sum ``loss`` (PAPER, Eq. I)."""
+        self.doing = "supervised term"
+        supervised = losses.cross_entropy(logits=outputs.logits, mask=mask)
+        if self.distillation is None or taught is None:
+            return {"loss": supervised, "supervised": supervised}
+        self.doing = "kd term"
+        kd = self.distillation.term(student=outputs, teacher=taught, theta=theta)
+        weight = self.distillation.weight
+        return {"loss": weight * kd + (1 - weight) * supervised, "kd": kd, "supervised": supervised}
+
+    def check_finite(self, means: Means, part: str) -> None:
+        """Raise DivergedError if a value is not a finite number.
+
+        Args:
+            means: of an epoch's steps.
+            part: ``train`` or ``val``.
+        """
+        if (bad := means.not_finite()) is not None:
+            name, value, step = bad
+            where = f"epoch {self.epoch + 2}, {'step' if part == 'train' else 'validation batch'} {step + 1}"
+            raise DivergedError(f"{self.title}: {part}/{name} is {value} in {where}; a lower lr may help")
+
+    def end_epoch(self, values: dict[str, float]) -> None:
+        """Record an epoch's values, keep the weights if they are the best so far."""
+        with self.changing():
+            self.epoch += 1
+            self.means = Means()
+            if "train/kd" in values:  # with fixed weights the ratio of the two terms decides the experiment
+                ratio = values["train/kd"] / max(values["train/supervised"], 1e-12)
+                values = {**values, "train/kd_to_supervised": ratio}
+            self.history.append({"epoch": self.epoch, **values})
+            self.times_ms.append(records.now_ms())
+            monitored = values["val/loss"] if self.monitor == "loss" else 1 - values["val/dice"]
+            if monitored < self.best_loss:
+                self.best_loss, self.best_epoch = monitored, self.epoch
+                self.best = {
+                    name: {key: value.detach().clone() for key, value in module.state_dict().items()}
+                    for name, module in self.modules().items()
+                }
+
+    def restore_best(self) -> None:
+        """Put the weights of the best epoch back."""
+        if self.best is None:
+            raise RuntimeError(f"{self.title}: no epoch of it was validated")
+        for name, module in self.modules().items():
+            module.load_state_dict(self.best[name])
+
+    def save(self) -> None:
+        """Write the checkpoint, from which training goes on as if it had not been interrupted, then the progress."""
+        self.check_finite(self.means, "train")  # else what has diverged could never be trained again
+        training = {
+            "modules": {name: module.state_dict() for name, module in self.modules().items()},
+            "optimiser": self.optimiser.state_dict(),
+            "means": self.means.state(),
+        }
+        self._write({**self._outcome(), "training": training})
+
+    def save_outcome(self) -> None:
+        """Write a checkpoint of what is needed after training: the best weights (the regressor's too), the history."""
+        self._write({**self._outcome(), "training": None})
+
+    def _outcome(self) -> dict[str, Any]:
+        names = ("epoch", "history", "times_ms", "best", "best_loss", "best_epoch")
+        return {name: getattr(self, name) for name in names}
+
+    def _write(self, state: dict[str, Any]) -> None:
+        checkpoint.save_state(self.folder / checkpoint.CHECKPOINT, state)
+        records.write_progress(self.folder, epochs=self.epochs, history=self.history, times_ms=self.times_ms)
+
+    def resume(self) -> bool:
+        """Go on from the last checkpoint, or from the one before if that is damaged; whether there was one.
+
+        Raises:
+            CellError: the checkpoint is one of another cell.
+        """
+        checkpoint.remove_parts(self.folder)
+        for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS):
+            file = self.folder / name
+            try:
+                state = checkpoint.load_state(file)
+            except FileNotFoundError:
+                continue
+            except checkpoint.DamagedError as error:
+                log.warning("%s; %s goes on from an earlier checkpoint, or anew", error, self.title)
+                continue
+            try:
+                self._load(state)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                text = " ".join(str(error).split())[:200]
+                raise CellError(
+                    f"{file}: not a checkpoint of {self.title} ({text}); delete it to start anew"
+                ) from error
+            return True
+        return False
+
+    def _load(self, state: dict[str, Any]) -> None:
+        for name in self._outcome():
+            setattr(self, name, state[name])
+        if (training := state["training"]) is not None:
+            for name, module in self.modules().items():
+                module.load_state_dict(training["modules"][name])
+            self.optimiser.load_state_dict(training["optimiser"])
+            self.means.load(training["means"])

@@ -1,0 +1,404 @@
+"""The loop over a group of learners: every batch and every Teacher forward is made once and serves them all.
+
+A Teacher, the Student baseline and a distilled Student are all learners; a group of one or of thirteen is the same
+code, and each learner's weights and scores are those that it would have had alone, and without any interruption.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kdsweep.core import interrupts, logs
+from kdsweep.core.compute import Compute, give_back_memory, is_out_of_memory, placed
+from kdsweep.core.errors import CellError, told
+from kdsweep.core.progress import Progress
+from kdsweep.data.loaders import Feed
+from kdsweep.data.views import normalise
+from kdsweep.evaluation import metrics, scoring
+from kdsweep.models.models import Outputs, UNet
+from kdsweep.runs import records
+from kdsweep.training.learner import Learner, Lesson, Means
+
+log = logging.getLogger(__name__)
+
+Values = dict[str, float]
+Batch = dict[str, Tensor]
+Maker = Callable[[], Learner | Exception]
+
+
+class StepError(CellError):
+    """Something went wrong inside a training step; the message says in which epoch, step and term."""
+
+
+class Staff:
+    """The frozen Teachers of a group, and the only place where a Teacher's forward is called.
+
+    On two CPU cores 93 % of a Teacher's forward is convolution at the rate of a plain matrix product (224 x 224, batch
+    16: 3.5 s, in bf16 1.7 s): folding its batch norms gains 3 %, torch.compile nothing in bf16, for 40 s of compiling.
+    What pays is bf16, channels-last memory (3.5 s instead of 3.6) and few forwards.
+
+    Args:
+        teachers: by name.
+        compute: where and how.
+    """
+
+    def __init__(self, teachers: Mapping[str, UNet], compute: Compute) -> None:
+        self.teachers, self.compute = teachers, compute
+        for name, network in teachers.items():
+            if network.training or any(parameter.requires_grad for parameter in network.parameters()):
+                raise ValueError(f"Teacher {name} is not frozen in eval mode")
+
+    def teach(self, learners: list[Learner], images: Mapping[str, Tensor]) -> dict[Lesson, Outputs]:
+        """What these learners need: each lesson once, encoder only where that is enough.
+
+        Args:
+            learners: those still in training.
+            images: normalised images (N, 3, H, W) by view.
+        """
+        needed: dict[Lesson, bool] = {}
+        for learner in learners:
+            if (taught := learner.distillation) is not None:
+                needed[taught.lesson] = needed.get(taught.lesson, False) or bool(taught.kd_path.needs_logits)
+        with torch.inference_mode():
+            return {lesson: self._forward(lesson, images, logits=logits) for lesson, logits in needed.items()}
+
+    def _forward(self, lesson: Lesson, images: Mapping[str, Tensor], *, logits: bool) -> Outputs:
+        teacher = self.teachers[lesson.teacher]
+        with self.compute.autocast(lesson.precision):
+            if logits:
+                outputs: Outputs = teacher(images[lesson.view])
+                return outputs
+            hidden = teacher.hidden(images[lesson.view])
+            return Outputs(logits=hidden.new_empty(0), hidden=hidden)
+
+
+class Pace:
+    """When checkpoints are written: so often that they take at most a share of the time.
+
+    Args:
+        share: of the time since the start.
+    """
+
+    def __init__(self, share: float = 0.05) -> None:
+        self.share, self.started_s = share, time.monotonic()
+        self.spent_s = self.told_bytes = 0.0
+        self.saved_s: dict[Path, float] = {}
+
+    def next(self, learners: list[Learner]) -> Learner | None:
+        """The learner whose turn it is, if there is time for a checkpoint: the one that was saved longest ago."""
+        stalest = min(learners, key=lambda learner: self.saved_s.get(learner.folder, 0.0), default=None)
+        if stalest is None:
+            return None
+        rate = self.told_bytes / self.spent_s if self.spent_s else 2e8  # bytes per second; a guess before the first
+        expected_s = stalest.state_bytes() / rate
+        return stalest if self.spent_s + expected_s <= self.share * (time.monotonic() - self.started_s) else None
+
+    def save(self, learner: Learner) -> None:
+        """Write a learner's checkpoint, on the clock."""
+        start_s = time.monotonic()
+        learner.save()
+        now_s = self.saved_s[learner.folder] = time.monotonic()
+        self.spent_s += now_s - start_s
+        self.told_bytes += learner.state_bytes()
+
+
+def fit(
+    learners: list[Learner],
+    *,
+    teachers: Mapping[str, UNet],
+    feed: Feed,
+    compute: Compute,
+    stopped: Callable[[Learner], None] = lambda _: None,
+) -> None:
+    """Train a group until every learner has stopped.
+
+    A learner that fails, be it that a loss term is not finite, is left out from there on; the others do not notice.
+    One that was resumed takes part again from the batch on that it has not seen.
+
+    Args:
+        learners: trained in place; each is what it would have become alone.
+        teachers: frozen networks by the names that the learners' lessons use.
+        feed: training and validation images.
+        compute: device and precision.
+        stopped: called with each learner that has had its last epoch.
+    """
+    staff, pace = Staff(teachers, compute), Pace()
+    taught = [staff.teach(learners, views) for views, _ in scoring.eval_batches(feed.validation, compute)]
+    first = min(learner.epoch for learner in learners) + 1
+    most = max(learner.epochs for learner in learners)
+    label = _label(learners)
+    with Progress(label, epochs=most, done=first) as progress:
+        for epoch in range(first, most):
+            due = [learner for learner in learners if learner.is_due(epoch)]
+            if not due and all(learner.stopped for learner in learners):
+                break
+            train_epoch(due, epoch, staff=staff, feed=feed, compute=compute, pace=pace)
+            _validate(due, taught, feed=feed, compute=compute)
+            for learner in (own for own in due if own.failure is None and own.stopped):
+                stopped(learner)
+            progress.update([learner.history[-1]["val/dice"] for learner in due if learner.history])
+    share = pace.spent_s / (time.monotonic() - pace.started_s)
+    log.info("%s: checkpoints took %.1f s, %.1f %% of the time", label, pace.spent_s, 100 * share)
+
+
+@contextmanager
+def alone(learner: Learner) -> Iterator[None]:
+    """Work on one learner: what goes wrong inside ends this one with its traceback in its own log, not its group.
+
+    Only a lack of memory is passed on: fewer learners at a time may do.
+    """
+    with logs.about(learner.folder):
+        try:
+            yield
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            fail(learner, error)
+
+
+def fail(learner: Learner, error: Exception) -> None:
+    """End a learner before its time, and write down why."""
+    learner.failure = error
+    line = told(error)
+    lead = "" if line.startswith(learner.title) else f"{learner.title}: "
+    log.error("%s%s; traceback in %s", lead, line, learner.folder, exc_info=error)
+    records.write_failed(learner.folder, line)
+
+
+def train_epoch(
+    learners: list[Learner], epoch: int, *, staff: Staff, feed: Feed, compute: Compute, pace: Pace | None = None
+) -> None:
+    """One pass over the training images for all learners; with a pace, checkpoints are written in between.
+
+    The Students step one after the other, which on two CPU cores is the fastest way (224 x 224, batch 16): stacked
+    under torch.func.vmap they take 1.7 to 3.7 times as long, torch.compile gains nothing (455 ms a step instead of
+    450, for 60 s of compiling), a fused Adam under 1 %. CUDA graphs are not tried: no device was at hand to measure.
+    """
+    first = min((learner.steps for learner in learners), default=0)
+    batches = enumerate(feed.train.epoch(epoch, first=first), start=first)
+    number = first
+    while any(learner.failure is None for learner in learners):
+        with _shared(f"epoch {epoch + 1}, step {number + 1}, data"):
+            number, batch = next(batches, (number, None))
+        if batch is None:
+            return
+        active = [learner for learner in learners if learner.failure is None and learner.steps == number]
+        on_device = {name: values.to(compute.device, non_blocking=True) for name, values in batch.items()}
+        images = {view: normalise(on_device[view]) for view in _views(active)}
+        with _shared(f"epoch {epoch + 1}, step {number + 1}, Teacher's forward"):
+            lessons = staff.teach(active, images)
+        for learner in active:
+            interrupts.check()
+            with alone(learner):
+                # What a loss or network draws is its own too: neither the others nor an interruption change it.
+                torch.manual_seed(feed.train.step_seed(epoch, number))
+                _step(learner, on_device, images, lessons, compute)
+        number += 1
+        if pace is not None and (turn := pace.next([own for own in active if own.failure is None])) is not None:
+            with alone(turn):
+                pace.save(turn)
+        interrupts.check()
+
+
+@contextmanager
+def _shared(where: str) -> Iterator[None]:
+    """Say where an error came up of what all learners share, in one line also if it is one of a loader's process."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        line = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else told(error)
+        raise StepError(f"{where}: {line}") from error
+
+
+def _views(learners: list[Learner]) -> set[str]:
+    """The views that somebody still needs."""
+    return {learner.view for learner in learners} | {
+        learner.distillation.lesson.view for learner in learners if learner.distillation
+    }
+
+
+def _step(learner: Learner, batch: Batch, images: Batch, lessons: dict[Lesson, Outputs], compute: Compute) -> None:
+    taught, theta = None, None
+    if (kd := learner.distillation) is not None:
+        taught = lessons[kd.lesson]
+        theta = batch["theta"] if kd.lesson.view != learner.view else None
+    with learner.changing(), _located(learner, f"step {learner.steps + 1}"):
+        learner.doing = "forward"
+        with compute.autocast():
+            outputs = learner.network(images[learner.view])
+            terms = learner.terms(outputs, batch[f"{learner.view}_mask"][:, None], taught, theta)
+        learner.doing = "backward"
+        terms["loss"].backward()
+        learner.optimiser.step()
+        learner.optimiser.zero_grad(set_to_none=True)  # now: a group holds the gradients of one learner at a time
+        learner.means.add(terms, len(batch["theta"]))
+
+
+@contextmanager
+def _located(learner: Learner, where: str) -> Iterator[None]:
+    """Say where in the training an error came up."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, CellError):
+            raise
+        place = f"epoch {learner.epoch + 2}, {where}, {learner.doing}"
+        raise StepError(f"{learner.title}: {place}: {told(error)}") from error
+
+
+def _validate(learners: list[Learner], taught: list[dict[Lesson, Outputs]], *, feed: Feed, compute: Compute) -> None:
+    """End the epoch with the means over the validation images, which Teacher and Student see whole, unaugmented."""
+    for learner in (own for own in learners if own.failure is None):
+        interrupts.check()
+        with alone(learner):
+            learner.check_finite(learner.means, "train")
+            means = Means()
+            learner.evaluate()
+            with torch.no_grad(), compute.autocast(), _located(learner, "validation"):
+                for (views, mask), lessons in zip(scoring.eval_batches(feed.validation, compute), taught, strict=True):
+                    learner.doing = "forward"
+                    outputs = learner.network(views["strong"])
+                    kd = learner.distillation
+                    terms = learner.terms(outputs, mask, lessons[kd.lesson] if kd else None, None)
+                    dice = metrics.mean_dice(logits=outputs.logits, mask=mask)
+                    means.add({**terms, "dice": dice}, len(mask))
+            learner.train()
+            learner.check_finite(means, "val")
+            learner.end_epoch(learner.means.read("train/") | means.read("val/"))
+
+
+def run(
+    learners: list[Learner], *, teachers: Mapping[str, UNet], feed: Feed, compute: Compute
+) -> list[Values | Exception]:
+    """Train a group from its checkpoints on and test each learner: final values, or what ended it, in their order.
+
+    Arguments as for ``fit``. Where Ctrl-C or SIGTERM ends it, or the memory is too small for the group, the learners
+    are saved first.
+    """
+    results: dict[Path, Values] = {}
+
+    def conclude(learner: Learner) -> None:
+        with alone(learner):
+            results[learner.folder] = scoring.conclude(learner, part=feed.test, compute=compute)
+
+    try:
+        compute.prepare()
+        with interrupts.deferred():
+            _begin_all(learners, feed=feed, compute=compute)
+            for learner in (own for own in learners if own.stopped and own.failure is None):
+                conclude(learner)  # what was interrupted after its last epoch
+            if going := [learner for learner in learners if not learner.stopped]:
+                fit(going, teachers=teachers, feed=feed, compute=compute, stopped=conclude)
+    except BaseException as error:
+        open_ones = [own for own in learners if own.failure is None and own.folder not in results]
+        if interrupts.pending() or not isinstance(error, Exception) or is_out_of_memory(error):
+            _save(open_ones)
+            interrupts.check()
+            raise
+        for learner in open_ones:  # an error of what they share: batches, a Teacher's forward
+            with logs.about(learner.folder):
+                fail(learner, error)
+    return [learner.failure or results[learner.folder] for learner in learners]
+
+
+def run_divided(
+    makers: list[Maker], *, teachers: Mapping[str, UNet], feed: Feed, compute: Compute
+) -> list[Values | Exception]:
+    """``run`` with as many learners at a time as the memory holds: what does not fit is divided and goes on.
+
+    Args:
+        makers: make the learners, or say why that cannot be; checkpoints let each part go on where the group was.
+        teachers: as for ``fit``.
+        feed: as for ``fit``.
+        compute: as for ``fit``.
+    """
+    made = [make() for make in makers]
+    learners = [own for own in made if isinstance(own, Learner)]
+    try:
+        outcomes = iter(run(learners, teachers=teachers, feed=feed, compute=compute) if learners else [])
+        return [next(outcomes) if isinstance(own, Learner) else own for own in made]
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(learners) == 1:
+            lack = CellError(
+                f"{learners[0].title}: out of memory on {compute.device}; a smaller train.batch_size helps"
+            )
+            lack.__cause__ = error
+            with logs.about(learners[0].folder):
+                fail(learners[0], lack)
+            return [lack if isinstance(own, Learner) else own for own in made]
+        log.warning("out of memory with %d learners on %s: divided in two", len(learners), compute.device)
+    del learners, made
+    give_back_memory()
+    half = len(makers) // 2
+    parts = (makers[:half], makers[half:])
+    return [own for part in parts for own in run_divided(part, teachers=teachers, feed=feed, compute=compute)]
+
+
+def _label(learners: list[Learner]) -> str:
+    """Such as ``13 learners of split 0 seed 0``; one has its title."""
+    if len(learners) == 1:
+        return learners[0].title
+    places = {learner.title.partition(" ")[2].partition(" (")[0] for learner in learners}
+    return f"{len(learners)} learners of {', '.join(sorted(places))}"
+
+
+def _begin_all(learners: list[Learner], *, feed: Feed, compute: Compute) -> None:
+    """Place and resume each; of a group each log says how, and the screen once for all."""
+    extra = _extra(learners)
+    what = f"at most {max(learner.epochs for learner in learners)} epochs of {len(feed.train)} batches, "
+    what += f"{feed.train.image_count} training images, {compute.device}, {compute.precision}"
+    resumed = 0
+    for learner in learners:
+        interrupts.check()
+        with alone(learner):
+            if _begin(learner, compute):
+                resumed += 1
+                line = f"goes on after epoch {learner.epoch + 1} and {learner.steps} steps"
+            else:
+                line = f"{sum(parameter.numel() for parameter in learner.parameters()) / 1e6:.2f} M parameters, {what}"
+            log.info("%s: %s", learner.title, line, extra=extra)
+    if extra:
+        begun = f"; {resumed} go on from their checkpoints" if resumed else ""
+        log.info("%s: %s%s", _label(learners), what, begun, extra=logs.SCREEN_ONLY)
+
+
+def _begin(learner: Learner, compute: Compute) -> bool:
+    """Whether it goes on from a checkpoint."""
+    for module in learner.modules().values():
+        placed(module, compute)
+    resumed = learner.resume()
+    learner.whole = True  # not before: what is saved half read would take the place of its own checkpoint
+    return resumed
+
+
+def _save(learners: list[Learner]) -> None:
+    """Save those that no step has left half changed; the others go on from their last checkpoint."""
+    saved = 0
+    for learner in learners:
+        with logs.about(learner.folder):
+            try:
+                if learner.whole:
+                    learner.save()
+                    saved += 1
+                    where = learner.epoch + 2, learner.steps
+                    log.info("%s: saved in epoch %d after %d steps", learner.title, *where, extra=_extra(learners))
+            except Exception as error:
+                log.warning("%s: its last checkpoint stays, this one failed: %s", learner.title, told(error))
+    if len(learners) > 1:
+        log.info("%s: %d saved", _label(learners), saved, extra=logs.SCREEN_ONLY)
+
+
+def _extra(learners: list[Learner]) -> dict[str, str] | None:
+    """Of a line that each learner has: on the screen there is one for a group."""
+    return logs.FILE_ONLY if len(learners) > 1 else None

@@ -1,0 +1,170 @@
+"""Names and fingerprints: equal where results are equal, different where they may differ."""
+
+import itertools
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdsweep.config import grid
+from kdsweep.config.grid import Cell
+
+CELL = Cell(
+    role="cell",
+    notation="L_MSE",
+    split=0,
+    seed=0,
+    settings={"lr": 1e-4, "kd": {"weight": 0.5, "align": "warp"}, "sizes": [256, 128]},
+    evidence={"data": "aaaa", "user_code": "bbbb"},
+    store=Path("runs"),
+)
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+# --- names
+
+
+def test_the_twelve_notations_are_those_of_the_papers_table_3() -> None:
+    made = [
+        grid.notation(path=path, loss=loss, distill_view=view)
+        for path, loss, view in itertools.product(("L", "H", "HReg"), ("MSE", "KLD"), ("strong", "weak"))
+    ]
+    assert made == [
+        *("L_MSE", "L_MSE_WAug", "L_KLD", "L_KLD_WAug"),
+        *("H_MSE", "H_MSE_WAug", "H_KLD", "H_KLD_WAug"),
+        *("HReg_MSE", "HReg_MSE_WAug", "HReg_KLD", "HReg_KLD_WAug"),
+    ]
+
+
+def test_a_teacher_is_named_after_the_view_it_is_trained_with() -> None:
+    assert (grid.teacher_notation("strong"), grid.teacher_notation("weak")) == ("Teacher", "Teacher_WAug")
+
+
+def test_run_name_title_and_folder_name_the_cell() -> None:
+    cell = replace(CELL, notation="HReg_KLD_WAug", split=2, seed=5)
+    assert cell.run_name == "HReg_KLD_WAug/split2"
+    assert cell.title == "HReg_KLD_WAug split 2 seed 5"
+    assert cell.folder == Path("runs/cells") / f"HReg_KLD_WAug-split2-seed5-{cell.fingerprint[:10]}"
+    assert replace(cell, role="teacher").folder.parent == Path("runs/teachers")
+
+
+# --- fingerprints
+
+INGREDIENTS: dict[str, Any] = {
+    "role": "student",
+    "notation": "L_KLD",
+    "split": 1,
+    "seed": 1,
+    "settings": {**CELL.settings, "lr": 1e-3},
+    "evidence": {**CELL.evidence, "user_code": "cccc"},
+}
+
+
+@pytest.mark.parametrize("name", INGREDIENTS)
+def test_every_ingredient_changes_the_fingerprint(name: str) -> None:
+    assert replace(CELL, **{name: INGREDIENTS[name]}).fingerprint != CELL.fingerprint
+
+
+def test_no_ingredient_is_left_out_of_the_test_above() -> None:
+    held = {"store", "sources", "variant", "teacher"}  # evidence and settings hold all but the first
+    assert {*INGREDIENTS, *held} == {own.name for own in fields(CELL)}
+
+
+def test_a_deep_setting_changes_the_fingerprint() -> None:
+    changed = {**CELL.settings, "kd": {"weight": 0.5, "align": "none"}}
+    assert replace(CELL, settings=changed).fingerprint != CELL.fingerprint
+
+
+def test_the_store_changes_the_folder_and_nothing_else() -> None:
+    moved = replace(CELL, store=Path("/elsewhere"))
+    assert (moved.fingerprint, moved.place, moved) == (CELL.fingerprint, CELL.place, CELL)
+    assert moved.folder == Path("/elsewhere/cells") / CELL.folder.name
+
+
+def test_new_evidence_makes_a_new_fingerprint_for_the_same_place() -> None:
+    later = replace(CELL, evidence={"data": "changed", "user_code": "bbbb"})
+    assert later.place == CELL.place
+    assert later.fingerprint != CELL.fingerprint
+    assert later.folder != CELL.folder
+    for change in ({"split": 1}, {"seed": 1}, {"notation": "L_KLD"}, {"settings": {}}):
+        assert replace(CELL, **change).place != CELL.place
+
+
+def reordered(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: reordered(value[key]) for key in reversed(value)}
+    return [reordered(item) for item in value] if isinstance(value, list) else value
+
+
+@given(value=PLAIN)
+def test_digest_does_not_depend_on_the_order_of_keys(value: Any) -> None:
+    assert grid.digest(reordered(value)) == grid.digest(value)
+
+
+@given(first=PLAIN, second=PLAIN)
+def test_digest_tells_different_values_apart(first: Any, second: Any) -> None:
+    if first != second:
+        assert grid.digest(first) != grid.digest(second)
+
+
+def test_digest_depends_on_the_order_of_a_list_and_refuses_what_is_not_a_number() -> None:
+    assert grid.digest([1, 2]) != grid.digest([2, 1])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        grid.digest(float("nan"))
+
+
+# --- targets
+
+
+def test_targets_are_found_at_any_depth_once_and_sorted() -> None:
+    settings = {
+        "path": {"_target_": "b.B", "inner": {"_target_": "a.A"}},
+        "losses": [{"_target_": "c.C"}, {"_target_": "a.A"}, "d.D"],
+        "name": "_target_",
+    }
+    assert grid.targets(settings) == ["a.A", "b.B", "c.C"]
+
+
+@given(value=PLAIN)
+def test_targets_of_any_nesting_are_those_put_in(value: Any) -> None:
+    assert grid.targets({"_target_": "x.X", "more": [value, {"_target_": "y.Y", "value": value}]}) == ["x.X", "y.Y"]
+
+
+def test_a_class_of_the_package_that_moves_is_the_same_class() -> None:
+    before = {"path": {"_target_": "kdsweep.distill.kd_paths.Hidden"}, "losses": [{"_target_": "own.mae", "x": 1}, 2]}
+    after = {"path": {"_target_": "kdsweep.distill.paths.Hidden"}, "losses": [{"_target_": "own.mae", "x": 1}, 2]}
+    settled = grid.without_places(before)
+    assert settled == grid.without_places(after)
+    assert settled == {"path": {"_target_": "Hidden"}, "losses": [{"_target_": "own.mae", "x": 1}, 2]}
+
+
+# --- what a sweep asks for
+
+
+def test_a_new_place_takes_that_of_the_same_cell_and_of_an_older_results_version() -> None:
+    asked = {
+        "L_MSE/split0/seed0/0123abcd": "cells/a {}",  # before places had a version
+        "L_MSE/split0/seed0/v0-0123abcd": 'cells/b {"train.lr": "1"}',
+        "L_MSE/split1/seed0/0123abcd": "cells/c {}",
+        "H_MSE/split0/seed0/v1-aaaaaaaa": "cells/d {}",
+        "H_KLD/split0/seed0/v1-aaaaaaaa": "cells/e {}",
+    }
+    new = {"L_MSE/split0/seed0/v1-89abcdef": "cells/f {}", "H_MSE/split0/seed0/v1-bbbbbbbb": "cells/d {}"}
+    assert grid.RESULTS_VERSION == 1
+    assert grid.superseded(asked, new) == ["L_MSE/split0/seed0/0123abcd", "H_MSE/split0/seed0/v1-aaaaaaaa"]
+    assert grid.superseded(asked | new, new) == grid.superseded(asked, new)
+
+
+@pytest.mark.parametrize("role", ["cell", "student", "teacher"])
+def test_a_role_uses_its_own_keys(role: str) -> None:
+    keys = {"train.lr": "1", "kd.weight": "1", "teacher.lr": "1", "student.encoder": "x", "image_size": "64"}
+    used = {"cell": set(keys), "student": {"train.lr", "student.encoder", "image_size"}}
+    assert set(grid.used_by(role, keys, {})) == used.get(role, {"teacher.lr", "image_size"})

@@ -1,0 +1,220 @@
+"""What each configuration value may be; and every configuration file composes, so that none can rot."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import yaml
+
+from kdsweep import conf_dir
+from kdsweep.config import cells, limits
+from kdsweep.core.errors import InputError
+
+CONF = conf_dir()
+FILES = sorted(CONF.rglob("*.yaml"))
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+    for folder in sorted(CONF.iterdir())
+    if folder.is_dir() and folder.name not in ("experiment", "hydra")
+}
+OPTIONS = [f"{group}={option}" for group, options in GROUPS.items() for option in options]
+EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+
+NOT_NUMBERS = (None, "1", True, math.nan, math.inf)
+NOT_SHARES = (-0.01, 1.01, *NOT_NUMBERS)
+NOT_COUNTS = (0, -1, 1.0, 1.5, *NOT_NUMBERS)
+NOT_WIDTHS = ([16] * 4, [16] * 6, [16, 16, 16, 16, 0], [16, 16, 16, 16, 1.5], 16, None)
+BAD: dict[str, tuple[Any, ...]] = {
+    "seed": (-1, 0.5, 0.0, 2**32, *NOT_NUMBERS),
+    "split": (3, -1, 1.0, *NOT_NUMBERS[:2], True),
+    "device": ("gpu", "cpu:1", "cuda:", "cuda:x", "auto:0", None, 1),
+    "deterministic": ("yes", 1, None),
+    "retry_failed": ("yes", 1, None),
+    "kd.teacher_precision": ("fp16", "BF16", None),
+    "precision": ("fp16", "FP32", 32, None),
+    "image_size": (0, 32, 63, 100, 64.0, -64, *NOT_NUMBERS),
+    "train.epochs": NOT_COUNTS,
+    "train.batch_size": NOT_COUNTS,
+    "train.lr": (0, -1, 0.0, *NOT_NUMBERS),
+    "train.patience": NOT_COUNTS,
+    "train.monitor": ("val/loss", "Dice", None, True),
+    "train.workers": (-1, 1.0, "many", None, True),
+    "teacher.lr": (0, -1e-4, *NOT_NUMBERS),
+    "teacher.seed": (-1, 0.5, *NOT_NUMBERS),
+    "teacher_aug.train_view": ("medium", "Weak", None, 1),
+    "teacher_aug.distill_view": ("medium", "Weak", None, 1),
+    "kd.weight": NOT_SHARES,
+    "kd.temperature": (0, -1, *NOT_NUMBERS),
+    "kd.align": ("crop", None, True),
+    "views.shift": (-0.01, 0.51, *NOT_NUMBERS),
+    "views.scale": (-0.01, 0.91, 1.0, *NOT_NUMBERS),
+    "views.rotate_deg": (-1, 181, *NOT_NUMBERS),
+    "views.dropout": NOT_SHARES,
+    "views.probability": NOT_SHARES,
+    "views.noise_std": ([0.2, 0.1], [0.1], [0.1, 0.2, 0.3], [-0.1, 0.1], [0.1, 1.1], [0.1, "0.2"], 0.1, None),
+    "data.count": (3, 0, 4.0, "many", True),
+    "student.decoder_channels": NOT_WIDTHS,
+    "teacher.decoder_channels": NOT_WIDTHS,
+    "path.kd_path.inner_channels": (0, -1, 1.5, "1"),
+    "path.kd_path.kernel_size": (0, 2, -1, 1.5, "1"),
+    "data.load_size": (0, 63, -1, 100.5, "256", True),
+    "data.allow_empty_masks": ("yes", 1),
+    "store": (None, "", 7),
+    "sweep_name": ("", "a/b", "a\nb", "x" * 201, 7, None),
+}
+EDGES: dict[str, tuple[Any, ...]] = {
+    "split": (0, 1, 2),
+    "seed": (0, 2**32 - 1),
+    "image_size": (64, 96),
+    "data.count": (4, None),
+    "path.kd_path.kernel_size": (1, 3, None),
+    "train.epochs": (1,),
+    "train.lr": (1, 1e-9),
+    "train.monitor": ("loss", "dice"),
+    "train.workers": ("auto", 0, 8),
+    "kd.weight": (0, 0.0, 1, 1.0),
+    "views.shift": (0, 0.5),
+    "views.scale": (0, 0.9),
+    "views.rotate_deg": (0, 180),
+    "views.noise_std": ([0, 0], [0.1, 0.1], [0, 1]),
+    "data.load_size": (None, 224, 500),
+    "sweep_name": ("busi-paper", "Try 2_b.c", "größer"),
+}
+
+
+@pytest.fixture(scope="module")
+def defaults() -> dict[str, Any]:
+    return cells.params(cells.compose(["path=HR"]))  # the path that has the most keys
+
+
+def compose(*overrides: str) -> dict[str, Any]:
+    """Flat values of a configuration; data sets that need a folder are given one."""
+    needs_root = any(override in ("data=udiat", "data=busi", "data=folder") for override in overrides)
+    return cells.params(cells.compose([*overrides, *(["data.root=images"] if needs_root else [])]))
+
+
+def test_every_rule_has_bad_values_in_this_test() -> None:
+    assert sorted(BAD) == sorted(key for key, _, _ in limits.RULES)
+    assert EDGES.keys() <= BAD.keys()
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD.items() for value in values])
+def test_a_bad_value_is_refused_with_key_value_and_what_is_allowed(
+    defaults: dict[str, Any], key: str, value: Any
+) -> None:
+    (allowed,) = (words for name, words, _ in limits.RULES if name == key)
+    with pytest.raises(InputError) as caught:
+        limits.check({**defaults, key: value})
+    message = str(caught.value)
+    assert message.startswith(f"{key}=")
+    assert " ".join(str(value).split()) in message
+    assert allowed in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in EDGES.items() for value in values])
+def test_values_at_the_edge_of_the_allowed_are_taken(defaults: dict[str, Any], key: str, value: Any) -> None:
+    size = {"image_size": 64} if key != "image_size" else {}
+    limits.check({**defaults, **size, key: value})
+
+
+def test_every_rule_is_about_a_key_that_exists(defaults: dict[str, Any]) -> None:
+    assert {key for key, _, _ in limits.RULES} <= defaults.keys()
+
+
+def test_images_cannot_be_loaded_smaller_than_they_are_cropped(defaults: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"data\.load_size=200 is not allowed: image_size=224"):
+        limits.check({**defaults, "data.load_size": 200})
+    limits.check({**defaults, "data.load_size": 224})
+
+
+# --- configuration files
+
+
+def test_the_groups_are_those_that_the_design_names() -> None:
+    assert GROUPS.keys() >= {"path", "loss", "teacher_aug", "data", "teacher", "student", "profile", "tracking"}
+    assert GROUPS["path"] == ["H", "HR", "L", "none"]
+    assert EXPERIMENTS == ["cpu_study", "table3", "table4"]
+
+
+def test_the_defaults_are_the_papers_best_cell_by_its_protocol() -> None:
+    defaults = compose()
+    limits.check(defaults)
+    expected = {
+        "path.notation": "L",
+        "loss.name": "kld",
+        "teacher_aug.distill_view": "weak",
+        "split": 0,
+        "seed": 0,
+        "data.name": "phantom",
+        "profile": "paper",
+        "device": "auto",
+        "image_size": 224,
+        "train.epochs": 500,
+        "train.batch_size": 64,
+        "train.lr": 1e-4,
+        "train.patience": 50,
+        "kd.weight": 0.5,
+    }
+    assert {key: defaults[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_every_group_composes_within_the_limits(option: str) -> None:
+    values = compose(option)
+    limits.check(values)
+    group, _, name = option.partition("=")
+    if f"{group}.name" in values:
+        assert values[f"{group}.name"] == name
+
+
+@pytest.mark.parametrize("profile", GROUPS["profile"])
+@pytest.mark.parametrize("path", GROUPS["path"])
+def test_every_path_composes_under_every_profile(path: str, profile: str) -> None:
+    values = compose(f"path={path}", f"profile={profile}", "teacher_aug=strong", "loss=mse")
+    limits.check(values)
+    assert values["profile"] == profile
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_sweeps_existing_options_within_the_limits(name: str) -> None:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("config", [f"+experiment={name}"], return_hydra_config=True)
+    limits.check(cells.params(cfg))
+    swept = {key: str(values).split(",") for key, values in cfg.hydra.sweeper.params.items()}
+    for key, values in swept.items():
+        for value in values:
+            limits.check(compose(f"{key}={value}"))
+    count = math.prod(map(len, swept.values()))
+    assert count == {"table3": 12, "table4": 48, "cpu_study": 48}[name]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
+def test_every_configuration_file_opens_with_a_comment_that_says_what_it_is(file: Path) -> None:
+    first, *rest = file.read_text(encoding="utf-8").splitlines()
+    line = rest[0] if first.startswith("# @package") else first
+    assert line.startswith("# ")
+    assert len(line) > 20
+    assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict)
+
+
+def targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        yield from (value for key, value in node.items() if key == "_target_")
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from targets(child)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
+def test_every_target_of_a_configuration_file_exists(file: Path) -> None:
+    for name in targets(yaml.safe_load(file.read_text(encoding="utf-8"))):
+        assert callable(hydra.utils.get_object(name)), name
+
+
+def test_both_networks_follow_the_weights_of_the_profile(defaults: dict[str, Any]) -> None:
+    values = compose("profile=quick")
+    assert values["weights"] == values["student.weights"] == values["teacher.weights"] == "none"
+    assert defaults["weights"] == defaults["student.weights"] == defaults["teacher.weights"] == "imagenet"

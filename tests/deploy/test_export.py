@@ -1,0 +1,330 @@
+"""A trained network as ONNX: the same probabilities, for any batch, and what the file says about itself."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from test_predict import CPU, SIZE, copy, damage, finish, noise
+
+from kdsweep.config import cells
+from kdsweep.config.grid import Cell
+from kdsweep.core.errors import InputError
+from kdsweep.data import data
+from kdsweep.data.loaders import EvalPart
+from kdsweep.deploy import export, predict
+from kdsweep.evaluation import latency, scoring
+from kdsweep.results import costs
+from kdsweep.runs import checkpoint, records
+from kdsweep.training import build
+
+
+@pytest.fixture(scope="module")
+def cell(tmp_path_factory) -> Cell:
+    return finish(tmp_path_factory.mktemp("finished"))
+
+
+def retest(folder: Path, dice: float) -> None:
+    """Have the run record another test Dice."""
+    records.write_finished(folder, values={"test/dice": dice}, files=["student.safetensors"])
+
+
+@pytest.fixture(scope="module")
+def of_busi(small_busi, tmp_path_factory) -> tuple[Cell, float]:
+    """A finished run of files, and the test Dice that it recorded as testing computes it."""
+    store = tmp_path_factory.mktemp("busi")
+    own = ["profile=quick", "path=none", "device=cpu", "data=busi", f"data.root={small_busi}", f"store={store}"]
+    cfg = cells.compose(own)
+    cell = cells.cell(cfg)
+    records.describe(cell, split=cells.split_ids(cfg), params=cells.params(cfg), tags=build.tags(cfg))
+    checkpoint.save_network(cell.folder / "student.safetensors", build.student_network(cfg))
+    retest(cell.folder, 0.5)
+    images = data.load(data.Busi(small_busi), load_size=SIZE, image_size=SIZE)
+    ids = json.loads((cell.folder / "split.json").read_text())["test"]
+    chosen = [images.ids.index(image_id) for image_id in ids]
+    pictures, masks = (torch.from_numpy(array[chosen]) for array in (images.eval_images, images.eval_masks))
+    part = EvalPart(ids, [images.labels[i] for i in chosen], pictures, masks[:, None])
+    predictions = scoring.predict(predict.load_model(cell.folder).network, part, compute=CPU)
+    dice = float(scoring.score(predictions, part)["dice"].mean())
+    retest(cell.folder, dice)
+    return cell, dice
+
+
+@pytest.fixture(scope="module")
+def exported(cell) -> Path:
+    file = cell.store / "new" / "student.onnx"
+    assert export.main(["--run", "Student/split0", "--store", str(cell.store), "--out", str(file)]) == 0
+    return file
+
+
+@pytest.fixture(scope="module")
+def content(exported) -> bytes:
+    return exported.read_bytes()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_batch_of_any_size_gives_the_networks_probabilities(cell, exported, batch):
+    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
+    model = predict.load_model(cell.folder)
+    images = torch.cat([predict.prepare(noise(70, 90, 3, seed=i), image_size=SIZE) for i in range(batch)])
+    (found,) = session.run(["probabilities"], {"images": images.numpy()})
+    with torch.no_grad():
+        expected = torch.sigmoid(model.network(images).logits).numpy()
+    assert found.shape == (batch, 1, SIZE, SIZE)
+    assert found.std() > 0.01
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_file_says_where_it_is_from_and_how_images_are_prepared(cell, exported):
+    proto = onnx.load(exported)
+    onnx.checker.check_model(proto, full_check=True)
+    told = {entry.key.removeprefix("kdsweep."): entry.value for entry in proto.metadata_props}
+    steps = told.pop("preprocessing").split("; ")
+    assert told.pop("output").startswith("probability of lesion")
+    assert told == {
+        "notation": "Student",
+        "split": "0",
+        "seed": "0",
+        "role": "student",
+        "fingerprint": cell.fingerprint,
+        "source_run": cell.folder.name,
+        "encoder": "mobilenetv3_small_trimmed",
+        "image_size": str(SIZE),
+        "threshold": "0.5",
+    }
+    assert "subtract the mean (0.485, 0.456, 0.406), divide by the standard deviation (0.229, 0.224, 0.225)" in steps
+    assert any(step.startswith(f"resize the whole image to {SIZE} x {SIZE}") for step in steps)
+    assert str(Path(export.__file__).parent.parent).encode() not in exported.read_bytes()  # no paths of this computer
+    assert [file.name for file in exported.parent.iterdir()] == ["student.onnx"]
+
+
+def test_the_preprocessing_that_it_tells_is_the_one_that_is_done():
+    image = noise(SIZE, SIZE, 3)
+    by_hand = (image / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    found = predict.prepare(image, image_size=SIZE)
+    np.testing.assert_allclose(found[0].numpy(), by_hand.transpose(2, 0, 1), rtol=0, atol=1e-5)
+
+
+def test_it_tells_parity_and_latency(cell, content, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "to_onnx", lambda _: content)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(noise(91, 77)).save(tmp_path / "images" / "a.png")
+    out = tmp_path / "a.onnx"
+    threads = torch.get_num_threads()
+    call = ["--run", str(cell.folder), "--out", str(out), "--images", str(tmp_path / "images")]
+    assert export.main(call) == 0
+    first, latency, last = capsys.readouterr().out.splitlines()
+    name = "Student split 0 seed 0 (mobilenetv3_small_trimmed, 64 x 64)"
+    assert first == f"{name} to ONNX opset 18: {out}"
+    assert latency.startswith(f"one image on one thread of {costs.cpu_name()}, median of 50: ONNX Runtime ")
+    assert last.startswith(f"wrote {out} (")
+    assert last.endswith(f"on 1 images of {tmp_path / 'images'}, allowed 1e-04")
+    assert torch.get_num_threads() == threads
+    (tmp_path / "images" / "b.png").touch()
+    assert export.main(call) == 1
+    assert "b.png is not a readable image" in capsys.readouterr().err
+
+
+# ---- on the run's test images --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(content, tmp_path, monkeypatch, capsys):
+    """Calls the command with the export done already; its lines, or the one with which it ends."""
+    monkeypatch.setattr(export, "to_onnx", lambda _: content)
+
+    def make(folder: Path, *arguments: object) -> list[str]:
+        words = ["--run", folder, "--store", tmp_path / "store", "--out", tmp_path / "a.onnx", *arguments]
+        code = export.main([str(word) for word in words])
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == code
+        return (printed.err or printed.out).splitlines()
+
+    return make
+
+
+def test_both_cells_have_the_network_of_the_exported_file(cell, of_busi):
+    ours, theirs = (predict.load_model(one.folder).network.state_dict() for one in (cell, of_busi[0]))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_by_default_it_compares_on_the_runs_test_images_and_reproduces_their_dice(of_busi, made):
+    cell, dice = of_busi
+    assert 0.01 < dice < 0.99
+    _, _, last = made(cell.folder)
+    found = f"mean Dice {dice:.4f} there, recorded {dice:.4f}"
+    assert last.endswith(f" on the run's 5 test images (busi), allowed 1e-04; {found}")
+
+
+def test_the_test_images_are_those_of_the_split(of_busi, small_busi, tmp_path):
+    cell, _ = of_busi
+    found = export.run_inputs(predict.load_model(cell.folder), store=tmp_path, data_root=None)
+    entries = {entry.id: entry for entry in data.Busi(small_busi).entries()}
+    ids = json.loads((cell.folder / "split.json").read_text())["test"]
+    for image_id, image, mask in zip(ids, found.images, found.masks, strict=True):
+        picture, truth = data.read(entries[image_id], smallest=SIZE)
+        torch.testing.assert_close(image, predict.prepare(picture, image_size=SIZE), rtol=0, atol=0)
+        np.testing.assert_array_equal(mask[0].numpy(), data.resize_mask(truth, SIZE))
+
+
+@pytest.mark.parametrize(
+    ("precision", "cause"), [("fp32", "are these the images that it was tested on?"), ("bf16", "it was tested in bf16")]
+)
+def test_another_dice_than_the_recorded_one_is_told_as_a_warning(of_busi, made, tmp_path, precision, cause):
+    cell, dice = of_busi
+    folder = copy(cell, tmp_path)
+    about = json.loads((folder / "cell.json").read_text())
+    about["params"]["precision"] = precision
+    (folder / "cell.json").write_text(json.dumps(about))
+    retest(folder, dice + 0.0009)
+    assert made(folder)[-1].endswith(f"mean Dice {dice:.4f} there, recorded {dice + 0.0009:.4f}")
+    for other in (dice + 0.0011, dice - 0.0011):
+        retest(folder, other)
+        told = f"; WARNING: mean Dice {dice:.4f} there, but recorded {other:.4f} ({cause})"
+        assert made(folder)[-1].endswith(told)
+    assert (tmp_path / "a.onnx").is_file()
+
+
+def test_a_mean_dice_worked_out_by_hand(of_busi, tmp_path):
+    folder = copy(of_busi[0], tmp_path)
+    retest(folder, 0.75)
+    found = np.array([[0.6, 0.5], [0.9, 0.1]], np.float32).reshape(2, 1, 1, 2)  # lesion, none; lesion, none
+    masks = torch.tensor([[1, 1], [1, 0]]).reshape(2, 1, 1, 2)  # Dice 2/3 and 1
+    told = export.compare_dice(predict.load_model(folder), found, masks)
+    assert told.startswith("WARNING: mean Dice 0.8333 there, but recorded 0.7500 ")
+    model = predict.load_model(folder)
+    (folder / "finished.json").write_text("{}")
+    with pytest.raises(InputError, match=r"finished\.json is damaged"):
+        export.compare_dice(model, found, masks)
+
+
+def test_images_that_were_moved_are_found_by_their_new_folder(of_busi, small_busi, made, tmp_path):
+    cell, dice = of_busi
+    folder = copy(cell, tmp_path)
+    text = (folder / "cell.json").read_text()
+    (folder / "cell.json").write_text(text.replace(str(small_busi), "/gone"))
+    told, _, _, last = made(folder)
+    why = "the run's test images cannot be read: data.root=/gone: no such folder; give the folder that holds the images"
+    instead = "compared on 4 phantoms and 4 images of noise instead (--data-root DIR names images that were moved)"
+    assert told == f"{why}; {instead}"
+    assert last.endswith(" on 4 phantoms and 4 images of noise, allowed 1e-04")
+    assert made(folder, "--data-root", small_busi)[-1].endswith(f"mean Dice {dice:.4f} there, recorded {dice:.4f}")
+
+
+def test_a_folder_that_was_named_and_has_not_the_images_is_an_error(of_busi, made, tmp_path):
+    (told,) = made(of_busi[0].folder, "--data-root", tmp_path)
+    assert told.startswith(f"kdsweep: error: --data-root {tmp_path}: data.root={tmp_path}: no images found")
+    with pytest.raises(SystemExit):
+        made(of_busi[0].folder, "--data-root", tmp_path, "--images", tmp_path)
+    assert not (tmp_path / "a.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "told"),
+    [
+        ("cell.json", "kdsweep.data.Busi", "own_data.Clinic", "data.source=own_data.Clinic: only kdsweep.data.Udiat"),
+        ("split.json", '"test"', '"tests"', r"split.json is damaged"),
+        ("split.json", '"benign (', '"gone (', "is not in the data set any more"),
+    ],
+)
+def test_test_images_that_cannot_be_had_are_told_with_the_reason(of_busi, made, tmp_path, file, old, new, told):
+    folder = copy(of_busi[0], tmp_path)
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new))
+    first, _, _, last = made(folder)
+    assert first.startswith("the run's test images cannot be read: ")
+    assert told in first
+    assert "4 phantoms and 4 images of noise" in last
+
+
+def test_phantoms_are_read_from_the_runs_own_store_or_drawn_anew(cell, made, tmp_path):
+    assert "on the run's 1 test images (phantom), allowed 1e-04; " in made(cell.folder)[-1]
+    folder = copy(cell, tmp_path / "elsewhere")
+    assert "on the run's 1 test images (phantom), allowed 1e-04; " in made(folder)[-1]
+    assert [entry.name for entry in (tmp_path / "elsewhere").iterdir()] == ["cells"]
+    assert not (tmp_path / "store").exists()
+    model = predict.load_model(cell.folder)
+    assert export.find_store(model, named=tmp_path) == cell.store.resolve()
+    loose = shutil.copytree(cell.folder, tmp_path / "loose")
+    assert export.find_store(predict.load_model(loose), named=tmp_path) == tmp_path
+
+
+# ---- what differs --------------------------------------------------------------------------------------------------
+
+
+class Constant:
+    """In place of ONNX Runtime: the same probability everywhere."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def run(self, _names, inputs):
+        (images,) = inputs.values()
+        return [np.full((len(images), 1, *images.shape[2:]), self.value, np.float32)]
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0, np.nan])
+def test_a_file_that_computes_something_else_is_not_written(cell, made, tmp_path, monkeypatch, value):
+    out = tmp_path / "a.onnx"
+    out.write_text("an older one")
+    monkeypatch.setattr(export, "open_session", lambda _: Constant(value))
+    told = made(cell.folder)[-1]
+    assert "not written, probabilities of ONNX Runtime and PyTorch differ by up to" in told
+    assert told.endswith("on the run's 1 test images (phantom); allowed are 1e-04")
+    assert out.read_text() == "an older one"
+
+
+def test_the_largest_difference_worked_out_by_hand():
+    def network(images):
+        return images[:, :1]
+
+    images = [torch.tensor([0.2, 0.45]).expand(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.6)]
+    found = export.onnx_probabilities(Constant(0.5), images)
+    assert found.shape == (2, 1, 2, 2)
+    assert export.largest_difference(found, network, images) == pytest.approx(0.3)
+    found[1, 0, 1, 1] = np.nan
+    assert export.largest_difference(found, network, images) == np.inf
+
+
+def test_phantoms_and_noise_are_the_same_each_time():
+    first, again = (export.drawn_inputs(SIZE).images for _ in range(2))
+    assert [tuple(images.shape) for images in first] == [(1, 3, SIZE, SIZE)] * 8
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_durations_are_told_as_median_and_95th_percentile(monkeypatch):
+    durations_s = [9.0] * latency.WARM_UP + [number / 1000 for number in range(1, latency.REPEATS + 1)]
+    ticks = iter(tick for duration_s in durations_s for tick in (0.0, duration_s))
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: next(ticks))
+    assert latency.time_ms(lambda: None, device=torch.device("cpu"), threads=1) == pytest.approx((25.5, 47.55))
+
+
+def test_a_missing_package_bad_weights_and_a_bad_place_are_told_in_one_line(
+    cell, content, tmp_path, monkeypatch, capsys
+):
+    def refused(*arguments: object) -> str:
+        assert export.main([str(argument) for argument in arguments]) == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith("kdsweep: error: ")
+        assert printed.count("\n") == 1
+        return printed
+
+    monkeypatch.setattr(export, "to_onnx", lambda _: content)
+    assert "is a folder" in refused("--run", cell.folder, "--out", tmp_path)
+    (tmp_path / "file").touch()
+    assert "cannot write there" in refused("--run", cell.folder, "--out", tmp_path / "file" / "a.onnx")
+    folder = copy(cell, tmp_path)
+    damage(folder / "student.safetensors")
+    assert "checksum differs" in refused("--run", folder, "--out", tmp_path / "a.onnx")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else real(name))
+    told = refused("--run", cell.folder, "--out", tmp_path / "a.onnx")
+    assert told == "kdsweep: error: ONNX export needs onnxscript: pip install 'kdsweep[export]'\n"
+    assert not (tmp_path / "a.onnx").exists()

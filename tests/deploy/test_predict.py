@@ -1,0 +1,348 @@
+"""Masks of one's own images, from a run that looks finished: its network has random weights, nothing is trained."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from kdsweep.config import cells
+from kdsweep.config.grid import Cell
+from kdsweep.core.compute import Compute, placed
+from kdsweep.core.errors import InputError
+from kdsweep.data import data
+from kdsweep.data.loaders import EvalPart
+from kdsweep.deploy import predict
+from kdsweep.evaluation import scoring
+from kdsweep.models import models
+from kdsweep.runs import checkpoint, records
+from kdsweep.tracking import tracking
+from kdsweep.training import build
+
+SIZE = 64
+CPU = Compute(device=torch.device("cpu"), precision="fp32")
+
+
+def finish(store: Path, *overrides: str, teacher: bool = False) -> Cell:
+    """A finished Student (or the Teacher of a cell) of the quick profile whose weights were never trained."""
+    cfg = cells.compose(["profile=quick", "path=none", "device=cpu", "data.count=5", f"store={store}", *overrides])
+    cell = cells.teacher_cell(cfg) if teacher else cells.cell(cfg)
+    network = build.teacher_network(cfg) if teacher else build.student_network(cfg)
+    file = f"{'teacher' if teacher else 'student'}.safetensors"
+    records.describe(cell, split=cells.split_ids(cfg), params=cells.params(cfg), tags=build.tags(cfg))
+    checkpoint.save_network(cell.folder / file, network)
+    records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[file])
+    return cell
+
+
+@pytest.fixture(scope="module")
+def cell(tmp_path_factory) -> Cell:
+    return finish(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="module")
+def model(cell) -> predict.Model:
+    found = predict.load_model(cell.folder)
+    placed(found.network, CPU)
+    return found
+
+
+def noise(*shape: int, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def run(*arguments: object) -> int:
+    return predict.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments: object) -> str:
+    """The one line with which a command ends."""
+    assert run(*arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("kdsweep: error: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """A folder of images of every mode and of odd sizes, the smallest below that of the network."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    grey = noise(71, 93)
+    Image.fromarray(grey).save(folder / "grey.png")
+    Image.fromarray(grey).save(folder / "lossy.JPG")
+    Image.fromarray(noise(33, 130, 3)).save(folder / "rgb.bmp")
+    Image.fromarray(noise(64, 65, 4)).save(folder / "alpha.png")
+    Image.fromarray(noise(90, 70, 2)).save(folder / "grey-alpha.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.tif")
+    Image.fromarray(noise(70, 101, 3)).quantize(16).save(folder / "palette.png")
+    Image.fromarray(grey > 127).save(folder / "bits.png")
+    return folder
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_on_images_of_the_networks_size_it_is_what_testing_computes(model):
+    pictures = noise(6, SIZE, SIZE, 3)
+    part = EvalPart(["a"] * 6, ["b"] * 6, torch.from_numpy(pictures), torch.zeros(6, 1, SIZE, SIZE, dtype=torch.uint8))
+    tested = scoring.predict(model.network, part, compute=CPU)[:, 0].numpy()
+    own = [predict.probabilities(model.network, picture, image_size=SIZE, compute=CPU) for picture in pictures]
+    assert 0.01 < tested.mean() < 0.99
+    np.testing.assert_array_equal(np.stack(own) > predict.THRESHOLD, tested)
+
+
+def test_other_sizes_are_resized_as_test_images_and_their_probabilities_back(model):
+    large = np.repeat(np.repeat(noise(SIZE, SIZE, 3), 3, axis=0), 2, axis=1)
+    found = predict.probabilities(model.network, large, image_size=SIZE, compute=CPU)
+    small = predict.probabilities(model.network, data.resize_image(large, SIZE), image_size=SIZE, compute=CPU)
+    assert found.shape == (3 * SIZE, 2 * SIZE)
+    np.testing.assert_allclose(found[1::3, ::2][:, 1:], 0.75 * small[:, 1:] + 0.25 * small[:, :-1], atol=1e-5)
+
+
+def test_a_row_of_the_table_worked_out_by_hand():
+    probability = np.array([[0.1, 0.5, 0.6, 0.9], [0.2, 0.3, 0.4, 0.0]], np.float32)
+    assert predict.measure("a.png", probability) == ["a.png", 4, 2, 2, "25.0000", "0.750000", "0.900000"]
+    empty = np.full((2, 2), 0.5, np.float32)
+    assert predict.measure("b.png", empty) == ["b.png", 2, 2, 0, "0.0000", "", "0.500000"]
+
+
+def test_the_contour_is_drawn_on_the_image_and_nothing_else():
+    image, mask = np.full((20, 30, 3), 7, np.uint8), np.zeros((20, 30), bool)
+    np.testing.assert_array_equal(predict.draw(image, mask), image)
+    mask[5:10, 10:20] = True
+    drawn = (predict.draw(image, mask) == predict.CONTOUR).all(axis=2)
+    inner = np.zeros_like(mask)
+    inner[6:9, 11:19] = True
+    np.testing.assert_array_equal(drawn, mask & ~inner)
+    assert (image == 7).all()
+
+
+# ---- a folder ------------------------------------------------------------------------------------------------------
+
+
+def test_every_mode_and_size_gets_a_mask_an_overlay_and_a_row(cell, model, images, tmp_path, capsys):
+    (images / "notes.txt").write_text("text")
+    (images / "._grey.png").write_text("hidden")
+    (images / "folder.png").mkdir()
+    out = tmp_path / "new" / "out"
+    assert run("--run", cell.folder, "--images", images, "--out", out) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    name = "Student split 0 seed 0 (mobilenetv3_small_trimmed, 64 x 64)"
+    assert first == f"{name}: 9 images of {images} on cpu"
+    results = f"wrote masks and overlays of 9 of 9 images and predictions.csv to {out}"
+    assert last == f"{results}; unreadable: 0; other files skipped: 3"
+    table = pd.read_csv(out / "predictions.csv", index_col="image")
+    files = [file for file in images.iterdir() if file.name in table.index]
+    assert len(files) == len(table) == 9
+    for file in files:
+        image, row = data.read_grey_or_colour(file), table.loc[file.name]
+        name = file.name if file.stem == "deep" else file.stem  # deep.png and deep.tif
+        mask = np.asarray(Image.open(out / f"{name}_mask.png"))
+        probability = predict.probabilities(model.network, image, image_size=SIZE, compute=CPU)
+        assert mask.shape == image.shape[:2] == (row["height"], row["width"])
+        assert np.asarray(Image.open(out / f"{name}_overlay.png")).shape == image.shape
+        np.testing.assert_array_equal(mask, np.where(probability > 0.5, 255, 0))
+        assert row["area_px"] == (mask == 255).sum()
+        assert row["area_percent"] == pytest.approx(100 * (mask == 255).mean(), abs=1e-4)
+        mean = probability[mask == 255].mean() if mask.any() else math.nan
+        assert row["mean_probability"] == pytest.approx(mean, abs=1e-6, nan_ok=True)
+        assert row["max_probability"] == pytest.approx(probability.max(), abs=1e-6)
+    assert len(list(out.iterdir())) == 2 * 9 + 1
+    assert table["area_px"].gt(0).any()
+
+
+def test_sixteen_bits_and_eight_give_the_same(cell, images, tmp_path):
+    run("--run", cell.folder, "--images", images, "--out", tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv", index_col="image")
+    for deep in ("deep.png", "deep.tif"):
+        pd.testing.assert_series_equal(table.loc[deep], table.loc["grey.png"], check_names=False)
+
+
+def test_unreadable_images_are_named_and_the_others_done(cell, images, tmp_path, capsys, monkeypatch):
+    (images / "broken.png").write_bytes((images / "grey.png").read_bytes()[:200])
+    (images / "empty.tif").touch()
+    assert run("--run", cell.folder, "--images", images, "--out", tmp_path / "out") == 1
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
+        f"skipped: {images / name} is not a readable image" for name in ("broken.png", "empty.tif")
+    ]
+    assert "of 9 of 11 images" in printed.out
+    assert "; unreadable: 2;" in printed.out
+    assert len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 9
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match="more pixels than"):
+        predict.read_image(images / "grey.png")
+
+
+def test_masks_that_lie_beside_their_images_are_not_images(tmp_path):
+    for name in ("benign (1)", "benign (1)_mask", "benign (1)_mask_1", "lone_mask"):
+        Image.fromarray(noise(8, 8)).save(tmp_path / f"{name}.png")
+    files, others = predict.list_images(tmp_path)
+    assert list(files) == ["benign (1)", "lone_mask"]
+    assert others == 2
+
+
+def test_an_interrupt_leaves_the_table_of_what_is_done(cell, images, tmp_path, capsys, monkeypatch):
+    calls, probabilities = [], predict.probabilities
+
+    def third_is_interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return probabilities(*args, **kwargs)
+
+    monkeypatch.setattr(predict, "probabilities", third_is_interrupted)
+    out = tmp_path / "out"
+    assert run("--run", cell.folder, "--images", images, "--out", out) == 130
+    assert capsys.readouterr().err == f"kdsweep: stopped; what is done lies in {out}\n"
+    assert len(pd.read_csv(out / "predictions.csv")) == 2
+
+
+def test_it_writes_only_where_nothing_is_lost(cell, images, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    call = ("--run", cell.folder, "--images", images, "--out")
+    assert f"--out {out}: not empty" in refused(capsys, *call, out)
+    assert f"--out {images}: is the folder of the images" in refused(capsys, *call, images, "--overwrite")
+    assert f"--out {out / 'mine.txt'}: is a file" in refused(capsys, *call, out / "mine.txt")
+    assert "cannot write there (Not a directory)" in refused(capsys, *call, out / "mine.txt" / "deeper")
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+    assert run(*call, out, "--overwrite") == run(*call, out, "--overwrite") == 0
+    assert (out / "mine.txt").read_text() == "mine"
+    assert len(list(out.iterdir())) == 2 * 9 + 2
+
+
+def test_a_folder_without_images_and_a_device_that_is_not_there_are_told(cell, images, tmp_path, capsys):
+    call = ("--run", cell.folder, "--out", tmp_path / "out", "--images")
+    (tmp_path / "empty").mkdir()
+    assert "no images found; expected files ending in .png" in refused(capsys, *call, tmp_path / "empty")
+    assert "no such folder" in refused(capsys, *call, tmp_path / "nowhere")
+    assert "device=tpu is not allowed" in refused(capsys, *call, images, "--device", "tpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_images_of_one_stem_do_not_meet(tmp_path):
+    for name in ("x.png", "X.tif", "x.png.jpg", "y.png"):
+        (tmp_path / name).touch()
+    found, _ = predict.list_images(tmp_path)
+    assert {name: file.name for name, file in found.items()} == {
+        "X.tif": "X.tif",
+        "x.png": "x.png",
+        "x.png.jpg": "x.png.jpg",
+        "y": "y.png",
+    }
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+def find(run: object, store: Path) -> Path:
+    return predict.find_folder(str(run), store=store, uri=None)
+
+
+def test_a_run_is_found_by_folder_and_by_name(cell):
+    names = (cell.folder, cell.folder.name, "Student/split0", "Student/split0/seed0")
+    assert [find(name, cell.store) for name in names] == [cell.folder] * 4
+
+
+@pytest.mark.parametrize("name", ["Student/split1", "Student/split0/seed7", "S*/split0", "nothing", "../split0/x"])
+def test_a_run_that_is_not_there_is_told(cell, name):
+    with pytest.raises(InputError, match=r"--run .*: (not in --store|no such folder with a cell.json)"):
+        find(name, cell.store)
+
+
+def copy(cell: Cell, store: Path, digest="0123456789") -> Path:
+    name = cell.folder.name.rpartition("-")[0]
+    return Path(shutil.copytree(cell.folder, store / "cells" / f"{name}-{digest}"))
+
+
+def test_a_name_means_the_finished_run_and_two_of_them_are_not_guessed_between(cell, tmp_path):
+    finished, other = copy(cell, tmp_path), copy(cell, tmp_path, "1111111111")
+    with pytest.raises(InputError, match=r"2 finished runs have this name.*0123456789, .*1111111111"):
+        find("Student/split0", tmp_path)
+    (other / records.FINISHED).unlink()
+    assert find("Student/split0", tmp_path) == finished
+    (finished / records.FINISHED).unlink()
+    with pytest.raises(InputError, match="not finished"):
+        predict.load_model(find("Student/split0", tmp_path))
+
+
+def test_a_run_is_found_by_its_id_in_mlflow(cell, empty_store, tmp_path):
+    shutil.copytree(empty_store, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(cell.store / "cells", tmp_path / "cells")
+    folder = tmp_path / "cells" / cell.folder.name
+    tracker = tracking.Tracker(store=tmp_path, uri=None)
+    for name in scoring.SCORES, scoring.PREDICTIONS:
+        (folder / name).touch()
+    run_id = tracker.mirror(records.read(folder), sweep="study")
+    assert find(run_id, tmp_path) == folder
+    with pytest.raises(InputError, match="MLflow does not give it"):
+        find("0" * 32, tmp_path)
+    client = tracking.MlflowClient(tracking_uri=tracking.store_uri(tmp_path, None))
+    sweep = client.get_run(run_id).data.tags["mlflow.parentRunId"]
+    with pytest.raises(InputError, match="is not one of a Student"):
+        find(sweep, tmp_path)
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match=r"its folder .* is not there"):
+        find(run_id, tmp_path)
+
+
+def test_asking_for_an_id_creates_no_store(tmp_path):
+    with pytest.raises(InputError, match=r"has no mlflow\.db"):
+        find("0" * 32, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_is_loaded_as_one(tmp_path):
+    teacher = finish(tmp_path, "path=L", teacher=True)
+    model = predict.load_model(find(f"{teacher.notation}/split0", tmp_path))
+    assert (model.encoder, model.network.training) == ("resnet18", False)
+    stored = models.read_weights(teacher.folder / "teacher.safetensors")
+    torch.testing.assert_close(model.network.state_dict(), stored, rtol=0, atol=0)
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_what_is_damaged_is_refused_and_left_as_it_is(cell, images, tmp_path, capsys):
+    folder = copy(cell, tmp_path)
+    weights = folder / "student.safetensors"
+    call = ("--run", folder, "--images", images, "--out", tmp_path / "out")
+    damage(weights)
+    assert f"{weights}: missing or damaged, its checksum differs" in refused(capsys, *call)
+    weights.unlink()
+    assert f"{weights}: missing or damaged" in refused(capsys, *call)
+    assert (folder / records.FINISHED).exists()
+    about = json.loads((folder / records.CELL).read_text())
+    del about["tags"]["kdsweep.notation"]
+    (folder / records.CELL).write_text(json.dumps(about))
+    assert "cell.json is damaged (KeyError)" in refused(capsys, *call)
+    (folder / records.CELL).write_text("{")
+    assert "cell.json is damaged (JSONDecodeError)" in refused(capsys, *call)
+
+
+def test_weights_of_another_network_are_refused(cell, tmp_path):
+    folder = copy(cell, tmp_path)
+    about = json.loads((folder / records.CELL).read_text())
+    about["params"]["student.decoder_channels"] = [32, 32, 16, 16, 16]
+    (folder / records.CELL).write_text(json.dumps(about))
+    with pytest.raises(InputError, match="belongs to another network"):
+        predict.load_model(folder)
+
+
+def test_loading_writes_nothing(cell):
+    before = {file: file.stat().st_mtime_ns for file in cell.folder.rglob("*")}
+    predict.load_model(cell.folder)
+    assert {file: file.stat().st_mtime_ns for file in cell.folder.rglob("*")} == before

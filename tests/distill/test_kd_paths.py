@@ -1,0 +1,152 @@
+"""KD paths: which tensors are compared, their shapes, and what a path owns."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdsweep.distill import kd_paths
+from kdsweep.models import models
+from kdsweep.models.models import Outputs
+from kdsweep.training.learner import Distillation, Lesson
+
+
+def outputs(channels: int, *, seed: int) -> Outputs:
+    generator = torch.Generator().manual_seed(seed)
+    return Outputs(
+        logits=torch.randn(2, 1, 64, 64, generator=generator),
+        hidden=torch.randn(2, channels, 2, 2, generator=generator),
+    )
+
+
+@pytest.fixture
+def student() -> Outputs:
+    return outputs(96, seed=0)
+
+
+@pytest.fixture
+def teacher() -> Outputs:
+    return outputs(2048, seed=1)
+
+
+def make_path(name: str) -> kd_paths.KDPath:
+    if name == "HR":
+        return kd_paths.HiddenRegressor(student_channels=96, teacher_channels=2048)
+    return {"L": kd_paths.Logits, "H": kd_paths.Hidden}[name]()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "needs_logits"),
+    [
+        ("L", (2, 1, 64, 64), True),
+        ("H", (2, 1, 2, 2), False),
+        ("HR", (2, 2048, 2, 2), False),
+    ],
+)
+def test_both_maps_have_the_paths_shape(
+    student: Outputs, teacher: Outputs, name: str, shape: tuple[int, ...], needs_logits: bool
+) -> None:
+    kd_path = make_path(name)
+    assert kd_path.student_map(student).shape == kd_path.teacher_map(teacher).shape == shape
+    assert kd_path.needs_logits is needs_logits
+
+
+def test_l_compares_the_logits_before_any_activation(student: Outputs, teacher: Outputs) -> None:
+    assert torch.equal(kd_paths.Logits().student_map(student), student.logits)
+    assert torch.equal(kd_paths.Logits().teacher_map(teacher), teacher.logits)
+    assert student.logits.min() < 0
+
+
+def test_h_is_the_mean_over_channels(student: Outputs, teacher: Outputs) -> None:
+    for found, theirs in (
+        (kd_paths.Hidden().student_map(student), student),
+        (kd_paths.Hidden().teacher_map(teacher), teacher),
+    ):
+        total = sum(theirs.hidden[:, channel] for channel in range(theirs.hidden.shape[1]))
+        torch.testing.assert_close(found[:, 0], total / theirs.hidden.shape[1], rtol=1e-4, atol=1e-6)
+
+
+def test_hr_leaves_the_teachers_map_as_it_is(teacher: Outputs) -> None:
+    assert make_path("HR").teacher_map(teacher) is teacher.hidden
+
+
+def test_hr_is_two_convolutions_each_followed_by_a_relu(student: Outputs) -> None:
+    kd_path = kd_paths.HiddenRegressor(student_channels=96, teacher_channels=32, inner_channels=16)
+    first, second = (module for module in kd_path.modules() if isinstance(module, torch.nn.Conv2d))
+    inner = torch.einsum("oi,nihw->nohw", first.weight[:, :, 0, 0], student.hidden) + first.bias[:, None, None]
+    outer = torch.einsum("oi,nihw->nohw", second.weight[:, :, 0, 0], inner.relu()) + second.bias[:, None, None]
+    found = kd_path.student_map(student)
+    torch.testing.assert_close(found, outer.relu(), rtol=1e-4, atol=1e-5)
+    assert found.min() == 0
+    assert outer.min() < 0, "the last ReLU must have something to do"
+    assert (inner < 0).any(), "the first ReLU must have something to do"
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_hr_keeps_the_maps_size_with_any_odd_kernel(student: Outputs, kernel_size: int) -> None:
+    kd_path = kd_paths.HiddenRegressor(
+        student_channels=96, teacher_channels=12, inner_channels=8, kernel_size=kernel_size
+    )
+    assert kd_path.student_map(student).shape == (2, 12, 2, 2)
+
+
+@pytest.mark.parametrize(("name", "count"), [("L", 0), ("H", 0), ("HR", (96 * 512 + 512) + (512 * 2048 + 2048))])
+def test_only_hr_owns_parameters(name: str, count: int) -> None:
+    kd_path = make_path(name)
+    assert models.count_parameters(kd_path) == count
+    assert all(parameter.requires_grad for parameter in kd_path.parameters())
+    assert name != "HR" or count == 1_100_288
+
+
+def test_the_regressor_is_trained_through_the_students_map(student: Outputs) -> None:
+    kd_path = kd_paths.HiddenRegressor(student_channels=96, teacher_channels=32, inner_channels=16)
+    hidden = student.hidden.clone().requires_grad_()
+    kd_path.student_map(Outputs(logits=student.logits, hidden=hidden)).sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.any()
+    for parameter in kd_path.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.any()
+
+
+def test_a_regressor_changes_neither_the_student_built_before_nor_after_it() -> None:
+    def student_weights() -> dict[str, Tensor]:
+        network = models.unet(
+            encoder="mobilenetv3_small_trimmed", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=5
+        )
+        return {key: value.clone() for key, value in network.state_dict().items()}
+
+    alone = student_weights()
+    first = student_weights()
+    make_path("HR")
+    second = student_weights()
+    for key, value in alone.items():
+        assert torch.equal(value, first[key])
+        assert torch.equal(value, second[key])
+
+
+@pytest.mark.parametrize("name", ["L", "H", "HR"])
+def test_the_loss_gets_each_networks_map_under_its_own_name(student: Outputs, teacher: Outputs, name: str) -> None:
+    kd_path, seen = make_path(name), {}
+
+    def loss(**arguments: Any) -> Tensor:
+        seen.update(arguments)
+        return torch.zeros(())
+
+    lesson = Lesson("Teacher", view="strong", precision="fp32")
+    taught = Distillation(kd_path=kd_path, loss=loss, weight=0.5, lesson=lesson, align=True)
+    taught.term(student=student, teacher=teacher, theta=None)
+    assert torch.equal(seen["student"], kd_path.student_map(student))
+    assert torch.equal(seen["teacher"], kd_path.teacher_map(teacher))
+    assert seen["valid"].shape == (2, 1, *seen["teacher"].shape[2:])
+    assert seen["valid"].all()
+
+
+def test_a_path_that_lacks_a_method_is_refused_when_it_is_built() -> None:
+    class Half(kd_paths.KDPath):
+        def teacher_map(self, outputs):
+            return outputs.hidden
+
+    with pytest.raises(TypeError, match="student_map"):
+        Half()

@@ -1,0 +1,290 @@
+"""Table 5: counts are computed a second time by hooks and by hand, durations with a clock made here."""
+
+import ast
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from test_tables import ALL, FakeSweep, changed, run_row, score_rows, sweep_of, with_status, without
+from torch import nn
+
+from kdsweep.evaluation import latency
+from kdsweep.models import models
+from kdsweep.results import costs, tables
+
+DASH = "\N{EN DASH}"
+QUICK = {
+    "image_size": "64",
+    "student.encoder": "mobilenetv3_small_trimmed",
+    "student.decoder_channels": "[80, 40, 24, 16, 16]",
+    "teacher.encoder": "resnet18",
+    "teacher.decoder_channels": "[256, 128, 64, 32, 16]",
+}
+
+
+def quick(sweep):
+    runs = sweep.runs
+    return changed(sweep, profile="quick", params=[QUICK if params else {} for params in runs["params"]])
+
+
+def made(sweep, store, repeats=3):
+    scores = tables.table4(sweep)
+    return costs.table5(sweep, store=store, scores=scores, repeats=repeats), scores
+
+
+def row(table, kind):
+    return table.set_index("kind").loc[kind]
+
+
+def macs_by_hooks(network, size):
+    """Sum over convolutions of output pixels times output channels times input channels of a group times kernel."""
+    total = 0
+
+    def count(layer, _, output):
+        nonlocal total
+        total += output.numel() * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+
+    for layer in network.modules():
+        assert not isinstance(layer, nn.Linear | nn.ConvTranspose2d)
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, 3, size, size))
+    return total
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    return quick(sweep_of(splits=(0, 1)))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, sweep):
+    store = tmp_path_factory.mktemp("store")
+    for run in sweep.runs.to_dict("records"):
+        parent, name = ("teachers", "teacher") if run["role"] == "teacher" else ("cells", "student")
+        folder = store / parent / f"{run['notation']}-split{run['split']}-seed0-{run['fingerprint'][:10]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.safetensors").write_bytes(bytes(5_000 if name == "teacher" else 2_000))
+    return store
+
+
+@pytest.fixture(scope="module")
+def table(sweep, store):
+    return made(sweep, store)[0]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Forward passes of 1, 2, 3 ... ms, whatever they take, and how they were made."""
+    state = {"now": 0.0, "calls": 0, "threads": []}
+
+    def now(device):
+        state["calls"] += 1
+        if state["calls"] % 2 == 0:
+            state["now"] += state["calls"] / 2 / 1000
+            state["threads"].append(torch.get_num_threads())
+            assert torch.is_inference_mode_enabled()
+        return state["now"]
+
+    monkeypatch.setattr(latency, "_now_s", now)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return state
+
+
+# ---- what is measured ----------------------------------------------------------------------------------------------
+
+
+def test_rows_are_teacher_student_best_cell_and_the_published(table):
+    assert table["kind"].tolist()[:3] == ["teacher", "student", "best cell"]
+    assert set(table["kind"][3:]) == {"published"}
+    assert table["notation"].tolist() == ["Teacher", "Student", ALL[-1], *costs.PUBLISHED]  # scores rise down the rows
+
+
+def test_parameters_are_those_of_torch_and_of_smp(table):
+    teacher = smp.Unet("resnet18", encoder_weights=None, decoder_channels=[256, 128, 64, 32, 16], classes=1)
+    assert row(table, "teacher")["parameters"] == sum(tensor.numel() for tensor in teacher.parameters())
+    assert row(table, "student")["parameters"] == row(table, "best cell")["parameters"] == 820_385
+
+
+@pytest.mark.parametrize(("kind", "group"), [("teacher", "teacher"), ("student", "student")])
+def test_macs_are_those_of_the_convolutions(table, kind, group):
+    channels = json.loads(QUICK[f"{group}.decoder_channels"])
+    network = models.unet(encoder=QUICK[f"{group}.encoder"], decoder_channels=channels, weights="none", seed=1)
+    assert row(table, kind)["image_size"] == 64
+    # beyond the convolutions the counter sees nothing but what squeeze-and-excitation does, also convolutions
+    assert row(table, kind)["macs"] == macs_by_hooks(network, 64)
+
+
+def test_dice_and_the_papers_stand_beside(sweep, table):
+    scores = tables.table4(sweep).set_index("notation")
+    for kind, notation in {"teacher": "Teacher", "student": "Student", "best cell": ALL[-1]}.items():
+        assert row(table, kind)["mean_dice_percent"] == scores.loc[notation, "mean_dice_percent"]
+        assert row(table, kind)["published_dice_percent"] == tables.PAPER[notation][0]
+    assert table["published_parameters_millions"].tolist() == [96, 0.82, 0.82, 0.82, 20.5, 2.34, 26.63, 7.7, 2.2]
+    assert table["published_dice_percent"].tolist()[3:] == [80, 84, 85, 90, 89, 88.40]
+    assert table["published_gflops"].dropna().tolist() == [16.59]
+
+
+def test_files_are_weighed_where_they_lie(sweep, table, tmp_path):
+    assert table["file_mb"].tolist()[:3] == [0.005, 0.002, 0.002]
+    assert costs.table5(sweep, store=tmp_path, scores=tables.table4(sweep), repeats=1)["file_mb"].isna().all()
+
+
+def test_latency_is_median_and_95th_percentile_after_warm_up(clock):
+    network = costs.Network("mobilenetv3_small_trimmed", (16, 16, 8, 8, 8), 32)
+    before, warm = torch.get_num_threads(), costs.WARM_UP
+    found = costs.measure(network, repeats=21)
+    assert found["cpu_1_thread_median_ms"] == pytest.approx(warm + 11)
+    assert found["cpu_1_thread_p95_ms"] == pytest.approx(warm + 20)
+    assert found["cpu_all_threads_median_ms"] == pytest.approx(2 * warm + 21 + 11)
+    assert clock["threads"] == [1] * (warm + 21) + [costs.all_threads()] * (warm + 21)
+    assert torch.get_num_threads() == before
+    assert "cuda_median_ms" not in found
+
+
+def test_networks_are_timed_in_eval_mode_and_channels_last(clock, monkeypatch):
+    seen = []
+
+    def forward(self, images):
+        seen.append((self.training, images.shape, images.is_contiguous(memory_format=torch.channels_last)))
+
+    monkeypatch.setattr(models, "count_macs", lambda network, image_size: 1)
+    monkeypatch.setattr(models.UNet, "forward", forward)
+    costs.measure(costs.Network("mobilenetv3_small_trimmed", (16, 16, 8, 8, 8), 64), repeats=1)
+    assert set(seen) == {(False, (1, 3, 64, 64), True)}
+
+
+def test_equal_networks_are_measured_once_and_every_cost_is_a_measured_one(sweep, store, monkeypatch):
+    calls = []
+
+    def measure(network, *, repeats):
+        calls.append((network.encoder, repeats))
+        return {name: 100.0 * len(calls) + i for i, name in enumerate(names)}
+
+    names = ["parameters", "macs", *(f"{name}_{part}_ms" for name in costs.TIMINGS for part in ("median", "p95"))]
+    monkeypatch.setattr(costs, "measure", measure)
+    table, _ = made(sweep, store, repeats=7)
+    assert calls == [("resnet18", 7), ("mobilenetv3_small_trimmed", 7)]
+    for i, name in enumerate(names):
+        assert table[name].tolist()[:3] == [100 + i, 200 + i, 200 + i]
+        assert table[name][3:].isna().all()
+
+
+def test_no_cost_is_typed_in():
+    """Every number beside the published ones is an index, a unit, a percentile or a count of passes."""
+    source = Path(costs.__file__).read_text(encoding="utf-8")
+    exempt = ("PUBLISHED", "PAPER_PARAMETERS_MILLIONS")
+    body = [
+        node
+        for node in ast.parse(source).body
+        if not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in exempt)
+    ]
+    numbers = {
+        node.value
+        for part in body
+        for node in ast.walk(part)
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool)
+    }
+    assert numbers <= {0, 1, 2, 3, 10, 50, 95, 100, 1000, 1e6, 1e9}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_is_timed_where_there_is_one(table):
+    assert (table["cuda_median_ms"][:3] > 0).all()
+    assert "CUDA (ms)" in costs.format_table5(table)
+
+
+# ---- the best cell, gaps -------------------------------------------------------------------------------------------
+
+
+def test_the_best_is_a_whole_cell_and_the_first_name_of_equals(sweep):
+    names = ["Teacher", "Teacher_WAug", "Student", "L_KLD", "H_MSE", "L_MSE", "mine_KLD"]
+    dice = [99.0, 98.0, 97.0, 80.0, 80.0, float("nan"), 70.0]
+    gap = ["", "", "", "", "", "failed: split 1", ""]
+    scores = pd.DataFrame({"notation": names, "mean_dice_percent": dice, "gap": gap})
+    assert costs.whole_cells(scores) == ["H_MSE", "L_KLD", "mine_KLD"]
+    failed = with_status(sweep, ALL[-1], 1, "FAILED")
+    assert costs.whole_cells(tables.table4(failed))[0] == ALL[-2]
+
+
+def test_no_student_is_a_gap_with_its_reason(sweep, tmp_path):
+    sweep = without(sweep, "Student")
+    table, scores = made(sweep, tmp_path)
+    student = row(table, "student")
+    assert student["gap"] == "not run"
+    assert student[["parameters", "macs", "cpu_1_thread_median_ms", "mean_dice_percent"]].isna().all()
+    assert costs.format_table5(table).set_index("Model").loc["Student", "DSC %"] == f"{DASH} (not run)"
+    assert "Gaps: Student (not run)." in costs.notes(sweep=sweep, table=table, scores=scores)
+
+
+def test_an_unfinished_teacher_has_costs_and_no_dice(sweep, tmp_path):
+    teacher = row(made(with_status(sweep, "Teacher", 1, "FAILED"), tmp_path)[0], "teacher")
+    assert teacher["gap"] == "failed: split 1"
+    assert teacher["parameters"] > 1e6
+    assert math.isnan(teacher["mean_dice_percent"])
+
+
+def test_no_finished_cell_is_a_gap(tmp_path):
+    sweep = quick(sweep_of(("Teacher", "Student"), splits=(0,)))
+    table, scores = made(sweep, tmp_path)
+    assert row(table, "best cell")["gap"] == "no finished cell"
+    text = costs.format_table5(table).set_index("Model")
+    assert text.loc["best cell", "DSC %"] == f"{DASH} (no finished cell)"
+    assert text.loc["best cell", "Parameters (M)"] == text.loc["best cell", "CPU, 1 thread (ms)"] == DASH
+    assert not any("flatters" in note for note in costs.notes(sweep=sweep, table=table, scores=scores))
+
+
+def test_a_run_that_never_started_tells_of_no_network(tmp_path):
+    sweep = quick(with_status(sweep_of(("Teacher", "Student"), splits=(0,)), "Student", 0, "missing"))
+    student = row(made(sweep, tmp_path)[0], "student")
+    assert student["gap"] == "missing: split 0"
+    assert pd.isna(student["parameters"])
+
+
+def test_with_weak_teachers_alone_the_row_is_theirs(tmp_path):
+    runs = pd.DataFrame([run_row(name, 0, params=QUICK) for name in ("Teacher_WAug", "Student", "L_KLD_WAug")])
+    scores = pd.concat([score_rows(name, 0) for name in runs["notation"]], ignore_index=True)
+    table, _ = made(FakeSweep("study", runs, scores), tmp_path)
+    assert table["notation"].tolist()[:3] == ["Teacher_WAug", "Student", "L_KLD_WAug"]
+    assert (table["gap"] == "").all()
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+def test_text_of_known_numbers(table):
+    known = table.assign(
+        parameters=[95_755_409, *table["parameters"][1:]],
+        macs=[20_474_000_000, *table["macs"][1:]],
+        cpu_1_thread_median_ms=[412.34, 9.876, *table["cpu_1_thread_median_ms"][2:]],
+        cpu_1_thread_p95_ms=[450.0, 12.0, *table["cpu_1_thread_p95_ms"][2:]],
+        cuda_median_ms=float("nan"),
+    )
+    text = costs.format_table5(known).set_index("Model")
+    assert "CUDA (ms)" not in text
+    teacher = text.loc["Teacher"]
+    assert teacher[["Parameters (M)", "MACs (G)", "CPU, 1 thread (ms)"]].tolist() == ["95.76", "20.47", "412.3 (450.0)"]
+    assert text.loc["Student", "CPU, 1 thread (ms)"] == "9.88 (12.00)"
+    assert text.loc[f"{ALL[-1]} (best cell)", "Parameters (M)"] == "0.82"
+    other = text.loc["dual-teacher Attention U-Net"]
+    assert other.tolist() == [*[DASH] * 6, "2.2", "16.59", "88.4"]
+    with_cuda = costs.format_table5(known.assign(cuda_median_ms=1.5, cuda_p95_ms=2.0))
+    assert with_cuda["CUDA (ms)"].tolist() == ["1.50 (2.00)"] * len(table)
+    assert all(isinstance(value, str) for value in text.to_numpy().ravel())
+
+
+def test_notes_tell_machine_conditions_and_sources(sweep, table):
+    told = "\n".join(costs.notes(sweep=sweep, table=table, scores=tables.table4(sweep), repeats=3))
+    for part in (
+        *(costs.cpu_name(), f"1 thread and {costs.all_threads()} threads", torch.__version__, "64 x 64"),
+        *("batch of 1", "3 forward passes after 5", "profile quick, data busi", "not a result"),
+        *("The best of 12 finished cells", "flatters", "10.36922/aih.3509", "10.7507/1001-5515.202311054"),
+        *("Other networks, hardware", "Titan Xp"),
+    ):
+        assert part in told, part

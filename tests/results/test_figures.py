@@ -1,0 +1,214 @@
+"""The command that draws figures: which sweep, which files, what is logged, what it refuses."""
+
+import argparse
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from test_tables import rates, sweep_of
+from test_tracking import begin, make_cell
+
+from kdsweep.core.errors import InputError
+from kdsweep.results import contours, figures
+from kdsweep.tracking import tracking
+
+
+@dataclass
+class Logged:
+    """What was attached to the sweep's run, instead of MLflow."""
+
+    files: list[str] = field(default_factory=list)
+
+    def attach(self, sweep, files, *, folder, store, uri):
+        self.files += [f"{folder}/{file.name}" for file in files]
+        return "logged"
+
+
+def curves_of(sweep, *, store, uri):
+    runs = sweep.runs.loc[sweep.runs.index.repeat(2), ["notation", "split", "seed"]]
+    return runs.assign(metric="val/dice", epoch=[0, 1] * len(sweep.runs), value=0.5)
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """Runs the command on a sweep made here."""
+    logged = Logged()
+    monkeypatch.setattr(tracking, "attach", logged.attach)
+    monkeypatch.setattr(tracking, "read_curves", curves_of)
+
+    def run(sweep, *words):
+        monkeypatch.setattr(tracking, "read_sweep", lambda **_: sweep)
+        code = figures.main([*words, "--out", str(tmp_path / "out"), "--store", str(tmp_path)])
+        return code, sorted(file.name for file in (tmp_path / "out").glob("*")), logged.files
+
+    return run
+
+
+def shown(number=1):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:20, 8:20] = 1
+    predictions = {"Student": np.roll(mask, 2, axis=0).astype(bool)}
+    image = np.full((32, 32, 3), 90, np.uint8)
+    return contours.Shown(image, mask, predictions, {}, {"Student": 0.8}, f"caption {number}", "Sweep study")
+
+
+def test_each_figure_is_written_three_times_and_logged(call, monkeypatch, capsys):
+    monkeypatch.setattr(contours, "load", lambda *_, **__: [shown()])
+    code, files, logged = call(sweep_of(splits=(0,)), "all")
+    assert code == 0
+    assert files == [f"{name}.{suffix}" for name in sorted(figures.FIGURES) for suffix in ("pdf", "png", "svg")]
+    assert sorted(logged) == [f"figures/{name}" for name in files]
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.search(r"out/(\w+)\.png, \.pdf, \.svg; logged$", line)[1] for line in lines] == list(figures.FIGURES)
+
+
+def test_the_files_are_what_their_names_say(call, tmp_path):
+    call(sweep_of(splits=(0,)), "effects")
+    out = tmp_path / "out"
+    with Image.open(out / "effects.png") as picture:
+        assert picture.width == 7 * 200
+    assert (out / "effects.pdf").read_bytes().startswith(b"%PDF")
+    text = (out / "effects.svg").read_text()
+    assert "<text" in text
+    assert ">HReg_KLD_WAug<" in text  # to be searched and read aloud
+    assert "data busi, profile paper" in text
+
+
+def test_equal_figures_are_equal_files():
+    def bars(height):
+        figure = Figure()
+        figure.subplots().bar([1, 2], [3, height])
+        return figure
+
+    for suffix in figures.FORMATS:
+        assert figures.render(bars(4), suffix) == figures.render(bars(4), suffix)
+        assert figures.render(bars(4), suffix) != figures.render(bars(5), suffix)
+
+
+def test_several_images_and_settings_have_files_of_their_own(call, monkeypatch):
+    asked = []
+
+    def load(sweep, *, count, **_):
+        asked.append((set(sweep.runs.loc[sweep.runs["role"] == "cell", "notation"]), count))
+        return [shown(1), shown(2)]
+
+    monkeypatch.setattr(contours, "load", load)
+    sweep = rates({"1": 0.0, "2": 0.0}, splits=(0,), notations=("Teacher", "Student", "L_MSE"))
+    _, files, _ = call(sweep, "figure2", "--count", "2")
+    names = [name for name in files if name.endswith(".png")]
+    assert names == [f"figure2-train.lr={rate}-{number}.png" for rate in "12" for number in "12"]
+    assert asked == [({"L_MSE"}, 2)] * 2
+
+
+def test_a_quick_check_says_so_in_the_figure():
+    sweep = sweep_of(splits=(0,))
+    assert figures.heading("pairs", sweep, label="") == (
+        "Each test image against Student. Sweep study: data busi, profile paper"
+    )
+    quick = sweep.runs.assign(profile="quick")
+    told = figures.heading("curves", tracking.Sweep("demo", quick, sweep.scores), label="train.lr=1")
+    assert told.endswith("Sweep demo, train.lr=1: data busi, profile quick (a check, not a result)")
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_the_others(call, monkeypatch, capsys):
+    monkeypatch.setattr(contours, "load", lambda *_, **__: (_ for _ in ()).throw(InputError("images are gone")))
+    code, files, _ = call(sweep_of(("Teacher", "L_MSE"), splits=(0,)), "all")  # no Student
+    assert code == 1
+    assert {name.split(".")[0] for name in files} == {"effects", "curves"}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("kdsweep: error: figure2: images are gone; pairs: nothing to compare")
+
+
+def test_settings_that_cannot_be_drawn_leave_the_others(call, capsys):
+    sweep = rates({"1": 0.0, "2": 0.0}, splits=(0,), notations=("Teacher", "Student", "L_MSE"))
+    gone = (sweep.runs["notation"] == "Student") & sweep.runs["fingerprint"].str.endswith("-1")
+    code, files, _ = call(replace(sweep, runs=sweep.runs[~gone]), "pairs")
+    assert code == 1
+    assert [name for name in files if name.endswith(".png")] == ["pairs-train.lr=2.png"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("kdsweep: error: train.lr=1: nothing to compare")
+
+
+def test_options_of_figure2_reach_it(call, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(contours, "load", lambda *_, **options: asked.update(options) or [shown()])
+    words = ("--models", "Student,L_MSE", "--split", "2", "--seed", "1", "--image", "a", "--image", "b")
+    call(sweep_of(splits=(0,)), "figure2", *words, "--data-root", "moved")
+    assert asked["models"] == ["Student", "L_MSE"]
+    assert (asked["split"], asked["seed"], asked["ids"], asked["root"]) == (2, 1, ["a", "b"], Path("moved"))
+
+
+def place_of(*words):
+    parser = argparse.ArgumentParser()
+    figures.parse_place(parser)
+    return figures.find_place(parser.parse_intermixed_args(list(words)))
+
+
+def test_overrides_say_which_sweep_is_meant():
+    assert place_of() == (Path("multirun"), None, None, None, None)
+    assert place_of("--store", "s", "--sweep", "x", "--data-root", "d") == (Path("s"), None, "x", Path("d"), None)
+    assert place_of("store=elsewhere") == (Path("elsewhere"), None, None, None, None)
+    assert place_of("data=busi", "data.root=r", "profile=quick") == (
+        Path("multirun"),
+        None,
+        "busi-quick",
+        Path("r"),
+        None,
+    )
+    assert place_of("profile=quick", "tracking.uri=http://127.0.0.1:9", "--sweep", "own") == (
+        *(Path("multirun"), "http://127.0.0.1:9", "own", None, None),
+    )
+    with pytest.raises(InputError, match="profil"):
+        place_of("profil=quick")
+
+
+def test_a_data_set_of_ones_own_is_taken_from_the_command(tmp_path, monkeypatch, call):
+    """Never from the record of the run, which may come from elsewhere."""
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    node = "name: clinic\nroot: ???\nload_size: null\nsource: {_target_: own_scans.Clinic, root: '${data.root}'}\n"
+    (tmp_path / "conf" / "data" / "clinic.yaml").write_text(node)
+    (tmp_path / "own_scans.py").write_text("class Clinic:\n    def __init__(self, root):\n        self.root = root\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = {}
+    monkeypatch.setattr(contours, "load", lambda *_, **options: asked.update(options) or [shown()])
+    words = ("data=clinic", "data.root=here", f"hydra.searchpath=[file://{tmp_path / 'conf'}]")
+    call(sweep_of(splits=(0,)), "figure2", *words)
+    assert type(asked["source"]).__name__ == "Clinic"
+    assert (asked["source"].root, asked["root"]) == ("here", Path("here"))
+
+
+def test_the_command_tells_a_missing_store_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "kdsweep.results.figures", "effects", "profile=quick", f"store={tmp_path}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("kdsweep: error: --store")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_is_drawn_from_and_where_it_goes_is_in_mlflow(tmp_path):
+    tracker, cell = tracking.Tracker(store=tmp_path, uri=None), make_cell(store=tmp_path)
+    tracker.ask("study", [cell, make_cell("Student", store=tmp_path)])
+    tracker.mirror(begin(cell, 3), sweep="study")
+    sweep = tracking.read_sweep(store=tmp_path, uri=None, name="study")
+    curves = tracking.read_curves(sweep, store=tmp_path, uri=None, metric="train/loss")
+    expected = pd.DataFrame({"notation": "L_MSE", "split": 0, "seed": 0, "metric": "train/loss", "epoch": [0, 1, 2]})
+    pd.testing.assert_frame_equal(curves, expected.assign(value=[1.0, 0.5, 1 / 3]))
+
+    file = tmp_path / "effects.png"
+    file.write_bytes(b"picture")
+    for _ in range(2):  # drawn again, it takes the place of the old one
+        told = tracking.attach(sweep, [file], folder="figures", store=tmp_path, uri=None)
+        assert told == f"logged to MLflow, run {sweep.run_id}"
+    kept = tracking.artifact(store=tmp_path, uri=None, run_id=sweep.run_id, name="figures/effects.png")
+    assert kept == b"picture"
+    other = replace(sweep, run_id="0" * 32)
+    told = tracking.attach(other, [file], folder="figures", store=tmp_path, uri="http://127.0.0.1:9")
+    assert told.startswith("not logged to MLflow: ")
+    assert len(told.splitlines()) == 1

@@ -1,0 +1,493 @@
+"""The HTML page of a sweep: complete in itself, escaped, its numbers those of the tables, what is missing told."""
+
+import itertools
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from test_tables import FakeSweep, fingerprint, rates, sweep_of, with_status
+
+from kdsweep.core.errors import InputError
+from kdsweep.results import contours, costs, effects, facts, figures, formats, report, tables
+from kdsweep.results.stats import NAN
+from kdsweep.results.sweeps import variants
+from kdsweep.tracking import tracking
+
+DASH = formats.DASH
+VOID = {"meta", "link", "img", "br", "hr", "input", "base"}
+FEW = ("Teacher", "Student", "L_MSE", "H_KLD_WAug")
+ROOT = "/data/jane doe/clinic"
+PARAMS = {
+    "train.lr": "0.0001",
+    "teacher.lr": "0.0002",
+    "image_size": "224",
+    "train.batch_size": "64",
+    "student.encoder": "small",
+    "teacher.encoder": "large",
+    "data.root": ROOT,
+    "data.source._target_": "kdsweep.data.Busi",
+}
+TAGS = {"kdsweep.torch": "2.9", "kdsweep.threads": "4", "mlflow.source.git.commit": "abc-dirty"}
+
+
+@dataclass(frozen=True)
+class Stored(FakeSweep):
+    """With what a sweep has of MLflow."""
+
+    run_id: str = "parent"
+    experiment_id: str = "7"
+
+
+def stored(sweep, *, params=None, tags=None, **columns):
+    runs = sweep.runs.assign(
+        params=[{**PARAMS, **own, **(params or {})} if own else {} for own in sweep.runs["params"]],
+        tags=[{**TAGS, **(tags or {})} if own else {} for own in sweep.runs["params"]],
+        run_id=[f"run{place}" if own else "" for place, own in enumerate(sweep.runs["params"])],
+        started_ms=[1_000_000 if own else 0 for own in sweep.runs["params"]],
+        ended_ms=[1_090_000 if own else 0 for own in sweep.runs["params"]],
+        trivial_dice=0.1,
+    )
+    return Stored(sweep.name, runs.assign(**columns), sweep.scores, sweep.varied, sweep.commands)
+
+
+class Page(HTMLParser):
+    """A page's elements in order, its text, and the cells of its tables by row."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.open, self.rows, self.text = [], [], [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+    def all(self, tag, attribute=None):
+        return [attrs if attribute is None else attrs.get(attribute) for name, attrs in self.elements if name == tag]
+
+    def fact(self, name):
+        return re.search(rf"\n{re.escape(name)}\n(.*)\n", self.text)[1]
+
+
+def curves_of(sweep, *, store, uri):
+    runs = sweep.runs.loc[sweep.runs.index.repeat(3), ["notation", "split", "seed"]]
+    return runs.assign(metric="val/dice", epoch=[0, 1, 2] * len(sweep.runs), value=0.5)
+
+
+def outline(which, sweep, **_):
+    """In place of the real figures, which take seconds."""
+    for label in variants(sweep):
+        figure = Figure(figsize=(2, 1))
+        figure.text(0, 0, f"{which} of {sweep.name}")
+        yield f"{which}-{label}" if label else which, figure
+
+
+def small(which, **_):
+    """In place of the real tables."""
+    text = pd.DataFrame({"Effect": ["a"], "DSC %": ["1.00"]})
+    return tables.Made(which, text, text, ["a note"])
+
+
+def shown(sweep, **_):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:20, 8:20] = 1
+    image = np.full((32, 32, 3), 90, np.uint8)
+    return [contours.Shown(image, mask, {"Student": mask > 0}, {}, {"Student": 0.8}, "caption", sweep.name)]
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """Runs the command on a sweep made here: exit code, page or None, what was logged."""
+    logged = []
+
+    def attached(_, files, *, folder, **__):
+        logged.append((folder, files[0].name))
+        return "logged"
+
+    monkeypatch.setattr(tracking, "attach", attached)
+    monkeypatch.setattr(tracking, "read_curves", curves_of)
+    monkeypatch.setattr(contours, "load", shown)
+    for module in (tables, effects):  # the bootstrap takes seconds
+        monkeypatch.setattr(module, "mean_interval", lambda points: (-1.0, 1.0) if len(points) else (NAN, NAN))
+    monkeypatch.setattr(costs, "measure", lambda *_, **__: pytest.fail("measured"))
+
+    def run(sweep, *words, costs=False, draws=False, counts=False):
+        if not (draws or counts or costs):
+            monkeypatch.setattr(tables, "made", small)
+            monkeypatch.setattr(effects, "sentences", lambda _: [])
+        if not draws:
+            monkeypatch.setattr(figures, "draw", outline)
+        monkeypatch.setattr(tracking, "read_sweep", lambda **_: sweep)
+        out = tmp_path / "out" / "r.html"
+        words = (*words, "--out", str(out), "--store", str(tmp_path), *([] if costs else ["--no-costs"]))
+        code = report.main(list(words))
+        return code, Page(out.read_text(encoding="utf-8")) if out.is_file() else None, logged
+
+    return run
+
+
+# ---- the page as a document ----------------------------------------------------------------------------------------
+
+
+def check_document(page):
+    """What holds for every page."""
+    assert page.open == []
+    assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in page.elements}
+    assert all(source.startswith("data:image/png;base64,") for source in page.all("img", "src"))
+    assert all(attrs.get("alt") for attrs in page.all("img"))
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert [name for name, count in Counter(ids).items() if count > 1] == []
+    used = [value for _, attrs in page.elements for key, value in attrs.items() if key in ("href", "xlink:href")]
+    assert {value[1:] for value in used if value.startswith("#")} <= set(ids)
+    urls = {
+        name
+        for _, attrs in page.elements
+        for value in attrs.values()
+        for name in re.findall(r"url\(#(.*?)\)", value or "")
+    }
+    assert urls <= set(ids)
+    assert all(value.startswith(("#", "http://127.0.0.1:5000/#/", "https://doi.org/")) for value in used)
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    (policy,) = [attrs["content"] for attrs in page.all("meta") if "http-equiv" in attrs]
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:;")
+    assert page.all("html", "lang") == ["en"]
+    assert all(attrs.get("scope") in ("col", "row") for attrs in page.all("th"))
+    assert len(page.all("caption")) == len(page.all("table"))
+
+
+def test_the_page_is_complete_in_itself(call, capsys):
+    code, page, logged = call(stored(sweep_of(splits=(0, 1))), draws=True)
+    assert code == 0
+    check_document(page)
+    assert len(page.all("svg")) == 3
+    assert "HReg_KLD_WAug" in page.text.split("Each test image against Student")[1]  # text of the figures
+    assert logged == [("report", "r.html")]
+    done = capsys.readouterr()
+    assert re.search(r"^wrote \S+r\.html \(\d\.\d MB\); logged$", done.out.splitlines()[-1])
+    assert done.err == ""
+
+
+def test_numbers_are_the_strings_of_the_tables(call):
+    sweep = stored(sweep_of(splits=(0, 1)))
+    _, page, _ = call(sweep, "--test", "wilcoxon", counts=True)
+    for which in ("table3", "table4", "effects"):
+        made = tables.made(which, sweep=sweep, store=Path(), test="wilcoxon")
+        assert list(made.text) in page.rows
+        for row in made.text.to_numpy().tolist():
+            assert row in page.rows
+        for note in made.notes:
+            assert note.replace("`", "") in page.text
+    assert "--test wilcoxon" in page.text
+
+
+def test_what_was_run_is_read_from_the_runs(call):
+    _, page, _ = call(stored(sweep_of(FEW, splits=(0, 1))))
+    assert page.fact("Cells") == "6 of 6 finished; Teachers: 2 of 2 finished"
+    assert page.fact("Factors").startswith("path: L, H; loss: MSE, KLD; Teacher augmentation: strong, weak (2 comb")
+    assert page.fact("Splits and seeds") == "2 splits (0, 1), 1 seed (0)"
+    assert page.fact("Test images") == "12 in split 0, 12 in split 1"
+    assert page.fact("Learning rate") == "Student 0.0001, Teacher 0.0002"
+    assert page.fact("Images") == DASH  # the params tell no number
+    assert page.fact("Image size") == "224 pixels, square"
+    assert page.fact("Code") == "abc-dirty (-dirty: with changes that the commit does not hold)"
+    assert page.fact("Trained") == "1970-01-01 00:16 UTC to 1970-01-01 00:18 UTC"
+    assert page.fact("Training time").startswith("12 min, summed over 8 runs")
+
+
+def test_what_differs_between_runs_is_listed(call):
+    sweep = stored(sweep_of(FEW, splits=(0,)), device=["cpu", "H200", "cpu", "H200"])
+    tags = [{**TAGS, "mlflow.source.git.commit": name} for name in ("a", "b", "a", "b")]
+    _, page, _ = call(replace(sweep, runs=sweep.runs.assign(tags=tags)))
+    assert page.fact("Device") == "H200, cpu; threads: 4"
+    assert page.fact("Code") == "2 states of the code: a, b"
+
+
+# ---- every cell ----------------------------------------------------------------------------------------------------
+
+
+def cells_of(page):
+    start = next(place for place, row in enumerate(page.rows) if row[-1:] == ["MLflow"])
+    return [row for row in page.rows[start + 1 :] if len(row) == len(page.rows[start])]
+
+
+def test_all_cells_are_listed_with_their_links(call):
+    sweep = stored(sweep_of(FEW, splits=(0, 1)))
+    _, page, _ = call(sweep)
+    rows = cells_of(page)
+    assert len(rows) == len(sweep.runs) == 8
+    dice = sweep.scores.groupby("fingerprint")["dice"].mean()
+    links = iter([link for link in page.all("a", "href") if "/runs/" in link])
+    for name, split, seed, status, percent, hd95, epochs, time, _ in rows:
+        run = sweep.runs.set_index("fingerprint").loc[fingerprint(name, int(split), int(seed))]
+        assert (status, hd95, epochs, time) == ("finished", "3.00", "3", "2 min")
+        assert percent == f"{100 * dice[run.name]:.2f}"
+        assert (
+            next(links) == f"http://127.0.0.1:5000/#/experiments/7/runs/{run['run_id']}?workflowType=machine_learning"
+        )
+    assert "work while make ui runs" in page.text
+
+
+def test_links_go_where_the_user_says(call, capsys):
+    sweep = stored(sweep_of(FEW, splits=(0,)))
+
+    def address(page):
+        return next(link for link in page.all("a", "href") if "/runs/" in link)
+
+    _, page, _ = call(sweep, "--tracking-uri", "http://me:secret@host:1/")
+    assert address(page).startswith("http://host:1/#/experiments/7/runs/")
+    assert "secret" not in page.text
+    assert "make ui" not in page.text
+    _, page, _ = call(sweep, "--tracking-uri", "http://host:1", "--ui", "https://ml.example/mlflow/")
+    assert address(page).startswith("https://ml.example/mlflow/#/experiments/7/runs/")
+    code, _, _ = call(sweep, "--ui", "javascript:alert(1)")
+    assert code == 1
+    assert "--ui javascript:alert(1): must be an address such as" in capsys.readouterr().err
+
+
+# ---- what is missing -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_and_why_is_told(call):
+    sweep = sweep_of(FEW, splits=(0, 1))
+    for notation, split, status in (("L_MSE", 0, "FAILED"), ("L_MSE", 1, "missing"), ("H_KLD_WAug", 1, "KILLED")):
+        sweep = with_status(sweep, notation, split, status)
+    sweep = stored(sweep)
+    failed = sweep.runs["fingerprint"] == fingerprint("L_MSE", 0)
+    for tags in sweep.runs.loc[failed, "tags"]:
+        tags[tracking.ERROR] = f"no <b>loss</b> in {ROOT}/a.png"
+    _, page, _ = call(sweep, counts=True)
+    check_document(page)
+    assert "Not all is there: 3 of 6 finished, 1 failed, 1 not run, 1 interrupted." in page.text
+    assert ["L_MSE", "1", "0", "not run", DASH, DASH] in [row[:6] for row in cells_of(page)]
+    assert ["L_MSE, split 0, seed 0: no <b>loss</b> in [path]"] in page.rows
+    assert f"{DASH} (failed: split 0; missing: split 1)" in itertools.chain.from_iterable(page.rows)
+
+
+@pytest.mark.parametrize("notations", [("L_MSE",), ("Student",), ("Teacher", "Student", "L_MSE")])
+@pytest.mark.parametrize("finished", [True, False])
+def test_any_sweep_has_a_page(call, notations, finished):
+    sweep = sweep_of(notations, splits=(0,))
+    for notation in [] if finished else notations:
+        sweep = with_status(sweep, notation, 0, "missing")
+    code, page, _ = call(stored(sweep), draws=True)
+    assert code == 0
+    check_document(page)
+    assert len(cells_of(page)) == len(notations)
+    assert ("Not all is there" in page.text) != finished
+
+
+def test_what_cannot_be_made_leaves_the_rest(call, monkeypatch, capsys):
+    def load(*_, **__):
+        raise InputError(f"data.root={ROOT}: no <images> there")
+
+    monkeypatch.setattr(contours, "load", load)
+    code, page, _ = call(stored(sweep_of(("Teacher", "L_MSE"), splits=(0,))), "--with-images", draws=True)
+    assert code == 0
+    check_document(page)
+    assert len(page.all("svg")) == 2
+    assert "is not here: data.root=[path]: no <images> there." in page.text
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"kdsweep: figures: figure2 is not in the report: data.root={ROOT}: no <images> there"
+    assert second.startswith("kdsweep: figures: pairs is not in the report: nothing to compare")
+
+
+def test_a_mixed_sweep_still_shows_its_cells(call, capsys):
+    sweep = stored(sweep_of(FEW, splits=(0,)), data=["busi", "udiat", "busi", "busi"])
+    code, page, _ = call(sweep, counts=True)
+    assert code == 0
+    assert len(cells_of(page)) == 4
+    assert page.text.count("sweep study mixes data=busi and data=udiat") == 6
+    assert len(capsys.readouterr().err.splitlines()) == 6
+
+
+def test_a_store_or_a_file_that_is_not_there_is_an_error(call, tmp_path, monkeypatch, capsys):
+    assert report.main(["--store", str(tmp_path / "none")]) == 1
+    assert "no mlflow.db in it" in capsys.readouterr().err
+    (tmp_path / "out").write_text("a file")
+    code, _, logged = call(stored(sweep_of(FEW, splits=(0,))))
+    assert code == 1
+    assert logged == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"^kdsweep: error: --out \S+r\.html: cannot write there", line)
+
+
+# ---- privacy and escaping ------------------------------------------------------------------------------------------
+
+
+def test_images_are_shown_only_where_they_may_be(call):
+    real = stored(sweep_of(FEW, splits=(0,)))
+    _, page, _ = call(real)
+    assert page.all("img") == []
+    assert "it shows images of the data set busi, which may be of patients" in page.text
+    _, page, _ = call(real, "--with-images")
+    assert len(page.all("img")) == 1
+    assert "--with-images" in page.text
+    phantoms = {"data.source._target_": report.PHANTOMS}
+    _, page, _ = call(stored(sweep_of(FEW, splits=(0,)), params=phantoms, data="phantom"))
+    assert len(page.all("img")) == 1
+    _, page, _ = call(stored(sweep_of(FEW, splits=(0,)), data="phantom"))  # so named, but made of someone's files
+    assert page.all("img") == []
+
+
+def test_names_and_settings_are_text(call):
+    name = '<script>alert("x")</script> id="y" & `z`'
+    _, page, _ = call(replace(stored(sweep_of(FEW, splits=(0,)), device="<img src=http://x>"), name=name))
+    check_document(page)
+    assert f"Knowledge distillation sweep {name}" in page.text
+    assert page.fact("Device").startswith("<img src=http://x>")
+    assert page.text.count("<script>alert") >= 4  # also in the figures
+    assert """--sweep '<script>alert("x")</script> id="y" & `z`'""" in page.text
+
+
+def test_folders_of_the_computer_are_not_named(call, tmp_path):
+    words = {"teacher.weights": "/home/jane/weights/a.pt", "data.source.cache_dir": f"{tmp_path}/phantoms"}
+    sweep = stored(sweep_of(FEW, splits=(0,)), params=words)
+    _, page, _ = call(sweep)
+    everything = page.text + repr(page.elements)
+    for private in ("jane", "clinic", str(tmp_path), str(Path.home()) + "/"):
+        assert private not in everything
+    assert page.fact("Teacher") == "large; weights: [path]a.pt"
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("see /home/jane/x (no)", "see [path] (no)"),
+        ("data.root=/srv/a: gone", "data.root=[path]: gone"),
+        (r"C:\Users\jane\m.pt is bad", "[path]m.pt is bad"),
+        ("sqlite:////home/jane/mlflow.db and file:///x/y", "[path] and [path]"),
+        ("/data/a/Jane Doe.png: gone", "[path]: gone"),
+        ("/data/jane doe/clinic/sub/x.csv: gone", "[path]: gone"),
+        ("51.08 / 43.19 / 59.22, n/a, L_MSE/split0", "51.08 / 43.19 / 59.22, n/a, L_MSE/split0"),
+        ("http://127.0.0.1:5000/#/experiments/1", "http://127.0.0.1:5000/#/experiments/1"),
+        ('<path d="M 0 0"/></g>', '<path d="M 0 0"/></g>'),
+    ],
+)
+def test_paths_are_hidden(text, hidden):
+    assert report.hider(stored(sweep_of(FEW, splits=(0,))), store=Path("/no/store"))(text) == hidden
+
+
+# ---- settings, figures, costs --------------------------------------------------------------------------------------
+
+
+def test_several_settings_are_told_apart(call):
+    sweep = stored(rates({"1": 0.0, "2": -0.01}, splits=(0,), notations=FEW))
+    code, page, _ = call(sweep, counts=True)
+    assert code == 0
+    check_document(page)
+    assert len(page.all("svg")) == 6
+    labels = [attrs["aria-label"] for attrs in page.all("div") if attrs.get("role") == "img"]
+    assert sum(label.endswith(", train.lr=2") for label in labels) == 3
+    assert page.fact("Settings") == "train.lr=1; train.lr=2"
+    assert page.fact("Learning rate") == "Student 1, 2, Teacher 0.0002"
+    assert Counter(row[1] for row in cells_of(page)) == {"train.lr=1": 3, "train.lr=2": 3, DASH: 1}
+
+
+def test_the_page_has_the_commands_of_the_sweep_without_folders(call):
+    typed = f"python -m kdsweep -m path=L 'data.root={ROOT}' student.weights=/home/ann/scans/small.pt"
+    code, page, _ = call(stored(replace(sweep_of(FEW, splits=(0,)), commands=(typed,))))
+    assert code == 0
+    assert "python -m kdsweep -m path=L 'data.root=[path]' student.weights=[path]small.pt" in page.text
+    assert "jane" not in page.text
+
+
+def test_ids_of_figures_do_not_meet():
+    def drawn():
+        figure = Figure(figsize=(2, 2))
+        figure.subplots().plot([1, 2], [1, 2], marker="o", label="a")
+        figure.text(0, 0, 'id="figure_1" href="#a"')
+        return figure
+
+    one, two = (report.inline_svg(drawn(), prefix=name, hide=str) for name in ("one", "two-train.lr=1"))
+    ids = [set(re.findall(r'<[^>]*\sid="([^"]+)"', svg)) for svg in (one, two)]
+    assert ids[0].isdisjoint(ids[1])
+    assert len(ids[0]) == len(ids[1]) > 5
+    assert 'id="figure_1" href="#a"' in one  # the text
+
+
+def test_networks_are_measured_unless_told_not_to(call, monkeypatch, capsys):
+    sweep = stored(sweep_of(FEW, splits=(0,)))
+    with monkeypatch.context() as patch:
+        patch.setattr(costs, "measure", lambda *_, **__: {"parameters": 820_000.0})
+        _, page, _ = call(sweep, costs=True)
+    assert "Table 5. What the networks cost" in page.text
+    assert ["Liang et al."] in [row[:1] for row in page.rows]
+    assert capsys.readouterr().out.startswith("measuring networks for Table 5\n")
+    _, page, _ = call(sweep)
+    assert "Left out with --no-costs" in page.text
+    assert "measuring" not in capsys.readouterr().out
+
+
+def test_a_quick_check_says_so(call):
+    banner = [("p", {"class": "banner", "role": "note"})]
+    _, page, _ = call(stored(sweep_of(FEW, splits=(0,)), profile="quick"))
+    assert [element for element in page.elements if element == banner[0]] == banner
+    _, page, _ = call(stored(sweep_of(FEW, splits=(0,))))
+    assert banner[0] not in page.elements
+
+
+# ---- in a browser --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_overflows_in_a_browser(call, tmp_path, width):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs chromium or google-chrome on the PATH")
+    call(stored(rates({"1": 0.0, "2": -0.01}, splits=(0,))), "--with-images", draws=True)
+    html = (tmp_path / "out" / "r.html").read_text(encoding="utf-8")
+    html = html.replace("default-src 'none'", "script-src 'unsafe-inline'")
+    script = (
+        "<script>onload = () => parent.postMessage([document.documentElement.scrollWidth, innerWidth].join(), '*')"
+        "</script></body>"
+    )
+    (tmp_path / "inside.html").write_text(html.replace("</body>", script), encoding="utf-8")
+    (tmp_path / "outside.html").write_text(
+        "<!DOCTYPE html><p id=told>nothing</p>"
+        "<script>onmessage = e => document.getElementById('told').textContent = e.data</script>"
+        f"<iframe src=inside.html style='border:0;width:{width}px;height:900px'></iframe>"
+    )
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", (tmp_path / "outside.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    told = re.search(r'id="told">(\d+),(\d+)<', done.stdout)
+    assert told, done.stderr[-2000:]
+    assert int(told[1]) <= int(told[2]) == width
+
+
+def test_the_number_of_images_is_that_of_all_parts_of_a_split(tmp_path, monkeypatch):
+    kept = [b'{"train": ["a", "b", "c"], "validation": ["d"], "test": ["e", "f"]}', b"damaged"]
+    monkeypatch.setattr(tracking, "artifact", lambda **_: kept.pop(0))
+    own = sweep_of(("Student",), splits=(0,))
+    assert facts._images(own, store=tmp_path, uri=None) == "6"
+    assert facts._images(own, store=tmp_path, uri=None) == "\N{EN DASH}"

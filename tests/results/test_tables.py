@@ -1,0 +1,922 @@
+"""Tables 3 and 4 from scores made here: every printed number is computed a second time, by hand or by SciPy."""
+
+import csv
+import sys
+import types
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import ttest_rel, wilcoxon
+
+from kdsweep.config import cells, grid
+from kdsweep.core.errors import InputError
+from kdsweep.results import effects, footnotes, stats, tables
+
+DASH = "\N{EN DASH}"
+REMEDY = "add sweep_name=NAME to the command whose results belong in one table; finished cells are not run again"
+IMAGES = 12
+ALL = (*tables.BASELINES, *tables.CELLS)
+PAPER_DICE = [77.75, 77.52, 78.00, 80.00, 77.50, 77.85, 79.00, 78.50, 78.06, 77.63, 79.00, 79.31]
+PAPER_STD = [22.55, 17.61, 22.05, 18.86, 21.49, 20.06, 20.45, 19.83, 19.25, 19.97, 20.37, 19.33]
+PAPER_P_TEACHER = [0.1414, 0.1565, 0.0950, 0.2075, 0.0645, 0.0341, 0.1320, 0.1417, 0.0325, 0.0402, 0.2132, 0.1247]
+PAPER_P_STUDENT = [0.0227, 0.0948, 0.0037, 0.0012, 0.0215, 0.0125, 0.0067, 0.0316, 0.0201, 0.0269, 0.0021, 0.0068]
+
+
+@dataclass(frozen=True)
+class FakeSweep:
+    name: str
+    runs: pd.DataFrame
+    scores: pd.DataFrame
+    varied: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+
+
+def fingerprint(notation, split, seed=0):
+    return f"{notation}-{split}-{seed}"
+
+
+def dice_of(notation, split, seed=0):
+    """The known scores, entry i is image i: its difficulty, noise, and a lead that grows down the table's rows."""
+    difficulty = np.random.default_rng([split, seed]).uniform(0.3, 0.7, IMAGES)
+    noise = np.random.default_rng([ALL.index(notation), split, seed]).uniform(0, 0.1, IMAGES)
+    return difficulty + noise + 0.01 * ALL.index(notation)
+
+
+def dice_all(notation, splits=(0, 1, 2)):
+    return np.concatenate([dice_of(notation, split) for split in splits])
+
+
+def role_of(notation):
+    return "student" if notation == "Student" else "teacher" if notation.startswith("Teacher") else "cell"
+
+
+def run_row(notation, split, seed=0, /, **changes):
+    own = "Teacher_WAug" if notation.endswith("_WAug") else "Teacher"
+    row = {
+        "fingerprint": fingerprint(notation, split, seed),
+        "role": role_of(notation),
+        "notation": notation,
+        "split": split,
+        "seed": seed,
+        "variant": {},
+        "profile": "paper",
+        "data": "busi",
+        "weights": "imagenet",
+        "results_version": "1",
+        "device": "cuda",
+        "teacher": fingerprint(own, split, seed) if role_of(notation) == "cell" else "",
+        "status": "FINISHED",
+        "run_id": "r",
+        "params": {"train.lr": "0.0001", "split": str(split)},
+        "tags": {},
+    }
+    return row | changes
+
+
+def score_rows(notation, split, seed=0, dice=None):
+    dice = dice_of(notation, split, seed) if dice is None else np.asarray(dice)
+    frame = pd.DataFrame({"image": [f"split{split} image{i:02d}" for i in range(len(dice))], "dice": dice})
+    others = {"label": "benign", "iou": 0.5, "precision": 0.5, "sensitivity": 0.5, "hd95_px": 3.0}
+    return frame.assign(fingerprint=fingerprint(notation, split, seed), **others)
+
+
+def sweep_of(notations=ALL, splits=(0, 1, 2), seeds=(0,)):
+    places = [(notation, split, seed) for notation in notations for split in splits for seed in seeds]
+    runs = pd.DataFrame([run_row(*place) for place in places])
+    return FakeSweep("study", runs, pd.concat([score_rows(*place) for place in places], ignore_index=True))
+
+
+def with_status(sweep, notation, split, status):
+    """The run did not finish, so it has no scores; one that is missing has no run and no params either."""
+    chosen = sweep.runs["fingerprint"] == fingerprint(notation, split)
+    runs = sweep.runs.assign(status=sweep.runs["status"].mask(chosen, status))
+    if status == "missing":
+        unknown = dict.fromkeys(["profile", "data", "weights", "results_version", "device", "teacher", "run_id"], "")
+        runs.loc[chosen, list(unknown)] = list(unknown.values())
+        runs["params"] = [{} if gone else params for gone, params in zip(chosen, runs["params"], strict=True)]
+    return replace(sweep, runs=runs, scores=sweep.scores[sweep.scores["fingerprint"] != fingerprint(notation, split)])
+
+
+def without(sweep, notation, split=None):
+    """Never asked for."""
+    gone = (sweep.runs["notation"] == notation) & (True if split is None else sweep.runs["split"] == split)
+    names = sweep.runs.loc[gone, "fingerprint"]
+    return replace(sweep, runs=sweep.runs[~gone], scores=sweep.scores[~sweep.scores["fingerprint"].isin(names)])
+
+
+def with_dice(sweep, notation, split, dice):
+    name = fingerprint(notation, split)
+    rest = sweep.scores[sweep.scores["fingerprint"] != name]
+    return replace(sweep, scores=pd.concat([rest, score_rows(notation, split, dice=dice)], ignore_index=True))
+
+
+def changed(sweep, **columns):
+    return replace(sweep, runs=sweep.runs.assign(**columns))
+
+
+def row(table, notation):
+    return table.set_index("notation").loc[notation]
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    return sweep_of()
+
+
+@pytest.fixture(scope="module")
+def table4(sweep):
+    return tables.table4(sweep)
+
+
+# ---- the paper's numbers -------------------------------------------------------------------------------------------
+
+
+def test_the_paper_has_twelve_cells_in_its_order():
+    order = [f"{path}_{loss}{aug}" for path in ("L", "H", "HReg") for loss in ("MSE", "KLD") for aug in ("", "_WAug")]
+    assert list(tables.CELLS) == order
+    columns = [PAPER_DICE, PAPER_STD, PAPER_P_TEACHER, PAPER_P_STUDENT]
+    assert [tables.PAPER[cell] for cell in order] == list(zip(*columns, strict=True))
+    assert tables.PAPER["Teacher"][:2] == (81.50, 18.40)
+    assert tables.PAPER["Student"][:2] == (73.16, 23.78)
+    assert tables.PAPER["Teacher"][3] == tables.PAPER["Student"][2] == 0.0048
+
+
+# ---- Table 4 -------------------------------------------------------------------------------------------------------
+
+
+def test_table4_rows_means_and_deviations(table4):
+    assert table4["notation"].tolist() == list(ALL)
+    assert (table4["gap"] == "").all()
+    for notation in ALL:
+        dice = 100 * dice_all(notation)
+        got = row(table4, notation)
+        assert got["mean_dice_percent"] == pytest.approx(sum(dice) / 36)
+        assert got["std_dice_percent"] == pytest.approx(np.sqrt(sum((dice - sum(dice) / 36) ** 2) / 35))
+        assert got["n_images"] == 36
+
+
+def test_table4_shows_each_splits_mean_and_the_distance_to_the_paper(sweep, table4):
+    text = tables.format_table4(table4).set_index("Model")
+    for notation in ALL:
+        means = [100 * np.mean(dice_of(notation, split, 0)) for split in range(3)]
+        got = row(table4, notation)
+        assert [got[f"mean_dice_percent_split{split}"] for split in range(3)] == pytest.approx(means)
+        assert text.loc[notation, "DSC % of split 0, 1, 2"] == " / ".join(f"{mean:.2f}" for mean in means)
+    distance = 100 * dice_all("L_MSE").mean() - PAPER_DICE[0]
+    assert row(table4, "L_MSE")["difference_to_paper_points"] == pytest.approx(distance)
+    assert text.loc["L_MSE", "DSC points to paper"] == f"{distance:+.2f}"
+    assert text.loc["Teacher_WAug", "DSC points to paper"] == DASH  # the paper does not tell of one
+    gap = tables.format_table4(tables.table4(with_status(sweep, "L_MSE", 1, "FAILED"))).set_index("Model")
+    assert gap.loc["L_MSE", "DSC % of split 0, 1, 2"] == gap.loc["L_MSE", "DSC points to paper"] == DASH
+
+
+def test_table4_tells_how_long_each_row_was_trained(sweep):
+    params = [own | {"train.epochs": "100"} for own in sweep.runs["params"]]
+    is_student = sweep.runs["notation"] == "Student"
+    epochs = np.where(is_student, 40.0 + sweep.runs["split"], 100.0)
+    longer = changed(sweep, epochs=epochs, best_epoch=epochs - 31, params=params)
+    table = tables.table4(with_status(longer, "L_MSE", 1, "FAILED"))
+    assert row(table, "Student")[["mean_epochs", "mean_best_epoch"]].tolist() == [41, 11]
+    text = tables.format_table4(table).set_index("Model")["Best epoch"]
+    assert (text["Student"], text["H_KLD"], text["L_MSE"]) == ("11 of 41", "70 of 100", DASH)
+    ended = "41 of 44 runs were ended by train.epochs, not by early stopping: they might have got better."
+    failed = with_status(longer, "L_MSE", 1, "FAILED")
+    assert ended in footnotes.of_table4(sweep=failed, table=table, test="ttest")
+    early = changed(longer, epochs=99.0)
+    assert not any("early stopping" in note for note in footnotes.of_table4(sweep=early, table=table, test="ttest"))
+
+
+def test_a_single_split_has_no_spread_and_no_column_for_it():
+    text = tables.format_table4(tables.table4(sweep_of(splits=(1,))))
+    assert not any(column.startswith("DSC % of split") for column in text)
+
+
+@pytest.mark.parametrize(("test", "reference"), [("ttest", ttest_rel), ("wilcoxon", wilcoxon)])
+def test_table4_p_values_are_those_of_hand_aligned_arrays(sweep, test, reference):
+    table = tables.table4(sweep, test=test)
+    for cell in tables.CELLS:
+        teacher = "Teacher_WAug" if cell.endswith("_WAug") else "Teacher"
+        got = row(table, cell)
+        assert got["p_teacher"] == pytest.approx(reference(dice_all(cell), dice_all(teacher)).pvalue, rel=1e-9)
+        assert got["p_student"] == pytest.approx(reference(dice_all(cell), dice_all("Student")).pvalue, rel=1e-9)
+    to_each_other = reference(dice_all("Student"), dice_all("Teacher")).pvalue
+    assert row(table, "Student")["p_teacher"] == pytest.approx(to_each_other, rel=1e-9)
+    assert row(table, "Teacher")["p_student"] == pytest.approx(to_each_other, rel=1e-9)
+    weak = reference(dice_all("Teacher_WAug"), dice_all("Student")).pvalue
+    assert row(table, "Teacher_WAug")["p_student"] == pytest.approx(weak, rel=1e-9)
+    assert table.set_index("notation").loc[["Teacher", "Teacher_WAug"], "p_teacher"].isna().all()
+    assert np.isnan(row(table, "Student")["p_student"])
+
+
+def test_the_teacher_is_the_one_of_the_fingerprint_not_of_the_name(sweep):
+    """Trained on strong views, distilled from weak ones: the notation says WAug, the Teacher is the strong one."""
+    runs = sweep.runs.copy()
+    crossed = runs["notation"] == "L_KLD_WAug"
+    runs.loc[crossed, "teacher"] = [fingerprint("Teacher", split) for split in runs.loc[crossed, "split"]]
+    got = row(tables.table4(replace(sweep, runs=runs)), "L_KLD_WAug")["p_teacher"]
+    assert got == pytest.approx(ttest_rel(dice_all("L_KLD_WAug"), dice_all("Teacher")).pvalue)
+    assert got != pytest.approx(ttest_rel(dice_all("L_KLD_WAug"), dice_all("Teacher_WAug")).pvalue)
+
+
+def test_holm_family_is_the_cells_of_the_column(table4):
+    for column in ("p_teacher", "p_student"):
+        cells = table4.set_index("notation").loc[list(tables.CELLS)]
+        smallest = cells[column].idxmin()
+        assert 0 < cells.loc[smallest, f"{column}_holm"] < 1
+        assert cells.loc[smallest, f"{column}_holm"] == pytest.approx(12 * cells.loc[smallest, column])
+        assert table4.set_index("notation").loc[list(tables.BASELINES), f"{column}_holm"].isna().all()
+
+
+def test_difference_to_student_and_its_interval(table4):
+    for notation in (*tables.CELLS, "Teacher"):
+        got = row(table4, notation)
+        difference = 100 * (dice_all(notation) - dice_all("Student"))
+        assert got["difference_to_student_points"] == pytest.approx(difference.mean())
+        expected = stats.mean_interval(difference)
+        assert [got["difference_low_points"], got["difference_high_points"]] == pytest.approx(list(expected))
+        assert got["difference_low_points"] < difference.mean() < got["difference_high_points"]
+    assert np.isnan(row(table4, "Student")["difference_low_points"])
+
+
+def test_the_papers_figures_stand_beside(table4):
+    got = row(table4, "HReg_KLD_WAug")[tables.PAPER_COLUMNS]
+    assert got.tolist() == [79.31, 19.33, 0.1247, 0.0068]
+    assert row(table4, "Teacher_WAug")[tables.PAPER_COLUMNS].isna().all()
+
+
+def test_order_of_the_records_changes_no_digit(sweep, table4):
+    shuffled = replace(
+        sweep, runs=sweep.runs.sample(frac=1, random_state=1), scores=sweep.scores.sample(frac=1, random_state=2)
+    )
+    pd.testing.assert_frame_equal(tables.table4(shuffled), table4, check_exact=True)
+    pd.testing.assert_frame_equal(tables.table3(shuffled), tables.table3(sweep), check_exact=True)
+    assert footnotes.of_scores(sweep=shuffled, table=table4) == footnotes.of_scores(sweep=sweep, table=table4)
+
+
+def test_same_image_in_two_splits_and_seeds_is_paired_within_each():
+    sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0, 1), seeds=(0, 7))
+    same_names = sweep.scores["image"].str.replace(r"split\d ", "", regex=True)
+    sweep = replace(sweep, scores=sweep.scores.assign(image=same_names))
+    places = [(split, seed) for split in (0, 1) for seed in (0, 7)]
+    ours, student = (np.concatenate([dice_of(name, *place) for place in places]) for name in ("L_MSE", "Student"))
+    got = row(tables.table4(sweep), "L_MSE")
+    assert got["p_student"] == pytest.approx(ttest_rel(ours, student).pvalue)
+    assert got["n_images"] == 48
+    assert "48 over all of them, 12 different" in footnotes.of_scores(sweep=sweep, table=tables.table4(sweep))[0]
+
+
+def test_different_images_are_refused(sweep):
+    one_more = with_dice(sweep, "H_MSE", 1, [0.5] * (IMAGES + 1))
+    with pytest.raises(
+        InputError, match=r"H_MSE and Teacher were scored on different images.*split1 image12 of split 1"
+    ):
+        tables.table4(one_more)
+    one_less = with_dice(sweep, "Student", 2, [0.5] * (IMAGES - 1))
+    with pytest.raises(InputError, match=r"and Student were scored on different images: 1 without"):
+        tables.table4(one_less)
+
+
+def test_equal_to_student_is_p_one_and_no_difference(sweep):
+    for split in (0, 1, 2):
+        sweep = with_dice(sweep, "H_KLD", split, dice_of("Student", split))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = row(tables.table4(sweep), "H_KLD")
+    assert got["p_student"] == 1.0
+    assert (got["difference_low_points"], got["difference_high_points"]) == (0.0, 0.0)
+
+
+def test_a_single_image_has_a_mean_and_nothing_else():
+    sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,))
+    for notation in ("Student", "Teacher", "L_MSE"):
+        sweep = with_dice(sweep, notation, 0, [0.5])
+    text = tables.format_table4(tables.table4(sweep)).set_index("Model").loc["L_MSE"]
+    assert text["DSC %"] == f"50.00 ± {DASH}"
+    assert (text[["p Teacher", "p Student", "p Student (Holm)", "Difference to Student"]] == DASH).all()
+
+
+def test_a_teacher_with_a_seed_of_its_own_serves_every_seed_of_the_cells():
+    sweep = sweep_of(("Student", "L_MSE"), splits=(0, 1), seeds=(3, 7))
+    teachers = [run_row("Teacher", split, 0) for split in (0, 1)]
+    runs = pd.concat([sweep.runs, pd.DataFrame(teachers)], ignore_index=True)
+    cells = runs["role"] == "cell"
+    runs.loc[cells, "teacher"] = [fingerprint("Teacher", split) for split in runs.loc[cells, "split"]]
+    scores = pd.concat([sweep.scores, *(score_rows("Teacher", split) for split in (0, 1))], ignore_index=True)
+    table = tables.table4(replace(sweep, runs=runs, scores=scores))
+    places = [(split, seed) for split in (0, 1) for seed in (3, 7)]
+    ours, student = (np.concatenate([dice_of(name, *place) for place in places]) for name in ("L_MSE", "Student"))
+    teacher = np.concatenate([dice_of("Teacher", split) for split, _ in places])
+    assert row(table, "L_MSE")["p_teacher"] == pytest.approx(ttest_rel(ours, teacher).pvalue)
+    assert row(table, "Teacher")["p_student"] == pytest.approx(ttest_rel(student, teacher).pvalue)
+    assert row(table, "Student")["p_teacher"] == pytest.approx(ttest_rel(student, teacher).pvalue)
+    assert row(table, "Teacher")["std_dice_percent"] == pytest.approx(100 * dice_all("Teacher", (0, 1)).std(ddof=1))
+    assert (row(table, "Teacher")["n_images"], row(table, "L_MSE")["n_images"]) == (24, 48)
+
+
+# ---- gaps ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "word"),
+    [("missing", "missing"), ("FAILED", "failed"), ("RUNNING", "running"), ("KILLED", "killed")],
+)
+def test_an_unfinished_split_is_a_gap_in_both_tables(sweep, status, word):
+    partial = with_status(sweep, "H_KLD_WAug", 1, status)
+    three, four = tables.table3(partial), tables.table4(partial)
+    for table in (three, four):
+        assert row(table, "H_KLD_WAug")["gap"] == f"{word}: split 1"
+        assert np.isnan(row(table, "H_KLD_WAug")["mean_dice_percent"])
+        assert (table["gap"] != "").sum() == 1
+    numbers = row(four, "H_KLD_WAug").drop(["gap", *tables.PAPER_COLUMNS])
+    assert numbers.isna().all()
+    text = tables.format_table3(three).set_index("Notation").loc["H_KLD_WAug"]
+    assert text["DSC % (ours)"] == f"{DASH} ({word}: split 1)"
+    assert text["DSC % (paper)"] == "78.50"
+    assert any(f"H_KLD_WAug ({word}: split 1)" in note for note in footnotes.of_scores(sweep=partial, table=four))
+
+
+def test_the_holm_family_shrinks_with_a_gap(sweep):
+    table = tables.table4(with_status(sweep, "H_KLD_WAug", 1, "FAILED")).set_index("notation").loc[list(tables.CELLS)]
+    smallest = table["p_student"].idxmin()
+    assert table["p_student"].notna().sum() == 11
+    assert table.loc[smallest, "p_student_holm"] == pytest.approx(11 * table.loc[smallest, "p_student"])
+
+
+def test_several_reasons_are_all_named(sweep):
+    partial = with_status(with_status(sweep, "L_MSE", 1, "missing"), "L_MSE", 2, "missing")
+    assert row(tables.table3(partial), "L_MSE")["gap"] == "missing: split 1, 2"
+    partial = with_status(partial, "L_MSE", 0, "FAILED")
+    assert row(tables.table3(partial), "L_MSE")["gap"] == "failed: split 0; missing: split 1, 2"
+
+
+def test_asked_for_on_fewer_splits_than_another_is_a_gap(sweep):
+    for split in (1, 2):
+        sweep = without(sweep, "L_KLD", split=split)
+    for table in (tables.table3(sweep), tables.table4(sweep)):
+        assert row(table, "L_KLD")["gap"] == "not asked: split 1, 2"
+        assert np.isnan(row(table, "L_KLD")["mean_dice_percent"])
+
+
+def test_never_asked_for_is_not_run(sweep):
+    table = tables.table3(without(sweep, "HReg_MSE"))
+    assert row(table, "HReg_MSE")["gap"] == "not run"
+    assert len(table) == 12
+
+
+def test_one_split_only_is_whole_when_nothing_else_was_asked():
+    table = tables.table3(sweep_of(splits=(2,)))
+    assert (table["gap"] == "").all()
+    assert row(table, "L_MSE")["mean_dice_percent"] == pytest.approx(100 * dice_of("L_MSE", 2).mean())
+
+
+def test_seeds_count_as_asked_too():
+    sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,), seeds=(0, 7))
+    fewer = replace(sweep, runs=sweep.runs[sweep.runs["fingerprint"] != fingerprint("L_MSE", 0, 7)])
+    assert row(tables.table3(fewer), "L_MSE")["gap"] == "not asked: split 0 seed 7"
+
+
+def test_a_teacher_that_no_run_has_needed_yet_is_not_trained():
+    """Cells ask for their Teachers, and of those that have not begun nobody knows which that will be."""
+    sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,))
+    later = pd.DataFrame([run_row("L_MSE", 1, status="missing", teacher="", params={})])
+    gap = row(tables.table4(replace(sweep, runs=pd.concat([sweep.runs, later]))), "Teacher")["gap"]
+    assert gap == "not trained: split 1"
+
+
+def test_finished_without_scores_is_a_gap(sweep):
+    partial = replace(sweep, scores=sweep.scores[sweep.scores["fingerprint"] != fingerprint("L_MSE", 0)])
+    assert row(tables.table3(partial), "L_MSE")["gap"] == "no scores: split 0"
+
+
+def test_nothing_finished_is_all_gaps(sweep):
+    runs = sweep.runs[sweep.runs["role"] != "teacher"].assign(
+        status="missing", profile="", data="", weights="", device="", teacher=""
+    )
+    empty = replace(sweep, runs=runs, scores=sweep.scores.iloc[:0].astype(object))
+    table = tables.table4(empty)
+    assert set(table["gap"].iloc[2:]) == {"missing: split 0, 1, 2"}
+    assert set(table["gap"].iloc[:2]) == {"not run"}
+    text = tables.format_table4(table)
+    assert set(text["p Student"]) == set(text["n images"]) == {DASH}
+    assert footnotes.of_scores(sweep=empty, table=table)
+
+
+def test_without_student_its_columns_are_gaps_and_a_note_names_the_command(sweep):
+    partial = with_status(sweep, "Student", 2, "FAILED")
+    table = tables.table4(partial)
+    assert table[["p_student", "p_student_holm", "difference_low_points"]].isna().all(axis=None)
+    assert np.isnan(row(table, "Student")["p_teacher"])
+    assert row(table, "L_MSE")["p_teacher"] == pytest.approx(ttest_rel(dice_all("L_MSE"), dice_all("Teacher")).pvalue)
+    notes = footnotes.of_table4(sweep=partial, table=table, test="ttest")
+    assert notes[-1].endswith("before its baseline is finished: the command of the sweep goes on with it.")
+    never = without(sweep, "Student")
+    notes = footnotes.of_table4(sweep=never, table=tables.table4(never), test="ttest")
+    assert notes[-1].endswith("run it with `python -m kdsweep -m path=none sweep_name=study`.")
+    whole = footnotes.of_table4(sweep=sweep, table=tables.table4(sweep), test="ttest")
+    assert not any("path=none" in note for note in whole)
+
+
+def test_the_command_for_student_is_that_of_the_sweep_with_another_path(sweep):
+    words = "-m +experiment=table3 'data.root=/my images' split=0,1,2"
+    typed = replace(
+        sweep, commands=("python -m kdsweep path=L", f"python -m kdsweep path=L,H {words} sweep_name=study")
+    )
+    assert footnotes.student_command(typed) == f"python -m kdsweep {words} path=none sweep_name=study"
+    assert footnotes.student_command(sweep) == "python -m kdsweep -m path=none sweep_name=study"
+
+
+def test_without_its_own_teacher_only_that_column_is_a_gap(sweep):
+    table = tables.table4(with_status(sweep, "Teacher_WAug", 1, "FAILED"))
+    for cell in tables.CELLS:
+        assert np.isnan(row(table, cell)["p_teacher"]) == cell.endswith("_WAug")
+        assert not np.isnan(row(table, cell)["p_student"])
+
+
+def test_scores_of_a_failed_teacher_are_not_used(sweep):
+    failed = replace(with_status(sweep, "Teacher", 1, "FAILED"), scores=sweep.scores)
+    assert np.isnan(row(tables.table4(failed), "L_MSE")["p_teacher"])
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "both"),
+    [("profile", "quick", "profile=paper and profile=quick"), ("data", "phantom", "data=busi and data=phantom")],
+)
+@pytest.mark.parametrize("make", [tables.table3, tables.table4])
+def test_mixing_is_refused(sweep, make, key, value, both):
+    runs = sweep.runs.copy()
+    runs.loc[runs["notation"] == "L_MSE", key] = value
+    with pytest.raises(InputError) as caught:
+        make(replace(sweep, runs=runs))
+    assert str(caught.value) == f"sweep study mixes {both}: {REMEDY}"
+
+
+def with_params(sweep, chosen, changes):
+    """Those runs were made with these params too, or instead."""
+    params = [old | changes if there else old for old, there in zip(sweep.runs["params"], chosen, strict=True)]
+    return changed(sweep, params=params)
+
+
+def runs_of(sweep, notation, splits=(0, 1, 2)):
+    return (sweep.runs["notation"] == notation) & sweep.runs["split"].isin(splits)
+
+
+@pytest.mark.parametrize("make", [tables.table3, tables.table4])
+def test_a_student_of_other_epochs_is_refused(sweep, make):
+    """The second command changed train.epochs, and both landed in DATA-PROFILE."""
+    student = sweep.runs["role"] == "student"
+    mixed = with_params(with_params(sweep, ~student, {"train.epochs": "12"}), student, {"train.epochs": "2"})
+    for order in (mixed, replace(mixed, runs=mixed.runs.iloc[::-1])):
+        with pytest.raises(InputError) as caught:
+            make(order)
+        both = "train.epochs=12 (HReg_KLD split 0) and train.epochs=2 (Student split 0)"
+        assert str(caught.value) == f"sweep study mixes {both}: {REMEDY}"
+
+
+def test_one_cell_of_other_options_is_refused_and_three_keys_are_named(sweep):
+    options = {"views.shift": "0.1", "train.lr": "0.5", "precision": "bf16", "image_size": "64"}
+    mixed = with_params(sweep, runs_of(sweep, "H_MSE", [2]), options)
+    with pytest.raises(InputError) as caught:
+        tables.table4(mixed)
+    message = str(caught.value)
+    keys = {"image_size": ("unset", "64"), "precision": ("unset", "bf16"), "train.lr": ("0.0001", "0.5")}
+    shown = [f"{key}={one} (HReg_KLD split 0) and {key}={other} (H_MSE split 2)" for key, (one, other) in keys.items()]
+    assert message == f"sweep study mixes {', '.join(shown)}: {REMEDY}"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("device", "store", "sweep_name", "tracking.uri", "train.workers", "weights"),
+        *("data.root", "data.source.root", "data.source.cache_dir"),
+        *("split", "seed", "teacher.seed", "path.kd_path.kernel_size", "loss.name", "teacher_aug.train_view"),
+    ],
+)
+def test_what_determines_no_result_and_the_factors_may_differ(sweep, table4, key):
+    mixed = with_params(with_params(sweep, runs_of(sweep, "Student"), {key: "a"}), runs_of(sweep, "H_MSE"), {key: "b"})
+    pd.testing.assert_frame_equal(tables.table4(mixed), table4)
+
+
+@pytest.mark.parametrize("key", ["data.roots", "path_length", "train.workers_seed", "weights_decay", "teacher_seed"])
+def test_a_key_that_only_begins_like_those_may_not(sweep, key):
+    with pytest.raises(InputError, match=f"mixes {key}=unset .* and {key}=1|mixes {key}=1 .* and {key}=unset"):
+        tables.table3(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "1"}))
+
+
+def test_a_teacher_option_concerns_the_cells_only(sweep, table4):
+    options = {"teacher.encoder": "resnet18", "kd.weight": "0.9"}
+    for role in ("student", "teacher"):
+        other = with_params(sweep, sweep.runs["role"] == role, options)
+        pd.testing.assert_frame_equal(tables.table4(other), table4)
+    cells = with_params(sweep, sweep.runs["role"] == "cell", options)
+    pd.testing.assert_frame_equal(tables.table4(cells), table4)
+    for key, one, other in (("teacher.encoder", "resnet18", "resnet34"), ("kd.weight", "0.9", "0.1")):
+        mixed = with_params(cells, runs_of(cells, "HReg_KLD", [0]), {key: other})
+        with pytest.raises(InputError) as caught:
+            tables.table4(mixed)
+        both = f"{key}={other} (HReg_KLD split 0) and {key}={one} (HReg_KLD split 1)"
+        assert str(caught.value) == f"sweep study mixes {both}: {REMEDY}"
+
+
+def test_a_run_that_never_started_has_no_options_to_mix(sweep):
+    partial = with_params(sweep, sweep.runs["status"] == "FINISHED", {"train.epochs": "12"})
+    assert row(tables.table3(with_status(partial, "L_MSE", 1, "missing")), "L_MSE")["gap"] == "missing: split 1"
+
+
+def test_the_configurations_of_table4_do_not_mix(sweep, table4):
+    """With the params that MLflow really holds; then with those of a command that changes one."""
+    paths = {"L": "L", "H": "H", "HReg": "HR", "Student": "none"}
+
+    def params(notation, split, *overrides):
+        path, _, rest = notation.removesuffix("_WAug").partition("_")
+        view = "weak" if notation.endswith("_WAug") else "strong"
+        factors = [f"path={paths[path]}", f"loss={rest.lower() or 'kld'}", f"teacher_aug={view}", f"split={split}"]
+        flat = cells.params(cells.compose(["profile=quick", "train.epochs=12", *factors, *overrides]))
+        return {key: str(value) for key, value in flat.items()}
+
+    runs = sweep.runs[sweep.runs["role"] != "teacher"]
+    real = [params(name, split) for name, split in zip(runs["notation"], runs["split"], strict=True)]
+    teachers = sweep.runs[sweep.runs["role"] == "teacher"].assign(params=[real[0]] * 6)
+    runs = pd.concat([runs.assign(params=real), teachers])
+    pd.testing.assert_frame_equal(tables.table4(replace(sweep, runs=runs)), table4)
+    student = {split: params("Student", split, "train.epochs=2", "teacher=resnet34") for split in (0, 1, 2)}
+    is_student = runs["role"] == "student"
+    other = [
+        student[split] if chosen else old
+        for chosen, split, old in zip(is_student, runs["split"], runs["params"], strict=True)
+    ]
+    with pytest.raises(InputError) as caught:
+        tables.table4(replace(sweep, runs=runs.assign(params=other)))
+    both = "train.epochs=12 (HReg_KLD split 0) and train.epochs=2 (Student split 0)"
+    assert str(caught.value) == f"sweep study mixes {both}: {REMEDY}"
+
+
+def rival(sweep, status):
+    same = {"train.lr": "0.0001", "split": "1", "device": "cpu"}
+    params = same | {"loss.name": "kld2", "path.zoom": "2", "teacher.seed": "7", "teacher_aug.train_view": "strong"}
+    extra = run_row("L_KLD", 1, fingerprint="zz", params=params, status=status)
+    runs = pd.concat([sweep.runs, pd.DataFrame([extra])], ignore_index=True)
+    scores = score_rows("L_KLD", 1).assign(fingerprint="zz")
+    return replace(sweep, runs=runs, scores=pd.concat([sweep.scores, scores]) if status == "FINISHED" else sweep.scores)
+
+
+@pytest.mark.parametrize("make", [tables.table3, tables.table4])
+def test_two_different_results_of_one_cell_are_refused(sweep, make):
+    with pytest.raises(InputError) as caught:
+        make(rival(sweep, "FINISHED"))
+    message = str(caught.value)
+    assert "L_KLD split 1 seed 0" in message
+    assert "(loss.name=unset and kld2, path.zoom=unset and 2, teacher.seed=unset and 7)" in message
+    assert "train_view" not in message
+    assert "device" not in message  # it decides nothing
+    assert message.endswith(f"): {REMEDY}")
+
+
+def test_two_teachers_of_one_place_are_refused(sweep):
+    """Half of the cells were computed again after a change of the code, and learnt from a new Teacher."""
+    runs = sweep.runs.copy()
+    runs.loc[(runs["notation"] == "L_MSE") & (runs["split"] == 0), "teacher"] = "zz"
+    # its params are those of another cell, which is not why it is another Teacher
+    params = {"train.lr": "0.01", "split": "0", "path.name": "L", "loss.name": "mse", "kd.weight": "0.9", "store": "b"}
+    runs = pd.concat([runs, pd.DataFrame([run_row("Teacher", 0, fingerprint="zz", params=params)])], ignore_index=True)
+    with pytest.raises(InputError, match=r"runs of Teacher split 0 seed 0 \(equal options, so the code"):
+        tables.table4(replace(sweep, runs=runs))
+
+
+def test_a_second_unfinished_run_of_a_cell_is_a_gap(sweep):
+    assert row(tables.table3(rival(sweep, "FAILED")), "L_KLD")["gap"] == "failed: split 1"
+
+
+@pytest.mark.parametrize("dice", [[0.5] * (IMAGES - 1) + [np.nan], None])
+def test_a_score_that_is_no_number_or_comes_twice_is_refused(sweep, dice):
+    double = replace(sweep, scores=pd.concat([sweep.scores, score_rows("H_MSE", 0)]))
+    broken = double if dice is None else with_dice(sweep, "H_MSE", 0, dice)
+    with pytest.raises(InputError, match="H_MSE split 0"):
+        tables.table3(broken)
+
+
+def test_an_empty_sweep_is_refused(sweep):
+    with pytest.raises(InputError, match="sweep study has no runs"):
+        tables.table3(replace(sweep, runs=sweep.runs.iloc[:0]))
+
+
+# ---- Table 3, a user's own cells, text -----------------------------------------------------------------------------
+
+
+def test_table3_factors_and_means(sweep):
+    table = tables.table3(sweep)
+    assert table["notation"].tolist() == list(tables.CELLS)
+    assert table["representation"].tolist() == ["Logits"] * 4 + ["Hidden"] * 4 + ["Hidden-Regressor"] * 4
+    assert table["loss"].tolist() == (["mean squared error"] * 2 + ["Kullback-Leibler divergence"] * 2) * 3
+    assert table["teacher_augmentation"].tolist() == ["strong", "weak"] * 6
+    assert table["mean_dice_percent"].tolist() == pytest.approx([100 * dice_all(cell).mean() for cell in tables.CELLS])
+    assert table["paper_mean_dice_percent"].tolist() == [tables.PAPER[cell][0] for cell in tables.CELLS]
+
+
+def test_a_cell_of_ones_own_loss_comes_after_the_papers(sweep):
+    own = [run_row("L_MSE", split, notation="L_COS_WAug", fingerprint=f"own{split}") for split in (0, 1, 2)]
+    scores = [score_rows("L_MSE", split).assign(fingerprint=f"own{split}") for split in (0, 1, 2)]
+    sweep = replace(sweep, runs=pd.concat([sweep.runs, pd.DataFrame(own)]), scores=pd.concat([sweep.scores, *scores]))
+    last = tables.table3(sweep).iloc[-1]
+    assert last[["representation", "loss", "teacher_augmentation"]].tolist() == ["Logits", "COS", "weak"]
+    assert last["mean_dice_percent"] == pytest.approx(100 * dice_all("L_MSE").mean())
+    assert np.isnan(last["paper_mean_dice_percent"])
+    cells = tables.table4(sweep).iloc[3:]
+    assert len(cells) == 13
+    assert cells["p_student_holm"].min() == pytest.approx(13 * cells["p_student"].min())
+
+
+def test_the_printed_numbers():
+    sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,))
+    for notation, dice in {"Student": [0.1, 0.2, 0.3], "Teacher": [0.8, 0.9, 1.0], "L_MSE": [0.6, 0.8, 1.0]}.items():
+        sweep = with_dice(sweep, notation, 0, dice)
+    text = tables.format_table4(tables.table4(sweep)).set_index("Model")
+    assert text.loc["Teacher", "DSC %"] == "90.00 ± 10.00"
+    assert text.loc["L_MSE", "DSC %"] == "80.00 ± 20.00"
+    # differences to Student 0.5, 0.6, 0.7: t = 0.6 sqrt(3) / 0.1 with 2 degrees of freedom, p = 1 - sqrt(108 / 110)
+    assert text.loc["L_MSE", "p Student"] == text.loc["L_MSE", "p Student (Holm)"] == "0.0091"
+    # differences to Teacher -0.2, -0.1, 0: t = -sqrt(3), p = 1 - sqrt(3 / 5)
+    assert text.loc["L_MSE", "p Teacher"] == "0.2254"
+    assert text.loc["L_MSE", "DSC % (paper)"] == "77.75 ± 22.55"
+    assert text.loc["L_MSE", "p Student (paper)"] == "0.0227"
+    assert text.loc["L_MSE", "n images"] == "3"
+    low, high = text.loc["L_MSE", "Difference to Student"].split(" to ")
+    assert 50 <= float(low) < 60 < float(high) <= 70
+    assert text.loc["H_MSE", "DSC %"] == f"{DASH} (not run)"
+
+
+def test_a_tiny_p_is_not_printed_as_zero(table4):
+    text = tables.format_table4(table4.assign(p_student=1e-7))
+    assert set(text["p Student"]) == {"<0.0001"}
+
+
+def test_footnotes_say_what_made_the_numbers(sweep, table4):
+    notes = footnotes.of_scores(sweep=sweep, table=table4)
+    assert notes[0] == (
+        "profile paper, data busi, weights imagenet, device cuda; splits: 3, seeds: 1, "
+        "test images: 36 over all of them, 36 different."
+    )
+    assert "Behboodi, Brooks, Rivaz 2025" in notes[-1]
+    assert "10.36922/aih.3509" in notes[-1]
+    assert "UDIAT, not busi" in notes[-1]
+    assert not any("Gaps" in note or "machinery" in note for note in notes)
+    assert "UDIAT" not in footnotes.of_scores(sweep=changed(sweep, data="udiat"), table=table4)[-1]
+    assert "A check of the machinery, not a result." in footnotes.of_scores(
+        sweep=changed(sweep, profile="quick"), table=table4
+    )
+    assert "weights imagenet, none" in footnotes.of_scores(sweep=mixed_weights(sweep), table=table4)[0]
+
+
+def mixed_weights(sweep):
+    return changed(sweep, weights=sweep.runs["weights"].mask(sweep.runs["role"] == "student", "none"))
+
+
+def test_latex_escapes_what_latex_would_read():
+    text = pd.DataFrame({"DSC %": ["81.50 ± 18.40", f"{DASH} (not run)"], "p": ["<0.0001", "L_MSE"]})
+    latex = tables.to_latex(title="A_B", text=text, notes=["100 % of `x_y`"])
+    assert r"DSC \% & p \\" in latex
+    assert r"81.50 $\pm$ 18.40 & $<$0.0001 \\" in latex
+    assert r"-- (not run) & L\_MSE \\" in latex
+    assert r"\caption{A\_B}" in latex
+    assert r"100 \% of x\_y" in latex
+    assert latex.count("{table}") == 2
+    assert latex.isascii()
+
+
+# ---- files and the command -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(sweep, monkeypatch):
+    """A tracking module that holds this sweep; the list records what it was asked for."""
+    calls = []
+
+    def read_sweep(*, store, uri, name):
+        calls.append((store, uri, name))
+        if name == "nowhere":
+            raise InputError("no sweep nowhere in this store")
+        return sweep
+
+    fake = types.ModuleType("kdsweep.tracking.tracking")
+    fake.read_sweep = read_sweep
+    monkeypatch.setitem(sys.modules, "kdsweep.tracking.tracking", fake)
+    return calls
+
+
+@pytest.mark.parametrize("which", ["table3", "table4"])
+def test_the_command_prints_and_writes(asked, sweep, tmp_path, capsys, which):
+    store = tmp_path / "store"
+    assert tables.main([which, "--store", str(store)]) == 0
+    assert asked == [(store, None, None)]
+    printed = capsys.readouterr().out
+    written = store / "tables"
+    assert sorted(file.name for file in written.iterdir()) == [f"{which}.{suffix}" for suffix in ("csv", "md", "tex")]
+    markdown = (written / f"{which}.md").read_text(encoding="utf-8")
+    assert printed == f"{markdown}\nwrote {written / which}.md, .csv, .tex\n"
+    assert markdown.startswith(f"Table {which[-1]}. ")
+    assert "| L_KLD_WAug " in markdown
+    assert "doi 10.36922/aih.3509" in markdown
+    latex = (written / f"{which}.tex").read_text(encoding="utf-8")
+    assert "doi 10.36922/aih.3509" in latex
+    assert r"\caption{Table" not in latex  # LaTeX counts tables itself
+
+
+def test_the_csv_reads_back_unrounded(asked, sweep, table4, tmp_path):
+    assert tables.main(["table4", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "table4.csv").open(encoding="utf-8", newline="") as file:
+        back = list(csv.DictReader(file))  # pandas' own reader may differ in the last digit
+    numbers = table4.select_dtypes("float").columns
+    assert len(numbers) >= 12
+    for column in numbers:
+        np.testing.assert_array_equal([float(line[column] or "nan") for line in back], table4[column])
+    assert {(line["profile"], line["data"], line["sweep"], line["test"]) for line in back} == {
+        ("paper", "busi", "study", "ttest")
+    }
+
+
+def test_options_reach_their_place(asked, tmp_path, capsys):
+    uri, out = "http://localhost:5000", tmp_path / "a" / "b"
+    command = ["table4", "--tracking-uri", uri, "--sweep", "study", "--out", str(out), "--test", "wilcoxon"]
+    assert tables.main(command) == 0
+    assert asked == [(Path("multirun"), uri, "study")]
+    back = pd.read_csv(out / "table4.csv").set_index("notation")
+    expected = wilcoxon(dice_all("L_MSE"), dice_all("Student")).pvalue
+    assert back.loc["L_MSE", "p_student"] == pytest.approx(expected)
+    assert set(back["test"]) == {"wilcoxon"}
+    assert "Wilcoxon signed-rank test" in capsys.readouterr().out
+
+
+def test_an_input_error_is_one_line_and_code_one(asked, tmp_path, capsys):
+    assert tables.main(["table3", "--sweep", "nowhere", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "kdsweep: error: no sweep nowhere in this store\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(asked, tmp_path, capsys):
+    blocked = Path(tmp_path / "file")
+    blocked.write_text("")
+    assert tables.main(["table3", "--out", str(blocked)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"kdsweep: error: --out {blocked}: ")
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_table_names_the_choices(asked, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tables.main(["table9"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "table9" in error
+    assert "table3" in error
+    assert "table4" in error
+
+
+def test_what_departs_from_the_papers_protocol_is_said():
+    sweep = sweep_of()
+    assert not any("protocol" in note for note in footnotes.provenance(sweep))
+    params = [own | {"image_size": "128", "weights": "none", "train.epochs": "500"} for own in sweep.runs["params"]]
+    lines = [note for note in footnotes.provenance(changed(sweep, params=params)) if "protocol" in note]
+    told = "weights none instead of imagenet, image_size 128 instead of 224"
+    assert lines == [f"A study of its own, not the paper's protocol: {told}."]
+    rated = [note for note in footnotes.provenance(rates({"0.0001": 0.0, "0.01": 0.0})) if "protocol" in note]
+    assert rated == ["A study of its own, not the paper's protocol: train.lr 0.0001 and 0.01 instead of 0.0001."]
+
+
+def test_the_protocol_is_that_of_the_default_profile():
+    params = cells.params(cells.compose([]))
+    assert {key: str(params[key]) for key in footnotes.PROTOCOL} == footnotes.PROTOCOL
+
+
+# ---- further keys that a sweep varies --------------------------------------------------------------------------------
+
+
+def rates(changes, key="train.lr", **options):
+    """The sweep of each value below each other; scores move by the number given with it."""
+    runs, scores = [], []
+    for value, shift in changes.items():
+        one = sweep_of(**options)
+        name = one.runs["fingerprint"] + f"-{value}"
+        teacher = one.runs["role"] == "teacher"
+        own = one.runs.assign(
+            fingerprint=one.runs["fingerprint"].where(teacher, name),
+            params=[{**params, key: value} for params in one.runs["params"]],
+            variant=[grid.used_by(role, {key: value}, {}) for role in one.runs["role"]],
+        )
+        runs.append(own)
+        named = dict(zip(one.runs["fingerprint"], own["fingerprint"], strict=True))
+        scores.append(
+            one.scores.assign(fingerprint=one.scores["fingerprint"].map(named), dice=one.scores["dice"] + shift)
+        )
+    runs = pd.concat(runs, ignore_index=True)
+    runs.loc[runs["role"] == "teacher", "variant"] = [{}] * (runs["role"] == "teacher").sum()
+    scores = pd.concat(scores, ignore_index=True).drop_duplicates(["fingerprint", "image"])
+    unique = runs.drop_duplicates("fingerprint").reset_index(drop=True)
+    return FakeSweep("rates", unique, scores, varied=(key,))
+
+
+def test_a_swept_key_gives_each_of_its_values_rows_of_its_own():
+    sweep = rates({"0.001": 0.0, "0.0001": -0.1})
+    table = tables.table4(sweep)
+    assert list(dict.fromkeys(table["settings"])) == ["train.lr=0.0001", "train.lr=0.001"]
+    for label, shift in {"train.lr=0.001": 0, "train.lr=0.0001": -10}.items():
+        part = table[table["settings"] == label].set_index("notation")
+        assert list(part.index) == list(ALL)
+        for name in ("Student", "L_MSE", "HReg_KLD_WAug"):
+            assert part.loc[name, "mean_dice_percent"] == pytest.approx(100 * dice_all(name).mean() + shift)
+        ours, student = dice_all("H_KLD"), dice_all("Student")
+        assert part.loc["H_KLD", "p_student"] == pytest.approx(ttest_rel(ours, student).pvalue)
+        teacher = dice_all("Teacher")  # is not trained with train.lr: the same for both
+        assert part.loc["H_KLD", "p_teacher"] == pytest.approx(ttest_rel(ours + shift / 100, teacher).pvalue)
+
+
+def test_holm_counts_the_cells_of_all_settings():
+    sweep = rates({"1": 0.0, "2": -0.01})
+    table = tables.table4(sweep)
+    cells = table[~table["notation"].isin(tables.BASELINES)]
+    assert cells["p_student"].notna().sum() == 24
+    pd.testing.assert_series_equal(cells["p_student_holm"], stats.holm(cells["p_student"]), check_names=False)
+
+
+def test_a_key_that_the_student_does_not_use_leaves_one_student_for_all():
+    sweep = rates({"0.5": 0.0, "0.9": 0.05}, key="kd.weight")
+    students = sweep.runs[sweep.runs["notation"] == "Student"]
+    keep = students["fingerprint"].str.endswith("0.5")  # the same cell, computed once
+    sweep = replace(sweep, runs=sweep.runs.drop(students[~keep].index))
+    sweep = replace(sweep, scores=sweep.scores[sweep.scores["fingerprint"].isin(sweep.runs["fingerprint"])])
+    table = tables.table4(sweep).set_index(["settings", "notation"])
+    for label, shift in {"kd.weight=0.5": 0.0, "kd.weight=0.9": 5.0}.items():
+        student = 100 * dice_all("Student").mean()
+        assert table.loc[(label, "Student"), "mean_dice_percent"] == pytest.approx(student)
+        difference = 100 * dice_all("L_MSE").mean() + shift - student
+        assert table.loc[(label, "L_MSE"), "difference_to_student_points"] == pytest.approx(difference)
+
+
+def test_gaps_of_a_setting_are_told_with_it_and_rows_that_none_asked_for_are_left_out():
+    sweep = rates({"1": 0.0, "2": 0.0}, notations=("Teacher", "Student", "L_MSE", "H_KLD"))
+    gone = (sweep.runs["notation"] == "H_KLD") & sweep.runs["fingerprint"].str.endswith("-2")
+    sweep = replace(sweep, runs=sweep.runs[~gone])
+    table = tables.table3(sweep)
+    assert list(zip(table["settings"], table["notation"], table["gap"], strict=True)) == [
+        ("train.lr=1", "L_MSE", ""),
+        ("train.lr=1", "H_KLD", ""),
+        ("train.lr=2", "L_MSE", ""),
+        ("train.lr=2", "H_KLD", "not run"),
+    ]
+    notes = " ".join(footnotes.of_scores(sweep=sweep, table=table))
+    assert "H_KLD with train.lr=2 (not run)" in notes
+    assert "Each of the 2 settings stands for itself: train.lr=1; train.lr=2." in notes
+    assert tables.format_table3(table).columns[0] == "Settings"
+
+
+def test_what_differs_within_a_setting_or_was_not_swept_is_mixing():
+    sweep = rates({"1": 0.0, "2": 0.0})
+    with pytest.raises(InputError, match=r"mixes train\.lr=1 .* and train\.lr=2"):
+        tables.table4(replace(sweep, varied=()))
+    params = [params | {"train.epochs": str(i % 2)} for i, params in enumerate(sweep.runs["params"])]
+    with pytest.raises(InputError, match=r"mixes train\.epochs=\d .* and train\.epochs="):
+        tables.table4(changed(sweep, params=params))
+    both = replace(sweep, varied=("train.lr", "train.epochs"))
+    with pytest.raises(InputError, match=r"mixes train\.epochs=\d .* and train\.epochs="):
+        tables.table4(changed(both, params=params))
+
+
+def test_a_value_that_was_asked_for_alone_is_a_row_too():
+    """Typed after the sweep, it has no variant of its own: its params tell it."""
+    sweep = rates({"1": 0.0, "2": 0.0, "10": 0.0})
+    alone = [params["train.lr"] == "10" for params in sweep.runs["params"]]
+    sweep = changed(sweep, variant=sweep.runs["variant"].mask(alone, {}))
+    labels = tables.table4(sweep)["settings"]
+    assert list(dict.fromkeys(labels)) == ["train.lr=1", "train.lr=2", "train.lr=10"]
+
+
+def test_effects_and_sentences_stand_for_each_setting():
+    sweep = rates({"1": 0.0, "2": 0.0})
+    table = effects.effects(sweep)
+    one = effects.effects(sweep_of())
+    for _, part in table.groupby("settings"):
+        pd.testing.assert_frame_equal(part.drop(columns="settings").reset_index(drop=True), one)
+    lines = effects.sentences(table)
+    assert [line.partition(": ")[0] for line in lines] == ["With train.lr=1"] * 3 + ["With train.lr=2"] * 3
+    assert lines[0].removeprefix("With train.lr=1: ") == effects.sentences(one)[0]
+    assert "over the 5 main effects" in " ".join(effects.notes(sweep=sweep, table=table, test="ttest"))
+
+
+def test_table5_is_of_the_settings_with_the_best_cell():
+    sweep = rates({"1": 0.0, "2": 0.1})
+    part, table = tables.best_variant(sweep, tables.table4(sweep))
+    assert set(table["notation"]) == set(ALL)
+    assert set(part.runs.loc[part.runs["role"] != "teacher", "params"].map(lambda params: params["train.lr"])) == {"2"}
+
+
+def test_a_single_split_is_said_to_show_no_spread():
+    for splits, told in (((0,), True), ((0, 1), False)):
+        sweep = sweep_of(splits=splits)
+        notes = footnotes.of_table4(sweep=sweep, table=tables.table4(sweep), test="ttest")
+        assert ("One split: how much the scores spread between splits is not known." in notes) == told

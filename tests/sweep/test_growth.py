@@ -1,0 +1,164 @@
+"""Plan and bookkeeping of large sweeps: nothing is done again for each cell that could be done once."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict
+
+from kdsweep import conf_dir
+from kdsweep.config import cells
+from kdsweep.config.composition import Composer
+from kdsweep.data import data
+from kdsweep.results import sweeps
+from kdsweep.runs import records
+from kdsweep.sweep import plan
+from kdsweep.tracking import tracking
+
+FIXED = ["profile=quick", "device=cpu"]
+VALUES = ("0.5", "null", "many words", "${kd.temperature}", "'1'")
+
+
+@pytest.fixture
+def sweep():
+    """Hydra's loader and the configuration of a sweep."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        yield loader, loader.load_configuration("config", FIXED, run_mode=RunMode.MULTIRUN)
+
+
+@pytest.fixture
+def growth():
+    """The benchmark, which is no module of the package."""
+    file = Path(__file__).parents[2] / "benchmarks" / "growth.py"
+    spec = importlib.util.spec_from_file_location("growth", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def slow(loader, config, words: list[str], number: int):
+    """As Hydra composes a job."""
+    composed = loader.load_sweep_config(config, words)
+    with open_dict(composed):
+        composed.hydra.job.id = composed.hydra.job.num = number
+    return composed
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *(["loss=mse"], ["hydra.job.chdir=false", "train.lr=1e-2"], ["kd={temperature:2}"], ["sweep_name='a b'"]),
+        *(["+new=1"], ["path.notation=X", "path=HR"], ["teacher=resnet34", "teacher.seed=3"], ["~retry_failed"]),
+    ],
+)
+def test_a_job_is_composed_as_hydra_composes_it(sweep, more):
+    composer = Composer(*sweep)
+    for number, value in enumerate(VALUES):
+        words = [*FIXED, *more, f"seed={number}", f"kd.weight={value}"]
+        expected = slow(*sweep, words, number)
+        composed = composer.compose(words, number=number)
+        assert OmegaConf.to_yaml(composed) == OmegaConf.to_yaml(expected)
+        assert [OmegaConf.is_struct(own) for own in (composed, composed.kd, composed.hydra)] == [True] * 3
+        assert OmegaConf.is_readonly(composed.hydra) == OmegaConf.is_readonly(expected.hydra)
+
+
+def test_of_two_words_for_one_key_the_later_one_counts_as_with_hydra(sweep):
+    words = [*FIXED, "kd.weight=0.3", "++kd.weight=0.9"]
+    composed = Composer(*sweep).compose(words, number=0)
+    assert composed.kd.weight == slow(*sweep, words, 0).kd.weight == 0.9
+
+
+def test_hydra_composes_once_for_all_values_of_a_key(sweep, monkeypatch):
+    loader, config = sweep
+    calls = []
+    compose = loader.load_sweep_config
+    monkeypatch.setattr(loader, "load_sweep_config", lambda *given: calls.append(1) or compose(*given))
+    composer = Composer(loader, config)
+    for number in range(40):
+        path = ("L", "HR")[number % 2]
+        composed = composer.compose([*FIXED, f"path={path}", f"seed={number}"], number=number)
+        assert (composed.seed, composed.path.name, composed.hydra.job.num) == (number, path, number)
+    assert len(calls) == 2
+
+
+def test_a_changed_copy_leaves_the_next_ones_as_they_were(sweep):
+    composer = Composer(*sweep)
+    composer.compose([*FIXED, "seed=1"], number=0).kd.weight = 0.9
+    assert composer.compose([*FIXED, "seed=2"], number=1).kd.weight == 0.5
+
+
+def jobs_of(sweep, store: Path, root: Path, count: int) -> list[plan.Job]:
+    composer = Composer(*sweep)
+    fixed = [*FIXED, f"store={store}", "data=busi", f"data.root={root}"]
+    words = [[*fixed, f"path={path}", f"train.lr=0.{n}1"] for path in ("none", "L") for n in range(1, 1 + count // 2)]
+    return plan.read_jobs([composer.compose(each, number=number) for number, each in enumerate(words)])
+
+
+def test_values_give_the_cells_that_configurations_give(sweep, small_busi, tmp_path):
+    for job in jobs_of(sweep, tmp_path, small_busi, 8):
+        cell = cells.cell(job.config)
+        assert job.cell.fingerprint == cell.fingerprint
+        assert job.cell.folder == cell.folder
+        assert cells.params(job.values) == cells.params(job.config)
+        assert cells.batches_key(job.values, seed=0) == cells.batches_key(job.config, seed=0)
+        assert job.cell.role == "student" or job.cell.teacher == cells.teacher_cell(job.config)
+
+
+@pytest.mark.parametrize("step", ["read", "plan"])
+def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
+    sweep, small_busi, tmp_path, monkeypatch, step
+):
+    calls = {"listing": 0, "plain": 0, "read_finished": 0}
+    for owner, name in ((data, "listing"), (cells, "plain"), (records, "read_finished")):
+        inner = getattr(owner, name)
+
+        def counted(*given, inner=inner, name=name):
+            calls[name] += 1
+            return inner(*given)
+
+        monkeypatch.setattr(owner, name, counted)
+    cells._listing.cache_clear()
+    counts = []
+    for number in (8, 16):
+        before = dict(calls)
+        jobs = jobs_of(sweep, tmp_path / str(number), small_busi, number)
+        if step == "plan":
+            before = dict(calls)
+            plan.describe(jobs, groups=plan.form_groups(jobs, devices={"cpu": ["cpu"]}), look=None)
+            plan.teacher_cells(jobs)
+        counts.append({name: calls[name] - before[name] for name in calls})
+    few, many = counts
+    if step == "read":
+        assert many == {"listing": 0, "plain": 2 * few["plain"], "read_finished": 16}
+        assert few["listing"] == 1
+    else:
+        assert few["read_finished"] == many["read_finished"] == 1  # the one Teacher
+        assert few["plain"] == many["plain"] <= 16
+
+
+def test_the_stub_is_a_finished_cell_for_records_mlflow_and_tables(growth, sweep, small_busi, tmp_path, empty_store):
+    (tmp_path / "mlflow.db").write_bytes((empty_store / "mlflow.db").read_bytes())
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"no weights")
+    jobs = jobs_of(sweep, tmp_path, small_busi, 2)
+    made = [(job.cell, job.config) for job in jobs] + [(cell, jobs[1].config) for cell in plan.teacher_cells(jobs)]
+    tracker = tracking.Tracker(store=tmp_path, uri=None)
+    tracker.ask("busi-quick", [job.cell for job in jobs])
+    for cell, cfg in made:
+        growth.stub(cell, cfg, weights=weights)
+        assert records.read_finished(cell.folder) is not None
+        tracker.mirror(records.read(cell.folder), sweep="busi-quick")
+    assert [job.finished is not None for job in jobs_of(sweep, tmp_path, small_busi, 2)] == [True, True]
+    read = tracking.read_sweep(store=tmp_path, uri=None, name=None)
+    runs = sweeps.placed_runs(read)
+    assert set(runs["status"]) == {"FINISHED"}
+    why = sweeps.gaps(
+        runs=runs,
+        scored=sweeps.scored_images(runs=runs, scores=read.scores),
+        notations=["Student", "Teacher_WAug", "L_KLD_WAug"],
+    )
+    assert set(why.values()) == {""}

@@ -1,0 +1,351 @@
+"""The plan of a sweep: what is trained together, on how many devices, and for how long at most."""
+
+import itertools
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from omegaconf import open_dict
+from PIL import Image
+
+from kdsweep.config import cells, grid
+from kdsweep.evaluation import latency
+from kdsweep.runs import records
+from kdsweep.sweep import plan
+
+LOOK = plan.Look({"cpu": ["cpu"]}, timed_on="cpu", student_s=1.0, teacher_s=10.0, lesson_s=4.0, images=16)
+
+
+@pytest.fixture
+def jobs(small_busi, tmp_path):
+    """Makes the jobs of configurations given as lists of overrides."""
+
+    def make(*each: list[str]) -> list[plan.Job]:
+        fixed = ["profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu", f"store={tmp_path}"]
+        return plan.read_jobs([cells.compose([*fixed, "train.batch_size=8", *overrides]) for overrides in each])
+
+    return make
+
+
+@pytest.fixture
+def command(small_busi, tmp_path):
+    """Jobs of one command line, which Hydra tells each job with its own overrides."""
+
+    def make(*each: list[str]) -> list[plan.Job]:
+        fixed = ["profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu", f"store={tmp_path}"]
+        configs = []
+        for overrides in each:
+            cfg = cells.compose([*fixed, *overrides])
+            choices = {"teacher": "resnet18"} | dict(word.split("=") for word in overrides)
+            with open_dict(cfg):
+                cfg.hydra = {"overrides": {"task": [*fixed, *overrides]}, "runtime": {"choices": choices}}
+            configs.append(cfg)
+        return plan.read_jobs(configs)
+
+    return make
+
+
+def asked(own: list[plan.Job]) -> None:
+    """As plan.watch writes it down."""
+    swept = plan.swept_keys([job.overrides for job in own])
+    records.ask(own[0].cell.store, "busi-quick", cells=[job.cell for job in own], teachers=[], varied=swept)
+
+
+def test_a_swept_key_tells_cells_apart_where_the_role_uses_it(command):
+    own = command(*([f"path={path}", f"kd.weight={weight}"] for path in ("none", "L") for weight in ("0.50", "0.9")))
+    assert [job.cell.title for job in own] == [
+        "Student split 0 seed 0",
+        "Student split 0 seed 0",
+        "L_KLD_WAug split 0 seed 0 (kd.weight=0.5)",
+        "L_KLD_WAug split 0 seed 0 (kd.weight=0.9)",
+    ]
+    assert [job.cell.teacher.variant for job in own[2:]] == [{}, {}]
+
+
+def test_what_cannot_matter_makes_no_further_cell(command):
+    """Both views are the same with a strong Teacher: nothing to align. The mean squared error has no temperature."""
+    grid_of = itertools.product(("weak", "strong"), ("warp", "none"), ("1", "2"))
+    own = command(
+        *(
+            ["path=L", "loss=mse", f"teacher_aug={aug}", f"kd.align={align}", f"kd.temperature={temperature}"]
+            for aug, align, temperature in grid_of
+        )
+    )
+    assert [job.cell.title for job in plan.unique(own)] == [
+        "L_MSE_WAug split 0 seed 0 (kd.align=warp)",
+        "L_MSE_WAug split 0 seed 0 (kd.align=none)",
+        "L_MSE split 0 seed 0",
+    ]
+    warm = command(*(["path=L", "loss=kld", f"kd.temperature={temperature}"] for temperature in ("1", "2")))
+    assert [job.cell.variant for job in warm] == [{"kd.temperature": "1"}, {"kd.temperature": "2"}]
+
+
+@pytest.mark.parametrize("key", ["teacher.seed", "data.root", "student.weights", "teacher.weights", "weights"])
+def test_cells_of_one_command_that_the_fingerprint_tells_apart_have_places_of_their_own(command, small_busi, key):
+    values = ["0", "1"]
+    if key == "data.root":
+        values = [str(small_busi), shutil.copytree(small_busi, small_busi.parent / "site-b", dirs_exist_ok=True)]
+        mask = next((small_busi.parent / "site-b").rglob("*_mask.png"))
+        Image.fromarray(~np.array(Image.open(mask))).save(mask)
+    elif key.endswith("weights"):
+        values = ["none", "imagenet"]
+    own = command(*([f"{key}={value}"] for value in values))
+    assert len({job.cell.fingerprint for job in own}) == 2
+    assert [job.cell.variant for job in own] == [{key: str(value)} for value in values]
+    asked(own)
+    folders = records.read_asked(own[0].cell.store, "busi-quick")
+    assert set(folders.values()) == {str(job.cell.folder.relative_to(job.cell.store)) for job in own}
+
+
+def test_a_replaced_image_takes_the_seat_of_the_old_one_and_a_moved_folder_too(command, small_busi, tmp_path):
+    first, moved = tmp_path / "first", tmp_path / "moved"
+    shutil.copytree(small_busi, first)
+    (old,) = command([f"data.root={first}"])
+    asked([old])
+    first.rename(moved)
+    (same,) = command([f"data.root={moved}"])
+    asked([same])
+    assert (same.cell.fingerprint, same.cell.place == old.cell.place) == (old.cell.fingerprint, False)
+    assert list(records.read_asked(tmp_path, "busi-quick")) == [same.cell.place]
+    image = next(moved.rglob("*(1).png"))
+    Image.fromarray(~np.array(Image.open(image))).save(image)
+    cells._listing.cache_clear()
+    (changed,) = command([f"data.root={moved}"])
+    asked([changed])
+    assert changed.cell.fingerprint != same.cell.fingerprint
+    folder = str(changed.cell.folder.relative_to(tmp_path))
+    assert records.read_asked(tmp_path, "busi-quick") == {changed.cell.place: folder}
+
+
+def test_factors_folders_and_devices_tell_nothing_apart(command):
+    for key in ("loss=mse", "split=1", "seed=1", "device=auto", "sweep_name=x", "train.workers=1", "retry_failed=true"):
+        assert [job.cell.variant for job in command([], [key])] == [{}, {}]
+
+
+def test_a_swept_group_is_told_by_the_name_of_the_choice(command):
+    one, other = command(["teacher=resnet18", "train.lr=0.01"], ["teacher=resnet34", "train.lr=0.01"])
+    assert [one.cell.variant, other.cell.variant] == [{"teacher": "resnet18"}, {"teacher": "resnet34"}]
+    assert other.cell.teacher.title == "Teacher_WAug split 0 seed 0 (teacher=resnet34)"
+
+
+def test_a_value_added_later_is_told_apart_too_and_results_stay_the_same_cells(command):
+    own = command(["train.lr=0.01"], ["train.lr=0.02"])
+    asked(own)
+    (later,) = command(["train.lr=0.03"])
+    assert later.cell.variant == {"train.lr": "0.03"}
+    (again,) = command(["train.lr=1e-2"])
+    assert again.cell.fingerprint == own[0].cell.fingerprint
+    assert again.cell.variant == own[0].cell.variant
+    assert "variant" not in cells.params(again.config)
+
+
+def groups_of(own: list[plan.Job], devices: tuple[str, ...] = ("cpu",)) -> list[list[str]]:
+    found = plan.form_groups(own, devices={"cpu": list(devices)})
+    return [[job.cell.notation for job in group] for group in found]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("path=HR", "path=none", "loss=mse", "teacher_aug=strong", "kd.weight=0.7", "kd.temperature=2"),
+        *("kd.align=none", "kd.teacher_precision=bf16", "train.lr=3e-4", "train.epochs=3", "train.patience=2"),
+        "train.monitor=dice",
+        *("student.decoder_channels=[16,16,8,8,8]", "teacher=resnet34", "teacher.lr=1e-2", "sweep_name=other"),
+    ],
+)
+def test_what_batches_do_not_depend_on_may_differ_inside_a_group(jobs, override):
+    one, other = jobs([], [override])
+    assert one.cell.fingerprint != other.cell.fingerprint or override.startswith("sweep_name")
+    assert len(plan.form_groups([one, other], devices={"cpu": ["cpu"]})) == 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("split=1", "seed=1", "train.batch_size=4", "views.rotate_deg=10", "precision=bf16", "data.load_size=70"),
+        *("deterministic=true", "train.workers=2", "store=elsewhere"),
+    ],
+)
+def test_what_batches_or_their_computation_depend_on_makes_another_group(jobs, override):
+    assert len(plan.form_groups(jobs([], [override]), devices={"cpu": ["cpu"]})) == 2
+
+
+def test_what_goes_on_from_a_checkpoint_is_told_and_takes_less_time(jobs):
+    fixed = ["path=none", "train.epochs=10"]
+    (fresh,) = jobs(fixed)
+    assert "; profile" in plan.describe([fresh], groups=[[fresh]], look=LOOK)
+    assert "1 to run, 0 finished" in plan.describe([fresh], groups=[[fresh]], look=LOOK)
+    assert plan.group_s([fresh], LOOK) == 10 * 16
+    history = [{"epoch": float(epoch)} for epoch in range(7)]
+    records.write_progress(fresh.cell.folder, epochs=10, history=history, times_ms=list(range(7)))
+    (begun,) = jobs(fixed)
+    assert "1 to run, 1 of them from a checkpoint, 0 finished" in plan.describe([begun], groups=[[begun]], look=LOOK)
+    assert plan.group_s([begun], LOOK) == 3 * 16
+
+
+def test_a_teacher_that_goes_on_from_a_checkpoint_takes_less_time(jobs):
+    (own,) = jobs(["path=L", "train.epochs=10"])
+    assert plan.teachers_s([own], LOOK) == 10 * 16 * 10
+    records.write_progress(own.cell.teacher.folder, epochs=10, history=[{"epoch": 0.0}] * 4, times_ms=[1, 2, 3, 4])
+    assert plan.teachers_s([own], LOOK) == 6 * 16 * 10
+
+
+def test_a_time_from_a_busy_machine_is_called_that(jobs):
+    own = jobs([])
+    assert "other programs" not in plan.describe(own, groups=[own], look=LOOK)
+    line = plan.describe(own, groups=[own], look=replace(LOOK, load=3.21))
+    assert "ends a cell sooner (timed while other programs were at work, load 3.2: without them it is less)" in line
+
+
+@pytest.mark.parametrize(("load", "shown"), [(0.9, 0.0), (1.0, 0.0), (1.1, 1.1), (7.0, 7.0)])
+def test_a_machine_is_busy_from_half_its_processors_on(monkeypatch, load, shown):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+    assert latency.load_of_others() == shown
+
+
+def test_the_papers_grid_on_three_splits_is_three_groups_of_thirteen(jobs):
+    grids = [
+        [f"path={path}", f"loss={loss}", f"teacher_aug={view}", f"split={split}"]
+        for split in range(3)
+        for path in ("none", "L", "H", "HR")
+        for loss in ("mse", "kld")
+        for view in ("weak", "strong")
+    ]
+    own = plan.waiting(jobs(*grids))
+    assert [len(group) for group in groups_of(own)] == [13, 13, 13]
+    assert len(plan.missing_teachers(own)) == 6
+
+
+def test_two_devices_share_a_group_and_each_part_has_one_teacher(jobs):
+    own = jobs(*([f"path={path}", f"teacher_aug={view}"] for path in ("L", "H", "HR") for view in ("weak", "strong")))
+    first, second = plan.form_groups(own, devices={"cpu": ["one", "two"]})
+    assert {len(first), len(second)} == {3}
+    for group in (first, second):
+        assert len({job.cell.evidence["teacher"] for job in group}) == 1
+    assert {job.cell.fingerprint for job in first + second} == {job.cell.fingerprint for job in own}
+
+
+def test_groups_that_keep_all_devices_busy_are_not_divided(jobs):
+    own = jobs(*([f"path={path}", f"split={split}"] for split in (0, 1) for path in ("L", "H", "HR")))
+    assert [len(group) for group in groups_of(own, ("one", "two"))] == [3, 3]
+
+
+def test_division_gives_nearly_equal_parts_and_loses_nobody():
+    parts = grid.divide(list(range(13)), largest=5, likeness=["b", "a"] * 6 + ["a"])
+    assert sorted(map(len, parts)) == [4, 4, 5]
+    assert sorted(itertools.chain(*parts)) == list(range(13))
+
+
+def test_repeated_and_finished_jobs_do_not_wait(jobs):
+    own = jobs(["path=none", "loss=mse"], ["path=none", "loss=kld"], ["path=L"], ["path=H"])
+    assert [job.cell.notation for job in plan.unique(own)] == ["Student", "L_KLD_WAug", "H_KLD_WAug"]
+    records.write_finished(own[2].cell.folder, values={"test/dice": 0.5}, files=[])
+    own = jobs(["path=none", "loss=mse"], ["path=none", "loss=kld"], ["path=L"], ["path=H"])
+    assert [job.cell.notation for job in plan.waiting(own)] == ["Student", "H_KLD_WAug"]
+    line = plan.describe(own, groups=[plan.waiting(own)], look=LOOK)
+    for part in (
+        "3 cells (1 repeated jobs are the same cell): 2 to run, 1 finished; 1 lockstep group, 1 shared Teacher, ",
+        "1 Teacher to train",
+        "25 images at 64 pixels",
+        "device cpu; ",
+    ):
+        assert part in line
+    assert "; device cpu with 2 threads; " in plan.describe(own, groups=[own], look=replace(LOOK, threads=2))
+    afar = replace(LOOK, threads=2, devices={"cpu": ["SLURM"]})  # timed here, trained there
+    assert "; device SLURM; " in plan.describe(own, groups=[own], look=afar)
+
+
+def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
+    small = ["train.epochs=3"]
+    own = jobs(*([*small, f"path={path}"] for path in ("none", "L", "H", "HR")))
+    student, lesson, teacher = 16 * 3 * 1.0, 16 * 3 * 4.0, 16 * 3 * 10.0
+    assert plan.estimate_s([own[:1]], LOOK) == student
+    assert plan.estimate_s([own], LOOK) == 4 * student + lesson + teacher
+    assert plan.estimate_s([own[:2], own[2:]], LOOK) == 4 * student + 2 * lesson + teacher
+    strong = jobs([*small, "path=L"], [*small, "path=L", "teacher_aug=strong"])
+    assert plan.estimate_s([strong], LOOK) == 2 * student + 2 * lesson + 2 * teacher
+    cell = cells.teacher_cell(own[1].config)
+    records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
+    assert plan.estimate_s([own], LOOK) == 4 * student + lesson
+
+
+def test_the_overview_tells_each_group_and_the_hours(jobs):
+    small = ["train.epochs=3"]
+    own = jobs(*([*small, f"path={path}"] for path in ("none", "L", "H")), [*small, "path=none", "split=1"])
+    groups = [own[:3], own[3:]]
+    first, *rest = plan.overview(own, groups=groups, look=LOOK).splitlines()
+    assert first == plan.describe(own, groups=groups, look=LOOK)
+    assert rest == [
+        "group 1: 3 cells, split 0 seed 0 on cpu, 6 min: Student, L_KLD_WAug, H_KLD_WAug",  # 48 s x 3 + 192 s
+        "group 2: 1 cell, split 1 seed 0 on cpu, 48 s: Student",
+        "Teachers first, 8 min: Teacher_WAug split 0 seed 0",  # 480 s
+        "at most 0.24 device hours from one timed step on cpu; nothing was started",  # 864 s
+    ]
+    assert plan.overview(own, groups=[], look=None) == plan.describe(own, groups=[], look=None)
+
+
+CHANGED = "the store holds results of that name, but since then this has changed: "
+
+
+def begun(job: plan.Job) -> None:
+    records.describe(job.cell, split={}, params={}, tags={})
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lr=0.5", "lr (0.001 -> 0.5)"),
+        ("kd.weight=0.9", "kd.weight (0.5 -> 0.9)"),
+        ("teacher.lr=0.5", "teacher.lr (0.001 -> 0.5)"),
+    ],
+)
+def test_a_new_cell_beside_an_old_one_of_its_name_says_what_changed(jobs, caplog, override, words):
+    caplog.set_level("INFO")
+    (old,) = jobs(["path=L"])
+    begun(old)
+    plan.tell_changes(jobs(["path=L"]))
+    assert caplog.messages == []  # it goes on, nothing has changed
+    plan.tell_changes(jobs(["path=L", override], ["path=none"]))
+    (line,) = caplog.messages
+    assert line.startswith("1 cell is new (L_KLD_WAug split 0 seed 0): ")
+    assert line.endswith(f"{CHANGED}{words}")
+    caplog.clear()
+    plan.tell_changes(jobs(["path=L"], ["path=L", override]))
+    assert caplog.messages == []  # both are asked for
+
+
+def test_a_later_results_version_is_told_with_what_still_can_be_done(jobs, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    for job in jobs(["path=L"], ["path=H"]):
+        begun(job)
+    monkeypatch.setattr(grid, "RESULTS_VERSION", grid.RESULTS_VERSION + 1)
+    later = jobs(["path=L"], ["path=H"])
+    plan.tell_changes(later)
+    (line,) = caplog.messages
+    assert line == (
+        "2 cells are new (L_KLD_WAug split 0 seed 0, H_KLD_WAug split 0 seed 0): the store holds results of that name, "
+        f"but they are of results version {grid.RESULTS_VERSION - 1}, this is version {grid.RESULTS_VERSION}; their "
+        "tables, report and predictions can still be made"
+    )
+
+
+def test_changed_code_of_the_users_own_is_named(jobs, caplog):
+    caplog.set_level("INFO")
+    (old,) = jobs(["path=L"])
+    begun(old)
+    changed = replace(old.cell, evidence={**old.cell.evidence, "user_code": "another"})
+    plan.tell_changes([replace(old, cell=changed)])
+    assert caplog.messages[0].endswith(f"{CHANGED}your own code")
+
+
+def test_a_changed_teacher_alone_is_named(jobs, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    (old,) = jobs(["path=L"])
+    begun(old)
+    (new,) = jobs(["path=L"])
+    changed = replace(new.cell, evidence={**new.cell.evidence, "teacher": "another"})
+    plan.tell_changes([replace(new, cell=changed)])
+    assert caplog.messages[0].endswith(f"{CHANGED}its Teacher")

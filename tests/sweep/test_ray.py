@@ -1,0 +1,87 @@
+"""Groups as Ray tasks: what is refused before anything is handed over."""
+
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+from test_tracking import make_cell
+
+from kdsweep.core import interrupts
+from kdsweep.core.errors import InputError
+from kdsweep.sweep.engines.engine import Unit
+from kdsweep.sweep.engines.on_ray import OnRay
+
+
+def cluster_of(*machines: tuple[str, dict[str, float]]):
+    """A stand-in for ray that knows these machines' resources."""
+    own = [
+        {"Alive": True, "NodeManagerHostname": name, "Resources": {"CPU": 4.0, **resources}}
+        for name, resources in machines
+    ]
+    return lambda: SimpleNamespace(nodes=lambda: own)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpus": -1}, r"hydra\.launcher\.gpus=-1 is not allowed: it must be at least 0"),
+        ({"cpus": 0}, r"hydra\.launcher\.cpus=0 is not allowed"),
+        ({"retries": -1}, r"hydra\.launcher\.retries=-1 is not allowed"),
+        ({"largest": 0}, r"hydra\.launcher\.largest=0 is not allowed"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        OnRay(**options)
+
+
+def test_sqlite_is_refused_if_the_machines_are_several(tmp_path, monkeypatch):
+    values = {"store": str(tmp_path), "tracking": {"uri": None}}
+    engine = OnRay(gpus=0)
+    monkeypatch.setattr(engine, "_connect", cluster_of(("one", {}), ("one", {})))
+    engine.check([SimpleNamespace(values=values)])
+    monkeypatch.setattr(engine, "_connect", cluster_of(("one", {}), ("other", {})))
+    with pytest.raises(InputError, match="workers on several machines cannot share the SQLite file"):
+        engine.check([SimpleNamespace(values=values)])
+
+
+def test_what_no_machine_has_is_told_instead_of_waited_for(monkeypatch):
+    engine = OnRay(gpus=1, cpus=2)
+    monkeypatch.setattr(engine, "_connect", cluster_of(("one", {"GPU": 1.0})))
+    engine.check([])
+    monkeypatch.setattr(engine, "_connect", cluster_of(("one", {}), ("one", {"GPU": 0.5})))
+    with pytest.raises(InputError, match=r"hydra\.launcher\.gpus=1: the largest machine of the Ray cluster has 0\.5"):
+        engine.check([])
+
+
+def test_the_extra_is_named_where_ray_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"needs Ray: pip install 'kdsweep\[ray\]'"):
+        OnRay().check([SimpleNamespace(cell=make_cell())])
+
+
+def test_a_cluster_that_does_not_answer_is_told_with_what_may_be_missing(monkeypatch):
+    def refuse(**_):
+        raise ConnectionError("Failed to connect\nto Ray cluster at host:1")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=refuse))
+    message = r"^hydra\.launcher\.address=host:1: no Ray cluster answers: Failed .*; if it asks for a token, set"
+    with pytest.raises(InputError, match=message):
+        OnRay(address="host:1").check([])
+
+
+def test_a_signal_ends_the_command_as_it_does_elsewhere(monkeypatch):
+    def wait(*_, **__):
+        raise KeyboardInterrupt  # Ray's own, in the place of ours
+
+    engine = OnRay(gpus=0)
+    engine.open(OmegaConf.create({}))
+    task = SimpleNamespace(remote=lambda errand: "task")
+    ray = SimpleNamespace(remote=lambda **_: lambda _: task, wait=wait)
+    monkeypatch.setattr(interrupts._State, "pending", signal.SIGTERM)
+    with pytest.raises(interrupts.Stopped) as stopped:
+        list(engine._run(ray, [Unit(len, list, [])]))
+    assert stopped.value.exit_code == 143
+    assert engine._running == ["task"]

@@ -1,0 +1,369 @@
+"""How far a sweep is, told from folders as training leaves them; estimates are worked out by hand."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kdsweep.config.grid import Cell
+from kdsweep.core.errors import InputError
+from kdsweep.runs import records
+from kdsweep.sweep import status
+from kdsweep.sweep.engines import submissions
+from kdsweep.sweep.engines.submissions import Task
+
+PACE_S = 50.0
+EPOCHS = 60
+NOW_MS = 2_000_000_000_000
+
+
+def make_cell(store: Path, notation="L_MSE", split=0, **settings) -> Cell:
+    role = {"Student": "student", "Teacher": "teacher", "Teacher_WAug": "teacher"}.get(notation, "cell")
+    return Cell(role, notation, split, 0, settings or {"lr": 1}, {"data": "a"}, store)
+
+
+def begin(cell: Cell, *, done=12, pace_s=PACE_S, ended_ms=NOW_MS - 120_000, dice=0.5124) -> None:
+    """Its folder after so many epochs, the last of which ended two minutes ago."""
+    records.describe(cell, split={}, params={}, tags={})
+    times_ms = [ended_ms - int(1000 * pace_s) * ago for ago in reversed(range(done))]
+    history = [{"epoch": epoch, "val/dice": dice if epoch == done - 1 else 0.1} for epoch in range(done)]
+    records.write_progress(cell.folder, epochs=EPOCHS, history=history, times_ms=times_ms)
+
+
+def finish(cell: Cell, dice=0.78125, files=()) -> None:
+    begin(cell, done=EPOCHS)
+    for name in files:
+        (cell.folder / name).write_text("content")
+    records.write_finished(cell.folder, values={"test/dice": dice}, files=list(files))
+
+
+@pytest.fixture
+def hold():
+    """Computes a cell, as far as others can see, until the test ends."""
+    with contextlib.ExitStack() as held:
+        yield lambda cell: held.enter_context(records.lock(cell.folder))
+
+
+def tell(store: Path, *, cells=(), teachers=(), tasks=None) -> list[str]:
+    """Lines of the report on a sweep of these cells."""
+    records.ask(store, "study", cells=list(cells), teachers=list(teachers))
+    found = {place: records.read(store / folder) for place, folder in records.read_asked(store, "study").items()}
+    return status.report("study", found, tasks=tasks, now_ms=NOW_MS).splitlines()
+
+
+def row(lines: list[str], name: str) -> list[str]:
+    """Columns of the only row of a cell, its name left out."""
+    (found,) = [line for line in lines if line.startswith(f"{name} ")]
+    return [column.strip() for column in found.removeprefix(name).split("  ") if column]
+
+
+def test_a_cell_of_each_state_is_told_and_counted(tmp_path, hold):
+    waiting, running, interrupted, failed, finished = cells = [
+        make_cell(tmp_path, name) for name in ("H_KLD", "L_KLD", "L_MSE", "H_MSE", "Student")
+    ]
+    begin(running)
+    hold(running)
+    begin(interrupted, done=1)
+    begin(failed, done=3)
+    records.write_failed(failed.folder, "train/loss is nan\nin epoch 4")
+    (failed.folder / "kdsweep.log").touch()
+    finish(finished)
+    lines = tell(tmp_path, cells=cells)
+    counts = "1 done, 1 running, 1 failed, 1 interrupted, 1 waiting"
+    # at most 48 epochs of 50 s for the running one, then two rounds of 60 epochs: 8400 s
+    assert lines[0] == f"sweep study: 5 cells: {counts}; about 1.5 h left"
+    assert lines[1] == ""
+    assert lines[2].split("  ")[0] == "not finished"
+    assert row(lines, waiting.title) == ["waiting"]
+    expected = ["running", "epoch 12 of 60", "0.512", "2 min ago", "at most 40 min"]
+    assert row(lines, running.title) == expected
+    assert row(lines, interrupted.title) == ["interrupted", "epoch 1 of 60", "0.512"]
+    assert row(lines, failed.title) == ["failed", "epoch 3 of 60", "0.512"]
+    below = lines[1 + next(number for number, line in enumerate(lines) if line.startswith(failed.title))]
+    assert below == f"    train/loss is nan in epoch 4; log: {failed.folder}/kdsweep.log"
+    assert lines[-3] == ""
+    assert row(lines, "finished") == ["test Dice %"]
+    assert row(lines, finished.title) == ["78.12"]
+
+
+def test_what_slurm_has_is_queued_or_running_as_its_job(tmp_path, hold):
+    cells = [make_cell(tmp_path, name) for name in ("H_KLD", "L_KLD", "L_MSE", "H_MSE")]
+    _, preempted, running, _ = cells
+    begin(preempted)
+    begin(running)
+    tasks = {cell.folder: Task(f"7_{number}", "PENDING") for number, cell in enumerate(cells[:2])}
+    lines = tell(tmp_path, cells=cells, tasks=tasks)
+    assert lines[0] == (
+        "sweep study: 4 cells: 0 done, 2 queued, 1 interrupted, 1 waiting; "
+        "nothing is running yet, SLURM has what is queued"
+    )
+    assert lines[2].split()[-1] == "job"
+    assert row(lines, "H_KLD split 0 seed 0") == ["queued", "7_0 PENDING"]
+    assert row(lines, "L_KLD split 0 seed 0") == ["queued", "epoch 12 of 60", "0.512", "7_1 PENDING"]
+    hold(running)
+    lines = tell(tmp_path, cells=cells, tasks=tasks | {running.folder: Task("7_2", "RUNNING")})
+    assert row(lines, "L_MSE split 0 seed 0")[-1] == "7_2 RUNNING"
+    assert "2 queued, 1 waiting; about " in lines[0]
+    assert row(lines, "H_MSE split 0 seed 0") == ["waiting"]
+
+
+def test_a_queue_that_does_not_answer_is_said_below(tmp_path, monkeypatch):
+    cell = make_cell(tmp_path)
+    records.ask(tmp_path, "study", cells=[cell], teachers=[])
+    submissions.write(tmp_path, cluster="slurm", tasks={"7": [str(cell.folder.relative_to(tmp_path))]})
+    monkeypatch.setenv("PATH", "/nowhere")
+    lines = status.make(store=tmp_path, sweep=None).splitlines()
+    assert lines[0].startswith("sweep study: 1 cell: 0 done, 1 waiting;")
+    assert lines[-1].startswith("SLURM's queue is not known here: squeue: ")
+
+
+def test_cells_that_a_swept_key_tells_apart_are_named_by_it(tmp_path):
+    own = [replace(make_cell(tmp_path, lr=lr), variant={"train.lr": str(lr)}) for lr in (1, 2)]
+    finish(own[0])
+    records.ask(tmp_path, "study", cells=own, teachers=[], varied=["train.lr"])
+    lines = status.make(store=tmp_path, sweep=None).splitlines()
+    assert row(lines, "L_MSE split 0 seed 0 (train.lr=1)") == ["78.12"]
+    assert row(lines, "L_MSE split 0 seed 0 (train.lr=2)") == ["waiting"]
+
+
+def test_columns_are_aligned(tmp_path, hold):
+    cells = [make_cell(tmp_path, name) for name in ("L_KLD", "HReg_KLD_WAug")]
+    for cell in cells:
+        begin(cell)
+    hold(cells[0])
+    head, *rows = tell(tmp_path, cells=cells)[2:]
+    assert {line.index("epoch 12 of 60") for line in rows} == {head.index("saved")}
+    assert {line.index("0.512") for line in rows} == {head.index("val/dice")}
+    assert not any(line.endswith(" ") for line in rows)
+
+
+def test_teachers_have_a_line_of_their_own_and_come_first(tmp_path, hold):
+    done, running, cell = (make_cell(tmp_path, name) for name in ("Teacher", "Teacher_WAug", "H_KLD"))
+    finish(done, dice=0.9)
+    begin(running)
+    hold(running)
+    lines = tell(tmp_path, cells=[cell], teachers=[done, running])
+    assert lines[:2] == ["sweep study: 1 cell: 0 done, 1 waiting; at least 40 min left", "Teachers: 1 done, 1 running"]
+    assert [line.split("  ")[0] for line in lines[4:6]] == [running.title, cell.title]
+    assert row(lines, done.title) == ["90.00"]
+
+
+def test_the_order_is_split_seed_notation_and_like_names_are_told_apart(tmp_path):
+    cells = [make_cell(tmp_path, name, split) for split in (10, 2) for name in ("L_MSE", "H_MSE")]
+    cells += [make_cell(tmp_path, "L_KLD", 2, lr=lr) for lr in (1, 2)]
+    twins = sorted(f"L_KLD split 2 seed 0 ({cell.place[-8:]})" for cell in cells[-2:])
+    rows = [line.split("  ")[0] for line in tell(tmp_path, cells=cells)[3:]]
+    names = ["L_MSE split 2 seed 0", "H_MSE split 10 seed 0", "L_MSE split 10 seed 0"]
+    assert rows == ["H_MSE split 2 seed 0", *twins, *names]
+
+
+def test_many_that_wait_are_one_row(tmp_path, hold):
+    names = ("HReg_MSE", "H_MSE", "L_KLD", "L_MSE", "Student")
+    cells = [make_cell(tmp_path, name, split) for split in (0, 1) for name in names]
+    rows = [line.split("  ") for line in tell(tmp_path, cells=cells)[3:]]
+    assert [(name, words[-1]) for name, *words in rows] == [
+        ("5 cells split 0 seed 0", "waiting"),
+        ("5 cells split 1 seed 0", "waiting"),
+    ]
+    begin(cells[0])
+    hold(cells[0])
+    rows = [line.split("  ")[0] for line in tell(tmp_path, cells=cells)[3:]]
+    assert rows == [*(f"{name} split 0 seed 0" for name in names), "5 cells split 1 seed 0"]
+    first, second = Task("7_1", ""), Task("7_2", "")
+    tasks = {cell.folder: second if number < 8 else first for number, cell in enumerate(cells[5:], start=5)}
+    queued = tell(tmp_path, cells=cells, tasks=tasks)[-5:]
+    assert [line.split()[-1] for line in queued] == ["7_2"] * 3 + ["7_1"] * 2  # of two jobs, so too few of each
+
+
+def test_nothing_running_is_said_unless_all_is_done(tmp_path):
+    cells = [make_cell(tmp_path, name) for name in ("H_KLD", "L_KLD")]
+    finish(cells[0])
+    first, *_ = tell(tmp_path, cells=cells)
+    assert first == "sweep study: 2 cells: 1 done, 1 waiting; nothing is running, the same command goes on"
+    finish(cells[1])
+    lines = tell(tmp_path, cells=cells)
+    assert lines[0] == "sweep study: 2 cells: 2 done"
+    assert not any("not finished" in line for line in lines)
+
+
+def test_a_failed_cell_without_a_log_of_its_own_names_none(tmp_path):
+    teacher = make_cell(tmp_path, "Teacher")
+    begin(teacher)
+    records.write_failed(teacher.folder, "disk full")
+    lines = tell(tmp_path, cells=[make_cell(tmp_path)], teachers=[teacher])
+    assert lines[1] == "Teachers: 0 done, 1 failed"
+    assert "    disk full" in lines
+
+
+# ---- time left -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("running_s", "waiting", "at_once", "expected_s"),
+    [
+        ([600.0, 120.0], 0, 6, 600.0),
+        ([600.0, 120.0], 6, 6, 1600.0),  # one more group
+        ([600.0, 120.0], 13, 6, 3600.0),  # three more, the last of one cell
+        ([600.0], 2, 0, 2600.0),  # a Teacher alone
+    ],
+)
+def test_the_time_left_is_the_slowest_and_the_groups_that_wait(running_s, waiting, at_once, expected_s):
+    left_s = status.total_left_s(running_s=running_s, waiting=waiting, at_once=at_once, whole_s=1000.0)
+    assert left_s == expected_s
+
+
+def paced(tmp_path: Path, times_s: list[float]) -> records.Record:
+    history = [{"epoch": epoch, "val/dice": 0.5} for epoch in range(len(times_s))]
+    times_ms = [int(1000 * time_s) for time_s in times_s]
+    records.write_progress(tmp_path, epochs=EPOCHS, history=history, times_ms=times_ms)
+    return records.read(tmp_path)
+
+
+def test_the_pace_is_that_of_the_last_ten_epochs(tmp_path):
+    slow, fast = [0.0, 100.0, 200.0, 300.0, 400.0, 500.0], [502.0, 504.0, 506.0, 508.0, 510.0]
+    assert status.pace_s(paced(tmp_path, slow)) == 100.0
+    record = paced(tmp_path, [*slow, *fast])
+    assert status.pace_s(record) == 2.0  # four differences of 100 s and five of 2 s
+    assert status.left_s(record) == 98.0  # 49 epochs are left
+
+
+def test_a_night_between_two_epochs_does_not_count(tmp_path):
+    assert status.pace_s(paced(tmp_path, [0.0, 10.0, 20.0, 36_020.0, 36_030.0, 36_040.0])) == 10.0
+
+
+def test_without_a_second_epoch_there_is_no_pace_and_no_estimate(tmp_path, hold):
+    cell = make_cell(tmp_path)
+    begin(cell, done=1)
+    hold(cell)
+    lines = tell(tmp_path, cells=[cell])
+    assert lines[0] == "sweep study: 1 cell: 0 done, 1 running"
+    assert row(lines, cell.title) == ["running", "epoch 1 of 60", "0.512", "2 min ago"]
+
+
+def test_a_cell_that_has_saved_nothing_yet_makes_it_a_lower_bound(tmp_path, hold):
+    known, fresh = cells = [make_cell(tmp_path, name) for name in ("H_KLD", "L_KLD")]
+    begin(known)
+    records.describe(fresh, split={}, params={}, tags={})
+    for cell in cells:
+        hold(cell)
+    lines = tell(tmp_path, cells=cells)
+    assert lines[0] == "sweep study: 2 cells: 0 done, 2 running; at least 40 min left"
+    assert row(lines, fresh.title) == ["running"]
+
+
+def test_a_teacher_that_waits_makes_it_a_lower_bound(tmp_path, hold):
+    teacher, cell = make_cell(tmp_path, "Teacher"), make_cell(tmp_path, "H_KLD")
+    begin(cell)
+    hold(cell)
+    assert tell(tmp_path, cells=[cell], teachers=[teacher])[0].endswith("1 running; at least 40 min left")
+
+
+def test_teachers_and_cells_that_wait_take_as_long_as_those_before(tmp_path, hold):
+    """Of three splits the first is done, the second's Teachers have 48 epochs of 10 s left; 60 s an epoch of cells."""
+    teachers = [make_cell(tmp_path, name, split) for split in range(3) for name in ("Teacher", "Teacher_WAug")]
+    cells = [make_cell(tmp_path, name, split) for split in range(3) for name in ("H_KLD", "L_KLD")]
+    for teacher in teachers[:2]:
+        begin(teacher, done=EPOCHS, pace_s=20.0)
+        records.write_finished(teacher.folder, values={"test/dice": 0.5}, files=[])
+    for cell in cells[:2]:
+        begin(cell, done=EPOCHS, pace_s=60.0)
+        records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
+    for teacher in teachers[2:4]:
+        begin(teacher, pace_s=10.0)
+        hold(teacher)
+    line = tell(tmp_path, cells=cells, teachers=teachers)[0]
+    expected_s = 48 * 10 + 60 * 10 + 2 * 60 * 60  # what runs, the third split's Teachers, two groups of cells
+    assert line.endswith(f"; about {expected_s / 3600:.1f} h left")
+
+
+def test_a_cell_that_stopped_early_was_of_the_group(tmp_path, hold):
+    early, late, *others = [make_cell(tmp_path, name, split) for split in (0, 1) for name in ("H_KLD", "L_KLD")]
+    for cell in (early, late):
+        begin(cell)
+    records.write_finished(early.folder, values={"test/dice": 0.5}, files=[])
+    hold(late)
+    line = tell(tmp_path, cells=[early, late, *others])[0]
+    assert line.endswith("; about 1.5 h left")  # 48 epochs of 50 s, and one group of two: 60 epochs of 50 s
+
+
+def test_a_running_teacher_counts_too(tmp_path, hold):
+    teacher, cell = make_cell(tmp_path, "Teacher"), make_cell(tmp_path, "H_KLD")
+    begin(teacher, pace_s=75.0)
+    begin(cell)
+    hold(teacher)
+    hold(cell)
+    assert tell(tmp_path, cells=[cell], teachers=[teacher])[0].endswith("1 running; about 60 min left")
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def ask(store: Path, name: str, cell: Cell, *, asked_s: int) -> None:
+    records.ask(store, name, cells=[cell], teachers=[])
+    os.utime(store / "sweeps" / f"{name}.json", (asked_s, asked_s))
+
+
+def test_the_sweep_last_asked_for_is_told_unless_another_is_named(tmp_path, capsys):
+    finished = make_cell(tmp_path, "H_KLD")
+    finish(finished)
+    ask(tmp_path, "b-last", finished, asked_s=200)
+    ask(tmp_path, "c-first", make_cell(tmp_path, "L_KLD"), asked_s=100)
+    assert status.main(["--store", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("sweep b-last: 1 cell: 1 done\n")
+    assert status.main(["--store", str(tmp_path), "--sweep", "c-first"]) == 0
+    assert capsys.readouterr().out.startswith("sweep c-first: 1 cell: 0 done, 1 waiting; nothing is running")
+
+
+def test_an_unknown_sweep_and_an_empty_store_are_told_in_one_line(tmp_path, capsys):
+    with pytest.raises(InputError, match="no sweep was started"):
+        status.make(store=tmp_path / "nowhere", sweep="any")
+    assert status.main(["--store", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    error = f"kdsweep: error: --store {tmp_path}: no sweep was started in it yet\n"
+    assert (printed.out, printed.err) == ("", error)
+    assert list(tmp_path.iterdir()) == []  # asking does not create one
+    ask(tmp_path, "b", make_cell(tmp_path), asked_s=100)
+    ask(tmp_path, "a", make_cell(tmp_path), asked_s=200)
+    assert status.main(["--store", str(tmp_path), "--sweep", "X"]) == 1
+    error = "kdsweep: error: --sweep X: not in this store; it holds: a, b\n"
+    assert capsys.readouterr().err == error
+
+
+def test_a_damaged_cell_of_a_store_that_cannot_be_written_to_is_to_be_done_again(tmp_path, monkeypatch, capsys):
+    cell = make_cell(tmp_path)
+    finish(cell, files=["scores.csv"])
+    records.ask(tmp_path, "study", cells=[cell], teachers=[])
+    with records.lock(cell.folder):
+        pass  # leaves its file, as training does
+    (cell.folder / "scores.csv").write_text("damaged")
+
+    def refuse(*_, **__):
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(records, "FileLock", refuse)
+    assert status.main(["--store", str(tmp_path)]) == 0
+    assert "1 cell: 0 done, 1 interrupted; nothing is running" in capsys.readouterr().out
+    assert (cell.folder / "finished.json").exists()
+
+
+def test_another_process_that_computes_a_cell_is_seen_and_nothing_slow_is_imported(tmp_path, hold):
+    cell = make_cell(tmp_path)
+    begin(cell, ended_ms=records.now_ms() - 120_000)
+    records.ask(tmp_path, "study", cells=[cell], teachers=[])
+    hold(cell)
+    slow = ("torch", "mlflow", "pandas", "omegaconf", "hydra")
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_module('kdsweep.sweep.status', run_name='__main__')\n"
+        f"finally:\n    assert not sys.modules.keys() & set({slow}), sys.modules.keys() & set({slow})\n"
+    )
+    command = [sys.executable, "-c", code, "--store", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("sweep study: 1 cell: 0 done, 1 running; about 40 min left\n")
+    assert "2 min ago" in done.stdout

@@ -1,0 +1,453 @@
+"""The whole grid as its user runs it: one command, then the tables."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from small import TEACHER
+
+from kdsweep.results import tables
+from kdsweep.runs import records
+from kdsweep.tracking import tracking
+
+pytestmark = pytest.mark.slow
+
+QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=2", *TEACHER]
+GRID = ["-m", "path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong"]
+
+
+def kdsweep(*arguments: str, cwd: Path, module: str = "kdsweep") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=570, check=False)
+
+
+@pytest.fixture
+def database(empty_store, tmp_path):
+    """The store has its database already, which takes a command seconds to make."""
+    shutil.copytree(empty_store, tmp_path / "multirun")
+
+
+@pytest.fixture(scope="module")
+def swept(small_busi, tmp_path_factory):
+    """A store after the 12 cells and the Student of one split, with what the command printed."""
+    cwd = tmp_path_factory.mktemp("swept")
+    done = kdsweep(*GRID, *QUICK, f"data.root={small_busi}", cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return cwd, done
+
+
+def test_the_first_line_says_what_will_run(swept):
+    _, done = swept
+    first = done.stdout.splitlines()[0]
+    for part in (
+        "13 cells",
+        "3 repeated jobs",
+        "13 to run",
+        "1 lockstep group",
+        "2 shared Teachers",
+        "2 Teachers to train",
+        "25 images",
+        "device",
+        "at most about",
+    ):
+        assert part in first
+
+
+def test_the_command_is_kept_with_the_sweep(swept):
+    cwd, done = swept
+    sweep = tracking.read_sweep(store=cwd / "multirun", uri=None, name=None)
+    assert sweep.commands == (shlex.join(["python", "-m", "kdsweep", *done.args[3:]]),)
+
+
+def test_the_screen_has_one_line_for_a_group_and_each_log_its_own(swept):
+    cwd, done = swept
+    told = [line for line in done.stdout.splitlines() if " training images" in line]
+    assert len(told) == 2  # of the two Teachers, and of the 13 that share their batches
+    assert "2 learners of split 0 seed 0: at most " in told[0]
+    assert "13 learners of split 0 seed 0: at most " in told[1]
+    for log in (cwd / "multirun" / "cells").glob("*/kdsweep.log"):
+        cell = [line for line in log.read_text().splitlines() if " M parameters" in line and "Teacher" not in line]
+        assert len(cell) == 1
+
+
+def test_every_cell_has_its_folder_with_its_files(swept):
+    cwd, _ = swept
+    folders = sorted((cwd / "multirun" / "cells").iterdir())
+    assert len(folders) == 13
+    for folder in folders:
+        marker = records.read_finished(folder)
+        assert marker is not None
+        table = pd.read_csv(folder / "test_scores.csv")
+        assert list(table) == ["image", "label", "dice", "iou", "precision", "sensitivity", "hd95_px"]
+        assert marker["test/dice"] == pytest.approx(table["dice"].mean())
+        assert {".hydra", "kdsweep.log", "checkpoint.pt", "student.safetensors"} <= {
+            path.name for path in folder.iterdir()
+        }
+        parts = json.loads((folder / "split.json").read_text())
+        assert sorted(parts["test"]) == sorted(table["image"])
+    teachers = sorted(folder.name.split("-")[0] for folder in (cwd / "multirun" / "teachers").iterdir())
+    assert teachers == ["Teacher", "Teacher_WAug"]
+
+
+def test_mlflow_holds_one_finished_run_per_cell_with_all_names(swept):
+    cwd, _ = swept
+    sweep = tracking.read_sweep(store=cwd / "multirun", uri=None, name=None)
+    assert sweep.name == "busi-quick"
+    assert len(sweep.runs) == 15
+    assert set(sweep.runs["status"]) == {"FINISHED"}
+    assert sweep.runs["notation"].is_unique
+    client = tracking.MlflowClient(tracking_uri=tracking.store_uri(cwd / "multirun", None))
+    experiment = client.get_experiment_by_name("kdsweep")
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    parents = {run.info.run_id: run for run in runs if run.data.tags["kdsweep.role"] == "sweep"}
+    children = [run for run in runs if run.data.tags["kdsweep.role"] != "sweep"]
+    assert len(parents) == 1
+    assert len(children) == 15
+    for run in children:
+        tags, role = run.data.tags, run.data.tags["kdsweep.role"]
+        assert tags["mlflow.parentRunId"] in parents
+        assert run.info.run_name == f"{tags['kdsweep.notation']}/split0"
+        wanted = {"cell", "notation", "role", "split", "sweep", "profile", "fingerprint"}
+        assert {f"kdsweep.{name}" for name in wanted} | {"mlflow.source.git.commit"} <= tags.keys()
+        names = {"train/loss", "train/supervised", "val/loss", "val/dice"} | ({"train/kd"} if role == "cell" else set())
+        final = {"dice", "dice_std", "iou", "precision", "sensitivity", "hd95_px"}
+        assert names | {f"test/{name}" for name in final} <= run.data.metrics.keys()
+        assert run.data.params["train.epochs"] == "2"
+        artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+        assert {"test_scores.csv", "split.json", "test_predictions.npz"} <= artifacts
+
+
+def test_scores_in_mlflow_equal_those_in_the_folders(swept):
+    cwd, _ = swept
+    sweep = tracking.read_sweep(store=cwd / "multirun", uri=None, name="busi-quick")
+    means = sweep.scores.groupby("fingerprint")["dice"].mean()
+    for row in sweep.runs.itertuples():
+        parent = "teachers" if row.role == "teacher" else "cells"
+        (folder,) = (cwd / "multirun" / parent).glob(f"{row.notation}-split0-seed0-{row.fingerprint[:10]}")
+        assert means[row.fingerprint] == pytest.approx(pd.read_csv(folder / "test_scores.csv")["dice"].mean())
+
+
+def test_tables_come_out_with_every_row(swept, capsys):
+    cwd, _ = swept
+    store = cwd / "multirun"
+    for which, rows in (("table3", 12), ("table4", 15), ("effects", 12), ("table5", 9)):
+        assert tables.main([which, "--store", str(store)]) == 0
+        printed = capsys.readouterr().out
+        assert "not a result" in printed
+        table = pd.read_csv(store / "tables" / f"{which}.csv")
+        assert len(table) == rows
+        numbers = table["estimate_points" if which == "effects" else "mean_dice_percent"]
+        assert numbers.notna().sum() == (3 if which == "table5" else rows)  # others have published ones
+        assert (store / "tables" / f"{which}.tex").stat().st_size > 500
+
+
+def test_the_same_command_finds_everything_finished(swept, small_busi):
+    cwd, _ = swept
+    files = sorted(p for p in (cwd / "multirun").rglob("*") if p.name in ("finished.json", "test_scores.csv"))
+    before = [(p, p.read_bytes()) for p in files]
+    again = kdsweep(*GRID, *QUICK, f"data.root={small_busi}", cwd=cwd)
+    assert again.returncode == 0, again.stderr
+    assert "13 cells" in again.stdout.splitlines()[0]
+    assert "0 to run, 13 finished" in again.stdout.splitlines()[0]
+    assert again.stdout.count("finished already, run ") == 13
+    assert "at most" not in again.stdout
+    assert before == [(p, p.read_bytes()) for p in files]
+
+
+def test_another_sweep_counts_the_finished_cells_without_running_them(swept, small_busi):
+    cwd, _ = swept
+    again = kdsweep(
+        "-m", "path=L,H", "teacher_aug=weak", "sweep_name=second", *QUICK, f"data.root={small_busi}", cwd=cwd
+    )
+    assert "0 to run, 2 finished" in again.stdout.splitlines()[0]
+    sweep = tracking.read_sweep(store=cwd / "multirun", uri=None, name="second")
+    assert sorted(sweep.runs["notation"]) == ["H_KLD_WAug", "L_KLD_WAug", "Teacher_WAug"]
+    assert len(sweep.scores) == 3 * 5
+
+
+@pytest.mark.usefixtures("database")
+def test_a_failing_cell_leaves_the_others_and_says_where_its_traceback_is(small_busi, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def broken(*, student, teacher, valid):\n    raise RuntimeError('my loss broke')\n"
+    )
+    overrides = [*QUICK, f"data.root={small_busi}", "teacher_aug=weak", "++loss.hidden._target_=own.broken"]
+    overrides += ["~loss.hidden.temperature", "path=H,L"]
+    done = kdsweep("-m", *overrides, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    message = "H_KLD_WAug split 0 seed 0: epoch 1, step 1, kd term: RuntimeError: my loss broke"
+    assert done.stderr.splitlines()[-1] == f"kdsweep: error: {message}"
+    (failed,) = [line for line in done.stdout.splitlines() if "failed: " in line]
+    assert f"failed: {message}; log: multirun/cells/H_KLD_WAug-split0-seed0-" in failed
+    assert failed.endswith("/kdsweep.log")
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    states = dict(zip(sweep.runs["notation"], sweep.runs["status"], strict=True))
+    assert states == {"H_KLD_WAug": "FAILED", "L_KLD_WAug": "FINISHED", "Teacher_WAug": "FINISHED"}
+    assert "Traceback" not in done.stdout
+    logs = {path.parent.name[0]: path.read_text() for path in (tmp_path / "multirun" / "cells").glob("*/kdsweep.log")}
+    assert "in broken" in logs["H"]
+    assert "Traceback" not in logs["L"]
+    assert "my loss" not in logs["L"]
+    (printed,) = [kdsweep("table3", cwd=tmp_path, module="kdsweep.results.tables").stdout]
+    assert "failed: split 0" in printed
+
+
+def files_of(store: Path, *names: str) -> dict[str, bytes]:
+    """Contents of the files of these names in a store, by folder and name."""
+    return {f"{f.parent.name}/{f.name}": f.read_bytes() for f in store.glob("*/*/*") if f.name in names}
+
+
+RESULTS = ("student.safetensors", "teacher.safetensors", "history.csv", "test_scores.csv", "test_predictions.npz")
+
+
+def test_one_by_one_gives_the_same_bits(swept, small_busi, empty_store):
+    cwd, _ = swept
+    shutil.copytree(empty_store, cwd / "alone")
+    root = f"data.root={small_busi}"
+    alone = kdsweep(*GRID, *QUICK, root, "hydra/launcher=basic", "store=alone", cwd=cwd)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert "13 lockstep groups" in alone.stdout.splitlines()[0]
+    together, solo = files_of(cwd / "multirun", *RESULTS), files_of(cwd / "alone", *RESULTS)
+    assert len(together) == 15 * 4
+    assert together == solo
+    assert len({content for name, content in together.items() if name.endswith("student.safetensors")}) == 13
+
+
+def test_two_processes_at_once_give_the_same_bits(swept, small_busi, empty_store):
+    cwd, _ = swept
+    shutil.copytree(empty_store, cwd / "divided")
+    part = ["-m", "path=HR,L", "teacher_aug=strong,weak", *QUICK, f"data.root={small_busi}", "store=divided"]
+    divided = kdsweep(*part, "hydra.launcher.processes=2", cwd=cwd)
+    assert divided.returncode == 0, divided.stdout + divided.stderr
+    assert "4 to run, 0 finished; 2 lockstep groups, 2 shared Teachers, 2 Teachers" in divided.stdout.splitlines()[0]
+    together, apart = files_of(cwd / "multirun", *RESULTS), files_of(cwd / "divided", *RESULTS)
+    assert len(apart) == 6 * 4
+    assert apart == {name: together[name] for name in apart}
+    sweep = tracking.read_sweep(store=cwd / "divided", uri=None, name=None)
+    assert len(sweep.runs) == 6
+    assert set(sweep.runs["status"]) == {"FINISHED"}
+
+
+@pytest.mark.usefixtures("database")
+def test_a_learning_rate_sweep_is_one_group(small_busi, tmp_path):
+    done = kdsweep("-m", "path=none", "train.lr=1e-3,3e-4", *QUICK, f"data.root={small_busi}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 cells: 2 to run, 0 finished; 1 lockstep group" in done.stdout.splitlines()[0]
+    assert "Student split 0 seed 0 (train.lr=0.001): test Dice" in done.stdout  # by the process that trained it
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    table = tables.table4(sweep)
+    assert list(table["settings"]) == ["train.lr=0.0003", "train.lr=0.001"]
+    assert set(table["notation"]) == {"Student"}
+    logs = [file.read_text() for file in tmp_path.glob("multirun/cells/*/kdsweep.log")]
+    assert [log.count("test Dice") for log in logs] == [1, 1]
+    assert len(set(logs)) == 2
+
+
+@pytest.mark.parametrize("words", [["-m", "path=none,L"], ["path=L"]])
+def test_a_plan_is_shown_and_nothing_else_happens(small_busi, tmp_path, words):
+    done = kdsweep(*words, *QUICK, f"data.root={small_busi}", "--plan", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert " to run, 0 finished; 1 lockstep group, 1 shared Teacher, 1 Teacher to train" in first
+    assert rest[0].startswith("group 1: ")
+    assert rest[-1].endswith("device hours from one timed step on cpu; nothing was started")
+    assert not list((tmp_path / "multirun").glob("*/*"))
+
+
+def test_a_finished_sweep_needs_no_torch(swept, small_busi):
+    """Its import alone would take longer than the answer may."""
+    cwd, _ = swept
+    command = "import sys; from kdsweep.__main__ import main; main(); print('torch' in sys.modules)"
+    arguments = [*GRID, *QUICK, f"data.root={small_busi}"]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments], cwd=cwd, capture_output=True, text=True, check=True, timeout=100
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def all_gone(pids: list[int]) -> bool:
+    """Whether these processes end within a minute."""
+    deadline = time.monotonic() + 60
+    while (alive := any(Path(f"/proc/{pid}").exists() for pid in pids)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return not alive
+
+
+@pytest.fixture
+def endless(small_busi, database, tmp_path):
+    """A sweep that has trained its first epochs and goes on."""
+    command = [sys.executable, "-m", "kdsweep", "-m", "path=none", "train.lr=1e-3,3e-4", *QUICK, "train.epochs=5000"]
+    with subprocess.Popen(
+        [*command, f"data.root={small_busi}"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("multirun/cells/*/checkpoint.pt"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_cells_closes_their_runs_and_ends_all_processes(endless, tmp_path, number, code):
+    own = children(endless.pid)
+    start = time.monotonic()
+    endless.send_signal(number)
+    _, errors = endless.communicate(timeout=60)
+    assert time.monotonic() - start < 20  # 10 s for the checkpoints, on a machine that does other things too
+    assert endless.returncode == code, errors
+    name = signal.Signals(number).name
+    assert errors.splitlines() == [f"kdsweep: stopped by {name}; all is saved: the same command goes on from here"]
+    saved = [records.read(folder) for folder in (tmp_path / "multirun" / "cells").iterdir()]
+    assert [record.status for record in saved] == ["KILLED", "KILLED"]
+    logs = [(record.folder / "kdsweep.log").read_text().splitlines()[-1] for record in saved]
+    for record, line in zip(saved, logs, strict=True):
+        assert f"saved in epoch {len(record.history) + 1} after" in line
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    assert sweep.runs["status"].tolist() == ["KILLED", "KILLED"]
+    assert own
+    assert all_gone(own)
+
+
+def test_a_killed_launcher_leaves_no_process_behind(endless, tmp_path):
+    own = children(endless.pid)
+    assert own
+    endless.kill()
+    assert all_gone(own)
+
+
+def test_a_killed_group_fails_its_cells_and_says_why(endless, tmp_path):
+    os.kill(max(children(endless.pid)), signal.SIGKILL)
+    output, errors = endless.communicate(timeout=60)
+    assert endless.returncode == 1
+    assert "its process ended early, killed by SIGKILL" in errors
+    assert output.count("failed: ") == 2
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    assert sweep.runs["status"].tolist() == ["FAILED", "FAILED"]
+
+
+@pytest.mark.usefixtures("database")
+def test_an_interrupt_closes_the_run_as_killed_and_says_how_to_go_on(small_busi, tmp_path):
+    command = [sys.executable, "-m", "kdsweep", "path=none", *QUICK, "train.epochs=500", f"data.root={small_busi}"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("multirun/cells/*/checkpoint.pt")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "the same command" in errors
+    assert "Traceback" not in errors
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    assert sweep.runs["status"].tolist() == ["KILLED"]
+
+
+def test_two_sweeps_at_once_compute_each_cell_and_each_teacher_once(swept, small_busi):
+    cwd, _ = swept
+    common = [*QUICK, f"data.root={small_busi}", "teacher_aug=weak", "store=shared"]
+    commands = [
+        [sys.executable, "-m", "kdsweep", "-m", "path=none,L,H", *common, "sweep_name=one"],
+        [sys.executable, "-m", "kdsweep", "-m", "path=H,L,HR", *common, "sweep_name=other"],
+    ]
+    running = [
+        subprocess.Popen(each, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for each in commands
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    told = "".join(outputs)
+    for name in ("Student", "L_KLD_WAug", "H_KLD_WAug", "HReg_KLD_WAug", "Teacher_WAug"):
+        assert told.count(f"{name} split 0 seed 0: test Dice") == 1, outputs
+    alone, shared = files_of(cwd / "multirun", *RESULTS), files_of(cwd / "shared", *RESULTS)
+    assert len(shared) == 5 * 4
+    assert shared == {name: alone[name] for name in shared}
+    for name in ("one", "other"):
+        sweep = tracking.read_sweep(store=cwd / "shared", uri=None, name=name)
+        assert set(sweep.runs["status"]) == {"FINISHED"}
+        assert len(sweep.runs) == 4
+
+
+@pytest.mark.usefixtures("database")
+def test_what_fails_is_tried_once_or_with_retry_failed_twice(small_busi, tmp_path):
+    """The loss fails at its first call of each process but the third."""
+    (tmp_path / "own.py").write_text(
+        "from pathlib import Path\n"
+        "def flaky(*, student, teacher, valid):\n"
+        "    file = Path('tries')\n"
+        "    if not flaky.called:\n"
+        "        flaky.called = True\n"
+        "        file.write_text((file.read_text() if file.exists() else '') + 'x')\n"
+        "        if len(file.read_text()) < 3:\n"
+        "            raise RuntimeError('not yet')\n"
+        "    return (student - teacher).square().mean()\n"
+        "flaky.called = False\n"
+    )
+    overrides = ["-m", *QUICK, f"data.root={small_busi}", "path=H,none", "teacher_aug=weak"]
+    overrides += ["++loss.hidden._target_=own.flaky", "~loss.hidden.temperature"]
+    once = kdsweep(*overrides, cwd=tmp_path)
+    assert once.returncode == 1
+    assert (tmp_path / "tries").read_text() == "x"
+    twice = kdsweep(*overrides, "retry_failed=true", cwd=tmp_path)
+    assert (tmp_path / "tries").read_text() == "xxx"
+    assert twice.returncode == 0, twice.stderr
+    assert "trying the cells that failed a second time, each alone: 1" in twice.stdout
+    assert "failed: " not in twice.stdout
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    assert set(sweep.runs["status"]) == {"FINISHED"}
+    assert len(sweep.runs) == 3
+
+
+@pytest.mark.usefixtures("database")
+def test_two_data_folders_of_one_command_are_two_rows(small_busi, database, tmp_path):
+    """Neither the status nor a table loses one of two cells that only the images tell apart."""
+    other = shutil.copytree(small_busi, tmp_path / "site-b")
+    for mask in other.rglob("*_mask.png"):
+        Image.fromarray(~np.array(Image.open(mask))).save(mask)
+    small = [*QUICK, "train.epochs=1", "path=none", f"data.root={small_busi},{other}"]
+    done = kdsweep("-m", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 cells done" in done.stdout
+    told = kdsweep(cwd=tmp_path, module="kdsweep.sweep.status").stdout
+    assert "2 cells: 2 done" in told
+    assert f"Student split 0 seed 0 (data.root={other})" in told
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    table = tables.table4(sweep)
+    own = table[table["notation"] == "Student"]
+    assert sorted(own["settings"]) == sorted([f"data.root={small_busi}", f"data.root={other}"])
+    assert own["mean_dice_percent"].nunique() == 2
+
+
+def test_changed_images_make_new_cells_and_the_line_says_so(small_busi, tmp_path):
+    root = Path(shutil.copytree(small_busi, tmp_path / "images"))
+    arguments = ["path=none", *QUICK, f"data.root={root}", "train.epochs=1"]
+    assert kdsweep(*arguments, cwd=tmp_path).returncode == 0
+    image = next((root / "benign").glob("*).png"))
+    Image.fromarray(np.asarray(Image.open(image)) ^ 1).save(image)
+    again = kdsweep(*arguments, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    (line,) = [line for line in again.stdout.splitlines() if "1 cell is new (Student split 0 seed 0): " in line]
+    assert line.endswith("this has changed: the images")
+    folders = list((tmp_path / "multirun" / "cells").iterdir())
+    assert len(folders) == 2
+    assert all(records.read_finished(folder) is not None for folder in folders)
+    sweep = tracking.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    assert len(sweep.runs) == 1  # the old result does not count any more
+
+
+def test_the_status_of_a_sweep_in_training(endless, tmp_path):
+    printed = kdsweep(cwd=tmp_path, module="kdsweep.sweep.status").stdout
+    assert printed.startswith("sweep busi-quick: 2 cells: 0 done, 2 running; about ")
+    assert "epoch" in printed

@@ -1,0 +1,174 @@
+"""A lockstep group: each cell is what it would be alone, and what ends one leaves the others as they are."""
+
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from small import TEACHER
+
+from kdsweep.config import cells
+from kdsweep.core.errors import InputError
+from kdsweep.distill.kd_paths import Hidden
+from kdsweep.runs import records
+from kdsweep.sweep import plan
+from kdsweep.tracking import mirror, tracking
+from kdsweep.training import build, group
+
+QUICK = [
+    "profile=quick",
+    "data=busi",
+    "train.batch_size=8",
+    "train.epochs=2",
+    "device=cpu",
+    "teacher_aug=weak",
+    *TEACHER,
+]
+
+
+@pytest.fixture
+def compose(small_busi, empty_store, tmp_path):
+    def make(*overrides):
+        cfg = cells.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path / 'store'}", *overrides])
+        if not Path(cfg.store).exists():
+            shutil.copytree(empty_store, cfg.store)
+        return cfg
+
+    return make
+
+
+def run(*configs):
+    """Results by position, with the plan's checks before."""
+    jobs = plan.read_jobs(configs)
+    plan.watch(jobs)
+    group.check(list(configs))
+    try:
+        return group.run_group(list(configs))
+    finally:
+        mirror.close_all()
+
+
+def weights(cfg):
+    return (cells.cell(cfg).folder / "student.safetensors").read_bytes()
+
+
+def statuses(cfg):
+    sweep = tracking.read_sweep(store=cells.cell(cfg).store, uri=None, name=None)
+    return dict(zip(sweep.runs["notation"], sweep.runs["status"], strict=True))
+
+
+def broken(**_):
+    raise RuntimeError("my loss broke")
+
+
+def greedy(*, student, teacher, valid):
+    """Spoils what it is given."""
+    result = (student - teacher).square().mean()
+    teacher.mul_(0).add_(100)
+    valid.logical_not_()
+    return result
+
+
+def noisy(*, student, teacher, valid):
+    """Draws random numbers, as a loss with masking or dropout does."""
+    return (student - teacher - torch.randn_like(student)).square().mean()
+
+
+def learned(*, student, teacher, valid):
+    """Keeps the Teacher's map for its backward pass, which tensors of inference mode do not allow."""
+    return (student * teacher).mean()
+
+
+class Unbuildable(Hidden):
+    def __init__(self):
+        raise ValueError("no such path")
+
+
+def test_a_broken_loss_ends_its_own_cell_and_leaves_the_others_bit_for_bit(compose, tmp_path, caplog):
+    good = [compose("path=L"), compose("path=H", "loss=mse"), compose("path=none")]
+    bad = compose("path=H", f"++loss.hidden._target_={__name__}.broken", "~loss.hidden.temperature")
+    first, failure, *others = run(good[0], bad, *good[1:])
+    assert str(failure) == "H_KLD_WAug split 0 seed 0: epoch 1, step 1, kd term: RuntimeError: my loss broke"
+    assert all(isinstance(result, float) for result in (first, *others))
+    assert statuses(bad)["H_KLD_WAug"] == "FAILED"
+    assert records.read_finished(cells.cell(bad).folder) is None
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert "H_KLD_WAug split 0 seed 0: epoch 1, step 1, kd term: RuntimeError: my loss" in record.getMessage()
+    assert "in broken" in logging.Formatter().format(record)
+
+    before = [weights(cfg) for cfg in good]
+    again = [
+        compose(*(own.split()), f"store={tmp_path / 'alone'}") for own in ("path=L", "path=H loss=mse", "path=none")
+    ]
+    run(*again)
+    assert [weights(cfg) for cfg in again] == before
+
+
+def test_a_launchers_device_that_is_none_is_refused(compose):
+    with pytest.raises(InputError, match="device=gpu is not allowed: it must be auto, cpu, cuda or cuda:NUMBER"):
+        group.look([compose("path=none")], ["cpu", "gpu"])
+
+
+def test_a_cell_that_diverges_fails_alone_with_term_and_epoch(compose):
+    results = run(compose("path=L", "train.lr=1e30"), compose("path=L"))
+    assert "is nan in epoch" in str(results[0]) or "is inf in epoch" in str(results[0])
+    assert math.isfinite(results[1])
+
+
+def test_a_path_that_cannot_be_built_fails_alone_and_is_seen_as_failed(compose):
+    bad = compose("path=H", f"path.kd_path._target_={__name__}.Unbuildable")
+    results = run(bad, compose("path=none"))
+    assert "no such path" in str(results[0])
+    assert isinstance(results[1], float)
+    assert statuses(bad) == {"H_KLD_WAug": "FAILED", "Student": "FINISHED", "Teacher_WAug": "FINISHED"}
+
+
+def test_a_teacher_that_diverges_fails_its_cells_and_no_others(compose):
+    results = run(compose("path=L", "teacher.lr=1e30"), compose("path=H"), compose("path=none"))
+    assert "its Teacher could not be trained: Teacher_WAug split 0 seed 0: " in str(results[0])
+    assert isinstance(results[1], float)
+    assert isinstance(results[2], float)
+
+
+@pytest.mark.parametrize("loss", ["greedy", "noisy", "learned"])
+@pytest.mark.parametrize("path", ["L", "HR"])
+def test_what_a_users_loss_does_to_its_tensors_or_draws_touches_nobody_else(compose, tmp_path, loss, path):
+    kind = "logits" if path == "L" else "hidden"
+    own = [f"path={path}", f"++loss.{kind}._target_={__name__}.{loss}", f"~loss.{kind}.temperature"]
+    other = [f"path={path}", "loss=mse"]
+    group_of_two = [compose(*own), compose(*other)]
+    assert all(isinstance(result, float) for result in run(*group_of_two))
+    for position, overrides in enumerate((own, other)):
+        alone = compose(*overrides, f"store={tmp_path / f'alone{position}'}")
+        run(alone)
+        assert weights(alone) == weights(group_of_two[position])
+
+
+def test_the_teachers_precision_is_the_cells_own(compose, tmp_path):
+    both = [compose("path=L", f"kd.teacher_precision={precision}") for precision in ("fp32", "bf16")]
+    assert len({cells.teacher_cell(cfg).fingerprint for cfg in both}) == 1
+    run(*both)
+    assert weights(both[0]) != weights(both[1])
+    for precision, together in zip(("fp32", "bf16"), both, strict=True):
+        alone = compose("path=L", f"kd.teacher_precision={precision}", f"store={tmp_path / precision}")
+        run(alone)
+        assert weights(alone) == weights(together)
+
+
+def test_teachers_of_a_group_are_trained_together_and_equal_those_trained_alone(compose, tmp_path):
+    run(compose("path=L"), compose("path=L", "teacher_aug=strong"))
+    for view in ("weak", "strong"):
+        alone = compose("path=L", f"teacher_aug={view}", f"store={tmp_path / view}")
+        group.obtain_teachers([alone], build.compute(alone))
+        together = cells.teacher_cell(compose("path=L", f"teacher_aug={view}"))
+        for name in ("teacher.safetensors", "history.csv", "test_scores.csv"):
+            assert (cells.teacher_cell(alone).folder / name).read_bytes() == (together.folder / name).read_bytes()
+
+
+def test_workers_and_their_number_make_no_difference(compose, tmp_path):
+    for workers in (0, 1, 2):
+        run(compose("path=HR", f"train.workers={workers}", f"store={tmp_path / str(workers)}"))
+    found = {weights(compose("path=HR", f"store={tmp_path / str(workers)}")) for workers in (0, 1, 2)}
+    assert len(found) == 1
