@@ -43,7 +43,6 @@ ROOMS = MAY_IMPORT.keys() - {"__init__", "__main__", "kd_paths", "plugins"}
 
 # What does not keep to it yet, by module. A line goes when its import goes.
 KNOWN = {
-    "data.data": {"config.grid"},
     "deploy.predict": {"training.build"},
     "evaluation.scoring": {"runs.checkpoint", "runs.records", "training.learner"},
     "training.group": {"sweep.plan"},

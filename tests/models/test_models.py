@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -434,7 +435,8 @@ def test_the_configured_imagenet_weights_are_those_that_smp_knows(name: str) -> 
 
 def test_the_students_imagenet_weights_are_those_that_timm_knows() -> None:
     source, _, revision = cells.compose([]).student.imagenet.partition("@")
-    assert (source, revision) == (timm.get_pretrained_cfg("mobilenetv3_small_100").hf_hub_id, "main")
+    assert source == timm.get_pretrained_cfg("mobilenetv3_small_100").hf_hub_id
+    assert re.fullmatch(r"[0-9a-f]{40}", revision)  # a branch may move
 
 
 def test_weights_none_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
