@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from kdsweep.config import cells
-from kdsweep.core.compute import placed
+from kdsweep.config import identity
+from kdsweep.core.device import placed
 from kdsweep.data.loaders import Feed
-from kdsweep.models import models
-from kdsweep.models.models import UNet
+from kdsweep.models import unet
+from kdsweep.models.unet import UNet
 from kdsweep.runs import checkpoint, records
-from kdsweep.training import build, train
+from kdsweep.training import factory, loop
 from kdsweep.training.learner import Learner, Means
 
 GRID = [
@@ -64,12 +64,12 @@ class Bench:
             *(f"teacher={options.teacher}", f"train.batch_size={options.batch}", f"device={options.device}"),
             *("train.epochs=1", "train.lr=1e-4"),
         ]
-        self.configs = [cells.compose([*self.overrides, *cell]) for cell in GRID]
-        self.student = cells.compose([*self.overrides, "path=none"])
-        self.feed: Feed = build.feed(self.student, seed=0)
+        self.configs = [identity.compose([*self.overrides, *cell]) for cell in GRID]
+        self.student = identity.compose([*self.overrides, "path=none"])
+        self.feed: Feed = factory.feed(self.student, seed=0)
         if self.feed.train.image_count != wanted:
             raise ValueError(f"no data set has {wanted} training images: another --steps or --batch is needed")
-        self.compute = build.compute(self.student)
+        self.compute = factory.compute(self.student)
         self.teachers = self._teachers()
         self.epoch = 0
 
@@ -77,17 +77,17 @@ class Bench:
         """Untrained Teachers, put into the store as if they had been trained."""
         found: dict[str, UNet] = {}
         for cfg in self.configs:
-            cell = cells.teacher_cell(cfg)
+            cell = identity.teacher_cell(cfg)
             if cell.fingerprint not in found:
-                network = build.teacher_network(cfg)
+                network = factory.teacher_network(cfg)
                 checkpoint.save_network(cell.folder / "teacher.safetensors", network)
                 records.write_finished(cell.folder, values={"test/dice": 0.0}, files=["teacher.safetensors"])
-                found[cell.fingerprint] = models.freeze(placed(network, self.compute))
+                found[cell.fingerprint] = unet.freeze(placed(network, self.compute))
         return found
 
     def learners(self, configs: list[DictConfig]) -> list[Learner]:
         """New learners, where they are trained."""
-        made = [build.learner(cfg, cells.cell(cfg)) for cfg in configs]
+        made = [factory.learner(cfg, identity.cell(cfg)) for cfg in configs]
         for learner in made:
             for module in learner.modules().values():
                 placed(module, self.compute)
@@ -95,13 +95,13 @@ class Bench:
 
     def step_s(self, learners: list[Learner]) -> float:
         """Seconds per step of one epoch of a group."""
-        staff = train.Staff(self.teachers, self.compute)
+        staff = loop.Staff(self.teachers, self.compute)
         self.epoch += 1
         for learner in learners:
             learner.means = Means()  # a new epoch begins
         self._synchronise()
         start = time.perf_counter()
-        train.train_epoch(learners, self.epoch, staff=staff, feed=self.feed, compute=self.compute)
+        loop.train_epoch(learners, self.epoch, staff=staff, feed=self.feed, compute=self.compute)
         self._synchronise()
         if failed := [learner.failure for learner in learners if learner.failure is not None]:
             raise failed[0]
@@ -115,9 +115,9 @@ class Bench:
         """Seconds per step by what they are spent on."""
         spent = {"students": 0.0, "teachers": 0.0, "data": 0.0}
         with (
-            self._clocked(train, "_step", spent, "students"),
-            self._clocked(train.Staff, "teach", spent, "teachers"),
-            self._clocked(train, "normalise", spent, "data"),
+            self._clocked(loop, "_step", spent, "students"),
+            self._clocked(loop.Staff, "teach", spent, "teachers"),
+            self._clocked(loop, "normalise", spent, "data"),
             self._clocked_loader(spent),
         ):
             total = self.step_s(learners)
@@ -198,7 +198,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     bench = Bench(options, folder / "store")
     bench.compute.prepare()
     fp32 = bench.learners(bench.configs)
-    bf16 = bench.learners([cells.compose([*bench.overrides, *cell, "kd.teacher_precision=bf16"]) for cell in GRID])
+    bf16 = bench.learners([identity.compose([*bench.overrides, *cell, "kd.teacher_precision=bf16"]) for cell in GRID])
     (alone,) = bench.learners([bench.student])
     turns: dict[str, list[float]] = {}
     shares: dict[str, list[dict[str, float]]] = {"fp32": [], "bf16": []}

@@ -44,15 +44,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from kdsweep import conf_dir
 from kdsweep.__main__ import _cell_dir
-from kdsweep.config import cells
-from kdsweep.config.composition import Composed, Composer
+from kdsweep.config import identity
+from kdsweep.config.compose import Composed, Composer
 from kdsweep.config.grid import Cell
 from kdsweep.results import tables
 from kdsweep.runs import checkpoint, records
 from kdsweep.sweep import plan
 from kdsweep.sweep.engines import worker
 from kdsweep.sweep.plan import Job, Look
-from kdsweep.tracking import mirror, tracking
+from kdsweep.tracking import sync, writer
 
 PAPER_GRID = ["path=L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong", "split=0,1,2"]
 SIZES = {  # cells by name: 36 for each seed, weight and temperature
@@ -146,7 +146,7 @@ def stub(cell: Cell, cfg: DictConfig, *, weights: Path) -> None:
     """
     split = _split(str(cfg.data.source), cfg.split, cfg)
     tags = {"kdsweep.profile": cfg.profile, "kdsweep.device": "cpu", "kdsweep.threads": "1", "kdsweep.torch": "stub"}
-    params = cells.params(cfg) | cells.factors(cfg, role=cell.role)
+    params = identity.params(cfg) | identity.factors(cfg, role=cell.role)
     records.describe(cell, split=split, params=params, tags=tags)
     rng = np.random.default_rng(int(cell.fingerprint[:12], 16))
     now_ms = records.now_ms()
@@ -172,7 +172,7 @@ _splits: dict[tuple[str, int], dict[str, list[str]]] = {}
 
 def _split(data: str, index: int, cfg: DictConfig) -> dict[str, list[str]]:
     if (data, index) not in _splits:
-        _splits[data, index] = cells.split_ids(cfg)
+        _splits[data, index] = identity.split_ids(cfg)
     return _splits[data, index]
 
 
@@ -208,7 +208,7 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
     words = [*PAPER_GRID, *SIZES[size], *where]
     weights = folder / f"weights{size}"
     weights.write_bytes(bytes(WEIGHTS_BYTES))
-    cells.listing(cells.compose(where))  # the phantoms are made once
+    identity.listing(identity.compose(where))  # the phantoms are made once
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         sweep = planned(words, clock)
         command(clock, "whole command: --plan, nothing finished", ["-m", "kdsweep", "-m", *words, "--plan"])
@@ -240,7 +240,7 @@ def planned(words: list[str], clock: Clock) -> list[Job]:
         plan.tell_changes(jobs)
     with clock.step("write what the sweep asks for, to files and MLflow"):
         plan.watch(jobs)
-        mirror.close_all()
+        sync.close_all()
     return jobs
 
 
@@ -255,7 +255,7 @@ def finished(words: list[str], jobs: list[Job], clock: Clock, *, weights: Path) 
     jobs = [replace(job, finished={"test/dice": 0.5}) for job in jobs]
     with clock.step("log all to MLflow (SQLite)"):
         plan.watch(jobs)
-        mirror.close_all()
+        sync.close_all()
     return len(plan.unique(jobs))
 
 
@@ -271,16 +271,16 @@ def again(words: list[str], clock: Clock) -> None:
         _ = [worker.closed(job.overrides, 0.5) for job in jobs]
     with clock.step("rerun: MLflow has all"):
         plan.watch(jobs)
-        mirror._opened[-1]._tried.wait()
+        sync._opened[-1]._tried.wait()
     with clock.step("look of the mirror, nothing new"):
-        mirror._opened[-1]._pass()
-    mirror.close_all()
+        sync._opened[-1]._pass()
+    sync.close_all()
 
 
 def read_back(store: Path, clock: Clock) -> None:
     """The sweep read from MLflow, and its tables."""
     with clock.step("read the sweep from MLflow"):
-        sweep = tracking.read_sweep(store=store, uri=None, name=None)
+        sweep = writer.read_sweep(store=store, uri=None, name=None)
     for which in ("table3", "table4", "effects"):
         with clock.step(f"make {which}"):
             tables.make(which=which, sweep=sweep, store=store, out_dir=store / "tables", test="ttest")

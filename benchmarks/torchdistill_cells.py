@@ -36,9 +36,9 @@ from torchdistill.models.wrapper import AuxiliaryModelWrapper
 from kdsweep.data.loaders import EpochBatches, TrainViews
 from kdsweep.data.views import normalise, warp
 from kdsweep.distill import losses
-from kdsweep.distill.kd_paths import HiddenRegressor
-from kdsweep.models import models
-from kdsweep.models.models import UNet
+from kdsweep.distill.paths import HiddenRegressor
+from kdsweep.models import unet
+from kdsweep.models.unet import UNet
 
 SAME = "."  # torchdistill's path of the model itself
 STAGES = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -277,13 +277,13 @@ def main() -> None:
     if unknown := set(names) - set(CELLS):
         parser.error(f"unknown cells {', '.join(sorted(unknown))}; there are {', '.join(CELLS)}")
 
-    from kdsweep.config import cells
-    from kdsweep.training import build
+    from kdsweep.config import identity
+    from kdsweep.training import factory
 
-    cfg = cells.compose(
+    cfg = identity.compose(
         [f"image_size={args.image_size}", f"teacher={args.teacher}", f"train.batch_size={args.batch}", *args.overrides]
     )
-    train = build.feed(cfg, seed=cfg.seed).train
+    train = factory.feed(cfg, seed=cfg.seed).train
     torch.backends.cudnn.benchmark = True  # as torchdistill's example scripts do; nothing to a CPU
     result: dict[str, Any] = {
         "versions": {name: version(name) for name in ("torchdistill", "torch")},
@@ -295,7 +295,7 @@ def main() -> None:
         start = time.perf_counter()
         path, loss, teacher_aug = CELLS[name]
         student, teacher = (
-            models.unet(encoder=node.encoder, decoder_channels=list(node.decoder_channels), weights="none", seed=seed)
+            unet.unet(encoder=node.encoder, decoder_channels=list(node.decoder_channels), weights="none", seed=seed)
             for node, seed in ((cfg.student, cfg.seed), (cfg.teacher, cfg.teacher.seed))
         )
         cell = TorchdistillCell(

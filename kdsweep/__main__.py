@@ -15,8 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kdsweep import conf_dir
-from kdsweep.core import interrupts, logs
-from kdsweep.sweep.announce import TRACEBACK, at_end, one_line
+from kdsweep.core import logs, signals
+from kdsweep.sweep.callback import TRACEBACK, at_end, one_line
 from kdsweep.sweep.launcher import trains_cells
 
 # Torch is imported when a job runs: help and errors of the command line must come fast.
@@ -47,14 +47,14 @@ def run(cfg: DictConfig) -> float:
 def main() -> None:
     """The console script: run, and tell an error in one line (HYDRA_FULL_ERROR=1 shows the traceback)."""
     sys.argv[1:] = ["hydra.launcher.plan=true" if word == "--plan" else word for word in sys.argv[1:]]
-    interrupts.install()
+    signals.install()
     logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
     OmegaConf.register_new_resolver("kdsweep.cell_dir", _cell_dir, replace=True)
     wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way
     try:
         run()
-    except interrupts.Stopped as stop:
+    except signals.Stopped as stop:
         sys.stderr.write(f"kdsweep: {stop.told()}\n")
         sys.exit(stop.exit_code)
     except Exception as error:
@@ -67,10 +67,10 @@ def main() -> None:
 
 def _cell_dir(*, _root_: DictConfig) -> str:
     """Folder of the configured cell below the store: Hydra's job folder."""
-    from kdsweep.config import cells
+    from kdsweep.config import identity
 
-    cells.check(_root_)
-    cell = cells.cell(_root_)
+    identity.check(_root_)
+    cell = identity.cell(_root_)
     return str(cell.folder.relative_to(cell.store))
 
 

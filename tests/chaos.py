@@ -29,7 +29,7 @@ from pathlib import Path
 
 from kdsweep.results import tables
 from kdsweep.runs import checkpoint
-from kdsweep.tracking import tracking
+from kdsweep.tracking import writer
 
 GRID = ["path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong", "profile=quick", "device=cpu"]
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
@@ -330,9 +330,9 @@ def _tables(store: Path) -> Iterator[tuple[str, str]]:
 
 
 def _runs(store: Path) -> Iterator[tuple[str, str]]:
-    client = tracking.MlflowClient(tracking_uri=tracking.store_uri(store, None))
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
-    runs = client.search_runs([experiment.experiment_id], "", tracking.ViewType.ALL, max_results=10_000)
+    client = writer.MlflowClient(tracking_uri=writer.store_uri(store, None))
+    experiment = client.get_experiment_by_name(writer.EXPERIMENT)
+    runs = client.search_runs([experiment.experiment_id], "", writer.ViewType.ALL, max_results=10_000)
     runs.sort(key=lambda run: run.info.start_time)
     names = [f"run {run.info.run_name} {run.data.tags.get('kdsweep.fingerprint', '')[:10]}".strip() for run in runs]
     for name, count in Counter(names).items():
@@ -347,7 +347,7 @@ def _runs(store: Path) -> Iterator[tuple[str, str]]:
     yield "artifacts of no run", ", ".join(sorted(strays))
 
 
-def _run(client: tracking.MlflowClient, run: tracking.Run, store: Path) -> Iterator[tuple[str, str]]:
+def _run(client: writer.MlflowClient, run: writer.Run, store: Path) -> Iterator[tuple[str, str]]:
     yield "status", f"{run.info.status}, {run.info.lifecycle_stage}"
     for key, value in run.data.params.items():
         yield f"param {key}", value.replace(str(store), "STORE")

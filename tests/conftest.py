@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 SMALL_COUNT = 25  # 16 for training, 4 for validation, 5 for test
-LONGEST = ("sweep", "cluster", "faults", "readme", "group", "chaos", "mirror", "bad_input", "install")  # longest first
+LONGEST = ("sweep", "cluster", "faults", "readme", "group", "chaos", "sync", "bad_input", "install")  # longest first
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,10 +54,10 @@ def small_busi(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store without runs, to be copied: creating the database takes seconds."""
-    from kdsweep.tracking import tracking  # here: it takes seconds to import, and most tests do without
+    from kdsweep.tracking import writer  # here: it takes seconds to import, and most tests do without
 
     folder = tmp_path_factory.mktemp("empty")
-    tracking.Tracker(store=folder, uri=None)
+    writer.Tracker(store=folder, uri=None)
     return folder
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from kdsweep.config import cells
+from kdsweep.config import identity
 from kdsweep.runs import checkpoint
 from kdsweep.sweep import plan
-from kdsweep.sweep.announce import one_line
-from kdsweep.training import build, group
+from kdsweep.sweep.callback import one_line
+from kdsweep.training import factory, group
 
 QUICK = ("profile=quick", "path=none", "device=cpu", "train.epochs=1")
 
@@ -31,7 +31,7 @@ def busi(root: Path) -> tuple[str, str]:
 def refusal(*overrides: str) -> str:
     """The line that a configuration is refused with, by the checks that a job goes through before its training."""
     with pytest.raises(Exception) as caught:
-        cfg = cells.compose(["profile=quick", "device=cpu", *overrides])
+        cfg = identity.compose(["profile=quick", "device=cpu", *overrides])
         plan.read_jobs([cfg])
         group.places([cfg], [])
         group.check([cfg])
@@ -179,7 +179,7 @@ def test_images_without_a_lesion_are_taken_on_request_but_not_alone(folder_of_ei
     asked = ["data=folder", f"data.root={folder_of_eight}", "data.allow_empty_masks=true"]
     empty_one_mask(folder_of_eight)
     assert "train.batch_size=16 is larger than" in refusal(*asked)  # the data are fine
-    cells._load.cache_clear()  # a process reads a data set once
+    identity._load.cache_clear()  # a process reads a data set once
     empty_all_masks(folder_of_eight)
     assert "all 5 training masks are empty" in refusal(*asked)
 
@@ -188,7 +188,7 @@ def test_images_without_a_lesion_are_taken_on_request_but_not_alone(folder_of_ei
 def resnet_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of the quick profile's Teacher, a ResNet18 U-Net."""
     file = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
-    checkpoint.save_network(file, build.teacher_network(cells.compose(["profile=quick"])))
+    checkpoint.save_network(file, factory.teacher_network(identity.compose(["profile=quick"])))
     return file
 
 

@@ -21,12 +21,12 @@ import torch
 from omegaconf import DictConfig
 from small import TEACHER
 
-from kdsweep.config import cells
-from kdsweep.core import interrupts
+from kdsweep.config import identity
+from kdsweep.core import signals
 from kdsweep.data import views
 from kdsweep.runs import checkpoint, records
 from kdsweep.runs.records import FINISHED
-from kdsweep.training import build, group, teachers, train
+from kdsweep.training import factory, group, loop, teachers
 from kdsweep.training.learner import Learner
 
 QUICK = [
@@ -44,7 +44,7 @@ FILES = ("student.safetensors", "teacher.safetensors", "history.csv", "test_scor
 spawner = multiprocessing.get_context("forkserver")
 spawner.set_forkserver_preload(["kdsweep.training.group", "test_faults", "monai.metrics", "sklearn.model_selection"])
 
-composed = functools.cache(lambda *overrides: cells.compose(list(overrides)))
+composed = functools.cache(lambda *overrides: identity.compose(list(overrides)))
 
 
 def configs_of(small_busi: Path, store: Path, *each: list[str]):
@@ -77,7 +77,7 @@ def dices(small_busi, unbroken) -> list[float]:
 @pytest.fixture
 def often(monkeypatch):
     """A checkpoint of the first cell after every step."""
-    monkeypatch.setattr(train.Pace, "next", lambda _, own: own[0] if own and own[0].role != "teacher" else None)
+    monkeypatch.setattr(loop.Pace, "next", lambda _, own: own[0] if own and own[0].role != "teacher" else None)
 
 
 # --- killed inside a write
@@ -102,7 +102,7 @@ def doomed(configs: list[DictConfig], point: str, number: int) -> None:
         rests = not learners or (learners[0].role == "teacher" and turn % 3)  # whose checkpoint is large
         return None if rests else learners[turn % len(learners)]
 
-    train.Pace.next = next_turn
+    loop.Pace.next = next_turn
     owner, name = {
         "bytes": (checkpoint._Hashing, "write"),
         "flush": (os, "fsync"),
@@ -145,24 +145,24 @@ def test_killed_inside_its_writes_again_and_again_it_ends_as_if_nothing_had_happ
 
 def interrupted(small_busi: Path, store: Path, steps: int, monkeypatch) -> None:
     """Train the group until SIGTERM comes after so many steps of learners, which is saved at the next good moment."""
-    taken, step = itertools.count(1), train._step
+    taken, step = itertools.count(1), loop._step
 
     def stepping(*args):
         step(*args)
         if next(taken) == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    interrupts.install()
+    signals.install()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_step", stepping)
-        with pytest.raises(interrupts.Stopped, match="stopped by SIGTERM"):
+        patch.setattr(loop, "_step", stepping)
+        with pytest.raises(signals.Stopped, match="stopped by SIGTERM"):
             group.run_group(configs_of(small_busi, store))
-    interrupts.install()
+    signals.install()
 
 
 @pytest.fixture(autouse=True)
 def usual_signals():
-    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -187,7 +187,7 @@ def test_a_signal_saves_every_step_that_was_taken(small_busi, tmp_path, monkeypa
 
 def test_a_step_that_takes_too_long_is_given_up_and_taken_again(small_busi, unbroken, tmp_path, monkeypatch, often):
     """As inside a backward pass of minutes: what is half done is not saved, the last checkpoint stands."""
-    monkeypatch.setattr(interrupts, "GRACE_S", 0.3)
+    monkeypatch.setattr(signals, "GRACE_S", 0.3)
     steps, backward, ended = itertools.count(1), torch.Tensor.backward, []
 
     def slow(tensor):
@@ -198,13 +198,13 @@ def test_a_step_that_takes_too_long_is_given_up_and_taken_again(small_busi, unbr
                 signal.sigtimedwait([], 0.05)  # lets the alarm in
             ended.append("the slow step")
 
-    interrupts.install()
+    signals.install()
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", slow)
-        with pytest.raises(interrupts.Stopped):
+        with pytest.raises(signals.Stopped):
             group.run_group(configs_of(small_busi, tmp_path / "store"))
     assert ended == []
-    interrupts.install()
+    signals.install()
     group.run_group(configs_of(small_busi, tmp_path / "store"))
     assert contents(tmp_path / "store") == contents(unbroken)
 
@@ -229,13 +229,13 @@ def test_a_signal_while_checkpoints_are_read_leaves_them_as_they_are(
         if moment == "between":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    interrupts.install()
+    signals.install()
     with monkeypatch.context() as patch:
-        patch.setattr(interrupts, "GRACE_S", 0.2)
+        patch.setattr(signals, "GRACE_S", 0.2)
         patch.setattr(Learner, "_load", signalled)
-        with pytest.raises(interrupts.Stopped):
+        with pytest.raises(signals.Stopped):
             group.run_group(configs_of(small_busi, store))
-    interrupts.install()
+    signals.install()
     for file, content in before.items():
         now = checkpoint.load_state(file)
         (tmp_path / "before.pt").write_bytes(content)
@@ -299,7 +299,7 @@ def test_a_damaged_score_file_is_named_and_made_again_without_training(
         assert (folder / name).read_text() != text
     else:
         spoil(folder / name)
-    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "fit", lambda *_, **__: pytest.fail("trained again"))
     results = group.run_group(configs_of(small_busi, store))
     assert contents(store) == contents(unbroken)
     assert results == dices
@@ -338,7 +338,7 @@ class Limit:
 
     def __init__(self, learners: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls = itertools.count(1)
-        step, epoch = train._step, train.train_epoch
+        step, epoch = loop._step, loop.train_epoch
         self.size = 0
 
         def training(own: list[Learner], *args, **kwargs):
@@ -354,8 +354,8 @@ class Limit:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
             return step(learner, *args)
 
-        monkeypatch.setattr(train, "train_epoch", training)
-        monkeypatch.setattr(train, "_step", stepping)
+        monkeypatch.setattr(loop, "train_epoch", training)
+        monkeypatch.setattr(loop, "_step", stepping)
 
 
 def test_too_little_memory_divides_the_group_and_changes_no_score(small_busi, unbroken, tmp_path, monkeypatch, caplog):
@@ -378,9 +378,10 @@ def test_too_little_memory_for_one_cell_fails_that_cell(small_busi, tmp_path, mo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_too_little_memory_on_cuda_divides_the_group(small_busi, tmp_path, caplog):
     own = [
-        cells.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path}", "device=cuda", *each]) for each in GROUP
+        identity.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path}", "device=cuda", *each])
+        for each in GROUP
     ]
-    group.obtain_teachers(own, build.compute(own[0]))
+    group.obtain_teachers(own, factory.compute(own[0]))
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 120 * 2**20) / total)
@@ -409,7 +410,7 @@ def test_an_error_in_the_data_names_epoch_and_step_and_the_rest_goes_on(small_bu
         patch.setattr(views.Views, "render", broken)
         (result,) = group.run_group(configs)
     assert str(result) == "epoch 2, step 1, data: ValueError: the image is upside down"
-    record = records.read(cells.cell(configs[0]).folder)
+    record = records.read(identity.cell(configs[0]).folder)
     assert (record.status, record.error) == ("FAILED", str(result))
     (result,) = group.run_group(configs)  # mended: it goes on
     assert isinstance(result, float)
@@ -420,14 +421,14 @@ def test_an_error_in_a_teachers_forward_fails_those_that_share_it_with_epoch_and
 ):
     store = Path(shutil.copytree(unbroken, tmp_path / "store"))
     shutil.rmtree(store / "cells")
-    teach, calls = train.Staff.teach, itertools.count(1)
+    teach, calls = loop.Staff.teach, itertools.count(1)
 
     def broken(*args):
         if next(calls) == 5:  # once for validation, 2 steps an epoch
             raise ValueError("no lesson today")
         return teach(*args)
 
-    monkeypatch.setattr(train.Staff, "teach", broken)
+    monkeypatch.setattr(loop.Staff, "teach", broken)
     results = group.run_group(configs_of(small_busi, store))
     assert {str(result) for result in results} == {"epoch 2, step 2, Teacher's forward: ValueError: no lesson today"}
     monkeypatch.undo()

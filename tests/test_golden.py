@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from small import TEACHER
 
-from kdsweep.config import cells, grid
+from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.runs import records
 from kdsweep.training import group
@@ -37,10 +37,10 @@ def train(images: Path, store: Path) -> dict[str, dict[str, float]]:
     fixed = ["profile=quick", "data=busi", f"data.root={images}", "device=cpu", f"store={store}", *TEACHER]
     fixed += ["train.epochs=2", "train.batch_size=8", "train.workers=0", "train.lr=1e-4", "teacher.lr=1e-4"]
     views = ["weak", "strong"]
-    configs = [cells.compose([*fixed, *cell, f"teacher_aug={views[n % 2]}"]) for n, cell in enumerate(GRID)]
+    configs = [identity.compose([*fixed, *cell, f"teacher_aug={views[n % 2]}"]) for n, cell in enumerate(GRID)]
     results = group.run_group(configs)
     assert [result for result in results if isinstance(result, Exception)] == []
-    own = [cells.cell(cfg) for cfg in configs]
+    own = [identity.cell(cfg) for cfg in configs]
     teachers = {cell.teacher.notation: cell.teacher for cell in own if cell.teacher is not None}
     return {cell.notation: told(cell) for cell in [*own, *teachers.values()]}
 

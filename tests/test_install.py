@@ -98,7 +98,7 @@ def test_a_sweep_through_the_console_script(wheel, small_busi, tmp_path):
 
 
 def test_models_command_prints_both_networks(tmp_path):
-    command = [sys.executable, "-m", "kdsweep.models.models"]
+    command = [sys.executable, "-m", "kdsweep.models.unet"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
     for part in ("95,755,409", "820,385", "2048 x 7 x 7", "96 x 7 x 7", "20.47 G"):
         assert part in done.stdout

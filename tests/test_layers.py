@@ -13,7 +13,7 @@ import yaml
 import kdsweep
 
 PACKAGE = Path(kdsweep.__file__).parent
-# By dotted name without the package: "training.build", "__main__"; a room's own file by the room's name: "training".
+# By dotted name without the package: "training.factory", "__main__"; a room's own file by the room's name: "training".
 FILES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): file
     for file in sorted(PACKAGE.rglob("*.py"))
@@ -43,7 +43,7 @@ ROOMS = MAY_IMPORT.keys() - {"__init__", "__main__", "kd_paths", "plugins"}
 
 # What does not keep to it yet, by module. A line goes when its import goes.
 KNOWN = {
-    "deploy.predict": {"training.build"},
+    "deploy.predict": {"training.factory"},
     "evaluation.scoring": {"runs.checkpoint", "runs.records", "training.learner"},
     "training.group": {"sweep.plan"},
 }
@@ -51,8 +51,8 @@ KNOWN = {
 # Rooms and modules that may import a library.
 CONFINED = {
     "mlflow": {"tracking"},
-    "omegaconf": {"__main__", "config", "training.build", "training.group", "sweep"},
-    "ray": {"sweep.engines.on_ray"},
+    "omegaconf": {"__main__", "config", "training.factory", "training.group", "sweep"},
+    "ray": {"sweep.engines.ray"},
     "submitit": {"sweep.engines.slurm"},
 }
 
@@ -174,17 +174,17 @@ def test_imports_of_the_package_are_absolute(name: str) -> None:
 def test_the_walk_sees_imports_wherever_they_stand() -> None:
     assert own_imports("from kdsweep.data import phantom, views") == {"data.phantom", "data.views"}
     assert own_imports("from kdsweep.data import Entry") == {"data"}
-    assert own_imports("from kdsweep.data.data import Entry") == {"data.data"}
-    assert own_imports("import kdsweep.training.train as t") == {"training.train"}
+    assert own_imports("from kdsweep.data.sources import Entry") == {"data.sources"}
+    assert own_imports("import kdsweep.training.loop as t") == {"training.loop"}
     assert own_imports("from kdsweep import __version__") == own_imports("import kdsweep") == {"__init__"}
     assert own_imports("from kdsweep.sweep.engines import slurm") == {"sweep.engines.slurm"}
-    assert own_imports("def f():\n    from kdsweep.training.build import feed") == {"training.build"}
-    checked = "if TYPE_CHECKING:\n    from kdsweep.tracking.tracking import Sweep"
+    assert own_imports("def f():\n    from kdsweep.training.factory import feed") == {"training.factory"}
+    checked = "if TYPE_CHECKING:\n    from kdsweep.tracking.writer import Sweep"
     assert own_imports(checked) == {"tracking.tracking"}
     assert own_imports(checked, running=True) == set()
-    assert own_imports("if __name__ == '__main__':\n    from kdsweep.training.build import x") == set()
+    assert own_imports("if __name__ == '__main__':\n    from kdsweep.training.factory import x") == set()
     source = "from kdsweep.training import train\nfrom kdsweep.models import models\nfrom kdsweep import conf_dir"
-    assert forbidden("distill.losses", source) == {"training.train"}
+    assert forbidden("distill.losses", source) == {"training.loop"}
 
 
 @pytest.mark.parametrize(("library", "allowed"), CONFINED.items())
@@ -206,15 +206,15 @@ def test_importing_a_room_is_quick() -> None:
 def test_the_addresses_that_others_know_stay() -> None:
     """Configurations of old runs name them, and users' own code."""
     from kdsweep import data, distill
-    from kdsweep.data import data as where
-    from kdsweep.distill import kd_paths
+    from kdsweep.data import sources as data_sources
+    from kdsweep.distill import paths
 
-    assert all(getattr(data, name) is getattr(where, name) for name in data.__all__)
+    assert all(getattr(data, name) is getattr(data_sources, name) for name in data.__all__)
     assert {"Busi", "Entry", "Folder", "Phantoms", "Source", "Udiat"} == set(data.__all__)
-    assert distill.KDPath is kd_paths.KDPath
+    assert distill.KDPath is paths.KDPath
     with pytest.warns(DeprecationWarning, match="import KDPath from kdsweep.distill"):
         from kdsweep.kd_paths import KDPath
-    assert KDPath is kd_paths.KDPath
+    assert KDPath is paths.KDPath
     with pytest.raises(AttributeError):
         distill.other  # noqa: B018
 

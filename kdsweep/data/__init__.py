@@ -1,5 +1,5 @@
 """Data sets, splits, views and batches. Users' own code and configuration take their names from here."""
 
-from kdsweep.data.data import Busi, Entry, Folder, Phantoms, Source, Udiat
+from kdsweep.data.sources import Busi, Entry, Folder, Phantoms, Source, Udiat
 
 __all__ = ["Busi", "Entry", "Folder", "Phantoms", "Source", "Udiat"]

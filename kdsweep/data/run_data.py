@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdsweep.core.errors import InputError
-from kdsweep.data import data
+from kdsweep.data import sources
 
 # A record may come from elsewhere, so it names one of these and is never imported by its word.
 SOURCES: dict[str, Callable[..., Any]] = {
-    f"kdsweep.data.{cls.__name__}": cls for cls in (data.Udiat, data.Busi, data.Folder, data.Phantoms)
+    f"kdsweep.data.{cls.__name__}": cls for cls in (sources.Udiat, sources.Busi, sources.Folder, sources.Phantoms)
 }
 
 
@@ -25,7 +25,7 @@ class Scored(NamedTuple):
     mask: np.ndarray
 
 
-def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) -> data.Source:
+def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) -> sources.Source:
     """The data set of a run.
 
     Args:
@@ -48,13 +48,13 @@ def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) 
     if "cache_dir" in values:
         own["cache_dir"] = str(store / "phantoms")
     try:
-        found: data.Source = SOURCES[name](**own)
+        found: sources.Source = SOURCES[name](**own)
     except TypeError as error:
         raise InputError(f"data.source={name}: the run recorded other options than it has now ({error})") from error
     return found
 
 
-def scored(of: data.Source, ids: Iterable[str], *, image_size: int) -> dict[str, Scored]:
+def scored(of: sources.Source, ids: Iterable[str], *, image_size: int) -> dict[str, Scored]:
     """Images of a data set by id, at the size (S pixels) at which they are scored.
 
     Raises:
@@ -66,10 +66,10 @@ def scored(of: data.Source, ids: Iterable[str], *, image_size: int) -> dict[str,
         if image_id not in entries:
             raise InputError(f"data={of.name}: image {image_id} of the run is not in the data set any more")
         try:
-            image, mask = data.read(entries[image_id], smallest=image_size)
+            image, mask = sources.read(entries[image_id], smallest=image_size)
         except ValueError as error:
             raise InputError(f"data={of.name}: {error}") from error
-        found[image_id] = Scored(data.resize_image(image, image_size), data.resize_mask(mask, image_size))
+        found[image_id] = Scored(sources.resize_image(image, image_size), sources.resize_mask(mask, image_size))
     return found
 
 

@@ -26,7 +26,7 @@ from kdsweep.data.views import IMAGENET_MEAN, IMAGENET_STD, normalise
 from kdsweep.deploy import predict
 from kdsweep.deploy.predict import Model
 from kdsweep.evaluation import latency, metrics
-from kdsweep.models.models import UNet
+from kdsweep.models.unet import UNet
 from kdsweep.results import costs
 from kdsweep.runs import checkpoint, records
 
@@ -302,14 +302,14 @@ def register(model: Model, content: bytes, *, name: str, store: Path, uri: str |
     """
     import onnx
 
-    from kdsweep.tracking import tracking  # loads mlflow: seconds that an export alone need not wait for
+    from kdsweep.tracking import writer  # loads mlflow: seconds that an export alone need not wait for
 
     # The example is kept in the clear with the model and goes wherever that goes: a phantom, never a patient's image.
     grey = next(phantom.cohort(count=1, seed=0)).image
     example = predict.prepare(np.repeat(grey[..., None], 3, axis=2), image_size=model.image_size)
     with torch.no_grad():
         expected = Probabilities(model.network)(example).numpy()
-    version = tracking.register_onnx(
+    version = writer.register_onnx(
         onnx.load_model_from_string(content),
         example={INPUT: example.numpy()},
         expected={OUTPUT: expected},
@@ -319,7 +319,7 @@ def register(model: Model, content: bytes, *, name: str, store: Path, uri: str |
         store=store,
         uri=uri,
     )
-    place = f"MLFLOW_TRACKING_URI={tracking.store_uri(store, uri)}"
+    place = f"MLFLOW_TRACKING_URI={writer.store_uri(store, uri)}"
     call = f'mlflow.pyfunc.load_model("models:/{name}/{version}")'
     sys.stdout.write(f"registered {name} version {version}; to load it: {place} and {call}\n")
 

@@ -25,14 +25,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from kdsweep.core.compute import Compute, placed
+from kdsweep.core.device import Compute, placed
 from kdsweep.core.errors import InputError
-from kdsweep.data import data
+from kdsweep.data import sources
 from kdsweep.data.views import normalise
-from kdsweep.models import models
-from kdsweep.models.models import UNet
+from kdsweep.models import unet
+from kdsweep.models.unet import UNet
 from kdsweep.runs import checkpoint, records
-from kdsweep.training import build
+from kdsweep.training import factory
 
 THRESHOLD = 0.5  # a pixel is lesion if its probability is above: as in testing
 TAGS = ("notation", "split", "seed", "role", "fingerprint")
@@ -111,12 +111,12 @@ def _folder_of_name(run: str, *, store: Path, stem: str) -> Path:
 
 
 def _folder_of_id(run: str, *, store: Path, uri: str | None) -> Path:
-    from kdsweep.tracking import tracking  # loads mlflow: seconds that names and folders need not wait for
+    from kdsweep.tracking import writer  # loads mlflow: seconds that names and folders need not wait for
 
-    if uri is None and not (store / tracking.DATABASE).is_file():
-        raise InputError(f"--run {run}: --store {store} has no {tracking.DATABASE}; name its folder or --tracking-uri")
+    if uri is None and not (store / writer.DATABASE).is_file():
+        raise InputError(f"--run {run}: --store {store} has no {writer.DATABASE}; name its folder or --tracking-uri")
     try:
-        tags = tracking.MlflowClient(tracking_uri=tracking.store_uri(store, uri)).get_run(run).data.tags
+        tags = writer.MlflowClient(tracking_uri=writer.store_uri(store, uri)).get_run(run).data.tags
     except Exception as error:  # of many kinds: server, network, database
         raise InputError(f"--run {run}: MLflow does not give it: {' '.join(str(error).split())[:300]}") from error
     if not {f"kdsweep.{key}" for key in TAGS} <= tags.keys():
@@ -148,12 +148,12 @@ def load_model(folder: Path) -> Model:
     file = folder / f"{node}.safetensors"
     if not records.check_file(folder, file.name):
         raise InputError(f"{file}: missing or damaged, its checksum differs; the sweep's command computes it again")
-    network = models.unet(encoder=encoder, decoder_channels=channels, weights="none", seed=0)
+    network = unet.unet(encoder=encoder, decoder_channels=channels, weights="none", seed=0)
     try:
         checkpoint.load_network(file, network)
     except Exception as error:  # torch and safetensors have errors of their own
         raise InputError(f"{file}: belongs to another network than {encoder} as this version builds it") from error
-    return Model(models.freeze(network), folder, tags, encoder, image_size, precision)
+    return Model(unet.freeze(network), folder, tags, encoder, image_size, precision)
 
 
 # ---- images --------------------------------------------------------------------------------------------------------
@@ -168,11 +168,11 @@ def list_images(folder: Path) -> tuple[dict[str, Path], int]:
     if not folder.is_dir():
         raise InputError(f"--images {folder}: no such folder")
     entries = sorted(folder.iterdir())
-    files = [f for f in entries if f.suffix.lower() in data.SUFFIXES and not f.name.startswith(".") and f.is_file()]
+    files = [f for f in entries if f.suffix.lower() in sources.SUFFIXES and not f.name.startswith(".") and f.is_file()]
     stems = {file.stem for file in files}
     files = [file for file in files if re.sub(r"_mask(_\d+)?$", "", file.stem) not in stems - {file.stem}]  # BUSI's
     if not files:
-        raise InputError(f"--images {folder}: no images found; expected files ending in {', '.join(data.SUFFIXES)}")
+        raise InputError(f"--images {folder}: no images found; expected files ending in {', '.join(sources.SUFFIXES)}")
     taken = Counter(name.lower() for file in files for name in (file.stem, file.name))  # a.png, a.jpg: their names
     named = {file.stem if taken[file.stem.lower()] == 1 else file.name: file for file in files}
     return named, len(entries) - len(files)
@@ -185,14 +185,14 @@ def read_image(file: Path) -> np.ndarray:
         ValueError: names an unreadable one.
     """
     try:
-        return data.read_grey_or_colour(file)
+        return sources.read_grey_or_colour(file)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{file} has more pixels than Pillow reads") from error
 
 
 def prepare(image: np.ndarray, *, image_size: int) -> torch.Tensor:
     """(H, W, 3) uint8 to the network's input (1, 3, S, S) float32: the whole image, resized and normalised."""
-    return normalise(torch.from_numpy(data.resize_image(image, image_size))[None])
+    return normalise(torch.from_numpy(sources.resize_image(image, image_size))[None])
 
 
 def probabilities(network: UNet, image: np.ndarray, *, image_size: int, compute: Compute) -> np.ndarray:
@@ -267,7 +267,7 @@ def check_out(out: Path, *, images: Path, overwrite: bool) -> None:
 def make(model: Model, *, images: Path, out: Path, device: str) -> int:
     """Predict a folder of images and tell about it in two lines; the number of unreadable images."""
     files, others = list_images(images)
-    compute = Compute(device=build.find_device(device), precision=model.precision)
+    compute = Compute(device=factory.find_device(device), precision=model.precision)
     sys.stdout.write(f"{model.title}: {len(files)} images of {images} on {compute.device}\n")
     sys.stdout.flush()
     try:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdsweep.distill.kd_paths import KDPath
+    from kdsweep.distill.paths import KDPath
 
 __all__ = ["KDPath"]
 
@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     """KDPath, imported when it is asked for: it loads torch."""
     if name != "KDPath":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from kdsweep.distill.kd_paths import KDPath
+    from kdsweep.distill.paths import KDPath
 
     return KDPath

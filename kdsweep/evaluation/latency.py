@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kdsweep.core.compute import Compute, placed
-from kdsweep.models.models import UNet
+from kdsweep.core.device import Compute, placed
+from kdsweep.models.unet import UNet
 
 STEPS, ENOUGH_S = 5, 2.0  # at most so many steps, and no further one after so many seconds
 WARM_UP, REPEATS = 5, 50  # forward passes

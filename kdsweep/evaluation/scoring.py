@@ -9,11 +9,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from kdsweep.core.compute import Compute
+from kdsweep.core.device import Compute
 from kdsweep.data.loaders import EvalPart
 from kdsweep.data.views import normalise
 from kdsweep.evaluation import metrics
-from kdsweep.models.models import UNet
+from kdsweep.models.unet import UNet
 from kdsweep.runs import checkpoint, records
 from kdsweep.training.learner import Learner
 

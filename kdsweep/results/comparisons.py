@@ -10,11 +10,11 @@ import pandas as pd
 from kdsweep.core.errors import InputError
 from kdsweep.results import formats
 from kdsweep.results.effects import ALPHA, CELLS
+from kdsweep.results.frame import each_variant, gaps, placed_runs, scored_images, variants
 from kdsweep.results.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, holm, mean_interval, p_value, pair
-from kdsweep.results.sweeps import each_variant, gaps, placed_runs, scored_images, variants
 
 if TYPE_CHECKING:
-    from kdsweep.tracking.tracking import Sweep
+    from kdsweep.tracking.writer import Sweep
 
 ALL = "all cells"
 

@@ -19,17 +19,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kdsweep.core.errors import InputError
-from kdsweep.data import data, run_data
+from kdsweep.data import run_data, sources
+from kdsweep.results.frame import placed_runs, scored_images
 from kdsweep.results.stats import PLACE
-from kdsweep.results.sweeps import placed_runs, scored_images
 from kdsweep.results.tables import BASELINES, CELLS, LOSSES
 from kdsweep.runs import checkpoint
-from kdsweep.tracking import database, tracking
+from kdsweep.tracking import database, writer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from kdsweep.tracking.tracking import Sweep
+    from kdsweep.tracking.writer import Sweep
 
 IMAGE = "Image"
 COLUMNS = 4
@@ -205,7 +205,7 @@ def load(
     count: int,
     ids: list[str] | None,
     root: Path | None,
-    source: data.Source | None = None,
+    source: sources.Source | None = None,
 ) -> list[Shown]:
     """What the figures of a sweep show, one entry per image.
 
@@ -243,7 +243,7 @@ def load(
     source = source or run_data.source(first["params"], store=store, root=root)
     images = _images(source, list(chosen), image_size=int(first["params"]["image_size"]))
     known = {tags["kdsweep.data"] for tags in finished["tags"] if "kdsweep.data" in tags}
-    if known - {data.listing(source).digest}:
+    if known - {sources.listing(source).digest}:
         what = f"the images in {_folder(source)} are not those that sweep {sweep.name} was trained and scored on"
         raise InputError(f"{what}: other files or other bytes; {_remedy(source)}")
     shown = [
@@ -279,7 +279,7 @@ def _dice(finished: pd.DataFrame, *, scores: pd.DataFrame, where: str) -> pd.Dat
 
 def _predictions(run: pd.Series, ids: list[str], *, store: Path, uri: str | None) -> dict[str, np.ndarray]:
     try:
-        kept = tracking.artifact(store=store, uri=uri, run_id=run["run_id"], name=PREDICTIONS)
+        kept = writer.artifact(store=store, uri=uri, run_id=run["run_id"], name=PREDICTIONS)
         stored = checkpoint.load_predictions(io.BytesIO(kept))
         return {image: stored[image] for image in ids}
     except Exception as error:  # MLflow, NumPy and zip files each have their own
@@ -287,18 +287,18 @@ def _predictions(run: pd.Series, ids: list[str], *, store: Path, uri: str | None
         raise InputError(f"{what} cannot be read ({database.line(error)}); delete this run, run it again") from error
 
 
-def _images(source: data.Source, ids: list[str], *, image_size: int) -> dict[str, run_data.Scored]:
+def _images(source: sources.Source, ids: list[str], *, image_size: int) -> dict[str, run_data.Scored]:
     try:
         return run_data.scored(source, ids, image_size=image_size)
     except InputError as error:
         raise InputError(f"{error}; {_remedy(source)}") from error
 
 
-def _folder(source: data.Source) -> Path:
+def _folder(source: sources.Source) -> Path:
     return Path(getattr(source, "root", "") or getattr(source, "cache_dir", ""))
 
 
-def _remedy(source: data.Source) -> str:
+def _remedy(source: sources.Source) -> str:
     if hasattr(source, "root"):
         return "name the folder of the sweep's images with --data-root"
     return "--data-root does not reach phantoms: this version makes others, so run the sweep again"

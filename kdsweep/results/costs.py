@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 import torch
 
-from kdsweep.core.compute import Compute, placed
+from kdsweep.core.device import Compute, placed
 from kdsweep.evaluation import latency
 from kdsweep.evaluation.latency import REPEATS, WARM_UP
-from kdsweep.models import models
+from kdsweep.models import unet
 from kdsweep.results import formats
 from kdsweep.results.formats import DASH
+from kdsweep.results.frame import known_values
 from kdsweep.results.stats import NAN, PLACE
-from kdsweep.results.sweeps import known_values
 
 if TYPE_CHECKING:
-    from kdsweep.tracking.tracking import Sweep
+    from kdsweep.tracking.writer import Sweep
 
 BEST = "best cell"
 TIMINGS = {"cpu_1_thread": "CPU, 1 thread (ms)", "cpu_all_threads": "CPU, all threads (ms)", "cuda": "CUDA (ms)"}
@@ -133,9 +133,9 @@ def _file_mb(runs: pd.DataFrame, *, store: Path) -> float:
 def measure(network: Network, *, repeats: int) -> dict[str, float]:
     """Parameters, MACs and latency of one image in fp32, by column; without CUDA its columns are left out."""
     channels, size = list(network.decoder_channels), network.image_size
-    built = models.freeze(models.unet(encoder=network.encoder, decoder_channels=channels, weights="none", seed=0))
-    macs = models.count_macs(built, image_size=size)
-    found: dict[str, float] = {"parameters": models.count_parameters(built), "macs": macs}
+    built = unet.freeze(unet.unet(encoder=network.encoder, decoder_channels=channels, weights="none", seed=0))
+    macs = unet.count_macs(built, image_size=size)
+    found: dict[str, float] = {"parameters": unet.count_parameters(built), "macs": macs}
     kinds = [("cpu_1_thread", "cpu", 1), ("cpu_all_threads", "cpu", all_threads())]
     kinds += [("cuda", "cuda", torch.get_num_threads())] if torch.cuda.is_available() else []
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -11,11 +11,11 @@ import pandas as pd
 
 from kdsweep.core.errors import InputError
 from kdsweep.results import formats
+from kdsweep.results.frame import each_variant, gaps, placed_runs, scored_images
 from kdsweep.results.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, holm, mean_interval, p_value
-from kdsweep.results.sweeps import each_variant, gaps, placed_runs, scored_images
 
 if TYPE_CHECKING:
-    from kdsweep.tracking.tracking import Sweep
+    from kdsweep.tracking.writer import Sweep
 
 ALPHA = 0.05
 NAMED = 3  # of the cells that an effect lacks

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 
-from kdsweep.config import cells
+from kdsweep.config import identity
 from kdsweep.core.errors import InputError, exit_code
-from kdsweep.data import data, run_data
+from kdsweep.data import run_data, sources
 from kdsweep.results import contours, effects, plots, tables
-from kdsweep.results.sweeps import known_values, variants
+from kdsweep.results.frame import known_values, variants
 from kdsweep.runs import checkpoint
-from kdsweep.tracking import tracking
+from kdsweep.tracking import writer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kdsweep.tracking.tracking import Sweep
+    from kdsweep.tracking.writer import Sweep
 
 FIGURES = {
     "figure2": "contours of all models on test images",
@@ -56,7 +56,7 @@ class Choice:
     count: int = 1
     ids: list[str] | None = None
     root: Path | None = None
-    source: data.Source | None = None
+    source: sources.Source | None = None
 
 
 def draw(which: str, sweep: Sweep, *, store: Path, uri: str | None, choice: Choice) -> Iterator[tuple[str, Figure]]:
@@ -99,7 +99,7 @@ def _plot(which: str, sweep: Sweep, *, title: str, store: Path, uri: str | None)
     if which == "effects":
         return plots.effects_plot(scores=tables.table4(sweep), effects=effects.effects(sweep), title=title)
     if which == "curves":
-        return plots.curves_plot(curves=tracking.read_curves(sweep, store=store, uri=uri), title=title)
+        return plots.curves_plot(curves=writer.read_curves(sweep, store=store, uri=uri), title=title)
     return plots.pairs_plot(pairs=plots.paired(sweep), title=title)
 
 
@@ -155,7 +155,7 @@ class Place(NamedTuple):
     uri: str | None
     sweep: str | None
     root: Path | None
-    source: data.Source | None = None
+    source: sources.Source | None = None
 
 
 def parse_place(parser: argparse.ArgumentParser) -> None:
@@ -172,7 +172,7 @@ def find_place(options: argparse.Namespace) -> Place:
     own = options.store or Path("multirun"), options.tracking_uri, options.sweep, options.data_root
     if not options.overrides:
         return Place(*own)
-    cfg = cells.compose(options.overrides)
+    cfg = identity.compose(options.overrides)
     typed = {word.lstrip("+").partition("=")[0] for word in options.overrides}
     root = Path(str(cfg.data.root)) if "data.root" in typed else None
     named = cfg.sweep_name if typed - {"store", "tracking.uri", "data.root"} else None
@@ -181,7 +181,7 @@ def find_place(options: argparse.Namespace) -> Place:
         options.tracking_uri or cfg.tracking.uri,
         options.sweep or named,
         options.data_root or root,
-        cells.source(cfg) if cfg.data.source._target_ not in run_data.SOURCES else None,
+        identity.source(cfg) if cfg.data.source._target_ not in run_data.SOURCES else None,
     )
 
 
@@ -191,7 +191,7 @@ def make(which: str, *, place: Place, out_dir: Path | None, choice: Choice) -> N
     Raises:
         InputError: there is no such sweep, or what is lacking for a figure.
     """
-    sweep = tracking.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
+    sweep = writer.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
     out_dir = out_dir or place.store / "figures"
     choice = replace(choice, root=place.root, source=place.source)
     failed = []
@@ -199,7 +199,7 @@ def make(which: str, *, place: Place, out_dir: Path | None, choice: Choice) -> N
         try:
             for file_name, figure in draw(name, sweep, store=place.store, uri=place.uri, choice=choice):
                 files = write(figure, out_dir=out_dir, name=file_name)
-                logged = tracking.attach(sweep, files, folder="figures", store=place.store, uri=place.uri)
+                logged = writer.attach(sweep, files, folder="figures", store=place.store, uri=place.uri)
                 sys.stdout.write(f"wrote {out_dir / file_name}.{', .'.join(FORMATS)}; {logged}\n")
         except InputError as error:
             failed.append(str(error) if which == name else f"{name}: {error}")

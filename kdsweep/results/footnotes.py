@@ -9,11 +9,11 @@ import pandas as pd
 
 from kdsweep.config.grid import RESULTS_VERSION
 from kdsweep.results.formats import DASH
+from kdsweep.results.frame import known_values, placed_runs, scored_images, variants
 from kdsweep.results.stats import PLACE, RESAMPLES, TEST_NAMES
-from kdsweep.results.sweeps import known_values, placed_runs, scored_images, variants
 
 if TYPE_CHECKING:
-    from kdsweep.tracking.tracking import Sweep
+    from kdsweep.tracking.writer import Sweep
 
 # The setting of the paper's experiments (conf/profile/paper.yaml), by the params of our runs.
 PROTOCOL = {

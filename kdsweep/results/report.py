@@ -26,19 +26,19 @@ from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError, exit_code, told
 from kdsweep.core.progress import duration
 from kdsweep.results import figures, formats, tables
-from kdsweep.results.facts import STATUS, counts, facts, listed
 from kdsweep.results.figures import FIGURES, Choice, Place
 from kdsweep.results.formats import DASH
+from kdsweep.results.frame import known_values
 from kdsweep.results.stats import PLACE, TESTS
-from kdsweep.results.sweeps import known_values
+from kdsweep.results.summary import STATUS, counts, facts, listed
 from kdsweep.results.tables import BASELINES, CELLS
 from kdsweep.runs import checkpoint
-from kdsweep.tracking import tracking
+from kdsweep.tracking import writer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kdsweep.tracking.tracking import Sweep
+    from kdsweep.tracking.writer import Sweep
 
 LOCAL_UI = "http://127.0.0.1:5000"  # what `make ui` serves
 FOLDERS = ("store", "data.root", "data.source.root", "data.source.cache_dir")
@@ -194,7 +194,7 @@ def cell_rows(sweep: Sweep, *, place: Place, ui: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for index, run in zip(sweep.runs.index, sweep.runs.to_dict("records"), strict=True):
         score = scored.loc[run["fingerprint"]] if run["fingerprint"] in scored.index else {}
-        page_ = f"{ui}/#/experiments/{sweep.experiment_id}/runs/{run['run_id']}?{tracking.UI_TRAINING}"
+        page_ = f"{ui}/#/experiments/{sweep.experiment_id}/runs/{run['run_id']}?{writer.UI_TRAINING}"
         rows.append(
             {
                 **{key: run[key] for key in ("notation", *PLACE)},
@@ -205,7 +205,7 @@ def cell_rows(sweep: Sweep, *, place: Place, ui: str) -> list[dict[str, Any]]:
                 "epochs": _epochs(replace(sweep, runs=sweep.runs.loc[[index]]), place=place),
                 "time": duration((run["ended_ms"] - run["started_ms"]) / 1000) if run["ended_ms"] else DASH,
                 "link": page_ if run["run_id"] else "",
-                "error": run["tags"].get(tracking.ERROR, ""),
+                "error": run["tags"].get(writer.ERROR, ""),
             }
         )
     return sorted(rows, key=lambda row: (order[row["notation"]], row["settings"], row["split"], row["seed"]))
@@ -214,7 +214,7 @@ def cell_rows(sweep: Sweep, *, place: Place, ui: str) -> list[dict[str, Any]]:
 def _epochs(run: Sweep, *, place: Place) -> str:
     """How many epochs a run was trained, of a sweep of this run alone."""
     try:
-        curves = tracking.read_curves(run, store=place.store, uri=place.uri)
+        curves = writer.read_curves(run, store=place.store, uri=place.uri)
     except InputError:
         return DASH
     return DASH if curves.empty else str(int(curves["epoch"].max()) + 1)
@@ -323,7 +323,7 @@ def make(*, place: Place, out: Path | None, wanted: Wanted) -> None:
         InputError: there is no such sweep, or the file cannot be written.
     """
     wanted = wanted._replace(ui=ui_address(wanted.ui, uri=place.uri))
-    sweep = tracking.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
+    sweep = writer.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
     file = out or place.store / "reports" / f"{figures.slug(sweep.name)}.html"
     if file.is_dir():
         raise InputError(f"--out {file}: is a folder; give a file such as {file / 'report.html'}")
@@ -337,7 +337,7 @@ def make(*, place: Place, out: Path | None, wanted: Wanted) -> None:
         raise InputError(f"--out {file}: cannot write there ({error.strerror})") from error
     for line in failures(content):
         sys.stderr.write(f"kdsweep: {line}\n")
-    logged = tracking.attach(sweep, [file], folder="report", store=place.store, uri=place.uri)
+    logged = writer.attach(sweep, [file], folder="report", store=place.store, uri=place.uri)
     sys.stdout.write(f"wrote {file} ({len(html.encode()) / 1e6:.1f} MB); {logged}\n")
 
 

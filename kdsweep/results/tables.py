@@ -19,12 +19,12 @@ import pandas as pd
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.results import comparisons, effects, footnotes, formats
 from kdsweep.results.formats import DASH
+from kdsweep.results.frame import each_variant, gaps, known_values, placed_runs, scored_images, variants
 from kdsweep.results.stats import NAN, TESTS, holm, mean_interval, own_teachers, p_value, pair
-from kdsweep.results.sweeps import each_variant, gaps, known_values, placed_runs, scored_images, variants
 from kdsweep.runs import checkpoint
 
 if TYPE_CHECKING:
-    from kdsweep.tracking.tracking import Sweep
+    from kdsweep.tracking.writer import Sweep
 
 TABLES = ("table3", "table4", "table5", "effects", "settings", "seeds")
 HEADINGS = {
@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
         "--test", choices=sorted(TESTS), default="ttest", help="test of table4, effects, settings (ttest)"
     )
     options = parser.parse_args(argv)
-    from kdsweep.tracking.tracking import read_sweep  # loads mlflow: seconds that --help need not wait for
+    from kdsweep.tracking.writer import read_sweep  # loads mlflow: seconds that --help need not wait for
 
     def work() -> None:
         gc.freeze()

@@ -20,7 +20,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from kdsweep.config.composition import Composed, Composer
+from kdsweep.config.compose import Composed, Composer
 from kdsweep.core.errors import InputError
 from kdsweep.sweep.engines.engine import SUBMITTED, Engine, Unit
 
@@ -78,9 +78,9 @@ class LockstepLauncher(Launcher):
         self.engine.close(None)
 
     def _launch_cells(self, configs: Sequence[DictConfig]) -> list[JobReturn]:
-        from kdsweep.sweep import announce, plan
+        from kdsweep.sweep import callback, plan
         from kdsweep.sweep.engines import worker
-        from kdsweep.tracking import mirror
+        from kdsweep.tracking import sync
 
         jobs = plan.read_jobs(configs)
         gc.freeze()  # they stay to the end: else each collection of garbage would go through all of them again
@@ -93,12 +93,12 @@ class LockstepLauncher(Launcher):
             results = {job.cell.fingerprint: (job.finished or {}).get("test/dice", math.nan) for job in jobs}
         else:
             self.engine.check(waiting)
-            plan.watch(jobs, command=announce.command_line(self.config))
+            plan.watch(jobs, command=callback.command_line(self.config))
             try:
                 with self._engine_open():  # within: MLflow is told how those that are stopped have ended
                     results = self._obtain(jobs, waiting)
             finally:
-                mirror.close_all()
+                sync.close_all()
         return [worker.closed(job.overrides, results[job.cell.fingerprint]) for job in jobs]
 
     def _subdirs(self, jobs: list[Job]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, read_write
 
-from kdsweep.config import cells, grid
+from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import CellError
 from kdsweep.core.progress import duration, plural
@@ -98,12 +98,12 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
     """
     read, words, choices = [], [], []
     for cfg in configs:
-        read.append(cells.values(cfg))
+        read.append(identity.values(cfg))
         words.append(list(cfg.hydra.overrides.task) if "hydra" in cfg else [])
         choices.append(dict(cfg.hydra.runtime.choices) if "hydra" in cfg else {})
     for values in read:
-        cells.check(values)
-    own = name_variants([cells.cell(values) for values in read], read=read, words=words, choices=choices)
+        identity.check(values)
+    own = name_variants([identity.cell(values) for values in read], read=read, words=words, choices=choices)
     known = [records.read_finished(cell.folder) for cell in own]
     return [
         Job(cell, finished, values, typed, configs, number, begun=0 if finished else records.epochs(cell.folder))
@@ -136,7 +136,7 @@ def name_variants(
     for (store, sweep), members in sweeps.items():
         keys = swept_keys([words[number] for number in members]) + records.read_varied(Path(store), sweep)
         shared: dict[str, dict[str, str]] = {}
-        flats = {number: cells.params(read[number]) for number in members} if keys else {}
+        flats = {number: identity.params(read[number]) for number in members} if keys else {}
         for number, flat in flats.items():
             found = {key: flat[key] if key in flat else choices[number].get(key) for key in dict.fromkeys(keys)}
             variant = {key: str(value) for key, value in found.items() if value is not None}
@@ -159,7 +159,7 @@ def kinds(jobs: Sequence[Job]) -> list[Job]:
     found: dict[str, Job] = {}
     for job in jobs:
         networks = [job.values["student"], job.values["teacher"], job.cell.evidence.get("teacher", "")]
-        key = grid.digest([cells.batches_key(job.values, seed=job.values["seed"]), networks])
+        key = grid.digest([identity.batches_key(job.values, seed=job.values["seed"]), networks])
         found.setdefault(key, job)
     return list(found.values())
 
@@ -171,7 +171,7 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
         jobs: all that were asked for.
         command: that asked for them, as it can be typed again.
     """
-    from kdsweep.tracking import mirror  # with mlflow, which the processes that train do not need
+    from kdsweep.tracking import sync  # with mlflow, which the processes that train do not need
 
     stores: dict[tuple[str, str | None, str], list[Job]] = {}
     for job in jobs:
@@ -185,9 +185,9 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
             asked[sweep] = [job.cell for job in unique(members)]
             swept = swept_keys([job.overrides for job in members])
             if swept:
-                varied[sweep] = swept + grid.varied_keys([cells.params(job.values) for job in members])
+                varied[sweep] = swept + grid.varied_keys([identity.params(job.values) for job in members])
             records.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
-        mirror.Mirror(
+        sync.Mirror(
             store=Path(store),
             uri=uri,
             experiment=experiment,
@@ -252,9 +252,9 @@ def waiting(jobs: Sequence[Job]) -> list[Job]:
 
 def tell_finished(job: Job) -> None:
     """One line that names the run that a cell is not computed again for."""
-    from kdsweep.tracking import mirror
+    from kdsweep.tracking import sync
 
-    run_id = mirror.run_id(job.cell.folder) or "not in MLflow yet"
+    run_id = sync.run_id(job.cell.folder) or "not in MLflow yet"
     log.info("%s: finished already, run %s in %s", job.cell.title, run_id, job.cell.folder)
 
 
@@ -290,7 +290,7 @@ def form_groups(
         largest: so many at most in a group, however few devices there are; None for LARGEST.
         apart: folders of cells that are in a queue already, and so in groups of their own.
     """
-    keys = [cells.batches_key(job.values, seed=job.values["seed"]) for job in jobs]
+    keys = [identity.batches_key(job.values, seed=job.values["seed"]) for job in jobs]
     # What another command is at, or has left in a queue, is a group of its own: that waits, and the others need not.
     taken = [(records.is_held(job.cell.folder), job.cell.folder in apart) for job in jobs]
     keys = [f"{key} {of}" for key, of in zip(keys, taken, strict=True)]
@@ -355,7 +355,7 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
         shared = {lesson_of(job)[0] for job in members if job.cell.role == "cell"}
         line += f"; {plural(len(groups), 'lockstep group')}, {plural(len(shared), 'shared Teacher')}"
         line += f", {plural(len(missing_teachers(members)), 'Teacher')} to train"
-    images = len(cells.listing(first).entries)
+    images = len(identity.listing(first).entries)
     line += f"; data={first['data']['name']} with {images} images at {first['image_size']} pixels"
     if look is not None:
         names = list(dict.fromkeys(name for device in look.devices.values() for name in device))

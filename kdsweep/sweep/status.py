@@ -17,8 +17,8 @@ from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.progress import duration, plural
 from kdsweep.runs import records
 from kdsweep.runs.records import Record
-from kdsweep.sweep.engines import submissions
-from kdsweep.sweep.engines.submissions import Task
+from kdsweep.sweep.engines import queue
+from kdsweep.sweep.engines.queue import Task
 
 WORDS = {
     "FINISHED": "done",
@@ -241,9 +241,9 @@ def make(*, store: Path, sweep: str | None) -> str:
     found = {place: records.read(store / folder) for place, folder in asked.items()}
     variants = records.read_variants(store, name)
     try:
-        tasks = {store / folder: task for folder, task in submissions.queued(store).items()}
+        tasks = {store / folder: task for folder, task in queue.queued(store).items()}
         unknown = ""
-    except submissions.QueueError as error:
+    except queue.QueueError as error:
         tasks, unknown = {}, f"\nSLURM's queue is not known here: {error}\n"
     return report(name, found, variants=variants, tasks=tasks, now_ms=records.now_ms()) + unknown
 

@@ -12,16 +12,16 @@ from functools import partial
 import torch
 from omegaconf import DictConfig
 
-from kdsweep.config import cells, grid
+from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core import logs
-from kdsweep.core.compute import Compute, give_back_memory
+from kdsweep.core.device import Compute, give_back_memory
 from kdsweep.core.errors import CellError, told
 from kdsweep.evaluation import latency
-from kdsweep.models.models import UNet
+from kdsweep.models.unet import UNet
 from kdsweep.runs import records
 from kdsweep.sweep.plan import Look
-from kdsweep.training import build, teachers, train
+from kdsweep.training import factory, loop, teachers
 from kdsweep.training.learner import Learner
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ class TeacherError(CellError):
 def check(configs: list[DictConfig]) -> None:
     """Raise InputError for the first of these cells that could not be trained anywhere: networks, weights, images."""
     for cfg in configs:
-        build.check_networks(cfg)
-    for cfg in {cells.batches_key(cfg, seed=cfg.seed): cfg for cfg in reversed(configs)}.values():
-        build.feed(cfg, seed=cfg.seed)
+        factory.check_networks(cfg)
+    for cfg in {identity.batches_key(cfg, seed=cfg.seed): cfg for cfg in reversed(configs)}.values():
+        factory.feed(cfg, seed=cfg.seed)
 
 
 def look(configs: list[DictConfig], devices: list[str]) -> Look:
@@ -63,8 +63,8 @@ def places(configs: list[DictConfig], devices: list[str]) -> dict[str, list[str]
         InputError: one of them is not there.
     """
     for name in devices:
-        build.find_device(name)
-    return {str(cfg.device): devices or build.devices(cfg) for cfg in configs}
+        factory.find_device(name)
+    return {str(cfg.device): devices or factory.devices(cfg) for cfg in configs}
 
 
 def look_from_afar(configs: list[DictConfig], place: str, *, times: bool) -> Look:
@@ -87,16 +87,16 @@ def look_from_afar(configs: list[DictConfig], place: str, *, times: bool) -> Loo
 
 def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: str) -> Look:
     first = configs[0]
-    on = build.find_device(device)
+    on = factory.find_device(device)
     compute = Compute(device=on, precision=first.precision, deterministic=first.deterministic)
     compute.prepare()
     load = latency.load_of_others() if on.type == "cpu" else 0.0
     timed = {"image_size": first.image_size, "compute": compute}
-    student = latency.time_step_s(build.student_network(first, weights="none"), **timed)
+    student = latency.time_step_s(factory.student_network(first, weights="none"), **timed)
     teacher = latency.StepTime(0.0, 0.0)
     if taught := [cfg for cfg in configs if cfg.path.kd_path is not None]:
-        trained = all(records.read_finished(cells.teacher_cell(cfg).folder) is not None for cfg in taught)
-        network = build.teacher_network(taught[0], weights="none")
+        trained = all(records.read_finished(identity.teacher_cell(cfg).folder) is not None for cfg in taught)
+        network = factory.teacher_network(taught[0], weights="none")
         teacher = latency.time_step_s(network, **timed, forward_only=trained)
         del network
     give_back_memory()
@@ -106,7 +106,7 @@ def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: 
         student_s=student.train,
         teacher_s=teacher.train,
         lesson_s=teacher.forward,
-        images=len(cells.split_ids(first)["train"]),
+        images=len(identity.split_ids(first)["train"]),
         load=load,
         threads=torch.get_num_threads() if on.type == "cpu" else 0,
     )
@@ -124,7 +124,7 @@ def run_group(configs: list[DictConfig], *, variants: Mapping[str, dict[str, str
     Returns:
         For each configuration its test Dice, or what ended it. What ends one leaves the others alone.
     """
-    own = [cells.cell(cfg) for cfg in configs]
+    own = [identity.cell(cfg) for cfg in configs]
     own = [replace(cell, variant=(variants or {}).get(cell.fingerprint, {})) for cell in own]
     results: dict[int, Result] = {}
     waits = False
@@ -153,13 +153,13 @@ def run_group(configs: list[DictConfig], *, variants: Mapping[str, dict[str, str
 
 
 def _train(configs: list[DictConfig], own: list[Cell]) -> list[Result]:
-    compute = build.compute(configs[0])
+    compute = factory.compute(configs[0])
     compute.prepare()
     staff = obtain_teachers(configs, compute)
-    outcomes = train.run_divided(
+    outcomes = loop.run_divided(
         [partial(_make, cfg, cell, staff) for cfg, cell in zip(configs, own, strict=True)],
         teachers={name: network for name, network in staff.items() if not isinstance(network, Exception)},
-        feed=build.feed(configs[0], seed=configs[0].seed),
+        feed=factory.feed(configs[0], seed=configs[0].seed),
         compute=compute,
     )
     return [values if isinstance(values, Exception) else values["test/dice"] for values in outcomes]
@@ -173,7 +173,7 @@ def _make(cfg: DictConfig, cell: Cell, staff: dict[str, UNet | Exception]) -> Le
             lacking = staff.get(cell.evidence.get("teacher", ""))
             if isinstance(lacking, Exception):
                 raise TeacherError(f"{cell.title}: its Teacher could not be trained: {told(lacking)}") from lacking
-            return build.learner(cfg, cell)
+            return factory.learner(cfg, cell)
         except Exception as error:
             return _failed(cell, error)
 
@@ -185,21 +185,21 @@ def _failed(cell: Cell, error: Exception) -> Exception:
     return error
 
 
-def obtain_teachers(configs: list[DictConfig], compute: train.Compute) -> dict[str, UNet | Exception]:
+def obtain_teachers(configs: list[DictConfig], compute: loop.Compute) -> dict[str, UNet | Exception]:
     """The Teachers of these cells by fingerprint; those that are not in the store are trained, together if they can be.
 
     Args:
         configs: of any cells; the Student baseline needs none.
         compute: device and precision.
     """
-    wanted = {cells.teacher_cell(cfg).fingerprint: cfg for cfg in configs if cfg.path.kd_path is not None}
+    wanted = {identity.teacher_cell(cfg).fingerprint: cfg for cfg in configs if cfg.path.kd_path is not None}
     own = list(wanted.values())
     found: dict[str, UNet | Exception] = {}
-    for group in grid.group_by([cells.batches_key(cfg, seed=cfg.teacher.seed) for cfg in own]):
+    for group in grid.group_by([identity.batches_key(cfg, seed=cfg.teacher.seed) for cfg in own]):
         members = [own[position] for position in group]
         found |= teachers.obtain(
             [_new_teacher(cfg) for cfg in members],
-            feed=build.feed(members[0], seed=members[0].teacher.seed),
+            feed=factory.feed(members[0], seed=members[0].teacher.seed),
             compute=compute,
         )
         give_back_memory()
@@ -207,19 +207,19 @@ def obtain_teachers(configs: list[DictConfig], compute: train.Compute) -> dict[s
 
 
 def _new_teacher(cfg: DictConfig) -> teachers.Wanted:
-    cell = cells.teacher_cell(cfg)
-    return teachers.Wanted(cell, partial(build.teacher_network, cfg), partial(_make_teacher, cfg, cell))
+    cell = identity.teacher_cell(cfg)
+    return teachers.Wanted(cell, partial(factory.teacher_network, cfg), partial(_make_teacher, cfg, cell))
 
 
 def _make_teacher(cfg: DictConfig, cell: Cell) -> Learner | Exception:
     try:
         describe(cfg, cell)
-        return build.teacher_learner(cfg, cell)
+        return factory.teacher_learner(cfg, cell)
     except Exception as error:
         return _failed(cell, error)
 
 
 def describe(cfg: DictConfig, own: Cell) -> None:
     """Write down what a cell is beside its results."""
-    params = cells.params(cfg) | cells.factors(cfg, role=own.role)
-    records.describe(own, split=cells.split_ids(cfg), params=params, tags=build.tags(cfg))
+    params = identity.params(cfg) | identity.factors(cfg, role=own.role)
+    records.describe(own, split=identity.split_ids(cfg), params=params, tags=factory.tags(cfg))

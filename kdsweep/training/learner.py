@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from kdsweep.core.errors import CellError
 from kdsweep.data.views import warp
 from kdsweep.distill import losses
-from kdsweep.distill.kd_paths import KDPath
-from kdsweep.models.models import Outputs, UNet
+from kdsweep.distill.paths import KDPath
+from kdsweep.models.unet import Outputs, UNet
 from kdsweep.runs import checkpoint, records
 
 log = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kdsweep.config.grid import Cell
-from kdsweep.core.compute import Compute, placed
+from kdsweep.core.device import Compute, placed
 from kdsweep.data.loaders import Feed
-from kdsweep.models import models
-from kdsweep.models.models import UNet
+from kdsweep.models import unet
+from kdsweep.models.unet import UNet
 from kdsweep.runs import checkpoint, records
-from kdsweep.training import train
+from kdsweep.training import loop
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Wanted(NamedTuple):
 
     cell: Cell
     network: Callable[[], UNet]
-    learner: train.Maker
+    learner: loop.Maker
 
 
 def obtain(wanted: list[Wanted], *, feed: Feed, compute: Compute) -> dict[str, UNet | Exception]:
@@ -67,7 +67,7 @@ def obtain(wanted: list[Wanted], *, feed: Feed, compute: Compute) -> dict[str, U
             if missing:
                 log.info("%s: not in the store yet, so trained first", _titles(missing))
                 makers = [teacher.learner for teacher in missing]
-                results = train.run_divided(makers, teachers={}, feed=feed, compute=compute)
+                results = loop.run_divided(makers, teachers={}, feed=feed, compute=compute)
                 failures = zip(missing, results, strict=True)
                 found |= {
                     teacher.cell.fingerprint: error for teacher, error in failures if isinstance(error, Exception)
@@ -90,7 +90,7 @@ def _read(teacher: Wanted, compute: Compute) -> UNet | None:
     log.info("%s: read from %s", teacher.cell.title, folder)
     network = teacher.network()
     checkpoint.load_network(folder / WEIGHTS, network)
-    return models.freeze(placed(network, compute))
+    return unet.freeze(placed(network, compute))
 
 
 def _titles(wanted: list[Wanted]) -> str:

@@ -139,7 +139,7 @@ def test_targets_of_any_nesting_are_those_put_in(value: Any) -> None:
 
 
 def test_a_class_of_the_package_that_moves_is_the_same_class() -> None:
-    before = {"path": {"_target_": "kdsweep.distill.kd_paths.Hidden"}, "losses": [{"_target_": "own.mae", "x": 1}, 2]}
+    before = {"path": {"_target_": "kdsweep.distill.paths.Hidden"}, "losses": [{"_target_": "own.mae", "x": 1}, 2]}
     after = {"path": {"_target_": "kdsweep.distill.paths.Hidden"}, "losses": [{"_target_": "own.mae", "x": 1}, 2]}
     settled = grid.without_places(before)
     assert settled == grid.without_places(after)

@@ -71,7 +71,7 @@ def digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
 
 
 def test_the_packages_own_code_has_no_digest() -> None:
-    assert user_code.user_code_digest(["kdsweep.distill.losses.mse", "kdsweep.distill.kd_paths.Logits"]) == ""
+    assert user_code.user_code_digest(["kdsweep.distill.losses.mse", "kdsweep.distill.paths.Logits"]) == ""
 
 
 @pytest.mark.parametrize(

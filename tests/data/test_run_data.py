@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdsweep.config import cells
+from kdsweep.config import identity
 from kdsweep.core.errors import InputError
-from kdsweep.data import data, run_data
+from kdsweep.data import run_data, sources
 
 
 def recorded(source, *, name):
@@ -18,29 +18,29 @@ def recorded(source, *, name):
 
 @pytest.mark.parametrize("as_strings", [True, False])
 def test_the_recorded_configuration_gives_the_same_data_set(small_busi, tmp_path, as_strings):
-    cfg = cells.compose(["data=busi", f"data.root={small_busi}"])
-    params = cells.params(cfg)
+    cfg = identity.compose(["data=busi", f"data.root={small_busi}"])
+    params = identity.params(cfg)
     params = {key: str(value) for key, value in params.items()} if as_strings else params
     found = run_data.source(params, store=tmp_path)
-    assert found == data.Busi(root=str(small_busi), include_normal=False)
-    assert data.listing(found).digest == cells.listing(cfg).digest
+    assert found == sources.Busi(root=str(small_busi), include_normal=False)
+    assert sources.listing(found).digest == identity.listing(cfg).digest
 
 
 def test_images_that_were_moved_are_found_by_their_new_folder(small_busi, tmp_path):
-    params = recorded(data.Busi(root="/gone"), name="Busi")
-    assert run_data.source(params, store=tmp_path, root=small_busi) == data.Busi(root=str(small_busi))
+    params = recorded(sources.Busi(root="/gone"), name="Busi")
+    assert run_data.source(params, store=tmp_path, root=small_busi) == sources.Busi(root=str(small_busi))
     with pytest.raises(InputError, match=r"data\.root=/gone: no such folder"):
         run_data.scored(run_data.source(params, store=tmp_path), ["x"], image_size=32)
 
 
 def test_phantoms_lie_in_the_store_wherever_it_is_now(tmp_path):
-    params = recorded(data.Phantoms(count=3, seed=5, cache_dir="before/phantoms"), name="Phantoms")
-    assert run_data.source(params, store=tmp_path) == data.Phantoms(3, 5, cache_dir=str(tmp_path / "phantoms"))
+    params = recorded(sources.Phantoms(count=3, seed=5, cache_dir="before/phantoms"), name="Phantoms")
+    assert run_data.source(params, store=tmp_path) == sources.Phantoms(3, 5, cache_dir=str(tmp_path / "phantoms"))
 
 
 def test_images_are_as_they_were_scored(small_busi):
-    source = data.Busi(small_busi)
-    images = data.load(source, load_size=37, image_size=32)
+    source = sources.Busi(small_busi)
+    images = sources.load(source, load_size=37, image_size=32)
     found = run_data.scored(source, images.ids[3:5], image_size=32)
     assert list(found) == images.ids[3:5]
     for number, one in zip((3, 4), found.values(), strict=True):
@@ -50,10 +50,10 @@ def test_images_are_as_they_were_scored(small_busi):
 
 def test_an_image_that_is_gone_is_named(small_busi):
     with pytest.raises(InputError, match=r"data=busi: image benign.*77.* is not in the data set any more"):
-        run_data.scored(data.Busi(small_busi), ["benign (77)"], image_size=32)
+        run_data.scored(sources.Busi(small_busi), ["benign (77)"], image_size=32)
 
 
-@pytest.mark.parametrize("target", ["os.system", "own_data.Clinic", "kdsweep.data.data.load"])
+@pytest.mark.parametrize("target", ["os.system", "own_data.Clinic", "kdsweep.data.sources.load"])
 def test_nothing_is_imported_by_the_word_of_a_record(target, tmp_path):
     with pytest.raises(InputError, match=f"data.source={target}: only kdsweep.data.Udiat"):
         run_data.source({"data.source._target_": target, "data.source.root": "x"}, store=tmp_path)

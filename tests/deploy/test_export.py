@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from test_predict import CPU, SIZE, copy, damage, finish, noise
 
-from kdsweep.config import cells
+from kdsweep.config import identity
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
-from kdsweep.data import data
+from kdsweep.data import sources
 from kdsweep.data.loaders import EvalPart
 from kdsweep.deploy import export, predict
 from kdsweep.evaluation import latency, scoring
 from kdsweep.results import costs
 from kdsweep.runs import checkpoint, records
-from kdsweep.training import build
+from kdsweep.training import factory
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,12 @@ def of_busi(small_busi, tmp_path_factory) -> tuple[Cell, float]:
     """A finished run of files, and the test Dice that it recorded as testing computes it."""
     store = tmp_path_factory.mktemp("busi")
     own = ["profile=quick", "path=none", "device=cpu", "data=busi", f"data.root={small_busi}", f"store={store}"]
-    cfg = cells.compose(own)
-    cell = cells.cell(cfg)
-    records.describe(cell, split=cells.split_ids(cfg), params=cells.params(cfg), tags=build.tags(cfg))
-    checkpoint.save_network(cell.folder / "student.safetensors", build.student_network(cfg))
+    cfg = identity.compose(own)
+    cell = identity.cell(cfg)
+    records.describe(cell, split=identity.split_ids(cfg), params=identity.params(cfg), tags=factory.tags(cfg))
+    checkpoint.save_network(cell.folder / "student.safetensors", factory.student_network(cfg))
     retest(cell.folder, 0.5)
-    images = data.load(data.Busi(small_busi), load_size=SIZE, image_size=SIZE)
+    images = sources.load(sources.Busi(small_busi), load_size=SIZE, image_size=SIZE)
     ids = json.loads((cell.folder / "split.json").read_text())["test"]
     chosen = [images.ids.index(image_id) for image_id in ids]
     pictures, masks = (torch.from_numpy(array[chosen]) for array in (images.eval_images, images.eval_masks))
@@ -165,12 +165,12 @@ def test_by_default_it_compares_on_the_runs_test_images_and_reproduces_their_dic
 def test_the_test_images_are_those_of_the_split(of_busi, small_busi, tmp_path):
     cell, _ = of_busi
     found = export.run_inputs(predict.load_model(cell.folder), store=tmp_path, data_root=None)
-    entries = {entry.id: entry for entry in data.Busi(small_busi).entries()}
+    entries = {entry.id: entry for entry in sources.Busi(small_busi).entries()}
     ids = json.loads((cell.folder / "split.json").read_text())["test"]
     for image_id, image, mask in zip(ids, found.images, found.masks, strict=True):
-        picture, truth = data.read(entries[image_id], smallest=SIZE)
+        picture, truth = sources.read(entries[image_id], smallest=SIZE)
         torch.testing.assert_close(image, predict.prepare(picture, image_size=SIZE), rtol=0, atol=0)
-        np.testing.assert_array_equal(mask[0].numpy(), data.resize_mask(truth, SIZE))
+        np.testing.assert_array_equal(mask[0].numpy(), sources.resize_mask(truth, SIZE))
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from kdsweep.config import cells
+from kdsweep.config import identity
 from kdsweep.config.grid import Cell
-from kdsweep.core.compute import Compute, placed
+from kdsweep.core.device import Compute, placed
 from kdsweep.core.errors import InputError
-from kdsweep.data import data
+from kdsweep.data import sources
 from kdsweep.data.loaders import EvalPart
 from kdsweep.deploy import predict
 from kdsweep.evaluation import scoring
-from kdsweep.models import models
+from kdsweep.models import unet
 from kdsweep.runs import checkpoint, records
-from kdsweep.tracking import tracking
-from kdsweep.training import build
+from kdsweep.tracking import writer
+from kdsweep.training import factory
 
 SIZE = 64
 CPU = Compute(device=torch.device("cpu"), precision="fp32")
@@ -30,11 +30,11 @@ CPU = Compute(device=torch.device("cpu"), precision="fp32")
 
 def finish(store: Path, *overrides: str, teacher: bool = False) -> Cell:
     """A finished Student (or the Teacher of a cell) of the quick profile whose weights were never trained."""
-    cfg = cells.compose(["profile=quick", "path=none", "device=cpu", "data.count=5", f"store={store}", *overrides])
-    cell = cells.teacher_cell(cfg) if teacher else cells.cell(cfg)
-    network = build.teacher_network(cfg) if teacher else build.student_network(cfg)
+    cfg = identity.compose(["profile=quick", "path=none", "device=cpu", "data.count=5", f"store={store}", *overrides])
+    cell = identity.teacher_cell(cfg) if teacher else identity.cell(cfg)
+    network = factory.teacher_network(cfg) if teacher else factory.student_network(cfg)
     file = f"{'teacher' if teacher else 'student'}.safetensors"
-    records.describe(cell, split=cells.split_ids(cfg), params=cells.params(cfg), tags=build.tags(cfg))
+    records.describe(cell, split=identity.split_ids(cfg), params=identity.params(cfg), tags=factory.tags(cfg))
     checkpoint.save_network(cell.folder / file, network)
     records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[file])
     return cell
@@ -102,7 +102,7 @@ def test_on_images_of_the_networks_size_it_is_what_testing_computes(model):
 def test_other_sizes_are_resized_as_test_images_and_their_probabilities_back(model):
     large = np.repeat(np.repeat(noise(SIZE, SIZE, 3), 3, axis=0), 2, axis=1)
     found = predict.probabilities(model.network, large, image_size=SIZE, compute=CPU)
-    small = predict.probabilities(model.network, data.resize_image(large, SIZE), image_size=SIZE, compute=CPU)
+    small = predict.probabilities(model.network, sources.resize_image(large, SIZE), image_size=SIZE, compute=CPU)
     assert found.shape == (3 * SIZE, 2 * SIZE)
     np.testing.assert_allclose(found[1::3, ::2][:, 1:], 0.75 * small[:, 1:] + 0.25 * small[:, :-1], atol=1e-5)
 
@@ -143,7 +143,7 @@ def test_every_mode_and_size_gets_a_mask_an_overlay_and_a_row(cell, model, image
     files = [file for file in images.iterdir() if file.name in table.index]
     assert len(files) == len(table) == 9
     for file in files:
-        image, row = data.read_grey_or_colour(file), table.loc[file.name]
+        image, row = sources.read_grey_or_colour(file), table.loc[file.name]
         name = file.name if file.stem == "deep" else file.stem  # deep.png and deep.tif
         mask = np.asarray(Image.open(out / f"{name}_mask.png"))
         probability = predict.probabilities(model.network, image, image_size=SIZE, compute=CPU)
@@ -280,14 +280,14 @@ def test_a_run_is_found_by_its_id_in_mlflow(cell, empty_store, tmp_path):
     shutil.copytree(empty_store, tmp_path, dirs_exist_ok=True)
     shutil.copytree(cell.store / "cells", tmp_path / "cells")
     folder = tmp_path / "cells" / cell.folder.name
-    tracker = tracking.Tracker(store=tmp_path, uri=None)
+    tracker = writer.Tracker(store=tmp_path, uri=None)
     for name in scoring.SCORES, scoring.PREDICTIONS:
         (folder / name).touch()
     run_id = tracker.mirror(records.read(folder), sweep="study")
     assert find(run_id, tmp_path) == folder
     with pytest.raises(InputError, match="MLflow does not give it"):
         find("0" * 32, tmp_path)
-    client = tracking.MlflowClient(tracking_uri=tracking.store_uri(tmp_path, None))
+    client = writer.MlflowClient(tracking_uri=writer.store_uri(tmp_path, None))
     sweep = client.get_run(run_id).data.tags["mlflow.parentRunId"]
     with pytest.raises(InputError, match="is not one of a Student"):
         find(sweep, tmp_path)
@@ -306,7 +306,7 @@ def test_a_teacher_is_loaded_as_one(tmp_path):
     teacher = finish(tmp_path, "path=L", teacher=True)
     model = predict.load_model(find(f"{teacher.notation}/split0", tmp_path))
     assert (model.encoder, model.network.training) == ("resnet18", False)
-    stored = models.read_weights(teacher.folder / "teacher.safetensors")
+    stored = unet.read_weights(teacher.folder / "teacher.safetensors")
     torch.testing.assert_close(model.network.state_dict(), stored, rtol=0, atol=0)
 
 

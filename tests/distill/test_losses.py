@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
-from kdsweep.distill import kd_paths, losses
-from kdsweep.models import models
+from kdsweep.distill import losses, paths
+from kdsweep.models import unet
 from kdsweep.training.learner import Distillation, Learner, Lesson
-from kdsweep.training.train import Compute, Staff
+from kdsweep.training.loop import Compute, Staff
 
 KD_LOSSES = [losses.mse, losses.kld_pixels, losses.kld_positions]
 KLD_LOSSES = [losses.kld_pixels, losses.kld_positions]
@@ -285,16 +285,14 @@ def test_bf16_logits_are_supervised_in_fp32() -> None:
 # ---- the Teacher is only read --------------------------------------------------------------------------------------
 
 
-def small_student(seed: int) -> models.UNet:
-    return models.unet(
-        encoder="mobilenetv3_small_trimmed", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=seed
-    )
+def small_student(seed: int) -> unet.UNet:
+    return unet.unet(encoder="mobilenetv3_small_trimmed", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=seed)
 
 
-def small_path(name: str) -> kd_paths.KDPath:
+def small_path(name: str) -> paths.KDPath:
     if name == "HR":
-        return kd_paths.HiddenRegressor(student_channels=96, teacher_channels=512, inner_channels=8)
-    return {"L": kd_paths.Logits, "H": kd_paths.Hidden}[name]()
+        return paths.HiddenRegressor(student_channels=96, teacher_channels=512, inner_channels=8)
+    return {"L": paths.Logits, "H": paths.Hidden}[name]()
 
 
 WEAK = Lesson("Teacher", view="weak", precision="fp32")
@@ -302,8 +300,8 @@ WEAK = Lesson("Teacher", view="weak", precision="fp32")
 
 @pytest.fixture(scope="module")
 def staff() -> Staff:
-    teacher = models.unet(encoder="resnet18", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=1)
-    return Staff({"Teacher": models.freeze(teacher)}, Compute(device=torch.device("cpu"), precision="fp32"))
+    teacher = unet.unet(encoder="resnet18", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=1)
+    return Staff({"Teacher": unet.freeze(teacher)}, Compute(device=torch.device("cpu"), precision="fp32"))
 
 
 @pytest.mark.parametrize("name", ["L", "H", "HR"])
@@ -364,4 +362,4 @@ def test_a_teacher_that_is_not_frozen_is_refused(staff: Staff) -> None:
     with pytest.raises(ValueError, match="not frozen"):
         Staff({"Teacher": network.eval()}, staff.compute)
     with pytest.raises(ValueError, match="not frozen"):
-        Staff({"Teacher": models.freeze(network).train()}, staff.compute)
+        Staff({"Teacher": unet.freeze(network).train()}, staff.compute)

@@ -15,7 +15,7 @@ from PIL import Image
 from test_tables import FakeSweep, changed, fingerprint, run_row, sweep_of, with_status, without
 
 from kdsweep.core.errors import InputError
-from kdsweep.data import data
+from kdsweep.data import sources
 from kdsweep.results import contours
 from kdsweep.results.tables import BASELINES, CELLS
 from kdsweep.runs import checkpoint
@@ -354,8 +354,8 @@ def shifted(mask, notation):
 @pytest.fixture(scope="module")
 def scored(small_busi):
     """Ids of the test images of two splits, and all images, as a sweep sees them."""
-    images = data.load(data.Busi(small_busi), load_size=37, image_size=S)
-    tests = [[images.ids[place] for place in data.split(len(images.ids), index=split).test] for split in (0, 1)]
+    images = sources.load(sources.Busi(small_busi), load_size=37, image_size=S)
+    tests = [[images.ids[place] for place in sources.split(len(images.ids), index=split).test] for split in (0, 1)]
     return tests, {one: (images.eval_images[k], images.eval_masks[k]) for k, one in enumerate(images.ids)}
 
 
@@ -364,7 +364,7 @@ def study(scored, small_busi, tmp_path, monkeypatch):
     """Makes a sweep of predictions that are known: each mask, shifted by the model's place in the table."""
     tests, images = scored
     source = {"_target_": "kdsweep.data.Busi", "root": str(small_busi), "include_normal": "False", "name": "busi"}
-    tags = {"kdsweep.data": data.listing(data.Busi(small_busi)).digest}
+    tags = {"kdsweep.data": sources.listing(sources.Busi(small_busi)).digest}
     params = {"image_size": str(S)} | {f"data.source.{key}": value for key, value in source.items()}
 
     def make(notations=OWN, splits=(0, 1), seeds=(0,)):

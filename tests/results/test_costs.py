@@ -13,7 +13,7 @@ from test_tables import ALL, FakeSweep, changed, run_row, score_rows, sweep_of, 
 from torch import nn
 
 from kdsweep.evaluation import latency
-from kdsweep.models import models
+from kdsweep.models import unet
 from kdsweep.results import costs, tables
 
 DASH = "\N{EN DASH}"
@@ -114,7 +114,7 @@ def test_parameters_are_those_of_torch_and_of_smp(table):
 @pytest.mark.parametrize(("kind", "group"), [("teacher", "teacher"), ("student", "student")])
 def test_macs_are_those_of_the_convolutions(table, kind, group):
     channels = json.loads(QUICK[f"{group}.decoder_channels"])
-    network = models.unet(encoder=QUICK[f"{group}.encoder"], decoder_channels=channels, weights="none", seed=1)
+    network = unet.unet(encoder=QUICK[f"{group}.encoder"], decoder_channels=channels, weights="none", seed=1)
     assert row(table, kind)["image_size"] == 64
     # beyond the convolutions the counter sees nothing but what squeeze-and-excitation does, also convolutions
     assert row(table, kind)["macs"] == macs_by_hooks(network, 64)
@@ -153,8 +153,8 @@ def test_networks_are_timed_in_eval_mode_and_channels_last(clock, monkeypatch):
     def forward(self, images):
         seen.append((self.training, images.shape, images.is_contiguous(memory_format=torch.channels_last)))
 
-    monkeypatch.setattr(models, "count_macs", lambda network, image_size: 1)
-    monkeypatch.setattr(models.UNet, "forward", forward)
+    monkeypatch.setattr(unet, "count_macs", lambda network, image_size: 1)
+    monkeypatch.setattr(unet.UNet, "forward", forward)
     costs.measure(costs.Network("mobilenetv3_small_trimmed", (16, 16, 8, 8, 8), 64), repeats=1)
     assert set(seen) == {(False, (1, 3, 64, 64), True)}
 

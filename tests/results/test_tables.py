@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel, wilcoxon
 
-from kdsweep.config import cells, grid
+from kdsweep.config import grid, identity
 from kdsweep.core.errors import InputError
 from kdsweep.results import effects, footnotes, stats, tables
 
@@ -537,7 +537,7 @@ def test_the_configurations_of_table4_do_not_mix(sweep, table4):
         path, _, rest = notation.removesuffix("_WAug").partition("_")
         view = "weak" if notation.endswith("_WAug") else "strong"
         factors = [f"path={paths[path]}", f"loss={rest.lower() or 'kld'}", f"teacher_aug={view}", f"split={split}"]
-        flat = cells.params(cells.compose(["profile=quick", "train.epochs=12", *factors, *overrides]))
+        flat = identity.params(identity.compose(["profile=quick", "train.epochs=12", *factors, *overrides]))
         return {key: str(value) for key, value in flat.items()}
 
     runs = sweep.runs[sweep.runs["role"] != "teacher"]
@@ -703,9 +703,9 @@ def asked(sweep, monkeypatch):
             raise InputError("no sweep nowhere in this store")
         return sweep
 
-    fake = types.ModuleType("kdsweep.tracking.tracking")
+    fake = types.ModuleType("kdsweep.tracking.writer")
     fake.read_sweep = read_sweep
-    monkeypatch.setitem(sys.modules, "kdsweep.tracking.tracking", fake)
+    monkeypatch.setitem(sys.modules, "kdsweep.tracking.writer", fake)
     return calls
 
 
@@ -790,7 +790,7 @@ def test_what_departs_from_the_papers_protocol_is_said():
 
 
 def test_the_protocol_is_that_of_the_default_profile():
-    params = cells.params(cells.compose([]))
+    params = identity.params(identity.compose([]))
     assert {key: str(params[key]) for key in footnotes.PROTOCOL} == footnotes.PROTOCOL
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from servers import free_port, postgres, serving, slurm, until
 from small import TEACHER
-from test_mirror import runs_of
 from test_slurm import OPTIONS
+from test_sync import runs_of
 
 from kdsweep.results import tables
 from kdsweep.runs import records
-from kdsweep.sweep.engines import submissions
-from kdsweep.tracking import tracking
+from kdsweep.sweep.engines import queue
+from kdsweep.tracking import writer
 
 SMALL = ["profile=quick", "data=busi", "train.batch_size=8", "train.patience=40", "device=cpu", *TEACHER]
 SWEEP = ["path=none,L", "loss=kld", "split=0,1"]
@@ -110,11 +110,11 @@ def test_slurm_itself_with_mlflow_on_postgresql(undisturbed, small_busi, tmp_pat
         assert tables.main(["table4", "--store", str(store), "--tracking-uri", uri]) == 0
 
 
-def _queued(store: Path, environment: dict[str, str]) -> dict[str, submissions.Task]:
+def _queued(store: Path, environment: dict[str, str]) -> dict[str, queue.Task]:
     before = os.environ.copy()
     os.environ |= environment
     try:
-        return submissions.queued(store)
+        return queue.queued(store)
     finally:
         os.environ.clear()
         os.environ |= before
@@ -143,7 +143,7 @@ def test_a_machine_that_dies_in_the_midst_changes_no_score(undisturbed, small_bu
     assert any("goes on after epoch" in file.read_text() for file in store.glob("cells/*/kdsweep.log"))
     assert scores(store) == scores(undisturbed)
     assert "4 of 4 cells done" in printed
-    assert [run[1:] for run in runs_of(tracking.store_uri(store, None)).values()] == [("FINISHED", list(range(12)))] * 2
+    assert [run[1:] for run in runs_of(writer.store_uri(store, None)).values()] == [("FINISHED", list(range(12)))] * 2
     for where in (store, undisturbed):
         assert tables.main(["table4", "--store", str(where)]) == 0
     assert (store / "tables" / "table4.csv").read_text() == (undisturbed / "tables" / "table4.csv").read_text()

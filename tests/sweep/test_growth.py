@@ -10,13 +10,13 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 
 from kdsweep import conf_dir
-from kdsweep.config import cells
-from kdsweep.config.composition import Composer
-from kdsweep.data import data
-from kdsweep.results import sweeps
+from kdsweep.config import identity
+from kdsweep.config.compose import Composer
+from kdsweep.data import sources
+from kdsweep.results import frame
 from kdsweep.runs import records
 from kdsweep.sweep import plan
-from kdsweep.tracking import tracking
+from kdsweep.tracking import writer
 
 FIXED = ["profile=quick", "device=cpu"]
 VALUES = ("0.5", "null", "many words", "${kd.temperature}", "'1'")
@@ -100,12 +100,12 @@ def jobs_of(sweep, store: Path, root: Path, count: int) -> list[plan.Job]:
 
 def test_values_give_the_cells_that_configurations_give(sweep, small_busi, tmp_path):
     for job in jobs_of(sweep, tmp_path, small_busi, 8):
-        cell = cells.cell(job.config)
+        cell = identity.cell(job.config)
         assert job.cell.fingerprint == cell.fingerprint
         assert job.cell.folder == cell.folder
-        assert cells.params(job.values) == cells.params(job.config)
-        assert cells.batches_key(job.values, seed=0) == cells.batches_key(job.config, seed=0)
-        assert job.cell.role == "student" or job.cell.teacher == cells.teacher_cell(job.config)
+        assert identity.params(job.values) == identity.params(job.config)
+        assert identity.batches_key(job.values, seed=0) == identity.batches_key(job.config, seed=0)
+        assert job.cell.role == "student" or job.cell.teacher == identity.teacher_cell(job.config)
 
 
 @pytest.mark.parametrize("step", ["read", "plan"])
@@ -113,7 +113,7 @@ def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
     sweep, small_busi, tmp_path, monkeypatch, step
 ):
     calls = {"listing": 0, "plain": 0, "read_finished": 0}
-    for owner, name in ((data, "listing"), (cells, "plain"), (records, "read_finished")):
+    for owner, name in ((sources, "listing"), (identity, "plain"), (records, "read_finished")):
         inner = getattr(owner, name)
 
         def counted(*given, inner=inner, name=name):
@@ -121,7 +121,7 @@ def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
             return inner(*given)
 
         monkeypatch.setattr(owner, name, counted)
-    cells._listing.cache_clear()
+    identity._listing.cache_clear()
     counts = []
     for number in (8, 16):
         before = dict(calls)
@@ -146,19 +146,19 @@ def test_the_stub_is_a_finished_cell_for_records_mlflow_and_tables(growth, sweep
     weights.write_bytes(b"no weights")
     jobs = jobs_of(sweep, tmp_path, small_busi, 2)
     made = [(job.cell, job.config) for job in jobs] + [(cell, jobs[1].config) for cell in plan.teacher_cells(jobs)]
-    tracker = tracking.Tracker(store=tmp_path, uri=None)
+    tracker = writer.Tracker(store=tmp_path, uri=None)
     tracker.ask("busi-quick", [job.cell for job in jobs])
     for cell, cfg in made:
         growth.stub(cell, cfg, weights=weights)
         assert records.read_finished(cell.folder) is not None
         tracker.mirror(records.read(cell.folder), sweep="busi-quick")
     assert [job.finished is not None for job in jobs_of(sweep, tmp_path, small_busi, 2)] == [True, True]
-    read = tracking.read_sweep(store=tmp_path, uri=None, name=None)
-    runs = sweeps.placed_runs(read)
+    read = writer.read_sweep(store=tmp_path, uri=None, name=None)
+    runs = frame.placed_runs(read)
     assert set(runs["status"]) == {"FINISHED"}
-    why = sweeps.gaps(
+    why = frame.gaps(
         runs=runs,
-        scored=sweeps.scored_images(runs=runs, scores=read.scores),
+        scored=frame.scored_images(runs=runs, scores=read.scores),
         notations=["Student", "Teacher_WAug", "L_KLD_WAug"],
     )
     assert set(why.values()) == {""}

@@ -14,14 +14,14 @@ from hydra.version import VersionBase
 from omegaconf import OmegaConf
 from packaging.version import Version
 
-from kdsweep.config import cells
+from kdsweep.config import identity
 from kdsweep.core.errors import CellError, InputError
 from kdsweep.core.progress import duration
 from kdsweep.evaluation import latency
-from kdsweep.sweep import announce, launcher
-from kdsweep.sweep.engines import devices
+from kdsweep.sweep import callback, launcher
+from kdsweep.sweep.engines import local
 from kdsweep.sweep.engines.engine import Unit
-from kdsweep.training import build
+from kdsweep.training import factory
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ def test_durations_read_like_words(seconds, words):
 
 
 def test_a_timed_step_is_a_positive_time_per_image():
-    cfg = cells.compose(["profile=quick", "device=cpu"])
-    step = latency.time_step_s(build.student_network(cfg), image_size=64, compute=build.compute(cfg))
+    cfg = identity.compose(["profile=quick", "device=cpu"])
+    step = latency.time_step_s(factory.student_network(cfg), image_size=64, compute=factory.compute(cfg))
     assert 0 < step.forward < step.train < 60
 
 
@@ -44,11 +44,11 @@ def test_the_users_error_is_found_below_what_hydra_wraps_around_it():
         except InputError as error:
             raise RuntimeError("while resolving\nan interpolation") from error
     except RuntimeError as wrapped:
-        assert announce.one_line(wrapped) == "data.root=/x: no such folder"
+        assert callback.one_line(wrapped) == "data.root=/x: no such folder"
 
 
 def test_any_other_error_keeps_its_class_and_loses_its_line_breaks():
-    assert announce.one_line(ValueError("a\n  b")) == "ValueError: a b"
+    assert callback.one_line(ValueError("a\n  b")) == "ValueError: a b"
 
 
 def test_a_kept_command_can_be_typed_again_and_tells_no_password():
@@ -64,7 +64,7 @@ def test_a_kept_command_can_be_typed_again_and_tells_no_password():
             ]
         },
     }
-    assert announce.command_line(OmegaConf.create({"hydra": hydra})) == (
+    assert callback.command_line(OmegaConf.create({"hydra": hydra})) == (
         "python -m kdsweep -m --config-dir /mine hydra.launcher.n_jobs=2 path=L,H 'store=/my scans' "
         "tracking.uri=postgresql://USER:PASSWORD@host:5432/db"
     )
@@ -122,7 +122,7 @@ def launch(job_config, plain_hydra):
         return own
 
     def run(task_function, numbers, subdir="${hydra.job.num}"):
-        own = launcher.LockstepLauncher(devices.Devices())
+        own = launcher.LockstepLauncher(local.Devices())
         config = job_config(0, subdir=subdir)
         loader = SimpleNamespace(load_sweep_config=with_overrides)
         context = HydraContext(config_loader=loader, callbacks=Callbacks())
@@ -172,7 +172,7 @@ def run_units(job_config, plain_hydra):
             value = f"{configs[0].name} on {configs[0].device}", torch.get_num_threads()
             return [JobReturn(status=JobStatus.COMPLETED, _return_value=value)]
 
-        own = devices.Devices()
+        own = local.Devices()
         own.open(job_config(0, subdir="x"))
         configs = [OmegaConf.create({"name": f"unit{number}", "device": "auto"}) for number in range(len(each))]
         units = {
@@ -214,6 +214,6 @@ def test_processes_on_the_cpu_share_its_threads(run_units, monkeypatch):
     assert threads == 2
     outcomes = run_units(["cpu"], ["cpu"], places=["cpu", "cpu"])
     assert sorted(outcomes.values()) == [("unit0 on cpu", 1), ("unit1 on cpu", 1)]
-    assert devices.Devices(processes=3).names == ["cpu"] * 3
+    assert local.Devices(processes=3).names == ["cpu"] * 3
     with pytest.raises(InputError, match=r"hydra\.launcher\.processes=0 is not allowed"):
-        devices.Devices(processes=0)
+        local.Devices(processes=0)

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import open_dict
 from PIL import Image
 
-from kdsweep.config import cells, grid
+from kdsweep.config import grid, identity
 from kdsweep.evaluation import latency
 from kdsweep.runs import records
 from kdsweep.sweep import plan
@@ -24,7 +24,7 @@ def jobs(small_busi, tmp_path):
 
     def make(*each: list[str]) -> list[plan.Job]:
         fixed = ["profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu", f"store={tmp_path}"]
-        return plan.read_jobs([cells.compose([*fixed, "train.batch_size=8", *overrides]) for overrides in each])
+        return plan.read_jobs([identity.compose([*fixed, "train.batch_size=8", *overrides]) for overrides in each])
 
     return make
 
@@ -37,7 +37,7 @@ def command(small_busi, tmp_path):
         fixed = ["profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu", f"store={tmp_path}"]
         configs = []
         for overrides in each:
-            cfg = cells.compose([*fixed, *overrides])
+            cfg = identity.compose([*fixed, *overrides])
             choices = {"teacher": "resnet18"} | dict(word.split("=") for word in overrides)
             with open_dict(cfg):
                 cfg.hydra = {"overrides": {"task": [*fixed, *overrides]}, "runtime": {"choices": choices}}
@@ -111,7 +111,7 @@ def test_a_replaced_image_takes_the_seat_of_the_old_one_and_a_moved_folder_too(c
     assert list(records.read_asked(tmp_path, "busi-quick")) == [same.cell.place]
     image = next(moved.rglob("*(1).png"))
     Image.fromarray(~np.array(Image.open(image))).save(image)
-    cells._listing.cache_clear()
+    identity._listing.cache_clear()
     (changed,) = command([f"data.root={moved}"])
     asked([changed])
     assert changed.cell.fingerprint != same.cell.fingerprint
@@ -138,7 +138,7 @@ def test_a_value_added_later_is_told_apart_too_and_results_stay_the_same_cells(c
     (again,) = command(["train.lr=1e-2"])
     assert again.cell.fingerprint == own[0].cell.fingerprint
     assert again.cell.variant == own[0].cell.variant
-    assert "variant" not in cells.params(again.config)
+    assert "variant" not in identity.params(again.config)
 
 
 def groups_of(own: list[plan.Job], devices: tuple[str, ...] = ("cpu",)) -> list[list[str]]:
@@ -267,7 +267,7 @@ def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
     assert plan.estimate_s([own[:2], own[2:]], LOOK) == 4 * student + 2 * lesson + teacher
     strong = jobs([*small, "path=L"], [*small, "path=L", "teacher_aug=strong"])
     assert plan.estimate_s([strong], LOOK) == 2 * student + 2 * lesson + 2 * teacher
-    cell = cells.teacher_cell(own[1].config)
+    cell = identity.teacher_cell(own[1].config)
     records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
     assert plan.estimate_s([own], LOOK) == 4 * student + lesson
 

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
-from test_tracking import make_cell
+from test_writer import make_cell
 
-from kdsweep.core import interrupts
+from kdsweep.core import signals
 from kdsweep.core.errors import InputError
 from kdsweep.sweep.engines.engine import Unit
-from kdsweep.sweep.engines.on_ray import OnRay
+from kdsweep.sweep.engines.ray import OnRay
 
 
 def cluster_of(*machines: tuple[str, dict[str, float]]):
@@ -80,8 +80,8 @@ def test_a_signal_ends_the_command_as_it_does_elsewhere(monkeypatch):
     engine.open(OmegaConf.create({}))
     task = SimpleNamespace(remote=lambda errand: "task")
     ray = SimpleNamespace(remote=lambda **_: lambda _: task, wait=wait)
-    monkeypatch.setattr(interrupts._State, "pending", signal.SIGTERM)
-    with pytest.raises(interrupts.Stopped) as stopped:
+    monkeypatch.setattr(signals._State, "pending", signal.SIGTERM)
+    with pytest.raises(signals.Stopped) as stopped:
         list(engine._run(ray, [Unit(len, list, [])]))
     assert stopped.value.exit_code == 143
     assert engine._running == ["task"]

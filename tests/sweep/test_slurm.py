@@ -12,10 +12,10 @@ import pytest
 from hydra.test_utils.launcher_common_tests import LauncherTestSuite
 from omegaconf import OmegaConf
 from test_launcher import plain_hydra  # noqa: F401
-from test_tracking import make_cell
+from test_writer import make_cell
 
 from kdsweep.core.errors import InputError
-from kdsweep.sweep.engines import node
+from kdsweep.sweep.engines import remote
 from kdsweep.sweep.engines.engine import SUBMITTED, Unit
 from kdsweep.sweep.engines.slurm import ArrayJob, Slurm
 
@@ -191,26 +191,26 @@ def test_nothing_of_a_cluster_is_imported_unless_it_is_asked_for():
 
 
 def test_another_machine_that_sees_another_folder_refuses(some):
-    errand = node.Errand(make_unit(some.store, some.cells[0]), config=OmegaConf.create({}), threads=1)
-    (some.store / node.IDENTITY).unlink()
+    errand = remote.Errand(make_unit(some.store, some.cells[0]), config=OmegaConf.create({}), threads=1)
+    (some.store / remote.IDENTITY).unlink()
     with pytest.raises(
         InputError, match=r"store=.*: on \S+ it is not the folder of the machine that submits; put store"
     ):
         errand._check([])
-    assert node.identify(some.store) != errand.identities[some.store]
+    assert remote.identify(some.store) != errand.identities[some.store]
     with pytest.raises(InputError, match="it is not the folder"):
         errand._check([])
 
 
 def test_another_machine_with_other_images_or_code_refuses(some, monkeypatch):
-    errand = node.Errand(make_unit(some.store, some.cells[0]), config=OmegaConf.create({}), threads=1)
+    errand = remote.Errand(make_unit(some.store, some.cells[0]), config=OmegaConf.create({}), threads=1)
     monkeypatch.setattr("kdsweep.sweep.plan.read_jobs", lambda _: [SimpleNamespace(cell=some.cells[1])])
     with pytest.raises(InputError, match=r"L_MSE split 0 seed 0: on \S+ the images or the code are not those"):
         errand._check([])
 
 
 def test_a_store_keeps_its_identity(tmp_path):
-    assert node.identify(tmp_path / "a") == node.identify(tmp_path / "a") != node.identify(tmp_path / "b")
+    assert remote.identify(tmp_path / "a") == remote.identify(tmp_path / "a") != remote.identify(tmp_path / "b")
 
 
 def test_a_job_whose_time_is_over_saves_and_is_submitted_as_it_is(monkeypatch):

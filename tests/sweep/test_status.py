@@ -13,8 +13,8 @@ from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.runs import records
 from kdsweep.sweep import status
-from kdsweep.sweep.engines import submissions
-from kdsweep.sweep.engines.submissions import Task
+from kdsweep.sweep.engines import queue
+from kdsweep.sweep.engines.queue import Task
 
 PACE_S = 50.0
 EPOCHS = 60
@@ -114,7 +114,7 @@ def test_what_slurm_has_is_queued_or_running_as_its_job(tmp_path, hold):
 def test_a_queue_that_does_not_answer_is_said_below(tmp_path, monkeypatch):
     cell = make_cell(tmp_path)
     records.ask(tmp_path, "study", cells=[cell], teachers=[])
-    submissions.write(tmp_path, cluster="slurm", tasks={"7": [str(cell.folder.relative_to(tmp_path))]})
+    queue.write(tmp_path, cluster="slurm", tasks={"7": [str(cell.folder.relative_to(tmp_path))]})
     monkeypatch.setenv("PATH", "/nowhere")
     lines = status.make(store=tmp_path, sweep=None).splitlines()
     assert lines[0].startswith("sweep study: 1 cell: 0 done, 1 waiting;")

@@ -15,9 +15,9 @@ from hydra.core.utils import JobStatus
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
-from kdsweep.core import interrupts, logs
+from kdsweep.core import logs, signals
 from kdsweep.core.errors import CellError, InputError
-from kdsweep.sweep.engines import devices, worker
+from kdsweep.sweep.engines import local, worker
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def hear_nothing(begun: Path) -> None:
 
 def test_what_does_not_end_in_time_is_killed_and_not_called_saved(monkeypatch, tmp_path):
     monkeypatch.setattr(worker, "STOP_WITHIN_S", 0.5)
-    engine, stop = devices.Devices(), interrupts.Stopped(signal.SIGTERM)
+    engine, stop = local.Devices(), signals.Stopped(signal.SIGTERM)
     end = "the same command goes on from here"
     assert stop.told() == f"stopped by SIGTERM; all is saved: {end}"
     engine._idle = process = worker.Worker()

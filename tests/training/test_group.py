@@ -9,13 +9,13 @@ import pytest
 import torch
 from small import TEACHER
 
-from kdsweep.config import cells
+from kdsweep.config import identity
 from kdsweep.core.errors import InputError
-from kdsweep.distill.kd_paths import Hidden
+from kdsweep.distill.paths import Hidden
 from kdsweep.runs import records
 from kdsweep.sweep import plan
-from kdsweep.tracking import mirror, tracking
-from kdsweep.training import build, group
+from kdsweep.tracking import sync, writer
+from kdsweep.training import factory, group
 
 QUICK = [
     "profile=quick",
@@ -31,7 +31,7 @@ QUICK = [
 @pytest.fixture
 def compose(small_busi, empty_store, tmp_path):
     def make(*overrides):
-        cfg = cells.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path / 'store'}", *overrides])
+        cfg = identity.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path / 'store'}", *overrides])
         if not Path(cfg.store).exists():
             shutil.copytree(empty_store, cfg.store)
         return cfg
@@ -47,15 +47,15 @@ def run(*configs):
     try:
         return group.run_group(list(configs))
     finally:
-        mirror.close_all()
+        sync.close_all()
 
 
 def weights(cfg):
-    return (cells.cell(cfg).folder / "student.safetensors").read_bytes()
+    return (identity.cell(cfg).folder / "student.safetensors").read_bytes()
 
 
 def statuses(cfg):
-    sweep = tracking.read_sweep(store=cells.cell(cfg).store, uri=None, name=None)
+    sweep = writer.read_sweep(store=identity.cell(cfg).store, uri=None, name=None)
     return dict(zip(sweep.runs["notation"], sweep.runs["status"], strict=True))
 
 
@@ -93,7 +93,7 @@ def test_a_broken_loss_ends_its_own_cell_and_leaves_the_others_bit_for_bit(compo
     assert str(failure) == "H_KLD_WAug split 0 seed 0: epoch 1, step 1, kd term: RuntimeError: my loss broke"
     assert all(isinstance(result, float) for result in (first, *others))
     assert statuses(bad)["H_KLD_WAug"] == "FAILED"
-    assert records.read_finished(cells.cell(bad).folder) is None
+    assert records.read_finished(identity.cell(bad).folder) is None
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert "H_KLD_WAug split 0 seed 0: epoch 1, step 1, kd term: RuntimeError: my loss" in record.getMessage()
     assert "in broken" in logging.Formatter().format(record)
@@ -148,7 +148,7 @@ def test_what_a_users_loss_does_to_its_tensors_or_draws_touches_nobody_else(comp
 
 def test_the_teachers_precision_is_the_cells_own(compose, tmp_path):
     both = [compose("path=L", f"kd.teacher_precision={precision}") for precision in ("fp32", "bf16")]
-    assert len({cells.teacher_cell(cfg).fingerprint for cfg in both}) == 1
+    assert len({identity.teacher_cell(cfg).fingerprint for cfg in both}) == 1
     run(*both)
     assert weights(both[0]) != weights(both[1])
     for precision, together in zip(("fp32", "bf16"), both, strict=True):
@@ -161,10 +161,10 @@ def test_teachers_of_a_group_are_trained_together_and_equal_those_trained_alone(
     run(compose("path=L"), compose("path=L", "teacher_aug=strong"))
     for view in ("weak", "strong"):
         alone = compose("path=L", f"teacher_aug={view}", f"store={tmp_path / view}")
-        group.obtain_teachers([alone], build.compute(alone))
-        together = cells.teacher_cell(compose("path=L", f"teacher_aug={view}"))
+        group.obtain_teachers([alone], factory.compute(alone))
+        together = identity.teacher_cell(compose("path=L", f"teacher_aug={view}"))
         for name in ("teacher.safetensors", "history.csv", "test_scores.csv"):
-            assert (cells.teacher_cell(alone).folder / name).read_bytes() == (together.folder / name).read_bytes()
+            assert (identity.teacher_cell(alone).folder / name).read_bytes() == (together.folder / name).read_bytes()
 
 
 def test_workers_and_their_number_make_no_difference(compose, tmp_path):

@@ -14,10 +14,10 @@ from kdsweep.sweep import launcher
 
 
 class LockstepLauncher(launcher.LockstepLauncher):
-    """``hydra/launcher=lockstep``: groups on the devices of this machine; see kdsweep/sweep/engines/devices.py."""
+    """``hydra/launcher=lockstep``: groups on the devices of this machine; see kdsweep/sweep/engines/local.py."""
 
     def __init__(self, devices: Sequence[str] = (), *, processes: int = 1, plan: bool = False) -> None:
-        from kdsweep.sweep.engines.devices import Devices
+        from kdsweep.sweep.engines.local import Devices
 
         super().__init__(Devices(devices, processes=processes), plan=plan)
 
@@ -32,10 +32,10 @@ class SlurmLauncher(launcher.LockstepLauncher):
 
 
 class RayLauncher(launcher.LockstepLauncher):
-    """``hydra/launcher=lockstep_ray``: groups as Ray tasks; see kdsweep/sweep/engines/on_ray.py."""
+    """``hydra/launcher=lockstep_ray``: groups as Ray tasks; see kdsweep/sweep/engines/ray.py."""
 
     def __init__(self, *, plan: bool = False, **options: Any) -> None:
-        from kdsweep.sweep.engines.on_ray import OnRay
+        from kdsweep.sweep.engines.ray import OnRay
 
         super().__init__(OnRay(**options), plan=plan)
 
@@ -91,7 +91,7 @@ class SlurmConf:
 
 @dataclass
 class RayConf:
-    """What ``hydra/launcher=lockstep_ray`` can be told; each is described in kdsweep/sweep/engines/on_ray.py."""
+    """What ``hydra/launcher=lockstep_ray`` can be told; each is described in kdsweep/sweep/engines/ray.py."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.RayLauncher"
     plan: bool = False

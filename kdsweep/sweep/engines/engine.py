@@ -1,4 +1,4 @@
-"""What runs a sweep's groups: the contract of this machine (devices.py), SLURM (slurm.py) and Ray (on_ray.py)."""
+"""What runs a sweep's groups: the contract of this machine (local.py), SLURM (slurm.py) and Ray (ray.py)."""
 
 from __future__ import annotations
 

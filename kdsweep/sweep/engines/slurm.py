@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from kdsweep.core import interrupts
+from kdsweep.core import signals
 from kdsweep.core.errors import CellError, InputError
-from kdsweep.core.interrupts import Stopped
-from kdsweep.sweep.engines import submissions
+from kdsweep.core.signals import Stopped
+from kdsweep.sweep.engines import queue
 from kdsweep.sweep.engines.engine import SUBMITTED, Unit
 
 if TYPE_CHECKING:
     import submitit
 
-    from kdsweep.sweep.engines.node import Errand
+    from kdsweep.sweep.engines.remote import Errand
     from kdsweep.sweep.plan import Job, Look
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Slurm:
         sbatch: dict[str, str] | None = None,
         cluster: str = "slurm",
     ) -> None:
-        if cluster not in ("slurm", submissions.LOCAL):
+        if cluster not in ("slurm", queue.LOCAL):
             raise InputError(f"hydra.launcher.cluster={cluster} is not allowed: it must be slurm or local")
         for name in sbatch or {}:
             if not re.fullmatch(r"[a-z][a-z-]*", name):
@@ -103,7 +103,7 @@ class Slurm:
             **{f"slurm_{name}": value for name, value in asked.items() if value is not None},
         }
         self._own: list[str] = []  # arrays that this command submitted
-        self._queued: dict[Path, submissions.Task] = {}  # by folder what an earlier one did
+        self._queued: dict[Path, queue.Task] = {}  # by folder what an earlier one did
 
     def open(self, config: DictConfig) -> None:
         """See ``Engine``."""
@@ -111,7 +111,7 @@ class Slurm:
 
     def check(self, jobs: Sequence[Job]) -> None:
         """See ``Engine``: MLflow must be a server, and SLURM and submitit must be here."""
-        from kdsweep.sweep.engines import node
+        from kdsweep.sweep.engines import remote
 
         _submitit()
         if self.cluster == "slurm":
@@ -120,21 +120,21 @@ class Slurm:
                     "hydra/launcher=lockstep_slurm: sbatch is not on this machine; run it where jobs are submitted"
                 )
             for job in jobs:
-                node.check_tracking(job.values)
+                remote.check_tracking(job.values)
 
     def look(self, configs: list[DictConfig], *, times: bool) -> Look:
         """See ``Engine``."""
-        from kdsweep.sweep.engines import node
+        from kdsweep.sweep.engines import remote
 
-        return node.look(configs, self._place, config=self._config, times=times)
+        return remote.look(configs, self._place, config=self._config, times=times)
 
     def queued(self, jobs: Sequence[Job]) -> set[Path]:
         """See ``Engine``: an earlier command may have submitted some of these."""
         for store in {job.cell.store for job in jobs}:
             try:
-                submissions.forget_ended(store)
-                queued = submissions.queued(store)
-            except submissions.QueueError as error:
+                queue.forget_ended(store)
+                queued = queue.queued(store)
+            except queue.QueueError as error:
                 raise InputError(f"{error}; what is in the queue is not known, so nothing is submitted") from error
             self._queued |= {store / folder: task for folder, task in queued.items()}
         found = {job.cell.folder for job in jobs} & self._queued.keys()
@@ -150,7 +150,7 @@ class Slurm:
     def run(self, units: Sequence[Unit], *, before: Sequence[Unit] = ()) -> Iterator[tuple[Unit, Any]]:
         """See ``Engine``."""
         first = self._submit([unit for unit in before if not self._ahead(unit)], what="Teachers")
-        if self.cluster == submissions.LOCAL:  # which knows no dependencies
+        if self.cluster == queue.LOCAL:  # which knows no dependencies
             yield from self._wait(first)
             first = []
         after = {job_id for unit in before for job_id in self._ahead(unit)} | {own.job_id for own in first}
@@ -168,7 +168,7 @@ class Slurm:
         return sorted({task.job_id for cell in unit.cells if (task := self._queued.get(cell.folder)) is not None})
 
     def _submit(self, units: Sequence[Unit], *, what: str, after: Iterable[str] = ()) -> list[_Submitted]:
-        from kdsweep.sweep.engines.node import Errand
+        from kdsweep.sweep.engines.remote import Errand
 
         submitted = []
         for place, own in _by_place(units).items():
@@ -185,7 +185,7 @@ class Slurm:
                     job.job_id: [str(cell.folder.relative_to(place)) for cell in unit.cells]
                     for unit, job in zip(part, jobs, strict=True)
                 }
-                submissions.write(place, cluster=self.cluster, tasks=tasks)
+                queue.write(place, cluster=self.cluster, tasks=tasks)
                 submitted += [_Submitted(unit, job.job_id, job) for unit, job in zip(part, jobs, strict=True)]
                 array = jobs[0].job_id.partition("_")[0]
                 self._own.append(array)
@@ -195,7 +195,7 @@ class Slurm:
     def _executor(self, place: Path, *, after: Iterable[str]) -> Any:
         submitit = _submitit()
         timeouts = {f"{self.cluster}_max_num_timeout": self._requeues}
-        executor = submitit.AutoExecutor(place / submissions.FOLDER, cluster=self.cluster, **timeouts)
+        executor = submitit.AutoExecutor(place / queue.FOLDER, cluster=self.cluster, **timeouts)
         arrays = sorted({job_id.partition("_")[0] for job_id in after})
         depends = {"slurm_dependency": ":".join(["afterany", *arrays])} if arrays else {}
         executor.update_parameters(**self._parameters, **depends)
@@ -208,7 +208,7 @@ class Slurm:
         asked_s = -math.inf
         while waiting:
             time.sleep(LOOK_EVERY_S)
-            if time.monotonic() - asked_s >= (LOOK_EVERY_S if self.cluster == submissions.LOCAL else ASK_EVERY_S):
+            if time.monotonic() - asked_s >= (LOOK_EVERY_S if self.cluster == queue.LOCAL else ASK_EVERY_S):
                 asked_s = time.monotonic()
                 self._count_missing(waiting, missed)
             for own in list(waiting):
@@ -223,8 +223,8 @@ class Slurm:
     def _count_missing(self, waiting: list[_Submitted], missed: dict[str, int]) -> None:
         """Count how often in a row jobs were not in the queue: between two states, or with a result that is late."""
         try:
-            live = submissions.states([own.job_id for own in waiting], cluster=self.cluster)
-        except submissions.QueueError as error:
+            live = queue.states([own.job_id for own in waiting], cluster=self.cluster)
+        except queue.QueueError as error:
             log.warning("%s; asking again", error)
             return
         for own in waiting:
@@ -278,7 +278,7 @@ class ArrayJob:
 
     def __call__(self) -> Any:
         """Run the group."""
-        interrupts.install()  # after submitit, which would let SIGTERM pass
+        signals.install()  # after submitit, which would let SIGTERM pass
         try:
             return self.errand()
         except Stopped as stop:

@@ -29,7 +29,7 @@ from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, en
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from kdsweep.core import interrupts, logs
+from kdsweep.core import logs, signals
 from kdsweep.core.errors import CellError, InputError, told
 from kdsweep.sweep.engines.engine import DONE
 
@@ -145,9 +145,9 @@ def _ending(code: int | None) -> str:
 
 def _serve(connection: Connection) -> None:
     """The process: call what comes in until the sender is gone."""
-    interrupts.install()
+    signals.install()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(EOFError, ConnectionError, interrupts.Stopped):
+    with contextlib.suppress(EOFError, ConnectionError, signals.Stopped):
         while True:
             function, args = cloudpickle.loads(connection.recv_bytes())
             # Not ``send``: a plugin that Hydra has loaded twice has classes that pickle does not take.
@@ -273,9 +273,9 @@ def train_cells(
 
 def train_teachers(configs: list[DictConfig]) -> str:
     """``group.obtain_teachers``; one that fails is told in its log and by the cells that need it."""
-    from kdsweep.training import build, group
+    from kdsweep.training import factory, group
 
-    group.obtain_teachers(configs, build.compute(configs[0]))
+    group.obtain_teachers(configs, factory.compute(configs[0]))
     return DONE
 
 

@@ -1,7 +1,7 @@
 """Which cell a configuration describes: settings, evidence, fingerprint, and with which others it can be trained.
 
-With ``build.py`` the only place that reads a configuration. This half runs without torch: a sweep is checked and
-planned, and what is finished is found, before any process has waited for its import.
+With ``training/factory.py`` the only place that reads a configuration. This half runs without torch: a sweep is
+checked and planned, and what is finished is found, before any process has waited for its import.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from kdsweep import conf_dir
-from kdsweep.config import grid, limits, user_code
+from kdsweep.config import grid, schema, user_code
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
-from kdsweep.data import data
+from kdsweep.data import sources
 
 Config = DictConfig | dict[str, Any]  # as Hydra gives it, or its ``values``
 
 
 def check(cfg: Config) -> None:
     """Raise InputError for the first value out of its range: one line with key, value and what is allowed."""
-    limits.check(params(cfg))
+    schema.check(params(cfg))
 
 
 def load_size(cfg: DictConfig) -> int:
@@ -45,25 +45,25 @@ def source(cfg: DictConfig) -> Any:
     return hydra.utils.instantiate(cfg.data.source)
 
 
-def listing(cfg: Config) -> data.Listing:
+def listing(cfg: Config) -> sources.Listing:
     """What the data set consists of; looked at once per process."""
     return _listing(json.dumps(values(cfg)["data"]["source"]))
 
 
 @lru_cache(maxsize=2)
-def _listing(of: str) -> data.Listing:
-    return data.listing(hydra.utils.instantiate(json.loads(of)))
+def _listing(of: str) -> sources.Listing:
+    return sources.listing(hydra.utils.instantiate(json.loads(of)))
 
 
-def images(cfg: DictConfig) -> data.Images:
+def images(cfg: DictConfig) -> sources.Images:
     """The data set in memory; read once per process."""
     takes_empty = bool(cfg.data.get("allow_empty_masks"))
     return _load(source(cfg), load_size=load_size(cfg), image_size=cfg.image_size, allow_empty_masks=takes_empty)
 
 
 @lru_cache(maxsize=2)
-def _load(of: data.Source, *, load_size: int, image_size: int, allow_empty_masks: bool) -> data.Images:
-    return data.load(of, load_size=load_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
+def _load(of: sources.Source, *, load_size: int, image_size: int, allow_empty_masks: bool) -> sources.Images:
+    return sources.load(of, load_size=load_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
 
 
 def cell(cfg: Config) -> Cell:
@@ -194,7 +194,7 @@ def plain(node: DictConfig) -> Any:
 def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
     """Image ids of the split's three parts: written beside the run."""
     ids = [entry.id for entry in listing(cfg).entries]
-    part = data.split(len(ids), index=cfg.split)
+    part = sources.split(len(ids), index=cfg.split)
     return {name: [ids[i] for i in indices] for name, indices in vars(part).items()}
 
 

@@ -18,7 +18,7 @@ from kdsweep.data import phantom
 from kdsweep.deploy import export, predict
 from kdsweep.evaluation import scoring
 from kdsweep.runs import records
-from kdsweep.tracking import tracking
+from kdsweep.tracking import writer
 
 NAME = "kdsweep-student"
 
@@ -29,7 +29,7 @@ def cell(empty_store, tmp_path_factory) -> Cell:
     cell = finish(Path(shutil.copytree(empty_store, tmp_path_factory.mktemp("registered") / "store")))
     for name in scoring.SCORES, scoring.PREDICTIONS:
         (cell.folder / name).touch()
-    tracking.Tracker(store=cell.store, uri=None).mirror(records.read(cell.folder), sweep="study")
+    writer.Tracker(store=cell.store, uri=None).mirror(records.read(cell.folder), sweep="study")
     return cell
 
 
@@ -40,7 +40,7 @@ def content(cell) -> bytes:
 
 @pytest.fixture
 def client(cell) -> mlflow.MlflowClient:
-    uri = tracking.store_uri(cell.store, None)
+    uri = writer.store_uri(cell.store, None)
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -70,7 +70,7 @@ def test_what_is_registered_is_loaded_as_the_printed_line_says(cell, client, cal
     for version in (1, 2):
         assert call(NAME) == 0
         told = capsys.readouterr().out.splitlines()[-1]
-        place = tracking.store_uri(cell.store, None)
+        place = writer.store_uri(cell.store, None)
         loading = f'MLFLOW_TRACKING_URI={place} and mlflow.pyfunc.load_model("models:/{NAME}/{version}")'
         assert told == f"registered {NAME} version {version}; to load it: {loading}"
     after = run_of(client, cell)
@@ -134,7 +134,7 @@ def test_a_model_that_comes_back_changed_leaves_no_version(cell, client, content
 
 def test_a_failed_version_leaves_the_earlier_ones(cell, client, call, capsys, monkeypatch):
     assert call("kept") == 0
-    monkeypatch.setattr(tracking, "_check_loaded", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(writer, "_check_loaded", lambda *_, **__: 1 / 0)
     assert call("kept") == 1
     assert "--register kept: MLflow at sqlite:" in capsys.readouterr().err
     assert [int(version.version) for version in client.search_model_versions("name = 'kept'")] == [1]
@@ -170,8 +170,8 @@ def test_a_registered_model_is_found_again_in_a_store_that_was_moved(cell, clien
     assert call("moved") == 0
     run = run_of(client, cell)
     moved = Path(shutil.copytree(cell.store, tmp_path / "elsewhere"))
-    tracking.Tracker(store=moved, uri=None)
-    uri = tracking.store_uri(moved, None)
+    writer.Tracker(store=moved, uri=None)
+    uri = writer.store_uri(moved, None)
     there = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     assert there.get_model_version_download_uri("moved", "1").startswith(f"file://{moved}/artifacts/")
     logged = there.search_logged_models([run.info.experiment_id])

@@ -14,12 +14,12 @@ from kdsweep import __version__
 from kdsweep.config.grid import is_under, unused, variant_label
 from kdsweep.core.progress import duration, plural
 from kdsweep.results.formats import DASH
-from kdsweep.results.sweeps import known_values
+from kdsweep.results.frame import known_values
 from kdsweep.results.tables import BASELINES, CELLS
-from kdsweep.tracking import tracking
+from kdsweep.tracking import writer
 
 if TYPE_CHECKING:
-    from kdsweep.tracking.tracking import Sweep
+    from kdsweep.tracking.writer import Sweep
 
 STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "interrupted", "RUNNING": "running"}
 
@@ -76,7 +76,7 @@ def _images(sweep: Sweep, *, store: Path, uri: str | None) -> str:
     finished = sweep.runs[sweep.runs["status"] == "FINISHED"]
     for run_id in finished["run_id"].head(1):
         try:
-            split = json.loads(tracking.artifact(store=store, uri=uri, run_id=run_id, name="split.json"))
+            split = json.loads(writer.artifact(store=store, uri=uri, run_id=run_id, name="split.json"))
             return str(sum(map(len, split.values())))
         except Exception:  # of many kinds: MLflow, files, JSON; the page has more to tell
             return DASH

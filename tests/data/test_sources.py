@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.model_selection import ShuffleSplit
 
 from kdsweep.core.errors import InputError
-from kdsweep.data import data, phantom
+from kdsweep.data import phantom, sources
 
 HEIGHT, WIDTH = 40, 50
 MASK = np.zeros((HEIGHT, WIDTH), bool)
@@ -52,11 +52,11 @@ def udiat_data(root: Path, suffix: str = ".png") -> Path:
     return root
 
 
-def load(source: data.Source, *, image_size: int = 32, allow_empty_masks: bool = False) -> data.Images:
-    return data.load(source, load_size=36, image_size=image_size, allow_empty_masks=allow_empty_masks)
+def load(source: sources.Source, *, image_size: int = 32, allow_empty_masks: bool = False) -> sources.Images:
+    return sources.load(source, load_size=36, image_size=image_size, allow_empty_masks=allow_empty_masks)
 
 
-def error_of(source: data.Source, *, image_size: int = 32) -> str:
+def error_of(source: sources.Source, *, image_size: int = 32) -> str:
     """The one line that a data set is refused with."""
     with pytest.raises(InputError) as caught:
         load(source, image_size=image_size)
@@ -78,10 +78,10 @@ def write_labels(file: Path, rows: list[tuple[object, ...]], header: tuple[str, 
 @pytest.mark.parametrize("below", [".", "BUS", "Dataset B/BUS"])
 def test_udiat_is_found_at_the_root_and_one_or_two_folders_deeper(tmp_path: Path, below: str) -> None:
     udiat_data(tmp_path / below)
-    entries = data.Udiat(tmp_path).entries()
+    entries = sources.Udiat(tmp_path).entries()
     assert [entry.id for entry in entries] == ["000001", "000002", "000010"]
     for entry in entries:
-        image, mask = data.read(entry, smallest=32)
+        image, mask = sources.read(entry, smallest=32)
         assert np.array_equal(image, np.repeat(grey(int(entry.id))[..., None], 3, axis=2))
         assert np.array_equal(mask, MASK)
 
@@ -90,25 +90,25 @@ def test_udiat_folders_are_found_in_any_case(tmp_path: Path) -> None:
     udiat_data(tmp_path)
     (tmp_path / "original").rename(tmp_path / "Original")
     (tmp_path / "GT").rename(tmp_path / "gt")
-    assert load(data.Udiat(tmp_path)).ids == ["000001", "000002", "000010"]
+    assert load(sources.Udiat(tmp_path)).ids == ["000001", "000002", "000010"]
 
 
 def test_udiat_reads_extensions_in_any_case(tmp_path: Path) -> None:
     udiat_data(tmp_path, suffix=".PNG")
-    assert load(data.Udiat(tmp_path)).ids == ["000001", "000002", "000010"]
+    assert load(sources.Udiat(tmp_path)).ids == ["000001", "000002", "000010"]
 
 
 def test_udiat_labels_come_from_the_spreadsheet_and_are_unknown_without_it(tmp_path: Path) -> None:
     udiat_data(tmp_path / "BUS")
-    assert load(data.Udiat(tmp_path)).labels == ["unknown"] * 3
+    assert load(sources.Udiat(tmp_path)).labels == ["unknown"] * 3
     write_labels(tmp_path / "BUS" / "DatasetB.xlsx", [(1, "Benign"), (2, "Malignant "), (10, "Benign")])
-    assert load(data.Udiat(tmp_path)).labels == ["benign", "malignant", "benign"]
+    assert load(sources.Udiat(tmp_path)).labels == ["benign", "malignant", "benign"]
 
 
 def test_udiat_spreadsheet_without_the_expected_columns_is_named(tmp_path: Path) -> None:
     udiat_data(tmp_path)
     write_labels(tmp_path / "DatasetB.xlsx", [(1, "Benign")], header=("File", "Class"))
-    message = error_of(data.Udiat(tmp_path))
+    message = error_of(sources.Udiat(tmp_path))
     assert "DatasetB.xlsx" in message
     assert "Image" in message
     assert "Type" in message
@@ -118,7 +118,7 @@ def test_hidden_files_beside_the_images_are_not_images(tmp_path: Path) -> None:
     """Archives packed on a Mac unpack to ._000001.png beside 000001.png."""
     udiat_data(tmp_path)
     (tmp_path / "original" / "._000001.png").write_bytes(b"\0\5\x16\7")
-    assert load(data.Udiat(tmp_path)).ids == ["000001", "000002", "000010"]
+    assert load(sources.Udiat(tmp_path)).ids == ["000001", "000002", "000010"]
 
 
 # --- masks and images of any mode
@@ -151,7 +151,7 @@ MASK_PICTURES = {
 @pytest.mark.parametrize("mode", MASK_PICTURES)
 def test_a_mask_of_any_mode_is_read_the_same(tmp_path: Path, mode: str) -> None:
     MASK_PICTURES[mode].save(tmp_path / "mask.png")
-    mask = data.read_mask(tmp_path / "mask.png")
+    mask = sources.read_mask(tmp_path / "mask.png")
     assert mask.dtype == np.uint8
     assert np.array_equal(mask, MASK)
 
@@ -176,14 +176,14 @@ def test_alpha_is_dropped_and_16_bit_becomes_8_bit(tmp_path: Path) -> None:
         "grey16": pixels * np.uint16(257),
     }.items():
         file = save(picture, tmp_path / f"{name}.png")
-        image = data.read_grey_or_colour(file)
+        image = sources.read_grey_or_colour(file)
         assert image.dtype == np.uint8
         assert np.array_equal(image, expected), name
 
 
 def test_colour_keeps_its_channels(tmp_path: Path) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    assert np.array_equal(data.read_grey_or_colour(save(pixels, tmp_path / "colour.png")), pixels)
+    assert np.array_equal(sources.read_grey_or_colour(save(pixels, tmp_path / "colour.png")), pixels)
 
 
 # --- BUSI
@@ -201,44 +201,46 @@ def busi_data(root: Path) -> Path:
 
 
 def test_busi_unites_the_masks_of_an_image_whatever_their_modes(tmp_path: Path) -> None:
-    one, two = data.Busi(busi_data(tmp_path)).entries()
+    one, two = sources.Busi(busi_data(tmp_path)).entries()
     assert (one.id, one.label, len(one.mask_files)) == ("benign (1)", "benign", 2)
-    assert np.array_equal(data.read(one, smallest=32)[1], MASK | OTHER_MASK)
+    assert np.array_equal(sources.read(one, smallest=32)[1], MASK | OTHER_MASK)
     assert (two.id, two.label) == ("malignant (1)", "malignant")
-    assert np.array_equal(data.read(two, smallest=32)[1], MASK)
+    assert np.array_equal(sources.read(two, smallest=32)[1], MASK)
 
 
 def test_busi_leaves_normal_images_out_unless_asked_for(tmp_path: Path) -> None:
     busi_data(tmp_path)
-    assert load(data.Busi(tmp_path)).labels == ["benign", "malignant"]
-    everything = load(data.Busi(tmp_path, include_normal=True), allow_empty_masks=True)
+    assert load(sources.Busi(tmp_path)).labels == ["benign", "malignant"]
+    everything = load(sources.Busi(tmp_path, include_normal=True), allow_empty_masks=True)
     assert everything.labels == ["benign", "malignant", "normal"]
     assert not everything.masks[2].any()
 
 
 def test_published_busi_files_read_as_their_grey_copies(real_data: Path) -> None:
-    copies = {entry.id: entry for entry in data.Busi(real_data / "busi163").entries()}
-    originals = data.Busi(real_data / "busi-originals").entries()
+    copies = {entry.id: entry for entry in sources.Busi(real_data / "busi163").entries()}
+    originals = sources.Busi(real_data / "busi-originals").entries()
     names = ["benign (100)", "benign (51)", "benign (54)", "malignant (137)", "malignant (175)"]
     assert [entry.id for entry in originals] == names
     masks_per_image = {entry.id: len(entry.mask_files) for entry in originals}
     assert masks_per_image == dict(zip(names, [2, 1, 2, 1, 1], strict=True))
     for entry in originals:
-        image, mask = data.read(entry, smallest=224)
-        copy_image, copy_mask = data.read(copies[entry.id], smallest=224)
+        image, mask = sources.read(entry, smallest=224)
+        copy_image, copy_mask = sources.read(copies[entry.id], smallest=224)
         assert np.array_equal(image, copy_image), entry.id
         assert np.array_equal(mask, copy_mask), entry.id
         assert 0 < mask.mean() < 0.6
 
 
 def test_published_busi_normal_image_has_an_empty_mask(real_data: Path) -> None:
-    normal = [e for e in data.Busi(real_data / "busi-originals", include_normal=True).entries() if e.label == "normal"]
+    normal = [
+        e for e in sources.Busi(real_data / "busi-originals", include_normal=True).entries() if e.label == "normal"
+    ]
     assert [entry.id for entry in normal] == ["normal (2)"]
-    assert not data.read(normal[0], smallest=224)[1].any()
+    assert not sources.read(normal[0], smallest=224)[1].any()
 
 
 def test_busi163_has_the_cohort_and_the_lesions_of_its_manifest(real_data: Path) -> None:
-    entries = data.Busi(real_data / "busi163").entries()
+    entries = sources.Busi(real_data / "busi163").entries()
     labels = [entry.label for entry in entries]
     assert (len(entries), labels.count("benign"), labels.count("malignant")) == (163, 110, 53)
     assert sum(len(entry.mask_files) for entry in entries) == 168
@@ -246,7 +248,7 @@ def test_busi163_has_the_cohort_and_the_lesions_of_its_manifest(real_data: Path)
         manifest = {Path(row["file"]).stem: row for row in csv.DictReader(lines)}
     assert manifest.keys() == {entry.id for entry in entries}
     for entry in entries:
-        image, mask = data.read(entry, smallest=224)
+        image, mask = sources.read(entry, smallest=224)
         row = manifest[entry.id]
         assert image.shape == (int(row["height"]), int(row["width"]), 3)
         assert mask.mean() == pytest.approx(float(row["lesion_fraction"]), abs=1e-3)
@@ -262,7 +264,7 @@ def test_folder_pairs_equal_stems_and_ignores_other_files(tmp_path: Path) -> Non
     save(MASK, tmp_path / "masks" / "a.tif")
     save(MASK, tmp_path / "masks" / "nobody.png")
     (tmp_path / "images" / "notes.txt").write_text("not an image")
-    images = load(data.Folder(tmp_path))
+    images = load(sources.Folder(tmp_path))
     assert (images.ids, images.labels) == (["a", "patient b"], ["unknown", "unknown"])
     assert images.masks.any(axis=(1, 2)).all()
 
@@ -271,7 +273,7 @@ def test_folder_pairs_equal_stems_and_ignores_other_files(tmp_path: Path) -> Non
 
 
 def test_a_missing_root_is_named(tmp_path: Path) -> None:
-    for source in (data.Udiat, data.Busi, data.Folder):
+    for source in (sources.Udiat, sources.Busi, sources.Folder):
         message = error_of(source(tmp_path / "absent"))
         assert f"data.root={tmp_path / 'absent'}" in message
         assert "no such folder" in message
@@ -283,12 +285,12 @@ def test_a_root_whose_name_is_a_number_is_a_folder_like_any_other(
     """On the command line, data.root=2024 arrives as a number."""
     folder_data(tmp_path / "2024")
     monkeypatch.chdir(tmp_path)
-    assert load(data.Folder(2024)).ids == ["00"]
-    assert "data.root=2025: no such folder" in error_of(data.Folder(2025))
+    assert load(sources.Folder(2024)).ids == ["00"]
+    assert "data.root=2025: no such folder" in error_of(sources.Folder(2025))
 
 
 @pytest.mark.parametrize(
-    ("source", "expected"), [(data.Udiat, "original/"), (data.Busi, "benign/"), (data.Folder, "images/")]
+    ("source", "expected"), [(sources.Udiat, "original/"), (sources.Busi, "benign/"), (sources.Folder, "images/")]
 )
 def test_an_empty_root_says_what_was_expected(tmp_path: Path, source: type, expected: str) -> None:
     message = error_of(source(tmp_path))
@@ -297,7 +299,7 @@ def test_an_empty_root_says_what_was_expected(tmp_path: Path, source: type, expe
 
 
 @pytest.mark.parametrize(
-    ("source", "images", "masks"), [(data.Udiat, "original", "GT"), (data.Folder, "images", "masks")]
+    ("source", "images", "masks"), [(sources.Udiat, "original", "GT"), (sources.Folder, "images", "masks")]
 )
 def test_an_absent_mask_folder_and_an_empty_image_folder_are_named(
     tmp_path: Path, source: type, images: str, masks: str
@@ -313,7 +315,7 @@ def test_an_absent_mask_folder_and_an_empty_image_folder_are_named(
 def test_an_image_without_a_mask_is_named(tmp_path: Path) -> None:
     folder_data(tmp_path, count=3)
     (tmp_path / "masks" / "01.png").unlink()
-    message = error_of(data.Folder(tmp_path))
+    message = error_of(sources.Folder(tmp_path))
     assert f"{tmp_path / 'images' / '01.png'} has no mask" in message
     assert "1 of 3 images" in message
 
@@ -321,13 +323,13 @@ def test_an_image_without_a_mask_is_named(tmp_path: Path) -> None:
 def test_a_busi_image_without_a_mask_is_named(tmp_path: Path) -> None:
     busi_data(tmp_path)
     (tmp_path / "malignant" / "malignant (1)_mask.png").unlink()
-    assert f"{tmp_path / 'malignant' / 'malignant (1).png'} has no mask" in error_of(data.Busi(tmp_path))
+    assert f"{tmp_path / 'malignant' / 'malignant (1).png'} has no mask" in error_of(sources.Busi(tmp_path))
 
 
 def test_a_mask_of_another_size_is_named_with_both_sizes(tmp_path: Path) -> None:
     folder_data(tmp_path)
     save(MASK[:, :-1], tmp_path / "masks" / "00.png")
-    message = error_of(data.Folder(tmp_path))
+    message = error_of(sources.Folder(tmp_path))
     assert f"{tmp_path / 'masks' / '00.png'} is 49 x 40 pixels" in message
     assert "50 x 40" in message
 
@@ -346,11 +348,11 @@ def test_an_unreadable_file_is_named(tmp_path: Path, folder: str, fault: str) ->
         "broken chunk": whole[:60] + b"\xff" * 20 + whole[80:],
     }
     file.write_bytes(faulty[fault])
-    assert f"{file} is not a readable image" in error_of(data.Folder(tmp_path))
+    assert f"{file} is not a readable image" in error_of(sources.Folder(tmp_path))
 
 
 def test_an_image_smaller_than_the_crop_is_named(tmp_path: Path) -> None:
-    message = error_of(data.Folder(folder_data(tmp_path)), image_size=64)
+    message = error_of(sources.Folder(folder_data(tmp_path)), image_size=64)
     assert f"{tmp_path / 'images' / '00.png'} is 50 x 40 pixels" in message
     assert "image_size=64" in message
 
@@ -360,7 +362,7 @@ def test_of_many_bad_files_the_first_ten_and_the_count_are_given(tmp_path: Path)
     bad = [tmp_path / "images" / f"{number:02d}.png" for number in range(12)]
     for file in bad:
         file.write_bytes(b"junk")
-    message = error_of(data.Folder(tmp_path))
+    message = error_of(sources.Folder(tmp_path))
     assert "12 of 14 images" in message
     assert "2 more" in message
     assert [str(file) in message for file in bad] == [True] * 10 + [False] * 2
@@ -369,24 +371,24 @@ def test_of_many_bad_files_the_first_ten_and_the_count_are_given(tmp_path: Path)
 def test_two_images_of_one_id_are_refused(tmp_path: Path) -> None:
     folder_data(tmp_path, count=2)
     save(grey(), tmp_path / "images" / "01.jpg")
-    assert "'01'" in error_of(data.Folder(tmp_path))
+    assert "'01'" in error_of(sources.Folder(tmp_path))
 
 
 def test_training_masks_that_are_all_empty_are_refused() -> None:
     masks = np.zeros((6, 8, 8), np.uint8)
     masks[5, 2:4, 2:4] = 1
     pixels = np.zeros((6, 8, 8, 3), np.uint8)
-    images = data.Images("mine", list("abcdef"), ["unknown"] * 6, pixels, masks, pixels, masks, "")
+    images = sources.Images("mine", list("abcdef"), ["unknown"] * 6, pixels, masks, pixels, masks, "")
     with pytest.raises(InputError, match="data=mine: all 4 training masks are empty"):
-        data.check_training_masks(images, data.Split(train=[0, 1, 2, 3], validation=[4], test=[5]))
-    data.check_training_masks(images, data.Split(train=[5, 1, 2, 3], validation=[4], test=[0]))
+        sources.check_training_masks(images, sources.Split(train=[0, 1, 2, 3], validation=[4], test=[5]))
+    sources.check_training_masks(images, sources.Split(train=[5, 1, 2, 3], validation=[4], test=[0]))
 
 
 # --- phantoms
 
 
-def phantoms(cache_dir: Path, count: int = 4, seed: int = 0) -> data.Phantoms:
-    return data.Phantoms(count=count, seed=seed, cache_dir=cache_dir)
+def phantoms(cache_dir: Path, count: int = 4, seed: int = 0) -> sources.Phantoms:
+    return sources.Phantoms(count=count, seed=seed, cache_dir=cache_dir)
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +411,7 @@ def test_phantoms_are_made_once_and_then_read(phantom_cache: Path, monkeypatch: 
 
 
 def test_phantoms_are_the_same_wherever_they_are_made(phantom_cache: Path, tmp_path: Path) -> None:
-    first, second = (data.load(phantoms(cache), load_size=73, image_size=64) for cache in (phantom_cache, tmp_path))
+    first, second = (sources.load(phantoms(cache), load_size=73, image_size=64) for cache in (phantom_cache, tmp_path))
     assert first.digest == second.digest
     assert first.masks.any(axis=(1, 2)).all()
 
@@ -439,7 +441,7 @@ def test_phantoms_that_two_want_at_once_are_made_once(tmp_path: Path, monkeypatc
 
 
 def test_loaded_arrays_have_the_promised_shapes_types_and_order(small_busi: Path) -> None:
-    images = data.load(data.Busi(small_busi), load_size=73, image_size=64)
+    images = sources.load(sources.Busi(small_busi), load_size=73, image_size=64)
     count = len(images.ids)
     assert count == 25
     assert images.ids == sorted(images.ids)
@@ -453,7 +455,7 @@ def test_loaded_arrays_have_the_promised_shapes_types_and_order(small_busi: Path
 def test_resizing_keeps_lesions_where_they_are(tmp_path: Path) -> None:
     save(np.where(MASK, 200, 20).astype(np.uint8), tmp_path / "images" / "a.png")
     save(MASK, tmp_path / "masks" / "a.png")
-    images = data.load(data.Folder(tmp_path), load_size=20, image_size=20)
+    images = sources.load(sources.Folder(tmp_path), load_size=20, image_size=20)
     expected = np.zeros((20, 20), np.uint8)
     expected[5:10, 6:14] = 1  # rows / 2, columns * 0.4
     assert np.array_equal(images.masks[0], expected)
@@ -462,46 +464,46 @@ def test_resizing_keeps_lesions_where_they_are(tmp_path: Path) -> None:
 
 def test_enlarging_a_mask_keeps_it_binary_and_in_place() -> None:
     mask = np.array([[0, 1], [0, 0]], np.uint8)
-    assert np.array_equal(data.resize_mask(mask, 4), np.kron(mask, np.ones((2, 2), np.uint8)))
+    assert np.array_equal(sources.resize_mask(mask, 4), np.kron(mask, np.ones((2, 2), np.uint8)))
 
 
 def test_digest_follows_every_pixel_id_and_label_but_not_the_place(tmp_path: Path) -> None:
     root = busi_data(tmp_path / "first")
-    digest = load(data.Busi(root)).digest
+    digest = load(sources.Busi(root)).digest
     moved = shutil.move(root, tmp_path / "elsewhere")
-    assert load(data.Busi(moved)).digest == digest
+    assert load(sources.Busi(moved)).digest == digest
     os.utime(moved / "benign" / "benign (1).png", (0, 0))
-    assert load(data.Busi(moved)).digest == digest
+    assert load(sources.Busi(moved)).digest == digest
 
     mask_file = moved / "malignant" / "malignant (1)_mask.png"
     changed = MASK.copy()
     changed[0, 0] = True
     before = mask_file.read_bytes()
     save(changed, mask_file, "RGB")
-    assert load(data.Busi(moved)).digest != digest
+    assert load(sources.Busi(moved)).digest != digest
     mask_file.write_bytes(before)
-    assert load(data.Busi(moved)).digest == digest
+    assert load(sources.Busi(moved)).digest == digest
 
     for file in sorted((moved / "malignant").iterdir()):
         file.rename(file.with_name(file.name.replace("(1)", "(2)")))
-    assert load(data.Busi(moved)).digest != digest
+    assert load(sources.Busi(moved)).digest != digest
 
 
 # --- splits
 
 
-def parts(split: data.Split) -> tuple[list[int], list[int], list[int]]:
+def parts(split: sources.Split) -> tuple[list[int], list[int], list[int]]:
     return split.train, split.validation, split.test
 
 
 def test_163_images_split_as_in_the_paper() -> None:
     for index in range(3):
-        assert tuple(map(len, parts(data.split(163, index=index)))) == (104, 26, 33)
+        assert tuple(map(len, parts(sources.split(163, index=index)))) == (104, 26, 33)
 
 
 def test_the_splits_of_163_images_stay_what_they_are() -> None:
     """Numbers written down once: a library that draws others would silently change every result."""
-    assert [data.split(163, index=index).test[:5] for index in range(3)] == [
+    assert [sources.split(163, index=index).test[:5] for index in range(3)] == [
         [132, 19, 26, 134, 1],
         [75, 35, 146, 117, 129],
         [46, 129, 139, 100, 119],
@@ -511,28 +513,28 @@ def test_the_splits_of_163_images_stay_what_they_are() -> None:
 @example(count=163, index=0)
 @given(count=st.integers(5, 500), index=st.integers(0, 2))
 def test_a_split_is_disjoint_complete_and_fixed(count: int, index: int) -> None:
-    split = data.split(count, index=index)
+    split = sources.split(count, index=index)
     assert sorted(itertools.chain(*parts(split))) == list(range(count))
     assert min(map(len, parts(split))) >= 1
     assert len(split.test) == pytest.approx(0.20 * count, abs=0.5)
     assert len(split.validation) == pytest.approx(0.16 * count, abs=0.5)
-    assert data.split(count, index=index) == split
+    assert sources.split(count, index=index) == split
 
 
 @given(count=st.integers(20, 500))
 def test_the_three_splits_differ(count: int) -> None:
-    tests = {tuple(sorted(data.split(count, index=index).test)) for index in range(3)}
+    tests = {tuple(sorted(sources.split(count, index=index).test)) for index in range(3)}
     assert len(tests) == 3
 
 
 def test_test_parts_are_those_of_sklearns_shuffle_split() -> None:
     shuffles = ShuffleSplit(n_splits=3, test_size=33, train_size=130, random_state=2025).split(np.zeros(163))
     for index, (_, test) in enumerate(shuffles):
-        assert data.split(163, index=index).test == test.tolist()
+        assert sources.split(163, index=index).test == test.tolist()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_too_few_images_are_refused_with_their_number(count: int) -> None:
     with pytest.raises(InputError, match=f"{count} images.* at least 4"):
-        data.split(count, index=0)
-    assert data.split(4, index=0)
+        sources.split(count, index=0)
+    assert sources.split(4, index=0)

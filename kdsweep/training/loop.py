@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdsweep.core import interrupts, logs
-from kdsweep.core.compute import Compute, give_back_memory, is_out_of_memory, placed
+from kdsweep.core import logs, signals
+from kdsweep.core.device import Compute, give_back_memory, is_out_of_memory, placed
 from kdsweep.core.errors import CellError, told
 from kdsweep.core.progress import Progress
 from kdsweep.data.loaders import Feed
 from kdsweep.data.views import normalise
 from kdsweep.evaluation import metrics, scoring
-from kdsweep.models.models import Outputs, UNet
+from kdsweep.models.unet import Outputs, UNet
 from kdsweep.runs import records
 from kdsweep.training.learner import Learner, Lesson, Means
 
@@ -195,7 +195,7 @@ def train_epoch(
         with _shared(f"epoch {epoch + 1}, step {number + 1}, Teacher's forward"):
             lessons = staff.teach(active, images)
         for learner in active:
-            interrupts.check()
+            signals.check()
             with alone(learner):
                 # What a loss or network draws is its own too: neither the others nor an interruption change it.
                 torch.manual_seed(feed.train.step_seed(epoch, number))
@@ -204,7 +204,7 @@ def train_epoch(
         if pace is not None and (turn := pace.next([own for own in active if own.failure is None])) is not None:
             with alone(turn):
                 pace.save(turn)
-        interrupts.check()
+        signals.check()
 
 
 @contextmanager
@@ -258,7 +258,7 @@ def _located(learner: Learner, where: str) -> Iterator[None]:
 def _validate(learners: list[Learner], taught: list[dict[Lesson, Outputs]], *, feed: Feed, compute: Compute) -> None:
     """End the epoch with the means over the validation images, which Teacher and Student see whole, unaugmented."""
     for learner in (own for own in learners if own.failure is None):
-        interrupts.check()
+        signals.check()
         with alone(learner):
             learner.check_finite(learner.means, "train")
             means = Means()
@@ -292,7 +292,7 @@ def run(
 
     try:
         compute.prepare()
-        with interrupts.deferred():
+        with signals.deferred():
             _begin_all(learners, feed=feed, compute=compute)
             for learner in (own for own in learners if own.stopped and own.failure is None):
                 conclude(learner)  # what was interrupted after its last epoch
@@ -300,9 +300,9 @@ def run(
                 fit(going, teachers=teachers, feed=feed, compute=compute, stopped=conclude)
     except BaseException as error:
         open_ones = [own for own in learners if own.failure is None and own.folder not in results]
-        if interrupts.pending() or not isinstance(error, Exception) or is_out_of_memory(error):
+        if signals.pending() or not isinstance(error, Exception) or is_out_of_memory(error):
             _save(open_ones)
-            interrupts.check()
+            signals.check()
             raise
         for learner in open_ones:  # an error of what they share: batches, a Teacher's forward
             with logs.about(learner.folder):
@@ -360,7 +360,7 @@ def _begin_all(learners: list[Learner], *, feed: Feed, compute: Compute) -> None
     what += f"{feed.train.image_count} training images, {compute.device}, {compute.precision}"
     resumed = 0
     for learner in learners:
-        interrupts.check()
+        signals.check()
         with alone(learner):
             if _begin(learner, compute):
                 resumed += 1

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from kdsweep import conf_dir
-from kdsweep.config import cells, limits
+from kdsweep.config import identity, schema
 from kdsweep.core.errors import InputError
 
 CONF = conf_dir()
@@ -87,17 +87,17 @@ EDGES: dict[str, tuple[Any, ...]] = {
 
 @pytest.fixture(scope="module")
 def defaults() -> dict[str, Any]:
-    return cells.params(cells.compose(["path=HR"]))  # the path that has the most keys
+    return identity.params(identity.compose(["path=HR"]))  # the path that has the most keys
 
 
 def compose(*overrides: str) -> dict[str, Any]:
     """Flat values of a configuration; data sets that need a folder are given one."""
     needs_root = any(override in ("data=udiat", "data=busi", "data=folder") for override in overrides)
-    return cells.params(cells.compose([*overrides, *(["data.root=images"] if needs_root else [])]))
+    return identity.params(identity.compose([*overrides, *(["data.root=images"] if needs_root else [])]))
 
 
 def test_every_rule_has_bad_values_in_this_test() -> None:
-    assert sorted(BAD) == sorted(key for key, _, _ in limits.RULES)
+    assert sorted(BAD) == sorted(key for key, _, _ in schema.RULES)
     assert EDGES.keys() <= BAD.keys()
 
 
@@ -105,9 +105,9 @@ def test_every_rule_has_bad_values_in_this_test() -> None:
 def test_a_bad_value_is_refused_with_key_value_and_what_is_allowed(
     defaults: dict[str, Any], key: str, value: Any
 ) -> None:
-    (allowed,) = (words for name, words, _ in limits.RULES if name == key)
+    (allowed,) = (words for name, words, _ in schema.RULES if name == key)
     with pytest.raises(InputError) as caught:
-        limits.check({**defaults, key: value})
+        schema.check({**defaults, key: value})
     message = str(caught.value)
     assert message.startswith(f"{key}=")
     assert " ".join(str(value).split()) in message
@@ -118,17 +118,17 @@ def test_a_bad_value_is_refused_with_key_value_and_what_is_allowed(
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in EDGES.items() for value in values])
 def test_values_at_the_edge_of_the_allowed_are_taken(defaults: dict[str, Any], key: str, value: Any) -> None:
     size = {"image_size": 64} if key != "image_size" else {}
-    limits.check({**defaults, **size, key: value})
+    schema.check({**defaults, **size, key: value})
 
 
 def test_every_rule_is_about_a_key_that_exists(defaults: dict[str, Any]) -> None:
-    assert {key for key, _, _ in limits.RULES} <= defaults.keys()
+    assert {key for key, _, _ in schema.RULES} <= defaults.keys()
 
 
 def test_images_cannot_be_loaded_smaller_than_they_are_cropped(defaults: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"data\.load_size=200 is not allowed: image_size=224"):
-        limits.check({**defaults, "data.load_size": 200})
-    limits.check({**defaults, "data.load_size": 224})
+        schema.check({**defaults, "data.load_size": 200})
+    schema.check({**defaults, "data.load_size": 224})
 
 
 # --- configuration files
@@ -142,7 +142,7 @@ def test_the_groups_are_those_that_the_design_names() -> None:
 
 def test_the_defaults_are_the_papers_best_cell_by_its_protocol() -> None:
     defaults = compose()
-    limits.check(defaults)
+    schema.check(defaults)
     expected = {
         "path.notation": "L",
         "loss.name": "kld",
@@ -165,7 +165,7 @@ def test_the_defaults_are_the_papers_best_cell_by_its_protocol() -> None:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_every_group_composes_within_the_limits(option: str) -> None:
     values = compose(option)
-    limits.check(values)
+    schema.check(values)
     group, _, name = option.partition("=")
     if f"{group}.name" in values:
         assert values[f"{group}.name"] == name
@@ -175,7 +175,7 @@ def test_every_option_of_every_group_composes_within_the_limits(option: str) -> 
 @pytest.mark.parametrize("path", GROUPS["path"])
 def test_every_path_composes_under_every_profile(path: str, profile: str) -> None:
     values = compose(f"path={path}", f"profile={profile}", "teacher_aug=strong", "loss=mse")
-    limits.check(values)
+    schema.check(values)
     assert values["profile"] == profile
 
 
@@ -183,11 +183,11 @@ def test_every_path_composes_under_every_profile(path: str, profile: str) -> Non
 def test_every_experiment_sweeps_existing_options_within_the_limits(name: str) -> None:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("config", [f"+experiment={name}"], return_hydra_config=True)
-    limits.check(cells.params(cfg))
+    schema.check(identity.params(cfg))
     swept = {key: str(values).split(",") for key, values in cfg.hydra.sweeper.params.items()}
     for key, values in swept.items():
         for value in values:
-            limits.check(compose(f"{key}={value}"))
+            schema.check(compose(f"{key}={value}"))
     count = math.prod(map(len, swept.values()))
     assert count == {"table3": 12, "table4": 48, "cpu_study": 48}[name]
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from kdsweep.core import interrupts
+from kdsweep.core import signals
 from kdsweep.core.errors import CellError, InputError
 from kdsweep.sweep.engines.engine import Unit
 
 if TYPE_CHECKING:
-    from kdsweep.sweep.engines.node import Errand
+    from kdsweep.sweep.engines.remote import Errand
     from kdsweep.sweep.plan import Job, Look
 
 log = logging.getLogger(__name__)
@@ -69,13 +69,13 @@ class OnRay:
 
     def check(self, jobs: Sequence[Job]) -> None:
         """See ``Engine``: on several machines MLflow must be a server, and one must have what a group needs."""
-        from kdsweep.sweep.engines import node
+        from kdsweep.sweep.engines import remote
 
         ray = self._connect()
         machines = {own["NodeManagerHostname"] for own in ray.nodes() if own["Alive"]}
         if len(machines) > 1:
             for job in jobs:
-                node.check_tracking(job.values)
+                remote.check_tracking(job.values)
         for name, key in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
             most = max((own["Resources"].get(name, 0) for own in ray.nodes() if own["Alive"]), default=0)
             if self._needs[key] > most:
@@ -105,9 +105,9 @@ class OnRay:
 
     def look(self, configs: list[DictConfig], *, times: bool) -> Look:
         """See ``Engine``."""
-        from kdsweep.sweep.engines import node
+        from kdsweep.sweep.engines import remote
 
-        return node.look(configs, self._place, config=self._config, times=times)
+        return remote.look(configs, self._place, config=self._config, times=times)
 
     def queued(self, jobs: Sequence[Job]) -> set[Path]:
         """See ``Engine``: tasks end with the command."""
@@ -124,7 +124,7 @@ class OnRay:
         yield from self._run(ray, units)
 
     def _run(self, ray: Any, units: Sequence[Unit]) -> Iterator[tuple[Unit, Any]]:
-        from kdsweep.sweep.engines.node import Errand
+        from kdsweep.sweep.engines.remote import Errand
 
         # A fresh process for each: what one leaves behind (memory, threads, loggers) would reach the next.
         task = ray.remote(max_calls=1, **self._needs)(_do)
@@ -134,7 +134,7 @@ class OnRay:
             try:
                 done, _ = ray.wait(self._running, num_returns=1, timeout=LOOK_EVERY_S)
             except KeyboardInterrupt:  # what Ray makes of any exception of a signal's handler
-                interrupts.check()
+                signals.check()
                 raise
             for own in done:
                 yield waiting.pop(own), _outcome(ray, own)
@@ -150,7 +150,7 @@ class OnRay:
                 ray.cancel(own)
             # They save what they do.
             _, late = ray.wait(self._running, num_returns=len(self._running), timeout=STOP_WITHIN_S)
-            if isinstance(error, interrupts.Stopped):
+            if isinstance(error, signals.Stopped):
                 error.killed = len(late)
         ray.shutdown()
 

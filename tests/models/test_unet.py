@@ -17,10 +17,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdsweep.config import cells
+from kdsweep.config import identity
 from kdsweep.core.errors import InputError
-from kdsweep.models import models
-from kdsweep.training.build import teacher_network
+from kdsweep.models import unet
+from kdsweep.training.factory import teacher_network
 
 MOBILENET = "timm/mobilenetv3_small_100.lamb_in1k"
 
@@ -29,17 +29,17 @@ STUDENT = {"encoder": "mobilenetv3_small_trimmed", "decoder_channels": [80, 40, 
 SMALL_DECODER = [16, 16, 8, 8, 8]
 
 
-def build(encoder: str, *, weights: str = "none", seed: int = 0) -> models.UNet:
-    return models.unet(encoder=encoder, decoder_channels=SMALL_DECODER, weights=weights, seed=seed)
+def build(encoder: str, *, weights: str = "none", seed: int = 0) -> unet.UNet:
+    return unet.unet(encoder=encoder, decoder_channels=SMALL_DECODER, weights=weights, seed=seed)
 
 
-def student(seed: int = 0) -> models.UNet:
-    return models.unet(**STUDENT, weights="none", seed=seed)
+def student(seed: int = 0) -> unet.UNet:
+    return unet.unet(**STUDENT, weights="none", seed=seed)
 
 
-def teacher_without_memory() -> models.UNet:
+def teacher_without_memory() -> unet.UNet:
     with torch.device("meta"):
-        return models.unet(**TEACHER, weights="none", seed=0)
+        return unet.unet(**TEACHER, weights="none", seed=0)
 
 
 def images(count: int = 2, size: int = 64) -> Tensor:
@@ -80,13 +80,13 @@ def test_the_teacher_is_the_papers_96_million() -> None:
     teacher = teacher_without_memory()
     with torch.device("meta"):
         stock = smp.Unet("resnext101_32x8d", encoder_weights=None, in_channels=3, classes=1)
-    assert models.count_parameters(teacher) == models.count_parameters(stock) == 95_755_409
+    assert unet.count_parameters(teacher) == unet.count_parameters(stock) == 95_755_409
     shapes, stock_shapes = ({k: v.shape for k, v in net.state_dict().items()} for net in (teacher, stock))
     assert shapes == stock_shapes
 
 
 def test_the_student_is_the_papers_0_82_million() -> None:
-    count = models.count_parameters(student())
+    count = unet.count_parameters(student())
     assert 815_000 < count < 825_000
     assert count == 820_385
 
@@ -128,8 +128,8 @@ def test_the_students_convolutions_pad_symmetrically() -> None:
 
 def test_summary_and_macs() -> None:
     teacher = teacher_without_memory()
-    assert models.count_macs(teacher, image_size=224) / 1e9 == pytest.approx(20.5, abs=0.1)
-    table = models.summary(teacher=teacher, student=student(), image_size=224)
+    assert unet.count_macs(teacher, image_size=224) / 1e9 == pytest.approx(20.5, abs=0.1)
+    table = unet.summary(teacher=teacher, student=student(), image_size=224)
     assert "95,755,409" in table
     assert "820,385" in table
     assert "2048 x 7 x 7" in table
@@ -148,7 +148,7 @@ def test_macs_by_hand() -> None:
             return self.layer(batch)
 
     network = OneConvolution().train()
-    assert models.count_macs(network, image_size=10) == 10 * 10 * 8 * 3 * 3 * 3  # type: ignore[arg-type]
+    assert unet.count_macs(network, image_size=10) == 10 * 10 * 8 * 3 * 3 * 3  # type: ignore[arg-type]
     assert network.training, "counting leaves the mode as it was"
 
 
@@ -175,7 +175,7 @@ def test_the_teachers_hidden_map_is_not_negative_and_the_students_is_signed() ->
 
 
 def test_freeze_stops_gradients_and_batch_statistics() -> None:
-    network = models.freeze(build("resnet18").train())
+    network = unet.freeze(build("resnet18").train())
     before = copy_of(network.state_dict())
     outputs = network(images())
     assert not network.training
@@ -212,7 +212,7 @@ def test_an_unknown_encoder_is_refused() -> None:
 
 def test_the_trimmed_encoder_has_one_depth() -> None:
     with pytest.raises(ValueError, match="depth 5"):
-        models.TrimmedMobileNetV3Small(depth=4)
+        unet.TrimmedMobileNetV3Small(depth=4)
 
 
 # ---- weights that fit ----------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_imagenet_weights_reach_every_tensor_of_the_students_encoder(tmp_path: P
     save_file(state, tmp_path / "model.safetensors")
     network = build("mobilenetv3_small_trimmed")
     decoder = copy_of(network.decoder.state_dict())
-    models.load_weights(network, tmp_path / "model.safetensors", label="weights")
+    unet.load_weights(network, tmp_path / "model.safetensors", label="weights")
     own = network.encoder.state_dict()
     assert len(own) == 212
     assert all(torch.equal(value, state[key]) for key, value in own.items())
@@ -275,7 +275,7 @@ def test_weights_of_another_encoder_are_refused(tmp_path: Path, offered: str, wa
     network = build(wanted)
     before = copy_of(network.state_dict())
     with pytest.raises(InputError) as error:
-        models.load_weights(network, file, label=f"weights={file}")
+        unet.load_weights(network, file, label=f"weights={file}")
     one_line(error, file, wanted)
     assert equal(before, network.state_dict()), "nothing was loaded"
 
@@ -296,7 +296,7 @@ def test_junk_is_refused(tmp_path: Path, name: str, seed: int) -> None:
     file = tmp_path / name
     file.write_bytes(rng.bytes(int(rng.integers(0, 300))))
     with pytest.raises(InputError) as error:
-        models.read_weights(file)
+        unet.read_weights(file)
     one_line(error, file)
 
 
@@ -310,7 +310,7 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
             file = (tmp_path / "part").with_suffix(suffix)
             file.write_bytes(content[: int(share * len(content))])
             with pytest.raises(InputError) as error:
-                models.read_weights(file)
+                unet.read_weights(file)
             one_line(error, file)
 
 
@@ -422,19 +422,19 @@ def test_imagenet_weights_are_fetched_once_the_cache_has_none(
 def test_without_a_network_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, Hub())
     with pytest.raises(InputError) as error:
-        models.imagenet_file(f"{MOBILENET}@main")
+        unet.imagenet_file(f"{MOBILENET}@main")
     one_line(error, MOBILENET, "ConnectionError", "weights=none", "weights=FILE")
 
 
 @pytest.mark.parametrize("name", ["resnext101", "resnext50", "resnet101", "resnet34", "resnet18"])
 def test_the_configured_imagenet_weights_are_those_that_smp_knows(name: str) -> None:
-    node = cells.compose([f"teacher={name}"]).teacher
+    node = identity.compose([f"teacher={name}"]).teacher
     known = smp.encoders.encoders[node.encoder]["pretrained_settings"]["imagenet"]
     assert node.imagenet == f"{known['repo_id']}@{known['revision']}"
 
 
 def test_the_students_imagenet_weights_are_those_that_timm_knows() -> None:
-    source, _, revision = cells.compose([]).student.imagenet.partition("@")
+    source, _, revision = identity.compose([]).student.imagenet.partition("@")
     assert source == timm.get_pretrained_cfg("mobilenetv3_small_100").hf_hub_id
     assert re.fullmatch(r"[0-9a-f]{40}", revision)  # a branch may move
 
@@ -446,7 +446,7 @@ def test_weights_none_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_encoder_without_imagenet_weights_says_so() -> None:
-    cfg = cells.compose(["teacher.encoder=tu-resnet18", "~teacher.imagenet"])
+    cfg = identity.compose(["teacher.encoder=tu-resnet18", "~teacher.imagenet"])
     with pytest.raises(InputError) as error:
         teacher_network(cfg)
     one_line(error, "encoder=tu-resnet18", "weights=none")

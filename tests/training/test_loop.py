@@ -6,15 +6,15 @@ import pandas as pd
 import pytest
 import torch
 
-from kdsweep.config import cells
-from kdsweep.core.compute import Compute, placed
+from kdsweep.config import identity
+from kdsweep.core.device import Compute, placed
 from kdsweep.core.errors import InputError
-from kdsweep.data import data
+from kdsweep.data import sources
 from kdsweep.data.loaders import Feed
 from kdsweep.evaluation import scoring
-from kdsweep.models import models
+from kdsweep.models import unet
 from kdsweep.runs import checkpoint, records
-from kdsweep.training import build, teachers, train
+from kdsweep.training import factory, loop, teachers
 from kdsweep.training.learner import DivergedError, Means
 
 QUICK = ["profile=quick", "data=busi", "train.batch_size=6", "train.epochs=2", "device=cpu"]
@@ -26,7 +26,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.fixture
 def compose(small_busi, tmp_path):
     def make(*overrides):
-        return cells.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path}", *overrides])
+        return identity.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path}", *overrides])
 
     return make
 
@@ -35,22 +35,22 @@ def teachers_of(*configs):
     """Untrained but frozen Teachers by fingerprint; distillation does not care how good they are."""
     taught = [cfg for cfg in configs if cfg.path.kd_path is not None]
     return {
-        cells.teacher_cell(cfg).fingerprint: models.freeze(
-            build.teacher_network(cfg).to(memory_format=torch.channels_last)
+        identity.teacher_cell(cfg).fingerprint: unet.freeze(
+            factory.teacher_network(cfg).to(memory_format=torch.channels_last)
         )
         for cfg in taught
     }
 
 
 def make_learner(cfg, folder):
-    learner = build.learner(cfg, cells.cell(cfg))
+    learner = factory.learner(cfg, identity.cell(cfg))
     learner.folder = folder
     checkpoint.write_json(folder / "split.json", {})
     return learner
 
 
 def feed_of(cfg):
-    return build.feed(cfg, seed=cfg.seed)
+    return factory.feed(cfg, seed=cfg.seed)
 
 
 def state_of(learner):
@@ -74,10 +74,10 @@ def test_a_group_of_three_equals_three_solo_runs_bit_for_bit(compose, tmp_path):
     ]
     group = [make_learner(cfg, tmp_path / f"group{i}") for i, cfg in enumerate(configs)]
     torch.manual_seed(123)  # what else has drawn random numbers must not matter
-    train.run(group, teachers=teachers_of(*configs), feed=feed_of(configs[0]), compute=CPU)
+    loop.run(group, teachers=teachers_of(*configs), feed=feed_of(configs[0]), compute=CPU)
     for i, cfg in enumerate(configs):
         alone = make_learner(cfg, tmp_path / f"alone{i}")
-        train.run([alone], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+        loop.run([alone], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
         assert_same(state_of(alone), state_of(group[i]))
         assert alone.history == group[i].history
         ours, theirs = (tmp_path / f"{kind}{i}" / "test_scores.csv" for kind in ("group", "alone"))
@@ -91,7 +91,7 @@ def test_the_order_of_a_group_makes_no_difference(compose, tmp_path):
     states = []
     for order in (configs, configs[::-1]):
         group = {cfg.path.name: make_learner(cfg, tmp_path / f"{len(states)}{cfg.path.name}") for cfg in order}
-        train.fit(list(group.values()), teachers=teachers_of(*configs), feed=feed_of(configs[0]), compute=CPU)
+        loop.fit(list(group.values()), teachers=teachers_of(*configs), feed=feed_of(configs[0]), compute=CPU)
         states.append({f"{name}.{k}": v for name, own in group.items() for k, v in state_of(own).items()})
     assert_same(states[0], states[1])
 
@@ -101,7 +101,7 @@ def test_the_teacher_is_left_as_it_was_and_gets_no_gradient(compose, tmp_path):
     staff = teachers_of(cfg)
     (teacher,) = staff.values()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    train.fit([make_learner(cfg, tmp_path)], teachers=staff, feed=feed_of(cfg), compute=CPU)
+    loop.fit([make_learner(cfg, tmp_path)], teachers=staff, feed=feed_of(cfg), compute=CPU)
     assert not teacher.training
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert_same(before, teacher.state_dict())  # batch norm statistics among them
@@ -112,12 +112,12 @@ def test_a_teacher_that_is_not_frozen_is_refused(compose, spoil):
     staff = teachers_of(compose("path=L"))
     spoil(next(iter(staff.values())))
     with pytest.raises(ValueError, match="not frozen"):
-        train.Staff(staff, CPU)
+        loop.Staff(staff, CPU)
 
 
 def test_hidden_paths_run_the_teachers_encoder_alone_and_each_view_once(compose, tmp_path):
     configs = [compose("path=H", "teacher_aug=weak"), compose("path=HR", "teacher_aug=weak")]
-    staff = train.Staff(teachers_of(*configs), CPU)
+    staff = loop.Staff(teachers_of(*configs), CPU)
     (teacher,) = staff.teachers.values()
     calls = []
     teacher.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
@@ -136,7 +136,7 @@ def test_hidden_paths_run_the_teachers_encoder_alone_and_each_view_once(compose,
 def test_terms_are_weighted_as_equation_one_says_and_their_ratio_is_recorded(compose, tmp_path):
     cfg = compose("path=L", "loss=mse", "kd.weight=0.3", "train.epochs=1")
     learner = make_learner(cfg, tmp_path)
-    train.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    loop.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
     (values,) = learner.history
     for part in ("train", "val"):
         expected = 0.3 * values[f"{part}/kd"] + 0.7 * values[f"{part}/supervised"]
@@ -149,7 +149,7 @@ def test_the_kd_term_reaches_the_student_and_the_regressor(compose, tmp_path):
     cfg = compose("path=HR", "loss=mse", "kd.weight=1.0", "train.epochs=1")
     learner = make_learner(cfg, tmp_path)
     before = {name: value.clone() for name, value in state_of(learner).items()}
-    train.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    loop.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
     moved = {name for name, value in state_of(learner).items() if not torch.equal(value, before[name])}
     assert "kd_path.regressor.0.weight" in moved
     assert "network.encoder.conv_stem.weight" in moved
@@ -161,7 +161,7 @@ def test_align_none_compares_the_maps_as_they_are(compose, tmp_path):
     for align in ("warp", "none"):
         cfg = compose("path=L", "teacher_aug=weak", f"kd.align={align}", "train.epochs=1")
         learner = make_learner(cfg, tmp_path / align)
-        train.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+        loop.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
         states.append(learner.history[0]["train/kd"])
     assert states[0] != states[1]
 
@@ -169,12 +169,12 @@ def test_align_none_compares_the_maps_as_they_are(compose, tmp_path):
 def test_regressor_is_in_the_checkpoint_and_not_in_the_exported_student(compose, tmp_path):
     cfg = compose("path=HR", "train.epochs=1")
     learner = make_learner(cfg, tmp_path)
-    train.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    loop.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
     state = checkpoint.load_state(tmp_path / "checkpoint.pt")["best"]
     assert "regressor.0.weight" in state["kd_path"]
-    exported = build.student_network(cfg)
+    exported = factory.student_network(cfg)
     checkpoint.load_network(tmp_path / "student.safetensors", exported)
-    assert models.count_parameters(exported) == 820_385
+    assert unet.count_parameters(exported) == 820_385
     assert_same(exported.state_dict(), state["network"])
 
 
@@ -188,12 +188,12 @@ def test_the_best_epoch_is_tested_not_the_last(compose, tmp_path):
         end_epoch({**values, "val/loss": next(told)})
 
     learner.end_epoch = end_with_told_loss
-    (final,) = train.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
+    (final,) = loop.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
     assert final["best_epoch"] == 1
     assert_same(learner.network.state_dict(), states[1])
     assert not torch.equal(states[1]["segmentation_head.0.weight"], states[3]["segmentation_head.0.weight"])
     table = pd.read_csv(tmp_path / "test_scores.csv")
-    again = build.student_network(cfg)
+    again = factory.student_network(cfg)
     checkpoint.load_network(tmp_path / "student.safetensors", again)
     part = feed_of(cfg).test
     fresh = scoring.score(scoring.predict(again, part, compute=CPU), part)
@@ -226,14 +226,14 @@ def test_the_best_epoch_is_that_of_what_is_monitored(compose, tmp_path):
 
 def test_a_teacher_is_the_same_whatever_its_students_monitor(compose):
     own = [compose("path=L", f"train.monitor={monitor}") for monitor in ("loss", "dice")]
-    assert len({cells.cell(cfg).fingerprint for cfg in own}) == 2
-    assert len({cells.teacher_cell(cfg).fingerprint for cfg in own}) == 1
+    assert len({identity.cell(cfg).fingerprint for cfg in own}) == 2
+    assert len({identity.teacher_cell(cfg).fingerprint for cfg in own}) == 1
 
 
 def test_one_stopped_learner_does_not_stop_the_group(compose, tmp_path):
     short, long = compose("path=none", "train.epochs=1"), compose("path=none", "train.epochs=3")
     learners = [make_learner(short, tmp_path / "short"), make_learner(long, tmp_path / "long")]
-    train.fit(learners, teachers={}, feed=feed_of(long), compute=CPU)
+    loop.fit(learners, teachers={}, feed=feed_of(long), compute=CPU)
     assert [len(learner.history) for learner in learners] == [1, 3]
     assert learners[0].history[0] == learners[1].history[0]
 
@@ -242,7 +242,7 @@ def test_a_loss_that_is_not_finite_ends_the_learner_with_term_and_epoch(compose,
     cfg = compose("path=L")
     learner = make_learner(cfg, tmp_path)
     learner.distillation.loss = lambda **maps: maps["student"].mean() * math.nan
-    (result,) = train.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    (result,) = loop.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
     assert isinstance(result, DivergedError)
     assert str(result).startswith("L_KLD_WAug split 0 seed 0: train/kd is nan in epoch 1, step 1; ")
     record = records.read(tmp_path)
@@ -262,7 +262,7 @@ def test_a_loss_that_is_not_finite_later_is_found_with_its_step(compose, tmp_pat
         return usual(**maps) * (value if len(calls) == 6 else 1.0)
 
     learner.distillation.loss = loss
-    (result,) = train.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    (result,) = loop.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
     assert f"train/kd is {value} in epoch 2, step 2" in str(result)
 
 
@@ -280,7 +280,7 @@ def test_what_went_wrong_is_told_also_when_it_cannot_be_written_down(compose, tm
     learner = make_learner(compose("path=none"), tmp_path)
     learner.network.forward = lambda _: (_ for _ in ()).throw(RuntimeError("the real cause"))
     monkeypatch.setattr(checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    (result,) = train.run([learner], teachers={}, feed=feed_of(compose()), compute=CPU)
+    (result,) = loop.run([learner], teachers={}, feed=feed_of(compose()), compute=CPU)
     assert str(result) == "Student split 0 seed 0: epoch 1, step 1, forward: RuntimeError: the real cause"
 
 
@@ -289,7 +289,7 @@ def test_bf16_runs_and_stays_close_to_fp32(compose, tmp_path):
     for precision in ("fp32", "bf16"):
         cfg = compose("path=L", "loss=mse", "train.epochs=1", f"precision={precision}")
         learner = make_learner(cfg, tmp_path / precision)
-        train.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=build.compute(cfg))
+        loop.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=factory.compute(cfg))
         values[precision] = learner.history[0]["train/supervised"]
     assert values["bf16"] == pytest.approx(values["fp32"], rel=0.02)
     assert values["bf16"] != values["fp32"]  # autocast really was on
@@ -298,7 +298,7 @@ def test_bf16_runs_and_stays_close_to_fp32(compose, tmp_path):
 def test_training_learns_a_visible_lesion(compose, tmp_path):
     cfg = compose("path=none", "train.epochs=25", "train.patience=25", "train.lr=3e-3")
     learner = make_learner(cfg, tmp_path)
-    (values,) = train.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
+    (values,) = loop.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
     everything = scoring.score(torch.ones_like(feed_of(cfg).test.masks, dtype=torch.bool), feed_of(cfg).test)[
         "dice"
     ].mean()
@@ -312,23 +312,23 @@ def test_batch_larger_than_the_training_set_is_refused(compose):
 
 def test_feed_parts_are_disjoint(compose):
     feed: Feed = feed_of(compose())
-    part = data.split(len(cells.images(compose()).ids), index=0)
+    part = sources.split(len(identity.images(compose()).ids), index=0)
     assert feed.train.image_count == len(part.train)
     assert not set(feed.validation.ids) & set(feed.test.ids)
 
 
 def test_a_teacher_read_from_the_store_teaches_as_the_one_just_trained(compose, small_busi, tmp_path):
     cfg = compose("path=L", "train.epochs=1", f"store={tmp_path}")
-    cell = cells.teacher_cell(cfg)
+    cell = identity.teacher_cell(cfg)
     started = []
 
     def obtained():
         def learner():
             started.append(cell)
             checkpoint.write_json(cell.folder / "split.json", {})
-            return build.teacher_learner(cfg, cell)
+            return factory.teacher_learner(cfg, cell)
 
-        wanted = teachers.Wanted(cell, lambda: build.teacher_network(cfg), learner)
+        wanted = teachers.Wanted(cell, lambda: factory.teacher_network(cfg), learner)
         return teachers.obtain([wanted], feed=feed_of(cfg), compute=CPU)[cell.fingerprint]
 
     trained, read = obtained(), obtained()
@@ -350,9 +350,9 @@ def test_a_cell_trains_on_cuda_close_to_the_cpu(compose, tmp_path, precision):
     for device in ("cpu", "cuda"):
         cfg = compose("path=L", "loss=mse", "train.epochs=1", f"device={device}", f"precision={precision}")
         learner = make_learner(cfg, tmp_path / device)
-        compute = build.compute(cfg)
+        compute = factory.compute(cfg)
         staff = {name: teacher.to(compute.device) for name, teacher in teachers_of(cfg).items()}
-        train.run([learner], teachers=staff, feed=feed_of(cfg), compute=compute)
+        loop.run([learner], teachers=staff, feed=feed_of(cfg), compute=compute)
         values[device] = learner.history[0]["train/loss"]
     assert values["cuda"] == pytest.approx(values["cpu"], rel=0.05)
 
@@ -368,13 +368,13 @@ def test_a_group_equals_solo_runs_on_cuda(compose, tmp_path, deterministic):
     """
     names = [*("path=HR", "path=L"), "path=none"]
     configs = [compose(name, "device=cuda", f"deterministic={deterministic}") for name in names]
-    compute = build.compute(configs[0])
+    compute = factory.compute(configs[0])
     staff = {name: placed(teacher, compute) for name, teacher in teachers_of(*configs).items()}
     group = [make_learner(cfg, tmp_path / f"group{i}") for i, cfg in enumerate(configs)]
-    train.run(group, teachers=staff, feed=feed_of(configs[0]), compute=compute)
+    loop.run(group, teachers=staff, feed=feed_of(configs[0]), compute=compute)
     for i, cfg in enumerate(configs):
         alone = make_learner(cfg, tmp_path / f"alone{i}")
-        train.run([alone], teachers=staff, feed=feed_of(cfg), compute=compute)
+        loop.run([alone], teachers=staff, feed=feed_of(cfg), compute=compute)
         if deterministic:
             assert_same(state_of(alone), state_of(group[i]))
         losses = [learner.history[-1]["val/loss"] for learner in (alone, group[i])]
@@ -385,19 +385,19 @@ def test_a_group_equals_solo_runs_on_cuda(compose, tmp_path, deterministic):
 @needs_cuda
 def test_no_step_makes_the_host_wait_for_the_device(compose, tmp_path):
     configs = [compose(name, "device=cuda") for name in ("path=HR", "path=L", "path=H", "path=none")]
-    compute = build.compute(configs[0])
-    staff = train.Staff({n: placed(t, compute) for n, t in teachers_of(*configs).items()}, compute)
+    compute = factory.compute(configs[0])
+    staff = loop.Staff({n: placed(t, compute) for n, t in teachers_of(*configs).items()}, compute)
     group = [make_learner(cfg, tmp_path / str(i)) for i, cfg in enumerate(configs)]
     for learner in group:
         for module in learner.modules().values():
             placed(module, compute)
     feed = feed_of(configs[0])
-    train.train_epoch(group, 0, staff=staff, feed=feed, compute=compute)  # what is done once may wait
+    loop.train_epoch(group, 0, staff=staff, feed=feed, compute=compute)  # what is done once may wait
     for learner in group:
         learner.means = Means()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train.train_epoch(group, 1, staff=staff, feed=feed, compute=compute)
+        loop.train_epoch(group, 1, staff=staff, feed=feed, compute=compute)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [learner.failure for learner in group] == [None] * 4

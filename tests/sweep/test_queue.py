@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from servers import until
 
-from kdsweep.sweep.engines import submissions
-from kdsweep.sweep.engines.submissions import QueueError, Task
+from kdsweep.sweep.engines import queue
+from kdsweep.sweep.engines.queue import QueueError, Task
 
 
 @pytest.fixture
@@ -36,55 +36,55 @@ ROWS = r"7_0 RUNNING\n7_1 PENDING\n7_2 COMPLETED\n7_3 TIMEOUT\n"
 
 def test_cells_are_queued_until_their_job_has_ended_for_good(tmp_path, squeue):
     asked = squeue(ROWS)
-    submissions.write(tmp_path, cluster="slurm", tasks=TASKS)
+    queue.write(tmp_path, cluster="slurm", tasks=TASKS)
     running, pending = Task("7_0", "RUNNING"), Task("7_1", "PENDING")
-    assert submissions.queued(tmp_path) == {"cells/a": running, "cells/b": running, "cells/c": pending}
+    assert queue.queued(tmp_path) == {"cells/a": running, "cells/b": running, "cells/c": pending}
     assert asked.read_text().split("\n")[:-1] == ["--noheader --array --states=all --jobs=7 --format=%i %T"]
 
 
 def test_a_requeued_job_is_still_queued(tmp_path, squeue):
     squeue(r"9 REQUEUED\n")
-    assert submissions.states(["9"], cluster="slurm") == {"9": "REQUEUED"}
+    assert queue.states(["9"], cluster="slurm") == {"9": "REQUEUED"}
 
 
 def test_a_job_that_slurm_has_forgotten_has_ended(tmp_path, squeue):
     squeue("", code=1, error="slurm_load_jobs error: Invalid job id specified")
-    submissions.write(tmp_path, cluster="slurm", tasks=TASKS)
-    assert submissions.queued(tmp_path) == {}
-    submissions.forget_ended(tmp_path)
+    queue.write(tmp_path, cluster="slurm", tasks=TASKS)
+    assert queue.queued(tmp_path) == {}
+    queue.forget_ended(tmp_path)
     assert not list((tmp_path / "slurm").glob("*.json"))
 
 
 def test_notes_of_what_is_still_queued_are_kept(tmp_path, squeue):
     squeue(ROWS)
-    submissions.write(tmp_path, cluster="slurm", tasks=TASKS)
-    submissions.write(tmp_path, cluster="slurm", tasks={"8": ["cells/f"]})
-    submissions.forget_ended(tmp_path)
+    queue.write(tmp_path, cluster="slurm", tasks=TASKS)
+    queue.write(tmp_path, cluster="slurm", tasks={"8": ["cells/f"]})
+    queue.forget_ended(tmp_path)
     assert [file.name for file in (tmp_path / "slurm").glob("*.json")] == ["7.json"]
 
 
 def test_a_queue_that_does_not_answer_is_no_empty_queue(tmp_path, squeue):
     squeue("", code=1, error="slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
-    submissions.write(tmp_path, cluster="slurm", tasks=TASKS)
+    queue.write(tmp_path, cluster="slurm", tasks=TASKS)
     with pytest.raises(QueueError, match=r"^squeue: Unable to contact slurm controller \(connect failure\)$"):
-        submissions.queued(tmp_path)
+        queue.queued(tmp_path)
 
 
 def test_without_squeue_the_queue_is_not_known(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(QueueError, match=r"squeue: .*No such file"):
-        submissions.states(["1"], cluster="slurm")
+        queue.states(["1"], cluster="slurm")
 
 
 def test_without_notes_nobody_is_asked(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert submissions.queued(tmp_path) == {}
+    assert queue.queued(tmp_path) == {}
 
 
 def test_a_local_job_lives_as_long_as_its_process(tmp_path):
     waits = "import sys; sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", waits, "submitit"], stdin=subprocess.PIPE) as process:
         job_id = str(process.pid)
-        assert until(lambda: submissions.states([job_id, str(os.getpid())], cluster="local") == {job_id: "RUNNING"}, 5)
+        assert until(lambda: queue.states([job_id, str(os.getpid())], cluster="local") == {job_id: "RUNNING"}, 5)
         process.communicate()
-    assert submissions.states([job_id], cluster="local") == {}
+    assert queue.states([job_id], cluster="local") == {}

@@ -102,11 +102,11 @@ def announce(configs: list[DictConfig], *, command: str) -> int:
     """Check every job in this process, write down what the sweep asks for, tell the user what will run; count jobs."""
     from kdsweep.sweep import plan
     from kdsweep.sweep.engines import worker
-    from kdsweep.tracking import mirror
+    from kdsweep.tracking import sync
 
     jobs = plan.read_jobs(configs)
     plan.watch(jobs, command=command)
-    at_end.callback(mirror.close_all)
+    at_end.callback(sync.close_all)
     waiting = plan.waiting(jobs)
     look = worker.look_at_cells([job.config for job in plan.kinds(waiting)], []) if waiting else None
     log.info("%s", plan.describe(jobs, groups=[[job] for job in waiting], look=look))
@@ -158,11 +158,11 @@ def one_line(error: BaseException) -> str:
 
 def _known_keys(key: str) -> str:
     """What may stand in the place of a wrong key."""
-    from kdsweep.config import cells
+    from kdsweep.config import identity
 
     parent, _, _ = key.rpartition(".")
     try:
-        cfg = cells.compose([])
+        cfg = identity.compose([])
         node = OmegaConf.select(cfg, parent) if parent else cfg
         keys = ", ".join(sorted(node)) if node is not None else ""
     except (InputError, TypeError):

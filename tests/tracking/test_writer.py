@@ -11,7 +11,7 @@ from mlflow.utils.validation import _validate_batch_log_limits
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.runs import records
-from kdsweep.tracking import tracking
+from kdsweep.tracking import writer
 
 PARAMS = {"data.name": "busi", "weights": "none", "train.lr": 0.001}
 TAGS = {"kdsweep.profile": "quick", "kdsweep.device": "cpu"}
@@ -50,16 +50,16 @@ def end(cell: Cell, dice: list[float]) -> records.Record:
     return records.read(cell.folder)
 
 
-def finish(tracker: tracking.Tracker, cell: Cell, sweep: str, folder: Path, dice: list[float]) -> str:
+def finish(tracker: writer.Tracker, cell: Cell, sweep: str, folder: Path, dice: list[float]) -> str:
     """Id of the run of a cell that was computed in a folder."""
     return tracker.mirror(end(replace(cell, store=folder), dice), sweep=sweep)
 
 
 def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
-    tracker, cell = tracking.Tracker(store=store, uri=None), make_cell()
+    tracker, cell = writer.Tracker(store=store, uri=None), make_cell()
     tracker.ask("round-trip", [cell])
     run_id = finish(tracker, cell, "round-trip", tmp_path, [0.25, 0.75])
-    sweep = tracking.read_sweep(store=store, uri=None, name="round-trip")
+    sweep = writer.read_sweep(store=store, uri=None, name="round-trip")
     (row,) = sweep.runs.to_dict("records")
     assert (row["fingerprint"], row["run_id"], row["status"]) == (cell.fingerprint, run_id, "FINISHED")
     assert (row["notation"], row["split"], row["seed"], row["profile"], row["data"]) == ("L_MSE", 0, 0, "quick", "busi")
@@ -71,33 +71,33 @@ def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
 
 
 def test_what_tells_cells_of_a_sweep_apart_comes_back_and_stays(store):
-    tracker = tracking.Tracker(store=store, uri=None)
+    tracker = writer.Tracker(store=store, uri=None)
     own = [replace(make_cell(lr=lr), variant={"train.lr": str(lr)}) for lr in (0.5, 0.25)]
     tracker.ask("variants", own, varied=["train.lr"])
     tracker.ask("variants", [replace(own[0], variant={})])  # alone, by a later command
     tracker.ask("variants", [replace(make_cell("H_MSE"), variant={"kd.weight": "1"})], varied=["kd.weight"])
-    sweep = tracking.read_sweep(store=store, uri=None, name="variants")
+    sweep = writer.read_sweep(store=store, uri=None, name="variants")
     found = {row["fingerprint"]: row["variant"] for row in sweep.runs.to_dict("records")}
     assert [found[cell.fingerprint] for cell in own] == [{"train.lr": "0.5"}, {"train.lr": "0.25"}]
     assert sweep.varied == ("train.lr", "kd.weight")
 
 
 def test_commands_come_back_once_each_the_last_one_last_and_never_too_many(store):
-    tracker = tracking.Tracker(store=store, uri=None)
+    tracker = writer.Tracker(store=store, uri=None)
     for command in ("first", "second 'a b'", "first", ""):
         tracker.ask("commands", [make_cell()], command=command)
-    assert tracking.read_sweep(store=store, uri=None, name="commands").commands == ("second 'a b'", "first")
+    assert writer.read_sweep(store=store, uri=None, name="commands").commands == ("second 'a b'", "first")
     for number in range(5):
         tracker.ask("commands", [make_cell()], command=str(number) * 1500)
-    lengths = [len(command) for command in tracking.read_sweep(store=store, uri=None, name="commands").commands]
+    lengths = [len(command) for command in writer.read_sweep(store=store, uri=None, name="commands").commands]
     assert lengths == [1500, 1500]
 
 
 def test_the_parent_run_says_what_the_sweep_is(store):
-    tracker = tracking.Tracker(store=store, uri=None)
+    tracker = writer.Tracker(store=store, uri=None)
     tracker.ask("told", [make_cell("L_MSE", split=0), make_cell("Student", split=1)])
     tracker.ask("told", [make_cell("H_KLD", split=0)])
-    sweep = tracking.read_sweep(store=store, uri=None, name="told")
+    sweep = writer.read_sweep(store=store, uri=None, name="told")
     run = client_of(store).get_run(sweep.run_id)
     assert run.data.tags["mlflow.note.content"].startswith(
         "**3 cells** of sweep `told`: H_KLD, L_MSE, Student; split0, split1; seed0."
@@ -105,8 +105,8 @@ def test_the_parent_run_says_what_the_sweep_is(store):
     assert run.info.experiment_id == sweep.experiment_id
 
 
-def client_of(store: Path) -> tracking.MlflowClient:
-    return tracking.MlflowClient(tracking_uri=tracking.store_uri(store, None))
+def client_of(store: Path) -> writer.MlflowClient:
+    return writer.MlflowClient(tracking_uri=writer.store_uri(store, None))
 
 
 def steps_of(store: Path, run_id: str, key: str = "train/loss") -> list[int]:
@@ -115,14 +115,14 @@ def steps_of(store: Path, run_id: str, key: str = "train/loss") -> list[int]:
 
 def test_every_epoch_is_kept_once_however_often_it_is_told(store, tmp_path):
     cell = replace(make_cell(lr=7), store=tmp_path)
-    first = tracking.Tracker(store=store, uri=None)
+    first = writer.Tracker(store=store, uri=None)
     for epochs in (1, 2, 2):
         run_id = first.mirror(begin(cell, epochs), sweep="epochs")
     assert steps_of(store, run_id) == [0, 1]
-    later = tracking.Tracker(store=store, uri=None)  # of the next command
+    later = writer.Tracker(store=store, uri=None)  # of the next command
     assert later.mirror(begin(cell, 3), sweep="epochs") == run_id
     assert later.mirror(end(cell, [0.5]), sweep="epochs") == run_id
-    assert tracking.Tracker(store=store, uri=None).mirror(end(cell, [0.5]), sweep="epochs") == run_id
+    assert writer.Tracker(store=store, uri=None).mirror(end(cell, [0.5]), sweep="epochs") == run_id
     history = client_of(store).get_metric_history(run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
     assert steps_of(store, run_id, "test/dice") == [0]
@@ -131,20 +131,20 @@ def test_every_epoch_is_kept_once_however_often_it_is_told(store, tmp_path):
 
 def test_a_call_whose_answer_was_lost_is_made_again_and_doubles_nothing(store, tmp_path, monkeypatch):
     cell = replace(make_cell(lr=20), store=tmp_path)
-    tracker = tracking.Tracker(store=store, uri=None)
+    tracker = writer.Tracker(store=store, uri=None)
     record = end(cell, [0.5])
     for name in ("create_run", "log_batch", "log_artifact", "set_terminated"):
-        done = getattr(tracking.MlflowClient, name)
+        done = getattr(writer.MlflowClient, name)
 
         def lost(*args, done=done, **kwargs):
             done(*args, **kwargs)
             raise ConnectionError("no answer")
 
         with monkeypatch.context() as patch:
-            patch.setattr(tracking.MlflowClient, name, lost)
+            patch.setattr(writer.MlflowClient, name, lost)
             with pytest.raises(ConnectionError):
                 tracker.mirror(record, sweep="lost")
-        tracker = tracking.Tracker(store=store, uri=None)
+        tracker = writer.Tracker(store=store, uri=None)
     run_id = tracker.mirror(record, sweep="lost")
     assert steps_of(store, run_id) == [0, 1, 2]
     assert steps_of(store, run_id, "test/dice") == [0]
@@ -154,7 +154,7 @@ def test_a_call_whose_answer_was_lost_is_made_again_and_doubles_nothing(store, t
 
 def test_two_commands_that_looked_before_a_cell_was_begun_open_one_run(store, tmp_path):
     known, fresh = (replace(make_cell(lr=lr), store=tmp_path) for lr in (25, 26))
-    both = [tracking.Tracker(store=store, uri=None) for _ in range(2)]
+    both = [writer.Tracker(store=store, uri=None) for _ in range(2)]
     for tracker in both:
         tracker.mirror(end(known, [0.5]), sweep="both")
     assert len({tracker.mirror(end(fresh, [0.25]), sweep="both") for tracker in both}) == 1
@@ -164,8 +164,8 @@ def test_two_commands_that_looked_before_a_cell_was_begun_open_one_run(store, tm
 
 def test_a_run_whose_opening_was_not_answered_is_found_by_the_same_command(store, tmp_path, monkeypatch):
     """As when a busy server takes longer than the request waits."""
-    cell, tracker = replace(make_cell(lr=27), store=tmp_path), tracking.Tracker(store=store, uri=None)
-    create = tracking.MlflowClient.create_run
+    cell, tracker = replace(make_cell(lr=27), store=tmp_path), writer.Tracker(store=store, uri=None)
+    create = writer.MlflowClient.create_run
 
     def lost(*args, **kwargs):
         create(*args, **kwargs)
@@ -173,7 +173,7 @@ def test_a_run_whose_opening_was_not_answered_is_found_by_the_same_command(store
 
     tracker.ask("unanswered", [cell])
     with monkeypatch.context() as patch:
-        patch.setattr(tracking.MlflowClient, "create_run", lost)
+        patch.setattr(writer.MlflowClient, "create_run", lost)
         with pytest.raises(ConnectionError):
             tracker.mirror(end(cell, [0.5]), sweep="unanswered")
     run_id = tracker.mirror(end(cell, [0.5]), sweep="unanswered")
@@ -184,10 +184,10 @@ def test_a_run_whose_opening_was_not_answered_is_found_by_the_same_command(store
 def test_a_cell_that_is_computed_anew_leaves_its_old_run_behind(store, tmp_path):
     """Its checkpoint was lost: the epochs are others, and must not stand beside the old ones in one run."""
     cell = replace(make_cell(lr=21), store=tmp_path)
-    tracker = tracking.Tracker(store=store, uri=None)
+    tracker = writer.Tracker(store=store, uri=None)
     old = tracker.mirror(begin(cell, 3), sweep="anew")
     record = replace(begin(cell, 1), times_ms=[5_000_000])
-    new = tracking.Tracker(store=store, uri=None).mirror(record, sweep="anew")
+    new = writer.Tracker(store=store, uri=None).mirror(record, sweep="anew")
     assert new != old
     assert client_of(store).get_run(old).info.status == "KILLED"
     assert steps_of(store, new) == [0]
@@ -195,8 +195,8 @@ def test_a_cell_that_is_computed_anew_leaves_its_old_run_behind(store, tmp_path)
 
 def test_a_finished_cell_has_one_finished_run_also_after_it_was_computed_again(store, tmp_path):
     cell = replace(make_cell(lr=22), store=tmp_path)
-    first = tracking.Tracker(store=store, uri=None).mirror(end(cell, [0.5]), sweep="twice")
-    tracker = tracking.Tracker(store=store, uri=None)
+    first = writer.Tracker(store=store, uri=None).mirror(end(cell, [0.5]), sweep="twice")
+    tracker = writer.Tracker(store=store, uri=None)
     assert tracker.mirror(begin(cell, 1), sweep="twice") == first  # until it is finished the old scores stand
     assert tracker.mirror(end(cell, [0.5]), sweep="twice") == first  # the same scores: nothing to add
     second = tracker.mirror(end(cell, [0.75]), sweep="twice")
@@ -207,7 +207,7 @@ def test_a_finished_cell_has_one_finished_run_also_after_it_was_computed_again(s
 
 def test_a_failed_cell_has_its_error_beside_its_status_and_may_go_on(store, tmp_path):
     cell = replace(make_cell(lr=23), store=tmp_path)
-    tracker = tracking.Tracker(store=store, uri=None)
+    tracker = writer.Tracker(store=store, uri=None)
     begin(cell, 1)
     records.write_failed(cell.folder, "my loss\nbroke")
     run_id = tracker.mirror(records.read(cell.folder), sweep="failed")
@@ -222,68 +222,68 @@ def test_a_failed_cell_has_its_error_beside_its_status_and_may_go_on(store, tmp_
 
 def test_of_several_runs_of_a_cell_the_one_that_fits_goes_on_and_none_stays_open(store, tmp_path):
     cell = replace(make_cell(lr=24), store=tmp_path)
-    first = tracking.Tracker(store=store, uri=None)
+    first = writer.Tracker(store=store, uri=None)
     fits = first.mirror(begin(cell, 2), sweep="several")
     own = first._known[cell.fingerprint][0]
     others = [first._create(begin(cell, 1), "several", again=True).run_id for _ in range(2)]
     for number, run_id in enumerate(others):
-        point = tracking.Metric("val/loss", 0.1, 77 + number, 0)
+        point = writer.Metric("val/loss", 0.1, 77 + number, 0)
         client_of(store).log_batch(run_id, metrics=[point])
     assert own.run_id == fits
     for epochs in (2, 3):
-        assert tracking.Tracker(store=store, uri=None).mirror(begin(cell, epochs), sweep="several") == fits
+        assert writer.Tracker(store=store, uri=None).mirror(begin(cell, epochs), sweep="several") == fits
     found = first._search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
     statuses = {run.info.run_id: run.info.status for run in found}
     assert statuses == {fits: "RUNNING", others[0]: "KILLED", others[1]: "KILLED"}
 
 
 def test_what_was_asked_for_and_is_not_there_is_missing(store):
-    tracker = tracking.Tracker(store=store, uri=None)
+    tracker = writer.Tracker(store=store, uri=None)
     tracker.ask("gaps", [make_cell(split=2, lr=5), make_cell("Student", split=1, lr=5)])
-    runs = tracking.read_sweep(store=store, uri=None, name="gaps").runs.set_index("notation")
+    runs = writer.read_sweep(store=store, uri=None, name="gaps").runs.set_index("notation")
     assert runs["status"].tolist() == ["missing", "missing"]
     assert runs.loc["L_MSE", ["split", "role"]].tolist() == [2, "cell"]
     assert runs.loc["Student", ["split", "role"]].tolist() == [1, "student"]
 
 
 def test_a_cell_asked_again_with_new_data_takes_the_old_ones_place(store, tmp_path):
-    tracker = tracking.Tracker(store=store, uri=None)
+    tracker = writer.Tracker(store=store, uri=None)
     old, new = make_cell(lr=11, evidence="old"), make_cell(lr=11, evidence="new")
     assert old.place == new.place
     tracker.ask("again", [old])
     finish(tracker, old, "again", tmp_path, [0.1])
     tracker.ask("again", [new])
-    (row,) = tracking.read_sweep(store=store, uri=None, name="again").runs.to_dict("records")
+    (row,) = writer.read_sweep(store=store, uri=None, name="again").runs.to_dict("records")
     assert (row["fingerprint"], row["status"]) == (new.fingerprint, "missing")
 
 
 def test_a_teacher_comes_with_the_cells_that_it_taught(store, tmp_path):
-    tracker, teacher = tracking.Tracker(store=store, uri=None), make_cell("Teacher", lr=12)
+    tracker, teacher = writer.Tracker(store=store, uri=None), make_cell("Teacher", lr=12)
     finish(tracker, teacher, "first", tmp_path, [0.9])
     cell = replace(make_cell(lr=12), evidence={"teacher": teacher.fingerprint})
     tracker.ask("second", [cell])
     finish(tracker, cell, "second", tmp_path, [0.8])
-    sweep = tracking.read_sweep(store=store, uri=None, name="second")
+    sweep = writer.read_sweep(store=store, uri=None, name="second")
     assert sorted(sweep.runs["notation"]) == ["L_MSE", "Teacher"]
     assert sorted(sweep.scores["dice"]) == [0.8, 0.9]
 
 
 def test_a_run_left_open_by_a_killed_process_is_closed_and_goes_on_later(store, tmp_path):
     cell = replace(make_cell(lr=13), store=tmp_path)
-    tracking.Tracker(store=store, uri=None).ask("killed", [cell])
-    run_id = tracking.Tracker(store=store, uri=None).mirror(begin(cell, 1), sweep="killed")
+    writer.Tracker(store=store, uri=None).ask("killed", [cell])
+    run_id = writer.Tracker(store=store, uri=None).mirror(begin(cell, 1), sweep="killed")
     assert client_of(store).get_run(run_id).info.status == "RUNNING"
     record = records.read(cell.folder)
     assert record.status == "KILLED"  # nobody holds its lock
-    assert tracking.Tracker(store=store, uri=None).mirror(record, sweep="killed") == run_id
+    assert writer.Tracker(store=store, uri=None).mirror(record, sweep="killed") == run_id
     assert client_of(store).get_run(run_id).info.status == "KILLED"
-    assert tracking.Tracker(store=store, uri=None).mirror(end(cell, [0.4]), sweep="killed") == run_id
-    (row,) = tracking.read_sweep(store=store, uri=None, name="killed").runs.to_dict("records")
+    assert writer.Tracker(store=store, uri=None).mirror(end(cell, [0.4]), sweep="killed") == run_id
+    (row,) = writer.read_sweep(store=store, uri=None, name="killed").runs.to_dict("records")
     assert (row["run_id"], row["status"]) == (run_id, "FINISHED")
 
 
 def test_more_params_than_one_call_takes_are_all_kept(store, tmp_path):
-    tracker, cell = tracking.Tracker(store=store, uri=None), make_cell(lr=14)
+    tracker, cell = writer.Tracker(store=store, uri=None), make_cell(lr=14)
     params = {**PARAMS, **{f"key{i}": i for i in range(250)}}
     run_id = tracker.mirror(begin(replace(cell, store=tmp_path), params=params), sweep="many")
     assert client_of(store).get_run(run_id).data.params == {key: str(value) for key, value in params.items()}
@@ -291,14 +291,14 @@ def test_more_params_than_one_call_takes_are_all_kept(store, tmp_path):
 
 def test_no_call_holds_more_than_an_mlflow_server_takes(store, tmp_path, monkeypatch):
     """The SQLite store takes any number; a server applies MLflow's own limits, so they are applied here."""
-    send = tracking.MlflowClient.log_batch
+    send = writer.MlflowClient.log_batch
 
     def limited(client, run_id, metrics=(), params=(), tags=()):
         _validate_batch_log_limits(metrics, params, tags)
         return send(client, run_id, metrics, params, tags)
 
-    monkeypatch.setattr(tracking.MlflowClient, "log_batch", limited)
-    tracker, cells = tracking.Tracker(store=store, uri=None), [make_cell(lr=17, cell=number) for number in range(250)]
+    monkeypatch.setattr(writer.MlflowClient, "log_batch", limited)
+    tracker, cells = writer.Tracker(store=store, uri=None), [make_cell(lr=17, cell=number) for number in range(250)]
     tracker.ask("large", cells)
     many = begin(replace(cells[0], store=tmp_path), 1000, params={f"key{i}": i for i in range(250)})
     run_id = tracker.mirror(many, sweep="large")
@@ -308,27 +308,27 @@ def test_no_call_holds_more_than_an_mlflow_server_takes(store, tmp_path, monkeyp
     (parent,) = client.search_runs(
         [tracker.experiment_id], "tags.`kdsweep.role` = 'sweep' and tags.`kdsweep.sweep` = 'large'"
     )
-    asked = {value for key, value in parent.data.tags.items() if key.startswith(tracking.ASKED)}
+    asked = {value for key, value in parent.data.tags.items() if key.startswith(writer.ASKED)}
     assert asked == {cell.fingerprint for cell in cells}
 
 
 def test_without_a_name_the_sweep_last_asked_for_is_read(store):
-    tracker = tracking.Tracker(store=store, uri=None)
+    tracker = writer.Tracker(store=store, uri=None)
     for name in ("one", "other", "one"):
         tracker.ask(name, [make_cell(lr=15)])
-    assert tracking.read_sweep(store=store, uri=None, name=None).name == "one"
+    assert writer.read_sweep(store=store, uri=None, name=None).name == "one"
 
 
 def test_an_unknown_sweep_and_a_missing_store_are_told_in_one_line(store, tmp_path):
-    tracking.Tracker(store=store, uri=None).ask("known", [make_cell(lr=16)])
+    writer.Tracker(store=store, uri=None).ask("known", [make_cell(lr=16)])
     with pytest.raises(InputError, match=r"sweep=nonsense is not in this store; it holds: .*known"):
-        tracking.read_sweep(store=store, uri=None, name="nonsense")
+        writer.read_sweep(store=store, uri=None, name="nonsense")
     with pytest.raises(InputError, match=r"no mlflow\.db in it"):
-        tracking.read_sweep(store=tmp_path, uri=None, name=None)
+        writer.read_sweep(store=tmp_path, uri=None, name=None)
     assert list(tmp_path.iterdir()) == []  # asking does not create one
 
 
 def test_the_database_lies_in_the_store_whatever_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert tracking.store_uri(Path("multirun"), None) == f"sqlite:///{tmp_path}/multirun/mlflow.db"
-    assert tracking.store_uri(Path("multirun"), "http://127.0.0.1:5000") == "http://127.0.0.1:5000"
+    assert writer.store_uri(Path("multirun"), None) == f"sqlite:///{tmp_path}/multirun/mlflow.db"
+    assert writer.store_uri(Path("multirun"), "http://127.0.0.1:5000") == "http://127.0.0.1:5000"

@@ -19,7 +19,7 @@ from kdsweep.core.errors import CellError, InputError, told
 from kdsweep.runs import checkpoint
 from kdsweep.sweep.engines import worker
 from kdsweep.sweep.engines.engine import Unit
-from kdsweep.tracking import database, mirror
+from kdsweep.tracking import database, sync
 
 if TYPE_CHECKING:
     from kdsweep.sweep.plan import Look
@@ -69,7 +69,7 @@ class Errand:
         except BaseException:
             self.stop(signal.SIGTERM)
             raise
-        mirror.close_all()
+        sync.close_all()
         if self._process is not None:
             self._process.close()
         return outcome
@@ -83,7 +83,7 @@ class Errand:
         process, self._process = self._process, None
         if process is not None:
             worker.stop([process], number)
-        mirror.close_all()
+        sync.close_all()
 
     def _check(self, configs: list[DictConfig]) -> None:
         """Raise InputError if this machine does not see what the one saw that submits; else begin to tell MLflow."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from kdsweep.models.models import Outputs
+from kdsweep.models.unet import Outputs
 
 
 class KDPath(nn.Module, ABC):

@@ -17,21 +17,21 @@ from pathlib import Path
 
 import pytest
 from servers import free_port, postgres, serving, until
-from test_tracking import begin, client_of, end, make_cell, steps_of
+from test_writer import begin, client_of, end, make_cell, steps_of
 
 from kdsweep.core.errors import InputError
 from kdsweep.results import tables
 from kdsweep.runs import records
-from kdsweep.tracking import mirror, tracking
+from kdsweep.tracking import sync, writer
 
 OPTIONS = {"experiment": "kdsweep", "teachers": []}
 
 
 @pytest.fixture(autouse=True)
 def quick_passes(monkeypatch):
-    monkeypatch.setattr(mirror, "PASS_EVERY_S", 0.2)
+    monkeypatch.setattr(sync, "PASS_EVERY_S", 0.2)
     yield
-    mirror.close_all()
+    sync.close_all()
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def some_cells(store: Path, count: int = 2):
 
 def runs_of(uri: str) -> dict[str, tuple[str, str, list[int]]]:
     """By fingerprint the id, status and logged epochs of each run; fails if a cell has two."""
-    client = tracking.MlflowClient(tracking_uri=uri)
+    client = writer.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("kdsweep")
     runs = client.search_runs([experiment.experiment_id], "tags.`kdsweep.role` = 'cell'")
     found = {}
@@ -59,8 +59,8 @@ def runs_of(uri: str) -> dict[str, tuple[str, str, list[int]]]:
 
 def test_a_training_is_seen_while_it_goes_on_and_closed_by_what_its_folder_says(store):
     done, failed, killed = cells = some_cells(store, 3)
-    own = mirror.Mirror(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
-    uri = tracking.store_uri(store, None)
+    own = sync.Mirror(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
+    uri = writer.store_uri(store, None)
     with contextlib.ExitStack() as held:
         for cell in cells:
             records.hold(held, cell.folder)
@@ -84,27 +84,27 @@ def test_what_a_killed_command_left_unsaid_is_logged_at_the_next_start(store):
     cells = some_cells(store)
     end(cells[0], [0.25])  # killed between the scores and MLflow
     begin(cells[1], 2)
-    own = mirror.Mirror(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
+    own = sync.Mirror(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
     own.close()
-    sweep = tracking.read_sweep(store=store, uri=None, name="sweep")
+    sweep = writer.read_sweep(store=store, uri=None, name="sweep")
     assert sorted(sweep.runs["status"]) == ["FINISHED", "KILLED"]
     assert sweep.scores["dice"].tolist() == [0.25]
 
 
 def test_two_mirrors_of_one_cell_open_one_run(store):
     (cell,) = some_cells(store, 1)
-    both = [mirror.Mirror(store=store, uri=None, asked={name: [cell]}, **OPTIONS) for name in ("one", "other")]
+    both = [sync.Mirror(store=store, uri=None, asked={name: [cell]}, **OPTIONS) for name in ("one", "other")]
     for epochs in (1, 2):
         begin(cell, epochs)
         time.sleep(0.5)
     end(cell, [0.5])
     for own in both:
         own.close()
-    (run,) = runs_of(tracking.store_uri(store, None)).values()
+    (run,) = runs_of(writer.store_uri(store, None)).values()
     assert run[1:] == ("FINISHED", [0, 1, 2])
     assert steps_of(store, run[0], "test/dice") == [0]
     for name in ("one", "other"):
-        assert len(tracking.read_sweep(store=store, uri=None, name=name).scores) == 1
+        assert len(writer.read_sweep(store=store, uri=None, name=name).scores) == 1
 
 
 # --- a database that others use too
@@ -118,13 +118,13 @@ def test_a_database_that_another_process_locks_is_written_to_later(store, caplog
     release = threading.Timer(12, lambda: (other.execute("ROLLBACK"), other.close()))
     release.start()
     start = time.monotonic()
-    own = mirror.Mirror(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
+    own = sync.Mirror(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
     assert time.monotonic() - start < 11  # the start does not wait for the other one
     end(cells[1], [0.75])
     own.close()
     release.join()
     assert re.search(r"training goes on, .* \(.*database is locked\)$", caplog.messages[0])
-    sweep = tracking.read_sweep(store=store, uri=None, name="sweep")
+    sweep = writer.read_sweep(store=store, uri=None, name="sweep")
     assert sorted(sweep.scores["dice"]) == [0.25, 0.75]
 
 
@@ -133,7 +133,7 @@ def test_a_fresh_store_is_opened_by_many_processes_at_once(tmp_path):
     command = """
 import sys
 from pathlib import Path
-from test_tracking import end, make_cell
+from test_writer import end, make_cell
 from kdsweep.tracking import mirror
 store = Path(sys.argv[1])
 cell = make_cell(store=store, lr=int(sys.argv[2]))
@@ -151,7 +151,7 @@ mirror.Mirror(store=store, uri=None, experiment="kdsweep", asked={"sweep": [cell
         for done in pool.map(start, range(5)):
             assert done.returncode == 0, done.stderr
             assert done.stderr == ""
-    sweep = tracking.read_sweep(store=tmp_path / "store", uri=None, name="sweep")
+    sweep = writer.read_sweep(store=tmp_path / "store", uri=None, name="sweep")
     assert sweep.runs["status"].tolist() == ["FINISHED"] * 5
     assert len(sweep.scores) == 5
 
@@ -171,8 +171,8 @@ def test_a_process_killed_while_it_makes_the_database_spoils_nothing(tmp_path):
         done = subprocess.run([sys.executable, "-c", DYING, str(tmp_path), str(moment)], check=False, timeout=60)
         assert done.returncode in (-9, 0)
     cells = some_cells(tmp_path)
-    mirror.Mirror(store=tmp_path, uri=None, asked={"sweep": cells}, **OPTIONS).close()
-    assert len(tracking.read_sweep(store=tmp_path, uri=None, name="sweep").runs) == 2
+    sync.Mirror(store=tmp_path, uri=None, asked={"sweep": cells}, **OPTIONS).close()
+    assert len(writer.read_sweep(store=tmp_path, uri=None, name="sweep").runs) == 2
     left = {file.name for file in tmp_path.iterdir()} - {"mlflow.db", ".mlflow.lock"}
     assert left == set()
 
@@ -180,7 +180,7 @@ def test_a_process_killed_while_it_makes_the_database_spoils_nothing(tmp_path):
 def test_a_database_that_cannot_be_opened_is_told_before_anything_is_trained(tmp_path):
     (tmp_path / "mlflow.db").write_text("this is not a database, however long it may be" * 100)
     with pytest.raises(InputError, match=r"mlflow\.db: the store does not open: .*not a database"):
-        mirror.Mirror(store=tmp_path, uri=None, asked={"sweep": some_cells(tmp_path)}, **OPTIONS)
+        sync.Mirror(store=tmp_path, uri=None, asked={"sweep": some_cells(tmp_path)}, **OPTIONS)
 
 
 # --- a store that is moved
@@ -190,7 +190,7 @@ def finished_sweep(store: Path) -> list:
     cells = some_cells(store)
     for cell in cells:
         end(cell, [0.5, 0.75])
-    mirror.Mirror(store=store, uri=None, asked={"sweep": cells}, **OPTIONS).close()
+    sync.Mirror(store=store, uri=None, asked={"sweep": cells}, **OPTIONS).close()
     return cells
 
 
@@ -199,13 +199,13 @@ def test_a_moved_store_keeps_its_scores_and_takes_new_ones(store, tmp_path):
     moved = tmp_path / "elsewhere" / "multirun"
     moved.parent.mkdir()
     store.rename(moved)
-    assert tracking.read_sweep(store=moved, uri=None, name="sweep").scores["dice"].tolist() == [0.5, 0.75] * 2
+    assert writer.read_sweep(store=moved, uri=None, name="sweep").scores["dice"].tolist() == [0.5, 0.75] * 2
     cells = some_cells(moved, 3)
     end(cells[2], [1.0])
-    mirror.Mirror(store=moved, uri=None, asked={"sweep": cells}, **OPTIONS).close()
-    assert len(tracking.read_sweep(store=moved, uri=None, name="sweep").scores) == 5
+    sync.Mirror(store=moved, uri=None, asked={"sweep": cells}, **OPTIONS).close()
+    assert len(writer.read_sweep(store=moved, uri=None, name="sweep").scores) == 5
     assert not store.exists()
-    for run_id, *_ in runs_of(tracking.store_uri(moved, None)).values():  # MLflow's own interface finds them too
+    for run_id, *_ in runs_of(writer.store_uri(moved, None)).values():  # MLflow's own interface finds them too
         place = client_of(moved).get_run(run_id).info.artifact_uri
         assert place == (moved / "artifacts" / run_id / "artifacts").as_uri()
         assert Path(client_of(moved).download_artifacts(run_id, "test_scores.csv")).is_file()
@@ -216,9 +216,9 @@ def test_a_copy_and_its_original_go_on_apart(store, tmp_path):
     copy = Path(shutil.copytree(store, tmp_path / "copy"))
     cells = some_cells(copy, 3)
     end(cells[2], [1.0])
-    mirror.Mirror(store=copy, uri=None, asked={"sweep": cells}, **OPTIONS).close()
-    assert len(tracking.read_sweep(store=copy, uri=None, name="sweep").runs) == 3
-    assert len(tracking.read_sweep(store=store, uri=None, name="sweep").runs) == 2
+    sync.Mirror(store=copy, uri=None, asked={"sweep": cells}, **OPTIONS).close()
+    assert len(writer.read_sweep(store=copy, uri=None, name="sweep").runs) == 3
+    assert len(writer.read_sweep(store=store, uri=None, name="sweep").runs) == 2
     assert len(list((store / "artifacts").iterdir())) == 2
 
 
@@ -265,7 +265,7 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
     uri = f"http://127.0.0.1:{port}"
     cells = some_cells(tmp_path, 3)
     waited = time.monotonic()
-    own = mirror.Mirror(store=tmp_path, uri=uri, asked={"sweep": cells}, **OPTIONS)  # down at the start
+    own = sync.Mirror(store=tmp_path, uri=uri, asked={"sweep": cells}, **OPTIONS)  # down at the start
     waited = time.monotonic() - waited
     end(cells[0], [0.25])
     assert "does not answer: training goes on" in caplog.text
@@ -283,18 +283,18 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
     assert "cells are not in MLflow" in caplog.text
     with serving(server_folder, port), slow(port, 0.3) as late:
         # the next command, to a slow one
-        again = mirror.Mirror(store=tmp_path, uri=f"http://127.0.0.1:{late}", asked={"sweep": cells}, **OPTIONS)
+        again = sync.Mirror(store=tmp_path, uri=f"http://127.0.0.1:{late}", asked={"sweep": cells}, **OPTIONS)
         start = time.monotonic()
         again.close()
         assert time.monotonic() - start < 5
         end(cells[1], [0.5])
-        last = mirror.Mirror(store=tmp_path, uri=uri, asked={"sweep": cells}, trains=False, **OPTIONS)
+        last = sync.Mirror(store=tmp_path, uri=uri, asked={"sweep": cells}, trains=False, **OPTIONS)
         last.close()
         found = runs_of(uri)
         assert [found[cell.fingerprint][1:] for cell in cells] == [("FINISHED", [0, 1, 2])] * 3
         scratch = tmp_path_factory.mktemp("scratch")
         monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-        sweep = tracking.read_sweep(store=tmp_path, uri=uri, name="sweep")
+        sweep = writer.read_sweep(store=tmp_path, uri=uri, name="sweep")
         assert sorted(sweep.scores["dice"]) == [0.25, 0.5, 0.75]
         assert list(scratch.iterdir()) == []
 
@@ -305,7 +305,7 @@ def test_many_workers_log_to_one_server_on_postgresql_and_nothing_is_lost(tmp_pa
     code = """
         import sys, time
         from pathlib import Path
-        from test_tracking import begin, end, make_cell
+        from test_writer import begin, end, make_cell
         from kdsweep.tracking import mirror
         store, uri, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
         own = [make_cell(store=store, lr=10 * number + each) for each in range(5)]
@@ -332,7 +332,7 @@ def test_many_workers_log_to_one_server_on_postgresql_and_nothing_is_lost(tmp_pa
         assert [worker.wait(300) for worker in workers] == [0] * 4
         found = runs_of(uri)
         assert [run[1:] for run in found.values()] == [("FINISHED", [0, 1, 2])] * 20
-        sweep = tracking.read_sweep(store=store, uri=uri, name="sweep")
+        sweep = writer.read_sweep(store=store, uri=uri, name="sweep")
         assert (sweep.runs["status"] == "FINISHED").all()
         assert len(sweep.scores) == 40
         assert sweep.scores["dice"].mean() == 0.5
@@ -343,7 +343,7 @@ def test_a_server_that_never_answers_costs_less_than_ten_seconds_in_all(tmp_path
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         cells = some_cells(tmp_path, 2)
         start = time.monotonic()
-        own = mirror.Mirror(store=tmp_path, uri=uri, asked={"sweep": cells}, **OPTIONS)
+        own = sync.Mirror(store=tmp_path, uri=uri, asked={"sweep": cells}, **OPTIONS)
         end(cells[0], [0.25])
         own.close()
         assert time.monotonic() - start < 10

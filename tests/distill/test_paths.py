@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdsweep.distill import kd_paths
-from kdsweep.models import models
-from kdsweep.models.models import Outputs
+from kdsweep.distill import paths
+from kdsweep.models import unet
+from kdsweep.models.unet import Outputs
 from kdsweep.training.learner import Distillation, Lesson
 
 
@@ -30,10 +30,10 @@ def teacher() -> Outputs:
     return outputs(2048, seed=1)
 
 
-def make_path(name: str) -> kd_paths.KDPath:
+def make_path(name: str) -> paths.KDPath:
     if name == "HR":
-        return kd_paths.HiddenRegressor(student_channels=96, teacher_channels=2048)
-    return {"L": kd_paths.Logits, "H": kd_paths.Hidden}[name]()
+        return paths.HiddenRegressor(student_channels=96, teacher_channels=2048)
+    return {"L": paths.Logits, "H": paths.Hidden}[name]()
 
 
 @pytest.mark.parametrize(
@@ -53,15 +53,15 @@ def test_both_maps_have_the_paths_shape(
 
 
 def test_l_compares_the_logits_before_any_activation(student: Outputs, teacher: Outputs) -> None:
-    assert torch.equal(kd_paths.Logits().student_map(student), student.logits)
-    assert torch.equal(kd_paths.Logits().teacher_map(teacher), teacher.logits)
+    assert torch.equal(paths.Logits().student_map(student), student.logits)
+    assert torch.equal(paths.Logits().teacher_map(teacher), teacher.logits)
     assert student.logits.min() < 0
 
 
 def test_h_is_the_mean_over_channels(student: Outputs, teacher: Outputs) -> None:
     for found, theirs in (
-        (kd_paths.Hidden().student_map(student), student),
-        (kd_paths.Hidden().teacher_map(teacher), teacher),
+        (paths.Hidden().student_map(student), student),
+        (paths.Hidden().teacher_map(teacher), teacher),
     ):
         total = sum(theirs.hidden[:, channel] for channel in range(theirs.hidden.shape[1]))
         torch.testing.assert_close(found[:, 0], total / theirs.hidden.shape[1], rtol=1e-4, atol=1e-6)
@@ -72,7 +72,7 @@ def test_hr_leaves_the_teachers_map_as_it_is(teacher: Outputs) -> None:
 
 
 def test_hr_is_two_convolutions_each_followed_by_a_relu(student: Outputs) -> None:
-    kd_path = kd_paths.HiddenRegressor(student_channels=96, teacher_channels=32, inner_channels=16)
+    kd_path = paths.HiddenRegressor(student_channels=96, teacher_channels=32, inner_channels=16)
     first, second = (module for module in kd_path.modules() if isinstance(module, torch.nn.Conv2d))
     inner = torch.einsum("oi,nihw->nohw", first.weight[:, :, 0, 0], student.hidden) + first.bias[:, None, None]
     outer = torch.einsum("oi,nihw->nohw", second.weight[:, :, 0, 0], inner.relu()) + second.bias[:, None, None]
@@ -85,22 +85,20 @@ def test_hr_is_two_convolutions_each_followed_by_a_relu(student: Outputs) -> Non
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 def test_hr_keeps_the_maps_size_with_any_odd_kernel(student: Outputs, kernel_size: int) -> None:
-    kd_path = kd_paths.HiddenRegressor(
-        student_channels=96, teacher_channels=12, inner_channels=8, kernel_size=kernel_size
-    )
+    kd_path = paths.HiddenRegressor(student_channels=96, teacher_channels=12, inner_channels=8, kernel_size=kernel_size)
     assert kd_path.student_map(student).shape == (2, 12, 2, 2)
 
 
 @pytest.mark.parametrize(("name", "count"), [("L", 0), ("H", 0), ("HR", (96 * 512 + 512) + (512 * 2048 + 2048))])
 def test_only_hr_owns_parameters(name: str, count: int) -> None:
     kd_path = make_path(name)
-    assert models.count_parameters(kd_path) == count
+    assert unet.count_parameters(kd_path) == count
     assert all(parameter.requires_grad for parameter in kd_path.parameters())
     assert name != "HR" or count == 1_100_288
 
 
 def test_the_regressor_is_trained_through_the_students_map(student: Outputs) -> None:
-    kd_path = kd_paths.HiddenRegressor(student_channels=96, teacher_channels=32, inner_channels=16)
+    kd_path = paths.HiddenRegressor(student_channels=96, teacher_channels=32, inner_channels=16)
     hidden = student.hidden.clone().requires_grad_()
     kd_path.student_map(Outputs(logits=student.logits, hidden=hidden)).sum().backward()
     assert hidden.grad is not None
@@ -112,7 +110,7 @@ def test_the_regressor_is_trained_through_the_students_map(student: Outputs) -> 
 
 def test_a_regressor_changes_neither_the_student_built_before_nor_after_it() -> None:
     def student_weights() -> dict[str, Tensor]:
-        network = models.unet(
+        network = unet.unet(
             encoder="mobilenetv3_small_trimmed", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=5
         )
         return {key: value.clone() for key, value in network.state_dict().items()}
@@ -144,7 +142,7 @@ def test_the_loss_gets_each_networks_map_under_its_own_name(student: Outputs, te
 
 
 def test_a_path_that_lacks_a_method_is_refused_when_it_is_built() -> None:
-    class Half(kd_paths.KDPath):
+    class Half(paths.KDPath):
         def teacher_map(self, outputs):
             return outputs.hidden
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from kdsweep.config.grid import Cell
-from kdsweep.core import interrupts
+from kdsweep.core import signals
 from kdsweep.runs import records
-from kdsweep.tracking import database, tracking
+from kdsweep.tracking import database, writer
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Mirror:
         self._sweeps |= {cell.folder: sweep for sweep, cells in asked.items() for cell in cells}
         self._trains = trains
         self._waits_s = SERVER_WAIT_S if self.where.startswith("http") else DATABASE_WAIT_S
-        self._tracker: tracking.Tracker | None = None
+        self._tracker: writer.Tracker | None = None
         self._unasked = list(asked)
         self._logged: dict[Path, tuple[object, ...]] = {}
         self._run_ids: dict[Path, str] = {}
@@ -87,8 +87,8 @@ class Mirror:
         """Log what is left, and say so if that is not possible."""
         self._closing.set()
         self._wake.set()
-        self._thread.join(STOP_WAIT_S if interrupts.pending() else self._waits_s)
-        if not self._trains and self._thread.is_alive() and not interrupts.pending():
+        self._thread.join(STOP_WAIT_S if signals.pending() else self._waits_s)
+        if not self._trains and self._thread.is_alive() and not signals.pending():
             log.info("MLflow at %s is slow: %d cells are still to be logged there", self.where, self._left())
             self._thread.join()
         if left := self._left():
@@ -147,7 +147,7 @@ class Mirror:
 
     def _open(self) -> None:
         if self._tracker is None:
-            self._tracker = tracking.Tracker(store=self.store, uri=self._uri, experiment=self._experiment)
+            self._tracker = writer.Tracker(store=self.store, uri=self._uri, experiment=self._experiment)
 
     def _pass(self) -> None:
         self._open()

@@ -14,7 +14,7 @@ from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
 from kdsweep.core.errors import CellError, InputError
-from kdsweep.core.interrupts import Stopped
+from kdsweep.core.signals import Stopped
 from kdsweep.sweep.engines.engine import Unit
 
 if TYPE_CHECKING:

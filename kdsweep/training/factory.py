@@ -1,6 +1,6 @@
 """The only place where a configuration becomes objects; below it, functions take plain arguments.
 
-What of a configuration can be told without torch is in ``cells.py``.
+What of a configuration can be told without torch is in ``config/identity.py``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from kdsweep.config import cells, limits
+from kdsweep.config import identity, schema
 from kdsweep.config.grid import Cell
-from kdsweep.core.compute import Compute
+from kdsweep.core.device import Compute
 from kdsweep.core.errors import InputError, exit_code
-from kdsweep.data import data
+from kdsweep.data import sources
 from kdsweep.data.loaders import Feed, TrainLoader, eval_part
 from kdsweep.data.views import Strengths, Views
-from kdsweep.models import models
-from kdsweep.models.models import UNet
+from kdsweep.models import unet
+from kdsweep.models.unet import UNet
 from kdsweep.training.learner import Distillation, Learner, Lesson
 
 
@@ -42,7 +42,7 @@ def find_device(name: str) -> torch.device:
     Raises:
         InputError: it is not a device, or not there.
     """
-    if not limits.is_device(name):
+    if not schema.is_device(name):
         raise InputError(f"device={name} is not allowed: it must be auto, cpu, cuda or cuda:NUMBER")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,14 +73,14 @@ def feed(cfg: DictConfig, *, seed: int) -> Feed:
     Raises:
         InputError: the training part cannot be trained on.
     """
-    everything = cells.images(cfg)
-    part = data.split(len(everything.ids), index=cfg.split)
-    data.check_training_masks(everything, part)
+    everything = identity.images(cfg)
+    part = sources.split(len(everything.ids), index=cfg.split)
+    sources.check_training_masks(everything, part)
     if cfg.train.batch_size > len(part.train):
         raise InputError(
             f"train.batch_size={cfg.train.batch_size} is larger than the training set of {len(part.train)} images"
         )
-    strengths = Strengths(**{**cells.plain(cfg.views), "noise_std": tuple(cfg.views.noise_std)})
+    strengths = Strengths(**{**identity.plain(cfg.views), "noise_std": tuple(cfg.views.noise_std)})
     loader = TrainLoader(
         everything,
         indices=part.train,
@@ -110,7 +110,7 @@ def teacher_network(cfg: DictConfig, *, weights: str | None = None) -> UNet:
 
 
 def _new_network(node: DictConfig, *, seed: int, weights: str | None) -> UNet:
-    return models.unet(
+    return unet.unet(
         encoder=node.encoder,
         decoder_channels=list(node.decoder_channels),
         weights=weights or _weights(node),
@@ -119,7 +119,7 @@ def _new_network(node: DictConfig, *, seed: int, weights: str | None) -> UNet:
 
 
 def _weights(node: DictConfig) -> str:
-    return models.HUB + cells.imagenet(node) if node.weights == "imagenet" else str(node.weights)
+    return unet.HUB + identity.imagenet(node) if node.weights == "imagenet" else str(node.weights)
 
 
 def check_networks(cfg: DictConfig) -> None:
@@ -133,7 +133,7 @@ def check_networks(cfg: DictConfig) -> None:
 def _check_network(
     group: str, encoder: str, decoder_channels: tuple[int, ...], hidden_channels: int, weights: str
 ) -> None:
-    network = models.unet(encoder=encoder, decoder_channels=list(decoder_channels), weights=weights, seed=0)
+    network = unet.unet(encoder=encoder, decoder_channels=list(decoder_channels), weights=weights, seed=0)
     if (channels := network.encoder.out_channels[-1]) != hidden_channels:
         raise InputError(f"{group}.hidden_channels={hidden_channels} is not allowed: {encoder} has {channels}")
 
@@ -212,9 +212,9 @@ def print_models(overrides: list[str]) -> int:
     """Print parameters, MACs and hidden shapes of the configured networks; the exit code."""
 
     def work() -> None:
-        cfg = cells.compose(overrides)
-        cells.check(cfg)
+        cfg = identity.compose(overrides)
+        identity.check(cfg)
         student, teacher = student_network(cfg, weights="none"), teacher_network(cfg, weights="none")
-        sys.stdout.write(models.summary(teacher=teacher, student=student, image_size=cfg.image_size) + "\n")
+        sys.stdout.write(unet.summary(teacher=teacher, student=student, image_size=cfg.image_size) + "\n")
 
     return exit_code(work)

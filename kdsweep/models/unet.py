@@ -1,6 +1,6 @@
 """Teacher and Student: U-Nets of segmentation-models-pytorch, and the one call that returns logits and hidden together.
 
-``python -m kdsweep.models.models`` prints parameters, MACs and the hidden shape of both.
+``python -m kdsweep.models.unet`` prints parameters, MACs and the hidden shape of both.
 """
 
 from __future__ import annotations
@@ -238,6 +238,6 @@ def summary(*, teacher: UNet, student: UNet, image_size: int) -> str:
 
 
 if __name__ == "__main__":
-    from kdsweep.training.build import print_models
+    from kdsweep.training.factory import print_models
 
     sys.exit(print_models(sys.argv[1:]))
