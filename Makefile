@@ -24,8 +24,8 @@ $(READY): pyproject.toml kdsweep/plugins/hydra_plugins/kdsweep_lockstep.py  # bo
 
 demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick, then Tables 3 and 4
 	$(PY) -m kdsweep -m +experiment=table4 split=0 profile=quick $(ARGS)
-	@$(PY) -m kdsweep.results.tables table3 --store $(STORE)
-	@$(PY) -m kdsweep.results.tables table4 --store $(STORE)
+	@$(PY) -m kdsweep tables table3 --store $(STORE)
+	@$(PY) -m kdsweep tables table4 --store $(STORE)
 
 test: setup ## Run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -47,25 +47,25 @@ types: setup ## Check types
 	$(PY) -m mypy
 
 table3: setup ## Run the 12 cells of one split (finished ones are not run again) and print Table 3
-	@$(PY) -m kdsweep -m +experiment=table3 $(ARGS); code=$$?; $(PY) -m kdsweep.results.tables table3 --store $(STORE) && exit $$code
+	@$(PY) -m kdsweep -m +experiment=table3 $(ARGS); code=$$?; $(PY) -m kdsweep tables table3 --store $(STORE) && exit $$code
 
 table4: setup ## Run 12 cells and Student on three splits (finished ones are not run again) and print Table 4
-	@$(PY) -m kdsweep -m +experiment=table4 $(ARGS); code=$$?; $(PY) -m kdsweep.results.tables table4 --store $(STORE) && exit $$code
+	@$(PY) -m kdsweep -m +experiment=table4 $(ARGS); code=$$?; $(PY) -m kdsweep tables table4 --store $(STORE) && exit $$code
 
 table5: setup ## Measure what Teacher, Student and best cell of the last sweep cost here, and print Table 5
-	@$(PY) -m kdsweep.results.tables table5 --store $(STORE)
+	@$(PY) -m kdsweep tables table5 --store $(STORE)
 
 effects: setup ## Print which of path, loss and teacher augmentation mattered in the last sweep
-	@$(PY) -m kdsweep.results.tables effects --store $(STORE)
+	@$(PY) -m kdsweep tables effects --store $(STORE)
 
 figure2: setup ## Draw Figure 2: one test image with the contours of all models (of the last sweep, or of that of ARGS)
-	@$(PY) -m kdsweep.results.figures figure2 $(ARGS)
+	@$(PY) -m kdsweep figures figure2 $(ARGS)
 
 figures: setup ## Draw all figures of the last sweep: contours, effects, learning curves, each image against Student
-	@$(PY) -m kdsweep.results.figures all $(ARGS)
+	@$(PY) -m kdsweep figures all $(ARGS)
 
 report: setup ## Write one HTML file on the last sweep: what was run, tables, effects, figures, every cell
-	@$(PY) -m kdsweep.results.report $(ARGS)
+	@$(PY) -m kdsweep report $(ARGS)
 
 ui: setup ## Open the MLflow UI on http://127.0.0.1:5000
 	@echo 'runs, the best first: http://127.0.0.1:5000/#/experiments/1/runs?searchFilter=tags.%60kdsweep.split%60%20%3D%20%220%22&orderByKey=metrics.%60test%2Fdice%60&orderByAsc=false&workflowType=machine_learning'

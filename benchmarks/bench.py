@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from kdsweep.config import identity
+from kdsweep.config import composition, identity
 from kdsweep.core.device import placed
 from kdsweep.data.loaders import Feed
 from kdsweep.models import unet
@@ -64,8 +64,8 @@ class Bench:
             *(f"teacher={options.teacher}", f"train.batch_size={options.batch}", f"device={options.device}"),
             *("train.epochs=1", "train.lr=1e-4"),
         ]
-        self.configs = [identity.compose([*self.overrides, *cell]) for cell in GRID]
-        self.student = identity.compose([*self.overrides, "path=none"])
+        self.configs = [composition.compose([*self.overrides, *cell]) for cell in GRID]
+        self.student = composition.compose([*self.overrides, "path=none"])
         self.feed: Feed = factory.feed(self.student, seed=0)
         if self.feed.train.image_count != wanted:
             raise ValueError(f"no data set has {wanted} training images: another --steps or --batch is needed")
@@ -198,7 +198,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     bench = Bench(options, folder / "store")
     bench.compute.prepare()
     fp32 = bench.learners(bench.configs)
-    bf16 = bench.learners([identity.compose([*bench.overrides, *cell, "kd.teacher_precision=bf16"]) for cell in GRID])
+    bf16 = bench.learners(
+        [composition.compose([*bench.overrides, *cell, "kd.teacher_precision=bf16"]) for cell in GRID]
+    )
     (alone,) = bench.learners([bench.student])
     turns: dict[str, list[float]] = {}
     shares: dict[str, list[dict[str, float]]] = {"fp32": [], "bf16": []}

@@ -44,15 +44,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from kdsweep import conf_dir
 from kdsweep.__main__ import _cell_dir
-from kdsweep.config import identity
-from kdsweep.config.compose import Composed, Composer
+from kdsweep.config import composition, identity
+from kdsweep.config.composition import Composed, Composer
 from kdsweep.config.grid import Cell
+from kdsweep.core.files import write_text
 from kdsweep.results import tables
 from kdsweep.runs import checkpoint, records
 from kdsweep.sweep import plan
 from kdsweep.sweep.engines import worker
 from kdsweep.sweep.plan import Job, Look
-from kdsweep.tracking import sync, writer
+from kdsweep.tracking import reader, sync
 
 PAPER_GRID = ["path=L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong", "split=0,1,2"]
 SIZES = {  # cells by name: 36 for each seed, weight and temperature
@@ -156,10 +157,10 @@ def stub(cell: Cell, cfg: DictConfig, *, weights: Path) -> None:
     scores = pd.DataFrame({"image": split["test"], "label": "benign"})
     for name in ("dice", "iou", "precision", "sensitivity", "hd95_px"):
         scores[name] = rng.uniform(0.3, 0.9, len(scores))
-    checkpoint.write_text(cell.folder / "test_scores.csv", scores.to_csv(index=False))
+    write_text(cell.folder / "test_scores.csv", scores.to_csv(index=False))
     masks = np.zeros((len(scores), cfg.image_size, cfg.image_size), bool)
     checkpoint.save_predictions(cell.folder / "test_predictions.npz", masks, ids=split["test"])
-    checkpoint.write_text(cell.folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
+    write_text(cell.folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
     name = f"{'teacher' if cell.role == 'teacher' else 'student'}.safetensors"
     os.link(weights, cell.folder / name)
     files = [name, "history.csv", "test_predictions.npz", "test_scores.csv", "split.json"]
@@ -208,7 +209,7 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
     words = [*PAPER_GRID, *SIZES[size], *where]
     weights = folder / f"weights{size}"
     weights.write_bytes(bytes(WEIGHTS_BYTES))
-    identity.listing(identity.compose(where))  # the phantoms are made once
+    identity.listing(composition.compose(where))  # the phantoms are made once
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         sweep = planned(words, clock)
         command(clock, "whole command: --plan, nothing finished", ["-m", "kdsweep", "-m", *words, "--plan"])
@@ -218,7 +219,7 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
         again(words, clock)
     read_back(store, clock)
     command(clock, "whole command: rerun, all finished", ["-m", "kdsweep", "-m", *words])
-    command(clock, "whole command: tables table4", ["-m", "kdsweep.results.tables", "table4", "--store", str(store)])
+    command(clock, "whole command: tables table4", ["-m", "kdsweep", "tables", "table4", "--store", str(store)])
     shutil.rmtree(store)
     return {"cells": count, "steps": clock.found}
 
@@ -280,7 +281,7 @@ def again(words: list[str], clock: Clock) -> None:
 def read_back(store: Path, clock: Clock) -> None:
     """The sweep read from MLflow, and its tables."""
     with clock.step("read the sweep from MLflow"):
-        sweep = writer.read_sweep(store=store, uri=None, name=None)
+        sweep = reader.read_sweep(store=store, uri=None, name=None)
     for which in ("table3", "table4", "effects"):
         with clock.step(f"make {which}"):
             tables.make(which=which, sweep=sweep, store=store, out_dir=store / "tables", test="ttest")

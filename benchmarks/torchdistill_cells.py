@@ -34,8 +34,9 @@ from torchdistill.models.registry import register_auxiliary_model_wrapper
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from kdsweep.data.loaders import EpochBatches, TrainViews
-from kdsweep.data.views import normalise, warp
+from kdsweep.data.views import normalise
 from kdsweep.distill import losses
+from kdsweep.distill.distillation import warp
 from kdsweep.distill.paths import HiddenRegressor
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
@@ -277,10 +278,10 @@ def main() -> None:
     if unknown := set(names) - set(CELLS):
         parser.error(f"unknown cells {', '.join(sorted(unknown))}; there are {', '.join(CELLS)}")
 
-    from kdsweep.config import identity
+    from kdsweep.config import composition
     from kdsweep.training import factory
 
-    cfg = identity.compose(
+    cfg = composition.compose(
         [f"image_size={args.image_size}", f"teacher={args.teacher}", f"train.batch_size={args.batch}", *args.overrides]
     )
     train = factory.feed(cfg, seed=cfg.seed).train

@@ -1,31 +1,89 @@
-"""The Hydra entry: one job is one cell.
+"""The one command: ``python -m kdsweep`` runs cells, ``python -m kdsweep WORD`` does what the word says.
 
-``python -m kdsweep -m path=L,H,HR loss=mse,kld teacher_aug=weak,strong`` runs the paper's grid on one split.
+``python -m kdsweep -m path=L,H,HR loss=mse,kld teacher_aug=weak,strong`` runs the paper's grid on one split: one Hydra
+job is one cell. A bare first word can never be an override, so that the words take nothing away from Hydra.
 """
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
+import re
 import sys
+from importlib import import_module
 from pathlib import Path
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING
 
 from kdsweep import conf_dir
-from kdsweep.core import logs, signals
-from kdsweep.sweep.callback import TRACEBACK, at_end, one_line
-from kdsweep.sweep.launcher import trains_cells
 
-# Torch is imported when a job runs: help and errors of the command line must come fast.
+# What a word or a job needs is imported when it is called for: help and errors must come fast.
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# By word: the function that does it, and what the help says.
+WORDS = {
+    "status": ("kdsweep.sweep.status:main", "how far a sweep is: done, running, failed, waiting, time left"),
+    "tables": ("kdsweep.results.tables:main", "the paper's tables, effects, settings, seeds"),
+    "figures": ("kdsweep.results.figures:main", "contours, effects, learning curves, each image against Student"),
+    "report": ("kdsweep.results.report:main", "all of that as one HTML file"),
+    "predict": ("kdsweep.deploy.predict:main", "masks of one's own images"),
+    "export": ("kdsweep.deploy.export:main", "a trained network as one ONNX file"),
+    "models": ("kdsweep.training.factory:print_models", "parameters, MACs and hidden shapes of the networks"),
+}
 
 
-@hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
-@trains_cells
+def main() -> None:
+    """Do what the command line says, as ``python -m kdsweep`` and as the console script ``kdsweep``."""
+    first, *rest = sys.argv[1:] or [""]
+    if first in WORDS:
+        module, _, function = WORDS[first][0].partition(":")
+        sys.exit(getattr(import_module(module), function)(rest))
+    if re.fullmatch(r"[a-z]\w*", first):
+        near = difflib.get_close_matches(first, WORDS, n=1)
+        hint = f"do you mean {near[0]}?" if near else f"it must be one of {', '.join(WORDS)}, or overrides KEY=VALUE"
+        sys.exit(f"kdsweep: error: {first} is not a word of this command; {hint}")
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        listed = "\n".join(f"  {word:8} {what}" for word, (_, what) in WORDS.items())
+        sys.stdout.write(f"python -m kdsweep WORD [--help]\n{listed}\n\nWithout a word it trains cells:\n\n")
+        sys.stdout.flush()
+    train()
+
+
+def train() -> None:
+    """Run Hydra's jobs; an error is one line (HYDRA_FULL_ERROR=1 shows the traceback)."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    from kdsweep.core import signals
+    from kdsweep.sweep.callback import TRACEBACK, at_end, one_line
+    from kdsweep.sweep.launcher import trains_cells
+
+    if "--plan" in sys.argv:  # at the end, for Hydra takes no option between overrides
+        sys.argv = [*(word for word in sys.argv if word != "--plan"), "hydra.launcher.plan=true"]
+    signals.install()
+    logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
+    OmegaConf.register_new_resolver("kdsweep.cell_dir", _cell_dir, replace=True)
+    wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(trains_cells(run))()
+    except signals.Stopped as stop:
+        sys.stderr.write(f"kdsweep: {stop.told()}\n")
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        if wants_traceback:
+            raise
+        sys.exit(f"kdsweep: error: {one_line(error)}")
+    finally:
+        at_end.close()
+
+
 def run(cfg: DictConfig) -> float:
-    """One Hydra job: its cell's test Dice, which Hydra's sweepers can optimise."""
+    """Run one Hydra job: its cell's test Dice, which Hydra's sweepers can optimize."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from kdsweep.core import logs
     from kdsweep.sweep import plan
 
     (job,) = plan.read_jobs([cfg])
@@ -42,27 +100,6 @@ def run(cfg: DictConfig) -> float:
     if isinstance(result, Exception):
         raise result
     return result
-
-
-def main() -> None:
-    """The console script: run, and tell an error in one line (HYDRA_FULL_ERROR=1 shows the traceback)."""
-    sys.argv[1:] = ["hydra.launcher.plan=true" if word == "--plan" else word for word in sys.argv[1:]]
-    signals.install()
-    logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
-    OmegaConf.register_new_resolver("kdsweep.cell_dir", _cell_dir, replace=True)
-    wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way
-    try:
-        run()
-    except signals.Stopped as stop:
-        sys.stderr.write(f"kdsweep: {stop.told()}\n")
-        sys.exit(stop.exit_code)
-    except Exception as error:
-        if wants_traceback:
-            raise
-        sys.exit(f"kdsweep: error: {one_line(error)}")
-    finally:
-        at_end.close()
 
 
 def _cell_dir(*, _root_: DictConfig) -> str:

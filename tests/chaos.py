@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kdsweep.core.files import file_digest
 from kdsweep.results import tables
-from kdsweep.runs import checkpoint
 from kdsweep.tracking import writer
 
 GRID = ["path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong", "profile=quick", "device=cpu"]
@@ -317,7 +317,7 @@ def contents(store: Path) -> Contents:
     for file in sorted(store.rglob("*")):
         name = file.relative_to(store)
         if file.is_file() and name.parts[0] not in ("artifacts", "tables"):
-            found[f"file {name}"] = checkpoint.file_digest(file) if file.name in COMPARED else "there"
+            found[f"file {name}"] = file_digest(file) if file.name in COMPARED else "there"
     return found | dict(_runs(store))
 
 
@@ -326,7 +326,7 @@ def _tables(store: Path) -> Iterator[tuple[str, str]]:
         with contextlib.redirect_stdout(io.StringIO()):
             code = tables.main([which, "--store", str(store)])
         file = store / "tables" / f"{which}.csv"
-        yield f"{which}.csv", checkpoint.file_digest(file) if code == 0 else f"exit code {code}"
+        yield f"{which}.csv", file_digest(file) if code == 0 else f"exit code {code}"
 
 
 def _runs(store: Path) -> Iterator[tuple[str, str]]:
@@ -362,7 +362,7 @@ def _run(client: writer.MlflowClient, run: writer.Run, store: Path) -> Iterator[
             yield f"metric {key}, step {step}", " and ".join(values)
     for artifact in client.list_artifacts(run.info.run_id):
         file = store / "artifacts" / run.info.run_id / "artifacts" / artifact.path
-        yield f"artifact {artifact.path}", checkpoint.file_digest(file)
+        yield f"artifact {artifact.path}", file_digest(file)
 
 
 def faults(found: Contents) -> Iterator[str]:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from kdsweep.config import identity
+from kdsweep.config import composition, identity
 from kdsweep.runs import checkpoint
-from kdsweep.sweep import plan
+from kdsweep.sweep import plan, preview
 from kdsweep.sweep.callback import one_line
-from kdsweep.training import factory, group
+from kdsweep.training import factory
 
 QUICK = ("profile=quick", "path=none", "device=cpu", "train.epochs=1")
 
@@ -31,10 +31,10 @@ def busi(root: Path) -> tuple[str, str]:
 def refusal(*overrides: str) -> str:
     """The line that a configuration is refused with, by the checks that a job goes through before its training."""
     with pytest.raises(Exception) as caught:
-        cfg = identity.compose(["profile=quick", "device=cpu", *overrides])
+        cfg = composition.compose(["profile=quick", "device=cpu", *overrides])
         plan.read_jobs([cfg])
-        group.places([cfg], [])
-        group.check([cfg])
+        preview.places([cfg], [])
+        preview.check([cfg])
     message = one_line(caught.value)
     assert "\n" not in message
     assert not message.startswith(type(caught.value).__name__), "not an error that the user can mend"
@@ -188,7 +188,7 @@ def test_images_without_a_lesion_are_taken_on_request_but_not_alone(folder_of_ei
 def resnet_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of the quick profile's Teacher, a ResNet18 U-Net."""
     file = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
-    checkpoint.save_network(file, factory.teacher_network(identity.compose(["profile=quick"])))
+    checkpoint.save_network(file, factory.teacher_network(composition.compose(["profile=quick"])))
     return file
 
 

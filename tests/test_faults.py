@@ -21,7 +21,7 @@ import torch
 from omegaconf import DictConfig
 from small import TEACHER
 
-from kdsweep.config import identity
+from kdsweep.config import composition, identity
 from kdsweep.core import signals
 from kdsweep.data import views
 from kdsweep.runs import checkpoint, records
@@ -44,7 +44,7 @@ FILES = ("student.safetensors", "teacher.safetensors", "history.csv", "test_scor
 spawner = multiprocessing.get_context("forkserver")
 spawner.set_forkserver_preload(["kdsweep.training.group", "test_faults", "monai.metrics", "sklearn.model_selection"])
 
-composed = functools.cache(lambda *overrides: identity.compose(list(overrides)))
+composed = functools.cache(lambda *overrides: composition.compose(list(overrides)))
 
 
 def configs_of(small_busi: Path, store: Path, *each: list[str]):
@@ -378,7 +378,7 @@ def test_too_little_memory_for_one_cell_fails_that_cell(small_busi, tmp_path, mo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_too_little_memory_on_cuda_divides_the_group(small_busi, tmp_path, caplog):
     own = [
-        identity.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path}", "device=cuda", *each])
+        composition.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path}", "device=cuda", *each])
         for each in GROUP
     ]
     group.obtain_teachers(own, factory.compute(own[0]))
@@ -469,12 +469,12 @@ sha256sum --quiet -c before && echo intact
 mount -o remount,ro "$1"
 "$2" -m kdsweep -m path=none train.lr=1e-3,1e-4 profile=quick data=busi data.root="$3" train.batch_size=8 \
     train.epochs=2 device=cpu 2>&1 | tail -1
-"$2" -m kdsweep.sweep.status 2>&1 | head -1
+"$2" -m kdsweep status 2>&1 | head -1
 mount -o remount,rw "$1"
 run 1e-3,1e-4 "$2" "$3" 3
 grep -c "test Dice" out3
 sha256sum --quiet -c before && echo intact
-"$2" -m kdsweep.sweep.status | head -1
+"$2" -m kdsweep status | head -1
 """
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from small import TEACHER
 
-from kdsweep.config import grid, identity
+from kdsweep.config import composition, grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.runs import records
 from kdsweep.training import group
@@ -37,7 +37,7 @@ def train(images: Path, store: Path) -> dict[str, dict[str, float]]:
     fixed = ["profile=quick", "data=busi", f"data.root={images}", "device=cpu", f"store={store}", *TEACHER]
     fixed += ["train.epochs=2", "train.batch_size=8", "train.workers=0", "train.lr=1e-4", "teacher.lr=1e-4"]
     views = ["weak", "strong"]
-    configs = [identity.compose([*fixed, *cell, f"teacher_aug={views[n % 2]}"]) for n, cell in enumerate(GRID)]
+    configs = [composition.compose([*fixed, *cell, f"teacher_aug={views[n % 2]}"]) for n, cell in enumerate(GRID)]
     results = group.run_group(configs)
     assert [result for result in results if isinstance(result, Exception)] == []
     own = [identity.cell(cfg) for cfg in configs]

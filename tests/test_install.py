@@ -1,12 +1,15 @@
 """conf/ is found however the package is started, and the wheel carries what it needs."""
 
 import os
+import pkgutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from kdsweep.__main__ import WORDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,13 +101,39 @@ def test_a_sweep_through_the_console_script(wheel, small_busi, tmp_path):
 
 
 def test_models_command_prints_both_networks(tmp_path):
-    command = [sys.executable, "-m", "kdsweep.models.unet"]
+    command = [sys.executable, "-m", "kdsweep", "models"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
     for part in ("95,755,409", "820,385", "2048 x 7 x 7", "96 x 7 x 7", "20.47 G"):
         assert part in done.stdout
 
 
+def test_the_help_shows_the_words_above_hydras_page(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "kdsweep", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    words, _, hydra = done.stdout.partition("Without a word it trains cells:")
+    for word in ("status", "tables", "figures", "report", "predict", "export", "models"):
+        assert f"\n  {word} " in words
+        assert callable(pkgutil.resolve_name(WORDS[word][0]))
+    assert "== Configuration groups ==" in hydra
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("tabels", "do you mean tables?"),
+        ("train", "it must be one of status, tables, figures, report, predict, export"),
+    ],
+)
+def test_a_word_that_is_none_is_told_in_one_line(tmp_path, word, told):
+    command = [sys.executable, "-m", "kdsweep", word]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"kdsweep: error: {word} is not a word of this command; {told}")
+    assert done.stderr.count("\n") == 1
+
+
 def test_help_is_quick_because_torch_is_not_imported(tmp_path):
-    code = "import sys, kdsweep.__main__; print(sorted({'torch', 'mlflow', 'pandas'} & set(sys.modules)))"
+    code = "import sys, kdsweep.__main__; print(sorted({'torch', 'mlflow', 'pandas', 'hydra'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

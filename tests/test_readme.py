@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kdsweep.results import comparisons, effects, formats, tables
+from kdsweep.results import comparisons, effects, formats, paper
 from kdsweep.runs import records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,14 +59,29 @@ def test_a_recipe_works_as_written(recipes, small_busi, word, notation):
     assert 0 <= records.read_finished(folder)["test/dice"] <= 1
 
 
-def test_every_file_that_the_map_names_is_there():
-    names = set(re.findall(r"\b(\w+\.py)\b", README.split("## How it is made")[1].split("## Limits")[0]))
-    own = {file.name for file in (ROOT / "kdsweep").rglob("*.py")} - {"kdsweep_lockstep.py"} | {"test_sweep.py"}
-    assert names == own - {"__init__.py"} | {"__main__.py"}
+def test_the_map_names_every_module_of_every_room():
+    """And no other: rooms as folders, modules as words of their lines."""
+    told = README.split("## How it is made")[1].split("```")[1]
+    rooms = {}
+    for line in told.splitlines():
+        if match := re.match(r"  +(\w+)/ +(.*)", line):
+            rooms[match[1]] = match[2]
+        elif rooms and line.startswith("     "):
+            rooms[list(rooms)[-1]] += " " + line.strip()
+    for folder in {file.parent for file in (ROOT / "kdsweep").rglob("*.py")} - {ROOT / "kdsweep"}:
+        if folder.name not in ("plugins", "hydra_plugins"):
+            names = set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", rooms[folder.name])))
+            assert names == {file.stem for file in folder.glob("*.py")} - {"__init__"}, folder.name
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "README.md"])
+def test_files_that_a_page_names_are_there(name):
+    for path in re.findall(r"`((?:[a-z_]+/)+\w+\.py)`", (ROOT / name).read_text(encoding="utf-8")):
+        assert (ROOT / "kdsweep" / path).is_file() or (ROOT / path).is_file(), path
 
 
 def test_links_lead_somewhere():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         text = page.read_text(encoding="utf-8")
         for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
             name, _, anchor = link.partition("#")
@@ -129,7 +144,7 @@ def test_the_table_of_the_results_is_that_of_their_file() -> None:
         splits = " / ".join(f"{row[f'mean_dice_percent_split{split}']:.2f}" for split in range(3))
         bounds = formats.interval(low=row["difference_low_points"], high=row["difference_high_points"])
         difference = f"{row['difference_to_student_points']:+.2f} ({bounds})" if row["notation"] != "Student" else ""
-        p = formats.p(row["p_student_holm"]) if row["notation"] in tables.CELLS else ""
+        p = formats.p(row["p_student_holm"]) if row["notation"] in paper.CELLS else ""
         dice = f"{row['mean_dice_percent']:.2f} ± {row['std_dice_percent']:.2f}"
         epochs = f"{row['mean_best_epoch']:.0f} of {row['mean_epochs']:.0f}"
         wanted.append(" | ".join((f"| {row['notation']}", dice, splits, difference, p, f"{epochs} |")))
@@ -147,17 +162,17 @@ def test_the_sentences_of_the_results_are_those_of_their_files() -> None:
         means = " / ".join(f"{row[f'mean_dice_percent_seed{seed}']:.2f}" for seed in range(3))
         wanted.append(f"{means} ({row['notation']})")
     epochs = cells["mean_epochs"].round().astype(int)
-    own = epochs[list(tables.CELLS)]
+    own = epochs[list(paper.CELLS)]
     wanted.append(f"after {epochs['Student']} epochs on average")
     wanted.append(f"after {own.min()} to {own.max()}")
     wanted += effects.sentences(result("effects")) + comparisons.told_settings(result("settings"))
     text = " ".join(results().split())
     assert [line for line in wanted if line not in text] == []
-    assert cells.loc[list(tables.CELLS), "mean_dice_percent"].idxmin() == "L_KLD_WAug"
+    assert cells.loc[list(paper.CELLS), "mean_dice_percent"].idxmin() == "L_KLD_WAug"
     assert (
         seeds["mean_dice_percent_seed0"] > seeds[["mean_dice_percent_seed1", "mean_dice_percent_seed2"]].max(axis=1)
     ).all()
-    pairs = list(itertools.combinations(cells.loc[list(tables.CELLS), "mean_dice_percent"], 2))
+    pairs = list(itertools.combinations(cells.loc[list(paper.CELLS), "mean_dice_percent"], 2))
     assert sum(abs(one - other) <= limit for one, other in pairs) > len(pairs) / 2
     paths = result("effects").set_index("effect")["estimate_points"]
     assert paths["HReg - L"] > limit / 2 > max(paths["H - L"], paths["HReg - H"])

@@ -16,11 +16,12 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep import conf_dir
 from kdsweep.config import grid, schema, user_code
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.data import sources
+from kdsweep.data.images import Images, load_images
+from kdsweep.data.splits import random_split
 
 Config = DictConfig | dict[str, Any]  # as Hydra gives it, or its ``values``
 
@@ -55,15 +56,15 @@ def _listing(of: str) -> sources.Listing:
     return sources.listing(hydra.utils.instantiate(json.loads(of)))
 
 
-def images(cfg: DictConfig) -> sources.Images:
+def images(cfg: DictConfig) -> Images:
     """The data set in memory; read once per process."""
     takes_empty = bool(cfg.data.get("allow_empty_masks"))
     return _load(source(cfg), load_size=load_size(cfg), image_size=cfg.image_size, allow_empty_masks=takes_empty)
 
 
 @lru_cache(maxsize=2)
-def _load(of: sources.Source, *, load_size: int, image_size: int, allow_empty_masks: bool) -> sources.Images:
-    return sources.load(of, load_size=load_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
+def _load(of: sources.Source, *, load_size: int, image_size: int, allow_empty_masks: bool) -> Images:
+    return load_images(of, load_size=load_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
 
 
 def cell(cfg: Config) -> Cell:
@@ -194,7 +195,7 @@ def plain(node: DictConfig) -> Any:
 def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
     """Image ids of the split's three parts: written beside the run."""
     ids = [entry.id for entry in listing(cfg).entries]
-    part = sources.split(len(ids), index=cfg.split)
+    part = random_split(len(ids), index=cfg.split)
     return {name: [ids[i] for i in indices] for name, indices in vars(part).items()}
 
 
@@ -222,18 +223,3 @@ def factors(cfg: DictConfig, *, role: str) -> dict[str, str]:
         return {"cell.path": "none"}
     own = {"path": cfg.path.name, "loss": cfg.loss.name, "teacher_aug": cfg.teacher_aug.distill_view}
     return {f"cell.{key}": value for key, value in own.items()}
-
-
-def compose(overrides: list[str]) -> DictConfig:
-    """The configuration of one cell from overrides, outside of a Hydra run.
-
-    Raises:
-        InputError: an override is wrong.
-    """
-    from hydra.errors import HydraException
-
-    try:
-        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return hydra.compose("config", overrides)
-    except HydraException as error:
-        raise InputError(" ".join(str(error).split()).partition(" To append")[0]) from error

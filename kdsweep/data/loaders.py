@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdsweep.data.sources import Images
+from kdsweep.data.images import Images
 from kdsweep.data.views import Views, id_number, sampling_theta
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from kdsweep.core.errors import InputError
 from kdsweep.data import sources
+from kdsweep.data.images import read_entry, resize_image, resize_mask
 
 # A record may come from elsewhere, so it names one of these and is never imported by its word.
 SOURCES: dict[str, Callable[..., Any]] = {
@@ -66,10 +67,10 @@ def scored(of: sources.Source, ids: Iterable[str], *, image_size: int) -> dict[s
         if image_id not in entries:
             raise InputError(f"data={of.name}: image {image_id} of the run is not in the data set any more")
         try:
-            image, mask = sources.read(entries[image_id], smallest=image_size)
+            image, mask = read_entry(entries[image_id], smallest=image_size)
         except ValueError as error:
             raise InputError(f"data={of.name}: {error}") from error
-        found[image_id] = Scored(sources.resize_image(image, image_size), sources.resize_mask(mask, image_size))
+        found[image_id] = Scored(resize_image(image, image_size), resize_mask(mask, image_size))
     return found
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import albumentations as A
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -144,21 +143,3 @@ def sampling_theta(matrix: np.ndarray, *, image_size: int) -> np.ndarray:
     to_unit = np.array([[2 / image_size, 0, offset], [0, 2 / image_size, offset], [0, 0, 1]])
     theta = to_unit @ np.linalg.inv(matrix) @ np.linalg.inv(to_unit)
     return theta[:2].astype(np.float32)
-
-
-def warp(maps: Tensor, *, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Render the Teacher's maps of the weak view in the Student's strong frame.
-
-    Args:
-        maps: (N, C, h, w), over the weak frame.
-        theta: (N, 2, 3), see ``sampling_theta``.
-
-    Returns:
-        The warped maps (N, C, h, w) by bilinear sampling, and where they are valid: (N, 1, h, w) bool, False where
-        a position's centre lies outside the weak frame.
-    """
-    with torch.autocast(maps.device.type, enabled=False):  # bf16 coordinates would miss by up to a pixel
-        grid = F.affine_grid(theta, [len(maps), 1, *maps.shape[2:]], align_corners=False)
-    # "border": the half cell between the outermost centres and the frame's edge has no second neighbour to blend with.
-    warped = F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return warped, (grid.abs() <= 1).all(dim=-1).unsqueeze(1)

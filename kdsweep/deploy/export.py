@@ -1,6 +1,6 @@
 """The network of a finished run as one ONNX file that says how images are prepared for it.
 
-Usage: ``python -m kdsweep.deploy.export --run RUN --out student.onnx [--store DIR] [--data-root DIR] [--register
+Usage: ``python -m kdsweep export --run RUN --out student.onnx [--store DIR] [--data-root DIR] [--register
 NAME]``; RUN as for predict. The file appears only if ONNX Runtime computes from it what PyTorch computes, by default on
 the run's own test images.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kdsweep.core.errors import InputError, exit_code, told
+from kdsweep.core.files import write_bytes
 from kdsweep.data import phantom, run_data
 from kdsweep.data.views import IMAGENET_MEAN, IMAGENET_STD, normalise
 from kdsweep.deploy import predict
@@ -28,7 +29,7 @@ from kdsweep.deploy.predict import Model
 from kdsweep.evaluation import latency, metrics
 from kdsweep.models.unet import UNet
 from kdsweep.results import costs
-from kdsweep.runs import checkpoint, records
+from kdsweep.runs import records
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -278,7 +279,7 @@ def make(model: Model, *, out: Path, inputs: Inputs) -> bytes:
     scored = "" if inputs.masks is None else f"; {compare_dice(model, found, inputs.masks)}"
     sys.stdout.write(compare_latency(session, network, inputs.images[0]) + "\n")
     try:
-        checkpoint.write_bytes(out, content)
+        write_bytes(out, content)
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
     agree = f"probabilities differ from PyTorch's by at most {difference:.1e} on {inputs.where}"
@@ -302,14 +303,14 @@ def register(model: Model, content: bytes, *, name: str, store: Path, uri: str |
     """
     import onnx
 
-    from kdsweep.tracking import writer  # loads mlflow: seconds that an export alone need not wait for
+    from kdsweep.tracking import registry, writer  # loads mlflow: seconds that an export alone need not wait for
 
     # The example is kept in the clear with the model and goes wherever that goes: a phantom, never a patient's image.
     grey = next(phantom.cohort(count=1, seed=0)).image
     example = predict.prepare(np.repeat(grey[..., None], 3, axis=2), image_size=model.image_size)
     with torch.no_grad():
         expected = Probabilities(model.network)(example).numpy()
-    version = writer.register_onnx(
+    version = registry.register_onnx(
         onnx.load_model_from_string(content),
         example={INPUT: example.numpy()},
         expected={OUTPUT: expected},
@@ -332,7 +333,7 @@ def find_store(model: Model, *, named: Path) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Export one network; 0, or 1 after one line on stderr that says what to mend."""
-    parser = argparse.ArgumentParser(prog="python -m kdsweep.deploy.export", description="A trained network as ONNX.")
+    parser = argparse.ArgumentParser(prog="python -m kdsweep export", description="A trained network as ONNX.")
     predict.parse_run(parser)
     parser.add_argument("--out", type=Path, required=True, help="ONNX file; one that is there is replaced")
     where = parser.add_mutually_exclusive_group()
@@ -355,7 +356,3 @@ def main(argv: list[str] | None = None) -> int:
             register(model, content, name=options.register, store=store, uri=options.tracking_uri)
 
     return exit_code(work)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """Masks of one's own images by the network of a finished run.
 
-Usage: ``python -m kdsweep.deploy.predict --run RUN --images FOLDER --out FOLDER [--store DIR] [--device cpu]
+Usage: ``python -m kdsweep predict --run RUN --images FOLDER --out FOLDER [--store DIR] [--device cpu]
 [--overwrite]``. RUN is a cell's name as in the tables (``HReg_KLD_WAug/split0``), its folder, or the id of its MLflow
 run.
 """
@@ -25,14 +25,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from kdsweep.core.device import Compute, placed
+from kdsweep.core.device import Compute, find_device, placed
 from kdsweep.core.errors import InputError
+from kdsweep.core.files import write_bytes, write_text
 from kdsweep.data import sources
+from kdsweep.data.images import read_grey_or_colour, resize_image
 from kdsweep.data.views import normalise
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
 from kdsweep.runs import checkpoint, records
-from kdsweep.training import factory
 
 THRESHOLD = 0.5  # a pixel is lesion if its probability is above: as in testing
 TAGS = ("notation", "split", "seed", "role", "fingerprint")
@@ -185,14 +186,14 @@ def read_image(file: Path) -> np.ndarray:
         ValueError: names an unreadable one.
     """
     try:
-        return sources.read_grey_or_colour(file)
+        return read_grey_or_colour(file)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{file} has more pixels than Pillow reads") from error
 
 
 def prepare(image: np.ndarray, *, image_size: int) -> torch.Tensor:
     """(H, W, 3) uint8 to the network's input (1, 3, S, S) float32: the whole image, resized and normalised."""
-    return normalise(torch.from_numpy(sources.resize_image(image, image_size))[None])
+    return normalise(torch.from_numpy(resize_image(image, image_size))[None])
 
 
 def probabilities(network: UNet, image: np.ndarray, *, image_size: int, compute: Compute) -> np.ndarray:
@@ -226,7 +227,7 @@ def draw(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _write_png(file: Path, pixels: np.ndarray) -> None:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format="PNG")
-    checkpoint.write_bytes(file, stream.getvalue())
+    write_bytes(file, stream.getvalue())
 
 
 def predict_folder(model: Model, images: dict[str, Path], *, out: Path, compute: Compute) -> int:
@@ -247,7 +248,7 @@ def predict_folder(model: Model, images: dict[str, Path], *, out: Path, compute:
             _write_png(out / f"{name}_overlay.png", draw(image, mask))
             rows.append(measure(file.name, probability))
     finally:  # also after Ctrl-C
-        checkpoint.write_text(out / TABLE, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
+        write_text(out / TABLE, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
     return len(images) - len(rows)
 
 
@@ -267,7 +268,7 @@ def check_out(out: Path, *, images: Path, overwrite: bool) -> None:
 def make(model: Model, *, images: Path, out: Path, device: str) -> int:
     """Predict a folder of images and tell about it in two lines; the number of unreadable images."""
     files, others = list_images(images)
-    compute = Compute(device=factory.find_device(device), precision=model.precision)
+    compute = Compute(device=find_device(device), precision=model.precision)
     sys.stdout.write(f"{model.title}: {len(files)} images of {images} on {compute.device}\n")
     sys.stdout.flush()
     try:
@@ -293,7 +294,7 @@ def find_model(options: argparse.Namespace) -> Model:
 
 def main(argv: list[str] | None = None) -> int:
     """Predict a folder; 0, or 1 after a line on stderr for an error, or for each image that could not be read."""
-    parser = argparse.ArgumentParser(prog="python -m kdsweep.deploy.predict", description="Masks of one's own images.")
+    parser = argparse.ArgumentParser(prog="python -m kdsweep predict", description="Masks of one's own images.")
     parse_run(parser)
     parser.add_argument("--images", type=Path, required=True, help="folder of images of any size and mode")
     parser.add_argument("--out", type=Path, required=True, help="folder for masks, overlays and the table")
@@ -311,7 +312,3 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"kdsweep: stopped; what is done lies in {options.out}\n")
         return 130
     return 1 if unread else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -14,7 +14,7 @@ from kdsweep.results.frame import each_variant, gaps, placed_runs, scored_images
 from kdsweep.results.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, holm, mean_interval, p_value, pair
 
 if TYPE_CHECKING:
-    from kdsweep.tracking.writer import Sweep
+    from kdsweep.tracking.reader import Sweep
 
 ALL = "all cells"
 

@@ -21,15 +21,15 @@ from matplotlib.lines import Line2D
 from kdsweep.core.errors import InputError
 from kdsweep.data import run_data, sources
 from kdsweep.results.frame import placed_runs, scored_images
+from kdsweep.results.paper import BASELINES, CELLS, LOSSES
 from kdsweep.results.stats import PLACE
-from kdsweep.results.tables import BASELINES, CELLS, LOSSES
 from kdsweep.runs import checkpoint
-from kdsweep.tracking import database, writer
+from kdsweep.tracking import database, reader
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from kdsweep.tracking.writer import Sweep
+    from kdsweep.tracking.reader import Sweep
 
 IMAGE = "Image"
 COLUMNS = 4
@@ -279,7 +279,7 @@ def _dice(finished: pd.DataFrame, *, scores: pd.DataFrame, where: str) -> pd.Dat
 
 def _predictions(run: pd.Series, ids: list[str], *, store: Path, uri: str | None) -> dict[str, np.ndarray]:
     try:
-        kept = writer.artifact(store=store, uri=uri, run_id=run["run_id"], name=PREDICTIONS)
+        kept = reader.artifact(store=store, uri=uri, run_id=run["run_id"], name=PREDICTIONS)
         stored = checkpoint.load_predictions(io.BytesIO(kept))
         return {image: stored[image] for image in ids}
     except Exception as error:  # MLflow, NumPy and zip files each have their own

@@ -22,38 +22,17 @@ from kdsweep.models import unet
 from kdsweep.results import formats
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import known_values
+from kdsweep.results.paper import DUAL_TEACHER, PAPER_PARAMETERS_MILLIONS, PUBLISHED, SOURCE
 from kdsweep.results.stats import NAN, PLACE
 
 if TYPE_CHECKING:
-    from kdsweep.tracking.writer import Sweep
+    from kdsweep.tracking.reader import Sweep
 
 BEST = "best cell"
 TIMINGS = {"cpu_1_thread": "CPU, 1 thread (ms)", "cpu_all_threads": "CPU, all threads (ms)", "cuda": "CUDA (ms)"}
 COUNTS = ["image_size", "parameters", "macs"]
 COLUMNS = [f"{name}_{part}_ms" for name in TIMINGS for part in ("median", "p95")] + ["file_mb", "mean_dice_percent"]
 COLUMNS += ["published_parameters_millions", "published_gflops", "published_dice_percent"]
-
-
-class Published(NamedTuple):
-    """What a publication tells of a network, as it rounds and in its units (FLOPs, not MACs); NaN where silent."""
-
-    parameters_millions: float
-    gflops: float
-    dice_percent: float
-    source: str
-
-
-DUAL_TEACHER = "doi 10.7507/1001-5515.202311054"
-PAPER = "Behboodi, Brooks, Rivaz 2025, doi 10.36922/aih.3509"
-PAPER_PARAMETERS_MILLIONS = {"teacher": 96.0, "student": 0.82, "cell": 0.82}  # the text: "about 96 M", 0.82 M in all
-PUBLISHED = {
-    "Behboodi et al., L_KLD_WAug": Published(0.82, NAN, 80, f"{PAPER}, Table 5"),
-    "Liang et al.": Published(20.5, NAN, 84, f"{PAPER}, Table 5"),
-    "Gao et al.": Published(2.34, NAN, 85, f"{PAPER}, Table 5"),
-    "Lou et al.": Published(26.63, NAN, 90, f"{PAPER}, Table 5"),
-    "Lee et al.": Published(7.7, NAN, 89, f"{PAPER}, Table 5"),
-    "dual-teacher Attention U-Net": Published(2.2, 16.59, 88.40, DUAL_TEACHER),
-}
 
 
 class Network(NamedTuple):
@@ -97,7 +76,7 @@ def table5(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = RE
             "mean_dice_percent": scores["mean_dice_percent"].get(notation, NAN),
             "published_parameters_millions": PAPER_PARAMETERS_MILLIONS[role],
             "published_dice_percent": scores["paper_mean_dice_percent"].get(notation, NAN),
-            "source": f"{PAPER}, text and Table 4",
+            "source": f"{SOURCE}, text and Table 4",
         }
         rows.append(row | ({"image_size": network.image_size, **known[network]} if network else {}))
     for name, figures in PUBLISHED.items():
@@ -209,7 +188,7 @@ def notes(*, sweep: Sweep, table: pd.DataFrame, scores: pd.DataFrame, repeats: i
     missing = [f"{name} ({gap})" for name, gap in zip(table["notation"], table["gap"], strict=True) if gap]
     told += [f"Gaps: {'; '.join(missing)}."] if missing else []
     told.append(
-        f"Published: {PAPER} (Teacher: about 96 M; the rows of others as its Table 5 quotes them; one Titan Xp) and "
+        f"Published: {SOURCE} (Teacher: about 96 M; the rows of others as its Table 5 quotes them; one Titan Xp) and "
         f"{DUAL_TEACHER}. Other networks, hardware, data and splits; FLOPs are not MACs; no latency stands there."
     )
     return told

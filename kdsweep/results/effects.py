@@ -15,7 +15,7 @@ from kdsweep.results.frame import each_variant, gaps, placed_runs, scored_images
 from kdsweep.results.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, holm, mean_interval, p_value
 
 if TYPE_CHECKING:
-    from kdsweep.tracking.writer import Sweep
+    from kdsweep.tracking.reader import Sweep
 
 ALPHA = 0.05
 NAMED = 3  # of the cells that an effect lacks

@@ -1,6 +1,6 @@
 """The figures of a sweep, from what MLflow holds, as PNG, PDF and SVG.
 
-Usage: ``python -m kdsweep.results.figures figure2|effects|curves|pairs|all [--sweep NAME] [--out DIR] [Hydra
+Usage: ``python -m kdsweep figures figure2|effects|curves|pairs|all [--sweep NAME] [--out DIR] [Hydra
 overrides]``. Hydra overrides, such as ``data=busi data.root=DIR``, may say which sweep is meant and where its images
 lie.
 """
@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 
-from kdsweep.config import identity
+from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.files import write_bytes
 from kdsweep.data import run_data, sources
 from kdsweep.results import contours, effects, plots, tables
 from kdsweep.results.frame import known_values, variants
-from kdsweep.runs import checkpoint
-from kdsweep.tracking import writer
+from kdsweep.tracking import reader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kdsweep.tracking.writer import Sweep
+    from kdsweep.tracking.reader import Sweep
 
 FIGURES = {
     "figure2": "contours of all models on test images",
@@ -99,7 +99,7 @@ def _plot(which: str, sweep: Sweep, *, title: str, store: Path, uri: str | None)
     if which == "effects":
         return plots.effects_plot(scores=tables.table4(sweep), effects=effects.effects(sweep), title=title)
     if which == "curves":
-        return plots.curves_plot(curves=writer.read_curves(sweep, store=store, uri=uri), title=title)
+        return plots.curves_plot(curves=reader.read_curves(sweep, store=store, uri=uri), title=title)
     return plots.pairs_plot(pairs=plots.paired(sweep), title=title)
 
 
@@ -134,7 +134,7 @@ def write(figure: Figure, *, out_dir: Path, name: str) -> list[Path]:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for file in files:
-            checkpoint.write_bytes(file, render(figure, file.suffix[1:]))
+            write_bytes(file, render(figure, file.suffix[1:]))
     except OSError as error:
         raise InputError(f"--out {out_dir}: cannot write there ({error.strerror})") from error
     return files
@@ -172,7 +172,7 @@ def find_place(options: argparse.Namespace) -> Place:
     own = options.store or Path("multirun"), options.tracking_uri, options.sweep, options.data_root
     if not options.overrides:
         return Place(*own)
-    cfg = identity.compose(options.overrides)
+    cfg = composition.compose(options.overrides)
     typed = {word.lstrip("+").partition("=")[0] for word in options.overrides}
     root = Path(str(cfg.data.root)) if "data.root" in typed else None
     named = cfg.sweep_name if typed - {"store", "tracking.uri", "data.root"} else None
@@ -191,7 +191,7 @@ def make(which: str, *, place: Place, out_dir: Path | None, choice: Choice) -> N
     Raises:
         InputError: there is no such sweep, or what is lacking for a figure.
     """
-    sweep = writer.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
+    sweep = reader.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
     out_dir = out_dir or place.store / "figures"
     choice = replace(choice, root=place.root, source=place.source)
     failed = []
@@ -199,7 +199,7 @@ def make(which: str, *, place: Place, out_dir: Path | None, choice: Choice) -> N
         try:
             for file_name, figure in draw(name, sweep, store=place.store, uri=place.uri, choice=choice):
                 files = write(figure, out_dir=out_dir, name=file_name)
-                logged = writer.attach(sweep, files, folder="figures", store=place.store, uri=place.uri)
+                logged = reader.attach(sweep, files, folder="figures", store=place.store, uri=place.uri)
                 sys.stdout.write(f"wrote {out_dir / file_name}.{', .'.join(FORMATS)}; {logged}\n")
         except InputError as error:
             failed.append(str(error) if which == name else f"{name}: {error}")
@@ -210,9 +210,7 @@ def make(which: str, *, place: Place, out_dir: Path | None, choice: Choice) -> N
 def main(argv: list[str] | None = None) -> int:
     """Draw one figure or all; 0, or 1 after one line on stderr that says what to mend."""
     shows = "; ".join(f"{name}: {what}" for name, what in FIGURES.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m kdsweep.results.figures", description=f"Figures of a sweep. {shows}."
-    )
+    parser = argparse.ArgumentParser(prog="python -m kdsweep figures", description=f"Figures of a sweep. {shows}.")
     parser.add_argument("figure", choices=[*FIGURES, "all"])
     parse_place(parser)
     parser.add_argument("--out", type=Path, help="folder for the files (STORE/figures)")
@@ -226,7 +224,3 @@ def main(argv: list[str] | None = None) -> int:
     models = options.models.split(",") if options.models else None
     choice = Choice(options.split, options.seed, models, options.count, options.image)
     return exit_code(lambda: make(options.figure, place=find_place(options), out_dir=options.out, choice=choice))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

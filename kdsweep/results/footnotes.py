@@ -10,22 +10,11 @@ import pandas as pd
 from kdsweep.config.grid import RESULTS_VERSION
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import known_values, placed_runs, scored_images, variants
+from kdsweep.results.paper import PROTOCOL
 from kdsweep.results.stats import PLACE, RESAMPLES, TEST_NAMES
 
 if TYPE_CHECKING:
-    from kdsweep.tracking.writer import Sweep
-
-# The setting of the paper's experiments (conf/profile/paper.yaml), by the params of our runs.
-PROTOCOL = {
-    "teacher.encoder": "resnext101_32x8d",
-    "weights": "imagenet",
-    "image_size": "224",
-    "train.epochs": "500",
-    "train.patience": "50",
-    "train.batch_size": "64",
-    "train.lr": "0.0001",
-    "teacher.lr": "0.0001",
-}
+    from kdsweep.tracking.reader import Sweep
 
 
 def _cut_off(runs: pd.DataFrame) -> list[str]:

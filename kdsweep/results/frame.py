@@ -14,7 +14,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.results.stats import PLACE
 
 if TYPE_CHECKING:
-    from kdsweep.tracking.writer import Sweep
+    from kdsweep.tracking.reader import Sweep
 
 NOT_RUN = "not run"
 REMEDY = "add sweep_name=NAME to the command whose results belong in one table; finished cells are not run again"

@@ -19,13 +19,14 @@ from matplotlib.lines import Line2D
 from kdsweep.core.errors import InputError
 from kdsweep.results.effects import CELLS, format_effects
 from kdsweep.results.frame import gaps, placed_runs, scored_images
+from kdsweep.results.paper import BASELINES, REPRESENTATIONS
 from kdsweep.results.stats import PLACE, pair
-from kdsweep.results.tables import BASELINES, REPRESENTATIONS, SPLIT_MEAN, cell_notations
+from kdsweep.results.tables import SPLIT_MEAN, cell_notations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from kdsweep.tracking.writer import Sweep
+    from kdsweep.tracking.reader import Sweep
 
 WIDTH, ROW = 7.0, 0.235  # inches: a page's text, a row of the figure of scores
 FONT = 7.0  # points

@@ -1,6 +1,6 @@
 """One HTML page of a sweep, complete in itself: what was run, effects, tables, figures, every cell.
 
-Usage: ``python -m kdsweep.results.report [--sweep NAME] [--out FILE] [--with-images] [--no-costs] [Hydra overrides]``.
+Usage: ``python -m kdsweep report [--sweep NAME] [--out FILE] [--with-images] [--no-costs] [Hydra overrides]``.
 The page loads nothing from anywhere and names no folder of the computer it was made on.
 """
 
@@ -24,21 +24,21 @@ from tqdm import tqdm
 
 from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError, exit_code, told
+from kdsweep.core.files import write_text
 from kdsweep.core.progress import duration
 from kdsweep.results import figures, formats, tables
 from kdsweep.results.figures import FIGURES, Choice, Place
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import known_values
+from kdsweep.results.paper import BASELINES, CELLS
 from kdsweep.results.stats import PLACE, TESTS
 from kdsweep.results.summary import STATUS, counts, facts, listed
-from kdsweep.results.tables import BASELINES, CELLS
-from kdsweep.runs import checkpoint
-from kdsweep.tracking import writer
+from kdsweep.tracking import reader, writer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kdsweep.tracking.writer import Sweep
+    from kdsweep.tracking.reader import Sweep
 
 LOCAL_UI = "http://127.0.0.1:5000"  # what `make ui` serves
 FOLDERS = ("store", "data.root", "data.source.root", "data.source.cache_dir")
@@ -214,7 +214,7 @@ def cell_rows(sweep: Sweep, *, place: Place, ui: str) -> list[dict[str, Any]]:
 def _epochs(run: Sweep, *, place: Place) -> str:
     """How many epochs a run was trained, of a sweep of this run alone."""
     try:
-        curves = writer.read_curves(run, store=place.store, uri=place.uri)
+        curves = reader.read_curves(run, store=place.store, uri=place.uri)
     except InputError:
         return DASH
     return DASH if curves.empty else str(int(curves["epoch"].max()) + 1)
@@ -244,9 +244,9 @@ def commands(sweep: Sweep, *, place: Place, wanted: Wanted) -> list[str]:
     test = "" if wanted.test == "ttest" else f" --test {wanted.test}"
     own = "".join(f" {option}" for option, on in _switches(wanted).items() if on)
     return [
-        *(f"python -m kdsweep.results.tables {which}{where}{test}" for which in tables.asked(sweep)),
-        f"python -m kdsweep.results.figures all{where}",
-        f"python -m kdsweep.results.report{where}{test}{own}",
+        *(f"python -m kdsweep tables {which}{where}{test}" for which in tables.asked(sweep)),
+        f"python -m kdsweep figures all{where}",
+        f"python -m kdsweep report{where}{test}{own}",
     ]
 
 
@@ -323,7 +323,7 @@ def make(*, place: Place, out: Path | None, wanted: Wanted) -> None:
         InputError: there is no such sweep, or the file cannot be written.
     """
     wanted = wanted._replace(ui=ui_address(wanted.ui, uri=place.uri))
-    sweep = writer.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
+    sweep = reader.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
     file = out or place.store / "reports" / f"{figures.slug(sweep.name)}.html"
     if file.is_dir():
         raise InputError(f"--out {file}: is a folder; give a file such as {file / 'report.html'}")
@@ -332,18 +332,18 @@ def make(*, place: Place, out: Path | None, wanted: Wanted) -> None:
     html = page(content, hide=hide)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(file, html)
+        write_text(file, html)
     except OSError as error:
         raise InputError(f"--out {file}: cannot write there ({error.strerror})") from error
     for line in failures(content):
         sys.stderr.write(f"kdsweep: {line}\n")
-    logged = writer.attach(sweep, [file], folder="report", store=place.store, uri=place.uri)
+    logged = reader.attach(sweep, [file], folder="report", store=place.store, uri=place.uri)
     sys.stdout.write(f"wrote {file} ({len(html.encode()) / 1e6:.1f} MB); {logged}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Make the report; 0, or 1 after one line on stderr that says what to mend."""
-    parser = argparse.ArgumentParser(prog="python -m kdsweep.results.report", description="A sweep as one HTML page.")
+    parser = argparse.ArgumentParser(prog="python -m kdsweep report", description="A sweep as one HTML page.")
     figures.parse_place(parser)
     parser.add_argument("--out", type=Path, help="the file (STORE/reports/SWEEP.html); one that is there is replaced")
     parser.add_argument("--ui", default="", help=f"address of MLflow's pages (the tracking URI, or {LOCAL_UI})")
@@ -353,7 +353,3 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     wanted = Wanted(options.ui, options.test, options.with_images, not options.no_costs)
     return exit_code(lambda: make(place=figures.find_place(options), out=options.out, wanted=wanted))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

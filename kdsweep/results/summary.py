@@ -15,11 +15,11 @@ from kdsweep.config.grid import is_under, unused, variant_label
 from kdsweep.core.progress import duration, plural
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import known_values
-from kdsweep.results.tables import BASELINES, CELLS
-from kdsweep.tracking import writer
+from kdsweep.results.paper import BASELINES, CELLS
+from kdsweep.tracking import reader
 
 if TYPE_CHECKING:
-    from kdsweep.tracking.writer import Sweep
+    from kdsweep.tracking.reader import Sweep
 
 STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "interrupted", "RUNNING": "running"}
 
@@ -76,7 +76,7 @@ def _images(sweep: Sweep, *, store: Path, uri: str | None) -> str:
     finished = sweep.runs[sweep.runs["status"] == "FINISHED"]
     for run_id in finished["run_id"].head(1):
         try:
-            split = json.loads(writer.artifact(store=store, uri=uri, run_id=run_id, name="split.json"))
+            split = json.loads(reader.artifact(store=store, uri=uri, run_id=run_id, name="split.json"))
             return str(sum(map(len, split.values())))
         except Exception:  # of many kinds: MLflow, files, JSON; the page has more to tell
             return DASH

@@ -1,6 +1,6 @@
 """The paper's tables and the effects of its factors, from what MLflow holds: frames of numbers first, text afterwards.
 
-Usage: `python -m kdsweep.results.tables table3|table4|table5|effects|settings|seeds [--store DIR] [--sweep NAME] [--out
+Usage: `python -m kdsweep tables table3|table4|table5|effects|settings|seeds [--store DIR] [--sweep NAME] [--out
 DIR]`.
 """
 
@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 
 from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.files import write_text
 from kdsweep.results import comparisons, effects, footnotes, formats
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import each_variant, gaps, known_values, placed_runs, scored_images, variants
+from kdsweep.results.paper import BASELINES, CELLS, LOSSES, PAPER, REPRESENTATIONS
 from kdsweep.results.stats import NAN, TESTS, holm, mean_interval, own_teachers, p_value, pair
-from kdsweep.runs import checkpoint
 
 if TYPE_CHECKING:
-    from kdsweep.tracking.writer import Sweep
+    from kdsweep.tracking.reader import Sweep
 
 TABLES = ("table3", "table4", "table5", "effects", "settings", "seeds")
 HEADINGS = {
@@ -37,27 +38,6 @@ HEADINGS = {
 }
 SPLIT_MEAN = "mean_dice_percent_split"
 
-# Table 4 of the paper: DSC mean and standard deviation (%), p against Teacher, p against Student.
-PAPER: dict[str, tuple[float, float, float, float]] = {
-    "Teacher": (81.50, 18.40, NAN, 0.0048),
-    "Student": (73.16, 23.78, 0.0048, NAN),
-    "L_MSE": (77.75, 22.55, 0.1414, 0.0227),
-    "L_MSE_WAug": (77.52, 17.61, 0.1565, 0.0948),
-    "L_KLD": (78.00, 22.05, 0.0950, 0.0037),
-    "L_KLD_WAug": (80.00, 18.86, 0.2075, 0.0012),
-    "H_MSE": (77.50, 21.49, 0.0645, 0.0215),
-    "H_MSE_WAug": (77.85, 20.06, 0.0341, 0.0125),
-    "H_KLD": (79.00, 20.45, 0.1320, 0.0067),
-    "H_KLD_WAug": (78.50, 19.83, 0.1417, 0.0316),
-    "HReg_MSE": (78.06, 19.25, 0.0325, 0.0201),
-    "HReg_MSE_WAug": (77.63, 19.97, 0.0402, 0.0269),
-    "HReg_KLD": (79.00, 20.37, 0.2132, 0.0021),
-    "HReg_KLD_WAug": (79.31, 19.33, 0.1247, 0.0068),
-}
-BASELINES = ("Teacher", "Teacher_WAug", "Student")
-CELLS = tuple(notation for notation in PAPER if notation not in BASELINES)
-REPRESENTATIONS = {"L": "Logits", "H": "Hidden", "HReg": "Hidden-Regressor"}
-LOSSES = {"MSE": "mean squared error", "KLD": "Kullback-Leibler divergence"}
 PAPER_COLUMNS = ["paper_mean_dice_percent", "paper_std_dice_percent", "paper_p_teacher", "paper_p_student"]
 
 
@@ -336,7 +316,7 @@ def make(*, which: str, sweep: Sweep, store: Path, out_dir: Path, test: str) -> 
     }
     try:
         for suffix, content in files.items():
-            checkpoint.write_text(out_dir / f"{which}.{suffix}", content)
+            write_text(out_dir / f"{which}.{suffix}", content)
     except OSError as error:
         raise InputError(f"--out {out_dir}: cannot write there ({error.strerror})") from error
     return f"{markdown}\nwrote {out_dir / which}.md, .csv, .tex\n"
@@ -344,9 +324,7 @@ def make(*, which: str, sweep: Sweep, store: Path, out_dir: Path, test: str) -> 
 
 def main(argv: list[str] | None = None) -> int:
     """Print and write one table; 0, or 1 after one line on stderr that says what to mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kdsweep.results.tables", description="The paper's tables, from MLflow."
-    )
+    parser = argparse.ArgumentParser(prog="python -m kdsweep tables", description="The paper's tables, from MLflow.")
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
     parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
@@ -356,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
         "--test", choices=sorted(TESTS), default="ttest", help="test of table4, effects, settings (ttest)"
     )
     options = parser.parse_args(argv)
-    from kdsweep.tracking.writer import read_sweep  # loads mlflow: seconds that --help need not wait for
+    from kdsweep.tracking.reader import read_sweep  # loads mlflow: seconds that --help need not wait for
 
     def work() -> None:
         gc.freeze()
@@ -367,7 +345,3 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(make(which=which, sweep=sweep, store=options.store, out_dir=out_dir, test=test))
 
     return exit_code(work)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -11,20 +11,18 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from kdsweep.config.grid import Cell, superseded
-from kdsweep.runs import checkpoint
+from kdsweep.config.grid import Cell
+from kdsweep.core.files import file_digest, write_json
 
 log = logging.getLogger(__name__)
 
 CELL, PROGRESS, FAILED, FINISHED, LOCK = "cell.json", "progress.json", "failed.json", "finished.json", ".lock"
-SWEEPS = "sweeps"
 
 
 @dataclass(frozen=True)
@@ -123,27 +121,27 @@ def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any],
         "evidence": cell.evidence,
         "params": params,
     }
-    checkpoint.write_json(folder / "split.json", split)
-    checkpoint.write_json(folder / CELL, content)
+    write_json(folder / "split.json", split)
+    write_json(folder / CELL, content)
     (folder / FAILED).unlink(missing_ok=True)
 
 
 def write_progress(folder: Path, *, epochs: int, history: list[dict[str, float]], times_ms: list[int]) -> None:
     """Write down the epochs that the checkpoint holds: never more, else a resumed training would tell them twice."""
-    checkpoint.write_json(folder / PROGRESS, {"epochs": epochs, "times_ms": times_ms, "history": history})
+    write_json(folder / PROGRESS, {"epochs": epochs, "times_ms": times_ms, "history": history})
 
 
 def write_failed(folder: Path, error: str) -> None:
     """Write down what ended a cell; that this does not work either (a full disk) is no news."""
     with contextlib.suppress(OSError):
-        checkpoint.write_json(folder / FAILED, {"error": " ".join(error.split()), "time_ms": now_ms()})
+        write_json(folder / FAILED, {"error": " ".join(error.split()), "time_ms": now_ms()})
 
 
 def write_finished(folder: Path, *, values: dict[str, float], files: list[str]) -> None:
     """Write the marker of a finished cell, last of all: the final values, and the SHA-256 of the files they rest on."""
-    digests = {name: checkpoint.file_digest(folder / name) for name in files}
+    digests = {name: file_digest(folder / name) for name in files}
     content = {"time_ms": now_ms(), "values": values, "sha256": digests}
-    checkpoint.write_json(folder / FINISHED, {**content, "seal": _seal(content)})
+    write_json(folder / FINISHED, {**content, "seal": _seal(content)})
     (folder / FAILED).unlink(missing_ok=True)
 
 
@@ -189,7 +187,7 @@ def _damage(folder: Path) -> Path | None:
 
 def _is_whole(file: Path, digest: str | None) -> bool:
     try:
-        return checkpoint.file_digest(file) == digest
+        return file_digest(file) == digest
     except OSError:
         return False
 
@@ -264,63 +262,3 @@ def read(folder: Path) -> Record:
         values=values or {},
         ended_ms=ended.get("time_ms", 0),
     )
-
-
-def ask(store: Path, sweep: str, *, cells: list[Cell], teachers: list[Cell], varied: Sequence[str] = ()) -> None:
-    """Write down which cells a sweep asks for, and their Teachers; what it asked for before stays.
-
-    A cell that is asked for again with replaced images, or by a later results version, takes the seat of the old one.
-
-    Args:
-        store: folder of the runs.
-        sweep: its name.
-        cells: that it asks for.
-        teachers: that they learn from.
-        varied: keys beyond the factors that its command line gave several values.
-    """
-    folder = store / SWEEPS
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / LOCK):
-        checkpoint.remove_parts(folder)
-        asked, variants = read_asked(store, sweep), read_variants(store, sweep)
-        new = {cell.place: str(cell.folder.relative_to(store)) for cell in [*teachers, *cells]}
-        told = {cell.place: cell.variant for cell in [*teachers, *cells] if cell.variant}
-        for place in superseded(_with_variants(asked, variants), _with_variants(new, told)):
-            del asked[place]
-            variants.pop(place, None)
-        keys = dict.fromkeys([*read_varied(store, sweep), *varied])
-        content = {"asked": asked | new, "varied": list(keys), "variants": variants | told}
-        checkpoint.write_json(folder / f"{sweep}.json", content)
-
-
-def _with_variants(asked: dict[str, str], variants: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Each folder with the variant of its place behind it."""
-    return {place: f"{folder} {json.dumps(variants.get(place, {}))}" for place, folder in asked.items()}
-
-
-def read_asked(store: Path, sweep: str) -> dict[str, str]:
-    """Folders, relative to the store, of the cells and Teachers that a sweep asked for, by their places."""
-    asked: dict[str, str] = _read_sweep(store, sweep).get("asked", {})
-    return asked
-
-
-def read_variants(store: Path, sweep: str) -> dict[str, dict[str, str]]:
-    """Variants of what a sweep asked for, by their places; what has none is left out."""
-    variants: dict[str, dict[str, str]] = _read_sweep(store, sweep).get("variants", {})
-    return variants
-
-
-def read_varied(store: Path, sweep: str) -> list[str]:
-    """Keys beyond the factors that the command lines of a sweep gave several values."""
-    varied: list[str] = _read_sweep(store, sweep).get("varied", [])
-    return varied
-
-
-def _read_sweep(store: Path, sweep: str) -> dict[str, Any]:
-    return _read(store / SWEEPS / f"{sweep}.json") or {}
-
-
-def sweeps(store: Path) -> list[str]:
-    """Names of a store's sweeps, the one last asked for at the end."""
-    files = sorted((store / SWEEPS).glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
-    return [file.stem for file in files]

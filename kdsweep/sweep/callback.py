@@ -158,11 +158,11 @@ def one_line(error: BaseException) -> str:
 
 def _known_keys(key: str) -> str:
     """What may stand in the place of a wrong key."""
-    from kdsweep.config import identity
+    from kdsweep.config import composition
 
     parent, _, _ = key.rpartition(".")
     try:
-        cfg = identity.compose([])
+        cfg = composition.compose([])
         node = OmegaConf.select(cfg, parent) if parent else cfg
         keys = ", ".join(sorted(node)) if node is not None else ""
     except (InputError, TypeError):

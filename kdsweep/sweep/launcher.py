@@ -20,7 +20,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from kdsweep.config.compose import Composed, Composer
+from kdsweep.config.composition import Composed, Composer
 from kdsweep.core.errors import InputError
 from kdsweep.sweep.engines.engine import SUBMITTED, Engine, Unit
 

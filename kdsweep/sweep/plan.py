@@ -18,7 +18,7 @@ from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import CellError
 from kdsweep.core.progress import duration, plural
-from kdsweep.runs import records
+from kdsweep.runs import records, requests
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def name_variants(
         sweeps.setdefault((values["store"], values["sweep_name"]), []).append(number)
     named = list(own)
     for (store, sweep), members in sweeps.items():
-        keys = swept_keys([words[number] for number in members]) + records.read_varied(Path(store), sweep)
+        keys = swept_keys([words[number] for number in members]) + requests.read_varied(Path(store), sweep)
         shared: dict[str, dict[str, str]] = {}
         flats = {number: identity.params(read[number]) for number in members} if keys else {}
         for number, flat in flats.items():
@@ -186,7 +186,7 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
             swept = swept_keys([job.overrides for job in members])
             if swept:
                 varied[sweep] = swept + grid.varied_keys([identity.params(job.values) for job in members])
-            records.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
+            requests.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
         sync.Mirror(
             store=Path(store),
             uri=uri,

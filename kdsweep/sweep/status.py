@@ -15,7 +15,7 @@ from pathlib import Path
 from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.progress import duration, plural
-from kdsweep.runs import records
+from kdsweep.runs import records, requests
 from kdsweep.runs.records import Record
 from kdsweep.sweep.engines import queue
 from kdsweep.sweep.engines.queue import Task
@@ -231,15 +231,15 @@ def make(*, store: Path, sweep: str | None) -> str:
     Raises:
         InputError: there is no such sweep.
     """
-    known = records.sweeps(store)
+    known = requests.sweeps(store)
     if not known:
         raise InputError(f"--store {store}: no sweep was started in it yet")
     if sweep is not None and sweep not in known:
         raise InputError(f"--sweep {sweep}: not in this store; it holds: {', '.join(sorted(known))}")
     name = sweep or known[-1]
-    asked = records.read_asked(store, name)
+    asked = requests.read_asked(store, name)
     found = {place: records.read(store / folder) for place, folder in asked.items()}
-    variants = records.read_variants(store, name)
+    variants = requests.read_variants(store, name)
     try:
         tasks = {store / folder: task for folder, task in queue.queued(store).items()}
         unknown = ""
@@ -250,12 +250,8 @@ def make(*, store: Path, sweep: str | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print how far a sweep is; 0, or 1 after one line on stderr that says what to mend."""
-    parser = argparse.ArgumentParser(prog="python -m kdsweep.sweep.status", description="How far a sweep is.")
+    parser = argparse.ArgumentParser(prog="python -m kdsweep status", description="How far a sweep is.")
     parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
     parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
     options = parser.parse_args(argv)
     return exit_code(lambda: sys.stdout.write(make(store=options.store, sweep=options.sweep)))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

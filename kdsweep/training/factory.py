@@ -5,6 +5,7 @@ What of a configuration can be told without torch is in ``config/identity.py``.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -15,16 +16,18 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from kdsweep.config import identity, schema
+from kdsweep.config import composition, identity
 from kdsweep.config.grid import Cell
-from kdsweep.core.device import Compute
+from kdsweep.core.device import Compute, find_device
 from kdsweep.core.errors import InputError, exit_code
-from kdsweep.data import sources
 from kdsweep.data.loaders import Feed, TrainLoader, eval_part
+from kdsweep.data.splits import check_training_masks, random_split
 from kdsweep.data.views import Strengths, Views
+from kdsweep.distill.distillation import Distillation, Lesson
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
-from kdsweep.training.learner import Distillation, Learner, Lesson
+from kdsweep.models.weights import HUB
+from kdsweep.training.learner import Learner
 
 
 def device(cfg: DictConfig) -> torch.device:
@@ -34,24 +37,6 @@ def device(cfg: DictConfig) -> torch.device:
         InputError: it is not there.
     """
     return find_device(str(cfg.device))
-
-
-def find_device(name: str) -> torch.device:
-    """The device of a name: ``cpu``, ``cuda``, ``cuda:NUMBER``, or ``auto``, which is CUDA if there is one.
-
-    Raises:
-        InputError: it is not a device, or not there.
-    """
-    if not schema.is_device(name):
-        raise InputError(f"device={name} is not allowed: it must be auto, cpu, cuda or cuda:NUMBER")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use device=cpu or auto"
-        )
-    return torch.device(name)
 
 
 def devices(cfg: DictConfig) -> list[str]:
@@ -74,8 +59,8 @@ def feed(cfg: DictConfig, *, seed: int) -> Feed:
         InputError: the training part cannot be trained on.
     """
     everything = identity.images(cfg)
-    part = sources.split(len(everything.ids), index=cfg.split)
-    sources.check_training_masks(everything, part)
+    part = random_split(len(everything.ids), index=cfg.split)
+    check_training_masks(everything, part)
     if cfg.train.batch_size > len(part.train):
         raise InputError(
             f"train.batch_size={cfg.train.batch_size} is larger than the training set of {len(part.train)} images"
@@ -119,7 +104,7 @@ def _new_network(node: DictConfig, *, seed: int, weights: str | None) -> UNet:
 
 
 def _weights(node: DictConfig) -> str:
-    return unet.HUB + identity.imagenet(node) if node.weights == "imagenet" else str(node.weights)
+    return HUB + identity.imagenet(node) if node.weights == "imagenet" else str(node.weights)
 
 
 def check_networks(cfg: DictConfig) -> None:
@@ -208,11 +193,14 @@ def git_commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def print_models(overrides: list[str]) -> int:
-    """Print parameters, MACs and hidden shapes of the configured networks; the exit code."""
+def print_models(argv: list[str]) -> int:
+    """Print parameters, MACs and hidden shapes of the configured networks; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m kdsweep models", description="What the networks consist of.")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as teacher=resnet34 image_size=128")
+    overrides = parser.parse_args(argv).overrides
 
     def work() -> None:
-        cfg = identity.compose(overrides)
+        cfg = composition.compose(overrides)
         identity.check(cfg)
         student, teacher = student_network(cfg, weights="none"), teacher_network(cfg, weights="none")
         sys.stdout.write(unet.summary(teacher=teacher, student=student, image_size=cfg.image_size) + "\n")

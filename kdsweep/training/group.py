@@ -9,18 +9,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-import torch
 from omegaconf import DictConfig
 
 from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core import logs
-from kdsweep.core.device import Compute, give_back_memory
+from kdsweep.core.device import give_back_memory
 from kdsweep.core.errors import CellError, told
-from kdsweep.evaluation import latency
 from kdsweep.models.unet import UNet
 from kdsweep.runs import records
-from kdsweep.sweep.plan import Look
 from kdsweep.training import factory, loop, teachers
 from kdsweep.training.learner import Learner
 
@@ -31,85 +28,6 @@ Result = float | Exception
 
 class TeacherError(CellError):
     """A cell cannot be trained because its Teacher could not."""
-
-
-def check(configs: list[DictConfig]) -> None:
-    """Raise InputError for the first of these cells that could not be trained anywhere: networks, weights, images."""
-    for cfg in configs:
-        factory.check_networks(cfg)
-    for cfg in {identity.batches_key(cfg, seed=cfg.seed): cfg for cfg in reversed(configs)}.values():
-        factory.feed(cfg, seed=cfg.seed)
-
-
-def look(configs: list[DictConfig], devices: list[str]) -> Look:
-    """Check cells that wait to be trained on this machine, and time one step of the first one's networks.
-
-    Args:
-        configs: of all that wait.
-        devices: where to run, or empty for what the configurations say.
-
-    Raises:
-        InputError: one of them could not be trained.
-    """
-    found = places(configs, devices)
-    check(configs)
-    return _timed(configs, devices=found, device=str(configs[0].device))
-
-
-def places(configs: list[DictConfig], devices: list[str]) -> dict[str, list[str]]:
-    """Names of the devices that groups can be spread over, by the value of ``device``.
-
-    Raises:
-        InputError: one of them is not there.
-    """
-    for name in devices:
-        factory.find_device(name)
-    return {str(cfg.device): devices or factory.devices(cfg) for cfg in configs}
-
-
-def look_from_afar(configs: list[DictConfig], place: str, *, times: bool) -> Look:
-    """Check cells that wait to be trained on other machines, whose devices are not seen from here.
-
-    Args:
-        configs: of all that wait.
-        place: what these machines are called.
-        times: time a step here all the same.
-
-    Raises:
-        InputError: one of them could not be trained.
-    """
-    found = {str(cfg.device): [place] for cfg in configs}
-    for cfg in configs:
-        cfg.device = "auto"  # this machine need not have it
-    check(configs)
-    return _timed(configs, devices=found, device="auto") if times else Look(found)
-
-
-def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: str) -> Look:
-    first = configs[0]
-    on = factory.find_device(device)
-    compute = Compute(device=on, precision=first.precision, deterministic=first.deterministic)
-    compute.prepare()
-    load = latency.load_of_others() if on.type == "cpu" else 0.0
-    timed = {"image_size": first.image_size, "compute": compute}
-    student = latency.time_step_s(factory.student_network(first, weights="none"), **timed)
-    teacher = latency.StepTime(0.0, 0.0)
-    if taught := [cfg for cfg in configs if cfg.path.kd_path is not None]:
-        trained = all(records.read_finished(identity.teacher_cell(cfg).folder) is not None for cfg in taught)
-        network = factory.teacher_network(taught[0], weights="none")
-        teacher = latency.time_step_s(network, **timed, forward_only=trained)
-        del network
-    give_back_memory()
-    return Look(
-        devices=devices,
-        timed_on=str(on),
-        student_s=student.train,
-        teacher_s=teacher.train,
-        lesson_s=teacher.forward,
-        images=len(identity.split_ids(first)["train"]),
-        load=load,
-        threads=torch.get_num_threads() if on.type == "cpu" else 0,
-    )
 
 
 def run_group(configs: list[DictConfig], *, variants: Mapping[str, dict[str, str]] | None = None) -> list[Result]:

@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from kdsweep.core.device import Compute
 from kdsweep.core.errors import CellError
-from kdsweep.data.views import warp
+from kdsweep.core.files import remove_parts, write_text
+from kdsweep.data.loaders import EvalPart
 from kdsweep.distill import losses
-from kdsweep.distill.paths import KDPath
+from kdsweep.distill.distillation import Distillation
+from kdsweep.evaluation import metrics
+from kdsweep.evaluation.scoring import predict, score
 from kdsweep.models.unet import Outputs, UNet
 from kdsweep.runs import checkpoint, records
 
 log = logging.getLogger(__name__)
-
-
-class Lesson(NamedTuple):
-    """One forward of a Teacher that Students can share: who teaches, what it sees, how it computes.
-
-    Attributes:
-        teacher: name of the Teacher in the group.
-        view: what the Teacher sees, ``weak`` or ``strong``.
-        precision: of its forward, ``fp32`` or ``bf16``.
-    """
-
-    teacher: str
-    view: str
-    precision: str
 
 
 class DivergedError(CellError):
@@ -86,38 +77,6 @@ class Means:
     def _by_name(self) -> dict[str, Tensor]:
         names = self.steps[0] if self.steps else {}
         return {name: torch.stack([step[name] for step in self.steps]).cpu() for name in names}
-
-
-@dataclass
-class Distillation:
-    """How a Student is taught.
-
-    Attributes:
-        kd_path: which tensors are compared.
-        loss: of the compared maps, see losses.py.
-        weight: of the KD term; the supervised term has 1 - weight (PAPER, Eq. I: 0.5 and 0.5).
-        lesson: which forward of which Teacher it learns from.
-        align: warp the maps of a weak view into the Student's frame; else compare them as they are.
-    """
-
-    kd_path: KDPath
-    loss: Callable[..., Tensor]
-    weight: float
-    lesson: Lesson
-    align: bool
-
-    def term(self, *, student: Outputs, teacher: Outputs, theta: Tensor | None) -> Tensor:
-        """The KD term of one batch; theta (N, 2, 3) is None where both saw the same view.
-
-        The Teacher's outputs are copied first (about 1 ms): the originals serve other learners too, and tensors made
-        under inference mode cannot take part in autograd, which a loss or path of the user's may ask for.
-        """
-        logits = teacher.logits.clone() if self.kd_path.needs_logits else teacher.hidden.new_empty(0)
-        theirs = self.kd_path.teacher_map(Outputs(logits=logits, hidden=teacher.hidden.clone()))
-        valid = torch.ones_like(theirs[:, :1], dtype=torch.bool)
-        if theta is not None and self.align:
-            theirs, valid = warp(theirs, theta=theta)
-        return self.loss(student=self.kd_path.student_map(student), teacher=theirs, valid=valid)
 
 
 @dataclass
@@ -293,7 +252,7 @@ class Learner:
         Raises:
             CellError: the checkpoint is one of another cell.
         """
-        checkpoint.remove_parts(self.folder)
+        remove_parts(self.folder)
         for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS):
             file = self.folder / name
             try:
@@ -321,3 +280,40 @@ class Learner:
                 module.load_state_dict(training["modules"][name])
             self.optimiser.load_state_dict(training["optimiser"])
             self.means.load(training["means"])
+
+
+SCORES, PREDICTIONS, HISTORY = "test_scores.csv", "test_predictions.npz", "history.csv"
+
+
+def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, float]:
+    """Test the weights with the best validation loss and write all files; the marker of a finished cell comes last.
+
+    Returns:
+        The final values, ``test/dice`` among them.
+    """
+    learner.restore_best()
+    predictions = predict(learner.network, part, compute=compute)
+    table = score(predictions, part)
+    values = {f"test/{name}": float(table[name].mean()) for name in metrics.SCORES}
+    values["test/dice_std"] = float(table["dice"].std())
+    values["test/trivial_dice"] = metrics.trivial_dice(part.masks)
+    values |= {"best_epoch": float(learner.best_epoch), "epochs": float(learner.epoch + 1)}
+    folder = learner.folder
+    weights = f"{'teacher' if learner.role == 'teacher' else 'student'}.safetensors"
+    checkpoint.save_network(folder / weights, learner.network)
+    write_text(folder / HISTORY, pd.DataFrame(learner.history).to_csv(index=False))
+    checkpoint.save_predictions(folder / PREDICTIONS, predictions[:, 0].numpy(), ids=part.ids)
+    write_text(folder / SCORES, table.to_csv(index=False))
+    learner.save_outcome()
+    (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
+    records.write_finished(folder, values=values, files=[weights, HISTORY, PREDICTIONS, SCORES, "split.json"])
+    log.info(
+        "%s: test Dice %.4f ± %.4f over %d images (best epoch %d of %d)",
+        learner.title,
+        values["test/dice"],
+        values["test/dice_std"],
+        len(table),
+        learner.best_epoch + 1,
+        learner.epoch + 1,
+    )
+    return values

@@ -21,10 +21,11 @@ from kdsweep.core.errors import CellError, told
 from kdsweep.core.progress import Progress
 from kdsweep.data.loaders import Feed
 from kdsweep.data.views import normalise
+from kdsweep.distill.distillation import Lesson
 from kdsweep.evaluation import metrics, scoring
 from kdsweep.models.unet import Outputs, UNet
 from kdsweep.runs import records
-from kdsweep.training.learner import Learner, Lesson, Means
+from kdsweep.training.learner import Learner, Means, finish
 
 log = logging.getLogger(__name__)
 
@@ -288,7 +289,7 @@ def run(
 
     def conclude(learner: Learner) -> None:
         with alone(learner):
-            results[learner.folder] = scoring.conclude(learner, part=feed.test, compute=compute)
+            results[learner.folder] = finish(learner, part=feed.test, compute=compute)
 
     try:
         compute.prepare()

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from kdsweep import conf_dir
-from kdsweep.config import identity, schema
+from kdsweep.config import composition, identity, schema
 from kdsweep.core.errors import InputError
 
 CONF = conf_dir()
@@ -87,13 +87,13 @@ EDGES: dict[str, tuple[Any, ...]] = {
 
 @pytest.fixture(scope="module")
 def defaults() -> dict[str, Any]:
-    return identity.params(identity.compose(["path=HR"]))  # the path that has the most keys
+    return identity.params(composition.compose(["path=HR"]))  # the path that has the most keys
 
 
 def compose(*overrides: str) -> dict[str, Any]:
     """Flat values of a configuration; data sets that need a folder are given one."""
     needs_root = any(override in ("data=udiat", "data=busi", "data=folder") for override in overrides)
-    return identity.params(identity.compose([*overrides, *(["data.root=images"] if needs_root else [])]))
+    return identity.params(composition.compose([*overrides, *(["data.root=images"] if needs_root else [])]))
 
 
 def test_every_rule_has_bad_values_in_this_test() -> None:

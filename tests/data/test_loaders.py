@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdsweep.data import sources
+from kdsweep.data.images import Images
 from kdsweep.data.loaders import TrainLoader, eval_part
 from kdsweep.data.views import Strengths, Views
 
@@ -19,7 +19,7 @@ PLAIN = Strengths(shift=0, scale=0, rotate_deg=0, noise_std=(0, 0), dropout=0, p
 Batch = dict[str, Tensor]
 
 
-def images_of(ids: list[str]) -> sources.Images:
+def images_of(ids: list[str]) -> Images:
     """Random pictures, each determined by its id; the whole picture's level at 0, 0 is its number."""
     pictures, masks, small_pictures, small_masks = [], [], [], []
     for image_id in ids:
@@ -30,7 +30,7 @@ def images_of(ids: list[str]) -> sources.Images:
         small_masks.append(masks[-1][:IMAGE_SIZE, :IMAGE_SIZE])
     labels = ["benign" if int(image_id[-1]) % 2 else "malignant" for image_id in ids]
     arrays = map(np.stack, (pictures, masks, small_pictures, small_masks))
-    return sources.Images("mine", ids, labels, *arrays, digest="")
+    return Images("mine", ids, labels, *arrays, digest="")
 
 
 IDS = [f"image {number}" for number in range(COUNT)]
@@ -38,7 +38,7 @@ IMAGES = images_of(IDS)
 
 
 def loader(
-    images: sources.Images = IMAGES,
+    images: Images = IMAGES,
     *,
     indices: list[int] = TRAIN,
     strengths: Strengths = STRONG,
@@ -70,7 +70,7 @@ def equal(first: list[Batch], second: list[Batch]) -> bool:
     )
 
 
-def views_of_ids(images: sources.Images, indices: list[int], batches: list[Batch]) -> dict[str, Batch]:
+def views_of_ids(images: Images, indices: list[int], batches: list[Batch]) -> dict[str, Batch]:
     """What each image id was rendered as, found by looking for the weak view in its picture."""
     found = {}
     rows = [

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdsweep.config import identity
+from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError
 from kdsweep.data import run_data, sources
+from kdsweep.data.images import load_images
 
 
 def recorded(source, *, name):
@@ -18,7 +19,7 @@ def recorded(source, *, name):
 
 @pytest.mark.parametrize("as_strings", [True, False])
 def test_the_recorded_configuration_gives_the_same_data_set(small_busi, tmp_path, as_strings):
-    cfg = identity.compose(["data=busi", f"data.root={small_busi}"])
+    cfg = composition.compose(["data=busi", f"data.root={small_busi}"])
     params = identity.params(cfg)
     params = {key: str(value) for key, value in params.items()} if as_strings else params
     found = run_data.source(params, store=tmp_path)
@@ -40,7 +41,7 @@ def test_phantoms_lie_in_the_store_wherever_it_is_now(tmp_path):
 
 def test_images_are_as_they_were_scored(small_busi):
     source = sources.Busi(small_busi)
-    images = sources.load(source, load_size=37, image_size=32)
+    images = load_images(source, load_size=37, image_size=32)
     found = run_data.scored(source, images.ids[3:5], image_size=32)
     assert list(found) == images.ids[3:5]
     for number, one in zip((3, 4), found.values(), strict=True):
@@ -53,7 +54,7 @@ def test_an_image_that_is_gone_is_named(small_busi):
         run_data.scored(sources.Busi(small_busi), ["benign (77)"], image_size=32)
 
 
-@pytest.mark.parametrize("target", ["os.system", "own_data.Clinic", "kdsweep.data.sources.load"])
+@pytest.mark.parametrize("target", ["os.system", "own_data.Clinic", "kdsweep.data.images.load_images"])
 def test_nothing_is_imported_by_the_word_of_a_record(target, tmp_path):
     with pytest.raises(InputError, match=f"data.source={target}: only kdsweep.data.Udiat"):
         run_data.source({"data.source._target_": target, "data.source.root": "x"}, store=tmp_path)

@@ -18,6 +18,8 @@ from sklearn.model_selection import ShuffleSplit
 
 from kdsweep.core.errors import InputError
 from kdsweep.data import phantom, sources
+from kdsweep.data.images import Images, load_images, read_entry, read_grey_or_colour, read_mask, resize_mask
+from kdsweep.data.splits import Split, check_training_masks, random_split
 
 HEIGHT, WIDTH = 40, 50
 MASK = np.zeros((HEIGHT, WIDTH), bool)
@@ -52,8 +54,8 @@ def udiat_data(root: Path, suffix: str = ".png") -> Path:
     return root
 
 
-def load(source: sources.Source, *, image_size: int = 32, allow_empty_masks: bool = False) -> sources.Images:
-    return sources.load(source, load_size=36, image_size=image_size, allow_empty_masks=allow_empty_masks)
+def load(source: sources.Source, *, image_size: int = 32, allow_empty_masks: bool = False) -> Images:
+    return load_images(source, load_size=36, image_size=image_size, allow_empty_masks=allow_empty_masks)
 
 
 def error_of(source: sources.Source, *, image_size: int = 32) -> str:
@@ -81,7 +83,7 @@ def test_udiat_is_found_at_the_root_and_one_or_two_folders_deeper(tmp_path: Path
     entries = sources.Udiat(tmp_path).entries()
     assert [entry.id for entry in entries] == ["000001", "000002", "000010"]
     for entry in entries:
-        image, mask = sources.read(entry, smallest=32)
+        image, mask = read_entry(entry, smallest=32)
         assert np.array_equal(image, np.repeat(grey(int(entry.id))[..., None], 3, axis=2))
         assert np.array_equal(mask, MASK)
 
@@ -151,7 +153,7 @@ MASK_PICTURES = {
 @pytest.mark.parametrize("mode", MASK_PICTURES)
 def test_a_mask_of_any_mode_is_read_the_same(tmp_path: Path, mode: str) -> None:
     MASK_PICTURES[mode].save(tmp_path / "mask.png")
-    mask = sources.read_mask(tmp_path / "mask.png")
+    mask = read_mask(tmp_path / "mask.png")
     assert mask.dtype == np.uint8
     assert np.array_equal(mask, MASK)
 
@@ -176,14 +178,14 @@ def test_alpha_is_dropped_and_16_bit_becomes_8_bit(tmp_path: Path) -> None:
         "grey16": pixels * np.uint16(257),
     }.items():
         file = save(picture, tmp_path / f"{name}.png")
-        image = sources.read_grey_or_colour(file)
+        image = read_grey_or_colour(file)
         assert image.dtype == np.uint8
         assert np.array_equal(image, expected), name
 
 
 def test_colour_keeps_its_channels(tmp_path: Path) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    assert np.array_equal(sources.read_grey_or_colour(save(pixels, tmp_path / "colour.png")), pixels)
+    assert np.array_equal(read_grey_or_colour(save(pixels, tmp_path / "colour.png")), pixels)
 
 
 # --- BUSI
@@ -203,9 +205,9 @@ def busi_data(root: Path) -> Path:
 def test_busi_unites_the_masks_of_an_image_whatever_their_modes(tmp_path: Path) -> None:
     one, two = sources.Busi(busi_data(tmp_path)).entries()
     assert (one.id, one.label, len(one.mask_files)) == ("benign (1)", "benign", 2)
-    assert np.array_equal(sources.read(one, smallest=32)[1], MASK | OTHER_MASK)
+    assert np.array_equal(read_entry(one, smallest=32)[1], MASK | OTHER_MASK)
     assert (two.id, two.label) == ("malignant (1)", "malignant")
-    assert np.array_equal(sources.read(two, smallest=32)[1], MASK)
+    assert np.array_equal(read_entry(two, smallest=32)[1], MASK)
 
 
 def test_busi_leaves_normal_images_out_unless_asked_for(tmp_path: Path) -> None:
@@ -224,8 +226,8 @@ def test_published_busi_files_read_as_their_grey_copies(real_data: Path) -> None
     masks_per_image = {entry.id: len(entry.mask_files) for entry in originals}
     assert masks_per_image == dict(zip(names, [2, 1, 2, 1, 1], strict=True))
     for entry in originals:
-        image, mask = sources.read(entry, smallest=224)
-        copy_image, copy_mask = sources.read(copies[entry.id], smallest=224)
+        image, mask = read_entry(entry, smallest=224)
+        copy_image, copy_mask = read_entry(copies[entry.id], smallest=224)
         assert np.array_equal(image, copy_image), entry.id
         assert np.array_equal(mask, copy_mask), entry.id
         assert 0 < mask.mean() < 0.6
@@ -236,7 +238,7 @@ def test_published_busi_normal_image_has_an_empty_mask(real_data: Path) -> None:
         e for e in sources.Busi(real_data / "busi-originals", include_normal=True).entries() if e.label == "normal"
     ]
     assert [entry.id for entry in normal] == ["normal (2)"]
-    assert not sources.read(normal[0], smallest=224)[1].any()
+    assert not read_entry(normal[0], smallest=224)[1].any()
 
 
 def test_busi163_has_the_cohort_and_the_lesions_of_its_manifest(real_data: Path) -> None:
@@ -248,7 +250,7 @@ def test_busi163_has_the_cohort_and_the_lesions_of_its_manifest(real_data: Path)
         manifest = {Path(row["file"]).stem: row for row in csv.DictReader(lines)}
     assert manifest.keys() == {entry.id for entry in entries}
     for entry in entries:
-        image, mask = sources.read(entry, smallest=224)
+        image, mask = read_entry(entry, smallest=224)
         row = manifest[entry.id]
         assert image.shape == (int(row["height"]), int(row["width"]), 3)
         assert mask.mean() == pytest.approx(float(row["lesion_fraction"]), abs=1e-3)
@@ -378,10 +380,10 @@ def test_training_masks_that_are_all_empty_are_refused() -> None:
     masks = np.zeros((6, 8, 8), np.uint8)
     masks[5, 2:4, 2:4] = 1
     pixels = np.zeros((6, 8, 8, 3), np.uint8)
-    images = sources.Images("mine", list("abcdef"), ["unknown"] * 6, pixels, masks, pixels, masks, "")
+    images = Images("mine", list("abcdef"), ["unknown"] * 6, pixels, masks, pixels, masks, "")
     with pytest.raises(InputError, match="data=mine: all 4 training masks are empty"):
-        sources.check_training_masks(images, sources.Split(train=[0, 1, 2, 3], validation=[4], test=[5]))
-    sources.check_training_masks(images, sources.Split(train=[5, 1, 2, 3], validation=[4], test=[0]))
+        check_training_masks(images, Split(train=[0, 1, 2, 3], validation=[4], test=[5]))
+    check_training_masks(images, Split(train=[5, 1, 2, 3], validation=[4], test=[0]))
 
 
 # --- phantoms
@@ -411,7 +413,7 @@ def test_phantoms_are_made_once_and_then_read(phantom_cache: Path, monkeypatch: 
 
 
 def test_phantoms_are_the_same_wherever_they_are_made(phantom_cache: Path, tmp_path: Path) -> None:
-    first, second = (sources.load(phantoms(cache), load_size=73, image_size=64) for cache in (phantom_cache, tmp_path))
+    first, second = (load_images(phantoms(cache), load_size=73, image_size=64) for cache in (phantom_cache, tmp_path))
     assert first.digest == second.digest
     assert first.masks.any(axis=(1, 2)).all()
 
@@ -441,7 +443,7 @@ def test_phantoms_that_two_want_at_once_are_made_once(tmp_path: Path, monkeypatc
 
 
 def test_loaded_arrays_have_the_promised_shapes_types_and_order(small_busi: Path) -> None:
-    images = sources.load(sources.Busi(small_busi), load_size=73, image_size=64)
+    images = load_images(sources.Busi(small_busi), load_size=73, image_size=64)
     count = len(images.ids)
     assert count == 25
     assert images.ids == sorted(images.ids)
@@ -455,7 +457,7 @@ def test_loaded_arrays_have_the_promised_shapes_types_and_order(small_busi: Path
 def test_resizing_keeps_lesions_where_they_are(tmp_path: Path) -> None:
     save(np.where(MASK, 200, 20).astype(np.uint8), tmp_path / "images" / "a.png")
     save(MASK, tmp_path / "masks" / "a.png")
-    images = sources.load(sources.Folder(tmp_path), load_size=20, image_size=20)
+    images = load_images(sources.Folder(tmp_path), load_size=20, image_size=20)
     expected = np.zeros((20, 20), np.uint8)
     expected[5:10, 6:14] = 1  # rows / 2, columns * 0.4
     assert np.array_equal(images.masks[0], expected)
@@ -464,7 +466,7 @@ def test_resizing_keeps_lesions_where_they_are(tmp_path: Path) -> None:
 
 def test_enlarging_a_mask_keeps_it_binary_and_in_place() -> None:
     mask = np.array([[0, 1], [0, 0]], np.uint8)
-    assert np.array_equal(sources.resize_mask(mask, 4), np.kron(mask, np.ones((2, 2), np.uint8)))
+    assert np.array_equal(resize_mask(mask, 4), np.kron(mask, np.ones((2, 2), np.uint8)))
 
 
 def test_digest_follows_every_pixel_id_and_label_but_not_the_place(tmp_path: Path) -> None:
@@ -492,18 +494,18 @@ def test_digest_follows_every_pixel_id_and_label_but_not_the_place(tmp_path: Pat
 # --- splits
 
 
-def parts(split: sources.Split) -> tuple[list[int], list[int], list[int]]:
+def parts(split: Split) -> tuple[list[int], list[int], list[int]]:
     return split.train, split.validation, split.test
 
 
 def test_163_images_split_as_in_the_paper() -> None:
     for index in range(3):
-        assert tuple(map(len, parts(sources.split(163, index=index)))) == (104, 26, 33)
+        assert tuple(map(len, parts(random_split(163, index=index)))) == (104, 26, 33)
 
 
 def test_the_splits_of_163_images_stay_what_they_are() -> None:
     """Numbers written down once: a library that draws others would silently change every result."""
-    assert [sources.split(163, index=index).test[:5] for index in range(3)] == [
+    assert [random_split(163, index=index).test[:5] for index in range(3)] == [
         [132, 19, 26, 134, 1],
         [75, 35, 146, 117, 129],
         [46, 129, 139, 100, 119],
@@ -513,28 +515,28 @@ def test_the_splits_of_163_images_stay_what_they_are() -> None:
 @example(count=163, index=0)
 @given(count=st.integers(5, 500), index=st.integers(0, 2))
 def test_a_split_is_disjoint_complete_and_fixed(count: int, index: int) -> None:
-    split = sources.split(count, index=index)
+    split = random_split(count, index=index)
     assert sorted(itertools.chain(*parts(split))) == list(range(count))
     assert min(map(len, parts(split))) >= 1
     assert len(split.test) == pytest.approx(0.20 * count, abs=0.5)
     assert len(split.validation) == pytest.approx(0.16 * count, abs=0.5)
-    assert sources.split(count, index=index) == split
+    assert random_split(count, index=index) == split
 
 
 @given(count=st.integers(20, 500))
 def test_the_three_splits_differ(count: int) -> None:
-    tests = {tuple(sorted(sources.split(count, index=index).test)) for index in range(3)}
+    tests = {tuple(sorted(random_split(count, index=index).test)) for index in range(3)}
     assert len(tests) == 3
 
 
 def test_test_parts_are_those_of_sklearns_shuffle_split() -> None:
     shuffles = ShuffleSplit(n_splits=3, test_size=33, train_size=130, random_state=2025).split(np.zeros(163))
     for index, (_, test) in enumerate(shuffles):
-        assert sources.split(163, index=index).test == test.tolist()
+        assert random_split(163, index=index).test == test.tolist()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_too_few_images_are_refused_with_their_number(count: int) -> None:
     with pytest.raises(InputError, match=f"{count} images.* at least 4"):
-        sources.split(count, index=0)
-    assert sources.split(4, index=0)
+        random_split(count, index=0)
+    assert random_split(4, index=0)

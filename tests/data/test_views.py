@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdsweep.data import views
 from kdsweep.data.views import Rendering, Strengths, Views
+from kdsweep.distill.distillation import warp
 
 SIZE = 64
 SEEDS = range(5)
@@ -189,7 +190,7 @@ def test_masks_stay_zero_and_one(strengths: Strengths) -> None:
 def test_the_strong_mask_is_the_weak_mask_warped() -> None:
     for seed in range(20):
         found = render(GEOMETRY, seed)
-        warped, valid = views.warp(maps_of(found.weak_mask), theta=theta_of(found.matrix))
+        warped, valid = warp(maps_of(found.weak_mask), theta=theta_of(found.matrix))
         ours, theirs = ((warped > 0.5) & valid)[0, 0].numpy(), found.strong_mask == 1
         assert (ours & theirs).sum() / (ours | theirs).sum() > 0.93
         if seed < 5:
@@ -226,7 +227,7 @@ def errors(warped: Tensor, found: Rendering, inside: Tensor) -> Tensor:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_warp_is_albumentations_warp_to_the_grey_level(seed: int) -> None:
     found = render(GEOMETRY, seed)
-    warped, valid = views.warp(maps_of(found.weak), theta=theta_of(found.matrix))
+    warped, valid = warp(maps_of(found.weak), theta=theta_of(found.matrix))
     inside = interior(valid)
     assert inside.float().mean() > 0.3
     error = errors(warped, found, inside)
@@ -241,7 +242,7 @@ def test_warp_is_albumentations_warp_to_the_grey_level(seed: int) -> None:
 def test_another_corner_convention_would_be_seen(seed: int, grid_corners: bool, sample_corners: bool) -> None:
     found = render(GEOMETRY, seed)
     weak, theta = maps_of(found.weak), theta_of(found.matrix)
-    _, valid = views.warp(weak, theta=theta)
+    _, valid = warp(weak, theta=theta)
     grid = F.affine_grid(theta, [1, 1, SIZE, SIZE], align_corners=grid_corners)
     warped = F.grid_sample(weak, grid, padding_mode="border", align_corners=sample_corners)
     limit = 1.5 if grid_corners and sample_corners else 5  # both wrong: the translation alone is off, by 1 / SIZE of it
@@ -266,7 +267,7 @@ def ramp_case(matrix: np.ndarray, *, cells: int) -> tuple[Tensor, np.ndarray, np
 def test_one_theta_serves_maps_of_any_resolution(seed: int, cells: int) -> None:
     matrix = render(GEOMETRY, seed).matrix
     ramp, expected, inside = ramp_case(matrix, cells=cells)
-    warped, valid = views.warp(ramp, theta=theta_of(matrix))
+    warped, valid = warp(ramp, theta=theta_of(matrix))
     assert warped.shape == ramp.shape
     assert inside.mean() > 0.2
     assert valid[0, 0].numpy()[inside].all()
@@ -276,11 +277,11 @@ def test_one_theta_serves_maps_of_any_resolution(seed: int, cells: int) -> None:
 def test_warp_moves_every_channel_and_image_by_its_own_theta() -> None:
     matrices = [render(GEOMETRY, seed).matrix for seed in (0, 1)]
     maps = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0))
-    together, valid = views.warp(maps, theta=torch.cat([theta_of(matrix) for matrix in matrices]))
+    together, valid = warp(maps, theta=torch.cat([theta_of(matrix) for matrix in matrices]))
     assert valid.shape == (2, 1, 7, 7)
     for i, matrix in enumerate(matrices):
         for channel in range(3):
-            alone, inside = views.warp(maps[i : i + 1, channel : channel + 1], theta=theta_of(matrix))
+            alone, inside = warp(maps[i : i + 1, channel : channel + 1], theta=theta_of(matrix))
             torch.testing.assert_close(together[i, channel], alone[0, 0])
             assert torch.equal(valid[i], inside[0])
 
@@ -288,8 +289,8 @@ def test_warp_moves_every_channel_and_image_by_its_own_theta() -> None:
 def test_the_channel_mean_commutes_with_the_warp() -> None:
     theta = theta_of(render(GEOMETRY, 2).matrix)
     maps = torch.randn(1, 8, 7, 7, generator=torch.Generator().manual_seed(1))
-    before, _ = views.warp(maps.mean(dim=1, keepdim=True), theta=theta)
-    after, _ = views.warp(maps, theta=theta)
+    before, _ = warp(maps.mean(dim=1, keepdim=True), theta=theta)
+    after, _ = warp(maps, theta=theta)
     torch.testing.assert_close(before, after.mean(dim=1, keepdim=True))
 
 
@@ -300,7 +301,7 @@ def test_the_channel_mean_commutes_with_the_warp() -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_valid_is_false_exactly_where_the_source_lies_outside(seed: int, cells: int) -> None:
     matrix = render(GEOMETRY, seed).matrix
-    _, valid = views.warp(torch.zeros(1, 1, cells, cells), theta=theta_of(matrix))
+    _, valid = warp(torch.zeros(1, 1, cells, cells), theta=theta_of(matrix))
     outside = outside_by(matrix, cells)
     clear = np.abs(outside) > 1e-3  # what lies on the border itself may fall either way
     assert clear.mean() > 0.99
@@ -312,7 +313,7 @@ def test_valid_is_false_exactly_where_the_source_lies_outside(seed: int, cells: 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_albumentations_covers_what_is_valid(seed: int) -> None:
     found = render(GEOMETRY, seed, image=np.full((SIZE, SIZE, 3), 255, dtype=np.uint8))
-    _, valid = views.warp(maps_of(found.weak), theta=theta_of(found.matrix))
+    _, valid = warp(maps_of(found.weak), theta=theta_of(found.matrix))
     # The edge's own pixels blend with the black outside: leave those within one pixel of it out.
     outside = outside_by(found.matrix, SIZE)
     strong, clear = found.strong[..., 0], np.abs(outside) > 1.5
@@ -324,7 +325,7 @@ def test_albumentations_covers_what_is_valid(seed: int) -> None:
 @pytest.mark.parametrize("cells", [7, SIZE])
 def test_the_identity_leaves_the_map_as_it_is_and_valid(cells: int) -> None:
     maps = torch.randn(2, 3, cells, cells, generator=torch.Generator().manual_seed(2))
-    warped, valid = views.warp(maps, theta=theta_of(np.eye(3)).repeat(2, 1, 1))
+    warped, valid = warp(maps, theta=theta_of(np.eye(3)).repeat(2, 1, 1))
     torch.testing.assert_close(warped, maps, rtol=1e-5, atol=1e-4)
     assert valid.dtype == torch.bool
     assert valid.all()
@@ -333,7 +334,7 @@ def test_the_identity_leaves_the_map_as_it_is_and_valid(cells: int) -> None:
 def test_a_shift_by_hand() -> None:
     """The frame moves right by two of its four columns: they repeat its border and are not valid."""
     matrix = np.array([[1.0, 0, SIZE / 2], [0, 1, 0], [0, 0, 1]])
-    warped, valid = views.warp(torch.tensor([[[[1.0, 2, 3, 4]] * 4]]), theta=theta_of(matrix))
+    warped, valid = warp(torch.tensor([[[[1.0, 2, 3, 4]] * 4]]), theta=theta_of(matrix))
     assert warped[0, 0] == pytest.approx(torch.tensor([[1.0, 1, 1, 2]] * 4), abs=1e-5)
     assert valid[0, 0].tolist() == [[False, False, True, True]] * 4
 
@@ -349,10 +350,10 @@ def test_sampling_theta_by_hand() -> None:
 def test_bf16_autocast_does_not_blur_coordinates() -> None:
     found = render(GEOMETRY, 0)
     weak, theta = maps_of(found.weak), theta_of(found.matrix)
-    warped, valid = views.warp(weak, theta=theta)
+    warped, valid = warp(weak, theta=theta)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        warped_bf16, valid_bf16 = views.warp(weak, theta=theta)
-        from_bf16, _ = views.warp(weak.bfloat16(), theta=theta)
+        warped_bf16, valid_bf16 = warp(weak, theta=theta)
+        from_bf16, _ = warp(weak.bfloat16(), theta=theta)
     assert torch.equal(warped_bf16, warped)
     assert torch.equal(valid_bf16, valid)
     assert from_bf16.dtype == torch.float32

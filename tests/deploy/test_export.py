@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from test_predict import CPU, SIZE, copy, damage, finish, noise
 
-from kdsweep.config import identity
+from kdsweep.config import composition, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.data import sources
+from kdsweep.data.images import load_images, read_entry, resize_mask
 from kdsweep.data.loaders import EvalPart
 from kdsweep.deploy import export, predict
 from kdsweep.evaluation import latency, scoring
@@ -40,12 +41,12 @@ def of_busi(small_busi, tmp_path_factory) -> tuple[Cell, float]:
     """A finished run of files, and the test Dice that it recorded as testing computes it."""
     store = tmp_path_factory.mktemp("busi")
     own = ["profile=quick", "path=none", "device=cpu", "data=busi", f"data.root={small_busi}", f"store={store}"]
-    cfg = identity.compose(own)
+    cfg = composition.compose(own)
     cell = identity.cell(cfg)
     records.describe(cell, split=identity.split_ids(cfg), params=identity.params(cfg), tags=factory.tags(cfg))
     checkpoint.save_network(cell.folder / "student.safetensors", factory.student_network(cfg))
     retest(cell.folder, 0.5)
-    images = sources.load(sources.Busi(small_busi), load_size=SIZE, image_size=SIZE)
+    images = load_images(sources.Busi(small_busi), load_size=SIZE, image_size=SIZE)
     ids = json.loads((cell.folder / "split.json").read_text())["test"]
     chosen = [images.ids.index(image_id) for image_id in ids]
     pictures, masks = (torch.from_numpy(array[chosen]) for array in (images.eval_images, images.eval_masks))
@@ -168,9 +169,9 @@ def test_the_test_images_are_those_of_the_split(of_busi, small_busi, tmp_path):
     entries = {entry.id: entry for entry in sources.Busi(small_busi).entries()}
     ids = json.loads((cell.folder / "split.json").read_text())["test"]
     for image_id, image, mask in zip(ids, found.images, found.masks, strict=True):
-        picture, truth = sources.read(entries[image_id], smallest=SIZE)
+        picture, truth = read_entry(entries[image_id], smallest=SIZE)
         torch.testing.assert_close(image, predict.prepare(picture, image_size=SIZE), rtol=0, atol=0)
-        np.testing.assert_array_equal(mask[0].numpy(), sources.resize_mask(truth, SIZE))
+        np.testing.assert_array_equal(mask[0].numpy(), resize_mask(truth, SIZE))
 
 
 @pytest.mark.parametrize(

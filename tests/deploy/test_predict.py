@@ -11,18 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from kdsweep.config import identity
+from kdsweep.config import composition, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core.device import Compute, placed
 from kdsweep.core.errors import InputError
-from kdsweep.data import sources
+from kdsweep.data.images import read_grey_or_colour, resize_image
 from kdsweep.data.loaders import EvalPart
 from kdsweep.deploy import predict
 from kdsweep.evaluation import scoring
-from kdsweep.models import unet
+from kdsweep.models.weights import read_weights
 from kdsweep.runs import checkpoint, records
 from kdsweep.tracking import writer
 from kdsweep.training import factory
+from kdsweep.training.learner import PREDICTIONS, SCORES
 
 SIZE = 64
 CPU = Compute(device=torch.device("cpu"), precision="fp32")
@@ -30,7 +31,9 @@ CPU = Compute(device=torch.device("cpu"), precision="fp32")
 
 def finish(store: Path, *overrides: str, teacher: bool = False) -> Cell:
     """A finished Student (or the Teacher of a cell) of the quick profile whose weights were never trained."""
-    cfg = identity.compose(["profile=quick", "path=none", "device=cpu", "data.count=5", f"store={store}", *overrides])
+    cfg = composition.compose(
+        ["profile=quick", "path=none", "device=cpu", "data.count=5", f"store={store}", *overrides]
+    )
     cell = identity.teacher_cell(cfg) if teacher else identity.cell(cfg)
     network = factory.teacher_network(cfg) if teacher else factory.student_network(cfg)
     file = f"{'teacher' if teacher else 'student'}.safetensors"
@@ -102,7 +105,7 @@ def test_on_images_of_the_networks_size_it_is_what_testing_computes(model):
 def test_other_sizes_are_resized_as_test_images_and_their_probabilities_back(model):
     large = np.repeat(np.repeat(noise(SIZE, SIZE, 3), 3, axis=0), 2, axis=1)
     found = predict.probabilities(model.network, large, image_size=SIZE, compute=CPU)
-    small = predict.probabilities(model.network, sources.resize_image(large, SIZE), image_size=SIZE, compute=CPU)
+    small = predict.probabilities(model.network, resize_image(large, SIZE), image_size=SIZE, compute=CPU)
     assert found.shape == (3 * SIZE, 2 * SIZE)
     np.testing.assert_allclose(found[1::3, ::2][:, 1:], 0.75 * small[:, 1:] + 0.25 * small[:, :-1], atol=1e-5)
 
@@ -143,7 +146,7 @@ def test_every_mode_and_size_gets_a_mask_an_overlay_and_a_row(cell, model, image
     files = [file for file in images.iterdir() if file.name in table.index]
     assert len(files) == len(table) == 9
     for file in files:
-        image, row = sources.read_grey_or_colour(file), table.loc[file.name]
+        image, row = read_grey_or_colour(file), table.loc[file.name]
         name = file.name if file.stem == "deep" else file.stem  # deep.png and deep.tif
         mask = np.asarray(Image.open(out / f"{name}_mask.png"))
         probability = predict.probabilities(model.network, image, image_size=SIZE, compute=CPU)
@@ -281,7 +284,7 @@ def test_a_run_is_found_by_its_id_in_mlflow(cell, empty_store, tmp_path):
     shutil.copytree(cell.store / "cells", tmp_path / "cells")
     folder = tmp_path / "cells" / cell.folder.name
     tracker = writer.Tracker(store=tmp_path, uri=None)
-    for name in scoring.SCORES, scoring.PREDICTIONS:
+    for name in SCORES, PREDICTIONS:
         (folder / name).touch()
     run_id = tracker.mirror(records.read(folder), sweep="study")
     assert find(run_id, tmp_path) == folder
@@ -306,7 +309,7 @@ def test_a_teacher_is_loaded_as_one(tmp_path):
     teacher = finish(tmp_path, "path=L", teacher=True)
     model = predict.load_model(find(f"{teacher.notation}/split0", tmp_path))
     assert (model.encoder, model.network.training) == ("resnet18", False)
-    stored = unet.read_weights(teacher.folder / "teacher.safetensors")
+    stored = read_weights(teacher.folder / "teacher.safetensors")
     torch.testing.assert_close(model.network.state_dict(), stored, rtol=0, atol=0)
 
 

@@ -16,9 +16,9 @@ from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.data import phantom
 from kdsweep.deploy import export, predict
-from kdsweep.evaluation import scoring
 from kdsweep.runs import records
-from kdsweep.tracking import writer
+from kdsweep.tracking import registry, writer
+from kdsweep.training.learner import PREDICTIONS, SCORES
 
 NAME = "kdsweep-student"
 
@@ -27,7 +27,7 @@ NAME = "kdsweep-student"
 def cell(empty_store, tmp_path_factory) -> Cell:
     """A finished cell that is in the MLflow of its store."""
     cell = finish(Path(shutil.copytree(empty_store, tmp_path_factory.mktemp("registered") / "store")))
-    for name in scoring.SCORES, scoring.PREDICTIONS:
+    for name in SCORES, PREDICTIONS:
         (cell.folder / name).touch()
     writer.Tracker(store=cell.store, uri=None).mirror(records.read(cell.folder), sweep="study")
     return cell
@@ -134,7 +134,7 @@ def test_a_model_that_comes_back_changed_leaves_no_version(cell, client, content
 
 def test_a_failed_version_leaves_the_earlier_ones(cell, client, call, capsys, monkeypatch):
     assert call("kept") == 0
-    monkeypatch.setattr(writer, "_check_loaded", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(registry, "_check_loaded", lambda *_, **__: 1 / 0)
     assert call("kept") == 1
     assert "--register kept: MLflow at sqlite:" in capsys.readouterr().err
     assert [int(version.version) for version in client.search_model_versions("name = 'kept'")] == [1]

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
 from kdsweep.distill import losses, paths
+from kdsweep.distill.distillation import Distillation, Lesson
 from kdsweep.models import unet
-from kdsweep.training.learner import Distillation, Learner, Lesson
+from kdsweep.training.learner import Learner
 from kdsweep.training.loop import Compute, Staff
 
 KD_LOSSES = [losses.mse, losses.kld_pixels, losses.kld_positions]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kdsweep.distill import paths
+from kdsweep.distill.distillation import Distillation, Lesson
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs
-from kdsweep.training.learner import Distillation, Lesson
 
 
 def outputs(channels: int, *, seed: int) -> Outputs:

@@ -17,9 +17,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdsweep.config import identity
+from kdsweep.config import composition
 from kdsweep.core.errors import InputError
 from kdsweep.models import unet
+from kdsweep.models.weights import imagenet_file, load_weights, read_weights
 from kdsweep.training.factory import teacher_network
 
 MOBILENET = "timm/mobilenetv3_small_100.lamb_in1k"
@@ -231,7 +232,7 @@ def test_imagenet_weights_reach_every_tensor_of_the_students_encoder(tmp_path: P
     save_file(state, tmp_path / "model.safetensors")
     network = build("mobilenetv3_small_trimmed")
     decoder = copy_of(network.decoder.state_dict())
-    unet.load_weights(network, tmp_path / "model.safetensors", label="weights")
+    load_weights(network, tmp_path / "model.safetensors", label="weights")
     own = network.encoder.state_dict()
     assert len(own) == 212
     assert all(torch.equal(value, state[key]) for key, value in own.items())
@@ -275,7 +276,7 @@ def test_weights_of_another_encoder_are_refused(tmp_path: Path, offered: str, wa
     network = build(wanted)
     before = copy_of(network.state_dict())
     with pytest.raises(InputError) as error:
-        unet.load_weights(network, file, label=f"weights={file}")
+        load_weights(network, file, label=f"weights={file}")
     one_line(error, file, wanted)
     assert equal(before, network.state_dict()), "nothing was loaded"
 
@@ -296,7 +297,7 @@ def test_junk_is_refused(tmp_path: Path, name: str, seed: int) -> None:
     file = tmp_path / name
     file.write_bytes(rng.bytes(int(rng.integers(0, 300))))
     with pytest.raises(InputError) as error:
-        unet.read_weights(file)
+        read_weights(file)
     one_line(error, file)
 
 
@@ -310,7 +311,7 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
             file = (tmp_path / "part").with_suffix(suffix)
             file.write_bytes(content[: int(share * len(content))])
             with pytest.raises(InputError) as error:
-                unet.read_weights(file)
+                read_weights(file)
             one_line(error, file)
 
 
@@ -422,19 +423,19 @@ def test_imagenet_weights_are_fetched_once_the_cache_has_none(
 def test_without_a_network_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, Hub())
     with pytest.raises(InputError) as error:
-        unet.imagenet_file(f"{MOBILENET}@main")
+        imagenet_file(f"{MOBILENET}@main")
     one_line(error, MOBILENET, "ConnectionError", "weights=none", "weights=FILE")
 
 
 @pytest.mark.parametrize("name", ["resnext101", "resnext50", "resnet101", "resnet34", "resnet18"])
 def test_the_configured_imagenet_weights_are_those_that_smp_knows(name: str) -> None:
-    node = identity.compose([f"teacher={name}"]).teacher
+    node = composition.compose([f"teacher={name}"]).teacher
     known = smp.encoders.encoders[node.encoder]["pretrained_settings"]["imagenet"]
     assert node.imagenet == f"{known['repo_id']}@{known['revision']}"
 
 
 def test_the_students_imagenet_weights_are_those_that_timm_knows() -> None:
-    source, _, revision = identity.compose([]).student.imagenet.partition("@")
+    source, _, revision = composition.compose([]).student.imagenet.partition("@")
     assert source == timm.get_pretrained_cfg("mobilenetv3_small_100").hf_hub_id
     assert re.fullmatch(r"[0-9a-f]{40}", revision)  # a branch may move
 
@@ -446,7 +447,7 @@ def test_weights_none_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_encoder_without_imagenet_weights_says_so() -> None:
-    cfg = identity.compose(["teacher.encoder=tu-resnet18", "~teacher.imagenet"])
+    cfg = composition.compose(["teacher.encoder=tu-resnet18", "~teacher.imagenet"])
     with pytest.raises(InputError) as error:
         teacher_network(cfg)
     one_line(error, "encoder=tu-resnet18", "weights=none")

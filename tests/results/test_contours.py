@@ -16,8 +16,10 @@ from test_tables import FakeSweep, changed, fingerprint, run_row, sweep_of, with
 
 from kdsweep.core.errors import InputError
 from kdsweep.data import sources
+from kdsweep.data.images import load_images
+from kdsweep.data.splits import random_split
 from kdsweep.results import contours
-from kdsweep.results.tables import BASELINES, CELLS
+from kdsweep.results.paper import BASELINES, CELLS
 from kdsweep.runs import checkpoint
 
 S = 32
@@ -354,8 +356,8 @@ def shifted(mask, notation):
 @pytest.fixture(scope="module")
 def scored(small_busi):
     """Ids of the test images of two splits, and all images, as a sweep sees them."""
-    images = sources.load(sources.Busi(small_busi), load_size=37, image_size=S)
-    tests = [[images.ids[place] for place in sources.split(len(images.ids), index=split).test] for split in (0, 1)]
+    images = load_images(sources.Busi(small_busi), load_size=37, image_size=S)
+    tests = [[images.ids[place] for place in random_split(len(images.ids), index=split).test] for split in (0, 1)]
     return tests, {one: (images.eval_images[k], images.eval_masks[k]) for k, one in enumerate(images.ids)}
 
 
@@ -382,7 +384,7 @@ def study(scored, small_busi, tmp_path, monkeypatch):
         assert name == "test_predictions.npz"
         return (tmp_path / f"{run_id}.npz").read_bytes()
 
-    monkeypatch.setattr(contours.tracking, "artifact", artifact)
+    monkeypatch.setattr(contours.reader, "artifact", artifact)
     return make
 
 

@@ -21,7 +21,7 @@ from test_tables import (
 )
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import effects, stats, tables
+from kdsweep.results import effects, paper, stats
 
 COLUMNS = ["effect", "kind", "factor", "estimate_points", "low_points", "high_points", "p", "p_holm", "n_images", "gap"]
 MAIN = ["H - L", "HReg - L", "HReg - H", "KLD - MSE", "weak - strong"]
@@ -48,8 +48,8 @@ def mean_of(*cells, dice=dice_all):
 
 def two_images(**points):
     """A sweep of two images in one split: 50 % everywhere, plus the points of a cell in the first and second image."""
-    base = sweep_of(tables.CELLS, splits=(0,))
-    for cell in tables.CELLS:
+    base = sweep_of(paper.CELLS, splits=(0,))
+    for cell in paper.CELLS:
         base = with_dice(base, cell, 0, 0.5 + np.array(points.get(cell, (0, 0))) / 100)
     return base
 
@@ -82,7 +82,7 @@ def table(sweep):
 
 
 def test_the_cells_are_the_papers():
-    assert sorted(effects.CELLS) == sorted(tables.CELLS)
+    assert sorted(effects.CELLS) == sorted(paper.CELLS)
     assert effects.CELLS["HReg_KLD_WAug"] == ("HReg", "KLD", "weak")
     assert effects.CELLS["L_MSE"] == ("L", "MSE", "strong")
 
@@ -157,7 +157,7 @@ def additive(path, loss, aug):
 
 
 def test_additive_scores_have_no_interaction():
-    sweep = sweep_of(tables.CELLS, splits=(0,))
+    sweep = sweep_of(paper.CELLS, splits=(0,))
     for path in ("L", "H", "HReg"):
         for loss in ("MSE", "KLD"):
             sweep = with_dice(sweep, f"{path}_{loss}", 0, additive(path, loss, aug=0))
@@ -194,7 +194,7 @@ def test_other_cells_change_no_number_and_are_named(sweep, table):
     pd.testing.assert_frame_equal(effects.effects(more), table, check_exact=True)
     left_out = "Left out, not of the 12 cells: Mine_KLD, Student, Teacher, Teacher_WAug."
     assert left_out in effects.notes(sweep=more, table=table, test="ttest")
-    bare = effects.notes(sweep=sweep_of(tables.CELLS), table=table, test="ttest")
+    bare = effects.notes(sweep=sweep_of(paper.CELLS), table=table, test="ttest")
     assert not any("Left out" in note for note in bare)
 
 
@@ -207,7 +207,7 @@ def test_one_split():
 
 
 def test_same_image_in_two_splits_and_seeds_counts_once_in_each():
-    sweep = sweep_of(tables.CELLS, splits=(0, 1), seeds=(0, 7))
+    sweep = sweep_of(paper.CELLS, splits=(0, 1), seeds=(0, 7))
     sweep = replace(
         sweep, scores=sweep.scores.assign(image=sweep.scores["image"].str.replace(r"split\d ", "", regex=True))
     )
@@ -283,7 +283,7 @@ def test_a_lead_equal_in_all_images_has_no_p():
 
 
 def test_a_single_image_has_no_p():
-    sweep = sweep_of(tables.CELLS, splits=(0,))
+    sweep = sweep_of(paper.CELLS, splits=(0,))
     table = effects.effects(replace(sweep, scores=sweep.scores[sweep.scores["image"] == "split0 image00"]))
     assert table["p"].isna().all()
     assert table["n_images"].tolist() == [1] * 12
@@ -350,8 +350,8 @@ def test_a_cross_over_has_no_main_effect_but_depends():
     """KLD leads under weak teachers by what it trails under strong ones."""
     lead = np.random.default_rng(3).normal(0.03, 0.01, 12)
     noise = np.random.default_rng(4).normal(0, 0.02, 12)
-    sweep = sweep_of(tables.CELLS, splits=(0,))
-    for cell in tables.CELLS:
+    sweep = sweep_of(paper.CELLS, splits=(0,))
+    for cell in paper.CELLS:
         sign = 1 if (cell in KLD) == (cell in WEAK) else -1
         sweep = with_dice(sweep, cell, 0, 0.5 + sign * lead + (cell in KLD) * noise)
     table = effects.effects(sweep)

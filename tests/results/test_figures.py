@@ -17,7 +17,7 @@ from test_writer import begin, make_cell
 
 from kdsweep.core.errors import InputError
 from kdsweep.results import contours, figures
-from kdsweep.tracking import writer
+from kdsweep.tracking import reader, writer
 
 
 @dataclass
@@ -40,11 +40,11 @@ def curves_of(sweep, *, store, uri):
 def call(monkeypatch, tmp_path):
     """Runs the command on a sweep made here."""
     logged = Logged()
-    monkeypatch.setattr(writer, "attach", logged.attach)
-    monkeypatch.setattr(writer, "read_curves", curves_of)
+    monkeypatch.setattr(reader, "attach", logged.attach)
+    monkeypatch.setattr(reader, "read_curves", curves_of)
 
     def run(sweep, *words):
-        monkeypatch.setattr(writer, "read_sweep", lambda **_: sweep)
+        monkeypatch.setattr(reader, "read_sweep", lambda **_: sweep)
         code = figures.main([*words, "--out", str(tmp_path / "out"), "--store", str(tmp_path)])
         return code, sorted(file.name for file in (tmp_path / "out").glob("*")), logged.files
 
@@ -113,7 +113,7 @@ def test_a_quick_check_says_so_in_the_figure():
         "Each test image against Student. Sweep study: data busi, profile paper"
     )
     quick = sweep.runs.assign(profile="quick")
-    told = figures.heading("curves", writer.Sweep("demo", quick, sweep.scores), label="train.lr=1")
+    told = figures.heading("curves", reader.Sweep("demo", quick, sweep.scores), label="train.lr=1")
     assert told.endswith("Sweep demo, train.lr=1: data busi, profile quick (a check, not a result)")
 
 
@@ -185,7 +185,7 @@ def test_a_data_set_of_ones_own_is_taken_from_the_command(tmp_path, monkeypatch,
 
 
 def test_the_command_tells_a_missing_store_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "kdsweep.results.figures", "effects", "profile=quick", f"store={tmp_path}"]
+    command = [sys.executable, "-m", "kdsweep", "figures", "effects", "profile=quick", f"store={tmp_path}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("kdsweep: error: --store")
@@ -196,19 +196,19 @@ def test_what_is_drawn_from_and_where_it_goes_is_in_mlflow(tmp_path):
     tracker, cell = writer.Tracker(store=tmp_path, uri=None), make_cell(store=tmp_path)
     tracker.ask("study", [cell, make_cell("Student", store=tmp_path)])
     tracker.mirror(begin(cell, 3), sweep="study")
-    sweep = writer.read_sweep(store=tmp_path, uri=None, name="study")
-    curves = writer.read_curves(sweep, store=tmp_path, uri=None, metric="train/loss")
+    sweep = reader.read_sweep(store=tmp_path, uri=None, name="study")
+    curves = reader.read_curves(sweep, store=tmp_path, uri=None, metric="train/loss")
     expected = pd.DataFrame({"notation": "L_MSE", "split": 0, "seed": 0, "metric": "train/loss", "epoch": [0, 1, 2]})
     pd.testing.assert_frame_equal(curves, expected.assign(value=[1.0, 0.5, 1 / 3]))
 
     file = tmp_path / "effects.png"
     file.write_bytes(b"picture")
     for _ in range(2):  # drawn again, it takes the place of the old one
-        told = writer.attach(sweep, [file], folder="figures", store=tmp_path, uri=None)
+        told = reader.attach(sweep, [file], folder="figures", store=tmp_path, uri=None)
         assert told == f"logged to MLflow, run {sweep.run_id}"
-    kept = writer.artifact(store=tmp_path, uri=None, run_id=sweep.run_id, name="figures/effects.png")
+    kept = reader.artifact(store=tmp_path, uri=None, run_id=sweep.run_id, name="figures/effects.png")
     assert kept == b"picture"
     other = replace(sweep, run_id="0" * 32)
-    told = writer.attach(other, [file], folder="figures", store=tmp_path, uri="http://127.0.0.1:9")
+    told = reader.attach(other, [file], folder="figures", store=tmp_path, uri="http://127.0.0.1:9")
     assert told.startswith("not logged to MLflow: ")
     assert len(told.splitlines()) == 1

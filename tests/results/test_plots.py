@@ -14,7 +14,7 @@ from matplotlib.text import Annotation, Text
 from test_tables import dice_all, dice_of, sweep_of, with_dice, with_status
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import plots, stats, tables
+from kdsweep.results import paper, plots, stats, tables
 
 HEADINGS = ["Logits", "Hidden", "Hidden-Regressor"]
 LONG = "; ".join(f"failed: split {split} seed 0, {split} seed 1" for split in range(6))
@@ -51,7 +51,7 @@ def effects_of(**changes):
 
 
 MEANS = {"Teacher": 80.0, "Teacher_WAug": 81.0, "Student": 70.0}
-MEANS |= {cell: 72.0 + number for number, cell in enumerate(tables.CELLS)}
+MEANS |= {cell: 72.0 + number for number, cell in enumerate(paper.CELLS)}
 SHIFTS = {0: -1.0, 1: 0.25, 2: 1.5}
 
 
@@ -137,7 +137,7 @@ def overlaps(figure):
 def test_a_row_per_cell_in_the_papers_order_below_its_paths_heading():
     left = drawn().axes[0]
     rows = [text.get_text() for text in left.get_yticklabels()]
-    groups = [[heading, *tables.CELLS[4 * i : 4 * i + 4]] for i, heading in enumerate(HEADINGS)]
+    groups = [[heading, *paper.CELLS[4 * i : 4 * i + 4]] for i, heading in enumerate(HEADINGS)]
     assert rows == [row for group in groups for row in group]
     bold = [text.get_text() for text in left.get_yticklabels() if text.get_fontweight() == "bold"]
     assert bold == HEADINGS
@@ -149,8 +149,8 @@ def test_a_row_per_cell_in_the_papers_order_below_its_paths_heading():
 
 def test_means_are_told_by_augmentation_in_shape_and_colour():
     left = drawn().axes[0]
-    weak = {cell: mean for cell, mean in MEANS.items() if cell in tables.CELLS and cell.endswith("_WAug")}
-    strong = {cell: mean for cell, mean in MEANS.items() if cell in tables.CELLS and not cell.endswith("_WAug")}
+    weak = {cell: mean for cell, mean in MEANS.items() if cell in paper.CELLS and cell.endswith("_WAug")}
+    strong = {cell: mean for cell, mean in MEANS.items() if cell in paper.CELLS and not cell.endswith("_WAug")}
     assert points(left, "weak Teacher augmentation") == weak
     assert points(left, "strong Teacher augmentation") == strong
     (one,), (other,) = lines(left, "weak"), lines(left, "strong")
@@ -164,14 +164,14 @@ def test_the_paired_interval_is_laid_off_from_the_students_mean():
     left = drawn(scores=scores).axes[0]
     rows = [text.get_text() for text in left.get_yticklabels()]
     found = {rows[int(y)]: (low, high) for low, high, y in spans(left)}
-    expected = {cell: (MEANS[cell] - 0.5, MEANS[cell] + 0.5) for cell in tables.CELLS} | {"H_MSE": (67.0, 81.0)}
+    expected = {cell: (MEANS[cell] - 0.5, MEANS[cell] + 0.5) for cell in paper.CELLS} | {"H_MSE": (67.0, 81.0)}
     assert found == {cell: pytest.approx(span) for cell, span in expected.items()}
 
 
 def test_each_split_has_a_hollow_mark_of_its_own_shape():
     left = drawn().axes[0]
     for split, shift in SHIFTS.items():
-        assert points(left, f"split {split}") == {cell: MEANS[cell] + shift for cell in tables.CELLS}
+        assert points(left, f"split {split}") == {cell: MEANS[cell] + shift for cell in paper.CELLS}
         assert lines(left, f"split {split}")[0].get_markerfacecolor() == "white"
     assert len({lines(left, f"split {split}")[0].get_marker() for split in SHIFTS}) == 3
     assert not lines(drawn(scores=table_of(MEANS, splits={0: 0.0})).axes[0], "split")
@@ -225,7 +225,7 @@ def test_a_row_with_a_gap_tells_its_reason_in_place_of_marks():
 
 
 def test_nothing_but_gaps_is_a_figure_of_reasons():
-    names = [*tables.BASELINES, *tables.CELLS]
+    names = [*paper.BASELINES, *paper.CELLS]
     scores = table_of(dict.fromkeys(names, 50.0), gaps=dict.fromkeys(names, "not run"))
     figure = drawn(scores=scores, effects=effects_of(**{f"row{row}": "needs L_MSE (not run)" for row in range(6)}))
     assert said(figure.axes[0]) == ["not run"] * 12
@@ -301,9 +301,9 @@ def test_the_papers_cells_keep_their_places_and_the_others_follow():
     figure = plots.curves_plot(curves=curves_of(names), title="A sweep")
     shown = panels(figure)
     assert len(shown) == len(figure.axes)
-    assert list(shown) == [*tables.CELLS, "Student", "Teacher", "Teacher_WAug", "AT_MAE_WAug"]
+    assert list(shown) == [*paper.CELLS, "Student", "Teacher", "Teacher_WAug", "AT_MAE_WAug"]
     empty = {name for name, axes in shown.items() if said(axes) == ["no curve"]}
-    assert empty == set(tables.CELLS) - {"HReg_KLD_WAug", "L_KLD"}
+    assert empty == set(paper.CELLS) - {"HReg_KLD_WAug", "L_KLD"}
     one = panels(plots.curves_plot(curves=curves_of(("L_KLD", "Student")), title="A sweep"))
     assert list(one) == ["L_KLD", "Student"]
 
@@ -333,7 +333,7 @@ def test_paired_holds_each_image_beside_students_of_the_same_place():
     sweep = with_status(sweep_of(splits=(0, 1), seeds=(0,)), "L_KLD", 1, "FAILED")
     pairs = plots.paired(sweep)
     assert list(pairs) == ["notation", "split", "seed", "image", "dice_ours", "dice_baseline"]
-    assert list(dict.fromkeys(pairs["notation"])) == [cell for cell in tables.CELLS if cell != "L_KLD"]
+    assert list(dict.fromkeys(pairs["notation"])) == [cell for cell in paper.CELLS if cell != "L_KLD"]
     own = pairs[pairs["notation"] == "H_MSE"]
     np.testing.assert_array_equal(own["dice_ours"], dice_all("H_MSE", (0, 1)))
     np.testing.assert_array_equal(own["dice_baseline"], dice_all("Student", (0, 1)))
@@ -400,11 +400,11 @@ CASES = {
     "close baselines": lambda: drawn(scores=table_of(MEANS | CLOSE)),
     "far baselines": lambda: drawn(scores=table_of(MEANS | {"Student": 1.0})),
     "curves": lambda: plots.curves_plot(
-        curves=curves_of(("Student", *tables.CELLS, *OWN), splits=range(6), seeds=(0, 1)), title="long title " * 20
+        curves=curves_of(("Student", *paper.CELLS, *OWN), splits=range(6), seeds=(0, 1)), title="long title " * 20
     ),
     "one curve": lambda: plots.curves_plot(curves=curves_of(("AT_MAE_WAug",), splits=(0,)), title="A sweep"),
     "pairs": lambda: plots.pairs_plot(
-        pairs=pd.concat([pairs_of(*[0.1] * 120, *[0.0] * 120, notation=name) for name in (*tables.CELLS, *OWN)]),
+        pairs=pd.concat([pairs_of(*[0.1] * 120, *[0.0] * 120, notation=name) for name in (*paper.CELLS, *OWN)]),
         title="A sweep",
     ),
     "one pair": lambda: plots.pairs_plot(pairs=pairs_of(0.1), title="A sweep"),

@@ -19,7 +19,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.results import contours, costs, effects, figures, formats, report, summary, tables
 from kdsweep.results.frame import variants
 from kdsweep.results.stats import NAN
-from kdsweep.tracking import writer
+from kdsweep.tracking import reader, writer
 
 DASH = formats.DASH
 VOID = {"meta", "link", "img", "br", "hr", "input", "base"}
@@ -130,8 +130,8 @@ def call(monkeypatch, tmp_path):
         logged.append((folder, files[0].name))
         return "logged"
 
-    monkeypatch.setattr(writer, "attach", attached)
-    monkeypatch.setattr(writer, "read_curves", curves_of)
+    monkeypatch.setattr(reader, "attach", attached)
+    monkeypatch.setattr(reader, "read_curves", curves_of)
     monkeypatch.setattr(contours, "load", shown)
     for module in (tables, effects):  # the bootstrap takes seconds
         monkeypatch.setattr(module, "mean_interval", lambda points: (-1.0, 1.0) if len(points) else (NAN, NAN))
@@ -143,7 +143,7 @@ def call(monkeypatch, tmp_path):
             monkeypatch.setattr(effects, "sentences", lambda _: [])
         if not draws:
             monkeypatch.setattr(figures, "draw", outline)
-        monkeypatch.setattr(writer, "read_sweep", lambda **_: sweep)
+        monkeypatch.setattr(reader, "read_sweep", lambda **_: sweep)
         out = tmp_path / "out" / "r.html"
         words = (*words, "--out", str(out), "--store", str(tmp_path), *([] if costs else ["--no-costs"]))
         code = report.main(list(words))
@@ -487,7 +487,7 @@ def test_nothing_overflows_in_a_browser(call, tmp_path, width):
 
 def test_the_number_of_images_is_that_of_all_parts_of_a_split(tmp_path, monkeypatch):
     kept = [b'{"train": ["a", "b", "c"], "validation": ["d"], "test": ["e", "f"]}', b"damaged"]
-    monkeypatch.setattr(writer, "artifact", lambda **_: kept.pop(0))
+    monkeypatch.setattr(reader, "artifact", lambda **_: kept.pop(0))
     own = sweep_of(("Student",), splits=(0,))
     assert summary._images(own, store=tmp_path, uri=None) == "6"
     assert summary._images(own, store=tmp_path, uri=None) == "\N{EN DASH}"

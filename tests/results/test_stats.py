@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import bootstrap, wilcoxon
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import stats, tables
+from kdsweep.results import paper, stats
 
 
 def paired_frame(ours, baseline):
@@ -28,7 +28,7 @@ def test_holm_by_hand():
 
 
 def test_holm_leaves_three_of_the_papers_twelve():
-    adjusted = stats.holm(pd.Series({cell: tables.PAPER[cell][3] for cell in tables.CELLS}))
+    adjusted = stats.holm(pd.Series({cell: paper.PAPER[cell][3] for cell in paper.CELLS}))
     assert set(adjusted[adjusted < 0.05].index) == {"L_KLD_WAug", "HReg_KLD", "L_KLD"}
     assert adjusted["L_KLD_WAug"] == pytest.approx(12 * 0.0012)
     assert adjusted["L_KLD"] == pytest.approx(10 * 0.0037)

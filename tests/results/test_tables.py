@@ -12,14 +12,14 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel, wilcoxon
 
-from kdsweep.config import grid, identity
+from kdsweep.config import composition, grid, identity
 from kdsweep.core.errors import InputError
-from kdsweep.results import effects, footnotes, stats, tables
+from kdsweep.results import effects, footnotes, paper, stats, tables
 
 DASH = "\N{EN DASH}"
 REMEDY = "add sweep_name=NAME to the command whose results belong in one table; finished cells are not run again"
 IMAGES = 12
-ALL = (*tables.BASELINES, *tables.CELLS)
+ALL = (*paper.BASELINES, *paper.CELLS)
 PAPER_DICE = [77.75, 77.52, 78.00, 80.00, 77.50, 77.85, 79.00, 78.50, 78.06, 77.63, 79.00, 79.31]
 PAPER_STD = [22.55, 17.61, 22.05, 18.86, 21.49, 20.06, 20.45, 19.83, 19.25, 19.97, 20.37, 19.33]
 PAPER_P_TEACHER = [0.1414, 0.1565, 0.0950, 0.2075, 0.0645, 0.0341, 0.1320, 0.1417, 0.0325, 0.0402, 0.2132, 0.1247]
@@ -137,12 +137,12 @@ def table4(sweep):
 
 def test_the_paper_has_twelve_cells_in_its_order():
     order = [f"{path}_{loss}{aug}" for path in ("L", "H", "HReg") for loss in ("MSE", "KLD") for aug in ("", "_WAug")]
-    assert list(tables.CELLS) == order
+    assert list(paper.CELLS) == order
     columns = [PAPER_DICE, PAPER_STD, PAPER_P_TEACHER, PAPER_P_STUDENT]
-    assert [tables.PAPER[cell] for cell in order] == list(zip(*columns, strict=True))
-    assert tables.PAPER["Teacher"][:2] == (81.50, 18.40)
-    assert tables.PAPER["Student"][:2] == (73.16, 23.78)
-    assert tables.PAPER["Teacher"][3] == tables.PAPER["Student"][2] == 0.0048
+    assert [paper.PAPER[cell] for cell in order] == list(zip(*columns, strict=True))
+    assert paper.PAPER["Teacher"][:2] == (81.50, 18.40)
+    assert paper.PAPER["Student"][:2] == (73.16, 23.78)
+    assert paper.PAPER["Teacher"][3] == paper.PAPER["Student"][2] == 0.0048
 
 
 # ---- Table 4 -------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_a_single_split_has_no_spread_and_no_column_for_it():
 @pytest.mark.parametrize(("test", "reference"), [("ttest", ttest_rel), ("wilcoxon", wilcoxon)])
 def test_table4_p_values_are_those_of_hand_aligned_arrays(sweep, test, reference):
     table = tables.table4(sweep, test=test)
-    for cell in tables.CELLS:
+    for cell in paper.CELLS:
         teacher = "Teacher_WAug" if cell.endswith("_WAug") else "Teacher"
         got = row(table, cell)
         assert got["p_teacher"] == pytest.approx(reference(dice_all(cell), dice_all(teacher)).pvalue, rel=1e-9)
@@ -224,15 +224,15 @@ def test_the_teacher_is_the_one_of_the_fingerprint_not_of_the_name(sweep):
 
 def test_holm_family_is_the_cells_of_the_column(table4):
     for column in ("p_teacher", "p_student"):
-        cells = table4.set_index("notation").loc[list(tables.CELLS)]
+        cells = table4.set_index("notation").loc[list(paper.CELLS)]
         smallest = cells[column].idxmin()
         assert 0 < cells.loc[smallest, f"{column}_holm"] < 1
         assert cells.loc[smallest, f"{column}_holm"] == pytest.approx(12 * cells.loc[smallest, column])
-        assert table4.set_index("notation").loc[list(tables.BASELINES), f"{column}_holm"].isna().all()
+        assert table4.set_index("notation").loc[list(paper.BASELINES), f"{column}_holm"].isna().all()
 
 
 def test_difference_to_student_and_its_interval(table4):
-    for notation in (*tables.CELLS, "Teacher"):
+    for notation in (*paper.CELLS, "Teacher"):
         got = row(table4, notation)
         difference = 100 * (dice_all(notation) - dice_all("Student"))
         assert got["difference_to_student_points"] == pytest.approx(difference.mean())
@@ -340,7 +340,7 @@ def test_an_unfinished_split_is_a_gap_in_both_tables(sweep, status, word):
 
 
 def test_the_holm_family_shrinks_with_a_gap(sweep):
-    table = tables.table4(with_status(sweep, "H_KLD_WAug", 1, "FAILED")).set_index("notation").loc[list(tables.CELLS)]
+    table = tables.table4(with_status(sweep, "H_KLD_WAug", 1, "FAILED")).set_index("notation").loc[list(paper.CELLS)]
     smallest = table["p_student"].idxmin()
     assert table["p_student"].notna().sum() == 11
     assert table.loc[smallest, "p_student_holm"] == pytest.approx(11 * table.loc[smallest, "p_student"])
@@ -431,7 +431,7 @@ def test_the_command_for_student_is_that_of_the_sweep_with_another_path(sweep):
 
 def test_without_its_own_teacher_only_that_column_is_a_gap(sweep):
     table = tables.table4(with_status(sweep, "Teacher_WAug", 1, "FAILED"))
-    for cell in tables.CELLS:
+    for cell in paper.CELLS:
         assert np.isnan(row(table, cell)["p_teacher"]) == cell.endswith("_WAug")
         assert not np.isnan(row(table, cell)["p_student"])
 
@@ -537,7 +537,7 @@ def test_the_configurations_of_table4_do_not_mix(sweep, table4):
         path, _, rest = notation.removesuffix("_WAug").partition("_")
         view = "weak" if notation.endswith("_WAug") else "strong"
         factors = [f"path={paths[path]}", f"loss={rest.lower() or 'kld'}", f"teacher_aug={view}", f"split={split}"]
-        flat = identity.params(identity.compose(["profile=quick", "train.epochs=12", *factors, *overrides]))
+        flat = identity.params(composition.compose(["profile=quick", "train.epochs=12", *factors, *overrides]))
         return {key: str(value) for key, value in flat.items()}
 
     runs = sweep.runs[sweep.runs["role"] != "teacher"]
@@ -611,12 +611,12 @@ def test_an_empty_sweep_is_refused(sweep):
 
 def test_table3_factors_and_means(sweep):
     table = tables.table3(sweep)
-    assert table["notation"].tolist() == list(tables.CELLS)
+    assert table["notation"].tolist() == list(paper.CELLS)
     assert table["representation"].tolist() == ["Logits"] * 4 + ["Hidden"] * 4 + ["Hidden-Regressor"] * 4
     assert table["loss"].tolist() == (["mean squared error"] * 2 + ["Kullback-Leibler divergence"] * 2) * 3
     assert table["teacher_augmentation"].tolist() == ["strong", "weak"] * 6
-    assert table["mean_dice_percent"].tolist() == pytest.approx([100 * dice_all(cell).mean() for cell in tables.CELLS])
-    assert table["paper_mean_dice_percent"].tolist() == [tables.PAPER[cell][0] for cell in tables.CELLS]
+    assert table["mean_dice_percent"].tolist() == pytest.approx([100 * dice_all(cell).mean() for cell in paper.CELLS])
+    assert table["paper_mean_dice_percent"].tolist() == [paper.PAPER[cell][0] for cell in paper.CELLS]
 
 
 def test_a_cell_of_ones_own_loss_comes_after_the_papers(sweep):
@@ -703,9 +703,9 @@ def asked(sweep, monkeypatch):
             raise InputError("no sweep nowhere in this store")
         return sweep
 
-    fake = types.ModuleType("kdsweep.tracking.writer")
+    fake = types.ModuleType("kdsweep.tracking.reader")
     fake.read_sweep = read_sweep
-    monkeypatch.setitem(sys.modules, "kdsweep.tracking.writer", fake)
+    monkeypatch.setitem(sys.modules, "kdsweep.tracking.reader", fake)
     return calls
 
 
@@ -790,8 +790,8 @@ def test_what_departs_from_the_papers_protocol_is_said():
 
 
 def test_the_protocol_is_that_of_the_default_profile():
-    params = identity.params(identity.compose([]))
-    assert {key: str(params[key]) for key in footnotes.PROTOCOL} == footnotes.PROTOCOL
+    params = identity.params(composition.compose([]))
+    assert {key: str(params[key]) for key in paper.PROTOCOL} == paper.PROTOCOL
 
 
 # ---- further keys that a sweep varies --------------------------------------------------------------------------------
@@ -839,7 +839,7 @@ def test_a_swept_key_gives_each_of_its_values_rows_of_its_own():
 def test_holm_counts_the_cells_of_all_settings():
     sweep = rates({"1": 0.0, "2": -0.01})
     table = tables.table4(sweep)
-    cells = table[~table["notation"].isin(tables.BASELINES)]
+    cells = table[~table["notation"].isin(paper.BASELINES)]
     assert cells["p_student"].notna().sum() == 24
     pd.testing.assert_series_equal(cells["p_student_holm"], stats.holm(cells["p_student"]), check_names=False)
 

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from kdsweep.core.files import write_json
 from kdsweep.runs import checkpoint
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_scrap(tmp_path, monkeypatch):
     file = tmp_path / "a.json"
-    checkpoint.write_json(file, {"old": 1})
+    write_json(file, {"old": 1})
     monkeypatch.setattr(checkpoint.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
     with pytest.raises(OSError, match=r"disk full: '.*a\.json'"):
-        checkpoint.write_json(file, {"new": 2})
+        write_json(file, {"new": 2})
     assert json.loads(file.read_text()) == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 

@@ -14,6 +14,7 @@ from small import TEACHER
 from test_slurm import OPTIONS
 from test_sync import runs_of
 
+from kdsweep.core.files import file_digest
 from kdsweep.results import tables
 from kdsweep.runs import records
 from kdsweep.sweep.engines import queue
@@ -39,7 +40,7 @@ def done(process: subprocess.Popen[bytes], cwd: Path) -> str:
 def scores(store: Path) -> dict[str, str]:
     """By folder what a sweep has come to: its images' scores and its weights."""
     files = [*store.glob("*/*/test_scores.csv"), *store.glob("*/*/*.safetensors")]
-    return {str(file.relative_to(store)): records.checkpoint.file_digest(file) for file in files}
+    return {str(file.relative_to(store)): file_digest(file) for file in files}
 
 
 def epochs(store: Path) -> dict[str, int]:
@@ -95,7 +96,7 @@ def test_slurm_itself_with_mlflow_on_postgresql(undisturbed, small_busi, tmp_pat
         assert until(lambda: len([n for n in epochs(store).values() if n]) == 4, 300)
         first.kill()
         first.wait()
-        status = [sys.executable, "-m", "kdsweep.sweep.status"]
+        status = [sys.executable, "-m", "kdsweep", "status"]
         told = subprocess.run(status, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
         assert re.search(r"Student split 0 seed 0 +running .* \d+_\d RUNNING", told), told
         jobs = sorted(task.job_id for task in _queued(store, environment).values())

@@ -11,12 +11,12 @@ from omegaconf import OmegaConf, open_dict
 
 from kdsweep import conf_dir
 from kdsweep.config import identity
-from kdsweep.config.compose import Composer
+from kdsweep.config.composition import Composer
 from kdsweep.data import sources
 from kdsweep.results import frame
 from kdsweep.runs import records
 from kdsweep.sweep import plan
-from kdsweep.tracking import writer
+from kdsweep.tracking import reader, writer
 
 FIXED = ["profile=quick", "device=cpu"]
 VALUES = ("0.5", "null", "many words", "${kd.temperature}", "'1'")
@@ -153,7 +153,7 @@ def test_the_stub_is_a_finished_cell_for_records_mlflow_and_tables(growth, sweep
         assert records.read_finished(cell.folder) is not None
         tracker.mirror(records.read(cell.folder), sweep="busi-quick")
     assert [job.finished is not None for job in jobs_of(sweep, tmp_path, small_busi, 2)] == [True, True]
-    read = writer.read_sweep(store=tmp_path, uri=None, name=None)
+    read = reader.read_sweep(store=tmp_path, uri=None, name=None)
     runs = frame.placed_runs(read)
     assert set(runs["status"]) == {"FINISHED"}
     why = frame.gaps(

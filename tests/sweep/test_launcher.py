@@ -14,7 +14,7 @@ from hydra.version import VersionBase
 from omegaconf import OmegaConf
 from packaging.version import Version
 
-from kdsweep.config import identity
+from kdsweep.config import composition
 from kdsweep.core.errors import CellError, InputError
 from kdsweep.core.progress import duration
 from kdsweep.evaluation import latency
@@ -32,7 +32,7 @@ def test_durations_read_like_words(seconds, words):
 
 
 def test_a_timed_step_is_a_positive_time_per_image():
-    cfg = identity.compose(["profile=quick", "device=cpu"])
+    cfg = composition.compose(["profile=quick", "device=cpu"])
     step = latency.time_step_s(factory.student_network(cfg), image_size=64, compute=factory.compute(cfg))
     assert 0 < step.forward < step.train < 60
 

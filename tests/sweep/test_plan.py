@@ -10,9 +10,9 @@ import pytest
 from omegaconf import open_dict
 from PIL import Image
 
-from kdsweep.config import grid, identity
+from kdsweep.config import composition, grid, identity
 from kdsweep.evaluation import latency
-from kdsweep.runs import records
+from kdsweep.runs import records, requests
 from kdsweep.sweep import plan
 
 LOOK = plan.Look({"cpu": ["cpu"]}, timed_on="cpu", student_s=1.0, teacher_s=10.0, lesson_s=4.0, images=16)
@@ -24,7 +24,7 @@ def jobs(small_busi, tmp_path):
 
     def make(*each: list[str]) -> list[plan.Job]:
         fixed = ["profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu", f"store={tmp_path}"]
-        return plan.read_jobs([identity.compose([*fixed, "train.batch_size=8", *overrides]) for overrides in each])
+        return plan.read_jobs([composition.compose([*fixed, "train.batch_size=8", *overrides]) for overrides in each])
 
     return make
 
@@ -37,7 +37,7 @@ def command(small_busi, tmp_path):
         fixed = ["profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu", f"store={tmp_path}"]
         configs = []
         for overrides in each:
-            cfg = identity.compose([*fixed, *overrides])
+            cfg = composition.compose([*fixed, *overrides])
             choices = {"teacher": "resnet18"} | dict(word.split("=") for word in overrides)
             with open_dict(cfg):
                 cfg.hydra = {"overrides": {"task": [*fixed, *overrides]}, "runtime": {"choices": choices}}
@@ -50,7 +50,7 @@ def command(small_busi, tmp_path):
 def asked(own: list[plan.Job]) -> None:
     """As plan.watch writes it down."""
     swept = plan.swept_keys([job.overrides for job in own])
-    records.ask(own[0].cell.store, "busi-quick", cells=[job.cell for job in own], teachers=[], varied=swept)
+    requests.ask(own[0].cell.store, "busi-quick", cells=[job.cell for job in own], teachers=[], varied=swept)
 
 
 def test_a_swept_key_tells_cells_apart_where_the_role_uses_it(command):
@@ -95,7 +95,7 @@ def test_cells_of_one_command_that_the_fingerprint_tells_apart_have_places_of_th
     assert len({job.cell.fingerprint for job in own}) == 2
     assert [job.cell.variant for job in own] == [{key: str(value)} for value in values]
     asked(own)
-    folders = records.read_asked(own[0].cell.store, "busi-quick")
+    folders = requests.read_asked(own[0].cell.store, "busi-quick")
     assert set(folders.values()) == {str(job.cell.folder.relative_to(job.cell.store)) for job in own}
 
 
@@ -108,7 +108,7 @@ def test_a_replaced_image_takes_the_seat_of_the_old_one_and_a_moved_folder_too(c
     (same,) = command([f"data.root={moved}"])
     asked([same])
     assert (same.cell.fingerprint, same.cell.place == old.cell.place) == (old.cell.fingerprint, False)
-    assert list(records.read_asked(tmp_path, "busi-quick")) == [same.cell.place]
+    assert list(requests.read_asked(tmp_path, "busi-quick")) == [same.cell.place]
     image = next(moved.rglob("*(1).png"))
     Image.fromarray(~np.array(Image.open(image))).save(image)
     identity._listing.cache_clear()
@@ -116,7 +116,7 @@ def test_a_replaced_image_takes_the_seat_of_the_old_one_and_a_moved_folder_too(c
     asked([changed])
     assert changed.cell.fingerprint != same.cell.fingerprint
     folder = str(changed.cell.folder.relative_to(tmp_path))
-    assert records.read_asked(tmp_path, "busi-quick") == {changed.cell.place: folder}
+    assert requests.read_asked(tmp_path, "busi-quick") == {changed.cell.place: folder}
 
 
 def test_factors_folders_and_devices_tell_nothing_apart(command):

@@ -11,7 +11,7 @@ import pytest
 
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
-from kdsweep.runs import records
+from kdsweep.runs import records, requests
 from kdsweep.sweep import status
 from kdsweep.sweep.engines import queue
 from kdsweep.sweep.engines.queue import Task
@@ -50,8 +50,8 @@ def hold():
 
 def tell(store: Path, *, cells=(), teachers=(), tasks=None) -> list[str]:
     """Lines of the report on a sweep of these cells."""
-    records.ask(store, "study", cells=list(cells), teachers=list(teachers))
-    found = {place: records.read(store / folder) for place, folder in records.read_asked(store, "study").items()}
+    requests.ask(store, "study", cells=list(cells), teachers=list(teachers))
+    found = {place: records.read(store / folder) for place, folder in requests.read_asked(store, "study").items()}
     return status.report("study", found, tasks=tasks, now_ms=NOW_MS).splitlines()
 
 
@@ -113,7 +113,7 @@ def test_what_slurm_has_is_queued_or_running_as_its_job(tmp_path, hold):
 
 def test_a_queue_that_does_not_answer_is_said_below(tmp_path, monkeypatch):
     cell = make_cell(tmp_path)
-    records.ask(tmp_path, "study", cells=[cell], teachers=[])
+    requests.ask(tmp_path, "study", cells=[cell], teachers=[])
     queue.write(tmp_path, cluster="slurm", tasks={"7": [str(cell.folder.relative_to(tmp_path))]})
     monkeypatch.setenv("PATH", "/nowhere")
     lines = status.make(store=tmp_path, sweep=None).splitlines()
@@ -124,7 +124,7 @@ def test_a_queue_that_does_not_answer_is_said_below(tmp_path, monkeypatch):
 def test_cells_that_a_swept_key_tells_apart_are_named_by_it(tmp_path):
     own = [replace(make_cell(tmp_path, lr=lr), variant={"train.lr": str(lr)}) for lr in (1, 2)]
     finish(own[0])
-    records.ask(tmp_path, "study", cells=own, teachers=[], varied=["train.lr"])
+    requests.ask(tmp_path, "study", cells=own, teachers=[], varied=["train.lr"])
     lines = status.make(store=tmp_path, sweep=None).splitlines()
     assert row(lines, "L_MSE split 0 seed 0 (train.lr=1)") == ["78.12"]
     assert row(lines, "L_MSE split 0 seed 0 (train.lr=2)") == ["waiting"]
@@ -303,7 +303,7 @@ def test_a_running_teacher_counts_too(tmp_path, hold):
 
 
 def ask(store: Path, name: str, cell: Cell, *, asked_s: int) -> None:
-    records.ask(store, name, cells=[cell], teachers=[])
+    requests.ask(store, name, cells=[cell], teachers=[])
     os.utime(store / "sweeps" / f"{name}.json", (asked_s, asked_s))
 
 
@@ -336,7 +336,7 @@ def test_an_unknown_sweep_and_an_empty_store_are_told_in_one_line(tmp_path, caps
 def test_a_damaged_cell_of_a_store_that_cannot_be_written_to_is_to_be_done_again(tmp_path, monkeypatch, capsys):
     cell = make_cell(tmp_path)
     finish(cell, files=["scores.csv"])
-    records.ask(tmp_path, "study", cells=[cell], teachers=[])
+    requests.ask(tmp_path, "study", cells=[cell], teachers=[])
     with records.lock(cell.folder):
         pass  # leaves its file, as training does
     (cell.folder / "scores.csv").write_text("damaged")
@@ -354,15 +354,15 @@ def test_a_damaged_cell_of_a_store_that_cannot_be_written_to_is_to_be_done_again
 def test_another_process_that_computes_a_cell_is_seen_and_nothing_slow_is_imported(tmp_path, hold):
     cell = make_cell(tmp_path)
     begin(cell, ended_ms=records.now_ms() - 120_000)
-    records.ask(tmp_path, "study", cells=[cell], teachers=[])
+    requests.ask(tmp_path, "study", cells=[cell], teachers=[])
     hold(cell)
     slow = ("torch", "mlflow", "pandas", "omegaconf", "hydra")
     code = (
         "import runpy, sys\n"
-        "try:\n    runpy.run_module('kdsweep.sweep.status', run_name='__main__')\n"
+        "try:\n    runpy.run_module('kdsweep', run_name='__main__')\n"
         f"finally:\n    assert not sys.modules.keys() & set({slow}), sys.modules.keys() & set({slow})\n"
     )
-    command = [sys.executable, "-c", code, "--store", str(tmp_path)]
+    command = [sys.executable, "-c", code, "status", "--store", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("sweep study: 1 cell: 0 done, 1 running; about 40 min left\n")

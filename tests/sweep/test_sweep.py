@@ -18,7 +18,7 @@ from small import TEACHER
 
 from kdsweep.results import tables
 from kdsweep.runs import records
-from kdsweep.tracking import writer
+from kdsweep.tracking import reader, writer
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +26,8 @@ QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=2", *
 GRID = ["-m", "path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong"]
 
 
-def kdsweep(*arguments: str, cwd: Path, module: str = "kdsweep") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, *arguments]
+def kdsweep(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kdsweep", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=570, check=False)
 
 
@@ -65,7 +65,7 @@ def test_the_first_line_says_what_will_run(swept):
 
 def test_the_command_is_kept_with_the_sweep(swept):
     cwd, done = swept
-    sweep = writer.read_sweep(store=cwd / "multirun", uri=None, name=None)
+    sweep = reader.read_sweep(store=cwd / "multirun", uri=None, name=None)
     assert sweep.commands == (shlex.join(["python", "-m", "kdsweep", *done.args[3:]]),)
 
 
@@ -101,7 +101,7 @@ def test_every_cell_has_its_folder_with_its_files(swept):
 
 def test_mlflow_holds_one_finished_run_per_cell_with_all_names(swept):
     cwd, _ = swept
-    sweep = writer.read_sweep(store=cwd / "multirun", uri=None, name=None)
+    sweep = reader.read_sweep(store=cwd / "multirun", uri=None, name=None)
     assert sweep.name == "busi-quick"
     assert len(sweep.runs) == 15
     assert set(sweep.runs["status"]) == {"FINISHED"}
@@ -129,7 +129,7 @@ def test_mlflow_holds_one_finished_run_per_cell_with_all_names(swept):
 
 def test_scores_in_mlflow_equal_those_in_the_folders(swept):
     cwd, _ = swept
-    sweep = writer.read_sweep(store=cwd / "multirun", uri=None, name="busi-quick")
+    sweep = reader.read_sweep(store=cwd / "multirun", uri=None, name="busi-quick")
     means = sweep.scores.groupby("fingerprint")["dice"].mean()
     for row in sweep.runs.itertuples():
         parent = "teachers" if row.role == "teacher" else "cells"
@@ -170,7 +170,7 @@ def test_another_sweep_counts_the_finished_cells_without_running_them(swept, sma
         "-m", "path=L,H", "teacher_aug=weak", "sweep_name=second", *QUICK, f"data.root={small_busi}", cwd=cwd
     )
     assert "0 to run, 2 finished" in again.stdout.splitlines()[0]
-    sweep = writer.read_sweep(store=cwd / "multirun", uri=None, name="second")
+    sweep = reader.read_sweep(store=cwd / "multirun", uri=None, name="second")
     assert sorted(sweep.runs["notation"]) == ["H_KLD_WAug", "L_KLD_WAug", "Teacher_WAug"]
     assert len(sweep.scores) == 3 * 5
 
@@ -190,7 +190,7 @@ def test_a_failing_cell_leaves_the_others_and_says_where_its_traceback_is(small_
     (failed,) = [line for line in done.stdout.splitlines() if "failed: " in line]
     assert f"failed: {message}; log: multirun/cells/H_KLD_WAug-split0-seed0-" in failed
     assert failed.endswith("/kdsweep.log")
-    sweep = writer.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     states = dict(zip(sweep.runs["notation"], sweep.runs["status"], strict=True))
     assert states == {"H_KLD_WAug": "FAILED", "L_KLD_WAug": "FINISHED", "Teacher_WAug": "FINISHED"}
     assert "Traceback" not in done.stdout
@@ -198,7 +198,7 @@ def test_a_failing_cell_leaves_the_others_and_says_where_its_traceback_is(small_
     assert "in broken" in logs["H"]
     assert "Traceback" not in logs["L"]
     assert "my loss" not in logs["L"]
-    (printed,) = [kdsweep("table3", cwd=tmp_path, module="kdsweep.results.tables").stdout]
+    (printed,) = [kdsweep("tables", "table3", cwd=tmp_path).stdout]
     assert "failed: split 0" in printed
 
 
@@ -233,7 +233,7 @@ def test_two_processes_at_once_give_the_same_bits(swept, small_busi, empty_store
     together, apart = files_of(cwd / "multirun", *RESULTS), files_of(cwd / "divided", *RESULTS)
     assert len(apart) == 6 * 4
     assert apart == {name: together[name] for name in apart}
-    sweep = writer.read_sweep(store=cwd / "divided", uri=None, name=None)
+    sweep = reader.read_sweep(store=cwd / "divided", uri=None, name=None)
     assert len(sweep.runs) == 6
     assert set(sweep.runs["status"]) == {"FINISHED"}
 
@@ -244,7 +244,7 @@ def test_a_learning_rate_sweep_is_one_group(small_busi, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 cells: 2 to run, 0 finished; 1 lockstep group" in done.stdout.splitlines()[0]
     assert "Student split 0 seed 0 (train.lr=0.001): test Dice" in done.stdout  # by the process that trained it
-    sweep = writer.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     table = tables.table4(sweep)
     assert list(table["settings"]) == ["train.lr=0.0003", "train.lr=0.001"]
     assert set(table["notation"]) == {"Student"}
@@ -255,7 +255,7 @@ def test_a_learning_rate_sweep_is_one_group(small_busi, tmp_path):
 
 @pytest.mark.parametrize("words", [["-m", "path=none,L"], ["path=L"]])
 def test_a_plan_is_shown_and_nothing_else_happens(small_busi, tmp_path, words):
-    done = kdsweep(*words, *QUICK, f"data.root={small_busi}", "--plan", cwd=tmp_path)
+    done = kdsweep(*words, "--plan", *QUICK, f"data.root={small_busi}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, *rest = done.stdout.splitlines()
     assert " to run, 0 finished; 1 lockstep group, 1 shared Teacher, 1 Teacher to train" in first
@@ -316,7 +316,7 @@ def test_a_signal_saves_the_cells_closes_their_runs_and_ends_all_processes(endle
     logs = [(record.folder / "kdsweep.log").read_text().splitlines()[-1] for record in saved]
     for record, line in zip(saved, logs, strict=True):
         assert f"saved in epoch {len(record.history) + 1} after" in line
-    sweep = writer.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     assert sweep.runs["status"].tolist() == ["KILLED", "KILLED"]
     assert own
     assert all_gone(own)
@@ -335,7 +335,7 @@ def test_a_killed_group_fails_its_cells_and_says_why(endless, tmp_path):
     assert endless.returncode == 1
     assert "its process ended early, killed by SIGKILL" in errors
     assert output.count("failed: ") == 2
-    sweep = writer.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     assert sweep.runs["status"].tolist() == ["FAILED", "FAILED"]
 
 
@@ -351,7 +351,7 @@ def test_an_interrupt_closes_the_run_as_killed_and_says_how_to_go_on(small_busi,
     assert process.returncode == 130, errors
     assert "the same command" in errors
     assert "Traceback" not in errors
-    sweep = writer.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     assert sweep.runs["status"].tolist() == ["KILLED"]
 
 
@@ -375,7 +375,7 @@ def test_two_sweeps_at_once_compute_each_cell_and_each_teacher_once(swept, small
     assert len(shared) == 5 * 4
     assert shared == {name: alone[name] for name in shared}
     for name in ("one", "other"):
-        sweep = writer.read_sweep(store=cwd / "shared", uri=None, name=name)
+        sweep = reader.read_sweep(store=cwd / "shared", uri=None, name=name)
         assert set(sweep.runs["status"]) == {"FINISHED"}
         assert len(sweep.runs) == 4
 
@@ -405,7 +405,7 @@ def test_what_fails_is_tried_once_or_with_retry_failed_twice(small_busi, tmp_pat
     assert twice.returncode == 0, twice.stderr
     assert "trying the cells that failed a second time, each alone: 1" in twice.stdout
     assert "failed: " not in twice.stdout
-    sweep = writer.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     assert set(sweep.runs["status"]) == {"FINISHED"}
     assert len(sweep.runs) == 3
 
@@ -420,10 +420,10 @@ def test_two_data_folders_of_one_command_are_two_rows(small_busi, database, tmp_
     done = kdsweep("-m", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 2 cells done" in done.stdout
-    told = kdsweep(cwd=tmp_path, module="kdsweep.sweep.status").stdout
+    told = kdsweep("status", cwd=tmp_path).stdout
     assert "2 cells: 2 done" in told
     assert f"Student split 0 seed 0 (data.root={other})" in told
-    sweep = writer.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     table = tables.table4(sweep)
     own = table[table["notation"] == "Student"]
     assert sorted(own["settings"]) == sorted([f"data.root={small_busi}", f"data.root={other}"])
@@ -443,11 +443,11 @@ def test_changed_images_make_new_cells_and_the_line_says_so(small_busi, tmp_path
     folders = list((tmp_path / "multirun" / "cells").iterdir())
     assert len(folders) == 2
     assert all(records.read_finished(folder) is not None for folder in folders)
-    sweep = writer.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     assert len(sweep.runs) == 1  # the old result does not count any more
 
 
 def test_the_status_of_a_sweep_in_training(endless, tmp_path):
-    printed = kdsweep(cwd=tmp_path, module="kdsweep.sweep.status").stdout
+    printed = kdsweep("status", cwd=tmp_path).stdout
     assert printed.startswith("sweep busi-quick: 2 cells: 0 done, 2 running; about ")
     assert "epoch" in printed

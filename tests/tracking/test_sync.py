@@ -22,7 +22,7 @@ from test_writer import begin, client_of, end, make_cell, steps_of
 from kdsweep.core.errors import InputError
 from kdsweep.results import tables
 from kdsweep.runs import records
-from kdsweep.tracking import sync, writer
+from kdsweep.tracking import reader, sync, writer
 
 OPTIONS = {"experiment": "kdsweep", "teachers": []}
 
@@ -86,7 +86,7 @@ def test_what_a_killed_command_left_unsaid_is_logged_at_the_next_start(store):
     begin(cells[1], 2)
     own = sync.Mirror(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
     own.close()
-    sweep = writer.read_sweep(store=store, uri=None, name="sweep")
+    sweep = reader.read_sweep(store=store, uri=None, name="sweep")
     assert sorted(sweep.runs["status"]) == ["FINISHED", "KILLED"]
     assert sweep.scores["dice"].tolist() == [0.25]
 
@@ -104,7 +104,7 @@ def test_two_mirrors_of_one_cell_open_one_run(store):
     assert run[1:] == ("FINISHED", [0, 1, 2])
     assert steps_of(store, run[0], "test/dice") == [0]
     for name in ("one", "other"):
-        assert len(writer.read_sweep(store=store, uri=None, name=name).scores) == 1
+        assert len(reader.read_sweep(store=store, uri=None, name=name).scores) == 1
 
 
 # --- a database that others use too
@@ -124,7 +124,7 @@ def test_a_database_that_another_process_locks_is_written_to_later(store, caplog
     own.close()
     release.join()
     assert re.search(r"training goes on, .* \(.*database is locked\)$", caplog.messages[0])
-    sweep = writer.read_sweep(store=store, uri=None, name="sweep")
+    sweep = reader.read_sweep(store=store, uri=None, name="sweep")
     assert sorted(sweep.scores["dice"]) == [0.25, 0.75]
 
 
@@ -151,7 +151,7 @@ mirror.Mirror(store=store, uri=None, experiment="kdsweep", asked={"sweep": [cell
         for done in pool.map(start, range(5)):
             assert done.returncode == 0, done.stderr
             assert done.stderr == ""
-    sweep = writer.read_sweep(store=tmp_path / "store", uri=None, name="sweep")
+    sweep = reader.read_sweep(store=tmp_path / "store", uri=None, name="sweep")
     assert sweep.runs["status"].tolist() == ["FINISHED"] * 5
     assert len(sweep.scores) == 5
 
@@ -172,7 +172,7 @@ def test_a_process_killed_while_it_makes_the_database_spoils_nothing(tmp_path):
         assert done.returncode in (-9, 0)
     cells = some_cells(tmp_path)
     sync.Mirror(store=tmp_path, uri=None, asked={"sweep": cells}, **OPTIONS).close()
-    assert len(writer.read_sweep(store=tmp_path, uri=None, name="sweep").runs) == 2
+    assert len(reader.read_sweep(store=tmp_path, uri=None, name="sweep").runs) == 2
     left = {file.name for file in tmp_path.iterdir()} - {"mlflow.db", ".mlflow.lock"}
     assert left == set()
 
@@ -199,11 +199,11 @@ def test_a_moved_store_keeps_its_scores_and_takes_new_ones(store, tmp_path):
     moved = tmp_path / "elsewhere" / "multirun"
     moved.parent.mkdir()
     store.rename(moved)
-    assert writer.read_sweep(store=moved, uri=None, name="sweep").scores["dice"].tolist() == [0.5, 0.75] * 2
+    assert reader.read_sweep(store=moved, uri=None, name="sweep").scores["dice"].tolist() == [0.5, 0.75] * 2
     cells = some_cells(moved, 3)
     end(cells[2], [1.0])
     sync.Mirror(store=moved, uri=None, asked={"sweep": cells}, **OPTIONS).close()
-    assert len(writer.read_sweep(store=moved, uri=None, name="sweep").scores) == 5
+    assert len(reader.read_sweep(store=moved, uri=None, name="sweep").scores) == 5
     assert not store.exists()
     for run_id, *_ in runs_of(writer.store_uri(moved, None)).values():  # MLflow's own interface finds them too
         place = client_of(moved).get_run(run_id).info.artifact_uri
@@ -217,8 +217,8 @@ def test_a_copy_and_its_original_go_on_apart(store, tmp_path):
     cells = some_cells(copy, 3)
     end(cells[2], [1.0])
     sync.Mirror(store=copy, uri=None, asked={"sweep": cells}, **OPTIONS).close()
-    assert len(writer.read_sweep(store=copy, uri=None, name="sweep").runs) == 3
-    assert len(writer.read_sweep(store=store, uri=None, name="sweep").runs) == 2
+    assert len(reader.read_sweep(store=copy, uri=None, name="sweep").runs) == 3
+    assert len(reader.read_sweep(store=store, uri=None, name="sweep").runs) == 2
     assert len(list((store / "artifacts").iterdir())) == 2
 
 
@@ -294,7 +294,7 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
         assert [found[cell.fingerprint][1:] for cell in cells] == [("FINISHED", [0, 1, 2])] * 3
         scratch = tmp_path_factory.mktemp("scratch")
         monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-        sweep = writer.read_sweep(store=tmp_path, uri=uri, name="sweep")
+        sweep = reader.read_sweep(store=tmp_path, uri=uri, name="sweep")
         assert sorted(sweep.scores["dice"]) == [0.25, 0.5, 0.75]
         assert list(scratch.iterdir()) == []
 
@@ -332,7 +332,7 @@ def test_many_workers_log_to_one_server_on_postgresql_and_nothing_is_lost(tmp_pa
         assert [worker.wait(300) for worker in workers] == [0] * 4
         found = runs_of(uri)
         assert [run[1:] for run in found.values()] == [("FINISHED", [0, 1, 2])] * 20
-        sweep = writer.read_sweep(store=store, uri=uri, name="sweep")
+        sweep = reader.read_sweep(store=store, uri=uri, name="sweep")
         assert (sweep.runs["status"] == "FINISHED").all()
         assert len(sweep.scores) == 40
         assert sweep.scores["dice"].mean() == 0.5

@@ -11,7 +11,7 @@ from mlflow.utils.validation import _validate_batch_log_limits
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.runs import records
-from kdsweep.tracking import writer
+from kdsweep.tracking import reader, writer
 
 PARAMS = {"data.name": "busi", "weights": "none", "train.lr": 0.001}
 TAGS = {"kdsweep.profile": "quick", "kdsweep.device": "cpu"}
@@ -59,7 +59,7 @@ def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
     tracker, cell = writer.Tracker(store=store, uri=None), make_cell()
     tracker.ask("round-trip", [cell])
     run_id = finish(tracker, cell, "round-trip", tmp_path, [0.25, 0.75])
-    sweep = writer.read_sweep(store=store, uri=None, name="round-trip")
+    sweep = reader.read_sweep(store=store, uri=None, name="round-trip")
     (row,) = sweep.runs.to_dict("records")
     assert (row["fingerprint"], row["run_id"], row["status"]) == (cell.fingerprint, run_id, "FINISHED")
     assert (row["notation"], row["split"], row["seed"], row["profile"], row["data"]) == ("L_MSE", 0, 0, "quick", "busi")
@@ -76,7 +76,7 @@ def test_what_tells_cells_of_a_sweep_apart_comes_back_and_stays(store):
     tracker.ask("variants", own, varied=["train.lr"])
     tracker.ask("variants", [replace(own[0], variant={})])  # alone, by a later command
     tracker.ask("variants", [replace(make_cell("H_MSE"), variant={"kd.weight": "1"})], varied=["kd.weight"])
-    sweep = writer.read_sweep(store=store, uri=None, name="variants")
+    sweep = reader.read_sweep(store=store, uri=None, name="variants")
     found = {row["fingerprint"]: row["variant"] for row in sweep.runs.to_dict("records")}
     assert [found[cell.fingerprint] for cell in own] == [{"train.lr": "0.5"}, {"train.lr": "0.25"}]
     assert sweep.varied == ("train.lr", "kd.weight")
@@ -86,10 +86,10 @@ def test_commands_come_back_once_each_the_last_one_last_and_never_too_many(store
     tracker = writer.Tracker(store=store, uri=None)
     for command in ("first", "second 'a b'", "first", ""):
         tracker.ask("commands", [make_cell()], command=command)
-    assert writer.read_sweep(store=store, uri=None, name="commands").commands == ("second 'a b'", "first")
+    assert reader.read_sweep(store=store, uri=None, name="commands").commands == ("second 'a b'", "first")
     for number in range(5):
         tracker.ask("commands", [make_cell()], command=str(number) * 1500)
-    lengths = [len(command) for command in writer.read_sweep(store=store, uri=None, name="commands").commands]
+    lengths = [len(command) for command in reader.read_sweep(store=store, uri=None, name="commands").commands]
     assert lengths == [1500, 1500]
 
 
@@ -97,7 +97,7 @@ def test_the_parent_run_says_what_the_sweep_is(store):
     tracker = writer.Tracker(store=store, uri=None)
     tracker.ask("told", [make_cell("L_MSE", split=0), make_cell("Student", split=1)])
     tracker.ask("told", [make_cell("H_KLD", split=0)])
-    sweep = writer.read_sweep(store=store, uri=None, name="told")
+    sweep = reader.read_sweep(store=store, uri=None, name="told")
     run = client_of(store).get_run(sweep.run_id)
     assert run.data.tags["mlflow.note.content"].startswith(
         "**3 cells** of sweep `told`: H_KLD, L_MSE, Student; split0, split1; seed0."
@@ -148,7 +148,7 @@ def test_a_call_whose_answer_was_lost_is_made_again_and_doubles_nothing(store, t
     run_id = tracker.mirror(record, sweep="lost")
     assert steps_of(store, run_id) == [0, 1, 2]
     assert steps_of(store, run_id, "test/dice") == [0]
-    runs = [run for run in tracker._search("tags.`kdsweep.role` = 'cell'") if run.data.tags["kdsweep.sweep"] == "lost"]
+    runs = [run for run in tracker.search("tags.`kdsweep.role` = 'cell'") if run.data.tags["kdsweep.sweep"] == "lost"]
     assert [run.info.run_id for run in runs] == [run_id]
 
 
@@ -158,7 +158,7 @@ def test_two_commands_that_looked_before_a_cell_was_begun_open_one_run(store, tm
     for tracker in both:
         tracker.mirror(end(known, [0.5]), sweep="both")
     assert len({tracker.mirror(end(fresh, [0.25]), sweep="both") for tracker in both}) == 1
-    found = both[0]._search(f"tags.`kdsweep.fingerprint` = '{fresh.fingerprint}'")
+    found = both[0].search(f"tags.`kdsweep.fingerprint` = '{fresh.fingerprint}'")
     assert len(found) == 1
 
 
@@ -177,7 +177,7 @@ def test_a_run_whose_opening_was_not_answered_is_found_by_the_same_command(store
         with pytest.raises(ConnectionError):
             tracker.mirror(end(cell, [0.5]), sweep="unanswered")
     run_id = tracker.mirror(end(cell, [0.5]), sweep="unanswered")
-    found = tracker._search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
+    found = tracker.search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
     assert [run.info.run_id for run in found] == [run_id]
 
 
@@ -201,7 +201,7 @@ def test_a_finished_cell_has_one_finished_run_also_after_it_was_computed_again(s
     assert tracker.mirror(end(cell, [0.5]), sweep="twice") == first  # the same scores: nothing to add
     second = tracker.mirror(end(cell, [0.75]), sweep="twice")
     assert second != first
-    found = tracker._search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
+    found = tracker.search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
     assert [(run.info.run_id, run.info.status) for run in found] == [(second, "FINISHED")]
 
 
@@ -232,7 +232,7 @@ def test_of_several_runs_of_a_cell_the_one_that_fits_goes_on_and_none_stays_open
     assert own.run_id == fits
     for epochs in (2, 3):
         assert writer.Tracker(store=store, uri=None).mirror(begin(cell, epochs), sweep="several") == fits
-    found = first._search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
+    found = first.search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
     statuses = {run.info.run_id: run.info.status for run in found}
     assert statuses == {fits: "RUNNING", others[0]: "KILLED", others[1]: "KILLED"}
 
@@ -240,7 +240,7 @@ def test_of_several_runs_of_a_cell_the_one_that_fits_goes_on_and_none_stays_open
 def test_what_was_asked_for_and_is_not_there_is_missing(store):
     tracker = writer.Tracker(store=store, uri=None)
     tracker.ask("gaps", [make_cell(split=2, lr=5), make_cell("Student", split=1, lr=5)])
-    runs = writer.read_sweep(store=store, uri=None, name="gaps").runs.set_index("notation")
+    runs = reader.read_sweep(store=store, uri=None, name="gaps").runs.set_index("notation")
     assert runs["status"].tolist() == ["missing", "missing"]
     assert runs.loc["L_MSE", ["split", "role"]].tolist() == [2, "cell"]
     assert runs.loc["Student", ["split", "role"]].tolist() == [1, "student"]
@@ -253,7 +253,7 @@ def test_a_cell_asked_again_with_new_data_takes_the_old_ones_place(store, tmp_pa
     tracker.ask("again", [old])
     finish(tracker, old, "again", tmp_path, [0.1])
     tracker.ask("again", [new])
-    (row,) = writer.read_sweep(store=store, uri=None, name="again").runs.to_dict("records")
+    (row,) = reader.read_sweep(store=store, uri=None, name="again").runs.to_dict("records")
     assert (row["fingerprint"], row["status"]) == (new.fingerprint, "missing")
 
 
@@ -263,7 +263,7 @@ def test_a_teacher_comes_with_the_cells_that_it_taught(store, tmp_path):
     cell = replace(make_cell(lr=12), evidence={"teacher": teacher.fingerprint})
     tracker.ask("second", [cell])
     finish(tracker, cell, "second", tmp_path, [0.8])
-    sweep = writer.read_sweep(store=store, uri=None, name="second")
+    sweep = reader.read_sweep(store=store, uri=None, name="second")
     assert sorted(sweep.runs["notation"]) == ["L_MSE", "Teacher"]
     assert sorted(sweep.scores["dice"]) == [0.8, 0.9]
 
@@ -278,7 +278,7 @@ def test_a_run_left_open_by_a_killed_process_is_closed_and_goes_on_later(store, 
     assert writer.Tracker(store=store, uri=None).mirror(record, sweep="killed") == run_id
     assert client_of(store).get_run(run_id).info.status == "KILLED"
     assert writer.Tracker(store=store, uri=None).mirror(end(cell, [0.4]), sweep="killed") == run_id
-    (row,) = writer.read_sweep(store=store, uri=None, name="killed").runs.to_dict("records")
+    (row,) = reader.read_sweep(store=store, uri=None, name="killed").runs.to_dict("records")
     assert (row["run_id"], row["status"]) == (run_id, "FINISHED")
 
 
@@ -316,15 +316,15 @@ def test_without_a_name_the_sweep_last_asked_for_is_read(store):
     tracker = writer.Tracker(store=store, uri=None)
     for name in ("one", "other", "one"):
         tracker.ask(name, [make_cell(lr=15)])
-    assert writer.read_sweep(store=store, uri=None, name=None).name == "one"
+    assert reader.read_sweep(store=store, uri=None, name=None).name == "one"
 
 
 def test_an_unknown_sweep_and_a_missing_store_are_told_in_one_line(store, tmp_path):
     writer.Tracker(store=store, uri=None).ask("known", [make_cell(lr=16)])
     with pytest.raises(InputError, match=r"sweep=nonsense is not in this store; it holds: .*known"):
-        writer.read_sweep(store=store, uri=None, name="nonsense")
+        reader.read_sweep(store=store, uri=None, name="nonsense")
     with pytest.raises(InputError, match=r"no mlflow\.db in it"):
-        writer.read_sweep(store=tmp_path, uri=None, name=None)
+        reader.read_sweep(store=tmp_path, uri=None, name=None)
     assert list(tmp_path.iterdir()) == []  # asking does not create one
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from small import TEACHER
 
-from kdsweep.config import identity
+from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError
 from kdsweep.distill.paths import Hidden
 from kdsweep.runs import records
-from kdsweep.sweep import plan
-from kdsweep.tracking import sync, writer
+from kdsweep.sweep import plan, preview
+from kdsweep.tracking import reader, sync
 from kdsweep.training import factory, group
 
 QUICK = [
@@ -31,7 +31,7 @@ QUICK = [
 @pytest.fixture
 def compose(small_busi, empty_store, tmp_path):
     def make(*overrides):
-        cfg = identity.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path / 'store'}", *overrides])
+        cfg = composition.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path / 'store'}", *overrides])
         if not Path(cfg.store).exists():
             shutil.copytree(empty_store, cfg.store)
         return cfg
@@ -43,7 +43,7 @@ def run(*configs):
     """Results by position, with the plan's checks before."""
     jobs = plan.read_jobs(configs)
     plan.watch(jobs)
-    group.check(list(configs))
+    preview.check(list(configs))
     try:
         return group.run_group(list(configs))
     finally:
@@ -55,7 +55,7 @@ def weights(cfg):
 
 
 def statuses(cfg):
-    sweep = writer.read_sweep(store=identity.cell(cfg).store, uri=None, name=None)
+    sweep = reader.read_sweep(store=identity.cell(cfg).store, uri=None, name=None)
     return dict(zip(sweep.runs["notation"], sweep.runs["status"], strict=True))
 
 
@@ -108,7 +108,7 @@ def test_a_broken_loss_ends_its_own_cell_and_leaves_the_others_bit_for_bit(compo
 
 def test_a_launchers_device_that_is_none_is_refused(compose):
     with pytest.raises(InputError, match="device=gpu is not allowed: it must be auto, cpu, cuda or cuda:NUMBER"):
-        group.look([compose("path=none")], ["cpu", "gpu"])
+        preview.look([compose("path=none")], ["cpu", "gpu"])
 
 
 def test_a_cell_that_diverges_fails_alone_with_term_and_epoch(compose):

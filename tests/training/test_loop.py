@@ -6,11 +6,12 @@ import pandas as pd
 import pytest
 import torch
 
-from kdsweep.config import identity
+from kdsweep.config import composition, identity
 from kdsweep.core.device import Compute, placed
 from kdsweep.core.errors import InputError
-from kdsweep.data import sources
+from kdsweep.core.files import write_json
 from kdsweep.data.loaders import Feed
+from kdsweep.data.splits import random_split
 from kdsweep.evaluation import scoring
 from kdsweep.models import unet
 from kdsweep.runs import checkpoint, records
@@ -26,7 +27,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.fixture
 def compose(small_busi, tmp_path):
     def make(*overrides):
-        return identity.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path}", *overrides])
+        return composition.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path}", *overrides])
 
     return make
 
@@ -45,7 +46,7 @@ def teachers_of(*configs):
 def make_learner(cfg, folder):
     learner = factory.learner(cfg, identity.cell(cfg))
     learner.folder = folder
-    checkpoint.write_json(folder / "split.json", {})
+    write_json(folder / "split.json", {})
     return learner
 
 
@@ -279,7 +280,7 @@ def test_what_has_diverged_does_not_take_the_place_of_a_good_checkpoint(compose,
 def test_what_went_wrong_is_told_also_when_it_cannot_be_written_down(compose, tmp_path, monkeypatch):
     learner = make_learner(compose("path=none"), tmp_path)
     learner.network.forward = lambda _: (_ for _ in ()).throw(RuntimeError("the real cause"))
-    monkeypatch.setattr(checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(records, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     (result,) = loop.run([learner], teachers={}, feed=feed_of(compose()), compute=CPU)
     assert str(result) == "Student split 0 seed 0: epoch 1, step 1, forward: RuntimeError: the real cause"
 
@@ -312,7 +313,7 @@ def test_batch_larger_than_the_training_set_is_refused(compose):
 
 def test_feed_parts_are_disjoint(compose):
     feed: Feed = feed_of(compose())
-    part = sources.split(len(identity.images(compose()).ids), index=0)
+    part = random_split(len(identity.images(compose()).ids), index=0)
     assert feed.train.image_count == len(part.train)
     assert not set(feed.validation.ids) & set(feed.test.ids)
 
@@ -325,7 +326,7 @@ def test_a_teacher_read_from_the_store_teaches_as_the_one_just_trained(compose, 
     def obtained():
         def learner():
             started.append(cell)
-            checkpoint.write_json(cell.folder / "split.json", {})
+            write_json(cell.folder / "split.json", {})
             return factory.teacher_learner(cfg, cell)
 
         wanted = teachers.Wanted(cell, lambda: factory.teacher_network(cfg), learner)

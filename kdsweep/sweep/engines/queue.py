@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kdsweep.runs import checkpoint
+from kdsweep.core.files import write_json
 
 FOLDER = "slurm"
 LOCAL = "local"  # the job is a process of this machine: submitit's stand-in for SLURM
@@ -51,7 +51,7 @@ def write(store: Path, *, cluster: str, tasks: dict[str, list[str]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     first = next(iter(tasks)).partition("_")[0]
     content = {"cluster": cluster, "time_ms": int(time.time() * 1000), "tasks": tasks}
-    checkpoint.write_json(folder / f"{first}.json", content)
+    write_json(folder / f"{first}.json", content)
 
 
 def queued(store: Path) -> dict[str, Task]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from kdsweep.sweep.engines.remote import Errand
     from kdsweep.sweep.plan import Job, Look
 
-log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 STOP_WITHIN_S = 12.0  # a little more than a process is given

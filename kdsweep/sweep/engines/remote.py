@@ -16,7 +16,7 @@ from hydra.core.singleton import Singleton
 from omegaconf import DictConfig
 
 from kdsweep.core.errors import CellError, InputError, told
-from kdsweep.runs import checkpoint
+from kdsweep.core.files import write_json
 from kdsweep.sweep.engines import worker
 from kdsweep.sweep.engines.engine import Unit
 from kdsweep.tracking import database, sync
@@ -114,7 +114,7 @@ def identify(store: Path) -> str:
     if not found:
         store.mkdir(parents=True, exist_ok=True)
         found = uuid.uuid4().hex
-        checkpoint.write_json(store / IDENTITY, found)
+        write_json(store / IDENTITY, found)
     return found
 
 

@@ -160,7 +160,7 @@ class Slurm:
         if self.wait:
             yield from self._wait([*first, *own, *ahead])
         else:
-            log.info("not waiting: python -m kdsweep.sweep.status shows how far it is")
+            log.info("not waiting: python -m kdsweep status shows how far it is")
             yield from ((unit, SUBMITTED) for unit in units)
 
     def _ahead(self, unit: Unit) -> list[str]:
@@ -234,7 +234,7 @@ class Slurm:
         """See ``Engine``: what was submitted goes on."""
         if error is not None and self._own:
             log.warning(
-                "job %s goes on without this command: python -m kdsweep.sweep.status shows how far it is, the same "
+                "job %s goes on without this command: python -m kdsweep status shows how far it is, the same "
                 "command waits for it again, scancel %s ends it",
                 ", ".join(self._own),
                 " ".join(self._own),

@@ -281,16 +281,16 @@ def train_teachers(configs: list[DictConfig]) -> str:
 
 def look_at_cells(configs: list[DictConfig], devices: list[str]) -> Look:
     """``group.look``."""
-    from kdsweep.training import group
+    from kdsweep.sweep import preview
 
-    return group.look(configs, devices)
+    return preview.look(configs, devices)
 
 
 def look_from_afar(configs: list[DictConfig], place: str, *, times: bool) -> Look:
     """``group.look_from_afar``."""
-    from kdsweep.training import group
+    from kdsweep.sweep import preview
 
-    return group.look_from_afar(configs, place, times=times)
+    return preview.look_from_afar(configs, place, times=times)
 
 
 def pin(call: Callable[[list[DictConfig]], Any], configs: list[DictConfig], device: str, share: int = 1) -> Any:

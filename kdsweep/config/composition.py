@@ -7,13 +7,16 @@ from functools import cache
 from typing import Any
 
 import cloudpickle
+import hydra
 from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from kdsweep import conf_dir
 from kdsweep.config.grid import is_under
+from kdsweep.core.errors import InputError
 
 
 class Composer:
@@ -88,3 +91,18 @@ class Composed(Sequence[DictConfig]):
     def __getitem__(self, index: Any) -> Any:
         """That of one job."""
         return self._composer.compose(self._jobs[index], number=self._first + index)
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """The configuration of one cell from overrides, outside of a Hydra run.
+
+    Raises:
+        InputError: an override is wrong.
+    """
+    from hydra.errors import HydraException
+
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return hydra.compose("config", overrides)
+    except HydraException as error:
+        raise InputError(" ".join(str(error).split()).partition(" To append")[0]) from error

@@ -1,0 +1,60 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    pass
+
+
+@contextlib.contextmanager
+def _appearing(file: Path) -> Iterator[BinaryIO]:
+    """Write beside, flush to disk, rename: a reader sees the old file or the whole new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with scratch.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        scratch.replace(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error  # a full disk does not name the file
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a process that was killed in the midst of writing has left."""
+    for scratch in folder.glob(".*.part*"):
+        scratch.unlink(missing_ok=True)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    with _appearing(file) as stream:
+        stream.write(content)
+
+
+def write_text(file: Path, content: str) -> None:
+    """``write_bytes`` for text in UTF-8."""
+    write_bytes(file, content.encode())
+
+
+def write_json(file: Path, content: Any) -> None:
+    """``write_bytes`` for a value made of dicts, lists, strings and numbers."""
+    write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

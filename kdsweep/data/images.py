@@ -1,0 +1,140 @@
+"""Images and masks of a data set: read strictly, checked, resized once, kept in memory."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from kdsweep.core.errors import InputError
+from kdsweep.data.sources import Entry, Source, listing
+
+TAKE_EMPTY = "data.allow_empty_masks=true"
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set in memory.
+
+    Attributes:
+        name: of the data set.
+        ids: N unique ids, sorted.
+        labels: N labels.
+        images: (N, L, L, 3) uint8, from which training views are cropped.
+        masks: (N, L, L) uint8 in {0, 1}.
+        eval_images: (N, S, S, 3) uint8, the whole image at the size at which it is scored.
+        eval_masks: (N, S, S) uint8 in {0, 1}.
+        digest: SHA-256 over ids, labels and the bytes of all files.
+    """
+
+    name: str
+    ids: list[str]
+    labels: list[str]
+    images: np.ndarray = field(repr=False)
+    masks: np.ndarray = field(repr=False)
+    eval_images: np.ndarray = field(repr=False)
+    eval_masks: np.ndarray = field(repr=False)
+    digest: str
+
+
+def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_masks: bool = False) -> Images:
+    """Read, check and resize a whole data set once.
+
+    Args:
+        source: the data set.
+        load_size: L, side in pixels of the images that are cropped.
+        image_size: S, side in pixels of the crops and of the images that are scored.
+        allow_empty_masks: take images without a lesion too; else an empty mask is an error, for more often than not
+            it is one of the files (a mask of 0 and 1 where 0 and 255 are meant).
+
+    Raises:
+        InputError: it names every offending file (the first ten, and how many).
+    """
+    entries, digest = listing(source)
+
+    def arrays(entry: Entry) -> list[np.ndarray] | ValueError:
+        try:
+            image, mask = read_entry(entry, smallest=image_size)
+            if not (allow_empty_masks or mask.any()):
+                raise ValueError(f"{entry.mask_files[0]} is empty, no pixel is above 127 ({TAKE_EMPTY} takes it)")
+        except ValueError as error:
+            return error
+        sizes = (load_size, image_size)
+        return [*(resize_image(image, s) for s in sizes), *(resize_mask(mask, s) for s in sizes)]
+
+    with ThreadPoolExecutor() as threads:  # Pillow and OpenCV decode and resize outside Python's lock
+        results = threads.map(arrays, entries)
+        hidden = not sys.stderr.isatty()
+        found = list(
+            tqdm(results, desc="reading images", total=len(entries), unit="image", leave=False, disable=hidden)
+        )
+    if problems := [str(result) for result in found if isinstance(result, ValueError)]:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise InputError(
+            f"data={source.name}: {len(problems)} of {len(entries)} images: {'; '.join(problems[:10])}{more}"
+        )
+    images, eval_images, masks, eval_masks = (np.stack(column) for column in zip(*found, strict=True))
+    ids, labels = ([getattr(entry, name) for entry in entries] for name in ("id", "label"))
+    return Images(source.name, ids, labels, images, masks, eval_images, eval_masks, digest)
+
+
+def read_entry(entry: Entry, *, smallest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image (H, W, 3) uint8 and mask (H, W) uint8 in {0, 1} of one entry.
+
+    Raises:
+        ValueError: says which file is wrong, and how.
+    """
+    if not entry.mask_files:
+        raise ValueError(f"{entry.image_file} has no mask")
+    image = read_grey_or_colour(entry.image_file)
+    height, width = image.shape[:2]
+    if min(height, width) < smallest:
+        raise ValueError(f"{entry.image_file} is {width} x {height} pixels, smaller than image_size={smallest}")
+    mask = np.zeros((height, width), np.uint8)
+    for file in entry.mask_files:
+        part = read_mask(file)
+        if part.shape != mask.shape:
+            raise ValueError(f"{file} is {part.shape[1]} x {part.shape[0]} pixels, its image {width} x {height}")
+        mask |= part
+    return image, mask
+
+
+def _open(file: Path) -> np.ndarray:
+    try:
+        with Image.open(file) as picture:
+            if picture.mode.startswith("I;16"):
+                return (np.asarray(picture) / 257).round().astype(np.uint8)
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError on broken PNG chunks
+        raise ValueError(f"{file} is not a readable image") from error
+
+
+def read_grey_or_colour(file: Path) -> np.ndarray:
+    """Any image file as (H, W, 3) uint8; ValueError names an unreadable one."""
+    pixels = _open(file)
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+
+
+def read_mask(file: Path) -> np.ndarray:
+    """A mask of any mode (1-bit, grey, palette, RGB, RGBA) as (H, W) uint8 in {0, 1}, thresholded at 127."""
+    pixels = _open(file)
+    grey = pixels if pixels.ndim == 2 else pixels.max(axis=2)
+    return (grey > 127).astype(np.uint8)
+
+
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) uint8 to (size, size, 3); the aspect ratio is not kept, as the paper's fixed 224 x 224 implies."""
+    shrinks = min(image.shape[:2]) >= size
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """(H, W) uint8 in {0, 1} to (size, size): a pixel is lesion if at least half of its area is."""
+    share = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
+    return (share >= 0.5).astype(np.uint8)

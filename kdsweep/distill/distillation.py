@@ -1,0 +1,78 @@
+"""How a Student is taught: by which forward of which Teacher, on which path, with which loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdsweep.distill.paths import KDPath
+from kdsweep.models.unet import Outputs
+
+
+class Lesson(NamedTuple):
+    """One forward of a Teacher that Students can share: who teaches, what it sees, how it computes.
+
+    Attributes:
+        teacher: name of the Teacher in the group.
+        view: what the Teacher sees, ``weak`` or ``strong``.
+        precision: of its forward, ``fp32`` or ``bf16``.
+    """
+
+    teacher: str
+    view: str
+    precision: str
+
+
+@dataclass
+class Distillation:
+    """How a Student is taught.
+
+    Attributes:
+        kd_path: which tensors are compared.
+        loss: of the compared maps, see losses.py.
+        weight: of the KD term; the supervised term has 1 - weight (PAPER, Eq. I: 0.5 and 0.5).
+        lesson: which forward of which Teacher it learns from.
+        align: warp the maps of a weak view into the Student's frame; else compare them as they are.
+    """
+
+    kd_path: KDPath
+    loss: Callable[..., Tensor]
+    weight: float
+    lesson: Lesson
+    align: bool
+
+    def term(self, *, student: Outputs, teacher: Outputs, theta: Tensor | None) -> Tensor:
+        """The KD term of one batch; theta (N, 2, 3) is None where both saw the same view.
+
+        The Teacher's outputs are copied first (about 1 ms): the originals serve other learners too, and tensors made
+        under inference mode cannot take part in autograd, which a loss or path of the user's may ask for.
+        """
+        logits = teacher.logits.clone() if self.kd_path.needs_logits else teacher.hidden.new_empty(0)
+        theirs = self.kd_path.teacher_map(Outputs(logits=logits, hidden=teacher.hidden.clone()))
+        valid = torch.ones_like(theirs[:, :1], dtype=torch.bool)
+        if theta is not None and self.align:
+            theirs, valid = warp(theirs, theta=theta)
+        return self.loss(student=self.kd_path.student_map(student), teacher=theirs, valid=valid)
+
+
+def warp(maps: Tensor, *, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Render the Teacher's maps of the weak view in the Student's strong frame.
+
+    Args:
+        maps: (N, C, h, w), over the weak frame.
+        theta: (N, 2, 3), see ``sampling_theta``.
+
+    Returns:
+        The warped maps (N, C, h, w) by bilinear sampling, and where they are valid: (N, 1, h, w) bool, False where
+        a position's centre lies outside the weak frame.
+    """
+    with torch.autocast(maps.device.type, enabled=False):  # bf16 coordinates would miss by up to a pixel
+        grid = F.affine_grid(theta, [len(maps), 1, *maps.shape[2:]], align_corners=False)
+    # "border": the half cell between the outermost centres and the frame's edge has no second neighbour to blend with.
+    warped = F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return warped, (grid.abs() <= 1).all(dim=-1).unsqueeze(1)

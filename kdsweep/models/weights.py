@@ -1,0 +1,110 @@
+"""Weights of networks: ImageNet's from the hub, or a file; read without running code."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kdsweep.core.errors import InputError
+
+if TYPE_CHECKING:
+    from kdsweep.models.unet import UNet
+
+log = logging.getLogger(__name__)
+
+# What a classification network has beside its encoder; ignored when a whole classifier's weights are offered.
+CLASSIFIER_PREFIXES = ("fc.", "classifier.", "conv_head.", "norm_head.", "last_linear.")
+
+
+HUB = "hub:"  # leads the name of weights on the Hugging Face hub
+
+
+def imagenet_file(source: str) -> Path:
+    """The file of an encoder's ImageNet weights, from the local cache or from the Hugging Face hub.
+
+    Args:
+        source: ``REPOSITORY@REVISION``.
+
+    Raises:
+        InputError: it could not be fetched.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repository, _, revision = source.partition("@")
+    where = {"repo_id": repository, "filename": "model.safetensors", "revision": revision}
+    try:
+        return Path(huggingface_hub.hf_hub_download(**where, local_files_only=True))
+    except LocalEntryNotFoundError:
+        log.info("fetching ImageNet weights from the hub: %s", repository)
+    huggingface_hub.logging.set_verbosity_error()  # its retries are told by our one line instead
+    try:
+        return Path(huggingface_hub.hf_hub_download(**where))
+    except Exception as error:  # the hub's client raises many kinds: network, proxy, disk, missing entry
+        raise InputError(
+            f"weights=imagenet: {repository}/model.safetensors could not be fetched "
+            f"({type(error).__name__}); connect to the network, give a file of it with weights=FILE per network "
+            "(teacher.weights=FILE student.weights=FILE), or train from scratch with weights=none"
+        ) from error
+
+
+def load_weights(network: UNet, file: Path, *, label: str) -> None:
+    """Load a whole network's state, or the ImageNet classifier that its encoder was cut from.
+
+    Raises:
+        InputError: the file cannot be read, or does not belong to this network.
+    """
+    state = read_weights(file)
+    if set(state) == set(network.state_dict()):
+        target: nn.Module = network
+    else:
+        target = network.encoder
+        ignored = CLASSIFIER_PREFIXES + tuple(getattr(network.encoder, "removed_prefixes", ()))
+        state = {key: value for key, value in state.items() if not key.startswith(ignored)}
+    wrong = _mismatches(own=target.state_dict(), offered=state)
+    if wrong:
+        raise InputError(
+            f"{label}: the file {file} belongs to another network than {network.name}: {wrong[0]}"
+            f" ({len(wrong)} such tensors); give weights of that encoder, or weights=none"
+        )
+    nn.Module.load_state_dict(target, state, strict=False)
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Tensors by name from a .safetensors file or a PyTorch state dict, never running code from the file.
+
+    Raises:
+        InputError: missing, unreadable, or not a plain state dict.
+    """
+    if not file.is_file():
+        raise InputError(f"weights={file}: no such file; use imagenet, none, or a .safetensors or .pt file")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(file))
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"weights={file}: not readable as plain tensors ({type(error).__name__})") from error
+    except Exception as error:  # safetensors has an error class of its own
+        raise InputError(f"weights={file}: not a weights file ({error})") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"weights={file}: holds no state dict of tensors by name")
+    return state
+
+
+def _mismatches(*, own: dict[str, Tensor], offered: dict[str, Tensor]) -> list[str]:
+    counters = {key for key in own if key.endswith("num_batches_tracked")}  # absent from files of old PyTorch
+    wrong = [f"{key} is missing" for key in sorted(own.keys() - offered.keys() - counters)]
+    wrong += [f"{key} is not in it" for key in sorted(offered.keys() - own.keys())]
+    for key in sorted(own.keys() & offered.keys()):
+        if own[key].shape != offered[key].shape:
+            wrong.append(f"{key} has shape {tuple(offered[key].shape)}, not {tuple(own[key].shape)}")
+    return wrong

@@ -1,0 +1,76 @@
+"""What each sweep of a store has asked for: the folders of its cells, by their places."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from kdsweep.config.grid import Cell, superseded
+from kdsweep.core.files import remove_parts, write_json
+from kdsweep.runs.records import LOCK, _read
+
+SWEEPS = "sweeps"
+
+
+def ask(store: Path, sweep: str, *, cells: list[Cell], teachers: list[Cell], varied: Sequence[str] = ()) -> None:
+    """Write down which cells a sweep asks for, and their Teachers; what it asked for before stays.
+
+    A cell that is asked for again with replaced images, or by a later results version, takes the seat of the old one.
+
+    Args:
+        store: folder of the runs.
+        sweep: its name.
+        cells: that it asks for.
+        teachers: that they learn from.
+        varied: keys beyond the factors that its command line gave several values.
+    """
+    folder = store / SWEEPS
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / LOCK):
+        remove_parts(folder)
+        asked, variants = read_asked(store, sweep), read_variants(store, sweep)
+        new = {cell.place: str(cell.folder.relative_to(store)) for cell in [*teachers, *cells]}
+        told = {cell.place: cell.variant for cell in [*teachers, *cells] if cell.variant}
+        for place in superseded(_with_variants(asked, variants), _with_variants(new, told)):
+            del asked[place]
+            variants.pop(place, None)
+        keys = dict.fromkeys([*read_varied(store, sweep), *varied])
+        content = {"asked": asked | new, "varied": list(keys), "variants": variants | told}
+        write_json(folder / f"{sweep}.json", content)
+
+
+def _with_variants(asked: dict[str, str], variants: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Each folder with the variant of its place behind it."""
+    return {place: f"{folder} {json.dumps(variants.get(place, {}))}" for place, folder in asked.items()}
+
+
+def read_asked(store: Path, sweep: str) -> dict[str, str]:
+    """Folders, relative to the store, of the cells and Teachers that a sweep asked for, by their places."""
+    asked: dict[str, str] = _read_sweep(store, sweep).get("asked", {})
+    return asked
+
+
+def read_variants(store: Path, sweep: str) -> dict[str, dict[str, str]]:
+    """Variants of what a sweep asked for, by their places; what has none is left out."""
+    variants: dict[str, dict[str, str]] = _read_sweep(store, sweep).get("variants", {})
+    return variants
+
+
+def read_varied(store: Path, sweep: str) -> list[str]:
+    """Keys beyond the factors that the command lines of a sweep gave several values."""
+    varied: list[str] = _read_sweep(store, sweep).get("varied", [])
+    return varied
+
+
+def _read_sweep(store: Path, sweep: str) -> dict[str, Any]:
+    return _read(store / SWEEPS / f"{sweep}.json") or {}
+
+
+def sweeps(store: Path) -> list[str]:
+    """Names of a store's sweeps, the one last asked for at the end."""
+    files = sorted((store / SWEEPS).glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+    return [file.stem for file in files]

@@ -1,0 +1,220 @@
+"""What MLflow holds of a sweep, as pandas frames."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import nan
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from kdsweep.core.errors import InputError
+from kdsweep.tracking.database import (
+    DATABASE,
+    TrackingError,
+    alone,
+    line,
+    passes,
+    store_uri,
+)
+from kdsweep.tracking.writer import ASKED, COMMANDS, VARIED, Tracker
+
+T = TypeVar("T")
+
+
+VALUES = {"test/trivial_dice": "trivial_dice", "epochs": "epochs", "best_epoch": "best_epoch"}  # in a sweep's runs
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep asked for and what is there of it.
+
+    Attributes:
+        name: of the sweep.
+        runs: one row per cell asked for and per Teacher they learn from; columns fingerprint, role, notation, split,
+            seed, variant (values of the further keys that the sweep varies, as a dict), profile, data, weights,
+            results_version, device, teacher, status, run_id, started_ms, ended_ms, params, tags, trivial_dice, epochs
+            (how many it was trained), best_epoch (counted from 0); what is not known is 0, empty or NaN.
+        scores: one row per fingerprint and test image of the finished ones; fractions 0 to 1, HD95 in pixels.
+        varied: the keys beyond the factors in which its cells differ on purpose.
+        commands: that asked for its cells, as they can be typed again, the last one last.
+        run_id: of the parent run.
+        experiment_id: of the MLflow experiment.
+    """
+
+    name: str
+    runs: pd.DataFrame
+    scores: pd.DataFrame
+    varied: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+    run_id: str = ""
+    experiment_id: str = ""
+
+
+def _artifact(client: MlflowClient, store: Path, run_id: str, name: str) -> bytes:
+    """What is in a run's file: in a store that was moved, MLflow looks for it at the old place."""
+    file = store / "artifacts" / run_id / "artifacts" / name
+    if file.is_file():
+        return file.read_bytes()
+    with tempfile.TemporaryDirectory() as scratch:  # without a folder MLflow leaves one behind for each file
+        return Path(client.download_artifacts(run_id, name, scratch)).read_bytes()
+
+
+def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
+    if run is None:
+        notation, split, seed, _ = place.split("/")
+        role = "student" if notation == "Student" else "cell"
+        where = {"split": int(split.removeprefix("split")), "seed": int(seed.removeprefix("seed"))}
+        unknown = dict.fromkeys(("profile", "data", "weights", "results_version", "device", "teacher", "run_id"), "")
+        own = {"fingerprint": fingerprint, "role": role, "notation": notation}
+        no_run = {"started_ms": 0, "ended_ms": 0, "params": {}, "tags": {}} | dict.fromkeys(VALUES.values(), nan)
+        return {**own, **where, **unknown, "status": "missing", **no_run}
+    tags = run.data.tags
+    return {
+        "fingerprint": fingerprint,
+        "role": tags["kdsweep.role"],
+        "notation": tags["kdsweep.notation"],
+        "split": int(tags["kdsweep.split"]),
+        "seed": int(tags["kdsweep.seed"]),
+        "profile": tags["kdsweep.profile"],
+        "data": run.data.params.get("data.name", ""),
+        "weights": run.data.params.get("weights", ""),
+        "results_version": tags.get("kdsweep.results_version", "0"),  # the first ones told none
+        "device": tags["kdsweep.device"],
+        "teacher": tags["kdsweep.teacher"],
+        "status": run.info.status,
+        "run_id": run.info.run_id,
+        "started_ms": run.info.start_time or 0,
+        "ended_ms": run.info.end_time or 0,
+        "params": dict(run.data.params),
+        "tags": dict(tags),
+        **{name: run.data.metrics.get(metric, nan) for metric, name in VALUES.items()},
+    }
+
+
+def artifact(*, store: Path, uri: str | None, run_id: str, name: str) -> bytes:
+    """What is in a file that a run recorded."""
+    return _artifact(MlflowClient(tracking_uri=store_uri(store, uri)), store, run_id, name)
+
+
+def read_curves(sweep: Sweep, *, store: Path, uri: str | None, metric: str = "val/dice") -> pd.DataFrame:
+    """A metric of each epoch of all begun runs of a sweep: columns notation, split, seed, metric, epoch, value.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+    client = MlflowClient(tracking_uri=store_uri(store, uri))
+    rows = []
+    for run in sweep.runs[sweep.runs["run_id"] != ""].to_dict("records"):
+        place = {key: run[key] for key in ("notation", "split", "seed")}
+        points = _answered(partial(client.get_metric_history, run["run_id"], metric), store=store, uri=uri)
+        rows += [{**place, "metric": metric, "epoch": point.step, "value": point.value} for point in points]
+    columns = ["notation", "split", "seed", "metric", "epoch", "value"]
+    return pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:-1])
+
+
+def attach(sweep: Sweep, files: Sequence[Path], *, folder: str, store: Path, uri: str | None) -> str:
+    """Keep files among the artifacts of a sweep's parent run; what became of it, in words.
+
+    That MLflow takes no files now (a store that can only be read, a server that is down) costs nobody the files.
+    """
+    try:
+        with alone(store):
+            client = MlflowClient(tracking_uri=store_uri(store, uri))
+            for file in files:
+                client.log_artifact(sweep.run_id, str(file), folder)
+    except Exception as error:  # of many kinds: server, network, database, disk
+        return f"not logged to MLflow: {line(error)}"
+    return f"logged to MLflow, run {sweep.run_id}"
+
+
+def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
+    """Read a sweep of a store that must be there already; see ``_read_sweep``.
+
+    Raises:
+        InputError: no store, or no such sweep in it.
+    """
+    if uri is None and not (store / DATABASE).is_file():
+        raise InputError(f"--store {store}: no mlflow.db in it; run a sweep first, or name its folder")
+    return _answered(lambda: _read_sweep(Tracker(store=store, uri=uri), name), store=store, uri=uri)
+
+
+def _answered(ask: Callable[[], T], *, store: Path, uri: str | None) -> T:
+    """What MLflow answers, or InputError if it does not answer."""
+    try:
+        return ask()
+    except Exception as error:
+        if not isinstance(error, TrackingError) and not passes(error, uri or ""):
+            raise
+        what = f"--tracking-uri {uri} does not answer" if uri else f"--store {store}: its MLflow store does not answer"
+        raise InputError(f"{what}: {line(error)}") from error
+
+
+def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
+    """Everything a sweep asked for, with its scores; None takes the sweep last asked for.
+
+    Raises:
+        InputError: there is no such sweep.
+    """
+    parent = _named_sweep(tracker, name)
+    tags = parent.data.tags
+    varied = tuple(tags.get(VARIED, "").split())
+    asked = {key.removeprefix(ASKED): value for key, value in tags.items() if key.startswith(ASKED)}
+    runs = _by_fingerprint(tracker)
+    rows = []
+    for place, value in sorted(asked.items()):
+        fingerprint, _, variant = value.partition(" ")
+        row = _row(fingerprint, runs.get(fingerprint), place)
+        rows.append(row | {"variant": json.loads(variant or "{}")})
+    teachers = sorted({row["teacher"] for row in rows} - {""})
+    rows += [
+        _row(fingerprint, runs[fingerprint], "") | {"variant": {}} for fingerprint in teachers if fingerprint in runs
+    ]
+    table = _scores(tracker, [row for row in rows if row["status"] == "FINISHED"])
+    name, run_id = parent.data.tags["kdsweep.sweep"], str(parent.info.run_id)
+    commands = tuple(tags.get(COMMANDS, "").splitlines())
+    return Sweep(name, pd.DataFrame(rows), table, varied, commands, run_id, str(tracker.experiment_id))
+
+
+def _scores(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The scores of finished runs; files of equal columns are read as one, a thousand of which take seconds."""
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        kept = _artifact(tracker.client, tracker.store, row["run_id"], "test_scores.csv")
+        header, _, body = kept.decode().partition("\n")
+        parts.setdefault(header, []).append((row["fingerprint"], body))
+    tables = [pd.DataFrame(columns=["fingerprint", "image", "dice"])] if not parts else []
+    for header, own in parts.items():
+        text = io.StringIO("\n".join([header, *(body.rstrip("\n") for _, body in own)]))
+        counts = [len(list(csv.reader(io.StringIO(body)))) for _, body in own]
+        table = pd.read_csv(text, dtype={"image": str, "label": str})
+        tables.append(table.assign(fingerprint=np.repeat([fingerprint for fingerprint, _ in own], counts)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _named_sweep(tracker: Tracker, name: str | None) -> Run:
+    sweeps = tracker.search("tags.`kdsweep.role` = 'sweep'")
+    sweeps.sort(key=lambda run: float(run.data.tags.get("kdsweep.asked_at", 0)))
+    known = [run.data.tags["kdsweep.sweep"] for run in sweeps]
+    if name is None and sweeps:
+        return sweeps[-1]
+    if name is None or name not in known:
+        raise InputError(f"sweep={name or 'any'} is not in this store; it holds: {', '.join(known) or 'none yet'}")
+    return sweeps[known.index(name)]
+
+
+def _by_fingerprint(tracker: Tracker) -> dict[str, Run]:
+    """The run that counts for each fingerprint: the finished one, else the newest."""
+    runs = tracker.search("tags.`kdsweep.role` != 'sweep'")
+    runs.sort(key=lambda run: (run.info.status == "FINISHED", run.info.start_time))
+    return {run.data.tags["kdsweep.fingerprint"]: run for run in runs}
