@@ -35,7 +35,7 @@ from kdsweep.models import unet
 from kdsweep.models.unet import UNet
 from kdsweep.runs import checkpoint, records
 from kdsweep.training import factory, loop
-from kdsweep.training.learner import Learner, Means
+from kdsweep.training.learner import EpochMeter, Learner
 
 GRID = [
     [f"path={path}", f"loss={loss}", f"teacher_aug={view}"]
@@ -95,19 +95,19 @@ class Bench:
 
     def step_s(self, learners: list[Learner]) -> float:
         """Seconds per step of one epoch of a group."""
-        staff = loop.Staff(self.teachers, self.compute)
+        frozen = loop.FrozenTeachers(self.teachers, self.compute)
         self.epoch += 1
         for learner in learners:
-            learner.means = Means()  # a new epoch begins
-        self._synchronise()
+            learner.means = EpochMeter()  # a new epoch begins
+        self._synchronize()
         start = time.perf_counter()
-        loop.train_epoch(learners, self.epoch, staff=staff, feed=self.feed, compute=self.compute)
-        self._synchronise()
+        loop.train_epoch(learners, self.epoch, frozen=frozen, feed=self.feed, compute=self.compute)
+        self._synchronize()
         if failed := [learner.failure for learner in learners if learner.failure is not None]:
             raise failed[0]
         return (time.perf_counter() - start) / len(self.feed.train)
 
-    def _synchronise(self) -> None:
+    def _synchronize(self) -> None:
         if self.compute.device.type == "cuda":
             torch.cuda.synchronize(self.compute.device)
 
@@ -116,8 +116,8 @@ class Bench:
         spent = {"students": 0.0, "teachers": 0.0, "data": 0.0}
         with (
             self._clocked(loop, "_step", spent, "students"),
-            self._clocked(loop.Staff, "teach", spent, "teachers"),
-            self._clocked(loop, "normalise", spent, "data"),
+            self._clocked(loop.FrozenTeachers, "teach", spent, "teachers"),
+            self._clocked(loop, "normalize", spent, "data"),
             self._clocked_loader(spent),
         ):
             total = self.step_s(learners)
@@ -129,10 +129,10 @@ class Bench:
         inner: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self._synchronise()
+            self._synchronize()
             start = time.perf_counter()
             result = inner(*args, **kwargs)
-            self._synchronise()
+            self._synchronize()
             spent[label] += time.perf_counter() - start
             return result
 

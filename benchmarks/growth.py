@@ -52,7 +52,7 @@ from kdsweep.results import tables
 from kdsweep.runs import checkpoint, records
 from kdsweep.sweep import plan
 from kdsweep.sweep.engines import worker
-from kdsweep.sweep.plan import Job, Look
+from kdsweep.sweep.plan import Job, Preview
 from kdsweep.tracking import reader, sync
 
 PAPER_GRID = ["path=L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong", "split=0,1,2"]
@@ -63,7 +63,7 @@ SIZES = {  # cells by name: 36 for each seed, weight and temperature
 }
 EPOCHS = 10  # of profile=quick
 WEIGHTS_BYTES = 3_302_000  # of the Student's file: each rerun reads it to see that it is whole
-LOOK = Look(devices={"cpu": ["cpu"]}, student_s=0.01, teacher_s=0.1, lesson_s=0.03, images=104)
+PREVIEW = Preview(devices={"cpu": ["cpu"]}, student_s=0.01, teacher_s=0.1, forward_s=0.03, images=104)
 
 
 # ---- clock and memory ----------------------------------------------------------------------------------------------
@@ -234,9 +234,9 @@ def planned(words: list[str], clock: Clock) -> list[Job]:
     with clock.step("the kinds that torch has to look at, composed again"):
         _ = [job.config for job in plan.kinds(jobs)]
     with clock.step("find what waits, form groups"):
-        groups = plan.form_groups(plan.waiting(jobs), devices=LOOK.devices)
+        groups = plan.form_groups(plan.waiting(jobs), devices=PREVIEW.devices)
     with clock.step("estimate and overview"):
-        plan.overview(jobs, groups=groups, look=LOOK)
+        plan.overview(jobs, groups=groups, preview=PREVIEW)
     with clock.step("tell what changed"):
         plan.tell_changes(jobs)
     with clock.step("write what the sweep asks for, to files and MLflow"):

@@ -1,6 +1,6 @@
 """The 12 distillation trainings written for torchdistill 1.1.5, each on its own: kdsweep is timed against them.
 
-Batches, initial weights, formulas and optimiser are kdsweep's: losses and weights come out the same. The machinery is
+Batches, initial weights, formulas and optimizer are kdsweep's: losses and weights come out the same. The machinery is
 torchdistill's: the box and its configuration, hooks, registered losses, an auxiliary wrapper for the regressor. What
 torchdistill leaves to its user is as PyTorch has it (NCHW memory, malloc).
 
@@ -34,7 +34,7 @@ from torchdistill.models.registry import register_auxiliary_model_wrapper
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from kdsweep.data.loaders import EpochBatches, TrainViews
-from kdsweep.data.views import normalise
+from kdsweep.data.views import normalize
 from kdsweep.distill import losses
 from kdsweep.distill.distillation import warp
 from kdsweep.distill.paths import HiddenRegressor
@@ -72,7 +72,7 @@ def _stack(samples: list[dict[str, np.ndarray]], name: str) -> Tensor:
 
 
 def _floats(images: Tensor) -> Tensor:
-    return normalise(images).contiguous()  # plain NCHW, as torchvision's ToTensor and Normalize give it
+    return normalize(images).contiguous()  # plain NCHW, as torchvision's ToTensor and Normalize give it
 
 
 @register_collate_func
@@ -158,7 +158,7 @@ def networks_config(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Both networks' part of the configuration, and the paths of the modules whose outputs are compared."""
     teaches: dict[str, Any] = {
-        "requires_grad": False,  # so the box runs it under no_grad and gives the optimiser the Student alone
+        "requires_grad": False,  # so the box runs it under no_grad and gives the optimizer the Student alone
         "forward_proc": "forward_weak_view" if weak else "forward_batch_only",
     }
     taught: dict[str, Any] = {"forward_proc": "forward_batch_only"}

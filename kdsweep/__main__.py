@@ -56,7 +56,7 @@ def train() -> None:
     from omegaconf import OmegaConf
 
     from kdsweep.core import signals
-    from kdsweep.sweep.callback import TRACEBACK, at_end, one_line
+    from kdsweep.sweep.callback import TRACEBACK, at_end, user_message
     from kdsweep.sweep.launcher import trains_cells
 
     if "--plan" in sys.argv:  # at the end, for Hydra takes no option between overrides
@@ -74,7 +74,7 @@ def train() -> None:
     except Exception as error:
         if wants_traceback:
             raise
-        sys.exit(f"kdsweep: error: {one_line(error)}")
+        sys.exit(f"kdsweep: error: {user_message(error)}")
     finally:
         at_end.close()
 

@@ -41,8 +41,8 @@ def small_busi(tmp_path_factory: pytest.TempPathFactory) -> Path:
         label = "malignant" if number % 3 == 0 else "benign"
         height, width = rng.integers(80, 101, size=2)
         y, x = np.mgrid[:height, :width]
-        centre_y, centre_x, radius_y, radius_x = rng.uniform([0.4, 0.4, 0.15, 0.15], [0.6, 0.6, 0.3, 0.3])
-        mask = ((y / height - centre_y) / radius_y) ** 2 + ((x / width - centre_x) / radius_x) ** 2 < 1
+        center_y, center_x, radius_y, radius_x = rng.uniform([0.4, 0.4, 0.15, 0.15], [0.6, 0.6, 0.3, 0.3])
+        mask = ((y / height - center_y) / radius_y) ** 2 + ((x / width - center_x) / radius_x) ** 2 < 1
         image = (rng.integers(20, 90, size=mask.shape) + 120 * mask).astype(np.uint8)
         folder = root / label
         folder.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from PIL import Image
 from kdsweep.config import composition, identity
 from kdsweep.runs import checkpoint
 from kdsweep.sweep import plan, preview
-from kdsweep.sweep.callback import one_line
+from kdsweep.sweep.callback import user_message
 from kdsweep.training import factory
 
 QUICK = ("profile=quick", "path=none", "device=cpu", "train.epochs=1")
@@ -33,9 +33,9 @@ def refusal(*overrides: str) -> str:
     with pytest.raises(Exception) as caught:
         cfg = composition.compose(["profile=quick", "device=cpu", *overrides])
         plan.read_jobs([cfg])
-        preview.places([cfg], [])
+        preview.device_names([cfg], [])
         preview.check([cfg])
-    message = one_line(caught.value)
+    message = user_message(caught.value)
     assert "\n" not in message
     assert not message.startswith(type(caught.value).__name__), "not an error that the user can mend"
     return message

@@ -77,7 +77,9 @@ def dices(small_busi, unbroken) -> list[float]:
 @pytest.fixture
 def often(monkeypatch):
     """A checkpoint of the first cell after every step."""
-    monkeypatch.setattr(loop.Pace, "next", lambda _, own: own[0] if own and own[0].role != "teacher" else None)
+    monkeypatch.setattr(
+        loop.CheckpointSchedule, "next", lambda _, own: own[0] if own and own[0].role != "teacher" else None
+    )
 
 
 # --- killed inside a write
@@ -102,7 +104,7 @@ def doomed(configs: list[DictConfig], point: str, number: int) -> None:
         rests = not learners or (learners[0].role == "teacher" and turn % 3)  # whose checkpoint is large
         return None if rests else learners[turn % len(learners)]
 
-    loop.Pace.next = next_turn
+    loop.CheckpointSchedule.next = next_turn
     owner, name = {
         "bytes": (checkpoint._Hashing, "write"),
         "flush": (os, "fsync"),
@@ -421,14 +423,14 @@ def test_an_error_in_a_teachers_forward_fails_those_that_share_it_with_epoch_and
 ):
     store = Path(shutil.copytree(unbroken, tmp_path / "store"))
     shutil.rmtree(store / "cells")
-    teach, calls = loop.Staff.teach, itertools.count(1)
+    teach, calls = loop.FrozenTeachers.teach, itertools.count(1)
 
     def broken(*args):
         if next(calls) == 5:  # once for validation, 2 steps an epoch
             raise ValueError("no lesson today")
         return teach(*args)
 
-    monkeypatch.setattr(loop.Staff, "teach", broken)
+    monkeypatch.setattr(loop.FrozenTeachers, "teach", broken)
     results = group.run_group(configs_of(small_busi, store))
     assert {str(result) for result in results} == {"epoch 2, step 2, Teacher's forward: ValueError: no lesson today"}
     monkeypatch.undo()

@@ -202,10 +202,9 @@ def test_importing_a_room_is_quick() -> None:
 def test_the_addresses_that_others_know_stay() -> None:
     """Configurations of old runs name them, and users' own code."""
     from kdsweep import data, distill
-    from kdsweep.data import sources as addresses
     from kdsweep.distill import paths
 
-    assert all(getattr(data, name) is getattr(addresses, name) for name in data.__all__)
+    assert all(getattr(data, name) is getattr(data.sources, name) for name in data.__all__)
     assert {"Busi", "Entry", "Folder", "Phantoms", "Source", "Udiat"} == set(data.__all__)
     assert distill.KDPath is paths.KDPath
     with pytest.warns(DeprecationWarning, match="import KDPath from kdsweep.distill"):

@@ -37,10 +37,10 @@ class Cell:
     """One training with its result: one Hydra job, one MLflow run, one folder. Teachers are cells of role ``teacher``.
 
     Attributes:
-        role: ``cell`` (a distilled Student), ``student`` (the baseline) or ``teacher``.
+        role: ``distilled``, ``baseline`` (the Student alone) or ``teacher``.
         notation: the paper's name, such as ``HReg_KLD_WAug``, ``Student``, ``Teacher_WAug``.
         split: index of the random split.
-        seed: of initialisation, shuffling and views.
+        seed: of initialization, shuffling and views.
         settings: what the user chose and the result depends on, as plain nested values.
         evidence: what lies outside the configuration: results version; digests of data, weights files, the Teacher, the
             user's own code.
@@ -78,7 +78,7 @@ class Cell:
         return f"{name} ({variant_label(self.variant)})" if self.variant else name
 
     @property
-    def place(self) -> str:
+    def key(self) -> str:
         """What a sweep asks for: name, results version, and a digest of all that the user chose.
 
         A later computation of the same place (an image was replaced) takes its seat.
@@ -122,10 +122,10 @@ def unused(role: str, params: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the keys that a run is given and that cannot matter for its result.
 
     Args:
-        role: ``cell``, ``student`` or ``teacher``.
+        role: ``distilled``, ``baseline`` or ``teacher``.
         params: its flat configuration, as values or, as MLflow keeps them, as strings.
     """
-    if role == "student":
+    if role == "baseline":
         return ("path", "loss", "teacher_aug", "teacher", "kd")
     if role == "teacher":
         return ("path", "loss", "teacher_aug", "student", "kd", "train.lr", "train.monitor", "seed")

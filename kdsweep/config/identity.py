@@ -75,11 +75,11 @@ def cell(cfg: Config) -> Cell:
     evidence, sources = evidence | _weights_evidence("student", student), sources | _weights_source("student", student)
     own = {**common, "network": _network(student), **{key: given["train"][key] for key in ("lr", "monitor")}}
     if path["kd_path"] is None:
-        return _cell(given, "student", path["notation"], own, evidence, sources)
+        return _cell(given, "baseline", path["notation"], own, evidence, sources)
     representation, loss, view = path.get("representation"), given["loss"], given["teacher_aug"]["distill_view"]
     if representation not in loss:
         raise InputError(f"path.representation={representation} is not allowed: it must be logits or hidden")
-    idle = grid.unused("cell", params(given))
+    idle = grid.unused("distilled", params(given))
     kd = {key: value for key, value in given["kd"].items() if f"kd.{key}" not in idle}
     taught = {"path": path["kd_path"], "loss": loss[representation], "distill_view": view, "kd": kd}
     master = teacher_cell(given)
@@ -87,7 +87,7 @@ def cell(cfg: Config) -> Cell:
     evidence["teacher"] = master.fingerprint
     sources |= {"teacher.seed": str(master.seed)} | _weights_source("teacher", given["teacher"])
     name = grid.notation(path=path["notation"], loss=loss["name"].upper(), distill_view=view)
-    return _cell(given, "cell", name, own, evidence, sources, teacher=master)
+    return _cell(given, "distilled", name, own, evidence, sources, teacher=master)
 
 
 def teacher_cell(cfg: Config) -> Cell:
@@ -219,7 +219,7 @@ def factors(cfg: DictConfig, *, role: str) -> dict[str, str]:
     """The factors as a cell uses them: first among the params by their names, so MLflow compares runs by them."""
     if role == "teacher":
         return {"cell.teacher_aug": cfg.teacher_aug.train_view}
-    if role == "student":
+    if role == "baseline":
         return {"cell.path": "none"}
     own = {"path": cfg.path.name, "loss": cfg.loss.name, "teacher_aug": cfg.teacher_aug.distill_view}
     return {f"cell.{key}": value for key, value in own.items()}

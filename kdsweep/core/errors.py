@@ -18,7 +18,7 @@ class CellError(Exception):
     """A cell failed, in one line; the traceback is in the cell's log."""
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error in one line, led by its type where its message was not written for the user."""
     text = " ".join(str(error).split())
     if isinstance(error, InputError | CellError):

@@ -92,7 +92,7 @@ def read_entry(entry: Entry, *, smallest: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if not entry.mask_files:
         raise ValueError(f"{entry.image_file} has no mask")
-    image = read_grey_or_colour(entry.image_file)
+    image = read_gray_or_color(entry.image_file)
     height, width = image.shape[:2]
     if min(height, width) < smallest:
         raise ValueError(f"{entry.image_file} is {width} x {height} pixels, smaller than image_size={smallest}")
@@ -115,17 +115,17 @@ def _open(file: Path) -> np.ndarray:
         raise ValueError(f"{file} is not a readable image") from error
 
 
-def read_grey_or_colour(file: Path) -> np.ndarray:
+def read_gray_or_color(file: Path) -> np.ndarray:
     """Any image file as (H, W, 3) uint8; ValueError names an unreadable one."""
     pixels = _open(file)
     return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
 
 
 def read_mask(file: Path) -> np.ndarray:
-    """A mask of any mode (1-bit, grey, palette, RGB, RGBA) as (H, W) uint8 in {0, 1}, thresholded at 127."""
+    """A mask of any mode (1-bit, gray, palette, RGB, RGBA) as (H, W) uint8 in {0, 1}, thresholded at 127."""
     pixels = _open(file)
-    grey = pixels if pixels.ndim == 2 else pixels.max(axis=2)
-    return (grey > 127).astype(np.uint8)
+    gray = pixels if pixels.ndim == 2 else pixels.max(axis=2)
+    return (gray > 127).astype(np.uint8)
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:

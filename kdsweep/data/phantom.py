@@ -35,7 +35,7 @@ class Phantom:
     Attributes:
         id: Unique name within a cohort, such as ``benign (1)``.
         label: ``benign`` or ``malignant``.
-        image: Grey levels, (H, W) uint8.
+        image: Gray levels, (H, W) uint8.
         mask: The drawn lesion border, filled; (H, W) uint8 in {0, 1}. A shadow is no part of it.
     """
 
@@ -53,7 +53,7 @@ class _Lesion:
     mask: NDArray[np.uint8]
     outside_px: Array  # signed distance to the border, positive outside
     radius_px: float
-    centre_px: float  # depth
+    center_px: float  # depth
     contrast_db: float  # against the tissue around it
     softness_px: float
     anechoic: bool
@@ -177,10 +177,10 @@ def _place(
     low, high = -outline.min(axis=0), size - outline.max(axis=0)
     low[1] = min(low[1] + 0.05 * shape[0], (low[1] + high[1]) / 2)  # not in the skin
     high[1] = max(min(high[1], 0.75 * shape[0]), low[1])  # nor so deep that nobody would look for it
-    centre = low + (high - low) * np.array([rng.beta(2, 2), rng.beta(1.5, 2.5)])
+    center = low + (high - low) * np.array([rng.beta(2, 2), rng.beta(1.5, 2.5)])
     mask = np.zeros(shape, dtype=np.uint8)
-    cv2.fillPoly(mask, [np.rint(outline + centre).astype(np.int32)], 1)
-    return mask, float(centre[1])
+    cv2.fillPoly(mask, [np.rint(outline + center).astype(np.int32)], 1)
+    return mask, float(center[1])
 
 
 def _lesion(rng: np.random.Generator, shape: tuple[int, int], *, malignant: bool) -> _Lesion:
@@ -188,7 +188,7 @@ def _lesion(rng: np.random.Generator, shape: tuple[int, int], *, malignant: bool
     outline = _outline(rng, malignant=malignant)
     # Log-normal sizes as in clinical sets: many small, few that fill the image.
     share = rng.lognormal(np.log(0.14), 0.75) if malignant else rng.lognormal(np.log(0.036), 1.0)
-    mask, centre_px = _place(rng, shape, outline, share=float(np.clip(share, 0.004, 0.45)))
+    mask, center_px = _place(rng, shape, outline, share=float(np.clip(share, 0.004, 0.45)))
     outer = cv2.distanceTransform(1 - mask, cv2.DIST_L2, 5)
     inner = cv2.distanceTransform(mask, cv2.DIST_L2, 5)
     radius_px = float(np.sqrt(mask.sum() / np.pi))
@@ -200,7 +200,7 @@ def _lesion(rng: np.random.Generator, shape: tuple[int, int], *, malignant: bool
         mask=mask,
         outside_px=outer - inner,
         radius_px=radius_px,
-        centre_px=centre_px,
+        center_px=center_px,
         contrast_db=contrast_db,
         softness_px=softness_px,
         anechoic=anechoic,
@@ -217,7 +217,7 @@ def _bend(rng: np.random.Generator, lesion: _Lesion) -> _Warp:
     slope = rng.normal(0, 0.05) * across + rng.normal(0.02, 0.04) * across**2
     deeper = np.minimum(depth / (0.3 * height), 1)  # the skin lies flat under the probe
     near = np.exp(-np.maximum(lesion.outside_px, 0) / (0.5 * lesion.radius_px))
-    push = rng.uniform(0.2, 0.6) * (lesion.centre_px - depth) * near
+    push = rng.uniform(0.2, 0.6) * (lesion.center_px - depth) * near
     bent = depth + (wave + fine + slope * height) * deeper + push
     sideways = lateral + _noise(rng, (height, width), depth_px=height / 4, lateral_px=width / 4) * 0.02 * width
     return _Warp(np.asarray(bent, dtype=np.float32), np.asarray(sideways, dtype=np.float32))
@@ -365,7 +365,7 @@ def _edge_shadows(rng: np.random.Generator, lesion: _Lesion) -> Array:
         return np.zeros((height, width), dtype=np.float32)
     columns = np.nonzero(lesion.mask.any(axis=0))[0]
     lateral = np.arange(width, dtype=np.float32)[None, :]
-    below = _step(np.arange(height, dtype=np.float32)[:, None] - lesion.centre_px, 0.3 * lesion.radius_px)
+    below = _step(np.arange(height, dtype=np.float32)[:, None] - lesion.center_px, 0.3 * lesion.radius_px)
     spread = 3 + 0.1 * lesion.radius_px
     sides = sum(np.exp(-(((lateral - edge) / spread) ** 2)) for edge in (columns[0], columns[-1]))
     return np.asarray(max(rng.uniform(-4, 8), 0) * sides * below, dtype=np.float32)
@@ -400,8 +400,8 @@ def _scatter(rng: np.random.Generator, echo_db: Array, *, focus_px: float) -> Ar
 
 
 def _compress(rng: np.random.Generator, scattered: Array, specular_db: Array, gain_db: Array) -> NDArray[np.uint8]:
-    """Detect the envelope and log-compress it to grey levels, (H, W) uint8, with the gain set as by a sonographer."""
-    range_db, mean_grey = rng.uniform(50, 65), float(np.clip(rng.normal(82, 15), 50, 120))
+    """Detect the envelope and log-compress it to gray levels, (H, W) uint8, with the gain set as by a sonographer."""
+    range_db, mean_gray = rng.uniform(50, 65), float(np.clip(rng.normal(82, 15), 50, 120))
     field = scattered.copy()
     field[..., 0] += np.power(np.float32(10), specular_db / np.float32(20))
     field *= np.power(np.float32(10), gain_db / np.float32(20))[..., None]
@@ -410,7 +410,7 @@ def _compress(rng: np.random.Generator, scattered: Array, specular_db: Array, ga
     field += np.power(np.float32(10), floor_db / 20) * rng.standard_normal(field.shape, dtype=np.float32)
     envelope_db = 20 * np.log10(cv2.magnitude(field[..., 0], field[..., 1]) + 1e-6)
     # Scanners smooth speckle before display.
-    grey = cv2.GaussianBlur(envelope_db, (0, 0), rng.uniform(0.8, 1.3)) * (255 / range_db)
+    gray = cv2.GaussianBlur(envelope_db, (0, 0), rng.uniform(0.8, 1.3)) * (255 / range_db)
     for _ in range(3):  # clipping moves the mean, so the offset needs a few rounds
-        grey += mean_grey - float(np.clip(grey, 0, 255).mean())
-    return np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
+        gray += mean_gray - float(np.clip(gray, 0, 255).mean())
+    return np.rint(np.clip(gray, 0, 255)).astype(np.uint8)

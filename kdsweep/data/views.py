@@ -46,7 +46,7 @@ class Strengths:
         shift: largest shift, as a share of the image's side.
         scale: largest change of scale, x and y drawn apart as Albumentations' ShiftScaleRotate does.
         rotate_deg: largest rotation.
-        noise_std: range of the Gaussian noise's standard deviation, as a share of the grey range.
+        noise_std: range of the Gaussian noise's standard deviation, as a share of the gray range.
         dropout: share of pixels set to 0.
         probability: with which each of the three is applied, independently.
     """
@@ -76,7 +76,7 @@ class Views:
             rotate=(-strengths.rotate_deg, strengths.rotate_deg),
             p=p,
         )
-        # B-mode is grey in three equal channels: one noise field for all three keeps it grey.
+        # B-mode is gray in three equal channels: one noise field for all three keeps it gray.
         self.noise = A.GaussNoise(std_range=strengths.noise_std, per_channel=False, p=p)
         self.dropout = A.PixelDropout(dropout_prob=strengths.dropout, p=p)
         self.shared = A.Compose([self.crop])
@@ -117,22 +117,22 @@ def id_number(image_id: str) -> int:
     return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:4], "big")
 
 
-def normalise(images: Tensor) -> Tensor:
-    """ImageNet normalisation of (N, H, W, 3) uint8 to (N, 3, H, W) float32, in channels-last memory."""
-    mean, std = _grey_statistics(images.device)
+def normalize(images: Tensor) -> Tensor:
+    """ImageNet normalization of (N, H, W, 3) uint8 to (N, 3, H, W) float32, in channels-last memory."""
+    mean, std = _gray_statistics(images.device)
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 
 
 @cache
-def _grey_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation in grey levels, brought to the device once: a copy in each step would make the host wait."""
+def _gray_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation in gray levels, brought to the device once: a copy in each step would make the host wait."""
     return torch.tensor(IMAGENET_MEAN, device=device) * 255, torch.tensor(IMAGENET_STD, device=device) * 255
 
 
 def sampling_theta(matrix: np.ndarray, *, image_size: int) -> np.ndarray:
     """The (2, 3) float32 theta for ``affine_grid`` that renders a weak-frame map in the strong frame.
 
-    With M the forward pixel matrix and N the map from pixel centres to [-1, 1] (``align_corners=False``),
+    With M the forward pixel matrix and N the map from pixel centers to [-1, 1] (``align_corners=False``),
     theta = N M^-1 N^-1. It holds for maps of any resolution over the same frame.
 
     Args:

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdsweep.core.errors import InputError, exit_code, told
+from kdsweep.core.errors import InputError, exit_code, one_line
 from kdsweep.core.files import write_bytes
 from kdsweep.data import phantom, run_data
-from kdsweep.data.views import IMAGENET_MEAN, IMAGENET_STD, normalise
+from kdsweep.data.views import IMAGENET_MEAN, IMAGENET_STD, normalize
 from kdsweep.deploy import predict
 from kdsweep.deploy.predict import Model
 from kdsweep.evaluation import latency, metrics
@@ -42,7 +42,7 @@ INPUT, OUTPUT = "images", "probabilities"
 
 
 class Probabilities(nn.Module):
-    """A network whose output is the probability of lesion (N, 1, S, S) of normalised images (N, 3, S, S)."""
+    """A network whose output is the probability of lesion (N, 1, S, S) of normalized images (N, 3, S, S)."""
 
     def __init__(self, network: UNet) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def metadata(model: Model) -> dict[str, str]:
     size = model.image_size
     mean, std = (", ".join(map(str, numbers)) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
     steps = (
-        "RGB, a grey image in three equal channels, 16 bit divided by 257",
+        "RGB, a gray image in three equal channels, 16 bit divided by 257",
         f"resize the whole image to {size} x {size}, aspect ratio not kept: OpenCV INTER_AREA if both sides are at "
         f"least {size}, else bilinear (INTER_LINEAR); uint8",
         "divide by 255",
@@ -130,7 +130,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         where: in words, as the last line names it.
-        images: each (1, 3, S, S), normalised.
+        images: each (1, 3, S, S), normalized.
         masks: (N, 1, S, S) in {0, 1}, or None where there is no ground truth.
     """
 
@@ -157,9 +157,9 @@ def check_inputs(model: Model, *, images: Path | None, store: Path, data_root: P
         return run_inputs(model, store=store, data_root=data_root)
     except (InputError, OSError) as error:
         if data_root is not None:
-            raise InputError(f"--data-root {data_root}: {told(error)}") from error
+            raise InputError(f"--data-root {data_root}: {one_line(error)}") from error
         drawn = drawn_inputs(model.image_size)
-        why = f"the run's test images cannot be read: {told(error)}"
+        why = f"the run's test images cannot be read: {one_line(error)}"
         sys.stdout.write(f"{why}; compared on {drawn.where} instead (--data-root DIR names images that were moved)\n")
         return drawn
 
@@ -181,7 +181,7 @@ def run_inputs(model: Model, *, store: Path, data_root: Path | None) -> Inputs:
         source = run_data.source(params, store=place, root=data_root)
         found = list(run_data.scored(source, ids, image_size=model.image_size).values())
     masks = torch.from_numpy(np.stack([one.mask for one in found]))[:, None]
-    images = [normalise(torch.from_numpy(one.image)[None]) for one in found]
+    images = [normalize(torch.from_numpy(one.image)[None]) for one in found]
     return Inputs(f"the run's {len(images)} test images ({source.name})", images, masks)
 
 
@@ -306,8 +306,8 @@ def register(model: Model, content: bytes, *, name: str, store: Path, uri: str |
     from kdsweep.tracking import registry, writer  # loads mlflow: seconds that an export alone need not wait for
 
     # The example is kept in the clear with the model and goes wherever that goes: a phantom, never a patient's image.
-    grey = next(phantom.cohort(count=1, seed=0)).image
-    example = predict.prepare(np.repeat(grey[..., None], 3, axis=2), image_size=model.image_size)
+    gray = next(phantom.cohort(count=1, seed=0)).image
+    example = predict.prepare(np.repeat(gray[..., None], 3, axis=2), image_size=model.image_size)
     with torch.no_grad():
         expected = Probabilities(model.network)(example).numpy()
     version = registry.register_onnx(

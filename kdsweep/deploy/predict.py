@@ -29,8 +29,8 @@ from kdsweep.core.device import Compute, find_device, placed
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_bytes, write_text
 from kdsweep.data import sources
-from kdsweep.data.images import read_grey_or_colour, resize_image
-from kdsweep.data.views import normalise
+from kdsweep.data.images import read_gray_or_color, resize_image
+from kdsweep.data.views import normalize
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
 from kdsweep.runs import checkpoint, records
@@ -186,14 +186,14 @@ def read_image(file: Path) -> np.ndarray:
         ValueError: names an unreadable one.
     """
     try:
-        return read_grey_or_colour(file)
+        return read_gray_or_color(file)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{file} has more pixels than Pillow reads") from error
 
 
 def prepare(image: np.ndarray, *, image_size: int) -> torch.Tensor:
-    """(H, W, 3) uint8 to the network's input (1, 3, S, S) float32: the whole image, resized and normalised."""
-    return normalise(torch.from_numpy(resize_image(image, image_size))[None])
+    """(H, W, 3) uint8 to the network's input (1, 3, S, S) float32: the whole image, resized and normalized."""
+    return normalize(torch.from_numpy(resize_image(image, image_size))[None])
 
 
 def probabilities(network: UNet, image: np.ndarray, *, image_size: int, compute: Compute) -> np.ndarray:

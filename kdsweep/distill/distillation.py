@@ -14,7 +14,7 @@ from kdsweep.distill.paths import KDPath
 from kdsweep.models.unet import Outputs
 
 
-class Lesson(NamedTuple):
+class TeacherForward(NamedTuple):
     """One forward of a Teacher that Students can share: who teaches, what it sees, how it computes.
 
     Attributes:
@@ -36,14 +36,14 @@ class Distillation:
         kd_path: which tensors are compared.
         loss: of the compared maps, see losses.py.
         weight: of the KD term; the supervised term has 1 - weight (PAPER, Eq. I: 0.5 and 0.5).
-        lesson: which forward of which Teacher it learns from.
+        forward: which forward of which Teacher it learns from.
         align: warp the maps of a weak view into the Student's frame; else compare them as they are.
     """
 
     kd_path: KDPath
     loss: Callable[..., Tensor]
     weight: float
-    lesson: Lesson
+    forward: TeacherForward
     align: bool
 
     def term(self, *, student: Outputs, teacher: Outputs, theta: Tensor | None) -> Tensor:
@@ -69,10 +69,10 @@ def warp(maps: Tensor, *, theta: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The warped maps (N, C, h, w) by bilinear sampling, and where they are valid: (N, 1, h, w) bool, False where
-        a position's centre lies outside the weak frame.
+        a position's center lies outside the weak frame.
     """
     with torch.autocast(maps.device.type, enabled=False):  # bf16 coordinates would miss by up to a pixel
         grid = F.affine_grid(theta, [len(maps), 1, *maps.shape[2:]], align_corners=False)
-    # "border": the half cell between the outermost centres and the frame's edge has no second neighbour to blend with.
+    # "border": the half cell between the outermost centers and the frame's edge has no second neighbor to blend with.
     warped = F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return warped, (grid.abs() <= 1).all(dim=-1).unsqueeze(1)

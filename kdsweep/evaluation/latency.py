@@ -29,7 +29,7 @@ def time_step_s(
 ) -> StepTime:
     """Time steps of a throwaway network on a batch of noise, after one to warm up; the least, for others only add."""
     placed(network, compute)
-    optimiser = torch.optim.Adam(network.parameters())
+    optimizer = torch.optim.Adam(network.parameters())
     batch = torch.randn(images, 3, image_size, image_size, device=compute.device)
     batch = batch.to(memory_format=torch.channels_last)
     times: list[tuple[float, float]] = []
@@ -41,7 +41,7 @@ def time_step_s(
             clock.append(_now_s(compute.device))
             if not forward_only:
                 network(batch).logits.mean().backward()
-                optimiser.step()
+                optimizer.step()
         clock.append(_now_s(compute.device))
         times.append((clock[2] - clock[1], clock[1] - clock[0]))
     train, forward = (min(column) / images for column in zip(*times[1:], strict=True))

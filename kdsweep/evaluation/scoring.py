@@ -10,15 +10,15 @@ from torch import Tensor
 
 from kdsweep.core.device import Compute
 from kdsweep.data.loaders import EvalPart
-from kdsweep.data.views import normalise
+from kdsweep.data.views import normalize
 from kdsweep.evaluation import metrics
 from kdsweep.models.unet import UNet
 
 
 def eval_batches(part: EvalPart, compute: Compute) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Normalised whole images under both views' names (they are the same here), with their masks."""
+    """Normalized whole images under both views' names (they are the same here), with their masks."""
     for images, masks in part.batches(compute.eval_batch):
-        ready = normalise(images.to(compute.device))
+        ready = normalize(images.to(compute.device))
         yield {"strong": ready, "weak": ready}, masks.to(compute.device)
 
 

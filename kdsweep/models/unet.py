@@ -74,7 +74,7 @@ class UNet(smp.Unet):
     """smp's U-Net with one logit per pixel; its state dict is that of ``smp.Unet`` with the same arguments."""
 
     def forward(self, images: Tensor) -> Outputs:
-        """Logits and hidden map of normalised images (N, 3, H, W), H and W multiples of 32."""
+        """Logits and hidden map of normalized images (N, 3, H, W), H and W multiples of 32."""
         features = self.encoder(images)
         return Outputs(logits=self.segmentation_head(self.decoder(features)), hidden=features[-1])
 
@@ -91,7 +91,7 @@ def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) 
         encoder: a name known to smp, or ``mobilenetv3_small_trimmed``.
         decoder_channels: output channels of the five decoder blocks, deepest first.
         weights: ``none``, a file (see ``load_weights``), or ``hub:REPOSITORY@REVISION`` of ImageNet weights.
-        seed: of the random initialisation.
+        seed: of the random initialization.
 
     Raises:
         InputError: the encoder is not known, or its weights cannot be had.

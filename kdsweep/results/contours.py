@@ -43,10 +43,10 @@ WIDTH, MARGIN, GAP, LARGEST_PANEL = 7.0, 0.06, 0.08, 2.2
 HEAD, PANEL_TITLE, LEGEND, TEXT_LINE = 0.2, 0.2, 0.24, 0.135
 FONT, SMALL_FONT, LINE = 7.5, 7.0, 1.1
 PANEL_CHARACTERS, CAPTION_CHARACTERS = 21, 115  # so many fit above the narrowest panel, and in the width
-# The paper's colours; styles for who sees them alike, the dashes short enough for a small island.
+# The paper's colors; styles for who sees them alike, the dashes short enough for a small island.
 TRUTH, PREDICTION = ("#00e050", "solid"), ("#ff1f3d", (0, (2.4, 1.2)))
 HALO = [patheffects.withStroke(linewidth=2 * LINE, foreground="black", alpha=0.55)]
-GREY = "0.4"
+GRAY = "0.4"
 
 
 class Models(NamedTuple):
@@ -407,14 +407,14 @@ def _panels(rows: list[list[str]], *, below: float) -> tuple[Figure, dict[str, A
     return figure, panels
 
 
-def _outline(axes: Axes, mask: np.ndarray, colour: str, style: Any) -> None:
+def _outline(axes: Axes, mask: np.ndarray, color: str, style: Any) -> None:
     """The closed border of a mask (S, S), also where it is the border of the image."""
     if not mask.any():
         return
     padded = np.pad(mask.astype(float), 1)
     y, x = (np.arange(-1, length - 1) for length in padded.shape)
     view = axes.axis()
-    lines = axes.contour(x, y, padded, levels=[0.5], colors=[colour], linestyles=[style], linewidths=[LINE])
+    lines = axes.contour(x, y, padded, levels=[0.5], colors=[color], linestyles=[style], linewidths=[LINE])
     lines.set(path_effects=HALO, clip_on=False)
     axes.axis(view)  # that of the image
 
@@ -422,12 +422,12 @@ def _outline(axes: Axes, mask: np.ndarray, colour: str, style: Any) -> None:
 def _absent(axes: Axes, name: str, why: str) -> None:
     axes.set(xticks=[], yticks=[], facecolor="0.95")
     axes.spines[:].set_color("0.8")
-    _label(axes, name, color=GREY)
-    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=FONT)
+    _label(axes, name, color=GRAY)
+    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color=GRAY, fontsize=FONT)
 
 
 def _label(axes: Axes, text: str, **how: Any) -> None:
-    size = FONT * min(1, PANEL_CHARACTERS / len(text))  # never over the neighbour's
+    size = FONT * min(1, PANEL_CHARACTERS / len(text))  # never over the neighbor's
     axes.set_title(text, fontsize=size, pad=3, parse_math=False, **how)
 
 
@@ -442,8 +442,8 @@ def _around(figure: Figure, *, title: str, lines: list[str], below: float) -> No
     figure.text(0.5, 1 - MARGIN / height, title, ha="center", va="top", fontsize=FONT, parse_math=False)
     names = {"ground truth": TRUTH, "prediction": PREDICTION}
     drawn = [
-        Line2D([], [], color=colour, linestyle=style, linewidth=1.3 * LINE, label=label, path_effects=HALO)
-        for label, (colour, style) in names.items()
+        Line2D([], [], color=color, linestyle=style, linewidth=1.3 * LINE, label=label, path_effects=HALO)
+        for label, (color, style) in names.items()
     ]
     place = (0.5, (below - LEGEND / 2) / height)
     figure.legend(handles=drawn, loc="center", bbox_to_anchor=place, ncols=2, fontsize=FONT, frameon=False)

@@ -140,7 +140,7 @@ def write(figure: Figure, *, out_dir: Path, name: str) -> list[Path]:
     return files
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a sweep is.
 
     Attributes:
@@ -167,16 +167,16 @@ def parse_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="or Hydra overrides of the sweep: data=busi data.root=DIR")
 
 
-def find_place(options: argparse.Namespace) -> Place:
+def find_place(options: argparse.Namespace) -> Location:
     """The sweep that the options of ``parse_place`` name."""
     own = options.store or Path("multirun"), options.tracking_uri, options.sweep, options.data_root
     if not options.overrides:
-        return Place(*own)
+        return Location(*own)
     cfg = composition.compose(options.overrides)
     typed = {word.lstrip("+").partition("=")[0] for word in options.overrides}
     root = Path(str(cfg.data.root)) if "data.root" in typed else None
     named = cfg.sweep_name if typed - {"store", "tracking.uri", "data.root"} else None
-    return Place(
+    return Location(
         options.store or Path(cfg.store),
         options.tracking_uri or cfg.tracking.uri,
         options.sweep or named,
@@ -185,7 +185,7 @@ def find_place(options: argparse.Namespace) -> Place:
     )
 
 
-def make(which: str, *, place: Place, out_dir: Path | None, choice: Choice) -> None:
+def make(which: str, *, place: Location, out_dir: Path | None, choice: Choice) -> None:
     """Draw, write and log one figure or all; what cannot be drawn leaves the others alone.
 
     Raises:

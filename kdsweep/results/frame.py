@@ -181,7 +181,7 @@ def _refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
 def gaps(*, runs: pd.DataFrame, scored: pd.DataFrame, notations: list[str]) -> dict[str, str]:
     """Why a row has no number, "" where it has one: it needs every (split, seed) that any run of the sweep asked for.
 
-    A mean over fewer splits than its neighbour's would compare different images, so there is none.
+    A mean over fewer splits than its neighbor's would compare different images, so there is none.
     """
     asked = sorted(set(zip(runs["split"], runs["seed"], strict=True)))
     empty = (runs["status"] == "FINISHED") & ~runs["fingerprint"].isin(scored["fingerprint"])

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from kdsweep.results.stats import (
-    NAN,
-)
+from kdsweep.results.stats import NAN
 
 if TYPE_CHECKING:
     pass

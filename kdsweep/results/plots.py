@@ -1,8 +1,8 @@
 """Three figures of a sweep from frames alone: scores and main effects, validation curves, each image against Student.
 
 Nothing here writes a file: a matplotlib Figure comes back, 7 inches wide, with no text below 7 points. Shape, fill or
-line style carries every distinction that colour carries. Blue and vermilion always mean strong and weak augmentation
-of the Teacher's views; the splits have the other colours.
+line style carries every distinction that color carries. Blue and vermilion always mean strong and weak augmentation
+of the Teacher's views; the splits have the other colors.
 """
 
 from __future__ import annotations
@@ -31,28 +31,32 @@ if TYPE_CHECKING:
 WIDTH, ROW = 7.0, 0.235  # inches: a page's text, a row of the figure of scores
 FONT = 7.0  # points
 ACROSS = 4  # panels beside each other: as many as the paper has cells of one path
-GREY, DARK, LIGHT = "0.45", "0.25", "0.78"
+GRAY, DARK, LIGHT = "0.45", "0.25", "0.78"
 PAIR_COLUMNS = ["notation", *PLACE, "image", "dice_ours", "dice_baseline"]
 EQUAL = 1e-12  # of two Dice scores, fractions
 
 
-class Look(NamedTuple):
-    """How a mark or a line is told from the others; the colours are Okabe and Ito's, safe for the colour-blind."""
+class LineStyle(NamedTuple):
+    """How a mark or a line is told from the others; the colors are Okabe and Ito's, safe for the color-blind."""
 
     color: str
     marker: str
     line: str | tuple[int, tuple[float, ...]] = "-"
 
 
-AUGMENTATIONS = {"strong": Look("#0072B2", "o"), "weak": Look("#D55E00", "D")}
-LINES = {"Student": Look("black", ""), "Teacher": Look("#0072B2", "", "--"), "Teacher_WAug": Look("#D55E00", "", "-.")}
-SPLITS = (  # the last in grey; more splits than these begin again
-    Look("#009E73", "^", "-"),
-    Look("#E69F00", "s", (0, (4, 1.5))),
-    Look("#CC79A7", "v", (0, (1, 1))),
-    Look("#56B4E9", "<", (0, (5, 1.5, 1, 1.5))),
-    Look("#000000", ">", (0, (8, 2))),
-    Look("#666666", "p", (0, (4, 1.5, 1, 1.5, 1, 1.5))),
+AUGMENTATIONS = {"strong": LineStyle("#0072B2", "o"), "weak": LineStyle("#D55E00", "D")}
+LINES = {
+    "Student": LineStyle("black", ""),
+    "Teacher": LineStyle("#0072B2", "", "--"),
+    "Teacher_WAug": LineStyle("#D55E00", "", "-."),
+}
+SPLITS = (  # the last in gray; more splits than these begin again
+    LineStyle("#009E73", "^", "-"),
+    LineStyle("#E69F00", "s", (0, (4, 1.5))),
+    LineStyle("#CC79A7", "v", (0, (1, 1))),
+    LineStyle("#56B4E9", "<", (0, (5, 1.5, 1, 1.5))),
+    LineStyle("#000000", ">", (0, (8, 2))),
+    LineStyle("#666666", "p", (0, (4, 1.5, 1, 1.5, 1, 1.5))),
 )
 
 
@@ -74,7 +78,7 @@ def _plain(axes: Axes) -> None:
         spine.set_linewidth(0.6)
 
 
-def _looks(splits: Iterable[int]) -> dict[int, Look]:
+def _looks(splits: Iterable[int]) -> dict[int, LineStyle]:
     return {split: SPLITS[index % len(SPLITS)] for index, split in enumerate(sorted(set(splits)))}
 
 
@@ -177,7 +181,7 @@ def _tell_gap(axes: Axes, *, y: float, gap: str, width: int, lines: int) -> None
     text = textwrap.fill(gap, width, max_lines=lines, placeholder=" ...", break_on_hyphens=False)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
     across = axes.get_yaxis_transform()
-    axes.text(0.02, y, text, transform=across, va="center", color=GREY, fontsize=FONT, bbox=box, zorder=6)
+    axes.text(0.02, y, text, transform=across, va="center", color=GRAY, fontsize=FONT, bbox=box, zorder=6)
 
 
 def _draw_cells(axes: Axes, *, cells: pd.DataFrame, student: float) -> None:
@@ -195,7 +199,7 @@ def _draw_cells(axes: Axes, *, cells: pd.DataFrame, student: float) -> None:
         label = "95 % interval of the paired\ndifference to Student, laid off\nfrom Student's mean"
         axes.hlines(y[known], low[known], high[known], color=DARK, linewidth=1.3, zorder=4, label=label)
     splits = [int(name.removeprefix(SPLIT_MEAN)) for name in map(str, cells) if name.startswith(SPLIT_MEAN)]
-    hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": GREY, "markeredgewidth": 0.7}
+    hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": GRAY, "markeredgewidth": 0.7}
     for split, look in _looks(splits).items() if len(splits) > 1 else ():
         mean = cells[f"{SPLIT_MEAN}{split}"]
         if mean.notna().any():
@@ -246,7 +250,7 @@ def _draw_effects(axes: Axes, *, main: pd.DataFrame) -> None:
 
 
 def curves_plot(*, curves: pd.DataFrame, title: str, metric: str = "val/dice") -> Figure:
-    """A panel per notation with a line per (split, seed) over the epochs, Student's in light grey behind each cell's.
+    """A panel per notation with a line per (split, seed) over the epochs, Student's in light gray behind each cell's.
 
     Args:
         curves: columns notation, split, seed, metric, epoch, value; NaN leaves a hole.
@@ -269,7 +273,7 @@ def curves_plot(*, curves: pd.DataFrame, title: str, metric: str = "val/dice") -
         axes.set_title(notation, fontsize=FONT, loc="left", pad=2)
         own = mine[mine["notation"] == notation]
         if own["value"].isna().all():
-            axes.text(0.5, 0.5, "no curve", transform=axes.transAxes, ha="center", color=GREY, fontsize=FONT)
+            axes.text(0.5, 0.5, "no curve", transform=axes.transAxes, ha="center", color=GRAY, fontsize=FONT)
             continue
         if notation not in BASELINES:
             _draw_curves(axes, curves=student, looks=looks, color=LIGHT)
@@ -292,7 +296,7 @@ def _curve_notations(curves: pd.DataFrame) -> list[str]:
     return [*first, *baselines, *sorted(there.difference(CELLS, BASELINES))]
 
 
-def _draw_curves(axes: Axes, *, curves: pd.DataFrame, looks: dict[int, Look], color: str = "") -> None:
+def _draw_curves(axes: Axes, *, curves: pd.DataFrame, looks: dict[int, LineStyle], color: str = "") -> None:
     for split, look in looks.items():
         style: dict[str, Any] = {"color": color or look.color, "linestyle": look.line, "zorder": 1 if color else 2}
         for _, run in curves[curves["split"] == split].groupby("seed"):
@@ -344,7 +348,7 @@ def pairs_plot(*, pairs: pd.DataFrame, title: str) -> Figure:
     panels = _panels(figure, count=len(notations), xlabel="Student's Dice", ylabel="Dice of the cell")
     for axes, notation in zip(panels, notations, strict=True):
         own = pairs[pairs["notation"] == notation]
-        axes.axline((0, 0), (1, 1), color=GREY, linewidth=0.7, zorder=1)
+        axes.axline((0, 0), (1, 1), color=GRAY, linewidth=0.7, zorder=1)
         for split, look in looks.items():
             here = own[own["split"] == split]
             hollow: dict[str, Any] = {"facecolors": "none", "edgecolors": look.color, "marker": look.marker}

@@ -23,16 +23,16 @@ from markupsafe import Markup, escape
 from tqdm import tqdm
 
 from kdsweep.config.grid import variant_label
-from kdsweep.core.errors import InputError, exit_code, told
+from kdsweep.core.errors import InputError, exit_code, one_line
 from kdsweep.core.files import write_text
 from kdsweep.core.progress import duration
 from kdsweep.results import figures, formats, tables
-from kdsweep.results.figures import FIGURES, Choice, Place
+from kdsweep.results.figures import FIGURES, Choice, Location
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import known_values
 from kdsweep.results.paper import BASELINES, CELLS
 from kdsweep.results.stats import PLACE, TESTS
-from kdsweep.results.summary import STATUS, counts, facts, listed
+from kdsweep.results.summary import STATUS, counts, listed, summarize
 from kdsweep.tracking import reader, writer
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def ui_address(given: str | None, *, uri: str | None) -> str:
 
 
 def _gap(error: Exception) -> str:
-    return told(error).rstrip(".")
+    return one_line(error).rstrip(".")
 
 
 def make_table(which: str, sweep: Sweep, *, store: Path, test: str) -> Table:
@@ -150,7 +150,7 @@ def make_table(which: str, sweep: Sweep, *, store: Path, test: str) -> Table:
     return Table(which, heading, columns, text.to_numpy().tolist(), numeric, row_name, notes[len(lead) :], lead)
 
 
-def make_figures(which: str, sweep: Sweep, *, place: Place, hide: Callable[[str], str]) -> Figures:
+def make_figures(which: str, sweep: Sweep, *, place: Location, hide: Callable[[str], str]) -> Figures:
     """One of FIGURES: photographs as PNG, the others as SVG."""
     heading = FIGURES[which][0].upper() + FIGURES[which][1:]
     drawn = figures.draw(
@@ -186,7 +186,7 @@ def inline_svg(figure: Figure, *, prefix: str, hide: Callable[[str], str]) -> Ma
 # ---- every cell ----------------------------------------------------------------------------------------------------
 
 
-def cell_rows(sweep: Sweep, *, place: Place, ui: str) -> list[dict[str, Any]]:
+def cell_rows(sweep: Sweep, *, place: Location, ui: str) -> list[dict[str, Any]]:
     """A row per run that was asked for and per Teacher, in the order of Table 4."""
     scored = sweep.scores.groupby("fingerprint")[["dice", *({"hd95_px"} & set(sweep.scores))]].mean()
     names = [*BASELINES, *CELLS]
@@ -211,7 +211,7 @@ def cell_rows(sweep: Sweep, *, place: Place, ui: str) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (order[row["notation"]], row["settings"], row["split"], row["seed"]))
 
 
-def _epochs(run: Sweep, *, place: Place) -> str:
+def _epochs(run: Sweep, *, place: Location) -> str:
     """How many epochs a run was trained, of a sweep of this run alone."""
     try:
         curves = reader.read_curves(run, store=place.store, uri=place.uri)
@@ -236,7 +236,7 @@ def banners(sweep: Sweep) -> list[str]:
     return told_
 
 
-def commands(sweep: Sweep, *, place: Place, wanted: Wanted) -> list[str]:
+def commands(sweep: Sweep, *, place: Location, wanted: Wanted) -> list[str]:
     """What makes the tables, figures and this page again; STORE and URI stand for what may name this computer."""
     where = f" --sweep {shlex.quote(sweep.name)}"
     where += "" if place.store == Path("multirun") else " --store STORE"
@@ -254,7 +254,7 @@ def _switches(wanted: Wanted) -> dict[str, bool]:
     return {"--with-images": wanted.with_images, "--no-costs": not wanted.with_costs}
 
 
-def collect(sweep: Sweep, *, place: Place, wanted: Wanted, hide: Callable[[str], str]) -> dict[str, Any]:
+def collect(sweep: Sweep, *, place: Location, wanted: Wanted, hide: Callable[[str], str]) -> dict[str, Any]:
     """All that the page shows, by the names in its template."""
     names = [which for which in tables.asked(sweep) if wanted.with_costs or which != "table5"]
     drawn = [which for which in FIGURES if which != "figure2" or wanted.with_images or is_synthetic(sweep)]
@@ -277,7 +277,7 @@ def collect(sweep: Sweep, *, place: Place, wanted: Wanted, hide: Callable[[str],
         "sweep": sweep.name,
         "data": listed(known_values(sweep.runs, "data")),
         "banners": banners(sweep),
-        "facts": facts(sweep, store=place.store, uri=place.uri),
+        "facts": summarize(sweep, store=place.store, uri=place.uri),
         "tables": made,
         "figures": pictures,
         "cells": rows,
@@ -316,7 +316,7 @@ def failures(content: dict[str, Any]) -> list[str]:
     return [f"{kind}: {part.name} is not in the report: {part.gap}" for kind, part in parts]
 
 
-def make(*, place: Place, out: Path | None, wanted: Wanted) -> None:
+def make(*, place: Location, out: Path | None, wanted: Wanted) -> None:
     """Write the page of a sweep, log it, and tell where it is; a part that cannot be made is told and left out.
 
     Raises:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "interrupted", "RUNNING": "running"}
 
 
-def facts(sweep: Sweep, *, store: Path, uri: str | None) -> dict[str, str]:
+def summarize(sweep: Sweep, *, store: Path, uri: str | None) -> dict[str, str]:
     """What was run, by heading; what the runs do not tell is a dash, where they differ all values are listed.
 
     Args:

@@ -43,7 +43,7 @@ PAPER_COLUMNS = ["paper_mean_dice_percent", "paper_std_dice_percent", "paper_p_t
 
 def cell_notations(sweep: Sweep) -> list[str]:
     """The paper's 12 in its order, then the cells of a user's own path or loss."""
-    cells = set(sweep.runs.loc[sweep.runs["role"] == "cell", "notation"])
+    cells = set(sweep.runs.loc[sweep.runs["role"] == "distilled", "notation"])
     return [*CELLS, *sorted(cells.difference(CELLS))]
 
 

@@ -103,7 +103,7 @@ def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any],
     folder = cell.folder
     before = _read(folder / CELL) or {}
     own = {
-        "kdsweep.cell": cell.place,
+        "kdsweep.cell": cell.key,
         "kdsweep.notation": cell.notation,
         "kdsweep.role": cell.role,
         "kdsweep.split": str(cell.split),

@@ -33,8 +33,8 @@ def ask(store: Path, sweep: str, *, cells: list[Cell], teachers: list[Cell], var
     with FileLock(folder / LOCK):
         remove_parts(folder)
         asked, variants = read_asked(store, sweep), read_variants(store, sweep)
-        new = {cell.place: str(cell.folder.relative_to(store)) for cell in [*teachers, *cells]}
-        told = {cell.place: cell.variant for cell in [*teachers, *cells] if cell.variant}
+        new = {cell.key: str(cell.folder.relative_to(store)) for cell in [*teachers, *cells]}
+        told = {cell.key: cell.variant for cell in [*teachers, *cells] if cell.variant}
         for place in superseded(_with_variants(asked, variants), _with_variants(new, told)):
             del asked[place]
             variants.pop(place, None)

@@ -20,7 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep.core.errors import CellError, InputError, told
+from kdsweep.core.errors import CellError, InputError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ at_end = contextlib.ExitStack()  # what the program closes last
 TRACEBACK = "KDSWEEP_TRACEBACK"  # environment: 1 shows the traceback of an error that ends the program
 
 
-class Announce(Callback):
+class SweepCallback(Callback):
     """Hydra callback: where cells run one by one, checks all first, says what will run, and keeps the user posted."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Announce(Callback):
         """Compose and check all jobs; a wrong one ends the program before anything is trained."""
         if _is_own(config):
             return  # the lockstep launchers do all this themselves
-        self.total = _or_exit(lambda: announce(compose_jobs(config), command=command_line(config)))
+        self.total = _or_exit(lambda: prepare(compose_jobs(config), command=command_line(config)))
         self.started_s = time.monotonic()
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
@@ -51,7 +51,7 @@ class Announce(Callback):
         if config.hydra.launcher.get("plan"):
             _or_exit(lambda: show_plan([config]))
             raise SystemExit(0)
-        _or_exit(lambda: announce([config], command=command_line(config)))
+        _or_exit(lambda: prepare([config], command=command_line(config)))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Say how far the sweep is, how long it still takes, and at its end what failed."""
@@ -62,7 +62,7 @@ class Announce(Callback):
         self.done += 1
         if job_return.status == JobStatus.FAILED:
             folder = config.hydra.runtime.output_dir
-            self.failed.append(f"{told(job_return._return_value)}; log: {folder}/kdsweep.log")
+            self.failed.append(f"{one_line(job_return._return_value)}; log: {folder}/kdsweep.log")
         passed_s = time.monotonic() - self.started_s
         if self.done < self.total:
             about_s = left_s(passed_s=passed_s, done=self.done, left=self.total - self.done)
@@ -84,7 +84,7 @@ def _or_exit(prepare: Callable[[], int]) -> int:
     except Exception as error:
         if os.environ.get(TRACEBACK) == "1":
             traceback.print_exc()
-        raise SystemExit(f"kdsweep: error: {one_line(error)}") from error
+        raise SystemExit(f"kdsweep: error: {user_message(error)}") from error
 
 
 def command_line(config: DictConfig) -> str:
@@ -98,7 +98,7 @@ def command_line(config: DictConfig) -> str:
     return shlex.join(re.sub(r"://[^/\s]+@", "://USER:PASSWORD@", word) for word in [*words, *hydra.overrides.task])
 
 
-def announce(configs: list[DictConfig], *, command: str) -> int:
+def prepare(configs: list[DictConfig], *, command: str) -> int:
     """Check every job in this process, write down what the sweep asks for, tell the user what will run; count jobs."""
     from kdsweep.sweep import plan
     from kdsweep.sweep.engines import worker
@@ -108,8 +108,8 @@ def announce(configs: list[DictConfig], *, command: str) -> int:
     plan.watch(jobs, command=command)
     at_end.callback(sync.close_all)
     waiting = plan.waiting(jobs)
-    look = worker.look_at_cells([job.config for job in plan.kinds(waiting)], []) if waiting else None
-    log.info("%s", plan.describe(jobs, groups=[[job] for job in waiting], look=look))
+    preview = worker.preview_cells([job.config for job in plan.kinds(waiting)], []) if waiting else None
+    log.info("%s", plan.describe(jobs, groups=[[job] for job in waiting], preview=preview))
     plan.tell_changes(jobs)
     return len(jobs)
 
@@ -121,8 +121,8 @@ def show_plan(configs: list[DictConfig]) -> int:
 
     jobs = plan.read_jobs(configs)
     waiting = plan.waiting(jobs)
-    look = worker.look_at_cells([job.config for job in plan.kinds(waiting)], []) if waiting else None
-    sys.stdout.write(plan.overview(jobs, groups=[waiting] if waiting else [], look=look) + "\n")
+    preview = worker.preview_cells([job.config for job in plan.kinds(waiting)], []) if waiting else None
+    sys.stdout.write(plan.overview(jobs, groups=[waiting] if waiting else [], preview=preview) + "\n")
     return len(jobs)
 
 
@@ -136,7 +136,7 @@ def compose_jobs(config: DictConfig) -> list[DictConfig]:
     return [loader.load_sweep_config(config, list(job)) for job in batch]
 
 
-def one_line(error: BaseException) -> str:
+def user_message(error: BaseException) -> str:
     """The message that the user can act on, from an exception and what caused it."""
     cause: BaseException | None = error
     while cause is not None:
@@ -153,7 +153,7 @@ def one_line(error: BaseException) -> str:
         return f"{match[1]}={match[2]} is not an option; {match[1]} has: {', '.join(match[3].split())}"
     if type(error).__module__.startswith(("hydra", "omegaconf")):
         return text
-    return told(error)
+    return one_line(error)
 
 
 def _known_keys(key: str) -> str:

@@ -26,7 +26,7 @@ from kdsweep.sweep.engines.engine import SUBMITTED, Engine, Unit
 
 # This module is imported whenever Hydra starts (see plugins/): what is heavier comes when it is needed.
 if TYPE_CHECKING:
-    from kdsweep.sweep.plan import Job, Look
+    from kdsweep.sweep.plan import Job, Preview
 
 log = logging.getLogger(__name__)
 
@@ -112,49 +112,49 @@ class LockstepLauncher(Launcher):
         """By fingerprint the results of all cells, read or computed."""
         from kdsweep.sweep import plan
 
-        look, groups = self._look(waiting, times=False) if waiting else (None, [])
-        log.info("%s", plan.describe(jobs, groups=groups, look=look))
+        preview, groups = self._look(waiting, times=False) if waiting else (None, [])
+        log.info("%s", plan.describe(jobs, groups=groups, preview=preview))
         plan.tell_changes(jobs)
         results: dict[str, float | Exception] = {}
         for job in plan.unique(jobs):
             if job.finished is not None:
                 plan.tell_finished(job)
                 results[job.cell.fingerprint] = float(job.finished["test/dice"])
-        return results | (self._train(groups, look) if look is not None else {})
+        return results | (self._train(groups, preview) if preview is not None else {})
 
-    def _look(self, waiting: list[Job], *, times: bool) -> tuple[Look, list[list[Job]]]:
+    def _look(self, waiting: list[Job], *, times: bool) -> tuple[Preview, list[list[Job]]]:
         from kdsweep.sweep import plan
 
-        look = self.engine.look([job.config for job in plan.kinds(waiting)], times=times)
+        preview = self.engine.preview([job.config for job in plan.kinds(waiting)], times=times)
         apart = self.engine.queued(waiting)
-        return look, plan.form_groups(waiting, devices=look.devices, largest=self.engine.largest, apart=apart)
+        return preview, plan.form_groups(waiting, devices=preview.devices, largest=self.engine.largest, apart=apart)
 
     def _show_plan(self, jobs: list[Job], waiting: list[Job]) -> None:
         """Print what ``plan.overview`` tells; nothing is written and nothing is trained but one timed step."""
         from kdsweep.sweep import plan
 
-        look, groups = self._look(waiting, times=True) if waiting else (None, [])
-        sys.stdout.write(plan.overview(jobs, groups=groups, look=look) + "\n")
+        preview, groups = self._look(waiting, times=True) if waiting else (None, [])
+        sys.stdout.write(plan.overview(jobs, groups=groups, preview=preview) + "\n")
 
-    def _train(self, groups: list[list[Job]], look: Look) -> dict[str, float | Exception]:
+    def _train(self, groups: list[list[Job]], preview: Preview) -> dict[str, float | Exception]:
         from kdsweep.sweep import plan
 
         first: list[Unit] = []
-        if self.engine.at_once(look) > 1:  # else the Teachers that several groups need would be waited for by each
-            first = _teacher_units([job for group in groups for job in group], look)
-            groups = sorted(groups, key=lambda group: -plan.group_s(group, look))  # the last ones to end are short
+        if self.engine.at_once(preview) > 1:  # else the Teachers that several groups need would be waited for by each
+            first = _teacher_units([job for group in groups for job in group], preview)
+            groups = sorted(groups, key=lambda group: -plan.group_s(group, preview))  # the last ones to end are short
         report = Report(groups)
-        results = self._train_groups(groups, look, report, first=first)
+        results = self._train_groups(groups, preview, report, first=first)
         failed = [job for group in groups for job in group if job.cell.fingerprint in report.failed]
         if again := [[job] for job in failed if job.values["retry_failed"]]:
             log.info("trying the cells that failed a second time, each alone: %d", len(again))
-            results |= self._train_groups(again, look, report, first=[])
+            results |= self._train_groups(again, preview, report, first=[])
         if report.done:
             report.end()
         return results
 
     def _train_groups(
-        self, groups: list[list[Job]], look: Look, report: Report, *, first: list[Unit]
+        self, groups: list[list[Job]], preview: Preview, report: Report, *, first: list[Unit]
     ) -> dict[str, float | Exception]:
         from kdsweep.sweep import plan
         from kdsweep.sweep.engines import worker
@@ -164,7 +164,7 @@ class LockstepLauncher(Launcher):
             Unit(
                 partial(run, variants={job.cell.fingerprint: job.cell.variant for job in group}),
                 partial(_configs, group),
-                look.devices[str(group[0].values["device"])],
+                preview.devices[str(group[0].values["device"])],
                 cells=[job.cell for job in group],
                 waits=partial(plan.is_computed_elsewhere, group),
             ): group
@@ -207,13 +207,13 @@ def _configs(group: list[Job]) -> list[DictConfig]:
     return [job.config for job in group]
 
 
-def _teacher_units(jobs: list[Job], look: Look) -> list[Unit]:
+def _teacher_units(jobs: list[Job], preview: Preview) -> list[Unit]:
     """One for each Teacher that these jobs lack."""
     from kdsweep.sweep import plan
     from kdsweep.sweep.engines import worker
 
     return [
-        Unit(worker.train_teachers, partial(_configs, [job]), look.devices[str(job.values["device"])], cells=[cell])
+        Unit(worker.train_teachers, partial(_configs, [job]), preview.devices[str(job.values["device"])], cells=[cell])
         for cell, job in plan.missing_teachers(jobs)
     ]
 

@@ -65,8 +65,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a look at the real networks tells before anything is trained.
+class Preview:
+    """What a check of the real networks finds before anything is trained.
 
     Attributes:
         devices: names of those where groups can run at the same time, by the value of ``device``.
@@ -84,7 +84,7 @@ class Look:
     timed_on: str = ""
     student_s: float = 1.0
     teacher_s: float = 4.0
-    lesson_s: float = 1.0
+    forward_s: float = 1.0
     images: int = 1
     load: float = 0.0
     threads: int = 0
@@ -187,7 +187,7 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
             if swept:
                 varied[sweep] = swept + grid.varied_keys([identity.params(job.values) for job in members])
             requests.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
-        sync.Mirror(
+        sync.Sync(
             store=Path(store),
             uri=uri,
             experiment=experiment,
@@ -310,39 +310,41 @@ def missing_teachers(jobs: Sequence[Job]) -> list[tuple[Cell, Job]]:
     return [(cell, job) for cell, job in needed.values() if records.read_finished(cell.folder) is None]
 
 
-def estimate_s(groups: Sequence[Sequence[Job]], look: Look) -> float:
+def estimate_s(groups: Sequence[Sequence[Job]], preview: Preview) -> float:
     """Seconds that the groups take on one device if no early stop ends a cell sooner."""
     members = [job for group in groups for job in group]
-    return teachers_s(members, look) + sum(group_s(group, look) for group in groups)
+    return teachers_s(members, preview) + sum(group_s(group, preview) for group in groups)
 
 
-def teachers_s(jobs: Sequence[Job], look: Look) -> float:
+def teachers_s(jobs: Sequence[Job], preview: Preview) -> float:
     """Seconds that the training of the Teachers takes that these jobs lack."""
     missing = missing_teachers(jobs)
     epochs = sum(max(0, job.values["train"]["epochs"] - records.epochs(cell.folder)) for cell, job in missing)
-    return float(epochs * look.images * look.teacher_s)
+    return float(epochs * preview.images * preview.teacher_s)
 
 
-def group_s(group: Sequence[Job], look: Look) -> float:
+def group_s(group: Sequence[Job], preview: Preview) -> float:
     """Seconds that a group takes once its Teachers are there."""
     epochs = [job.epochs_left for job in group]
-    lessons = {lesson_of(job) for job in group if job.cell.role == "cell"}
-    return look.images * float(sum(epochs) * look.student_s + max(epochs) * len(lessons) * look.lesson_s)
+    teacher_outputs = {forward_of(job) for job in group if job.cell.role == "distilled"}
+    return preview.images * float(
+        sum(epochs) * preview.student_s + max(epochs) * len(teacher_outputs) * preview.forward_s
+    )
 
 
-def lesson_of(job: Job) -> tuple[str, str, str]:
+def forward_of(job: Job) -> tuple[str, str, str]:
     """Which Teacher forward a cell learns from: jobs with equal ones share it."""
     view, precision = job.values["teacher_aug"]["distill_view"], job.values["kd"]["teacher_precision"]
     return job.cell.evidence["teacher"], view, precision
 
 
-def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look | None) -> str:
+def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: Preview | None) -> str:
     """One line on what will run: cells, groups, Teachers, data, device, the longest that it can take.
 
     Args:
         jobs: of the whole sweep.
         groups: what waits, as it is trained together.
-        look: None if nothing waits.
+        preview: None if nothing waits.
     """
     own, count = unique(jobs), sum(len(group) for group in groups)
     first = own[0].values
@@ -352,44 +354,44 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look
     line = f"{plural(len(own), 'cell')}{repeats}: {count} to run{resumed}, {len(own) - count} finished"
     if groups:
         members = [job for group in groups for job in group]
-        shared = {lesson_of(job)[0] for job in members if job.cell.role == "cell"}
+        shared = {forward_of(job)[0] for job in members if job.cell.role == "distilled"}
         line += f"; {plural(len(groups), 'lockstep group')}, {plural(len(shared), 'shared Teacher')}"
         line += f", {plural(len(missing_teachers(members)), 'Teacher')} to train"
     images = len(identity.listing(first).entries)
     line += f"; data={first['data']['name']} with {images} images at {first['image_size']} pixels"
-    if look is not None:
-        names = list(dict.fromkeys(name for device in look.devices.values() for name in device))
+    if preview is not None:
+        names = list(dict.fromkeys(name for device in preview.devices.values() for name in device))
         line += f"; device {', '.join(names)}"
-        if look.threads and names == [look.timed_on]:
-            line += f" with {plural(look.threads, 'thread')}"
-    if look is not None and look.timed_on:
-        longest = duration(estimate_s(groups, look) / len(names))
+        if preview.threads and names == [preview.timed_on]:
+            line += f" with {plural(preview.threads, 'thread')}"
+    if preview is not None and preview.timed_on:
+        longest = duration(estimate_s(groups, preview) / len(names))
         line += f"; at most about {longest} if no early stop ends a cell sooner"
-        if look.load:
-            line += f" (timed while other programs were at work, load {look.load:.1f}: without them it is less)"
+        if preview.load:
+            line += f" (timed while other programs were at work, load {preview.load:.1f}: without them it is less)"
     return f"{line}; profile={first['profile']}; sweep {first['sweep_name']}"
 
 
-def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], look: Look | None) -> str:
+def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: Preview | None) -> str:
     """What a sweep would compute and for how long at most, a line per group, for who wants to know before it runs.
 
     The arguments are those of ``describe``.
     """
-    lines = [describe(jobs, groups=groups, look=look)]
-    if look is None:
+    lines = [describe(jobs, groups=groups, preview=preview)]
+    if preview is None:
         return lines[0]
     members = [job for group in groups for job in group]
     for number, group in enumerate(groups, start=1):
         first = group[0].values
         names = Counter(job.cell.notation for job in group)
         listed = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names.items())
-        places = " or ".join(look.devices[str(first["device"])])
+        places = " or ".join(preview.devices[str(first["device"])])
         where = f"split {first['split']} seed {first['seed']} on {places}"
-        size, time = plural(len(group), "cell"), duration(group_s(group, look))
+        size, time = plural(len(group), "cell"), duration(group_s(group, preview))
         lines.append(f"group {number}: {size}, {where}, {time}: {listed}")
     teachers = [cell.title for cell, _ in missing_teachers(members)]
     if teachers:
-        lines.append(f"Teachers first, {duration(teachers_s(members, look))}: {', '.join(teachers)}")
-    hours = estimate_s(groups, look) / 3600
-    lines.append(f"at most {hours:.2g} device hours from one timed step on {look.timed_on}; nothing was started")
+        lines.append(f"Teachers first, {duration(teachers_s(members, preview))}: {', '.join(teachers)}")
+    hours = estimate_s(groups, preview) / 3600
+    lines.append(f"at most {hours:.2g} device hours from one timed step on {preview.timed_on}; nothing was started")
     return "\n".join(lines)

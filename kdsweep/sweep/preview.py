@@ -1,4 +1,4 @@
-"""What a look at the real networks tells before anything is trained: errors, devices, seconds of a step."""
+"""Check the real networks before anything is trained: errors, devices, seconds of a step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kdsweep.config import identity
 from kdsweep.core.device import Compute, find_device, give_back_memory
 from kdsweep.evaluation import latency
 from kdsweep.runs import records
-from kdsweep.sweep.plan import Look
+from kdsweep.sweep.plan import Preview
 from kdsweep.training import factory
 
 
@@ -21,7 +21,7 @@ def check(configs: list[DictConfig]) -> None:
         factory.feed(cfg, seed=cfg.seed)
 
 
-def look(configs: list[DictConfig], devices: list[str]) -> Look:
+def preview_cells(configs: list[DictConfig], devices: list[str]) -> Preview:
     """Check cells that wait to be trained on this machine, and time one step of the first one's networks.
 
     Args:
@@ -31,12 +31,12 @@ def look(configs: list[DictConfig], devices: list[str]) -> Look:
     Raises:
         InputError: one of them could not be trained.
     """
-    found = places(configs, devices)
+    found = device_names(configs, devices)
     check(configs)
     return _timed(configs, devices=found, device=str(configs[0].device))
 
 
-def places(configs: list[DictConfig], devices: list[str]) -> dict[str, list[str]]:
+def device_names(configs: list[DictConfig], devices: list[str]) -> dict[str, list[str]]:
     """Names of the devices that groups can be spread over, by the value of ``device``.
 
     Raises:
@@ -47,7 +47,7 @@ def places(configs: list[DictConfig], devices: list[str]) -> dict[str, list[str]
     return {str(cfg.device): devices or factory.devices(cfg) for cfg in configs}
 
 
-def look_from_afar(configs: list[DictConfig], place: str, *, times: bool) -> Look:
+def preview_remote(configs: list[DictConfig], place: str, *, times: bool) -> Preview:
     """Check cells that wait to be trained on other machines, whose devices are not seen from here.
 
     Args:
@@ -62,10 +62,10 @@ def look_from_afar(configs: list[DictConfig], place: str, *, times: bool) -> Loo
     for cfg in configs:
         cfg.device = "auto"  # this machine need not have it
     check(configs)
-    return _timed(configs, devices=found, device="auto") if times else Look(found)
+    return _timed(configs, devices=found, device="auto") if times else Preview(found)
 
 
-def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: str) -> Look:
+def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: str) -> Preview:
     first = configs[0]
     on = find_device(device)
     compute = Compute(device=on, precision=first.precision, deterministic=first.deterministic)
@@ -80,12 +80,12 @@ def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: 
         teacher = latency.time_step_s(network, **timed, forward_only=trained)
         del network
     give_back_memory()
-    return Look(
+    return Preview(
         devices=devices,
         timed_on=str(on),
         student_s=student.train,
         teacher_s=teacher.train,
-        lesson_s=teacher.forward,
+        forward_s=teacher.forward,
         images=len(identity.split_ids(first)["train"]),
         load=load,
         threads=torch.get_num_threads() if on.type == "cpu" else 0,

@@ -118,7 +118,7 @@ def report(
 
     Args:
         sweep: its name.
-        found: records of all that it asked for, by their places (``Cell.place``).
+        found: records of all that it asked for, by their places (``Cell.key``).
         variants: of the places that have one.
         tasks: by folder the jobs of cells that were submitted to SLURM and have not ended there.
         now_ms: milliseconds since 1970.

@@ -41,7 +41,7 @@ def artifacts_uri(store: Path) -> str:
 
 
 @contextmanager
-def alone(store: Path) -> Iterator[None]:
+def exclusive(store: Path) -> Iterator[None]:
     """Keep the other processes that write about this store to MLflow out; one that died keeps nobody out."""
     lock = FileLock(store / ".mlflow.lock")
     try:

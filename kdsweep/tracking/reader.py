@@ -19,17 +19,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from kdsweep.core.errors import InputError
-from kdsweep.tracking.database import (
-    DATABASE,
-    TrackingError,
-    alone,
-    line,
-    passes,
-    store_uri,
-)
+from kdsweep.tracking.database import DATABASE, TrackingError, exclusive, line, passes, store_uri
 from kdsweep.tracking.writer import ASKED, COMMANDS, VARIED, Tracker
 
 T = TypeVar("T")
+ROLES = {"cell": "distilled", "student": "baseline"}  # as stores before results version 1 call them
 
 
 VALUES = {"test/trivial_dice": "trivial_dice", "epochs": "epochs", "best_epoch": "best_epoch"}  # in a sweep's runs
@@ -73,7 +67,7 @@ def _artifact(client: MlflowClient, store: Path, run_id: str, name: str) -> byte
 def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
     if run is None:
         notation, split, seed, _ = place.split("/")
-        role = "student" if notation == "Student" else "cell"
+        role = "baseline" if notation == "Student" else "distilled"
         where = {"split": int(split.removeprefix("split")), "seed": int(seed.removeprefix("seed"))}
         unknown = dict.fromkeys(("profile", "data", "weights", "results_version", "device", "teacher", "run_id"), "")
         own = {"fingerprint": fingerprint, "role": role, "notation": notation}
@@ -82,7 +76,7 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
     tags = run.data.tags
     return {
         "fingerprint": fingerprint,
-        "role": tags["kdsweep.role"],
+        "role": ROLES.get(tags["kdsweep.role"], tags["kdsweep.role"]),
         "notation": tags["kdsweep.notation"],
         "split": int(tags["kdsweep.split"]),
         "seed": int(tags["kdsweep.seed"]),
@@ -129,7 +123,7 @@ def attach(sweep: Sweep, files: Sequence[Path], *, folder: str, store: Path, uri
     That MLflow takes no files now (a store that can only be read, a server that is down) costs nobody the files.
     """
     try:
-        with alone(store):
+        with exclusive(store):
             client = MlflowClient(tracking_uri=store_uri(store, uri))
             for file in files:
                 client.log_artifact(sweep.run_id, str(file), folder)

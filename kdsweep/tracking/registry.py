@@ -15,12 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from kdsweep.core.errors import InputError
-from kdsweep.tracking.database import (
-    DATABASE,
-    alone,
-    line,
-    store_uri,
-)
+from kdsweep.tracking.database import DATABASE, exclusive, line, store_uri
 from kdsweep.tracking.writer import Tracker
 
 
@@ -55,7 +50,7 @@ def register_onnx(
         raise InputError(f"--register {name}: {store} has no {DATABASE}; name the run's MLflow with --tracking-uri")
     try:
         run = _finished_run(metadata["kdsweep.fingerprint"], name=name, store=store, uri=uri)
-        with alone(store), _current(place) as client, warnings.catch_warnings():
+        with exclusive(store), _current(place) as client, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of MLflow about its own parts
             model = client.create_logged_model(run.info.experiment_id, "onnx", run.info.run_id, tags=metadata)
             try:

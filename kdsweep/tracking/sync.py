@@ -26,10 +26,10 @@ SERVER_WAIT_S = 4.0  # at the start and at the end: together less than 10 s
 STOP_WAIT_S = 3.0  # after Ctrl-C or SIGTERM
 DATABASE_WAIT_S = 60.0  # at the end: a file that another process locks is free again soon
 
-_opened: list[Mirror] = []
+_opened: list[Sync] = []
 
 
-class Mirror:
+class Sync:
     """A thread that looks at the folders of cells every two seconds and logs what is new in one MLflow store.
 
     Args:
@@ -151,13 +151,13 @@ class Mirror:
 
     def _pass(self) -> None:
         self._open()
-        with database.alone(self.store):
+        with database.exclusive(self.store):
             while self._unasked:
                 self._tell(self._ask, self._unasked[0])
                 del self._unasked[0]
             for folder in self._sweeps:
                 if self._logged.get(folder) != (now := records.version(folder)):
-                    self._tell(self._mirror, folder)
+                    self._tell(self._sync_folder, folder)
                     self._logged[folder] = now
 
     def _tell(self, call: Callable[[Any], None], about: Any) -> None:
@@ -173,18 +173,18 @@ class Mirror:
         if self._tracker is not None:
             self._tracker.ask(sweep, self.asked[sweep], varied=self._varied.get(sweep, []), command=self._command)
 
-    def _mirror(self, folder: Path) -> None:
+    def _sync_folder(self, folder: Path) -> None:
         record = records.read(folder)
         if self._tracker is not None and record.tags:  # else it was never begun, or failed before
-            self._run_ids[folder] = self._tracker.mirror(record, sweep=self._sweeps[folder])
+            self._run_ids[folder] = self._tracker.sync(record, sweep=self._sweeps[folder])
 
 
 def close_all() -> None:
-    """Close every mirror that is open; see ``Mirror.close``."""
+    """Close every Sync that is open; see ``Sync.close``."""
     while _opened:
         _opened.pop().close()
 
 
 def run_id(folder: Path) -> str:
     """Id of the run of a cell in the stores that are open, or ``""``."""
-    return next((found for mirror in _opened if (found := mirror.run_id(folder))), "")
+    return next((found for opened in _opened if (found := opened.run_id(folder))), "")

@@ -26,8 +26,8 @@ from kdsweep.runs.records import Record, now_ms
 from kdsweep.tracking.database import (
     DATABASE,
     TrackingError,
-    alone,
     artifacts_uri,
+    exclusive,
     follow_move,
     line,
     passes,
@@ -78,7 +78,7 @@ class Tracker:
         self._looked = False
         store.mkdir(parents=True, exist_ok=True)
         try:
-            with alone(store):  # a fresh database that many open at once breaks
+            with exclusive(store):  # a fresh database that many open at once breaks
                 if uri is None and not (store / DATABASE).exists():
                     _make_database(store, experiment)
                 if uri is None and os.access(store, os.W_OK):
@@ -114,7 +114,7 @@ class Tracker:
         keys = dict.fromkeys([*before.get(VARIED, "").split(), *varied])
         asked = {}
         for cell in cells:
-            key = ASKED + cell.place
+            key = ASKED + cell.key
             asked[key] = f"{cell.fingerprint} {json.dumps(cell.variant)}" if cell.variant else cell.fingerprint
             if before.get(key, "").startswith(f"{asked[key]} "):  # asked for alone this time, among others before
                 asked[key] = before[key]
@@ -129,7 +129,7 @@ class Tracker:
         for part in _parts([RunTag(key, value) for key, value in (about | asked).items()]):
             self.client.log_batch(parent, tags=part)
 
-    def mirror(self, record: Record, *, sweep: str) -> str:
+    def sync(self, record: Record, *, sweep: str) -> str:
         """Make the run of a cell hold what its folder tells, each value once; the run's id.
 
         A run that is there goes on if all it holds is in the folder too. If not (a checkpoint was lost and the cell is

@@ -23,7 +23,7 @@ from kdsweep.core.errors import InputError, exit_code
 from kdsweep.data.loaders import Feed, TrainLoader, eval_part
 from kdsweep.data.splits import check_training_masks, random_split
 from kdsweep.data.views import Strengths, Views
-from kdsweep.distill.distillation import Distillation, Lesson
+from kdsweep.distill.distillation import Distillation, TeacherForward
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
 from kdsweep.models.weights import HUB
@@ -127,14 +127,14 @@ def distillation(cfg: DictConfig, *, teacher: str) -> Distillation | None:
     """How the configuration's Student is taught, by the Teacher of a fingerprint; None for path=none."""
     if cfg.path.kd_path is None:
         return None
-    with torch.random.fork_rng(devices=[]):  # after the Student, from the same seed: paths share its initialisation
+    with torch.random.fork_rng(devices=[]):  # after the Student, from the same seed: paths share its initialization
         torch.manual_seed(cfg.seed)
         kd_path = hydra.utils.instantiate(cfg.path.kd_path)
     return Distillation(
         kd_path=kd_path,
         loss=hydra.utils.instantiate(cfg.loss[cfg.path.representation]),
         weight=cfg.kd.weight,
-        lesson=Lesson(teacher, view=cfg.teacher_aug.distill_view, precision=cfg.kd.teacher_precision),
+        forward=TeacherForward(teacher, view=cfg.teacher_aug.distill_view, precision=cfg.kd.teacher_precision),
         align=cfg.kd.align == "warp",
     )
 

@@ -15,7 +15,7 @@ from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core import logs
 from kdsweep.core.device import give_back_memory
-from kdsweep.core.errors import CellError, told
+from kdsweep.core.errors import CellError, one_line
 from kdsweep.models.unet import UNet
 from kdsweep.runs import records
 from kdsweep.training import factory, loop, teachers
@@ -73,31 +73,31 @@ def run_group(configs: list[DictConfig], *, variants: Mapping[str, dict[str, str
 def _train(configs: list[DictConfig], own: list[Cell]) -> list[Result]:
     compute = factory.compute(configs[0])
     compute.prepare()
-    staff = obtain_teachers(configs, compute)
+    frozen = obtain_teachers(configs, compute)
     outcomes = loop.run_divided(
-        [partial(_make, cfg, cell, staff) for cfg, cell in zip(configs, own, strict=True)],
-        teachers={name: network for name, network in staff.items() if not isinstance(network, Exception)},
+        [partial(_make, cfg, cell, frozen) for cfg, cell in zip(configs, own, strict=True)],
+        teachers={name: network for name, network in frozen.items() if not isinstance(network, Exception)},
         feed=factory.feed(configs[0], seed=configs[0].seed),
         compute=compute,
     )
     return [values if isinstance(values, Exception) else values["test/dice"] for values in outcomes]
 
 
-def _make(cfg: DictConfig, cell: Cell, staff: dict[str, UNet | Exception]) -> Learner | Exception:
+def _make(cfg: DictConfig, cell: Cell, frozen: dict[str, UNet | Exception]) -> Learner | Exception:
     """The learner of a cell, or why there can be none."""
     with logs.about(cell.folder):
         try:
             describe(cfg, cell)
-            lacking = staff.get(cell.evidence.get("teacher", ""))
+            lacking = frozen.get(cell.evidence.get("teacher", ""))
             if isinstance(lacking, Exception):
-                raise TeacherError(f"{cell.title}: its Teacher could not be trained: {told(lacking)}") from lacking
+                raise TeacherError(f"{cell.title}: its Teacher could not be trained: {one_line(lacking)}") from lacking
             return factory.learner(cfg, cell)
         except Exception as error:
             return _failed(cell, error)
 
 
 def _failed(cell: Cell, error: Exception) -> Exception:
-    line = told(error)
+    line = one_line(error)
     log.error("%s%s", "" if line.startswith(cell.title) else f"{cell.title}: ", line, exc_info=error)
     records.write_failed(cell.folder, line)
     return error

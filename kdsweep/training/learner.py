@@ -32,7 +32,7 @@ class DivergedError(CellError):
     """A loss term is no longer a finite number."""
 
 
-class Means:
+class EpochMeter:
     """Means over the images of an epoch, step by step, on the device: reading one would make the device wait."""
 
     def __init__(self) -> None:
@@ -81,11 +81,11 @@ class Means:
 
 @dataclass
 class Learner:
-    """One network in training, with its own optimiser, early stopping, best checkpoint and run.
+    """One network in training, with its own optimizer, early stopping, best checkpoint and run.
 
     Attributes:
         title: how messages call it.
-        role: ``cell``, ``student`` or ``teacher``.
+        role: ``distilled``, ``baseline`` or ``teacher``.
         network: trained in place.
         view: what it sees in training, ``weak`` or ``strong``.
         distillation: None for a network that learns from the masks alone.
@@ -120,7 +120,7 @@ class Learner:
     best_epoch: int = -1
     best: dict[str, Any] | None = None
     epoch: int = -1
-    means: Means = field(default_factory=Means)
+    means: EpochMeter = field(default_factory=EpochMeter)
     history: list[dict[str, float]] = field(default_factory=list)
     times_ms: list[int] = field(default_factory=list)
     failure: Exception | None = None
@@ -128,7 +128,7 @@ class Learner:
     doing: str = ""
 
     def __post_init__(self) -> None:
-        self.optimiser = torch.optim.Adam(self.parameters(), lr=self.lr)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
 
     def modules(self) -> dict[str, nn.Module]:
         """The network and, if it is taught, its KD path."""
@@ -187,7 +187,7 @@ class Learner:
         weight = self.distillation.weight
         return {"loss": weight * kd + (1 - weight) * supervised, "kd": kd, "supervised": supervised}
 
-    def check_finite(self, means: Means, part: str) -> None:
+    def check_finite(self, means: EpochMeter, part: str) -> None:
         """Raise DivergedError if a value is not a finite number.
 
         Args:
@@ -203,7 +203,7 @@ class Learner:
         """Record an epoch's values, keep the weights if they are the best so far."""
         with self.changing():
             self.epoch += 1
-            self.means = Means()
+            self.means = EpochMeter()
             if "train/kd" in values:  # with fixed weights the ratio of the two terms decides the experiment
                 ratio = values["train/kd"] / max(values["train/supervised"], 1e-12)
                 values = {**values, "train/kd_to_supervised": ratio}
@@ -229,7 +229,7 @@ class Learner:
         self.check_finite(self.means, "train")  # else what has diverged could never be trained again
         training = {
             "modules": {name: module.state_dict() for name, module in self.modules().items()},
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "means": self.means.state(),
         }
         self._write({**self._outcome(), "training": training})
@@ -278,7 +278,7 @@ class Learner:
         if (training := state["training"]) is not None:
             for name, module in self.modules().items():
                 module.load_state_dict(training["modules"][name])
-            self.optimiser.load_state_dict(training["optimiser"])
+            self.optimizer.load_state_dict(training["optimizer"])
             self.means.load(training["means"])
 
 

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from kdsweep.core import logs, signals
 from kdsweep.core.device import Compute, give_back_memory, is_out_of_memory, placed
-from kdsweep.core.errors import CellError, told
+from kdsweep.core.errors import CellError, one_line
 from kdsweep.core.progress import Progress
 from kdsweep.data.loaders import Feed
-from kdsweep.data.views import normalise
-from kdsweep.distill.distillation import Lesson
+from kdsweep.data.views import normalize
+from kdsweep.distill.distillation import TeacherForward
 from kdsweep.evaluation import metrics, scoring
 from kdsweep.models.unet import Outputs, UNet
 from kdsweep.runs import records
-from kdsweep.training.learner import Learner, Means, finish
+from kdsweep.training.learner import EpochMeter, Learner, finish
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class StepError(CellError):
     """Something went wrong inside a training step; the message says in which epoch, step and term."""
 
 
-class Staff:
+class FrozenTeachers:
     """The frozen Teachers of a group, and the only place where a Teacher's forward is called.
 
     On two CPU cores 93 % of a Teacher's forward is convolution at the rate of a plain matrix product (224 x 224, batch
@@ -56,31 +56,31 @@ class Staff:
             if network.training or any(parameter.requires_grad for parameter in network.parameters()):
                 raise ValueError(f"Teacher {name} is not frozen in eval mode")
 
-    def teach(self, learners: list[Learner], images: Mapping[str, Tensor]) -> dict[Lesson, Outputs]:
-        """What these learners need: each lesson once, encoder only where that is enough.
+    def teach(self, learners: list[Learner], images: Mapping[str, Tensor]) -> dict[TeacherForward, Outputs]:
+        """What these learners need: each forward once, encoder only where that is enough.
 
         Args:
             learners: those still in training.
-            images: normalised images (N, 3, H, W) by view.
+            images: normalized images (N, 3, H, W) by view.
         """
-        needed: dict[Lesson, bool] = {}
+        needed: dict[TeacherForward, bool] = {}
         for learner in learners:
             if (taught := learner.distillation) is not None:
-                needed[taught.lesson] = needed.get(taught.lesson, False) or bool(taught.kd_path.needs_logits)
+                needed[taught.forward] = needed.get(taught.forward, False) or bool(taught.kd_path.needs_logits)
         with torch.inference_mode():
-            return {lesson: self._forward(lesson, images, logits=logits) for lesson, logits in needed.items()}
+            return {forward: self._forward(forward, images, logits=logits) for forward, logits in needed.items()}
 
-    def _forward(self, lesson: Lesson, images: Mapping[str, Tensor], *, logits: bool) -> Outputs:
-        teacher = self.teachers[lesson.teacher]
-        with self.compute.autocast(lesson.precision):
+    def _forward(self, forward: TeacherForward, images: Mapping[str, Tensor], *, logits: bool) -> Outputs:
+        teacher = self.teachers[forward.teacher]
+        with self.compute.autocast(forward.precision):
             if logits:
-                outputs: Outputs = teacher(images[lesson.view])
+                outputs: Outputs = teacher(images[forward.view])
                 return outputs
-            hidden = teacher.hidden(images[lesson.view])
+            hidden = teacher.hidden(images[forward.view])
             return Outputs(logits=hidden.new_empty(0), hidden=hidden)
 
 
-class Pace:
+class CheckpointSchedule:
     """When checkpoints are written: so often that they take at most a share of the time.
 
     Args:
@@ -125,13 +125,13 @@ def fit(
 
     Args:
         learners: trained in place; each is what it would have become alone.
-        teachers: frozen networks by the names that the learners' lessons use.
+        teachers: frozen networks by the names that the learners' forwards use.
         feed: training and validation images.
         compute: device and precision.
         stopped: called with each learner that has had its last epoch.
     """
-    staff, pace = Staff(teachers, compute), Pace()
-    taught = [staff.teach(learners, views) for views, _ in scoring.eval_batches(feed.validation, compute)]
+    frozen, schedule = FrozenTeachers(teachers, compute), CheckpointSchedule()
+    taught = [frozen.teach(learners, views) for views, _ in scoring.eval_batches(feed.validation, compute)]
     first = min(learner.epoch for learner in learners) + 1
     most = max(learner.epochs for learner in learners)
     label = _label(learners)
@@ -140,17 +140,17 @@ def fit(
             due = [learner for learner in learners if learner.is_due(epoch)]
             if not due and all(learner.stopped for learner in learners):
                 break
-            train_epoch(due, epoch, staff=staff, feed=feed, compute=compute, pace=pace)
+            train_epoch(due, epoch, frozen=frozen, feed=feed, compute=compute, schedule=schedule)
             _validate(due, taught, feed=feed, compute=compute)
             for learner in (own for own in due if own.failure is None and own.stopped):
                 stopped(learner)
             progress.update([learner.history[-1]["val/dice"] for learner in due if learner.history])
-    share = pace.spent_s / (time.monotonic() - pace.started_s)
-    log.info("%s: checkpoints took %.1f s, %.1f %% of the time", label, pace.spent_s, 100 * share)
+    share = schedule.spent_s / (time.monotonic() - schedule.started_s)
+    log.info("%s: checkpoints took %.1f s, %.1f %% of the time", label, schedule.spent_s, 100 * share)
 
 
 @contextmanager
-def alone(learner: Learner) -> Iterator[None]:
+def isolated(learner: Learner) -> Iterator[None]:
     """Work on one learner: what goes wrong inside ends this one with its traceback in its own log, not its group.
 
     Only a lack of memory is passed on: fewer learners at a time may do.
@@ -167,14 +167,20 @@ def alone(learner: Learner) -> Iterator[None]:
 def fail(learner: Learner, error: Exception) -> None:
     """End a learner before its time, and write down why."""
     learner.failure = error
-    line = told(error)
+    line = one_line(error)
     lead = "" if line.startswith(learner.title) else f"{learner.title}: "
     log.error("%s%s; traceback in %s", lead, line, learner.folder, exc_info=error)
     records.write_failed(learner.folder, line)
 
 
 def train_epoch(
-    learners: list[Learner], epoch: int, *, staff: Staff, feed: Feed, compute: Compute, pace: Pace | None = None
+    learners: list[Learner],
+    epoch: int,
+    *,
+    frozen: FrozenTeachers,
+    feed: Feed,
+    compute: Compute,
+    schedule: CheckpointSchedule | None = None,
 ) -> None:
     """One pass over the training images for all learners; with a pace, checkpoints are written in between.
 
@@ -192,19 +198,19 @@ def train_epoch(
             return
         active = [learner for learner in learners if learner.failure is None and learner.steps == number]
         on_device = {name: values.to(compute.device, non_blocking=True) for name, values in batch.items()}
-        images = {view: normalise(on_device[view]) for view in _views(active)}
+        images = {view: normalize(on_device[view]) for view in _views(active)}
         with _shared(f"epoch {epoch + 1}, step {number + 1}, Teacher's forward"):
-            lessons = staff.teach(active, images)
+            teacher_outputs = frozen.teach(active, images)
         for learner in active:
             signals.check()
-            with alone(learner):
+            with isolated(learner):
                 # What a loss or network draws is its own too: neither the others nor an interruption change it.
                 torch.manual_seed(feed.train.step_seed(epoch, number))
-                _step(learner, on_device, images, lessons, compute)
+                _step(learner, on_device, images, teacher_outputs, compute)
         number += 1
-        if pace is not None and (turn := pace.next([own for own in active if own.failure is None])) is not None:
-            with alone(turn):
-                pace.save(turn)
+        if schedule is not None and (turn := schedule.next([own for own in active if own.failure is None])) is not None:
+            with isolated(turn):
+                schedule.save(turn)
         signals.check()
 
 
@@ -216,22 +222,24 @@ def _shared(where: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        line = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else told(error)
+        line = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else one_line(error)
         raise StepError(f"{where}: {line}") from error
 
 
 def _views(learners: list[Learner]) -> set[str]:
     """The views that somebody still needs."""
     return {learner.view for learner in learners} | {
-        learner.distillation.lesson.view for learner in learners if learner.distillation
+        learner.distillation.forward.view for learner in learners if learner.distillation
     }
 
 
-def _step(learner: Learner, batch: Batch, images: Batch, lessons: dict[Lesson, Outputs], compute: Compute) -> None:
+def _step(
+    learner: Learner, batch: Batch, images: Batch, teacher_outputs: dict[TeacherForward, Outputs], compute: Compute
+) -> None:
     taught, theta = None, None
     if (kd := learner.distillation) is not None:
-        taught = lessons[kd.lesson]
-        theta = batch["theta"] if kd.lesson.view != learner.view else None
+        taught = teacher_outputs[kd.forward]
+        theta = batch["theta"] if kd.forward.view != learner.view else None
     with learner.changing(), _located(learner, f"step {learner.steps + 1}"):
         learner.doing = "forward"
         with compute.autocast():
@@ -239,8 +247,8 @@ def _step(learner: Learner, batch: Batch, images: Batch, lessons: dict[Lesson, O
             terms = learner.terms(outputs, batch[f"{learner.view}_mask"][:, None], taught, theta)
         learner.doing = "backward"
         terms["loss"].backward()
-        learner.optimiser.step()
-        learner.optimiser.zero_grad(set_to_none=True)  # now: a group holds the gradients of one learner at a time
+        learner.optimizer.step()
+        learner.optimizer.zero_grad(set_to_none=True)  # now: a group holds the gradients of one learner at a time
         learner.means.add(terms, len(batch["theta"]))
 
 
@@ -253,23 +261,27 @@ def _located(learner: Learner, where: str) -> Iterator[None]:
         if is_out_of_memory(error) or isinstance(error, CellError):
             raise
         place = f"epoch {learner.epoch + 2}, {where}, {learner.doing}"
-        raise StepError(f"{learner.title}: {place}: {told(error)}") from error
+        raise StepError(f"{learner.title}: {place}: {one_line(error)}") from error
 
 
-def _validate(learners: list[Learner], taught: list[dict[Lesson, Outputs]], *, feed: Feed, compute: Compute) -> None:
+def _validate(
+    learners: list[Learner], taught: list[dict[TeacherForward, Outputs]], *, feed: Feed, compute: Compute
+) -> None:
     """End the epoch with the means over the validation images, which Teacher and Student see whole, unaugmented."""
     for learner in (own for own in learners if own.failure is None):
         signals.check()
-        with alone(learner):
+        with isolated(learner):
             learner.check_finite(learner.means, "train")
-            means = Means()
+            means = EpochMeter()
             learner.evaluate()
             with torch.no_grad(), compute.autocast(), _located(learner, "validation"):
-                for (views, mask), lessons in zip(scoring.eval_batches(feed.validation, compute), taught, strict=True):
+                for (views, mask), teacher_outputs in zip(
+                    scoring.eval_batches(feed.validation, compute), taught, strict=True
+                ):
                     learner.doing = "forward"
                     outputs = learner.network(views["strong"])
                     kd = learner.distillation
-                    terms = learner.terms(outputs, mask, lessons[kd.lesson] if kd else None, None)
+                    terms = learner.terms(outputs, mask, teacher_outputs[kd.forward] if kd else None, None)
                     dice = metrics.mean_dice(logits=outputs.logits, mask=mask)
                     means.add({**terms, "dice": dice}, len(mask))
             learner.train()
@@ -288,7 +300,7 @@ def run(
     results: dict[Path, Values] = {}
 
     def conclude(learner: Learner) -> None:
-        with alone(learner):
+        with isolated(learner):
             results[learner.folder] = finish(learner, part=feed.test, compute=compute)
 
     try:
@@ -362,7 +374,7 @@ def _begin_all(learners: list[Learner], *, feed: Feed, compute: Compute) -> None
     resumed = 0
     for learner in learners:
         signals.check()
-        with alone(learner):
+        with isolated(learner):
             if _begin(learner, compute):
                 resumed += 1
                 line = f"goes on after epoch {learner.epoch + 1} and {learner.steps} steps"
@@ -395,7 +407,7 @@ def _save(learners: list[Learner]) -> None:
                     where = learner.epoch + 2, learner.steps
                     log.info("%s: saved in epoch %d after %d steps", learner.title, *where, extra=_extra(learners))
             except Exception as error:
-                log.warning("%s: its last checkpoint stays, this one failed: %s", learner.title, told(error))
+                log.warning("%s: its last checkpoint stays, this one failed: %s", learner.title, one_line(error))
     if len(learners) > 1:
         log.info("%s: %d saved", _label(learners), saved, extra=logs.SCREEN_ONLY)
 

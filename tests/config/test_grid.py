@@ -13,7 +13,7 @@ from kdsweep.config import grid
 from kdsweep.config.grid import Cell
 
 CELL = Cell(
-    role="cell",
+    role="distilled",
     notation="L_MSE",
     split=0,
     seed=0,
@@ -59,7 +59,7 @@ def test_run_name_title_and_folder_name_the_cell() -> None:
 # --- fingerprints
 
 INGREDIENTS: dict[str, Any] = {
-    "role": "student",
+    "role": "baseline",
     "notation": "L_KLD",
     "split": 1,
     "seed": 1,
@@ -85,17 +85,17 @@ def test_a_deep_setting_changes_the_fingerprint() -> None:
 
 def test_the_store_changes_the_folder_and_nothing_else() -> None:
     moved = replace(CELL, store=Path("/elsewhere"))
-    assert (moved.fingerprint, moved.place, moved) == (CELL.fingerprint, CELL.place, CELL)
+    assert (moved.fingerprint, moved.key, moved) == (CELL.fingerprint, CELL.key, CELL)
     assert moved.folder == Path("/elsewhere/cells") / CELL.folder.name
 
 
 def test_new_evidence_makes_a_new_fingerprint_for_the_same_place() -> None:
     later = replace(CELL, evidence={"data": "changed", "user_code": "bbbb"})
-    assert later.place == CELL.place
+    assert later.key == CELL.key
     assert later.fingerprint != CELL.fingerprint
     assert later.folder != CELL.folder
     for change in ({"split": 1}, {"seed": 1}, {"notation": "L_KLD"}, {"settings": {}}):
-        assert replace(CELL, **change).place != CELL.place
+        assert replace(CELL, **change).key != CELL.key
 
 
 def reordered(value: Any) -> Any:
@@ -163,8 +163,8 @@ def test_a_new_place_takes_that_of_the_same_cell_and_of_an_older_results_version
     assert grid.superseded(asked | new, new) == grid.superseded(asked, new)
 
 
-@pytest.mark.parametrize("role", ["cell", "student", "teacher"])
+@pytest.mark.parametrize("role", ["distilled", "baseline", "teacher"])
 def test_a_role_uses_its_own_keys(role: str) -> None:
     keys = {"train.lr": "1", "kd.weight": "1", "teacher.lr": "1", "student.encoder": "x", "image_size": "64"}
-    used = {"cell": set(keys), "student": {"train.lr", "student.encoder", "image_size"}}
+    used = {"distilled": set(keys), "baseline": {"train.lr", "student.encoder", "image_size"}}
     assert set(grid.used_by(role, keys, {})) == used.get(role, {"teacher.lr", "image_size"})

@@ -14,7 +14,7 @@ def hundred() -> list[Phantom]:
 
 
 def _behind_minus_beside(item: Phantom) -> float:
-    """Mean grey behind the lesion less that beside it at the same depth; NaN where there is no room to measure."""
+    """Mean gray behind the lesion less that beside it at the same depth; NaN where there is no room to measure."""
     rows, columns = (np.nonzero(item.mask.any(axis=axis))[0] for axis in (1, 0))
     top, left, right = rows[-1] + 6, columns[0], columns[-1]
     strip = item.image[top : top + 60].astype(float)

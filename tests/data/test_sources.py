@@ -18,7 +18,7 @@ from sklearn.model_selection import ShuffleSplit
 
 from kdsweep.core.errors import InputError
 from kdsweep.data import phantom, sources
-from kdsweep.data.images import Images, load_images, read_entry, read_grey_or_colour, read_mask, resize_mask
+from kdsweep.data.images import Images, load_images, read_entry, read_gray_or_color, read_mask, resize_mask
 from kdsweep.data.splits import Split, check_training_masks, random_split
 
 HEIGHT, WIDTH = 40, 50
@@ -28,7 +28,7 @@ OTHER_MASK = np.zeros((HEIGHT, WIDTH), bool)
 OTHER_MASK[25:30, 5:20] = True
 
 
-def grey(seed: int = 0) -> np.ndarray:
+def gray(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
 
 
@@ -42,14 +42,14 @@ def save(pixels: np.ndarray, file: Path, mode: str | None = None) -> Path:
 def folder_data(root: Path, count: int = 1) -> Path:
     """The plain layout: images/ and masks/ with `count` pairs called 00, 01, ..."""
     for number in range(count):
-        save(grey(number), root / "images" / f"{number:02d}.png")
+        save(gray(number), root / "images" / f"{number:02d}.png")
         save(MASK, root / "masks" / f"{number:02d}.png")
     return root
 
 
 def udiat_data(root: Path, suffix: str = ".png") -> Path:
     for number in (1, 2, 10):
-        save(grey(number), root / "original" / f"{number:06d}{suffix}")
+        save(gray(number), root / "original" / f"{number:06d}{suffix}")
         save(MASK, root / "GT" / f"{number:06d}{suffix}")
     return root
 
@@ -84,7 +84,7 @@ def test_udiat_is_found_at_the_root_and_one_or_two_folders_deeper(tmp_path: Path
     assert [entry.id for entry in entries] == ["000001", "000002", "000010"]
     for entry in entries:
         image, mask = read_entry(entry, smallest=32)
-        assert np.array_equal(image, np.repeat(grey(int(entry.id))[..., None], 3, axis=2))
+        assert np.array_equal(image, np.repeat(gray(int(entry.id))[..., None], 3, axis=2))
         assert np.array_equal(mask, MASK)
 
 
@@ -141,7 +141,7 @@ def soft_mask() -> Image.Image:
 
 MASK_PICTURES = {
     "1-bit": Image.fromarray(MASK),
-    "grey": Image.fromarray(MASK.astype(np.uint8) * 255),
+    "gray": Image.fromarray(MASK.astype(np.uint8) * 255),
     "16 bit": Image.fromarray(MASK.astype(np.uint16) * 65535),
     "palette": palette_mask(),
     "RGB": Image.fromarray(MASK).convert("RGB"),
@@ -169,35 +169,35 @@ def test_the_mask_pictures_of_this_test_are_of_the_modes_they_claim(tmp_path: Pa
 
 
 def test_alpha_is_dropped_and_16_bit_becomes_8_bit(tmp_path: Path) -> None:
-    pixels = grey()
+    pixels = gray()
     expected = np.repeat(pixels[..., None], 3, axis=2)
     half_seen = np.dstack([expected, np.full((HEIGHT, WIDTH), 128, np.uint8)])
     for name, picture in {
         "rgba": half_seen,
-        "grey_alpha": half_seen[..., 2:],
+        "gray_alpha": half_seen[..., 2:],
         "grey16": pixels * np.uint16(257),
     }.items():
         file = save(picture, tmp_path / f"{name}.png")
-        image = read_grey_or_colour(file)
+        image = read_gray_or_color(file)
         assert image.dtype == np.uint8
         assert np.array_equal(image, expected), name
 
 
-def test_colour_keeps_its_channels(tmp_path: Path) -> None:
+def test_color_keeps_its_channels(tmp_path: Path) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    assert np.array_equal(read_grey_or_colour(save(pixels, tmp_path / "colour.png")), pixels)
+    assert np.array_equal(read_gray_or_color(save(pixels, tmp_path / "color.png")), pixels)
 
 
 # --- BUSI
 
 
 def busi_data(root: Path) -> Path:
-    save(grey(1), root / "benign" / "benign (1).png", "RGB")
+    save(gray(1), root / "benign" / "benign (1).png", "RGB")
     save(MASK, root / "benign" / "benign (1)_mask.png")
     save(OTHER_MASK, root / "benign" / "benign (1)_mask_1.png", "RGBA")
-    save(grey(2), root / "malignant" / "malignant (1).png", "RGB")
+    save(gray(2), root / "malignant" / "malignant (1).png", "RGB")
     save(MASK, root / "malignant" / "malignant (1)_mask.png", "RGB")
-    save(grey(3), root / "normal" / "normal (1).png", "RGB")
+    save(gray(3), root / "normal" / "normal (1).png", "RGB")
     save(np.zeros_like(MASK), root / "normal" / "normal (1)_mask.png", "RGB")
     return root
 
@@ -218,7 +218,7 @@ def test_busi_leaves_normal_images_out_unless_asked_for(tmp_path: Path) -> None:
     assert not everything.masks[2].any()
 
 
-def test_published_busi_files_read_as_their_grey_copies(real_data: Path) -> None:
+def test_published_busi_files_read_as_their_gray_copies(real_data: Path) -> None:
     copies = {entry.id: entry for entry in sources.Busi(real_data / "busi163").entries()}
     originals = sources.Busi(real_data / "busi-originals").entries()
     names = ["benign (100)", "benign (51)", "benign (54)", "malignant (137)", "malignant (175)"]
@@ -260,9 +260,9 @@ def test_busi163_has_the_cohort_and_the_lesions_of_its_manifest(real_data: Path)
 
 
 def test_folder_pairs_equal_stems_and_ignores_other_files(tmp_path: Path) -> None:
-    save(grey(1), tmp_path / "images" / "patient b.jpg")
+    save(gray(1), tmp_path / "images" / "patient b.jpg")
     save(MASK, tmp_path / "masks" / "patient b.png")
-    save(grey(2), tmp_path / "images" / "a.bmp")
+    save(gray(2), tmp_path / "images" / "a.bmp")
     save(MASK, tmp_path / "masks" / "a.tif")
     save(MASK, tmp_path / "masks" / "nobody.png")
     (tmp_path / "images" / "notes.txt").write_text("not an image")
@@ -339,8 +339,8 @@ def test_a_mask_of_another_size_is_named_with_both_sizes(tmp_path: Path) -> None
 @pytest.mark.parametrize("folder", ["images", "masks"])
 @pytest.mark.parametrize("fault", ["junk", "truncated", "empty", "broken chunk"])
 def test_an_unreadable_file_is_named(tmp_path: Path, folder: str, fault: str) -> None:
-    save(grey(), tmp_path / "images" / "00.png")
-    save(grey(1), tmp_path / "masks" / "00.png")
+    save(gray(), tmp_path / "images" / "00.png")
+    save(gray(1), tmp_path / "masks" / "00.png")
     file = tmp_path / folder / "00.png"
     whole = file.read_bytes()
     faulty = {
@@ -372,7 +372,7 @@ def test_of_many_bad_files_the_first_ten_and_the_count_are_given(tmp_path: Path)
 
 def test_two_images_of_one_id_are_refused(tmp_path: Path) -> None:
     folder_data(tmp_path, count=2)
-    save(grey(), tmp_path / "images" / "01.jpg")
+    save(gray(), tmp_path / "images" / "01.jpg")
     assert "'01'" in error_of(sources.Folder(tmp_path))
 
 

@@ -22,8 +22,8 @@ PAPER = Strengths(shift=0.0625, scale=0.1, rotate_deg=45, noise_std=(0.0124, 0.0
 
 def smooth_image(height: int = SIZE + 12, width: int = SIZE + 20) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
-    grey = 127.5 + 60 * np.sin(2 * np.pi * x / 30) + 60 * np.cos(2 * np.pi * y / 36 + 0.02 * x)
-    return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
+    gray = 127.5 + 60 * np.sin(2 * np.pi * x / 30) + 60 * np.cos(2 * np.pi * y / 36 + 0.02 * x)
+    return np.repeat(gray.round().astype(np.uint8)[..., None], 3, axis=2)
 
 
 def noise_image(height: int = SIZE + 12, width: int = SIZE + 20) -> np.ndarray:
@@ -55,9 +55,9 @@ def maps_of(image: np.ndarray) -> Tensor:
 
 
 def source_of_cells(matrix: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the centre of each strong cell (row, column) lies in the weak frame, in pixels: x and y."""
-    centres = (np.arange(cells) + 0.5) * SIZE / cells - 0.5
-    x, y = np.meshgrid(centres, centres)
+    """Where the center of each strong cell (row, column) lies in the weak frame, in pixels: x and y."""
+    centers = (np.arange(cells) + 0.5) * SIZE / cells - 0.5
+    x, y = np.meshgrid(centers, centers)
     inverse = np.linalg.inv(matrix)
     source = inverse @ np.stack([x.ravel(), y.ravel(), np.ones(cells**2)])
     return source[0].reshape(cells, cells), source[1].reshape(cells, cells)
@@ -130,20 +130,20 @@ def test_the_three_strong_transforms_are_drawn_independently() -> None:
     """One seed for all three, as Compose.set_random_seed gives, would leave only all-on and all-off."""
     strengths = Strengths(shift=0.05, scale=0.1, rotate_deg=20, noise_std=(0.05, 0.05), dropout=0.1, probability=0.5)
     drawn = Views(image_size=32, strengths=strengths)
-    grey, empty = np.full((36, 36, 3), 128, dtype=np.uint8), np.zeros((36, 36), dtype=np.uint8)
+    gray, empty = np.full((36, 36, 3), 128, dtype=np.uint8), np.zeros((36, 36), dtype=np.uint8)
     counts: dict[tuple[bool, bool, bool], int] = {}
     for seed in range(300):
-        found = drawn.render(image=grey, mask=empty, seed=[seed])
-        centre = found.strong[8:24, 8:24, 0]  # always covered, so a 0 is a dropped pixel and not the frame
+        found = drawn.render(image=gray, mask=empty, seed=[seed])
+        center = found.strong[8:24, 8:24, 0]  # always covered, so a 0 is a dropped pixel and not the frame
         moved = not np.array_equal(found.matrix, np.eye(3))
-        noisy, dropped = bool(np.any((centre != 128) & (centre != 0))), bool(np.any(centre == 0))
+        noisy, dropped = bool(np.any((center != 128) & (center != 0))), bool(np.any(center == 0))
         counts[moved, noisy, dropped] = counts.get((moved, noisy, dropped), 0) + 1
     assert len(counts) == 8
     assert min(counts.values()) > 20  # 300 / 8 = 37.5 each, deviation 5.7
     assert max(counts.values()) < 57
 
 
-def test_noise_keeps_a_grey_image_grey_and_dropout_zeroes_its_share() -> None:
+def test_noise_keeps_a_gray_image_gray_and_dropout_zeroes_its_share() -> None:
     noise = Strengths(shift=0, scale=0, rotate_deg=0, noise_std=(0.05, 0.05), dropout=0.0, probability=1.0)
     found = render(noise, 0, image=np.full((70, 70, 3), 128, dtype=np.uint8)).strong.astype(float)
     assert np.array_equal(found[..., 0], found[..., 1])
@@ -220,18 +220,18 @@ def interior(valid: Tensor, margin: int = 3) -> Tensor:
 
 
 def errors(warped: Tensor, found: Rendering, inside: Tensor) -> Tensor:
-    """Grey levels between a warped weak view and Albumentations' strong one."""
+    """Gray levels between a warped weak view and Albumentations' strong one."""
     return (warped - maps_of(found.strong))[inside].abs()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_warp_is_albumentations_warp_to_the_grey_level(seed: int) -> None:
+def test_warp_is_albumentations_warp_to_the_gray_level(seed: int) -> None:
     found = render(GEOMETRY, seed)
     warped, valid = warp(maps_of(found.weak), theta=theta_of(found.matrix))
     inside = interior(valid)
     assert inside.float().mean() > 0.3
     error = errors(warped, found, inside)
-    assert error.mean() < 0.3  # Albumentations rounds to whole grey levels: 0.25 on average, 0.5 at most
+    assert error.mean() < 0.3  # Albumentations rounds to whole gray levels: 0.25 on average, 0.5 at most
     assert error.max() < 0.6
     unwarped = errors(maps_of(found.weak), found, inside)
     assert unwarped.mean() > 20, "the views must differ"
@@ -257,7 +257,7 @@ def ramp_case(matrix: np.ndarray, *, cells: int) -> tuple[Tensor, np.ndarray, np
 
     weak_x, weak_y = source_of_cells(np.eye(3), cells)
     x, y = source_of_cells(matrix, cells)
-    outermost = weak_x.max()  # beyond the outermost centres the map goes on flat
+    outermost = weak_x.max()  # beyond the outermost centers the map goes on flat
     inside = (np.minimum(x, y) >= weak_x.min()) & (np.maximum(x, y) <= outermost)
     return torch.from_numpy(ramp(weak_x, weak_y)).float()[None, None], ramp(x, y), inside
 
@@ -360,13 +360,13 @@ def test_bf16_autocast_does_not_blur_coordinates() -> None:
     torch.testing.assert_close(from_bf16, warped, rtol=2**-8, atol=1e-3)
 
 
-# ---- normalisation and ids -----------------------------------------------------------------------------------------
+# ---- normalization and ids -----------------------------------------------------------------------------------------
 
 
-def test_normalise_by_hand_in_channels_last_memory() -> None:
+def test_normalize_by_hand_in_channels_last_memory() -> None:
     images = torch.zeros(2, 4, 5, 3, dtype=torch.uint8)
     images[0, 1, 2] = torch.tensor([255, 128, 0])
-    found = views.normalise(images)
+    found = views.normalize(images)
     assert found.shape == (2, 3, 4, 5)
     assert found.dtype == torch.float32
     assert found.is_contiguous(memory_format=torch.channels_last)

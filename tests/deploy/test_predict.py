@@ -15,7 +15,7 @@ from kdsweep.config import composition, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core.device import Compute, placed
 from kdsweep.core.errors import InputError
-from kdsweep.data.images import read_grey_or_colour, resize_image
+from kdsweep.data.images import read_gray_or_color, resize_image
 from kdsweep.data.loaders import EvalPart
 from kdsweep.deploy import predict
 from kdsweep.evaluation import scoring
@@ -77,16 +77,16 @@ def images(tmp_path) -> Path:
     """A folder of images of every mode and of odd sizes, the smallest below that of the network."""
     folder = tmp_path / "images"
     folder.mkdir()
-    grey = noise(71, 93)
-    Image.fromarray(grey).save(folder / "grey.png")
-    Image.fromarray(grey).save(folder / "lossy.JPG")
+    gray = noise(71, 93)
+    Image.fromarray(gray).save(folder / "gray.png")
+    Image.fromarray(gray).save(folder / "lossy.JPG")
     Image.fromarray(noise(33, 130, 3)).save(folder / "rgb.bmp")
     Image.fromarray(noise(64, 65, 4)).save(folder / "alpha.png")
-    Image.fromarray(noise(90, 70, 2)).save(folder / "grey-alpha.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.tif")
+    Image.fromarray(noise(90, 70, 2)).save(folder / "gray-alpha.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(folder / "deep.tif")
     Image.fromarray(noise(70, 101, 3)).quantize(16).save(folder / "palette.png")
-    Image.fromarray(grey > 127).save(folder / "bits.png")
+    Image.fromarray(gray > 127).save(folder / "bits.png")
     return folder
 
 
@@ -133,7 +133,7 @@ def test_the_contour_is_drawn_on_the_image_and_nothing_else():
 
 def test_every_mode_and_size_gets_a_mask_an_overlay_and_a_row(cell, model, images, tmp_path, capsys):
     (images / "notes.txt").write_text("text")
-    (images / "._grey.png").write_text("hidden")
+    (images / "._gray.png").write_text("hidden")
     (images / "folder.png").mkdir()
     out = tmp_path / "new" / "out"
     assert run("--run", cell.folder, "--images", images, "--out", out) == 0
@@ -146,7 +146,7 @@ def test_every_mode_and_size_gets_a_mask_an_overlay_and_a_row(cell, model, image
     files = [file for file in images.iterdir() if file.name in table.index]
     assert len(files) == len(table) == 9
     for file in files:
-        image, row = read_grey_or_colour(file), table.loc[file.name]
+        image, row = read_gray_or_color(file), table.loc[file.name]
         name = file.name if file.stem == "deep" else file.stem  # deep.png and deep.tif
         mask = np.asarray(Image.open(out / f"{name}_mask.png"))
         probability = predict.probabilities(model.network, image, image_size=SIZE, compute=CPU)
@@ -166,11 +166,11 @@ def test_sixteen_bits_and_eight_give_the_same(cell, images, tmp_path):
     run("--run", cell.folder, "--images", images, "--out", tmp_path / "out")
     table = pd.read_csv(tmp_path / "out" / "predictions.csv", index_col="image")
     for deep in ("deep.png", "deep.tif"):
-        pd.testing.assert_series_equal(table.loc[deep], table.loc["grey.png"], check_names=False)
+        pd.testing.assert_series_equal(table.loc[deep], table.loc["gray.png"], check_names=False)
 
 
 def test_unreadable_images_are_named_and_the_others_done(cell, images, tmp_path, capsys, monkeypatch):
-    (images / "broken.png").write_bytes((images / "grey.png").read_bytes()[:200])
+    (images / "broken.png").write_bytes((images / "gray.png").read_bytes()[:200])
     (images / "empty.tif").touch()
     assert run("--run", cell.folder, "--images", images, "--out", tmp_path / "out") == 1
     printed = capsys.readouterr()
@@ -182,7 +182,7 @@ def test_unreadable_images_are_named_and_the_others_done(cell, images, tmp_path,
     assert len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 9
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ValueError, match="more pixels than"):
-        predict.read_image(images / "grey.png")
+        predict.read_image(images / "gray.png")
 
 
 def test_masks_that_lie_beside_their_images_are_not_images(tmp_path):
@@ -286,7 +286,7 @@ def test_a_run_is_found_by_its_id_in_mlflow(cell, empty_store, tmp_path):
     tracker = writer.Tracker(store=tmp_path, uri=None)
     for name in SCORES, PREDICTIONS:
         (folder / name).touch()
-    run_id = tracker.mirror(records.read(folder), sweep="study")
+    run_id = tracker.sync(records.read(folder), sweep="study")
     assert find(run_id, tmp_path) == folder
     with pytest.raises(InputError, match="MLflow does not give it"):
         find("0" * 32, tmp_path)

@@ -29,7 +29,7 @@ def cell(empty_store, tmp_path_factory) -> Cell:
     cell = finish(Path(shutil.copytree(empty_store, tmp_path_factory.mktemp("registered") / "store")))
     for name in SCORES, PREDICTIONS:
         (cell.folder / name).touch()
-    writer.Tracker(store=cell.store, uri=None).mirror(records.read(cell.folder), sweep="study")
+    writer.Tracker(store=cell.store, uri=None).sync(records.read(cell.folder), sweep="study")
     return cell
 
 
@@ -116,8 +116,8 @@ def test_the_example_is_a_phantom(cell, client, call):
     assert call("example") == 0
     folder = Path(client.get_model_version_download_uri("example", "1").removeprefix("file://"))
     ((name, image),) = json.loads((folder / "input_example.json").read_text()).items()
-    grey = next(phantom.cohort(count=1, seed=0)).image
-    drawn = predict.prepare(np.repeat(grey[..., None], 3, axis=2), image_size=SIZE)
+    gray = next(phantom.cohort(count=1, seed=0)).image
+    drawn = predict.prepare(np.repeat(gray[..., None], 3, axis=2), image_size=SIZE)
     assert name == "images"
     np.testing.assert_allclose(np.array(image), drawn.numpy(), rtol=0, atol=1e-5)
 

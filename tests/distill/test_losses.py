@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
 from kdsweep.distill import losses, paths
-from kdsweep.distill.distillation import Distillation, Lesson
+from kdsweep.distill.distillation import Distillation, TeacherForward
 from kdsweep.models import unet
 from kdsweep.training.learner import Learner
-from kdsweep.training.loop import Compute, Staff
+from kdsweep.training.loop import Compute, FrozenTeachers
 
 KD_LOSSES = [losses.mse, losses.kld_pixels, losses.kld_positions]
 KLD_LOSSES = [losses.kld_pixels, losses.kld_positions]
@@ -296,19 +296,19 @@ def small_path(name: str) -> paths.KDPath:
     return {"L": paths.Logits, "H": paths.Hidden}[name]()
 
 
-WEAK = Lesson("Teacher", view="weak", precision="fp32")
+WEAK = TeacherForward("Teacher", view="weak", precision="fp32")
 
 
 @pytest.fixture(scope="module")
-def staff() -> Staff:
+def frozen() -> FrozenTeachers:
     teacher = unet.unet(encoder="resnet18", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=1)
-    return Staff({"Teacher": unet.freeze(teacher)}, Compute(device=torch.device("cpu"), precision="fp32"))
+    return FrozenTeachers({"Teacher": unet.freeze(teacher)}, Compute(device=torch.device("cpu"), precision="fp32"))
 
 
 @pytest.mark.parametrize("name", ["L", "H", "HR"])
 @pytest.mark.parametrize("loss", ["mse", "kld"])
 def test_a_training_step_moves_the_student_and_leaves_the_teacher(
-    staff: Staff, tmp_path: Path, name: str, loss: str
+    frozen: FrozenTeachers, tmp_path: Path, name: str, loss: str
 ) -> None:
     kd_path = small_path(name)
     kld = losses.kld_pixels if name == "L" else losses.kld_positions
@@ -316,12 +316,12 @@ def test_a_training_step_moves_the_student_and_leaves_the_teacher(
         kd_path=kd_path,
         loss=losses.mse if loss == "mse" else kld,
         weight=1.0,  # the KD term alone: what moves, moves through it
-        lesson=WEAK,
+        forward=WEAK,
         align=True,
     )
     learner = Learner(
         title="cell",
-        role="cell",
+        role="distilled",
         network=small_student(seed=0),
         view="strong",
         distillation=distillation,
@@ -330,18 +330,18 @@ def test_a_training_step_moves_the_student_and_leaves_the_teacher(
         patience=1,
         folder=tmp_path,
     )
-    teacher = staff.teachers["Teacher"]
+    teacher = frozen.teachers["Teacher"]
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     stem = learner.network.encoder.conv_stem.weight.clone()
     images = {view: draw(2, 3, 64, 64, seed=seed, spread=1.0) for view, seed in (("weak", 28), ("strong", 29))}
 
-    taught = staff.teach([learner], images)[WEAK]
+    taught = frozen.teach([learner], images)[WEAK]
     assert not kd_path.teacher_map(taught).requires_grad
     theta = torch.tensor([[[0.9, 0.1, 0.05], [-0.1, 0.9, 0.0]]]).repeat(2, 1, 1)
     terms = learner.terms(learner.network(images["strong"]), torch.zeros(2, 1, 64, 64), taught, theta)
     assert set(terms) == {"loss", "kd", "supervised"}
     terms["loss"].backward()
-    learner.optimiser.step()
+    learner.optimizer.step()
 
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
@@ -349,18 +349,18 @@ def test_a_training_step_moves_the_student_and_leaves_the_teacher(
     assert all(parameter.grad is not None for parameter in kd_path.parameters())
 
 
-def test_a_teachers_outputs_have_no_graph_even_where_its_input_has_one(staff: Staff) -> None:
+def test_a_teachers_outputs_have_no_graph_even_where_its_input_has_one(frozen: FrozenTeachers) -> None:
     images = {"strong": draw(1, 3, 64, 64, seed=30, spread=1.0).requires_grad_()}
     for kd_path in (small_path("L"), small_path("H")):
-        lesson = Lesson("Teacher", view="strong", precision="fp32")
-        distillation = SimpleNamespace(kd_path=kd_path, lesson=lesson)
-        taught = staff.teach([SimpleNamespace(distillation=distillation)], images)  # type: ignore[list-item]
-        assert not kd_path.teacher_map(taught[lesson]).requires_grad
+        forward = TeacherForward("Teacher", view="strong", precision="fp32")
+        distillation = SimpleNamespace(kd_path=kd_path, forward=forward)
+        taught = frozen.teach([SimpleNamespace(distillation=distillation)], images)  # type: ignore[list-item]
+        assert not kd_path.teacher_map(taught[forward]).requires_grad
 
 
-def test_a_teacher_that_is_not_frozen_is_refused(staff: Staff) -> None:
+def test_a_teacher_that_is_not_frozen_is_refused(frozen: FrozenTeachers) -> None:
     network = small_student(seed=0)
     with pytest.raises(ValueError, match="not frozen"):
-        Staff({"Teacher": network.eval()}, staff.compute)
+        FrozenTeachers({"Teacher": network.eval()}, frozen.compute)
     with pytest.raises(ValueError, match="not frozen"):
-        Staff({"Teacher": unet.freeze(network).train()}, staff.compute)
+        FrozenTeachers({"Teacher": unet.freeze(network).train()}, frozen.compute)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdsweep.distill import paths
-from kdsweep.distill.distillation import Distillation, Lesson
+from kdsweep.distill.distillation import Distillation, TeacherForward
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs
 
@@ -132,8 +132,8 @@ def test_the_loss_gets_each_networks_map_under_its_own_name(student: Outputs, te
         seen.update(arguments)
         return torch.zeros(())
 
-    lesson = Lesson("Teacher", view="strong", precision="fp32")
-    taught = Distillation(kd_path=kd_path, loss=loss, weight=0.5, lesson=lesson, align=True)
+    forward = TeacherForward("Teacher", view="strong", precision="fp32")
+    taught = Distillation(kd_path=kd_path, loss=loss, weight=0.5, forward=forward, align=True)
     taught.term(student=student, teacher=teacher, theta=None)
     assert torch.equal(seen["student"], kd_path.student_map(student))
     assert torch.equal(seen["teacher"], kd_path.teacher_map(teacher))

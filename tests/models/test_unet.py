@@ -1,4 +1,4 @@
-"""Models: sizes, one forward for logits and hidden, seeded initialisation, and weights from files and the hub."""
+"""Models: sizes, one forward for logits and hidden, seeded initialization, and weights from files and the hub."""
 
 import logging
 import pickle
@@ -184,7 +184,7 @@ def test_freeze_stops_gradients_and_batch_statistics() -> None:
     assert equal(before, network.state_dict())
 
 
-# ---- initialisation ------------------------------------------------------------------------------------------------
+# ---- initialization ------------------------------------------------------------------------------------------------
 
 
 def test_a_seed_gives_the_same_weights_whatever_was_drawn_before() -> None:

@@ -71,7 +71,7 @@ def grid(figure):
 
 
 def outlines(axes):
-    """The contours by colour: line pattern and curve."""
+    """The contours by color: line pattern and curve."""
     found = [child for child in axes.get_children() if isinstance(child, ContourSet)]
     return {to_hex(one.get_edgecolor()[0]): (one.get_linestyle()[0][1], one.get_paths()[0]) for one in found}
 
@@ -232,7 +232,7 @@ def test_panels_are_square_and_nothing_overlaps_or_leaves_the_page(models):
     assert all(axes.bbox.width == pytest.approx(axes.bbox.height) for axes in figure.axes)
 
 
-def test_a_long_name_does_not_run_into_its_neighbour():
+def test_a_long_name_does_not_run_into_its_neighbor():
     figure = full([*BASELINES, "MyVeryLongOwnPathWithName_FocalTversky_WAug", "MyVeryLongOwnPathWithName_MSE"])
     FigureCanvasAgg(figure).draw()
     for row in grid(figure):
@@ -302,13 +302,13 @@ def test_an_image_without_a_lesion_is_told():
 
 
 @pytest.mark.parametrize("why", ["not run", "failed"])
-def test_a_missing_model_is_grey_and_says_why(why):
+def test_a_missing_model_is_gray_and_says_why(why):
     figure = full(["Teacher"], missing={"Student": why})
     axes = panels(figure)["Student"]
     assert axes.get_title() == "Student"
     assert [text.get_text() for text in axes.texts] == [why]
-    for colour in (axes.title.get_color(), axes.texts[0].get_color()):
-        assert to_hex(colour) == "#666666"
+    for color in (axes.title.get_color(), axes.texts[0].get_color()):
+        assert to_hex(color) == "#666666"
     assert not axes.images
     assert outlines(axes) == {}
 
@@ -422,7 +422,7 @@ def test_images_with_other_pixels_under_the_same_masks_are_refused(study, small_
     root = shutil.copytree(small_busi, tmp_path / "busi")
     file = next(file for file in sorted(root.rglob("*.png")) if "_mask" not in file.name)
     with Image.open(file) as image:
-        changed_image = image.point(lambda grey: 255 - grey)
+        changed_image = image.point(lambda gray: 255 - gray)
     changed_image.save(file)
     told = r"busi are not those that sweep study was trained and scored on: other files or other bytes; .*--data-root"
     with pytest.raises(InputError, match=told):

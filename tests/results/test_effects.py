@@ -186,7 +186,10 @@ def test_order_of_the_records_changes_no_digit(sweep, table):
 
 
 def test_other_cells_change_no_number_and_are_named(sweep, table):
-    own = [run_row("Student", split, fingerprint=f"own{split}", role="cell", notation="Mine_KLD") for split in range(3)]
+    own = [
+        run_row("Student", split, fingerprint=f"own{split}", role="distilled", notation="Mine_KLD")
+        for split in range(3)
+    ]
     scores = [score_rows("Student", split).assign(fingerprint=f"own{split}", dice=0.1) for split in range(3)]
     more = FakeSweep(
         "study", pd.concat([sweep.runs, pd.DataFrame(own)], ignore_index=True), pd.concat([sweep.scores, *scores])

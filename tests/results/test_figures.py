@@ -96,7 +96,7 @@ def test_several_images_and_settings_have_files_of_their_own(call, monkeypatch):
     asked = []
 
     def load(sweep, *, count, **_):
-        asked.append((set(sweep.runs.loc[sweep.runs["role"] == "cell", "notation"]), count))
+        asked.append((set(sweep.runs.loc[sweep.runs["role"] == "distilled", "notation"]), count))
         return [shown(1), shown(2)]
 
     monkeypatch.setattr(contours, "load", load)
@@ -195,7 +195,7 @@ def test_the_command_tells_a_missing_store_in_one_line(tmp_path):
 def test_what_is_drawn_from_and_where_it_goes_is_in_mlflow(tmp_path):
     tracker, cell = writer.Tracker(store=tmp_path, uri=None), make_cell(store=tmp_path)
     tracker.ask("study", [cell, make_cell("Student", store=tmp_path)])
-    tracker.mirror(begin(cell, 3), sweep="study")
+    tracker.sync(begin(cell, 3), sweep="study")
     sweep = reader.read_sweep(store=tmp_path, uri=None, name="study")
     curves = reader.read_curves(sweep, store=tmp_path, uri=None, metric="train/loss")
     expected = pd.DataFrame({"notation": "L_MSE", "split": 0, "seed": 0, "metric": "train/loss", "epoch": [0, 1, 2]})

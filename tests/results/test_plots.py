@@ -147,7 +147,7 @@ def test_a_row_per_cell_in_the_papers_order_below_its_paths_heading():
     assert points(own, "weak Teacher augmentation")["AT_MAE_WAug"] == 75.0
 
 
-def test_means_are_told_by_augmentation_in_shape_and_colour():
+def test_means_are_told_by_augmentation_in_shape_and_color():
     left = drawn().axes[0]
     weak = {cell: mean for cell, mean in MEANS.items() if cell in paper.CELLS and cell.endswith("_WAug")}
     strong = {cell: mean for cell, mean in MEANS.items() if cell in paper.CELLS and not cell.endswith("_WAug")}
@@ -213,7 +213,7 @@ def test_without_student_there_are_no_paired_intervals(missing):
 
 def test_a_row_with_a_gap_tells_its_reason_in_place_of_marks():
     left = drawn(scores=table_of(MEANS, splits=SHIFTS, gaps={"H_KLD": "failed: split 1", "L_MSE": LONG})).axes[0]
-    told = {text.get_text(): text.get_position()[1] for text in left.texts if text.get_color() == plots.GREY}
+    told = {text.get_text(): text.get_position()[1] for text in left.texts if text.get_color() == plots.GRAY}
     rows = [text.get_text() for text in left.get_yticklabels()]
     assert told["failed: split 1"] == rows.index("H_KLD")
     (short,) = set(told) - {"failed: split 1"}
@@ -282,7 +282,7 @@ def test_a_panel_per_notation_holds_a_line_per_split_and_seed():
     assert (axes.get_ylabel(), panels(figure)["L_MSE"].get_ylabel()) == ("", "validation Dice")
 
 
-def test_the_students_curves_lie_in_grey_behind_the_cells_only():
+def test_the_students_curves_lie_in_gray_behind_the_cells_only():
     names = ("Student", "Teacher", "L_MSE", "AT_MAE")
     figure = plots.curves_plot(curves=curves_of(names), title="A sweep")
     behind = {

@@ -51,7 +51,7 @@ def dice_all(notation, splits=(0, 1, 2)):
 
 
 def role_of(notation):
-    return "student" if notation == "Student" else "teacher" if notation.startswith("Teacher") else "cell"
+    return "baseline" if notation == "Student" else "teacher" if notation.startswith("Teacher") else "distilled"
 
 
 def run_row(notation, split, seed=0, /, **changes):
@@ -68,7 +68,7 @@ def run_row(notation, split, seed=0, /, **changes):
         "weights": "imagenet",
         "results_version": "1",
         "device": "cuda",
-        "teacher": fingerprint(own, split, seed) if role_of(notation) == "cell" else "",
+        "teacher": fingerprint(own, split, seed) if role_of(notation) == "distilled" else "",
         "status": "FINISHED",
         "run_id": "r",
         "params": {"train.lr": "0.0001", "split": str(split)},
@@ -303,7 +303,7 @@ def test_a_teacher_with_a_seed_of_its_own_serves_every_seed_of_the_cells():
     sweep = sweep_of(("Student", "L_MSE"), splits=(0, 1), seeds=(3, 7))
     teachers = [run_row("Teacher", split, 0) for split in (0, 1)]
     runs = pd.concat([sweep.runs, pd.DataFrame(teachers)], ignore_index=True)
-    cells = runs["role"] == "cell"
+    cells = runs["role"] == "distilled"
     runs.loc[cells, "teacher"] = [fingerprint("Teacher", split) for split in runs.loc[cells, "split"]]
     scores = pd.concat([sweep.scores, *(score_rows("Teacher", split) for split in (0, 1))], ignore_index=True)
     table = tables.table4(replace(sweep, runs=runs, scores=scores))
@@ -470,7 +470,7 @@ def runs_of(sweep, notation, splits=(0, 1, 2)):
 @pytest.mark.parametrize("make", [tables.table3, tables.table4])
 def test_a_student_of_other_epochs_is_refused(sweep, make):
     """The second command changed train.epochs, and both landed in DATA-PROFILE."""
-    student = sweep.runs["role"] == "student"
+    student = sweep.runs["role"] == "baseline"
     mixed = with_params(with_params(sweep, ~student, {"train.epochs": "12"}), student, {"train.epochs": "2"})
     for order in (mixed, replace(mixed, runs=mixed.runs.iloc[::-1])):
         with pytest.raises(InputError) as caught:
@@ -511,10 +511,10 @@ def test_a_key_that_only_begins_like_those_may_not(sweep, key):
 
 def test_a_teacher_option_concerns_the_cells_only(sweep, table4):
     options = {"teacher.encoder": "resnet18", "kd.weight": "0.9"}
-    for role in ("student", "teacher"):
+    for role in ("baseline", "teacher"):
         other = with_params(sweep, sweep.runs["role"] == role, options)
         pd.testing.assert_frame_equal(tables.table4(other), table4)
-    cells = with_params(sweep, sweep.runs["role"] == "cell", options)
+    cells = with_params(sweep, sweep.runs["role"] == "distilled", options)
     pd.testing.assert_frame_equal(tables.table4(cells), table4)
     for key, one, other in (("teacher.encoder", "resnet18", "resnet34"), ("kd.weight", "0.9", "0.1")):
         mixed = with_params(cells, runs_of(cells, "HReg_KLD", [0]), {key: other})
@@ -546,7 +546,7 @@ def test_the_configurations_of_table4_do_not_mix(sweep, table4):
     runs = pd.concat([runs.assign(params=real), teachers])
     pd.testing.assert_frame_equal(tables.table4(replace(sweep, runs=runs)), table4)
     student = {split: params("Student", split, "train.epochs=2", "teacher=resnet34") for split in (0, 1, 2)}
-    is_student = runs["role"] == "student"
+    is_student = runs["role"] == "baseline"
     other = [
         student[split] if chosen else old
         for chosen, split, old in zip(is_student, runs["split"], runs["params"], strict=True)
@@ -674,7 +674,7 @@ def test_footnotes_say_what_made_the_numbers(sweep, table4):
 
 
 def mixed_weights(sweep):
-    return changed(sweep, weights=sweep.runs["weights"].mask(sweep.runs["role"] == "student", "none"))
+    return changed(sweep, weights=sweep.runs["weights"].mask(sweep.runs["role"] == "baseline", "none"))
 
 
 def test_latex_escapes_what_latex_would_read():

@@ -105,7 +105,7 @@ def test_values_give_the_cells_that_configurations_give(sweep, small_busi, tmp_p
         assert job.cell.folder == cell.folder
         assert identity.params(job.values) == identity.params(job.config)
         assert identity.batches_key(job.values, seed=0) == identity.batches_key(job.config, seed=0)
-        assert job.cell.role == "student" or job.cell.teacher == identity.teacher_cell(job.config)
+        assert job.cell.role == "baseline" or job.cell.teacher == identity.teacher_cell(job.config)
 
 
 @pytest.mark.parametrize("step", ["read", "plan"])
@@ -128,7 +128,7 @@ def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
         jobs = jobs_of(sweep, tmp_path / str(number), small_busi, number)
         if step == "plan":
             before = dict(calls)
-            plan.describe(jobs, groups=plan.form_groups(jobs, devices={"cpu": ["cpu"]}), look=None)
+            plan.describe(jobs, groups=plan.form_groups(jobs, devices={"cpu": ["cpu"]}), preview=None)
             plan.teacher_cells(jobs)
         counts.append({name: calls[name] - before[name] for name in calls})
     few, many = counts
@@ -151,7 +151,7 @@ def test_the_stub_is_a_finished_cell_for_records_mlflow_and_tables(growth, sweep
     for cell, cfg in made:
         growth.stub(cell, cfg, weights=weights)
         assert records.read_finished(cell.folder) is not None
-        tracker.mirror(records.read(cell.folder), sweep="busi-quick")
+        tracker.sync(records.read(cell.folder), sweep="busi-quick")
     assert [job.finished is not None for job in jobs_of(sweep, tmp_path, small_busi, 2)] == [True, True]
     read = reader.read_sweep(store=tmp_path, uri=None, name=None)
     runs = frame.placed_runs(read)

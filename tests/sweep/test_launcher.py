@@ -44,11 +44,11 @@ def test_the_users_error_is_found_below_what_hydra_wraps_around_it():
         except InputError as error:
             raise RuntimeError("while resolving\nan interpolation") from error
     except RuntimeError as wrapped:
-        assert callback.one_line(wrapped) == "data.root=/x: no such folder"
+        assert callback.user_message(wrapped) == "data.root=/x: no such folder"
 
 
 def test_any_other_error_keeps_its_class_and_loses_its_line_breaks():
-    assert callback.one_line(ValueError("a\n  b")) == "ValueError: a b"
+    assert callback.user_message(ValueError("a\n  b")) == "ValueError: a b"
 
 
 def test_a_kept_command_can_be_typed_again_and_tells_no_password():
@@ -75,7 +75,7 @@ def test_a_kept_command_can_be_typed_again_and_tells_no_password():
 
 @pytest.fixture
 def plain_hydra(hydra_restore_singletons, tmp_path, monkeypatch):
-    """Hydra's tests expect the behaviour of version_base 1.1, which other tests of this process have changed."""
+    """Hydra's tests expect the behavior of version_base 1.1, which other tests of this process have changed."""
     VersionBase.instance().setbase(Version("1.1"))
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
 

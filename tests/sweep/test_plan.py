@@ -15,7 +15,7 @@ from kdsweep.evaluation import latency
 from kdsweep.runs import records, requests
 from kdsweep.sweep import plan
 
-LOOK = plan.Look({"cpu": ["cpu"]}, timed_on="cpu", student_s=1.0, teacher_s=10.0, lesson_s=4.0, images=16)
+PREVIEW = plan.Preview({"cpu": ["cpu"]}, timed_on="cpu", student_s=1.0, teacher_s=10.0, forward_s=4.0, images=16)
 
 
 @pytest.fixture
@@ -107,8 +107,8 @@ def test_a_replaced_image_takes_the_seat_of_the_old_one_and_a_moved_folder_too(c
     first.rename(moved)
     (same,) = command([f"data.root={moved}"])
     asked([same])
-    assert (same.cell.fingerprint, same.cell.place == old.cell.place) == (old.cell.fingerprint, False)
-    assert list(requests.read_asked(tmp_path, "busi-quick")) == [same.cell.place]
+    assert (same.cell.fingerprint, same.cell.key == old.cell.key) == (old.cell.fingerprint, False)
+    assert list(requests.read_asked(tmp_path, "busi-quick")) == [same.cell.key]
     image = next(moved.rglob("*(1).png"))
     Image.fromarray(~np.array(Image.open(image))).save(image)
     identity._listing.cache_clear()
@@ -116,7 +116,7 @@ def test_a_replaced_image_takes_the_seat_of_the_old_one_and_a_moved_folder_too(c
     asked([changed])
     assert changed.cell.fingerprint != same.cell.fingerprint
     folder = str(changed.cell.folder.relative_to(tmp_path))
-    assert requests.read_asked(tmp_path, "busi-quick") == {changed.cell.place: folder}
+    assert requests.read_asked(tmp_path, "busi-quick") == {changed.cell.key: folder}
 
 
 def test_factors_folders_and_devices_tell_nothing_apart(command):
@@ -175,27 +175,29 @@ def test_what_batches_or_their_computation_depend_on_makes_another_group(jobs, o
 def test_what_goes_on_from_a_checkpoint_is_told_and_takes_less_time(jobs):
     fixed = ["path=none", "train.epochs=10"]
     (fresh,) = jobs(fixed)
-    assert "; profile" in plan.describe([fresh], groups=[[fresh]], look=LOOK)
-    assert "1 to run, 0 finished" in plan.describe([fresh], groups=[[fresh]], look=LOOK)
-    assert plan.group_s([fresh], LOOK) == 10 * 16
+    assert "; profile" in plan.describe([fresh], groups=[[fresh]], preview=PREVIEW)
+    assert "1 to run, 0 finished" in plan.describe([fresh], groups=[[fresh]], preview=PREVIEW)
+    assert plan.group_s([fresh], PREVIEW) == 10 * 16
     history = [{"epoch": float(epoch)} for epoch in range(7)]
     records.write_progress(fresh.cell.folder, epochs=10, history=history, times_ms=list(range(7)))
     (begun,) = jobs(fixed)
-    assert "1 to run, 1 of them from a checkpoint, 0 finished" in plan.describe([begun], groups=[[begun]], look=LOOK)
-    assert plan.group_s([begun], LOOK) == 3 * 16
+    assert "1 to run, 1 of them from a checkpoint, 0 finished" in plan.describe(
+        [begun], groups=[[begun]], preview=PREVIEW
+    )
+    assert plan.group_s([begun], PREVIEW) == 3 * 16
 
 
 def test_a_teacher_that_goes_on_from_a_checkpoint_takes_less_time(jobs):
     (own,) = jobs(["path=L", "train.epochs=10"])
-    assert plan.teachers_s([own], LOOK) == 10 * 16 * 10
+    assert plan.teachers_s([own], PREVIEW) == 10 * 16 * 10
     records.write_progress(own.cell.teacher.folder, epochs=10, history=[{"epoch": 0.0}] * 4, times_ms=[1, 2, 3, 4])
-    assert plan.teachers_s([own], LOOK) == 6 * 16 * 10
+    assert plan.teachers_s([own], PREVIEW) == 6 * 16 * 10
 
 
 def test_a_time_from_a_busy_machine_is_called_that(jobs):
     own = jobs([])
-    assert "other programs" not in plan.describe(own, groups=[own], look=LOOK)
-    line = plan.describe(own, groups=[own], look=replace(LOOK, load=3.21))
+    assert "other programs" not in plan.describe(own, groups=[own], preview=PREVIEW)
+    line = plan.describe(own, groups=[own], preview=replace(PREVIEW, load=3.21))
     assert "ends a cell sooner (timed while other programs were at work, load 3.2: without them it is less)" in line
 
 
@@ -245,7 +247,7 @@ def test_repeated_and_finished_jobs_do_not_wait(jobs):
     records.write_finished(own[2].cell.folder, values={"test/dice": 0.5}, files=[])
     own = jobs(["path=none", "loss=mse"], ["path=none", "loss=kld"], ["path=L"], ["path=H"])
     assert [job.cell.notation for job in plan.waiting(own)] == ["Student", "H_KLD_WAug"]
-    line = plan.describe(own, groups=[plan.waiting(own)], look=LOOK)
+    line = plan.describe(own, groups=[plan.waiting(own)], preview=PREVIEW)
     for part in (
         "3 cells (1 repeated jobs are the same cell): 2 to run, 1 finished; 1 lockstep group, 1 shared Teacher, ",
         "1 Teacher to train",
@@ -253,38 +255,38 @@ def test_repeated_and_finished_jobs_do_not_wait(jobs):
         "device cpu; ",
     ):
         assert part in line
-    assert "; device cpu with 2 threads; " in plan.describe(own, groups=[own], look=replace(LOOK, threads=2))
-    afar = replace(LOOK, threads=2, devices={"cpu": ["SLURM"]})  # timed here, trained there
-    assert "; device SLURM; " in plan.describe(own, groups=[own], look=afar)
+    assert "; device cpu with 2 threads; " in plan.describe(own, groups=[own], preview=replace(PREVIEW, threads=2))
+    afar = replace(PREVIEW, threads=2, devices={"cpu": ["SLURM"]})  # timed here, trained there
+    assert "; device SLURM; " in plan.describe(own, groups=[own], preview=afar)
 
 
 def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
     small = ["train.epochs=3"]
     own = jobs(*([*small, f"path={path}"] for path in ("none", "L", "H", "HR")))
-    student, lesson, teacher = 16 * 3 * 1.0, 16 * 3 * 4.0, 16 * 3 * 10.0
-    assert plan.estimate_s([own[:1]], LOOK) == student
-    assert plan.estimate_s([own], LOOK) == 4 * student + lesson + teacher
-    assert plan.estimate_s([own[:2], own[2:]], LOOK) == 4 * student + 2 * lesson + teacher
+    student, forward, teacher = 16 * 3 * 1.0, 16 * 3 * 4.0, 16 * 3 * 10.0
+    assert plan.estimate_s([own[:1]], PREVIEW) == student
+    assert plan.estimate_s([own], PREVIEW) == 4 * student + forward + teacher
+    assert plan.estimate_s([own[:2], own[2:]], PREVIEW) == 4 * student + 2 * forward + teacher
     strong = jobs([*small, "path=L"], [*small, "path=L", "teacher_aug=strong"])
-    assert plan.estimate_s([strong], LOOK) == 2 * student + 2 * lesson + 2 * teacher
+    assert plan.estimate_s([strong], PREVIEW) == 2 * student + 2 * forward + 2 * teacher
     cell = identity.teacher_cell(own[1].config)
     records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
-    assert plan.estimate_s([own], LOOK) == 4 * student + lesson
+    assert plan.estimate_s([own], PREVIEW) == 4 * student + forward
 
 
 def test_the_overview_tells_each_group_and_the_hours(jobs):
     small = ["train.epochs=3"]
     own = jobs(*([*small, f"path={path}"] for path in ("none", "L", "H")), [*small, "path=none", "split=1"])
     groups = [own[:3], own[3:]]
-    first, *rest = plan.overview(own, groups=groups, look=LOOK).splitlines()
-    assert first == plan.describe(own, groups=groups, look=LOOK)
+    first, *rest = plan.overview(own, groups=groups, preview=PREVIEW).splitlines()
+    assert first == plan.describe(own, groups=groups, preview=PREVIEW)
     assert rest == [
         "group 1: 3 cells, split 0 seed 0 on cpu, 6 min: Student, L_KLD_WAug, H_KLD_WAug",  # 48 s x 3 + 192 s
         "group 2: 1 cell, split 1 seed 0 on cpu, 48 s: Student",
         "Teachers first, 8 min: Teacher_WAug split 0 seed 0",  # 480 s
         "at most 0.24 device hours from one timed step on cpu; nothing was started",  # 864 s
     ]
-    assert plan.overview(own, groups=[], look=None) == plan.describe(own, groups=[], look=None)
+    assert plan.overview(own, groups=[], preview=None) == plan.describe(own, groups=[], preview=None)
 
 
 CHANGED = "the store holds results of that name, but since then this has changed: "

@@ -78,7 +78,7 @@ def test_a_signal_ends_the_command_as_it_does_elsewhere(monkeypatch):
 
     engine = OnRay(gpus=0)
     engine.open(OmegaConf.create({}))
-    task = SimpleNamespace(remote=lambda errand: "task")
+    task = SimpleNamespace(remote=lambda remote_task: "task")
     ray = SimpleNamespace(remote=lambda **_: lambda _: task, wait=wait)
     monkeypatch.setattr(signals._State, "pending", signal.SIGTERM)
     with pytest.raises(signals.Stopped) as stopped:

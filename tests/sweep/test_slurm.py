@@ -181,7 +181,7 @@ def test_without_m_nothing_is_submitted_and_nothing_is_trained(tmp_path):
 def test_nothing_of_a_cluster_is_imported_unless_it_is_asked_for():
     imports = (
         "from kdsweep.sweep import launcher, plan, status; "
-        "from kdsweep.sweep.engines import devices, engine, node, on_ray, slurm, worker; "
+        "from kdsweep.sweep.engines import engine, local, ray, remote, slurm, worker; "
     )
     code = f"import sys; {imports}sys.exit(len({{'ray', 'submitit'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
@@ -191,22 +191,22 @@ def test_nothing_of_a_cluster_is_imported_unless_it_is_asked_for():
 
 
 def test_another_machine_that_sees_another_folder_refuses(some):
-    errand = remote.Errand(make_unit(some.store, some.cells[0]), config=OmegaConf.create({}), threads=1)
+    remote_task = remote.RemoteTask(make_unit(some.store, some.cells[0]), config=OmegaConf.create({}), threads=1)
     (some.store / remote.IDENTITY).unlink()
     with pytest.raises(
         InputError, match=r"store=.*: on \S+ it is not the folder of the machine that submits; put store"
     ):
-        errand._check([])
-    assert remote.identify(some.store) != errand.identities[some.store]
+        remote_task._check([])
+    assert remote.identify(some.store) != remote_task.identities[some.store]
     with pytest.raises(InputError, match="it is not the folder"):
-        errand._check([])
+        remote_task._check([])
 
 
 def test_another_machine_with_other_images_or_code_refuses(some, monkeypatch):
-    errand = remote.Errand(make_unit(some.store, some.cells[0]), config=OmegaConf.create({}), threads=1)
+    remote_task = remote.RemoteTask(make_unit(some.store, some.cells[0]), config=OmegaConf.create({}), threads=1)
     monkeypatch.setattr("kdsweep.sweep.plan.read_jobs", lambda _: [SimpleNamespace(cell=some.cells[1])])
     with pytest.raises(InputError, match=r"L_MSE split 0 seed 0: on \S+ the images or the code are not those"):
-        errand._check([])
+        remote_task._check([])
 
 
 def test_a_store_keeps_its_identity(tmp_path):

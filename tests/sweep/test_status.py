@@ -22,7 +22,7 @@ NOW_MS = 2_000_000_000_000
 
 
 def make_cell(store: Path, notation="L_MSE", split=0, **settings) -> Cell:
-    role = {"Student": "student", "Teacher": "teacher", "Teacher_WAug": "teacher"}.get(notation, "cell")
+    role = {"Student": "baseline", "Teacher": "teacher", "Teacher_WAug": "teacher"}.get(notation, "distilled")
     return Cell(role, notation, split, 0, settings or {"lr": 1}, {"data": "a"}, store)
 
 
@@ -155,7 +155,7 @@ def test_teachers_have_a_line_of_their_own_and_come_first(tmp_path, hold):
 def test_the_order_is_split_seed_notation_and_like_names_are_told_apart(tmp_path):
     cells = [make_cell(tmp_path, name, split) for split in (10, 2) for name in ("L_MSE", "H_MSE")]
     cells += [make_cell(tmp_path, "L_KLD", 2, lr=lr) for lr in (1, 2)]
-    twins = sorted(f"L_KLD split 2 seed 0 ({cell.place[-8:]})" for cell in cells[-2:])
+    twins = sorted(f"L_KLD split 2 seed 0 ({cell.key[-8:]})" for cell in cells[-2:])
     rows = [line.split("  ")[0] for line in tell(tmp_path, cells=cells)[3:]]
     names = ["L_MSE split 2 seed 0", "H_MSE split 10 seed 0", "L_MSE split 10 seed 0"]
     assert rows == ["H_MSE split 2 seed 0", *twins, *names]

@@ -119,7 +119,9 @@ def test_mlflow_holds_one_finished_run_per_cell_with_all_names(swept):
         assert run.info.run_name == f"{tags['kdsweep.notation']}/split0"
         wanted = {"cell", "notation", "role", "split", "sweep", "profile", "fingerprint"}
         assert {f"kdsweep.{name}" for name in wanted} | {"mlflow.source.git.commit"} <= tags.keys()
-        names = {"train/loss", "train/supervised", "val/loss", "val/dice"} | ({"train/kd"} if role == "cell" else set())
+        names = {"train/loss", "train/supervised", "val/loss", "val/dice"} | (
+            {"train/kd"} if role == "distilled" else set()
+        )
         final = {"dice", "dice_std", "iou", "precision", "sensitivity", "hd95_px"}
         assert names | {f"test/{name}" for name in final} <= run.data.metrics.keys()
         assert run.data.params["train.epochs"] == "2"

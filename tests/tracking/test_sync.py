@@ -47,7 +47,7 @@ def runs_of(uri: str) -> dict[str, tuple[str, str, list[int]]]:
     """By fingerprint the id, status and logged epochs of each run; fails if a cell has two."""
     client = writer.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("kdsweep")
-    runs = client.search_runs([experiment.experiment_id], "tags.`kdsweep.role` = 'cell'")
+    runs = client.search_runs([experiment.experiment_id], "tags.`kdsweep.role` = 'distilled'")
     found = {}
     for run in runs:
         fingerprint, run_id = run.data.tags["kdsweep.fingerprint"], run.info.run_id
@@ -59,7 +59,7 @@ def runs_of(uri: str) -> dict[str, tuple[str, str, list[int]]]:
 
 def test_a_training_is_seen_while_it_goes_on_and_closed_by_what_its_folder_says(store):
     done, failed, killed = cells = some_cells(store, 3)
-    own = sync.Mirror(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
+    own = sync.Sync(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
     uri = writer.store_uri(store, None)
     with contextlib.ExitStack() as held:
         for cell in cells:
@@ -84,7 +84,7 @@ def test_what_a_killed_command_left_unsaid_is_logged_at_the_next_start(store):
     cells = some_cells(store)
     end(cells[0], [0.25])  # killed between the scores and MLflow
     begin(cells[1], 2)
-    own = sync.Mirror(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
+    own = sync.Sync(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
     own.close()
     sweep = reader.read_sweep(store=store, uri=None, name="sweep")
     assert sorted(sweep.runs["status"]) == ["FINISHED", "KILLED"]
@@ -93,7 +93,7 @@ def test_what_a_killed_command_left_unsaid_is_logged_at_the_next_start(store):
 
 def test_two_mirrors_of_one_cell_open_one_run(store):
     (cell,) = some_cells(store, 1)
-    both = [sync.Mirror(store=store, uri=None, asked={name: [cell]}, **OPTIONS) for name in ("one", "other")]
+    both = [sync.Sync(store=store, uri=None, asked={name: [cell]}, **OPTIONS) for name in ("one", "other")]
     for epochs in (1, 2):
         begin(cell, epochs)
         time.sleep(0.5)
@@ -118,7 +118,7 @@ def test_a_database_that_another_process_locks_is_written_to_later(store, caplog
     release = threading.Timer(12, lambda: (other.execute("ROLLBACK"), other.close()))
     release.start()
     start = time.monotonic()
-    own = sync.Mirror(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
+    own = sync.Sync(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
     assert time.monotonic() - start < 11  # the start does not wait for the other one
     end(cells[1], [0.75])
     own.close()
@@ -134,11 +134,11 @@ def test_a_fresh_store_is_opened_by_many_processes_at_once(tmp_path):
 import sys
 from pathlib import Path
 from test_writer import end, make_cell
-from kdsweep.tracking import mirror
+from kdsweep.tracking import sync
 store = Path(sys.argv[1])
 cell = make_cell(store=store, lr=int(sys.argv[2]))
 end(cell, [0.5])
-mirror.Mirror(store=store, uri=None, experiment="kdsweep", asked={"sweep": [cell]}, teachers=[]).close()
+sync.Sync(store=store, uri=None, experiment="kdsweep", asked={"sweep": [cell]}, teachers=[]).close()
 """
 
     def start(number: int) -> subprocess.CompletedProcess[str]:
@@ -171,7 +171,7 @@ def test_a_process_killed_while_it_makes_the_database_spoils_nothing(tmp_path):
         done = subprocess.run([sys.executable, "-c", DYING, str(tmp_path), str(moment)], check=False, timeout=60)
         assert done.returncode in (-9, 0)
     cells = some_cells(tmp_path)
-    sync.Mirror(store=tmp_path, uri=None, asked={"sweep": cells}, **OPTIONS).close()
+    sync.Sync(store=tmp_path, uri=None, asked={"sweep": cells}, **OPTIONS).close()
     assert len(reader.read_sweep(store=tmp_path, uri=None, name="sweep").runs) == 2
     left = {file.name for file in tmp_path.iterdir()} - {"mlflow.db", ".mlflow.lock"}
     assert left == set()
@@ -180,7 +180,7 @@ def test_a_process_killed_while_it_makes_the_database_spoils_nothing(tmp_path):
 def test_a_database_that_cannot_be_opened_is_told_before_anything_is_trained(tmp_path):
     (tmp_path / "mlflow.db").write_text("this is not a database, however long it may be" * 100)
     with pytest.raises(InputError, match=r"mlflow\.db: the store does not open: .*not a database"):
-        sync.Mirror(store=tmp_path, uri=None, asked={"sweep": some_cells(tmp_path)}, **OPTIONS)
+        sync.Sync(store=tmp_path, uri=None, asked={"sweep": some_cells(tmp_path)}, **OPTIONS)
 
 
 # --- a store that is moved
@@ -190,7 +190,7 @@ def finished_sweep(store: Path) -> list:
     cells = some_cells(store)
     for cell in cells:
         end(cell, [0.5, 0.75])
-    sync.Mirror(store=store, uri=None, asked={"sweep": cells}, **OPTIONS).close()
+    sync.Sync(store=store, uri=None, asked={"sweep": cells}, **OPTIONS).close()
     return cells
 
 
@@ -202,7 +202,7 @@ def test_a_moved_store_keeps_its_scores_and_takes_new_ones(store, tmp_path):
     assert reader.read_sweep(store=moved, uri=None, name="sweep").scores["dice"].tolist() == [0.5, 0.75] * 2
     cells = some_cells(moved, 3)
     end(cells[2], [1.0])
-    sync.Mirror(store=moved, uri=None, asked={"sweep": cells}, **OPTIONS).close()
+    sync.Sync(store=moved, uri=None, asked={"sweep": cells}, **OPTIONS).close()
     assert len(reader.read_sweep(store=moved, uri=None, name="sweep").scores) == 5
     assert not store.exists()
     for run_id, *_ in runs_of(writer.store_uri(moved, None)).values():  # MLflow's own interface finds them too
@@ -216,7 +216,7 @@ def test_a_copy_and_its_original_go_on_apart(store, tmp_path):
     copy = Path(shutil.copytree(store, tmp_path / "copy"))
     cells = some_cells(copy, 3)
     end(cells[2], [1.0])
-    sync.Mirror(store=copy, uri=None, asked={"sweep": cells}, **OPTIONS).close()
+    sync.Sync(store=copy, uri=None, asked={"sweep": cells}, **OPTIONS).close()
     assert len(reader.read_sweep(store=copy, uri=None, name="sweep").runs) == 3
     assert len(reader.read_sweep(store=store, uri=None, name="sweep").runs) == 2
     assert len(list((store / "artifacts").iterdir())) == 2
@@ -265,7 +265,7 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
     uri = f"http://127.0.0.1:{port}"
     cells = some_cells(tmp_path, 3)
     waited = time.monotonic()
-    own = sync.Mirror(store=tmp_path, uri=uri, asked={"sweep": cells}, **OPTIONS)  # down at the start
+    own = sync.Sync(store=tmp_path, uri=uri, asked={"sweep": cells}, **OPTIONS)  # down at the start
     waited = time.monotonic() - waited
     end(cells[0], [0.25])
     assert "does not answer: training goes on" in caplog.text
@@ -283,12 +283,12 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
     assert "cells are not in MLflow" in caplog.text
     with serving(server_folder, port), slow(port, 0.3) as late:
         # the next command, to a slow one
-        again = sync.Mirror(store=tmp_path, uri=f"http://127.0.0.1:{late}", asked={"sweep": cells}, **OPTIONS)
+        again = sync.Sync(store=tmp_path, uri=f"http://127.0.0.1:{late}", asked={"sweep": cells}, **OPTIONS)
         start = time.monotonic()
         again.close()
         assert time.monotonic() - start < 5
         end(cells[1], [0.5])
-        last = sync.Mirror(store=tmp_path, uri=uri, asked={"sweep": cells}, trains=False, **OPTIONS)
+        last = sync.Sync(store=tmp_path, uri=uri, asked={"sweep": cells}, trains=False, **OPTIONS)
         last.close()
         found = runs_of(uri)
         assert [found[cell.fingerprint][1:] for cell in cells] == [("FINISHED", [0, 1, 2])] * 3
@@ -306,12 +306,12 @@ def test_many_workers_log_to_one_server_on_postgresql_and_nothing_is_lost(tmp_pa
         import sys, time
         from pathlib import Path
         from test_writer import begin, end, make_cell
-        from kdsweep.tracking import mirror
+        from kdsweep.tracking import sync
         store, uri, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
         own = [make_cell(store=store, lr=10 * number + each) for each in range(5)]
         teacher = make_cell("Teacher", store=store)
-        mirror.PASS_EVERY_S = 0.1
-        mirror.Mirror(store=store, uri=uri, experiment="kdsweep", asked={"sweep": own}, teachers=[teacher])
+        sync.PASS_EVERY_S = 0.1
+        sync.Sync(store=store, uri=uri, experiment="kdsweep", asked={"sweep": own}, teachers=[teacher])
         for epochs in (1, 2):
             for cell in own:
                 begin(cell, epochs)
@@ -321,7 +321,7 @@ def test_many_workers_log_to_one_server_on_postgresql_and_nothing_is_lost(tmp_pa
         if number == 0:
             end(teacher, [0.5])
         time.sleep(1)
-        mirror.close_all()
+        sync.close_all()
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
@@ -343,7 +343,7 @@ def test_a_server_that_never_answers_costs_less_than_ten_seconds_in_all(tmp_path
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         cells = some_cells(tmp_path, 2)
         start = time.monotonic()
-        own = sync.Mirror(store=tmp_path, uri=uri, asked={"sweep": cells}, **OPTIONS)
+        own = sync.Sync(store=tmp_path, uri=uri, asked={"sweep": cells}, **OPTIONS)
         end(cells[0], [0.25])
         own.close()
         assert time.monotonic() - start < 10

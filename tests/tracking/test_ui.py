@@ -29,8 +29,8 @@ def study(tmp_path_factory) -> tuple[Path, str, dict[str, str]]:
     tracker.ask("study", [student, cell, make_cell("H_KLD", store=store)])
     for own, dice, path in ((student, 0.25, "none"), (cell, 0.75, "L")):
         record = end(own, [dice])
-        tracker.mirror(replace(record, params={**PARAMS, "cell.path": path}), sweep="study")
-    tracker.mirror(begin(make_cell("H_KLD", store=store), 2), sweep="study")
+        tracker.sync(replace(record, params={**PARAMS, "cell.path": path}), sweep="study")
+    tracker.sync(begin(make_cell("H_KLD", store=store), 2), sweep="study")
     (store / "mlflow.db").rename(store / "server.db")
     client = writer.MlflowClient(tracking_uri=f"sqlite:///{store / 'server.db'}")
     found = client.search_runs([tracker.experiment_id])

@@ -24,7 +24,7 @@ def store(empty_store, tmp_path_factory) -> Path:
 
 
 def make_cell(notation="L_MSE", split=0, evidence="a", store=Path("store"), **settings) -> Cell:
-    role = {"Student": "student", "Teacher": "teacher"}.get(notation, "cell")
+    role = {"Student": "baseline", "Teacher": "teacher"}.get(notation, "distilled")
     return Cell(role, notation, split, 0, settings or {"lr": 1}, {"data": evidence}, store)
 
 
@@ -52,7 +52,7 @@ def end(cell: Cell, dice: list[float]) -> records.Record:
 
 def finish(tracker: writer.Tracker, cell: Cell, sweep: str, folder: Path, dice: list[float]) -> str:
     """Id of the run of a cell that was computed in a folder."""
-    return tracker.mirror(end(replace(cell, store=folder), dice), sweep=sweep)
+    return tracker.sync(end(replace(cell, store=folder), dice), sweep=sweep)
 
 
 def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
@@ -117,12 +117,12 @@ def test_every_epoch_is_kept_once_however_often_it_is_told(store, tmp_path):
     cell = replace(make_cell(lr=7), store=tmp_path)
     first = writer.Tracker(store=store, uri=None)
     for epochs in (1, 2, 2):
-        run_id = first.mirror(begin(cell, epochs), sweep="epochs")
+        run_id = first.sync(begin(cell, epochs), sweep="epochs")
     assert steps_of(store, run_id) == [0, 1]
     later = writer.Tracker(store=store, uri=None)  # of the next command
-    assert later.mirror(begin(cell, 3), sweep="epochs") == run_id
-    assert later.mirror(end(cell, [0.5]), sweep="epochs") == run_id
-    assert writer.Tracker(store=store, uri=None).mirror(end(cell, [0.5]), sweep="epochs") == run_id
+    assert later.sync(begin(cell, 3), sweep="epochs") == run_id
+    assert later.sync(end(cell, [0.5]), sweep="epochs") == run_id
+    assert writer.Tracker(store=store, uri=None).sync(end(cell, [0.5]), sweep="epochs") == run_id
     history = client_of(store).get_metric_history(run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
     assert steps_of(store, run_id, "test/dice") == [0]
@@ -143,12 +143,14 @@ def test_a_call_whose_answer_was_lost_is_made_again_and_doubles_nothing(store, t
         with monkeypatch.context() as patch:
             patch.setattr(writer.MlflowClient, name, lost)
             with pytest.raises(ConnectionError):
-                tracker.mirror(record, sweep="lost")
+                tracker.sync(record, sweep="lost")
         tracker = writer.Tracker(store=store, uri=None)
-    run_id = tracker.mirror(record, sweep="lost")
+    run_id = tracker.sync(record, sweep="lost")
     assert steps_of(store, run_id) == [0, 1, 2]
     assert steps_of(store, run_id, "test/dice") == [0]
-    runs = [run for run in tracker.search("tags.`kdsweep.role` = 'cell'") if run.data.tags["kdsweep.sweep"] == "lost"]
+    runs = [
+        run for run in tracker.search("tags.`kdsweep.role` = 'distilled'") if run.data.tags["kdsweep.sweep"] == "lost"
+    ]
     assert [run.info.run_id for run in runs] == [run_id]
 
 
@@ -156,8 +158,8 @@ def test_two_commands_that_looked_before_a_cell_was_begun_open_one_run(store, tm
     known, fresh = (replace(make_cell(lr=lr), store=tmp_path) for lr in (25, 26))
     both = [writer.Tracker(store=store, uri=None) for _ in range(2)]
     for tracker in both:
-        tracker.mirror(end(known, [0.5]), sweep="both")
-    assert len({tracker.mirror(end(fresh, [0.25]), sweep="both") for tracker in both}) == 1
+        tracker.sync(end(known, [0.5]), sweep="both")
+    assert len({tracker.sync(end(fresh, [0.25]), sweep="both") for tracker in both}) == 1
     found = both[0].search(f"tags.`kdsweep.fingerprint` = '{fresh.fingerprint}'")
     assert len(found) == 1
 
@@ -175,8 +177,8 @@ def test_a_run_whose_opening_was_not_answered_is_found_by_the_same_command(store
     with monkeypatch.context() as patch:
         patch.setattr(writer.MlflowClient, "create_run", lost)
         with pytest.raises(ConnectionError):
-            tracker.mirror(end(cell, [0.5]), sweep="unanswered")
-    run_id = tracker.mirror(end(cell, [0.5]), sweep="unanswered")
+            tracker.sync(end(cell, [0.5]), sweep="unanswered")
+    run_id = tracker.sync(end(cell, [0.5]), sweep="unanswered")
     found = tracker.search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
     assert [run.info.run_id for run in found] == [run_id]
 
@@ -185,9 +187,9 @@ def test_a_cell_that_is_computed_anew_leaves_its_old_run_behind(store, tmp_path)
     """Its checkpoint was lost: the epochs are others, and must not stand beside the old ones in one run."""
     cell = replace(make_cell(lr=21), store=tmp_path)
     tracker = writer.Tracker(store=store, uri=None)
-    old = tracker.mirror(begin(cell, 3), sweep="anew")
+    old = tracker.sync(begin(cell, 3), sweep="anew")
     record = replace(begin(cell, 1), times_ms=[5_000_000])
-    new = writer.Tracker(store=store, uri=None).mirror(record, sweep="anew")
+    new = writer.Tracker(store=store, uri=None).sync(record, sweep="anew")
     assert new != old
     assert client_of(store).get_run(old).info.status == "KILLED"
     assert steps_of(store, new) == [0]
@@ -195,11 +197,11 @@ def test_a_cell_that_is_computed_anew_leaves_its_old_run_behind(store, tmp_path)
 
 def test_a_finished_cell_has_one_finished_run_also_after_it_was_computed_again(store, tmp_path):
     cell = replace(make_cell(lr=22), store=tmp_path)
-    first = writer.Tracker(store=store, uri=None).mirror(end(cell, [0.5]), sweep="twice")
+    first = writer.Tracker(store=store, uri=None).sync(end(cell, [0.5]), sweep="twice")
     tracker = writer.Tracker(store=store, uri=None)
-    assert tracker.mirror(begin(cell, 1), sweep="twice") == first  # until it is finished the old scores stand
-    assert tracker.mirror(end(cell, [0.5]), sweep="twice") == first  # the same scores: nothing to add
-    second = tracker.mirror(end(cell, [0.75]), sweep="twice")
+    assert tracker.sync(begin(cell, 1), sweep="twice") == first  # until it is finished the old scores stand
+    assert tracker.sync(end(cell, [0.5]), sweep="twice") == first  # the same scores: nothing to add
+    second = tracker.sync(end(cell, [0.75]), sweep="twice")
     assert second != first
     found = tracker.search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
     assert [(run.info.run_id, run.info.status) for run in found] == [(second, "FINISHED")]
@@ -210,10 +212,10 @@ def test_a_failed_cell_has_its_error_beside_its_status_and_may_go_on(store, tmp_
     tracker = writer.Tracker(store=store, uri=None)
     begin(cell, 1)
     records.write_failed(cell.folder, "my loss\nbroke")
-    run_id = tracker.mirror(records.read(cell.folder), sweep="failed")
+    run_id = tracker.sync(records.read(cell.folder), sweep="failed")
     run = client_of(store).get_run(run_id)
     assert (run.info.status, run.data.tags["kdsweep.error"]) == ("FAILED", "my loss broke")
-    assert tracker.mirror(begin(cell, 2), sweep="failed") == run_id
+    assert tracker.sync(begin(cell, 2), sweep="failed") == run_id
     run = client_of(store).get_run(run_id)
     assert run.info.status == "RUNNING"
     assert "kdsweep.error" not in run.data.tags
@@ -223,7 +225,7 @@ def test_a_failed_cell_has_its_error_beside_its_status_and_may_go_on(store, tmp_
 def test_of_several_runs_of_a_cell_the_one_that_fits_goes_on_and_none_stays_open(store, tmp_path):
     cell = replace(make_cell(lr=24), store=tmp_path)
     first = writer.Tracker(store=store, uri=None)
-    fits = first.mirror(begin(cell, 2), sweep="several")
+    fits = first.sync(begin(cell, 2), sweep="several")
     own = first._known[cell.fingerprint][0]
     others = [first._create(begin(cell, 1), "several", again=True).run_id for _ in range(2)]
     for number, run_id in enumerate(others):
@@ -231,7 +233,7 @@ def test_of_several_runs_of_a_cell_the_one_that_fits_goes_on_and_none_stays_open
         client_of(store).log_batch(run_id, metrics=[point])
     assert own.run_id == fits
     for epochs in (2, 3):
-        assert writer.Tracker(store=store, uri=None).mirror(begin(cell, epochs), sweep="several") == fits
+        assert writer.Tracker(store=store, uri=None).sync(begin(cell, epochs), sweep="several") == fits
     found = first.search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
     statuses = {run.info.run_id: run.info.status for run in found}
     assert statuses == {fits: "RUNNING", others[0]: "KILLED", others[1]: "KILLED"}
@@ -242,14 +244,14 @@ def test_what_was_asked_for_and_is_not_there_is_missing(store):
     tracker.ask("gaps", [make_cell(split=2, lr=5), make_cell("Student", split=1, lr=5)])
     runs = reader.read_sweep(store=store, uri=None, name="gaps").runs.set_index("notation")
     assert runs["status"].tolist() == ["missing", "missing"]
-    assert runs.loc["L_MSE", ["split", "role"]].tolist() == [2, "cell"]
-    assert runs.loc["Student", ["split", "role"]].tolist() == [1, "student"]
+    assert runs.loc["L_MSE", ["split", "role"]].tolist() == [2, "distilled"]
+    assert runs.loc["Student", ["split", "role"]].tolist() == [1, "baseline"]
 
 
 def test_a_cell_asked_again_with_new_data_takes_the_old_ones_place(store, tmp_path):
     tracker = writer.Tracker(store=store, uri=None)
     old, new = make_cell(lr=11, evidence="old"), make_cell(lr=11, evidence="new")
-    assert old.place == new.place
+    assert old.key == new.key
     tracker.ask("again", [old])
     finish(tracker, old, "again", tmp_path, [0.1])
     tracker.ask("again", [new])
@@ -271,13 +273,13 @@ def test_a_teacher_comes_with_the_cells_that_it_taught(store, tmp_path):
 def test_a_run_left_open_by_a_killed_process_is_closed_and_goes_on_later(store, tmp_path):
     cell = replace(make_cell(lr=13), store=tmp_path)
     writer.Tracker(store=store, uri=None).ask("killed", [cell])
-    run_id = writer.Tracker(store=store, uri=None).mirror(begin(cell, 1), sweep="killed")
+    run_id = writer.Tracker(store=store, uri=None).sync(begin(cell, 1), sweep="killed")
     assert client_of(store).get_run(run_id).info.status == "RUNNING"
     record = records.read(cell.folder)
     assert record.status == "KILLED"  # nobody holds its lock
-    assert writer.Tracker(store=store, uri=None).mirror(record, sweep="killed") == run_id
+    assert writer.Tracker(store=store, uri=None).sync(record, sweep="killed") == run_id
     assert client_of(store).get_run(run_id).info.status == "KILLED"
-    assert writer.Tracker(store=store, uri=None).mirror(end(cell, [0.4]), sweep="killed") == run_id
+    assert writer.Tracker(store=store, uri=None).sync(end(cell, [0.4]), sweep="killed") == run_id
     (row,) = reader.read_sweep(store=store, uri=None, name="killed").runs.to_dict("records")
     assert (row["run_id"], row["status"]) == (run_id, "FINISHED")
 
@@ -285,7 +287,7 @@ def test_a_run_left_open_by_a_killed_process_is_closed_and_goes_on_later(store, 
 def test_more_params_than_one_call_takes_are_all_kept(store, tmp_path):
     tracker, cell = writer.Tracker(store=store, uri=None), make_cell(lr=14)
     params = {**PARAMS, **{f"key{i}": i for i in range(250)}}
-    run_id = tracker.mirror(begin(replace(cell, store=tmp_path), params=params), sweep="many")
+    run_id = tracker.sync(begin(replace(cell, store=tmp_path), params=params), sweep="many")
     assert client_of(store).get_run(run_id).data.params == {key: str(value) for key, value in params.items()}
 
 
@@ -301,7 +303,7 @@ def test_no_call_holds_more_than_an_mlflow_server_takes(store, tmp_path, monkeyp
     tracker, cells = writer.Tracker(store=store, uri=None), [make_cell(lr=17, cell=number) for number in range(250)]
     tracker.ask("large", cells)
     many = begin(replace(cells[0], store=tmp_path), 1000, params={f"key{i}": i for i in range(250)})
-    run_id = tracker.mirror(many, sweep="large")
+    run_id = tracker.sync(many, sweep="large")
     monkeypatch.undo()
     assert steps_of(store, run_id) == list(range(1000))
     client = client_of(store)

@@ -108,7 +108,7 @@ def test_a_broken_loss_ends_its_own_cell_and_leaves_the_others_bit_for_bit(compo
 
 def test_a_launchers_device_that_is_none_is_refused(compose):
     with pytest.raises(InputError, match="device=gpu is not allowed: it must be auto, cpu, cuda or cuda:NUMBER"):
-        preview.look([compose("path=none")], ["cpu", "gpu"])
+        preview.preview_cells([compose("path=none")], ["cpu", "gpu"])
 
 
 def test_a_cell_that_diverges_fails_alone_with_term_and_epoch(compose):

@@ -16,7 +16,7 @@ from kdsweep.evaluation import scoring
 from kdsweep.models import unet
 from kdsweep.runs import checkpoint, records
 from kdsweep.training import factory, loop, teachers
-from kdsweep.training.learner import DivergedError, Means
+from kdsweep.training.learner import DivergedError, EpochMeter
 
 QUICK = ["profile=quick", "data=busi", "train.batch_size=6", "train.epochs=2", "device=cpu"]
 
@@ -99,10 +99,10 @@ def test_the_order_of_a_group_makes_no_difference(compose, tmp_path):
 
 def test_the_teacher_is_left_as_it_was_and_gets_no_gradient(compose, tmp_path):
     cfg = compose("path=HR", "teacher_aug=strong")
-    staff = teachers_of(cfg)
-    (teacher,) = staff.values()
+    frozen = teachers_of(cfg)
+    (teacher,) = frozen.values()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    loop.fit([make_learner(cfg, tmp_path)], teachers=staff, feed=feed_of(cfg), compute=CPU)
+    loop.fit([make_learner(cfg, tmp_path)], teachers=frozen, feed=feed_of(cfg), compute=CPU)
     assert not teacher.training
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert_same(before, teacher.state_dict())  # batch norm statistics among them
@@ -110,26 +110,26 @@ def test_the_teacher_is_left_as_it_was_and_gets_no_gradient(compose, tmp_path):
 
 @pytest.mark.parametrize("spoil", [lambda t: t.train(), lambda t: t.requires_grad_(True)], ids=["train", "grad"])
 def test_a_teacher_that_is_not_frozen_is_refused(compose, spoil):
-    staff = teachers_of(compose("path=L"))
-    spoil(next(iter(staff.values())))
+    frozen = teachers_of(compose("path=L"))
+    spoil(next(iter(frozen.values())))
     with pytest.raises(ValueError, match="not frozen"):
-        loop.Staff(staff, CPU)
+        loop.FrozenTeachers(frozen, CPU)
 
 
 def test_hidden_paths_run_the_teachers_encoder_alone_and_each_view_once(compose, tmp_path):
     configs = [compose("path=H", "teacher_aug=weak"), compose("path=HR", "teacher_aug=weak")]
-    staff = loop.Staff(teachers_of(*configs), CPU)
-    (teacher,) = staff.teachers.values()
+    frozen = loop.FrozenTeachers(teachers_of(*configs), CPU)
+    (teacher,) = frozen.teachers.values()
     calls = []
     teacher.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
     teacher.decoder.register_forward_hook(lambda *_: calls.append("decoder"))
     images = {"weak": torch.zeros(2, 3, 64, 64), "strong": torch.ones(2, 3, 64, 64)}
     learners = [make_learner(cfg, tmp_path) for cfg in configs]
-    (outputs,) = staff.teach(learners, images).values()
+    (outputs,) = frozen.teach(learners, images).values()
     assert calls == ["encoder"]
     calls.clear()
     learners.append(make_learner(compose("path=L", "teacher_aug=weak"), tmp_path))
-    (full,) = staff.teach(learners, images).values()
+    (full,) = frozen.teach(learners, images).values()
     assert calls == ["encoder", "decoder"]
     assert torch.equal(outputs.hidden, full.hidden)
 
@@ -352,8 +352,8 @@ def test_a_cell_trains_on_cuda_close_to_the_cpu(compose, tmp_path, precision):
         cfg = compose("path=L", "loss=mse", "train.epochs=1", f"device={device}", f"precision={precision}")
         learner = make_learner(cfg, tmp_path / device)
         compute = factory.compute(cfg)
-        staff = {name: teacher.to(compute.device) for name, teacher in teachers_of(cfg).items()}
-        loop.run([learner], teachers=staff, feed=feed_of(cfg), compute=compute)
+        frozen = {name: teacher.to(compute.device) for name, teacher in teachers_of(cfg).items()}
+        loop.run([learner], teachers=frozen, feed=feed_of(cfg), compute=compute)
         values[device] = learner.history[0]["train/loss"]
     assert values["cuda"] == pytest.approx(values["cpu"], rel=0.05)
 
@@ -370,12 +370,12 @@ def test_a_group_equals_solo_runs_on_cuda(compose, tmp_path, deterministic):
     names = [*("path=HR", "path=L"), "path=none"]
     configs = [compose(name, "device=cuda", f"deterministic={deterministic}") for name in names]
     compute = factory.compute(configs[0])
-    staff = {name: placed(teacher, compute) for name, teacher in teachers_of(*configs).items()}
+    frozen = {name: placed(teacher, compute) for name, teacher in teachers_of(*configs).items()}
     group = [make_learner(cfg, tmp_path / f"group{i}") for i, cfg in enumerate(configs)]
-    loop.run(group, teachers=staff, feed=feed_of(configs[0]), compute=compute)
+    loop.run(group, teachers=frozen, feed=feed_of(configs[0]), compute=compute)
     for i, cfg in enumerate(configs):
         alone = make_learner(cfg, tmp_path / f"alone{i}")
-        loop.run([alone], teachers=staff, feed=feed_of(cfg), compute=compute)
+        loop.run([alone], teachers=frozen, feed=feed_of(cfg), compute=compute)
         if deterministic:
             assert_same(state_of(alone), state_of(group[i]))
         losses = [learner.history[-1]["val/loss"] for learner in (alone, group[i])]
@@ -387,18 +387,18 @@ def test_a_group_equals_solo_runs_on_cuda(compose, tmp_path, deterministic):
 def test_no_step_makes_the_host_wait_for_the_device(compose, tmp_path):
     configs = [compose(name, "device=cuda") for name in ("path=HR", "path=L", "path=H", "path=none")]
     compute = factory.compute(configs[0])
-    staff = loop.Staff({n: placed(t, compute) for n, t in teachers_of(*configs).items()}, compute)
+    frozen = loop.FrozenTeachers({n: placed(t, compute) for n, t in teachers_of(*configs).items()}, compute)
     group = [make_learner(cfg, tmp_path / str(i)) for i, cfg in enumerate(configs)]
     for learner in group:
         for module in learner.modules().values():
             placed(module, compute)
     feed = feed_of(configs[0])
-    loop.train_epoch(group, 0, staff=staff, feed=feed, compute=compute)  # what is done once may wait
+    loop.train_epoch(group, 0, frozen=frozen, feed=feed, compute=compute)  # what is done once may wait
     for learner in group:
-        learner.means = Means()
+        learner.means = EpochMeter()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loop.train_epoch(group, 1, staff=staff, feed=feed, compute=compute)
+        loop.train_epoch(group, 1, frozen=frozen, feed=feed, compute=compute)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [learner.failure for learner in group] == [None] * 4

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from kdsweep.config.grid import Cell
 
 if TYPE_CHECKING:
-    from kdsweep.sweep.plan import Job, Look
+    from kdsweep.sweep.plan import Job, Preview
 
 
 DONE, SUBMITTED = "done", "submitted"  # outcomes of a unit without a result: of Teachers; of what is not waited for
@@ -52,7 +52,7 @@ class Engine(Protocol):
     def check(self, jobs: Sequence[Job]) -> None:
         """Raise InputError if it cannot run these cells as they are configured."""
 
-    def look(self, configs: list[DictConfig], *, times: bool) -> Look:
+    def preview(self, configs: list[DictConfig], *, times: bool) -> Preview:
         """Check the cells that wait where torch is.
 
         Args:
@@ -63,7 +63,7 @@ class Engine(Protocol):
     def queued(self, jobs: Sequence[Job]) -> set[Path]:
         """Folders of those of these cells that an earlier command has left with it."""
 
-    def at_once(self, look: Look) -> int:
+    def at_once(self, preview: Preview) -> int:
         """How many units can run at the same time, as far as it knows."""
 
     def run(self, units: Sequence[Unit], *, before: Sequence[Unit] = ()) -> Iterator[tuple[Unit, Any]]:

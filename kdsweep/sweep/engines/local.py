@@ -19,7 +19,7 @@ from kdsweep.sweep.engines.engine import Unit
 
 if TYPE_CHECKING:
     from kdsweep.sweep.engines.worker import Worker
-    from kdsweep.sweep.plan import Job, Look
+    from kdsweep.sweep.plan import Job, Preview
 
 log = logging.getLogger(__name__)
 
@@ -50,21 +50,21 @@ class Devices:
     def check(self, jobs: Sequence[Job]) -> None:
         """See ``Engine``: any cell can be trained here."""
 
-    def look(self, configs: list[DictConfig], *, times: bool) -> Look:
+    def preview(self, configs: list[DictConfig], *, times: bool) -> Preview:
         """See ``Engine``; steps are always timed."""
         from kdsweep.sweep.engines import worker
 
         self._idle = worker.start(self._config)
-        found: Look = self._idle.call(worker.look_at_cells, configs, self.names)
+        found: Preview = self._idle.call(worker.preview_cells, configs, self.names)
         return found
 
     def queued(self, jobs: Sequence[Job]) -> set[Path]:
         """See ``Engine``: processes end with the command."""
         return set()
 
-    def at_once(self, look: Look) -> int:
+    def at_once(self, preview: Preview) -> int:
         """See ``Engine``."""
-        return len(self.names or {name for names in look.devices.values() for name in names})
+        return len(self.names or {name for names in preview.devices.values() for name in names})
 
     def close(self, error: BaseException | None) -> None:
         """See ``Engine``: processes that are ended early save what they do, as the signal would have them."""

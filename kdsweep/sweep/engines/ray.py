@@ -15,8 +15,8 @@ from kdsweep.core.errors import CellError, InputError
 from kdsweep.sweep.engines.engine import Unit
 
 if TYPE_CHECKING:
-    from kdsweep.sweep.engines.remote import Errand
-    from kdsweep.sweep.plan import Job, Look
+    from kdsweep.sweep.engines.remote import RemoteTask
+    from kdsweep.sweep.plan import Job, Preview
 
 
 LOOK_EVERY_S = 1.0
@@ -101,17 +101,17 @@ class OnRay:
                 ) from error
         return ray
 
-    def look(self, configs: list[DictConfig], *, times: bool) -> Look:
+    def preview(self, configs: list[DictConfig], *, times: bool) -> Preview:
         """See ``Engine``."""
         from kdsweep.sweep.engines import remote
 
-        return remote.look(configs, self._place, config=self._config, times=times)
+        return remote.preview(configs, self._place, config=self._config, times=times)
 
     def queued(self, jobs: Sequence[Job]) -> set[Path]:
         """See ``Engine``: tasks end with the command."""
         return set()
 
-    def at_once(self, look: Look) -> int:
+    def at_once(self, preview: Preview) -> int:
         """See ``Engine``: more than one, else Teachers would be waited for by tasks that hold devices."""
         return 2
 
@@ -122,11 +122,11 @@ class OnRay:
         yield from self._run(ray, units)
 
     def _run(self, ray: Any, units: Sequence[Unit]) -> Iterator[tuple[Unit, Any]]:
-        from kdsweep.sweep.engines.remote import Errand
+        from kdsweep.sweep.engines.remote import RemoteTask
 
         # A fresh process for each: what one leaves behind (memory, threads, loggers) would reach the next.
         task = ray.remote(max_calls=1, **self._needs)(_do)
-        waiting = {task.remote(Errand(unit, config=self._config, threads=self._cpus)): unit for unit in units}
+        waiting = {task.remote(RemoteTask(unit, config=self._config, threads=self._cpus)): unit for unit in units}
         while waiting:
             self._running = list(waiting)
             try:
@@ -161,9 +161,9 @@ def _loopback(address: str | None) -> dict[str, Any]:
     return {"_node_ip_address": host} if host.startswith("127.") else {}
 
 
-def _do(errand: Errand) -> Any:
+def _do(remote_task: RemoteTask) -> Any:
     """The task."""
-    return errand()
+    return remote_task()
 
 
 def _outcome(ray: Any, own: Any) -> Any:

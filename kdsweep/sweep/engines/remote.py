@@ -15,20 +15,20 @@ import cloudpickle
 from hydra.core.singleton import Singleton
 from omegaconf import DictConfig
 
-from kdsweep.core.errors import CellError, InputError, told
+from kdsweep.core.errors import CellError, InputError, one_line
 from kdsweep.core.files import write_json
 from kdsweep.sweep.engines import worker
 from kdsweep.sweep.engines.engine import Unit
 from kdsweep.tracking import database, sync
 
 if TYPE_CHECKING:
-    from kdsweep.sweep.plan import Look
+    from kdsweep.sweep.plan import Preview
 
 IDENTITY = ".identity"
 REMEDY = "put store, data and environment on a file system that all machines share, under the same name"
 
 
-class Errand:
+class RemoteTask:
     """A unit on its way: called on the other machine, it gives the unit's result, or its error as a value.
 
     The store, the images, the code and the Python environment must lie there where they lie here: on a file system
@@ -54,7 +54,7 @@ class Errand:
         try:
             os.chdir(self.folder)
         except OSError as error:
-            return InputError(f"{self.folder} cannot be entered on {socket.gethostname()}: {told(error)}; {REMEDY}")
+            return InputError(f"{self.folder} cannot be entered on {socket.gethostname()}: {one_line(error)}; {REMEDY}")
         sys.path[:] = [*self.path, *(entry for entry in sys.path if entry not in self.path)]
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
         call, configs, config, singletons = cloudpickle.loads(self.payload)
@@ -125,7 +125,7 @@ def _read_identity(store: Path) -> str:
         return ""
 
 
-def look(configs: list[DictConfig], place: str, *, config: DictConfig, times: bool) -> Look:
+def preview(configs: list[DictConfig], place: str, *, config: DictConfig, times: bool) -> Preview:
     """Check cells that other machines are to train, in a process with torch.
 
     Args:
@@ -139,7 +139,7 @@ def look(configs: list[DictConfig], place: str, *, config: DictConfig, times: bo
     """
     process = worker.start(config)
     try:
-        found: Look = process.call(partial(worker.look_from_afar, times=times), configs, place)
+        found: Preview = process.call(partial(worker.preview_remote, times=times), configs, place)
     finally:
         process.close()
     return found

@@ -24,8 +24,8 @@ from kdsweep.sweep.engines.engine import SUBMITTED, Unit
 if TYPE_CHECKING:
     import submitit
 
-    from kdsweep.sweep.engines.remote import Errand
-    from kdsweep.sweep.plan import Job, Look
+    from kdsweep.sweep.engines.remote import RemoteTask
+    from kdsweep.sweep.plan import Job, Preview
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +122,11 @@ class Slurm:
             for job in jobs:
                 remote.check_tracking(job.values)
 
-    def look(self, configs: list[DictConfig], *, times: bool) -> Look:
+    def preview(self, configs: list[DictConfig], *, times: bool) -> Preview:
         """See ``Engine``."""
         from kdsweep.sweep.engines import remote
 
-        return remote.look(configs, self._place, config=self._config, times=times)
+        return remote.preview(configs, self._place, config=self._config, times=times)
 
     def queued(self, jobs: Sequence[Job]) -> set[Path]:
         """See ``Engine``: an earlier command may have submitted some of these."""
@@ -143,7 +143,7 @@ class Slurm:
             log.info("%d cells are in the queue already, as job %s: not submitted again", len(found), names)
         return found
 
-    def at_once(self, look: Look) -> int:
+    def at_once(self, preview: Preview) -> int:
         """See ``Engine``: more than one, else Teachers would be waited for by jobs that hold devices."""
         return 2
 
@@ -168,16 +168,16 @@ class Slurm:
         return sorted({task.job_id for cell in unit.cells if (task := self._queued.get(cell.folder)) is not None})
 
     def _submit(self, units: Sequence[Unit], *, what: str, after: Iterable[str] = ()) -> list[_Submitted]:
-        from kdsweep.sweep.engines.remote import Errand
+        from kdsweep.sweep.engines.remote import RemoteTask
 
         submitted = []
         for place, own in _by_place(units).items():
             executor = self._executor(place, after=after)
             for start in range(0, len(own), ARRAY):
                 part = own[start : start + ARRAY]
-                errands = [Errand(unit, config=self._config, threads=self._cpus) for unit in part]
+                remote_tasks = [RemoteTask(unit, config=self._config, threads=self._cpus) for unit in part]
                 try:
-                    jobs = executor.submit_array([ArrayJob(errand) for errand in errands])
+                    jobs = executor.submit_array([ArrayJob(remote_task) for remote_task in remote_tasks])
                 except Exception as error:  # of submitit or its command, with what sbatch printed
                     told = re.findall(r"sbatch: error: (.+)", str(error)) or [_last_line(error)]
                     raise InputError(f"the groups cannot be submitted, sbatch says: {'; '.join(told)}") from error
@@ -267,20 +267,20 @@ class _Submitted(NamedTuple):
 
 
 class ArrayJob:
-    """What submitit calls in a job: an errand that saves what it does when the job has to end.
+    """A remote task as submitit calls it in a job: it saves what it does when the job has to end.
 
     Args:
-        errand: with the group.
+        remote_task: with the group.
     """
 
-    def __init__(self, errand: Errand) -> None:
-        self.errand = errand
+    def __init__(self, remote_task: RemoteTask) -> None:
+        self.remote_task = remote_task
 
     def __call__(self) -> Any:
         """Run the group."""
         signals.install()  # after submitit, which would let SIGTERM pass
         try:
-            return self.errand()
+            return self.remote_task()
         except Stopped as stop:
             log.warning("%s: all is saved", stop)
             if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
@@ -291,7 +291,7 @@ class ArrayJob:
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called by submitit when the time is nearly over: save, and go on from there in the queue's next turn."""
-        self.errand.stop(signal.SIGTERM)
+        self.remote_task.stop(signal.SIGTERM)
         return _submitit().helpers.DelayedSubmission(self)
 
 

@@ -30,11 +30,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from kdsweep.core import logs, signals
-from kdsweep.core.errors import CellError, InputError, told
+from kdsweep.core.errors import CellError, InputError, one_line
 from kdsweep.sweep.engines.engine import DONE
 
 if TYPE_CHECKING:
-    from kdsweep.sweep.plan import Look
+    from kdsweep.sweep.plan import Preview
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ def run_jobs(
             try:
                 returns.append(jobs.enter_context(open_job(config, hydra_context, run_group)))
             except OSError as error:  # its folder cannot be written to: the others can do without it
-                log.error("%s", told(error), extra=logs.SCREEN_ONLY)
+                log.error("%s", one_line(error), extra=logs.SCREEN_ONLY)
                 returns.append(closed(config.hydra.overrides.task, _as_text(error)))
             else:
                 files += logs.claim(Path(config.hydra.runtime.output_dir))
@@ -241,7 +241,7 @@ def run_jobs(
         try:
             results = run_group([job.cfg for job in opened])
         except Exception as error:
-            log.error("%s", told(error), exc_info=error)
+            log.error("%s", one_line(error), exc_info=error)
             results = [error] * len(opened)
         for job, result in zip(opened, results, strict=True):
             job.status = JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED
@@ -279,18 +279,18 @@ def train_teachers(configs: list[DictConfig]) -> str:
     return DONE
 
 
-def look_at_cells(configs: list[DictConfig], devices: list[str]) -> Look:
+def preview_cells(configs: list[DictConfig], devices: list[str]) -> Preview:
     """``group.look``."""
     from kdsweep.sweep import preview
 
-    return preview.look(configs, devices)
+    return preview.preview_cells(configs, devices)
 
 
-def look_from_afar(configs: list[DictConfig], place: str, *, times: bool) -> Look:
+def preview_remote(configs: list[DictConfig], place: str, *, times: bool) -> Preview:
     """``group.look_from_afar``."""
     from kdsweep.sweep import preview
 
-    return preview.look_from_afar(configs, place, times=times)
+    return preview.preview_remote(configs, place, times=times)
 
 
 def pin(call: Callable[[list[DictConfig]], Any], configs: list[DictConfig], device: str, share: int = 1) -> Any:
@@ -329,5 +329,5 @@ def closed(overrides: Sequence[str], result: Any) -> JobReturn:
 def _as_text(result: Any) -> Any:
     """An exception may not survive pickling: its text does."""
     if isinstance(result, Exception):
-        return InputError(str(result)) if isinstance(result, InputError) else CellError(told(result))
+        return InputError(str(result)) if isinstance(result, InputError) else CellError(one_line(result))
     return result
