@@ -89,8 +89,8 @@ def test_slurm_itself_with_mlflow_on_postgresql(undisturbed, small_busi, tmp_pat
         port = free_port()
         held.enter_context(serving(tmp_path, port, backend=held.enter_context(postgres())))
         uri = f"http://127.0.0.1:{port}"
-        words = ["hydra/launcher=lockstep_slurm", "hydra.launcher.gpus=0", "hydra.launcher.cpus=1"]
-        words += ["hydra.launcher.memory_gb=1", f"tracking.uri={uri}", f"data.root={small_busi}", "train.epochs=12"]
+        words = ["hydra/launcher=lockstep_slurm", "hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=1"]
+        words += ["hydra.launcher.mem_gb=1", f"tracking.uri={uri}", f"data.root={small_busi}", "train.epochs=12"]
         store = tmp_path / "multirun"
         first = start(*words, cwd=tmp_path, env=environment)
         assert until(lambda: len([n for n in epochs(store).values() if n]) == 4, 300)

@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from hydra_plugins.kdsweep_lockstep import RayConf
 from omegaconf import OmegaConf
 from test_writer import make_cell
 
@@ -12,6 +13,8 @@ from kdsweep.core import signals
 from kdsweep.core.errors import InputError
 from kdsweep.sweep.engines.engine import Unit
 from kdsweep.sweep.engines.ray import OnRay
+
+DEFAULTS = {key: value for key, value in vars(RayConf()).items() if key not in ("_target_", "plan")}
 
 
 def cluster_of(*machines: tuple[str, dict[str, float]]):
@@ -34,12 +37,12 @@ def cluster_of(*machines: tuple[str, dict[str, float]]):
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(InputError, match=message):
-        OnRay(**options)
+        OnRay(**DEFAULTS | options)
 
 
 def test_sqlite_is_refused_if_the_machines_are_several(tmp_path, monkeypatch):
     values = {"store": str(tmp_path), "tracking": {"uri": None}}
-    engine = OnRay(gpus=0)
+    engine = OnRay(**DEFAULTS | {"gpus": 0})
     monkeypatch.setattr(engine, "_connect", cluster_of(("one", {}), ("one", {})))
     engine.check([SimpleNamespace(values=values)])
     monkeypatch.setattr(engine, "_connect", cluster_of(("one", {}), ("other", {})))
@@ -48,7 +51,7 @@ def test_sqlite_is_refused_if_the_machines_are_several(tmp_path, monkeypatch):
 
 
 def test_what_no_machine_has_is_told_instead_of_waited_for(monkeypatch):
-    engine = OnRay(gpus=1, cpus=2)
+    engine = OnRay(**DEFAULTS | {"gpus": 1, "cpus": 2})
     monkeypatch.setattr(engine, "_connect", cluster_of(("one", {"GPU": 1.0})))
     engine.check([])
     monkeypatch.setattr(engine, "_connect", cluster_of(("one", {}), ("one", {"GPU": 0.5})))
@@ -59,7 +62,7 @@ def test_what_no_machine_has_is_told_instead_of_waited_for(monkeypatch):
 def test_the_extra_is_named_where_ray_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"needs Ray: pip install 'kdsweep\[ray\]'"):
-        OnRay().check([SimpleNamespace(cell=make_cell())])
+        OnRay(**DEFAULTS).check([SimpleNamespace(cell=make_cell())])
 
 
 def test_a_cluster_that_does_not_answer_is_told_with_what_may_be_missing(monkeypatch):
@@ -69,14 +72,14 @@ def test_a_cluster_that_does_not_answer_is_told_with_what_may_be_missing(monkeyp
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=refuse))
     message = r"^hydra\.launcher\.address=host:1: no Ray cluster answers: Failed .*; if it asks for a token, set"
     with pytest.raises(InputError, match=message):
-        OnRay(address="host:1").check([])
+        OnRay(**DEFAULTS | {"address": "host:1"}).check([])
 
 
 def test_a_signal_ends_the_command_as_it_does_elsewhere(monkeypatch):
     def wait(*_, **__):
         raise KeyboardInterrupt  # Ray's own, in the place of ours
 
-    engine = OnRay(gpus=0)
+    engine = OnRay(**DEFAULTS | {"gpus": 0})
     engine.open(OmegaConf.create({}))
     task = SimpleNamespace(remote=lambda remote_task: "task")
     ray = SimpleNamespace(remote=lambda **_: lambda _: task, wait=wait)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from hydra.test_utils.launcher_common_tests import LauncherTestSuite
+from hydra_plugins.kdsweep_lockstep import SlurmConf
 from omegaconf import OmegaConf
 from test_launcher import plain_hydra  # noqa: F401
 from test_writer import make_cell
@@ -18,6 +19,8 @@ from kdsweep.core.errors import InputError
 from kdsweep.sweep.engines import remote
 from kdsweep.sweep.engines.engine import SUBMITTED, Unit
 from kdsweep.sweep.engines.slurm import ArrayJob, Slurm
+
+DEFAULTS = {key: value for key, value in vars(SlurmConf()).items() if key not in ("_target_", "plan")}
 
 # --- what sbatch is given, by a stand-in for it
 
@@ -47,7 +50,7 @@ def make_unit(store: Path, *cells) -> Unit:
 
 
 def opened(**options) -> Slurm:
-    engine = Slurm(**options)
+    engine = Slurm(**DEFAULTS | options)
     engine.open(OmegaConf.create({}))
     return engine
 
@@ -69,8 +72,8 @@ def some(tmp_path):
 
 def test_groups_are_one_array_that_depends_on_that_of_the_teachers(commands, some):
     engine = opened(
-        partition="gpu", account="lab", qos="high", constraint="a100", gpus=1, cpus=4, memory_gb=16, time_min=90,
-        at_once=5, wait=False, sbatch={"reservation": "course"},
+        partition="gpu", account="lab", qos="high", constraint="a100", gpus_per_node=1, cpus_per_task=4, mem_gb=16,
+        timeout_min=90, array_parallelism=5, wait=False, additional_parameters={"reservation": "course"},
     )  # fmt: skip
     units = [make_unit(some.store, *some.cells[:2]), make_unit(some.store, some.cells[2])]
     outcomes = list(engine.run(units, before=[make_unit(some.store, some.teacher)]))
@@ -91,7 +94,7 @@ def test_groups_are_one_array_that_depends_on_that_of_the_teachers(commands, som
 
 
 def test_srun_is_given_the_cpus_too_and_no_gpu_is_none_at_all(commands, some):
-    list(opened(gpus=0, cpus=3, wait=False).run([make_unit(some.store, some.cells[0])]))
+    list(opened(gpus_per_node=0, cpus_per_task=3, wait=False).run([make_unit(some.store, some.cells[0])]))
     (script,) = (some.store / "slurm").glob("11_*.sh")
     assert " --cpus-per-task=3 " in script.read_text().splitlines()[-1]
     assert "gpus" not in script.read_text()
@@ -145,16 +148,16 @@ def test_more_groups_than_an_array_takes_are_several(commands, some, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"time_min": 1}, r"hydra\.launcher\.time_min=1 is not allowed: it must be at least 5"),
-        ({"gpus": -1}, r"hydra\.launcher\.gpus=-1 is not allowed"),
+        ({"timeout_min": 1}, r"hydra\.launcher\.timeout_min=1 is not allowed: it must be at least 5"),
+        ({"gpus_per_node": -1}, r"hydra\.launcher\.gpus_per_node=-1 is not allowed"),
         ({"largest": 0}, r"hydra\.launcher\.largest=0 is not allowed"),
         ({"cluster": "pbs"}, r"hydra\.launcher\.cluster=pbs is not allowed: it must be slurm or local"),
-        ({"sbatch": {"x\nrm": "1"}}, r"hydra\.launcher\.sbatch has x"),
+        ({"additional_parameters": {"x\nrm": "1"}}, r"hydra\.launcher\.additional_parameters has x"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(InputError, match=message):
-        Slurm(**options)
+        Slurm(**DEFAULTS | options)
 
 
 def test_without_sbatch_or_a_server_nothing_is_submitted(commands, some, monkeypatch):
@@ -223,7 +226,7 @@ def test_a_job_whose_time_is_over_saves_and_is_submitted_as_it_is(monkeypatch):
 
 # --- what Hydra asks of every launcher, with submitit's jobs of this machine
 
-OPTIONS = ["hydra.launcher.cluster=local", "hydra.launcher.gpus=0", "hydra.launcher.cpus=1"]
+OPTIONS = ["hydra.launcher.cluster=local", "hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=1"]
 
 
 @pytest.mark.slow

@@ -79,13 +79,13 @@ class SlurmConf:
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    gpus: int = 1
-    cpus: int = 8
-    memory_gb: int = 32
-    time_min: int = 720
-    at_once: int = 256
-    requeues: int = 20
-    sbatch: dict[str, str] = field(default_factory=dict)
+    gpus_per_node: int = 1
+    cpus_per_task: int = 8
+    mem_gb: int = 32
+    timeout_min: int = 720
+    array_parallelism: int = 256
+    max_num_timeout: int = 20
+    additional_parameters: dict[str, str] = field(default_factory=dict)
     cluster: str = "slurm"
 
 

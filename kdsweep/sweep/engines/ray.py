@@ -41,12 +41,12 @@ class OnRay:
     def __init__(
         self,
         *,
-        address: str | None = None,
-        gpus: float = 1.0,
-        cpus: int = 1,
-        memory_gb: float | None = None,
-        retries: int = 3,
-        largest: int | None = None,
+        address: str | None,
+        gpus: float,
+        cpus: int,
+        memory_gb: float | None,
+        retries: int,
+        largest: int | None,
     ) -> None:
         least = {"gpus": (gpus, 0), "cpus": (cpus, 1), "memory_gb": (memory_gb, 0), "retries": (retries, 0)}
         for name, (value, lowest) in {**least, "largest": (largest, 1)}.items():

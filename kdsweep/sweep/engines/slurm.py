@@ -43,63 +43,68 @@ class Slurm:
     without the command that submitted it; a job that is preempted or reaches its time limit saves what it does and is
     put into the queue again.
 
+    The names of the options are those of Hydra's own submitit launcher; their defaults stand in the plugin's SlurmConf.
+
     Args:
         partition: for ``sbatch``, as are account, qos and constraint; None leaves the cluster's default.
         account: see partition.
         qos: see partition.
         constraint: see partition.
-        gpus: of each group.
-        cpus: of each group.
-        memory_gb: of each group.
-        time_min: limit of each job, minutes; a group that takes longer goes on in the next job.
-        at_once: so many jobs at most run at the same time.
-        requeues: so often at most a job goes on after its time limit.
-        largest: so many cells at most in a group; None for ``plan.LARGEST``.
+        gpus_per_node: GPUs of each group.
+        cpus_per_task: CPUs of each group, and so many threads.
+        mem_gb: memory of each group.
+        timeout_min: limit of each job, minutes; a group that takes longer goes on in the next job.
+        array_parallelism: jobs that run at the same time, at most.
+        max_num_timeout: how often a job goes on after its time limit, at most.
+        additional_parameters: further options of sbatch by their long names, such as ``{reservation: course}``.
+        largest: cells in a group, at most; None for ``plan.LARGEST``.
         wait: stay until all is done; if not, the command ends when all is submitted, and its jobs' values are nan.
-        sbatch: further options by their long names, such as ``{reservation: course}``.
         cluster: ``slurm``, or ``local`` for jobs that are processes of this machine, all at once: to try things out.
     """
 
     def __init__(
         self,
         *,
-        partition: str | None = None,
-        account: str | None = None,
-        qos: str | None = None,
-        constraint: str | None = None,
-        gpus: int = 1,
-        cpus: int = 8,
-        memory_gb: int = 32,
-        time_min: int = 720,
-        at_once: int = 256,
-        requeues: int = 20,
-        largest: int | None = None,
-        wait: bool = True,
-        sbatch: dict[str, str] | None = None,
-        cluster: str = "slurm",
+        partition: str | None,
+        account: str | None,
+        qos: str | None,
+        constraint: str | None,
+        gpus_per_node: int,
+        cpus_per_task: int,
+        mem_gb: int,
+        timeout_min: int,
+        array_parallelism: int,
+        max_num_timeout: int,
+        additional_parameters: dict[str, str],
+        largest: int | None,
+        wait: bool,
+        cluster: str,
     ) -> None:
         if cluster not in ("slurm", queue.LOCAL):
             raise InputError(f"hydra.launcher.cluster={cluster} is not allowed: it must be slurm or local")
-        for name in sbatch or {}:
+        for name in additional_parameters:
             if not re.fullmatch(r"[a-z][a-z-]*", name):
-                raise InputError(f"hydra.launcher.sbatch has {name}: an option of sbatch is lower case, without --")
-        _check_least(gpus=(gpus, 0), cpus=(cpus, 1), memory_gb=(memory_gb, 1), time_min=(time_min, 5))
-        _check_least(at_once=(at_once, 1), requeues=(requeues, 0), largest=(1 if largest is None else largest, 1))
+                raise InputError(
+                    f"hydra.launcher.additional_parameters has {name}: an option of sbatch is lower case, without --"
+                )
+        _check_least(gpus_per_node=(gpus_per_node, 0), cpus_per_task=(cpus_per_task, 1), mem_gb=(mem_gb, 1))
+        _check_least(timeout_min=(timeout_min, 5), array_parallelism=(array_parallelism, 1))
+        _check_least(max_num_timeout=(max_num_timeout, 0), largest=(1 if largest is None else largest, 1))
         self.cluster, self.largest, self.wait = cluster, largest, wait
-        self._requeues, self._cpus = requeues, cpus
+        self._max_num_timeout, self._cpus = max_num_timeout, cpus_per_task
         where = f"SLURM{f' partition {partition}' if partition else ''}" if cluster == "slurm" else "local jobs"
-        self._place = f"{where}, {gpus} GPU and {cpus} CPUs per group"
+        self._place = f"{where}, {gpus_per_node} GPU and {cpus_per_task} CPUs per group"
         asked = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
         self._parameters = {
-            "timeout_min": time_min,
-            **({"gpus_per_node": gpus} if gpus else {}),
-            "cpus_per_task": cpus,
-            "slurm_srun_args": [f"--cpus-per-task={cpus}"],  # srun does not take it over from sbatch
-            "mem_gb": memory_gb,
+            "timeout_min": timeout_min,
+            **({"gpus_per_node": gpus_per_node} if gpus_per_node else {}),
+            "cpus_per_task": cpus_per_task,
+            "slurm_srun_args": [f"--cpus-per-task={cpus_per_task}"],  # srun does not take it over from sbatch
+            "mem_gb": mem_gb,
             "tasks_per_node": 1,
             "name": "kdsweep",
-            "slurm_array_parallelism": at_once,
-            "slurm_additional_parameters": {"requeue": True, **(sbatch or {})},
+            "slurm_array_parallelism": array_parallelism,
+            "slurm_additional_parameters": {"requeue": True, **additional_parameters},
             **{f"slurm_{name}": value for name, value in asked.items() if value is not None},
         }
         self._own: list[str] = []  # arrays that this command submitted
@@ -194,7 +199,7 @@ class Slurm:
 
     def _executor(self, place: Path, *, after: Iterable[str]) -> Any:
         submitit = _submitit()
-        timeouts = {f"{self.cluster}_max_num_timeout": self._requeues}
+        timeouts = {f"{self.cluster}_max_num_timeout": self._max_num_timeout}
         executor = submitit.AutoExecutor(place / queue.FOLDER, cluster=self.cluster, **timeouts)
         arrays = sorted({job_id.partition("_")[0] for job_id in after})
         depends = {"slurm_dependency": ":".join(["afterany", *arrays])} if arrays else {}
