@@ -76,7 +76,7 @@ def test_an_unknown_option_is_named_with_the_choices() -> None:
     ("override", "expected"),
     [
         ("student.encoder=resnet19", "encoder=resnet19 is not known"),
-        ("student.hidden_channels=95", "student.hidden_channels=95 is not allowed"),
+        ("teacher.encoder=resnet19", "encoder=resnet19 is not known"),
     ],
 )
 def test_a_network_that_cannot_be_built_is_refused_before_training(

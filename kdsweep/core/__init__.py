@@ -1,1 +1,1 @@
-"""What every other part needs: errors of one line, signals, logs, progress, the device."""
+"""Foundations of all other rooms: errors, files, signals, logs, progress, the device."""

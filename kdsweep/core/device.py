@@ -1,4 +1,4 @@
-"""Where and how the numbers are computed: device, precision, memory."""
+"""Device, precision and memory of the computation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how the numbers are computed.
+    """Device and precision of the computation.
 
     Attributes:
         device: of networks and batches.
@@ -36,14 +36,14 @@ class Compute:
     eval_batch: int = 16
 
     def autocast(self, precision: str | None = None) -> AbstractContextManager[None]:
-        """The context of every forward pass, of this or another precision."""
+        """Return the context of every forward pass, in this or another precision."""
         context: AbstractContextManager[None] = torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=(precision or self.precision) == "bf16"
         )
         return context
 
     def prepare(self) -> None:
-        """Set the process up; before anything else is computed."""
+        """Set up the process, before anything else is computed."""
         keep_freed_memory()
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
@@ -51,9 +51,9 @@ class Compute:
 
 
 def placed(module: Module, compute: Compute) -> Module:
-    """The module on the device in channels-last memory, which is faster on CPU and CUDA.
+    """Return the module on the device in channels-last memory, which is faster on CPU and CUDA.
 
-    Every network is placed so, trained now or read from a file: the other memory format sums in another order.
+    Every network is placed so, freshly trained or read from a file: the other memory format sums in another order.
     """
     return module.to(compute.device).to(memory_format=torch.channels_last)
 
@@ -61,7 +61,7 @@ def placed(module: Module, compute: Compute) -> Module:
 def keep_freed_memory() -> None:
     """Let glibc keep freed activations instead of giving them back each step: 1.4 to 2 times faster on CPU.
 
-    Results stay the same bit for bit. Elsewhere than on glibc nothing happens.
+    Results stay the same bit for bit. Without glibc nothing happens.
     """
     if sys.platform != "linux":
         return
@@ -72,7 +72,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Return what is no longer used: ``keep_freed_memory`` holds it back, and CUDA's allocator does so anyway."""
+    """Return unused memory to the system, which ``keep_freed_memory`` and CUDA's allocator hold back."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -82,7 +82,7 @@ def give_back_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the device, or of this machine, was too small."""
+    """Return whether an error means that the memory of the device or of this machine was too small."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     signs = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -90,10 +90,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name: ``cpu``, ``cuda``, ``cuda:NUMBER``, or ``auto``, which is CUDA if there is one.
+    """Return the device of a name: ``cpu``, ``cuda``, ``cuda:NUMBER``, or ``auto``, which is CUDA if there is one.
 
     Raises:
-        InputError: it is not a device, or not there.
+        InputError: the name is not one of these, or the device is absent.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"device={name} is not allowed: it must be auto, cpu, cuda or cuda:NUMBER")

@@ -1,4 +1,4 @@
-"""Errors that are told in one line."""
+"""Errors whose message to the user is one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class InputError(Exception):
-    """Something in the command, the configuration or the data is wrong; the user can mend it.
+    """A mistake in the command, the configuration or the data, which the user can mend.
 
     The message is one line that names the file or key, the value and the remedy; the program prints it without a
     traceback and exits with code 1.
@@ -15,11 +15,11 @@ class InputError(Exception):
 
 
 class CellError(Exception):
-    """A cell failed, in one line; the traceback is in the cell's log."""
+    """The failure of a cell, in one line; the traceback is in the cell's log."""
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line, led by its type where its message was not written for the user."""
+    """Return an error as one line, led by its type unless its message was written for the user."""
     text = " ".join(str(error).split())
     if isinstance(error, InputError | CellError):
         return text
@@ -29,7 +29,7 @@ def one_line(error: BaseException) -> str:
 
 
 def exit_code(work: Callable[[], object]) -> int:
-    """Do the work of a command-line tool: 0, or 1 after one line on stderr that says what to mend."""
+    """Run a command-line tool; return 0, or 1 after one line on stderr that says what to mend."""
     try:
         work()
     except InputError as error:

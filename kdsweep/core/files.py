@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def _appearing(file: Path) -> Iterator[BinaryIO]:
-    """Write beside, flush to disk, rename: a reader sees the old file or the whole new one."""
+    """Open a scratch file, flush it to disk and rename it: a reader sees the old file or the whole new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
@@ -33,7 +33,7 @@ def _appearing(file: Path) -> Iterator[BinaryIO]:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what a process that was killed in the midst of writing has left."""
+    """Remove the scratch files of processes that were killed while writing."""
     for scratch in folder.glob(".*.part*"):
         scratch.unlink(missing_ok=True)
 
@@ -45,16 +45,16 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 
 def write_text(file: Path, content: str) -> None:
-    """``write_bytes`` for text in UTF-8."""
+    """Write text in UTF-8 as ``write_bytes`` does."""
     write_bytes(file, content.encode())
 
 
 def write_json(file: Path, content: Any) -> None:
-    """``write_bytes`` for a value made of dicts, lists, strings and numbers."""
+    """Write a value made of dicts, lists, strings and numbers as ``write_bytes`` does."""
     write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Log lines of cells that are trained together: each cell's file gets its own lines and those that concern all.
+"""Logs of cells that are trained together: each cell's file gets the lines about this cell and those about all.
 
 A traceback goes to the file alone; the screen gets one line.
 """
@@ -15,14 +15,14 @@ from pathlib import Path
 _about: ContextVar[Path | None] = ContextVar("about", default=None)
 _claimed: set[Path] = set()
 
-# ``extra`` of a line: what each of many cells has to tell is one line together on the screen.
+# ``extra`` of a log line: what each of many cells logs to its file appears on the screen as one common line.
 FILE_ONLY = {"place": "file"}
 SCREEN_ONLY = {"place": "screen"}
 
 
 @contextmanager
 def about(folder: Path) -> Iterator[None]:
-    """Lines logged inside concern the cell of this folder alone; a Teacher's concern all whom it teaches."""
+    """Send the lines logged inside to this cell's log alone; lines about a Teacher go to all the cells it teaches."""
     own = folder.resolve()
     token = _about.set(own if own in _claimed else None)
     try:
@@ -32,7 +32,7 @@ def about(folder: Path) -> Iterator[None]:
 
 
 class _Own(logging.Filter):
-    """Lets pass what concerns one cell, or all of them."""
+    """A filter that passes the lines about one cell or about all of them."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ class _Own(logging.Filter):
 
 
 class _Screen(logging.Filter):
-    """Lets pass what is not for files alone."""
+    """A filter that drops the lines meant for files alone."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return getattr(record, "place", "screen") == "screen"
 
 
 class _OneLine(logging.Formatter):
-    """Another formatter's lines without tracebacks."""
+    """A formatter that drops the tracebacks from another formatter's lines."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class _OneLine(logging.Formatter):
 
 
 def claim(folder: Path) -> list[logging.Handler]:
-    """Make the log files that are open now a cell's own, and other handlers one-line; gives the files' handlers."""
+    """Reserve the open log files for a cell, drop tracebacks from the other handlers, return the files' handlers."""
     root = logging.getLogger()
     files: list[logging.Handler] = []
     for handler in root.handlers:

@@ -18,29 +18,29 @@ LINE_EVERY_S = 60.0
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words, such as ``40 s``, ``12 min`` or ``3.5 h``."""
+    """Return seconds in words, such as ``40 s``, ``12 min`` or ``3.5 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def left_s(*, passed_s: float, done: int, left: int) -> float:
-    """Seconds that what is left takes, if each of it takes as long as what is done took on average."""
+    """Return the seconds left if each remaining item takes as long as the finished ones did on average."""
     return passed_s / done * left
 
 
 def plural(count: int, noun: str) -> str:
-    """Such as ``3 cells``."""
+    """Return a count with its noun, such as ``3 cells``."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 class Progress:
-    """Counts epochs; use as a context.
+    """A counter of epochs, used as a context manager.
 
     Args:
-        label: what is in training.
-        epochs: at most so many; early stopping may end it sooner.
-        done: so many of them before an interruption.
+        label: name of what is trained.
+        epochs: the maximum; early stopping may end the training sooner.
+        done: epochs finished before an interruption.
     """
 
     def __init__(self, label: str, *, epochs: int, done: int = 0) -> None:
@@ -61,7 +61,7 @@ class Progress:
         self._context.__exit__(kind, error, at)
 
     def update(self, val_dices: list[float]) -> None:
-        """One more epoch is done; val_dices are the fractions of those in training, of which the best is shown."""
+        """Count one epoch; show the best of val_dices, the Dice (0 to 1) of each network in training."""
         self.done += 1
         val_dice = max(val_dices, default=math.nan)
         self._bar.set_postfix(val_dice=f"{val_dice:.3f}", refresh=False)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: they end the program at once, or, in the midst of a training step, where nothing is half done."""
+"""Ctrl-C and SIGTERM: they end the program at once or, during a training step, as soon as nothing is half done."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Stopped(KeyboardInterrupt):
     """The user or the system wants the program to end.
 
     Args:
-        number: of the signal.
+        number: the signal's number.
 
     Attributes:
-        killed: processes that did not end in time, so that not all they had done could be saved.
+        killed: number of processes that did not end in time, so that some of their work was not saved.
     """
 
     def __init__(self, number: int) -> None:
@@ -26,25 +26,25 @@ class Stopped(KeyboardInterrupt):
         self.number, self.killed = number, 0
 
     def told(self) -> str:
-        """What ended the program and what is saved, in one line."""
+        """Return one line that names the signal and says what is saved."""
         saved = "all is saved" if not self.killed else "there was no time to save all, the last checkpoints stay"
         return f"{self}; {saved}: the same command goes on from here"
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects: 130 after Ctrl-C, 143 after SIGTERM."""
+        """Return the exit code that a shell expects: 130 after Ctrl-C, 143 after SIGTERM."""
         return 128 + self.number
 
 
 class _State:
-    """Of this process: whether signals wait for a good moment, and the one that does."""
+    """This process's state: whether signals are deferred, and the number of the signal that has come."""
 
     deferring = False
     pending: int | None = None
 
 
 def install() -> None:
-    """Have SIGINT and SIGTERM raise Stopped in the main thread: the first one; further ones are ignored then."""
+    """Have the first SIGINT or SIGTERM raise Stopped in the main thread; later ones are ignored."""
     _State.deferring, _State.pending = False, None
     for number in SIGNALS:
         signal.signal(number, _handle)
@@ -73,7 +73,7 @@ def _stop(number: int) -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a signal waits until ``check`` is called, at most GRACE_S seconds."""
+    """Make signals wait inside until ``check`` is called, at most GRACE_S seconds."""
     before, _State.deferring = _State.deferring, _State.pending is None
     try:
         yield
@@ -83,11 +83,11 @@ def deferred() -> Iterator[None]:
 
 
 def pending() -> bool:
-    """Whether a signal has come."""
+    """Return whether a signal has come."""
     return _State.pending is not None
 
 
 def check() -> None:
-    """Raise Stopped if a signal has come: called where nothing is half done."""
+    """Raise Stopped if a signal has come; call this where nothing is half done."""
     if _State.pending is not None:
         _stop(_State.pending)

@@ -50,11 +50,11 @@ def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_
         source: the data set.
         load_size: L, side in pixels of the images that are cropped.
         image_size: S, side in pixels of the crops and of the images that are scored.
-        allow_empty_masks: take images without a lesion too; else an empty mask is an error, for more often than not
-            it is one of the files (a mask of 0 and 1 where 0 and 255 are meant).
+        allow_empty_masks: accept images without a lesion. By default an empty mask is an error, since it mostly comes
+            from a mistake in the files (a mask of 0 and 1 where 0 and 255 are meant).
 
     Raises:
-        InputError: it names every offending file (the first ten, and how many).
+        InputError: some files are wrong; the message counts them and names the first ten.
     """
     entries, digest = listing(source)
 
@@ -85,10 +85,10 @@ def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_
 
 
 def read_entry(entry: Entry, *, smallest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image (H, W, 3) uint8 and mask (H, W) uint8 in {0, 1} of one entry.
+    """Read image (H, W, 3) uint8 and mask (H, W) uint8 in {0, 1} of one entry.
 
     Raises:
-        ValueError: says which file is wrong, and how.
+        ValueError: a file is wrong; the message says which, and how.
     """
     if not entry.mask_files:
         raise ValueError(f"{entry.image_file} has no mask")
@@ -116,25 +116,25 @@ def _open(file: Path) -> np.ndarray:
 
 
 def read_gray_or_color(file: Path) -> np.ndarray:
-    """Any image file as (H, W, 3) uint8; ValueError names an unreadable one."""
+    """Read any image file as (H, W, 3) uint8; ValueError names an unreadable one."""
     pixels = _open(file)
     return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
 
 
 def read_mask(file: Path) -> np.ndarray:
-    """A mask of any mode (1-bit, gray, palette, RGB, RGBA) as (H, W) uint8 in {0, 1}, thresholded at 127."""
+    """Read a mask of any mode (1-bit, gray, palette, RGB, RGBA) as (H, W) uint8 in {0, 1}, thresholded at 127."""
     pixels = _open(file)
     gray = pixels if pixels.ndim == 2 else pixels.max(axis=2)
     return (gray > 127).astype(np.uint8)
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 to (size, size, 3); the aspect ratio is not kept, as the paper's fixed 224 x 224 implies."""
+    """Resize (H, W, 3) uint8 to (size, size, 3), without keeping the aspect ratio (PAPER: fixed 224 x 224)."""
     shrinks = min(image.shape[:2]) >= size
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """(H, W) uint8 in {0, 1} to (size, size): a pixel is lesion if at least half of its area is."""
+    """Resize (H, W) uint8 in {0, 1} to (size, size): a pixel is lesion if at least half of its area is."""
     share = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
     return (share >= 0.5).astype(np.uint8)

@@ -16,13 +16,13 @@ from kdsweep.data.views import Views, id_number, sampling_theta
 
 
 class TrainViews(Dataset[dict[str, np.ndarray]]):
-    """Both views of a training image, by (epoch, index): nothing else decides what is drawn."""
+    """Both views of the training images, by key (epoch, index); seed, split and key alone decide what is drawn."""
 
     def __init__(self, images: Images, *, views: Views, seed: int, split_index: int) -> None:
         self.images, self.views, self.seed, self.split_index = images, views, seed, split_index
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
-        """The rendering as arrays by name, with ``theta`` (2, 3) for the warp from weak to strong."""
+        """Return the rendering as arrays by name, with ``theta`` (2, 3) for the warp from weak to strong."""
         epoch, index = key
         rendering = self.views.render(
             image=self.images.images[index],
@@ -35,14 +35,14 @@ class TrainViews(Dataset[dict[str, np.ndarray]]):
 
 
 class EpochBatches:
-    """Batches of (epoch, index) keys without end; each epoch's order depends on its number alone."""
+    """Endless batches of (epoch, index) keys; each epoch's order depends on its number alone."""
 
     def __init__(self, indices: list[int], *, batch_size: int, seed: int, split_index: int) -> None:
         self.indices, self.batch_size, self.seed, self.split_index = indices, batch_size, seed, split_index
         self.first_epoch = self.first_batch = 0
 
     def per_epoch(self) -> int:
-        """Batches of one epoch."""
+        """Return the number of batches in one epoch."""
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -55,10 +55,10 @@ class EpochBatches:
 
 
 class TrainLoader:
-    """Training batches of an epoch: dict of ``strong``, ``weak`` (N, S, S, 3) uint8, their masks, ``theta``.
+    """Loader of training batches: dicts of ``strong``, ``weak`` (N, S, S, 3) uint8, their masks, ``theta``.
 
-    The processes that prepare batches live as long as the loader and work ahead over the ends of epochs: an epoch of
-    the paper has two batches, so that waiting for the first one of each would be half of all.
+    The worker processes live as long as the loader and prepare the next epoch's batches ahead: the paper's epochs
+    have two batches, so without that every second batch would be waited for.
 
     Args:
         images: the data set.
@@ -67,7 +67,7 @@ class TrainLoader:
         seed: of the cell.
         split_index: of the split.
         batch_size: the last batch of an epoch may be smaller.
-        workers: processes that prepare batches; 0 prepares them in this one. The batches are the same.
+        workers: processes that prepare batches; 0 prepares them in this one. The batches are the same either way.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class TrainLoader:
         return self.batches.per_epoch()
 
     def epoch(self, number: int, *, first: int = 0) -> Iterator[dict[str, Tensor]]:
-        """The batches of one epoch, which depend on its number alone; to be used up before the next is asked for.
+        """Yield the batches of one epoch, which depend on its number alone; use them up before asking for the next.
 
         Args:
             number: of the epoch.
@@ -111,7 +111,7 @@ class TrainLoader:
         self._next_epoch = number + 1
 
     def step_seed(self, epoch: int, number: int) -> int:
-        """Seed of whatever a learner draws while it learns from batch ``number`` of an epoch."""
+        """Return the seed of all random draws while a learner learns from batch ``number`` of an epoch."""
         entropy = [self.batches.seed, self.batches.split_index, epoch, number]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
@@ -133,12 +133,12 @@ class EvalPart:
     masks: Tensor
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and masks in batches of at most ``size``, in order."""
+        """Yield images and masks in batches of at most ``size``, in order."""
         yield from zip(self.images.split(size), self.masks.split(size), strict=True)
 
 
 def eval_part(images: Images, indices: list[int]) -> EvalPart:
-    """The part of a data set that ``indices`` name."""
+    """Return the part of a data set that ``indices`` select."""
     return EvalPart(
         ids=[images.ids[i] for i in indices],
         labels=[images.labels[i] for i in indices],

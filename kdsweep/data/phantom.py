@@ -21,7 +21,7 @@ from kdsweep.core.errors import InputError
 
 Array = NDArray[np.float32]
 
-GENERATOR_VERSION: Final = 1  # raise it when equal arguments give other images: they are made anew then
+GENERATOR_VERSION: Final = 1  # raise it when equal arguments give other images, so that stored ones are made anew
 
 LABELS: Final = ("benign", "malignant")
 # The cohort of the published UDIAT set: 110 benign and 53 malignant among 163 images.
@@ -61,7 +61,7 @@ class _Lesion:
 
 @dataclass(frozen=True)
 class _Warp:
-    """Where each pixel lies in the flat, unbent stack of layers: (H, W) maps in pixels."""
+    """Position of each pixel in the flat, unbent stack of layers: (H, W) maps in pixels."""
 
     depth_px: Array
     lateral_px: Array
@@ -136,7 +136,7 @@ def phantom(*, seed: int, index: int, label: str) -> Phantom:
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, int], *, depth_px: float, lateral_px: float) -> Array:
-    """Smooth noise, (H, W), mean 0 and deviation about 1, with the given correlation lengths."""
+    """Draw smooth noise, (H, W), mean 0 and deviation about 1, with the given correlation lengths."""
     # Two grid cells per correlation length and a blur of one cell: no trace of the grid survives the interpolation.
     rows, columns = (int(2 * side / scale) + 2 for side, scale in zip(shape, (depth_px, lateral_px), strict=True))
     coarse = cv2.GaussianBlur(rng.standard_normal((rows + 6, columns + 6), dtype=np.float32), (7, 7), 1.0)
@@ -145,12 +145,12 @@ def _noise(rng: np.random.Generator, shape: tuple[int, int], *, depth_px: float,
 
 
 def _step(values: Array, softness: float | Array = 1.0) -> Array:
-    """Smooth step from 0 (values far below 0) to 1."""
+    """Return a smooth step from 0 (values far below 0) to 1."""
     return np.asarray(0.5 + 0.5 * np.tanh(values / softness), dtype=np.float32)
 
 
 def _outline(rng: np.random.Generator, *, malignant: bool) -> NDArray[np.float64]:
-    """Closed lesion border around the origin, (720, 2) as (x, y), before scaling."""
+    """Draw a closed lesion border around the origin, (720, 2) as (x, y), before scaling."""
     angle = np.linspace(0, 2 * np.pi, 720, endpoint=False)
     radius = np.ones_like(angle)
     top, fall, strength = (22, 1.25, 0.17) if malignant else (5, 1.8, rng.choice([0.03, 0.06, 0.14], p=[0.3, 0.4, 0.3]))
@@ -170,7 +170,7 @@ def _outline(rng: np.random.Generator, *, malignant: bool) -> NDArray[np.float64
 def _place(
     rng: np.random.Generator, shape: tuple[int, int], outline: NDArray[np.float64], *, share: float
 ) -> tuple[NDArray[np.uint8], float]:
-    """Scale the outline to `share` of the image area and put it somewhere inside; mask and depth of its origin."""
+    """Scale the outline to `share` of the image area and place it inside; return its mask and its origin's depth."""
     size = np.array([shape[1], shape[0]], dtype=np.float64)
     outline = outline * np.sqrt(share * size.prod() / cv2.contourArea(outline.astype(np.float32)))
     outline *= np.minimum(1, 0.97 * size / np.ptp(outline, axis=0))  # the largest are squeezed to fit, not cut
@@ -224,14 +224,14 @@ def _bend(rng: np.random.Generator, lesion: _Lesion) -> _Warp:
 
 
 def _woven(rng: np.random.Generator, warp: _Warp, *, depth_px: float, lateral_px: float) -> Array:
-    """Smooth noise that follows the bent layers."""
+    """Draw smooth noise that follows the bent layers."""
     shape = (warp.depth_px.shape[0], warp.depth_px.shape[1])
     flat = _noise(rng, shape, depth_px=depth_px, lateral_px=lateral_px)
     return np.asarray(cv2.remap(flat, warp.lateral_px, warp.depth_px, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT))
 
 
 def _filaments(rng: np.random.Generator, warp: _Warp, *, depth_px: float, lateral_px: float, width_px: float) -> Array:
-    """Thin interrupted lines in [0, 1], (H, W): the zero crossings of noise that follows the layers."""
+    """Draw thin interrupted lines in [0, 1], (H, W): the zero crossings of noise that follows the layers."""
     noise = _woven(rng, warp, depth_px=depth_px, lateral_px=lateral_px)
     across, down = (cv2.Sobel(noise, cv2.CV_32F, dx, 1 - dx, scale=0.125) for dx in (1, 0))
     slope = cv2.magnitude(across, down) + np.float32(1e-5)
@@ -264,7 +264,7 @@ def _layers(rng: np.random.Generator, warp: _Warp) -> _Layers:
 
 
 def _tissue(rng: np.random.Generator, warp: _Warp) -> tuple[Array, Array]:
-    """Echo level of the layers and of the mirror-like interfaces in them, both (H, W) in decibels."""
+    """Return the echo levels of the layers and of the mirror-like interfaces in them, both (H, W) in decibels."""
     height, width = warp.depth_px.shape
     layers = _layers(rng, warp)
     level = rng.uniform(0, 5) * layers.skin + rng.uniform(-10, -3) * layers.fat
@@ -287,7 +287,7 @@ def _tissue(rng: np.random.Generator, warp: _Warp) -> tuple[Array, Array]:
 
 
 def _insert(rng: np.random.Generator, lesion: _Lesion, echo_db: Array, specular_db: Array) -> tuple[Array, Array]:
-    """Put the lesion into the tissue, with its rim; returns both maps again."""
+    """Put the lesion with its rim into the tissue; return both maps again."""
     shape = (lesion.mask.shape[0], lesion.mask.shape[1])
     radius = lesion.radius_px
     ragged = _noise(rng, shape, depth_px=0.25 * radius + 4, lateral_px=0.25 * radius + 4)
@@ -315,7 +315,7 @@ def _insert(rng: np.random.Generator, lesion: _Lesion, echo_db: Array, specular_
 
 
 def _calcifications(rng: np.random.Generator, lesion: _Lesion) -> Array:
-    """Bright dots inside the lesion, (H, W) in decibels."""
+    """Draw bright dots inside the lesion, (H, W) in decibels."""
     rows, columns = np.nonzero(lesion.outside_px < -0.15 * lesion.radius_px)
     picks = rng.integers(0, rows.size, int(rng.integers(4, 16)))
     dots = np.zeros(lesion.mask.shape, dtype=np.float32)
@@ -325,7 +325,7 @@ def _calcifications(rng: np.random.Generator, lesion: _Lesion) -> Array:
 
 
 def _attenuation(rng: np.random.Generator, lesion: _Lesion) -> Array:
-    """Gain in decibels, (H, W): what tissue took away and time-gain compensation did not give back."""
+    """Return the gain in decibels, (H, W): tissue's losses that time-gain compensation did not restore."""
     height, width = lesion.mask.shape
     depth = np.linspace(0, 1, height, dtype=np.float32)[:, None]
     lateral = np.linspace(0, 1, width, dtype=np.float32)[None, :]
@@ -344,7 +344,7 @@ def _attenuation(rng: np.random.Generator, lesion: _Lesion) -> Array:
 
 
 def _loss_behind(rng: np.random.Generator, lesion: _Lesion) -> Array:
-    """Loss in decibels, (H, W), along the paths through the lesion: a shadow, or enhancement where negative."""
+    """Return the loss in decibels, (H, W), along paths through the lesion: a shadow, or enhancement if negative."""
     if lesion.malignant:
         through_db = float(rng.choice([-5, 0, 10, 20], p=[0.1, 0.2, 0.4, 0.3])) * rng.uniform(0.7, 1.3)
     elif lesion.anechoic:
@@ -359,7 +359,7 @@ def _loss_behind(rng: np.random.Generator, lesion: _Lesion) -> Array:
 
 
 def _edge_shadows(rng: np.random.Generator, lesion: _Lesion) -> Array:
-    """Loss in decibels, (H, W), by refraction at the sides of a smooth lesion."""
+    """Return the loss in decibels, (H, W), by refraction at the sides of a smooth lesion."""
     height, width = lesion.mask.shape
     if lesion.malignant:
         return np.zeros((height, width), dtype=np.float32)
@@ -372,7 +372,7 @@ def _edge_shadows(rng: np.random.Generator, lesion: _Lesion) -> Array:
 
 
 def _scatter(rng: np.random.Generator, echo_db: Array, *, focus_px: float) -> Array:
-    """Complex echo of unresolved scatterers behind the point-spread function.
+    """Return the complex echo of unresolved scatterers behind the point-spread function.
 
     The magnitude of the result is Rayleigh-distributed where `echo_db` is constant, with mean over deviation 1.91
     (Burckhardt 1978, IEEE Trans. Sonics Ultrason. 25:1; Wagner et al. 1983, ibid. 30:156).

@@ -1,4 +1,4 @@
-"""The images that a finished run was tested on, found again from what the run recorded of its configuration."""
+"""The test images of a finished run, found again through the configuration that the run recorded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.data import sources
 from kdsweep.data.images import read_entry, resize_image, resize_mask
 
-# A record may come from elsewhere, so it names one of these and is never imported by its word.
+# A record may come from elsewhere: it can only choose among these, and nothing that it names is imported.
 SOURCES: dict[str, Callable[..., Any]] = {
     f"kdsweep.data.{cls.__name__}": cls for cls in (sources.Udiat, sources.Busi, sources.Folder, sources.Phantoms)
 }
@@ -27,12 +27,12 @@ class Scored(NamedTuple):
 
 
 def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) -> sources.Source:
-    """The data set of a run.
+    """Return the data set of a run.
 
     Args:
         params: the flat configuration that the run recorded, as values or, as MLflow keeps them, as strings.
         store: folder of the runs, where phantoms lie.
-        root: where the images lie now, if not where they lay then.
+        root: folder of the images, if they have moved since.
 
     Raises:
         InputError: the data set is not one of kdsweep's own.
@@ -56,10 +56,10 @@ def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) 
 
 
 def scored(of: sources.Source, ids: Iterable[str], *, image_size: int) -> dict[str, Scored]:
-    """Images of a data set by id, at the size (S pixels) at which they are scored.
+    """Read images of a data set by id, at the size (S pixels) at which they are scored.
 
     Raises:
-        InputError: one is not there, or cannot be read.
+        InputError: an image is missing or cannot be read.
     """
     entries = {entry.id: entry for entry in of.entries()}
     found = {}
@@ -75,7 +75,7 @@ def scored(of: sources.Source, ids: Iterable[str], *, image_size: int) -> dict[s
 
 
 def _value(recorded: Any) -> Any:
-    """What a value was before MLflow wrote it down as a string."""
+    """Return a value as it was before MLflow stored it as a string."""
     if not isinstance(recorded, str):
         return recorded
     try:

@@ -1,4 +1,4 @@
-"""Data sets behind one small interface, and the random splits.
+"""Data sets behind one small interface.
 
 A data set is a class with ``name`` and ``entries()``: the list of its images, each with an id, a label and its files.
 Everything after that (reading, checking, resizing, splitting) is the same for all.
@@ -37,12 +37,12 @@ class Entry(NamedTuple):
 
 
 class Source(Protocol):
-    """What a data set must offer."""
+    """The interface of a data set."""
 
     name: str
 
     def entries(self) -> list[Entry]:
-        """All images, or InputError."""
+        """Return all images, or raise InputError."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Udiat:
     name: str = "udiat"
 
     def entries(self) -> list[Entry]:
-        """Images of the folder ``original`` with the mask of equal stem in ``GT``."""
+        """Return the images of the folder ``original`` with the mask of equal stem in ``GT``."""
         originals = _find_folder(_existing(self.root), "original", hint="original/ and GT/ as UDIAT unpacks")
         labels = _udiat_labels(originals.parent)
         pairs = _equal_stems(originals, _find_folder(originals.parent, "GT", hint="a folder GT beside original/"))
@@ -77,7 +77,7 @@ class Busi:
     name: str = "busi"
 
     def entries(self) -> list[Entry]:
-        """Images of each class folder with all their masks."""
+        """Return the images of each class folder with all their masks."""
         root = _existing(self.root)
         found = []
         for label in ("benign", "malignant", *(("normal",) if self.include_normal else ())):
@@ -103,7 +103,7 @@ class Folder:
     name: str = "folder"
 
     def entries(self) -> list[Entry]:
-        """Images of ``images/`` with the mask of equal stem in ``masks/``."""
+        """Return the images of ``images/`` with the mask of equal stem in ``masks/``."""
         root = _existing(self.root)
         images = _find_folder(root, "images", hint="folders images/ and masks/")
         pairs = _equal_stems(images, _find_folder(root, "masks", hint="a folder masks/ beside images/"))
@@ -126,7 +126,7 @@ class Phantoms:
     name: str = "phantom"
 
     def entries(self) -> list[Entry]:
-        """The phantoms, generated at the first call."""
+        """Return the phantoms, generated at the first call."""
         root = Path(self.cache_dir) / f"{self.count}-seed{self.seed}-generator{phantom.GENERATOR_VERSION}"
         if not root.is_dir():
             root.parent.mkdir(parents=True, exist_ok=True)
@@ -156,10 +156,10 @@ class Listing(NamedTuple):
 
 
 def listing(source: Source) -> Listing:
-    """What a data set consists of, without decoding an image: enough to know whether a cell is finished.
+    """List a data set without decoding its images: enough to know whether a cell is finished.
 
     Raises:
-        InputError: nothing is there, or two images have one id.
+        InputError: there are no images, or two of them have one id.
     """
     entries = sorted(source.entries())
     ids = [entry.id for entry in entries]
@@ -182,12 +182,12 @@ def _existing(root: str | Path) -> Path:
 
 
 def _images(folder: Path) -> list[Path]:
-    """Image files in a folder; hidden ones are what a Mac leaves beside them (``._000001.png``)."""
+    """Return the image files in a folder, without the hidden ones that a Mac adds (``._000001.png``)."""
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
 
 
 def _find_folder(root: Path, name: str, *, hint: str) -> Path:
-    """The folder ``name`` (any case) under root, at most two folders deeper."""
+    """Return the folder ``name`` (any case) under root, at most two folders deeper."""
     for pattern in ("*", "*/*", "*/*/*"):
         for folder in sorted(root.glob(pattern)):
             if folder.is_dir() and folder.name.lower() == name.lower():

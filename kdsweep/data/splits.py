@@ -25,12 +25,12 @@ class Split:
 
 
 def random_split(count: int, *, index: int) -> Split:
-    """Random split number ``index`` of ``count`` images: 104 / 26 / 33 at the paper's 163, 64 / 16 / 20 % elsewhere.
+    """Draw random split ``index`` of ``count`` images: 104 / 26 / 33 at the paper's 163, 64 / 16 / 20 % elsewhere.
 
     Raises:
         InputError: too few images for three parts.
     """
-    from sklearn.model_selection import ShuffleSplit  # takes a second, and who only asks for fingerprints needs none
+    from sklearn.model_selection import ShuffleSplit  # takes a second, and fingerprints do not need it
 
     test, validation = round(count * TEST_SHARE), round(count * VALIDATION_SHARE)
     if min(test, validation) < 1 or count - test - validation < 1:

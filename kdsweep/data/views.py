@@ -1,4 +1,4 @@
-"""What Student and Teacher each see: two augmented renderings ("views") of one image, and the warp between them.
+"""Two augmented renderings ("views") of one image, for Student and Teacher, and the geometry between them.
 
 A view here is an augmentation of an image, not a scan plane. Both views share one random crop. The weak view is that
 crop; the strong view adds shift, scale and rotation, Gaussian noise and pixel dropout (PAPER, "Augmentation").
@@ -48,7 +48,7 @@ class Strengths:
         rotate_deg: largest rotation.
         noise_std: range of the Gaussian noise's standard deviation, as a share of the gray range.
         dropout: share of pixels set to 0.
-        probability: with which each of the three is applied, independently.
+        probability: of applying each of the three, independently.
     """
 
     shift: float
@@ -60,7 +60,7 @@ class Strengths:
 
 
 class Views:
-    """Draws both views of an image from one seed, by Albumentations.
+    """Renderer of both views of an image from one seed, with Albumentations.
 
     Args:
         image_size: side of the square views in pixels.
@@ -83,7 +83,7 @@ class Views:
         self.strong = A.Compose([self.affine, self.noise, self.dropout], save_applied_params=True)
 
     def render(self, *, image: np.ndarray, mask: np.ndarray, seed: list[int]) -> Rendering:
-        """Both views of one image; the same seed gives the same views, whatever was drawn before.
+        """Render both views of one image; the same seed gives the same views, whatever was drawn before.
 
         Args:
             image: (H, W, 3) uint8, H and W at least image_size.
@@ -113,31 +113,31 @@ def _applied_matrix(applied: list[tuple[str, dict[str, Any]]]) -> np.ndarray:
 
 
 def id_number(image_id: str) -> int:
-    """A number that stands for an image in seeds: depends on its id alone, not on its place in a list."""
+    """Return the number of an image in seeds, which depends on its id alone, not on its place in a list."""
     return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:4], "big")
 
 
 def normalize(images: Tensor) -> Tensor:
-    """ImageNet normalization of (N, H, W, 3) uint8 to (N, 3, H, W) float32, in channels-last memory."""
+    """Normalize (N, H, W, 3) uint8 as for ImageNet, to (N, 3, H, W) float32 in channels-last memory."""
     mean, std = _gray_statistics(images.device)
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 
 
 @cache
 def _gray_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation in gray levels, brought to the device once: a copy in each step would make the host wait."""
+    """Return mean and deviation in gray levels, copied to the device once: a copy per step would make the host wait."""
     return torch.tensor(IMAGENET_MEAN, device=device) * 255, torch.tensor(IMAGENET_STD, device=device) * 255
 
 
 def sampling_theta(matrix: np.ndarray, *, image_size: int) -> np.ndarray:
-    """The (2, 3) float32 theta for ``affine_grid`` that renders a weak-frame map in the strong frame.
+    """Return the (2, 3) float32 theta for ``affine_grid`` that renders a weak-frame map in the strong frame.
 
     With M the forward pixel matrix and N the map from pixel centers to [-1, 1] (``align_corners=False``),
     theta = N M^-1 N^-1. It holds for maps of any resolution over the same frame.
 
     Args:
         matrix: (3, 3), weak pixel coordinates to strong ones.
-        image_size: side in pixels of the frame that the matrix speaks of.
+        image_size: side in pixels of the matrix's frame.
     """
     offset = 1 / image_size - 1
     to_unit = np.array([[2 / image_size, 0, offset], [0, 2 / image_size, offset], [0, 0, 1]])

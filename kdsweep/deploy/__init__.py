@@ -1,1 +1,1 @@
-"""The student in use: masks of one's own images, ONNX files, MLflow's registry."""
+"""Use of a trained student: masks of a user's images, ONNX files, MLflow's model registry."""

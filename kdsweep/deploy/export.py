@@ -1,8 +1,8 @@
-"""The network of a finished run as one ONNX file that says how images are prepared for it.
+"""Export the network of a finished run as one ONNX file that says how to prepare images for it.
 
 Usage: ``python -m kdsweep export --run RUN --out student.onnx [--store DIR] [--data-root DIR] [--register
-NAME]``; RUN as for predict. The file appears only if ONNX Runtime computes from it what PyTorch computes, by default on
-the run's own test images.
+NAME]``; RUN as for predict. The file is written only if ONNX Runtime computes from it what PyTorch computes, by default
+on the run's test images.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 NEEDS = ("onnx", "onnxruntime", "onnxscript")
 OPSET = 18
 TOLERANCE = 1e-4  # of probabilities, between PyTorch and ONNX Runtime
-DICE_TOLERANCE = 1e-3  # of a mean: a pixel or two on the threshold may fall to the other side
+DICE_TOLERANCE = 1e-3  # of mean Dice: a pixel or two at the threshold may change sides
 INPUT, OUTPUT = "images", "probabilities"
 
 
@@ -50,7 +50,7 @@ class Probabilities(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Probabilities (N, 1, S, S) in 0 to 1."""
+        """Return probabilities (N, 1, S, S) in 0 to 1."""
         return torch.sigmoid(self.network(images).logits)
 
 
@@ -62,7 +62,7 @@ def check_installed() -> None:
 
 
 def metadata(model: Model) -> dict[str, str]:
-    """What the file says about itself: which run it is from, and how an image becomes its input."""
+    """Return what the file says about itself: which run it is from, and how an image becomes its input."""
     size = model.image_size
     mean, std = (", ".join(map(str, numbers)) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
     steps = (
@@ -86,12 +86,12 @@ def metadata(model: Model) -> dict[str, str]:
 
 
 def to_onnx(model: Model) -> bytes:
-    """The ONNX file of a model: images (batch, 3, S, S) float32 to probabilities (batch, 1, S, S), any batch."""
+    """Return a model as an ONNX file: images (batch, 3, S, S) float32 to probabilities (batch, 1, S, S), any batch."""
     import onnx
 
     example = torch.zeros(2, 3, model.image_size, model.image_size)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about its own parts
+        warnings.simplefilter("ignore")  # the exporter warns about its own parts
         program = torch.onnx.export(
             Probabilities(model.network),
             (example,),
@@ -106,14 +106,14 @@ def to_onnx(model: Model) -> bytes:
         raise InputError(f"--run {model.folder}: PyTorch does not export {model.encoder} to ONNX")
     proto = program.model_proto
     for node in proto.graph.node:
-        del node.metadata_props[:]  # where each was traced: paths of this computer
+        del node.metadata_props[:]  # where each was traced: they hold paths of this computer
     onnx.helper.set_model_props(proto, metadata(model))
     content: bytes = proto.SerializeToString()
     return content
 
 
 def open_session(content: bytes) -> onnxruntime.InferenceSession:
-    """An ONNX file in ONNX Runtime, on one thread of the CPU."""
+    """Open an ONNX file in ONNX Runtime, on one thread of the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -126,10 +126,10 @@ def open_session(content: bytes) -> onnxruntime.InferenceSession:
 
 
 class Inputs(NamedTuple):
-    """What both runtimes are compared on.
+    """Images on which both runtimes are compared.
 
     Attributes:
-        where: in words, as the last line names it.
+        where: name of the images in the printed lines.
         images: each (1, 3, S, S), normalized.
         masks: (N, 1, S, S) in {0, 1}, or None where there is no ground truth.
     """
@@ -140,13 +140,13 @@ class Inputs(NamedTuple):
 
 
 def check_inputs(model: Model, *, images: Path | None, store: Path, data_root: Path | None) -> Inputs:
-    """A folder's images, else the run's test images, else phantoms and noise, which is told in a line.
+    """Return a folder's images, else the run's test images, else phantoms and noise (and print that these are used).
 
     Args:
-        model: whose input they become.
+        model: the network whose input they become.
         images: the folder.
         store: where the run's phantoms lie.
-        data_root: where the run's images lie now, if not where they lay then.
+        data_root: folder of the run's images, if they were moved.
 
     Raises:
         InputError: a folder that was named does not have the images.
@@ -165,10 +165,10 @@ def check_inputs(model: Model, *, images: Path | None, store: Path, data_root: P
 
 
 def run_inputs(model: Model, *, store: Path, data_root: Path | None) -> Inputs:
-    """The images and masks that a run was tested on, as they were scored.
+    """Return the images and masks that a run was tested on, as they were scored.
 
     Raises:
-        InputError: the data set is not one of kdsweep's own, or it is not there, or not as it was.
+        InputError: the data set is not one of kdsweep's, is missing, or has changed.
     """
     try:
         ids = json.loads((model.folder / "split.json").read_text(encoding="utf-8"))["test"]
@@ -186,7 +186,7 @@ def run_inputs(model: Model, *, store: Path, data_root: Path | None) -> Inputs:
 
 
 def folder_inputs(folder: Path, *, image_size: int) -> Inputs:
-    """Any images; InputError if the folder has none, or an unreadable one."""
+    """Read the images of a folder; raise InputError if it has none, or an unreadable one."""
     try:
         read = [predict.read_image(file) for file in predict.list_images(folder)[0].values()]
     except ValueError as error:
@@ -195,7 +195,7 @@ def folder_inputs(folder: Path, *, image_size: int) -> Inputs:
 
 
 def drawn_inputs(image_size: int) -> Inputs:
-    """Phantoms and noise, the same ones each time."""
+    """Draw phantoms and noise, the same ones each time."""
     noise = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     drawn = [np.repeat(item.image[..., None], 3, axis=2) for item in phantom.cohort(count=4, seed=0)]
     images = [*(predict.prepare(image, image_size=image_size) for image in drawn), *noise.split(1)]
@@ -206,15 +206,15 @@ def drawn_inputs(image_size: int) -> Inputs:
 
 
 def onnx_probabilities(session: Any, images: list[Tensor]) -> np.ndarray:
-    """Probabilities (N, 1, S, S) of images (1, 3, S, S) each by what takes and gives arrays as ONNX Runtime does."""
+    """Return probabilities (N, 1, S, S) of N images (1, 3, S, S), from a session with ONNX Runtime's interface."""
     return np.concatenate([session.run([OUTPUT], {INPUT: np.ascontiguousarray(one.numpy())})[0] for one in images])
 
 
 def largest_difference(found: np.ndarray, network: nn.Module, images: list[Tensor]) -> float:
-    """The largest absolute difference of a probability from PyTorch's on the CPU; infinite if one is not a number.
+    """Return the largest absolute difference from PyTorch's probabilities on the CPU, infinite if one is NaN.
 
     Args:
-        found: (N, 1, S, S), of ONNX Runtime.
+        found: (N, 1, S, S), from ONNX Runtime.
         network: gives probabilities (1, 1, S, S).
         images: N of (1, 3, S, S).
     """
@@ -225,7 +225,7 @@ def largest_difference(found: np.ndarray, network: nn.Module, images: list[Tenso
 
 
 def compare_dice(model: Model, found: np.ndarray, masks: Tensor) -> str:
-    """The mean Dice of probabilities (N, 1, S, S) beside the one that the run recorded, in words.
+    """Return a sentence: the mean Dice of probabilities (N, 1, S, S) beside the one that the run recorded.
 
     Raises:
         InputError: the record is damaged.
@@ -244,7 +244,7 @@ def compare_dice(model: Model, found: np.ndarray, masks: Tensor) -> str:
 
 
 def compare_latency(session: Any, network: nn.Module, images: Tensor) -> str:
-    """One line: how long both runtimes take for one image (1, 3, S, S) on one thread, and of which CPU."""
+    """Return one line: how long both runtimes take for one image (1, 3, S, S) on one thread, and on which CPU."""
     array = np.ascontiguousarray(images.numpy())
     cpu = torch.device("cpu")
     theirs = latency.time_ms(session.run, [OUTPUT], {INPUT: array}, device=cpu, threads=1)
@@ -260,7 +260,7 @@ def compare_latency(session: Any, network: nn.Module, images: Tensor) -> str:
 
 
 def make(model: Model, *, out: Path, inputs: Inputs) -> bytes:
-    """Export, compare, write, and tell about it in three lines; the content of the file.
+    """Export, compare, write, and report it in three lines; return the content of the file.
 
     Raises:
         InputError: the runtimes differ by more than TOLERANCE (nothing is written), or the file cannot be written.
@@ -288,7 +288,7 @@ def make(model: Model, *, out: Path, inputs: Inputs) -> bytes:
 
 
 def register(model: Model, content: bytes, *, name: str, store: Path, uri: str | None) -> None:
-    """Make an ONNX file the next version of a model in MLflow's registry, and tell in one line how to load it.
+    """Make an ONNX file the next version of a model in MLflow's registry, and print in one line how to load it.
 
     Args:
         model: the network that was exported.
@@ -326,13 +326,13 @@ def register(model: Model, content: bytes, *, name: str, store: Path, uri: str |
 
 
 def find_store(model: Model, *, named: Path) -> Path:
-    """The store that a run's folder lies in, else the one that was named."""
+    """Return the store that contains the run's folder, else the one that was named."""
     folder = model.folder.resolve()
     return folder.parents[1] if folder.parent.name in ("cells", "teachers") else named
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Export one network; 0, or 1 after one line on stderr that says what to mend."""
+    """Export one network; return 0, or 1 after one line on stderr that says what to mend."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep export", description="A trained network as ONNX.")
     predict.parse_run(parser)
     parser.add_argument("--out", type=Path, required=True, help="ONNX file; one that is there is replaced")

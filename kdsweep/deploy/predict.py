@@ -1,4 +1,4 @@
-"""Masks of one's own images by the network of a finished run.
+"""Predict masks of a user's images with the network of a finished run.
 
 Usage: ``python -m kdsweep predict --run RUN --images FOLDER --out FOLDER [--store DIR] [--device cpu]
 [--overwrite]``. RUN is a cell's name as in the tables (``HReg_KLD_WAug/split0``), its folder, or the id of its MLflow
@@ -44,7 +44,7 @@ COLUMNS = ["image", "width", "height", "area_px", "area_percent", "mean_probabil
 
 @dataclass(frozen=True)
 class Model:
-    """The network of a finished run, and what its folder tells about it.
+    """The network of a finished run, and what its folder records about it.
 
     Attributes:
         network: frozen, with the weights that were tested, on the CPU.
@@ -52,7 +52,7 @@ class Model:
         tags: of the run, by TAGS.
         encoder: its name.
         image_size: S, side in pixels of the images that it takes.
-        precision: ``fp32`` or ``bf16``: in which it was tested.
+        precision: ``fp32`` or ``bf16``, as in its test.
     """
 
     network: UNet
@@ -64,7 +64,7 @@ class Model:
 
     @property
     def title(self) -> str:
-        """How messages call it, such as ``Student split 0 seed 0 (mobilenetv3_small_trimmed, 224 x 224)``."""
+        """Return the name for messages, such as ``Student split 0 seed 0 (mobilenetv3_small_trimmed, 224 x 224)``."""
         notation, split, seed = (self.tags[key] for key in TAGS[:3])
         return f"{notation} split {split} seed {seed} ({self.encoder}, {self.image_size} x {self.image_size})"
 
@@ -73,7 +73,7 @@ class Model:
 
 
 def find_folder(run: str, *, store: Path, uri: str | None) -> Path:
-    """The folder of a run.
+    """Return the folder of a run.
 
     Args:
         run: the folder itself, ``NOTATION/splitK`` or ``NOTATION/splitK/seedS``, or the id of an MLflow run.
@@ -131,7 +131,7 @@ def _folder_of_id(run: str, *, store: Path, uri: str | None) -> Path:
 
 
 def load_model(folder: Path) -> Model:
-    """The network of a finished run; its weights are read only if they are what was written.
+    """Load the network of a finished run, after checking its weights against their checksum.
 
     Raises:
         InputError: the run is not finished, or a file of it is damaged.
@@ -161,7 +161,7 @@ def load_model(folder: Path) -> Model:
 
 
 def list_images(folder: Path) -> tuple[dict[str, Path], int]:
-    """Image files of a folder by the name that their results get, and how many other entries it has.
+    """Return a folder's image files by the name that their results get, and the number of its other entries.
 
     Raises:
         InputError: no such folder, or no image in it.
@@ -180,7 +180,7 @@ def list_images(folder: Path) -> tuple[dict[str, Path], int]:
 
 
 def read_image(file: Path) -> np.ndarray:
-    """Any image as (H, W, 3) uint8, as data sets are read.
+    """Read an image of any kind as (H, W, 3) uint8, as data sets are read.
 
     Raises:
         ValueError: names an unreadable one.
@@ -192,12 +192,12 @@ def read_image(file: Path) -> np.ndarray:
 
 
 def prepare(image: np.ndarray, *, image_size: int) -> torch.Tensor:
-    """(H, W, 3) uint8 to the network's input (1, 3, S, S) float32: the whole image, resized and normalized."""
+    """Turn (H, W, 3) uint8 into the network's input (1, 3, S, S) float32: the whole image, resized and normalized."""
     return normalize(torch.from_numpy(resize_image(image, image_size))[None])
 
 
 def probabilities(network: UNet, image: np.ndarray, *, image_size: int, compute: Compute) -> np.ndarray:
-    """Probability of lesion (H, W) float32 of each pixel of an image (H, W, 3) uint8, at the image's own size."""
+    """Return the probability of lesion (H, W) float32 at each pixel of an image (H, W, 3) uint8, at its size."""
     views = prepare(image, image_size=image_size).to(compute.device)
     with torch.no_grad(), compute.autocast():
         logits = network(views).logits
@@ -208,7 +208,7 @@ def probabilities(network: UNet, image: np.ndarray, *, image_size: int, compute:
 
 
 def measure(name: str, probability: np.ndarray) -> list[Any]:
-    """COLUMNS of one image's probabilities (H, W): area above the threshold, their mean there, their maximum."""
+    """Return COLUMNS of one image's probabilities (H, W): area above the threshold, mean there, maximum."""
     mask = probability > THRESHOLD
     height, width = mask.shape
     area = int(mask.sum())
@@ -217,7 +217,7 @@ def measure(name: str, probability: np.ndarray) -> list[Any]:
 
 
 def draw(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image (H, W, 3) uint8 with the contour of a mask (H, W) bool."""
+    """Draw the contour of a mask (H, W) bool on a copy of the image (H, W, 3) uint8."""
     lines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     drawn = np.ascontiguousarray(image).copy()
     cv2.drawContours(drawn, lines, -1, CONTOUR, thickness=max(1, round(min(mask.shape) / 250)))
@@ -231,7 +231,7 @@ def _write_png(file: Path, pixels: np.ndarray) -> None:
 
 
 def predict_folder(model: Model, images: dict[str, Path], *, out: Path, compute: Compute) -> int:
-    """Write mask, overlay and a row of the table for each image; the number of those that could not be read."""
+    """Write mask, overlay and a table row for each image; return the number of unreadable images."""
     network = placed(model.network, compute)
     rows: list[list[Any]] = []
     hidden = not sys.stderr.isatty()
@@ -256,7 +256,7 @@ def predict_folder(model: Model, images: dict[str, Path], *, out: Path, compute:
 
 
 def check_out(out: Path, *, images: Path, overwrite: bool) -> None:
-    """Raise InputError unless results may be written to this folder; there may be none yet."""
+    """Raise InputError unless results may be written to this folder, which need not exist yet."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")
     if out.resolve() == images.resolve():
@@ -266,7 +266,7 @@ def check_out(out: Path, *, images: Path, overwrite: bool) -> None:
 
 
 def make(model: Model, *, images: Path, out: Path, device: str) -> int:
-    """Predict a folder of images and tell about it in two lines; the number of unreadable images."""
+    """Predict a folder of images and report it in two lines; return the number of unreadable images."""
     files, others = list_images(images)
     compute = Compute(device=find_device(device), precision=model.precision)
     sys.stdout.write(f"{model.title}: {len(files)} images of {images} on {compute.device}\n")
@@ -281,19 +281,19 @@ def make(model: Model, *, images: Path, out: Path, device: str) -> int:
 
 
 def parse_run(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which run is meant."""
+    """Add the options that name a run."""
     parser.add_argument("--run", required=True, help="NOTATION/splitK as in the tables, a folder, or an MLflow run id")
     parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
     parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
 
 
 def find_model(options: argparse.Namespace) -> Model:
-    """The network that the options of ``parse_run`` name."""
+    """Load the network that the options of ``parse_run`` name."""
     return load_model(find_folder(options.run, store=options.store, uri=options.tracking_uri))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Predict a folder; 0, or 1 after a line on stderr for an error, or for each image that could not be read."""
+    """Predict a folder; return 0, or 1 after a line on stderr for an error or for each unreadable image."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep predict", description="Masks of one's own images.")
     parse_run(parser)
     parser.add_argument("--images", type=Path, required=True, help="folder of images of any size and mode")

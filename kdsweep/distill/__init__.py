@@ -1,4 +1,4 @@
-"""What of Teacher and Student is compared, and by which loss."""
+"""The KD paths, the losses, and the distillation that combines them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["KDPath"]
 
 
 def __getattr__(name: str) -> Any:
-    """KDPath, imported when it is asked for: it loads torch."""
+    """Import KDPath only when it is asked for: it loads torch."""
     if name != "KDPath":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from kdsweep.distill.paths import KDPath

@@ -1,4 +1,4 @@
-"""How a Student is taught: by which forward of which Teacher, on which path, with which loss."""
+"""The distillation of a Student: from a Teacher's forward, on a KD path, with a loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kdsweep.models.unet import Outputs
 
 
 class TeacherForward(NamedTuple):
-    """One forward of a Teacher that Students can share: who teaches, what it sees, how it computes.
+    """A Teacher's forward pass, which several Students can share.
 
     Attributes:
         teacher: name of the Teacher in the group.
@@ -30,29 +30,31 @@ class TeacherForward(NamedTuple):
 
 @dataclass
 class Distillation:
-    """How a Student is taught.
+    """The KD term of one Student.
 
     Attributes:
-        kd_path: which tensors are compared.
+        kd_path: selects the tensors to compare.
+        needs_logits: whether the path takes logits; if not, the Teacher runs its encoder alone and has none.
         loss: of the compared maps, see losses.py.
         weight: of the KD term; the supervised term has 1 - weight (PAPER, Eq. I: 0.5 and 0.5).
-        forward: which forward of which Teacher it learns from.
+        forward: the Teacher's forward that it learns from.
         align: warp the maps of a weak view into the Student's frame; else compare them as they are.
     """
 
     kd_path: KDPath
+    needs_logits: bool
     loss: Callable[..., Tensor]
     weight: float
     forward: TeacherForward
     align: bool
 
     def term(self, *, student: Outputs, teacher: Outputs, theta: Tensor | None) -> Tensor:
-        """The KD term of one batch; theta (N, 2, 3) is None where both saw the same view.
+        """Return the KD term of one batch; theta (N, 2, 3) is None where both saw the same view.
 
         The Teacher's outputs are copied first (about 1 ms): the originals serve other learners too, and tensors made
-        under inference mode cannot take part in autograd, which a loss or path of the user's may ask for.
+        under inference mode cannot take part in autograd, which a user's own loss or path may need.
         """
-        logits = teacher.logits.clone() if self.kd_path.needs_logits else teacher.hidden.new_empty(0)
+        logits = teacher.logits.clone() if self.needs_logits else teacher.hidden.new_empty(0)
         theirs = self.kd_path.teacher_map(Outputs(logits=logits, hidden=teacher.hidden.clone()))
         valid = torch.ones_like(theirs[:, :1], dtype=torch.bool)
         if theta is not None and self.align:

@@ -1,7 +1,7 @@
 """The loss terms: pure functions of tensors. Each says its formula, its reduction and its source.
 
 A KD loss takes ``student``, ``teacher`` and ``valid`` by keyword and returns a scalar. ``valid`` marks the positions to
-compare: where the Teacher saw another view, the Student's frame is not covered everywhere (see ``views.warp``).
+compare: where the Teacher saw another view, the Student's frame is not covered everywhere (see ``distillation.warp``).
 Gradients flow into ``student`` alone: the Teacher's maps come without a graph.
 """
 

@@ -10,50 +10,42 @@ from kdsweep.models.unet import Outputs
 
 
 class KDPath(nn.Module, ABC):
-    """What the training loop uses of a path; a path that lacks a method is refused when it is built.
+    """The interface of a KD path; a path that lacks a method is refused when it is built.
 
-    Parameters that a path owns are trained with the Student, kept in its checkpoint, and absent from the exported one.
-
-    Attributes:
-        needs_logits: False lets the Teacher run its encoder alone; ``logits`` of its outputs is empty then.
+    A path's parameters are trained with the Student, kept in its checkpoint, and absent from its exported weights.
+    The configuration says which representation a path takes; without logits the Teacher runs its encoder alone.
     """
-
-    needs_logits: bool
 
     @abstractmethod
     def teacher_map(self, outputs: Outputs) -> Tensor:
-        """What is taken of the Teacher: (N, C, h, w)."""
+        """Return the Teacher's map to compare: (N, C, h, w)."""
 
     @abstractmethod
     def student_map(self, outputs: Outputs) -> Tensor:
-        """What is taken of the Student: (N, C, h, w), as of the Teacher."""
+        """Return the Student's map to compare: (N, C, h, w), the Teacher's shape."""
 
 
 class Logits(KDPath):
     """L, KD-Logits: the final logits before any activation (PAPER, Figure 1). Both maps are (N, 1, H, W)."""
 
-    needs_logits = True
-
     def teacher_map(self, outputs: Outputs) -> Tensor:
-        """The Teacher's logits."""
+        """Return the Teacher's logits."""
         return outputs.logits
 
     def student_map(self, outputs: Outputs) -> Tensor:
-        """The Student's logits."""
+        """Return the Student's logits."""
         return outputs.logits
 
 
 class Hidden(KDPath):
     """H, KD-Hidden: the deepest feature map averaged over channels (PAPER, Figure 1). Both maps are (N, 1, h, w)."""
 
-    needs_logits = False
-
     def teacher_map(self, outputs: Outputs) -> Tensor:
-        """The Teacher's channel mean."""
+        """Return the Teacher's channel mean."""
         return outputs.hidden.float().mean(dim=1, keepdim=True)
 
     def student_map(self, outputs: Outputs) -> Tensor:
-        """The Student's channel mean."""
+        """Return the Student's channel mean."""
         return outputs.hidden.float().mean(dim=1, keepdim=True)
 
 
@@ -70,8 +62,6 @@ class HiddenRegressor(KDPath):
         kernel_size: odd; the maps keep their size.
     """
 
-    needs_logits = False
-
     def __init__(
         self, *, student_channels: int, teacher_channels: int, inner_channels: int = 512, kernel_size: int = 1
     ) -> None:
@@ -85,10 +75,10 @@ class HiddenRegressor(KDPath):
         )
 
     def teacher_map(self, outputs: Outputs) -> Tensor:
-        """The Teacher's hidden map as it is."""
+        """Return the Teacher's hidden map as it is."""
         return outputs.hidden
 
     def student_map(self, outputs: Outputs) -> Tensor:
-        """The Student's hidden map through the regressor."""
+        """Return the Student's hidden map through the regressor."""
         regressed: Tensor = self.regressor(outputs.hidden)
         return regressed

@@ -1,1 +1,1 @@
-"""What a trained network is worth: scores of each image, and the time it takes."""
+"""Scores of a trained network on each image, and the time that networks take."""

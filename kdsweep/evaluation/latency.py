@@ -1,4 +1,4 @@
-"""How long networks take here: a training step, on which a sweep's estimate rests, and a forward of one image."""
+"""Timing of networks on this machine: a training step, for a sweep's estimate, and a forward of one image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from kdsweep.core.device import Compute, placed
 from kdsweep.models.unet import UNet
 
-STEPS, ENOUGH_S = 5, 2.0  # at most so many steps, and no further one after so many seconds
+STEPS, ENOUGH_S = 5, 2.0  # timed steps at most, and seconds after which no further one begins
 WARM_UP, REPEATS = 5, 50  # forward passes
 
 
@@ -27,7 +27,7 @@ class StepTime(NamedTuple):
 def time_step_s(
     network: UNet, *, image_size: int, compute: Compute, images: int = 4, forward_only: bool = False
 ) -> StepTime:
-    """Time steps of a throwaway network on a batch of noise, after one to warm up; the least, for others only add."""
+    """Time steps of a throwaway network on noise, after one to warm up; return the fastest, the least disturbed one."""
     placed(network, compute)
     optimizer = torch.optim.Adam(network.parameters())
     batch = torch.randn(images, 3, image_size, image_size, device=compute.device)
@@ -51,14 +51,14 @@ def time_step_s(
 def time_ms(
     forward: Callable[..., object], *args: object, device: torch.device, threads: int, repeats: int = REPEATS
 ) -> tuple[float, float]:
-    """Median and 95th percentile of the duration of a call in milliseconds, after WARM_UP calls.
+    """Return median and 95th percentile of the duration of a call in milliseconds, after WARM_UP calls.
 
     Args:
-        forward: what is called.
+        forward: the function to call.
         args: its arguments.
-        device: that it computes on.
-        threads: how many PyTorch has on the CPU meanwhile.
-        repeats: timed calls.
+        device: the device that it computes on.
+        threads: PyTorch's CPU threads meanwhile.
+        repeats: number of timed calls.
     """
     before, durations = torch.get_num_threads(), []
     torch.set_num_threads(threads)
@@ -81,9 +81,9 @@ def _now_s(device: torch.device) -> float:
 
 
 def load_of_others() -> float:
-    """What other programs ask of the processor, the mean of the last minute; 0 if that is less than half of it.
+    """Return the mean load of the last minute, in processes, or 0 if it is at most half the cores or unknown.
 
-    To be asked for before this process has computed anything. 0 also where the system does not tell.
+    Call this before the process computes anything: then the load is that of other programs.
     """
     try:
         load = os.getloadavg()[0]

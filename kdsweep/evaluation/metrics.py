@@ -1,8 +1,8 @@
 """Scores of each test image: Dice, IoU, precision, sensitivity, HD95.
 
-Counts come from segmentation-models-pytorch, HD95 from MONAI. What an empty prediction scores: Dice, IoU, precision
-and sensitivity 0 and HD95 the image diagonal, the worst that can be; the same if only the ground truth is empty. If
-both are empty the prediction is perfect: 1, 1, 1, 1 and 0.
+Counts come from segmentation-models-pytorch, HD95 from MONAI. If either the prediction or the ground truth is empty,
+Dice, IoU, precision and sensitivity are 0 and HD95 is the image diagonal, the worst possible. If both are empty the
+prediction is perfect: 1, 1, 1, 1 and 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SCORES = (*RATIOS, "hd95_px")
 
 
 def per_image(*, prediction: Tensor, mask: Tensor) -> dict[str, np.ndarray]:
-    """Scores by name, one float per image: fractions 0 to 1, HD95 in pixels.
+    """Return scores by name, one float per image: fractions 0 to 1, HD95 in pixels.
 
     Args:
         prediction: (N, 1, H, W) bool, probabilities thresholded at 0.5.
@@ -31,7 +31,7 @@ def per_image(*, prediction: Tensor, mask: Tensor) -> dict[str, np.ndarray]:
 
 
 def overlap(*, prediction: Tensor, mask: Tensor) -> dict[str, np.ndarray]:
-    """Dice, IoU, precision and sensitivity of each image; arguments as for ``per_image``."""
+    """Return Dice, IoU, precision and sensitivity of each image; arguments as for ``per_image``."""
     counts = smp.metrics.get_stats(prediction.long(), mask.long(), mode="binary")
     functions = (
         smp.metrics.f1_score,
@@ -49,9 +49,9 @@ def overlap(*, prediction: Tensor, mask: Tensor) -> dict[str, np.ndarray]:
 
 
 def hd95_px(*, prediction: Tensor, mask: Tensor) -> np.ndarray:
-    """95th percentile Hausdorff distance in pixels: the larger of the two directed ones (MONAI's definition).
+    """Return the 95th percentile Hausdorff distance in pixels, the larger of the two directed ones (as MONAI does).
 
-    Arguments as for ``per_image``. Either set empty: the image diagonal; both empty: 0.
+    Arguments as for ``per_image``. It is the image diagonal if one set is empty, and 0 if both are.
     """
     from monai.metrics import compute_hausdorff_distance  # takes seconds to import: only scoring pays for it
 
@@ -68,7 +68,7 @@ def hd95_px(*, prediction: Tensor, mask: Tensor) -> np.ndarray:
 
 
 def trivial_dice(masks: Tensor) -> float:
-    """Mean Dice of predicting lesion everywhere: what any learning must beat.
+    """Return the mean Dice of predicting lesion everywhere, which any learning must beat.
 
     Args:
         masks: (N, 1, H, W), ground truth in {0, 1}.
@@ -77,7 +77,7 @@ def trivial_dice(masks: Tensor) -> float:
 
 
 def mean_dice(*, logits: Tensor, mask: Tensor) -> Tensor:
-    """Mean over images of the Dice of predictions (logits > 0, so probability > 0.5), as a tensor on their device.
+    """Return the mean Dice of predictions (logits > 0, so probability > 0.5) over images, on their device.
 
     Args:
         logits: (N, 1, H, W).

@@ -1,4 +1,4 @@
-"""What a trained network is worth: predictions of whole images, their scores, and a cell's last files."""
+"""Predictions of whole images by a trained network, and their scores."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from kdsweep.models.unet import UNet
 
 
 def eval_batches(part: EvalPart, compute: Compute) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Normalized whole images under both views' names (they are the same here), with their masks."""
+    """Yield normalized whole images under both views' names (here they are the same), with their masks."""
     for images, masks in part.batches(compute.eval_batch):
         ready = normalize(images.to(compute.device))
         yield {"strong": ready, "weak": ready}, masks.to(compute.device)
 
 
 def predict(network: UNet, part: EvalPart, *, compute: Compute) -> Tensor:
-    """Predictions (N, 1, H, W) bool of whole images on the CPU: probability above 0.5."""
+    """Return predictions (N, 1, H, W) bool of whole images on the CPU: probability above 0.5."""
     network.eval()
     with torch.no_grad(), compute.autocast():
         return torch.cat([(network(views["strong"]).logits > 0).cpu() for views, _ in eval_batches(part, compute)])
 
 
 def score(predictions: Tensor, part: EvalPart) -> pd.DataFrame:
-    """One row per image: image, label, dice, iou, precision, sensitivity, hd95_px (see metrics.py)."""
+    """Return one row per image: image, label, dice, iou, precision, sensitivity, hd95_px (see metrics.py)."""
     table = pd.DataFrame(metrics.per_image(prediction=predictions, mask=part.masks))
     table.insert(0, "image", part.ids)
     table.insert(1, "label", part.labels)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from kdsweep.models.weights import HUB, imagenet_file, load_weights
 
 
 class Outputs(NamedTuple):
-    """What one forward of a network gives.
+    """Result of one forward pass of a network.
 
     Attributes:
         logits: (N, 1, H, W), before any activation.
@@ -55,7 +56,7 @@ class TrimmedMobileNetV3Small(nn.Module, EncoderMixin):
         self._out_channels = [3, 16, 16, 24, 48, 96]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature maps at strides 1, 2, 4, 8, 16 and 32 of images (N, 3, H, W)."""
+        """Return the feature maps at strides 1, 2, 4, 8, 16 and 32 of images (N, 3, H, W)."""
         stem = self.bn1(self.conv_stem(images))
         stride_4 = self.blocks[0](stem)
         stride_8 = self.blocks[1](stride_4)
@@ -74,12 +75,12 @@ class UNet(smp.Unet):
     """smp's U-Net with one logit per pixel; its state dict is that of ``smp.Unet`` with the same arguments."""
 
     def forward(self, images: Tensor) -> Outputs:
-        """Logits and hidden map of normalized images (N, 3, H, W), H and W multiples of 32."""
+        """Return logits and hidden map of normalized images (N, 3, H, W), H and W multiples of 32."""
         features = self.encoder(images)
         return Outputs(logits=self.segmentation_head(self.decoder(features)), hidden=features[-1])
 
     def hidden(self, images: Tensor) -> Tensor:
-        """The encoder's deepest feature map (N, C, H / 32, W / 32) alone: what the paths H and HR need."""
+        """Return the encoder's deepest feature map (N, C, H / 32, W / 32) alone, for the paths H and HR."""
         features: list[Tensor] = self.encoder(images)
         return features[-1]
 
@@ -94,7 +95,7 @@ def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) 
         seed: of the random initialization.
 
     Raises:
-        InputError: the encoder is not known, or its weights cannot be had.
+        InputError: the encoder is unknown, or its weights cannot be loaded.
     """
     if encoder not in smp.encoders.encoders and not encoder.startswith("tu-"):
         raise InputError(f"encoder={encoder} is not known to segmentation-models-pytorch; see smp.encoders")
@@ -108,18 +109,25 @@ def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) 
     return network
 
 
+@cache
+def hidden_channels(encoder: str) -> int:
+    """Return how many channels the deepest feature map of an encoder has, without making its weights."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return int(UNet(encoder, encoder_weights=None, in_channels=3, classes=1).encoder.out_channels[-1])
+
+
 def freeze(network: UNet) -> UNet:
     """Put a Teacher into the state that distillation relies on: eval mode, no gradients."""
     return network.eval().requires_grad_(requires_grad=False)
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Number of parameters, frozen ones too."""
+    """Return the number of parameters, frozen ones included."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def count_macs(network: UNet, *, image_size: int) -> int:
-    """Multiply-accumulate operations of one image of image_size x image_size pixels (PyTorch's counter, FLOPs / 2)."""
+    """Count the multiply-accumulates of one image of image_size x image_size pixels (PyTorch's counter, FLOPs / 2)."""
     device = next(network.parameters()).device
     mode = network.training
     network.eval()
@@ -130,7 +138,7 @@ def count_macs(network: UNet, *, image_size: int) -> int:
 
 
 def summary(*, teacher: UNet, student: UNet, image_size: int) -> str:
-    """A Markdown table of parameters, MACs and hidden shapes; the networks lose their weights (meta device)."""
+    """Return a Markdown table of parameters, MACs and hidden shapes; the networks lose their weights (meta device)."""
     lines = ["| network | encoder | parameters | MACs | hidden (C x H x W) |", "| --- | --- | ---: | ---: | --- |"]
     for label, network in (("Teacher", teacher), ("Student", student)):
         with torch.device("meta"), torch.no_grad():

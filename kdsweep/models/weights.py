@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What a classification network has beside its encoder; ignored when a whole classifier's weights are offered.
+# Parts of a classification network outside its encoder; ignored when a whole classifier's weights are offered.
 CLASSIFIER_PREFIXES = ("fc.", "classifier.", "conv_head.", "norm_head.", "last_linear.")
 
 
@@ -25,7 +25,7 @@ HUB = "hub:"  # leads the name of weights on the Hugging Face hub
 
 
 def imagenet_file(source: str) -> Path:
-    """The file of an encoder's ImageNet weights, from the local cache or from the Hugging Face hub.
+    """Return the file of an encoder's ImageNet weights, from the local cache or from the Hugging Face hub.
 
     Args:
         source: ``REPOSITORY@REVISION``.
@@ -42,7 +42,7 @@ def imagenet_file(source: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(**where, local_files_only=True))
     except LocalEntryNotFoundError:
         log.info("fetching ImageNet weights from the hub: %s", repository)
-    huggingface_hub.logging.set_verbosity_error()  # its retries are told by our one line instead
+    huggingface_hub.logging.set_verbosity_error()  # our one line stands for its messages about retries
     try:
         return Path(huggingface_hub.hf_hub_download(**where))
     except Exception as error:  # the hub's client raises many kinds: network, proxy, disk, missing entry
@@ -76,10 +76,10 @@ def load_weights(network: UNet, file: Path, *, label: str) -> None:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Tensors by name from a .safetensors file or a PyTorch state dict, never running code from the file.
+    """Read tensors by name from a .safetensors file or a PyTorch state dict, never running code from the file.
 
     Raises:
-        InputError: missing, unreadable, or not a plain state dict.
+        InputError: the file is missing, unreadable, or not a plain state dict.
     """
     if not file.is_file():
         raise InputError(f"weights={file}: no such file; use imagenet, none, or a .safetensors or .pt file")

@@ -1,1 +1,1 @@
-"""What comes out of a sweep: tables, effects, costs, figures and the report."""
+"""Results of a sweep: tables, effects, costs, figures and the report."""

@@ -1,4 +1,4 @@
-"""What one training more would change: the settings that a sweep varies against each other, and seeds against cells."""
+"""Comparisons of settings that a sweep varies, and of the spread between seeds with that between cells."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL = "all cells"
 
 
 def students(*sweeps: Sweep) -> list[str]:
-    """The notations of the students of sweeps: the paper's cells in its order, others, the baseline."""
+    """Return the notations of the students of sweeps: the paper's cells in its order, others, the baseline."""
     asked = set().union(*(sweep.runs.loc[sweep.runs["role"] != "teacher", "notation"] for sweep in sweeps))
     own = sorted(asked.difference(CELLS, ["Student"]))
     return [*(cell for cell in CELLS if cell in asked), *own, *(["Student"] if "Student" in asked else [])]
@@ -30,7 +30,7 @@ def students(*sweeps: Sweep) -> list[str]:
 
 
 def has_settings(sweep: Sweep) -> bool:
-    """Whether a sweep varies further keys, so that each of its runs has its place."""
+    """Return whether a sweep varies further keys and mixes no options."""
     try:
         return len(variants(sweep)) > 1
     except InputError:  # mixed: each table says so
@@ -38,10 +38,10 @@ def has_settings(sweep: Sweep) -> bool:
 
 
 def settings(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
-    """The values of the further keys that a sweep varies, each against the first, paired over the same test images.
+    """Compare each value of the further keys that a sweep varies with the first, paired over the test images.
 
-    A row per cell, and one of all cells together: for each image of each (split, seed) the mean Dice over the cells.
-    What the keys do not concern, as ``kd.align`` does not concern the Student baseline, is the same run: no row.
+    One row per cell, and one for all cells together: the mean Dice over the cells for each image of each (split, seed).
+    A run that the keys do not affect, as ``kd.align`` does not affect the Student baseline, has no row.
 
     Args:
         sweep: its runs and scores.
@@ -108,7 +108,7 @@ def _compared(dice: pd.DataFrame, base: pd.DataFrame, names: list[str], *, gap: 
 
 
 def format_settings(table: pd.DataFrame) -> pd.DataFrame:
-    """The strings of the table of settings."""
+    """Return the strings of the table of settings."""
     means = zip(table["mean_dice_percent"].map(formats.number), table["gap"], strict=True)
     columns = {
         "Settings": table["settings"],
@@ -123,7 +123,7 @@ def format_settings(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def told_settings(table: pd.DataFrame) -> list[str]:
-    """One sentence on each setting: what all cells together tell, and which single cells differ at 5 % after Holm."""
+    """Return one sentence per setting: the result over all cells, and which single cells differ at 5 % after Holm."""
     lines = []
     for (label, first), rows in table.groupby(["settings", "against"], sort=False):
         cells = rows[rows["notation"] != ALL]
@@ -150,7 +150,7 @@ def _together(row: pd.Series) -> str:
 
 
 def notes_settings(*, test: str) -> list[str]:
-    """What the numbers of the table of settings are."""
+    """Return the footnotes of the table of settings."""
     return [
         f"p: {TEST_NAMES[test]} over the same images of the same split and seed. Holm: over the rows of single cells, "
         f"and apart from them over those of {ALL}. Interval: 95 % bootstrap of the mean difference (BCa, {RESAMPLES} "
@@ -163,12 +163,12 @@ def notes_settings(*, test: str) -> list[str]:
 
 
 def has_seeds(sweep: Sweep) -> bool:
-    """Whether a sweep asks for its students at several seeds."""
+    """Return whether a sweep asks for its students at several seeds."""
     return bool(sweep.runs.loc[sweep.runs["role"] != "teacher", "seed"].nunique() > 1)
 
 
 def seeds(sweep: Sweep) -> pd.DataFrame:
-    """How much a cell's mean Dice changes with the seed, beside how much cells differ.
+    """Compare how much a cell's mean Dice changes with the seed with how much cells differ.
 
     Returns:
         A row per cell, the best first: its mean over the test images of all splits (%) at each seed, the mean and the
@@ -201,7 +201,7 @@ def _seeds(sweep: Sweep) -> pd.DataFrame:
 
 
 def repeatability_points(table: pd.DataFrame) -> float:
-    """By how much two trainings of one cell with other seeds differ at most in 95 % of cases (percentage points).
+    """Return the limit below which 95 % of differences between two seeds of one cell lie (percentage points).
 
     1.96 sqrt(2) s, where s^2 is the mean over the cells of the variance between seeds. Source: Bland and Altman,
     Measurement error, BMJ 313, 1996.
@@ -210,7 +210,7 @@ def repeatability_points(table: pd.DataFrame) -> float:
 
 
 def format_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """The strings of the table of seeds."""
+    """Return the strings of the table of seeds."""
     per_seed = [name for name in map(str, table) if name.startswith("mean_dice_percent_seed")]
     names = ", ".join(name.removeprefix("mean_dice_percent_seed") for name in per_seed)
     rows = zip(table[per_seed].itertuples(index=False), table["gap"], strict=True)
@@ -226,7 +226,7 @@ def format_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def told_seeds(table: pd.DataFrame) -> list[str]:
-    """How much seeds change, and whether the cells below the best one are further from it than that."""
+    """Return sentences: how much seeds change, and which cells are further from the best one than that."""
     if "settings" in table:
         parts = table.groupby("settings", sort=False)
         return [f"With {label}: {line}" for label, part in parts for line in told_seeds(part.drop(columns="settings"))]
@@ -255,7 +255,7 @@ def told_seeds(table: pd.DataFrame) -> list[str]:
 
 
 def notes_seeds(*, table: pd.DataFrame) -> list[str]:
-    """What the numbers of the table of seeds are."""
+    """Return the footnotes of the table of seeds."""
     lines = [
         "Each number is the mean over the test images of all splits. A seed decides initial weights, order and views "
         "of the students; whether their Teachers change with it depends on teacher.seed (`teacher.seed=0` keeps them).",

@@ -42,8 +42,8 @@ TOLERANCE = 1e-6  # of Dice, between the recorded one and that with the mask of 
 WIDTH, MARGIN, GAP, LARGEST_PANEL = 7.0, 0.06, 0.08, 2.2
 HEAD, PANEL_TITLE, LEGEND, TEXT_LINE = 0.2, 0.2, 0.24, 0.135
 FONT, SMALL_FONT, LINE = 7.5, 7.0, 1.1
-PANEL_CHARACTERS, CAPTION_CHARACTERS = 21, 115  # so many fit above the narrowest panel, and in the width
-# The paper's colors; styles for who sees them alike, the dashes short enough for a small island.
+PANEL_CHARACTERS, CAPTION_CHARACTERS = 21, 115  # what fits above the narrowest panel, and in the width
+# The paper's colors; line styles for the color-blind, with dashes short enough for a small island.
 TRUTH, PREDICTION = ("#00e050", "solid"), ("#ff1f3d", (0, (2.4, 1.2)))
 HALO = [patheffects.withStroke(linewidth=2 * LINE, foreground="black", alpha=0.55)]
 GRAY = "0.4"
@@ -57,7 +57,7 @@ class Models(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What ``figure2`` draws of one image."""
+    """The arguments of ``figure2`` for one image."""
 
     image: np.ndarray
     mask: np.ndarray
@@ -72,7 +72,7 @@ class Shown(NamedTuple):
 
 
 def notations(sweep: Sweep) -> list[str]:
-    """All models that a figure may show: the paper's in its order, then a user's own cells by path and loss."""
+    """Return all models that a figure may show: the paper's in its order, then a user's cells by path and loss."""
     losses = list(LOSSES)
 
     def order(notation: str) -> tuple[str, int, str]:
@@ -85,9 +85,9 @@ def notations(sweep: Sweep) -> list[str]:
 
 
 def whole_rows(sweep: Sweep) -> list[str]:
-    """The models of the paper's figure, without the paths of which nothing was asked for.
+    """Return the models of the paper's figure, without the paths of which nothing was asked for.
 
-    Where most of the panels left would be empty, only what was asked for.
+    If most of the remaining panels would be empty, return only what was asked for.
     """
     known, asked = notations(sweep), set(sweep.runs["notation"])
     left_out = {name for row in PATH_ROWS if asked.isdisjoint(row) for name in row}
@@ -96,7 +96,7 @@ def whole_rows(sweep: Sweep) -> list[str]:
 
 
 def models_of(sweep: Sweep, *, split: int, seed: int) -> Models:
-    """Which finished run stands for each notation in a split and seed; a Teacher is the one its cells learnt from.
+    """Find the finished run of each notation in a split and seed; a Teacher is the one its cells learnt from.
 
     Raises:
         InputError: the sweep is empty, mixes options, or holds two results for one cell.
@@ -119,7 +119,7 @@ def _why(runs: pd.DataFrame) -> str:
 
 
 def _place(runs: pd.DataFrame, *, sweep: str, split: int | None, seed: int | None, names: list[str]) -> tuple[int, int]:
-    """The split and seed asked for, or the first in which most of these models are finished."""
+    """Return the split and seed asked for, or the first in which most of these models are finished."""
     for column, value in (("split", split), ("seed", seed)):
         there = sorted(set(runs[column]))
         if value is not None and value not in there:
@@ -144,7 +144,7 @@ def _known(models: list[str], sweep: Sweep) -> list[str]:
 
 
 def pick(dice: pd.DataFrame, *, count: int) -> list[str]:
-    """The images at even quantiles of the ranking by mean Dice over the models shown, so that good and bad ones show.
+    """Pick the images at even quantiles of the ranking by mean Dice over the models shown: good and bad ones.
 
     Number k of count is the first image with at least the share k / (count + 1) of all at or below its place: the
     lower median for count=1, the lower quartile, median and upper quartile for count=3. Equal means rank by id.
@@ -154,7 +154,7 @@ def pick(dice: pd.DataFrame, *, count: int) -> list[str]:
         count: at least 1.
 
     Raises:
-        InputError: there are not so many images.
+        InputError: there are fewer images than count.
     """
     if not 1 <= count <= len(dice):
         raise InputError(f"--count {count}: must be 1 to {len(dice)}, the number of test images")
@@ -168,7 +168,7 @@ def _ranked(dice: pd.DataFrame) -> list[str]:
 
 
 def rule(dice: pd.DataFrame, *, number: int, count: int) -> str:
-    """How ``pick`` chose image number (from 1) of count, as the figure says it."""
+    """Return the words in the figure for how ``pick`` chose image number (from 1) of count."""
     share = Fraction(number, count + 1)
     place = "median" if share == Fraction(1, 2) else f"quantile {share}"
     return f"{place} of {_ranking(dice)}"
@@ -180,7 +180,7 @@ def _ranking(dice: pd.DataFrame) -> str:
 
 
 def _chosen(dice: pd.DataFrame, *, count: int, ids: list[str] | None, where: str) -> dict[str, str]:
-    """The images to show and why each was chosen."""
+    """Return the images to show and why each was chosen."""
     if not ids:
         return {image: rule(dice, number=k, count=count) for k, image in enumerate(pick(dice, count=count), start=1)}
     ranked = _ranked(dice)
@@ -207,7 +207,7 @@ def load(
     root: Path | None,
     source: sources.Source | None = None,
 ) -> list[Shown]:
-    """What the figures of a sweep show, one entry per image.
+    """Load what the figures of a sweep show, one entry per image.
 
     Args:
         sweep: as ``tracking.read_sweep`` gives it.
@@ -218,7 +218,7 @@ def load(
         models: notations; None takes the rows of the paper's figure.
         count: how many images ``pick`` chooses.
         ids: images chosen by hand instead.
-        root: where the images lie now, if not where they lay when the sweep ran.
+        root: folder of the images, if they were moved since the sweep ran.
         source: the data set, if it is not one of kdsweep's own.
 
     Raises:
@@ -264,7 +264,7 @@ def load(
 
 
 def _dice(finished: pd.DataFrame, *, scores: pd.DataFrame, where: str) -> pd.DataFrame:
-    """The recorded Dice, one row per test image, one column per model."""
+    """Return the recorded Dice, one row per test image, one column per model."""
     scored = scored_images(runs=finished.reset_index(drop=True), scores=scores)
     dice = scored.pivot(index="image", columns="notation", values="dice")[list(finished["notation"])]
     alone = dice[dice.isna().any(axis=1)]
@@ -305,8 +305,8 @@ def _remedy(source: sources.Source) -> str:
 
 
 def _refuse_other_images(shown: Shown, what: str, *, sweep: str, remedy: str) -> None:
-    """Raise InputError unless the mask gives each prediction the Dice that was recorded."""
-    import torch  # it and metrics take seconds: who mistyped an option need not wait for them
+    """Raise InputError unless the mask gives each prediction its recorded Dice."""
+    import torch  # it and metrics load for seconds: a mistyped option must fail before
 
     from kdsweep.evaluation import metrics
 
@@ -334,9 +334,9 @@ def figure2(
     caption: str,
     title: str,
 ) -> Figure:
-    """The image alone, then a panel per model: ground truth green and solid, prediction red and dashed.
+    """Draw the image alone, then a panel per model: ground truth green and solid, prediction red and dashed.
 
-    The paper's rows where they are whole (image and baselines, then a row per path), else a compact grid.
+    Use the paper's rows if they are whole (image and baselines, then a row per path), else a compact grid.
 
     Args:
         image: (S, S, 3) uint8.
@@ -344,7 +344,7 @@ def figure2(
         predictions: (S, S) bool by notation.
         missing: why there is no prediction, by notation.
         dice: fractions by notation of predictions.
-        caption: line below, which says why this image.
+        caption: line below, which says why this image was chosen.
         title: line above.
     """
     best = _best(dice)
@@ -371,13 +371,13 @@ def figure2(
 
 
 def _best(dice: dict[str, float]) -> list[str]:
-    """The cells with the highest Dice; none where there is nothing to compare."""
+    """Return the cells with the highest Dice, none if there is only one cell."""
     cells = {name: round(value, 9) for name, value in dice.items() if name not in BASELINES}
     return [name for name, value in cells.items() if value == max(cells.values())] if len(cells) > 1 else []
 
 
 def _rows(names: list[str]) -> list[list[str]]:
-    """The grid of panels: the paper's rows if all that occur are whole, else rows of equal length."""
+    """Return the grid of panels: the paper's rows if all that occur are whole, else rows of equal length."""
     own = [name for name in names if name not in (*BASELINES, *CELLS)]
     paper = [row for row in (BASELINES, *PATH_ROWS) if not set(row).isdisjoint(names)]
     if set(BASELINES) <= set(names) and {name for row in paper for name in row} == set(names).difference(own):
@@ -391,7 +391,7 @@ def _rows(names: list[str]) -> list[list[str]]:
 
 
 def _panels(rows: list[list[str]], *, below: float) -> tuple[Figure, dict[str, Axes]]:
-    """An empty figure with square panels and so many inches left below them."""
+    """Return an empty figure with square panels and ``below`` inches under them."""
     columns = max(map(len, rows))
     panel = min((WIDTH - 2 * MARGIN - (columns - 1) * GAP) / columns, LARGEST_PANEL)
     left = (WIDTH - columns * panel - (columns - 1) * GAP) / 2
@@ -408,7 +408,7 @@ def _panels(rows: list[list[str]], *, below: float) -> tuple[Figure, dict[str, A
 
 
 def _outline(axes: Axes, mask: np.ndarray, color: str, style: Any) -> None:
-    """The closed border of a mask (S, S), also where it is the border of the image."""
+    """Draw the closed border of a mask (S, S), also along the border of the image."""
     if not mask.any():
         return
     padded = np.pad(mask.astype(float), 1)
@@ -437,7 +437,7 @@ def _note(axes: Axes, text: str) -> None:
 
 
 def _around(figure: Figure, *, title: str, lines: list[str], below: float) -> None:
-    """The title above the panels; the legend and the lines of the caption below them."""
+    """Draw the title above the panels, and the legend and the lines of the caption below them."""
     height = figure.get_figheight()
     figure.text(0.5, 1 - MARGIN / height, title, ha="center", va="top", fontsize=FONT, parse_math=False)
     names = {"ground truth": TRUTH, "prediction": PREDICTION}

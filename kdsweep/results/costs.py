@@ -1,4 +1,4 @@
-"""The content of Table 5: what Teacher, Student and best cell cost on this machine, beside what others published.
+"""The content of Table 5: costs of Teacher, Student and best cell on this machine, beside published figures.
 
 All costs are measured when the table is made; only the published figures are constants.
 """
@@ -36,7 +36,7 @@ COLUMNS += ["published_parameters_millions", "published_gflops", "published_dice
 
 
 class Network(NamedTuple):
-    """What decides the cost of a network."""
+    """The options that decide the cost of a network."""
 
     encoder: str
     decoder_channels: tuple[int, ...]
@@ -44,13 +44,13 @@ class Network(NamedTuple):
 
 
 def table5(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = REPEATS) -> pd.DataFrame:
-    """Table 5: costs and Dice (%) of Teacher, Student and best cell, then the networks that others published.
+    """Return Table 5: costs and Dice (%) of Teacher, Student and best cell, then the networks that others published.
 
-    Costs depend on no weights, so that a run need not be finished for them; a row without any run has none. Networks
-    that are equal (Student and a distilled student) are measured once.
+    Costs do not depend on weights, so unfinished runs have them too; a row without any run has none. Equal networks
+    (Student and a distilled student) are measured once.
 
     Args:
-        sweep: whose runs tell which networks they are.
+        sweep: its runs record their networks.
         store: folder of the runs, where the files of weights lie.
         scores: Table 4 of the sweep: columns notation, gap, mean_dice_percent, paper_mean_dice_percent.
         repeats: timed forward passes, after WARM_UP more.
@@ -88,20 +88,20 @@ def table5(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = RE
 
 
 def whole_cells(scores: pd.DataFrame) -> list[str]:
-    """Notations of Table 4's distilled students without a gap, the highest mean Dice first, equals by name."""
+    """Return Table 4's distilled students without a gap, the highest mean Dice first, ties by name."""
     whole = scores[(scores["gap"] == "") & ~scores["notation"].isin(["Teacher", "Teacher_WAug", "Student"])]
     return whole.sort_values(["mean_dice_percent", "notation"], ascending=[False, True])["notation"].tolist()
 
 
 def _network(runs: pd.DataFrame, *, group: str) -> Network | None:
-    """The network of the first run that tells of it, a finished one if there is any."""
+    """Return the network of the first run that records it, preferring a finished one (``runs`` has these first)."""
     keys = [f"{group}.encoder", f"{group}.decoder_channels", "image_size"]
     told = [[params[key] for key in keys] for params in runs["params"] if params.keys() >= set(keys)]
     return Network(told[0][0], tuple(json.loads(told[0][1])), int(told[0][2])) if told else None  # MLflow: strings
 
 
 def _file_mb(runs: pd.DataFrame, *, store: Path) -> float:
-    """Size of a run's weights in 10^6 bytes; NaN if they are not in this store."""
+    """Return the size of a run's weights in 10^6 bytes; NaN if they are not in this store."""
     for run in runs.to_dict("records"):
         parent, name = ("teachers", "teacher") if run["role"] == "teacher" else ("cells", "student")
         for file in store.glob(f"{parent}/*-{run['fingerprint'][:10]}/{name}.safetensors"):
@@ -110,7 +110,7 @@ def _file_mb(runs: pd.DataFrame, *, store: Path) -> float:
 
 
 def measure(network: Network, *, repeats: int) -> dict[str, float]:
-    """Parameters, MACs and latency of one image in fp32, by column; without CUDA its columns are left out."""
+    """Measure parameters, MACs and latency of one image in fp32, by column; without CUDA its columns are left out."""
     channels, size = list(network.decoder_channels), network.image_size
     built = unet.freeze(unet.unet(encoder=network.encoder, decoder_channels=channels, weights="none", seed=0))
     macs = unet.count_macs(built, image_size=size)
@@ -128,12 +128,12 @@ def measure(network: Network, *, repeats: int) -> dict[str, float]:
 
 
 def all_threads() -> int:
-    """How many processors this process may use."""
+    """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """Name of the processor, as far as the system tells."""
+    """Return the name of the processor, as far as the system gives it."""
     file = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", file.read_text(encoding="utf-8"), re.M) if file.is_file() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
@@ -145,7 +145,7 @@ def _latency(median: float, slow: float) -> str:
 
 
 def format_table5(table: pd.DataFrame) -> pd.DataFrame:
-    """The strings of Table 5; a latency is its median and in brackets its 95th percentile."""
+    """Return the strings of Table 5; a latency is its median and in brackets its 95th percentile."""
     best = (table["kind"] == BEST) & (table["notation"] != BEST)
     columns = {
         "Model": table["notation"].where(~best, table["notation"] + f" ({BEST})"),
@@ -168,9 +168,9 @@ def format_table5(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def notes(*, sweep: Sweep, table: pd.DataFrame, scores: pd.DataFrame, repeats: int = REPEATS) -> list[str]:
-    """On what and how a table made here was measured, how the best cell was chosen, gaps, and whose figures stand by.
+    """Return the footnotes: how Table 5 was measured, how the best cell was chosen, gaps, sources of published figures.
 
-    The arguments are those of table5, and what it gave.
+    The arguments are those of table5, and its result.
     """
     profile, data = ("".join(known_values(sweep.runs, key)) or DASH for key in ("profile", "data"))
     sizes = " and ".join(f"{size} x {size}" for size in sorted(set(table["image_size"].dropna())))

@@ -1,4 +1,4 @@
-"""Which factor of the grid matters: paired effects of path, loss and teacher augmentation over the paper's 12 cells."""
+"""Effects of the grid's factors: path, loss and teacher augmentation, paired over the paper's 12 cells."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
 
 ALPHA = 0.05
-NAMED = 3  # of the cells that an effect lacks
+NAMED = 3  # how many of its missing cells a gap names
 
 
 class Contrast(NamedTuple):
@@ -29,7 +29,7 @@ class Contrast(NamedTuple):
     minus: str
 
     def sign(self, levels: tuple[str, ...]) -> int:
-        """+1 for a cell at the level plus, -1 at minus, 0 at another level of the factor."""
+        """Return +1 for a cell at the level plus, -1 at minus, 0 at another level of the factor."""
         return (self.plus in levels) - (self.minus in levels)
 
 
@@ -59,7 +59,7 @@ INTERACTIONS: list[Effect] = sorted(
 
 
 def effects(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
-    """Main effects and two-way interactions in percentage points of Dice, each paired over the test images.
+    """Return main effects and two-way interactions in percentage points of Dice, each paired over the test images.
 
     For each image of each (split, seed): its mean Dice over the cells with a positive sign minus that over the cells
     with a negative one. A main effect's sign is that of its contrast, so the other factors are balanced. An
@@ -93,7 +93,7 @@ def _effects(sweep: Sweep, *, test: str) -> pd.DataFrame:
 
 
 def _dice_of_cells(whole: pd.DataFrame) -> pd.DataFrame:
-    """A row per (split, seed, image), a column per cell without a gap."""
+    """Return Dice with a row per (split, seed, image) and a column per cell without a gap."""
     dice = whole.pivot(index=[*PLACE, "image"], columns="notation", values="dice")
     alone = dice[dice.isna().any(axis=1)]
     if not alone.empty:
@@ -137,7 +137,7 @@ def _some(cells: list[str]) -> str:
 
 
 def format_effects(table: pd.DataFrame) -> pd.DataFrame:
-    """The strings of the table of effects."""
+    """Return the strings of the table of effects."""
     estimates = zip(table["estimate_points"], table["gap"], strict=True)
     columns = {
         **({"Settings": table["settings"]} if "settings" in table else {}),
@@ -150,7 +150,7 @@ def format_effects(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
-    """One sentence per factor: what the data support at 5 % after Holm, what not, and on what the effect depends."""
+    """Return one sentence per factor: what the data support at 5 % after Holm, and on what the effect depends."""
     if "settings" in table:
         parts = table.groupby("settings", sort=False)
         return [f"With {label}: {line}" for label, part in parts for line in sentences(part.drop(columns="settings"))]
@@ -191,7 +191,7 @@ def _told(row: pd.Series) -> str:
 
 
 def notes(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
-    """What the numbers are, what they treat as independent, which runs are left out and which rows are gaps."""
+    """Return the footnotes: what the numbers are, what they treat as independent, runs left out, gaps."""
     some = table[table["settings"] == table["settings"].iloc[0]] if "settings" in table else table
     tested = some.dropna(subset="p")["kind"].value_counts()
     main, interaction = tested.get("main", 0), tested.get("interaction", 0)

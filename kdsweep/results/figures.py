@@ -1,4 +1,4 @@
-"""The figures of a sweep, from what MLflow holds, as PNG, PDF and SVG.
+"""Draw the figures of a sweep, from what MLflow holds, as PNG, PDF and SVG.
 
 Usage: ``python -m kdsweep figures figure2|effects|curves|pairs|all [--sweep NAME] [--out DIR] [Hydra
 overrides]``. Hydra overrides, such as ``data=busi data.root=DIR``, may say which sweep is meant and where its images
@@ -37,7 +37,7 @@ FIGURES = {
     "curves": "validation Dice over the epochs",
     "pairs": "each test image against Student",
 }
-# Of each format: what else it is saved with. Dates are left out, so that equal figures are equal files.
+# Arguments of savefig by format. Dates are left out, so that equal figures are equal files.
 FORMATS: dict[str, dict[str, Any]] = {
     "png": {"dpi": 200},
     "pdf": {"metadata": {"CreationDate": None}},
@@ -48,7 +48,7 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "kdsweep", "pdf.fonttype": 42} 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which models on which images ``figure2`` shows; see ``contours.load``."""
+    """The models and images that ``figure2`` shows; see ``contours.load``."""
 
     split: int | None = None
     seed: int | None = None
@@ -60,7 +60,7 @@ class Choice:
 
 
 def draw(which: str, sweep: Sweep, *, store: Path, uri: str | None, choice: Choice) -> Iterator[tuple[str, Figure]]:
-    """One of FIGURES of a sweep, with the name of its file: several if it shows several images or settings.
+    """Draw one of FIGURES and name its file; yield several if it shows several images or settings.
 
     Args:
         which: a key of FIGURES.
@@ -70,7 +70,7 @@ def draw(which: str, sweep: Sweep, *, store: Path, uri: str | None, choice: Choi
         choice: for figure2.
 
     Raises:
-        InputError: after all that can be drawn, what the sweep lacks for the others.
+        InputError: the sweep lacks what some figures need; raised after the others are drawn.
     """
     failed = []
     for label, part in variants(sweep).items():
@@ -104,7 +104,7 @@ def _plot(which: str, sweep: Sweep, *, title: str, store: Path, uri: str | None)
 
 
 def heading(which: str, sweep: Sweep, *, label: str) -> str:
-    """The title of a figure: what it shows, of which sweep, data and profile."""
+    """Return the title of a figure: what it shows, of which sweep, data and profile."""
     name, profile = ("".join(known_values(sweep.runs, key)) for key in ("data", "profile"))
     shows = FIGURES[which][0].upper() + FIGURES[which][1:]
     kind = " (a check, not a result)" if profile == "quick" else ""
@@ -112,12 +112,12 @@ def heading(which: str, sweep: Sweep, *, label: str) -> str:
 
 
 def slug(label: str) -> str:
-    """A label as a part of a file's name."""
+    """Turn a label into a part of a file's name."""
     return re.sub(r"[^\w.=-]+", "_", label)
 
 
 def render(figure: Figure, suffix: str) -> bytes:
-    """The bytes of a figure as one of FORMATS; equal figures give equal bytes."""
+    """Return the bytes of a figure as one of FORMATS; equal figures give equal bytes."""
     stream = io.BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(stream, format=suffix, **FORMATS[suffix])
@@ -141,13 +141,13 @@ def write(figure: Figure, *, out_dir: Path, name: str) -> list[Path]:
 
 
 class Location(NamedTuple):
-    """Where a sweep is.
+    """The place of a sweep.
 
     Attributes:
         store: folder of the runs.
         uri: of the MLflow server or database, or None for the file in the store.
         sweep: its name; None takes the one last asked for.
-        root: where its images lie now, if not where they lay then.
+        root: folder of its images, if they were moved.
         source: its data set, if that is a user's own class.
     """
 
@@ -159,7 +159,7 @@ class Location(NamedTuple):
 
 
 def parse_place(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which sweep is meant."""
+    """Add the options that name a sweep."""
     parser.add_argument("--store", type=Path, help="folder of the runs (multirun)")
     parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
     parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
@@ -168,7 +168,7 @@ def parse_place(parser: argparse.ArgumentParser) -> None:
 
 
 def find_place(options: argparse.Namespace) -> Location:
-    """The sweep that the options of ``parse_place`` name."""
+    """Return the place of the sweep that the options of ``parse_place`` name."""
     own = options.store or Path("multirun"), options.tracking_uri, options.sweep, options.data_root
     if not options.overrides:
         return Location(*own)
@@ -186,10 +186,10 @@ def find_place(options: argparse.Namespace) -> Location:
 
 
 def make(which: str, *, place: Location, out_dir: Path | None, choice: Choice) -> None:
-    """Draw, write and log one figure or all; what cannot be drawn leaves the others alone.
+    """Draw, write and log one figure or all; a figure that cannot be drawn does not stop the others.
 
     Raises:
-        InputError: there is no such sweep, or what is lacking for a figure.
+        InputError: there is no such sweep, or it lacks what a figure needs.
     """
     sweep = reader.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
     out_dir = out_dir or place.store / "figures"
@@ -208,7 +208,7 @@ def make(which: str, *, place: Location, out_dir: Path | None, choice: Choice) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw one figure or all; 0, or 1 after one line on stderr that says what to mend."""
+    """Draw one figure or all; return 0, or 1 after one line on stderr that says what to mend."""
     shows = "; ".join(f"{name}: {what}" for name, what in FIGURES.items())
     parser = argparse.ArgumentParser(prog="python -m kdsweep figures", description=f"Figures of a sweep. {shows}.")
     parser.add_argument("figure", choices=[*FIGURES, "all"])

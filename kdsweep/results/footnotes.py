@@ -1,4 +1,4 @@
-"""What stands below a table: what made its numbers, how they compare, which of them are missing and why."""
+"""Footnotes of the tables: the runs behind the numbers, how they compare, which are missing and why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _cut_off(runs: pd.DataFrame) -> list[str]:
-    """Which runs ended because they had had their epochs, in a sentence; none if early stopping ended them all."""
+    """Return a sentence on how many runs used all their epochs; none if early stopping ended them all."""
     if "epochs" not in runs:
         return []
     known = runs[(runs["status"] == "FINISHED") & runs["params"].map(bool)].drop_duplicates("fingerprint")
@@ -31,7 +31,7 @@ def _cut_off(runs: pd.DataFrame) -> list[str]:
 
 
 def departures(runs: pd.DataFrame) -> list[str]:
-    """Where the options of the students' runs are not those of the paper, such as ``image_size 128 instead of 224``."""
+    """List the students' options that differ from the paper's, such as ``image_size 128 instead of 224``."""
     known = [params for params, role in zip(runs["params"], runs["role"], strict=True) if role != "teacher"]
     used = {key: dict.fromkeys(str(params[key]) for params in known if key in params) for key in PROTOCOL}
     return [
@@ -42,7 +42,7 @@ def departures(runs: pd.DataFrame) -> list[str]:
 
 
 def provenance(sweep: Sweep) -> list[str]:
-    """What made the numbers: profile, data, weights, device, how many images."""
+    """Return the footnotes on the runs behind the numbers: profile, data, weights, device, number of images."""
     parts = variants(sweep)
     runs = pd.concat([placed_runs(part) for part in parts.values()]).drop_duplicates(["fingerprint", *PLACE])
     scored = scored_images(runs=runs, scores=sweep.scores)
@@ -73,7 +73,7 @@ def provenance(sweep: Sweep) -> list[str]:
 
 
 def of_scores(*, sweep: Sweep, table: pd.DataFrame) -> list[str]:
-    """What made the numbers, which rows are gaps and why, where the paper's figures come from."""
+    """Return the footnotes on the runs, the gaps and the source of the paper's figures."""
     notes = provenance(sweep)
     missing = table[table["gap"] != ""]
     if not missing.empty:
@@ -89,7 +89,7 @@ def of_scores(*, sweep: Sweep, table: pd.DataFrame) -> list[str]:
 
 
 def of_table4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
-    """The further footnotes of Table 4: how it compares, and how to get a Student baseline that is not there."""
+    """Return the further footnotes of Table 4: how it compares, and how to run a missing Student baseline."""
     notes = [
         f"p: {TEST_NAMES[test]} over the same images of the same split and seed (the paper names no test). Teacher is "
         "the one that the cell learnt from, for Student it is the row Teacher. Holm: over the KD cells that have a p.",
@@ -109,7 +109,7 @@ def of_table4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
 
 
 def student_command(sweep: Sweep) -> str:
-    """The command that runs the Student baseline on every split and seed of this sweep."""
+    """Return the command that runs the Student baseline on every split and seed of this sweep."""
     command = sweep.commands[-1] if sweep.commands else "python -m kdsweep -m"
     words = [word for word in shlex.split(command) if word.partition("=")[0] not in ("path", "sweep_name")]
     return shlex.join([*words, "path=none", f"sweep_name={sweep.name}"])

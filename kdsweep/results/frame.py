@@ -1,4 +1,4 @@
-"""What a sweep holds: its runs checked for mixing, each in its place, its scores, and its gaps."""
+"""The runs of a sweep, checked for mixed options and placed by split and seed; their scores and gaps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REMEDY = "add sweep_name=NAME to the command whose results belong in one table; 
 
 
 def variants(sweep: Sweep) -> dict[str, Sweep]:
-    """The sweep by the values of the further keys that it varies, each part with its own Students and Teachers.
+    """Split a sweep by the values of the further keys that it varies, each part with its Students and Teachers.
 
     Returns:
         By label, such as ``train.lr=0.001``, in the order of the values; one part, labelled "", if it varies none.
@@ -48,9 +48,9 @@ def variants(sweep: Sweep) -> dict[str, Sweep]:
 
 
 def each_variant(sweep: Sweep, make: Callable[[Sweep], pd.DataFrame]) -> pd.DataFrame:
-    """A table of each variant, below each other, with a first column ``settings`` if there are several.
+    """Make a table of each variant and stack them, with a first column ``settings`` if there are several.
 
-    Then rows that no variant asked for are left out.
+    With several, rows that no variant asked for are left out.
     """
     parts = variants(sweep)
     if len(parts) == 1:
@@ -66,7 +66,7 @@ def each_variant(sweep: Sweep, make: Callable[[Sweep], pd.DataFrame]) -> pd.Data
 
 
 def _variants(sweep: Sweep) -> list[dict[str, str]]:
-    """The variant of each run; what was asked for alone gets the values of its params."""
+    """Return the variant of each run; a run that was asked for alone gets the values of its params."""
     keys = list(dict.fromkeys(key for variant in sweep.runs["variant"] for key in variant))
     found = []
     for given, params, role in zip(sweep.runs["variant"], sweep.runs["params"], sweep.runs["role"], strict=True):
@@ -82,7 +82,7 @@ def _is_part(variant: dict[str, str], *, whole: dict[str, str]) -> bool:
 
 
 def _rank(value: str) -> tuple[bool, float, str]:
-    """Numbers before words, and by their size."""
+    """Return a sort key that puts numbers, by size, before words."""
     try:
         return False, float(value), value
     except ValueError:
@@ -90,9 +90,9 @@ def _rank(value: str) -> tuple[bool, float, str]:
 
 
 def placed_runs(sweep: Sweep) -> pd.DataFrame:
-    """The sweep's runs, a Teacher under each (split, seed) whose cells learn from it, not under a seed of its own.
+    """Return the sweep's runs, with each Teacher in every (split, seed) whose cells learn from it.
 
-    Several seeds of the cells may share one Teacher; it then stands in each of them.
+    Several seeds of the cells may share one Teacher; it then has a row in each of them.
 
     Raises:
         InputError: the sweep is empty, mixes options that determine results, or holds two results for one cell.
@@ -109,7 +109,7 @@ def placed_runs(sweep: Sweep) -> pd.DataFrame:
 
 
 def scored_images(*, runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """One row per finished run and test image, sorted, so that the order of the records changes no digit."""
+    """Return one row per finished run and test image, sorted: the order of the records changes no digit."""
     finished = runs[runs["status"] == "FINISHED"]
     columns = ["fingerprint", "notation", *PLACE, "teacher"]
     scored = finished[columns].merge(scores[["fingerprint", "image", "dice"]])
@@ -124,8 +124,8 @@ def scored_images(*, runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def known_values(runs: pd.DataFrame, key: str) -> list[str]:
-    """The sorted distinct values of a column, as far as they are known."""
-    return sorted(set(runs[key]) - {""})  # what a run that never started would have had is not known
+    """Return the sorted distinct known values of a column."""
+    return sorted(set(runs[key]) - {""})  # a run that never started has no known value
 
 
 def _refuse_mixing(sweep: Sweep) -> None:
@@ -141,9 +141,9 @@ def _refuse_mixing(sweep: Sweep) -> None:
 
 
 def _mixed_params(runs: pd.DataFrame, *, besides: tuple[str, ...]) -> list[str]:
-    """The params that should have one value and do not, such as ``KEY=1 (L_MSE split 0) and KEY=2 (Student split 0)``.
+    """List params that should have one value, such as ``KEY=1 (L_MSE split 0) and KEY=2 (Student split 0)``.
 
-    Not those of Teachers: theirs are the params of whichever cell first trained them.
+    Teachers are left out: their params are those of the cell that first trained them.
     """
     known = runs[(runs["role"] != "teacher") & runs["params"].map(bool)]  # no params: the run never started
     known = known.sort_values(["role", "notation", *PLACE, "fingerprint"])
@@ -179,7 +179,7 @@ def _refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
 
 
 def gaps(*, runs: pd.DataFrame, scored: pd.DataFrame, notations: list[str]) -> dict[str, str]:
-    """Why a row has no number, "" where it has one: it needs every (split, seed) that any run of the sweep asked for.
+    """Return why each row has no number, or "": it needs every (split, seed) that any run of the sweep asked for.
 
     A mean over fewer splits than its neighbor's would compare different images, so there is none.
     """

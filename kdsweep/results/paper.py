@@ -1,4 +1,4 @@
-"""What the paper and other publications state: figures, protocol, notations. Nothing here is measured by us."""
+"""Figures, protocol and notations that the paper and other publications state. Nothing here is measured by us."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ PROTOCOL = {
 
 
 class Published(NamedTuple):
-    """What a publication tells of a network, as it rounds and in its units (FLOPs, not MACs); NaN where silent."""
+    """A network's figures as published, in the publication's units (FLOPs, not MACs); NaN if not stated."""
 
     parameters_millions: float
     gflops: float

@@ -1,7 +1,7 @@
 """Three figures of a sweep from frames alone: scores and main effects, validation curves, each image against Student.
 
-Nothing here writes a file: a matplotlib Figure comes back, 7 inches wide, with no text below 7 points. Shape, fill or
-line style carries every distinction that color carries. Blue and vermilion always mean strong and weak augmentation
+No function here writes a file; plots are matplotlib Figures, 7 inches wide, with no text below 7 points. Shape, fill
+or line style carries every distinction that color carries. Blue and vermilion always mean strong and weak augmentation
 of the Teacher's views; the splits have the other colors.
 """
 
@@ -33,11 +33,11 @@ FONT = 7.0  # points
 ACROSS = 4  # panels beside each other: as many as the paper has cells of one path
 GRAY, DARK, LIGHT = "0.45", "0.25", "0.78"
 PAIR_COLUMNS = ["notation", *PLACE, "image", "dice_ours", "dice_baseline"]
-EQUAL = 1e-12  # of two Dice scores, fractions
+EQUAL = 1e-12  # largest difference of equal Dice scores (fractions)
 
 
 class LineStyle(NamedTuple):
-    """How a mark or a line is told from the others; the colors are Okabe and Ito's, safe for the color-blind."""
+    """The look of a mark or a line; the colors are Okabe and Ito's, safe for the color-blind."""
 
     color: str
     marker: str
@@ -71,7 +71,7 @@ def _figure(*, title: str, height: float) -> Figure:
 
 
 def _plain(axes: Axes) -> None:
-    """Sizes are set on each axes: ticks that appear only when it is drawn would take those of the global settings."""
+    """Set sizes on the axes: ticks that appear only when it is drawn would take the global settings."""
     axes.tick_params(labelsize=FONT, length=2.5, width=0.6)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
@@ -83,7 +83,7 @@ def _looks(splits: Iterable[int]) -> dict[int, LineStyle]:
 
 
 def _panels(figure: Figure, *, count: int, xlabel: str, ylabel: str) -> list[Axes]:
-    """Panels with common axes in rows of ACROSS, or one shorter row; labels where no panel is below or to the left."""
+    """Add panels with common axes in rows of ACROSS, or one shorter row; only the outer panels have labels."""
     across = min(ACROSS, count)
     grid = figure.subplots(-(-count // across), across, sharex=True, sharey=True, squeeze=False)
     panels = list(grid.flat)
@@ -104,7 +104,7 @@ def _legend_below(figure: Figure, handles: list[Line2D]) -> None:
 
 
 def _in_order(notations: Iterable[str]) -> list[str]:
-    """The paper's cells in its order, then the others by name."""
+    """Return the paper's cells in its order, then the others by name."""
     there = set(notations)
     return [*(cell for cell in CELLS if cell in there), *sorted(there.difference(CELLS))]
 
@@ -113,11 +113,10 @@ def _in_order(notations: Iterable[str]) -> list[str]:
 
 
 def effects_plot(*, scores: pd.DataFrame, effects: pd.DataFrame, title: str) -> Figure:
-    """Test DSC of each cell beside the lines of Student and Teachers; the main effects with their 95 % intervals.
+    """Plot test DSC of each cell beside lines of Student and Teachers; main effects with their 95 % intervals.
 
-    The interval in a cell's row is that of its paired difference to Student, laid off from Student's mean: taken
-    alone, a cell differs from Student where it does not reach Student's line. The spread of the images tells no such
-    thing.
+    The interval in a cell's row is that of its paired difference to Student, added to Student's mean: taken alone, a
+    cell differs from Student if it does not reach Student's line. The spread of the images does not show that.
 
     Args:
         scores: as tables.table4 gives it (percent, percentage points); without Student there are no such intervals.
@@ -146,7 +145,7 @@ def effects_plot(*, scores: pd.DataFrame, effects: pd.DataFrame, title: str) -> 
 
 
 def _rows(cells: list[str]) -> list[str]:
-    """What stands in the rows: the heading of each path, which is no notation, and its cells below."""
+    """Return the labels of the rows: a heading for each path (not a notation), and its cells below."""
     headings = [REPRESENTATIONS[CELLS[cell][0]] if cell in CELLS else "Own cells" for cell in cells]
     rows: list[str] = []
     for heading, cell in zip(headings, cells, strict=True):
@@ -177,7 +176,7 @@ def _draw_rows(axes: Axes, *, rows: list[str], table: pd.DataFrame) -> None:
 
 
 def _tell_gap(axes: Axes, *, y: float, gap: str, width: int, lines: int) -> None:
-    """In at most so many lines of so many characters; the tables hold the whole of it."""
+    """Write the reason of a gap in at most ``lines`` lines of ``width`` characters; the tables hold all of it."""
     text = textwrap.fill(gap, width, max_lines=lines, placeholder=" ...", break_on_hyphens=False)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
     across = axes.get_yaxis_transform()
@@ -185,7 +184,7 @@ def _tell_gap(axes: Axes, *, y: float, gap: str, width: int, lines: int) -> None
 
 
 def _draw_cells(axes: Axes, *, cells: pd.DataFrame, student: float) -> None:
-    """Means, intervals, splits: a row of cells for each row of the axes, those of headings and gaps are NaN."""
+    """Draw means, intervals and splits; ``cells`` has a row per row of the axes, NaN for headings and gaps."""
     y = np.arange(len(cells))
     weak = cells.index.str.endswith("_WAug")
     for name, look in AUGMENTATIONS.items():
@@ -208,7 +207,7 @@ def _draw_cells(axes: Axes, *, cells: pd.DataFrame, student: float) -> None:
 
 
 def _draw_baselines(axes: Axes, *, table: pd.DataFrame) -> None:
-    """Labels in steps, the line furthest left lowest and each text to the left of its line: none meets another."""
+    """Draw the baselines' lines and labels. Labels rise to the right in steps, so that none meets another."""
     means = {name: _mean_of(table, name) for name in LINES}
     known = sorted((name for name in LINES if means[name] == means[name]), key=lambda name: means[name])
     for step, name in enumerate(known):
@@ -250,7 +249,7 @@ def _draw_effects(axes: Axes, *, main: pd.DataFrame) -> None:
 
 
 def curves_plot(*, curves: pd.DataFrame, title: str, metric: str = "val/dice") -> Figure:
-    """A panel per notation with a line per (split, seed) over the epochs, Student's in light gray behind each cell's.
+    """Plot a panel per notation, a line per (split, seed) over epochs, Student's in light gray behind each cell's.
 
     Args:
         curves: columns notation, split, seed, metric, epoch, value; NaN leaves a hole.
@@ -288,7 +287,7 @@ def curves_plot(*, curves: pd.DataFrame, title: str, metric: str = "val/dice") -
 
 
 def _curve_notations(curves: pd.DataFrame) -> list[str]:
-    """The 12 cells as soon as two of them are there, so that each keeps its place; the baselines; the others."""
+    """Return the notations in order: the cells (all 12 if two or more are there), the baselines, the others."""
     there = set(curves.loc[curves["value"].notna(), "notation"])
     paper = [cell for cell in CELLS if cell in there]
     first = list(CELLS) if len(paper) > 1 else paper
@@ -309,7 +308,7 @@ def _draw_curves(axes: Axes, *, curves: pd.DataFrame, looks: dict[int, LineStyle
 
 
 def paired(sweep: Sweep) -> pd.DataFrame:
-    """The Dice of each cell without a gap beside Student's on the same image of the same split and seed.
+    """Return the Dice of each cell without a gap beside Student's on the same image of the same split and seed.
 
     Returns:
         Columns notation, split, seed, image, dice_ours, dice_baseline (fractions); no rows if Student has a gap.
@@ -330,7 +329,7 @@ def paired(sweep: Sweep) -> pd.DataFrame:
 
 
 def pairs_plot(*, pairs: pd.DataFrame, title: str) -> Figure:
-    """A panel per cell with a mark per test image, Student's Dice across and the cell's up; above the diagonal: better.
+    """Plot a panel per cell, a mark per test image: Student's Dice on x, the cell's on y (better above the diagonal).
 
     Args:
         pairs: as paired gives it (fractions).
@@ -365,7 +364,7 @@ def pairs_plot(*, pairs: pd.DataFrame, title: str) -> Figure:
 
 
 def _counted(pairs: pd.DataFrame) -> str:
-    """How many images are better and worse than Student's, and by how much in the mean."""
+    """Count the images better and worse than Student's, and give the mean difference."""
     difference = (pairs["dice_ours"] - pairs["dice_baseline"]).to_numpy()
     better, worse = int((difference > EQUAL).sum()), int((difference < -EQUAL).sum())
     equal = len(difference) - better - worse

@@ -1,4 +1,4 @@
-"""One HTML page of a sweep, complete in itself: what was run, effects, tables, figures, every cell.
+"""Write a sweep as one self-contained HTML page: what was run, effects, tables, figures, every cell.
 
 Usage: ``python -m kdsweep report [--sweep NAME] [--out FILE] [--with-images] [--no-costs] [Hydra overrides]``.
 The page loads nothing from anywhere and names no folder of the computer it was made on.
@@ -44,15 +44,15 @@ LOCAL_UI = "http://127.0.0.1:5000"  # what `make ui` serves
 FOLDERS = ("store", "data.root", "data.source.root", "data.source.cache_dir")
 PHANTOMS = "kdsweep.data.Phantoms"
 ROW_NAMES = ("Model", "Notation", "Effect")  # columns that name their row
-# A path from the root, the home folder or a drive, or the address of a file; not a part of an address or of a tag. To
-# the suffix of an image, whose name may be a patient's, else to the next space.
+# A path from the root, the home folder or a drive, or the address of a file; not a part of an address or of a tag. It
+# ends at the suffix of an image, whose name may be a patient's, else at the next space.
 START = r"(?:\b(?:file|sqlite):/+|(?<![\w/:.<#&])(?:~?/|[A-Za-z]:\\))(?=[\w.])"
 REST = r"(?:[^\n'\"<>:;]*?\.(?:png|jpe?g|bmp|tiff?|xlsx)\b|[^\s'\"<>,:;)]*)"
 WEIGHTS = re.compile(r"[^\\/]+\.(?:pt|pth|ckpt|bin|safetensors|onnx)$")
 
 
 class Table(NamedTuple):
-    """A table as the page shows it; without rows where it could not be made, its gap says why."""
+    """A table as the page shows it; if it could not be made, it has no rows and its gap says why."""
 
     name: str
     heading: str
@@ -84,7 +84,7 @@ class Figures(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What the user decides about the page; ui is the address of MLflow's pages."""
+    """The user's choices for the page; ui is the address of MLflow's pages."""
 
     ui: str
     test: str = "ttest"
@@ -96,7 +96,7 @@ class Wanted(NamedTuple):
 
 
 def hider(sweep: Sweep, *, store: Path) -> Callable[[str], str]:
-    """What takes the folders of this computer out of a text: they may hold a person's name."""
+    """Return a function that removes this computer's folders from a text: they may hold a person's name."""
     found = {str(store.resolve()), str(Path.home()), str(Path.cwd())}
     values = {(key, text) for params in sweep.runs["params"] for key, text in params.items()}
     found |= {text for key, text in values if re.match(START, text) or (key in FOLDERS and "/" in text)}
@@ -106,19 +106,19 @@ def hider(sweep: Sweep, *, store: Path) -> Callable[[str], str]:
 
 
 def _stand_in(path: str) -> str:
-    """A file of weights keeps its name, which may tell two settings apart; anything else keeps nothing."""
+    """Replace a path. The name of a file of weights is kept, since it may tell two settings apart."""
     name = WEIGHTS.search(path)
     return f"[path]{name[0]}" if name else "[path]"
 
 
 def is_synthetic(sweep: Sweep) -> bool:
-    """Whether the images of a sweep are phantoms, which show nobody."""
+    """Return whether the images of a sweep are phantoms, which show nobody."""
     sources = {params.get("data.source._target_") for params in sweep.runs["params"] if params}
     return sources == {PHANTOMS} and known_values(sweep.runs, "data") == ["phantom"]
 
 
 def ui_address(given: str | None, *, uri: str | None) -> str:
-    """Where MLflow's pages are, without a user's name and password.
+    """Return the address of MLflow's pages, without a user's name and password.
 
     Raises:
         InputError: it is not an http address.
@@ -138,7 +138,7 @@ def _gap(error: Exception) -> str:
 
 
 def make_table(which: str, sweep: Sweep, *, store: Path, test: str) -> Table:
-    """One of tables.TABLES; the sentences on what the data support lead, the other notes are below."""
+    """Make one of tables.TABLES; sentences on what the data support lead, the other notes are below."""
     try:
         heading, table, text, notes = tables.made(which, sweep=sweep, store=store, test=test)
     except (InputError, OSError) as error:
@@ -151,7 +151,7 @@ def make_table(which: str, sweep: Sweep, *, store: Path, test: str) -> Table:
 
 
 def make_figures(which: str, sweep: Sweep, *, place: Location, hide: Callable[[str], str]) -> Figures:
-    """One of FIGURES: photographs as PNG, the others as SVG."""
+    """Draw one of FIGURES: photographs as PNG, the others as SVG."""
     heading = FIGURES[which][0].upper() + FIGURES[which][1:]
     drawn = figures.draw(
         which, sweep, store=place.store, uri=place.uri, choice=Choice(root=place.root, source=place.source)
@@ -171,7 +171,7 @@ def make_figures(which: str, sweep: Sweep, *, place: Location, hide: Callable[[s
 
 
 def inline_svg(figure: Figure, *, prefix: str, hide: Callable[[str], str]) -> Markup:
-    """A figure as an SVG element for a page that holds others too: its ids are its own, its text stays text."""
+    """Return a figure as an SVG element whose ids are unique on the page and whose text stays text."""
     svg = hide(figures.render(figure, "svg").decode())
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S)
     own = figures.slug(prefix).replace("=", "-")
@@ -187,7 +187,7 @@ def inline_svg(figure: Figure, *, prefix: str, hide: Callable[[str], str]) -> Ma
 
 
 def cell_rows(sweep: Sweep, *, place: Location, ui: str) -> list[dict[str, Any]]:
-    """A row per run that was asked for and per Teacher, in the order of Table 4."""
+    """Return a row per run that was asked for and per Teacher, in the order of Table 4."""
     scored = sweep.scores.groupby("fingerprint")[["dice", *({"hd95_px"} & set(sweep.scores))]].mean()
     names = [*BASELINES, *CELLS]
     order = {name: number for number, name in enumerate([*names, *sorted(set(sweep.runs["notation"]) - set(names))])}
@@ -212,7 +212,7 @@ def cell_rows(sweep: Sweep, *, place: Location, ui: str) -> list[dict[str, Any]]
 
 
 def _epochs(run: Sweep, *, place: Location) -> str:
-    """How many epochs a run was trained, of a sweep of this run alone."""
+    """Return how many epochs a run was trained; ``run`` is a sweep of this run alone."""
     try:
         curves = reader.read_curves(run, store=place.store, uri=place.uri)
     except InputError:
@@ -224,7 +224,7 @@ def _epochs(run: Sweep, *, place: Location) -> str:
 
 
 def banners(sweep: Sweep) -> list[str]:
-    """What a reader must know before any number."""
+    """Return the warnings that a reader must see before any number."""
     told_ = []
     if "quick" in known_values(sweep.runs, "profile"):
         told_.append("A check of the machinery, not a result.")
@@ -237,7 +237,7 @@ def banners(sweep: Sweep) -> list[str]:
 
 
 def commands(sweep: Sweep, *, place: Location, wanted: Wanted) -> list[str]:
-    """What makes the tables, figures and this page again; STORE and URI stand for what may name this computer."""
+    """Return the commands that make tables, figures and this page; STORE and URI hide the names of this computer."""
     where = f" --sweep {shlex.quote(sweep.name)}"
     where += "" if place.store == Path("multirun") else " --store STORE"
     where += " --tracking-uri URI" if place.uri else ""
@@ -255,7 +255,7 @@ def _switches(wanted: Wanted) -> dict[str, bool]:
 
 
 def collect(sweep: Sweep, *, place: Location, wanted: Wanted, hide: Callable[[str], str]) -> dict[str, Any]:
-    """All that the page shows, by the names in its template."""
+    """Collect all that the page shows, by the names in its template."""
     names = [which for which in tables.asked(sweep) if wanted.with_costs or which != "table5"]
     drawn = [which for which in FIGURES if which != "figure2" or wanted.with_images or is_synthetic(sweep)]
     made: dict[str, Table] = {}
@@ -289,10 +289,10 @@ def collect(sweep: Sweep, *, place: Location, wanted: Wanted, hide: Callable[[st
 
 
 def page(content: dict[str, Any], *, hide: Callable[[str], str]) -> str:
-    """The HTML of what ``collect`` gives; every value is escaped and without folders of this computer."""
+    """Render the HTML of what ``collect`` gives; every value is escaped and without folders of this computer."""
 
     def code(text: str) -> Markup:
-        """Text in which backquotes enclose code, as notes have them."""
+        """Escape text in which backquotes enclose code, as in notes."""
         parts = [escape(part) for part in hide(text).split("`")]
         if len(parts) % 2 == 0:
             return escape(hide(text))
@@ -311,13 +311,13 @@ def page(content: dict[str, Any], *, hide: Callable[[str], str]) -> str:
 
 
 def failures(content: dict[str, Any]) -> list[str]:
-    """Why parts of the page could not be made, a line each."""
+    """Return a line for each part of the page that could not be made, with the reason."""
     parts = [(kind, part) for kind in ("tables", "figures") for part in content[kind].values() if part.gap]
     return [f"{kind}: {part.name} is not in the report: {part.gap}" for kind, part in parts]
 
 
 def make(*, place: Location, out: Path | None, wanted: Wanted) -> None:
-    """Write the page of a sweep, log it, and tell where it is; a part that cannot be made is told and left out.
+    """Write the page of a sweep, log it, and print where it is; a part that cannot be made is reported and left out.
 
     Raises:
         InputError: there is no such sweep, or the file cannot be written.
@@ -342,7 +342,7 @@ def make(*, place: Location, out: Path | None, wanted: Wanted) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make the report; 0, or 1 after one line on stderr that says what to mend."""
+    """Make the report; return 0, or 1 after one line on stderr that says what to mend."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep report", description="A sweep as one HTML page.")
     figures.parse_place(parser)
     parser.add_argument("--out", type=Path, help="the file (STORE/reports/SWEEP.html); one that is there is replaced")

@@ -1,4 +1,4 @@
-"""Paired statistics over the test images: whose scores stand against whose, p-values, Holm's correction, intervals.
+"""Paired statistics over the test images: pairs of scores, p-values, Holm's correction, intervals.
 
 Scores are frames with one row per run and image (columns fingerprint, notation, split, seed, teacher, image, dice).
 """
@@ -22,15 +22,15 @@ RESAMPLES = 9999
 
 
 def own_teachers(*, ours: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
-    """Scores of the Teachers that these cells learnt from."""
+    """Return the scores of the Teachers that these cells learnt from."""
     links = ours[["teacher", *PLACE]].drop_duplicates().rename(columns={"teacher": "fingerprint"})
     return scored.drop(columns="teacher").merge(links)
 
 
 def pair(*, ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
-    """The two Dice scores of each (split, seed, image), columns dice_ours and dice_baseline (fractions).
+    """Pair the two Dice scores of each (split, seed, image), columns dice_ours and dice_baseline (fractions).
 
-    Empty where the baseline has no scores in a split and seed of ours: a gap, never fewer pairs.
+    Empty if the baseline lacks scores in any split and seed of ours: a gap, never fewer pairs.
 
     Raises:
         InputError: both were scored, but on different images.
@@ -51,7 +51,7 @@ def pair(*, ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
 
 
 def p_value(pairs: pd.DataFrame, *, test: str) -> float:
-    """Two-sided p of a paired test: equal means (ttest) or differences symmetric about 0 (wilcoxon).
+    """Return the two-sided p of a paired test: equal means (ttest) or differences symmetric about 0 (wilcoxon).
 
     NaN for fewer than 2 pairs, and for a t-test whose differences are all equal but not 0: no spread, no t.
     """
@@ -66,7 +66,7 @@ def p_value(pairs: pd.DataFrame, *, test: str) -> float:
 
 
 def holm(p_values: pd.Series) -> pd.Series:
-    """Step-down adjusted p-values of one family; NaN stays NaN and does not count in the family.
+    """Return step-down adjusted p-values of one family; NaN stays NaN and does not count in the family.
 
     With p_(1) <= ... <= p_(m): adjusted p_(i) = min(1, max over j <= i of (m - j + 1) p_(j)).
     Source: Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6, 1979.
@@ -77,7 +77,7 @@ def holm(p_values: pd.Series) -> pd.Series:
 
 
 def mean_interval(differences: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval (BCa, seeded) of the mean of n paired differences, in their unit; NaN for n < 2."""
+    """Return the 95 % bootstrap interval (BCa, seeded) of the mean of n differences, in their unit; NaN if n < 2."""
     if len(differences) < 2:
         return NAN, NAN
     if np.ptp(differences) < 1e-12:  # BCa divides by the spread
@@ -90,6 +90,6 @@ def mean_interval(differences: np.ndarray) -> tuple[float, float]:
 
 @lru_cache(maxsize=1)
 def _resamples(count: int) -> list[np.ndarray]:
-    """Which of so many values each resample takes: what SciPy draws with seed 0, once for all of equal size."""
+    """Return the indices (below count) that each resample takes, as SciPy draws them with seed 0."""
     drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
     return np.array_split(drawn, -(-drawn.size // 10**6))  # in parts that fit the cache of a processor

@@ -1,4 +1,4 @@
-"""What a sweep was: cells, data, settings, hardware, code and time, in words, from what its runs recorded."""
+"""A sweep in words, from what its runs recorded: cells, data, settings, hardware, code and time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "interrupted", "
 
 
 def summarize(sweep: Sweep, *, store: Path, uri: str | None) -> dict[str, str]:
-    """What was run, by heading; what the runs do not tell is a dash, where they differ all values are listed.
+    """Summarize what was run, by heading; a dash if the runs do not record it, all values where they differ.
 
     Args:
         sweep: as ``tracking.read_sweep`` gives it.
@@ -72,7 +72,7 @@ def summarize(sweep: Sweep, *, store: Path, uri: str | None) -> dict[str, str]:
 
 
 def _images(sweep: Sweep, *, store: Path, uri: str | None) -> str:
-    """How many images the data set has: all parts of a finished run's split."""
+    """Return how many images the data set has: all parts of a finished run's split."""
     finished = sweep.runs[sweep.runs["status"] == "FINISHED"]
     for run_id in finished["run_id"].head(1):
         try:
@@ -84,7 +84,7 @@ def _images(sweep: Sweep, *, store: Path, uri: str | None) -> str:
 
 
 def listed(values: Iterable[object]) -> str:
-    """Values with commas between them, or a dash."""
+    """Join values with commas; a dash if there are none."""
     return ", ".join(map(str, values)) or DASH
 
 
@@ -96,7 +96,7 @@ def _order(value: Any) -> tuple[float, str]:
 
 
 def _params(sweep: Sweep, key: str) -> str:
-    """The values that a param has in the runs whose role uses it."""
+    """Return the values that a param has in the runs whose role uses it."""
     rows = zip(sweep.runs["role"], sweep.runs["params"], strict=True)
     values: set[str] = {params.get(key, "") for role, params in rows if not is_under(key, unused(role, params))}
     return listed(sorted(values - {"", "None"}, key=_order))
@@ -115,7 +115,7 @@ def _code(sweep: Sweep) -> str:
 
 
 def counts(runs: pd.DataFrame) -> str:
-    """How many of these runs are in which state, such as ``11 of 13 finished, 2 failed``."""
+    """Count these runs by state, such as ``11 of 13 finished, 2 failed``."""
     statuses = runs["status"].map(lambda status: STATUS.get(status, "not run")).value_counts()
     others = "".join(f", {count} {status}" for status, count in statuses.items() if status != "finished")
     return f"{statuses.get('finished', 0)} of {len(runs)} finished{others}"

@@ -1,4 +1,4 @@
-"""The paper's tables and the effects of its factors, from what MLflow holds: frames of numbers first, text afterwards.
+"""Make the paper's tables and those of effects, from what MLflow holds: frames of numbers first, then text.
 
 Usage: `python -m kdsweep tables table3|table4|table5|effects|settings|seeds [--store DIR] [--sweep NAME] [--out
 DIR]`.
@@ -42,7 +42,7 @@ PAPER_COLUMNS = ["paper_mean_dice_percent", "paper_std_dice_percent", "paper_p_t
 
 
 def cell_notations(sweep: Sweep) -> list[str]:
-    """The paper's 12 in its order, then the cells of a user's own path or loss."""
+    """Return the paper's 12 in its order, then the cells of a user's own path or loss."""
     cells = set(sweep.runs.loc[sweep.runs["role"] == "distilled", "notation"])
     return [*CELLS, *sorted(cells.difference(CELLS))]
 
@@ -51,7 +51,7 @@ def cell_notations(sweep: Sweep) -> list[str]:
 
 
 def table3(sweep: Sweep) -> pd.DataFrame:
-    """Table 3: the factors of each experiment, our mean Dice over the test images of all splits (%), the paper's.
+    """Return Table 3: each experiment's factors, our mean Dice over the test images of all splits (%), the paper's.
 
     A sweep that varies further keys gives a table for each of their values, below each other, column settings first.
     """
@@ -78,7 +78,7 @@ def _table3(sweep: Sweep) -> pd.DataFrame:
 
 
 def table4(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
-    """Table 4: Dice (%) and how each model compares with its Teacher and with Student, the paper's figures beside.
+    """Return Table 4: Dice (%), each model against its Teacher and against Student, the paper's figures beside.
 
     The difference is the paired mean difference to Student in percentage points; `test` is a key of TESTS. A sweep that
     varies further keys gives a table for each of their values, below each other, column settings first: each row is
@@ -107,7 +107,7 @@ def _table4(sweep: Sweep, *, test: str) -> pd.DataFrame:
 
 
 def _trained(runs: pd.DataFrame, *, gap: str) -> dict[str, float]:
-    """How long a row's runs were trained: means over them, epochs counted from 1."""
+    """Return how long a row's runs were trained: means over them, epochs counted from 1."""
     if "epochs" not in runs:
         return {}
     own = runs.drop_duplicates("fingerprint")
@@ -120,7 +120,7 @@ def _paper() -> pd.DataFrame:
 
 
 def _compared(notation: str, *, whole: pd.DataFrame, scored: pd.DataFrame, test: str) -> dict[str, object]:
-    """The measured numbers of one row of Table 4; whole holds the rows without a gap, scored all that finished."""
+    """Return one row's measured numbers for Table 4; whole holds rows without a gap, scored all that finished."""
     ours, baseline = whole[whole["notation"] == notation], whole[whole["notation"] == "Student"]
     if notation == "Student":
         teacher, baseline = whole[whole["notation"] == "Teacher"], whole.iloc[:0]
@@ -155,7 +155,7 @@ def _settings(table: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def format_table3(table: pd.DataFrame) -> pd.DataFrame:
-    """The strings of Table 3."""
+    """Return the strings of Table 3."""
     columns = {
         **_settings(table),
         "KD representation": table["representation"],
@@ -169,7 +169,7 @@ def format_table3(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def format_table4(table: pd.DataFrame) -> pd.DataFrame:
-    """The strings of Table 4."""
+    """Return the strings of Table 4."""
     intervals = zip(table["difference_low_points"], table["difference_high_points"], strict=True)
     means = _with_std(mean=table["mean_dice_percent"], std=table["std_dice_percent"])
     columns = {
@@ -193,7 +193,7 @@ def format_table4(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _per_split(table: pd.DataFrame) -> dict[str, list[str]]:
-    """A column with the mean of each split, so that the spread between splits shows; none for a single split."""
+    """Return a column with the mean of each split, which shows their spread; none for a single split."""
     names = sorted(
         (str(name) for name in table if str(name).startswith(SPLIT_MEAN)), key=lambda name: (len(name), name)
     )
@@ -218,13 +218,13 @@ def _epochs(table: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def to_markdown(*, title: str, text: pd.DataFrame, notes: list[str]) -> str:
-    """A title line, the table and its footnotes."""
+    """Return a title line, the table and its footnotes."""
     body = text.to_markdown(index=False, disable_numparse=True)
     return "\n".join([title, "", body, "", *(f"- {note}" for note in notes), ""])
 
 
 def to_latex(*, title: str, text: pd.DataFrame, notes: list[str]) -> str:
-    """A table environment for a document with the booktabs package, its footnotes as lines below."""
+    """Return a table environment for a document with the booktabs package, its footnotes as lines below."""
 
     def tex(string: str) -> str:
         escaped = re.sub(r"([_%&#$])", r"\\\1", string)
@@ -250,7 +250,7 @@ class Made(NamedTuple):
 
 
 def best_variant(sweep: Sweep, table: pd.DataFrame) -> tuple[Sweep, pd.DataFrame]:
-    """The part of a sweep, and of its Table 4, that has the best finished cell; all of them if it varies no keys."""
+    """Return the part of a sweep and its Table 4 with the best finished cell; all if it varies no keys."""
     if "settings" not in table:
         return sweep, table
     cells = table[~table["notation"].isin(BASELINES)].sort_values("mean_dice_percent", ascending=False)
@@ -259,19 +259,19 @@ def best_variant(sweep: Sweep, table: pd.DataFrame) -> tuple[Sweep, pd.DataFrame
 
 
 def asked(sweep: Sweep) -> list[str]:
-    """Those of TABLES that a sweep has something for: settings if it varies further keys, seeds if it has several."""
+    """Return those of TABLES that suit a sweep: settings if it varies further keys, seeds if it has several."""
     has = {"settings": comparisons.has_settings(sweep), "seeds": comparisons.has_seeds(sweep)}
     return [which for which in TABLES if has.get(which, True)]
 
 
 def sentences(which: str, table: pd.DataFrame) -> list[str]:
-    """What the numbers of a table support, in words; none for those that only show numbers."""
+    """Return sentences on what the numbers of a table support; none for tables that only show numbers."""
     told = {"effects": effects.sentences, "settings": comparisons.told_settings, "seeds": comparisons.told_seeds}
     return told[which](table) if which in told else []
 
 
 def made(which: str, *, sweep: Sweep, store: Path, test: str) -> Made:
-    """One of TABLES of a sweep whose cells' folders are in a store."""
+    """Make one of TABLES of a sweep whose cells' folders are in a store."""
     if which == "table3":
         table = table3(sweep)
         return Made(HEADINGS[which], table, format_table3(table), footnotes.of_scores(sweep=sweep, table=table))
@@ -299,12 +299,12 @@ def made(which: str, *, sweep: Sweep, store: Path, test: str) -> Made:
 
 
 def _led(which: str, sweep: Sweep, table: pd.DataFrame, text: pd.DataFrame, notes: list[str]) -> Made:
-    """A table whose notes begin with what its numbers support."""
+    """Return a table whose notes begin with what its numbers support."""
     return Made(HEADINGS[which], table, text, [*sentences(which, table), *footnotes.provenance(sweep), *notes])
 
 
 def make(*, which: str, sweep: Sweep, store: Path, out_dir: Path, test: str) -> str:
-    """Write WHICH.md, .csv and .tex into out_dir; the Markdown, and a last line that names the files."""
+    """Write WHICH.md, .csv and .tex into out_dir; return the Markdown and a last line that names the files."""
     heading, table, text, notes = made(which, sweep=sweep, store=store, test=test)
     title = f"{heading} (sweep {sweep.name})"
     profile, data = ("".join(known_values(sweep.runs, key)) for key in ("profile", "data"))
@@ -323,7 +323,7 @@ def make(*, which: str, sweep: Sweep, store: Path, out_dir: Path, test: str) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print and write one table; 0, or 1 after one line on stderr that says what to mend."""
+    """Print and write one table; return 0, or 1 after one line on stderr that says what to mend."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep tables", description="The paper's tables, from MLflow.")
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")

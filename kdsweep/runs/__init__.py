@@ -1,1 +1,1 @@
-"""The folder of a run: what it tells, who computes it, and files that appear whole or not at all."""
+"""The folder of a run: its record, its lock and its checkpoint, and the cells that each sweep asked for."""

@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all, and a training's state that is known to be what was written.
+"""Checkpoints with a checksum, weights and predictions, in files that appear whole or not at all.
 
-Torch is imported by the functions that need it: who looks for finished cells must not wait for it.
+Torch is imported by the functions that need it, so that a look for finished cells need not wait for it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class DamagedError(Exception):
-    """A file is not what was written: cut short, or with other bytes. One line that names it."""
+    """A file was cut short or holds other bytes than were written; the message is one line that names it."""
 
 
 class _Hashing:
-    """A stream that passes on what is written to it and keeps the SHA-256 of it."""
+    """A stream that passes on what is written to it and keeps its SHA-256."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.sha256 = stream, hashlib.sha256()
@@ -48,7 +48,7 @@ class _Hashing:
 def save_state(file: Path, state: dict[str, Any]) -> None:
     """Write nested tensors and plain values, readable without running code from the file (``torch.load`` reads it).
 
-    The SHA-256 of all that is before ends the file. What the file held until now stays beside it as the previous one.
+    The file ends with the SHA-256 of all bytes before. The checkpoint that it replaces is kept beside it.
     """
     import torch
 
@@ -61,17 +61,17 @@ def save_state(file: Path, state: dict[str, Any]) -> None:
             raise hashing.error or error from error
         stream.write(hashing.sha256.digest())
         if file.exists():
-            with contextlib.suppress(OSError):  # where files cannot have two names there is no previous one
+            with contextlib.suppress(OSError):  # without hard links there is no previous one
                 previous.unlink(missing_ok=True)
                 os.link(file, previous)
 
 
 def load_state(file: Path) -> dict[str, Any]:
-    """What ``save_state`` wrote, on the CPU.
+    """Read what ``save_state`` wrote, onto the CPU.
 
     Raises:
         DamagedError: the file is not what was written.
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
     """
     import torch
 
@@ -91,7 +91,7 @@ def load_state(file: Path) -> dict[str, Any]:
 
 
 def save_network(file: Path, network: nn.Module) -> None:
-    """A network's weights alone as safetensors, which any tool reads and which cannot carry code."""
+    """Write a network's weights alone as safetensors, which any tool reads and which cannot carry code."""
     import safetensors.torch
 
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
@@ -106,14 +106,14 @@ def load_network(file: Path, network: nn.Module) -> None:
 
 
 def save_predictions(file: Path, predictions: np.ndarray, *, ids: list[str]) -> None:
-    """Predicted masks (N, H, W) bool, eight pixels a byte, with the ids of their images."""
+    """Write predicted masks (N, H, W) bool, eight pixels a byte, with the ids of their images."""
     shape = np.array(predictions.shape)
     with _appearing(file) as stream:
         np.savez_compressed(stream, bits=np.packbits(predictions), shape=shape, ids=np.array(ids))
 
 
 def load_predictions(file: Path | BinaryIO) -> dict[str, np.ndarray]:
-    """What ``save_predictions`` wrote: the predicted mask (H, W) bool of each image id."""
+    """Read what ``save_predictions`` wrote: the predicted mask (H, W) bool of each image id."""
     with np.load(file, allow_pickle=False) as stored:
         shape = tuple(stored["shape"])
         masks = np.unpackbits(stored["bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)

@@ -1,7 +1,7 @@
-"""What lies in a cell's folder beside its weights: all that MLflow and the status are made from.
+"""The record in a cell's folder, from which MLflow's runs and the status are made.
 
-A folder tells by itself what the cell is and how far it has come, so that a store can be moved, a tracking server can
-be down, and a killed process need not have said goodbye.
+The folder alone says what the cell is and how far it has come. So a store can be moved, a tracking server can be down,
+and a process can be killed without warning.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ CELL, PROGRESS, FAILED, FINISHED, LOCK = "cell.json", "progress.json", "failed.j
 
 @dataclass(frozen=True)
 class Record:
-    """A cell as its folder tells it.
+    """The state of a cell, as read from its folder.
 
     Attributes:
         folder: of the cell.
-        status: ``WAITING`` (not begun), ``RUNNING``, ``KILLED`` (begun, and nobody is at it), ``FAILED``, ``FINISHED``.
+        status: ``WAITING`` (not begun), ``RUNNING``, ``KILLED`` (begun, but not running), ``FAILED``, ``FINISHED``.
         params: the flat resolved configuration.
-        tags: of its run, the cell's own and those of the process that trains it.
-        started_ms: when it was begun, milliseconds since 1970.
-        epochs: at most so many.
+        tags: of its run: those of the cell and those of the process that trains it.
+        started_ms: when it was begun, in milliseconds since 1970.
+        epochs: the maximum.
         history: values of each epoch, ``epoch`` among them.
         times_ms: when each epoch ended.
-        error: what ended a failed one, in one line.
-        values: the final ones of a finished one.
+        error: of a failed cell, in one line.
+        values: the final ones of a finished cell.
         ended_ms: when it failed or was finished.
     """
 
@@ -57,21 +57,21 @@ class Record:
 
 
 def now_ms() -> int:
-    """Milliseconds since 1970."""
+    """Return the milliseconds since 1970."""
     return int(time.time() * 1000)
 
 
 def lock(folder: Path) -> BaseFileLock:
-    """The lock that whoever computes a cell holds; the system opens it when its process ends, however that ends."""
+    """Return the lock that a process holds while it computes a cell; the system opens it when the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / LOCK, thread_local=False)
 
 
 def hold(stack: contextlib.ExitStack, folder: Path) -> bool:
-    """Take the lock of a cell until the stack is closed; False if another process has it."""
+    """Take the lock of a cell until the stack is closed; return False if another process has it."""
     own = lock(folder)
     try:
-        own.acquire(timeout=0.5, poll_interval=0.05)  # who only looks whether it is held lets go at once
+        own.acquire(timeout=0.5, poll_interval=0.05)  # another process's ``is_held`` may have it for a moment
     except Timeout:
         return False
     stack.callback(own.release)
@@ -79,7 +79,7 @@ def hold(stack: contextlib.ExitStack, folder: Path) -> bool:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process computes the cell of this folder."""
+    """Return whether a process computes the cell of this folder."""
     if not (folder / LOCK).exists():
         return False
     try:
@@ -92,13 +92,13 @@ def is_held(folder: Path) -> bool:
 
 
 def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any], tags: dict[str, str]) -> None:
-    """Write down what a cell is, before it is trained; an earlier failure is forgotten.
+    """Write the description of a cell before it is trained, and forget an earlier failure.
 
     Args:
-        cell: whose folder is written to.
+        cell: the cell whose folder is written to.
         split: image ids of the three parts.
         params: the flat resolved configuration.
-        tags: of its run beyond the cell's own.
+        tags: of its run, besides those made from the cell.
     """
     folder = cell.folder
     before = _read(folder / CELL) or {}
@@ -127,12 +127,12 @@ def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any],
 
 
 def write_progress(folder: Path, *, epochs: int, history: list[dict[str, float]], times_ms: list[int]) -> None:
-    """Write down the epochs that the checkpoint holds: never more, else a resumed training would tell them twice."""
+    """Write the epochs that the checkpoint holds, never more: a resumed training would report them twice."""
     write_json(folder / PROGRESS, {"epochs": epochs, "times_ms": times_ms, "history": history})
 
 
 def write_failed(folder: Path, error: str) -> None:
-    """Write down what ended a cell; that this does not work either (a full disk) is no news."""
+    """Write the error of a failed cell; if this fails too (a full disk), ignore it."""
     with contextlib.suppress(OSError):
         write_json(folder / FAILED, {"error": " ".join(error.split()), "time_ms": now_ms()})
 
@@ -146,10 +146,10 @@ def write_finished(folder: Path, *, values: dict[str, float], files: list[str]) 
 
 
 def read_finished(folder: Path) -> dict[str, float] | None:
-    """The final values of a finished cell, or None.
+    """Return the final values of a finished cell, or None.
 
-    What is damaged is told in one line and no longer counts: the cell is tested again from its checkpoint, or trained
-    again. Only a Teacher's weights are not looked at here, which takes seconds, but when they are read.
+    A damaged cell is logged in one line and no longer counts: it is tested again from its checkpoint, or trained again.
+    A Teacher's weights are not checked here, since that takes seconds, but when they are read.
     """
     file = folder / FINISHED
     if not file.exists():
@@ -163,14 +163,14 @@ def read_finished(folder: Path) -> dict[str, float] | None:
 
 
 def forget_finished(folder: Path, damaged: Path) -> None:
-    """Say which file of a finished cell is damaged, and have the cell computed again."""
+    """Log which file of a finished cell is damaged, and have the cell computed again."""
     log.warning("%s: damaged, its checksum differs; what it held is computed again", damaged)
     with contextlib.suppress(OSError):
         (folder / FINISHED).unlink(missing_ok=True)
 
 
 def check_file(folder: Path, name: str) -> bool:
-    """Whether a file of a finished cell still is what was written."""
+    """Return whether a file of a finished cell still is what was written."""
     marker = _read(folder / FINISHED) or {}
     return _is_whole(folder / name, marker.get("sha256", {}).get(name))
 
@@ -205,11 +205,11 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def read_predecessor(cell: Cell, *, besides: set[Path]) -> dict[str, Any] | None:
-    """What the youngest other cell of the same name, split and seed was made of, if this one was never begun.
+    """Read the description of the latest other cell of the same name, split and seed, if this one was never begun.
 
     Args:
-        cell: that is to be computed.
-        besides: folders that do not count.
+        cell: the cell to compute.
+        besides: folders to leave out.
     """
     if (cell.folder / CELL).exists():
         return None
@@ -220,7 +220,7 @@ def read_predecessor(cell: Cell, *, besides: set[Path]) -> dict[str, Any] | None
 
 
 def version(folder: Path) -> tuple[object, ...]:
-    """Changes whenever the record of a folder does."""
+    """Return a value that changes whenever the record of a folder does."""
     stamps = []
     for name in (CELL, PROGRESS, FAILED, FINISHED):
         try:
@@ -231,12 +231,12 @@ def version(folder: Path) -> tuple[object, ...]:
 
 
 def epochs(folder: Path) -> int:
-    """How many epochs of a cell are saved; there may be no folder."""
+    """Return the number of saved epochs of a cell, 0 without a folder."""
     return len((_read(folder / PROGRESS) or {}).get("times_ms", []))
 
 
 def read(folder: Path) -> Record:
-    """What the folder of a cell tells; there may be none."""
+    """Read the record of a cell; its folder need not exist."""
     values = read_finished(folder)
     about, failed = _read(folder / CELL) or {}, _read(folder / FAILED)
     progress = _read(folder / PROGRESS) or {}

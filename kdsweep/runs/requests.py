@@ -1,4 +1,4 @@
-"""What each sweep of a store has asked for: the folders of its cells, by their places."""
+"""The cells that each sweep of a store has asked for: their folders, by their places."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ SWEEPS = "sweeps"
 
 
 def ask(store: Path, sweep: str, *, cells: list[Cell], teachers: list[Cell], varied: Sequence[str] = ()) -> None:
-    """Write down which cells a sweep asks for, and their Teachers; what it asked for before stays.
+    """Add cells and their Teachers to those that a sweep has asked for.
 
-    A cell that is asked for again with replaced images, or by a later results version, takes the seat of the old one.
+    A cell asked for again with replaced images or under a later results version replaces the old one.
 
     Args:
         store: folder of the runs.
         sweep: its name.
-        cells: that it asks for.
-        teachers: that they learn from.
-        varied: keys beyond the factors that its command line gave several values.
+        cells: the cells.
+        teachers: the Teachers that they learn from.
+        varied: keys beyond the factors to which its command line gave several values.
     """
     folder = store / SWEEPS
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,24 +44,24 @@ def ask(store: Path, sweep: str, *, cells: list[Cell], teachers: list[Cell], var
 
 
 def _with_variants(asked: dict[str, str], variants: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Each folder with the variant of its place behind it."""
+    """Return each folder followed by the variant of its place."""
     return {place: f"{folder} {json.dumps(variants.get(place, {}))}" for place, folder in asked.items()}
 
 
 def read_asked(store: Path, sweep: str) -> dict[str, str]:
-    """Folders, relative to the store, of the cells and Teachers that a sweep asked for, by their places."""
+    """Return the folders, relative to the store, of a sweep's cells and Teachers, by their places."""
     asked: dict[str, str] = _read_sweep(store, sweep).get("asked", {})
     return asked
 
 
 def read_variants(store: Path, sweep: str) -> dict[str, dict[str, str]]:
-    """Variants of what a sweep asked for, by their places; what has none is left out."""
+    """Return the variants of a sweep's cells and Teachers, by their places; those without one are left out."""
     variants: dict[str, dict[str, str]] = _read_sweep(store, sweep).get("variants", {})
     return variants
 
 
 def read_varied(store: Path, sweep: str) -> list[str]:
-    """Keys beyond the factors that the command lines of a sweep gave several values."""
+    """Return the keys beyond the factors to which the command lines of a sweep gave several values."""
     varied: list[str] = _read_sweep(store, sweep).get("varied", [])
     return varied
 
@@ -71,6 +71,6 @@ def _read_sweep(store: Path, sweep: str) -> dict[str, Any]:
 
 
 def sweeps(store: Path) -> list[str]:
-    """Names of a store's sweeps, the one last asked for at the end."""
+    """Return the names of a store's sweeps, the latest at the end."""
     files = sorted((store / SWEEPS).glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
     return [file.stem for file in files]

@@ -1,1 +1,1 @@
-"""A whole sweep: what will run, what is told before it starts, how far it is."""
+"""A whole sweep: its plan, its preview, the engines that run it, and its progress."""

@@ -1,4 +1,4 @@
-"""What the user is told before cells are trained, and between those trained one by one; errors in one line."""
+"""Messages to the user before cells are trained and between those trained one by one; errors in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRACEBACK = "KDSWEEP_TRACEBACK"  # environment: 1 shows the traceback of an erro
 
 
 class SweepCallback(Callback):
-    """Hydra callback: where cells run one by one, checks all first, says what will run, and keeps the user posted."""
+    """Hydra callback for cells that run one by one: checks all first, says what will run, reports progress."""
 
     def __init__(self) -> None:
         self.total = self.done = 0
@@ -44,7 +44,7 @@ class SweepCallback(Callback):
         self.started_s = time.monotonic()
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """The same for a single cell."""
+        """Check a single cell in the same way."""
         if _is_own(config) and not config.hydra.launcher._target_.endswith(".LockstepLauncher"):
             name = config.hydra.runtime.choices["hydra/launcher"]
             raise SystemExit(f"kdsweep: error: hydra/launcher={name} runs sweeps: add -m, or leave it out")
@@ -54,7 +54,7 @@ class SweepCallback(Callback):
         _or_exit(lambda: prepare([config], command=command_line(config)))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Say how far the sweep is, how long it still takes, and at its end what failed."""
+        """Report progress and the time left, and after the last job what failed."""
         from kdsweep.core.progress import duration, left_s
 
         if not self.total:
@@ -78,7 +78,7 @@ def _is_own(config: DictConfig) -> bool:
 
 
 def _or_exit(prepare: Callable[[], int]) -> int:
-    """Hydra turns a callback's exceptions into warnings and goes on; what the user must mend ends the program here."""
+    """End the program on an error: Hydra would turn a callback's exceptions into warnings and go on."""
     try:
         return prepare()
     except Exception as error:
@@ -88,18 +88,18 @@ def _or_exit(prepare: Callable[[], int]) -> int:
 
 
 def command_line(config: DictConfig) -> str:
-    """What the user typed, as it can be typed again: of a multirun with all of its values; without passwords."""
+    """Return the command as it can be typed again: a multirun with all of its values; without passwords."""
     hydra, words = config.hydra, ["python", "-m", "kdsweep"]
     words += ["-m"] if "hydra.mode=MULTIRUN" in hydra.overrides.hydra else []
     for source in hydra.runtime.config_sources:
         words += ["--config-dir", source.path] if source.provider == "command-line" else []
     words += [word for word in hydra.overrides.hydra if not word.startswith("hydra.mode=")]
-    # MLflow's tags and the report, which keep this, are read by others than the one who typed it.
+    # MLflow's tags and the report keep this, and others than the user read them.
     return shlex.join(re.sub(r"://[^/\s]+@", "://USER:PASSWORD@", word) for word in [*words, *hydra.overrides.task])
 
 
 def prepare(configs: list[DictConfig], *, command: str) -> int:
-    """Check every job in this process, write down what the sweep asks for, tell the user what will run; count jobs."""
+    """Check every job in this process, record what the sweep asks for, say what will run; return the number of jobs."""
     from kdsweep.sweep import plan
     from kdsweep.sweep.engines import worker
     from kdsweep.tracking import sync
@@ -115,7 +115,7 @@ def prepare(configs: list[DictConfig], *, command: str) -> int:
 
 
 def show_plan(configs: list[DictConfig]) -> int:
-    """Check every job and tell what would run, without writing anything; count jobs."""
+    """Check every job and say what would run, without writing anything; return the number of jobs."""
     from kdsweep.sweep import plan
     from kdsweep.sweep.engines import worker
 
@@ -127,7 +127,7 @@ def show_plan(configs: list[DictConfig]) -> int:
 
 
 def compose_jobs(config: DictConfig) -> list[DictConfig]:
-    """The configuration of every job of a multirun, in order, as Hydra's basic sweeper will make them."""
+    """Compose the configuration of every job of a multirun, in the order of Hydra's basic sweeper."""
     loader = GlobalHydra.instance().config_loader()
     fixed = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(config_loader=loader)
@@ -137,7 +137,7 @@ def compose_jobs(config: DictConfig) -> list[DictConfig]:
 
 
 def user_message(error: BaseException) -> str:
-    """The message that the user can act on, from an exception and what caused it."""
+    """Return a message that the user can act on, from an exception and its causes."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InputError | CellError):
@@ -157,7 +157,7 @@ def user_message(error: BaseException) -> str:
 
 
 def _known_keys(key: str) -> str:
-    """What may stand in the place of a wrong key."""
+    """Return the keys that could replace a wrong one."""
     from kdsweep.config import composition
 
     parent, _, _ = key.rpartition(".")

@@ -1,4 +1,4 @@
-"""How far a sweep is, read from its folders alone: what is done, what runs, what failed and why, and the time left."""
+"""Report how far a sweep is, from its folders alone: done, running, failed and why, and the time left."""
 
 from __future__ import annotations
 
@@ -31,44 +31,44 @@ WORDS = {
 WAITS = ("WAITING", "QUEUED", "KILLED")
 HEADER = ("not finished", "state", "saved", "val/dice", "last epoch", "left")
 PACE_EPOCHS = 10
-FEW = 4  # so many waiting cells of a split are named one by one
+FEW = 4  # up to this many waiting cells of a split are named one by one
 
 
 # ---- time left -----------------------------------------------------------------------------------------------------
 
 
 def pace_s(record: Record) -> float | None:
-    """Seconds that an epoch takes, the median of the latest; None before the second epoch is saved.
+    """Return the seconds per epoch, the median of the latest; None before the second epoch is saved.
 
-    Not the mean: in what was resumed, one of the differences is the break, which may be a night.
+    Not the mean: after a resumption one of the differences is the break, which may be a night.
     """
     gaps = [later - earlier for earlier, later in itertools.pairwise(record.times_ms[-PACE_EPOCHS:])]
     return statistics.median(gaps) / 1000 if gaps else None
 
 
 def left_s(record: Record) -> float | None:
-    """Seconds that a training still takes at most, at its own pace."""
+    """Return the most seconds that a training still takes, at its present pace."""
     pace = pace_s(record)
     return None if pace is None else max(0, record.epochs - len(record.history)) * pace
 
 
 def total_left_s(*, running_s: list[float], waiting: int, at_once: int, whole_s: float) -> float:
-    """Seconds until the last cell is done: max(running_s) + ceil(waiting / at_once) * whole_s.
+    """Return the seconds until the last cell is done: max(running_s) + ceil(waiting / at_once) * whole_s.
 
-    Assumes that no training stops early, and that those that wait are trained from their first epoch on, in groups as
-    large as what is in training now, one group after the other.
+    Assumes that no training stops early and that waiting cells start at their first epoch, in groups as large as the
+    present one, one group after the other.
 
     Args:
-        running_s: what is left of each running training, Teachers included.
-        waiting: cells that nobody is at.
-        at_once: cells in training.
+        running_s: time left of each running training, Teachers included.
+        waiting: number of cells that no process trains.
+        at_once: number of cells in training.
         whole_s: how long a cell takes from its first epoch to its last.
     """
     return max(running_s) + math.ceil(waiting / max(1, at_once)) * whole_s
 
 
 def outlook(*, teachers: list[Record], cells: list[Record]) -> str:
-    """What follows the counts of a sweep: the time left, or that nothing is running."""
+    """Return the text after the counts of a sweep: the time left, or that nothing is running."""
     running = [record for record in [*teachers, *cells] if record.status == "RUNNING"]
     if not running:
         if any(record.status == "QUEUED" for record in [*teachers, *cells]):
@@ -93,13 +93,13 @@ def outlook(*, teachers: list[Record], cells: list[Record]) -> str:
 
 
 def _whole_s(found: list[Record]) -> float:
-    """Seconds of a training from its first epoch to its last, at the pace of those that run, else that have run."""
+    """Return the seconds of a whole training, at the pace of running ones, else of earlier ones."""
     running = [record for record in found if record.status == "RUNNING" and pace_s(record)]
     return max((record.epochs * (pace_s(record) or 0.0) for record in running or found), default=0.0)
 
 
 def _where(record: Record) -> str:
-    """Such as ``split0-seed0``."""
+    """Return a record's split and seed, such as ``split0-seed0``."""
     return record.folder.name.partition("-")[2].rpartition("-")[0]
 
 
@@ -114,12 +114,12 @@ def report(
     tasks: Mapping[Path, Task] | None = None,
     now_ms: int,
 ) -> str:
-    """The text that the command prints.
+    """Return the text that the command prints.
 
     Args:
         sweep: its name.
         found: records of all that it asked for, by their places (``Cell.key``).
-        variants: of the places that have one.
+        variants: the variant by place, for places that have one.
         tasks: by folder the jobs of cells that were submitted to SLURM and have not ended there.
         now_ms: milliseconds since 1970.
     """
@@ -164,7 +164,7 @@ def _order(place: str, record: Record) -> tuple[bool, int, int, str]:
 
 
 def _alike(found: Mapping[str, Record], jobs: Mapping[str, str]) -> list[list[str]]:
-    """Places with one row together, if they are many: those of a split and seed that wait and have not begun."""
+    """Group places that share a row: more than FEW of one split and seed that wait and have not begun."""
     groups: dict[object, list[str]] = {}
     for place, record in found.items():
         begun = record.status not in ("WAITING", "QUEUED") or bool(record.history)
@@ -180,7 +180,7 @@ def _title_of_all(places: list[str], first: Record) -> str:
 
 
 def _titles(places: Iterable[str], variants: Mapping[str, dict[str, str]]) -> dict[str, str]:
-    """Names as messages have them (``Cell.title``); where several share one, variant or digest of the settings too."""
+    """Return names as in messages (``Cell.title``), with variant or digest of the settings if several share one."""
     parts = {place: place.rpartition("/") for place in places}
     shared = Counter(name for name, _, _ in parts.values())
     titles = {}
@@ -198,7 +198,7 @@ def _counts(found: list[Record]) -> str:
 
 
 def _columns(title: str, record: Record, *, now_ms: int) -> tuple[str, ...]:
-    """A row below HEADER."""
+    """Return a row of the table, with the columns of HEADER."""
     epochs = f"epoch {len(record.history)} of {record.epochs}" if record.epochs else ""
     dice = record.history[-1].get("val/dice", math.nan) if record.history else None
     ago = left = ""
@@ -213,7 +213,7 @@ def _columns(title: str, record: Record, *, now_ms: int) -> tuple[str, ...]:
 def _failure(record: Record) -> list[str]:
     if record.status != "FAILED":
         return []
-    log = record.folder / "kdsweep.log"  # a Teacher has none, the logs of those that it teaches tell of it
+    log = record.folder / "kdsweep.log"  # a Teacher has none: the error is in the logs of its cells
     return [f"    {record.error}{f'; log: {log}' if log.exists() else ''}"]
 
 
@@ -226,7 +226,7 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def make(*, store: Path, sweep: str | None) -> str:
-    """The report on a sweep of a store, or on the one last asked for.
+    """Return the report on a sweep of a store, or on the one last asked for.
 
     Raises:
         InputError: there is no such sweep.
@@ -249,7 +249,7 @@ def make(*, store: Path, sweep: str | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print how far a sweep is; 0, or 1 after one line on stderr that says what to mend."""
+    """Print how far a sweep is; return 0, or 1 after one line on stderr that says what to mend."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep status", description="How far a sweep is.")
     parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
     parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")

@@ -1,4 +1,4 @@
-"""All of MLflow: where it lies, what is written there, and what keeps it equal to the folders."""
+"""All of MLflow: where it lies, what is written there, and how it is kept in step with the cells' folders."""
 
 import logging
 import os
@@ -10,6 +10,6 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; a server that is down would block for minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # whoever calls tries again
 
-for _noisy in ("alembic", "mlflow"):  # they tell every table of a new database at level INFO
+for _noisy in ("alembic", "mlflow"):  # they log every table of a new database at level INFO
     logging.getLogger(_noisy).setLevel(logging.WARNING)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what is raised as well

@@ -1,4 +1,4 @@
-"""Where MLflow keeps a store's runs: its address, who writes to it, and the SQLite file of a store that was moved."""
+"""MLflow's place for a store's runs: its address, its lock, and the SQLite file of a store that was moved."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ class TrackingError(Exception):
 
 
 def store_uri(store: Path, uri: str | None) -> str:
-    """The tracking URI: the one given, or a SQLite file in the store (absolute: the working directory may change)."""
+    """Return the URI given, or that of a SQLite file in the store (absolute: the working directory may change)."""
     return uri or f"sqlite:///{store.resolve() / DATABASE}"
 
 
 def passes(error: BaseException, uri: str) -> bool:
-    """Whether a failure may be over the next time: a server that does not answer, a database locked, a disk full."""
+    """Return whether a later try may succeed: a server that does not answer, a database locked, a disk full."""
     signs = ("database is locked", "disk is full", "disk I/O error", "readonly database", "No space left")
     return uri.startswith("http") or any(sign in str(error) for sign in signs)
 
 
 def artifacts_uri(store: Path) -> str:
-    """Where a store's artifacts lie."""
+    """Return the place of a store's artifacts."""
     return (store.resolve() / "artifacts").as_uri()
 
 
 @contextmanager
 def exclusive(store: Path) -> Iterator[None]:
-    """Keep the other processes that write about this store to MLflow out; one that died keeps nobody out."""
+    """Hold the lock on this store's MLflow, so that one process writes at a time; a dead process frees it."""
     lock = FileLock(store / ".mlflow.lock")
     try:
         lock.acquire(timeout=60)
@@ -58,7 +58,7 @@ def exclusive(store: Path) -> Iterator[None]:
 
 
 def follow_move(store: Path, experiment: str) -> None:
-    """Tell the SQLite file where its artifacts are now: it knows them by absolute names, and the store may be moved."""
+    """Update the absolute paths of artifacts in the SQLite file after the store was moved."""
     file, place = store / DATABASE, artifacts_uri(store)
     if not file.is_file():
         return
@@ -77,5 +77,5 @@ def follow_move(store: Path, experiment: str) -> None:
 
 
 def line(error: BaseException) -> str:
-    """What went wrong with MLflow in one line, without the database's statement."""
+    """Return MLflow's error in one line, without the database's statement."""
     return " ".join(str(error).split()).partition(" [SQL:")[0][:300]

@@ -1,4 +1,4 @@
-"""What MLflow holds of a sweep, as pandas frames."""
+"""Read what MLflow holds of a sweep, as pandas frames."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VALUES = {"test/trivial_dice": "trivial_dice", "epochs": "epochs", "best_epoch":
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep asked for and what is there of it.
+    """The request of a sweep and what MLflow holds of it.
 
     Attributes:
         name: of the sweep.
@@ -41,7 +41,7 @@ class Sweep:
             (how many it was trained), best_epoch (counted from 0); what is not known is 0, empty or NaN.
         scores: one row per fingerprint and test image of the finished ones; fractions 0 to 1, HD95 in pixels.
         varied: the keys beyond the factors in which its cells differ on purpose.
-        commands: that asked for its cells, as they can be typed again, the last one last.
+        commands: those that asked for its cells, as they can be typed again, the latest one last.
         run_id: of the parent run.
         experiment_id: of the MLflow experiment.
     """
@@ -56,7 +56,7 @@ class Sweep:
 
 
 def _artifact(client: MlflowClient, store: Path, run_id: str, name: str) -> bytes:
-    """What is in a run's file: in a store that was moved, MLflow looks for it at the old place."""
+    """Return the content of a run's file: in a store that was moved, MLflow looks for it at the old place."""
     file = store / "artifacts" / run_id / "artifacts" / name
     if file.is_file():
         return file.read_bytes()
@@ -83,7 +83,7 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         "profile": tags["kdsweep.profile"],
         "data": run.data.params.get("data.name", ""),
         "weights": run.data.params.get("weights", ""),
-        "results_version": tags.get("kdsweep.results_version", "0"),  # the first ones told none
+        "results_version": tags.get("kdsweep.results_version", "0"),  # the first runs recorded none
         "device": tags["kdsweep.device"],
         "teacher": tags["kdsweep.teacher"],
         "status": run.info.status,
@@ -97,12 +97,12 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
 
 
 def artifact(*, store: Path, uri: str | None, run_id: str, name: str) -> bytes:
-    """What is in a file that a run recorded."""
+    """Return the content of a file that a run recorded."""
     return _artifact(MlflowClient(tracking_uri=store_uri(store, uri)), store, run_id, name)
 
 
 def read_curves(sweep: Sweep, *, store: Path, uri: str | None, metric: str = "val/dice") -> pd.DataFrame:
-    """A metric of each epoch of all begun runs of a sweep: columns notation, split, seed, metric, epoch, value.
+    """Read a metric by epoch of a sweep's begun runs: columns notation, split, seed, metric, epoch, value.
 
     Raises:
         InputError: the store does not answer.
@@ -118,9 +118,9 @@ def read_curves(sweep: Sweep, *, store: Path, uri: str | None, metric: str = "va
 
 
 def attach(sweep: Sweep, files: Sequence[Path], *, folder: str, store: Path, uri: str | None) -> str:
-    """Keep files among the artifacts of a sweep's parent run; what became of it, in words.
+    """Log files as artifacts of a sweep's parent run; return a sentence on whether that succeeded.
 
-    That MLflow takes no files now (a store that can only be read, a server that is down) costs nobody the files.
+    A failure (a read-only store, a server that is down) raises nothing: the files themselves are kept.
     """
     try:
         with exclusive(store):
@@ -144,7 +144,7 @@ def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
 
 
 def _answered(ask: Callable[[], T], *, store: Path, uri: str | None) -> T:
-    """What MLflow answers, or InputError if it does not answer."""
+    """Return what MLflow answers; raise InputError if it does not answer."""
     try:
         return ask()
     except Exception as error:
@@ -155,7 +155,7 @@ def _answered(ask: Callable[[], T], *, store: Path, uri: str | None) -> T:
 
 
 def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
-    """Everything a sweep asked for, with its scores; None takes the sweep last asked for.
+    """Read everything a sweep asked for, with its scores; None takes the sweep last asked for.
 
     Raises:
         InputError: there is no such sweep.
@@ -181,7 +181,7 @@ def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
 
 
 def _scores(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The scores of finished runs; files of equal columns are read as one, a thousand of which take seconds."""
+    """Read the scores of finished runs; files of equal columns are read as one, since a thousand take seconds."""
     parts: dict[str, list[tuple[str, str]]] = {}
     for row in rows:
         kept = _artifact(tracker.client, tracker.store, row["run_id"], "test_scores.csv")
@@ -208,7 +208,7 @@ def _named_sweep(tracker: Tracker, name: str | None) -> Run:
 
 
 def _by_fingerprint(tracker: Tracker) -> dict[str, Run]:
-    """The run that counts for each fingerprint: the finished one, else the newest."""
+    """Return the run that counts for each fingerprint: the finished one, else the newest."""
     runs = tracker.search("tags.`kdsweep.role` != 'sweep'")
     runs.sort(key=lambda run: (run.info.status == "FINISHED", run.info.start_time))
     return {run.data.tags["kdsweep.fingerprint"]: run for run in runs}

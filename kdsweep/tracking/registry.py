@@ -30,7 +30,7 @@ def register_onnx(
     store: Path,
     uri: str | None,
 ) -> int:
-    """Log a model under the finished run of its cell and make it the next version of a registered one; its number.
+    """Log a model under the finished run of its cell and register it as a new version; return the version's number.
 
     Args:
         proto: the ONNX model.
@@ -51,7 +51,7 @@ def register_onnx(
     try:
         run = _finished_run(metadata["kdsweep.fingerprint"], name=name, store=store, uri=uri)
         with exclusive(store), _current(place) as client, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of MLflow about its own parts
+            warnings.simplefilter("ignore")  # MLflow warns about its own parts
             model = client.create_logged_model(run.info.experiment_id, "onnx", run.info.run_id, tags=metadata)
             try:
                 _log_onnx(proto, example, expected, metadata=metadata, model=model)
@@ -78,7 +78,7 @@ def _finished_run(fingerprint: str, *, name: str, store: Path, uri: str | None) 
 
 @contextlib.contextmanager
 def _current(uri: str) -> Iterator[MlflowClient]:
-    """A client of what MLflow's own functions, which take no address, work on meanwhile."""
+    """Make a URI current for MLflow's functions that take no address, and yield a client of it."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)  # sets the variable too
     try:

@@ -1,7 +1,7 @@
-"""Keeps MLflow equal to what the cells' folders tell, beside the training, which never waits for it.
+"""Keep MLflow in step with the cells' folders, beside the training, which never waits for it.
 
-The same pass over the folders logs a running training, what a server missed while it was down, and what an earlier
-command that was killed had left unsaid.
+The same pass over the folders logs a running training, what a server missed while it was down, and what an earlier,
+killed command had not logged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _opened: list[Sync] = []
 
 
 class Sync:
-    """A thread that looks at the folders of cells every two seconds and logs what is new in one MLflow store.
+    """A thread that reads the folders of cells every two seconds and logs what is new to one MLflow store.
 
     Args:
         store: folder of the runs.
@@ -38,9 +38,9 @@ class Sync:
         experiment: name of the MLflow experiment.
         asked: cells by the sweep that asks for them.
         teachers: those that the cells learn from.
-        varied: by the sweep the keys beyond the factors in which its cells differ.
-        command: that asked for the cells, as it can be typed again.
-        trains: whether there is training to be done, which must not wait long at its end.
+        varied: by sweep, the keys beyond the factors in which its cells differ.
+        command: the one that asked for the cells, as it can be typed again.
+        trains: whether cells are to be trained; the command must then not wait long at its end.
 
     Raises:
         InputError: the store cannot be opened, now or later.
@@ -80,11 +80,11 @@ class Sync:
         _opened.append(self)
 
     def run_id(self, folder: Path) -> str:
-        """Id of the run of a cell, as far as it is known."""
+        """Return the run id of a cell, or ``""`` if it is not known yet."""
         return self._run_ids.get(folder, "")
 
     def close(self) -> None:
-        """Log what is left, and say so if that is not possible."""
+        """Log what is left, and warn if that is not possible."""
         self._closing.set()
         self._wake.set()
         self._thread.join(STOP_WAIT_S if signals.pending() else self._waits_s)
@@ -100,7 +100,7 @@ class Sync:
             )
 
     def _left(self) -> int:
-        """How many folders tell more than was logged."""
+        """Return how many folders hold more than was logged."""
         return sum(
             self._logged.get(folder) != now
             for folder in self._sweeps
@@ -123,7 +123,7 @@ class Sync:
                 self._wake.wait(min(max(PASS_EVERY_S, 20 * pass_s), SELDOM_S))
 
     def _attempt(self, work: Callable[[], None]) -> bool:
-        """Call it; that the store does not answer is told once, and it is tried again later."""
+        """Call it and return whether the store answered; warn once if not, it is tried again later."""
         try:
             work()
         except Exception as error:
@@ -161,7 +161,7 @@ class Sync:
                     self._logged[folder] = now
 
     def _tell(self, call: Callable[[Any], None], about: Any) -> None:
-        """Call it; what MLflow will never take is told, and left out."""
+        """Call it; report and skip what MLflow will never take."""
         try:
             call(about)
         except Exception as error:
@@ -186,5 +186,5 @@ def close_all() -> None:
 
 
 def run_id(folder: Path) -> str:
-    """Id of the run of a cell in the stores that are open, or ``""``."""
+    """Return the run id of a cell in the stores that are open, or ``""``."""
     return next((found for opened in _opened if (found := opened.run_id(folder))), "")

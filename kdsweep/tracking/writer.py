@@ -1,4 +1,4 @@
-"""The only module that talks to MLflow: runs are written here, and read back as pandas frames.
+"""Write the runs of sweeps and cells to MLflow.
 
 A sweep is a parent run; what it asked for is written on it as tags ``kdsweep.asked.PLACE = FINGERPRINT VARIANT``. A
 cell is a run of its own, computed once per fingerprint, and counts in every sweep that asked for it.
@@ -48,7 +48,7 @@ BATCH = 100  # MLflow takes at most so many params, or so many tags, in one call
 
 @dataclass
 class _Known:
-    """What a store is known to hold of a cell's run."""
+    """The known state of a cell's run in a store."""
 
     run_id: str
     status: str
@@ -78,7 +78,7 @@ class Tracker:
         self._looked = False
         store.mkdir(parents=True, exist_ok=True)
         try:
-            with exclusive(store):  # a fresh database that many open at once breaks
+            with exclusive(store):  # a fresh database breaks if many open it at once
                 if uri is None and not (store / DATABASE).exists():
                     _make_database(store, experiment)
                 if uri is None and os.access(store, os.W_OK):
@@ -101,13 +101,13 @@ class Tracker:
         return str(self.client.create_experiment(experiment, place, tags=EXPERIMENT_TAGS))
 
     def ask(self, sweep: str, cells: list[Cell], *, varied: Sequence[str] = (), command: str = "") -> None:
-        """Write down that this sweep wants these cells, finished or not, so that a table shows what is missing.
+        """Record that this sweep wants these cells, finished or not, so that a table shows what is missing.
 
         Args:
             sweep: its name.
-            cells: that it asks for, beside those it asked for before.
+            cells: those it asks for now, in addition to earlier ones.
             varied: keys beyond the factors in which they differ on purpose.
-            command: that asks for them, as it can be typed again.
+            command: the one that asks for them, as it can be typed again.
         """
         parent = self._parent(sweep)
         before = dict(self.client.get_run(parent).data.tags)
@@ -130,15 +130,15 @@ class Tracker:
             self.client.log_batch(parent, tags=part)
 
     def sync(self, record: Record, *, sweep: str) -> str:
-        """Make the run of a cell hold what its folder tells, each value once; the run's id.
+        """Make the run of a cell hold what its folder holds, each value once; return the run's id.
 
-        A run that is there goes on if all it holds is in the folder too. If not (a checkpoint was lost and the cell is
-        computed again), it is left behind, and a finished one is deleted as soon as the new one is finished with other
-        scores: a cell has one finished run.
+        An existing run goes on if all it holds is in the folder too. If not (a checkpoint was lost and the cell is
+        computed again), a new one is opened; an old finished run is deleted as soon as the new one is finished with
+        other scores: a cell has one finished run.
 
         Args:
             record: of a cell that was begun.
-            sweep: in whose name a new run is opened.
+            sweep: the one under which a new run is opened.
         """
         fingerprint = record.tags["kdsweep.fingerprint"]
         if not self._looked:
@@ -168,7 +168,7 @@ class Tracker:
         return own.run_id
 
     def _own(self, record: Record, runs: list[_Known]) -> _Known | None:
-        """The run of these that is the record's: a finished one that agrees with it, else one that can go on."""
+        """Return the record's run among these: a finished one that agrees with it, else one that can go on."""
         finished = [run for run in runs if run.status == "FINISHED"]
         for run in finished:
             if record.status != "FINISHED" or _same(record.values, run.metrics):
@@ -176,7 +176,7 @@ class Tracker:
         return next((run for run in runs if run not in finished and self._fits(run, record)), None)
 
     def _fits(self, run: _Known, record: Record) -> bool:
-        """Whether the epochs that a run holds are the first ones of the record, so that it can go on."""
+        """Return whether a run's epochs are the first ones of the record, so that it can go on."""
         if run.epochs is None:
             run.epochs = self._logged(run.run_id)
         return run.epochs == _epochs(record)[: len(run.epochs)]
@@ -250,7 +250,7 @@ class Tracker:
 
 
 def _make_database(store: Path, experiment: str) -> None:
-    """Make the SQLite file beside its place: MLflow takes seconds for it, and a kill in between would spoil it."""
+    """Make the SQLite file under another name first: it takes seconds, and a kill in between would spoil it."""
     remove_parts(store)
     scratch = store / f".{DATABASE}.{os.getpid()}.part"
     client = MlflowClient(tracking_uri=f"sqlite:///{scratch.resolve()}")
@@ -259,7 +259,7 @@ def _make_database(store: Path, experiment: str) -> None:
 
 
 def _note(sweep: str, tags: dict[str, str]) -> str:
-    """The description of a sweep's parent run, in Markdown, from its tags."""
+    """Return the description of a sweep's parent run, in Markdown, from its tags."""
     places = [key.removeprefix(ASKED).rsplit("/", 3) for key in tags if key.startswith(ASKED)]
     names = sorted({notation for notation, *_ in places})
     splits, seeds = (sorted({place[number] for place in places}) for number in (1, 2))
@@ -279,7 +279,7 @@ def _known(run: Run) -> _Known:
 
 
 def _same(values: dict[str, float], metrics: dict[str, float]) -> bool:
-    """Whether a run's metrics are these values; one that is not a number equals itself here."""
+    """Return whether a run's metrics are these values; NaN equals itself here."""
     return all(repr(value) == repr(metrics.get(name)) for name, value in values.items())
 
 

@@ -9,7 +9,7 @@ import argparse
 import os
 import subprocess
 import sys
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import hydra
@@ -48,7 +48,7 @@ def devices(cfg: DictConfig) -> list[str]:
 
 
 def compute(cfg: DictConfig) -> Compute:
-    """Where and how the numbers are computed."""
+    """Return where and how the numbers of a configuration are computed."""
     return Compute(device=device(cfg), precision=cfg.precision, deterministic=cfg.deterministic)
 
 
@@ -109,29 +109,29 @@ def _weights(node: DictConfig) -> str:
 
 def check_networks(cfg: DictConfig) -> None:
     """Raise InputError if a cell's networks or their weights cannot be had: before anything is trained."""
-    networks = {"student": cfg.student} | ({"teacher": cfg.teacher} if cfg.path.kd_path is not None else {})
-    for group, node in networks.items():
-        _check_network(group, node.encoder, tuple(node.decoder_channels), node.hidden_channels, _weights(node))
+    networks = [cfg.student, *([cfg.teacher] if cfg.path.kd_path is not None else [])]
+    for node in networks:
+        _check_network(node.encoder, tuple(node.decoder_channels), _weights(node))
 
 
 @lru_cache(maxsize=8)
-def _check_network(
-    group: str, encoder: str, decoder_channels: tuple[int, ...], hidden_channels: int, weights: str
-) -> None:
-    network = unet.unet(encoder=encoder, decoder_channels=list(decoder_channels), weights=weights, seed=0)
-    if (channels := network.encoder.out_channels[-1]) != hidden_channels:
-        raise InputError(f"{group}.hidden_channels={hidden_channels} is not allowed: {encoder} has {channels}")
+def _check_network(encoder: str, decoder_channels: tuple[int, ...], weights: str) -> None:
+    unet.unet(encoder=encoder, decoder_channels=list(decoder_channels), weights=weights, seed=0)
 
 
 def distillation(cfg: DictConfig, *, teacher: str) -> Distillation | None:
-    """How the configuration's Student is taught, by the Teacher of a fingerprint; None for path=none."""
+    """Build how the configuration's Student is taught by the Teacher of a fingerprint; None for path=none."""
     if cfg.path.kd_path is None:
         return None
     with torch.random.fork_rng(devices=[]):  # after the Student, from the same seed: paths share its initialization
         torch.manual_seed(cfg.seed)
         kd_path = hydra.utils.instantiate(cfg.path.kd_path)
+        if isinstance(kd_path, partial):
+            channels = {f"{name}_channels": unet.hidden_channels(cfg[name].encoder) for name in ("student", "teacher")}
+            kd_path = kd_path(**channels)
     return Distillation(
         kd_path=kd_path,
+        needs_logits=cfg.path.representation == "logits",
         loss=hydra.utils.instantiate(cfg.loss[cfg.path.representation]),
         weight=cfg.kd.weight,
         forward=TeacherForward(teacher, view=cfg.teacher_aug.distill_view, precision=cfg.kd.teacher_precision),

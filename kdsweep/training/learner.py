@@ -1,4 +1,4 @@
-"""A learner: one network in training with everything that is its own, and how it is taught."""
+"""A learner: one network in training, with its optimizer, early stopping, checkpoint and distillation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DivergedError(CellError):
 
 
 class EpochMeter:
-    """Means over the images of an epoch, step by step, on the device: reading one would make the device wait."""
+    """Means over the images of an epoch, collected on the device: reading one each step would make it wait."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
@@ -45,16 +45,16 @@ class EpochMeter:
         self.counts.append(count)
 
     def state(self) -> dict[str, Any]:
-        """Everything so far, for a checkpoint."""
+        """Return everything so far, for a checkpoint."""
         return {"counts": self.counts, "steps": self._by_name()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state``."""
+        """Restore what ``state`` returned."""
         self.counts = list(state["counts"])
         self.steps = [{name: values[i] for name, values in state["steps"].items()} for i in range(len(self.counts))]
 
     def not_finite(self) -> tuple[str, float, int] | None:
-        """The first value that is not a finite number: its name, the value, the number of the step from 0."""
+        """Return name, value and step (from 0) of the first value that is not a finite number, or None."""
         bad = [
             (int((~values.isfinite()).nonzero()[0]), name)
             for name, values in self._by_name().items()
@@ -67,7 +67,7 @@ class EpochMeter:
         return name, float(self._by_name()[name][step]), step
 
     def read(self, prefix: str) -> dict[str, float]:
-        """The means so far as plain numbers, names led by ``prefix``."""
+        """Return the means so far as plain numbers, with ``prefix`` before their names."""
         counts = torch.tensor(self.counts, dtype=torch.float64)
         return {
             prefix + name: float((values.double() * counts).sum() / counts.sum())
@@ -84,26 +84,26 @@ class Learner:
     """One network in training, with its own optimizer, early stopping, best checkpoint and run.
 
     Attributes:
-        title: how messages call it.
+        title: its name in messages.
         role: ``distilled``, ``baseline`` or ``teacher``.
         network: trained in place.
-        view: what it sees in training, ``weak`` or ``strong``.
+        view: the view that it sees in training, ``weak`` or ``strong``.
         distillation: None for a network that learns from the masks alone.
         lr: Adam's learning rate.
-        epochs: at most so many.
-        patience: epochs without a better value of what is monitored after which it stops.
-        folder: where its files go.
-        monitor: what tells the best epoch, of the validation images: ``loss`` (its own, KD term included) or ``dice``.
-        best_loss: lowest so far of what is monitored.
-        best_epoch: number of its epoch, from 0.
-        best: the state of the modules then.
+        epochs: the maximum.
+        patience: epochs without improvement of the monitored value after which it stops.
+        folder: of its files.
+        monitor: the validation value that decides the best epoch: ``loss`` (KD term included) or ``dice``.
+        best_loss: lowest monitored value so far, which is 1 - Dice for ``dice``.
+        best_epoch: the epoch of that value, from 0.
+        best: the state of the modules after that epoch.
         epoch: number of the last whole epoch.
         means: of the steps taken in the epoch that has begun.
         history: values of each whole epoch.
         times_ms: when each of them ended.
-        failure: what ended it before its time.
-        whole: whether it is as some number of whole steps left it, its checkpoint read before, so that it can be saved.
-        doing: what a step is at, for messages.
+        failure: the error that ended it early.
+        whole: whether it can be saved: its checkpoint has been read and no step is half done.
+        doing: the part of a step that is running, for messages.
     """
 
     title: str
@@ -131,21 +131,21 @@ class Learner:
         self.optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
 
     def modules(self) -> dict[str, nn.Module]:
-        """The network and, if it is taught, its KD path."""
+        """Return the network and, if it is taught, its KD path."""
         taught = {"kd_path": self.distillation.kd_path} if self.distillation else {}
         return {"network": self.network, **taught}
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained: the network's parameters and the KD path's own."""
+        """Return everything that is trained: the parameters of the network and of the KD path."""
         return [parameter for module in self.modules().values() for parameter in module.parameters()]
 
     def state_bytes(self) -> int:
-        """About how large its checkpoint is: weights, the best ones, two moments of Adam."""
+        """Return the approximate size of its checkpoint: weights, best weights, two moments of Adam."""
         return 4 * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
 
     @property
     def stopped(self) -> bool:
-        """Whether it has failed, had its epochs or run out of patience."""
+        """Return whether it has failed, trained all its epochs or run out of patience."""
         if self.failure is not None:
             return True
         return self.epoch + 1 >= self.epochs or self.epoch - self.best_epoch >= self.patience
@@ -156,28 +156,28 @@ class Learner:
             module.train()
 
     def evaluate(self) -> None:
-        """Put them into evaluation mode."""
+        """Put the network and the KD path into evaluation mode."""
         for module in self.modules().values():
             module.eval()
 
     @property
     def steps(self) -> int:
-        """Batches of the epoch that has begun which it has learned from."""
+        """Return the number of batches that it has learned from in the current epoch."""
         return len(self.means.counts)
 
     def is_due(self, epoch: int) -> bool:
-        """Whether this is the epoch that it trains next: one that was resumed may be behind or ahead of others."""
+        """Return whether it trains this epoch next; a resumed learner may be behind or ahead of the others."""
         return not self.stopped and self.epoch + 1 == epoch
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Within, it is half changed: what is interrupted here is not saved."""
+        """Mark the learner as half changed; if it is interrupted inside, it is not saved."""
         self.whole = False
         yield
         self.whole = True
 
     def terms(self, outputs: Outputs, mask: Tensor, taught: Outputs | None, theta: Tensor | None) -> dict[str, Tensor]:
-        """The loss terms of one batch and their weighted sum ``loss`` (PAPER, Eq. I)."""
+        """Return the loss terms of one batch and their weighted sum ``loss`` (PAPER, Eq. I)."""
         self.doing = "supervised term"
         supervised = losses.cross_entropy(logits=outputs.logits, mask=mask)
         if self.distillation is None or taught is None:
@@ -200,7 +200,7 @@ class Learner:
             raise DivergedError(f"{self.title}: {part}/{name} is {value} in {where}; a lower lr may help")
 
     def end_epoch(self, values: dict[str, float]) -> None:
-        """Record an epoch's values, keep the weights if they are the best so far."""
+        """Record an epoch's values, and keep the weights if they are the best so far."""
         with self.changing():
             self.epoch += 1
             self.means = EpochMeter()
@@ -225,7 +225,7 @@ class Learner:
             module.load_state_dict(self.best[name])
 
     def save(self) -> None:
-        """Write the checkpoint, from which training goes on as if it had not been interrupted, then the progress."""
+        """Write the checkpoint, from which training goes on as if never interrupted, then the progress."""
         self.check_finite(self.means, "train")  # else what has diverged could never be trained again
         training = {
             "modules": {name: module.state_dict() for name, module in self.modules().items()},
@@ -235,7 +235,7 @@ class Learner:
         self._write({**self._outcome(), "training": training})
 
     def save_outcome(self) -> None:
-        """Write a checkpoint of what is needed after training: the best weights (the regressor's too), the history."""
+        """Write a checkpoint of what is needed after training: the best weights (the KD path's too), the history."""
         self._write({**self._outcome(), "training": None})
 
     def _outcome(self) -> dict[str, Any]:
@@ -247,10 +247,10 @@ class Learner:
         records.write_progress(self.folder, epochs=self.epochs, history=self.history, times_ms=self.times_ms)
 
     def resume(self) -> bool:
-        """Go on from the last checkpoint, or from the one before if that is damaged; whether there was one.
+        """Go on from the last checkpoint, or from the one before if it is damaged; return whether there was one.
 
         Raises:
-            CellError: the checkpoint is one of another cell.
+            CellError: the checkpoint belongs to another cell.
         """
         remove_parts(self.folder)
         for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS):
@@ -286,7 +286,7 @@ SCORES, PREDICTIONS, HISTORY = "test_scores.csv", "test_predictions.npz", "histo
 
 
 def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, float]:
-    """Test the weights with the best validation loss and write all files; the marker of a finished cell comes last.
+    """Test the weights of the best epoch and write all files, the marker of a finished cell last.
 
     Returns:
         The final values, ``test/dice`` among them.

@@ -1,7 +1,7 @@
 """The loop over a group of learners: every batch and every Teacher forward is made once and serves them all.
 
-A Teacher, the Student baseline and a distilled Student are all learners; a group of one or of thirteen is the same
-code, and each learner's weights and scores are those that it would have had alone, and without any interruption.
+A Teacher, the Student baseline and a distilled Student are all learners. Groups of one and of thirteen run the same
+code, and each learner gets the weights and scores that it would have had alone and without any interruption.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Maker = Callable[[], Learner | Exception]
 
 
 class StepError(CellError):
-    """Something went wrong inside a training step; the message says in which epoch, step and term."""
+    """An error inside a training step; the message names the epoch, step and term."""
 
 
 class FrozenTeachers:
@@ -47,7 +47,7 @@ class FrozenTeachers:
 
     Args:
         teachers: by name.
-        compute: where and how.
+        compute: device and precision.
     """
 
     def __init__(self, teachers: Mapping[str, UNet], compute: Compute) -> None:
@@ -57,7 +57,7 @@ class FrozenTeachers:
                 raise ValueError(f"Teacher {name} is not frozen in eval mode")
 
     def teach(self, learners: list[Learner], images: Mapping[str, Tensor]) -> dict[TeacherForward, Outputs]:
-        """What these learners need: each forward once, encoder only where that is enough.
+        """Run each forward that these learners need once, with the encoder alone where that is enough.
 
         Args:
             learners: those still in training.
@@ -66,7 +66,7 @@ class FrozenTeachers:
         needed: dict[TeacherForward, bool] = {}
         for learner in learners:
             if (taught := learner.distillation) is not None:
-                needed[taught.forward] = needed.get(taught.forward, False) or bool(taught.kd_path.needs_logits)
+                needed[taught.forward] = needed.get(taught.forward, False) or taught.needs_logits
         with torch.inference_mode():
             return {forward: self._forward(forward, images, logits=logits) for forward, logits in needed.items()}
 
@@ -81,7 +81,7 @@ class FrozenTeachers:
 
 
 class CheckpointSchedule:
-    """When checkpoints are written: so often that they take at most a share of the time.
+    """A schedule of checkpoints: as many as take at most a share of the time.
 
     Args:
         share: of the time since the start.
@@ -93,7 +93,7 @@ class CheckpointSchedule:
         self.saved_s: dict[Path, float] = {}
 
     def next(self, learners: list[Learner]) -> Learner | None:
-        """The learner whose turn it is, if there is time for a checkpoint: the one that was saved longest ago."""
+        """Return the learner that was saved longest ago if there is time for a checkpoint, else None."""
         stalest = min(learners, key=lambda learner: self.saved_s.get(learner.folder, 0.0), default=None)
         if stalest is None:
             return None
@@ -102,7 +102,7 @@ class CheckpointSchedule:
         return stalest if self.spent_s + expected_s <= self.share * (time.monotonic() - self.started_s) else None
 
     def save(self, learner: Learner) -> None:
-        """Write a learner's checkpoint, on the clock."""
+        """Write a learner's checkpoint and count its time."""
         start_s = time.monotonic()
         learner.save()
         now_s = self.saved_s[learner.folder] = time.monotonic()
@@ -120,11 +120,11 @@ def fit(
 ) -> None:
     """Train a group until every learner has stopped.
 
-    A learner that fails, be it that a loss term is not finite, is left out from there on; the others do not notice.
-    One that was resumed takes part again from the batch on that it has not seen.
+    A learner that fails, for example with a loss that is not finite, is left out from then on; the others go on
+    unchanged. A resumed learner joins at the first batch that it has not seen.
 
     Args:
-        learners: trained in place; each is what it would have become alone.
+        learners: trained in place; each becomes what it would have become alone.
         teachers: frozen networks by the names that the learners' forwards use.
         feed: training and validation images.
         compute: device and precision.
@@ -151,9 +151,9 @@ def fit(
 
 @contextmanager
 def isolated(learner: Learner) -> Iterator[None]:
-    """Work on one learner: what goes wrong inside ends this one with its traceback in its own log, not its group.
+    """Let an error inside end this learner, with the traceback in its log, and not its group.
 
-    Only a lack of memory is passed on: fewer learners at a time may do.
+    Only a lack of memory is passed on, since fewer learners at a time may fit.
     """
     with logs.about(learner.folder):
         try:
@@ -165,7 +165,7 @@ def isolated(learner: Learner) -> Iterator[None]:
 
 
 def fail(learner: Learner, error: Exception) -> None:
-    """End a learner before its time, and write down why."""
+    """End a learner early, and log and record the error."""
     learner.failure = error
     line = one_line(error)
     lead = "" if line.startswith(learner.title) else f"{learner.title}: "
@@ -182,7 +182,7 @@ def train_epoch(
     compute: Compute,
     schedule: CheckpointSchedule | None = None,
 ) -> None:
-    """One pass over the training images for all learners; with a pace, checkpoints are written in between.
+    """Train all learners on one pass over the training images; with a schedule, write checkpoints in between.
 
     The Students step one after the other, which on two CPU cores is the fastest way (224 x 224, batch 16): stacked
     under torch.func.vmap they take 1.7 to 3.7 times as long, torch.compile gains nothing (455 ms a step instead of
@@ -204,7 +204,7 @@ def train_epoch(
         for learner in active:
             signals.check()
             with isolated(learner):
-                # What a loss or network draws is its own too: neither the others nor an interruption change it.
+                # Neither the other learners nor an interruption may change what a loss or network draws.
                 torch.manual_seed(feed.train.step_seed(epoch, number))
                 _step(learner, on_device, images, teacher_outputs, compute)
         number += 1
@@ -216,7 +216,7 @@ def train_epoch(
 
 @contextmanager
 def _shared(where: str) -> Iterator[None]:
-    """Say where an error came up of what all learners share, in one line also if it is one of a loader's process."""
+    """Add to an error in shared work where it came up, in one line even if it is from a loader's process."""
     try:
         yield
     except Exception as error:
@@ -227,7 +227,7 @@ def _shared(where: str) -> Iterator[None]:
 
 
 def _views(learners: list[Learner]) -> set[str]:
-    """The views that somebody still needs."""
+    """Return the views that these learners need."""
     return {learner.view for learner in learners} | {
         learner.distillation.forward.view for learner in learners if learner.distillation
     }
@@ -254,7 +254,7 @@ def _step(
 
 @contextmanager
 def _located(learner: Learner, where: str) -> Iterator[None]:
-    """Say where in the training an error came up."""
+    """Add to an error where in the training it came up."""
     try:
         yield
     except Exception as error:
@@ -292,10 +292,9 @@ def _validate(
 def run(
     learners: list[Learner], *, teachers: Mapping[str, UNet], feed: Feed, compute: Compute
 ) -> list[Values | Exception]:
-    """Train a group from its checkpoints on and test each learner: final values, or what ended it, in their order.
+    """Train a group from its checkpoints on and test each learner; return its final values or error, in order.
 
-    Arguments as for ``fit``. Where Ctrl-C or SIGTERM ends it, or the memory is too small for the group, the learners
-    are saved first.
+    Arguments as for ``fit``. If Ctrl-C, SIGTERM or a lack of memory ends the training, the learners are saved first.
     """
     results: dict[Path, Values] = {}
 
@@ -308,7 +307,7 @@ def run(
         with signals.deferred():
             _begin_all(learners, feed=feed, compute=compute)
             for learner in (own for own in learners if own.stopped and own.failure is None):
-                conclude(learner)  # what was interrupted after its last epoch
+                conclude(learner)  # it was interrupted after its last epoch
             if going := [learner for learner in learners if not learner.stopped]:
                 fit(going, teachers=teachers, feed=feed, compute=compute, stopped=conclude)
     except BaseException as error:
@@ -317,7 +316,7 @@ def run(
             _save(open_ones)
             signals.check()
             raise
-        for learner in open_ones:  # an error of what they share: batches, a Teacher's forward
+        for learner in open_ones:  # an error in what they share: batches, a Teacher's forward
             with logs.about(learner.folder):
                 fail(learner, error)
     return [learner.failure or results[learner.folder] for learner in learners]
@@ -326,10 +325,10 @@ def run(
 def run_divided(
     makers: list[Maker], *, teachers: Mapping[str, UNet], feed: Feed, compute: Compute
 ) -> list[Values | Exception]:
-    """``run`` with as many learners at a time as the memory holds: what does not fit is divided and goes on.
+    """Do as ``run`` does with as many learners at a time as fit into memory: a group that does not is halved.
 
     Args:
-        makers: make the learners, or say why that cannot be; checkpoints let each part go on where the group was.
+        makers: make the learners or return the error; each half goes on from the group's checkpoints.
         teachers: as for ``fit``.
         feed: as for ``fit``.
         compute: as for ``fit``.
@@ -359,7 +358,7 @@ def run_divided(
 
 
 def _label(learners: list[Learner]) -> str:
-    """Such as ``13 learners of split 0 seed 0``; one has its title."""
+    """Return a group's name, such as ``13 learners of split 0 seed 0``, or the title of a single learner."""
     if len(learners) == 1:
         return learners[0].title
     places = {learner.title.partition(" ")[2].partition(" (")[0] for learner in learners}
@@ -367,7 +366,7 @@ def _label(learners: list[Learner]) -> str:
 
 
 def _begin_all(learners: list[Learner], *, feed: Feed, compute: Compute) -> None:
-    """Place and resume each; of a group each log says how, and the screen once for all."""
+    """Place and resume each learner and log how; a group has one line on the screen."""
     extra = _extra(learners)
     what = f"at most {max(learner.epochs for learner in learners)} epochs of {len(feed.train)} batches, "
     what += f"{feed.train.image_count} training images, {compute.device}, {compute.precision}"
@@ -387,16 +386,16 @@ def _begin_all(learners: list[Learner], *, feed: Feed, compute: Compute) -> None
 
 
 def _begin(learner: Learner, compute: Compute) -> bool:
-    """Whether it goes on from a checkpoint."""
+    """Place and resume a learner; return whether it goes on from a checkpoint."""
     for module in learner.modules().values():
         placed(module, compute)
     resumed = learner.resume()
-    learner.whole = True  # not before: what is saved half read would take the place of its own checkpoint
+    learner.whole = True  # not before: a half-read state must not replace its checkpoint
     return resumed
 
 
 def _save(learners: list[Learner]) -> None:
-    """Save those that no step has left half changed; the others go on from their last checkpoint."""
+    """Save the learners that no step has left half changed; the others keep their last checkpoint."""
     saved = 0
     for learner in learners:
         with logs.about(learner.folder):
@@ -413,5 +412,5 @@ def _save(learners: list[Learner]) -> None:
 
 
 def _extra(learners: list[Learner]) -> dict[str, str] | None:
-    """Of a line that each learner has: on the screen there is one for a group."""
+    """Return ``extra`` of a line that each learner logs: a group's lines go to the files alone."""
     return logs.FILE_ONLY if len(learners) > 1 else None

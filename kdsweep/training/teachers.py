@@ -1,4 +1,4 @@
-"""A Teacher is trained once per fingerprint, then read by every cell and later sweep of the store."""
+"""Teachers: each is trained once per fingerprint, then read by every cell and later sweep of the store."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Wanted(NamedTuple):
     """A Teacher that is needed.
 
     Attributes:
-        cell: of role ``teacher``.
-        network: makes a new one of its architecture.
-        learner: makes the learner that trains one; called only if that is needed.
+        cell: its cell, of role ``teacher``.
+        network: makes a new network of its architecture.
+        learner: makes the learner that trains it; called only if that is needed.
     """
 
     cell: Cell
@@ -37,9 +37,9 @@ class Wanted(NamedTuple):
 
 
 def obtain(wanted: list[Wanted], *, feed: Feed, compute: Compute) -> dict[str, UNet | Exception]:
-    """Trained and frozen Teachers by fingerprint: read from the store, or trained and scored now, as one group.
+    """Return trained and frozen Teachers by fingerprint, from the store or trained and scored now as one group.
 
-    Those that another command trains at the moment are waited for.
+    Wait for those that another command is training.
 
     Args:
         wanted: Teachers that can share their batches.
@@ -47,7 +47,7 @@ def obtain(wanted: list[Wanted], *, feed: Feed, compute: Compute) -> dict[str, U
         compute: device and precision.
 
     Returns:
-        For each the network, or what ended its training.
+        The network of each, or the error that ended its training.
     """
     found: dict[str, UNet | Exception] = {}
     told = False

@@ -313,6 +313,7 @@ def test_a_training_step_moves_the_student_and_leaves_the_teacher(
     kd_path = small_path(name)
     kld = losses.kld_pixels if name == "L" else losses.kld_positions
     distillation = Distillation(
+        needs_logits=name == "L",
         kd_path=kd_path,
         loss=losses.mse if loss == "mse" else kld,
         weight=1.0,  # the KD term alone: what moves, moves through it
@@ -351,9 +352,10 @@ def test_a_training_step_moves_the_student_and_leaves_the_teacher(
 
 def test_a_teachers_outputs_have_no_graph_even_where_its_input_has_one(frozen: FrozenTeachers) -> None:
     images = {"strong": draw(1, 3, 64, 64, seed=30, spread=1.0).requires_grad_()}
-    for kd_path in (small_path("L"), small_path("H")):
+    for name in ("L", "H"):
+        kd_path = small_path(name)
         forward = TeacherForward("Teacher", view="strong", precision="fp32")
-        distillation = SimpleNamespace(kd_path=kd_path, forward=forward)
+        distillation = SimpleNamespace(kd_path=kd_path, needs_logits=name == "L", forward=forward)
         taught = frozen.teach([SimpleNamespace(distillation=distillation)], images)  # type: ignore[list-item]
         assert not kd_path.teacher_map(taught[forward]).requires_grad
 

@@ -36,20 +36,10 @@ def make_path(name: str) -> paths.KDPath:
     return {"L": paths.Logits, "H": paths.Hidden}[name]()
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "needs_logits"),
-    [
-        ("L", (2, 1, 64, 64), True),
-        ("H", (2, 1, 2, 2), False),
-        ("HR", (2, 2048, 2, 2), False),
-    ],
-)
-def test_both_maps_have_the_paths_shape(
-    student: Outputs, teacher: Outputs, name: str, shape: tuple[int, ...], needs_logits: bool
-) -> None:
+@pytest.mark.parametrize(("name", "shape"), [("L", (2, 1, 64, 64)), ("H", (2, 1, 2, 2)), ("HR", (2, 2048, 2, 2))])
+def test_both_maps_have_the_paths_shape(student: Outputs, teacher: Outputs, name: str, shape: tuple[int, ...]) -> None:
     kd_path = make_path(name)
     assert kd_path.student_map(student).shape == kd_path.teacher_map(teacher).shape == shape
-    assert kd_path.needs_logits is needs_logits
 
 
 def test_l_compares_the_logits_before_any_activation(student: Outputs, teacher: Outputs) -> None:
@@ -133,7 +123,7 @@ def test_the_loss_gets_each_networks_map_under_its_own_name(student: Outputs, te
         return torch.zeros(())
 
     forward = TeacherForward("Teacher", view="strong", precision="fp32")
-    taught = Distillation(kd_path=kd_path, loss=loss, weight=0.5, forward=forward, align=True)
+    taught = Distillation(kd_path=kd_path, needs_logits=True, loss=loss, weight=0.5, forward=forward, align=True)
     taught.term(student=student, teacher=teacher, theta=None)
     assert torch.equal(seen["student"], kd_path.student_map(student))
     assert torch.equal(seen["teacher"], kd_path.teacher_map(teacher))

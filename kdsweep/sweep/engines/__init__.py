@@ -1,1 +1,1 @@
-"""What runs a sweep's groups: processes of this machine, SLURM, Ray."""
+"""Engines that run a sweep's groups: processes of this machine, SLURM, Ray."""

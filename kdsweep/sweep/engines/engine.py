@@ -1,4 +1,4 @@
-"""What runs a sweep's groups: the contract of this machine (local.py), SLURM (slurm.py) and Ray (ray.py)."""
+"""The interface of all engines: this machine (local.py), SLURM (slurm.py) and Ray (ray.py)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from kdsweep.sweep.plan import Job, Preview
 
 
-DONE, SUBMITTED = "done", "submitted"  # outcomes of a unit without a result: of Teachers; of what is not waited for
+DONE, SUBMITTED = "done", "submitted"  # outcomes of units without a result: of Teachers; of those not waited for
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What one process does: a function of worker.py with a group's configurations.
+    """The work of one process: a function of worker.py with a group's configurations.
 
     Attributes:
         call: the function, first argument the configurations.
-        make: gives the configurations of the group.
+        make: returns the configurations of the group.
         places: names of the devices of this machine where it can run.
-        cells: that it computes, or the Teacher; empty if the jobs are no cells.
-        waits: whether it must not be started yet.
+        cells: the cells, or the Teacher, that it computes; empty if the jobs are no cells.
+        waits: returns whether the unit must not start yet.
     """
 
     call: Callable[[list[DictConfig]], Any]
@@ -38,10 +38,10 @@ class Unit:
 
 
 class Engine(Protocol):
-    """Runs units, several at once if it can.
+    """An engine runs units, several at once if it can.
 
     Attributes:
-        largest: so many cells at most in a group; None for ``plan.LARGEST``.
+        largest: the most cells in a group; None for ``plan.LARGEST``.
     """
 
     largest: int | None
@@ -50,24 +50,24 @@ class Engine(Protocol):
         """Take the configuration of the sweep; called once, first."""
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Raise InputError if it cannot run these cells as they are configured."""
+        """Raise InputError if the engine cannot run these cells as they are configured."""
 
     def preview(self, configs: list[DictConfig], *, times: bool) -> Preview:
-        """Check the cells that wait where torch is.
+        """Check the waiting cells in a process with torch.
 
         Args:
             configs: of these cells.
-            times: whether steps are to be timed although nothing of that is trained here.
+            times: whether to time steps even if this machine trains none of the cells.
         """
 
     def queued(self, jobs: Sequence[Job]) -> set[Path]:
-        """Folders of those of these cells that an earlier command has left with it."""
+        """Return the folders of those of these cells that an earlier command has left with the engine."""
 
     def at_once(self, preview: Preview) -> int:
-        """How many units can run at the same time, as far as it knows."""
+        """Return how many units can run at the same time, as far as the engine knows."""
 
     def run(self, units: Sequence[Unit], *, before: Sequence[Unit] = ()) -> Iterator[tuple[Unit, Any]]:
-        """Run each unit in a process of its own; gives results or errors as they come.
+        """Run each unit in a process of its own; yield results or errors as they come.
 
         Args:
             units: in the order in which they should begin.
@@ -75,4 +75,4 @@ class Engine(Protocol):
         """
 
     def close(self, error: BaseException | None) -> None:
-        """End what still runs, if an error or a signal ends the command; else give back what is held."""
+        """Stop running units if an error or a signal ends the command; else release what is held."""

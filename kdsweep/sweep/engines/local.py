@@ -1,4 +1,4 @@
-"""Groups on the devices of this machine: each in a spawned process, one at a time at each device."""
+"""Run groups on the devices of this machine: each in a spawned process, one at a time on each device."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Devices:
     """The engine of one machine.
 
     Args:
-        names: where groups run at the same time, such as ``[cuda:0,cuda:1]``; by default all that ``device`` names.
-        processes: on the CPU, how many groups run at the same time; they share its threads.
+        names: devices for groups at the same time, such as ``[cuda:0,cuda:1]``; by default all that ``device`` names.
+        processes: number of groups that run at the same time on the CPU; they share its threads.
     """
 
     largest: int | None = None
@@ -67,7 +67,7 @@ class Devices:
         return len(self.names or {name for names in preview.devices.values() for name in names})
 
     def close(self, error: BaseException | None) -> None:
-        """See ``Engine``: processes that are ended early save what they do, as the signal would have them."""
+        """See ``Engine``: processes that are stopped early save their state first."""
         from kdsweep.sweep.engines import worker
 
         running = [process for _, process in self._busy.values()]
@@ -83,7 +83,7 @@ class Devices:
     def run(self, units: Sequence[Unit], *, before: Sequence[Unit] = ()) -> Iterator[tuple[Unit, Any]]:
         """See ``Engine``.
 
-        A unit whose device does not compute any more is run at another place, as long as there is one.
+        A unit whose device has failed runs on another one, as long as there is one.
         """
         named = list(dict.fromkeys(place for unit in [*before, *units] for place in unit.places))
         places = self.names if set(named) <= set(self.names) else named  # a name may stand there twice
@@ -120,7 +120,7 @@ class Devices:
                     yield unit, outcome
 
     def _begin(self, waiting: list[Unit], places: list[str], lost: set[str]) -> None:
-        """Start units at the places that are free."""
+        """Start units on free devices."""
         from kdsweep.sweep.engines import worker
 
         ready = [unit for unit in waiting if not unit.waits()]
@@ -135,7 +135,7 @@ class Devices:
                 process.send(worker.pin, unit.call, unit.make(), name, places.count(place))
 
     def _is_lost(self, place: str) -> bool:
-        """Whether a CUDA device does not answer a fresh process either."""
+        """Return whether a CUDA device fails in a fresh process too."""
         from kdsweep.sweep.engines import worker
 
         if not place.startswith("cuda"):
@@ -148,6 +148,6 @@ class Devices:
 
 
 def _failed(outcome: Any) -> bool:
-    """Whether anything of a unit failed."""
+    """Return whether any part of a unit failed."""
     parts = outcome if isinstance(outcome, list) else [outcome]
     return any(isinstance(own._return_value if isinstance(own, JobReturn) else own, Exception) for own in parts)

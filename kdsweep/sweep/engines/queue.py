@@ -1,4 +1,4 @@
-"""What a store has in SLURM's queue: written when groups are submitted, and compared with ``squeue`` when asked.
+"""A store's jobs in SLURM's queue: recorded when groups are submitted, compared with ``squeue`` when read.
 
 A cell that waits in the queue holds no lock yet, and must not be submitted a second time.
 """
@@ -40,7 +40,7 @@ class Task(NamedTuple):
 
 
 def write(store: Path, *, cluster: str, tasks: dict[str, list[str]]) -> None:
-    """Write down what was submitted.
+    """Record what was submitted.
 
     Args:
         store: folder of the runs.
@@ -55,7 +55,7 @@ def write(store: Path, *, cluster: str, tasks: dict[str, list[str]]) -> None:
 
 
 def queued(store: Path) -> dict[str, Task]:
-    """By folder, relative to the store, the task of each cell that is in the queue or runs from it.
+    """Return the task of each cell that is in the queue or runs from it, by folder relative to the store.
 
     Raises:
         QueueError: squeue does not answer.
@@ -73,7 +73,7 @@ def queued(store: Path) -> dict[str, Task]:
 
 
 def forget_ended(store: Path) -> None:
-    """Remove the notes of submissions of which nothing is in the queue any more."""
+    """Remove the records of submissions that have no job left in the queue."""
     still = {task.job_id.partition("_")[0] for task in queued(store).values()}
     for file in (store / FOLDER).glob("*.json"):
         if file.stem not in still:
@@ -81,7 +81,7 @@ def forget_ended(store: Path) -> None:
 
 
 def states(job_ids: Sequence[str], *, cluster: str) -> dict[str, str]:
-    """States of those of these jobs that wait, run, or will run again.
+    """Return the states of those of these jobs that wait, run, or will run again.
 
     Raises:
         QueueError: squeue does not answer.
@@ -97,7 +97,7 @@ def states(job_ids: Sequence[str], *, cluster: str) -> dict[str, str]:
 
 
 def _squeue(array: str) -> Iterable[str]:
-    """Rows ``JOB STATE`` of an array, one for each of its jobs; none if SLURM no longer knows it."""
+    """Return rows ``JOB STATE``, one for each job of an array; none if SLURM no longer knows it."""
     command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={array}", "--format=%i %T"]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -1,4 +1,4 @@
-"""Groups as tasks of a Ray cluster, one that runs or one of this machine alone: ``hydra/launcher=lockstep_ray``."""
+"""Run groups as tasks of a Ray cluster, existing or on this machine alone: ``hydra/launcher=lockstep_ray``."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 
 LOOK_EVERY_S = 1.0
-STOP_WITHIN_S = 12.0  # a little more than a process is given
+STOP_WITHIN_S = 12.0  # a little longer than a process gets
 
 
 class OnRay:
     """The engine that hands each group to a Ray cluster as a task.
 
-    Ray starts a task where its GPUs, CPUs and memory are free, and starts it again elsewhere when its machine or its
-    process dies; it then goes on from its checkpoints.
+    Ray starts a task where its GPUs, CPUs and memory are free, and again elsewhere if its machine or process dies; the
+    task then goes on from its checkpoints.
 
     Args:
         address: of a running cluster, such as ``auto`` or ``10.0.0.1:6379``; None starts one of this machine alone.
-        gpus: of each group; a part of one lets groups share it.
-        cpus: of each group, and so many threads.
-        memory_gb: of each group; None if that is not to be counted.
-        retries: so often at most a group whose machine or process died is started again.
-        largest: so many cells at most in a group; None for ``plan.LARGEST``.
+        gpus: per group; a fraction lets groups share a GPU.
+        cpus: per group, and its number of threads.
+        memory_gb: per group; None leaves memory uncounted.
+        retries: the most restarts of a group whose machine or process died.
+        largest: the most cells in a group; None for ``plan.LARGEST``.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class OnRay:
         return set()
 
     def at_once(self, preview: Preview) -> int:
-        """See ``Engine``: more than one, else Teachers would be waited for by tasks that hold devices."""
+        """See ``Engine``: more than one, else tasks would hold devices while they wait for Teachers."""
         return 2
 
     def run(self, units: Sequence[Unit], *, before: Sequence[Unit] = ()) -> Iterator[tuple[Unit, Any]]:
@@ -131,7 +131,7 @@ class OnRay:
             self._running = list(waiting)
             try:
                 done, _ = ray.wait(self._running, num_returns=1, timeout=LOOK_EVERY_S)
-            except KeyboardInterrupt:  # what Ray makes of any exception of a signal's handler
+            except KeyboardInterrupt:  # Ray turns any exception of a signal handler into this
                 signals.check()
                 raise
             for own in done:
@@ -154,7 +154,7 @@ class OnRay:
 
 
 def _loopback(address: str | None) -> dict[str, Any]:
-    """What keeps a cluster of this machine alone from being seen by others; Ray would choose the network's address."""
+    """Return options that hide a cluster of this machine from others; Ray would choose the network's address."""
     if address is None:
         return {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
     host = address.partition(":")[0]
@@ -162,7 +162,7 @@ def _loopback(address: str | None) -> dict[str, Any]:
 
 
 def _do(remote_task: RemoteTask) -> Any:
-    """The task."""
+    """Run the task."""
     return remote_task()
 
 

@@ -1,4 +1,4 @@
-"""A group on another machine of a cluster that shares folders, code and data with the one that submits it."""
+"""Run a group on another machine of a cluster that shares folders, code and data with the submitting one."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ REMEDY = "put store, data and environment on a file system that all machines sha
 
 
 class RemoteTask:
-    """A unit on its way: called on the other machine, it gives the unit's result, or its error as a value.
+    """A unit to be called on another machine; the call returns the unit's result, or its error as a value.
 
-    The store, the images, the code and the Python environment must lie there where they lie here: on a file system
-    that all machines share. That is checked there, by the store's identity and by the cells' fingerprints, which
-    images and code are part of.
+    The store, the images, the code and the Python environment must have the same paths on both machines, on a shared
+    file system. The other machine checks that by the store's identity and by the cells' fingerprints, which depend on
+    images and code.
 
     Args:
-        unit: that is to be run.
+        unit: the unit to run.
         config: of the sweep.
-        threads: on the CPU; another number of them gives other sums, so it must not be the machine's choice.
+        threads: number of CPU threads; another number gives other sums, so the machine must not choose it.
     """
 
     def __init__(self, unit: Unit, *, config: DictConfig, threads: int) -> None:
@@ -50,7 +50,7 @@ class RemoteTask:
         self._process: worker.Worker | None = None
 
     def __call__(self) -> Any:
-        """Run the unit in a process of its own and keep MLflow equal to what its folders tell."""
+        """Run the unit in a process of its own and keep MLflow in step with the cells' folders."""
         try:
             os.chdir(self.folder)
         except OSError as error:
@@ -75,10 +75,10 @@ class RemoteTask:
         return outcome
 
     def stop(self, number: int) -> None:
-        """Have the process save what it does and end, and tell MLflow.
+        """Make the process save its state and end, and update MLflow.
 
         Args:
-            number: of the signal that it is sent.
+            number: of the signal to send.
         """
         process, self._process = self._process, None
         if process is not None:
@@ -86,7 +86,7 @@ class RemoteTask:
         sync.close_all()
 
     def _check(self, configs: list[DictConfig]) -> None:
-        """Raise InputError if this machine does not see what the one saw that submits; else begin to tell MLflow."""
+        """Raise InputError if this machine sees other files than the submitting one; else start to log to MLflow."""
         from kdsweep.sweep import plan
 
         for store, identity in self.identities.items():
@@ -109,7 +109,7 @@ class RemoteTask:
 
 
 def identify(store: Path) -> str:
-    """A store's own word, made at the first call: who reads the same one sees the same folder."""
+    """Return a store's identity, written at the first call: machines that read the same one share the folder."""
     found = _read_identity(store)
     if not found:
         store.mkdir(parents=True, exist_ok=True)
@@ -130,9 +130,9 @@ def preview(configs: list[DictConfig], place: str, *, config: DictConfig, times:
 
     Args:
         configs: of the cells.
-        place: what these machines are called.
+        place: name of these machines.
         config: of the sweep.
-        times: time a step on this machine all the same.
+        times: whether to time a step on this machine all the same.
 
     Raises:
         InputError: one of them could not be trained.
@@ -146,7 +146,7 @@ def preview(configs: list[DictConfig], place: str, *, config: DictConfig, times:
 
 
 def check_tracking(values: dict[str, Any]) -> None:
-    """Raise InputError unless MLflow can be written to by several machines at once: SQLite cannot.
+    """Raise InputError unless several machines can write to MLflow at once: SQLite cannot.
 
     Args:
         values: of a cell's configuration.

@@ -1,4 +1,4 @@
-"""Spawned processes that compute, and what one does with the Hydra jobs of a group.
+"""Spawned processes that compute, and the functions that they run with the Hydra jobs of a group.
 
 A process per group survives the death of another one, which the pools of the standard library do not.
 """
@@ -42,7 +42,7 @@ STOP_WITHIN_S = 10.0
 
 
 class Worker:
-    """A process that is sent functions to call, one at a time; they and their results are pickled."""
+    """A process that calls the functions sent to it, one at a time; they and their results are pickled."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
@@ -54,13 +54,13 @@ class Worker:
         atexit.register(self.connection.close)  # else the end of this program would wait for the process for ever
 
     def send(self, function: Callable[..., Any], *args: Any) -> None:
-        """Have it call the function; ``receive`` gives the result."""
+        """Make the process call the function; ``receive`` returns the result."""
         message = cloudpickle.dumps((function, args))
         with contextlib.suppress(ConnectionError):  # it has died: receive says how
             self.connection.send_bytes(message)
 
     def receive(self) -> Any:
-        """The result of what was sent last.
+        """Return the result of the last function sent.
 
         Raises:
             InputError: raised by the function.
@@ -76,26 +76,26 @@ class Worker:
         return result
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Send and receive."""
+        """Send a function and receive its result."""
         self.send(function, *args)
         return self.receive()
 
     def outcome(self) -> Any:
-        """What ``receive`` gives, or the error that it raises."""
+        """Return the result of ``receive``, or the error that it raises."""
         try:
             return self.receive()
         except (InputError, CellError) as error:
             return error
 
     def close(self) -> None:
-        """Let it end, and wait for that."""
+        """Let the process end, and wait for it."""
         atexit.unregister(self.connection.close)
         self.connection.close()
         self.process.join()
 
 
 def start(config: DictConfig) -> Worker:
-    """A new worker that has Hydra's state and the log of this process.
+    """Start a worker with this process's Hydra state and log.
 
     Args:
         config: of the sweep.
@@ -107,7 +107,7 @@ def start(config: DictConfig) -> Worker:
 
 @contextlib.contextmanager
 def _withheld() -> Iterator[None]:
-    """What is started inside never gets the signals that SLURM sends to all processes of a job: they would end it."""
+    """Block, in processes started inside, the signals that SLURM sends to a whole job: they are fatal there."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     try:
         yield
@@ -116,11 +116,11 @@ def _withheld() -> Iterator[None]:
 
 
 def stop(workers: Sequence[Worker], number: int) -> int:
-    """Have processes save what they do and end; those that take too long are killed, and counted.
+    """Make processes save their state and end; kill those that take too long and return their number.
 
     Args:
         workers: the processes.
-        number: of the signal that they are sent.
+        number: of the signal to send.
     """
     for worker in workers:
         if worker.process.is_alive() and worker.process.pid is not None:
@@ -144,7 +144,7 @@ def _ending(code: int | None) -> str:
 
 
 def _serve(connection: Connection) -> None:
-    """The process: call what comes in until the sender is gone."""
+    """Call what comes in until the sender is gone; this is the worker's main function."""
     signals.install()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError, signals.Stopped):
@@ -155,7 +155,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception | None]:
-    """A call's result, or its error as one that survives pickling."""
+    """Return a call's result, or its error as one that survives pickling."""
     try:
         return function(*args), None
     except Exception as error:
@@ -172,7 +172,7 @@ def _end_with_parent() -> None:
 
 
 def set_up(config: DictConfig, singletons: dict[Any, Any]) -> None:
-    """Give a new process the state of Hydra and the log of the one that started it.
+    """Give a new process the Hydra state and the log of the one that started it.
 
     Args:
         config: of the sweep.
@@ -186,7 +186,7 @@ def set_up(config: DictConfig, singletons: dict[Any, Any]) -> None:
 
 @contextlib.contextmanager
 def open_job(config: DictConfig, hydra_context: HydraContext, task_function: TaskFunction) -> Iterator[JobReturn]:
-    """Hydra's ``run_job``, which calls the task function and puts its result into the return: here the body does."""
+    """Open a Hydra job as ``run_job`` does, but let the body set the result instead of the task function."""
     hydra, state, before = config.hydra, HydraConfig.instance(), HydraConfig.instance().cfg
     state.set_config(config)  # what ${hydra:...} in the folder's name refers to
     try:
@@ -217,7 +217,7 @@ def open_job(config: DictConfig, hydra_context: HydraContext, task_function: Tas
 def run_jobs(
     configs: Sequence[DictConfig], hydra_context: HydraContext, run_group: Callable[[list[Any]], list[Any]]
 ) -> list[JobReturn]:
-    """Open Hydra jobs, compute them together, close them; one return per job, exceptions as text.
+    """Open Hydra jobs, compute them together, close them; return one JobReturn per job, exceptions as text.
 
     Args:
         configs: of the jobs, each with its ``hydra`` node.
@@ -230,7 +230,7 @@ def run_jobs(
         for config in configs:
             try:
                 returns.append(jobs.enter_context(open_job(config, hydra_context, run_group)))
-            except OSError as error:  # its folder cannot be written to: the others can do without it
+            except OSError as error:  # its folder cannot be written to: the other jobs go on
                 log.error("%s", one_line(error), extra=logs.SCREEN_ONLY)
                 returns.append(closed(config.hydra.overrides.task, _as_text(error)))
             else:
@@ -260,10 +260,10 @@ def one_by_one(configs: list[DictConfig], *, task_function: TaskFunction) -> lis
 def train_cells(
     configs: Sequence[DictConfig], hydra_context: HydraContext, variants: dict[str, dict[str, str]]
 ) -> list[float | Exception]:
-    """``group.run_group`` as Hydra jobs; the process that sends this has no torch.
+    """Run ``group.run_group`` as Hydra jobs; torch is imported here, the sending process has none.
 
     Returns:
-        For each its test Dice, or what ended it.
+        The test Dice of each cell, or the error that ended it.
     """
     from kdsweep.training import group
 
@@ -272,7 +272,7 @@ def train_cells(
 
 
 def train_teachers(configs: list[DictConfig]) -> str:
-    """``group.obtain_teachers``; one that fails is told in its log and by the cells that need it."""
+    """Run ``group.obtain_teachers``; a failure is logged, and reported by the cells that need the Teacher."""
     from kdsweep.training import factory, group
 
     group.obtain_teachers(configs, factory.compute(configs[0]))
@@ -280,14 +280,14 @@ def train_teachers(configs: list[DictConfig]) -> str:
 
 
 def preview_cells(configs: list[DictConfig], devices: list[str]) -> Preview:
-    """``group.look``."""
+    """Run ``preview.preview_cells``."""
     from kdsweep.sweep import preview
 
     return preview.preview_cells(configs, devices)
 
 
 def preview_remote(configs: list[DictConfig], place: str, *, times: bool) -> Preview:
-    """``group.look_from_afar``."""
+    """Run ``preview.preview_remote``."""
     from kdsweep.sweep import preview
 
     return preview.preview_remote(configs, place, times=times)
@@ -299,7 +299,7 @@ def pin(call: Callable[[list[DictConfig]], Any], configs: list[DictConfig], devi
     Args:
         call: the function.
         configs: its argument.
-        device: where; an empty name leaves the configurations as they are.
+        device: its name; an empty one leaves the configurations as they are.
         share: how many processes compute on this device: on the CPU each takes its part of the threads.
     """
     if device:
@@ -314,20 +314,20 @@ def pin(call: Callable[[list[DictConfig]], Any], configs: list[DictConfig], devi
 
 
 def probe(device: str) -> None:
-    """Compute something on a device; whatever is wrong with it is raised."""
+    """Compute something on a device and raise whatever error that gives."""
     import torch
 
     torch.ones(8, device=device).sum().item()
 
 
 def closed(overrides: Sequence[str], result: Any) -> JobReturn:
-    """The return of a job that was not run here, or could not be opened; its result is a value or what ended it."""
+    """Return the JobReturn of a job that was not run here or not opened; its result is a value or its error."""
     status = JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED
     return JobReturn(overrides=overrides, status=status, _return_value=result)
 
 
 def _as_text(result: Any) -> Any:
-    """An exception may not survive pickling: its text does."""
+    """Replace an exception, which may not survive pickling, by one with its text."""
     if isinstance(result, Exception):
         return InputError(str(result)) if isinstance(result, InputError) else CellError(one_line(result))
     return result
