@@ -1,1 +1,1 @@
-"""What a configuration means: which values are allowed, which cell it is, what its fingerprint is made of."""
+"""The meaning of a configuration: allowed values, the cell that it describes, the fingerprint of that."""

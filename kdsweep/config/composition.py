@@ -34,7 +34,7 @@ class Composer:
         self._parse = cache(OverridesParser.create(config_loader=loader).parse_override)
 
     def compose(self, overrides: Sequence[str], *, number: int) -> DictConfig:
-        """The configuration of one job.
+        """Compose the configuration of one job.
 
         Args:
             overrides: of the job.
@@ -56,7 +56,7 @@ class Composer:
         return config
 
     def _is_plain(self, own: Override, among: Sequence[Override]) -> bool:
-        """Whether an override gives one value to a key that no other override touches, and composes nothing."""
+        """Return whether an override gives one value to a key that no other override touches, and composes nothing."""
         key = own.key_or_group
         if own.type is not OverrideType.CHANGE or not isinstance(own.value(), str | int | float | None):
             return False
@@ -65,7 +65,7 @@ class Composer:
         return not touched and self._is_value(key)
 
     def _look_up(self, key: str) -> bool:
-        """Whether a key is that of a value: not of a group of files, nor of a part, nor Hydra's own."""
+        """Return whether a key is that of a value: not of a group of files, nor of a part, nor Hydra's own."""
         if key.startswith("hydra") or key in self._config.hydra.runtime.choices:
             return False
         now = OmegaConf.select(self._config, key)
@@ -85,16 +85,16 @@ class Composed(Sequence[DictConfig]):
         self._composer, self._jobs, self._first = composer, jobs, first
 
     def __len__(self) -> int:
-        """How many jobs."""
+        """Return how many jobs there are."""
         return len(self._jobs)
 
     def __getitem__(self, index: Any) -> Any:
-        """That of one job."""
+        """Compose the configuration of one job."""
         return self._composer.compose(self._jobs[index], number=self._first + index)
 
 
 def compose(overrides: list[str]) -> DictConfig:
-    """The configuration of one cell from overrides, outside of a Hydra run.
+    """Compose the configuration of one cell from overrides, outside of a Hydra run.
 
     Raises:
         InputError: an override is wrong.

@@ -63,58 +63,58 @@ class Cell:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal fingerprints mean the same result, so it is computed once."""
+        """Return the fingerprint: equal ones mean the same result, so it is computed once."""
         return digest([self.role, self.notation, self.split, self.seed, self.settings, self.evidence])
 
     @property
     def run_name(self) -> str:
-        """Name of the MLflow run, such as ``HReg_KLD_WAug/split0``."""
+        """Return the name of the MLflow run, such as ``HReg_KLD_WAug/split0``."""
         return f"{self.notation}/split{self.split}"
 
     @property
     def title(self) -> str:
-        """How messages call it, such as ``HReg_KLD_WAug split 0 seed 0``, and in brackets its variant if it has one."""
+        """Return its name in messages, such as ``HReg_KLD_WAug split 0 seed 0``, with its variant in brackets."""
         name = f"{self.notation} split {self.split} seed {self.seed}"
         return f"{name} ({variant_label(self.variant)})" if self.variant else name
 
     @property
     def key(self) -> str:
-        """What a sweep asks for: name, results version, and a digest of all that the user chose.
+        """Return what a sweep knows it by: name, results version, and a digest of all that the user chose.
 
-        A later computation of the same place (an image was replaced) takes its seat.
+        A later computation with the same key (an image was replaced) takes its place in the sweep.
         """
         choice = f"v{RESULTS_VERSION}-{digest([self.settings, self.sources])[:8]}"
         return f"{self.notation}/split{self.split}/seed{self.seed}/{choice}"
 
     @cached_property
     def folder(self) -> Path:
-        """Where the cell's files lie: named by its fingerprint, so that the same command finds them again."""
+        """Return the folder of its files, named by its fingerprint, so that the same command finds them again."""
         parent = "teachers" if self.role == "teacher" else "cells"
         return self.store / parent / f"{self.notation}-split{self.split}-seed{self.seed}-{self.fingerprint[:10]}"
 
 
 def notation(*, path: str, loss: str, distill_view: str) -> str:
-    """The paper's name of a cell (PAPER, Table 3): ``HReg`` + ``KLD`` + ``_WAug`` for a weakly augmented Teacher."""
+    """Return the paper's name of a cell (Table 3): ``HReg`` + ``KLD`` + ``_WAug`` for a weakly augmented Teacher."""
     return f"{path}_{loss}{weak_suffix(distill_view)}"
 
 
 def teacher_notation(train_view: str) -> str:
-    """``Teacher``, or ``Teacher_WAug`` for one trained on weak views."""
+    """Return ``Teacher``, or ``Teacher_WAug`` for one trained on weak views."""
     return f"Teacher{weak_suffix(train_view)}"
 
 
 def weak_suffix(view: str) -> str:
-    """``_WAug`` for the weak view, as the paper writes it."""
+    """Return ``_WAug`` for the weak view, as the paper writes it."""
     return "_WAug" if view == "weak" else ""
 
 
 def is_under(key: str, names: tuple[str, ...]) -> bool:
-    """Whether a dotted key is one of these, or below one."""
+    """Return whether a dotted key is one of these, or below one."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def variant_label(variant: dict[str, str]) -> str:
-    """Such as ``train.lr=0.001, kd.weight=0.9``."""
+    """Return a variant as text, such as ``train.lr=0.001, kd.weight=0.9``."""
     return ", ".join(f"{key}={value}" for key, value in variant.items())
 
 
@@ -136,18 +136,18 @@ def unused(role: str, params: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def used_by(role: str, variant: dict[str, str], params: Mapping[str, Any]) -> dict[str, str]:
-    """The part of a variant that matters for a run: a Student without distillation has no ``kd.weight``."""
+    """Return the part of a variant that matters for a run: a Student without distillation has no ``kd.weight``."""
     idle = unused(role, params)
     return {key: value for key, value in variant.items() if not is_under(key, idle)}
 
 
 def superseded(asked: Mapping[str, str], by: Mapping[str, str]) -> list[str]:
-    """Return the places of a sweep that new ones take.
+    """Return the keys of a sweep that new ones replace.
 
     These are the same cell under another name of its data or weights, and the cell of an older results version.
 
     Args:
-        asked: by place what was asked for before: which cell it is, then its variant if it has one.
+        asked: by key what was asked for before: which cell it is, then its variant if it has one.
         by: the same of what is asked for now.
     """
     cells = {value.partition(" ")[0] for value in by.values()}
@@ -169,13 +169,13 @@ def _without_version(place: str, value: str) -> tuple[str, str]:
 
 
 def varied_keys(params: list[dict[str, Any]]) -> list[str]:
-    """Keys of flat configurations that do not have one value in all, beyond the factors and what decides no result."""
+    """Return the keys whose values differ between flat configurations, beyond the factors and NEUTRAL."""
     keys = sorted({key for own in params for key in own if not is_under(key, FACTORS + NEUTRAL)})
     return [key for key in keys if len({str(own.get(key)) for own in params}) > 1]
 
 
 def swept_keys(typed: list[list[str]]) -> list[str]:
-    """Keys that the command lines of several jobs give different values, beyond those in a cell's name and LOCAL ones.
+    """Return the keys to which several jobs' command lines give different values, beyond NAMES and LOCAL.
 
     Args:
         typed: the overrides of each job, such as ``["path=L", "train.lr=1e-3"]``.
@@ -186,12 +186,12 @@ def swept_keys(typed: list[list[str]]) -> list[str]:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value made of dicts, lists, strings, numbers and None; the order of keys does not matter."""
+    """Return the SHA-256 of a value made of dicts, lists, strings, numbers and None, whatever the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def group_by(keys: list[str]) -> list[list[int]]:
-    """Positions of equal keys together, in the order in which the keys first appear."""
+    """Return the positions of equal keys together, in the order in which the keys first appear."""
     groups: dict[str, list[int]] = {}
     for position, key in enumerate(keys):
         groups.setdefault(key, []).append(position)
@@ -199,7 +199,7 @@ def group_by(keys: list[str]) -> list[list[int]]:
 
 
 def divide(group: list[int], *, largest: int, likeness: list[str]) -> list[list[int]]:
-    """A lockstep group in parts of at most ``largest`` members and nearly equal size.
+    """Divide a lockstep group into parts of at most ``largest`` members and nearly equal size.
 
     Args:
         group: positions of the members.
@@ -213,7 +213,7 @@ def divide(group: list[int], *, largest: int, likeness: list[str]) -> list[list[
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, keys joined by dots."""
+    """Flatten nested dicts into one, keys joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict):
@@ -224,7 +224,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def targets(settings: Any) -> list[str]:
-    """Every ``_target_`` in nested settings, sorted: the code that a configuration names."""
+    """Return every ``_target_`` in nested settings, sorted: the code that a configuration names."""
     if isinstance(settings, dict):
         own = [settings["_target_"]] if isinstance(settings.get("_target_"), str) else []
         return sorted({*own, *(name for value in settings.values() for name in targets(value))})

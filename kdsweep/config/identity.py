@@ -1,4 +1,4 @@
-"""Which cell a configuration describes: settings, evidence, fingerprint, and with which others it can be trained.
+"""The cell that a configuration describes: settings, evidence, fingerprint, and with which others it is trained.
 
 With ``training/factory.py`` the only place that reads a configuration. This half runs without torch: a sweep is
 checked and planned, and what is finished is found, before any process has waited for its import.
@@ -32,22 +32,22 @@ def check(cfg: Config) -> None:
 
 
 def load_size(cfg: DictConfig) -> int:
-    """Side in pixels of the images that crops are taken from: 256 for 224, and in that ratio."""
+    """Return the side in pixels of the images that crops are taken from: 256 for 224, and in that ratio."""
     return cfg.data.load_size or default_load_size(cfg.image_size)
 
 
 def default_load_size(image_size: int) -> int:
-    """That of ``load_size`` if the configuration has none."""
+    """Return the ``load_size`` of a configuration that has none: 256 for 224, and in that ratio."""
     return round(image_size * 256 / 224)
 
 
 def source(cfg: DictConfig) -> Any:
-    """The data set that a configuration names: a ``data.Source``."""
+    """Return the data set that a configuration names: a ``data.Source``."""
     return hydra.utils.instantiate(cfg.data.source)
 
 
 def listing(cfg: Config) -> sources.Listing:
-    """What the data set consists of; looked at once per process."""
+    """List what the data set consists of, once per process."""
     return _listing(json.dumps(values(cfg)["data"]["source"]))
 
 
@@ -57,7 +57,7 @@ def _listing(of: str) -> sources.Listing:
 
 
 def images(cfg: DictConfig) -> Images:
-    """The data set in memory; read once per process."""
+    """Return the data set in memory, read once per process."""
     takes_empty = bool(cfg.data.get("allow_empty_masks"))
     return _load(source(cfg), load_size=load_size(cfg), image_size=cfg.image_size, allow_empty_masks=takes_empty)
 
@@ -68,7 +68,7 @@ def _load(of: sources.Source, *, load_size: int, image_size: int, allow_empty_ma
 
 
 def cell(cfg: Config) -> Cell:
-    """The cell that a configuration describes, with its fingerprint."""
+    """Return the cell that a configuration describes, with its fingerprint."""
     given = values(cfg)
     common, evidence, sources = _common(given)
     student, path = given["student"], given["path"]
@@ -91,7 +91,7 @@ def cell(cfg: Config) -> Cell:
 
 
 def teacher_cell(cfg: Config) -> Cell:
-    """The Teacher that a configuration's cell learns from."""
+    """Return the Teacher that a configuration's cell learns from."""
     given = values(cfg)
     common, evidence, sources = _common(given)
     teacher, view = given["teacher"], given["teacher_aug"]["train_view"]
@@ -101,7 +101,9 @@ def teacher_cell(cfg: Config) -> Cell:
 
 
 def batches_key(cfg: Config, *, seed: int) -> str:
-    """Equal for trainings that can share every batch: a digest of all that batches and their computation depend on.
+    """Return a key that is equal for trainings that can share every batch.
+
+    It is a digest of all that batches and their computation depend on.
 
     Whatever else may differ inside a lockstep group: path, loss, views, Teacher, Student, rates, weights, epochs.
     """
@@ -140,7 +142,7 @@ def _cell(
 
 
 def _common(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
-    """What every training depends on: settings, digests of what lies outside them, and where that lies."""
+    """Return what every training depends on: settings, digests of what lies outside them, and where that lies."""
     own = given["data"]
     source = {key: value for key, value in own["source"].items() if key not in ("root", "cache_dir")}
     size = own["load_size"] or default_load_size(given["image_size"])
@@ -176,7 +178,7 @@ def _weights_source(group: str, node: dict[str, Any]) -> dict[str, str]:
 
 
 def imagenet(node: Mapping[str, Any]) -> str:
-    """Where the ImageNet weights of a network's encoder are, as REPOSITORY@REVISION on the Hugging Face hub."""
+    """Return where the ImageNet weights of a network's encoder are, as REPOSITORY@REVISION on the Hugging Face hub."""
     if node.get("imagenet") is None:
         raise InputError(f"weights=imagenet: none are known for encoder={node['encoder']}; use weights=none or a file")
     return str(node["imagenet"])
@@ -188,24 +190,24 @@ def _file_digest(file: Path, _: int) -> str:
 
 
 def plain(node: DictConfig) -> Any:
-    """A part of the configuration as dicts, lists and plain values, references resolved."""
+    """Return a part of the configuration as dicts, lists and plain values, references resolved."""
     return OmegaConf.to_container(node, resolve=True)
 
 
 def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
-    """Image ids of the split's three parts: written beside the run."""
+    """Return the image ids of the split's three parts, which are written beside the run."""
     ids = [entry.id for entry in listing(cfg).entries]
     part = random_split(len(ids), index=cfg.split)
     return {name: [ids[i] for i in indices] for name, indices in vars(part).items()}
 
 
 def params(cfg: Config) -> dict[str, Any]:
-    """The flat resolved configuration, keys joined by dots: what MLflow keeps of a run."""
+    """Return the flat resolved configuration, keys joined by dots: what MLflow keeps of a run."""
     return grid.flatten(values(cfg))
 
 
 def values(cfg: Config) -> dict[str, Any]:
-    """A configuration without Hydra's part as dicts, lists and plain values, references resolved.
+    """Return a configuration without Hydra's part as dicts, lists and plain values, references resolved.
 
     Resolving takes milliseconds, so the plan of a sweep does it once per job: functions here take its result as well.
     """
@@ -216,7 +218,7 @@ def values(cfg: Config) -> dict[str, Any]:
 
 
 def factors(cfg: DictConfig, *, role: str) -> dict[str, str]:
-    """The factors as a cell uses them: first among the params by their names, so MLflow compares runs by them."""
+    """Return the factors as a cell uses them: first among the params, so MLflow compares runs by them."""
     if role == "teacher":
         return {"cell.teacher_aug": cfg.teacher_aug.train_view}
     if role == "baseline":

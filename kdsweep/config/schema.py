@@ -1,4 +1,4 @@
-"""What each configuration value may be. Checked for every job of a sweep before the first one starts."""
+"""Allowed values of the configuration, checked for every job of a sweep before the first one starts."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from kdsweep.core.errors import InputError
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is an int or float, neither a bool nor infinite."""
+    """Return whether it is an int or float, neither a bool nor infinite."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is an int and not a bool."""
+    """Return whether it is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_device(value: Any) -> bool:
-    """Whether it names a device: auto, cpu, cuda or cuda:NUMBER."""
+    """Return whether it names a device: auto, cpu, cuda or cuda:NUMBER."""
     return re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)) is not None
 
 

@@ -51,12 +51,12 @@ class Job:
 
     @property
     def epochs_left(self) -> int:
-        """If no early stop ends it sooner."""
+        """Return how many epochs are left if no early stop ends it sooner."""
         return max(0, int(self.values["train"]["epochs"]) - self.begun)
 
     @property
     def config(self) -> DictConfig:
-        """With what was settled since it was read."""
+        """Return the job's configuration with what was settled since it was read."""
         config = self.configs[self.number]
         if self.subdir:
             with read_write(config.hydra.sweep):
@@ -66,7 +66,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a check of the real networks finds before anything is trained.
+    """Devices and times that a check of the real networks finds before anything is trained.
 
     Attributes:
         devices: names of those where groups can run at the same time, by the value of ``device``.
@@ -150,12 +150,12 @@ def name_variants(
 
 
 def swept_keys(words: list[list[str]]) -> list[str]:
-    """What a command line gives several values, beyond the factors: keys and configuration groups such as teacher."""
+    """Return what a command line gives several values, beyond the factors: keys, and groups such as teacher."""
     return [key for key in grid.swept_keys(words) if not key.startswith("hydra")]
 
 
 def kinds(jobs: Sequence[Job]) -> list[Job]:
-    """One job of each kind that must be looked at where torch is: others with its batches and networks are alike."""
+    """Return one job of each kind to check where torch is: others with its batches and networks are alike."""
     found: dict[str, Job] = {}
     for job in jobs:
         networks = [job.values["student"], job.values["teacher"], job.cell.evidence.get("teacher", "")]
@@ -200,7 +200,7 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
 
 
 def teacher_cells(jobs: Sequence[Job]) -> list[Cell]:
-    """The Teachers that jobs learn from, each once."""
+    """Return the Teachers that jobs learn from, each once."""
     return list({cell.folder: cell for job in jobs if (cell := job.cell.teacher) is not None}.values())
 
 
@@ -221,7 +221,7 @@ def tell_changes(jobs: Sequence[Job]) -> None:
 
 
 def _difference(before: dict[str, Any], cell: Cell) -> str:
-    """What differs between an earlier cell of the same name and this one, in words."""
+    """Return in words what differs between an earlier cell of the same name and this one."""
     old_evidence = before["evidence"]
     version = old_evidence.get("results_version", "0")  # the first ones had none
     if version != str(grid.RESULTS_VERSION):
@@ -241,17 +241,17 @@ def _difference(before: dict[str, Any], cell: Cell) -> str:
 
 
 def unique(jobs: Sequence[Job]) -> list[Job]:
-    """The first job of each cell: ``path=none`` has no loss, so a sweep over losses asks for it again and again."""
+    """Return the first job of each cell: ``path=none`` has no loss, so each loss asks for it again."""
     return list({job.cell.fingerprint: job for job in reversed(jobs)}.values())[::-1]
 
 
 def waiting(jobs: Sequence[Job]) -> list[Job]:
-    """One job for each cell that is not finished."""
+    """Return one job for each cell that is not finished."""
     return [job for job in unique(jobs) if job.finished is None]
 
 
 def tell_finished(job: Job) -> None:
-    """One line that names the run that a cell is not computed again for."""
+    """Log one line that names the run of a cell that is not computed again."""
     from kdsweep.tracking import sync
 
     run_id = sync.run_id(job.cell.folder) or "not in MLflow yet"
@@ -259,12 +259,12 @@ def tell_finished(job: Job) -> None:
 
 
 def is_computed_elsewhere(jobs: Sequence[Job]) -> bool:
-    """Whether other processes are at all of these cells."""
+    """Return whether other processes compute all of these cells at the moment."""
     return all(records.is_held(job.cell.folder) for job in jobs)
 
 
 def outcome(job: Job, error: Exception) -> float | Exception:
-    """What a cell has come to whose process has died: it may have been finished before, else that ended it."""
+    """Return the result of a cell whose process died: it may have been finished before; if not, the error."""
     if (finished := records.read_finished(job.cell.folder)) is not None:
         return finished["test/dice"]
     if known := records.read(job.cell.folder).error:
@@ -274,7 +274,7 @@ def outcome(job: Job, error: Exception) -> float | Exception:
 
 
 def failure(cell: Cell, error: object) -> str:
-    """A line on a cell that failed: why, and where more is to be read."""
+    """Return a line on a cell that failed: why, and where to read more."""
     text = str(error)
     return f"{'' if text.startswith(cell.title) else f'{cell.title}: '}{text}; log: {cell.folder / 'kdsweep.log'}"
 
@@ -282,7 +282,7 @@ def failure(cell: Cell, error: object) -> str:
 def form_groups(
     jobs: Sequence[Job], *, devices: dict[str, list[str]], largest: int | None = None, apart: Set[Path] = frozenset()
 ) -> list[list[Job]]:
-    """Lockstep groups: jobs that can share every batch, divided where they would leave devices idle.
+    """Form lockstep groups: jobs that can share every batch, divided where they would leave devices idle.
 
     Args:
         jobs: each of another cell.
@@ -305,26 +305,26 @@ def form_groups(
 
 
 def missing_teachers(jobs: Sequence[Job]) -> list[tuple[Cell, Job]]:
-    """The Teachers that these jobs need and that are not in the store, each with a job that needs it."""
+    """Return the Teachers that these jobs need and the store lacks, each with a job that needs it."""
     needed = {cell.fingerprint: (cell, job) for job in jobs if (cell := job.cell.teacher) is not None}
     return [(cell, job) for cell, job in needed.values() if records.read_finished(cell.folder) is None]
 
 
 def estimate_s(groups: Sequence[Sequence[Job]], preview: Preview) -> float:
-    """Seconds that the groups take on one device if no early stop ends a cell sooner."""
+    """Return the seconds that the groups take on one device if no early stop ends a cell sooner."""
     members = [job for group in groups for job in group]
     return teachers_s(members, preview) + sum(group_s(group, preview) for group in groups)
 
 
 def teachers_s(jobs: Sequence[Job], preview: Preview) -> float:
-    """Seconds that the training of the Teachers takes that these jobs lack."""
+    """Return the seconds that training the Teachers takes that these jobs lack."""
     missing = missing_teachers(jobs)
     epochs = sum(max(0, job.values["train"]["epochs"] - records.epochs(cell.folder)) for cell, job in missing)
     return float(epochs * preview.images * preview.teacher_s)
 
 
 def group_s(group: Sequence[Job], preview: Preview) -> float:
-    """Seconds that a group takes once its Teachers are there."""
+    """Return the seconds that a group takes once its Teachers are there."""
     epochs = [job.epochs_left for job in group]
     teacher_outputs = {forward_of(job) for job in group if job.cell.role == "distilled"}
     return preview.images * float(
@@ -333,13 +333,13 @@ def group_s(group: Sequence[Job], preview: Preview) -> float:
 
 
 def forward_of(job: Job) -> tuple[str, str, str]:
-    """Which Teacher forward a cell learns from: jobs with equal ones share it."""
+    """Return which Teacher forward a cell learns from; jobs with equal ones share it."""
     view, precision = job.values["teacher_aug"]["distill_view"], job.values["kd"]["teacher_precision"]
     return job.cell.evidence["teacher"], view, precision
 
 
 def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: Preview | None) -> str:
-    """One line on what will run: cells, groups, Teachers, data, device, the longest that it can take.
+    """Return one line on what will run: cells, groups, Teachers, data, device, the longest that it can take.
 
     Args:
         jobs: of the whole sweep.
@@ -373,7 +373,7 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
 
 
 def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: Preview | None) -> str:
-    """What a sweep would compute and for how long at most, a line per group, for who wants to know before it runs.
+    """Return what a sweep would compute and for how long at most, a line per group.
 
     The arguments are those of ``describe``.
     """

@@ -47,7 +47,7 @@ class LockstepSweeper(BasicSweeper):
     """
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Left to the launcher."""
+        """Leave it to the launcher."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class LockstepSweeperConf(BasicSweeperConf):
 
 @dataclass
 class LockstepConf:
-    """What ``hydra/launcher=lockstep`` can be told."""
+    """Options of ``hydra/launcher=lockstep``."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepLauncher"
     devices: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ class LockstepConf:
 
 @dataclass
 class SlurmConf:
-    """What ``hydra/launcher=lockstep_slurm`` can be told; each is described in kdsweep/sweep/engines/slurm.py."""
+    """Options of ``hydra/launcher=lockstep_slurm``; each is described in kdsweep/sweep/engines/slurm.py."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.SlurmLauncher"
     plan: bool = False
@@ -91,7 +91,7 @@ class SlurmConf:
 
 @dataclass
 class RayConf:
-    """What ``hydra/launcher=lockstep_ray`` can be told; each is described in kdsweep/sweep/engines/ray.py."""
+    """Options of ``hydra/launcher=lockstep_ray``; each is described in kdsweep/sweep/engines/ray.py."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.RayLauncher"
     plan: bool = False
