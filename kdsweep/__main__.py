@@ -106,7 +106,7 @@ def _cell_dir(*, _root_: DictConfig) -> str:
     """Folder of the configured cell below the store: Hydra's job folder."""
     from kdsweep.config import identity
 
-    identity.check(_root_)
+    identity.read(_root_)
     cell = identity.cell(_root_)
     return str(cell.folder.relative_to(cell.store))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,27 @@ from omegaconf import DictConfig, OmegaConf
 
 from kdsweep.config import grid, schema, user_code
 from kdsweep.config.grid import Cell
+from kdsweep.config.schema import NetworkNode, Settings
 from kdsweep.core.errors import InputError
 from kdsweep.data import sources
 from kdsweep.data.images import Images, load_images
 from kdsweep.data.splits import random_split
 
-Config = DictConfig | dict[str, Any]  # as Hydra gives it, or its ``values``
+Config = DictConfig | Settings  # as Hydra gives it, or checked
 
 
-def check(cfg: Config) -> None:
-    """Raise InputError for the first value out of its range: one line with key, value and what is allowed."""
-    schema.check(params(cfg))
+def read(cfg: Config) -> Settings:
+    """Return a configuration without Hydra's part, checked and with its types, references resolved.
+
+    Resolving takes milliseconds, so the plan of a sweep does it once per job: functions here take its result as well.
+
+    Raises:
+        InputError: a value is not allowed, or a key is not known.
+    """
+    if isinstance(cfg, Settings):
+        return cfg
+    own = {str(key): cfg[key] for key in cfg if key != "hydra"}
+    return schema.read({key: plain(value) if OmegaConf.is_config(value) else value for key, value in own.items()})
 
 
 def load_size(cfg: DictConfig) -> int:
@@ -48,7 +57,7 @@ def source(cfg: DictConfig) -> Any:
 
 def listing(cfg: Config) -> sources.Listing:
     """List what the data set consists of, once per process."""
-    return _listing(json.dumps(values(cfg)["data"]["source"]))
+    return _listing(json.dumps(read(cfg).data.source))
 
 
 @lru_cache(maxsize=2)
@@ -69,35 +78,36 @@ def _load(of: sources.Source, *, load_size: int, image_size: int, allow_empty_ma
 
 def cell(cfg: Config) -> Cell:
     """Return the cell that a configuration describes, with its fingerprint."""
-    given = values(cfg)
+    given = read(cfg)
     common, evidence, sources = _common(given)
-    student, path = given["student"], given["path"]
+    student, path = given.student, given.path
     evidence, sources = evidence | _weights_evidence("student", student), sources | _weights_source("student", student)
-    own = {**common, "network": _network(student), **{key: given["train"][key] for key in ("lr", "monitor")}}
-    if path["kd_path"] is None:
-        return _cell(given, "baseline", path["notation"], own, evidence, sources)
-    representation, loss, view = path.get("representation"), given["loss"], given["teacher_aug"]["distill_view"]
-    if representation not in loss:
-        raise InputError(f"path.representation={representation} is not allowed: it must be logits or hidden")
+    own = {**common, "network": _network(student), "lr": given.train.lr, "monitor": given.train.monitor}
+    if path.kd_path is None:
+        return _cell(given, "baseline", path.notation, own, evidence, sources)
+    representation, view = path.representation, given.teacher_aug.distill_view
+    loss = given.loss.hidden if representation == "hidden" else given.loss.logits
+    if representation is None or loss is None:
+        raise InputError(f"path.representation={representation} is not allowed: loss={given.loss.name} has none for it")
     idle = grid.unused("distilled", params(given))
-    kd = {key: value for key, value in given["kd"].items() if f"kd.{key}" not in idle}
-    taught = {"path": path["kd_path"], "loss": loss[representation], "distill_view": view, "kd": kd}
+    kd = {key: value for key, value in given.kd.plain().items() if f"kd.{key}" not in idle}
+    taught = {"path": path.kd_path.plain(), "loss": loss, "distill_view": view, "kd": kd}
     master = teacher_cell(given)
     own = {**own, **taught, "representation": representation, "teacher": master.settings}
     evidence["teacher"] = master.fingerprint
-    sources |= {"teacher.seed": str(master.seed)} | _weights_source("teacher", given["teacher"])
-    name = grid.notation(path=path["notation"], loss=loss["name"].upper(), distill_view=view)
+    sources |= {"teacher.seed": str(master.seed)} | _weights_source("teacher", given.teacher)
+    name = grid.notation(path=path.notation, loss=given.loss.name.upper(), distill_view=view)
     return _cell(given, "distilled", name, own, evidence, sources, teacher=master)
 
 
 def teacher_cell(cfg: Config) -> Cell:
     """Return the Teacher that a configuration's cell learns from."""
-    given = values(cfg)
+    given = read(cfg)
     common, evidence, sources = _common(given)
-    teacher, view = given["teacher"], given["teacher_aug"]["train_view"]
-    own = {**common, "network": _network(teacher), "lr": teacher["lr"], "train_view": view}
+    teacher, view = given.teacher, given.teacher_aug.train_view
+    own = {**common, "network": _network(teacher), "lr": teacher.lr, "train_view": view}
     evidence, sources = evidence | _weights_evidence("teacher", teacher), sources | _weights_source("teacher", teacher)
-    return _cell(given, "teacher", grid.teacher_notation(view), own, evidence, sources, seed=teacher["seed"])
+    return _cell(given, "teacher", grid.teacher_notation(view), own, evidence, sources, seed=teacher.seed)
 
 
 def batches_key(cfg: Config, *, seed: int) -> str:
@@ -107,16 +117,16 @@ def batches_key(cfg: Config, *, seed: int) -> str:
 
     Whatever else may differ inside a lockstep group: path, loss, views, Teacher, Student, rates, weights, epochs.
     """
-    given = values(cfg)
+    given = read(cfg)
     common, evidence, _ = _common(given)
     made_of = [common[key] for key in ("data", "image_size", "views", "precision")]
-    kept_in = [given["store"], given["tracking"]["uri"], given["tracking"]["experiment"]]
-    by = [given["train"]["batch_size"], given["train"]["workers"], given["device"], given["deterministic"]]
-    return grid.digest([made_of, evidence, given["split"], seed, by, kept_in])
+    kept_in = [given.store, given.tracking.uri, given.tracking.experiment]
+    by = [given.train.batch_size, given.train.workers, given.device, given.deterministic]
+    return grid.digest([made_of, evidence, given.split, seed, by, kept_in])
 
 
 def _cell(
-    given: dict[str, Any],
+    given: Settings,
     role: str,
     name: str,
     own: dict[str, Any],
@@ -131,57 +141,57 @@ def _cell(
     return Cell(
         role=role,
         notation=name,
-        split=given["split"],
-        seed=given["seed"] if seed is None else seed,
+        split=given.split,
+        seed=given.seed if seed is None else seed,
         settings=grid.without_places(own),
         evidence={**evidence, **({"user_code": users} if users else {}), "results_version": str(grid.RESULTS_VERSION)},
-        store=Path(given["store"]),
+        store=Path(given.store),
         sources=sources,
         teacher=teacher,
     )
 
 
-def _common(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+def _common(given: Settings) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Return what every training depends on: settings, digests of what lies outside them, and where that lies."""
-    own = given["data"]
-    source = {key: value for key, value in own["source"].items() if key not in ("root", "cache_dir")}
-    size = own["load_size"] or default_load_size(given["image_size"])
+    own = given.data
+    source = {key: value for key, value in own.source.items() if key not in ("root", "cache_dir")}
+    size = own.load_size or default_load_size(given.image_size)
     settings = {
-        "profile": given["profile"],
-        "data": {"name": own["name"], "source": source, "load_size": size},
-        "image_size": given["image_size"],
-        "views": given["views"],
-        "precision": given["precision"],
-        "train": {key: given["train"][key] for key in ("epochs", "batch_size", "patience")},
+        "profile": given.profile,
+        "data": {"name": own.name, "source": source, "load_size": size},
+        "image_size": given.image_size,
+        "views": given.views.plain(),
+        "precision": given.precision,
+        "train": given.train.model_dump(include={"epochs", "batch_size", "patience"}),
     }
-    return settings, {"data": listing(given).digest}, {"data.root": str(own.get("root", ""))}
+    return settings, {"data": listing(given).digest}, {"data.root": str(own.root or "")}
 
 
-def _network(node: dict[str, Any]) -> dict[str, Any]:
-    weights = node["weights"] if node["weights"] in ("imagenet", "none") else "file"
-    return {"encoder": node["encoder"], "decoder_channels": node["decoder_channels"], "weights": weights}
+def _network(node: NetworkNode) -> dict[str, Any]:
+    weights = node.weights if node.weights in ("imagenet", "none") else "file"
+    return {"encoder": node.encoder, "decoder_channels": node.decoder_channels, "weights": weights}
 
 
-def _weights_evidence(group: str, node: dict[str, Any]) -> dict[str, str]:
-    if node["weights"] == "none":
+def _weights_evidence(group: str, node: NetworkNode) -> dict[str, str]:
+    if node.weights == "none":
         return {}
-    if node["weights"] == "imagenet":
+    if node.weights == "imagenet":
         return {f"{group}_weights": imagenet(node)}
-    file = Path(str(node["weights"]))
+    file = Path(node.weights)
     if not file.is_file():
         raise InputError(f"{group}.weights={file}: no such file; use imagenet, none, or a .safetensors or .pt file")
     return {f"{group}_weights": _file_digest(file, file.stat().st_mtime_ns)}
 
 
-def _weights_source(group: str, node: dict[str, Any]) -> dict[str, str]:
-    return {f"{group}.weights": str(node["weights"])}
+def _weights_source(group: str, node: NetworkNode) -> dict[str, str]:
+    return {f"{group}.weights": node.weights}
 
 
-def imagenet(node: Mapping[str, Any]) -> str:
+def imagenet(node: NetworkNode | DictConfig) -> str:
     """Return where the ImageNet weights of a network's encoder are, as REPOSITORY@REVISION on the Hugging Face hub."""
-    if node.get("imagenet") is None:
-        raise InputError(f"weights=imagenet: none are known for encoder={node['encoder']}; use weights=none or a file")
-    return str(node["imagenet"])
+    if getattr(node, "imagenet", None) is None:
+        raise InputError(f"weights=imagenet: none are known for encoder={node.encoder}; use weights=none or a file")
+    return str(node.imagenet)
 
 
 @lru_cache(maxsize=8)
@@ -203,18 +213,7 @@ def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
 
 def params(cfg: Config) -> dict[str, Any]:
     """Return the flat resolved configuration, keys joined by dots: what MLflow keeps of a run."""
-    return grid.flatten(values(cfg))
-
-
-def values(cfg: Config) -> dict[str, Any]:
-    """Return a configuration without Hydra's part as dicts, lists and plain values, references resolved.
-
-    Resolving takes milliseconds, so the plan of a sweep does it once per job: functions here take its result as well.
-    """
-    if isinstance(cfg, dict):
-        return cfg
-    own = {str(key): cfg[key] for key in cfg if key != "hydra"}
-    return {key: plain(value) if OmegaConf.is_config(value) else value for key, value in own.items()}
+    return grid.flatten(read(cfg).plain())
 
 
 def factors(cfg: DictConfig, *, role: str) -> dict[str, str]:

@@ -1,95 +1,235 @@
-"""Allowed values of the configuration, checked for every job of a sweep before the first one starts."""
+"""The schema of the configuration: the type and the range of each key, said once.
+
+Pydantic checks it, which MLflow and Albumentations bring anyway: OmegaConf's structured configurations have types but
+no ranges. Below it values are attributes. What a key means stands beside it in conf/.
+"""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from functools import reduce
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from kdsweep.core.errors import InputError
 
 
-def is_number(value: Any) -> bool:
-    """Return whether it is an int or float, neither a bool nor infinite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _ordered(pair: list[float]) -> list[float]:
+    if pair != sorted(pair):
+        raise ValueError("the first number is larger than the second")
+    return pair
 
 
-def is_whole(value: Any) -> bool:
-    """Return whether it is an int and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def _odd(number: int) -> int:
+    if number % 2 == 0:
+        raise ValueError("even")
+    return number
 
 
-def is_device(value: Any) -> bool:
-    """Return whether it names a device: auto, cpu, cuda or cuda:NUMBER."""
-    return re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)) is not None
+def _named(name: str) -> str:
+    if not all(letter.isalnum() or letter in " ._-" for letter in name):
+        raise ValueError("another character")
+    return name
 
 
-# key, what is allowed in words, the test
-RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
-    ("seed", "a whole number from 0 to 4294967295", lambda v: is_whole(v) and 0 <= v < 2**32),
-    ("split", "0, 1 or 2", lambda v: is_whole(v) and 0 <= v <= 2),
-    ("device", "auto, cpu, cuda or cuda:NUMBER", lambda v: is_device(v)),
-    ("retry_failed", "true or false", lambda v: isinstance(v, bool)),
-    ("deterministic", "true or false", lambda v: isinstance(v, bool)),
-    ("precision", "fp32 or bf16", lambda v: v in ("fp32", "bf16")),
-    ("image_size", "a multiple of 32, at least 64", lambda v: is_whole(v) and v >= 64 and v % 32 == 0),
-    ("train.epochs", "a whole number >= 1", lambda v: is_whole(v) and v >= 1),
-    ("train.batch_size", "a whole number >= 1", lambda v: is_whole(v) and v >= 1),
-    ("train.lr", "a number > 0", lambda v: is_number(v) and v > 0),
-    ("train.patience", "a whole number >= 1", lambda v: is_whole(v) and v >= 1),
-    ("train.monitor", "loss or dice", lambda v: v in ("loss", "dice")),
-    ("train.workers", "auto or a whole number >= 0", lambda v: v == "auto" or (is_whole(v) and v >= 0)),
-    ("teacher.lr", "a number > 0", lambda v: is_number(v) and v > 0),
-    ("teacher.seed", "a whole number from 0 to 4294967295", lambda v: is_whole(v) and 0 <= v < 2**32),
-    ("teacher_aug.train_view", "weak or strong", lambda v: v in ("weak", "strong")),
-    ("teacher_aug.distill_view", "weak or strong", lambda v: v in ("weak", "strong")),
-    ("kd.weight", "a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1),
-    ("kd.temperature", "a number > 0", lambda v: is_number(v) and v > 0),
-    ("kd.teacher_precision", "fp32 or bf16", lambda v: v in ("fp32", "bf16")),
-    ("kd.align", "warp or none", lambda v: v in ("warp", "none")),
-    ("views.shift", "a number from 0 to 0.5", lambda v: is_number(v) and 0 <= v <= 0.5),
-    ("views.scale", "a number from 0 to 0.9", lambda v: is_number(v) and 0 <= v <= 0.9),
-    ("views.rotate_deg", "a number from 0 to 180", lambda v: is_number(v) and 0 <= v <= 180),
-    ("views.dropout", "a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1),
-    ("views.probability", "a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1),
-    ("views.noise_std", "two numbers, 0 <= first <= second <= 1", lambda v: _is_range(v)),
-    ("data.count", "a whole number >= 4", lambda v: v is None or (is_whole(v) and v >= 4)),  # phantoms alone have one
-    ("data.load_size", "null or a whole number >= image_size", lambda v: v is None or (is_whole(v) and v >= 64)),
-    ("student.decoder_channels", "five whole numbers >= 1", lambda v: _is_five_widths(v)),
-    ("teacher.decoder_channels", "five whole numbers >= 1", lambda v: _is_five_widths(v)),
-    ("path.kd_path.inner_channels", "a whole number >= 1", lambda v: v is None or (is_whole(v) and v >= 1)),
-    ("path.kd_path.kernel_size", "an odd number >= 1", lambda v: v is None or (is_whole(v) and v >= 1 and v % 2 == 1)),
-    ("store", "the name of a folder", lambda v: isinstance(v, str) and bool(v)),
-    ("data.allow_empty_masks", "true or false", lambda v: v is None or isinstance(v, bool)),
-    ("sweep_name", "a name of letters, digits, blank . _ -", lambda v: isinstance(v, str) and _is_name(v)),
-]
+# The description is what an error says that a value must be.
+Switch = Annotated[bool, Field(description="true or false")]
+Count = Annotated[int, Field(ge=1, description="a whole number >= 1")]
+Odd = Annotated[int, Field(ge=1), AfterValidator(_odd), Field(description="an odd number >= 1")]
+Seed = Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")]
+Positive = Annotated[float, Field(gt=0, description="a number > 0")]
+Share = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
+View = Annotated[Literal["weak", "strong"], Field(description="weak or strong")]
+Precision = Annotated[Literal["fp32", "bf16"], Field(description="fp32 or bf16")]
+Widths = Annotated[list[Count], Field(min_length=5, max_length=5, description="five whole numbers >= 1")]
+Text = Annotated[str, Field(min_length=1, description="a word")]
 
 
-def _is_range(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) != 2 or not all(map(is_number, value)):
-        return False
-    return 0 <= value[0] <= value[1] <= 1
+class Node(BaseModel):
+    """A part of the configuration. Types are strict: 1.0 is no whole number, "1" is no number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as dicts, lists and plain values, without what was not given."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
 
 
-def _is_five_widths(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 5 and all(is_whole(v) and v >= 1 for v in value)
+class OpenNode(Node):
+    """A part that may have keys of its user's own."""
+
+    model_config = ConfigDict(extra="allow")
 
 
-def _is_name(value: str) -> bool:
-    return 0 < len(value) <= 200 and all(c.isalnum() or c in " ._-" for c in value)
+class KDPathNode(OpenNode):
+    """``path.kd_path``: the class of a KD path and its arguments."""
+
+    target: Text = Field(alias="_target_")
+    inner_channels: Count | None = Field(None, description="a whole number >= 1")
+    kernel_size: Odd | None = Field(None, description="an odd number >= 1")
 
 
-def check(values: dict[str, Any]) -> None:
-    """Raise InputError for the first value out of its range: one line with key, value and what is allowed.
+class PathNode(OpenNode):
+    """``path``: what of Teacher and Student is compared; no ``kd_path`` is no distillation."""
+
+    name: Text
+    notation: Text
+    representation: Literal["logits", "hidden"] | None = Field(None, description="logits or hidden")
+    kd_path: KDPathNode | None
+
+
+class LossNode(OpenNode):
+    """``loss``: a function for each representation that it compares."""
+
+    name: Text
+    logits: dict[str, Any] | None = None
+    hidden: dict[str, Any] | None = None
+
+
+class TeacherAugNode(Node):
+    """``teacher_aug``: what a Teacher sees in its own training and in distillation."""
+
+    train_view: View
+    distill_view: View
+
+
+class NetworkNode(Node):
+    """``student`` and ``teacher``: a U-Net and its weights."""
+
+    encoder: Text
+    decoder_channels: Widths
+    weights: Text = Field(description="imagenet, none, or the name of a file")
+    imagenet: Text | None = None
+
+
+class TeacherNode(NetworkNode):
+    """``teacher``: also how it is trained."""
+
+    seed: Seed
+    lr: Positive
+
+
+class TrainNode(Node):
+    """``train``: how networks are trained."""
+
+    epochs: Count
+    batch_size: Count
+    lr: Positive
+    patience: Count
+    monitor: Literal["loss", "dice"] = Field(description="loss or dice")
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(description="auto or a whole number >= 0")
+
+
+class KDNode(Node):
+    """``kd``: the KD term."""
+
+    weight: Share
+    temperature: Positive
+    teacher_precision: Precision
+    align: Literal["warp", "none"] = Field(description="warp or none")
+
+
+class ViewsNode(Node):
+    """``views``: ranges of the strong view."""
+
+    shift: float = Field(ge=0, le=0.5, description="a number from 0 to 0.5")
+    scale: float = Field(ge=0, le=0.9, description="a number from 0 to 0.9")
+    rotate_deg: float = Field(ge=0, le=180, description="a number from 0 to 180")
+    noise_std: Annotated[list[Share], Field(min_length=2, max_length=2), AfterValidator(_ordered)] = Field(
+        description="two numbers, 0 <= first <= second <= 1"
+    )
+    dropout: Share
+    probability: Share
+
+
+class DataNode(OpenNode):
+    """``data``: the data set; ``source`` is its class and arguments, among them the user's own."""
+
+    name: Text
+    source: dict[str, Any]
+    load_size: int | None = Field(None, ge=64, description="null or a whole number >= image_size")
+    allow_empty_masks: bool | None = Field(None, description="true or false")
+    count: int | None = Field(None, ge=4, description="a whole number >= 4")
+    root: Any = None
+
+
+class TrackingNode(Node):
+    """``tracking``: where MLflow keeps the scores."""
+
+    uri: Text | None
+    experiment: Text
+
+
+class Settings(Node):
+    """The configuration of one cell, without Hydra's part."""
+
+    path: PathNode
+    loss: LossNode
+    teacher_aug: TeacherAugNode
+    data: DataNode
+    teacher: TeacherNode
+    student: NetworkNode
+    train: TrainNode
+    kd: KDNode
+    views: ViewsNode
+    tracking: TrackingNode
+    profile: Text
+    weights: Text = Field(description="imagenet, none, or the name of a file")
+    split: int = Field(ge=0, le=2, description="0, 1 or 2")
+    seed: Seed
+    device: str = Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:NUMBER")
+    precision: Precision
+    deterministic: Switch
+    retry_failed: Switch
+    image_size: int = Field(ge=64, multiple_of=32, description="a multiple of 32, at least 64")
+    store: str = Field(min_length=1, description="the name of a folder")
+    sweep_name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_named)] = Field(
+        description="a name of letters, digits, blank . _ -"
+    )
+
+
+def read(values: Mapping[str, Any]) -> Settings:
+    """Check a configuration and return it with its types.
 
     Args:
-        values: the flat resolved configuration, by dotted key.
+        values: nested dicts of resolved plain values.
+
+    Raises:
+        InputError: for the first wrong value, in one line with its key, the value and what is allowed.
     """
-    for key, allowed, is_allowed in RULES:
-        if not is_allowed(values.get(key)):
-            shown = " ".join(str(values.get(key)).split())  # one line, whatever was typed
-            raise InputError(f"{key}={shown} is not allowed: it must be {allowed}")
-    size = values["data.load_size"]
-    if size is not None and size < values["image_size"]:
-        raise InputError(f"data.load_size={size} is not allowed: image_size={values['image_size']} is cropped from it")
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_line(error, values)) from None
+    size = settings.data.load_size
+    if size is not None and size < settings.image_size:
+        raise InputError(f"data.load_size={size} is not allowed: image_size={settings.image_size} is cropped from it")
+    return settings
+
+
+def _line(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """Return the first error in one line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    node: type[Node] = Settings
+    keys: list[str] = []
+    allowed = ""
+    for part in first["loc"]:
+        fields = {field.alias or name: field for name, field in node.model_fields.items()}
+        if part not in fields:
+            if first["type"] == "extra_forbidden":
+                return f"{'.'.join([*keys, str(part)])} is not a key of the configuration; it has: {', '.join(fields)}"
+            break
+        keys.append(str(part))
+        field = fields[str(part)]
+        allowed = field.description or "given"
+        kinds = [field.annotation, *get_args(field.annotation)]
+        below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Node)]
+        if not below:
+            break
+        node = below[0]
+    key = ".".join(keys)
+    if first["type"] == "missing":
+        return f"{key} is missing: give it on the command line, {key}=..."
+    value = reduce(lambda inner, name: inner[name], keys, values)  # of a list all, where the error names an entry
+    return f"{key}={' '.join(str(value).split())} is not allowed: it must be {allowed}"  # in one line, whatever it is

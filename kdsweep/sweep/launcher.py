@@ -146,7 +146,7 @@ class LockstepLauncher(Launcher):
         report = Report(groups)
         results = self._train_groups(groups, preview, report, first=first)
         failed = [job for group in groups for job in group if job.cell.fingerprint in report.failed]
-        if again := [[job] for job in failed if job.values["retry_failed"]]:
+        if again := [[job] for job in failed if job.settings.retry_failed]:
             log.info("trying the cells that failed a second time, each alone: %d", len(again))
             results |= self._train_groups(again, preview, report, first=[])
         if report.done:
@@ -164,7 +164,7 @@ class LockstepLauncher(Launcher):
             Unit(
                 partial(run, variants={job.cell.fingerprint: job.cell.variant for job in group}),
                 partial(_configs, group),
-                preview.devices[str(group[0].values["device"])],
+                preview.devices[group[0].settings.device],
                 cells=[job.cell for job in group],
                 waits=partial(plan.is_computed_elsewhere, group),
             ): group
@@ -213,7 +213,7 @@ def _teacher_units(jobs: list[Job], preview: Preview) -> list[Unit]:
     from kdsweep.sweep.engines import worker
 
     return [
-        Unit(worker.train_teachers, partial(_configs, [job]), preview.devices[str(job.values["device"])], cells=[cell])
+        Unit(worker.train_teachers, partial(_configs, [job]), preview.devices[job.settings.device], cells=[cell])
         for cell, job in plan.missing_teachers(jobs)
     ]
 

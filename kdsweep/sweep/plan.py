@@ -16,6 +16,7 @@ from omegaconf import DictConfig, read_write
 
 from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
+from kdsweep.config.schema import Settings
 from kdsweep.core.errors import CellError
 from kdsweep.core.progress import duration, plural
 from kdsweep.runs import records, requests
@@ -32,7 +33,7 @@ class Job:
     Attributes:
         cell: that the job describes.
         finished: final values of an earlier computation of the cell, if there is one.
-        values: of the configuration, as ``cells.values`` gives them.
+        settings: its configuration, checked.
         overrides: of the job.
         configs: of all jobs; they may be composed when they are asked for, thousands would not fit the memory.
         number: of this one among them.
@@ -42,7 +43,7 @@ class Job:
 
     cell: Cell
     finished: dict[str, float] | None
-    values: dict[str, Any]
+    settings: Settings
     overrides: list[str]
     configs: Sequence[DictConfig]
     number: int
@@ -52,7 +53,7 @@ class Job:
     @property
     def epochs_left(self) -> int:
         """Return how many epochs are left if no early stop ends it sooner."""
-        return max(0, int(self.values["train"]["epochs"]) - self.begun)
+        return max(0, self.settings.train.epochs - self.begun)
 
     @property
     def config(self) -> DictConfig:
@@ -91,30 +92,28 @@ class Preview:
 
 
 def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
-    """Check the values of all configurations and find out which cells they describe.
+    """Check all configurations and find out which cells they describe.
 
     Raises:
         InputError: the first thing that is wrong.
     """
     read, words, choices = [], [], []
     for cfg in configs:
-        read.append(identity.values(cfg))
+        read.append(identity.read(cfg))
         words.append(list(cfg.hydra.overrides.task) if "hydra" in cfg else [])
         choices.append(dict(cfg.hydra.runtime.choices) if "hydra" in cfg else {})
-    for values in read:
-        identity.check(values)
-    own = name_variants([identity.cell(values) for values in read], read=read, words=words, choices=choices)
+    own = name_variants([identity.cell(settings) for settings in read], read=read, words=words, choices=choices)
     known = [records.read_finished(cell.folder) for cell in own]
     return [
-        Job(cell, finished, values, typed, configs, number, begun=0 if finished else records.epochs(cell.folder))
-        for number, (cell, finished, values, typed) in enumerate(zip(own, known, read, words, strict=True))
+        Job(cell, finished, settings, typed, configs, number, begun=0 if finished else records.epochs(cell.folder))
+        for number, (cell, finished, settings, typed) in enumerate(zip(own, known, read, words, strict=True))
     ]
 
 
 def name_variants(
     own: Sequence[Cell],
     *,
-    read: Sequence[dict[str, Any]],
+    read: Sequence[Settings],
     words: Sequence[list[str]],
     choices: Sequence[dict[str, str]],
 ) -> list[Cell]:
@@ -125,13 +124,13 @@ def name_variants(
 
     Args:
         own: the cells.
-        read: ``cells.values`` of all jobs.
+        read: checked configurations of all jobs.
         words: their overrides.
         choices: the options that they take of each group of configuration files.
     """
     sweeps: dict[tuple[str, str], list[int]] = {}
-    for number, values in enumerate(read):
-        sweeps.setdefault((values["store"], values["sweep_name"]), []).append(number)
+    for number, settings in enumerate(read):
+        sweeps.setdefault((settings.store, settings.sweep_name), []).append(number)
     named = list(own)
     for (store, sweep), members in sweeps.items():
         keys = swept_keys([words[number] for number in members]) + requests.read_varied(Path(store), sweep)
@@ -158,8 +157,8 @@ def kinds(jobs: Sequence[Job]) -> list[Job]:
     """Return one job of each kind to check where torch is: others with its batches and networks are alike."""
     found: dict[str, Job] = {}
     for job in jobs:
-        networks = [job.values["student"], job.values["teacher"], job.cell.evidence.get("teacher", "")]
-        key = grid.digest([identity.batches_key(job.values, seed=job.values["seed"]), networks])
+        networks = [job.settings.student.plain(), job.settings.teacher.plain(), job.cell.evidence.get("teacher", "")]
+        key = grid.digest([identity.batches_key(job.settings, seed=job.settings.seed), networks])
         found.setdefault(key, job)
     return list(found.values())
 
@@ -175,17 +174,17 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
 
     stores: dict[tuple[str, str | None, str], list[Job]] = {}
     for job in jobs:
-        tracked = job.values["tracking"]
-        stores.setdefault((job.values["store"], tracked["uri"], tracked["experiment"]), []).append(job)
+        tracked = job.settings.tracking
+        stores.setdefault((job.settings.store, tracked.uri, tracked.experiment), []).append(job)
     for (store, uri, experiment), own in stores.items():
         asked: dict[str, list[Cell]] = {}
         varied: dict[str, list[str]] = {}
-        for sweep in sorted({job.values["sweep_name"] for job in own}):
-            members = [job for job in own if job.values["sweep_name"] == sweep]
+        for sweep in sorted({job.settings.sweep_name for job in own}):
+            members = [job for job in own if job.settings.sweep_name == sweep]
             asked[sweep] = [job.cell for job in unique(members)]
             swept = swept_keys([job.overrides for job in members])
             if swept:
-                varied[sweep] = swept + grid.varied_keys([identity.params(job.values) for job in members])
+                varied[sweep] = swept + grid.varied_keys([identity.params(job.settings) for job in members])
             requests.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
         sync.Sync(
             store=Path(store),
@@ -290,15 +289,15 @@ def form_groups(
         largest: so many at most in a group, however few devices there are; None for LARGEST.
         apart: folders of cells that are in a queue already, and so in groups of their own.
     """
-    keys = [identity.batches_key(job.values, seed=job.values["seed"]) for job in jobs]
+    keys = [identity.batches_key(job.settings, seed=job.settings.seed) for job in jobs]
     # What another command is at, or has left in a queue, is a group of its own: that waits, and the others need not.
     taken = [(records.is_held(job.cell.folder), job.cell.folder in apart) for job in jobs]
     keys = [f"{key} {of}" for key, of in zip(keys, taken, strict=True)]
     likeness = [job.cell.evidence.get("teacher", "") for job in jobs]
-    alike = Counter(str(job.values["device"]) for job in jobs)
+    alike = Counter(job.settings.device for job in jobs)
     groups = []
     for members in grid.group_by(keys):
-        device = str(jobs[members[0]].values["device"])
+        device = jobs[members[0]].settings.device
         share = -(-alike[device] // len(devices[device]))
         groups += grid.divide(members, largest=min(share, largest or LARGEST), likeness=likeness)
     return [[jobs[position] for position in members] for members in groups]
@@ -319,7 +318,7 @@ def estimate_s(groups: Sequence[Sequence[Job]], preview: Preview) -> float:
 def teachers_s(jobs: Sequence[Job], preview: Preview) -> float:
     """Return the seconds that training the Teachers takes that these jobs lack."""
     missing = missing_teachers(jobs)
-    epochs = sum(max(0, job.values["train"]["epochs"] - records.epochs(cell.folder)) for cell, job in missing)
+    epochs = sum(max(0, job.settings.train.epochs - records.epochs(cell.folder)) for cell, job in missing)
     return float(epochs * preview.images * preview.teacher_s)
 
 
@@ -334,7 +333,7 @@ def group_s(group: Sequence[Job], preview: Preview) -> float:
 
 def forward_of(job: Job) -> tuple[str, str, str]:
     """Return which Teacher forward a cell learns from; jobs with equal ones share it."""
-    view, precision = job.values["teacher_aug"]["distill_view"], job.values["kd"]["teacher_precision"]
+    view, precision = job.settings.teacher_aug.distill_view, job.settings.kd.teacher_precision
     return job.cell.evidence["teacher"], view, precision
 
 
@@ -347,7 +346,7 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         preview: None if nothing waits.
     """
     own, count = unique(jobs), sum(len(group) for group in groups)
-    first = own[0].values
+    first = own[0].settings
     repeats = f" ({len(jobs) - len(own)} repeated jobs are the same cell)" if len(jobs) > len(own) else ""
     begun = sum(job.begun > 0 for group in groups for job in group)
     resumed = f", {begun} of them from a checkpoint" if begun else ""
@@ -358,7 +357,7 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         line += f"; {plural(len(groups), 'lockstep group')}, {plural(len(shared), 'shared Teacher')}"
         line += f", {plural(len(missing_teachers(members)), 'Teacher')} to train"
     images = len(identity.listing(first).entries)
-    line += f"; data={first['data']['name']} with {images} images at {first['image_size']} pixels"
+    line += f"; data={first.data.name} with {images} images at {first.image_size} pixels"
     if preview is not None:
         names = list(dict.fromkeys(name for device in preview.devices.values() for name in device))
         line += f"; device {', '.join(names)}"
@@ -369,7 +368,7 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         line += f"; at most about {longest} if no early stop ends a cell sooner"
         if preview.load:
             line += f" (timed while other programs were at work, load {preview.load:.1f}: without them it is less)"
-    return f"{line}; profile={first['profile']}; sweep {first['sweep_name']}"
+    return f"{line}; profile={first.profile}; sweep {first.sweep_name}"
 
 
 def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: Preview | None) -> str:
@@ -382,11 +381,11 @@ def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         return lines[0]
     members = [job for group in groups for job in group]
     for number, group in enumerate(groups, start=1):
-        first = group[0].values
+        first = group[0].settings
         names = Counter(job.cell.notation for job in group)
         listed = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names.items())
-        places = " or ".join(preview.devices[str(first["device"])])
-        where = f"split {first['split']} seed {first['seed']} on {places}"
+        places = " or ".join(preview.devices[first.device])
+        where = f"split {first.split} seed {first.seed} on {places}"
         size, time = plural(len(group), "cell"), duration(group_s(group, preview))
         lines.append(f"group {number}: {size}, {where}, {time}: {listed}")
     teachers = [cell.title for cell, _ in missing_teachers(members)]

@@ -201,7 +201,7 @@ def print_models(argv: list[str]) -> int:
 
     def work() -> None:
         cfg = composition.compose(overrides)
-        identity.check(cfg)
+        identity.read(cfg)
         student, teacher = student_network(cfg, weights="none"), teacher_network(cfg, weights="none")
         sys.stdout.write(unet.summary(teacher=teacher, student=student, image_size=cfg.image_size) + "\n")
 

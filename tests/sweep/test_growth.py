@@ -103,8 +103,8 @@ def test_values_give_the_cells_that_configurations_give(sweep, small_busi, tmp_p
         cell = identity.cell(job.config)
         assert job.cell.fingerprint == cell.fingerprint
         assert job.cell.folder == cell.folder
-        assert identity.params(job.values) == identity.params(job.config)
-        assert identity.batches_key(job.values, seed=0) == identity.batches_key(job.config, seed=0)
+        assert identity.params(job.settings) == identity.params(job.config)
+        assert identity.batches_key(job.settings, seed=0) == identity.batches_key(job.config, seed=0)
         assert job.cell.role == "baseline" or job.cell.teacher == identity.teacher_cell(job.config)
 
 

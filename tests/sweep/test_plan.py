@@ -79,7 +79,7 @@ def test_what_cannot_matter_makes_no_further_cell(command):
         "L_MSE split 0 seed 0",
     ]
     warm = command(*(["path=L", "loss=kld", f"kd.temperature={temperature}"] for temperature in ("1", "2")))
-    assert [job.cell.variant for job in warm] == [{"kd.temperature": "1"}, {"kd.temperature": "2"}]
+    assert [job.cell.variant for job in warm] == [{"kd.temperature": "1.0"}, {"kd.temperature": "2.0"}]
 
 
 @pytest.mark.parametrize("key", ["teacher.seed", "data.root", "student.weights", "teacher.weights", "weights"])

@@ -161,14 +161,15 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_without_sbatch_or_a_server_nothing_is_submitted(commands, some, monkeypatch):
-    values = {"store": str(some.store), "tracking": {"uri": None}}
+    tracking = SimpleNamespace(uri=None)
+    job = SimpleNamespace(settings=SimpleNamespace(store=str(some.store), tracking=tracking))
     with pytest.raises(InputError, match=r"^tracking\.uri=None: workers on several machines cannot share the SQLite"):
-        opened().check([SimpleNamespace(values=values)])
-    values["tracking"]["uri"] = "sqlite:////shared/mlflow.db"
+        opened().check([job])
+    tracking.uri = "sqlite:////shared/mlflow.db"
     with pytest.raises(InputError, match=r"SQLite file /shared/mlflow\.db; start an MLflow server"):
-        opened().check([SimpleNamespace(values=values)])
-    values["tracking"]["uri"] = "http://127.0.0.1:5000"
-    opened().check([SimpleNamespace(values=values)])
+        opened().check([job])
+    tracking.uri = "http://127.0.0.1:5000"
+    opened().check([job])
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InputError, match=r"sbatch is not on this machine"):
         opened().check([])

@@ -73,7 +73,7 @@ class OnRay:
         machines = {own["NodeManagerHostname"] for own in ray.nodes() if own["Alive"]}
         if len(machines) > 1:
             for job in jobs:
-                remote.check_tracking(job.values)
+                remote.check_tracking(job.settings)
         for name, key in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
             most = max((own["Resources"].get(name, 0) for own in ray.nodes() if own["Alive"]), default=0)
             if self._needs[key] > most:

@@ -22,6 +22,7 @@ from kdsweep.sweep.engines.engine import Unit
 from kdsweep.tracking import database, sync
 
 if TYPE_CHECKING:
+    from kdsweep.config.schema import Settings
     from kdsweep.sweep.plan import Preview
 
 IDENTITY = ".identity"
@@ -145,14 +146,14 @@ def preview(configs: list[DictConfig], place: str, *, config: DictConfig, times:
     return found
 
 
-def check_tracking(values: dict[str, Any]) -> None:
+def check_tracking(settings: Settings) -> None:
     """Raise InputError unless several machines can write to MLflow at once: SQLite cannot.
 
     Args:
-        values: of a cell's configuration.
+        settings: a cell's configuration.
     """
-    uri = values["tracking"]["uri"]
-    where = database.store_uri(Path(values["store"]), uri)
+    uri = settings.tracking.uri
+    where = database.store_uri(Path(settings.store), uri)
     if where.startswith("sqlite"):
         raise InputError(
             f"tracking.uri={uri}: workers on several machines cannot share the SQLite file {where[10:]}; "

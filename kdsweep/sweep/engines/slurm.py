@@ -125,7 +125,7 @@ class Slurm:
                     "hydra/launcher=lockstep_slurm: sbatch is not on this machine; run it where jobs are submitted"
                 )
             for job in jobs:
-                remote.check_tracking(job.values)
+                remote.check_tracking(job.settings)
 
     def preview(self, configs: list[DictConfig], *, times: bool) -> Preview:
         """See ``Engine``."""
