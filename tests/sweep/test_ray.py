@@ -41,13 +41,13 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_sqlite_is_refused_if_the_machines_are_several(tmp_path, monkeypatch):
-    values = {"store": str(tmp_path), "tracking": {"uri": None}}
+    job = SimpleNamespace(settings=SimpleNamespace(store=str(tmp_path), tracking=SimpleNamespace(uri=None)))
     engine = OnRay(**DEFAULTS | {"gpus": 0})
     monkeypatch.setattr(engine, "_connect", cluster_of(("one", {}), ("one", {})))
-    engine.check([SimpleNamespace(values=values)])
+    engine.check([job])
     monkeypatch.setattr(engine, "_connect", cluster_of(("one", {}), ("other", {})))
     with pytest.raises(InputError, match="workers on several machines cannot share the SQLite file"):
-        engine.check([SimpleNamespace(values=values)])
+        engine.check([job])
 
 
 def test_what_no_machine_has_is_told_instead_of_waited_for(monkeypatch):
