@@ -1,4 +1,4 @@
-"""The README's recipes, run as they are written."""
+"""The recipes and figures of README and docs, run and compared as they are written."""
 
 import itertools
 import json
@@ -17,15 +17,16 @@ from kdsweep.runs import records
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory, small_busi):
-    """A folder with every file of the README, and its images under the clinic's names."""
+    """A folder with every file of docs/extending.md, and its images under the clinic's names."""
     folder = tmp_path_factory.mktemp("recipes")
-    for _, name, body in re.findall(r"```(python|yaml)\n# (\S+)\n(.*?)```", README, flags=re.DOTALL):
+    for _, name, body in re.findall(r"```(python|yaml)\n# (\S+)\n(.*?)```", EXTENDING, flags=re.DOTALL):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(body)
@@ -37,7 +38,7 @@ def recipes(tmp_path_factory, small_busi):
     return folder
 
 
-COMMANDS = [line for line in README.splitlines() if line.startswith("python -m kdsweep --config-dir")]
+COMMANDS = [line for line in EXTENDING.splitlines() if line.startswith("python -m kdsweep --config-dir")]
 
 
 def test_there_is_a_recipe_for_loss_path_and_data_set():
