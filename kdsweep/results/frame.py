@@ -146,7 +146,7 @@ def _mixed_params(runs: pd.DataFrame, *, besides: tuple[str, ...]) -> list[str]:
     Teachers are left out: their params are those of the cell that first trained them.
     """
     known = runs[(runs["role"] != "teacher") & runs["params"].map(bool)]  # no params: the run never started
-    known = known.sort_values(["role", "notation", *PLACE, "fingerprint"])
+    known = known.sort_values(["role", "notation", *PLACE, "fingerprint"], ascending=[False, *[True] * 4])
     idle = [unused(role, params) for role, params in zip(known["role"], known["params"], strict=True)]
     rows = list(zip(idle, known["params"], known["notation"], known["split"], strict=True))
     mixed = []

@@ -92,7 +92,7 @@ def test_the_file_says_where_it_is_from_and_how_images_are_prepared(cell, export
         "notation": "Student",
         "split": "0",
         "seed": "0",
-        "role": "student",
+        "role": "baseline",
         "fingerprint": cell.fingerprint,
         "source_run": cell.folder.name,
         "encoder": "mobilenetv3_small_trimmed",
