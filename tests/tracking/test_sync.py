@@ -159,9 +159,9 @@ sync.Sync(store=store, uri=None, experiment="kdsweep", asked={"sweep": [cell]}, 
 DYING = """
 import os, signal, sys, threading
 from pathlib import Path
-from kdsweep.tracking import tracking
+from kdsweep.tracking import writer
 threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL)).start()
-tracking.Tracker(store=Path(sys.argv[1]), uri=None)
+writer.Tracker(store=Path(sys.argv[1]), uri=None)
 """
 
 
