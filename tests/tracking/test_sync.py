@@ -311,6 +311,7 @@ def test_many_workers_log_to_one_server_on_postgresql_and_nothing_is_lost(tmp_pa
         own = [make_cell(store=store, lr=10 * number + each) for each in range(5)]
         teacher = make_cell("Teacher", store=store)
         sync.PASS_EVERY_S = 0.1
+        sync.SERVER_WAIT_S = 120  # all is to be logged here, however slow the machine; another test has the limit
         sync.Sync(store=store, uri=uri, experiment="kdsweep", asked={"sweep": own}, teachers=[teacher])
         for epochs in (1, 2):
             for cell in own:
