@@ -449,7 +449,13 @@ def test_changed_images_make_new_cells_and_the_line_says_so(small_busi, tmp_path
     assert len(sweep.runs) == 1  # the old result does not count any more
 
 
-def test_the_status_of_a_sweep_in_training(endless, tmp_path):
+@pytest.mark.usefixtures("endless")
+def test_the_status_of_a_sweep_in_training(tmp_path):
+    cells = tmp_path / "multirun" / "cells"
+    deadline = time.monotonic() + 60
+    # Before a cell's first epochs are in its history its pace is unknown, and the text says "at least".
+    while min(len(records.read(folder).history) for folder in cells.iterdir()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
     printed = kdsweep("status", cwd=tmp_path).stdout
     assert printed.startswith("sweep busi-quick: 2 cells: 0 done, 2 running; about ")
     assert "epoch" in printed
