@@ -26,7 +26,7 @@ RESULTS_VERSION = 1
 # SOURCES: where the images and the weights come from; their content counts (weights stands in student.weights and
 # teacher.weights).
 FACTORS = ("cell", "path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
-LOCAL = ("device", "retry_failed", "store", "sweep_name", "tracking", "train.workers")
+LOCAL = ("device", "retry_failed", "stats", "store", "sweep_name", "tracking", "train.workers")
 SOURCES = ("data.root", "data.source.root", "data.source.cache_dir", "weights")
 NEUTRAL = (*LOCAL, *SOURCES)
 NAMES = ("path", "loss", "teacher_aug", "split", "seed")  # factors by which a cell is named

@@ -162,6 +162,7 @@ def _common(given: Settings) -> tuple[dict[str, Any], dict[str, str], dict[str, 
         "image_size": given.image_size,
         "views": given.views.plain(),
         "precision": given.precision,
+        "scores": given.scores.plain(),
         "train": given.train.model_dump(include={"epochs", "batch_size", "patience"}),
     }
     return settings, {"data": listing(given).digest}, {"data.root": str(own.root or "")}

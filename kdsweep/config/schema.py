@@ -154,6 +154,18 @@ class DataNode(OpenNode):
     root: Any = None
 
 
+class ScoresNode(Node):
+    """``scores``: how test images are scored."""
+
+    nsd_tolerance_px: Positive
+
+
+class StatsNode(Node):
+    """``stats``: what the tables ask of the scores."""
+
+    margin_points: Positive
+
+
 class TrackingNode(Node):
     """``tracking``: where MLflow keeps the scores."""
 
@@ -173,6 +185,8 @@ class Settings(Node):
     train: TrainNode
     kd: KDNode
     views: ViewsNode
+    scores: ScoresNode
+    stats: StatsNode
     tracking: TrackingNode
     profile: Text
     weights: Text = Field(description="imagenet, none, or the name of a file")

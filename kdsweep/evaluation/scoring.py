@@ -29,9 +29,8 @@ def predict(network: UNet, part: EvalPart, *, compute: Compute) -> Tensor:
         return torch.cat([(network(views["strong"]).logits > 0).cpu() for views, _ in eval_batches(part, compute)])
 
 
-def score(predictions: Tensor, part: EvalPart) -> pd.DataFrame:
-    """Return one row per image: image, label, dice, iou, precision, sensitivity, hd95_px (see metrics.py)."""
-    table = pd.DataFrame(metrics.per_image(prediction=predictions, mask=part.masks))
-    table.insert(0, "image", part.ids)
-    table.insert(1, "label", part.labels)
-    return table
+def score(predictions: Tensor, part: EvalPart, *, nsd_tolerance_px: float) -> pd.DataFrame:
+    """Return one row per image: image, label, lesion_px (of the ground truth), then the scores of metrics.py."""
+    scores = metrics.per_image(prediction=predictions, mask=part.masks, nsd_tolerance_px=nsd_tolerance_px)
+    about = {"image": part.ids, "label": part.labels, "lesion_px": part.masks.bool().flatten(1).sum(dim=1).numpy()}
+    return pd.DataFrame(about | scores)

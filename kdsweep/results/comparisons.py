@@ -9,9 +9,10 @@ import pandas as pd
 
 from kdsweep.core.errors import InputError
 from kdsweep.results import formats
-from kdsweep.results.effects import ALPHA, CELLS
+from kdsweep.results.footnotes import of_comparisons
 from kdsweep.results.frame import each_variant, gaps, placed_runs, scored_images, variants
-from kdsweep.results.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, holm, mean_interval, p_value, pair
+from kdsweep.results.paper import CELLS
+from kdsweep.results.stats import ALPHA, NAN, PLACE, adjusted, compare, pair, unknown
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
@@ -63,10 +64,7 @@ def settings(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
         {"settings": label, "against": first} | row for label, part in others for row in _against(part, base, test=test)
     ]
     table = pd.DataFrame(rows)
-    is_all = table["notation"] == ALL
-    adjusted = pd.concat([holm(family) for _, family in table.groupby(is_all)["p"]])
-    table.insert(list(table).index("p") + 1, "p_holm", adjusted)
-    return table.astype({"n_images": "Int64"})
+    return adjusted(table, family=table["notation"] == ALL).astype({"n_images": "Int64"})
 
 
 def _against(ours: Sweep, base: Sweep, *, test: str) -> list[dict[str, Any]]:
@@ -94,17 +92,15 @@ def _scores(sweep: Sweep, names: list[str]) -> tuple[pd.DataFrame, dict[str, str
 
 
 def _compared(dice: pd.DataFrame, base: pd.DataFrame, names: list[str], *, gap: str, test: str) -> dict[str, Any]:
-    numbers = ["mean_dice_percent", "against_mean_dice_percent", "difference_points", "low_points", "high_points", "p"]
     if gap:
-        return {**dict.fromkeys(numbers, NAN), "n_images": pd.NA, "gap": gap}
+        return {"mean_dice_percent": NAN, "against_mean_dice_percent": NAN} | unknown(gap=gap)
     pairs = pd.concat(
         pair(ours=dice[dice["notation"] == name], baseline=base[base["notation"] == name]) for name in names
     )
-    pairs = pairs.groupby([*PLACE, "image"], as_index=False)[["dice_ours", "dice_baseline"]].mean()
-    points = 100 * (pairs["dice_ours"] - pairs["dice_baseline"]).to_numpy()
-    means = 100 * pairs[["dice_ours", "dice_baseline"]].mean()
-    values = (*means, points.mean(), *mean_interval(points), p_value(pairs, test=test))
-    return {**dict(zip(numbers, values, strict=True)), "n_images": len(pairs), "gap": ""}
+    pairs = pairs.groupby([*PLACE, "image"], as_index=False)[["dice_ours", "dice_baseline", "points"]].mean()
+    ours, against = 100 * pairs[["dice_ours", "dice_baseline"]].mean()
+    means = {"mean_dice_percent": ours, "against_mean_dice_percent": against}
+    return means | compare(pairs, test=test) | {"gap": ""}
 
 
 def format_settings(table: pd.DataFrame) -> pd.DataFrame:
@@ -133,8 +129,11 @@ def told_settings(table: pd.DataFrame) -> list[str]:
             if p < ALPHA
         ]
         single = f"single cells that differ: {', '.join(found)}" if found else "no single cell differs"
-        together = [_together(row) for _, row in rows[rows["notation"] == ALL].iterrows()]
-        lines.append(f"{label} against {first}: {'; '.join([*together, single])}.")
+        whole = [row for _, row in rows[rows["notation"] == ALL].iterrows()]
+        together = [_together(row) for row in whole]
+        lines.append(f"{label} against {first}, these networks: {'; '.join([*together, single])}.")
+        known = [formats.on_methods(row, "over all cells") for row in whole if pd.notna(row["p_methods"])]
+        lines.append(f"{label} against {first}, these methods: {'; '.join(known) or formats.ONE_SEED}.")
     return lines
 
 
@@ -149,14 +148,11 @@ def _together(row: pd.Series) -> str:
     return f"{shown} ({number}, {formats.after_holm(row['p_holm'])})"
 
 
-def notes_settings(*, test: str) -> list[str]:
+def notes_settings(table: pd.DataFrame, *, test: str) -> list[str]:
     """Return the footnotes of the table of settings."""
-    return [
-        f"p: {TEST_NAMES[test]} over the same images of the same split and seed. Holm: over the rows of single cells, "
-        f"and apart from them over those of {ALL}. Interval: 95 % bootstrap of the mean difference (BCa, {RESAMPLES} "
-        "resamples, fixed seed). An image that several splits or seeds test counts once in each, as if independent.",
-        "p and interval are over images, for these trained networks: what another seed would change, `seeds` tells.",
-    ]
+    return of_comparisons(
+        table, test=test, families=f"over the rows of single cells and, apart from them, over those of {ALL}"
+    )
 
 
 # ---- seeds ---------------------------------------------------------------------------------------------------------

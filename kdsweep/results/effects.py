@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import combinations, product
+from itertools import combinations
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,13 +11,14 @@ import pandas as pd
 
 from kdsweep.core.errors import InputError
 from kdsweep.results import formats
+from kdsweep.results.footnotes import of_comparisons
 from kdsweep.results.frame import each_variant, gaps, placed_runs, scored_images
-from kdsweep.results.stats import NAN, PLACE, RESAMPLES, TEST_NAMES, holm, mean_interval, p_value
+from kdsweep.results.paper import LEVELS
+from kdsweep.results.stats import ALPHA, PLACE, adjusted, compare, unknown
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
 
-ALPHA = 0.05
 NAMED = 3  # how many of its missing cells a gap names
 
 
@@ -35,11 +36,6 @@ class Contrast(NamedTuple):
 
 Effect = tuple[Contrast, ...]  # one contrast: a main effect; two of different factors: an interaction
 
-# The levels of each of the paper's 12 cells; no two factors share the name of a level.
-CELLS = {
-    f"{path}_{loss}{'_WAug' if aug == 'weak' else ''}": (path, loss, aug)
-    for path, loss, aug in product(("L", "H", "HReg"), ("MSE", "KLD"), ("strong", "weak"))
-}
 CONTRASTS = (
     Contrast("path", plus="H", minus="L"),
     Contrast("path", plus="HReg", minus="L"),
@@ -84,12 +80,10 @@ def effects(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
 def _effects(sweep: Sweep, *, test: str) -> pd.DataFrame:
     runs = placed_runs(sweep)
     scored = scored_images(runs=runs, scores=sweep.scores)
-    why = gaps(runs=runs, scored=scored, notations=list(CELLS))
+    why = gaps(runs=runs, scored=scored, notations=list(LEVELS))
     dice = _dice_of_cells(scored[scored["notation"].map(why) == ""])
     table = pd.DataFrame([_row(effect, dice=dice, why=why, test=test) for effect in MAIN + INTERACTIONS])
-    adjusted = pd.concat([holm(family) for _, family in table.groupby("kind")["p"]])
-    table.insert(list(table).index("p") + 1, "p_holm", adjusted)
-    return table.astype({"n_images": "Int64"})
+    return adjusted(table, family=table["kind"]).astype({"n_images": "Int64"})
 
 
 def _dice_of_cells(whole: pd.DataFrame) -> pd.DataFrame:
@@ -107,7 +101,7 @@ def _dice_of_cells(whole: pd.DataFrame) -> pd.DataFrame:
 
 
 def _row(effect: Effect, *, dice: pd.DataFrame, why: dict[str, str], test: str) -> dict[str, object]:
-    signs = {cell: prod(contrast.sign(levels) for contrast in effect) for cell, levels in CELLS.items()}
+    signs = {cell: prod(contrast.sign(levels) for contrast in effect) for cell, levels in LEVELS.items()}
     names = [f"{contrast.plus} - {contrast.minus}" for contrast in effect]
     missing: dict[str, list[str]] = {}
     for cell in (cell for cell, sign in signs.items() if sign and why[cell]):
@@ -117,15 +111,11 @@ def _row(effect: Effect, *, dice: pd.DataFrame, why: dict[str, str], test: str) 
         "kind": "main" if len(names) == 1 else "interaction",
         "factor": " x ".join(contrast.factor for contrast in effect),
     }
-    numbers: dict[str, object] = dict.fromkeys(["estimate_points", "low_points", "high_points", "p"], NAN)
     if missing:
         needs = "; ".join(f"{_some(cells)} ({reason})" for reason, cells in missing.items())
-        return row | numbers | {"n_images": pd.NA, "gap": f"needs {needs}"}
-    plus, minus = (dice[[cell for cell in CELLS if signs[cell] == sign]].mean(axis=1) for sign in (1, -1))
-    points = 100 * (plus - minus).to_numpy()
-    p = p_value(pd.DataFrame({"dice_ours": plus, "dice_baseline": minus}), test=test)
-    numbers = dict(zip(numbers, (points.mean(), *mean_interval(points), p), strict=True))
-    return row | numbers | {"n_images": len(points), "gap": ""}
+        return row | unknown(gap=f"needs {needs}")
+    plus, minus = (dice[[cell for cell in LEVELS if signs[cell] == sign]].mean(axis=1) for sign in (1, -1))
+    return row | compare((100 * (plus - minus)).rename("points").reset_index(), test=test) | {"gap": ""}
 
 
 def _some(cells: list[str]) -> str:
@@ -138,7 +128,7 @@ def _some(cells: list[str]) -> str:
 
 def format_effects(table: pd.DataFrame) -> pd.DataFrame:
     """Return the strings of the table of effects."""
-    estimates = zip(table["estimate_points"], table["gap"], strict=True)
+    estimates = zip(table["difference_points"], table["gap"], strict=True)
     columns = {
         **({"Settings": table["settings"]} if "settings" in table else {}),
         "Factor": table["factor"],
@@ -150,26 +140,30 @@ def format_effects(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
-    """Return one sentence per factor: what the data support at 5 % after Holm, and on what the effect depends."""
+    """Return what the data support at 5 % after Holm: a sentence per factor and question."""
     if "settings" in table:
         parts = table.groupby("settings", sort=False)
         return [f"With {label}: {line}" for label, part in parts for line in sentences(part.drop(columns="settings"))]
     shown = []
     for factor in FACTORS:
         mine = table[[factor in name.split(" x ") for name in table["factor"]]]
-        told = [_told(row) for _, row in mine[mine["kind"] == "main"].iterrows()]
-        found = mine[(mine["kind"] == "interaction") & (mine["p_holm"] < ALPHA)]
-        for name, rows in found.groupby("factor", sort=False):
+        main = mine[mine["kind"] == "main"]
+        clauses = [_on_networks(row) for _, row in main.iterrows()]
+        interactions = mine[(mine["kind"] == "interaction") & (mine["p_holm"] < ALPHA)]
+        for name, rows in interactions.groupby("factor", sort=False):
             (other,) = set(str(name).split(" x ")) - {factor}
             which = ", ".join(f"{row['effect']} {formats.after_holm(row['p_holm'])}" for _, row in rows.iterrows())
-            told.append(f"the effect depends on the {other} ({which})")
-        shown.append(f"{factor.capitalize()}: {'; '.join(told)}.")
+            clauses.append(f"the effect depends on the {other} ({which})")
+        shown.append(f"{factor.capitalize()}, these networks: {'; '.join(clauses)}.")
+        known = [row for _, row in main.iterrows() if pd.notna(row["p_methods"])]
+        on_methods = "; ".join(formats.on_methods(row, row["effect"]) for row in known)
+        shown.append(f"{factor.capitalize()}, these methods: {on_methods or formats.ONE_SEED}.")
     return shown
 
 
-def _told(row: pd.Series) -> str:
+def _on_networks(row: pd.Series) -> str:
     plus, minus = row["effect"].split(" - ")
-    points, low, high = row["estimate_points"], row["low_points"], row["high_points"]
+    points, low, high = row["difference_points"], row["low_points"], row["high_points"]
     interval = f"95 % interval of {plus} minus {minus}, {low:+.2f} to {high:+.2f} points,"
     if row["gap"]:
         return f"{plus} against {minus} is not known, it {row['gap']}"
@@ -196,16 +190,16 @@ def notes(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
     tested = some.dropna(subset="p")["kind"].value_counts()
     main, interaction = tested.get("main", 0), tested.get("interaction", 0)
     lines = [
-        f"p: {TEST_NAMES[test]} of each image's contrast against 0; Holm: over the {main} main effects and, apart "
-        f"from them, the {interaction} interactions that have a p. Interval: 95 % bootstrap of the mean contrast "
-        f"(BCa, {RESAMPLES} resamples, fixed seed), not widened for the number of comparisons.",
-        "An image that several splits or seeds test counts once in each, as if independent. p and interval are over "
-        "images, for these trained networks: they do not tell how another training would come out.",
+        *of_comparisons(
+            table,
+            test=test,
+            families=f"over the {main} main effects and, apart from them, the {interaction} interactions that have a p",
+        ),
         "Main effect: mean over the cells at the first level minus that at the second (weak: the cells named _WAug), "
         "so it is positive where the first has the higher Dice. Interaction: half the "
         "difference of the two simple effects. One that is not significant is not shown to be absent.",
     ]
-    others = sorted(set(sweep.runs["notation"]).difference(CELLS))
+    others = sorted(set(sweep.runs["notation"]).difference(LEVELS))
     if others:
         lines.append(f"Left out, not of the 12 cells: {', '.join(others)}.")
     missing = table[table["gap"] != ""]

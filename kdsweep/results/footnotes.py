@@ -9,7 +9,7 @@ import pandas as pd
 
 from kdsweep.config.grid import RESULTS_VERSION
 from kdsweep.results.formats import DASH
-from kdsweep.results.frame import known_values, placed_runs, scored_images, variants
+from kdsweep.results.frame import known_values, margin_of, placed_runs, scored_images, variants
 from kdsweep.results.paper import PROTOCOL
 from kdsweep.results.stats import PLACE, RESAMPLES, TEST_NAMES
 
@@ -47,12 +47,12 @@ def provenance(sweep: Sweep) -> list[str]:
     runs = pd.concat([placed_runs(part) for part in parts.values()]).drop_duplicates(["fingerprint", *PLACE])
     scored = scored_images(runs=runs, scores=sweep.scores)
     finished = runs[runs["status"] == "FINISHED"]
-    weights, device = (", ".join(known_values(finished, key)) or DASH for key in ("weights", "device"))
+    device = ", ".join(known_values(finished, "device")) or DASH
     profile, data = ("".join(known_values(runs, key)) or DASH for key in ("profile", "data"))
     version = "".join(known_values(runs, "results_version"))
     images = scored[[*PLACE, "image"]].drop_duplicates()
     notes = [
-        f"profile {profile}, data {data}, weights {weights}, device {device}; "
+        f"profile {profile}, data {data}, weights {weights(finished)}, device {device}; "
         f"splits: {runs['split'].nunique()}, seeds: {runs['seed'].nunique()}, "
         f"test images: {len(images)} over all of them, {images['image'].nunique()} different."
     ]
@@ -72,6 +72,19 @@ def provenance(sweep: Sweep) -> list[str]:
     return notes
 
 
+def weights(runs: pd.DataFrame) -> str:
+    """Return what the networks began with, such as ``imagenet``, or by network where they differ."""
+    is_teacher = runs["role"] == "teacher"
+    parts = {
+        "Student": known_values(runs[~is_teacher], "weights"),
+        "Teacher": known_values(runs[is_teacher], "weights"),
+    }
+    known = {network: " and ".join(values) for network, values in parts.items() if values}
+    if len(set(known.values())) <= 1:
+        return "".join(set(known.values())) or DASH
+    return " and ".join(f"{values} ({network})" for network, values in known.items())
+
+
 def of_scores(*, sweep: Sweep, table: pd.DataFrame) -> list[str]:
     """Return the footnotes on the runs, the gaps and the source of the paper's figures."""
     notes = provenance(sweep)
@@ -88,14 +101,67 @@ def of_scores(*, sweep: Sweep, table: pd.DataFrame) -> list[str]:
     return [*notes, f"{source}{differ}."]
 
 
+def of_comparisons(table: pd.DataFrame, *, test: str, families: str, prefix: str = "") -> list[str]:
+    """Return the footnotes of a table of paired differences: what each question's numbers are, and their power.
+
+    Args:
+        table: with the columns of ``stats.compare``.
+        test: of TESTS.
+        families: what is in each family of Holm's correction.
+        prefix: of these columns.
+    """
+    notes = [
+        f"Networks: do these networks, as trained, differ on other images? p: {TEST_NAMES[test]}. Seeds are averaged "
+        "within each image of a split, and an image that several splits test is one cluster. Interval: 95 % bootstrap "
+        f"over the images (BCa, {RESAMPLES} resamples, fixed seed), not widened for the number of comparisons. Images "
+        "count as independent of each other: patients are not known.",
+    ]
+    if table[f"{prefix}p_methods"].notna().any():
+        notes.append(
+            "Methods: would networks trained anew differ too? Images and trainings are both random: variance "
+            "components, t-test with Satterthwaite's degrees of freedom."
+        )
+    else:
+        notes.append(
+            "Methods: whether networks trained anew would differ too, one seed cannot tell: run it with seed=0,1,2."
+        )
+    if table[f"{prefix}p_runs"].notna().any():
+        notes.append(
+            "Nadeau-Bengio: their corrected t-test over the means of the trainings (split and seed); few of them show "
+            "only large differences. Not corrected for the number of comparisons."
+        )
+    return [*notes, f"Holm, within each kind of p: {families}.", *_power(table, prefix)]
+
+
+def _power(table: pd.DataFrame, prefix: str) -> list[str]:
+    """Return a line on the smallest differences that a design can show, medians over the rows; none without rows."""
+    columns = ("detectable_points", "methods_detectable_points", "images_detectable_points")
+    networks, methods, images = (table[prefix + column].median() for column in columns)
+    if pd.isna(networks):
+        return []
+    text = f"With 80 % power this design shows differences from {networks:.1f} points between these networks"
+    if pd.notna(methods):
+        text += (
+            f" and from {methods:.1f} points between methods; these images and any number of seeds would show "
+            f"{images:.1f}"
+        )
+    return [f"{text} (medians over the rows, before Holm)."]
+
+
 def of_table4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
     """Return the further footnotes of Table 4: how it compares, and how to run a missing Student baseline."""
+    margin = table["margin_points"].iloc[0]
+    chosen = "" if margin == margin_of(sweep) else ", chosen for this table and not by the sweep's stats.margin_points"
     notes = [
-        f"p: {TEST_NAMES[test]} over the same images of the same split and seed (the paper names no test). Teacher is "
-        "the one that the cell learnt from, for Student it is the row Teacher. Holm: over the KD cells that have a p.",
-        f"Difference to Student: 95 % bootstrap interval (BCa, {RESAMPLES} resamples, fixed seed) of the paired mean "
-        "difference, percentage points. An image that several splits or seeds test counts once in each, "
-        "as if independent.",
+        *of_comparisons(
+            table,
+            test=test,
+            prefix="student_",
+            families="over the KD cells, against Student and, apart from that, against Teacher",
+        ),
+        "Teacher is the one that the cell learnt from, for Student it is the row Teacher.",
+        f"Non-inferior: at most {margin:g} points worse than its Teacher{chosen}; one-sided t-test at 5 % for these "
+        "networks, after Holm over the KD cells; inferior: worse by more than that, tested alike; open: neither.",
     ]
     notes += _cut_off(sweep.runs)
     if sweep.runs["split"].nunique() == 1:

@@ -16,6 +16,8 @@ from kdsweep.results.stats import PLACE
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
 
+KEY_OF_MARGIN, MARGIN_POINTS = "stats.margin_points", 2.0
+VALIDATION = "mean_val_dice_percent"  # a column of Table 4
 NOT_RUN = "not run"
 REMEDY = "add sweep_name=NAME to the command whose results belong in one table; finished cells are not run again"
 
@@ -128,6 +130,12 @@ def known_values(runs: pd.DataFrame, key: str) -> list[str]:
     return sorted(set(runs[key]) - {""})  # a run that never started has no known value
 
 
+def margin_of(sweep: Sweep) -> float:
+    """Return ``stats.margin_points`` of the run begun last; the default for runs that recorded none."""
+    known = sweep.runs[sweep.runs["params"].map(lambda params: KEY_OF_MARGIN in params).astype(bool)]
+    return float(known.sort_values("started_ms")["params"].iloc[-1][KEY_OF_MARGIN]) if len(known) else MARGIN_POINTS
+
+
 def _refuse_mixing(sweep: Sweep) -> None:
     if sweep.runs.empty:
         raise InputError(f"sweep {sweep.name} has no runs: start with `python -m kdsweep -m +experiment=table4`")
@@ -135,9 +143,26 @@ def _refuse_mixing(sweep: Sweep) -> None:
         values = [f"{key}={value}" for value in known_values(sweep.runs, key)]
         if len(values) > 1:
             raise InputError(f"sweep {sweep.name} mixes {' and '.join(values)}: {REMEDY}")
+    if not sweep.varied:  # else each value's runs are checked as a part of their own
+        _refuse_two(sweep.runs, "data_digest", what=f"sweep {sweep.name} mixes different images of one name")
+        for notation, runs in sweep.runs.groupby("notation"):  # a user's loss is in its own cells alone
+            _refuse_two(runs, "user_code", what=f"sweep {sweep.name} mixes two states of your own code in {notation}")
     mixed = _mixed_params(sweep.runs, besides=sweep.varied)
     if mixed:
         raise InputError(f"sweep {sweep.name} mixes {', '.join(mixed[:3])}: {REMEDY}")
+
+
+def _refuse_two(runs: pd.DataFrame, digest: str, *, what: str) -> None:
+    known = runs[runs[digest] != ""].sort_values(["notation", *PLACE]).drop_duplicates(digest)
+    if len(known) > 1:
+        roots = [params.get("data.root") for params in known["params"]]
+        where = [
+            f"{value[:8]} ({notation} split {split}{f', data.root={root}' if root and digest == 'data_digest' else ''})"
+            for value, notation, split, root in zip(
+                known[digest], known["notation"], known["split"], roots, strict=True
+            )
+        ]
+        raise InputError(f"{what}: digests {' and '.join(where[:2])}: {REMEDY}")
 
 
 def _mixed_params(runs: pd.DataFrame, *, besides: tuple[str, ...]) -> list[str]:

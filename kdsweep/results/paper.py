@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import product
+from typing import NamedTuple
 
-from kdsweep.results.stats import NAN
-
-if TYPE_CHECKING:
-    pass
-
+NAN = float("nan")
 
 # Table 4 of the paper: DSC mean and standard deviation (%), p against Teacher, p against Student.
 PAPER: dict[str, tuple[float, float, float, float]] = {
@@ -27,20 +24,15 @@ PAPER: dict[str, tuple[float, float, float, float]] = {
     "HReg_KLD": (79.00, 20.37, 0.2132, 0.0021),
     "HReg_KLD_WAug": (79.31, 19.33, 0.1247, 0.0068),
 }
-
-
 BASELINES = ("Teacher", "Teacher_WAug", "Student")
-
-
-CELLS = tuple(notation for notation in PAPER if notation not in BASELINES)
-
-
+# The levels of each of the 12 cells, in the paper's order; no two factors share the name of a level.
+LEVELS = {
+    f"{path}_{loss}{'_WAug' if aug == 'weak' else ''}": (path, loss, aug)
+    for path, loss, aug in product(("L", "H", "HReg"), ("MSE", "KLD"), ("strong", "weak"))
+}
+CELLS = tuple(LEVELS)
 REPRESENTATIONS = {"L": "Logits", "H": "Hidden", "HReg": "Hidden-Regressor"}
-
-
 LOSSES = {"MSE": "mean squared error", "KLD": "Kullback-Leibler divergence"}
-
-
 # The setting of the paper's experiments (conf/profile/paper.yaml), by the params of our runs.
 PROTOCOL = {
     "teacher.encoder": "resnext101_32x8d",
@@ -64,14 +56,8 @@ class Published(NamedTuple):
 
 
 DUAL_TEACHER = "doi 10.7507/1001-5515.202311054"
-
-
 SOURCE = "Behboodi, Brooks, Rivaz 2025, doi 10.36922/aih.3509"
-
-
 PAPER_PARAMETERS_MILLIONS = {"teacher": 96.0, "student": 0.82, "cell": 0.82}  # the text: "about 96 M", 0.82 M in all
-
-
 PUBLISHED = {
     "Behboodi et al., L_KLD_WAug": Published(0.82, NAN, 80, f"{SOURCE}, Table 5"),
     "Liang et al.": Published(20.5, NAN, 84, f"{SOURCE}, Table 5"),

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kdsweep.core.errors import InputError
-from kdsweep.results.effects import CELLS, format_effects
+from kdsweep.results import formats
 from kdsweep.results.frame import gaps, placed_runs, scored_images
-from kdsweep.results.paper import BASELINES, REPRESENTATIONS
+from kdsweep.results.paper import BASELINES, CELLS, LEVELS, REPRESENTATIONS
 from kdsweep.results.stats import PLACE, pair
 from kdsweep.results.tables import SPLIT_MEAN, cell_notations
 
@@ -146,7 +146,7 @@ def effects_plot(*, scores: pd.DataFrame, effects: pd.DataFrame, title: str) -> 
 
 def _rows(cells: list[str]) -> list[str]:
     """Return the labels of the rows: a heading for each path (not a notation), and its cells below."""
-    headings = [REPRESENTATIONS[CELLS[cell][0]] if cell in CELLS else "Own cells" for cell in cells]
+    headings = [REPRESENTATIONS[LEVELS[cell][0]] if cell in CELLS else "Own cells" for cell in cells]
     rows: list[str] = []
     for heading, cell in zip(headings, cells, strict=True):
         rows += [cell] if heading in rows else [heading, cell]
@@ -192,11 +192,15 @@ def _draw_cells(axes: Axes, *, cells: pd.DataFrame, student: float) -> None:
         if mean.notna().any():
             label = f"mean of all test images,\n{name} Teacher augmentation"
             axes.plot(mean, y, look.marker, color=look.color, markersize=5, zorder=5, label=label)
-    low, high = student + cells["difference_low_points"], student + cells["difference_high_points"]
+    low, high = student + cells["student_low_points"], student + cells["student_high_points"]
     known = low.notna()
     if known.any():
-        label = "95 % interval of the paired\ndifference to Student, laid off\nfrom Student's mean"
+        label = "95 % interval of the paired\ndifference to Student (these\nnetworks), laid off from its mean"
         axes.hlines(y[known], low[known], high[known], color=DARK, linewidth=1.3, zorder=4, label=label)
+    if (equal := (cells["teacher_verdict"] == "non-inferior").to_numpy()).any():
+        label = f"at most {cells['margin_points'].max():g} points worse\nthan its Teacher (Holm)"
+        at_edge = axes.get_yaxis_transform()
+        axes.plot(np.full(equal.sum(), 0.985), y[equal], "*", color=DARK, markersize=5, transform=at_edge, label=label)
     splits = [int(name.removeprefix(SPLIT_MEAN)) for name in map(str, cells) if name.startswith(SPLIT_MEAN)]
     hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": GRAY, "markeredgewidth": 0.7}
     for split, look in _looks(splits).items() if len(splits) > 1 else ():
@@ -227,18 +231,18 @@ def _draw_effects(axes: Axes, *, main: pd.DataFrame) -> None:
     axes.set_yticks(range(len(main)), main["effect"])
     axes.set_ylim(len(main) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
-    if main["estimate_points"].isna().all():
+    if main["difference_points"].isna().all():
         axes.set_xticks([])
     else:
         y = np.arange(len(main))
         axes.axvline(0, color="black", linewidth=0.8, zorder=1)
         axes.hlines(y, main["low_points"], main["high_points"], color=DARK, linewidth=1.3)
-        axes.plot(main["estimate_points"], y, "o", color="black", markersize=4.5)
-        axes.set_xlabel("difference (DSC points), 95 % interval", fontsize=FONT)
+        axes.plot(main["difference_points"], y, "o", color="black", markersize=4.5)
+        axes.set_xlabel("difference of these networks\n(DSC points), 95 % interval", fontsize=FONT)
         axes.annotate(
             "p (Holm)", (1.04, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points", size=FONT
         )
-    for at, (gap, p) in enumerate(zip(main["gap"], format_effects(main)["p (Holm)"], strict=True)):
+    for at, (gap, p) in enumerate(zip(main["gap"], main["p_holm"].map(formats.p), strict=True)):
         if gap:
             _tell_gap(axes, y=at, gap=gap, width=32, lines=2)
         else:

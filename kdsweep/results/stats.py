@@ -1,24 +1,80 @@
-"""Paired statistics over the test images: pairs of scores, p-values, Holm's correction, intervals.
+"""Paired statistics of Dice: differences, p-values, Holm's correction, intervals, and what a design can show.
 
 Scores are frames with one row per run and image (columns fingerprint, notation, split, seed, teacher, image, dice).
+Differences are frames with one row per (split, seed, image) and a column points (percentage points).
+
+Two questions are told apart (docs/statistics.md): do *these networks* differ, as trained, on other images; and do
+*these methods*, so that networks trained anew would differ too.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap, ttest_rel, wilcoxon
+from scipy.stats import bootstrap, t, wilcoxon
 
 from kdsweep.core.errors import InputError
+from kdsweep.data.splits import TEST_SHARE, VALIDATION_SHARE
 
 NAN = float("nan")
 PLACE = ["split", "seed"]
-TESTS = {"ttest": ttest_rel, "wilcoxon": wilcoxon}
-TEST_NAMES = {"ttest": "paired two-sided t-test", "wilcoxon": "two-sided Wilcoxon signed-rank test"}
+TEST_NAMES = {"ttest": "paired two-sided t-test, clustered by image", "wilcoxon": "two-sided Wilcoxon signed-rank test"}
+TESTS = tuple(TEST_NAMES)
 RESAMPLES = 9999
+ALPHA = 0.05
+POWER = 0.8
+MEASURED = (
+    "difference_points",
+    "low_points",
+    "high_points",
+    "p",
+    "methods_low_points",
+    "methods_high_points",
+    "p_methods",
+    "p_runs",
+    "detectable_points",
+    "methods_detectable_points",
+    "images_detectable_points",
+)  # what ``compare`` measures, beside n_images
+EQUAL = 1e-10  # points: smaller ones are rounding
+TEST_TO_TRAIN = TEST_SHARE / (1 - TEST_SHARE - VALIDATION_SHARE)
+
+
+class Spread(NamedTuple):
+    """The standard error of a mean difference (points) and its degrees of freedom; NaN where they are not known."""
+
+    error: float
+    freedom: float
+
+    def p(self, mean: float, *, alternative: str = "two-sided") -> float:
+        """Return the p of a t-test of this mean against 0; ``greater`` for the one-sided one. NaN without spread."""
+        if not self.error > EQUAL:
+            return NAN
+        value = mean / self.error
+        return float(2 * t.sf(abs(value), self.freedom) if alternative == "two-sided" else t.sf(value, self.freedom))
+
+    def half_width(self, level: float = 1 - ALPHA) -> float:
+        """Return half the width of the two-sided interval of this level (points)."""
+        return float(t.ppf((1 + level) / 2, self.freedom) * self.error)
+
+    @property
+    def detectable(self) -> float:
+        """Return the smallest true difference (points) that a two-sided 5 % test shows with 80 % power.
+
+        (t(0.975) + t(0.8)) x standard error. Source: Julious, Sample sizes for clinical trials with normal data,
+        Stat. Med. 23, 2004, section 3, with the t quantiles in place of the normal ones.
+        """
+        return float((t.ppf(1 - ALPHA / 2, self.freedom) + t.ppf(POWER, self.freedom)) * self.error)
+
+
+UNKNOWN = Spread(NAN, NAN)
+
+
+# ---- pairs ---------------------------------------------------------------------------------------------------------
 
 
 def own_teachers(*, ours: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
@@ -30,13 +86,15 @@ def own_teachers(*, ours: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
 def pair(*, ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
     """Pair the two Dice scores of each (split, seed, image), columns dice_ours and dice_baseline (fractions).
 
-    Empty if the baseline lacks scores in any split and seed of ours: a gap, never fewer pairs.
+    Column points is their difference in percentage points. Empty if the baseline lacks scores in any split and seed of
+    ours: a gap, never fewer pairs.
 
     Raises:
         InputError: both were scored, but on different images.
     """
     asked, there = (set(zip(frame["split"], frame["seed"], strict=True)) for frame in (ours, baseline))
     both = ours.merge(baseline, on=[*PLACE, "image"], how="outer", suffixes=("_ours", "_baseline"), indicator=True)
+    both["points"] = 100 * (both["dice_ours"] - both["dice_baseline"])
     if not asked or not asked <= there:
         return both.iloc[:0]
     alone = both[both["_merge"] != "both"]
@@ -50,19 +108,224 @@ def pair(*, ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
     return both.sort_values([*PLACE, "image"], ignore_index=True)
 
 
-def p_value(pairs: pd.DataFrame, *, test: str) -> float:
-    """Return the two-sided p of a paired test: equal means (ttest) or differences symmetric about 0 (wilcoxon).
+def over_seeds(differences: pd.DataFrame) -> pd.DataFrame:
+    """Average the seeds within each (split, image): columns split, image, points."""
+    return differences.groupby(["split", "image"])[["points"]].mean().reset_index()
 
-    NaN for fewer than 2 pairs, and for a t-test whose differences are all equal but not 0: no spread, no t.
+
+# ---- both questions ------------------------------------------------------------------------------------------------
+
+
+def compare(differences: pd.DataFrame, *, test: str) -> dict[str, object]:
+    """Answer both questions on a paired mean difference.
+
+    Args:
+        differences: columns split, seed, image, points.
+        test: of TESTS, for these networks; these methods are always compared by the t-test.
+
+    Returns:
+        Points (NaN if unknown): the mean, low_points and high_points (95 % bootstrap interval, these networks),
+        methods_low_points and methods_high_points (95 %, these methods), detectable_points and
+        methods_detectable_points (at 80 % power), images_detectable_points (the same for any number of seeds);
+        p, p_methods, p_runs (Nadeau and Bengio's); n_images, the number of different images.
     """
-    ours, baseline = pairs["dice_ours"].to_numpy(), pairs["dice_baseline"].to_numpy()
-    if len(pairs) < 2:
+    rows = over_seeds(differences)
+    mean = rows["points"].mean()
+    networks, methods, images = networks_spread(rows), methods_spread(differences), images_spread(differences)
+    low, high = clustered_interval(rows)
+    half = methods.half_width()
+    of_networks = (mean, low, high, networks_p(rows, test=test))
+    of_methods = (mean - half, mean + half, methods.p(mean), corrected_p(differences))
+    detectable = [spread.detectable for spread in (networks, methods, images)]
+    measured = dict(zip(MEASURED, (*of_networks, *of_methods, *detectable), strict=True))
+    return {**measured, "n_images": rows["image"].nunique()}
+
+
+def unknown(*, gap: str) -> dict[str, object]:
+    """Return the keys of ``compare`` without numbers, for a row that has a gap."""
+    return {**dict.fromkeys(MEASURED, NAN), "n_images": pd.NA, "gap": gap}
+
+
+# ---- these networks ------------------------------------------------------------------------------------------------
+
+
+def networks_spread(rows: pd.DataFrame) -> Spread:
+    """Return the spread of the mean over rows (split, image, points), images as clusters.
+
+    Squared error: G / (G - 1) x sum over the G images of (sum of its rows' deviations)^2, / N^2; G - 1 degrees of
+    freedom. With one row per image it is that of the paired t-test. Source: Cameron and Miller, A practitioner's guide
+    to cluster-robust inference, J. Human Resources 50, 2015, equation 11, for a mean.
+    """
+    deviations = (rows["points"] - rows["points"].mean()).groupby(rows["image"]).sum()
+    count = len(deviations)
+    if count < 2:
+        return UNKNOWN
+    return Spread(float(np.sqrt(count / (count - 1) * (deviations**2).sum()) / len(rows)), count - 1)
+
+
+def networks_p(rows: pd.DataFrame, *, test: str) -> float:
+    """Return the two-sided p over images: mean 0 (ttest), or each image's mean symmetric about 0 (wilcoxon).
+
+    NaN for fewer than 2 images, and for a t-test whose differences are all equal but not 0: no spread, no t.
+    """
+    points = rows["points"].to_numpy()
+    if rows["image"].nunique() < 2:
         return NAN
-    if np.allclose(ours, baseline, rtol=0, atol=1e-12):
+    if np.abs(points).max() < EQUAL:
         return 1.0
-    if test == "ttest" and np.ptp(ours - baseline) < 1e-12:
+    if test == "wilcoxon":
+        return float(wilcoxon(rows.groupby("image")["points"].mean()).pvalue)
+    return networks_spread(rows).p(points.mean())
+
+
+def clustered_interval(rows: pd.DataFrame) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval (BCa, seeded) of the mean over rows (image, points), images drawn whole.
+
+    In points; NaN for fewer than 2 images.
+    """
+    clusters = rows.groupby("image", sort=True)["points"].agg(["sum", "size"]).to_numpy(dtype=float)
+    sums, sizes = clusters.T
+    if len(sums) < 2:
+        return NAN, NAN
+    if np.ptp(rows["points"]) < EQUAL:  # BCa divides by the spread
+        return (float(rows["points"].iloc[0]),) * 2
+    drawn = [sums[part].sum(axis=-1) / sizes[part].sum(axis=-1) for part in _resamples(len(sums))]
+    known = SimpleNamespace(bootstrap_distribution=np.concatenate(drawn))
+    interval = bootstrap(
+        (sums, sizes), _ratio, paired=True, n_resamples=0, bootstrap_result=known, vectorized=True
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def _ratio(sums: np.ndarray, sizes: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.asarray(sums.sum(axis=axis) / sizes.sum(axis=axis))
+
+
+@lru_cache(maxsize=1)
+def _resamples(count: int) -> list[np.ndarray]:
+    """Return the indices (below count) that each resample takes, as SciPy draws them with seed 0."""
+    drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    return np.array_split(drawn, -(-drawn.size // 10**6))  # in parts that fit the cache of a processor
+
+
+# ---- these methods -------------------------------------------------------------------------------------------------
+
+
+class Components(NamedTuple):
+    """Parts of the variance of a mean difference (points squared).
+
+    Attributes:
+        images: of the mean over seeds, as for these networks, with G - 1 degrees of freedom.
+        images_freedom: G - 1.
+        runs: what the means of the trainings of one split show, images in common.
+        runs_freedom: number of trainings minus number of splits.
+        noise: the part of ``images`` and of ``runs`` that is each image's own noise in each training.
+    """
+
+    images: float
+    images_freedom: float
+    runs: float
+    runs_freedom: float
+    noise: float
+
+    def spread(self) -> Spread:
+        """Return the spread of the mean, trainings and images both random; freedom by Satterthwaite.
+
+        The noise is in two of the parts, so one is taken off. Half the images' part is the least: the difference of
+        estimates may be anything when there are few.
+        """
+        variance = max(self.images + self.runs - self.noise, self.images / 2)
+        parts = self.images**2 / self.images_freedom + self.runs**2 / self.runs_freedom
+        return Spread(float(np.sqrt(variance)), float(variance**2 / parts) if parts else NAN)
+
+
+def components(differences: pd.DataFrame) -> Components | None:
+    """Estimate the parts of the variance of a mean difference by their mean squares; None without several seeds.
+
+    The model, for image i of split s, training k: points = mean + image_i + training_sk + noise_ski. Source: Searle,
+    Casella, McCulloch, Variance components, 1992, section 4.3 (ANOVA estimators); degrees of freedom: Satterthwaite,
+    An approximate distribution of estimates of variance components, Biometrics Bulletin 2, 1946.
+    """
+    rows = over_seeds(differences)
+    images = networks_spread(rows)
+    between = within = runs_freedom = noise_freedom = 0.0
+    tables = [table.pivot(index="image", columns="seed", values="points") for _, table in differences.groupby("split")]
+    for table in tables:
+        count, seeds = table.shape
+        means = table.mean()
+        left = table - table.mean(axis=1).to_numpy()[:, None] - (means - means.mean())
+        between += ((means - means.mean()) ** 2).sum()
+        within += (left**2).to_numpy().sum()
+        runs_freedom += seeds - 1
+        noise_freedom += (seeds - 1) * (count - 1)
+    if not runs_freedom or not noise_freedom or np.isnan(images.error):
+        return None
+    shares = [(len(table) / len(rows)) ** 2 / table.shape[1] for table in tables]
+    per_image = sum(share / len(table) for share, table in zip(shares, tables, strict=True))
+    return Components(
+        images=images.error**2,
+        images_freedom=images.freedom,
+        runs=between / runs_freedom * sum(shares),
+        runs_freedom=runs_freedom,
+        noise=within / noise_freedom * per_image,
+    )
+
+
+def methods_spread(differences: pd.DataFrame) -> Spread:
+    """Return the spread of the mean difference over other images and other trainings; unknown with one seed."""
+    parts = components(differences)
+    return UNKNOWN if parts is None else parts.spread()
+
+
+def images_spread(differences: pd.DataFrame) -> Spread:
+    """Return what would remain of the spread with any number of seeds: the images' own; unknown with one seed."""
+    parts = components(differences)
+    if parts is None:
+        return UNKNOWN
+    return Spread(float(np.sqrt(max(parts.images - parts.noise, 0.0))), parts.images_freedom)
+
+
+def corrected_p(differences: pd.DataFrame) -> float:
+    """Return the two-sided p over trainings, corrected for training sets that overlap; NaN for fewer than two.
+
+    t = mean / sqrt((1 / R + test / train) s^2), with R - 1 degrees of freedom, over the R means of (split, seed).
+    Source: Nadeau and Bengio, Inference for the generalization error, Machine Learning 52, 2003, section 3.
+    """
+    means = differences.groupby(PLACE)["points"].mean()
+    if len(means) < 2:
         return NAN
-    return float(TESTS[test](ours, baseline).pvalue)
+    error = float(np.sqrt((1 / len(means) + TEST_TO_TRAIN) * means.var(ddof=1)))
+    return Spread(error, len(means) - 1).p(means.mean())
+
+
+# ---- non-inferiority -----------------------------------------------------------------------------------------------
+
+
+def non_inferiority(differences: pd.DataFrame, *, margin_points: float) -> dict[str, float]:
+    """Return whether ours may be worse by the margin at most: one-sided, these networks and these methods.
+
+    Args:
+        differences: ours minus the reference; columns split, seed, image, points.
+        margin_points: the largest loss that does not matter, positive.
+
+    Returns:
+        bound_points and methods_bound_points: lower ends of the one-sided 95 % intervals; p_non_inferior and
+        p_methods_non_inferior of "worse by the margin or more"; p_inferior of "worse by the margin at most". Source:
+        Piaggio et al., CONSORT for noninferiority and equivalence trials, JAMA 308, 2012.
+    """
+    rows = over_seeds(differences)
+    mean = rows["points"].mean()
+    networks, methods = networks_spread(rows), methods_spread(differences)
+    return {
+        "bound_points": mean - networks.half_width(1 - 2 * ALPHA),
+        "p_non_inferior": networks.p(mean + margin_points, alternative="greater"),
+        "p_inferior": networks.p(-mean - margin_points, alternative="greater"),
+        "methods_bound_points": mean - methods.half_width(1 - 2 * ALPHA),
+        "p_methods_non_inferior": methods.p(mean + margin_points, alternative="greater"),
+    }
+
+
+# ---- families ------------------------------------------------------------------------------------------------------
 
 
 def holm(p_values: pd.Series) -> pd.Series:
@@ -76,20 +339,9 @@ def holm(p_values: pd.Series) -> pd.Series:
     return (ordered * factors).cummax().clip(upper=1.0).reindex(p_values.index)
 
 
-def mean_interval(differences: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval (BCa, seeded) of the mean of n differences, in their unit; NaN if n < 2."""
-    if len(differences) < 2:
-        return NAN, NAN
-    if np.ptp(differences) < 1e-12:  # BCa divides by the spread
-        return float(differences[0]), float(differences[0])
-    means = np.concatenate([differences[part].mean(axis=-1) for part in _resamples(len(differences))])
-    drawn = SimpleNamespace(bootstrap_distribution=means)
-    interval = bootstrap((differences,), np.mean, n_resamples=0, bootstrap_result=drawn).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
-@lru_cache(maxsize=1)
-def _resamples(count: int) -> list[np.ndarray]:
-    """Return the indices (below count) that each resample takes, as SciPy draws them with seed 0."""
-    drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-    return np.array_split(drawn, -(-drawn.size // 10**6))  # in parts that fit the cache of a processor
+def adjusted(table: pd.DataFrame, *, family: pd.Series) -> pd.DataFrame:
+    """Return a table with p_holm behind p and p_methods_holm behind p_methods, a family for each value of a series."""
+    for column in ("p", "p_methods"):
+        parts = pd.concat([holm(part) for _, part in table.groupby(family)[column]])
+        table.insert(list(table).index(column) + 1, f"{column}_holm", parts)
+    return table

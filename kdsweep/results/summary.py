@@ -57,8 +57,8 @@ def summarize(sweep: Sweep, *, store: Path, uri: str | None) -> dict[str, str]:
         "Batch size": _params(sweep, "train.batch_size"),
         "Epochs at most": f"{_params(sweep, 'train.epochs')}; patience {patience}",
         "Learning rate": f"Student {_params(sweep, 'train.lr')}, Teacher {_params(sweep, 'teacher.lr')}",
-        "Student": f"{_params(sweep, 'student.encoder')}; weights: {_params(sweep, 'student.weights')}",
-        "Teacher": f"{_params(sweep, 'teacher.encoder')}; weights: {_params(sweep, 'teacher.weights')}",
+        "Student": f"{_params(sweep, 'student.encoder')}; weights: {listed(known_values(cells, 'weights'))}",
+        "Teacher": f"{_params(sweep, 'teacher.encoder')}; weights: {_teacher_weights(sweep)}",
         "KD weight": _params(sweep, "kd.weight"),
         "Precision": _params(sweep, "precision"),
         "Device": f"{listed(known_values(runs, 'device'))}; threads: {_tags(sweep, 'kdsweep.threads')}",
@@ -100,6 +100,12 @@ def _params(sweep: Sweep, key: str) -> str:
     rows = zip(sweep.runs["role"], sweep.runs["params"], strict=True)
     values: set[str] = {params.get(key, "") for role, params in rows if not is_under(key, unused(role, params))}
     return listed(sorted(values - {"", "None"}, key=_order))
+
+
+def _teacher_weights(sweep: Sweep) -> str:
+    """Return what the Teachers began with; as the cells asked for it where the Teachers have no run yet."""
+    known = known_values(sweep.runs[sweep.runs["role"] == "teacher"], "weights")
+    return listed(known) if known else _params(sweep, "teacher.weights")
 
 
 def _tags(sweep: Sweep, key: str) -> str:

@@ -1,6 +1,6 @@
 """Make the paper's tables and those of effects, from what MLflow holds: frames of numbers first, then text.
 
-Usage: `python -m kdsweep tables table3|table4|table5|effects|settings|seeds [--store DIR] [--sweep NAME] [--out
+Usage: `python -m kdsweep tables table3|table4|table5|effects|settings|seeds|strata [--store DIR] [--sweep NAME] [--out
 DIR]`.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import gc
 import re
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,16 +19,25 @@ import pandas as pd
 
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_text
-from kdsweep.results import comparisons, effects, footnotes, formats
+from kdsweep.results import comparisons, effects, footnotes, formats, strata
 from kdsweep.results.formats import DASH
-from kdsweep.results.frame import each_variant, gaps, known_values, placed_runs, scored_images, variants
+from kdsweep.results.frame import (
+    VALIDATION,
+    each_variant,
+    gaps,
+    known_values,
+    margin_of,
+    placed_runs,
+    scored_images,
+    variants,
+)
 from kdsweep.results.paper import BASELINES, CELLS, LOSSES, PAPER, REPRESENTATIONS
-from kdsweep.results.stats import NAN, TESTS, holm, mean_interval, own_teachers, p_value, pair
+from kdsweep.results.stats import ALPHA, NAN, TESTS, compare, holm, non_inferiority, own_teachers, pair
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
 
-TABLES = ("table3", "table4", "table5", "effects", "settings", "seeds")
+TABLES = ("table3", "table4", "table5", "effects", "settings", "seeds", "strata")
 HEADINGS = {
     "table3": "Table 3. The distillation experiments",
     "table4": "Table 4. Test DSC of Teacher, Student and distilled students",
@@ -35,9 +45,10 @@ HEADINGS = {
     "effects": "Factor effects. Which choice mattered",
     "settings": "Settings. What the varied keys change",
     "seeds": "Seeds. How much another training would change",
+    "strata": "Strata. Test DSC by label and by size of the lesion",
 }
 SPLIT_MEAN = "mean_dice_percent_split"
-
+UNCORRECTED = ("student_p_runs", "teacher_p_runs")
 PAPER_COLUMNS = ["paper_mean_dice_percent", "paper_std_dice_percent", "paper_p_teacher", "paper_p_student"]
 
 
@@ -77,27 +88,47 @@ def _table3(sweep: Sweep) -> pd.DataFrame:
     return pd.DataFrame(rows).join(_paper()[PAPER_COLUMNS[0]], on="notation")
 
 
-def table4(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
+def table4(sweep: Sweep, *, test: str = "ttest", margin_points: float | None = None) -> pd.DataFrame:
     """Return Table 4: Dice (%), each model against its Teacher and against Student, the paper's figures beside.
 
-    The difference is the paired mean difference to Student in percentage points; `test` is a key of TESTS. A sweep that
-    varies further keys gives a table for each of their values, below each other, column settings first: each row is
-    compared with the Teacher and the Student of its own settings, and Holm's family is all of them.
+    Differences are paired mean differences in percentage points, to Student and to the Teacher that the cell learnt
+    from (columns student_... and teacher_..., as of ``stats.compare``), with whether it is non-inferior to that. A
+    sweep that varies further keys gives a table for each of their values, below each other, column settings first:
+    each row is compared with the Teacher and the Student of its own settings, and Holm's family is all of them.
+
+    Args:
+        sweep: its runs and scores.
+        test: of TESTS.
+        margin_points: what a cell may lose to its Teacher and still be non-inferior; the sweep's own by default.
     """
-    table = each_variant(sweep, partial(_table4, test=test))
-    for column in ("p_teacher", "p_student"):  # the family is the KD cells: the baselines are not what is being tried
-        table[f"{column}_holm"] = holm(table[column].where(~table["notation"].isin(BASELINES)))
-    return table
+    margin = margin_of(sweep) if margin_points is None else margin_points
+    table = each_variant(sweep, partial(_table4, test=test, margin_points=margin)).assign(margin_points=margin)
+    is_cell = ~table["notation"].isin(
+        BASELINES
+    )  # the family is the KD cells: the baselines are not what is being tried
+    for column in [
+        str(name) for name in table if re.match("(student|teacher)_p(_|$)", str(name)) and name not in UNCORRECTED
+    ]:
+        table[f"{column}_holm"] = holm(table[column].where(is_cell))
+    pairs = zip(table["teacher_p_non_inferior_holm"], table["teacher_p_inferior_holm"], strict=True)
+    verdicts = [_verdict(non_inferior, inferior) for non_inferior, inferior in pairs]
+    return table.assign(teacher_verdict=pd.Series(verdicts, index=table.index, dtype=object))
 
 
-def _table4(sweep: Sweep, *, test: str) -> pd.DataFrame:
+def _verdict(p_non_inferior: float, p_inferior: float) -> str | None:
+    if pd.isna(p_non_inferior):
+        return None
+    return "non-inferior" if p_non_inferior < ALPHA else "inferior" if p_inferior < ALPHA else "open"
+
+
+def _table4(sweep: Sweep, *, test: str, margin_points: float) -> pd.DataFrame:
     runs, cells = placed_runs(sweep), cell_notations(sweep)
     scored = scored_images(runs=runs, scores=sweep.scores)
     why = gaps(runs=runs, scored=scored, notations=[*BASELINES, *cells])
     whole = scored[scored["notation"].map(why) == ""]
     rows = [
         {"notation": notation, "gap": gap}
-        | _compared(notation, whole=whole, scored=scored, test=test)
+        | _compared(notation, whole=whole, scored=scored, test=test, margin_points=margin_points)
         | _trained(runs[runs["notation"] == notation], gap=gap)
         for notation, gap in why.items()
     ]
@@ -107,11 +138,11 @@ def _table4(sweep: Sweep, *, test: str) -> pd.DataFrame:
 
 
 def _trained(runs: pd.DataFrame, *, gap: str) -> dict[str, float]:
-    """Return how long a row's runs were trained: means over them, epochs counted from 1."""
-    if "epochs" not in runs:
-        return {}
-    own = runs.drop_duplicates("fingerprint")
-    means = {"mean_epochs": own["epochs"].mean(), "mean_best_epoch": own["best_epoch"].mean() + 1}
+    """Return how a row's runs were trained: means over them; epochs from 1, Dice (%) of the best epoch."""
+    single = runs.drop_duplicates("fingerprint")
+    means = {VALIDATION: 100 * single["val_dice"].mean(skipna=False)}
+    if "epochs" in single:
+        means |= {"mean_epochs": single["epochs"].mean(), "mean_best_epoch": single["best_epoch"].mean() + 1}
     return dict.fromkeys(means, NAN) if gap else means
 
 
@@ -119,28 +150,30 @@ def _paper() -> pd.DataFrame:
     return pd.DataFrame.from_dict(PAPER, orient="index", columns=PAPER_COLUMNS)
 
 
-def _compared(notation: str, *, whole: pd.DataFrame, scored: pd.DataFrame, test: str) -> dict[str, object]:
+def _compared(
+    notation: str, *, whole: pd.DataFrame, scored: pd.DataFrame, test: str, margin_points: float
+) -> dict[str, object]:
     """Return one row's measured numbers for Table 4; whole holds rows without a gap, scored all that finished."""
     ours, baseline = whole[whole["notation"] == notation], whole[whole["notation"] == "Student"]
     if notation == "Student":
         teacher, baseline = whole[whole["notation"] == "Teacher"], whole.iloc[:0]
     else:
         teacher = own_teachers(ours=ours, scored=scored)  # none for a Teacher
-    to_teacher, to_student = pair(ours=ours, baseline=teacher), pair(ours=ours, baseline=baseline)
-    points = 100 * (to_student["dice_ours"] - to_student["dice_baseline"]).to_numpy()
-    low, high = mean_interval(points)
-    dice = 100 * ours.drop_duplicates(["fingerprint", "image"])["dice"]  # a Teacher of several seeds counts once
+    to_teacher = pair(ours=ours, baseline=teacher)
+    dice = 100 * ours.groupby(["split", "image"])["dice"].mean()  # of the seeds: not more images than there are
     return {
-        "n_images": len(dice) or pd.NA,
         "mean_dice_percent": dice.mean(),
         "std_dice_percent": dice.std(ddof=1),
-        **{f"{SPLIT_MEAN}{split}": mean for split, mean in dice.groupby(ours["split"]).mean().items()},
-        "p_teacher": p_value(to_teacher, test=test),
-        "p_student": p_value(to_student, test=test),
-        "difference_to_student_points": points.mean() if len(points) else NAN,
-        "difference_low_points": low,
-        "difference_high_points": high,
+        **{f"{SPLIT_MEAN}{split}": mean for split, mean in dice.groupby("split").mean().items()},
+        **_prefixed("student_", compare(pair(ours=ours, baseline=baseline), test=test)),
+        **_prefixed("teacher_", compare(to_teacher, test=test)),
+        **_prefixed("teacher_", non_inferiority(to_teacher, margin_points=margin_points)),
+        "n_images": ours["image"].nunique() or pd.NA,
     }
+
+
+def _prefixed(prefix: str, values: Mapping[str, object]) -> dict[str, object]:
+    return {prefix + name: value for name, value in values.items() if name != "n_images"}
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
@@ -170,24 +203,30 @@ def format_table3(table: pd.DataFrame) -> pd.DataFrame:
 
 def format_table4(table: pd.DataFrame) -> pd.DataFrame:
     """Return the strings of Table 4."""
-    intervals = zip(table["difference_low_points"], table["difference_high_points"], strict=True)
     means = _with_std(mean=table["mean_dice_percent"], std=table["std_dice_percent"])
     columns = {
         **_settings(table),
         "Model": table["notation"],
         "DSC %": list(map(formats.or_gap, means, table["gap"])),
         **_per_split(table),
-        "p Teacher": table["p_teacher"].map(formats.p),
-        "p Teacher (Holm)": table["p_teacher_holm"].map(formats.p),
-        "p Student": table["p_student"].map(formats.p),
-        "p Student (Holm)": table["p_student_holm"].map(formats.p),
-        "Difference to Student": [formats.interval(low=low, high=high) for low, high in intervals],
+        "to Student": table["student_difference_points"].map(formats.points),
+        **formats.tested(table, prefix="student_"),
+        "to Teacher": table["teacher_difference_points"].map(formats.points),
+        **formats.p_values(table, prefix="teacher_", of="Teacher, "),
+        f"at most {table['margin_points'].iloc[0]:g} points worse than Teacher": [
+            f"{verdict} (lower bound {bound:+.2f}, p {formats.p(p)})" if verdict else DASH
+            for verdict, bound, p in zip(
+                table["teacher_verdict"],
+                table["teacher_bound_points"],
+                table["teacher_p_non_inferior_holm"],
+                strict=True,
+            )
+        ],
         **_epochs(table),
         "DSC % (paper)": _with_std(mean=table["paper_mean_dice_percent"], std=table["paper_std_dice_percent"]),
         "DSC points to paper": table["difference_to_paper_points"].map(formats.points),
         "p Teacher (paper)": table["paper_p_teacher"].map(formats.p),
         "p Student (paper)": table["paper_p_student"].map(formats.p),
-        "n images": [formats.number(n, "d") for n in table["n_images"]],
     }
     return pd.DataFrame(columns)
 
@@ -250,17 +289,21 @@ class Made(NamedTuple):
 
 
 def best_variant(sweep: Sweep, table: pd.DataFrame) -> tuple[Sweep, pd.DataFrame]:
-    """Return the part of a sweep and its Table 4 with the best finished cell; all if it varies no keys."""
+    """Return the part of a sweep and its Table 4 whose cell has the best validation Dice; all if it varies none."""
     if "settings" not in table:
         return sweep, table
-    cells = table[~table["notation"].isin(BASELINES)].sort_values("mean_dice_percent", ascending=False)
+    cells = table[~table["notation"].isin(BASELINES)].sort_values(VALIDATION, ascending=False)
     label = [*cells["settings"], *table["settings"]][0]
     return variants(sweep)[label], table[table["settings"] == label].drop(columns="settings")
 
 
 def asked(sweep: Sweep) -> list[str]:
     """Return those of TABLES that suit a sweep: settings if it varies further keys, seeds if it has several."""
-    has = {"settings": comparisons.has_settings(sweep), "seeds": comparisons.has_seeds(sweep)}
+    has = {
+        "settings": comparisons.has_settings(sweep),
+        "seeds": comparisons.has_seeds(sweep),
+        "strata": "lesion_px" in sweep.scores,
+    }
     return [which for which in TABLES if has.get(which, True)]
 
 
@@ -270,7 +313,7 @@ def sentences(which: str, table: pd.DataFrame) -> list[str]:
     return told[which](table) if which in told else []
 
 
-def made(which: str, *, sweep: Sweep, store: Path, test: str) -> Made:
+def made(which: str, *, sweep: Sweep, store: Path, test: str, margin_points: float | None = None) -> Made:
     """Make one of TABLES of a sweep whose cells' folders are in a store."""
     if which == "table3":
         table = table3(sweep)
@@ -281,12 +324,17 @@ def made(which: str, *, sweep: Sweep, store: Path, test: str) -> Made:
         return _led(which, sweep, table.assign(test=test), effects.format_effects(table), notes)
     if which == "settings":
         table = comparisons.settings(sweep, test=test)
-        notes = comparisons.notes_settings(test=test)
+        notes = comparisons.notes_settings(table, test=test)
         return _led(which, sweep, table.assign(test=test), comparisons.format_settings(table), notes)
+    if which == "strata":
+        table = strata.strata(sweep, test=test)
+        return _led(
+            which, sweep, table.assign(test=test), strata.format_strata(table), strata.notes(table=table, test=test)
+        )
     if which == "seeds":
         table = comparisons.seeds(sweep)
         return _led(which, sweep, table, comparisons.format_seeds(table), comparisons.notes_seeds(table=table))
-    table = table4(sweep, test=test)
+    table = table4(sweep, test=test, margin_points=margin_points)
     if which == "table5":
         from kdsweep.results import costs  # loads torch: seconds that the other tables need not wait for
 
@@ -303,9 +351,9 @@ def _led(which: str, sweep: Sweep, table: pd.DataFrame, text: pd.DataFrame, note
     return Made(HEADINGS[which], table, text, [*sentences(which, table), *footnotes.provenance(sweep), *notes])
 
 
-def make(*, which: str, sweep: Sweep, store: Path, out_dir: Path, test: str) -> str:
+def make(*, which: str, sweep: Sweep, store: Path, out_dir: Path, test: str, margin_points: float | None = None) -> str:
     """Write WHICH.md, .csv and .tex into out_dir; return the Markdown and a last line that names the files."""
-    heading, table, text, notes = made(which, sweep=sweep, store=store, test=test)
+    heading, table, text, notes = made(which, sweep=sweep, store=store, test=test, margin_points=margin_points)
     title = f"{heading} (sweep {sweep.name})"
     profile, data = ("".join(known_values(sweep.runs, key)) for key in ("profile", "data"))
     markdown = to_markdown(title=title, text=text, notes=notes)
@@ -331,7 +379,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
     parser.add_argument("--out", type=Path, help="folder for the files (STORE/tables)")
     parser.add_argument(
-        "--test", choices=sorted(TESTS), default="ttest", help="test of table4, effects, settings (ttest)"
+        "--test", choices=sorted(TESTS), default="ttest", help="test of table4, effects, settings, strata (ttest)"
+    )
+    parser.add_argument(
+        "--margin", type=float, help="points of table4's non-inferiority (the sweep's stats.margin_points)"
     )
     options = parser.parse_args(argv)
     from kdsweep.tracking.reader import read_sweep  # loads mlflow: seconds that --help need not wait for
@@ -341,7 +392,9 @@ def main(argv: list[str] | None = None) -> int:
         gc.set_threshold(100_000)  # a large sweep is a million objects that stay: looking through them is half the time
         sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
         out_dir = options.out or options.store / "tables"
-        which, test = options.table, options.test
-        sys.stdout.write(make(which=which, sweep=sweep, store=options.store, out_dir=out_dir, test=test))
+        common = {"sweep": sweep, "store": options.store, "out_dir": out_dir, "test": options.test}
+        if options.margin is not None and not 0 < options.margin < 100:
+            raise InputError(f"--margin {options.margin:g}: must be a number of points above 0 and below 100")
+        sys.stdout.write(make(which=options.table, margin_points=options.margin, **common))
 
     return exit_code(work)

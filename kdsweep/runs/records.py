@@ -112,6 +112,7 @@ def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any],
         "kdsweep.teacher": cell.evidence.get("teacher", ""),
         "kdsweep.data": cell.evidence.get("data", ""),
         "kdsweep.user_code": cell.evidence.get("user_code", ""),
+        "kdsweep.weights": cell.evidence.get(f"{'teacher' if cell.role == 'teacher' else 'student'}_weights", ""),
         "kdsweep.results_version": cell.evidence.get("results_version", ""),
     }
     content = {

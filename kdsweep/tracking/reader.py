@@ -26,7 +26,23 @@ T = TypeVar("T")
 ROLES = {"cell": "distilled", "student": "baseline"}  # as stores before results version 1 call them
 
 
-VALUES = {"test/trivial_dice": "trivial_dice", "epochs": "epochs", "best_epoch": "best_epoch"}  # in a sweep's runs
+VALUES = {  # in a sweep's runs
+    "test/trivial_dice": "trivial_dice",
+    "epochs": "epochs",
+    "best_epoch": "best_epoch",
+    "best/val_dice": "val_dice",
+}
+UNKNOWN = (
+    "profile",
+    "data",
+    "data_digest",
+    "user_code",
+    "weights",
+    "results_version",
+    "device",
+    "teacher",
+    "run_id",
+)  # columns that are "" without a run
 
 
 @dataclass(frozen=True)
@@ -36,9 +52,10 @@ class Sweep:
     Attributes:
         name: of the sweep.
         runs: one row per cell asked for and per Teacher they learn from; columns fingerprint, role, notation, split,
-            seed, variant (values of the further keys that the sweep varies, as a dict), profile, data, weights,
-            results_version, device, teacher, status, run_id, started_ms, ended_ms, params, tags, trivial_dice, epochs
-            (how many it was trained), best_epoch (counted from 0); what is not known is 0, empty or NaN.
+            seed, variant (values of the further keys that the sweep varies, as a dict), profile, data, data_digest,
+            user_code (its digest), weights (what its network began with), results_version, device, teacher, status,
+            run_id, started_ms, ended_ms, params, tags, trivial_dice, epochs (how many it was trained), best_epoch
+            (counted from 0), val_dice (of that epoch); what is not known is 0, empty or NaN.
         scores: one row per fingerprint and test image of the finished ones; fractions 0 to 1, HD95 in pixels.
         varied: the keys beyond the factors in which its cells differ on purpose.
         commands: those that asked for its cells, as they can be typed again, the latest one last.
@@ -69,7 +86,7 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         notation, split, seed, _ = place.split("/")
         role = "baseline" if notation == "Student" else "distilled"
         where = {"split": int(split.removeprefix("split")), "seed": int(seed.removeprefix("seed"))}
-        unknown = dict.fromkeys(("profile", "data", "weights", "results_version", "device", "teacher", "run_id"), "")
+        unknown = dict.fromkeys(UNKNOWN, "")
         own = {"fingerprint": fingerprint, "role": role, "notation": notation}
         no_run = {"started_ms": 0, "ended_ms": 0, "params": {}, "tags": {}} | dict.fromkeys(VALUES.values(), nan)
         return {**own, **where, **unknown, "status": "missing", **no_run}
@@ -82,7 +99,9 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         "seed": int(tags["kdsweep.seed"]),
         "profile": tags["kdsweep.profile"],
         "data": run.data.params.get("data.name", ""),
-        "weights": run.data.params.get("weights", ""),
+        "data_digest": tags.get("kdsweep.data", ""),
+        "user_code": tags.get("kdsweep.user_code", ""),
+        "weights": _weights(tags, run.data.params),
         "results_version": tags.get("kdsweep.results_version", "0"),  # the first runs recorded none
         "device": tags["kdsweep.device"],
         "teacher": tags["kdsweep.teacher"],
@@ -94,6 +113,14 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         "tags": dict(tags),
         **{name: run.data.metrics.get(metric, nan) for metric, name in VALUES.items()},
     }
+
+
+def _weights(tags: dict[str, str], params: dict[str, str]) -> str:
+    """Return what a run's own network began with: none, imagenet, or a file and its digest."""
+    network = "teacher" if tags["kdsweep.role"] == "teacher" else "student"
+    weights = params.get(f"{network}.weights", params.get("weights", ""))
+    digest = tags.get("kdsweep.weights", "")
+    return weights if weights in ("", "none", "imagenet") or not digest else f"{weights} (SHA-256 {digest[:10]})"
 
 
 def artifact(*, store: Path, uri: str | None, run_id: str, name: str) -> bytes:
@@ -155,16 +182,16 @@ def _answered(ask: Callable[[], T], *, store: Path, uri: str | None) -> T:
 
 
 def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
-    """Read everything a sweep asked for, with its scores; None takes the sweep last asked for.
+    """Read everything a sweep asked for, with its scores; None takes the last one that has a finished run.
 
     Raises:
         InputError: there is no such sweep.
     """
-    parent = _named_sweep(tracker, name)
+    runs = _by_fingerprint(tracker)
+    parent = _named_sweep(tracker, name, finished={key for key, run in runs.items() if run.info.status == "FINISHED"})
     tags = parent.data.tags
     varied = tuple(tags.get(VARIED, "").split())
     asked = {key.removeprefix(ASKED): value for key, value in tags.items() if key.startswith(ASKED)}
-    runs = _by_fingerprint(tracker)
     rows = []
     for place, value in sorted(asked.items()):
         fingerprint, _, variant = value.partition(" ")
@@ -196,15 +223,21 @@ def _scores(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _named_sweep(tracker: Tracker, name: str | None) -> Run:
+def _named_sweep(tracker: Tracker, name: str | None, *, finished: set[str]) -> Run:
+    """Return the parent run of a sweep, for None of the last one with a finished cell, else of the last one."""
     sweeps = tracker.search("tags.`kdsweep.role` = 'sweep'")
     sweeps.sort(key=lambda run: float(run.data.tags.get("kdsweep.asked_at", 0)))
     known = [run.data.tags["kdsweep.sweep"] for run in sweeps]
     if name is None and sweeps:
-        return sweeps[-1]
+        return next((run for run in reversed(sweeps) if not finished.isdisjoint(_asked(run.data.tags))), sweeps[-1])
     if name is None or name not in known:
         raise InputError(f"sweep={name or 'any'} is not in this store; it holds: {', '.join(known) or 'none yet'}")
     return sweeps[known.index(name)]
+
+
+def _asked(tags: dict[str, str]) -> set[str]:
+    """Return the fingerprints that a sweep asked for."""
+    return {value.partition(" ")[0] for key, value in tags.items() if key.startswith(ASKED)}
 
 
 def _by_fingerprint(tracker: Tracker) -> dict[str, Run]:

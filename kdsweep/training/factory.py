@@ -151,6 +151,7 @@ def learner(cfg: DictConfig, own: Cell) -> Learner:
         epochs=cfg.train.epochs,
         patience=cfg.train.patience,
         folder=own.folder,
+        nsd_tolerance_px=cfg.scores.nsd_tolerance_px,
         monitor=cfg.train.monitor,
     )
 
@@ -167,6 +168,7 @@ def teacher_learner(cfg: DictConfig, own: Cell) -> Learner:
         epochs=cfg.train.epochs,
         patience=cfg.train.patience,
         folder=own.folder,
+        nsd_tolerance_px=cfg.scores.nsd_tolerance_px,
     )
 
 

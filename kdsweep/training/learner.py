@@ -94,6 +94,7 @@ class Learner:
         patience: epochs without improvement of the monitored value after which it stops.
         folder: of its files.
         monitor: the validation value that decides the best epoch: ``loss`` (KD term included) or ``dice``.
+        nsd_tolerance_px: of the normalized surface Dice of its test images.
         best_loss: lowest monitored value so far, which is 1 - Dice for ``dice``.
         best_epoch: the epoch of that value, from 0.
         best: the state of the modules after that epoch.
@@ -116,6 +117,7 @@ class Learner:
     patience: int
     folder: Path
     monitor: str = "loss"
+    nsd_tolerance_px: float = 2.0
     best_loss: float = math.inf
     best_epoch: int = -1
     best: dict[str, Any] | None = None
@@ -293,11 +295,12 @@ def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, f
     """
     learner.restore_best()
     predictions = predict(learner.network, part, compute=compute)
-    table = score(predictions, part)
+    table = score(predictions, part, nsd_tolerance_px=learner.nsd_tolerance_px)
     values = {f"test/{name}": float(table[name].mean()) for name in metrics.SCORES}
     values["test/dice_std"] = float(table["dice"].std())
     values["test/trivial_dice"] = metrics.trivial_dice(part.masks)
     values |= {"best_epoch": float(learner.best_epoch), "epochs": float(learner.epoch + 1)}
+    values["best/val_dice"] = learner.history[learner.best_epoch]["val/dice"]
     folder = learner.folder
     weights = f"{'teacher' if learner.role == 'teacher' else 'student'}.safetensors"
     checkpoint.save_network(folder / weights, learner.network)

@@ -55,6 +55,8 @@ BAD: dict[str, tuple[Any, ...]] = {
     "views.dropout": NOT_SHARES,
     "views.probability": NOT_SHARES,
     "views.noise_std": ([0.2, 0.1], [0.1], [0.1, 0.2, 0.3], [-0.1, 0.1], [0.1, 1.1], [0.1, "0.2"], 0.1, None),
+    "scores.nsd_tolerance_px": (0, -1, *NOT_NUMBERS),
+    "stats.margin_points": (0, -1, *NOT_NUMBERS),
     "data.count": (3, 0, 4.0, "many", True),
     "student.decoder_channels": NOT_WIDTHS,
     "teacher.decoder_channels": NOT_WIDTHS,

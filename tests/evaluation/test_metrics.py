@@ -122,15 +122,22 @@ def test_hd95_is_measured_between_edges_not_regions() -> None:
     assert metrics.hd95_px(prediction=ring, mask=square(5, 26)) == pytest.approx([3])
 
 
+def test_nsd_by_hand() -> None:
+    # Of the large square's 56 edge pixels those 3 at each corner are more than 2 from the other edge; of the small
+    # square's 40 none is.
+    found = [metrics.nsd(prediction=square(10, 21), mask=square(8, 23), tolerance_px=px)[0] for px in (1.9, 2, 3)]
+    assert found == pytest.approx([0, (44 + 40) / (56 + 40), 1])
+
+
 # ---- empty sets, as the module's docstring defines them ------------------------------------------------------------
 
 
 def test_empty_sets_score_the_worst_and_two_of_them_the_best() -> None:
     empty, some = pixels(), pixels((1, 1), (2, 1))
     prediction, mask = torch.cat([empty, some, empty, some]), torch.cat([some, empty, empty, some])
-    found = metrics.per_image(prediction=prediction, mask=mask.byte())
+    found = metrics.per_image(prediction=prediction, mask=mask.byte(), nsd_tolerance_px=2.0)
     assert list(found) == list(metrics.SCORES)
-    for name in metrics.RATIOS:
+    for name in (*metrics.RATIOS, "nsd"):
         assert found[name].tolist() == [0, 0, 1, 1], name
     assert found["hd95_px"] == pytest.approx([50, 50, 0, 0])  # the diagonal of 40 x 30
 
@@ -138,19 +145,19 @@ def test_empty_sets_score_the_worst_and_two_of_them_the_best() -> None:
 def test_images_are_scored_each_on_its_own() -> None:
     prediction, mask = blobs(5, seed=4), blobs(5, seed=5)
     prediction[1], mask[2] = False, False
-    together = metrics.per_image(prediction=prediction, mask=mask)
+    together = metrics.per_image(prediction=prediction, mask=mask, nsd_tolerance_px=2.0)
     for i in range(5):
-        alone = metrics.per_image(prediction=prediction[i : i + 1], mask=mask[i : i + 1])
+        alone = metrics.per_image(prediction=prediction[i : i + 1], mask=mask[i : i + 1], nsd_tolerance_px=2.0)
         for name in metrics.SCORES:
             assert together[name][i] == alone[name][0], name
 
 
 def test_no_warning_leaks_from_the_libraries() -> None:
     prediction, mask = torch.cat([blobs(2, seed=6), pixels(size=(24, 32))]), blobs(3, seed=7)
-    metrics.per_image(prediction=prediction, mask=mask)  # imports what it needs
+    metrics.per_image(prediction=prediction, mask=mask, nsd_tolerance_px=2.0)  # imports what it needs
     with warnings.catch_warnings(record=True) as leaked:
         warnings.simplefilter("always")
-        metrics.per_image(prediction=prediction, mask=mask)
+        metrics.per_image(prediction=prediction, mask=mask, nsd_tolerance_px=2.0)
     assert [str(warning.message) for warning in leaked] == []
 
 

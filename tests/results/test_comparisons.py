@@ -6,7 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import ttest_rel, wilcoxon
-from test_tables import DASH, FakeSweep, dice_all, dice_of, fingerprint, rates, run_row, score_rows, sweep_of
+from test_tables import (
+    DASH,
+    FakeSweep,
+    dice_all,
+    dice_of,
+    fingerprint,
+    interval_of,
+    rates,
+    run_row,
+    score_rows,
+    sweep_of,
+)
 
 from kdsweep.core.errors import InputError
 from kdsweep.results import comparisons, stats, tables
@@ -58,18 +69,19 @@ def test_each_cell_and_all_together_are_paired_over_the_same_images(test, refere
         assert row["against_mean_dice_percent"] == pytest.approx(100 * base.mean())
         assert row["difference_points"] == pytest.approx(points.mean())
         assert row["p"] == pytest.approx(reference(ours, base).pvalue, rel=1e-6)
-        assert (row["low_points"], row["high_points"]) == pytest.approx(stats.mean_interval(points))
+        assert (row["low_points"], row["high_points"]) == pytest.approx(tuple(interval_of(points)))
         assert row["n_images"] == 36
     assert table["p_holm"].tolist()[:2] == pytest.approx(stats.holm(table["p"][:2]).tolist())
     assert table["p_holm"][2] == table["p"][2]  # a family of its own
 
 
 def test_what_a_varied_key_changes_is_told():
-    (line,) = comparisons.told_settings(comparisons.settings(aligned()))
-    assert line.startswith("kd.align=warp against kd.align=none: a difference is shown (+")
+    line, methods = comparisons.told_settings(comparisons.settings(aligned()))
+    assert methods == "kd.align=warp against kd.align=none, these methods: not known, that takes several seeds."
+    assert line.startswith("kd.align=warp against kd.align=none, these networks: a difference is shown (+")
     assert "points over all cells, 95 % interval +" in line
     assert "; single cells that differ: L_MSE by +" in line
-    (line,) = comparisons.told_settings(comparisons.settings(aligned(shift=0.0, noise=0.05)))
+    line, _ = comparisons.told_settings(comparisons.settings(aligned(shift=0.0, noise=0.05)))
     assert ": no difference is shown (" in line
     assert line.endswith("no single cell differs.")
 
@@ -97,7 +109,7 @@ def test_a_missing_run_is_a_gap_and_all_cells_are_never_fewer():
     text = comparisons.format_settings(table.reset_index())
     assert text["DSC %"].tolist()[0] == f"{DASH} (failed: split 1)"
     assert text["n images"].tolist() == [DASH, "36", DASH]
-    (line,) = comparisons.told_settings(table.reset_index())
+    line, _ = comparisons.told_settings(table.reset_index())
     assert "not known over all cells, it needs L_MSE" in line
 
 
@@ -123,7 +135,9 @@ def test_the_table_of_settings_is_written(tmp_path):
     ours, base = (np.concatenate([scores_of(aligned(), "L_MSE", setting)]) for setting in ("warp", "none"))
     assert written.loc["L_MSE", "difference_points"] == pytest.approx(100 * (ours - base).mean())
     assert written.loc["L_MSE", "test"] == "ttest"
-    assert "against kd.align=none: a difference is shown" in (tmp_path / "settings.md").read_text(encoding="utf-8")
+    assert "against kd.align=none, these networks: a difference is shown" in (tmp_path / "settings.md").read_text(
+        encoding="utf-8"
+    )
 
 
 # ---- seeds ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from test_tables import (
     changed,
     dice_all,
     dice_of,
+    interval_of,
     run_row,
     score_rows,
     sweep_of,
@@ -23,7 +24,26 @@ from test_tables import (
 from kdsweep.core.errors import InputError
 from kdsweep.results import effects, paper, stats
 
-COLUMNS = ["effect", "kind", "factor", "estimate_points", "low_points", "high_points", "p", "p_holm", "n_images", "gap"]
+COLUMNS = [
+    "effect",
+    "kind",
+    "factor",
+    "difference_points",
+    "low_points",
+    "high_points",
+    "p",
+    "p_holm",
+    "methods_low_points",
+    "methods_high_points",
+    "p_methods",
+    "p_methods_holm",
+    "p_runs",
+    "detectable_points",
+    "methods_detectable_points",
+    "images_detectable_points",
+    "n_images",
+    "gap",
+]
 MAIN = ["H - L", "HReg - L", "HReg - H", "KLD - MSE", "weak - strong"]
 INTERACTIONS = {
     "(KLD - MSE) x (weak - strong)": "loss x teacher augmentation",
@@ -59,13 +79,14 @@ def row(table, effect):
 
 
 def row_of(effect="KLD - MSE", factor="loss", **changes):
-    numbers = {"estimate_points": 1.2, "low_points": 0.3, "high_points": 2.1, "p": 0.004, "p_holm": 0.012}
+    numbers = {"difference_points": 1.2, "low_points": 0.3, "high_points": 2.1, "p": 0.004, "p_holm": 0.012}
+    numbers |= dict.fromkeys(["methods_low_points", "methods_high_points", "p_methods", "p_methods_holm"], np.nan)
     kind = "interaction" if " x " in factor else "main"
     return {"effect": effect, "kind": kind, "factor": factor} | numbers | {"n_images": 36, "gap": ""} | changes
 
 
 def said(*rows):
-    return effects.sentences(pd.DataFrame(rows))[1]  # the factor loss
+    return effects.sentences(pd.DataFrame(rows))[2]  # the factor loss, these networks
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +103,9 @@ def table(sweep):
 
 
 def test_the_cells_are_the_papers():
-    assert sorted(effects.CELLS) == sorted(paper.CELLS)
-    assert effects.CELLS["HReg_KLD_WAug"] == ("HReg", "KLD", "weak")
-    assert effects.CELLS["L_MSE"] == ("L", "MSE", "strong")
+    assert sorted(paper.LEVELS) == sorted(paper.CELLS)
+    assert paper.LEVELS["HReg_KLD_WAug"] == ("HReg", "KLD", "weak")
+    assert paper.LEVELS["L_MSE"] == ("L", "MSE", "strong")
 
 
 def test_rows_and_columns(table):
@@ -102,9 +123,9 @@ def test_rows_and_columns(table):
 def test_main_effects_are_those_of_hand_written_means(sweep, table, effect, plus, minus):
     points = mean_of(*plus) - mean_of(*minus)
     got = row(table, effect)
-    assert got["estimate_points"] == pytest.approx(points.mean())
+    assert got["difference_points"] == pytest.approx(points.mean())
     assert got["p"] == pytest.approx(ttest_1samp(points, 0).pvalue, rel=1e-6)
-    assert got[["low_points", "high_points"]].tolist() == pytest.approx(list(stats.mean_interval(points)))
+    assert got[["low_points", "high_points"]].tolist() == pytest.approx(interval_of(points))
     by_ranks = row(effects.effects(sweep, test="wilcoxon"), effect)
     assert by_ranks["p"] == pytest.approx(wilcoxon(points).pvalue, rel=1e-6)
 
@@ -114,12 +135,12 @@ def test_an_interaction_is_half_the_difference_of_the_simple_effects(table):
     with_mse = mean_of("H_MSE", "H_MSE_WAug") - mean_of("L_MSE", "L_MSE_WAug")
     points = (with_kld - with_mse) / 2
     got = row(table, "(H - L) x (KLD - MSE)")
-    assert got["estimate_points"] == pytest.approx(points.mean())
+    assert got["difference_points"] == pytest.approx(points.mean())
     assert got["p"] == pytest.approx(ttest_1samp(points, 0).pvalue, rel=1e-6)
     under_weak = mean_of(*set(KLD) & set(WEAK)) - mean_of(*set(MSE) & set(WEAK))
     under_strong = mean_of(*set(KLD) & set(STRONG)) - mean_of(*set(MSE) & set(STRONG))
     points = (under_weak - under_strong) / 2
-    assert row(table, "(KLD - MSE) x (weak - strong)")["estimate_points"] == pytest.approx(points.mean())
+    assert row(table, "(KLD - MSE) x (weak - strong)")["difference_points"] == pytest.approx(points.mean())
 
 
 def test_holm_knows_two_families(table):
@@ -130,14 +151,14 @@ def test_holm_knows_two_families(table):
 
 
 def test_the_path_contrasts_add_up(table):
-    assert row(table, "HReg - L")["estimate_points"] == pytest.approx(
-        row(table, "HReg - H")["estimate_points"] + row(table, "H - L")["estimate_points"]
+    assert row(table, "HReg - L")["difference_points"] == pytest.approx(
+        row(table, "HReg - H")["difference_points"] + row(table, "H - L")["difference_points"]
     )
 
 
 def test_two_images_by_hand():
     """One cell leads by 12 and 24 points: 1/6 of it per factor of six cells a side, 1/4 per path of four."""
-    got = effects.effects(two_images(H_KLD_WAug=(12, 24))).set_index("effect")["estimate_points"]
+    got = effects.effects(two_images(H_KLD_WAug=(12, 24))).set_index("effect")["difference_points"]
     expected = {"H - L": 4.5, "HReg - L": 0, "HReg - H": -4.5, "KLD - MSE": 3, "weak - strong": 3}
     expected |= {"(KLD - MSE) x (weak - strong)": 3, "(H - L) x (KLD - MSE)": 4.5, "(HReg - H) x (weak - strong)": -4.5}
     for effect, points in expected.items():
@@ -164,20 +185,20 @@ def test_additive_scores_have_no_interaction():
             sweep = with_dice(sweep, f"{path}_{loss}_WAug", 0, additive(path, loss, aug=1))
     table = effects.effects(sweep)
     interactions = table[table["kind"] == "interaction"]
-    assert interactions["estimate_points"].tolist() == pytest.approx([0] * 7, abs=1e-12)
+    assert interactions["difference_points"].tolist() == pytest.approx([0] * 7, abs=1e-12)
     assert interactions["p"].tolist() == [1] * 7
     lead = 100 * np.random.default_rng(5).normal(0.02, 0.01, (4, 12))
     main = [lead[0], lead[1], lead[1] - lead[0], lead[2], -lead[3]]
-    assert table["estimate_points"].tolist()[:5] == pytest.approx([points.mean() for points in main])
+    assert table["difference_points"].tolist()[:5] == pytest.approx([points.mean() for points in main])
     assert table["p"].tolist()[:5] == pytest.approx([ttest_1samp(points, 0).pvalue for points in main], rel=1e-6)
     assert not any("depends" in sentence for sentence in effects.sentences(table))
 
 
 def test_signs():
     better = effects.effects(two_images(**dict.fromkeys(KLD, (1, 2))))
-    assert row(better, "KLD - MSE")["estimate_points"] == pytest.approx(1.5)
+    assert row(better, "KLD - MSE")["difference_points"] == pytest.approx(1.5)
     worse = effects.effects(two_images(**dict.fromkeys(WEAK, (-1, -2))))
-    assert row(worse, "weak - strong")["estimate_points"] == pytest.approx(-1.5)
+    assert row(worse, "weak - strong")["difference_points"] == pytest.approx(-1.5)
 
 
 def test_order_of_the_records_changes_no_digit(sweep, table):
@@ -205,25 +226,25 @@ def test_one_split():
     table = effects.effects(sweep_of(splits=(1,)))
     points = mean_of(*KLD, dice=lambda cell: dice_of(cell, 1)) - mean_of(*MSE, dice=lambda cell: dice_of(cell, 1))
     got = row(table, "KLD - MSE")
-    assert (got["n_images"], got["estimate_points"]) == (12, pytest.approx(points.mean()))
+    assert (got["n_images"], got["difference_points"]) == (12, pytest.approx(points.mean()))
     assert got["p"] == pytest.approx(ttest_1samp(points, 0).pvalue, rel=1e-6)
 
 
-def test_same_image_in_two_splits_and_seeds_counts_once_in_each():
+def test_an_image_that_several_splits_and_seeds_test_is_one_cluster():
     sweep = sweep_of(paper.CELLS, splits=(0, 1), seeds=(0, 7))
     sweep = replace(
         sweep, scores=sweep.scores.assign(image=sweep.scores["image"].str.replace(r"split\d ", "", regex=True))
     )
     got = row(effects.effects(sweep), "H - L")
     places = [(split, seed) for split in (0, 1) for seed in (0, 7)]
-    points = np.concatenate(
+    points = np.array(
         [
             mean_of(*H, dice=lambda c, p=p: dice_of(c, *p)) - mean_of(*L, dice=lambda c, p=p: dice_of(c, *p))
             for p in places
         ]
     )
-    assert (got["n_images"], got["estimate_points"]) == (48, pytest.approx(points.mean()))
-    assert got["p"] == pytest.approx(ttest_1samp(points, 0).pvalue, rel=1e-6)
+    assert (got["n_images"], got["difference_points"]) == (12, pytest.approx(points.mean()))
+    assert got["p"] == pytest.approx(ttest_1samp(points.mean(axis=0), 0).pvalue, rel=1e-6)
 
 
 # ---- gaps and refusals ---------------------------------------------------------------------------------------------
@@ -243,12 +264,12 @@ def test_a_gap_leaves_only_what_does_not_need_the_cell(sweep, table):
     assert rest[[*numbers, "p_holm", "n_images"]].isna().all(axis=None)
     assert row(got, "H - L")["p_holm"] == row(got, "H - L")["p"]  # alone in its family
     notes = effects.notes(sweep=gappy, table=got, test="ttest")
-    assert "over the 1 main effects and, apart from them, the 2 interactions" in notes[0]
+    assert "over the 1 main effects and, apart from them, the 2 interactions" in " ".join(notes)
     assert "KLD - MSE: needs HReg_KLD (failed: split 1)" in notes[-1]
     sentences = effects.sentences(got)
     assert "HReg against L is not known, it needs HReg_KLD (failed: split 1)" in sentences[0]
-    assert sentences[0].startswith("Path: H scores")
-    assert sentences[1] == "Loss: KLD against MSE is not known, it needs HReg_KLD (failed: split 1)."
+    assert sentences[0].startswith("Path, these networks: H scores")
+    assert sentences[2] == "Loss, these networks: KLD against MSE is not known, it needs HReg_KLD (failed: split 1)."
 
 
 def test_several_gaps_are_named_by_reason(sweep):
@@ -262,9 +283,9 @@ def test_nothing_finished_is_all_gaps():
     got = effects.effects(replace(sweep, scores=sweep.scores.iloc[:0]))
     assert (got["gap"] != "").all()
     text = effects.format_effects(got)
-    assert set(text["p (Holm)"]) == set(text["n images"]) == set(text["95 % interval"]) == {DASH}
+    assert set(text["networks: p (Holm)"]) == set(text["n images"]) == set(text["networks: 95 % interval"]) == {DASH}
     assert text["DSC points"].str.startswith(f"{DASH} (needs ").all()
-    assert len(effects.sentences(got)) == 3
+    assert len(effects.sentences(got)) == 6
 
 
 def test_different_images_are_refused(sweep):
@@ -281,8 +302,11 @@ def test_a_mixed_sweep_is_refused(sweep):
 def test_a_lead_equal_in_all_images_has_no_p():
     table = effects.effects(two_images(**dict.fromkeys(KLD, (1, 1))))
     assert np.isnan(row(table, "KLD - MSE")["p"])
-    assert effects.sentences(table)[1] == "Loss: KLD minus MSE is +1.00 points, but these scores allow no test."
-    assert effects.sentences(table)[2].endswith("is shown, their means are equal in each image.")
+    assert (
+        effects.sentences(table)[2]
+        == "Loss, these networks: KLD minus MSE is +1.00 points, but these scores allow no test."
+    )
+    assert effects.sentences(table)[4].endswith("is shown, their means are equal in each image.")
 
 
 def test_a_single_image_has_no_p():
@@ -290,7 +314,7 @@ def test_a_single_image_has_no_p():
     table = effects.effects(replace(sweep, scores=sweep.scores[sweep.scores["image"] == "split0 image00"]))
     assert table["p"].isna().all()
     assert table["n_images"].tolist() == [1] * 12
-    assert all("allow no test" in sentence for sentence in effects.sentences(table))
+    assert all("allow no test" in sentence for sentence in effects.sentences(table)[::2])
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
@@ -302,27 +326,28 @@ def test_strings(table):
     difference = mean_of(*KLD) - mean_of(*MSE)
     got = text.set_index("Effect").loc["KLD - MSE"]
     assert got["DSC points"] == f"{difference.mean():+.2f}"
-    assert got["95 % interval"] == "{:+.2f} to {:+.2f}".format(*stats.mean_interval(difference))
-    assert got["p"] == got["p (Holm)"] == "<0.0001"
+    assert got["networks: 95 % interval"] == "{:+.2f} to {:+.2f}".format(*interval_of(difference))
+    assert got["networks: p"] == got["networks: p (Holm)"] == "<0.0001"
     assert got["n images"] == "36"
     assert text.map(lambda entry: isinstance(entry, str)).all(axis=None)
 
 
 def test_a_sentence_names_the_better_level_first():
-    better = (
-        "Loss: KLD scores 1.20 points higher than MSE on average (95 % interval 0.30 to 2.10, p = 0.0120 after Holm)."
+    assert said(row_of()) == (
+        "Loss, these networks: KLD scores 1.20 points higher than MSE on average "
+        "(95 % interval 0.30 to 2.10, p = 0.0120 after Holm)."
     )
-    assert said(row_of()) == better
-    worse = row_of(estimate_points=-1.2, low_points=-2.1, high_points=-0.3, p_holm=1e-5)
+    worse = row_of(difference_points=-1.2, low_points=-2.1, high_points=-0.3, p_holm=1e-5)
     assert said(worse) == (
-        "Loss: MSE scores 1.20 points higher than KLD on average (95 % interval 0.30 to 2.10, p < 0.0001 after Holm)."
+        "Loss, these networks: MSE scores 1.20 points higher than KLD on average "
+        "(95 % interval 0.30 to 2.10, p < 0.0001 after Holm)."
     )
 
 
 def test_not_significant_is_not_told_as_no_effect():
     sentence = said(row_of(low_points=-0.8, high_points=1.1, p_holm=0.4))
     assert sentence == (
-        "Loss: no difference between KLD and MSE is shown (p = 0.4000 after Holm); "
+        "Loss, these networks: no difference between KLD and MSE is shown (p = 0.4000 after Holm); "
         "the 95 % interval of KLD minus MSE, -0.80 to +1.10 points, leaves room for either."
     )
     assert "no effect" not in sentence
@@ -331,7 +356,7 @@ def test_not_significant_is_not_told_as_no_effect():
 
 def test_a_test_and_an_interval_that_disagree_leave_the_direction_open():
     assert said(row_of(low_points=-0.1)) == (
-        "Loss: KLD and MSE differ by the test (p = 0.0120 after Holm), but the "
+        "Loss, these networks: KLD and MSE differ by the test (p = 0.0120 after Holm), but the "
         "95 % interval of KLD minus MSE, -0.10 to +2.10 points, leaves open which is better."
     )
 
@@ -339,7 +364,7 @@ def test_a_test_and_an_interval_that_disagree_leave_the_direction_open():
 def test_a_significant_interaction_is_told_in_both_of_its_factors():
     both = row_of("(H - L) x (KLD - MSE)", "path x loss", p_holm=0.03)
     neither = row_of("(KLD - MSE) x (weak - strong)", "loss x teacher augmentation", p_holm=0.06)
-    path, loss, augmentation = effects.sentences(
+    path, _, loss, _, augmentation, _ = effects.sentences(
         pd.DataFrame(
             [row_of("H - L", "path"), row_of(), row_of("weak - strong", "teacher augmentation"), both, neither]
         )
@@ -358,9 +383,9 @@ def test_a_cross_over_has_no_main_effect_but_depends():
         sign = 1 if (cell in KLD) == (cell in WEAK) else -1
         sweep = with_dice(sweep, cell, 0, 0.5 + sign * lead + (cell in KLD) * noise)
     table = effects.effects(sweep)
-    assert row(table, "(KLD - MSE) x (weak - strong)")["estimate_points"] == pytest.approx(200 * lead.mean())
-    _, loss, augmentation = effects.sentences(table)
-    assert loss.startswith("Loss: no difference between KLD and MSE is shown")
+    assert row(table, "(KLD - MSE) x (weak - strong)")["difference_points"] == pytest.approx(200 * lead.mean())
+    _, _, loss, _, augmentation, _ = effects.sentences(table)
+    assert loss.startswith("Loss, these networks: no difference between KLD and MSE is shown")
     assert (
         "the effect depends on the teacher augmentation ((KLD - MSE) x (weak - strong) p = 0.0004 after Holm)" in loss
     )
@@ -370,12 +395,14 @@ def test_a_cross_over_has_no_main_effect_but_depends():
 @pytest.mark.parametrize("test", sorted(stats.TESTS))
 def test_notes(sweep, table, test):
     notes = effects.notes(sweep=sweep, table=table, test=test)
-    assert len(notes) == 4
-    assert notes[0].startswith(f"p: {stats.TEST_NAMES[test]} of each image's contrast against 0; Holm: over the 5 main")
-    assert "the 7 interactions" in notes[0]
-    assert "several splits or seeds test counts once in each, as if independent" in notes[1]
-    assert "half the difference of the two simple effects" in notes[2]
-    assert notes[3] == "Left out, not of the 12 cells: Student, Teacher, Teacher_WAug."
+    assert notes[0].startswith("Networks: do these networks, as trained, differ on other images?")
+    assert stats.TEST_NAMES[test] in notes[0]
+    assert "an image that several splits test is one cluster" in notes[0]
+    assert notes[1].startswith("Methods: whether networks trained anew would differ too, one seed cannot tell")
+    assert "over the 5 main effects and, apart from them, the 7 interactions" in " ".join(notes)
+    assert any(note.startswith("With 80 % power this design shows differences from ") for note in notes)
+    assert "half the difference of the two simple effects" in notes[-2]
+    assert notes[-1] == "Left out, not of the 12 cells: Student, Teacher, Teacher_WAug."
 
 
 def test_of_many_cells_that_are_not_there_the_first_are_named():

@@ -11,23 +11,24 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.text import Annotation, Text
-from test_tables import dice_all, dice_of, sweep_of, with_dice, with_status
+from test_tables import dice_all, dice_of, interval_of, sweep_of, with_dice, with_status
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import paper, plots, stats, tables
+from kdsweep.results import paper, plots, tables
 
 HEADINGS = ["Logits", "Hidden", "Hidden-Regressor"]
 LONG = "; ".join(f"failed: split {split} seed 0, {split} seed 1" for split in range(6))
-NUMBERS = ["mean_dice_percent", "difference_low_points", "difference_high_points"]
+NUMBERS = ["mean_dice_percent", "student_low_points", "student_high_points"]
 
 
 def table_of(means, *, splits=None, gaps=None):
     """A Table 4 with the columns that are drawn; each difference to Student is known to half a point."""
     difference = pd.Series(means) - means.get("Student", np.nan)
     table = pd.DataFrame({"notation": list(means), "gap": "", "mean_dice_percent": list(means.values())})
-    table["difference_low_points"] = (difference - 0.5).to_numpy()
-    table["difference_high_points"] = (difference + 0.5).to_numpy()
+    table["student_low_points"] = (difference - 0.5).to_numpy()
+    table["student_high_points"] = (difference + 0.5).to_numpy()
     table.loc[table["notation"] == "Student", NUMBERS[1:]] = np.nan
+    table = table.assign(teacher_verdict=table["notation"].map({"H_MSE": "non-inferior"}), margin_points=2.0)
     for split, shift in (splits or {}).items():
         table[f"mean_dice_percent_split{split}"] = table["mean_dice_percent"] + shift
     for notation, gap in (gaps or {}).items():
@@ -40,11 +41,11 @@ def effects_of(**changes):
     """Five main effects and an interaction; a change is the reason of the gap of the row of that number."""
     names = ["H - L", "HReg - L", "HReg - H", "KLD - MSE", "weak - strong", "(H - L) x (KLD - MSE)"]
     table = pd.DataFrame({"effect": names, "kind": ["main"] * 5 + ["interaction"], "factor": "any", "gap": ""})
-    numbers = {"estimate_points": [0.1, -0.2, 0.3, 1.5, -2.5, 9.0], "p": 0.001, "n_images": 36}
+    numbers = {"difference_points": [0.1, -0.2, 0.3, 1.5, -2.5, 9.0], "p": 0.001, "n_images": 36}
     table = table.assign(**numbers, p_holm=[1.0, 0.5, 0.04321, 0.00001, 0.01, 0.2])
-    table = table.assign(low_points=table["estimate_points"] - 1, high_points=table["estimate_points"] + 2)
+    table = table.assign(low_points=table["difference_points"] - 1, high_points=table["difference_points"] + 2)
     for row, gap in changes.items():
-        numbers = ["estimate_points", "low_points", "high_points", "p", "p_holm"]
+        numbers = ["difference_points", "low_points", "high_points", "p", "p_holm"]
         table.loc[int(row.removeprefix("row")), numbers] = np.nan
         table.loc[int(row.removeprefix("row")), "gap"] = gap
     return table
@@ -191,7 +192,8 @@ def test_the_legend_names_what_is_drawn_and_no_more():
     assert whole == [
         "mean of all test images, strong Teacher augmentation",
         "mean of all test images, weak Teacher augmentation",
-        "95 % interval of the paired difference to Student, laid off from Student's mean",
+        "95 % interval of the paired difference to Student (these networks), laid off from its mean",
+        "at most 2 points worse than its Teacher (Holm)",
         *(f"mean of split {split}" for split in SHIFTS),
     ]
     alone = table_of({"L_MSE": 71.0, "Teacher": 80.0})
@@ -254,7 +256,7 @@ def test_the_numbers_of_a_whole_sweep_reach_the_figure():
     mean = 100 * dice_all("H_KLD_WAug").mean()
     assert points(left, "weak")["H_KLD_WAug"] == pytest.approx(mean)
     assert points(left, "split 2")["H_KLD_WAug"] == pytest.approx(100 * dice_of("H_KLD_WAug", 2).mean())
-    low, high = stats.mean_interval(100 * (dice_all("L_MSE") - dice_all("Student")))
+    low, high = interval_of(100 * (dice_all("L_MSE") - dice_all("Student")))
     student = 100 * dice_all("Student").mean()
     assert spans(left)[0] == pytest.approx((student + low, student + high, 1))
 

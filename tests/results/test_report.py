@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from test_tables import FakeSweep, fingerprint, rates, sweep_of, with_status
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import contours, costs, effects, figures, formats, report, summary, tables
+from kdsweep.results import contours, costs, effects, figures, formats, report, stats, summary, tables
 from kdsweep.results.frame import variants
 from kdsweep.results.stats import NAN
 from kdsweep.tracking import reader, writer
@@ -133,8 +133,8 @@ def call(monkeypatch, tmp_path):
     monkeypatch.setattr(reader, "attach", attached)
     monkeypatch.setattr(reader, "read_curves", curves_of)
     monkeypatch.setattr(contours, "load", shown)
-    for module in (tables, effects):  # the bootstrap takes seconds
-        monkeypatch.setattr(module, "mean_interval", lambda points: (-1.0, 1.0) if len(points) else (NAN, NAN))
+    # the bootstrap takes seconds
+    monkeypatch.setattr(stats, "clustered_interval", lambda rows: (-1.0, 1.0) if len(rows) else (NAN, NAN))
     monkeypatch.setattr(costs, "measure", lambda *_, **__: pytest.fail("measured"))
 
     def run(sweep, *words, costs=False, draws=False, counts=False):
@@ -371,11 +371,14 @@ def test_names_and_settings_are_text(call):
 def test_folders_of_the_computer_are_not_named(call, tmp_path):
     words = {"teacher.weights": "/home/jane/weights/a.pt", "data.source.cache_dir": f"{tmp_path}/phantoms"}
     sweep = stored(sweep_of(FEW, splits=(0,)), params=words)
+    is_teacher = sweep.runs["role"] == "teacher"
+    weights = sweep.runs["weights"].mask(is_teacher, "/home/jane/weights/a.pt (SHA-256 0123456789)")
+    sweep = replace(sweep, runs=sweep.runs.assign(weights=weights))
     _, page, _ = call(sweep)
     everything = page.text + repr(page.elements)
     for private in ("jane", "clinic", str(tmp_path), str(Path.home()) + "/"):
         assert private not in everything
-    assert page.fact("Teacher") == "large; weights: [path]a.pt"
+    assert page.fact("Teacher") == "large; weights: [path]a.pt (SHA-256 0123456789)"
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_tables_come_out_with_every_row(swept, capsys):
         assert "not a result" in printed
         table = pd.read_csv(store / "tables" / f"{which}.csv")
         assert len(table) == rows
-        numbers = table["estimate_points" if which == "effects" else "mean_dice_percent"]
+        numbers = table["difference_points" if which == "effects" else "mean_dice_percent"]
         assert numbers.notna().sum() == (3 if which == "table5" else rows)  # others have published ones
         assert (store / "tables" / f"{which}.tex").stat().st_size > 500
 
