@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kdsweep.results import comparisons, effects, formats, paper
+from kdsweep.results import comparisons, paper, stats
 from kdsweep.runs import records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,9 +145,8 @@ def test_the_table_of_the_results_is_that_of_their_file() -> None:
     wanted = []
     for _, row in table.iterrows():
         splits = " / ".join(f"{row[f'mean_dice_percent_split{split}']:.2f}" for split in range(3))
-        bounds = formats.interval(low=row["difference_low_points"], high=row["difference_high_points"])
-        difference = f"{row['difference_to_student_points']:+.2f} ({bounds})" if row["notation"] != "Student" else ""
-        p = formats.p(row["p_student_holm"]) if row["notation"] in paper.CELLS else ""
+        difference, p = f"{row['student_difference_points']:+.2f}", f"{row['student_p_runs']:.2f}"
+        difference, p = (difference, p) if row["notation"] != "Student" else ("", "")
         dice = f"{row['mean_dice_percent']:.2f} ± {row['std_dice_percent']:.2f}"
         epochs = f"{row['mean_best_epoch']:.0f} of {row['mean_epochs']:.0f}"
         wanted.append(" | ".join((f"| {row['notation']}", dice, splits, difference, p, f"{epochs} |")))
@@ -168,7 +167,12 @@ def test_the_sentences_of_the_results_are_those_of_their_files() -> None:
     own = epochs[list(paper.CELLS)]
     wanted.append(f"after {epochs['Student']} epochs on average")
     wanted.append(f"after {own.min()} to {own.max()}")
-    wanted += effects.sentences(result("effects")) + comparisons.told_settings(result("settings"))
+    of_effects = result("effects").set_index("effect")
+    for effect in ("HReg - L", "HReg - H", "H - L", "KLD - MSE", "weak - strong"):
+        points, p = of_effects.loc[effect, ["difference_points", "p_runs"]]
+        wanted.append(f"{effect} {points:+.2f} points (p = {p:.2f})".replace("HReg - L ", "HReg - L is "))
+    of_settings = result("settings").set_index("notation")
+    wanted.append(f"{of_settings.loc['all cells', 'difference_points']:+.2f} points over the six cells")
     text = " ".join(results().split())
     assert [line for line in wanted if line not in text] == []
     assert cells.loc[list(paper.CELLS), "mean_dice_percent"].idxmin() == "L_KLD_WAug"
@@ -177,5 +181,39 @@ def test_the_sentences_of_the_results_are_those_of_their_files() -> None:
     ).all()
     pairs = list(itertools.combinations(cells.loc[list(paper.CELLS), "mean_dice_percent"], 2))
     assert sum(abs(one - other) <= limit for one, other in pairs) > len(pairs) / 2
-    paths = result("effects").set_index("effect")["estimate_points"]
-    assert paths["HReg - L"] > limit / 2 > max(paths["H - L"], paths["HReg - H"])
+
+
+def test_p_values_of_the_results_are_those_of_the_means_of_their_splits() -> None:
+    cells = result("table4").set_index("notation")
+    means = cells[[f"mean_dice_percent_split{split}" for split in range(3)]]
+
+    def p(points: pd.Series) -> float:
+        runs = {"split": range(3), "seed": 0, "image": "any", "points": points.to_numpy(dtype=float)}
+        return stats.corrected_p(pd.DataFrame(runs))
+
+    others = cells.index.drop("Student")
+    found = [p(means.loc[name] - means.loc["Student"]) for name in others]
+    assert found == pytest.approx(cells.loc[others, "student_p_runs"].tolist())
+    assert min(found) > 0.05, "the README says that no method is shown to be better"
+    for effect, expected in result("effects").set_index("effect")["p_runs"].items():
+        signs = dict.fromkeys(paper.LEVELS, 1)
+        for plus, minus in re.findall(r"(\w+) - (\w+)", str(effect)):
+            signs = {
+                cell: sign * ((plus in paper.LEVELS[cell]) - (minus in paper.LEVELS[cell]))
+                for cell, sign in signs.items()
+            }
+        sides = [means.loc[[cell for cell, sign in signs.items() if sign == side]].mean() for side in (1, -1)]
+        assert p(sides[0] - sides[1]) == pytest.approx(expected)
+
+
+def test_the_table_of_error_rates_is_that_of_its_file() -> None:
+    simulated = json.loads((ROOT / "benchmarks" / "statistics.json").read_text())
+    rows = pd.DataFrame(simulated["rows"])
+    text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
+    for row in rows.to_dict("records"):
+        numbers = ["\N{EN DASH}" if pd.isna(rate) else f"{100 * rate:.1f}" for rate in list(row.values())[4:]]
+        cells = [f"{value:g}" for value in list(row.values())[:4]] + numbers
+        assert re.search(" *\\| *".join(map(re.escape, cells)), text), cells
+    modelled = rows[rows["split_sd"] == 0]
+    assert modelled["networks"].between(0.03, 0.07).all()
+    assert modelled.loc[modelled["seeds"] == 3, "methods"].between(0.03, 0.07).all()

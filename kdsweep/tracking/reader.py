@@ -218,7 +218,8 @@ def _scores(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
     for header, own in parts.items():
         text = io.StringIO("\n".join([header, *(body.rstrip("\n") for _, body in own)]))
         counts = [len(list(csv.reader(io.StringIO(body)))) for _, body in own]
-        table = pd.read_csv(text, dtype={"image": str, "label": str})
+        text_columns = {"image": str, "label": str}
+        table = pd.read_csv(text, dtype=text_columns, keep_default_na=False, na_values=[""])  # an id may be nan or null
         tables.append(table.assign(fingerprint=np.repeat([fingerprint for fingerprint, _ in own], counts)))
     return pd.concat(tables, ignore_index=True)
 

@@ -596,6 +596,33 @@ def test_two_different_results_of_one_cell_are_refused(sweep, make):
     assert message.endswith(f"): {REMEDY}")
 
 
+@pytest.mark.parametrize("make", [tables.table3, tables.table4, effects.effects])
+def test_different_images_under_one_name_are_refused(sweep, make):
+    """Student on one site, a cell on another: equal ids, other images."""
+    other = sweep.runs["notation"] == "L_KLD"
+    params = [
+        own | {"data.root": "siteB" if is_other else "siteA"}
+        for own, is_other in zip(sweep.runs["params"], other, strict=True)
+    ]
+    mixed = changed(sweep, data_digest=np.where(other, "b" * 64, "a" * 64), params=params)
+    with pytest.raises(InputError) as caught:
+        make(mixed)
+    assert str(caught.value) == (
+        "sweep study mixes different images of one name: digests aaaaaaaa (HReg_KLD split 0, data.root=siteA) and "
+        f"bbbbbbbb (L_KLD split 0, data.root=siteB): {REMEDY}"
+    )
+
+
+def test_two_states_of_a_users_code_are_refused_within_a_cell_and_not_between_cells(sweep):
+    own = sweep.runs["notation"] == "L_KLD"
+    tables.table4(changed(sweep, user_code=np.where(own, "c" * 64, "")))
+    first = own & (sweep.runs["split"] == 0)
+    with pytest.raises(
+        InputError, match=r"mixes two states of your own code in L_KLD: digests cccccccc .L_KLD split 0. and dddddddd"
+    ):
+        tables.table4(changed(sweep, user_code=np.where(first, "c" * 64, np.where(own, "d" * 64, ""))))
+
+
 def test_two_teachers_of_one_place_are_refused(sweep):
     """Half of the cells were computed again after a change of the code, and learnt from a new Teacher."""
     runs = sweep.runs.copy()
@@ -667,6 +694,48 @@ def test_the_printed_numbers():
     low, high = text.loc["L_MSE", "networks: 95 % interval"].split(" to ")
     assert 50 <= float(low) < 60 < float(high) <= 70
     assert text.loc["H_MSE", "DSC %"] == f"{DASH} (not run)"
+
+
+def test_non_inferiority_to_its_own_teacher(sweep):
+    """H_MSE loses 1 point to its Teacher, HReg_MSE 4: the margin of 2 lies between."""
+    for split in (0, 1, 2):
+        noise = 0.004 * np.sin(np.arange(IMAGES) + split)
+        sweep = with_dice(sweep, "H_MSE", split, dice_of("Teacher", split) - 0.01 + noise)
+        sweep = with_dice(sweep, "HReg_MSE", split, dice_of("Teacher", split) - 0.04 + noise)
+    table = tables.table4(sweep)
+    assert (row(table, "H_MSE")["teacher_verdict"], row(table, "HReg_MSE")["teacher_verdict"]) == (
+        "non-inferior",
+        "inferior",
+    )
+    family = table.loc[table["notation"].isin(paper.CELLS), "teacher_p_non_inferior"]
+    adjusted = table.loc[table["notation"].isin(paper.CELLS), "teacher_p_non_inferior_holm"]
+    assert adjusted.tolist() == pytest.approx(stats.holm(family).tolist())
+    assert row(tables.table4(sweep, margin_points=5.0), "HReg_MSE")["teacher_verdict"] == "non-inferior"
+    wide = tables.table4(with_dice(sweep, "H_MSE", 0, dice_of("Teacher", 0) + np.linspace(-0.4, 0.4, IMAGES)))
+    assert row(wide, "H_MSE")["teacher_verdict"] == "open"
+    assert row(table, "Teacher")["teacher_verdict"] is None
+
+
+def test_the_margin_is_the_sweeps_own_unless_the_table_is_given_one(sweep):
+    params = [own | {"stats.margin_points": "3.5"} for own in sweep.runs["params"]]
+    asked = changed(sweep, params=params)
+    table = tables.table4(asked)
+    assert set(table["margin_points"]) == {3.5}
+    assert "at most 3.5 points worse than Teacher" in tables.format_table4(table)
+    given = tables.table4(asked, margin_points=1.0)
+    notes = " ".join(footnotes.of_table4(sweep=asked, table=given, test="ttest"))
+    assert "at most 1 points worse than its Teacher, chosen for this table" in notes
+    assert "chosen for this table" not in " ".join(footnotes.of_table4(sweep=asked, table=table, test="ttest"))
+
+
+def test_several_seeds_answer_on_the_methods_too():
+    table = tables.table4(sweep_of(("Student", "Teacher", "L_MSE"), seeds=(0, 1, 2)))
+    text = tables.format_table4(table).set_index("Model").loc["L_MSE"]
+    for heading in ("methods: p", "methods: p (Holm)", "methods: p (Nadeau-Bengio)", "methods: 95 % interval"):
+        assert text[heading] != DASH
+    assert "Teacher, methods: p" in text
+    one = tables.format_table4(tables.table4(sweep_of(("Student", "Teacher", "L_MSE"))))
+    assert [name for name in one if "methods: p" in name and "Nadeau" not in name] == []
 
 
 def test_a_tiny_p_is_not_printed_as_zero(table4):

@@ -1,5 +1,6 @@
 """What is written to MLflow comes back: sweeps, gaps, and runs that a killed process left open."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,42 @@ def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
     assert sweep.scores["image"].tolist() == ["000000", "000001"]
     assert sweep.scores["dice"].tolist() == [0.25, 0.75]
     assert set(sweep.scores["fingerprint"]) == {cell.fingerprint}
+
+
+def test_ids_that_look_like_a_missing_value_come_back(store, tmp_path):
+    tracker, cell = writer.Tracker(store=store, uri=None), make_cell()
+    tracker.ask("ids", [cell])
+    record = end(replace(cell, store=tmp_path), [0.25, 0.5, 0.75])
+    scores = record.folder / "test_scores.csv"
+    pd.DataFrame({"image": ["nan", "null", "NA"], "label": "", "dice": [0.25, 0.5, 0.75]}).to_csv(scores, index=False)
+    tracker.sync(record, sweep="ids")
+    assert reader.read_sweep(store=store, uri=None, name="ids").scores["image"].tolist() == ["nan", "null", "NA"]
+
+
+def test_the_last_sweep_is_the_last_one_with_a_finished_cell(tmp_path):
+    store = tmp_path / "store"
+    tracker, cell = writer.Tracker(store=store, uri=None), make_cell()
+    tracker.ask("empty", [make_cell("H_MSE")])
+    assert reader.read_sweep(store=store, uri=None, name=None).name == "empty"  # nothing is finished in any
+    tracker.ask("done", [cell])
+    finish(tracker, cell, "done", tmp_path / "cells", [0.5])
+    tracker.ask("failed on its data", [make_cell("H_KLD")])
+    assert reader.read_sweep(store=store, uri=None, name=None).name == "done"
+    assert reader.read_sweep(store=store, uri=None, name="failed on its data").name == "failed on its data"
+
+
+def test_what_a_network_began_with_is_named_by_file_and_digest(store, tmp_path):
+    evidence = {"student_weights": "0123456789abcdef"}
+    cell = replace(make_cell(), evidence=evidence, store=tmp_path)
+    tracker = writer.Tracker(store=store, uri=None)
+    tracker.ask("weights", [cell])
+    begin(cell)
+    described = json.loads((cell.folder / records.CELL).read_text())
+    described["params"] |= {"weights": "none", "student.weights": "mine.pt"}
+    (cell.folder / records.CELL).write_text(json.dumps(described))
+    tracker.sync(records.read(cell.folder), sweep="weights")
+    (row,) = reader.read_sweep(store=store, uri=None, name="weights").runs.to_dict("records")
+    assert row["weights"] == "mine.pt (SHA-256 0123456789)"
 
 
 def test_what_tells_cells_of_a_sweep_apart_comes_back_and_stays(store):
@@ -314,8 +351,8 @@ def test_no_call_holds_more_than_an_mlflow_server_takes(store, tmp_path, monkeyp
     assert asked == {cell.fingerprint for cell in cells}
 
 
-def test_without_a_name_the_sweep_last_asked_for_is_read(store):
-    tracker = writer.Tracker(store=store, uri=None)
+def test_without_a_name_the_sweep_last_asked_for_is_read(tmp_path):
+    tracker = writer.Tracker(store=(store := tmp_path / "store"), uri=None)
     for name in ("one", "other", "one"):
         tracker.ask(name, [make_cell(lr=15)])
     assert reader.read_sweep(store=store, uri=None, name=None).name == "one"
