@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def main() -> None:
     ]
     table = pd.DataFrame([design | rates(options.trials, **design) for design in tqdm(designs)])
     options.out.write_text(json.dumps({"trials": options.trials, "rows": table.to_dict("records")}, indent=1) + "\n")
-    print(markdown(table))
+    sys.stdout.write(f"{markdown(table)}\n")
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -61,6 +61,8 @@ def train() -> None:
 
     if "--plan" in sys.argv:  # at the end, for Hydra takes no option between overrides
         sys.argv = [*(word for word in sys.argv if word != "--plan"), "hydra.launcher.plan=true"]
+    home = str(Path.home())  # a shell leaves the ~ of KEY=~/folder as it is
+    sys.argv = [re.sub(r"(?<=[=,])~(?=/)", home, word) for word in sys.argv]
     signals.install()
     logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
     OmegaConf.register_new_resolver("kdsweep.cell_dir", _cell_dir, replace=True)

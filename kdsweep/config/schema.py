@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import reduce
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kdsweep.core.errors import InputError
 
@@ -31,6 +31,10 @@ def _named(name: str) -> str:
     if not all(letter.isalnum() or letter in " ._-" for letter in name):
         raise ValueError("another character")
     return name
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if type(value) is int else value  # 2024 on the command line
 
 
 # The description is what an error says that a value must be.
@@ -197,10 +201,10 @@ class Settings(Node):
     deterministic: Switch
     retry_failed: Switch
     image_size: int = Field(ge=64, multiple_of=32, description="a multiple of 32, at least 64")
-    store: str = Field(min_length=1, description="the name of a folder")
-    sweep_name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_named)] = Field(
-        description="a name of letters, digits, blank . _ -"
-    )
+    store: Annotated[str, BeforeValidator(_as_text)] = Field(min_length=1, description="the name of a folder")
+    sweep_name: Annotated[
+        str, BeforeValidator(_as_text), Field(min_length=1, max_length=200), AfterValidator(_named)
+    ] = Field(description="a name of letters, digits, blank . _ -")
 
 
 def read(values: Mapping[str, Any]) -> Settings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,6 +17,9 @@ from tqdm import tqdm
 from kdsweep.core.errors import InputError
 from kdsweep.data.sources import Entry, Source, listing
 
+log = logging.getLogger(__name__)
+
+DIM = 16  # of 255: the peak of 12-bit data in 16 bits
 TAKE_EMPTY = "data.allow_empty_masks=true"
 
 
@@ -57,6 +62,7 @@ def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_
         InputError: some files are wrong; the message counts them and names the first ten.
     """
     entries, digest = listing(source)
+    _check_memory(len(entries), load_size=load_size, image_size=image_size)
 
     def arrays(entry: Entry) -> list[np.ndarray] | ValueError:
         try:
@@ -80,8 +86,25 @@ def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_
             f"data={source.name}: {len(problems)} of {len(entries)} images: {'; '.join(problems[:10])}{more}"
         )
     images, eval_images, masks, eval_masks = (np.stack(column) for column in zip(*found, strict=True))
+    if dim := [entry.image_file for entry, image in zip(entries, images, strict=True) if image.max() <= DIM]:
+        log.warning(
+            "data=%s: %d of %d images are nearly black, at most %d of 255, the first is %s; 12 bits saved as 16 look so: "
+            "multiply them by 16",
+            *(source.name, len(dim), len(entries), DIM, dim[0]),
+        )
     ids, labels = ([getattr(entry, name) for entry in entries] for name in ("id", "label"))
     return Images(source.name, ids, labels, images, masks, eval_images, eval_masks, digest)
+
+
+def _check_memory(count: int, *, load_size: int, image_size: int) -> None:
+    """Raise InputError if the images cannot be held: the system would end the process without a word."""
+    needed = 4 * count * (load_size**2 + image_size**2)  # bytes: three of an image, one of a mask
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        raise InputError(
+            f"data.load_size={load_size}: {count} images of this size need {needed / 2**30:.0f} GiB of memory, "
+            f"{free / 2**30:.0f} GiB are free; take a smaller one (256 for image_size=224)"
+        )
 
 
 def read_entry(entry: Entry, *, smallest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -105,12 +128,22 @@ def read_entry(entry: Entry, *, smallest: int) -> tuple[np.ndarray, np.ndarray]:
     return image, mask
 
 
+class _UnknownRangeError(ValueError):
+    """Pixels of which nobody knows what is white."""
+
+
 def _open(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as picture:
+            if picture.mode in ("F", "I"):
+                raise _UnknownRangeError(
+                    f"{file} has pixels of 32 bits, whose range is not known; save it with 8 or 16 bits"
+                )
             if picture.mode.startswith("I;16"):
                 return (np.asarray(picture) / 257).round().astype(np.uint8)
             return np.asarray(picture.convert("RGB"))
+    except _UnknownRangeError:
+        raise
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError on broken PNG chunks
         raise ValueError(f"{file} is not a readable image") from error
 

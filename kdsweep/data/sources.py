@@ -175,7 +175,7 @@ def listing(source: Source) -> Listing:
 
 
 def _existing(root: str | Path) -> Path:
-    root = Path(str(root))  # a folder called 2024 comes as a number
+    root = Path(str(root)).expanduser()  # a folder called 2024 comes as a number
     if not root.is_dir():
         raise InputError(f"data.root={root}: no such folder; give the folder that holds the images")
     return root

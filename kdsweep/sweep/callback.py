@@ -17,6 +17,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -143,6 +144,8 @@ def user_message(error: BaseException) -> str:
         if isinstance(cause, InputError | CellError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
+    if isinstance(error, OverrideParseException):
+        return _quoting(error.override)
     text = " ".join(str(error).split())
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]} is missing: give it on the command line, {match[1]}=..."
@@ -154,6 +157,14 @@ def user_message(error: BaseException) -> str:
     if type(error).__module__.startswith(("hydra", "omegaconf")):
         return text
     return one_line(error)
+
+
+def _quoting(word: str) -> str:
+    """Return how to type an override that is no sentence of Hydra's grammar."""
+    key, _, value = word.partition("=")
+    quoted = value.strip("\"'").replace("\\", "\\\\").replace('"', '\\"')
+    typed = shlex.quote(f'{key}="{quoted}"')
+    return f"{word} cannot be read: brackets, quotes, commas and = in a value need quotes within quotes: {typed}"
 
 
 def _known_keys(key: str) -> str:

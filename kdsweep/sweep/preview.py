@@ -14,9 +14,11 @@ from kdsweep.training import factory
 
 
 def check(configs: list[DictConfig]) -> None:
-    """Raise InputError for the first of these cells that could not be trained anywhere: networks, weights, images."""
+    """Raise InputError for the first of these cells that could not be trained: networks, weights, KD term, images."""
     for cfg in configs:
         factory.check_networks(cfg)
+    for cfg in {str((cfg.path, cfg.loss, cfg.student, cfg.teacher)): cfg for cfg in reversed(configs)}.values():
+        factory.check_term(cfg)
     for cfg in {identity.batches_key(cfg, seed=cfg.seed): cfg for cfg in reversed(configs)}.values():
         factory.feed(cfg, seed=cfg.seed)
 

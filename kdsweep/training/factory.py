@@ -19,13 +19,13 @@ from omegaconf import DictConfig
 from kdsweep.config import composition, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core.device import Compute, find_device
-from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.errors import InputError, exit_code, one_line
 from kdsweep.data.loaders import Feed, TrainLoader, eval_part
 from kdsweep.data.splits import check_training_masks, random_split
 from kdsweep.data.views import Strengths, Views
 from kdsweep.distill.distillation import Distillation, TeacherForward
 from kdsweep.models import unet
-from kdsweep.models.unet import UNet
+from kdsweep.models.unet import Outputs, UNet
 from kdsweep.models.weights import HUB
 from kdsweep.training.learner import Learner
 
@@ -117,6 +117,38 @@ def check_networks(cfg: DictConfig) -> None:
 @lru_cache(maxsize=8)
 def _check_network(encoder: str, decoder_channels: tuple[int, ...], weights: str) -> None:
     unet.unet(encoder=encoder, decoder_channels=list(decoder_channels), weights=weights, seed=0)
+
+
+def check_term(cfg: DictConfig) -> None:
+    """Build a cell's path and loss and take one term and its gradient of two images, before anything is trained.
+
+    Raises:
+        InputError: one of them cannot be built or called, or returns something else than one number.
+    """
+    if cfg.path.kd_path is None:
+        return
+    chance = torch.Generator().manual_seed(0)
+    side = cfg.image_size // 32
+
+    def outputs(group: str) -> Outputs:
+        channels = unet.hidden_channels(cfg[group].encoder)
+        logits = torch.randn(2, 1, cfg.image_size, cfg.image_size, generator=chance)
+        return Outputs(logits=logits, hidden=torch.randn(2, channels, side, side, generator=chance))
+
+    student, teacher = outputs("student"), outputs("teacher")
+    for tensor in student:
+        tensor.requires_grad_()
+    theta = torch.eye(2, 3).repeat(2, 1, 1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            value = distillation(cfg, teacher="").term(student=student, teacher=teacher, theta=theta)  # type: ignore[union-attr]
+            if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise TypeError("the loss must return a tensor of one number that depends on the Student")
+            value.backward()
+    except InputError:
+        raise
+    except Exception as error:  # of any kind: it is the user's code
+        raise InputError(f"path={cfg.path.name} loss={cfg.loss.name} gives no KD term: {one_line(error)}") from error
 
 
 def distillation(cfg: DictConfig, *, teacher: str) -> Distillation | None:

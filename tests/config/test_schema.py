@@ -64,8 +64,8 @@ BAD: dict[str, tuple[Any, ...]] = {
     "path.kd_path.kernel_size": (0, 2, -1, 1.5, "1"),
     "data.load_size": (0, 63, -1, 100.5, "256", True),
     "data.allow_empty_masks": ("yes", 1),
-    "store": (None, "", 7),
-    "sweep_name": ("", "a/b", "a\nb", "x" * 201, 7, None),
+    "store": (None, "", 7.5, True),
+    "sweep_name": ("", "a/b", "a\nb", "x" * 201, 7.5, None),
 }
 EDGES: dict[str, tuple[Any, ...]] = {
     "split": (0, 1, 2),
