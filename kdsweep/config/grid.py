@@ -129,10 +129,14 @@ def unused(role: str, params: Mapping[str, Any]) -> tuple[str, ...]:
         return ("path", "loss", "teacher_aug", "teacher", "kd")
     if role == "teacher":
         return ("path", "loss", "teacher_aug", "student", "kd", "train.lr", "train.monitor", "seed")
-    same_view = ("kd.align",) if params.get("teacher_aug.distill_view") == "strong" else ()  # nothing to align
+    idle = ["kd.align"] if params.get("teacher_aug.distill_view") == "strong" else []  # nothing to align
+    if params.get("kd.weight") != "matched":
+        idle.append("kd.ratio")
     loss = f"loss.{params.get('path.representation')}"
     own = str(params.get(f"{loss}._target_", "")).startswith(f"{PACKAGE}.")
-    return (*same_view, "kd.temperature") if own and f"{loss}.temperature" not in params else same_view
+    if own and f"{loss}.temperature" not in params:
+        idle.append("kd.temperature")
+    return tuple(idle)
 
 
 def used_by(role: str, variant: dict[str, str], params: Mapping[str, Any]) -> dict[str, str]:

@@ -128,7 +128,8 @@ class TrainNode(Node):
 class KDNode(Node):
     """``kd``: the KD term."""
 
-    weight: Share
+    weight: Share | Literal["matched"] = Field(description="a number from 0 to 1, or matched")
+    ratio: Positive
     temperature: Positive
     teacher_precision: Precision
     align: Literal["warp", "none"] = Field(description="warp or none")

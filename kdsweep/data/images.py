@@ -88,8 +88,8 @@ def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_
     images, eval_images, masks, eval_masks = (np.stack(column) for column in zip(*found, strict=True))
     if dim := [entry.image_file for entry, image in zip(entries, images, strict=True) if image.max() <= DIM]:
         log.warning(
-            "data=%s: %d of %d images are nearly black, at most %d of 255, the first is %s; 12 bits saved as 16 look so: "
-            "multiply them by 16",
+            "data=%s: %d of %d images are nearly black, at most %d of 255, the first is %s; "
+            "12 bits saved as 16 look so: multiply them by 16",
             *(source.name, len(dim), len(entries), DIM, dim[0]),
         )
     ids, labels = ([getattr(entry, name) for entry in entries] for name in ("id", "label"))

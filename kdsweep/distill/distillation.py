@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdsweep.distill.paths import KDPath
 from kdsweep.models.unet import Outputs
@@ -36,7 +36,9 @@ class Distillation:
         kd_path: selects the tensors to compare.
         needs_logits: whether the path takes logits; if not, the Teacher runs its encoder alone and has none.
         loss: of the compared maps, see losses.py.
-        weight: of the KD term; the supervised term has 1 - weight (PAPER, Eq. I: 0.5 and 0.5).
+        weight: of the KD term; the supervised term has 1 - weight (PAPER, Eq. I: 0.5 and 0.5). None finds it in the
+            first epoch, see ``matched_weight``.
+        ratio: of the gradients of the two terms that a weight of None aims at.
         forward: the Teacher's forward that it learns from.
         align: warp the maps of a weak view into the Student's frame; else compare them as they are.
     """
@@ -44,9 +46,10 @@ class Distillation:
     kd_path: KDPath
     needs_logits: bool
     loss: Callable[..., Tensor]
-    weight: float
+    weight: float | None
     forward: TeacherForward
     align: bool
+    ratio: float = 1.0
 
     def term(self, *, student: Outputs, teacher: Outputs, theta: Tensor | None) -> Tensor:
         """Return the KD term of one batch; theta (N, 2, 3) is None where both saw the same view.
@@ -60,6 +63,36 @@ class Distillation:
         if theta is not None and self.align:
             theirs, valid = warp(theirs, theta=theta)
         return self.loss(student=self.kd_path.student_map(student), teacher=theirs, valid=valid)
+
+
+def gradient_ratio(kd: Tensor, *, weight: float | Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """Return the norm of the KD term's gradient over that of the supervised term, each without its weight.
+
+    Takes one more backward pass, of the KD term alone, and reads what the pass of the weighted sum has left:
+    (total - weight * of KD) / (1 - weight) is the supervised term's. The gradients themselves are not changed.
+
+    Args:
+        kd: the KD term, its graph retained.
+        weight: of the KD term, below 1.
+        parameters: over which the norms are taken; ``grad`` is that of the weighted sum.
+
+    Returns:
+        0-d, on the device of the parameters, kept within 1e-6 and 1e6.
+    """
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    of_kd = torch.autograd.grad(kd, trained, allow_unused=True, materialize_grads=True)
+    both = [parameter.grad for parameter in trained if parameter.grad is not None]
+    supervised = [(total - weight * own) / (1 - weight) for total, own in zip(both, of_kd, strict=True)]
+    norms = [torch.stack([part.norm() for part in parts]).norm() for parts in (of_kd, supervised)]
+    return (norms[0] / norms[1].clamp_min(1e-12)).clamp(1e-6, 1e6)
+
+
+def matched_weight(ratios: Tensor, *, ratio: float) -> Tensor:
+    """Return the weight w of the KD term at which w x (KD gradient) is ``ratio`` times (1 - w) x (supervised gradient).
+
+    With g the geometric mean of the ratios (n,) that ``gradient_ratio`` measured: w = ratio / (ratio + g).
+    """
+    return ratio / (ratio + ratios.log().mean().exp())
 
 
 def warp(maps: Tensor, *, theta: Tensor) -> tuple[Tensor, Tensor]:

@@ -163,6 +163,12 @@ def of_table4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
         f"Non-inferior: at most {margin:g} points worse than its Teacher{chosen}; one-sided t-test at 5 % for these "
         "networks, after Holm over the KD cells; inferior: worse by more than that, tested alike; open: neither.",
     ]
+    if (ratios := table["kd_gradient_ratio"].dropna()).size:
+        notes.append(
+            "KD to supervised gradient: ratio of the norms at the Student's encoder, weights included, of each epoch's "
+            f"first batch, geometric mean up to the best epoch; {ratios.min():.2g} to {ratios.max():.2g} here. Cells "
+            "of unlike strength compare path and strength at once; kd.weight=matched gives all the ratio kd.ratio."
+        )
     notes += _cut_off(sweep.runs)
     if sweep.runs["split"].nunique() == 1:
         notes.append("One split: how much the scores spread between splits is not known.")

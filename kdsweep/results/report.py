@@ -188,7 +188,8 @@ def inline_svg(figure: Figure, *, prefix: str, hide: Callable[[str], str]) -> Ma
 
 def cell_rows(sweep: Sweep, *, place: Location, ui: str) -> list[dict[str, Any]]:
     """Return a row per run that was asked for and per Teacher, in the order of Table 4."""
-    scored = sweep.scores.groupby("fingerprint")[["dice", *({"hd95_px"} & set(sweep.scores))]].mean()
+    measures = [name for name in ("dice", "hd95_px", "nsd") if name in sweep.scores]
+    scored = sweep.scores.groupby("fingerprint")[measures].mean()
     names = [*BASELINES, *CELLS]
     order = {name: number for number, name in enumerate([*names, *sorted(set(sweep.runs["notation"]) - set(names))])}
     rows: list[dict[str, Any]] = []
@@ -202,6 +203,8 @@ def cell_rows(sweep: Sweep, *, place: Location, ui: str) -> list[dict[str, Any]]
                 "status": STATUS.get(run["status"], "not run"),
                 "dice": formats.number(100 * score.get("dice", float("nan"))),
                 "hd95": formats.number(score.get("hd95_px", float("nan"))),
+                "nsd": formats.number(100 * score.get("nsd", float("nan"))),
+                "strength": formats.number(run["kd_gradient_ratio"], ".3g"),
                 "epochs": _epochs(replace(sweep, runs=sweep.runs.loc[[index]]), place=place),
                 "time": duration((run["ended_ms"] - run["started_ms"]) / 1000) if run["ended_ms"] else DASH,
                 "link": page_ if run["run_id"] else "",

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from kdsweep.core.errors import InputError, exit_code
@@ -47,6 +48,7 @@ HEADINGS = {
     "seeds": "Seeds. How much another training would change",
     "strata": "Strata. Test DSC by label and by size of the lesion",
 }
+GRADIENT_RATIO = "kd_gradient_ratio"  # a column of Table 4: the geometric mean over its runs
 SPLIT_MEAN = "mean_dice_percent_split"
 UNCORRECTED = ("student_p_runs", "teacher_p_runs")
 PAPER_COLUMNS = ["paper_mean_dice_percent", "paper_std_dice_percent", "paper_p_teacher", "paper_p_student"]
@@ -143,6 +145,8 @@ def _trained(runs: pd.DataFrame, *, gap: str) -> dict[str, float]:
     means = {VALIDATION: 100 * single["val_dice"].mean(skipna=False)}
     if "epochs" in single:
         means |= {"mean_epochs": single["epochs"].mean(), "mean_best_epoch": single["best_epoch"].mean() + 1}
+    means[GRADIENT_RATIO] = float(np.exp(np.log(single["kd_gradient_ratio"]).mean(skipna=False)))
+    means["mean_kd_weight"] = single["kd_weight"].mean(skipna=False)
     return dict.fromkeys(means, NAN) if gap else means
 
 
@@ -223,6 +227,7 @@ def format_table4(table: pd.DataFrame) -> pd.DataFrame:
             )
         ],
         **_epochs(table),
+        **_strength(table),
         "DSC % (paper)": _with_std(mean=table["paper_mean_dice_percent"], std=table["paper_std_dice_percent"]),
         "DSC points to paper": table["difference_to_paper_points"].map(formats.points),
         "p Teacher (paper)": table["paper_p_teacher"].map(formats.p),
@@ -253,6 +258,16 @@ def _epochs(table: pd.DataFrame) -> dict[str, list[str]]:
         "Best epoch": [
             f"{formats.number(best, '.0f')} of {epochs:.0f}" if epochs == epochs else DASH for best, epochs in pairs
         ]
+    }
+
+
+def _strength(table: pd.DataFrame) -> dict[str, list[str]]:
+    """Return a column on how strongly the KD term acts, and one on matched weights; none where no run has measured."""
+    columns = {"KD to supervised gradient": GRADIENT_RATIO, "KD weight": "mean_kd_weight"}
+    return {
+        heading: [formats.number(value, ".3g") for value in table[name]]
+        for heading, name in columns.items()
+        if table[name].notna().any()
     }
 
 

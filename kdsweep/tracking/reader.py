@@ -31,6 +31,8 @@ VALUES = {  # in a sweep's runs
     "epochs": "epochs",
     "best_epoch": "best_epoch",
     "best/val_dice": "val_dice",
+    "kd/gradient_ratio": "kd_gradient_ratio",
+    "kd/weight": "kd_weight",
 }
 UNKNOWN = (
     "profile",
@@ -55,7 +57,8 @@ class Sweep:
             seed, variant (values of the further keys that the sweep varies, as a dict), profile, data, data_digest,
             user_code (its digest), weights (what its network began with), results_version, device, teacher, status,
             run_id, started_ms, ended_ms, params, tags, trivial_dice, epochs (how many it was trained), best_epoch
-            (counted from 0), val_dice (of that epoch); what is not known is 0, empty or NaN.
+            (counted from 0), val_dice (of that epoch), kd_gradient_ratio (KD to supervised, geometric mean up to that
+            epoch), kd_weight (the matched one); what is not known is 0, empty or NaN.
         scores: one row per fingerprint and test image of the finished ones; fractions 0 to 1, HD95 in pixels.
         varied: the keys beyond the factors in which its cells differ on purpose.
         commands: those that asked for its cells, as they can be typed again, the latest one last.

@@ -165,7 +165,8 @@ def distillation(cfg: DictConfig, *, teacher: str) -> Distillation | None:
         kd_path=kd_path,
         needs_logits=cfg.path.representation == "logits",
         loss=hydra.utils.instantiate(cfg.loss[cfg.path.representation]),
-        weight=cfg.kd.weight,
+        weight=None if cfg.kd.weight == "matched" else cfg.kd.weight,
+        ratio=cfg.kd.ratio,
         forward=TeacherForward(teacher, view=cfg.teacher_aug.distill_view, precision=cfg.kd.teacher_precision),
         align=cfg.kd.align == "warp",
     )

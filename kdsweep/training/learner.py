@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from kdsweep.core.errors import CellError
 from kdsweep.core.files import remove_parts, write_text
 from kdsweep.data.loaders import EvalPart
 from kdsweep.distill import losses
-from kdsweep.distill.distillation import Distillation
+from kdsweep.distill.distillation import Distillation, gradient_ratio, matched_weight
 from kdsweep.evaluation import metrics
 from kdsweep.evaluation.scoring import predict, score
 from kdsweep.models.unet import Outputs, UNet
@@ -100,6 +101,8 @@ class Learner:
         best: the state of the modules after that epoch.
         epoch: number of the last whole epoch.
         means: of the steps taken in the epoch that has begun.
+        kd_weight: of the KD term now.
+        gradient_ratios: KD to supervised gradient at the encoder, of the epoch's steps in which it was measured.
         history: values of each whole epoch.
         times_ms: when each of them ended.
         failure: the error that ended it early.
@@ -123,6 +126,7 @@ class Learner:
     best: dict[str, Any] | None = None
     epoch: int = -1
     means: EpochMeter = field(default_factory=EpochMeter)
+    gradient_ratios: list[Tensor] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     times_ms: list[int] = field(default_factory=list)
     failure: Exception | None = None
@@ -131,6 +135,8 @@ class Learner:
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        fixed = self.distillation.weight if self.distillation else None
+        self.kd_weight: float | Tensor = 0.5 if fixed is None else fixed
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the network and, if it is taught, its KD path."""
@@ -186,8 +192,24 @@ class Learner:
             return {"loss": supervised, "supervised": supervised}
         self.doing = "kd term"
         kd = self.distillation.term(student=outputs, teacher=taught, theta=theta)
-        weight = self.distillation.weight
+        weight = self.kd_weight
         return {"loss": weight * kd + (1 - weight) * supervised, "kd": kd, "supervised": supervised}
+
+    def backward(self, terms: dict[str, Tensor]) -> None:
+        """Compute the gradients of a batch; in an epoch's first step, measure how strongly the KD term acts.
+
+        With a matched weight every step of the first epoch is measured, and sets the weight of the next.
+        """
+        kd = self.distillation
+        is_matching = kd is not None and kd.weight is None and self.epoch < 0
+        if kd is None or kd.weight == 1 or not (is_matching or self.steps == 0):
+            terms["loss"].backward()
+            return
+        terms["loss"].backward(retain_graph=True)
+        encoder = list(self.network.encoder.parameters())
+        self.gradient_ratios.append(gradient_ratio(terms["kd"], weight=self.kd_weight, parameters=encoder))
+        if is_matching:
+            self.kd_weight = matched_weight(torch.stack(self.gradient_ratios), ratio=kd.ratio)
 
     def check_finite(self, means: EpochMeter, part: str) -> None:
         """Raise DivergedError if a value is not a finite number.
@@ -209,6 +231,12 @@ class Learner:
             if "train/kd" in values:  # with fixed weights the ratio of the two terms decides the experiment
                 ratio = values["train/kd"] / max(values["train/supervised"], 1e-12)
                 values = {**values, "train/kd_to_supervised": ratio}
+            if self.gradient_ratios:
+                weight = float(self.kd_weight)
+                mean = float(torch.stack(self.gradient_ratios).log().mean().exp())
+                matched = {"train/kd_weight": weight} if isinstance(self.kd_weight, Tensor) else {}
+                values = {**values, "train/kd_gradient_ratio": weight / (1 - weight) * mean, **matched}
+                self.gradient_ratios = []
             self.history.append({"epoch": self.epoch, **values})
             self.times_ms.append(records.now_ms())
             monitored = values["val/loss"] if self.monitor == "loss" else 1 - values["val/dice"]
@@ -233,6 +261,8 @@ class Learner:
             "modules": {name: module.state_dict() for name, module in self.modules().items()},
             "optimizer": self.optimizer.state_dict(),
             "means": self.means.state(),
+            "gradient_ratios": self.gradient_ratios,
+            "kd_weight": self.kd_weight,
         }
         self._write({**self._outcome(), "training": training})
 
@@ -282,6 +312,8 @@ class Learner:
                 module.load_state_dict(training["modules"][name])
             self.optimizer.load_state_dict(training["optimizer"])
             self.means.load(training["means"])
+            self.gradient_ratios = list(training.get("gradient_ratios", []))
+            self.kd_weight = training.get("kd_weight", self.kd_weight)
 
 
 SCORES, PREDICTIONS, HISTORY = "test_scores.csv", "test_predictions.npz", "history.csv"
@@ -300,7 +332,12 @@ def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, f
     values["test/dice_std"] = float(table["dice"].std())
     values["test/trivial_dice"] = metrics.trivial_dice(part.masks)
     values |= {"best_epoch": float(learner.best_epoch), "epochs": float(learner.epoch + 1)}
-    values["best/val_dice"] = learner.history[learner.best_epoch]["val/dice"]
+    trained = learner.history[: learner.best_epoch + 1]
+    values["best/val_dice"] = trained[-1]["val/dice"]
+    if ratios := [row["train/kd_gradient_ratio"] for row in trained if "train/kd_gradient_ratio" in row]:
+        values["kd/gradient_ratio"] = statistics.geometric_mean(ratios)
+    if "train/kd_weight" in trained[-1]:
+        values["kd/weight"] = trained[-1]["train/kd_weight"]
     folder = learner.folder
     weights = f"{'teacher' if learner.role == 'teacher' else 'student'}.safetensors"
     checkpoint.save_network(folder / weights, learner.network)

@@ -246,7 +246,7 @@ def _step(
             outputs = learner.network(images[learner.view])
             terms = learner.terms(outputs, batch[f"{learner.view}_mask"][:, None], taught, theta)
         learner.doing = "backward"
-        terms["loss"].backward()
+        learner.backward(terms)
         learner.optimizer.step()
         learner.optimizer.zero_grad(set_to_none=True)  # now: a group holds the gradients of one learner at a time
         learner.means.add(terms, len(batch["theta"]))

@@ -83,6 +83,8 @@ def run_row(notation, split, seed=0, /, **changes):
         "tags": {},
         "started_ms": 0,
         "val_dice": 0.6,
+        "kd_gradient_ratio": 2.0 if role_of(notation) == "distilled" else float("nan"),
+        "kd_weight": float("nan"),
     }
     return row | changes
 

@@ -88,7 +88,8 @@ def test_every_cell_has_its_folder_with_its_files(swept):
         marker = records.read_finished(folder)
         assert marker is not None
         table = pd.read_csv(folder / "test_scores.csv")
-        assert list(table) == ["image", "label", "dice", "iou", "precision", "sensitivity", "hd95_px"]
+        of_masks = ["dice", "iou", "precision", "sensitivity", "hd95_px", "nsd"]
+        assert list(table) == ["image", "label", "lesion_px", *of_masks]
         assert marker["test/dice"] == pytest.approx(table["dice"].mean())
         assert {".hydra", "kdsweep.log", "checkpoint.pt", "student.safetensors"} <= {
             path.name for path in folder.iterdir()

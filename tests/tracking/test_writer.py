@@ -72,7 +72,7 @@ def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
 
 
 def test_ids_that_look_like_a_missing_value_come_back(store, tmp_path):
-    tracker, cell = writer.Tracker(store=store, uri=None), make_cell()
+    tracker, cell = writer.Tracker(store=store, uri=None), make_cell(evidence="ids")
     tracker.ask("ids", [cell])
     record = end(replace(cell, store=tmp_path), [0.25, 0.5, 0.75])
     scores = record.folder / "test_scores.csv"
