@@ -55,14 +55,14 @@ def train() -> None:
     import hydra
     from omegaconf import OmegaConf
 
+    from kdsweep.config import composition
     from kdsweep.core import signals
     from kdsweep.sweep.callback import TRACEBACK, at_end, user_message
     from kdsweep.sweep.launcher import trains_cells
 
     if "--plan" in sys.argv:  # at the end, for Hydra takes no option between overrides
         sys.argv = [*(word for word in sys.argv if word != "--plan"), "hydra.launcher.plan=true"]
-    home = str(Path.home())  # a shell leaves the ~ of KEY=~/folder as it is
-    sys.argv = [re.sub(r"(?<=[=,])~(?=/)", home, word) for word in sys.argv]
+    sys.argv = composition.with_home(sys.argv)
     signals.install()
     logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
     OmegaConf.register_new_resolver("kdsweep.cell_dir", _cell_dir, replace=True)

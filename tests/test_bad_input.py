@@ -1,6 +1,7 @@
 """Wrong commands and wrong data, as a user meets them: one line with key, value and remedy, and nothing is trained."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,39 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(tmp_path: Path, over
     key, _, value = override.partition("=")
     assert f"{key.removeprefix('student.')}={value}" in message
     assert expected in message
+
+
+@pytest.mark.parametrize("key", ["path", "loss", "tracking"])
+def test_a_group_that_was_taken_away_is_asked_for(key: str) -> None:
+    assert refusal(f"~{key}").startswith(f"{key} is missing: give it on the command line")
+
+
+def test_a_key_that_nothing_reads_is_refused_with_those_that_there_are() -> None:
+    assert refusal("+foo=1").startswith("foo is not a key of the configuration; it has: path, loss, ")
+
+
+@pytest.mark.parametrize("value", ["a (1)", "it's", "a=b", "a,(b", 'say "x'])
+def test_a_value_that_needs_quotes_is_shown_as_it_is_typed(value: str) -> None:
+    message = refusal(f"data.root={value}")
+    assert message.startswith(f"data.root={value} cannot be read: ")
+    (typed,) = shlex.split(message.partition("quotes within quotes: ")[2])
+    cfg = composition.compose(["data=busi", typed])
+    assert cfg.data.root == value.strip("\"'")
+
+
+def test_images_that_the_memory_cannot_hold_are_refused(small_busi: Path) -> None:
+    message = refusal(*busi(small_busi), "data.load_size=700000")
+    assert message.startswith("data.load_size=700000: 25 images of this size need ")
+    assert "GiB are free; take a smaller one" in message
+
+
+def test_a_folder_of_the_home_folder_is_found(
+    small_busi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "busi").symlink_to(small_busi)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = composition.compose(["profile=quick", "path=none", "data=busi", "data.root=~/busi"])
+    assert len(identity.images(cfg).ids) == 25
 
 
 def test_an_unknown_option_is_named_with_the_choices() -> None:

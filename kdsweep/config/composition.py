@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -12,6 +15,7 @@ from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kdsweep import conf_dir
@@ -93,16 +97,30 @@ class Composed(Sequence[DictConfig]):
         return self._composer.compose(self._jobs[index], number=self._first + index)
 
 
+def with_home(words: Sequence[str]) -> list[str]:
+    """Return overrides with the home folder for the ~ of KEY=~/folder, which a shell leaves as it is."""
+    home = str(Path.home())
+    return [re.sub(r"(?<=[=,])~(?=/)", lambda _: home, word) for word in words]
+
+
+def quoting(word: str) -> str:
+    """Return how to type an override that is no sentence of Hydra's grammar."""
+    key, _, value = word.partition("=")
+    quoted = value.strip("\"'").replace("\\", "\\\\").replace('"', '\\"')
+    typed = shlex.quote(f'{key}="{quoted}"')
+    return f"{word} cannot be read: brackets, quotes, commas and = in a value need quotes within quotes: {typed}"
+
+
 def compose(overrides: list[str]) -> DictConfig:
     """Compose the configuration of one cell from overrides, outside of a Hydra run.
 
     Raises:
         InputError: an override is wrong.
     """
-    from hydra.errors import HydraException
-
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return hydra.compose("config", overrides)
+            return hydra.compose("config", with_home(overrides))
+    except OverrideParseException as error:
+        raise InputError(quoting(error.override)) from error
     except HydraException as error:
         raise InputError(" ".join(str(error).split()).partition(" To append")[0]) from error

@@ -21,6 +21,7 @@ from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from kdsweep.config import composition
 from kdsweep.core.errors import CellError, InputError, one_line
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ def user_message(error: BaseException) -> str:
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, OverrideParseException):
-        return _quoting(error.override)
+        return composition.quoting(error.override)
     text = " ".join(str(error).split())
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]} is missing: give it on the command line, {match[1]}=..."
@@ -159,18 +160,8 @@ def user_message(error: BaseException) -> str:
     return one_line(error)
 
 
-def _quoting(word: str) -> str:
-    """Return how to type an override that is no sentence of Hydra's grammar."""
-    key, _, value = word.partition("=")
-    quoted = value.strip("\"'").replace("\\", "\\\\").replace('"', '\\"')
-    typed = shlex.quote(f'{key}="{quoted}"')
-    return f"{word} cannot be read: brackets, quotes, commas and = in a value need quotes within quotes: {typed}"
-
-
 def _known_keys(key: str) -> str:
     """Return the keys that could replace a wrong one."""
-    from kdsweep.config import composition
-
     parent, _, _ = key.rpartition(".")
     try:
         cfg = composition.compose([])

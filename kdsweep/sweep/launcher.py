@@ -130,7 +130,7 @@ class LockstepLauncher(Launcher):
         return preview, plan.form_groups(waiting, devices=preview.devices, largest=self.engine.largest, apart=apart)
 
     def _show_plan(self, jobs: list[Job], waiting: list[Job]) -> None:
-        """Print what ``plan.overview`` tells; nothing is written and nothing is trained but one timed step."""
+        """Print what ``plan.overview`` tells; no cell is trained, one step is timed; phantoms are made."""
         from kdsweep.sweep import plan
 
         preview, groups = self._look(waiting, times=True) if waiting else (None, [])

@@ -46,7 +46,8 @@ BAD: dict[str, tuple[Any, ...]] = {
     "teacher.seed": (-1, 0.5, *NOT_NUMBERS),
     "teacher_aug.train_view": ("medium", "Weak", None, 1),
     "teacher_aug.distill_view": ("medium", "Weak", None, 1),
-    "kd.weight": NOT_SHARES,
+    "kd.weight": (-0.01, 1.01, "match", *NOT_NUMBERS),
+    "kd.ratio": (0, -1, *NOT_NUMBERS),
     "kd.temperature": (0, -1, *NOT_NUMBERS),
     "kd.align": ("crop", None, True),
     "views.shift": (-0.01, 0.51, *NOT_NUMBERS),
@@ -148,7 +149,9 @@ def test_a_number_is_no_word(defaults: dict[str, Any], key: str) -> None:
 
 
 def test_an_unknown_key_and_a_missing_one_are_told(defaults: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"^kd\.foo is not a key of the configuration; it has: weight, temperature, "):
+    with pytest.raises(
+        InputError, match=r"^kd\.foo is not a key of the configuration; it has: weight, ratio, temperature, "
+    ):
         schema.read(changed(defaults, "kd.foo", 1))
     with pytest.raises(InputError, match=r"^loss is missing: give it on the command line, loss=\.\.\.$"):
         schema.read({key: value for key, value in defaults.items() if key != "loss"})
@@ -250,3 +253,9 @@ def test_both_networks_follow_the_weights_of_the_profile() -> None:
     assert values["weights"] == values["student.weights"] == values["teacher.weights"] == "none"
     paper = compose()
     assert paper["weights"] == paper["student.weights"] == paper["teacher.weights"] == "imagenet"
+
+
+def test_a_number_as_a_name_is_taken_as_text():
+    cfg = composition.compose(["sweep_name=2024", "store=2025"])
+    given = identity.read(cfg)
+    assert (given.sweep_name, given.store) == ("2024", "2025")

@@ -540,3 +540,27 @@ def test_too_few_images_are_refused_with_their_number(count: int) -> None:
     with pytest.raises(InputError, match=f"{count} images.* at least 4"):
         random_split(count, index=0)
     assert random_split(4, index=0)
+
+
+# --- ranges of pixels
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_of_32_bits_are_refused(tmp_path, kind):
+    root = folder_data(tmp_path)
+    file = root / "images" / "00.png"
+    file.unlink()
+    save(gray().astype(kind), file.with_suffix(".tif"))
+    message = error_of(sources.Folder(root))
+    assert (
+        f"{file.with_suffix('.tif')} has pixels of 32 bits, whose range is not known; save it with 8 or 16" in message
+    )
+
+
+@pytest.mark.parametrize(("factor", "warns"), [(16, True), (257, False)])
+def test_12_bits_saved_as_16_are_warned_of(tmp_path, caplog, factor, warns):
+    root = folder_data(tmp_path)
+    save(gray().astype(np.uint16) * factor, root / "images" / "00.png")
+    images = load(sources.Folder(root))
+    assert ("1 of 1 images are nearly black" in caplog.text) == warns
+    assert (images.images.max() <= 16) == warns

@@ -246,9 +246,10 @@ def test_all_cells_are_listed_with_their_links(call):
     assert len(rows) == len(sweep.runs) == 8
     dice = sweep.scores.groupby("fingerprint")["dice"].mean()
     links = iter([link for link in page.all("a", "href") if "/runs/" in link])
-    for name, split, seed, status, percent, hd95, epochs, time, _ in rows:
+    for name, split, seed, status, percent, hd95, nsd, strength, epochs, time, _ in rows:
         run = sweep.runs.set_index("fingerprint").loc[fingerprint(name, int(split), int(seed))]
-        assert (status, hd95, epochs, time) == ("finished", "3.00", "3", "2 min")
+        assert (status, hd95, nsd, epochs, time) == ("finished", "3.00", "75.00", "3", "2 min")
+        assert strength == ("2" if run["role"] == "distilled" else "\N{EN DASH}")
         assert percent == f"{100 * dice[run.name]:.2f}"
         assert (
             next(links) == f"http://127.0.0.1:5000/#/experiments/7/runs/{run['run_id']}?workflowType=machine_learning"

@@ -92,7 +92,7 @@ def run_row(notation, split, seed=0, /, **changes):
 def score_rows(notation, split, seed=0, dice=None):
     dice = dice_of(notation, split, seed) if dice is None else np.asarray(dice)
     frame = pd.DataFrame({"image": [f"split{split} image{i:02d}" for i in range(len(dice))], "dice": dice})
-    others = {"label": "benign", "iou": 0.5, "precision": 0.5, "sensitivity": 0.5, "hd95_px": 3.0}
+    others = {"label": "benign", "iou": 0.5, "precision": 0.5, "sensitivity": 0.5, "hd95_px": 3.0, "nsd": 0.75}
     return frame.assign(fingerprint=fingerprint(notation, split, seed), **others)
 
 

@@ -122,7 +122,7 @@ def test_a_cell_that_diverges_fails_alone_with_term_and_epoch(compose):
 
 def test_a_path_that_cannot_be_built_fails_alone_and_is_seen_as_failed(compose):
     bad = compose("path=H", f"path.kd_path._target_={__name__}.Unbuildable")
-    with pytest.raises(InputError, match="path=H loss=kld gives no KD term: ValueError: no such path"):
+    with pytest.raises(InputError, match=r"path=H loss=kld gives no KD term: .*no such path"):
         preview.check([bad])
     results = run(bad, compose("path=none"), checked=False)  # as if the code broke after the check
     assert "no such path" in str(results[0])

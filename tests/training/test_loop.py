@@ -267,6 +267,102 @@ def test_a_loss_that_is_not_finite_later_is_found_with_its_step(compose, tmp_pat
     assert f"train/kd is {value} in epoch 2, step 2" in str(result)
 
 
+def test_a_value_that_is_not_finite_in_validation_alone_is_found(compose, tmp_path):
+    cfg = compose("path=L")
+    learner = make_learner(cfg, tmp_path)
+    usual = learner.distillation.loss
+    learner.distillation.loss = lambda **maps: usual(**maps) * (1.0 if torch.is_grad_enabled() else math.nan)
+    (result,) = loop.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    assert isinstance(result, DivergedError)
+    assert "val/kd is nan in epoch 1, validation batch 1" in str(result)
+
+
+def test_a_student_is_validated_and_tested_in_eval_mode_and_trained_in_train_mode(compose, tmp_path):
+    learner, modes = make_learner(compose("path=none"), tmp_path), []
+    forward = learner.network.forward
+    learner.network.forward = lambda images: modes.append(learner.network.training) or forward(images)
+    loop.run([learner], teachers={}, feed=feed_of(compose()), compute=CPU)
+    assert modes == [True, True, True, False, True, True, True, False, False]  # 2 epochs of 3 steps, then the test
+
+
+def test_the_gradient_ratio_is_that_of_two_separate_backward_passes(compose, tmp_path):
+    cfg = compose("path=H", "loss=mse", "kd.weight=0.3", "train.epochs=1")
+    learner, ratios = make_learner(cfg, tmp_path), []
+    terms = learner.terms
+
+    def measured(*arguments):
+        found = terms(*arguments)
+        if learner.steps == 0 and torch.is_grad_enabled():
+            encoder = list(learner.network.encoder.parameters())
+            norms = [
+                torch.cat([part.flatten() for part in torch.autograd.grad(found[name], encoder, retain_graph=True)])
+                for name in ("kd", "supervised")
+            ]
+            ratios.append(float(norms[0].double().norm() / norms[1].double().norm()))
+        return found
+
+    learner.terms = measured
+    loop.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    (values,) = learner.history
+    assert values["train/kd_gradient_ratio"] == pytest.approx(0.3 / 0.7 * ratios[0], rel=1e-4)
+    assert "train/kd_weight" not in values
+
+
+def test_measuring_the_gradients_changes_no_bit_of_the_training(compose, tmp_path):
+    cfg, learners = compose("path=HR", "teacher_aug=weak"), []
+    for measures in (True, False):
+        learner = make_learner(cfg, tmp_path / str(measures))
+        if not measures:
+            learner.backward = lambda terms: terms["loss"].backward()
+        loop.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+        learners.append(learner)
+    assert ["train/kd_gradient_ratio" in learner.history[0] for learner in learners] == [True, False]
+    assert_same(*map(state_of, learners))
+
+
+def test_a_matched_weight_balances_the_first_epoch_and_is_kept(compose, tmp_path):
+    cfg = compose("path=L", "loss=mse", "kd.weight=matched", "kd.ratio=0.5", "train.epochs=3")
+    learner = make_learner(cfg, tmp_path)
+    (final,) = loop.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    rows = learner.history
+    assert rows[0]["train/kd_gradient_ratio"] == pytest.approx(0.5, rel=1e-4)
+    weights = {row["train/kd_weight"] for row in rows}
+    assert len(weights) == 1
+    (weight,) = weights
+    assert final["kd/weight"] == weight
+    assert 0 < weight < 1
+    assert weight != pytest.approx(0.5, abs=0.01)
+    for row in rows:
+        expected = weight * row["val/kd"] + (1 - weight) * row["val/supervised"]
+        assert row["val/loss"] == pytest.approx(expected, rel=1e-5)
+    ratios = [row["train/kd_gradient_ratio"] for row in rows[: learner.best_epoch + 1]]
+    assert final["kd/gradient_ratio"] == pytest.approx(math.prod(ratios) ** (1 / len(ratios)))
+
+
+def test_a_matched_weight_goes_on_where_it_was_interrupted(compose, tmp_path):
+    cfg = compose("path=H", "kd.weight=matched")
+    whole, part = make_learner(cfg, tmp_path / "whole"), make_learner(cfg, tmp_path / "part")
+    frozen, feed = teachers_of(cfg), feed_of(cfg)
+    loop.run([whole], teachers=frozen, feed=feed, compute=CPU)
+
+    class Stop(BaseException):
+        pass
+
+    def forward(images, usual=part.network.forward):
+        if part.steps == 2:
+            raise Stop
+        return usual(images)
+
+    part.network.forward = forward
+    with pytest.raises(Stop):
+        loop.train_epoch([part], 0, frozen=loop.FrozenTeachers(frozen, CPU), feed=feed, compute=CPU)
+    part.save()
+    again = make_learner(cfg, tmp_path / "part")
+    loop.run([again], teachers=frozen, feed=feed_of(cfg), compute=CPU)
+    assert_same(state_of(again), state_of(whole))
+    assert again.history == whole.history
+
+
 def test_what_has_diverged_does_not_take_the_place_of_a_good_checkpoint(compose, tmp_path):
     learner = make_learner(compose("path=none"), tmp_path)
     learner.save()

@@ -1,0 +1,499 @@
+"""Plant defects in the package, one at a time, and report those that no test notices (`make mutants`, an hour).
+
+Usage: ``python tests/mutants.py [--only WORD] [--jobs N]``. Each mutant is an exact replacement in a copy of the package,
+then the tests of its row run against that copy until one fails. A mutant that lives is a test that is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+LIMIT_S = 900
+
+
+class Mutant(NamedTuple):
+    """A defect: what it is, the file in the package, the text, what stands there instead, tests that should notice."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FACTORY, LOOP = "tests/training/test_factory.py", "tests/training/test_loop.py"
+RESULTS = "tests/results/test_tables.py tests/results/test_stats.py"
+MUTANTS = [
+    # the nine that lived when this list began
+    Mutant(
+        "test images leak into training",
+        "training/factory.py",
+        "indices=part.train,",
+        "indices=[*part.train[len(part.test) :], *part.test],",
+        FACTORY,
+    ),
+    Mutant(
+        "every split is split 0",
+        "training/factory.py",
+        "part = random_split(len(everything.ids), index=cfg.split)",
+        "part = random_split(len(everything.ids), index=0)",
+        FACTORY,
+    ),
+    Mutant(
+        "the Student ignores its seed",
+        "training/factory.py",
+        "_new_network(cfg.student, seed=cfg.seed,",
+        "_new_network(cfg.student, seed=0,",
+        FACTORY,
+    ),
+    Mutant(
+        "the Teacher follows the cell's seed",
+        "training/factory.py",
+        "_new_network(cfg.teacher, seed=cfg.teacher.seed,",
+        "_new_network(cfg.teacher, seed=cfg.seed,",
+        FACTORY,
+    ),
+    Mutant(
+        "Teacher_WAug is trained on strong views",
+        "training/factory.py",
+        "view=cfg.teacher_aug.train_view,",
+        'view="strong",',
+        FACTORY,
+    ),
+    Mutant(
+        "a weak Teacher gets the strong mask",
+        "training/loop.py",
+        'batch[f"{learner.view}_mask"]',
+        'batch["strong_mask"]',
+        FACTORY,
+    ),
+    Mutant(
+        "the temperature is ignored for logits",
+        "distill/losses.py",
+        "z_student, z_teacher = student.float() / temperature, teacher.float() / temperature",
+        "z_student, z_teacher = student.float(), teacher.float()",
+        f"tests/distill {FACTORY}",
+    ),
+    Mutant(
+        "NaN in validation is not seen",
+        "training/loop.py",
+        '            learner.check_finite(means, "val")\n',
+        "",
+        LOOP,
+    ),
+    Mutant(
+        "a Student is validated in train mode",
+        "training/loop.py",
+        "            learner.evaluate()\n",
+        "",
+        LOOP,
+    ),
+    Mutant(
+        "a Student is left in eval mode",
+        "training/loop.py",
+        '            learner.train()\n            learner.check_finite(means, "val")',
+        '            learner.check_finite(means, "val")',
+        LOOP,
+    ),
+    # data
+    Mutant(
+        "validation images are trained on",
+        "data/splits.py",
+        "train=rest[validation:].tolist()",
+        "train=rest.tolist()",
+        f"tests/data/test_sources.py {FACTORY}",
+    ),
+    Mutant(
+        "one test image fewer", "data/splits.py", "round(count * TEST_SHARE)", "int(count * TEST_SHARE)", "tests/data"
+    ),
+    Mutant(
+        "order ignores the epoch",
+        "data/loaders.py",
+        "self.split_index, epoch]).perm",
+        "self.split_index]).perm",
+        "tests/data",
+    ),
+    Mutant(
+        "views ignore the image",
+        "data/loaders.py",
+        ", epoch, id_number(self.images.ids[index])]",
+        ", epoch]",
+        "tests/data",
+    ),
+    Mutant(
+        "views ignore the seed",
+        "data/loaders.py",
+        "seed=[self.seed, self.split_index, epoch,",
+        "seed=[0, self.split_index, epoch,",
+        "tests/data",
+    ),
+    Mutant(
+        "the last partial batch is lost",
+        "data/loaders.py",
+        "return -(-len(self.indices) // self.batch_size)",
+        "return len(self.indices) // self.batch_size",
+        "tests/data",
+    ),
+    Mutant("masks above 127 to above 128", "data/images.py", "> 127", "> 128", "tests/data"),
+    Mutant("noise on each channel", "data/views.py", "per_channel=False", "per_channel=True", "tests/data"),
+    Mutant("theta is not inverted", "data/views.py", "np.linalg.inv(matrix)", "matrix", "tests/data"),
+    Mutant(
+        "normalized to the wrong deviation",
+        "data/views.py",
+        "torch.tensor(IMAGENET_STD, device=device) * 255",
+        "torch.tensor(IMAGENET_STD, device=device) * 256",
+        "tests/data",
+    ),
+    Mutant(
+        "weak mask from the strong view",
+        "data/views.py",
+        'weak_mask=weak["mask"]',
+        'weak_mask=strong["mask"]',
+        "tests/data",
+    ),
+    # distillation
+    Mutant(
+        "the maps are not warped",
+        "distill/distillation.py",
+        "if theta is not None and self.align:",
+        "if theta is not None and not self.align:",
+        f"tests/distill {LOOP}",
+    ),
+    Mutant(
+        "positions outside the view count",
+        "distill/distillation.py",
+        "(grid.abs() <= 1).all(dim=-1)",
+        "(grid.abs() <= 9).all(dim=-1)",
+        "tests/distill tests/data/test_views.py",
+    ),
+    Mutant(
+        "T squared forgotten, pixels",
+        "distill/losses.py",
+        "return temperature**2 * divergence.sum() / valid",
+        "return divergence.sum() / valid",
+        "tests/distill",
+    ),
+    Mutant(
+        "T squared forgotten, positions",
+        "distill/losses.py",
+        "return temperature**2 * divergence.sum(dim=2).mean()",
+        "return divergence.sum(dim=2).mean()",
+        "tests/distill",
+    ),
+    Mutant(
+        "KL the wrong way round",
+        "distill/losses.py",
+        "log_p.exp() * (log_p - log_q)",
+        "log_q.exp() * (log_q - log_p)",
+        "tests/distill",
+    ),
+    Mutant(
+        "MSE over all positions",
+        "distill/losses.py",
+        "torch.where(valid, squared, 0.0).sum()",
+        "squared.sum()",
+        "tests/distill",
+    ),
+    Mutant(
+        "H takes the largest channel",
+        "distill/paths.py",
+        '    def student_map(self, outputs: Outputs) -> Tensor:\n        """Return the Student\'s channel mean."""\n        return outputs.hidden.float().mean(dim=1, keepdim=True)',
+        "    def student_map(self, outputs: Outputs) -> Tensor:\n        return outputs.hidden.float().amax(dim=1, keepdim=True)",
+        "tests/distill",
+    ),
+    Mutant(
+        "a ReLU of the regressor is missing",
+        "distill/paths.py",
+        "            nn.Conv2d(inner_channels, teacher_channels, kernel_size, padding=padding),\n            nn.ReLU(),",
+        "            nn.Conv2d(inner_channels, teacher_channels, kernel_size, padding=padding),",
+        "tests/distill",
+    ),
+    Mutant(
+        "the ratio of gradients upside down",
+        "distill/distillation.py",
+        "norms[0] / norms[1].clamp_min(1e-12)",
+        "norms[1] / norms[0].clamp_min(1e-12)",
+        LOOP,
+    ),
+    Mutant(
+        "a matched weight upside down",
+        "distill/distillation.py",
+        "return ratio / (ratio + ratios",
+        "return 1 - ratio / (ratio + ratios",
+        LOOP,
+    ),
+    # training
+    Mutant(
+        "weight and 1 - weight exchanged",
+        "training/learner.py",
+        "weight * kd + (1 - weight) * supervised",
+        "(1 - weight) * kd + weight * supervised",
+        LOOP,
+    ),
+    Mutant("the last epoch is tested", "training/learner.py", "    learner.restore_best()\n", "", LOOP),
+    Mutant(
+        "the best is the last equal one",
+        "training/learner.py",
+        "if monitored < self.best_loss:",
+        "if monitored <= self.best_loss:",
+        LOOP,
+    ),
+    Mutant(
+        "patience one longer",
+        "training/learner.py",
+        "self.epoch - self.best_epoch >= self.patience",
+        "self.epoch - self.best_epoch > self.patience",
+        LOOP,
+    ),
+    Mutant(
+        "the regressor is not trained",
+        "training/learner.py",
+        "return [parameter for module in self.modules().values() for parameter in module.parameters()]",
+        "return list(self.network.parameters())",
+        LOOP,
+    ),
+    Mutant(
+        "Adam's moments are not resumed",
+        "training/learner.py",
+        '            self.optimizer.load_state_dict(training["optimizer"])\n',
+        "",
+        "tests/test_faults.py tests/training",
+    ),
+    Mutant(
+        "means of an epoch not resumed",
+        "training/learner.py",
+        '            self.means.load(training["means"])\n',
+        "",
+        "tests/test_faults.py tests/training",
+    ),
+    Mutant(
+        "gradients pile up",
+        "training/loop.py",
+        "        learner.optimizer.zero_grad(set_to_none=True)",
+        "        pass",
+        LOOP,
+    ),
+    Mutant(
+        "draws depend on the order of learners",
+        "training/loop.py",
+        "                torch.manual_seed(feed.train.step_seed(epoch, number))\n",
+        "",
+        "tests/training",
+    ),
+    Mutant(
+        "the Teacher is left in train mode",
+        "models/unet.py",
+        "return network.eval().requires_grad_(requires_grad=False)",
+        "return network.requires_grad_(requires_grad=False)",
+        f"{FACTORY} {LOOP}",
+    ),
+    Mutant(
+        "the Teacher's learning rate is the Student's",
+        "training/factory.py",
+        "lr=cfg.teacher.lr,",
+        "lr=cfg.train.lr,",
+        FACTORY,
+    ),
+    # evaluation
+    Mutant(
+        "threshold at logit 0.5",
+        "evaluation/scoring.py",
+        ".logits > 0).cpu()",
+        ".logits > 0.5).cpu()",
+        f"tests/evaluation {LOOP} tests/test_golden.py",
+    ),
+    Mutant(
+        "both empty scores 0",
+        "evaluation/metrics.py",
+        "torch.where(both_empty, 1.0, values.double())",
+        "torch.where(both_empty, 0.0, values.double())",
+        "tests/evaluation",
+    ),
+    Mutant("HD95 is HD90", "evaluation/metrics.py", "percentile=95", "percentile=90", "tests/evaluation"),
+    Mutant(
+        "validation Dice of empty pairs",
+        "evaluation/metrics.py",
+        "return torch.where(total == 0, 1.0, dice).mean()",
+        "return dice.mean()",
+        "tests/evaluation",
+    ),
+    Mutant(
+        "the tolerance of NSD is ignored",
+        "evaluation/metrics.py",
+        "class_thresholds=[tolerance_px]",
+        "class_thresholds=[2.0]",
+        "tests/evaluation",
+    ),
+    # configuration
+    Mutant(
+        "the fingerprint leaves the data out",
+        "config/identity.py",
+        'return settings, {"data": listing(given).digest},',
+        "return settings, {},",
+        "tests/config tests/sweep/test_plan.py",
+    ),
+    Mutant(
+        "the fingerprint leaves the learning rate out",
+        "config/identity.py",
+        '"network": _network(student), "lr": given.train.lr, "monitor"',
+        '"network": _network(student), "monitor"',
+        "tests/config",
+    ),
+    Mutant(
+        "a Teacher's seed does not count",
+        "config/identity.py",
+        "evidence, sources, seed=teacher.seed)",
+        "evidence, sources)",
+        "tests/config tests/training/test_group.py",
+    ),
+    Mutant(
+        "kd.ratio always counts",
+        "config/grid.py",
+        '    if params.get("kd.weight") != "matched":\n        idle.append("kd.ratio")\n',
+        "",
+        "tests/config",
+    ),
+    # runs
+    Mutant(
+        "a checksum is not checked",
+        "runs/checkpoint.py",
+        "if left != 0 or stream.read() != sha256.digest():",
+        "if left != 0:",
+        "tests/runs tests/test_faults.py",
+    ),
+    Mutant(
+        "a damaged marker counts",
+        "runs/records.py",
+        'if marker is None or marker.pop("seal", None) != _seal(marker):',
+        'if marker is None or not marker.pop("seal", None):',
+        "tests/runs tests/test_faults.py tests/sweep/test_sweep.py",
+    ),
+    # results
+    Mutant("pairs of fewer runs", "results/stats.py", "if not asked or not asked <= there:", "if not asked:", RESULTS),
+    Mutant(
+        "seeds count as images",
+        "results/stats.py",
+        'rows = over_seeds(differences)\n    mean = rows["points"].mean()\n    networks, methods, images',
+        'rows = differences\n    mean = rows["points"].mean()\n    networks, methods, images',
+        RESULTS,
+    ),
+    Mutant(
+        "images of two splits count twice",
+        "results/stats.py",
+        '.groupby(rows["image"]).sum()',
+        ".groupby(level=0).sum()",
+        RESULTS,
+    ),
+    Mutant(
+        "Holm without its maximum", "results/stats.py", "(ordered * factors).cummax()", "(ordered * factors)", RESULTS
+    ),
+    Mutant(
+        "non-inferior by a margin of the wrong sign",
+        "results/stats.py",
+        "networks.p(mean + margin_points,",
+        "networks.p(mean - margin_points,",
+        RESULTS,
+    ),
+    Mutant(
+        "Nadeau-Bengio without its correction",
+        "results/stats.py",
+        "(1 / len(means) + TEST_TO_TRAIN)",
+        "(1 / len(means))",
+        RESULTS,
+    ),
+    Mutant(
+        "Table 5 picks by test Dice",
+        "results/tables.py",
+        "sort_values(VALIDATION, ascending=False)",
+        'sort_values("mean_dice_percent", ascending=False)',
+        "tests/results",
+    ),
+    Mutant(
+        "different images mix",
+        "results/frame.py",
+        '        _refuse_two(sweep.runs, "data_digest", what=f"sweep {sweep.name} mixes different images of one name")\n',
+        "",
+        "tests/results",
+    ),
+    Mutant(
+        "an effect with its sign turned",
+        "results/effects.py",
+        "for sign in (1, -1))",
+        "for sign in (-1, 1))",
+        "tests/results/test_effects.py",
+    ),
+    Mutant(
+        "strata of two images lie beside each other",
+        "results/strata.py",
+        '.rank(method="first")',
+        '.rank(method="first", ascending=False)',
+        "tests/results/test_strata.py",
+    ),
+    # deploy
+    Mutant(
+        "damaged weights are used",
+        "deploy/predict.py",
+        "if not records.check_file(folder, file.name):",
+        "if False:",
+        "tests/deploy",
+    ),
+]
+
+
+def lives(mutant: Mutant) -> bool:
+    """Return whether all tests of a mutant pass on a copy of the package that has it."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder)
+        for name in ("kdsweep", "tests", "conf", "benchmarks", "docs", "results"):
+            if (ROOT / name).exists():
+                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md", "Makefile"):
+            shutil.copy(ROOT / name, copy / name)
+        file = copy / "kdsweep" / mutant.file
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        paths = os.pathsep.join([str(copy), str(copy / "kdsweep" / "plugins")])
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests.split()]
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        try:
+            done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=LIMIT_S, check=False)
+        except subprocess.TimeoutExpired:
+            return False
+    if done.returncode not in (0, 1):  # 1: a test failed; 2 and more: pytest itself could not
+        raise RuntimeError(f"{mutant.what}: pytest ended with {done.returncode}: {done.stdout.decode()[-500:]}")
+    return done.returncode == 0
+
+
+def main() -> int:
+    """Return 1 if a mutant lives."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="word in what the mutant is, or in its file")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    for mutant in MUTANTS:
+        count = (ROOT / "kdsweep" / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+        if count != 1:
+            parser.error(f"{mutant.what}: its text stands {count} times in kdsweep/{mutant.file}")
+    chosen = [mutant for mutant in MUTANTS if options.only in f"{mutant.what} {mutant.file}"]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        alive = list(tqdm(pool.map(lives, chosen), total=len(chosen)))
+    living = [
+        f"lives: {mutant.file}: {mutant.what}" for mutant, is_alive in zip(chosen, alive, strict=True) if is_alive
+    ]
+    sys.stdout.write("\n".join([*living, f"{len(living)} of {len(chosen)} mutants live"]) + "\n")
+    return 1 if living else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

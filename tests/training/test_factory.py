@@ -1,0 +1,155 @@
+"""What a configuration becomes: the images of its split, networks by seed, views by role, losses with their options."""
+
+import pytest
+import torch
+
+from kdsweep.config import composition, identity
+from kdsweep.core.device import Compute
+from kdsweep.data.splits import random_split
+from kdsweep.distill import losses
+from kdsweep.models import unet
+from kdsweep.training import factory, loop
+
+CPU = Compute(device=torch.device("cpu"), precision="fp32")
+
+
+@pytest.fixture
+def compose(small_busi, tmp_path):
+    def make(*overrides):
+        quick = ["profile=quick", "data=busi", "device=cpu", "train.batch_size=6", f"data.root={small_busi}"]
+        return composition.compose([*quick, f"store={tmp_path}", *overrides])
+
+    return make
+
+
+def weights_of(network):
+    return network.encoder.conv_stem.weight if hasattr(network.encoder, "conv_stem") else network.encoder.conv1.weight
+
+
+@pytest.mark.parametrize("split", [0, 1, 2])
+def test_each_part_of_a_split_gets_its_own_images_and_no_others(compose, split):
+    cfg = compose(f"split={split}")
+    feed, ids = factory.feed(cfg, seed=0), identity.images(cfg).ids
+    part = random_split(len(ids), index=split)
+    assert sorted(feed.train.batches.indices) == sorted(part.train)
+    assert feed.validation.ids == [ids[i] for i in part.validation]
+    assert feed.test.ids == [ids[i] for i in part.test]
+    trained = {ids[i] for i in feed.train.batches.indices}
+    assert not trained & {*feed.validation.ids, *feed.test.ids}
+    assert trained | {*feed.validation.ids, *feed.test.ids} == set(ids)
+    written = identity.split_ids(cfg)
+    assert set(written["train"]) == trained
+    assert written["test"] == feed.test.ids
+
+
+def test_each_split_has_another_test_part(compose):
+    assert len({tuple(factory.feed(compose(f"split={split}"), seed=0).test.ids) for split in range(3)}) == 3
+
+
+def test_a_students_weights_follow_its_seed_and_a_teachers_its_own(compose):
+    base, other = compose("path=L", "seed=0"), compose("path=L", "seed=1", "teacher.seed=0")
+    assert torch.equal(weights_of(factory.student_network(base)), weights_of(factory.student_network(base)))
+    assert not torch.equal(weights_of(factory.student_network(base)), weights_of(factory.student_network(other)))
+    assert torch.equal(weights_of(factory.teacher_network(base)), weights_of(factory.teacher_network(other)))
+    another = compose("path=L", "seed=0", "teacher.seed=1")
+    assert not torch.equal(weights_of(factory.teacher_network(base)), weights_of(factory.teacher_network(another)))
+
+
+def test_a_regressor_follows_the_seed(compose):
+    paths = [factory.distillation(compose("path=HR", f"seed={seed}"), teacher="").kd_path for seed in (0, 0, 1)]
+    first, again, other = (path.regressor[0].weight for path in paths)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("view", ["weak", "strong"])
+def test_a_teacher_is_trained_on_and_shown_the_view_of_its_name(compose, view):
+    cfg = compose("path=L", f"teacher_aug={view}")
+    assert factory.teacher_learner(cfg, identity.teacher_cell(cfg)).view == view
+    assert factory.distillation(cfg, teacher="").forward.view == view
+    assert factory.learner(cfg, identity.cell(cfg)).view == "strong"
+    assert factory.teacher_learner(cfg, identity.teacher_cell(cfg)).lr == cfg.teacher.lr
+
+
+@pytest.mark.parametrize("view", ["weak", "strong"])
+def test_a_network_sees_image_and_mask_of_one_view(compose, view):
+    cfg = compose("path=L", f"teacher_aug={view}", "train.epochs=1")
+    learner, feed = factory.teacher_learner(cfg, identity.teacher_cell(cfg)), factory.feed(cfg, seed=0)
+    seen = []
+    terms, forward = learner.terms, learner.network.forward
+    learner.terms = lambda outputs, mask, *rest: seen.append(("mask", mask.clone())) or terms(outputs, mask, *rest)
+    learner.network.forward = lambda images: seen.append(("image", images.clone())) or forward(images)
+    loop.train_epoch([learner], 0, frozen=loop.FrozenTeachers({}, CPU), feed=feed, compute=CPU)
+    batches = list(feed.train.epoch(0))
+    assert [kind for kind, _ in seen] == ["image", "mask"] * len(batches)
+    for number, batch in enumerate(batches):
+        assert torch.equal(seen[2 * number][1], loop.normalize(batch[view]))
+        assert torch.equal(seen[2 * number + 1][1], batch[f"{view}_mask"][:, None])
+    assert any(not torch.equal(batch["weak_mask"], batch["strong_mask"]) for batch in batches)
+
+
+@pytest.mark.parametrize(("path", "formula"), [("L", losses.kld_pixels), ("H", losses.kld_positions)])
+def test_the_temperature_reaches_the_loss(compose, path, formula):
+    generator = torch.Generator().manual_seed(0)
+    maps = {name: torch.randn(2, 1, 4, 4, generator=generator) for name in ("student", "teacher")}
+    maps["valid"] = torch.ones(2, 1, 4, 4, dtype=torch.bool)
+    for temperature in (1.0, 4.0):
+        loss = factory.distillation(compose(f"path={path}", f"kd.temperature={temperature}"), teacher="").loss
+        assert float(loss(**maps)) == pytest.approx(float(formula(**maps, temperature=temperature)))
+    assert float(formula(**maps, temperature=1.0)) != pytest.approx(float(formula(**maps, temperature=4.0)))
+
+
+def test_the_options_of_training_reach_the_learner(compose):
+    values = ["train.lr=2e-4", "train.epochs=7", "train.patience=3", "train.monitor=dice", "scores.nsd_tolerance_px=3"]
+    cfg = compose("path=H", "kd.weight=0.2", "kd.align=none", "teacher_aug=weak", *values)
+    learner = factory.learner(cfg, identity.cell(cfg))
+    assert (learner.lr, learner.epochs, learner.patience) == (2e-4, 7, 3)
+    assert (learner.monitor, learner.nsd_tolerance_px) == ("dice", 3)
+    assert (learner.distillation.weight, learner.distillation.align) == (0.2, False)
+    assert learner.optimizer.param_groups[0]["lr"] == 2e-4
+
+
+def test_a_frozen_teacher_is_in_eval_mode_without_gradients(compose):
+    network = unet.freeze(factory.teacher_network(compose("path=L")))
+    assert not any(module.training for module in network.modules())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+# ---- the check of a KD term before the training ----------------------------------------------------------------------
+
+
+def two_numbers(*, student, teacher, valid):
+    return torch.stack([student.mean(), teacher.mean()])
+
+
+def no_student(*, student, teacher, valid):
+    return teacher.mean()
+
+
+def wrong_names(*, ours, theirs):
+    return ours.mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("two_numbers", "must return a tensor of one number"),
+        ("no_student", "that depends on the Student"),
+        ("wrong_names", "unexpected keyword argument"),
+        ("absent", "absent"),
+    ],
+)
+def test_a_loss_that_gives_no_term_is_refused_before_training(compose, loss, expected):
+    cfg = compose("path=H", f"++loss.hidden._target_={__name__}.{loss}", "~loss.hidden.temperature")
+    with pytest.raises(factory.InputError, match="path=H loss=kld gives no KD term: ") as caught:
+        factory.check_term(cfg)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["L", "H", "HR", "none"])
+@pytest.mark.parametrize("loss", ["mse", "kld"])
+def test_the_papers_paths_and_losses_pass_the_check(compose, path, loss):
+    before = torch.get_rng_state()
+    factory.check_term(compose(f"path={path}", f"loss={loss}"))
+    assert torch.equal(torch.get_rng_state(), before)
