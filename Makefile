@@ -8,7 +8,7 @@ STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos bench growth lint types table3 table4 table5 effects figure2 figures report ui clean
+.PHONY: help setup demo test mutants chaos bench growth lint types table3 table4 table5 effects figure2 figures report ui clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick
 
 test: setup ## Run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+mutants: setup ## Plant 60 defects, one at a time; each must make a test fail (an hour; ARGS="--help" for options)
+	$(PY) tests/mutants.py $(ARGS)
 
 chaos: setup ## Kill a sweep 20 times at random moments; it must end as an unbroken one (15 minutes; ARGS="--help" for options)
 	$(PY) tests/chaos.py $(ARGS)

@@ -66,7 +66,7 @@ def provenance(sweep: Sweep) -> list[str]:
         notes.append("A check of the machinery, not a result.")
     elif other := departures(runs):
         notes.append(f"A study of its own, not the paper's protocol: {', '.join(other)}.")
-    if "trivial_dice" in finished:
+    if "trivial_dice" in finished and finished["trivial_dice"].notna().any():
         everywhere = finished.drop_duplicates(PLACE)["trivial_dice"].mean()
         notes.append(f"For comparison: lesion predicted everywhere scores {100 * everywhere:.2f} on these images.")
     return notes
