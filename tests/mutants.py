@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -90,21 +91,21 @@ MUTANTS = [
         "training/loop.py",
         '            learner.check_finite(means, "val")\n',
         "",
-        LOOP,
+        f"{LOOP} -k validation_alone",
     ),
     Mutant(
         "a Student is validated in train mode",
         "training/loop.py",
         "            learner.evaluate()\n",
         "",
-        LOOP,
+        f"{LOOP} -k eval_mode",
     ),
     Mutant(
         "a Student is left in eval mode",
         "training/loop.py",
         '            learner.train()\n            learner.check_finite(means, "val")',
         '            learner.check_finite(means, "val")',
-        LOOP,
+        f"{LOOP} -k eval_mode",
     ),
     # data
     Mutant(
@@ -168,7 +169,7 @@ MUTANTS = [
         "distill/distillation.py",
         "if theta is not None and self.align:",
         "if theta is not None and not self.align:",
-        f"tests/distill {LOOP}",
+        f"tests/distill {FACTORY}",
     ),
     Mutant(
         "positions outside the view count",
@@ -224,14 +225,14 @@ MUTANTS = [
         "distill/distillation.py",
         "norms[0] / norms[1].clamp_min(1e-12)",
         "norms[1] / norms[0].clamp_min(1e-12)",
-        LOOP,
+        f"{LOOP} -k gradient_ratio",
     ),
     Mutant(
         "a matched weight upside down",
         "distill/distillation.py",
         "return ratio / (ratio + ratios",
         "return 1 - ratio / (ratio + ratios",
-        LOOP,
+        f"{LOOP} -k matched",
     ),
     # training
     Mutant(
@@ -239,7 +240,7 @@ MUTANTS = [
         "training/learner.py",
         "weight * kd + (1 - weight) * supervised",
         "(1 - weight) * kd + weight * supervised",
-        LOOP,
+        f"{LOOP} -k equation_one",
     ),
     Mutant("the last epoch is tested", "training/learner.py", "    learner.restore_best()\n", "", LOOP),
     Mutant(
@@ -247,56 +248,56 @@ MUTANTS = [
         "training/learner.py",
         "if monitored < self.best_loss:",
         "if monitored <= self.best_loss:",
-        LOOP,
+        f"{LOOP} -k early_stopping",
     ),
     Mutant(
         "patience one longer",
         "training/learner.py",
         "self.epoch - self.best_epoch >= self.patience",
         "self.epoch - self.best_epoch > self.patience",
-        LOOP,
+        f"{LOOP} -k early_stopping",
     ),
     Mutant(
         "the regressor is not trained",
         "training/learner.py",
         "return [parameter for module in self.modules().values() for parameter in module.parameters()]",
         "return list(self.network.parameters())",
-        LOOP,
+        f"{LOOP} -k reaches_the_student",
     ),
     Mutant(
         "Adam's moments are not resumed",
         "training/learner.py",
         '            self.optimizer.load_state_dict(training["optimizer"])\n',
         "",
-        "tests/test_faults.py tests/training",
+        f"{LOOP} -k goes_on_where",
     ),
     Mutant(
         "means of an epoch not resumed",
         "training/learner.py",
         '            self.means.load(training["means"])\n',
         "",
-        "tests/test_faults.py tests/training",
+        f"{LOOP} -k goes_on_where",
     ),
     Mutant(
         "gradients pile up",
         "training/loop.py",
         "        learner.optimizer.zero_grad(set_to_none=True)",
         "        pass",
-        LOOP,
+        "tests/test_golden.py",
     ),
     Mutant(
         "draws depend on the order of learners",
         "training/loop.py",
         "                torch.manual_seed(feed.train.step_seed(epoch, number))\n",
         "",
-        "tests/training",
+        "tests/training/test_group.py -k noisy",
     ),
     Mutant(
         "the Teacher is left in train mode",
         "models/unet.py",
         "return network.eval().requires_grad_(requires_grad=False)",
         "return network.requires_grad_(requires_grad=False)",
-        f"{FACTORY} {LOOP}",
+        FACTORY,
     ),
     Mutant(
         "the Teacher's learning rate is the Student's",
@@ -311,7 +312,7 @@ MUTANTS = [
         "evaluation/scoring.py",
         ".logits > 0).cpu()",
         ".logits > 0.5).cpu()",
-        f"tests/evaluation {LOOP} tests/test_golden.py",
+        "tests/evaluation tests/test_golden.py",
     ),
     Mutant(
         "both empty scores 0",
@@ -341,7 +342,7 @@ MUTANTS = [
         "config/identity.py",
         'return settings, {"data": listing(given).digest},',
         "return settings, {},",
-        "tests/config tests/sweep/test_plan.py",
+        "tests/config",
     ),
     Mutant(
         "the fingerprint leaves the learning rate out",
@@ -355,7 +356,7 @@ MUTANTS = [
         "config/identity.py",
         "evidence, sources, seed=teacher.seed)",
         "evidence, sources)",
-        "tests/config tests/training/test_group.py",
+        "tests/config",
     ),
     Mutant(
         "kd.ratio always counts",
@@ -370,14 +371,14 @@ MUTANTS = [
         "runs/checkpoint.py",
         "if left != 0 or stream.read() != sha256.digest():",
         "if left != 0:",
-        "tests/runs tests/test_faults.py",
+        "tests/runs",
     ),
     Mutant(
         "a damaged marker counts",
         "runs/records.py",
         'if marker is None or marker.pop("seal", None) != _seal(marker):',
         'if marker is None or not marker.pop("seal", None):',
-        "tests/runs tests/test_faults.py tests/sweep/test_sweep.py",
+        "tests/runs",
     ),
     # results
     Mutant("pairs of fewer runs", "results/stats.py", "if not asked or not asked <= there:", "if not asked:", RESULTS),
@@ -417,14 +418,14 @@ MUTANTS = [
         "results/tables.py",
         "sort_values(VALIDATION, ascending=False)",
         'sort_values("mean_dice_percent", ascending=False)',
-        "tests/results",
+        "tests/results/test_costs.py tests/results/test_tables.py",
     ),
     Mutant(
         "different images mix",
         "results/frame.py",
         '        _refuse_two(sweep.runs, "data_digest", what=f"sweep {sweep.name} mixes different images of one name")\n',
         "",
-        "tests/results",
+        "tests/results/test_tables.py",
     ),
     Mutant(
         "an effect with its sign turned",
@@ -464,7 +465,7 @@ def lives(mutant: Mutant) -> bool:
         text = file.read_text(encoding="utf-8")
         file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
         paths = os.pathsep.join([str(copy), str(copy / "kdsweep" / "plugins")])
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests.split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(mutant.tests)]
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=LIMIT_S, check=False)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdsweep.distill import paths
-from kdsweep.distill.distillation import Distillation, TeacherForward
+from kdsweep.distill.distillation import Distillation, TeacherForward, warp
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs
 
@@ -129,6 +129,28 @@ def test_the_loss_gets_each_networks_map_under_its_own_name(student: Outputs, te
     assert torch.equal(seen["teacher"], kd_path.teacher_map(teacher))
     assert seen["valid"].shape == (2, 1, *seen["teacher"].shape[2:])
     assert seen["valid"].all()
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_a_weak_teachers_map_is_warped_if_and_only_if_it_shall_be(
+    student: Outputs, teacher: Outputs, align: bool
+) -> None:
+    seen: dict[str, Tensor] = {}
+
+    def loss(**arguments: Any) -> Tensor:
+        seen.update(arguments)
+        return torch.zeros(())
+
+    theta = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]).expand(2, 2, 3)
+    forward = TeacherForward("Teacher", view="weak", precision="fp32")
+    taught = Distillation(paths.Logits(), needs_logits=True, loss=loss, weight=0.5, forward=forward, align=align)
+    taught.term(student=student, teacher=teacher, theta=theta)
+    warped, valid = warp(teacher.logits, theta=theta)
+    assert torch.equal(seen["teacher"], warped if align else teacher.logits)
+    assert torch.equal(seen["valid"], valid if align else torch.ones_like(valid))
+    assert not torch.equal(warped, teacher.logits)
+    assert valid[..., :48].all()  # a shift by a quarter of the frame, half of the unit
+    assert not valid[..., 48:].any()
 
 
 def test_a_path_that_lacks_a_method_is_refused_when_it_is_built() -> None:

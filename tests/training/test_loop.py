@@ -213,6 +213,14 @@ def test_early_stopping_waits_for_patience_epochs_without_a_better_loss(compose,
     assert learner.best_epoch == 1
 
 
+def test_early_stopping_takes_an_equal_loss_for_no_improvement(compose, tmp_path):
+    learner = make_learner(compose("path=none", "train.patience=2", "train.epochs=9"), tmp_path)
+    for loss in (0.5, 0.5, 0.5):
+        learner.end_epoch({"val/loss": loss})
+    assert learner.stopped
+    assert learner.best_epoch == 0
+
+
 def test_the_best_epoch_is_that_of_what_is_monitored(compose, tmp_path):
     values = [(0.9, 0.2), (0.5, 0.4), (0.6, 0.7), (0.7, 0.6)]
     for monitor, best in (("loss", 1), ("dice", 2)):
