@@ -480,19 +480,21 @@ def main() -> int:
     """Return 1 if a mutant lives."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="word in what the mutant is, or in its file")
+    parser.add_argument("--skip", type=int, default=0, help="number of mutants at the start to leave out")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     for mutant in MUTANTS:
         count = (ROOT / "kdsweep" / mutant.file).read_text(encoding="utf-8").count(mutant.old)
         if count != 1:
             parser.error(f"{mutant.what}: its text stands {count} times in kdsweep/{mutant.file}")
-    chosen = [mutant for mutant in MUTANTS if options.only in f"{mutant.what} {mutant.file}"]
+    chosen = [mutant for mutant in MUTANTS if options.only in f"{mutant.what} {mutant.file}"][options.skip :]
+    living = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        alive = list(tqdm(pool.map(lives, chosen), total=len(chosen)))
-    living = [
-        f"lives: {mutant.file}: {mutant.what}" for mutant, is_alive in zip(chosen, alive, strict=True) if is_alive
-    ]
-    sys.stdout.write("\n".join([*living, f"{len(living)} of {len(chosen)} mutants live"]) + "\n")
+        for mutant, is_alive in tqdm(zip(chosen, pool.map(lives, chosen), strict=True), total=len(chosen)):
+            if is_alive:
+                living += 1
+                tqdm.write(f"lives: {mutant.file}: {mutant.what}", file=sys.stdout)
+    sys.stdout.write(f"{living} of {len(chosen)} mutants live\n")
     return 1 if living else 0
 
 
