@@ -217,3 +217,12 @@ def test_the_table_of_error_rates_is_that_of_its_file() -> None:
     modelled = rows[rows["split_sd"] == 0]
     assert modelled["networks"].between(0.03, 0.07).all()
     assert modelled.loc[modelled["seeds"] == 3, "methods"].between(0.03, 0.07).all()
+
+
+def test_the_strengths_are_those_of_their_file() -> None:
+    ratios = pd.read_csv(ROOT / "results" / "strength" / "table4.csv").set_index("notation")["kd_gradient_ratio"]
+    least, most = ratios.idxmin(), ratios.idxmax()
+    assert f"{ratios[least]:.2f} ({least}) to {ratios[most]:.1f} ({most})" in " ".join(results().split())
+    page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
+    for cell in ratios.index[~ratios.index.str.endswith("_WAug")]:
+        assert f"| {cell} | {ratios[cell]:.2f} | {ratios[f'{cell}_WAug']:.2f} |" in page
