@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,14 +87,19 @@ def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_
             f"data={source.name}: {len(problems)} of {len(entries)} images: {'; '.join(problems[:10])}{more}"
         )
     images, eval_images, masks, eval_masks = (np.stack(column) for column in zip(*found, strict=True))
+    _warn_of_dim(source.name, entries, images)
+    ids, labels = ([getattr(entry, name) for entry in entries] for name in ("id", "label"))
+    return Images(source.name, ids, labels, images, masks, eval_images, eval_masks, digest)
+
+
+def _warn_of_dim(name: str, entries: Sequence[Entry], images: np.ndarray) -> None:
+    """Log how many images (N, S, S, 3) are nearly black."""
     if dim := [entry.image_file for entry, image in zip(entries, images, strict=True) if image.max() <= DIM]:
         log.warning(
             "data=%s: %d of %d images are nearly black, at most %d of 255, the first is %s; "
             "12 bits saved as 16 look so: multiply them by 16",
-            *(source.name, len(dim), len(entries), DIM, dim[0]),
+            *(name, len(dim), len(entries), DIM, dim[0]),
         )
-    ids, labels = ([getattr(entry, name) for entry in entries] for name in ("id", "label"))
-    return Images(source.name, ids, labels, images, masks, eval_images, eval_masks, digest)
 
 
 def _check_memory(count: int, *, load_size: int, image_size: int) -> None:

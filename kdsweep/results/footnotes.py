@@ -167,7 +167,7 @@ def of_table4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
         notes.append(
             "KD to supervised gradient: ratio of the norms at the Student's encoder, weights included, of each epoch's "
             f"first batch, geometric mean up to the best epoch; {ratios.min():.2g} to {ratios.max():.2g} here. Cells "
-            "of unlike strength compare path and strength at once; kd.weight=matched gives all the ratio kd.ratio."
+            "of unlike strength compare path and strength at once; kd.weight=matched begins all at the ratio kd.ratio."
         )
     notes += _cut_off(sweep.runs)
     if sweep.runs["split"].nunique() == 1:

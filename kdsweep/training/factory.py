@@ -125,8 +125,17 @@ def check_term(cfg: DictConfig) -> None:
     Raises:
         InputError: one of them cannot be built or called, or returns something else than one number.
     """
-    if cfg.path.kd_path is None:
-        return
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if (kd := distillation(cfg, teacher="")) is not None:
+                _take_term(kd, cfg)
+    except InputError:
+        raise
+    except Exception as error:  # of any kind: it is the user's code
+        raise InputError(f"path={cfg.path.name} loss={cfg.loss.name} gives no KD term: {one_line(error)}") from error
+
+
+def _take_term(kd: Distillation, cfg: DictConfig) -> None:
     chance = torch.Generator().manual_seed(0)
     side = cfg.image_size // 32
 
@@ -138,17 +147,10 @@ def check_term(cfg: DictConfig) -> None:
     student, teacher = outputs("student"), outputs("teacher")
     for tensor in student:
         tensor.requires_grad_()
-    theta = torch.eye(2, 3).repeat(2, 1, 1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            value = distillation(cfg, teacher="").term(student=student, teacher=teacher, theta=theta)  # type: ignore[union-attr]
-            if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
-                raise TypeError("the loss must return a tensor of one number that depends on the Student")
-            value.backward()
-    except InputError:
-        raise
-    except Exception as error:  # of any kind: it is the user's code
-        raise InputError(f"path={cfg.path.name} loss={cfg.loss.name} gives no KD term: {one_line(error)}") from error
+    value = kd.term(student=student, teacher=teacher, theta=torch.eye(2, 3).repeat(2, 1, 1))
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise TypeError("the loss must return a tensor of one number that depends on the Student")
+    value.backward()
 
 
 def distillation(cfg: DictConfig, *, teacher: str) -> Distillation | None:
