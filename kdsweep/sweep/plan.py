@@ -154,11 +154,12 @@ def swept_keys(words: list[list[str]]) -> list[str]:
 
 
 def kinds(jobs: Sequence[Job]) -> list[Job]:
-    """Return one job of each kind to check where torch is: others with its batches and networks are alike."""
+    """Return one job of each kind to check where torch is: others with its batches, networks, path and loss are alike."""
     found: dict[str, Job] = {}
     for job in jobs:
         networks = [job.settings.student.plain(), job.settings.teacher.plain(), job.cell.evidence.get("teacher", "")]
-        key = grid.digest([identity.batches_key(job.settings, seed=job.settings.seed), networks])
+        term = [job.settings.path.plain(), job.settings.loss.plain()]
+        key = grid.digest([identity.batches_key(job.settings, seed=job.settings.seed), networks, term])
         found.setdefault(key, job)
     return list(found.values())
 

@@ -8,6 +8,7 @@ from kdsweep.core.device import Compute
 from kdsweep.data.splits import random_split
 from kdsweep.distill import losses
 from kdsweep.models import unet
+from kdsweep.sweep import plan, preview
 from kdsweep.training import factory, loop
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32")
@@ -153,3 +154,10 @@ def test_the_papers_paths_and_losses_pass_the_check(compose, path, loss):
     before = torch.get_rng_state()
     factory.check_term(compose(f"path={path}", f"loss={loss}"))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_bad_loss_behind_good_ones_of_the_same_networks_is_found(compose):
+    bad = compose("path=H", f"++loss.hidden._target_={__name__}.two_numbers", "~loss.hidden.temperature")
+    jobs = plan.read_jobs([compose("path=L"), compose("path=H", "loss=mse"), bad])
+    with pytest.raises(factory.InputError, match="path=H loss=kld gives no KD term: "):
+        preview.check([job.config for job in plan.kinds(jobs)])
