@@ -154,7 +154,7 @@ def swept_keys(words: list[list[str]]) -> list[str]:
 
 
 def kinds(jobs: Sequence[Job]) -> list[Job]:
-    """Return one job of each kind to check where torch is: others with its batches, networks, path and loss are alike."""
+    """Return one job of each kind to check where torch is: its batches, networks, path and loss stand for others."""
     found: dict[str, Job] = {}
     for job in jobs:
         networks = [job.settings.student.plain(), job.settings.teacher.plain(), job.cell.evidence.get("teacher", "")]
