@@ -55,7 +55,7 @@ from kdsweep.sweep.engines import worker
 from kdsweep.sweep.plan import Job, Preview
 from kdsweep.tracking import reader, sync
 
-PAPER_GRID = ["path=L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong", "split=0,1,2"]
+PAPER_GRID = ["path=L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong", "split=s0,s1,s2"]
 SIZES = {  # cells by name: 36 for each seed, weight and temperature
     100: ["seed=0", "kd.weight=0.1,0.5,0.9"],
     1000: ["seed=range(0,4)", "kd.weight=0.1,0.2,0.3,0.5,0.7,0.8,0.9"],
@@ -145,7 +145,7 @@ def stub(cell: Cell, cfg: DictConfig, *, weights: Path) -> None:
         cfg: its configuration.
         weights: file that stands for the trained ones; it gets one more name, and takes no more room.
     """
-    split = _split(str(cfg.data.source), cfg.split, cfg)
+    split = identity.split_ids(cfg)
     tags = {"kdsweep.profile": cfg.profile, "kdsweep.device": "cpu", "kdsweep.threads": "1", "kdsweep.torch": "stub"}
     params = identity.params(cfg) | identity.factors(cfg, role=cell.role)
     records.describe(cell, split=split, params=params, tags=tags)
@@ -166,15 +166,6 @@ def stub(cell: Cell, cfg: DictConfig, *, weights: Path) -> None:
     files = [name, "history.csv", "test_predictions.npz", "test_scores.csv", "split.json"]
     final = {"test/dice": float(scores["dice"].mean()), "test/trivial_dice": 0.1, "epochs": float(EPOCHS)}
     records.write_finished(cell.folder, values=final, files=files)
-
-
-_splits: dict[tuple[str, int], dict[str, list[str]]] = {}
-
-
-def _split(data: str, index: int, cfg: DictConfig) -> dict[str, list[str]]:
-    if (data, index) not in _splits:
-        _splits[data, index] = identity.split_ids(cfg)
-    return _splits[data, index]
 
 
 # ---- the steps -----------------------------------------------------------------------------------------------------

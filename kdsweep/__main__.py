@@ -69,6 +69,7 @@ def train() -> None:
     wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way
     try:
+        composition.check_splits(sys.argv)
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(trains_cells(run))()
     except signals.Stopped as stop:
         sys.stderr.write(f"kdsweep: {stop.told()}\n")

@@ -45,7 +45,7 @@ def refusal(*overrides: str) -> str:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("split=3", "0, 1 or 2"),
+        ("split=3", "so split=s3"),
         ("train.epochs=0", "whole number >= 1"),
         ("train.lr=-1", "number > 0"),
         ("train.patience=0", "whole number >= 1"),

@@ -103,6 +103,14 @@ def with_home(words: Sequence[str]) -> list[str]:
     return [re.sub(r"(?<=[=,])~(?=/)", lambda _: home, word) for word in words]
 
 
+def check_splits(words: Sequence[str]) -> None:
+    """Raise InputError for ``split=0``: Hydra reads a number, and options of a group are names."""
+    for word in words:
+        if match := re.fullmatch(r"split=(\d+(?:,\d+)*)", word):
+            named = ",".join(f"s{number}" for number in match[1].split(","))
+            raise InputError(f"{word} is not an option: the paper's random splits are s0, s1 and s2, so split={named}")
+
+
 def quoting(word: str) -> str:
     """Return how to type an override that is no sentence of Hydra's grammar."""
     key, _, value = word.partition("=")
@@ -117,6 +125,7 @@ def compose(overrides: list[str]) -> DictConfig:
     Raises:
         InputError: an override is wrong.
     """
+    check_splits(overrides)
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return hydra.compose("config", with_home(overrides))

@@ -29,7 +29,15 @@ FACTORS = ("cell", "path", "loss", "teacher_aug", "split", "seed", "teacher.seed
 LOCAL = ("device", "retry_failed", "stats", "store", "sweep_name", "tracking", "train.workers")
 SOURCES = ("data.root", "data.source.root", "data.source.cache_dir", "weights")
 NEUTRAL = (*LOCAL, *SOURCES)
-NAMES = ("path", "loss", "teacher_aug", "split", "seed")  # factors by which a cell is named
+NAMES = (
+    "path",
+    "loss",
+    "teacher_aug",
+    "split",
+    "split.index",
+    "split.fold",
+    "seed",
+)  # factors by which a cell is named
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Cell:
     Attributes:
         role: ``distilled``, ``baseline`` (the Student alone) or ``teacher``.
         notation: the paper's name, such as ``HReg_KLD_WAug``, ``Student``, ``Teacher_WAug``.
-        split: index of the random split.
+        split: number of the split in its protocol: its index, or its fold.
         seed: of initialization, shuffling and views.
         settings: what the user chose and the result depends on, as plain nested values.
         evidence: what lies outside the configuration: results version; digests of data, weights files, the Teacher, the

@@ -17,11 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from kdsweep.config import grid, schema, user_code
 from kdsweep.config.grid import Cell
-from kdsweep.config.schema import NetworkNode, Settings
+from kdsweep.config.schema import NetworkNode, Settings, SplitNode
 from kdsweep.core.errors import InputError
-from kdsweep.data import sources
+from kdsweep.data import sources, splits
 from kdsweep.data.images import Images, load_images
-from kdsweep.data.splits import random_split
+from kdsweep.data.splits import Listed, Split
 
 Config = DictConfig | Settings  # as Hydra gives it, or checked
 
@@ -122,7 +122,7 @@ def batches_key(cfg: Config, *, seed: int) -> str:
     made_of = [common[key] for key in ("data", "image_size", "views", "precision")]
     kept_in = [given.store, given.tracking.uri, given.tracking.experiment]
     by = [given.train.batch_size, given.train.workers, given.device, given.deterministic]
-    return grid.digest([made_of, evidence, given.split, seed, by, kept_in])
+    return grid.digest([made_of, evidence, given.split.number, seed, by, kept_in])
 
 
 def _cell(
@@ -141,7 +141,7 @@ def _cell(
     return Cell(
         role=role,
         notation=name,
-        split=given.split,
+        split=given.split.number,
         seed=given.seed if seed is None else seed,
         settings=grid.without_places(own),
         evidence={**evidence, **({"user_code": users} if users else {}), "results_version": str(grid.RESULTS_VERSION)},
@@ -165,7 +165,11 @@ def _common(given: Settings) -> tuple[dict[str, Any], dict[str, str], dict[str, 
         "scores": given.scores.plain(),
         "train": given.train.model_dump(include={"epochs", "batch_size", "patience"}),
     }
-    return settings, {"data": listing(given).digest}, {"data.root": str(own.root or "")}
+    evidence, typed = {"data": listing(given).digest}, {"data.root": str(own.root or "")}
+    if given.split.protocol != "paper":  # those are settled by the number of images
+        evidence["split"] = split_digest(given)
+        typed["split"] = given.split.in_words()
+    return settings, evidence, typed
 
 
 def _network(node: NetworkNode) -> dict[str, Any]:
@@ -205,11 +209,64 @@ def plain(node: DictConfig) -> Any:
     return OmegaConf.to_container(node, resolve=True)
 
 
-def split_ids(cfg: DictConfig) -> dict[str, list[str]]:
+def split(cfg: Config) -> Split:
+    """Return the split of a configuration, drawn or read once per process.
+
+    Raises:
+        InputError: it cannot be drawn or read, or it tears groups apart.
+    """
+    given = read(cfg)
+    return _split(json.dumps(given.data.source), str(given.data.root or ""), given.split)
+
+
+@lru_cache(maxsize=64)
+def _split(source: str, root: str, of: SplitNode) -> Split:
+    entries = _listing(source).entries
+    listed = Listed(
+        [entry.id for entry in entries], [entry.label for entry in entries], _groups(source, root, of.group)
+    )
+    if of.protocol == "paper":
+        return splits.random_split(len(entries), index=of.number)
+    if of.protocol == "holdout":
+        return splits.holdout(listed, index=of.number)
+    if of.protocol == "kfold":
+        return splits.kfold(listed, folds=of.folds or 0, fold=of.number)
+    found = splits.from_file(listed, Path(str(of.file)).expanduser(), fold=of.number)
+    if (torn := splits.torn(listed, found)) and not of.allow_leakage:
+        group, images = next(iter(torn.items()))
+        raise InputError(
+            f"split.file={of.file} puts images of {len(torn)} groups of split.group={of.group} into several parts, the "
+            f"first is {group} ({', '.join(images)}); split.allow_leakage=true takes it all the same, and tables say so"
+        )
+    return found
+
+
+@lru_cache(maxsize=8)
+def _groups(source: str, root: str, group: str | None) -> list[str] | None:
+    if group is None:
+        return None
+    ids = [entry.id for entry in _listing(source).entries]
+    return splits.read_groups(ids, group, root=Path(root).expanduser() if root else None)
+
+
+def split_ids(cfg: Config) -> dict[str, list[str]]:
     """Return the image ids of the split's three parts, which are written beside the run."""
-    ids = [entry.id for entry in listing(cfg).entries]
-    part = random_split(len(ids), index=cfg.split)
-    return {name: [ids[i] for i in indices] for name, indices in vars(part).items()}
+    given = read(cfg)
+    ids, parts = [entry.id for entry in listing(given).entries], split(given)
+    return {part: [ids[i] for i in getattr(parts, part)] for part in splits.PARTS}
+
+
+def split_digest(cfg: Config) -> str:
+    """Return the SHA-256 of the ids of the split's three parts, in their order."""
+    return grid.digest(split_ids(cfg))
+
+
+def image_groups(cfg: Config) -> dict[str, str]:
+    """Return the group of each image of the data set by id; empty without ``split.group``."""
+    given = read(cfg)
+    ids = [entry.id for entry in listing(given).entries]
+    groups = _groups(json.dumps(given.data.source), str(given.data.root or ""), given.split.group)
+    return dict(zip(ids, groups, strict=True)) if groups is not None else {}
 
 
 def params(cfg: Config) -> dict[str, Any]:

@@ -148,6 +148,34 @@ class ViewsNode(Node):
     probability: Share
 
 
+class SplitNode(Node):
+    """``split``: which images are for training, validation and test; each protocol has its own keys (conf/split/)."""
+
+    protocol: Literal["paper", "holdout", "kfold", "file"] = Field(description="paper, holdout, kfold or file")
+    index: Annotated[int, Field(ge=0)] | None = Field(None, description="a whole number >= 0")
+    folds: Annotated[int, Field(ge=2)] | None = Field(None, description="a whole number >= 2")
+    fold: Annotated[int, Field(ge=0)] | None = Field(None, description="a whole number >= 0")
+    file: Text | None = Field(None, description="the name of a .csv or .json file")
+    group: Text | None = Field(None, description="a regular expression, a column, or the name of a .csv file")
+    allow_leakage: Switch = False
+
+    @property
+    def number(self) -> int:
+        """Return the number by which runs, folders and tables name the split: its index or its fold."""
+        return self.index if self.index is not None else self.fold or 0
+
+    def in_words(self) -> str:
+        """Return the protocol without the number, such as ``5 folds, by group (patients.csv)``, for footnotes."""
+        drawn = {
+            "paper": "the paper's random splits",
+            "holdout": "held out at random",
+            "kfold": f"{self.folds} folds",
+            "file": f"as {self.file} lists them",
+        }[self.protocol]
+        torn = ", although groups are on both sides (split.allow_leakage)" if self.allow_leakage else ""
+        return f"{drawn}, {f'by group ({self.group})' if self.group else 'by image'}{torn}"
+
+
 class DataNode(OpenNode):
     """``data``: the data set; ``source`` is its class and arguments, among them the user's own."""
 
@@ -195,7 +223,7 @@ class Settings(Node):
     tracking: TrackingNode
     profile: Text
     weights: Text = Field(description="imagenet, none, or the name of a file")
-    split: int = Field(ge=0, le=2, description="0, 1 or 2")
+    split: SplitNode
     seed: Seed
     device: str = Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:NUMBER")
     precision: Precision
@@ -221,10 +249,21 @@ def read(values: Mapping[str, Any]) -> Settings:
         settings = Settings.model_validate(values)
     except ValidationError as error:
         raise InputError(_line(error, values)) from None
+    _check_split(settings.split)
     size = settings.data.load_size
     if size is not None and size < settings.image_size:
         raise InputError(f"data.load_size={size} is not allowed: image_size={settings.image_size} is cropped from it")
     return settings
+
+
+def _check_split(split: SplitNode) -> None:
+    """Raise InputError if keys of a split do not go together."""
+    if split.protocol == "paper" and split.index not in (0, 1, 2):
+        raise InputError(f"split.index={split.index} is not allowed: the paper has 0, 1 and 2; split=holdout has more")
+    if split.protocol == "kfold" and (split.fold or 0) >= (split.folds or 0):
+        raise InputError(f"split.fold={split.fold} is not allowed: split.folds={split.folds} are counted from 0")
+    if split.protocol == "file" and split.file is None:
+        raise InputError("split.file is missing: give the .csv or .json file on the command line, split.file=...")
 
 
 def _line(error: ValidationError, values: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,6 +123,7 @@ class EvalPart:
     Attributes:
         ids: N ids.
         labels: N labels.
+        groups: N groups, such as patients; None where they are not known.
         images: (N, S, S, 3) uint8.
         masks: (N, 1, S, S) uint8 in {0, 1}.
     """
@@ -131,19 +132,21 @@ class EvalPart:
     labels: list[str]
     images: Tensor
     masks: Tensor
+    groups: list[str] | None = None
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images and masks in batches of at most ``size``, in order."""
         yield from zip(self.images.split(size), self.masks.split(size), strict=True)
 
 
-def eval_part(images: Images, indices: list[int]) -> EvalPart:
-    """Return the part of a data set that ``indices`` select."""
+def eval_part(images: Images, indices: list[int], *, groups: Mapping[str, str] | None = None) -> EvalPart:
+    """Return the part of a data set that ``indices`` select, with its images' groups if these are known by id."""
     return EvalPart(
         ids=[images.ids[i] for i in indices],
         labels=[images.labels[i] for i in indices],
         images=torch.from_numpy(images.eval_images[indices]),
         masks=torch.from_numpy(images.eval_masks[indices])[:, None],
+        groups=[groups[images.ids[i]] for i in indices] if groups else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 import torch
@@ -30,7 +31,12 @@ def predict(network: UNet, part: EvalPart, *, compute: Compute) -> Tensor:
 
 
 def score(predictions: Tensor, part: EvalPart, *, nsd_tolerance_px: float) -> pd.DataFrame:
-    """Return one row per image: image, label, lesion_px (of the ground truth), then the scores of metrics.py."""
+    """Return one row per image: image, label, lesion_px (of the ground truth), then the scores of metrics.py.
+
+    Behind the label comes the column group, where groups are known.
+    """
     scores = metrics.per_image(prediction=predictions, mask=part.masks, nsd_tolerance_px=nsd_tolerance_px)
-    about = {"image": part.ids, "label": part.labels, "lesion_px": part.masks.bool().flatten(1).sum(dim=1).numpy()}
+    about: dict[str, Any] = {"image": part.ids, "label": part.labels}
+    about |= {"group": part.groups} if part.groups else {}
+    about["lesion_px"] = part.masks.bool().flatten(1).sum(dim=1).numpy()
     return pd.DataFrame(about | scores)

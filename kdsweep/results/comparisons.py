@@ -97,7 +97,7 @@ def _compared(dice: pd.DataFrame, base: pd.DataFrame, names: list[str], *, gap: 
     pairs = pd.concat(
         pair(ours=dice[dice["notation"] == name], baseline=base[base["notation"] == name]) for name in names
     )
-    pairs = pairs.groupby([*PLACE, "image"], as_index=False)[["dice_ours", "dice_baseline", "points"]].mean()
+    pairs = pairs.groupby([*PLACE, "image", "group"], as_index=False)[["dice_ours", "dice_baseline", "points"]].mean()
     ours, against = 100 * pairs[["dice_ours", "dice_baseline"]].mean()
     means = {"mean_dice_percent": ours, "against_mean_dice_percent": against}
     return means | compare(pairs, test=test) | {"gap": ""}

@@ -87,12 +87,12 @@ def _effects(sweep: Sweep, *, test: str) -> pd.DataFrame:
 
 
 def _dice_of_cells(whole: pd.DataFrame) -> pd.DataFrame:
-    """Return Dice with a row per (split, seed, image) and a column per cell without a gap."""
-    dice = whole.pivot(index=[*PLACE, "image"], columns="notation", values="dice")
+    """Return Dice with a row per (split, seed, image, group) and a column per cell without a gap."""
+    dice = whole.pivot(index=[*PLACE, "image", "group"], columns="notation", values="dice")
     alone = dice[dice.isna().any(axis=1)]
     if not alone.empty:
         first = alone.iloc[0]
-        split, seed, image = alone.index[0]
+        split, seed, image, _ = alone.index[0]
         raise InputError(
             f"{first[first.isna()].index[0]} and {first.dropna().index[0]} were scored on different images: the first "
             f"is {image} of split {split} seed {seed}; run both on the same data"

@@ -56,6 +56,7 @@ def provenance(sweep: Sweep) -> list[str]:
         f"splits: {runs['split'].nunique()}, seeds: {runs['seed'].nunique()}, "
         f"test images: {len(images)} over all of them, {images['image'].nunique()} different."
     ]
+    notes += [f"Splits: {how}." for how in _splits(runs)]
     if len(parts) > 1:
         notes.append(
             f"Each of the {len(parts)} settings stands for itself: {'; '.join(parts)}. Nothing is averaged over."
@@ -70,6 +71,15 @@ def provenance(sweep: Sweep) -> list[str]:
         everywhere = finished.drop_duplicates(PLACE)["trivial_dice"].mean()
         notes.append(f"For comparison: lesion predicted everywhere scores {100 * everywhere:.2f} on these images.")
     return notes
+
+
+def _splits(runs: pd.DataFrame) -> list[str]:
+    """Return how the images are divided, with the numbers of the splits and the digests of their parts' ids."""
+    known = runs[runs["split_protocol"] != ""].drop_duplicates(["split_protocol", "split"]).sort_values("split")
+    return [
+        f"{protocol}: " + ", ".join(f"{row['split']} (digest {row['split_digest'][:8]})" for _, row in own.iterrows())
+        for protocol, own in known.groupby("split_protocol")
+    ]
 
 
 def weights(runs: pd.DataFrame) -> str:
@@ -112,9 +122,9 @@ def of_comparisons(table: pd.DataFrame, *, test: str, families: str, prefix: str
     """
     notes = [
         f"Networks: do these networks, as trained, differ on other images? p: {TEST_NAMES[test]}. Seeds are averaged "
-        "within each image of a split, and an image that several splits test is one cluster. Interval: 95 % bootstrap "
-        f"over the images (BCa, {RESAMPLES} resamples, fixed seed), not widened for the number of comparisons. Images "
-        "count as independent of each other: patients are not known.",
+        "within each image of a split, and an image that several splits test is one cluster, as are the images of one "
+        f"split.group. Interval: 95 % bootstrap over the clusters (BCa, {RESAMPLES} resamples, fixed seed), not "
+        "widened for the number of comparisons. Without split.group images count as independent of each other.",
     ]
     if table[f"{prefix}p_methods"].notna().any():
         notes.append(

@@ -111,10 +111,15 @@ def placed_runs(sweep: Sweep) -> pd.DataFrame:
 
 
 def scored_images(*, runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per finished run and test image, sorted: the order of the records changes no digit."""
+    """Return one row per finished run and test image, sorted: the order of the records changes no digit.
+
+    Column group: that of ``split.group``, else the image itself.
+    """
     finished = runs[runs["status"] == "FINISHED"]
+    groups = scores["group"].fillna(scores["image"]) if "group" in scores else scores["image"]
+    scores = scores.assign(group=groups)
     columns = ["fingerprint", "notation", *PLACE, "teacher"]
-    scored = finished[columns].merge(scores[["fingerprint", "image", "dice"]])
+    scored = finished[columns].merge(scores[["fingerprint", "image", "group", "dice"]])
     broken = scored[scored["dice"].isna() | scored.duplicated(["fingerprint", *PLACE, "image"])]
     if not broken.empty:
         first = broken.iloc[0]
@@ -143,6 +148,9 @@ def _refuse_mixing(sweep: Sweep) -> None:
         values = [f"{key}={value}" for value in known_values(sweep.runs, key)]
         if len(values) > 1:
             raise InputError(f"sweep {sweep.name} mixes {' and '.join(values)}: {REMEDY}")
+    protocols = known_values(sweep.runs, "split_protocol")
+    if len(protocols) > 1 and not any(key.startswith("split.") for key in sweep.varied):
+        raise InputError(f"sweep {sweep.name} mixes splits ({' and '.join(protocols)}): {REMEDY}")
     if not sweep.varied:  # else each value's runs are checked as a part of their own
         _refuse_two(sweep.runs, "data_digest", what=f"sweep {sweep.name} mixes different images of one name")
         for notation, runs in sweep.runs.groupby("notation"):  # a user's loss is in its own cells alone

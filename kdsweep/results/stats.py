@@ -1,7 +1,8 @@
 """Paired statistics of Dice: differences, p-values, Holm's correction, intervals, and what a design can show.
 
 Scores are frames with one row per run and image (columns fingerprint, notation, split, seed, teacher, image, dice).
-Differences are frames with one row per (split, seed, image) and a column points (percentage points).
+Differences are frames with one row per (split, seed, image) and a column points (percentage points). Both may name the
+group of each image, such as its patient, in a column group: images of one group count as one cluster.
 
 Two questions are told apart (docs/statistics.md): do *these networks* differ, as trained, on other images; and do
 *these methods*, so that networks trained anew would differ too.
@@ -22,7 +23,10 @@ from kdsweep.data.splits import TEST_SHARE, VALIDATION_SHARE
 
 NAN = float("nan")
 PLACE = ["split", "seed"]
-TEST_NAMES = {"ttest": "paired two-sided t-test, clustered by image", "wilcoxon": "two-sided Wilcoxon signed-rank test"}
+TEST_NAMES = {
+    "ttest": "paired two-sided t-test, clustered by image or its group",
+    "wilcoxon": "two-sided Wilcoxon signed-rank test",
+}
 TESTS = tuple(TEST_NAMES)
 RESAMPLES = 9999
 ALPHA = 0.05
@@ -93,7 +97,8 @@ def pair(*, ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
         InputError: both were scored, but on different images.
     """
     asked, there = (set(zip(frame["split"], frame["seed"], strict=True)) for frame in (ours, baseline))
-    both = ours.merge(baseline, on=[*PLACE, "image"], how="outer", suffixes=("_ours", "_baseline"), indicator=True)
+    own = [*PLACE, "image", *(["group"] if "group" in ours and "group" in baseline else [])]
+    both = ours.merge(baseline, on=own, how="outer", suffixes=("_ours", "_baseline"), indicator=True)
     both["points"] = 100 * (both["dice_ours"] - both["dice_baseline"])
     if not asked or not asked <= there:
         return both.iloc[:0]
@@ -109,8 +114,10 @@ def pair(*, ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_seeds(differences: pd.DataFrame) -> pd.DataFrame:
-    """Average the seeds within each (split, image): columns split, image, points."""
-    return differences.groupby(["split", "image"])[["points"]].mean().reset_index()
+    """Average the seeds within each (split, image): columns split, image, group (the image, if none), points."""
+    if "group" not in differences:
+        differences = differences.assign(group=differences["image"])
+    return differences.groupby(["split", "image", "group"])[["points"]].mean().reset_index()
 
 
 # ---- both questions ------------------------------------------------------------------------------------------------
@@ -150,13 +157,13 @@ def unknown(*, gap: str) -> dict[str, object]:
 
 
 def networks_spread(rows: pd.DataFrame) -> Spread:
-    """Return the spread of the mean over rows (split, image, points), images as clusters.
+    """Return the spread of the mean over rows (split, image, group, points), groups as clusters.
 
-    Squared error: G / (G - 1) x sum over the G images of (sum of its rows' deviations)^2, / N^2; G - 1 degrees of
-    freedom. With one row per image it is that of the paired t-test. Source: Cameron and Miller, A practitioner's guide
+    Squared error: G / (G - 1) x sum over the G groups of (sum of its rows' deviations)^2, / N^2; G - 1 degrees of
+    freedom. With one row per group it is that of the paired t-test. Source: Cameron and Miller, A practitioner's guide
     to cluster-robust inference, J. Human Resources 50, 2015, equation 11, for a mean.
     """
-    deviations = (rows["points"] - rows["points"].mean()).groupby(rows["image"]).sum()
+    deviations = (rows["points"] - rows["points"].mean()).groupby(rows["group"]).sum()
     count = len(deviations)
     if count < 2:
         return UNKNOWN
@@ -164,26 +171,26 @@ def networks_spread(rows: pd.DataFrame) -> Spread:
 
 
 def networks_p(rows: pd.DataFrame, *, test: str) -> float:
-    """Return the two-sided p over images: mean 0 (ttest), or each image's mean symmetric about 0 (wilcoxon).
+    """Return the two-sided p over groups: mean 0 (ttest), or each group's mean symmetric about 0 (wilcoxon).
 
-    NaN for fewer than 2 images, and for a t-test whose differences are all equal but not 0: no spread, no t.
+    NaN for fewer than 2 groups, and for a t-test whose differences are all equal but not 0: no spread, no t.
     """
     points = rows["points"].to_numpy()
-    if rows["image"].nunique() < 2:
+    if rows["group"].nunique() < 2:
         return NAN
     if np.abs(points).max() < EQUAL:
         return 1.0
     if test == "wilcoxon":
-        return float(wilcoxon(rows.groupby("image")["points"].mean()).pvalue)
+        return float(wilcoxon(rows.groupby("group")["points"].mean()).pvalue)
     return networks_spread(rows).p(points.mean())
 
 
 def clustered_interval(rows: pd.DataFrame) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval (BCa, seeded) of the mean over rows (image, points), images drawn whole.
+    """Return the 95 % bootstrap interval (BCa, seeded) of the mean over rows (group, points), groups drawn whole.
 
-    In points; NaN for fewer than 2 images.
+    In points; NaN for fewer than 2 groups.
     """
-    clusters = rows.groupby("image", sort=True)["points"].agg(["sum", "size"]).to_numpy(dtype=float)
+    clusters = rows.groupby("group", sort=True)["points"].agg(["sum", "size"]).to_numpy(dtype=float)
     sums, sizes = clusters.T
     if len(sums) < 2:
         return NAN, NAN
@@ -241,6 +248,9 @@ class Components(NamedTuple):
 
 def components(differences: pd.DataFrame) -> Components | None:
     """Estimate the parts of the variance of a mean difference by their mean squares; None without several seeds.
+
+    Images of one group share one cluster in the images' part; the noise is estimated image by image, so that of
+    images with a group it may take off too little, never too much.
 
     The model, for image i of split s, training k: points = mean + image_i + training_sk + noise_ski. Source: Searle,
     Casella, McCulloch, Variance components, 1992, section 4.3 (ANOVA estimators); degrees of freedom: Satterthwaite,

@@ -155,6 +155,8 @@ def user_message(error: BaseException) -> str:
     unknown_option = r"Could not find '(\S+)/([^/']+)' Available options in '\S+': (.+?)(?: Config search|$)"
     if match := re.search(unknown_option, text):
         return f"{match[1]}={match[2]} is not an option; {match[1]} has: {', '.join(match[3].split())}"
+    if text.startswith("Config group override must be a string"):
+        return "a group of configuration files is given a number: name one of its options, such as split=s0"
     if type(error).__module__.startswith(("hydra", "omegaconf")):
         return text
     return one_line(error)

@@ -386,7 +386,7 @@ def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         names = Counter(job.cell.notation for job in group)
         listed = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names.items())
         places = " or ".join(preview.devices[first.device])
-        where = f"split {first.split} seed {first.seed} on {places}"
+        where = f"split {first.split.number} seed {first.seed} on {places}"
         size, time = plural(len(group), "cell"), duration(group_s(group, preview))
         lines.append(f"group {number}: {size}, {where}, {time}: {listed}")
     teachers = [cell.title for cell, _ in missing_teachers(members)]

@@ -41,6 +41,8 @@ UNKNOWN = (
     "user_code",
     "weights",
     "results_version",
+    "split_protocol",
+    "split_digest",
     "device",
     "teacher",
     "run_id",
@@ -55,10 +57,10 @@ class Sweep:
         name: of the sweep.
         runs: one row per cell asked for and per Teacher they learn from; columns fingerprint, role, notation, split,
             seed, variant (values of the further keys that the sweep varies, as a dict), profile, data, data_digest,
-            user_code (its digest), weights (what its network began with), results_version, device, teacher, status,
-            run_id, started_ms, ended_ms, params, tags, trivial_dice, epochs (how many it was trained), best_epoch
-            (counted from 0), val_dice (of that epoch), kd_gradient_ratio (KD to supervised, geometric mean up to that
-            epoch), kd_weight (the matched one); what is not known is 0, empty or NaN.
+            user_code (its digest), weights (what its network began with), results_version, split_protocol (how
+            images are divided, in words), split_digest (of the ids of its parts), device, teacher, status, run_id,
+            started_ms, ended_ms, params, tags, trivial_dice, epochs (how many it was trained), best_epoch (from 0), val_dice (of that epoch),
+            kd_gradient_ratio (KD to supervised, geometric mean up to that epoch), kd_weight (the matched one); what is not known is 0, empty or NaN.
         scores: one row per fingerprint and test image of the finished ones; fractions 0 to 1, HD95 in pixels.
         varied: the keys beyond the factors in which its cells differ on purpose.
         commands: those that asked for its cells, as they can be typed again, the latest one last.
@@ -106,6 +108,8 @@ def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
         "user_code": tags.get("kdsweep.user_code", ""),
         "weights": _weights(tags, run.data.params),
         "results_version": tags.get("kdsweep.results_version", "0"),  # the first runs recorded none
+        "split_protocol": tags.get("kdsweep.split_protocol", ""),
+        "split_digest": tags.get("kdsweep.split_digest", ""),
         "device": tags["kdsweep.device"],
         "teacher": tags["kdsweep.teacher"],
         "status": run.info.status,
@@ -221,7 +225,7 @@ def _scores(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
     for header, own in parts.items():
         text = io.StringIO("\n".join([header, *(body.rstrip("\n") for _, body in own)]))
         counts = [len(list(csv.reader(io.StringIO(body)))) for _, body in own]
-        text_columns = {"image": str, "label": str}
+        text_columns = {"image": str, "label": str, "group": str}
         table = pd.read_csv(text, dtype=text_columns, keep_default_na=False, na_values=[""])  # an id may be nan or null
         tables.append(table.assign(fingerprint=np.repeat([fingerprint for fingerprint, _ in own], counts)))
     return pd.concat(tables, ignore_index=True)

@@ -21,7 +21,7 @@ from kdsweep.config.grid import Cell
 from kdsweep.core.device import Compute, find_device
 from kdsweep.core.errors import InputError, exit_code, one_line
 from kdsweep.data.loaders import Feed, TrainLoader, eval_part
-from kdsweep.data.splits import check_training_masks, random_split
+from kdsweep.data.splits import check_training_masks
 from kdsweep.data.views import Strengths, Views
 from kdsweep.distill.distillation import Distillation, TeacherForward
 from kdsweep.models import unet
@@ -59,7 +59,7 @@ def feed(cfg: DictConfig, *, seed: int) -> Feed:
         InputError: the training part cannot be trained on.
     """
     everything = identity.images(cfg)
-    part = random_split(len(everything.ids), index=cfg.split)
+    part = identity.split(cfg)
     check_training_masks(everything, part)
     if cfg.train.batch_size > len(part.train):
         raise InputError(
@@ -71,11 +71,15 @@ def feed(cfg: DictConfig, *, seed: int) -> Feed:
         indices=part.train,
         views=Views(image_size=cfg.image_size, strengths=strengths),
         seed=seed,
-        split_index=cfg.split,
+        split_index=identity.read(cfg).split.number,
         batch_size=cfg.train.batch_size,
         workers=_workers(cfg),
     )
-    return Feed(loader, eval_part(everything, part.validation), eval_part(everything, part.test))
+    return Feed(
+        loader,
+        eval_part(everything, part.validation),
+        eval_part(everything, part.test, groups=identity.image_groups(cfg)),
+    )
 
 
 def _workers(cfg: DictConfig) -> int:
@@ -209,10 +213,12 @@ def teacher_learner(cfg: DictConfig, own: Cell) -> Learner:
 
 def tags(cfg: DictConfig) -> dict[str, str]:
     """Tags of a run beyond its cell's: profile, and what is recorded but does not make another cell."""
-    where = device(cfg)
+    where, given = device(cfg), identity.read(cfg)
     return {
         "kdsweep.profile": cfg.profile,
         "kdsweep.device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        "kdsweep.split_protocol": given.split.in_words(),
+        "kdsweep.split_digest": identity.split_digest(given),
         "kdsweep.threads": str(torch.get_num_threads()),
         "kdsweep.torch": torch.__version__,
         "mlflow.source.git.commit": git_commit(),

@@ -75,6 +75,8 @@ def run_row(notation, split, seed=0, /, **changes):
         "data_digest": "d",
         "user_code": "",
         "results_version": "1",
+        "split_protocol": "",
+        "split_digest": "",
         "device": "cuda",
         "teacher": fingerprint(own, split, seed) if role_of(notation) == "distilled" else "",
         "status": "FINISHED",
@@ -108,7 +110,11 @@ def with_status(sweep, notation, split, status):
     runs = sweep.runs.assign(status=sweep.runs["status"].mask(chosen, status))
     if status == "missing":
         unknown = dict.fromkeys(
-            ["profile", "data", "data_digest", "weights", "results_version", "device", "teacher", "run_id"], ""
+            [
+                *("profile", "data", "data_digest", "weights", "results_version", "split_protocol", "split_digest"),
+                *("device", "teacher", "run_id"),
+            ],
+            "",
         )
         runs.loc[chosen, list(unknown)] = list(unknown.values())
         runs["params"] = [{} if gone else params for gone, params in zip(chosen, runs["params"], strict=True)]
@@ -441,7 +447,7 @@ def test_without_student_its_columns_are_gaps_and_a_note_names_the_command(sweep
 
 
 def test_the_command_for_student_is_that_of_the_sweep_with_another_path(sweep):
-    words = "-m +experiment=table3 'data.root=/my images' split=0,1,2"
+    words = "-m +experiment=table3 'data.root=/my images' split=s0,s1,s2"
     typed = replace(
         sweep, commands=("python -m kdsweep path=L", f"python -m kdsweep path=L,H {words} sweep_name=study")
     )
@@ -556,7 +562,7 @@ def test_the_configurations_of_table4_do_not_mix(sweep, table4):
     def params(notation, split, *overrides):
         path, _, rest = notation.removesuffix("_WAug").partition("_")
         view = "weak" if notation.endswith("_WAug") else "strong"
-        factors = [f"path={paths[path]}", f"loss={rest.lower() or 'kld'}", f"teacher_aug={view}", f"split={split}"]
+        factors = [f"path={paths[path]}", f"loss={rest.lower() or 'kld'}", f"teacher_aug={view}", f"split=s{split}"]
         flat = identity.params(composition.compose(["profile=quick", "train.epochs=12", *factors, *overrides]))
         return {key: str(value) for key, value in flat.items()}
 

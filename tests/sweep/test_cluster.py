@@ -21,7 +21,7 @@ from kdsweep.sweep.engines import queue
 from kdsweep.tracking import writer
 
 SMALL = ["profile=quick", "data=busi", "train.batch_size=8", "train.patience=40", "device=cpu", *TEACHER]
-SWEEP = ["path=none,L", "loss=kld", "split=0,1"]
+SWEEP = ["path=none,L", "loss=kld", "split=s0,s1"]
 
 
 def start(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:

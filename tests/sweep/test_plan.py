@@ -120,7 +120,15 @@ def test_a_replaced_image_takes_the_seat_of_the_old_one_and_a_moved_folder_too(c
 
 
 def test_factors_folders_and_devices_tell_nothing_apart(command):
-    for key in ("loss=mse", "split=1", "seed=1", "device=auto", "sweep_name=x", "train.workers=1", "retry_failed=true"):
+    for key in (
+        "loss=mse",
+        "split=s1",
+        "seed=1",
+        "device=auto",
+        "sweep_name=x",
+        "train.workers=1",
+        "retry_failed=true",
+    ):
         assert [job.cell.variant for job in command([], [key])] == [{}, {}]
 
 
@@ -164,7 +172,7 @@ def test_what_batches_do_not_depend_on_may_differ_inside_a_group(jobs, override)
 @pytest.mark.parametrize(
     "override",
     [
-        *("split=1", "seed=1", "train.batch_size=4", "views.rotate_deg=10", "precision=bf16", "data.load_size=70"),
+        *("split=s1", "seed=1", "train.batch_size=4", "views.rotate_deg=10", "precision=bf16", "data.load_size=70"),
         *("deterministic=true", "train.workers=2", "store=elsewhere"),
     ],
 )
@@ -210,7 +218,7 @@ def test_a_machine_is_busy_from_half_its_processors_on(monkeypatch, load, shown)
 
 def test_the_papers_grid_on_three_splits_is_three_groups_of_thirteen(jobs):
     grids = [
-        [f"path={path}", f"loss={loss}", f"teacher_aug={view}", f"split={split}"]
+        [f"path={path}", f"loss={loss}", f"teacher_aug={view}", f"split=s{split}"]
         for split in range(3)
         for path in ("none", "L", "H", "HR")
         for loss in ("mse", "kld")
@@ -231,7 +239,7 @@ def test_two_devices_share_a_group_and_each_part_has_one_teacher(jobs):
 
 
 def test_groups_that_keep_all_devices_busy_are_not_divided(jobs):
-    own = jobs(*([f"path={path}", f"split={split}"] for split in (0, 1) for path in ("L", "H", "HR")))
+    own = jobs(*([f"path={path}", f"split=s{split}"] for split in (0, 1) for path in ("L", "H", "HR")))
     assert [len(group) for group in groups_of(own, ("one", "two"))] == [3, 3]
 
 
@@ -276,7 +284,7 @@ def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
 
 def test_the_overview_tells_each_group_and_the_hours(jobs):
     small = ["train.epochs=3"]
-    own = jobs(*([*small, f"path={path}"] for path in ("none", "L", "H")), [*small, "path=none", "split=1"])
+    own = jobs(*([*small, f"path={path}"] for path in ("none", "L", "H")), [*small, "path=none", "split=s1"])
     groups = [own[:3], own[3:]]
     first, *rest = plan.overview(own, groups=groups, preview=PREVIEW).splitlines()
     assert first == plan.describe(own, groups=groups, preview=PREVIEW)

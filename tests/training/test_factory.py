@@ -29,7 +29,7 @@ def weights_of(network):
 
 @pytest.mark.parametrize("split", [0, 1, 2])
 def test_each_part_of_a_split_gets_its_own_images_and_no_others(compose, split):
-    cfg = compose(f"split={split}")
+    cfg = compose(f"split=s{split}")
     feed, ids = factory.feed(cfg, seed=0), identity.images(cfg).ids
     part = random_split(len(ids), index=split)
     assert sorted(feed.train.batches.indices) == sorted(part.train)
@@ -44,7 +44,7 @@ def test_each_part_of_a_split_gets_its_own_images_and_no_others(compose, split):
 
 
 def test_each_split_has_another_test_part(compose):
-    assert len({tuple(factory.feed(compose(f"split={split}"), seed=0).test.ids) for split in range(3)}) == 3
+    assert len({tuple(factory.feed(compose(f"split=s{split}"), seed=0).test.ids) for split in range(3)}) == 3
 
 
 def test_a_students_weights_follow_its_seed_and_a_teachers_its_own(compose):
