@@ -57,10 +57,11 @@ class Sweep:
         name: of the sweep.
         runs: one row per cell asked for and per Teacher they learn from; columns fingerprint, role, notation, split,
             seed, variant (values of the further keys that the sweep varies, as a dict), profile, data, data_digest,
-            user_code (its digest), weights (what its network began with), results_version, split_protocol (how
-            images are divided, in words), split_digest (of the ids of its parts), device, teacher, status, run_id,
-            started_ms, ended_ms, params, tags, trivial_dice, epochs (how many it was trained), best_epoch (from 0), val_dice (of that epoch),
-            kd_gradient_ratio (KD to supervised, geometric mean up to that epoch), kd_weight (the matched one); what is not known is 0, empty or NaN.
+            user_code (its digest), weights (what its network began with), results_version, split_protocol (how images
+            are divided, in words), split_digest (of the ids of its parts), device, teacher, status, run_id,
+            started_ms, ended_ms, params, tags, trivial_dice, epochs (how many it was trained), best_epoch (counted
+            from 0), val_dice (of that epoch), kd_gradient_ratio (KD to supervised, geometric mean up to that epoch),
+            kd_weight (the matched one); what is not known is 0, empty or NaN.
         scores: one row per fingerprint and test image of the finished ones; fractions 0 to 1, HD95 in pixels.
         varied: the keys beyond the factors in which its cells differ on purpose.
         commands: those that asked for its cells, as they can be typed again, the latest one last.

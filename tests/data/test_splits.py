@@ -1,0 +1,236 @@
+"""Splits: the paper's, held out, k folds, files; groups stay together, and what cannot be divided is one line."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from kdsweep.config import composition, identity
+from kdsweep.core.errors import InputError
+from kdsweep.data import splits
+from kdsweep.data.splits import PARTS, Listed
+
+IDS = [f"p{number // 3:02d}_{number:03d}" for number in range(60)]  # 20 patients of 3 images
+LABELS = ["malignant" if number % 3 == 0 else "benign" for number in range(60)]
+PATIENTS = [image_id[:3] for image_id in IDS]
+BY_IMAGE, BY_PATIENT = Listed(IDS, LABELS), Listed(IDS, LABELS, PATIENTS)
+UNLABELLED = Listed(IDS, ["unknown"] * 60)
+
+
+def every(split):
+    return [number for part in PARTS for number in getattr(split, part)]
+
+
+def drawn(listed):
+    yield from (splits.holdout(listed, index=index) for index in range(3))
+    yield from (splits.kfold(listed, folds=5, fold=fold) for fold in range(5))
+
+
+@pytest.mark.parametrize("listed", [BY_IMAGE, BY_PATIENT, UNLABELLED, Listed(IDS, ["unknown"] * 60, PATIENTS)])
+def test_each_image_is_in_one_part_and_the_shares_are_the_papers(listed):
+    for split in drawn(listed):
+        assert sorted(every(split)) == list(range(60))
+        assert [len(getattr(split, part)) / 60 for part in PARTS] == pytest.approx([0.64, 0.16, 0.20], abs=0.09)
+
+
+def test_each_image_is_tested_once_in_k_folds():
+    for listed in (BY_IMAGE, BY_PATIENT):
+        folds = [splits.kfold(listed, folds=4, fold=fold) for fold in range(4)]
+        assert sorted(number for split in folds for number in split.test) == list(range(60))
+
+
+def test_known_labels_have_equal_shares_in_all_parts():
+    for split in drawn(BY_IMAGE):
+        for part in PARTS:
+            numbers = getattr(split, part)
+            assert sum(LABELS[number] == "malignant" for number in numbers) / len(numbers) == pytest.approx(
+                1 / 3, abs=0.1
+            )
+    shares = [sum(LABELS[n] == "malignant" for n in splits.holdout(UNLABELLED, index=i).test) for i in range(8)]
+    assert len(set(shares)) > 1, "without labels the shares are left to chance"
+
+
+def test_no_patient_is_on_two_sides():
+    for split in drawn(BY_PATIENT):
+        assert splits.torn(BY_PATIENT, split) == {}
+    assert splits.torn(BY_PATIENT, splits.holdout(BY_IMAGE, index=0)), "or the check says nothing"
+
+
+def test_indices_are_different_splits_and_equal_ones_are_equal():
+    for listed in (BY_IMAGE, BY_PATIENT):
+        found = [splits.holdout(listed, index=index) for index in range(3)]
+        assert len({tuple(split.test) for split in found}) == 3
+        assert splits.holdout(listed, index=1) == found[1]
+    assert splits.holdout(BY_IMAGE, index=0).test != splits.random_split(60, index=0).test
+
+
+@pytest.mark.parametrize(
+    ("listed", "folds", "line"),
+    [
+        (Listed(IDS[:3], ["unknown"] * 3), 5, "split.folds=5 is not allowed: the data set has 3 images"),
+        (Listed(IDS[:12], ["unknown"] * 12, PATIENTS[:12]), 5, "the data set has 4 groups"),
+        (Listed(IDS[:12], ["malignant", *["benign"] * 11]), 5, "the data set has 1 malignant images"),
+    ],
+)
+def test_too_few_for_the_folds_is_one_line(listed, folds, line):
+    with pytest.raises(InputError, match=line):
+        splits.kfold(listed, folds=folds, fold=0)
+
+
+def test_too_few_to_divide_is_one_line():
+    with pytest.raises(InputError, match="3 images cannot be divided into training, validation and test"):
+        splits.holdout(Listed(IDS[:3], ["a", "b", "b"]), index=0)
+
+
+# ---- files
+
+
+def write_csv(file: Path, rows) -> Path:
+    file.write_text("id,part\n" + "".join(f"{image_id},{part}\n" for image_id, part in rows), encoding="utf-8")
+    return file
+
+
+PARTED = [(image_id, ("train", "val", "test")[number % 3]) for number, image_id in enumerate(IDS)]
+
+
+def test_a_csv_is_taken_as_it_is(tmp_path):
+    found = splits.from_file(BY_IMAGE, write_csv(tmp_path / "s.csv", PARTED), fold=0)
+    assert [found.train, found.validation, found.test] == [list(range(start, 60, 3)) for start in range(3)]
+
+
+def test_nnunets_val_is_scored_and_validation_comes_from_train(tmp_path):
+    file = tmp_path / "splits_final.json"
+    folds = [{"train": IDS[:48], "val": IDS[48:]}, {"train": IDS[12:], "val": IDS[:12]}]
+    file.write_text(json.dumps(folds), encoding="utf-8")
+    found = splits.from_file(BY_PATIENT, file, fold=1)
+    assert found.test == list(range(12))
+    assert sorted(found.train + found.validation) == list(range(12, 60))
+    assert len(found.validation) == pytest.approx(0.2 * 48, abs=3)
+    assert splits.torn(BY_PATIENT, found) == {}
+    folds[0] = {"train": IDS[:40], "val": IDS[40:50], "test": IDS[50:]}
+    file.write_text(json.dumps(folds), encoding="utf-8")
+    assert splits.from_file(BY_IMAGE, file, fold=0).validation == list(range(40, 50))
+    with pytest.raises(InputError, match=r"split.fold=2 is not allowed: .* has 2 folds"):
+        splits.from_file(BY_IMAGE, file, fold=2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ([*PARTED, ("p99_000", "train")], r"1 image \(p99_000\) are not in the data set"),
+        (PARTED[1:], r"1 image \(p00_000\) of the data set are in no part"),
+        ([*PARTED, (IDS[4], "test")], rf"1 image \({IDS[4]}\) are in two parts"),
+        ([(image_id, "train") for image_id in IDS], "no image is in the part validation"),
+        ([*PARTED[1:], (IDS[0], "dev")], f"part 'dev' of {IDS[0]} is not train, validation or test"),
+    ],
+)
+def test_a_wrong_csv_is_one_line(tmp_path, rows, line):
+    with pytest.raises(InputError, match=f"split.file=.*{line}") as caught:
+        splits.from_file(BY_IMAGE, write_csv(tmp_path / "s.csv", rows), fold=0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("s.csv", "image,fold\na,1\n", "needs the columns id and part, it has image, fold"),
+        ("s.csv", "", "needs the columns id and part, it has no row"),
+        ("s.json", "{", "is no JSON"),
+        ("s.json", '{"train": []}', "expected a list of folds as nnU-Net writes it"),
+        ("absent.csv", None, "cannot be read: No such file"),
+    ],
+)
+def test_a_file_that_is_no_split_is_one_line(tmp_path, name, text, line):
+    if text is not None:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=line):
+        splits.from_file(BY_IMAGE, tmp_path / name, fold=0)
+
+
+# ---- groups
+
+
+def test_groups_come_from_a_pattern_a_file_or_a_column_beside_the_images(tmp_path):
+    assert splits.read_groups(IDS, r"(?P<patient>p\d+)_.*", root=None) == PATIENTS
+    groups = tmp_path / "groups.csv"
+    groups.write_text("image,group\n" + "".join(f"{i},{g}\n" for i, g in zip(IDS, PATIENTS, strict=True)))
+    assert splits.read_groups(IDS, str(groups), root=None) == PATIENTS
+    (tmp_path / "beside").mkdir()
+    beside = tmp_path / "beside" / "manifest.csv"
+    beside.write_text("file,woman\n" + "".join(f"benign/{i}.png,{g}\n" for i, g in zip(IDS, PATIENTS, strict=True)))
+    assert splits.read_groups(IDS, "woman", root=beside.parent) == PATIENTS
+
+
+@pytest.mark.parametrize(
+    ("group", "line"),
+    [
+        (r"(?P<patient>q\d+)_.*", r"does not match 60 images \(p00_000, .*, \.\.\.\); it must match each whole id"),
+        ("(unclosed", "is no regular expression"),
+        (r"(?:p\d+)_.*", "which part is the group"),
+        ("woman", "no CSV file in .* has a column of this name"),
+        ("absent.csv", "cannot be read: No such file"),
+        ("few.csv", r"59 images .* of the data set have no group in"),
+        ("other.csv", r"needs the columns id \(or image, or file\) and group, it has id, patient"),
+    ],
+)
+def test_groups_that_are_not_there_are_one_line(tmp_path, monkeypatch, group, line):
+    monkeypatch.chdir(tmp_path)
+    Path("few.csv").write_text(f"id,group\n{IDS[0]},x\n")
+    Path("other.csv").write_text(f"id,patient\n{IDS[0]},x\n")
+    with pytest.raises(InputError, match=line):
+        splits.read_groups(IDS, group, root=tmp_path / "empty")
+
+
+# ---- as configured
+
+
+def settings(small_busi, *words):
+    return identity.read(composition.compose(["data=busi", f"data.root={small_busi}", "profile=quick", *words]))
+
+
+def test_the_papers_splits_have_the_fingerprints_of_their_index_alone(small_busi):
+    cells = [identity.cell(settings(small_busi, f"split=s{index}")) for index in range(3)]
+    assert [cell.split for cell in cells] == [0, 1, 2]
+    assert all("split" not in cell.evidence for cell in cells)
+    assert [cell.run_name for cell in cells] == [f"L_KLD_WAug/split{index}" for index in range(3)]
+
+
+def test_another_protocol_is_another_cell_and_the_same_images_are_the_same(small_busi, tmp_path):
+    of = {name: settings(small_busi, f"split={name}") for name in ("s0", "holdout", "kfold")}
+    assert len({identity.cell(own).fingerprint for own in of.values()}) == 3
+    assert len({identity.cell(own).key for own in of.values()}) == 3
+    parts = identity.split_ids(of["kfold"])
+    file = write_csv(tmp_path / "s.csv", [(image_id, part) for part, ids in parts.items() for image_id in ids])
+    sorted_parts = {part: sorted(ids) for part, ids in parts.items()}
+    assert identity.split_ids(settings(small_busi, "split=file", f"split.file={file}")) == sorted_parts
+
+
+def test_a_file_that_tears_groups_apart_is_refused_unless_leakage_is_allowed(small_busi, tmp_path):
+    ids = [entry.id for entry in identity.listing(settings(small_busi)).entries]
+    parts = ["train", "train", "val", "test"]
+    file = write_csv(tmp_path / "s.csv", [(image_id, parts[number % 4]) for number, image_id in enumerate(ids)])
+    groups = tmp_path / "groups.csv"
+    groups.write_text("id,group\n" + "".join(f"{image_id},{number // 2}\n" for number, image_id in enumerate(ids)))
+    words = ("split=file", f"split.file={file}", f"split.group={groups}")
+    with pytest.raises(InputError, match=r"puts images of \d+ groups .* the first is 1 \(benign.*allow_leakage=true"):
+        identity.cell(settings(small_busi, *words))
+    allowed = settings(small_busi, *words, "split.allow_leakage=true")
+    assert "although groups are on both sides" in allowed.split.in_words()
+    assert Counter(map(len, identity.split_ids(allowed).values())) == Counter([13, 6, 6])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("split=s0", "split.index=3"), "split.index=3 is not allowed: the paper has 0, 1 and 2"),
+        (("split=kfold", "split.fold=5"), "split.fold=5 is not allowed: split.folds=5 are counted from 0"),
+        (("split=kfold", "split.folds=1"), "split.folds=1 is not allowed: it must be a whole number >= 2"),
+        (("split=file",), "split.file is missing"),
+        (("split=1",), "split=1 is not an option: the paper's random splits are s0, s1 and s2, so split=s1"),
+        (("split=kfold", "split.folds=10"), "split.folds=10 is not allowed: the data set has 9 malignant images"),
+    ],
+)
+def test_wrong_splits_are_one_line(small_busi, words, line):
+    with pytest.raises(InputError, match=line):
+        identity.cell(settings(small_busi, *words))
