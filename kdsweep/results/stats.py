@@ -120,6 +120,11 @@ def over_seeds(differences: pd.DataFrame) -> pd.DataFrame:
     return differences.groupby(["split", "image", "group"])[["points"]].mean().reset_index()
 
 
+def _clusters(rows: pd.DataFrame) -> pd.Series:
+    """Return what counts as independent: the group of each row, or its image where no groups are known."""
+    return rows["group"] if "group" in rows else rows["image"]
+
+
 # ---- both questions ------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +143,8 @@ def compare(differences: pd.DataFrame, *, test: str) -> dict[str, object]:
     """
     rows = over_seeds(differences)
     mean = rows["points"].mean()
-    networks, methods, images = networks_spread(rows), methods_spread(differences), images_spread(differences)
+    networks, parts = networks_spread(rows), components(differences)
+    methods, images = methods_spread(parts), images_spread(parts)
     low, high = clustered_interval(rows)
     half = methods.half_width()
     of_networks = (mean, low, high, networks_p(rows, test=test))
@@ -163,7 +169,7 @@ def networks_spread(rows: pd.DataFrame) -> Spread:
     freedom. With one row per group it is that of the paired t-test. Source: Cameron and Miller, A practitioner's guide
     to cluster-robust inference, J. Human Resources 50, 2015, equation 11, for a mean.
     """
-    deviations = (rows["points"] - rows["points"].mean()).groupby(rows["group"]).sum()
+    deviations = (rows["points"] - rows["points"].mean()).groupby(_clusters(rows)).sum()
     count = len(deviations)
     if count < 2:
         return UNKNOWN
@@ -176,12 +182,12 @@ def networks_p(rows: pd.DataFrame, *, test: str) -> float:
     NaN for fewer than 2 groups, and for a t-test whose differences are all equal but not 0: no spread, no t.
     """
     points = rows["points"].to_numpy()
-    if rows["group"].nunique() < 2:
+    if _clusters(rows).nunique() < 2:
         return NAN
     if np.abs(points).max() < EQUAL:
         return 1.0
     if test == "wilcoxon":
-        return float(wilcoxon(rows.groupby("group")["points"].mean()).pvalue)
+        return float(wilcoxon(rows.groupby(_clusters(rows))["points"].mean()).pvalue)
     return networks_spread(rows).p(points.mean())
 
 
@@ -190,7 +196,7 @@ def clustered_interval(rows: pd.DataFrame) -> tuple[float, float]:
 
     In points; NaN for fewer than 2 groups.
     """
-    clusters = rows.groupby("group", sort=True)["points"].agg(["sum", "size"]).to_numpy(dtype=float)
+    clusters = rows.groupby(_clusters(rows), sort=True)["points"].agg(["sum", "size"]).to_numpy(dtype=float)
     sums, sizes = clusters.T
     if len(sums) < 2:
         return NAN, NAN
@@ -256,6 +262,8 @@ def components(differences: pd.DataFrame) -> Components | None:
     Casella, McCulloch, Variance components, 1992, section 4.3 (ANOVA estimators); degrees of freedom: Satterthwaite,
     An approximate distribution of estimates of variance components, Biometrics Bulletin 2, 1946.
     """
+    if differences["seed"].nunique() == 1:
+        return None
     rows = over_seeds(differences)
     images = networks_spread(rows)
     between = within = runs_freedom = noise_freedom = 0.0
@@ -281,15 +289,13 @@ def components(differences: pd.DataFrame) -> Components | None:
     )
 
 
-def methods_spread(differences: pd.DataFrame) -> Spread:
+def methods_spread(parts: Components | None) -> Spread:
     """Return the spread of the mean difference over other images and other trainings; unknown with one seed."""
-    parts = components(differences)
     return UNKNOWN if parts is None else parts.spread()
 
 
-def images_spread(differences: pd.DataFrame) -> Spread:
+def images_spread(parts: Components | None) -> Spread:
     """Return what would remain of the spread with any number of seeds: the images' own; unknown with one seed."""
-    parts = components(differences)
     if parts is None:
         return UNKNOWN
     return Spread(float(np.sqrt(max(parts.images - parts.noise, 0.0))), parts.images_freedom)
@@ -325,7 +331,7 @@ def non_inferiority(differences: pd.DataFrame, *, margin_points: float) -> dict[
     """
     rows = over_seeds(differences)
     mean = rows["points"].mean()
-    networks, methods = networks_spread(rows), methods_spread(differences)
+    networks, methods = networks_spread(rows), methods_spread(components(differences))
     return {
         "bound_points": mean - networks.half_width(1 - 2 * ALPHA),
         "p_non_inferior": networks.p(mean + margin_points, alternative="greater"),

@@ -186,7 +186,7 @@ def test_a_mixed_model_finds_the_same_spread():
     rows = trainings(splits=1, seeds=8, images=60, run_sd=6, image_sd=15, noise_sd=10)
     variances = {"image": "0 + C(image)", "training": "0 + C(seed)"}
     fit = MixedLM.from_formula("points ~ 1", rows, groups=np.zeros(len(rows)), vc_formula=variances).fit()
-    assert stats.methods_spread(rows).error == pytest.approx(fit.bse_fe.iloc[0], rel=0.03)
+    assert stats.methods_spread(stats.components(rows)).error == pytest.approx(fit.bse_fe.iloc[0], rel=0.03)
 
 
 def test_the_spread_between_trainings_is_in_the_p_of_methods_alone():
@@ -214,7 +214,7 @@ def test_nadeau_and_bengio_by_hand():
 def test_a_true_null_is_rejected_about_as_often_as_is_said(run_sd):
     """The table of docs/statistics.md has more trials; these bounds hold for a rate of 3 to 7 % in 400 of them."""
     trials = [trainings(run_sd=run_sd, image_sd=12, noise_sd=18, rng=seed) for seed in range(400)]
-    found = [stats.methods_spread(rows).p(stats.over_seeds(rows)["points"].mean()) for rows in trials]
+    found = [stats.methods_spread(stats.components(rows)).p(stats.over_seeds(rows)["points"].mean()) for rows in trials]
     assert 0.01 <= np.mean(np.array(found) < 0.05) <= 0.10
 
 
@@ -238,3 +238,24 @@ def test_non_inferiority_is_scipys_one_sided_test(mean):
     assert found["bound_points"] == pytest.approx(better.confidence_interval(0.95).low)
     assert found["p_inferior"] == pytest.approx(ttest_1samp(points, -2.0, alternative="less").pvalue)
     assert np.isnan(found["p_methods_non_inferior"])
+
+
+def test_images_of_one_group_are_one_cluster():
+    """Checked against statsmodels, as for images; three views of each patient hold less than three patients."""
+    rows = trainings(splits=1, seeds=1, images=30, run_sd=0, image_sd=15, noise_sd=0)
+    patients = rows["image"].map({image: number // 3 for number, image in enumerate(sorted(set(rows["image"])))})
+    alike = rows.assign(points=rows.groupby(patients)["points"].transform("mean") + 0.01 * rows["points"])
+    grouped = alike.assign(group=patients.astype(str))
+    fit = ols("points ~ 1", grouped).fit(cov_type="cluster", cov_kwds={"groups": patients, "use_correction": False})
+    by_group = stats.networks_spread(stats.over_seeds(grouped))
+    assert by_group.error == pytest.approx(fit.bse.iloc[0] * np.sqrt(10 / 9))
+    assert by_group.freedom == 9
+    by_image = stats.networks_spread(stats.over_seeds(alike))
+    assert by_group.error > 1.5 * by_image.error
+    assert stats.compare(grouped, test="ttest")["n_images"] == 30
+
+
+def test_groups_of_the_scores_reach_the_pairs():
+    ours, baseline = scored("L_MSE", [0.5, 0.6, 0.7]), scored("Student", [0.4, 0.6, 0.6])
+    pairs = stats.pair(ours=ours.assign(group=["a", "a", "b"]), baseline=baseline.assign(group=["a", "a", "b"]))
+    assert pairs["group"].tolist() == ["a", "a", "b"]

@@ -72,9 +72,15 @@ def test_its_exit_is_told_with_the_code(process):
         process.call(os._exit, 3)
 
 
-def test_an_interrupt_ends_what_it_does(process):
-    process.send(time.sleep, 600)
-    time.sleep(0.5)
+def sleep(begun: Path) -> None:
+    begun.touch()
+    time.sleep(600)
+
+
+def test_an_interrupt_ends_what_it_does(process, tmp_path):
+    process.send(sleep, tmp_path / "begun")
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
     start = time.monotonic()
     assert worker.stop([process], signal.SIGINT) == 0
     assert time.monotonic() - start < 30

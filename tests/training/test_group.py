@@ -137,8 +137,7 @@ def test_a_teacher_that_diverges_fails_its_cells_and_no_others(compose):
     assert isinstance(results[2], float)
 
 
-@pytest.mark.parametrize("loss", ["greedy", "noisy", "learned"])
-@pytest.mark.parametrize("path", ["L", "HR"])
+@pytest.mark.parametrize(("loss", "path"), [("greedy", "HR"), ("noisy", "L"), ("learned", "HR")])
 def test_what_a_users_loss_does_to_its_tensors_or_draws_touches_nobody_else(compose, tmp_path, loss, path):
     kind = "logits" if path == "L" else "hidden"
     own = [f"path={path}", f"++loss.{kind}._target_={__name__}.{loss}", f"~loss.{kind}.temperature"]
