@@ -33,6 +33,7 @@ class Mutant(NamedTuple):
     tests: str
 
 
+SPLITS = "tests/data/test_splits.py"
 FACTORY, LOOP = "tests/training/test_factory.py", "tests/training/test_loop.py"
 RESULTS = "tests/results/test_tables.py tests/results/test_stats.py"
 MUTANTS = [
@@ -46,10 +47,46 @@ MUTANTS = [
     ),
     Mutant(
         "every split is split 0",
-        "training/factory.py",
-        "part = random_split(len(everything.ids), index=cfg.split)",
-        "part = random_split(len(everything.ids), index=0)",
+        "config/identity.py",
+        "return splits.random_split(len(entries), index=of.number)",
+        "return splits.random_split(len(entries), index=0)",
         FACTORY,
+    ),
+    Mutant(
+        "groups are ignored in k folds",
+        "data/splits.py",
+        "draws.split(listed.ids, listed.labels, listed.groups)",
+        "draws.split(listed.ids, listed.labels, listed.ids)",
+        SPLITS,
+    ),
+    Mutant(
+        "validation tears groups apart",
+        "data/splits.py",
+        "groups = None if listed.groups is None else [listed.groups[i] for i in among]",
+        "groups = None if listed.groups is None else [listed.ids[i] for i in among]",
+        SPLITS,
+    ),
+    Mutant(
+        "labels are left to chance",
+        "data/splits.py",
+        'return "unknown" not in self.labels and len(set(self.labels)) > 1',
+        "return False",
+        SPLITS,
+    ),
+    Mutant("a torn group is taken", "data/splits.py", "if len(found) > 1\n", "if len(found) > 3\n", SPLITS),
+    Mutant(
+        "a file's split is another cell's",
+        "config/identity.py",
+        'if given.split.protocol != "paper":',
+        'if given.split.protocol == "kfold":',
+        SPLITS,
+    ),
+    Mutant(
+        "images of a group are clusters each",
+        "results/stats.py",
+        'return rows["group"] if "group" in rows else rows["image"]',
+        'return rows["image"]',
+        RESULTS,
     ),
     Mutant(
         "the Student ignores its seed",
