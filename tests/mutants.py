@@ -377,8 +377,8 @@ MUTANTS = [
     Mutant(
         "the fingerprint leaves the data out",
         "config/identity.py",
-        'return settings, {"data": listing(given).digest},',
-        "return settings, {},",
+        'evidence, typed = {"data": listing(given).digest},',
+        "evidence, typed = {},",
         "tests/config",
     ),
     Mutant(
@@ -422,14 +422,14 @@ MUTANTS = [
     Mutant(
         "seeds count as images",
         "results/stats.py",
-        'rows = over_seeds(differences)\n    mean = rows["points"].mean()\n    networks, methods, images',
-        'rows = differences\n    mean = rows["points"].mean()\n    networks, methods, images',
+        'rows = over_seeds(differences)\n    mean = rows["points"].mean()\n    networks, parts',
+        'rows = differences\n    mean = rows["points"].mean()\n    networks, parts',
         RESULTS,
     ),
     Mutant(
         "images of two splits count twice",
         "results/stats.py",
-        '.groupby(rows["image"]).sum()',
+        ".groupby(_clusters(rows)).sum()",
         ".groupby(level=0).sum()",
         RESULTS,
     ),
