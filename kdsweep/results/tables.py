@@ -20,7 +20,7 @@ import pandas as pd
 
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_text
-from kdsweep.results import comparisons, effects, footnotes, formats, strata
+from kdsweep.results import comparisons, effects, external, footnotes, formats, strata
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import (
     VALIDATION,
@@ -38,7 +38,7 @@ from kdsweep.results.stats import ALPHA, NAN, TESTS, compare, holm, non_inferior
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
 
-TABLES = ("table3", "table4", "table5", "effects", "settings", "seeds", "strata")
+TABLES = ("table3", "table4", "table5", "effects", "settings", "seeds", "strata", "external")
 HEADINGS = {
     "table3": "Table 3. The distillation experiments",
     "table4": "Table 4. Test DSC of Teacher, Student and distilled students",
@@ -47,6 +47,7 @@ HEADINGS = {
     "settings": "Settings. What the varied keys change",
     "seeds": "Seeds. How much another training would change",
     "strata": "Strata. Test DSC by label and by size of the lesion",
+    "external": "External. Test DSC on other data sets",
 }
 GRADIENT_RATIO = "kd_gradient_ratio"  # a column of Table 4: the geometric mean over its runs
 SPLIT_MEAN = "mean_dice_percent_split"
@@ -328,8 +329,20 @@ def sentences(which: str, table: pd.DataFrame) -> list[str]:
     return told[which](table) if which in told else []
 
 
-def made(which: str, *, sweep: Sweep, store: Path, test: str, margin_points: float | None = None) -> Made:
-    """Make one of TABLES of a sweep whose cells' folders are in a store."""
+def made(
+    which: str,
+    *,
+    sweep: Sweep,
+    store: Path,
+    test: str,
+    margin_points: float | None = None,
+    scores: pd.DataFrame | None = None,
+) -> Made:
+    """Make one of TABLES of a sweep whose cells' folders are in a store; ``external`` takes the scores for it."""
+    if which == "external":
+        table = external.external(sweep, scores=pd.DataFrame() if scores is None else scores)
+        notes = [*footnotes.provenance(sweep), *external.NOTES]
+        return Made(HEADINGS[which], table, external.format_external(table), notes)
     if which == "table3":
         table = table3(sweep)
         return Made(HEADINGS[which], table, format_table3(table), footnotes.of_scores(sweep=sweep, table=table))
@@ -366,9 +379,20 @@ def _led(which: str, sweep: Sweep, table: pd.DataFrame, text: pd.DataFrame, note
     return Made(HEADINGS[which], table, text, [*sentences(which, table), *footnotes.provenance(sweep), *notes])
 
 
-def make(*, which: str, sweep: Sweep, store: Path, out_dir: Path, test: str, margin_points: float | None = None) -> str:
+def make(
+    *,
+    which: str,
+    sweep: Sweep,
+    store: Path,
+    out_dir: Path,
+    test: str,
+    margin_points: float | None = None,
+    scores: pd.DataFrame | None = None,
+) -> str:
     """Write WHICH.md, .csv and .tex into out_dir; return the Markdown and a last line that names the files."""
-    heading, table, text, notes = made(which, sweep=sweep, store=store, test=test, margin_points=margin_points)
+    heading, table, text, notes = made(
+        which, sweep=sweep, store=store, test=test, margin_points=margin_points, scores=scores
+    )
     title = f"{heading} (sweep {sweep.name})"
     profile, data = ("".join(known_values(sweep.runs, key)) for key in ("profile", "data"))
     markdown = to_markdown(title=title, text=text, notes=notes)
@@ -410,6 +434,10 @@ def main(argv: list[str] | None = None) -> int:
         common = {"sweep": sweep, "store": options.store, "out_dir": out_dir, "test": options.test}
         if options.margin is not None and not 0 < options.margin < 100:
             raise InputError(f"--margin {options.margin:g}: must be a number of points above 0 and below 100")
+        if options.table == "external":
+            from kdsweep.tracking.reader import read_external
+
+            common["scores"] = read_external(sweep, store=options.store, uri=options.tracking_uri)
         sys.stdout.write(make(which=options.table, margin_points=options.margin, **common))
 
     return exit_code(work)

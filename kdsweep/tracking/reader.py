@@ -23,6 +23,7 @@ from kdsweep.tracking.database import DATABASE, TrackingError, exclusive, line, 
 from kdsweep.tracking.writer import ASKED, COMMANDS, VARIED, Tracker
 
 T = TypeVar("T")
+EXTERNAL = "external"  # folder of the scores on other data sets, among a run's artifacts and in a cell's folder
 ROLES = {"cell": "distilled", "student": "baseline"}  # as stores before results version 1 call them
 
 
@@ -167,6 +168,47 @@ def attach(sweep: Sweep, files: Sequence[Path], *, folder: str, store: Path, uri
     return f"logged to MLflow, run {sweep.run_id}"
 
 
+def keep_artifact(file: Path, *, run_id: str, folder: str, store: Path, uri: str | None) -> None:
+    """Log a file as an artifact of a run, unless it is there already.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+
+    def work() -> None:
+        with exclusive(store):
+            client = MlflowClient(tracking_uri=store_uri(store, uri))
+            if f"{folder}/{file.name}" not in {found.path for found in client.list_artifacts(run_id, folder)}:
+                client.log_artifact(run_id, str(file), folder)
+
+    _answered(work, store=store, uri=uri)
+
+
+def read_external(sweep: Sweep, *, store: Path, uri: str | None) -> pd.DataFrame:
+    """Read the scores of a sweep's finished runs on other data sets: columns data_set, fingerprint, image, dice, ...
+
+    A data set is named with the first digits of its digest, such as ``folder-1a2b3c4d``.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+    client = MlflowClient(tracking_uri=store_uri(store, uri))
+    tables = [pd.DataFrame(columns=["data_set", "fingerprint", "image", "dice"])]
+    finished = sweep.runs[sweep.runs["status"] == "FINISHED"].drop_duplicates("run_id")
+    for run in finished.to_dict("records"):
+        listed = _answered(partial(client.list_artifacts, run["run_id"], EXTERNAL), store=store, uri=uri)
+        for path in sorted(found.path for found in listed):
+            kept = _answered(partial(_artifact, client, store, run["run_id"], path), store=store, uri=uri)
+            table = _read_scores(io.StringIO(kept.decode()))
+            tables.append(table.assign(data_set=Path(path).stem, fingerprint=run["fingerprint"]))
+    return pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
+
+
+def _read_scores(text: io.StringIO) -> pd.DataFrame:
+    text_columns = {"image": str, "label": str, "group": str}
+    return pd.read_csv(text, dtype=text_columns, keep_default_na=False, na_values=[""])  # an id may be nan or null
+
+
 def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
     """Read a sweep of a store that must be there already; see ``_read_sweep``.
 
@@ -226,8 +268,7 @@ def _scores(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
     for header, own in parts.items():
         text = io.StringIO("\n".join([header, *(body.rstrip("\n") for _, body in own)]))
         counts = [len(list(csv.reader(io.StringIO(body)))) for _, body in own]
-        text_columns = {"image": str, "label": str, "group": str}
-        table = pd.read_csv(text, dtype=text_columns, keep_default_na=False, na_values=[""])  # an id may be nan or null
+        table = _read_scores(text)
         tables.append(table.assign(fingerprint=np.repeat([fingerprint for fingerprint, _ in own], counts)))
     return pd.concat(tables, ignore_index=True)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 from kdsweep.config.grid import Cell, superseded
@@ -43,6 +43,8 @@ UI_TRAINING = "workflowType=machine_learning"  # else MLflow's pages open on pro
 ERROR = "kdsweep.error"
 NOTE = "mlflow.note.content"  # what the UI shows as a run's description
 ARTIFACTS = ("test_scores.csv", "test_predictions.npz", "split.json")
+SOURCE = {"mlflow.source.name": "python -m kdsweep", "mlflow.source.type": "LOCAL"}  # the UI's column Source
+DIGEST_LENGTH = 36  # MLflow's limit
 BATCH = 100  # MLflow takes at most so many params, or so many tags, in one call
 
 
@@ -182,10 +184,12 @@ class Tracker:
         return run.epochs == _epochs(record)[: len(run.epochs)]
 
     def _create(self, record: Record, sweep: str, *, again: bool) -> _Known:
-        tags = {**record.tags, "mlflow.parentRunId": self._parent(sweep), "kdsweep.sweep": sweep}
+        tags = {**record.tags, **SOURCE, "mlflow.parentRunId": self._parent(sweep), "kdsweep.sweep": sweep}
         name = f"{tags['kdsweep.notation']}/split{tags['kdsweep.split']}"
         start_ms = now_ms() if again else record.started_ms  # so that the newest is known
         run = self.client.create_run(self.experiment_id, start_ms, tags, run_name=name)
+        if data := _data_set(record):
+            self.client.log_inputs(run.info.run_id, [data])
         return _Known(run.info.run_id, "RUNNING", {}, {}, epochs=[])
 
     def _log(self, record: Record, known: _Known) -> None:
@@ -256,6 +260,16 @@ def _make_database(store: Path, experiment: str) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{scratch.resolve()}")
     client.create_experiment(experiment, artifacts_uri(store), tags=EXPERIMENT_TAGS)
     scratch.replace(store / DATABASE)
+
+
+def _data_set(record: Record) -> DatasetInput | None:
+    """Return what MLflow's column Dataset shows of a record: name, digest, folder; None if it does not say."""
+    digest, name = record.tags.get("kdsweep.data", ""), record.params.get("data.name")
+    if not digest or not name:
+        return None
+    folder = record.params.get("data.root") or record.params.get("data.source.cache_dir") or ""
+    about = Dataset(str(name), digest[:DIGEST_LENGTH], "local", json.dumps({"uri": str(folder)}))
+    return DatasetInput(about, [InputTag("mlflow.data.context", "training, validation, test")])
 
 
 def _note(sweep: str, tags: dict[str, str]) -> str:

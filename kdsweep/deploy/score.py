@@ -1,0 +1,194 @@
+"""``python -m kdsweep score --sweep NAME data=NAME data.root=DIR``: finished networks on another data set, as a test.
+
+Nothing is trained. Each network's scores are kept in its folder and logged to its MLflow run under ``external/``;
+``python -m kdsweep tables external`` compares them with the scores on the sweep's own test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import sys
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from kdsweep.config import composition, identity
+from kdsweep.core.device import Compute, find_device
+from kdsweep.core.errors import InputError, exit_code, one_line
+from kdsweep.core.files import write_text
+from kdsweep.core.progress import plural
+from kdsweep.data import run_data, sources
+from kdsweep.data.images import load_images, read_gray_or_color
+from kdsweep.data.loaders import EvalPart, eval_part
+from kdsweep.deploy import predict
+from kdsweep.evaluation import scoring
+from kdsweep.runs import records
+from kdsweep.tracking import reader
+from kdsweep.tracking.reader import EXTERNAL, Sweep
+
+
+def finished_folders(sweep: Sweep, store: Path) -> dict[str, Path]:
+    """Return the folders of a sweep's finished cells and Teachers, by the ids of their MLflow runs.
+
+    Raises:
+        InputError: none is finished.
+    """
+    runs = sweep.runs[sweep.runs["status"] == "FINISHED"].drop_duplicates("run_id")
+    found = {}
+    for run in runs.to_dict("records"):
+        kind = "teachers" if run["role"] == "teacher" else "cells"
+        name = f"{run['notation']}-split{run['split']}-seed{run['seed']}-{run['fingerprint'][:10]}"
+        found[str(run["run_id"])] = store / kind / name
+    if not found:
+        raise InputError(f"sweep {sweep.name} has no finished run yet; its command goes on")
+    return found
+
+
+def score_sweep(
+    sweep: Sweep, *, source: sources.Source, store: Path, uri: str | None, device: str, allow_empty_masks: bool = False
+) -> tuple[int, list[str]]:
+    """Score every finished network of a sweep on another data set; what was scored before is not computed again.
+
+    Args:
+        sweep: as ``tracking.read_sweep`` gives it.
+        source: the other data set, all of whose images are scored.
+        store: folder of the runs.
+        uri: of the MLflow server or database, or None for the file in the store.
+        device: as the configuration has it, such as ``auto``.
+        allow_empty_masks: take images without a lesion.
+
+    Returns:
+        How many networks were scored now, and a line for each that could not be.
+
+    Raises:
+        InputError: the data set cannot be read, or holds images of the sweep's own.
+    """
+    listed = sources.listing(source)
+    folders = finished_folders(sweep, store)
+    _refuse_own_images(sweep, source, listed.entries, store=store)
+    name = f"{source.name}-{listed.digest[:8]}.csv"
+
+    @lru_cache(maxsize=1)
+    def part(image_size: int) -> EvalPart:
+        images = load_images(source, load_size=image_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
+        return eval_part(images, list(range(len(images.ids))))
+
+    todo = {run: folder for run, folder in folders.items() if not (folder / EXTERNAL / name).is_file()}
+    sys.stdout.write(
+        f"sweep {sweep.name}: {plural(len(folders), 'network')}, {len(todo)} to score on data={source.name} with "
+        f"{plural(len(listed.entries), 'image')} (digest {listed.digest[:8]}), {len(folders) - len(todo)} scored "
+        f"before; device {find_device(device)}\n"
+    )
+    sys.stdout.flush()
+    count, problems = 0, []
+    bar = tqdm(folders.items(), desc="scoring", unit="network", leave=False, disable=not sys.stderr.isatty())
+    for run_id, folder in bar:
+        try:
+            file, is_new = _score(folder, name, part, device=device)
+            count += is_new
+            reader.keep_artifact(file, run_id=run_id, folder=EXTERNAL, store=store, uri=uri)
+        except (InputError, OSError) as error:
+            problems.append(f"{folder.name}: {one_line(error)}")
+    return count, problems
+
+
+def _score(folder: Path, name: str, part: Any, *, device: str) -> tuple[Path, bool]:
+    """Return the file of a network's scores, and whether it was computed now."""
+    file = folder / EXTERNAL / name
+    if file.is_file():
+        return file, False
+    with contextlib.ExitStack() as stack:
+        if not records.hold(stack, folder):
+            raise InputError("another process is at it; the same command goes on")
+        if file.is_file():  # by that process
+            return file, False
+        model = predict.load_model(folder)
+        compute = Compute(device=find_device(device), precision=model.precision)
+        compute.prepare()
+        params = records.read(folder).params
+        images = part(model.image_size)
+        predictions = scoring.predict(model.network.to(compute.device), images, compute=compute)
+        tolerance = float(params.get("scores.nsd_tolerance_px", 2.0))  # runs before NSD recorded none
+        table = scoring.score(predictions, images, nsd_tolerance_px=tolerance)
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, table.to_csv(index=False))
+    return file, True
+
+
+def _refuse_own_images(sweep: Sweep, source: sources.Source, entries: list[sources.Entry], *, store: Path) -> None:
+    """Raise InputError if images of the data set are among those that the sweep was trained on, pixel by pixel."""
+    known = sweep.runs[sweep.runs["params"].map(bool)]
+    if known.empty:
+        return
+    try:
+        own = run_data.source(known["params"].iloc[0], store=store).entries()
+        theirs = _digests(own)
+    except (InputError, OSError, ValueError) as error:
+        sys.stdout.write(f"not checked for images of the sweep's own data, which cannot be read: {one_line(error)}\n")
+        return
+    shared = [image for digest, image in _digests(entries).items() if digest in theirs]
+    if shared:
+        raise InputError(
+            f"data={source.name}: {len(shared)} of {len(entries)} images are also in the data that the sweep was "
+            f"trained on, the first is {shared[0]}; an external test needs other images"
+        )
+
+
+def _digests(entries: Iterable[sources.Entry]) -> Mapping[str, str]:
+    """Return ids by the SHA-256 of decoded pixels: the same image in another file format counts as the same."""
+    found = {}
+    for entry in entries:
+        with contextlib.suppress(ValueError):  # named when the images are loaded
+            pixels = read_gray_or_color(entry.image_file)
+            found[hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()] = entry.id
+    return found
+
+
+def means(sweep: Sweep, *, store: Path, uri: str | None, name: str) -> str:
+    """Return a line per network kind with its mean external Dice, for the end of the command."""
+    scores = reader.read_external(sweep, store=store, uri=uri)
+    own = scores[scores["data_set"] == name].merge(sweep.runs[["fingerprint", "notation"]].drop_duplicates())
+    dice: pd.Series = 100 * own.groupby("notation")["dice"].mean().sort_values(ascending=False)
+    return "\n".join(f"  {notation:20} Dice {value:5.2f} %" for notation, value in dice.items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Score a sweep on another data set; return 0, or 1 after lines on stderr that say what to mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kdsweep score", description="Finished networks on another data set, without retraining."
+    )
+    parser.add_argument("overrides", nargs="+", help="the data set: data=folder data.root=/path, and device=...")
+    parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
+    parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
+    parser.add_argument("--sweep", help="name of the sweep (the last with a finished run)")
+    options = parser.parse_args(argv)
+    problems: list[str] = []
+
+    def work() -> None:
+        cfg = composition.compose(options.overrides)
+        source = identity.source(cfg)
+        sweep = reader.read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
+        count, failed = score_sweep(
+            sweep,
+            source=source,
+            store=options.store,
+            uri=options.tracking_uri,
+            device=str(cfg.device),
+            allow_empty_masks=bool(cfg.data.get("allow_empty_masks")),
+        )
+        problems.extend(failed)
+        name = f"{source.name}-{identity.listing(cfg).digest[:8]}"
+        sys.stdout.write(f"scored {plural(count, 'network')} now; mean over images, splits and seeds:\n")
+        sys.stdout.write(means(sweep, store=options.store, uri=options.tracking_uri, name=name) + "\n")
+        sys.stdout.write(f"compared with the sweep's own test images: tables external --sweep {sweep.name}\n")
+
+    code = exit_code(work)
+    for problem in problems:
+        sys.stderr.write(f"kdsweep: error: {problem}\n")
+    return code or int(bool(problems))

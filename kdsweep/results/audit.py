@@ -1,0 +1,152 @@
+"""``python -m kdsweep audit data=NAME data.root=DIR``: near-duplicates of a data set, as groups for its splits.
+
+It writes groups.csv (``split.group=groups.csv`` keeps each group on one side), pairs.csv and a contact sheet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from kdsweep.config import composition, identity
+from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.files import write_text
+from kdsweep.core.progress import plural
+from kdsweep.data import duplicates
+from kdsweep.data.images import read_gray_or_color
+from kdsweep.data.sources import Entry
+
+THUMB_PX, ROWS_A_SHEET, IMAGES_A_ROW = 160, 12, 8
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def audit(entries: list[Entry], out: Path) -> str:
+    """Find the near-duplicates among a data set's images and write what was found; return a summary.
+
+    Args:
+        entries: of the data set.
+        out: folder for groups.csv (id, group, label: every image, alone if nothing is like it), pairs.csv (first,
+            second, kind, strength) and sheet-1.png, sheet-2.png, ... (a row per group).
+
+    Raises:
+        InputError: an image cannot be read, or the folder cannot be written to.
+    """
+
+    def progress(steps: Iterable[int], name: str) -> Iterable[int]:
+        return tqdm(list(steps), desc=name, unit="step", leave=False, disable=not sys.stderr.isatty())
+
+    try:
+        images = [_gray(entries[number]) for number in progress(range(len(entries)), "reading images")]
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    pairs = duplicates.find_pairs(images, [entry.label for entry in entries], progress=progress)
+    groups = duplicates.join(len(entries), pairs)
+    names = {number: f"g{rank:03d}" for rank, own in enumerate(groups, start=1) for number in own}
+    table = pd.DataFrame({"id": [entry.id for entry in entries]})
+    table["group"] = [names.get(number, f"alone-{number:04d}") for number in range(len(entries))]
+    table["label"] = [entry.label for entry in entries]
+    found = pd.DataFrame(pairs, columns=["first", "second", "kind", "strength"])
+    for column in ("first", "second"):
+        found[column] = [entries[number].id for number in found[column]]
+    try:
+        write_text(out / "groups.csv", table.to_csv(index=False))
+        write_text(out / "pairs.csv", found.round(3).to_csv(index=False))
+        sheets = _write_sheets(groups, images, entries, pairs, out)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
+    kinds = Counter(pair.kind for pair in pairs)
+    mixed = [own for own in groups if len({entries[number].label for number in own}) > 1]
+    lines = [
+        f"{plural(len(entries), 'image')}: {plural(len(groups), 'group')} of {sum(map(len, groups))} images that show "
+        f"the same frame or neighboring views; pairs: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
+        *([f"{plural(len(mixed), 'group')} with more than one label: {_listed(mixed, entries)}"] if mixed else []),
+        f"wrote {out / 'groups.csv'}, pairs.csv and {plural(sheets, 'contact sheet')}: look at them, delete lines of "
+        "groups.csv that you do not believe by giving the image a group of its own",
+        f"to keep groups together: split=kfold split.group={out / 'groups.csv'}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _gray(entry: Entry) -> np.ndarray:
+    return np.asarray(cv2.cvtColor(read_gray_or_color(entry.image_file), cv2.COLOR_RGB2GRAY))
+
+
+def _listed(groups: list[list[int]], entries: list[Entry]) -> str:
+    return "; ".join(", ".join(entries[number].id for number in own) for own in groups)
+
+
+def _write_sheets(
+    groups: list[list[int]],
+    images: list[np.ndarray],
+    entries: list[Entry],
+    pairs: list[duplicates.Pair],
+    out: Path,
+) -> int:
+    """Write the groups' thumbnails, a group to a row (a long one to several), and return the number of sheets."""
+    kinds: dict[int, set[str]] = {}
+    for pair in pairs:
+        kinds.setdefault(pair.first, set()).add(pair.kind)
+        kinds.setdefault(pair.second, set()).add(pair.kind)
+    rows = []
+    for rank, own in enumerate(groups, start=1):
+        title = f"g{rank:03d}: {', '.join(sorted(set.union(*(kinds[number] for number in own))))}"
+        for start in range(0, len(own), IMAGES_A_ROW):
+            rows.append(_row(title, own[start : start + IMAGES_A_ROW], images, entries))
+    for number, start in enumerate(range(0, len(rows), ROWS_A_SHEET), start=1):
+        sheet = np.concatenate(rows[start : start + ROWS_A_SHEET])
+        file = out / f"sheet-{number}.png"
+        if not cv2.imwrite(str(file), sheet):
+            raise OSError(0, "the picture is not written", str(file))
+    return -(-len(rows) // ROWS_A_SHEET)
+
+
+def _row(title: str, own: list[int], images: list[np.ndarray], entries: list[Entry]) -> np.ndarray:
+    """Return a row of thumbnails (THUMB_PX + 40, W) uint8 with the title above and ids below."""
+    canvas = np.full((THUMB_PX + 40, IMAGES_A_ROW * (THUMB_PX + 4)), 255, np.uint8)
+    _write(canvas, title, (4, 14))
+    for place, number in enumerate(own):
+        image = images[number]
+        scale = THUMB_PX / max(image.shape)
+        height, width = (max(1, round(side * scale)) for side in image.shape)
+        left = place * (THUMB_PX + 4)
+        canvas[20 : 20 + height, left : left + width] = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        _write(canvas, entries[number].id, (left + 2, THUMB_PX + 34))
+    return canvas
+
+
+def _write(canvas: np.ndarray, text: str, at: tuple[int, int]) -> None:
+    cv2.putText(canvas, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 0, 1, cv2.LINE_AA)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Audit the data set that overrides name; return 0, or 1 after one line on stderr that says what to mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kdsweep audit", description="Near-duplicates of a data set, as groups for its splits."
+    )
+    parser.add_argument("overrides", nargs="+", help="the data set: data=busi data.root=/path/to/BUSI")
+    parser.add_argument("--out", type=Path, help="folder for the results (one in the user's cache, by data set)")
+    options = parser.parse_args(argv)
+
+    def work() -> None:
+        cfg = composition.compose(options.overrides)
+        listing = identity.listing(cfg)
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        out = (options.out or cache / "kdsweep" / "audit" / f"{cfg.data.name}-{listing.digest[:8]}").resolve()
+        if out.is_relative_to(CHECKOUT) and (CHECKOUT / ".git").exists():
+            raise InputError(
+                f"--out {out}: lies in kdsweep's checkout; contact sheets show patients, put them elsewhere"
+            )
+        sys.stdout.write(f"data={cfg.data.name}: {len(listing.entries)} images are compared; results go to {out}\n")
+        sys.stdout.flush()
+        sys.stdout.write(audit(listing.entries, out))
+
+    return exit_code(work)

@@ -1,0 +1,121 @@
+"""Finished networks on another data set: scored once, kept, compared; the sweep's own images are refused."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import ttest_ind
+from test_predict import SIZE, finish
+
+from kdsweep.config import composition, identity
+from kdsweep.deploy import predict, score
+from kdsweep.evaluation import scoring
+from kdsweep.results import external, tables
+from kdsweep.runs import records
+from kdsweep.tracking import reader, writer
+from kdsweep.training.learner import PREDICTIONS, SCORES
+
+WORDS = ["profile=quick", "data=busi", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def finished(empty_store, tmp_path_factory):
+    """A store with a Student of two splits, in MLflow, as a sweep leaves it."""
+    store = tmp_path_factory.mktemp("external") / "store"
+    shutil.copytree(empty_store, store)
+    tracker = writer.Tracker(store=store, uri=None)
+    cells = [finish(store, f"split=s{split}") for split in (0, 1)]
+    tracker.ask("study", cells)
+    for number, cell in enumerate(cells):
+        images = [f"image{number}{i}" for i in range(4)]
+        dice = np.random.default_rng(number).uniform(0.3, 0.9, len(images))
+        pd.DataFrame({"image": images, "dice": dice}).to_csv(cell.folder / SCORES, index=False)
+        (cell.folder / PREDICTIONS).touch()
+        tracker.sync(records.read(cell.folder), sweep="study")
+    return store, cells
+
+
+@pytest.fixture
+def arguments(finished, small_busi):
+    return [*WORDS, f"data.root={small_busi}", "--store", str(finished[0])]
+
+
+def test_every_network_is_scored_once_and_the_table_comes_out(finished, small_busi, arguments, capsys, monkeypatch):
+    store, cells = finished
+    assert score.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "sweep study: 2 networks, 2 to score on data=busi with 25 images" in told
+    assert "scored 2 networks now" in told
+
+    source = identity.source(composition.compose([*WORDS, f"data.root={small_busi}"]))
+    (file,) = (cells[0].folder / "external").iterdir()
+    kept = pd.read_csv(file)
+    assert len(kept) == 25
+    model = predict.load_model(cells[0].folder)
+    images = score.load_images(source, load_size=SIZE, image_size=SIZE)
+    part = score.eval_part(images, list(range(25)))
+    compute = score.Compute(device=score.find_device("cpu"), precision="fp32")
+    expected = scoring.score(scoring.predict(model.network, part, compute=compute), part, nsd_tolerance_px=2.0)
+    assert kept["dice"].tolist() == pytest.approx(expected["dice"].tolist(), abs=1e-9)
+
+    monkeypatch.setattr(predict, "load_model", lambda _: pytest.fail("nothing is computed twice"))
+    assert score.main(arguments) == 0
+    assert "2 networks, 0 to score" in capsys.readouterr().out
+
+    assert tables.main(["external", "--store", str(store)]) == 0
+    assert "External. Test DSC on other data sets" in capsys.readouterr().out
+    row = pd.read_csv(store / "tables" / "external.csv").iloc[0]
+    assert row["notation"] == "Student"
+    assert row["n_external"] == 25
+    assert row["external_dice_percent"] == pytest.approx(
+        100 * np.mean([pd.read_csv(next((cell.folder / "external").iterdir()))["dice"].mean() for cell in cells])
+    )
+    assert row["drop_points"] == pytest.approx(row["external_dice_percent"] - row["internal_dice_percent"])
+
+
+def test_a_network_that_cannot_be_read_leaves_the_others(finished, arguments, tmp_path, capsys):
+    _, cells = finished
+    for cell in cells:
+        shutil.rmtree(cell.folder / "external", ignore_errors=True)
+    file = cells[1].folder / "student.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    try:
+        assert score.main(arguments) == 1
+    finally:
+        file.write_bytes(content)
+    told = capsys.readouterr()
+    assert "missing or damaged" in told.err
+    assert (cells[0].folder / "external").is_dir()
+    assert not (cells[1].folder / "external").exists()
+    assert score.main(arguments) == 0  # the same command goes on
+    assert "2 networks, 1 to score" in capsys.readouterr().out
+
+
+def test_the_sweeps_own_images_are_refused(finished, capsys):
+    store, _ = finished
+    words = ["profile=quick", "data=phantom", "data.count=5", f"store={store}"]
+    assert score.main([*words, "--store", str(store)]) == 1
+    assert "5 of 5 images are also in the data that the sweep was trained on" in capsys.readouterr().err
+
+
+def test_without_scores_the_table_says_how_to_make_them(finished, capsys, tmp_path):
+    store, _ = finished
+    copied = shutil.copytree(store, tmp_path / "store")
+    shutil.rmtree(copied / "artifacts")
+    sweep = reader.read_sweep(store=store, uri=None, name=None)
+    with pytest.raises(Exception, match="python -m kdsweep score --sweep study"):
+        external.external(sweep, scores=pd.DataFrame())
+
+
+def test_the_drops_interval_is_welchs():
+    rng = np.random.default_rng(0)
+    frames = [
+        pd.DataFrame({"split": 0, "seed": 0, "image": [f"{name}{i}" for i in range(count)], "dice": values})
+        for name, count, values in (("a", 30, rng.uniform(0.4, 0.9, 30)), ("b", 50, rng.uniform(0.2, 0.9, 50)))
+    ]
+    own, theirs = (frame.assign(group=frame["image"]) for frame in frames)
+    found = external._drop(own, theirs)
+    expected = ttest_ind(100 * theirs["dice"], 100 * own["dice"], equal_var=False).confidence_interval()
+    assert (found["low_points"], found["high_points"]) == pytest.approx(tuple(expected))
