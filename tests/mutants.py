@@ -420,13 +420,6 @@ MUTANTS = [
     # results
     Mutant("pairs of fewer runs", "results/stats.py", "if not asked or not asked <= there:", "if not asked:", RESULTS),
     Mutant(
-        "seeds count as images",
-        "results/stats.py",
-        'rows = over_seeds(differences)\n    mean = rows["points"].mean()\n    networks, parts',
-        'rows = differences\n    mean = rows["points"].mean()\n    networks, parts',
-        RESULTS,
-    ),
-    Mutant(
         "images of two splits count twice",
         "results/stats.py",
         ".groupby(_clusters(rows)).sum()",

@@ -123,7 +123,7 @@ def propose(
 def agreeing(one: Features, other: Features) -> int:
     """Return how many matches of two images agree on one similarity transform (rotation, scale up to 2, shift).
 
-    0 if they lie in few places of the image or along a line: two images that share a burnt-in text are not the same frame.
+    0 if they lie in few places of the image or along a line: a shared burnt-in text does not make the same frame.
     """
     if min(len(one.descriptors), len(other.descriptors)) < 2:
         return 0

@@ -56,6 +56,14 @@ def test_a_students_weights_follow_its_seed_and_a_teachers_its_own(compose):
     assert not torch.equal(weights_of(factory.teacher_network(base)), weights_of(factory.teacher_network(another)))
 
 
+def test_a_teacher_is_trained_at_its_own_rate_and_a_student_at_its_own(compose):
+    cfg = compose("path=L", "teacher.lr=1e-3", "train.lr=1e-5")
+    teacher = factory.teacher_learner(cfg, identity.teacher_cell(cfg))
+    student = factory.learner(cfg, identity.cell(cfg))
+    for made, rate in ((teacher, 1e-3), (student, 1e-5)):
+        assert {group["lr"] for group in made.optimizer.param_groups} == {rate}
+
+
 def test_a_regressor_follows_the_seed(compose):
     paths = [factory.distillation(compose("path=HR", f"seed={seed}"), teacher="").kd_path for seed in (0, 0, 1)]
     first, again, other = (path.regressor[0].weight for path in paths)
