@@ -1020,3 +1020,43 @@ def test_a_single_split_is_said_to_show_no_spread():
         sweep = sweep_of(splits=splits)
         notes = footnotes.of_table4(sweep=sweep, table=tables.table4(sweep), test="ttest")
         assert ("One split: how much the scores spread between splits is not known." in notes) == told
+
+
+# ---- splits
+
+
+def divided(sweep, protocol, *, where=slice(None)):
+    runs = sweep.runs.copy()
+    runs.loc[where, "split_protocol"] = protocol
+    runs.loc[where, "split_digest"] = [f"digest{split}" * 3 for split in runs.loc[where, "split"]]
+    return replace(sweep, runs=runs)
+
+
+def test_a_footnote_says_how_the_images_are_divided():
+    sweep = divided(sweep_of(["Teacher", "Student", "L_MSE"]), "5 folds, by group (patients.csv)")
+    shown = footnotes.provenance(sweep)
+    digests = ", ".join(f"{split} (digest digest{split}d)" for split in range(3))
+    assert f"Splits: 5 folds, by group (patients.csv): {digests}." in shown
+
+
+def test_two_protocols_in_one_sweep_are_refused_unless_it_varies_them():
+    sweep = divided(sweep_of(["Teacher", "Student", "L_MSE"]), "the paper's random splits, by image")
+    mixed = divided(sweep, "held out at random, by image", where=sweep.runs["notation"] == "L_MSE")
+    with pytest.raises(InputError, match=r"mixes splits \(held out at random, by image and the paper's random splits"):
+        tables.table4(mixed)
+    by_image = sweep.runs.assign(variant=[{"split.group": "None"}] * len(sweep.runs))
+    varied = replace(sweep, runs=by_image, varied=("split.group",))
+    assert "L_MSE" in set(tables.table4(varied)["notation"])
+
+
+def test_images_of_one_group_are_one_cluster_of_table4():
+    """Three copies of each patient's scores say no more than one."""
+    sweep = sweep_of(["Teacher", "Student", "L_MSE"], splits=(0,))
+    copies = [
+        sweep.scores.assign(image=sweep.scores["image"] + f" view {k}", group=sweep.scores["image"]) for k in range(3)
+    ]
+    grouped = tables.table4(replace(sweep, scores=pd.concat(copies, ignore_index=True))).set_index("notation")
+    single = tables.table4(sweep).set_index("notation")
+    for column in ("student_p", "student_difference_points", "teacher_bound_points"):
+        assert grouped.loc["L_MSE", column] == pytest.approx(single.loc["L_MSE", column])
+    assert grouped.loc["L_MSE", "n_images"] == 3 * single.loc["L_MSE", "n_images"]
