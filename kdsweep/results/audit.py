@@ -69,8 +69,8 @@ def audit(entries: list[Entry], out: Path) -> str:
         f"{plural(len(entries), 'image')}: {plural(len(groups), 'group')} of {sum(map(len, groups))} images that show "
         f"the same frame or neighboring views; pairs: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
         *([f"{plural(len(mixed), 'group')} with more than one label: {_listed(mixed, entries)}"] if mixed else []),
-        f"wrote {out / 'groups.csv'}, pairs.csv and {plural(sheets, 'contact sheet')}; look at them: an image that does not "
-        "belong gets a group name of its own in groups.csv",
+        f"wrote {out / 'groups.csv'}, pairs.csv and {plural(sheets, 'contact sheet')}; look at them: an image that "
+        "does not belong gets a group name of its own in groups.csv",
         f"to keep groups together: split=kfold split.group={out / 'groups.csv'}",
     ]
     return "\n".join(lines) + "\n"
