@@ -319,6 +319,7 @@ def asked(sweep: Sweep) -> list[str]:
         "settings": comparisons.has_settings(sweep),
         "seeds": comparisons.has_seeds(sweep),
         "strata": "lesion_px" in sweep.scores,
+        "external": False,  # of other data: a table of its own
     }
     return [which for which in TABLES if has.get(which, True)]
 

@@ -29,7 +29,13 @@ NOT_COUNTS = (0, -1, 1.0, 1.5, *NOT_NUMBERS)
 NOT_WIDTHS = ([16] * 4, [16] * 6, [16, 16, 16, 16, 0], [16, 16, 16, 16, 1.5], 16, None)
 BAD: dict[str, tuple[Any, ...]] = {
     "seed": (-1, 0.5, 0.0, 2**32, *NOT_NUMBERS),
-    "split": (3, -1, 1.0, *NOT_NUMBERS[:2], True),
+    "split.protocol": ("random", None, 1),
+    "split.index": (-1, 1.0, *NOT_NUMBERS[1:]),
+    "split.folds": (1, 2.5, *NOT_NUMBERS[1:]),
+    "split.fold": (-1, 1.0, *NOT_NUMBERS[1:]),
+    "split.file": ("", 7),
+    "split.group": ("", 7),
+    "split.allow_leakage": ("yes", 1, None),
     "device": ("gpu", "cpu:1", "cuda:", "cuda:x", "auto:0", None, 1),
     "deterministic": ("yes", 1, None),
     "retry_failed": ("yes", 1, None),
@@ -69,7 +75,10 @@ BAD: dict[str, tuple[Any, ...]] = {
     "sweep_name": ("", "a/b", "a\nb", "x" * 201, 7.5, None),
 }
 EDGES: dict[str, tuple[Any, ...]] = {
-    "split": (0, 1, 2),
+    "split.index": (0, 1, 2),
+    "split.folds": (2, None),
+    "split.fold": (0, None),
+    "split.group": (r"(?P<patient>\d+)_.*", None),
     "seed": (0, 2**32 - 1),
     "image_size": (64, 96),
     "data.count": (4, None),
@@ -119,7 +128,10 @@ def changed(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 def compose(*overrides: str) -> dict[str, Any]:
     """Flat values of a configuration that is within the limits; data sets that need a folder are given one."""
     needs_root = any(override in ("data=udiat", "data=busi", "data=folder") for override in overrides)
-    return identity.params(composition.compose([*overrides, *(["data.root=images"] if needs_root else [])]))
+    needs_file = ["split.file=s.csv"] if "split=file" in overrides else []
+    return identity.params(
+        composition.compose([*overrides, *needs_file, *(["data.root=images"] if needs_root else [])])
+    )
 
 
 def test_every_range_has_bad_values_in_this_test() -> None:
@@ -183,7 +195,8 @@ def test_the_defaults_are_the_papers_best_cell_by_its_protocol() -> None:
         "path.notation": "L",
         "loss.name": "kld",
         "teacher_aug.distill_view": "weak",
-        "split": 0,
+        "split.protocol": "paper",
+        "split.index": 0,
         "seed": 0,
         "data.name": "phantom",
         "profile": "paper",
