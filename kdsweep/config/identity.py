@@ -168,6 +168,8 @@ def _common(given: Settings) -> tuple[dict[str, Any], dict[str, str], dict[str, 
     evidence, typed = {"data": listing(given).digest}, {"data.root": str(own.root or "")}
     if given.split.protocol != "paper":  # those are settled by the number of images
         evidence["split"] = split_digest(given)
+        if groups := image_groups(given):  # the scores name them, and a table tells of groups that are torn apart
+            evidence["groups"] = grid.digest(groups)
         typed["split"] = given.split.in_words()
     return settings, evidence, typed
 

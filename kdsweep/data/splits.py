@@ -36,7 +36,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Listed:
-    """What a split is drawn from.
+    """Hold what a split is drawn from: ids, labels and groups.
 
     Attributes:
         ids: N unique ids, sorted.

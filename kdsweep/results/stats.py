@@ -255,8 +255,8 @@ class Components(NamedTuple):
 def components(differences: pd.DataFrame) -> Components | None:
     """Estimate the parts of the variance of a mean difference by their mean squares; None without several seeds.
 
-    Images of one group share one cluster in the images' part; the noise is estimated image by image, so that of
-    images with a group it may take off too little, never too much.
+    Images of one group share one cluster in the images' part. The noise is estimated image by image: where a group
+    shares it, too little is taken off, and the spread is stated too large.
 
     The model, for image i of split s, training k: points = mean + image_i + training_sk + noise_ski. Source: Searle,
     Casella, McCulloch, Variance components, 1992, section 4.3 (ANOVA estimators); degrees of freedom: Satterthwaite,

@@ -233,6 +233,7 @@ def _difference(before: dict[str, Any], cell: Cell) -> str:
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     found = [f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})" for key in keys]
     names = {"user_code": "your own code", "data": "the images", "student_weights": "the file of student.weights"}
+    names |= {"split": "the images of the split's parts", "groups": "the groups of split.group"}
     found += [words for key, words in names.items() if old_evidence.get(key) != cell.evidence.get(key)]
     if not found:
         found = ["its Teacher"]

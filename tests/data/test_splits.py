@@ -216,6 +216,9 @@ def test_a_file_that_tears_groups_apart_is_refused_unless_leakage_is_allowed(sma
     with pytest.raises(InputError, match=r"puts images of \d+ groups .* the first is 1 \(benign.*allow_leakage=true"):
         identity.cell(settings(small_busi, *words))
     allowed = settings(small_busi, *words, "split.allow_leakage=true")
+    ungrouped = settings(small_busi, *words[:2])  # the same images, but its tables would not tell of the leak
+    assert identity.split_ids(allowed) == identity.split_ids(ungrouped)
+    assert identity.cell(allowed).fingerprint != identity.cell(ungrouped).fingerprint
     assert "although groups are on both sides" in allowed.split.in_words()
     assert Counter(map(len, identity.split_ids(allowed).values())) == Counter([13, 6, 6])
 
