@@ -72,6 +72,7 @@ def train() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way
     try:
         composition.check_splits(sys.argv)
+        composition.check_methods(sys.argv)
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(trains_cells(run))()
     except signals.Stopped as stop:
         sys.stderr.write(f"kdsweep: {stop.told()}\n")

@@ -204,8 +204,8 @@ MUTANTS = [
     Mutant(
         "the maps are not warped",
         "distill/distillation.py",
-        "if theta is not None and self.align:",
-        "if theta is not None and not self.align:",
+        "theta = views.theta if align else None",
+        "theta = None if align else views.theta",
         f"tests/distill {FACTORY}",
     ),
     Mutant(
@@ -246,8 +246,8 @@ MUTANTS = [
     Mutant(
         "H takes the largest channel",
         "distill/paths.py",
-        '    def student_map(self, outputs: Outputs) -> Tensor:\n        """Return the Student\'s channel mean."""\n        return outputs.hidden.float().mean(dim=1, keepdim=True)',
-        "    def student_map(self, outputs: Outputs) -> Tensor:\n        return outputs.hidden.float().amax(dim=1, keepdim=True)",
+        '    def student_map(self, outputs: Outputs) -> Tensor:\n        """Return the Student\'s channel mean."""\n        return outputs[self.stage].float().mean(dim=1, keepdim=True)',
+        "    def student_map(self, outputs: Outputs) -> Tensor:\n        return outputs[self.stage].float().amax(dim=1, keepdim=True)",
         "tests/distill",
     ),
     Mutant(
@@ -275,8 +275,8 @@ MUTANTS = [
     Mutant(
         "weight and 1 - weight exchanged",
         "training/learner.py",
-        "weight * kd + (1 - weight) * supervised",
-        "(1 - weight) * kd + weight * supervised",
+        'weight * found["kd"] + (1 - weight) * supervised',
+        '(1 - weight) * found["kd"] + weight * supervised',
         f"{LOOP} -k equation_one",
     ),
     Mutant("the last epoch is tested", "training/learner.py", "    learner.restore_best()\n", "", LOOP),
@@ -439,7 +439,7 @@ MUTANTS = [
     Mutant(
         "Nadeau-Bengio without its correction",
         "results/stats.py",
-        "(1 / len(means) + TEST_TO_TRAIN)",
+        "(1 / len(means) + ratios.mean())",
         "(1 / len(means))",
         RESULTS,
     ),

@@ -111,6 +111,15 @@ def check_splits(words: Sequence[str]) -> None:
             raise InputError(f"{word} is not an option: the paper's random splits are s0, s1 and s2, so split={named}")
 
 
+def check_methods(words: Sequence[str]) -> None:
+    """Raise InputError for a method with a path or a loss: it brings its own."""
+    given = dict(word.lstrip("+").partition("=")[::2] for word in words)
+    if given.get("method", "none") != "none":
+        for key in ("path", "loss"):
+            if given.get(key, "none") != "none":
+                raise InputError(f"method={given['method']} brings paths and losses of its own: leave {key} out")
+
+
 def quoting(word: str) -> str:
     """Return how to type an override that is no sentence of Hydra's grammar."""
     key, _, value = word.partition("=")
@@ -126,6 +135,7 @@ def compose(overrides: list[str]) -> DictConfig:
         InputError: an override is wrong.
     """
     check_splits(overrides)
+    check_methods(overrides)
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return hydra.compose("config", with_home(overrides))

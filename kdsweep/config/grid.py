@@ -25,11 +25,12 @@ RESULTS_VERSION = 1
 # Keys of the configuration, each with all below it. FACTORS: those of the grid. LOCAL: what decides no result.
 # SOURCES: where the images and the weights come from; their content counts (weights stands in student.weights and
 # teacher.weights).
-FACTORS = ("cell", "path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
+FACTORS = ("cell", "method", "path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
 LOCAL = ("device", "retry_failed", "stats", "store", "sweep_name", "tracking", "train.workers")
 SOURCES = ("data.root", "data.source.root", "data.source.cache_dir", "weights")
 NEUTRAL = (*LOCAL, *SOURCES)
 NAMES = (
+    "method",
     "path",
     "loss",
     "teacher_aug",
@@ -101,9 +102,9 @@ class Cell:
         return self.store / parent / f"{self.notation}-split{self.split}-seed{self.seed}-{self.fingerprint[:10]}"
 
 
-def notation(*, path: str, loss: str, distill_view: str) -> str:
-    """Return the paper's name of a cell (Table 3): ``HReg`` + ``KLD`` + ``_WAug`` for a weakly augmented Teacher."""
-    return f"{path}_{loss}{weak_suffix(distill_view)}"
+def notation(compared: str, distill_view: str) -> str:
+    """Return the paper's name of a cell (Table 3): ``HReg_KLD`` + ``_WAug`` for a weakly augmented Teacher."""
+    return f"{compared}{weak_suffix(distill_view)}"
 
 
 def teacher_notation(train_view: str) -> str:
@@ -134,12 +135,14 @@ def unused(role: str, params: Mapping[str, Any]) -> tuple[str, ...]:
         params: its flat configuration, as values or, as MLflow keeps them, as strings.
     """
     if role == "baseline":
-        return ("path", "loss", "teacher_aug", "teacher", "kd")
+        return ("method", "path", "loss", "teacher_aug", "teacher", "kd")
     if role == "teacher":
-        return ("path", "loss", "teacher_aug", "student", "kd", "train.lr", "train.monitor", "seed")
+        return ("method", "path", "loss", "teacher_aug", "student", "kd", "train.lr", "train.monitor", "seed")
     idle = ["kd.align"] if params.get("teacher_aug.distill_view") == "strong" else []  # nothing to align
     if params.get("kd.weight") != "matched":
         idle.append("kd.ratio")
+    if params.get("method.name", "none") != "none":
+        return (*idle, "path", "loss", "kd.temperature")
     loss = f"loss.{params.get('path.representation')}"
     own = str(params.get(f"{loss}._target_", "")).startswith(f"{PACKAGE}.")
     if own and f"{loss}.temperature" not in params:

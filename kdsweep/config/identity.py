@@ -80,24 +80,51 @@ def cell(cfg: Config) -> Cell:
     """Return the cell that a configuration describes, with its fingerprint."""
     given = read(cfg)
     common, evidence, sources = _common(given)
-    student, path = given.student, given.path
+    student = given.student
     evidence, sources = evidence | _weights_evidence("student", student), sources | _weights_source("student", student)
     own = {**common, "network": _network(student), "lr": given.train.lr, "monitor": given.train.monitor}
-    if path.kd_path is None:
-        return _cell(given, "baseline", path.notation, own, evidence, sources)
-    representation, view = path.representation, given.teacher_aug.distill_view
+    if not given.is_taught:
+        return _cell(given, "baseline", given.path.notation, own, evidence, sources)
+    master, view = teacher_cell(given), given.teacher_aug.distill_view
+    own = {**own, **_compared(given), "distill_view": view, "kd": _kd(given), "teacher": master.settings}
+    evidence["teacher"] = master.fingerprint
+    sources |= {"teacher.seed": str(master.seed)} | _weights_source("teacher", given.teacher)
+    name = grid.notation(given.method.notation or f"{given.path.notation}_{given.loss.name.upper()}", view)
+    return _cell(given, "distilled", name, own, evidence, sources, teacher=master)
+
+
+def _compared(given: Settings) -> dict[str, Any]:
+    """Return what of Teacher and Student is compared, and how: a method's terms, or path and loss."""
+    if given.method.terms:
+        shares = given.method.shares()
+        terms = given.method.terms.items()
+        return {"terms": {name: term.plain() | {"weight": shares[name]} for name, term in terms}}
+    representation, kd_path = given.path.representation, given.path.kd_path
+    loss = loss_of(given)
+    own = kd_path.plain() if kd_path is not None else {}
+    if own.get("stage") == "encoder.5":  # the default
+        del own["stage"]
+    return {"path": own, "loss": loss, "representation": representation}
+
+
+def loss_of(given: Settings) -> dict[str, Any]:
+    """Return the loss's function for the representation that the path takes.
+
+    Raises:
+        InputError: it has none.
+    """
+    representation = given.path.representation
     loss = given.loss.hidden if representation == "hidden" else given.loss.logits
     if representation is None or loss is None:
         raise InputError(f"path.representation={representation} is not allowed: loss={given.loss.name} has none for it")
+    return loss
+
+
+def _kd(given: Settings) -> dict[str, Any]:
+    """Return the settings of the KD term that matter, its weight in one spelling."""
     idle = grid.unused("distilled", params(given))
-    kd = {key: value for key, value in given.kd.plain().items() if f"kd.{key}" not in idle}
-    taught = {"path": path.kd_path.plain(), "loss": loss, "distill_view": view, "kd": kd}
-    master = teacher_cell(given)
-    own = {**own, **taught, "representation": representation, "teacher": master.settings}
-    evidence["teacher"] = master.fingerprint
-    sources |= {"teacher.seed": str(master.seed)} | _weights_source("teacher", given.teacher)
-    name = grid.notation(path=path.notation, loss=given.loss.name.upper(), distill_view=view)
-    return _cell(given, "distilled", name, own, evidence, sources, teacher=master)
+    kept = {key: value for key, value in given.kd.plain().items() if f"kd.{key}" not in idle and key != "lambda"}
+    return kept | {"weight": "matched" if given.kd_weight is None else given.kd_weight}
 
 
 def teacher_cell(cfg: Config) -> Cell:
@@ -282,5 +309,6 @@ def factors(cfg: DictConfig, *, role: str) -> dict[str, str]:
         return {"cell.teacher_aug": cfg.teacher_aug.train_view}
     if role == "baseline":
         return {"cell.path": "none"}
-    own = {"path": cfg.path.name, "loss": cfg.loss.name, "teacher_aug": cfg.teacher_aug.distill_view}
+    what = {"path": cfg.path.name, "loss": cfg.loss.name} if cfg.method.name == "none" else {"method": cfg.method.name}
+    own = {**what, "teacher_aug": cfg.teacher_aug.distill_view}
     return {f"cell.{key}": value for key, value in own.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import reduce
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -42,8 +42,12 @@ Switch = Annotated[bool, Field(description="true or false")]
 Count = Annotated[int, Field(ge=1, description="a whole number >= 1")]
 Odd = Annotated[int, Field(ge=1), AfterValidator(_odd), Field(description="an odd number >= 1")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")]
+NonNegative = Annotated[float, Field(ge=0, description="a number >= 0")]
 Positive = Annotated[float, Field(gt=0, description="a number > 0")]
 Share = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
+STAGES = (*(f"encoder.{n}" for n in range(1, 6)), *(f"decoder.{n}" for n in range(1, 6)), "logits")
+STAGE_WORDS = "encoder.1 to encoder.5, decoder.1 to decoder.5, or logits"
+Stage = Annotated[Literal[STAGES], Field(description=STAGE_WORDS)]  # type: ignore[valid-type]
 View = Annotated[Literal["weak", "strong"], Field(description="weak or strong")]
 Precision = Annotated[Literal["fp32", "bf16"], Field(description="fp32 or bf16")]
 Widths = Annotated[list[Count], Field(min_length=5, max_length=5, description="five whole numbers >= 1")]
@@ -70,6 +74,8 @@ class KDPathNode(OpenNode):
     """``path.kd_path``: the class of a KD path and its arguments."""
 
     target: Text = Field(alias="_target_")
+    stage: Stage | None = Field(None, description=STAGE_WORDS)
+    teacher_stage: Stage | None = Field(None, description=STAGE_WORDS)
     inner_channels: Count | None = Field(None, description="a whole number >= 1")
     kernel_size: Odd | None = Field(None, description="an odd number >= 1")
 
@@ -89,6 +95,35 @@ class LossNode(OpenNode):
     name: Text
     logits: dict[str, Any] | None = None
     hidden: dict[str, Any] | None = None
+
+
+class TermNode(Node):
+    """``method.terms.NAME``: one comparison of a method."""
+
+    path: KDPathNode
+    loss: dict[str, Any]
+    weight: float = Field(gt=0, description="a number > 0")
+
+
+class MethodNode(Node):
+    """``method``: a method of the literature, its comparisons and their published weights; none is path and loss."""
+
+    name: Text
+    notation: Text | None
+    supervised: Positive
+    kd_weight: Share | Literal["published"] = Field(description="a number from 0 to 1, or published")
+    terms: dict[str, TermNode]
+
+    @property
+    def published_weight(self) -> float:
+        """Return the weight w of the KD term: w to 1 - w as the weights of all terms to the supervised one."""
+        total = sum(term.weight for term in self.terms.values())
+        return total / (self.supervised + total)
+
+    def shares(self) -> dict[str, float]:
+        """Return each comparison's share of the KD term: its published weight over the sum of all."""
+        total = sum(term.weight for term in self.terms.values())
+        return {name: term.weight / total for name, term in self.terms.items()}
 
 
 class TeacherAugNode(Node):
@@ -128,7 +163,8 @@ class TrainNode(Node):
 class KDNode(Node):
     """``kd``: the KD term."""
 
-    weight: Share | Literal["matched"] = Field(description="a number from 0 to 1, or matched")
+    weight: Share | Literal["matched", "published"] = Field(description="a number from 0 to 1, matched, or published")
+    lambda_: NonNegative | None = Field(None, alias="lambda", description="a number >= 0")
     ratio: Positive
     temperature: Positive
     teacher_precision: Precision
@@ -209,6 +245,7 @@ class TrackingNode(Node):
 class Settings(Node):
     """The configuration of one cell, without Hydra's part."""
 
+    method: MethodNode
     path: PathNode
     loss: LossNode
     teacher_aug: TeacherAugNode
@@ -235,6 +272,24 @@ class Settings(Node):
         str, BeforeValidator(_as_text), Field(min_length=1, max_length=200), AfterValidator(_named)
     ] = Field(description="a name of letters, digits, blank . _ -")
 
+    @property
+    def is_taught(self) -> bool:
+        """Return whether the Student is distilled: a method is given, or a path."""
+        return bool(self.method.terms) or self.path.kd_path is not None
+
+    @property
+    def kd_weight(self) -> float | None:
+        """Return the weight of the KD term beside 1 - it of the supervised one; None if it is to be matched.
+
+        ``kd.lambda`` L is the weight beside a supervised 1: with Adam, whose steps do not depend on the loss's scale,
+        that is L / (1 + L).
+        """
+        if self.kd.lambda_ is not None:
+            return self.kd.lambda_ / (1 + self.kd.lambda_)
+        if self.kd.weight == "published":
+            return self.method.published_weight
+        return None if self.kd.weight == "matched" else float(self.kd.weight)
+
 
 def read(values: Mapping[str, Any]) -> Settings:
     """Check a configuration and return it with its types.
@@ -250,6 +305,8 @@ def read(values: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         raise InputError(_line(error, values)) from None
     _check_split(settings.split)
+    if settings.kd.weight == "published" and not settings.method.terms:
+        raise InputError("kd.weight=published is not allowed: path and loss have none; give a number, or a method")
     size = settings.data.load_size
     if size is not None and size < settings.image_size:
         raise InputError(f"data.load_size={size} is not allowed: image_size={settings.image_size} is cropped from it")
@@ -271,8 +328,12 @@ def _line(error: ValidationError, values: Mapping[str, Any]) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     node: type[Node] = Settings
     keys: list[str] = []
-    allowed = ""
+    allowed, is_name = "", False
     for part in first["loc"]:
+        if is_name:  # the user's own, such as that of a method's term
+            keys.append(str(part))
+            is_name = False
+            continue
         fields = {field.alias or name: field for name, field in node.model_fields.items()}
         if part not in fields:
             if first["type"] == "extra_forbidden":
@@ -285,7 +346,7 @@ def _line(error: ValidationError, values: Mapping[str, Any]) -> str:
         below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Node)]
         if not below:
             break
-        node = below[0]
+        node, is_name = below[0], get_origin(field.annotation) is dict
     key = ".".join(keys)
     if first["type"] == "missing":
         return f"{key} is missing: give it on the command line, {key}=..."

@@ -92,7 +92,7 @@ def score_sweep(
         try:
             file, is_new = _score(folder, name, part, device=device)
             count += is_new
-            reader.keep_artifact(file, run_id=run_id, folder=EXTERNAL, store=store, uri=uri)
+            reader.keep_external(file, run_id=run_id, store=store, uri=uri)
         except (InputError, OSError) as error:
             problems.append(f"{folder.name}: {one_line(error)}")
     return count, problems
@@ -150,10 +150,11 @@ def _digests(entries: Iterable[sources.Entry]) -> Mapping[str, str]:
     return found
 
 
-def means(sweep: Sweep, *, store: Path, uri: str | None, name: str) -> str:
+def means(sweep: Sweep, name: str) -> str:
     """Return a line per network kind with its mean external Dice, for the end of the command."""
-    scores = reader.read_external(sweep, store=store, uri=uri)
-    own = scores[scores["data_set"] == name].merge(sweep.runs[["fingerprint", "notation"]].drop_duplicates())
+    own = sweep.external[sweep.external["data_set"] == name].merge(
+        sweep.runs[["fingerprint", "notation"]].drop_duplicates()
+    )
     dice: pd.Series = 100 * own.groupby("notation")["dice"].mean().sort_values(ascending=False)
     return "\n".join(f"  {notation:20} Dice {value:5.2f} %" for notation, value in dice.items())
 
@@ -185,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
         problems.extend(failed)
         name = f"{source.name}-{identity.listing(cfg).digest[:8]}"
         sys.stdout.write(f"scored {plural(count, 'network')} now; mean over images, splits and seeds:\n")
-        sys.stdout.write(means(sweep, store=options.store, uri=options.tracking_uri, name=name) + "\n")
+        sweep = reader.read_sweep(store=options.store, uri=options.tracking_uri, name=sweep.name)
+        sys.stdout.write(means(sweep, name) + "\n")
         sys.stdout.write(f"compared with the sweep's own test images: tables external --sweep {sweep.name}\n")
 
     code = exit_code(work)

@@ -1,7 +1,8 @@
-"""The distillation of a Student: from a Teacher's forward, on a KD path, with a loss."""
+"""The distillation of a Student: from a Teacher's forward, by terms of a KD path and a loss each."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,14 +29,66 @@ class TeacherForward(NamedTuple):
     precision: str
 
 
+class ViewPair(NamedTuple):
+    """How the Student's view of a batch and the Teacher's lie to each other.
+
+    Attributes:
+        theta: (N, 2, 3), see ``sampling_theta``; None where both saw the same view.
+        student_mask: (N, 1, H, W), the lesion in the Student's view.
+        teacher_mask: (N, 1, H, W), in the Teacher's.
+    """
+
+    theta: Tensor | None
+    student_mask: Tensor
+    teacher_mask: Tensor
+
+
+@dataclass
+class Term:
+    """One comparison of a Student with its Teacher.
+
+    Attributes:
+        kd_path: selects the tensors to compare.
+        loss: of the compared maps, see losses.py. One with arguments ``student_mask`` and ``teacher_mask`` is given the
+            masks in the frame and at the size of the maps.
+        stages: of the networks, that the path takes.
+        share: of the KD term, which is the sum of share times loss.
+    """
+
+    kd_path: KDPath
+    loss: Callable[..., Tensor]
+    stages: tuple[str, ...]
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.takes_masks = "student_mask" in inspect.signature(self.loss).parameters
+
+    def value(self, *, student: Outputs, teacher: Outputs, views: ViewPair, align: bool) -> Tensor:
+        """Return the loss of one batch; ``align``: warp the Teacher's maps into the Student's frame.
+
+        The Teacher's outputs are copied first (about 1 ms): the originals serve other learners too, and tensors made
+        under inference mode cannot take part in autograd, which a user's own loss or path may need.
+        """
+        theirs = self.kd_path.teacher_map(Outputs({stage: teacher[stage].clone() for stage in self.stages}))
+        valid = torch.ones_like(theirs[:, :1], dtype=torch.bool)
+        theta = views.theta if align else None
+        if theta is not None:
+            theirs, valid = warp(theirs, theta=theta)
+        masks: dict[str, Tensor] = {}
+        if self.takes_masks:
+            own = views.teacher_mask.float()
+            own = own if theta is None else (warp(own, theta=theta)[0] >= 0.5).float()
+            of = {"student_mask": views.student_mask.float(), "teacher_mask": own}
+            masks = {name: F.interpolate(mask, theirs.shape[2:], mode="nearest") for name, mask in of.items()}
+        return self.loss(student=self.kd_path.student_map(student), teacher=theirs, valid=valid, **masks)
+
+
 @dataclass
 class Distillation:
     """The KD term of one Student.
 
     Attributes:
-        kd_path: selects the tensors to compare.
-        needs_logits: whether the path takes logits; if not, the Teacher runs its encoder alone and has none.
-        loss: of the compared maps, see losses.py.
+        terms: its comparisons by name; the paper's cells have one.
         weight: of the KD term; the supervised term has 1 - weight (PAPER, Eq. I: 0.5 and 0.5). None finds it in the
             first epoch, see ``matched_weight``.
         ratio: of the gradients of the two terms that a weight of None aims at.
@@ -43,26 +96,27 @@ class Distillation:
         align: warp the maps of a weak view into the Student's frame; else compare them as they are.
     """
 
-    kd_path: KDPath
-    needs_logits: bool
-    loss: Callable[..., Tensor]
+    terms: dict[str, Term]
     weight: float | None
     forward: TeacherForward
     align: bool
     ratio: float = 1.0
 
-    def term(self, *, student: Outputs, teacher: Outputs, theta: Tensor | None) -> Tensor:
-        """Return the KD term of one batch; theta (N, 2, 3) is None where both saw the same view.
+    @property
+    def stages(self) -> set[str]:
+        """Return the stages of both networks that its terms take."""
+        return {stage for term in self.terms.values() for stage in term.stages}
 
-        The Teacher's outputs are copied first (about 1 ms): the originals serve other learners too, and tensors made
-        under inference mode cannot take part in autograd, which a user's own loss or path may need.
-        """
-        logits = teacher.logits.clone() if self.needs_logits else teacher.hidden.new_empty(0)
-        theirs = self.kd_path.teacher_map(Outputs(logits=logits, hidden=teacher.hidden.clone()))
-        valid = torch.ones_like(theirs[:, :1], dtype=torch.bool)
-        if theta is not None and self.align:
-            theirs, valid = warp(theirs, theta=theta)
-        return self.loss(student=self.kd_path.student_map(student), teacher=theirs, valid=valid)
+    def values(self, *, student: Outputs, teacher: Outputs, views: ViewPair) -> dict[str, Tensor]:
+        """Return the KD term ``kd`` of one batch and, if it has several, its comparisons ``kd.NAME``."""
+        found = {
+            name: term.value(student=student, teacher=teacher, views=views, align=self.align)
+            for name, term in self.terms.items()
+        }
+        if len(found) == 1:
+            return {"kd": next(iter(found.values()))}
+        total = torch.stack([term.share * found[name] for name, term in self.terms.items()]).sum()
+        return {"kd": total, **{f"kd.{name}": value for name, value in found.items()}}
 
 
 def gradient_ratio(kd: Tensor, *, weight: float | Tensor, parameters: list[nn.Parameter]) -> Tensor:

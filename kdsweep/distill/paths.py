@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdsweep.models.unet import Outputs
+from kdsweep.core.errors import InputError
+from kdsweep.models.unet import HIDDEN, Outputs, stage_size
 
 
 class KDPath(nn.Module, ABC):
     """The interface of a KD path; a path that lacks a method is refused when it is built.
 
     A path's parameters are trained with the Student, kept in its checkpoint, and absent from its exported weights.
-    The configuration says which representation a path takes; without logits the Teacher runs its encoder alone.
+
+    Attributes:
+        stages: the stages of Teacher and Student that the path takes, such as ``encoder.5``; neither network runs
+            further than somebody needs. None: those of the configuration's ``representation``.
     """
+
+    stages: tuple[str, ...] | None = None
 
     @abstractmethod
     def teacher_map(self, outputs: Outputs) -> Tensor:
@@ -28,6 +36,8 @@ class KDPath(nn.Module, ABC):
 class Logits(KDPath):
     """L, KD-Logits: the final logits before any activation (PAPER, Figure 1). Both maps are (N, 1, H, W)."""
 
+    stages = ("logits",)
+
     def teacher_map(self, outputs: Outputs) -> Tensor:
         """Return the Teacher's logits."""
         return outputs.logits
@@ -38,15 +48,23 @@ class Logits(KDPath):
 
 
 class Hidden(KDPath):
-    """H, KD-Hidden: the deepest feature map averaged over channels (PAPER, Figure 1). Both maps are (N, 1, h, w)."""
+    """H, KD-Hidden: the deepest feature map averaged over channels (PAPER, Figure 1). Both maps are (N, 1, h, w).
+
+    Args:
+        stage: another one than the deepest.
+    """
+
+    def __init__(self, *, stage: str = HIDDEN) -> None:
+        super().__init__()
+        self.stage, self.stages = stage, (stage,)
 
     def teacher_map(self, outputs: Outputs) -> Tensor:
         """Return the Teacher's channel mean."""
-        return outputs.hidden.float().mean(dim=1, keepdim=True)
+        return outputs[self.stage].float().mean(dim=1, keepdim=True)
 
     def student_map(self, outputs: Outputs) -> Tensor:
         """Return the Student's channel mean."""
-        return outputs.hidden.float().mean(dim=1, keepdim=True)
+        return outputs[self.stage].float().mean(dim=1, keepdim=True)
 
 
 class HiddenRegressor(KDPath):
@@ -60,12 +78,20 @@ class HiddenRegressor(KDPath):
         teacher_channels: channels of the Teacher's hidden map.
         inner_channels: channels between the two convolutions.
         kernel_size: odd; the maps keep their size.
+        stage: another one than the deepest.
     """
 
     def __init__(
-        self, *, student_channels: int, teacher_channels: int, inner_channels: int = 512, kernel_size: int = 1
+        self,
+        *,
+        student_channels: int,
+        teacher_channels: int,
+        inner_channels: int = 512,
+        kernel_size: int = 1,
+        stage: str = HIDDEN,
     ) -> None:
         super().__init__()
+        self.stage, self.stages = stage, (stage,)
         padding = kernel_size // 2
         self.regressor = nn.Sequential(
             nn.Conv2d(student_channels, inner_channels, kernel_size, padding=padding),
@@ -76,9 +102,97 @@ class HiddenRegressor(KDPath):
 
     def teacher_map(self, outputs: Outputs) -> Tensor:
         """Return the Teacher's hidden map as it is."""
-        return outputs.hidden
+        return outputs[self.stage]
 
     def student_map(self, outputs: Outputs) -> Tensor:
         """Return the Student's hidden map through the regressor."""
-        regressed: Tensor = self.regressor(outputs.hidden)
+        regressed: Tensor = self.regressor(outputs[self.stage])
         return regressed
+
+
+class Stage(KDPath):
+    """The maps of one stage as they are, the Student's through an adapter if asked for.
+
+    Args:
+        student_channels: channels of the Student's stage.
+        teacher_channels: channels of the Teacher's stage.
+        stage: such as ``decoder.3`` or ``logits``, of both networks.
+        teacher_stage: of the Teacher, if it is another one.
+        adapter: a 1 x 1 convolution (without bias) raises the Student's channels to the Teacher's, for losses that
+            compare channel by channel. Source: FitNets' regressor (Romero et al., ICLR 2015, section 2.2).
+        resize: bring the Student's maps to the size of the Teacher's, bilinearly.
+
+    Raises:
+        InputError: the stages have maps of unequal size, and ``resize`` is not asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        student_channels: int,
+        teacher_channels: int,
+        stage: str,
+        teacher_stage: str | None = None,
+        adapter: bool = False,
+        resize: bool = False,
+    ) -> None:
+        super().__init__()
+        self.student_stage, self.teacher_stage = stage, teacher_stage or stage
+        halvings = _halvings(self.teacher_stage) - _halvings(self.student_stage)
+        if halvings and not resize:
+            raise InputError(
+                f"stage={stage} and teacher_stage={teacher_stage} have maps of unequal size: add resize=true"
+            )
+        self.scale = 0.5**halvings
+        self.stages = tuple(dict.fromkeys([self.student_stage, self.teacher_stage]))
+        self.adapter = nn.Conv2d(student_channels, teacher_channels, 1, bias=False) if adapter else nn.Identity()
+
+    def teacher_map(self, outputs: Outputs) -> Tensor:
+        """Return the Teacher's maps (N, C, h, w)."""
+        return outputs[self.teacher_stage]
+
+    def student_map(self, outputs: Outputs) -> Tensor:
+        """Return the Student's maps, adapted and resized if asked for."""
+        maps: Tensor = self.adapter(outputs[self.student_stage])
+        if self.scale != 1:
+            maps = F.interpolate(maps.float(), scale_factor=self.scale, mode="bilinear", align_corners=False)
+        return maps
+
+
+def _halvings(stage: str) -> int:
+    """Return how often the side of an image was halved in a stage."""
+    return 10 - (stage_size(stage, image_size=2**10).bit_length() - 1)
+
+
+class MaskedGeneration(Stage):
+    """MGD: the Student's maps, part of their positions erased, from which a generator makes the Teacher's.
+
+    In evaluation nothing is erased. Source: Yang et al., Masked generative distillation, ECCV 2022: a generator of two
+    3 x 3 convolutions with a ReLU between, 75 % erased for segmentation.
+
+    Args:
+        student_channels: channels of the Student's stage.
+        teacher_channels: channels of the Teacher's stage.
+        stage: such as ``decoder.3``: the generator has 18 C^2 weights for C channels of the Teacher.
+        erased: share of positions.
+    """
+
+    def __init__(self, *, student_channels: int, teacher_channels: int, stage: str, erased: float = 0.75) -> None:
+        differ = student_channels != teacher_channels
+        super().__init__(
+            student_channels=student_channels, teacher_channels=teacher_channels, stage=stage, adapter=differ
+        )
+        self.erased = erased
+        self.generator = nn.Sequential(
+            nn.Conv2d(teacher_channels, teacher_channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(teacher_channels, teacher_channels, 3, padding=1),
+        )
+
+    def student_map(self, outputs: Outputs) -> Tensor:
+        """Return the maps (N, C, h, w) that the generator makes of what was left."""
+        maps = super().student_map(outputs)
+        if self.training:
+            maps = maps * (torch.rand_like(maps[:, :1]) >= self.erased)
+        made: Tensor = self.generator(maps)
+        return made

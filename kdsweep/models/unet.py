@@ -1,4 +1,4 @@
-"""Teacher and Student: U-Nets of segmentation-models-pytorch, and the one call that returns logits and hidden together.
+"""Teacher and Student: U-Nets of segmentation-models-pytorch, and the one call that returns their maps.
 
 ``python -m kdsweep models`` prints parameters, MACs and the hidden shape of both.
 """
@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import segmentation_models_pytorch as smp
 import timm
@@ -17,20 +17,30 @@ from segmentation_models_pytorch.encoders._base import EncoderMixin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdsweep.config.schema import STAGES
 from kdsweep.core.errors import InputError
 from kdsweep.models.weights import HUB, imagenet_file, load_weights
 
+DEPTH = 5  # stages of the encoder, and of the decoder
+HIDDEN = f"encoder.{DEPTH}"
 
-class Outputs(NamedTuple):
-    """Result of one forward pass of a network.
 
-    Attributes:
-        logits: (N, 1, H, W), before any activation.
-        hidden: (N, C, H / 32, W / 32), the encoder's deepest feature map.
+class Outputs(dict[str, Tensor]):
+    """The maps of one forward pass by stage.
+
+    ``encoder.1`` to ``encoder.5`` have strides 2 to 32, ``decoder.1`` to ``decoder.5`` strides 16 to 1, ``logits``
+    (N, 1, H, W) are before any activation.
     """
 
-    logits: Tensor
-    hidden: Tensor
+    @property
+    def logits(self) -> Tensor:
+        """Return the logits (N, 1, H, W)."""
+        return self["logits"]
+
+    @property
+    def hidden(self) -> Tensor:
+        """Return the encoder's deepest feature map (N, C, H / 32, W / 32)."""
+        return self[HIDDEN]
 
 
 class TrimmedMobileNetV3Small(nn.Module, EncoderMixin):
@@ -74,15 +84,37 @@ smp.encoders.encoders["mobilenetv3_small_trimmed"] = {
 class UNet(smp.Unet):
     """smp's U-Net with one logit per pixel; its state dict is that of ``smp.Unet`` with the same arguments."""
 
-    def forward(self, images: Tensor) -> Outputs:
-        """Return logits and hidden map of normalized images (N, 3, H, W), H and W multiples of 32."""
-        features = self.encoder(images)
-        return Outputs(logits=self.segmentation_head(self.decoder(features)), hidden=features[-1])
+    def forward(self, images: Tensor, stages: Collection[str] = (HIDDEN, "logits")) -> Outputs:
+        """Return the maps of normalized images (N, 3, H, W), H and W multiples of 32, at these stages.
 
-    def hidden(self, images: Tensor) -> Tensor:
-        """Return the encoder's deepest feature map (N, C, H / 32, W / 32) alone, for the paths H and HR."""
-        features: list[Tensor] = self.encoder(images)
-        return features[-1]
+        It runs no further than the last of them, and keeps no others.
+        """
+        last = max(STAGES.index(stage) for stage in stages)
+        features = self._encode(images, depth=min(last + 1, DEPTH))
+        found = {f"encoder.{number}": features[number] for number in range(1, len(features))}
+        if last < DEPTH:
+            return Outputs({stage: found[stage] for stage in stages})
+        # As UnetDecoder.forward does, whose blocks' maps are not to be had from outside.
+        maps = self.decoder.center(features[-1])
+        for number in range(1, min(last + 1 - DEPTH, DEPTH) + 1):
+            below, skip = features[DEPTH - number], features[DEPTH - number] if number < DEPTH else None
+            maps = self.decoder.blocks[number - 1](maps, *below.shape[2:], skip_connection=skip)
+            if f"decoder.{number}" in stages:
+                found[f"decoder.{number}"] = maps
+        if "logits" in stages:
+            found["logits"] = self.segmentation_head(maps)
+        return Outputs({stage: found[stage] for stage in stages})
+
+    def _encode(self, images: Tensor, *, depth: int) -> list[Tensor]:
+        """Return the image and the encoder's maps, down to ``depth`` of them where the encoder can stop there."""
+        if depth == DEPTH:
+            features: list[Tensor] = self.encoder(images)
+            return features
+        self.encoder._depth = depth
+        try:
+            return list(self.encoder(images))
+        finally:
+            self.encoder._depth = DEPTH
 
 
 def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) -> UNet:
@@ -110,10 +142,18 @@ def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) 
 
 
 @cache
-def hidden_channels(encoder: str) -> int:
-    """Return how many channels the deepest feature map of an encoder has, without making its weights."""
+def stage_channels(encoder: str, decoder_channels: tuple[int, ...]) -> dict[str, int]:
+    """Return how many channels each stage of a network has, without making its weights."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return int(UNet(encoder, encoder_weights=None, in_channels=3, classes=1).encoder.out_channels[-1])
+        widths = UNet(encoder, encoder_weights=None, in_channels=3, classes=1).encoder.out_channels[1:]
+    return dict(zip(STAGES, (*widths, *decoder_channels, 1), strict=True))
+
+
+def stage_size(stage: str, *, image_size: int) -> int:
+    """Return the side of a stage's maps, for square images of ``image_size`` pixels."""
+    kind, _, number = stage.partition(".")
+    halved = {"encoder": int(number or 0), "decoder": DEPTH - int(number or 0), "logits": 0}[kind]
+    return image_size >> halved
 
 
 def freeze(network: UNet) -> UNet:
@@ -142,7 +182,7 @@ def summary(*, teacher: UNet, student: UNet, image_size: int) -> str:
     lines = ["| network | encoder | parameters | MACs | hidden (C x H x W) |", "| --- | --- | ---: | ---: | --- |"]
     for label, network in (("Teacher", teacher), ("Student", student)):
         with torch.device("meta"), torch.no_grad():
-            hidden = network.to("meta").eval().hidden(torch.zeros(1, 3, image_size, image_size))
+            hidden = network.to("meta").eval()(torch.zeros(1, 3, image_size, image_size), stages=[HIDDEN]).hidden
         shape = " x ".join(str(size) for size in hidden.shape[1:])
         macs, parameters = count_macs(network, image_size=image_size), count_parameters(network)
         encoder = network.name.removeprefix("u-")

@@ -12,7 +12,7 @@ from kdsweep.results import formats
 from kdsweep.results.footnotes import of_comparisons
 from kdsweep.results.frame import each_variant, gaps, placed_runs, scored_images, variants
 from kdsweep.results.paper import CELLS
-from kdsweep.results.stats import ALPHA, NAN, PLACE, adjusted, compare, pair, unknown
+from kdsweep.results.stats import ALPHA, NAN, OF_IMAGE, PLACE, adjusted, compare, pair, unknown
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
@@ -97,7 +97,8 @@ def _compared(dice: pd.DataFrame, base: pd.DataFrame, names: list[str], *, gap: 
     pairs = pd.concat(
         pair(ours=dice[dice["notation"] == name], baseline=base[base["notation"] == name]) for name in names
     )
-    pairs = pairs.groupby([*PLACE, "image", "group"], as_index=False)[["dice_ours", "dice_baseline", "points"]].mean()
+    own = [*PLACE, "image", *OF_IMAGE]
+    pairs = pairs.groupby(own, as_index=False)[["dice_ours", "dice_baseline", "points"]].mean()
     ours, against = 100 * pairs[["dice_ours", "dice_baseline"]].mean()
     means = {"mean_dice_percent": ours, "against_mean_dice_percent": against}
     return means | compare(pairs, test=test) | {"gap": ""}

@@ -14,7 +14,7 @@ from kdsweep.results import formats
 from kdsweep.results.footnotes import of_comparisons
 from kdsweep.results.frame import each_variant, gaps, placed_runs, scored_images
 from kdsweep.results.paper import LEVELS
-from kdsweep.results.stats import ALPHA, PLACE, adjusted, compare, unknown
+from kdsweep.results.stats import ALPHA, OF_IMAGE, PLACE, adjusted, compare, unknown
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
@@ -87,12 +87,12 @@ def _effects(sweep: Sweep, *, test: str) -> pd.DataFrame:
 
 
 def _dice_of_cells(whole: pd.DataFrame) -> pd.DataFrame:
-    """Return Dice with a row per (split, seed, image, group) and a column per cell without a gap."""
-    dice = whole.pivot(index=[*PLACE, "image", "group"], columns="notation", values="dice")
+    """Return Dice with a row per (split, seed, image, group, test_to_train) and a column per cell without a gap."""
+    dice = whole.pivot(index=[*PLACE, "image", *OF_IMAGE], columns="notation", values="dice")
     alone = dice[dice.isna().any(axis=1)]
     if not alone.empty:
         first = alone.iloc[0]
-        split, seed, image, _ = alone.index[0]
+        split, seed, image, *_ = alone.index[0]
         raise InputError(
             f"{first[first.isna()].index[0]} and {first.dropna().index[0]} were scored on different images: the first "
             f"is {image} of split {split} seed {seed}; run both on the same data"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,29 +17,25 @@ if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
 
 
-def external(sweep: Sweep, *, scores: pd.DataFrame) -> pd.DataFrame:
+def external(sweep: Sweep) -> pd.DataFrame:
     """Return internal and external Dice (%) of each model, and the drop in points with its 95 % interval.
-
-    Args:
-        sweep: its runs and scores on its own test images.
-        scores: as ``tracking.reader.read_external`` gives them: columns data_set, fingerprint, image, dice.
 
     Raises:
         InputError: no network was scored on another data set.
     """
-    if scores.empty:
+    if sweep.external.empty:
         command = f"python -m kdsweep score --sweep {sweep.name} data=folder data.root=DIR"
         raise InputError(f"sweep {sweep.name}: nothing was scored on another data set yet: `{command}`")
-    return each_variant(sweep, partial(_external, scores=scores))
+    return each_variant(sweep, _external)
 
 
-def _external(sweep: Sweep, *, scores: pd.DataFrame) -> pd.DataFrame:
+def _external(sweep: Sweep) -> pd.DataFrame:
     runs = placed_runs(sweep)
     own = scored_images(runs=runs, scores=sweep.scores)
     asked = set(runs["notation"])
     names = [name for name in [*BASELINES, *CELLS, *sorted(asked.difference(BASELINES, CELLS))] if name in asked]
     rows = []
-    for data_set, part in scores.groupby("data_set"):
+    for data_set, part in sweep.external.groupby("data_set"):
         theirs = scored_images(runs=runs, scores=part)
         lacking = gaps(runs=runs, scored=theirs, notations=names)
         for name, gap in gaps(runs=runs, scored=own, notations=names).items():

@@ -113,12 +113,14 @@ def placed_runs(sweep: Sweep) -> pd.DataFrame:
 def scored_images(*, runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """Return one row per finished run and test image, sorted: the order of the records changes no digit.
 
-    Column group: that of ``split.group``, else the image itself.
+    Column group: that of ``split.group``, else the image itself. Column test_to_train: test images for each training
+    image in the run's split; the paper's shares for runs that did not record it, which had no other splits.
     """
     finished = runs[runs["status"] == "FINISHED"]
+    finished = finished.assign(test_to_train=[_test_to_train(tags) for tags in finished["tags"]])
     groups = scores["group"].fillna(scores["image"]) if "group" in scores else scores["image"]
     scores = scores.assign(group=groups)
-    columns = ["fingerprint", "notation", *PLACE, "teacher"]
+    columns = ["fingerprint", "notation", *PLACE, "teacher", "test_to_train"]
     scored = finished[columns].merge(scores[["fingerprint", "image", "group", "dice"]])
     broken = scored[scored["dice"].isna() | scored.duplicated(["fingerprint", *PLACE, "image"])]
     if not broken.empty:
@@ -128,6 +130,11 @@ def scored_images(*, runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
             "dice must be one number for each test image; delete this run and run it again"
         )
     return scored.sort_values(["notation", *PLACE, "image"], ignore_index=True)
+
+
+def _test_to_train(tags: dict[str, str]) -> float:
+    train, _, test = map(float, tags.get("kdsweep.split_images", "0.64/0.16/0.20").split("/"))
+    return test / train
 
 
 def known_values(runs: pd.DataFrame, key: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 Scores are frames with one row per run and image (columns fingerprint, notation, split, seed, teacher, image, dice).
 Differences are frames with one row per (split, seed, image) and a column points (percentage points). Both may name the
-group of each image, such as its patient, in a column group: images of one group count as one cluster.
+group of each image, such as its patient, in a column group: images of one group count as one cluster; and in a column
+test_to_train how many images its split tests for each that it trains on.
 
 Two questions are told apart (docs/statistics.md): do *these networks* differ, as trained, on other images; and do
 *these methods*, so that networks trained anew would differ too.
@@ -19,10 +20,10 @@ import pandas as pd
 from scipy.stats import bootstrap, t, wilcoxon
 
 from kdsweep.core.errors import InputError
-from kdsweep.data.splits import TEST_SHARE, VALIDATION_SHARE
 
 NAN = float("nan")
 PLACE = ["split", "seed"]
+OF_IMAGE = ("group", "test_to_train")  # columns that are the same in all runs of a split
 TEST_NAMES = {
     "ttest": "paired two-sided t-test, clustered by image or its group",
     "wilcoxon": "two-sided Wilcoxon signed-rank test",
@@ -45,7 +46,6 @@ MEASURED = (
     "images_detectable_points",
 )  # what ``compare`` measures, beside n_images
 EQUAL = 1e-10  # points: smaller ones are rounding
-TEST_TO_TRAIN = TEST_SHARE / (1 - TEST_SHARE - VALIDATION_SHARE)
 
 
 class Spread(NamedTuple):
@@ -97,7 +97,7 @@ def pair(*, ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
         InputError: both were scored, but on different images.
     """
     asked, there = (set(zip(frame["split"], frame["seed"], strict=True)) for frame in (ours, baseline))
-    own = [*PLACE, "image", *(["group"] if "group" in ours and "group" in baseline else [])]
+    own = [*PLACE, "image", *(column for column in OF_IMAGE if column in ours and column in baseline)]
     both = ours.merge(baseline, on=own, how="outer", suffixes=("_ours", "_baseline"), indicator=True)
     both["points"] = 100 * (both["dice_ours"] - both["dice_baseline"])
     if not asked or not asked <= there:
@@ -132,7 +132,7 @@ def compare(differences: pd.DataFrame, *, test: str) -> dict[str, object]:
     """Answer both questions on a paired mean difference.
 
     Args:
-        differences: columns split, seed, image, points.
+        differences: columns split, seed, image, test_to_train, points.
         test: of TESTS, for these networks; these methods are always compared by the t-test.
 
     Returns:
@@ -304,13 +304,14 @@ def images_spread(parts: Components | None) -> Spread:
 def corrected_p(differences: pd.DataFrame) -> float:
     """Return the two-sided p over trainings, corrected for training sets that overlap; NaN for fewer than two.
 
-    t = mean / sqrt((1 / R + test / train) s^2), with R - 1 degrees of freedom, over the R means of (split, seed).
-    Source: Nadeau and Bengio, Inference for the generalization error, Machine Learning 52, 2003, section 3.
+    t = mean / sqrt((1 / R + test / train) s^2), with R - 1 degrees of freedom, over the R means of (split, seed);
+    test / train from the column test_to_train. Source: Nadeau and Bengio, Inference for the generalization error,
+    Machine Learning 52, 2003, section 3.
     """
-    means = differences.groupby(PLACE)["points"].mean()
+    means, ratios = (differences.groupby(PLACE)[column].mean() for column in ("points", "test_to_train"))
     if len(means) < 2:
         return NAN
-    error = float(np.sqrt((1 / len(means) + TEST_TO_TRAIN) * means.var(ddof=1)))
+    error = float(np.sqrt((1 / len(means) + ratios.mean()) * means.var(ddof=1)))
     return Spread(error, len(means) - 1).p(means.mean())
 
 

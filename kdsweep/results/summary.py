@@ -49,6 +49,7 @@ def summarize(sweep: Sweep, *, store: Path, uri: str | None) -> dict[str, str]:
         **({"Settings": "; ".join(settings)} if settings else {}),
         "Splits and seeds": f"{plural(cells['split'].nunique(), 'split')} ({listed(sorted(set(cells['split'])))}), "
         f"{plural(cells['seed'].nunique(), 'seed')} ({listed(sorted(set(cells['seed'])))})",
+        "Split protocol": listed(known_values(runs, "split_protocol")),
         "Data": listed(known_values(runs, "data")),
         "Images": _images(sweep, store=store, uri=uri),
         "Test images": ", ".join(f"{count} in split {split}" for split, count in tested.items()) or DASH,

@@ -314,12 +314,12 @@ def best_variant(sweep: Sweep, table: pd.DataFrame) -> tuple[Sweep, pd.DataFrame
 
 
 def asked(sweep: Sweep) -> list[str]:
-    """Return those of TABLES that suit a sweep: settings if it varies further keys, seeds if it has several."""
+    """Return those of TABLES that suit a sweep, such as seeds if it has several."""
     has = {
         "settings": comparisons.has_settings(sweep),
         "seeds": comparisons.has_seeds(sweep),
         "strata": "lesion_px" in sweep.scores,
-        "external": False,  # of other data: a table of its own
+        "external": not sweep.external.empty,
     }
     return [which for which in TABLES if has.get(which, True)]
 
@@ -330,18 +330,10 @@ def sentences(which: str, table: pd.DataFrame) -> list[str]:
     return told[which](table) if which in told else []
 
 
-def made(
-    which: str,
-    *,
-    sweep: Sweep,
-    store: Path,
-    test: str,
-    margin_points: float | None = None,
-    scores: pd.DataFrame | None = None,
-) -> Made:
-    """Make one of TABLES of a sweep whose cells' folders are in a store; ``external`` takes the scores for it."""
+def made(which: str, *, sweep: Sweep, store: Path, test: str, margin_points: float | None = None) -> Made:
+    """Make one of TABLES of a sweep whose cells' folders are in a store."""
     if which == "external":
-        table = external.external(sweep, scores=pd.DataFrame() if scores is None else scores)
+        table = external.external(sweep)
         notes = [*footnotes.provenance(sweep), *external.NOTES]
         return Made(HEADINGS[which], table, external.format_external(table), notes)
     if which == "table3":
@@ -380,20 +372,9 @@ def _led(which: str, sweep: Sweep, table: pd.DataFrame, text: pd.DataFrame, note
     return Made(HEADINGS[which], table, text, [*sentences(which, table), *footnotes.provenance(sweep), *notes])
 
 
-def make(
-    *,
-    which: str,
-    sweep: Sweep,
-    store: Path,
-    out_dir: Path,
-    test: str,
-    margin_points: float | None = None,
-    scores: pd.DataFrame | None = None,
-) -> str:
+def make(*, which: str, sweep: Sweep, store: Path, out_dir: Path, test: str, margin_points: float | None = None) -> str:
     """Write WHICH.md, .csv and .tex into out_dir; return the Markdown and a last line that names the files."""
-    heading, table, text, notes = made(
-        which, sweep=sweep, store=store, test=test, margin_points=margin_points, scores=scores
-    )
+    heading, table, text, notes = made(which, sweep=sweep, store=store, test=test, margin_points=margin_points)
     title = f"{heading} (sweep {sweep.name})"
     profile, data = ("".join(known_values(sweep.runs, key)) for key in ("profile", "data"))
     markdown = to_markdown(title=title, text=text, notes=notes)
@@ -435,10 +416,6 @@ def main(argv: list[str] | None = None) -> int:
         common = {"sweep": sweep, "store": options.store, "out_dir": out_dir, "test": options.test}
         if options.margin is not None and not 0 < options.margin < 100:
             raise InputError(f"--margin {options.margin:g}: must be a number of points above 0 and below 100")
-        if options.table == "external":
-            from kdsweep.tracking.reader import read_external
-
-            common["scores"] = read_external(sweep, store=options.store, uri=options.tracking_uri)
         sys.stdout.write(make(which=options.table, margin_points=options.margin, **common))
 
     return exit_code(work)

@@ -17,7 +17,9 @@ def check(configs: list[DictConfig]) -> None:
     """Raise InputError for the first of these cells that could not be trained: networks, weights, KD term, images."""
     for cfg in configs:
         factory.check_networks(cfg)
-    for cfg in {str((cfg.path, cfg.loss, cfg.student, cfg.teacher)): cfg for cfg in reversed(configs)}.values():
+    for cfg in {
+        str((cfg.method, cfg.path, cfg.loss, cfg.student, cfg.teacher)): cfg for cfg in reversed(configs)
+    }.values():
         factory.check_term(cfg)
     for cfg in {identity.batches_key(cfg, seed=cfg.seed): cfg for cfg in reversed(configs)}.values():
         factory.feed(cfg, seed=cfg.seed)
@@ -76,7 +78,7 @@ def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: 
     timed = {"image_size": first.image_size, "compute": compute}
     student = latency.time_step_s(factory.student_network(first, weights="none"), **timed)
     teacher = latency.StepTime(0.0, 0.0)
-    if taught := [cfg for cfg in configs if cfg.path.kd_path is not None]:
+    if taught := [cfg for cfg in configs if identity.read(cfg).is_taught]:
         trained = all(records.read_finished(identity.teacher_cell(cfg).folder) is not None for cfg in taught)
         network = factory.teacher_network(taught[0], weights="none")
         teacher = latency.time_step_s(network, **timed, forward_only=trained)

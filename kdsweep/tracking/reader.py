@@ -7,7 +7,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import nan
 from pathlib import Path
@@ -24,6 +24,7 @@ from kdsweep.tracking.writer import ASKED, COMMANDS, VARIED, Tracker
 
 T = TypeVar("T")
 EXTERNAL = "external"  # folder of the scores on other data sets, among a run's artifacts and in a cell's folder
+SCORED = "kdsweep.external"  # tag with the names of those files
 ROLES = {"cell": "distilled", "student": "baseline"}  # as stores before results version 1 call them
 
 
@@ -68,6 +69,8 @@ class Sweep:
         commands: those that asked for its cells, as they can be typed again, the latest one last.
         run_id: of the parent run.
         experiment_id: of the MLflow experiment.
+        external: as scores, on other data sets (``python -m kdsweep score``), column data_set: its name and the first
+            digits of its digest, such as ``folder-1a2b3c4d``.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Sweep:
     commands: tuple[str, ...] = ()
     run_id: str = ""
     experiment_id: str = ""
+    external: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def _artifact(client: MlflowClient, store: Path, run_id: str, name: str) -> bytes:
@@ -168,8 +172,8 @@ def attach(sweep: Sweep, files: Sequence[Path], *, folder: str, store: Path, uri
     return f"logged to MLflow, run {sweep.run_id}"
 
 
-def keep_artifact(file: Path, *, run_id: str, folder: str, store: Path, uri: str | None) -> None:
-    """Log a file as an artifact of a run, unless it is there already.
+def keep_external(file: Path, *, run_id: str, store: Path, uri: str | None) -> None:
+    """Log the scores of a run on another data set, unless they are there already.
 
     Raises:
         InputError: the store does not answer.
@@ -178,30 +182,12 @@ def keep_artifact(file: Path, *, run_id: str, folder: str, store: Path, uri: str
     def work() -> None:
         with exclusive(store):
             client = MlflowClient(tracking_uri=store_uri(store, uri))
-            if f"{folder}/{file.name}" not in {found.path for found in client.list_artifacts(run_id, folder)}:
-                client.log_artifact(run_id, str(file), folder)
+            kept = client.get_run(run_id).data.tags.get(SCORED, "").split()
+            if file.name not in kept:
+                client.log_artifact(run_id, str(file), EXTERNAL)
+                client.set_tag(run_id, SCORED, " ".join(sorted([*kept, file.name])))
 
     _answered(work, store=store, uri=uri)
-
-
-def read_external(sweep: Sweep, *, store: Path, uri: str | None) -> pd.DataFrame:
-    """Read the scores of a sweep's finished runs on other data sets: columns data_set, fingerprint, image, dice, ...
-
-    A data set is named with the first digits of its digest, such as ``folder-1a2b3c4d``.
-
-    Raises:
-        InputError: the store does not answer.
-    """
-    client = MlflowClient(tracking_uri=store_uri(store, uri))
-    tables = [pd.DataFrame(columns=["data_set", "fingerprint", "image", "dice"])]
-    finished = sweep.runs[sweep.runs["status"] == "FINISHED"].drop_duplicates("run_id")
-    for run in finished.to_dict("records"):
-        listed = _answered(partial(client.list_artifacts, run["run_id"], EXTERNAL), store=store, uri=uri)
-        for path in sorted(found.path for found in listed):
-            kept = _answered(partial(_artifact, client, store, run["run_id"], path), store=store, uri=uri)
-            table = _read_scores(io.StringIO(kept.decode()))
-            tables.append(table.assign(data_set=Path(path).stem, fingerprint=run["fingerprint"]))
-    return pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
 
 
 def _read_scores(text: io.StringIO) -> pd.DataFrame:
@@ -251,10 +237,11 @@ def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
     rows += [
         _row(fingerprint, runs[fingerprint], "") | {"variant": {}} for fingerprint in teachers if fingerprint in runs
     ]
-    table = _scores(tracker, [row for row in rows if row["status"] == "FINISHED"])
+    finished = [row for row in rows if row["status"] == "FINISHED"]
+    table, external = _scores(tracker, finished), _external(tracker, finished)
     name, run_id = parent.data.tags["kdsweep.sweep"], str(parent.info.run_id)
     commands = tuple(tags.get(COMMANDS, "").splitlines())
-    return Sweep(name, pd.DataFrame(rows), table, varied, commands, run_id, str(tracker.experiment_id))
+    return Sweep(name, pd.DataFrame(rows), table, varied, commands, run_id, str(tracker.experiment_id), external)
 
 
 def _scores(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -271,6 +258,17 @@ def _scores(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
         table = _read_scores(text)
         tables.append(table.assign(fingerprint=np.repeat([fingerprint for fingerprint, _ in own], counts)))
     return pd.concat(tables, ignore_index=True)
+
+
+def _external(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Read the scores of finished runs on other data sets; empty without any."""
+    tables = []
+    for row in rows:
+        for name in row["tags"].get(SCORED, "").split():
+            kept = _artifact(tracker.client, tracker.store, row["run_id"], f"{EXTERNAL}/{name}")
+            table = _read_scores(io.StringIO(kept.decode()))
+            tables.append(table.assign(data_set=Path(name).stem, fingerprint=row["fingerprint"]))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _named_sweep(tracker: Tracker, name: str | None, *, finished: set[str]) -> Run:

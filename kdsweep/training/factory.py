@@ -6,15 +6,18 @@ What of a configuration can be told without torch is in ``config/identity.py``.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import subprocess
 import sys
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from typing import cast
 
 import hydra
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from kdsweep.config import composition, identity
 from kdsweep.config.grid import Cell
@@ -23,11 +26,14 @@ from kdsweep.core.errors import InputError, exit_code, one_line
 from kdsweep.data.loaders import Feed, TrainLoader, eval_part
 from kdsweep.data.splits import check_training_masks
 from kdsweep.data.views import Strengths, Views
-from kdsweep.distill.distillation import Distillation, TeacherForward
+from kdsweep.distill.distillation import Distillation, TeacherForward, Term, ViewPair
+from kdsweep.distill.paths import KDPath
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs, UNet
 from kdsweep.models.weights import HUB
 from kdsweep.training.learner import Learner
+
+log = logging.getLogger(__name__)
 
 
 def device(cfg: DictConfig) -> torch.device:
@@ -113,7 +119,7 @@ def _weights(node: DictConfig) -> str:
 
 def check_networks(cfg: DictConfig) -> None:
     """Raise InputError if a cell's networks or their weights cannot be had: before anything is trained."""
-    networks = [cfg.student, *([cfg.teacher] if cfg.path.kd_path is not None else [])]
+    networks = [cfg.student, *([cfg.teacher] if identity.read(cfg).is_taught else [])]
     for node in networks:
         _check_network(node.encoder, tuple(node.decoder_channels), _weights(node))
 
@@ -124,10 +130,10 @@ def _check_network(encoder: str, decoder_channels: tuple[int, ...], weights: str
 
 
 def check_term(cfg: DictConfig) -> None:
-    """Build a cell's path and loss and take one term and its gradient of two images, before anything is trained.
+    """Build a cell's paths and losses and take the KD term and its gradient, before anything is trained.
 
     Raises:
-        InputError: one of them cannot be built or called, or returns something else than one number.
+        InputError: one of them cannot be built or called, returns something else than one number, or teaches nothing.
     """
     try:
         with torch.random.fork_rng(devices=[]):
@@ -136,46 +142,88 @@ def check_term(cfg: DictConfig) -> None:
     except InputError:
         raise
     except Exception as error:  # of any kind: it is the user's code
-        raise InputError(f"path={cfg.path.name} loss={cfg.loss.name} gives no KD term: {one_line(error)}") from error
+        raise InputError(f"{_compared(cfg)} gives no KD term: {one_line(error)}") from error
+
+
+def _compared(cfg: DictConfig) -> str:
+    if cfg.method.name != "none":
+        return f"method={cfg.method.name}"
+    return f"path={cfg.path.name} loss={cfg.loss.name}"
 
 
 def _take_term(kd: Distillation, cfg: DictConfig) -> None:
     chance = torch.Generator().manual_seed(0)
-    side = cfg.image_size // 32
+    count, size = min(2, cfg.train.batch_size), cfg.image_size
 
-    def outputs(group: str) -> Outputs:
-        channels = unet.hidden_channels(cfg[group].encoder)
-        logits = torch.randn(2, 1, cfg.image_size, cfg.image_size, generator=chance)
-        return Outputs(logits=logits, hidden=torch.randn(2, channels, side, side, generator=chance))
+    def outputs(node: DictConfig) -> Outputs:
+        widths = unet.stage_channels(node.encoder, tuple(node.decoder_channels))
+        sides = {stage: unet.stage_size(stage, image_size=size) for stage in kd.stages}
+        maps = {name: torch.randn(count, widths[name], side, side, generator=chance) for name, side in sides.items()}
+        return Outputs(maps)
 
-    student, teacher = outputs("student"), outputs("teacher")
-    for tensor in student:
-        tensor.requires_grad_()
-    value = kd.term(student=student, teacher=teacher, theta=torch.eye(2, 3).repeat(2, 1, 1))
-    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
-        raise TypeError("the loss must return a tensor of one number that depends on the Student")
-    value.backward()
+    student, teacher = outputs(cfg.student), outputs(cfg.teacher)
+    for maps in student.values():
+        maps.requires_grad_()
+    mask = (torch.rand(count, 1, size, size, generator=chance) > 0.5).float()
+    views = ViewPair(torch.eye(2, 3).repeat(count, 1, 1), student_mask=mask, teacher_mask=mask)
+    for name, value in kd.values(student=student, teacher=teacher, views=views).items():
+        if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise TypeError(f"{name}: the loss must return a tensor of one number that depends on the Student")
+        gradients = torch.autograd.grad(value, list(student.values()), allow_unused=True, retain_graph=True)
+        if not any(own is not None and own.any() for own in gradients):
+            batches = f"batches of {count} (train.batch_size={cfg.train.batch_size})"
+            raise InputError(f"{_compared(cfg)} gives no KD term: {name} has no gradient in {batches}")
+    for name, term in kd.terms.items():
+        adapter = getattr(term.kd_path, "adapter", None)
+        if isinstance(adapter, nn.Conv2d) and adapter.in_channels == adapter.out_channels:
+            both = f"Teacher and Student both have {adapter.in_channels} channels at {term.stages[0]}"
+            log.warning("%s, term %s: %s; its adapter is not needed", _compared(cfg), name, both)
 
 
 def distillation(cfg: DictConfig, *, teacher: str) -> Distillation | None:
-    """Build how the configuration's Student is taught by the Teacher of a fingerprint; None for path=none."""
-    if cfg.path.kd_path is None:
+    """Build how the configuration's Student is taught by the Teacher of a fingerprint; None for a baseline."""
+    given = identity.read(cfg)
+    if not given.is_taught:
         return None
     with torch.random.fork_rng(devices=[]):  # after the Student, from the same seed: paths share its initialization
         torch.manual_seed(cfg.seed)
-        kd_path = hydra.utils.instantiate(cfg.path.kd_path)
-        if isinstance(kd_path, partial):
-            channels = {f"{name}_channels": unet.hidden_channels(cfg[name].encoder) for name in ("student", "teacher")}
-            kd_path = kd_path(**channels)
+        terms = _method_terms(cfg, given.method.shares()) if given.method.terms else {"kd": _term(cfg)}
     return Distillation(
-        kd_path=kd_path,
-        needs_logits=cfg.path.representation == "logits",
-        loss=hydra.utils.instantiate(cfg.loss[cfg.path.representation]),
-        weight=None if cfg.kd.weight == "matched" else cfg.kd.weight,
+        terms=terms,
+        weight=given.kd_weight,
         ratio=cfg.kd.ratio,
         forward=TeacherForward(teacher, view=cfg.teacher_aug.distill_view, precision=cfg.kd.teacher_precision),
         align=cfg.kd.align == "warp",
     )
+
+
+def _method_terms(cfg: DictConfig, shares: dict[str, float]) -> dict[str, Term]:
+    """Build the comparisons of a method, each of which names its stage."""
+    terms = {}
+    for name, node in cfg.method.terms.items():
+        kd_path = _kd_path(cfg, node.path)
+        if kd_path.stages is None:
+            raise InputError(f"method.terms.{name}.path={node.path._target_} says not which stages it takes")
+        terms[name] = Term(kd_path, hydra.utils.instantiate(node.loss), kd_path.stages, shares[name])
+    return terms
+
+
+def _term(cfg: DictConfig) -> Term:
+    """Build the comparison of ``path`` and ``loss``."""
+    representation, kd_path = cfg.path.representation, _kd_path(cfg, cfg.path.kd_path)
+    implied = (unet.HIDDEN, "logits") if representation == "logits" else (unet.HIDDEN,)
+    return Term(kd_path, hydra.utils.instantiate(cfg.loss[representation]), kd_path.stages or implied)
+
+
+def _kd_path(cfg: DictConfig, node: DictConfig) -> KDPath:
+    """Build a KD path; one that is ``_partial_`` is given the channels of its stage in both networks."""
+    kd_path = hydra.utils.instantiate(node)
+    if not isinstance(kd_path, partial):
+        return cast("KDPath", kd_path)
+    stage = kd_path.keywords.get("stage", unet.HIDDEN)
+    stages = {"student": stage, "teacher": kd_path.keywords.get("teacher_stage") or stage}
+    widths = {name: unet.stage_channels(cfg[name].encoder, tuple(cfg[name].decoder_channels)) for name in stages}
+    return cast("KDPath", kd_path(**{f"{name}_channels": widths[name][stages[name]] for name in stages}))
 
 
 def learner(cfg: DictConfig, own: Cell) -> Learner:
@@ -219,6 +267,7 @@ def tags(cfg: DictConfig) -> dict[str, str]:
         "kdsweep.device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         "kdsweep.split_protocol": given.split.in_words(),
         "kdsweep.split_digest": identity.split_digest(given),
+        "kdsweep.split_images": "/".join(str(len(ids)) for ids in identity.split_ids(given).values()),
         "kdsweep.threads": str(torch.get_num_threads()),
         "kdsweep.torch": torch.__version__,
         "mlflow.source.git.commit": git_commit(),

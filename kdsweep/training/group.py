@@ -110,7 +110,7 @@ def obtain_teachers(configs: list[DictConfig], compute: loop.Compute) -> dict[st
         configs: of any cells; the Student baseline needs none.
         compute: device and precision.
     """
-    wanted = {identity.teacher_cell(cfg).fingerprint: cfg for cfg in configs if cfg.path.kd_path is not None}
+    wanted = {identity.teacher_cell(cfg).fingerprint: cfg for cfg in configs if identity.read(cfg).is_taught}
     own = list(wanted.values())
     found: dict[str, UNet | Exception] = {}
     for group in grid.group_by([identity.batches_key(cfg, seed=cfg.teacher.seed) for cfg in own]):

@@ -20,7 +20,7 @@ from kdsweep.core.errors import CellError
 from kdsweep.core.files import remove_parts, write_text
 from kdsweep.data.loaders import EvalPart
 from kdsweep.distill import losses
-from kdsweep.distill.distillation import Distillation, gradient_ratio, matched_weight
+from kdsweep.distill.distillation import Distillation, ViewPair, gradient_ratio, matched_weight
 from kdsweep.evaluation import metrics
 from kdsweep.evaluation.scoring import predict, score
 from kdsweep.models.unet import Outputs, UNet
@@ -139,9 +139,16 @@ class Learner:
         self.kd_weight: float | Tensor = 0.5 if fixed is None else fixed
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return the network and, if it is taught, its KD path."""
-        taught = {"kd_path": self.distillation.kd_path} if self.distillation else {}
-        return {"network": self.network, **taught}
+        """Return the network and, if it is taught, its KD paths."""
+        terms = self.distillation.terms if self.distillation else {}
+        several = len(terms) > 1
+        paths = {f"kd_path.{name}" if several else "kd_path": term.kd_path for name, term in terms.items()}
+        return {"network": self.network, **paths}
+
+    @property
+    def stages(self) -> set[str]:
+        """Return the stages of its network that its losses take."""
+        return {"logits"} | (self.distillation.stages if self.distillation else set())
 
     def parameters(self) -> list[nn.Parameter]:
         """Return everything that is trained: the parameters of the network and of the KD path."""
@@ -184,16 +191,16 @@ class Learner:
         yield
         self.whole = True
 
-    def terms(self, outputs: Outputs, mask: Tensor, taught: Outputs | None, theta: Tensor | None) -> dict[str, Tensor]:
+    def terms(self, outputs: Outputs, taught: Outputs | None, views: ViewPair) -> dict[str, Tensor]:
         """Return the loss terms of one batch and their weighted sum ``loss`` (PAPER, Eq. I)."""
         self.doing = "supervised term"
-        supervised = losses.cross_entropy(logits=outputs.logits, mask=mask)
+        supervised = losses.cross_entropy(logits=outputs.logits, mask=views.student_mask)
         if self.distillation is None or taught is None:
             return {"loss": supervised, "supervised": supervised}
         self.doing = "kd term"
-        kd = self.distillation.term(student=outputs, teacher=taught, theta=theta)
+        found = self.distillation.values(student=outputs, teacher=taught, views=views)
         weight = self.kd_weight
-        return {"loss": weight * kd + (1 - weight) * supervised, "kd": kd, "supervised": supervised}
+        return {"loss": weight * found["kd"] + (1 - weight) * supervised, **found, "supervised": supervised}
 
     def backward(self, terms: dict[str, Tensor]) -> None:
         """Compute the gradients of a batch; in an epoch's first step, measure how strongly the KD term acts.

@@ -21,7 +21,7 @@ from kdsweep.core.errors import CellError, one_line
 from kdsweep.core.progress import Progress
 from kdsweep.data.loaders import Feed
 from kdsweep.data.views import normalize
-from kdsweep.distill.distillation import TeacherForward
+from kdsweep.distill.distillation import TeacherForward, ViewPair
 from kdsweep.evaluation import metrics, scoring
 from kdsweep.models.unet import Outputs, UNet
 from kdsweep.runs import records
@@ -57,27 +57,23 @@ class FrozenTeachers:
                 raise ValueError(f"Teacher {name} is not frozen in eval mode")
 
     def teach(self, learners: list[Learner], images: Mapping[str, Tensor]) -> dict[TeacherForward, Outputs]:
-        """Run each forward that these learners need once, with the encoder alone where that is enough.
+        """Run each forward that these learners need once, no further than the last stage that one of them takes.
 
         Args:
             learners: those still in training.
             images: normalized images (N, 3, H, W) by view.
         """
-        needed: dict[TeacherForward, bool] = {}
+        needed: dict[TeacherForward, set[str]] = {}
         for learner in learners:
             if (taught := learner.distillation) is not None:
-                needed[taught.forward] = needed.get(taught.forward, False) or taught.needs_logits
+                needed.setdefault(taught.forward, set()).update(taught.stages)
         with torch.inference_mode():
-            return {forward: self._forward(forward, images, logits=logits) for forward, logits in needed.items()}
+            return {forward: self._forward(forward, images, stages) for forward, stages in needed.items()}
 
-    def _forward(self, forward: TeacherForward, images: Mapping[str, Tensor], *, logits: bool) -> Outputs:
-        teacher = self.teachers[forward.teacher]
+    def _forward(self, forward: TeacherForward, images: Mapping[str, Tensor], stages: set[str]) -> Outputs:
         with self.compute.autocast(forward.precision):
-            if logits:
-                outputs: Outputs = teacher(images[forward.view])
-                return outputs
-            hidden = teacher.hidden(images[forward.view])
-            return Outputs(logits=hidden.new_empty(0), hidden=hidden)
+            outputs: Outputs = self.teachers[forward.teacher](images[forward.view], stages)
+        return outputs
 
 
 class CheckpointSchedule:
@@ -236,15 +232,17 @@ def _views(learners: list[Learner]) -> set[str]:
 def _step(
     learner: Learner, batch: Batch, images: Batch, teacher_outputs: dict[TeacherForward, Outputs], compute: Compute
 ) -> None:
-    taught, theta = None, None
+    taught, mask = None, batch[f"{learner.view}_mask"][:, None]
+    views = ViewPair(theta=None, student_mask=mask, teacher_mask=mask)
     if (kd := learner.distillation) is not None:
         taught = teacher_outputs[kd.forward]
-        theta = batch["theta"] if kd.forward.view != learner.view else None
+        if kd.forward.view != learner.view:
+            views = ViewPair(batch["theta"], student_mask=mask, teacher_mask=batch[f"{kd.forward.view}_mask"][:, None])
     with learner.changing(), _located(learner, f"step {learner.steps + 1}"):
         learner.doing = "forward"
         with compute.autocast():
-            outputs = learner.network(images[learner.view])
-            terms = learner.terms(outputs, batch[f"{learner.view}_mask"][:, None], taught, theta)
+            outputs = learner.network(images[learner.view], learner.stages)
+            terms = learner.terms(outputs, taught, views)
         learner.doing = "backward"
         learner.backward(terms)
         learner.optimizer.step()
@@ -279,9 +277,10 @@ def _validate(
                     scoring.eval_batches(feed.validation, compute), taught, strict=True
                 ):
                     learner.doing = "forward"
-                    outputs = learner.network(views["strong"])
+                    outputs = learner.network(views["strong"], learner.stages)
                     kd = learner.distillation
-                    terms = learner.terms(outputs, mask, teacher_outputs[kd.forward] if kd else None, None)
+                    same = ViewPair(theta=None, student_mask=mask, teacher_mask=mask)
+                    terms = learner.terms(outputs, teacher_outputs[kd.forward] if kd else None, same)
                     dice = metrics.mean_dice(logits=outputs.logits, mask=mask)
                     means.add({**terms, "dice": dice}, len(mask))
             learner.train()

@@ -34,7 +34,7 @@ PLAIN = st.recursive(
 
 def test_the_twelve_notations_are_those_of_the_papers_table_3() -> None:
     made = [
-        grid.notation(path=path, loss=loss, distill_view=view)
+        grid.notation(f"{path}_{loss}", view)
         for path, loss, view in itertools.product(("L", "H", "HReg"), ("MSE", "KLD"), ("strong", "weak"))
     ]
     assert made == [

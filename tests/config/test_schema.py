@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import hydra
 import pytest
@@ -53,6 +53,16 @@ BAD: dict[str, tuple[Any, ...]] = {
     "teacher_aug.train_view": ("medium", "Weak", None, 1),
     "teacher_aug.distill_view": ("medium", "Weak", None, 1),
     "kd.weight": (-0.01, 1.01, "match", *NOT_NUMBERS),
+    "kd.lambda": (-0.01, *NOT_NUMBERS[1:]),
+    "method.supervised": (0, -1, *NOT_NUMBERS),
+    "method.kd_weight": (-0.01, 1.01, "matched", *NOT_NUMBERS),
+    "method.terms.hint.weight": (0, -1, *NOT_NUMBERS),
+    "method.terms.hint.path.stage": ("encoder.0", "decoder.6", "hidden", 5),
+    "method.terms.hint.path.teacher_stage": ("encoder.0", "decoder.6", "hidden", 5),
+    "method.terms.hint.path.inner_channels": (0, -1, 1.5, "1"),
+    "method.terms.hint.path.kernel_size": (0, 2, -1, 1.5, "1"),
+    "path.kd_path.stage": ("encoder.0", "decoder.6", "hidden", 5),
+    "path.kd_path.teacher_stage": ("encoder.0", "decoder.6", "hidden", 5),
     "kd.ratio": (0, -1, *NOT_NUMBERS),
     "kd.temperature": (0, -1, *NOT_NUMBERS),
     "kd.align": ("crop", None, True),
@@ -87,7 +97,9 @@ EDGES: dict[str, tuple[Any, ...]] = {
     "train.lr": (1, 1e-9),
     "train.monitor": ("loss", "dice"),
     "train.workers": ("auto", 0, 8),
-    "kd.weight": (0, 0.0, 1, 1.0),
+    "kd.weight": (0, 0.0, 1, 1.0, "published"),
+    "kd.lambda": (0, 50, None),
+    "method.terms.hint.path.stage": ("encoder.1", "decoder.5", "logits"),
     "views.shift": (0, 0.5),
     "views.scale": (0, 0.9),
     "views.rotate_deg": (0, 180),
@@ -104,7 +116,8 @@ def leaves(node: type[schema.Node] = schema.Settings, lead: str = "") -> dict[st
         below = [k for k in (field.annotation, *get_args(field.annotation)) if isinstance(k, type)]
         nested = [kind for kind in below if issubclass(kind, schema.Node)]
         if nested:
-            found |= leaves(nested[0], f"{lead}{name}.")
+            own = f"{name}.hint" if get_origin(field.annotation) is dict else name  # a term of method=fitnet
+            found |= leaves(nested[0], f"{lead}{own}.")
         elif field.description:
             found[f"{lead}{field.alias or name}"] = field.description
     return found
@@ -116,7 +129,8 @@ WORDS = {key for key, allowed in ALLOWED.items() if allowed in ("a word", "image
 
 @pytest.fixture(scope="module")
 def defaults() -> dict[str, Any]:
-    return identity.read(composition.compose(["path=HR"])).plain()  # the path that has the most keys
+    method = identity.read(composition.compose(["method=fitnet"])).method.plain()
+    return {**identity.read(composition.compose(["path=HR"])).plain(), "method": method}  # those with the most keys
 
 
 def changed(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -162,7 +176,7 @@ def test_a_number_is_no_word(defaults: dict[str, Any], key: str) -> None:
 
 def test_an_unknown_key_and_a_missing_one_are_told(defaults: dict[str, Any]) -> None:
     with pytest.raises(
-        InputError, match=r"^kd\.foo is not a key of the configuration; it has: weight, ratio, temperature, "
+        InputError, match=r"^kd\.foo is not a key of the configuration; it has: weight, lambda, ratio, temp"
     ):
         schema.read(changed(defaults, "kd.foo", 1))
     with pytest.raises(InputError, match=r"^loss is missing: give it on the command line, loss=\.\.\.$"):
@@ -186,7 +200,7 @@ def test_images_cannot_be_loaded_smaller_than_they_are_cropped(defaults: dict[st
 def test_the_groups_are_those_that_the_design_names() -> None:
     assert GROUPS.keys() >= {"path", "loss", "teacher_aug", "data", "teacher", "student", "profile", "tracking"}
     assert GROUPS["path"] == ["H", "HR", "L", "none"]
-    assert EXPERIMENTS == ["cpu_study", "table3", "table4"]
+    assert EXPERIMENTS == ["cpu_study", "methods", "table3", "table4"]
 
 
 def test_the_defaults_are_the_papers_best_cell_by_its_protocol() -> None:
@@ -232,11 +246,13 @@ def test_every_experiment_sweeps_existing_options_within_the_limits(name: str) -
         cfg = hydra.compose("config", [f"+experiment={name}"], return_hydra_config=True)
     identity.read(cfg)
     swept = {key: str(values).split(",") for key, values in cfg.hydra.sweeper.params.items()}
+    if "method" in swept:
+        assert sorted(swept["method"]) == GROUPS["method"], "all of them"
     for key, values in swept.items():
         for value in values:
             compose(f"{key}={value}")
     count = math.prod(map(len, swept.values()))
-    assert count == {"table3": 12, "table4": 48, "cpu_study": 48}[name]
+    assert count == {"table3": 12, "table4": 48, "cpu_study": 48, "methods": 16}[name]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))

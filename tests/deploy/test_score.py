@@ -1,6 +1,7 @@
 """Finished networks on another data set: scored once, kept, compared; the sweep's own images are refused."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ from scipy.stats import ttest_ind
 from test_predict import SIZE, finish
 
 from kdsweep.config import composition, identity
+from kdsweep.core.errors import InputError
 from kdsweep.deploy import predict, score
 from kdsweep.evaluation import scoring
 from kdsweep.results import external, tables
@@ -65,6 +67,7 @@ def test_every_network_is_scored_once_and_the_table_comes_out(finished, small_bu
 
     assert tables.main(["external", "--store", str(store)]) == 0
     assert "External. Test DSC on other data sets" in capsys.readouterr().out
+    assert "external" in tables.asked(reader.read_sweep(store=store, uri=None, name=None)), "the report shows it"
     row = pd.read_csv(store / "tables" / "external.csv").iloc[0]
     assert row["notation"] == "Student"
     assert row["n_external"] == 25
@@ -100,13 +103,12 @@ def test_the_sweeps_own_images_are_refused(finished, capsys):
     assert "5 of 5 images are also in the data that the sweep was trained on" in capsys.readouterr().err
 
 
-def test_without_scores_the_table_says_how_to_make_them(finished, capsys, tmp_path):
+def test_without_scores_the_table_says_how_to_make_them(finished):
     store, _ = finished
-    copied = shutil.copytree(store, tmp_path / "store")
-    shutil.rmtree(copied / "artifacts")
-    sweep = reader.read_sweep(store=store, uri=None, name=None)
-    with pytest.raises(Exception, match="python -m kdsweep score --sweep study"):
-        external.external(sweep, scores=pd.DataFrame())
+    sweep = replace(reader.read_sweep(store=store, uri=None, name=None), external=pd.DataFrame())
+    with pytest.raises(InputError, match="python -m kdsweep score --sweep study"):
+        external.external(sweep)
+    assert "external" not in tables.asked(sweep)
 
 
 def test_the_drops_interval_is_welchs():

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
 from kdsweep.distill import losses, paths
-from kdsweep.distill.distillation import Distillation, TeacherForward
+from kdsweep.distill.distillation import Distillation, TeacherForward, Term, ViewPair
 from kdsweep.models import unet
 from kdsweep.training.learner import Learner
 from kdsweep.training.loop import Compute, FrozenTeachers
@@ -313,9 +313,7 @@ def test_a_training_step_moves_the_student_and_leaves_the_teacher(
     kd_path = small_path(name)
     kld = losses.kld_pixels if name == "L" else losses.kld_positions
     distillation = Distillation(
-        needs_logits=name == "L",
-        kd_path=kd_path,
-        loss=losses.mse if loss == "mse" else kld,
+        {"kd": Term(kd_path, losses.mse if loss == "mse" else kld, kd_path.stages)},
         weight=1.0,  # the KD term alone: what moves, moves through it
         forward=WEAK,
         align=True,
@@ -339,7 +337,8 @@ def test_a_training_step_moves_the_student_and_leaves_the_teacher(
     taught = frozen.teach([learner], images)[WEAK]
     assert not kd_path.teacher_map(taught).requires_grad
     theta = torch.tensor([[[0.9, 0.1, 0.05], [-0.1, 0.9, 0.0]]]).repeat(2, 1, 1)
-    terms = learner.terms(learner.network(images["strong"]), torch.zeros(2, 1, 64, 64), taught, theta)
+    mask = torch.zeros(2, 1, 64, 64)
+    terms = learner.terms(learner.network(images["strong"]), taught, ViewPair(theta, mask, mask))
     assert set(terms) == {"loss", "kd", "supervised"}
     terms["loss"].backward()
     learner.optimizer.step()
@@ -355,7 +354,7 @@ def test_a_teachers_outputs_have_no_graph_even_where_its_input_has_one(frozen: F
     for name in ("L", "H"):
         kd_path = small_path(name)
         forward = TeacherForward("Teacher", view="strong", precision="fp32")
-        distillation = SimpleNamespace(kd_path=kd_path, needs_logits=name == "L", forward=forward)
+        distillation = SimpleNamespace(stages=kd_path.stages, forward=forward)
         taught = frozen.teach([SimpleNamespace(distillation=distillation)], images)  # type: ignore[list-item]
         assert not kd_path.teacher_map(taught[forward]).requires_grad
 

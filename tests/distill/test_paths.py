@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from kdsweep.distill import paths
-from kdsweep.distill.distillation import Distillation, TeacherForward, warp
+from kdsweep.distill.distillation import Distillation, TeacherForward, Term, ViewPair, warp
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs
+
+MASK = torch.zeros(2, 1, 64, 64)
 
 
 def outputs(channels: int, *, seed: int) -> Outputs:
     generator = torch.Generator().manual_seed(seed)
-    return Outputs(
-        logits=torch.randn(2, 1, 64, 64, generator=generator),
-        hidden=torch.randn(2, channels, 2, 2, generator=generator),
-    )
+    logits = torch.randn(2, 1, 64, 64, generator=generator)
+    return Outputs({"logits": logits, unet.HIDDEN: torch.randn(2, channels, 2, 2, generator=generator)})
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_only_hr_owns_parameters(name: str, count: int) -> None:
 def test_the_regressor_is_trained_through_the_students_map(student: Outputs) -> None:
     kd_path = paths.HiddenRegressor(student_channels=96, teacher_channels=32, inner_channels=16)
     hidden = student.hidden.clone().requires_grad_()
-    kd_path.student_map(Outputs(logits=student.logits, hidden=hidden)).sum().backward()
+    kd_path.student_map(Outputs({unet.HIDDEN: hidden})).sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.any()
     for parameter in kd_path.parameters():
@@ -123,8 +123,8 @@ def test_the_loss_gets_each_networks_map_under_its_own_name(student: Outputs, te
         return torch.zeros(())
 
     forward = TeacherForward("Teacher", view="strong", precision="fp32")
-    taught = Distillation(kd_path=kd_path, needs_logits=True, loss=loss, weight=0.5, forward=forward, align=True)
-    taught.term(student=student, teacher=teacher, theta=None)
+    taught = Distillation({"kd": Term(kd_path, loss, kd_path.stages)}, weight=0.5, forward=forward, align=True)
+    taught.values(student=student, teacher=teacher, views=ViewPair(None, MASK, MASK))
     assert torch.equal(seen["student"], kd_path.student_map(student))
     assert torch.equal(seen["teacher"], kd_path.teacher_map(teacher))
     assert seen["valid"].shape == (2, 1, *seen["teacher"].shape[2:])
@@ -143,8 +143,8 @@ def test_a_weak_teachers_map_is_warped_if_and_only_if_it_shall_be(
 
     theta = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]).expand(2, 2, 3)
     forward = TeacherForward("Teacher", view="weak", precision="fp32")
-    taught = Distillation(paths.Logits(), needs_logits=True, loss=loss, weight=0.5, forward=forward, align=align)
-    taught.term(student=student, teacher=teacher, theta=theta)
+    taught = Distillation({"kd": Term(paths.Logits(), loss, ("logits",))}, weight=0.5, forward=forward, align=align)
+    taught.values(student=student, teacher=teacher, views=ViewPair(theta, MASK, MASK))
     warped, valid = warp(teacher.logits, theta=theta)
     assert torch.equal(seen["teacher"], warped if align else teacher.logits)
     assert torch.equal(seen["valid"], valid if align else torch.ones_like(valid))

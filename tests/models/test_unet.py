@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdsweep.config import composition
+from kdsweep.config.schema import STAGES
 from kdsweep.core.errors import InputError
 from kdsweep.models import unet
 from kdsweep.models.weights import imagenet_file, load_weights, read_weights
@@ -103,7 +104,7 @@ def test_every_parameter_of_the_student_is_used() -> None:
 
 def test_hidden_maps_at_224() -> None:
     with torch.device("meta"):
-        hidden = teacher_without_memory().hidden(torch.zeros(1, 3, 224, 224))
+        hidden = teacher_without_memory()(torch.zeros(1, 3, 224, 224), ["encoder.5"]).hidden
     assert hidden.shape == (1, 2048, 7, 7)
     outputs = student().eval()(images(count=1, size=224))
     assert outputs.hidden.shape == (1, 96, 7, 7)
@@ -165,14 +166,52 @@ def test_forward_is_smps_and_hidden_is_its_encoders_deepest_map(encoder: str) ->
         outputs = network(images())
         assert torch.equal(outputs.logits, stock(images()))
         assert torch.equal(outputs.hidden, stock.encoder(images())[-1])
-        assert torch.equal(network.hidden(images()), outputs.hidden)
+        every = network(images(), STAGES)
+        for number, maps in enumerate(stock.encoder(images())[1:], start=1):
+            assert torch.equal(every[f"encoder.{number}"], maps)
+        assert torch.equal(network.segmentation_head(every["decoder.5"]), outputs.logits)
     assert outputs.logits.min() < 0, "no activation"
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "mobilenetv3_small_trimmed"])
+def test_every_stage_has_the_channels_and_the_size_that_are_said_beforehand(encoder: str) -> None:
+    with torch.no_grad():
+        outputs = build(encoder).eval()(images(size=96), STAGES)
+    widths = unet.stage_channels(encoder, tuple(SMALL_DECODER))
+    sides = {stage: unet.stage_size(stage, image_size=96) for stage in STAGES}
+    assert {name: (maps.shape[1], maps.shape[2]) for name, maps in outputs.items()} == {
+        name: (widths[name], sides[name]) for name in STAGES
+    }
+
+
+@pytest.mark.parametrize(
+    ("stages", "ran"),
+    [
+        (["encoder.2"], ["layer1"]),
+        (["encoder.4"], ["layer1", "layer2", "layer3"]),
+        (["decoder.2", "encoder.3"], ["layer1", "layer2", "layer3", "layer4", "blocks.0", "blocks.1"]),
+    ],
+)
+def test_a_network_runs_no_further_than_the_last_stage_that_is_asked_for(stages: list[str], ran: list[str]) -> None:
+    network = build("resnet18").eval()
+    seen: list[str] = []
+    parts = {name: getattr(network.encoder, name) for name in ("layer1", "layer2", "layer3", "layer4")}
+    parts |= {f"blocks.{number}": block for number, block in enumerate(network.decoder.blocks)}
+    parts |= {"head": network.segmentation_head}
+    for name, module in parts.items():
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    with torch.no_grad():
+        outputs = network(images(), stages)
+        assert set(outputs) == set(stages)
+        assert seen == ran
+        whole = network(images(), STAGES)
+    assert all(torch.equal(maps, whole[name]) for name, maps in outputs.items())
 
 
 def test_the_teachers_hidden_map_is_not_negative_and_the_students_is_signed() -> None:
     with torch.no_grad():
-        assert build("resnet18").eval().hidden(images()).min() >= 0
-        assert student().eval().hidden(images()).min() < 0
+        assert build("resnet18").eval()(images()).hidden.min() >= 0
+        assert student().eval()(images()).hidden.min() < 0
 
 
 def test_freeze_stops_gradients_and_batch_statistics() -> None:

@@ -198,8 +198,11 @@ def test_the_page_is_complete_in_itself(call, capsys):
 
 def test_numbers_are_the_strings_of_the_tables(call):
     sweep = stored(sweep_of(splits=(0, 1)))
+    others = sweep.scores.assign(data_set="folder-1a2b3c4d", dice=0.5)
+    sweep = replace(sweep, external=others, scores=sweep.scores.assign(lesion_px=range(len(sweep.scores))))
     _, page, _ = call(sweep, "--test", "wilcoxon", counts=True)
-    for which in ("table3", "table4", "effects"):
+    check_document(page)
+    for which in ("table3", "table4", "effects", "strata", "external"):
         made = tables.made(which, sweep=sweep, store=Path(), test="wilcoxon")
         assert list(made.text) in page.rows
         for row in made.text.to_numpy().tolist():

@@ -20,7 +20,7 @@ def rows_of(points, images=None):
     """Differences of one split, an image each unless told otherwise."""
     points = np.asarray(points, dtype=float)
     images = np.arange(len(points)) if images is None else images
-    return pd.DataFrame({"split": 0, "image": images, "points": points})
+    return pd.DataFrame({"split": 0, "image": images, "test_to_train": 0.3125, "points": points})
 
 
 def trainings(*, seeds=3, splits=3, images=33, of=163, run_sd=0.0, image_sd=0.0, noise_sd=20.0, mean=0.0, rng=0):
@@ -32,7 +32,8 @@ def trainings(*, seeds=3, splits=3, images=33, of=163, run_sd=0.0, image_sd=0.0,
         tested = rng.permutation(of)[:images]
         for seed in range(seeds):
             points = mean + effects[tested] + rng.normal(0, run_sd) + rng.normal(0, noise_sd, images)
-            parts.append(pd.DataFrame({"split": split, "seed": seed, "image": tested, "points": points}))
+            place = {"split": split, "seed": seed, "test_to_train": 0.3125}
+            parts.append(pd.DataFrame(place | {"image": tested, "points": points}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -204,9 +205,10 @@ def test_nadeau_and_bengio_by_hand():
     rows = pd.concat(
         [rows_of([mean - 1, mean + 1]).assign(split=split, seed=0) for split, mean in enumerate([1, 2, 6])]
     )
-    # means 1, 2, 6: mean 3, variance 7; test / train = 0.20 / 0.64; t = 3 / sqrt((1/3 + 0.3125) 7)
-    t = 3 / np.sqrt((1 / 3 + 0.20 / 0.64) * 7)
-    assert stats.corrected_p(rows) == pytest.approx(2 * student_t.sf(t, 2))
+    # means 1, 2, 6: mean 3, variance 7; t = 3 / sqrt((1/3 + test / train) 7)
+    for ratio in (0.20 / 0.64, 0.10 / 0.72):
+        t = 3 / np.sqrt((1 / 3 + ratio) * 7)
+        assert stats.corrected_p(rows.assign(test_to_train=ratio)) == pytest.approx(2 * student_t.sf(t, 2))
     assert np.isnan(stats.corrected_p(rows[rows["split"] == 0]))
 
 

@@ -4,13 +4,14 @@ import csv
 import sys
 import types
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import bootstrap, ttest_1samp, ttest_rel, wilcoxon
+from scipy.stats import t as student_t
 
 from kdsweep.config import composition, grid, identity
 from kdsweep.core.errors import InputError
@@ -33,6 +34,7 @@ class FakeSweep:
     scores: pd.DataFrame
     varied: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
+    external: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def fingerprint(notation, split, seed=0):
@@ -1047,6 +1049,16 @@ def test_two_protocols_in_one_sweep_are_refused_unless_it_varies_them():
     by_image = sweep.runs.assign(variant=[{"split.group": "None"}] * len(sweep.runs))
     varied = replace(sweep, runs=by_image, varied=("split.group",))
     assert "L_MSE" in set(tables.table4(varied)["notation"])
+
+
+@pytest.mark.parametrize(("recorded", "ratio"), [({}, 0.20 / 0.64), ({"kdsweep.split_images": "60/10/30"}, 0.5)])
+def test_the_corrected_test_knows_how_many_images_a_split_trains_on(recorded, ratio):
+    sweep = sweep_of(["Student", "L_MSE"])
+    runs = sweep.runs.assign(tags=[recorded] * len(sweep.runs))
+    row = tables.table4(replace(sweep, runs=runs)).set_index("notation").loc["L_MSE"]
+    means = [np.mean(dice_of("L_MSE", split)) - np.mean(dice_of("Student", split)) for split in range(3)]
+    t = np.mean(means) / np.sqrt((1 / 3 + ratio) * np.var(means, ddof=1))
+    assert row["student_p_runs"] == pytest.approx(2 * student_t.sf(abs(t), 2))
 
 
 def test_images_of_one_group_are_one_cluster_of_table4():

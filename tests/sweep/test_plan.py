@@ -342,20 +342,19 @@ def test_a_later_results_version_is_told_with_what_still_can_be_done(jobs, caplo
     )
 
 
-def test_changed_code_of_the_users_own_is_named(jobs, caplog):
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("user_code", "your own code"),
+        ("split", "the images of the split's parts"),
+        ("groups", "the groups of split.group"),
+        ("teacher", "its Teacher"),
+    ],
+)
+def test_what_changed_beside_the_settings_is_named(jobs, caplog, key, words):
     caplog.set_level("INFO")
     (old,) = jobs(["path=L"])
     begun(old)
-    changed = replace(old.cell, evidence={**old.cell.evidence, "user_code": "another"})
+    changed = replace(old.cell, evidence={**old.cell.evidence, key: "another"})
     plan.tell_changes([replace(old, cell=changed)])
-    assert caplog.messages[0].endswith(f"{CHANGED}your own code")
-
-
-def test_a_changed_teacher_alone_is_named(jobs, caplog, monkeypatch):
-    caplog.set_level("INFO")
-    (old,) = jobs(["path=L"])
-    begun(old)
-    (new,) = jobs(["path=L"])
-    changed = replace(new.cell, evidence={**new.cell.evidence, "teacher": "another"})
-    plan.tell_changes([replace(new, cell=changed)])
-    assert caplog.messages[0].endswith(f"{CHANGED}its Teacher")
+    assert caplog.messages[0].endswith(f"{CHANGED}{words}")

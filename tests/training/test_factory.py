@@ -65,7 +65,9 @@ def test_a_teacher_is_trained_at_its_own_rate_and_a_student_at_its_own(compose):
 
 
 def test_a_regressor_follows_the_seed(compose):
-    paths = [factory.distillation(compose("path=HR", f"seed={seed}"), teacher="").kd_path for seed in (0, 0, 1)]
+    paths = [
+        factory.distillation(compose("path=HR", f"seed={seed}"), teacher="").terms["kd"].kd_path for seed in (0, 0, 1)
+    ]
     first, again, other = (path.regressor[0].weight for path in paths)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -86,8 +88,8 @@ def test_a_network_sees_image_and_mask_of_one_view(compose, view):
     learner, feed = factory.teacher_learner(cfg, identity.teacher_cell(cfg)), factory.feed(cfg, seed=0)
     seen = []
     terms, forward = learner.terms, learner.network.forward
-    learner.terms = lambda outputs, mask, *rest: seen.append(("mask", mask.clone())) or terms(outputs, mask, *rest)
-    learner.network.forward = lambda images: seen.append(("image", images.clone())) or forward(images)
+    learner.terms = lambda *given: seen.append(("mask", given[-1].student_mask.clone())) or terms(*given)
+    learner.network.forward = lambda images, stages: seen.append(("image", images.clone())) or forward(images, stages)
     loop.train_epoch([learner], 0, frozen=loop.FrozenTeachers({}, CPU), feed=feed, compute=CPU)
     batches = list(feed.train.epoch(0))
     assert [kind for kind, _ in seen] == ["image", "mask"] * len(batches)
@@ -103,7 +105,9 @@ def test_the_temperature_reaches_the_loss(compose, path, formula):
     maps = {name: torch.randn(2, 1, 4, 4, generator=generator) for name in ("student", "teacher")}
     maps["valid"] = torch.ones(2, 1, 4, 4, dtype=torch.bool)
     for temperature in (1.0, 4.0):
-        loss = factory.distillation(compose(f"path={path}", f"kd.temperature={temperature}"), teacher="").loss
+        loss = (
+            factory.distillation(compose(f"path={path}", f"kd.temperature={temperature}"), teacher="").terms["kd"].loss
+        )
         assert float(loss(**maps)) == pytest.approx(float(formula(**maps, temperature=temperature)))
     assert float(formula(**maps, temperature=1.0)) != pytest.approx(float(formula(**maps, temperature=4.0)))
 
