@@ -44,12 +44,18 @@ def recipes(tmp_path_factory, small_busi):
 COMMANDS = [line for line in EXTENDING.splitlines() if line.startswith("python -m kdsweep --config-dir")]
 
 
-def test_there_is_a_recipe_for_loss_path_and_data_set():
-    assert len(COMMANDS) == 3
+def test_there_is_a_recipe_for_loss_path_method_and_data_set():
+    assert len(COMMANDS) == 4
 
 
 @pytest.mark.parametrize(
-    ("word", "notation"), [("loss=mae", "L_MAE_WAug"), ("path=AT", "AT_MSE_WAug"), ("data=clinic", "L_KLD_WAug")]
+    ("word", "notation"),
+    [
+        ("loss=mae", "L_MAE_WAug"),
+        ("path=AT", "AT_MSE_WAug"),
+        ("method=both", "Both_WAug"),
+        ("data=clinic", "L_KLD_WAug"),
+    ],
 )
 def test_a_recipe_works_as_written(recipes, small_busi, word, notation):
     (command,) = [line for line in COMMANDS if word in line]

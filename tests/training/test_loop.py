@@ -367,6 +367,8 @@ def test_a_matched_weight_goes_on_where_it_was_interrupted(compose, tmp_path):
         return usual(images, stages)
 
     part.network.forward = forward
+    for module in part.modules().values():
+        placed(module, CPU)  # as run does: the layout in memory decides the last bits
     with pytest.raises(Stop):
         loop.train_epoch([part], 0, frozen=loop.FrozenTeachers(frozen, CPU), feed=feed, compute=CPU)
     part.save()
