@@ -336,10 +336,10 @@ MUTANTS = [
         "tests/distill/test_methods.py",
     ),
     Mutant(
-        "MGD erases in evaluation",
+        "MGD erases other positions in each evaluation",
         "distill/paths.py",
-        "        if self.training:\n            maps = maps",
-        "        if True:\n            maps = maps",
+        "None if self.training else torch.Generator(maps.device).manual_seed(0)",
+        "None",
         "tests/distill/test_methods.py",
     ),
     Mutant(

@@ -381,7 +381,7 @@ def _rows(names: list[str]) -> list[list[str]]:
     own = [name for name in names if name not in (*BASELINES, *CELLS)]
     paper = [row for row in (BASELINES, *PATH_ROWS) if not set(row).isdisjoint(names)]
     if set(BASELINES) <= set(names) and {name for row in paper for name in row} == set(names).difference(own):
-        paths = [name.partition("_")[0] for name in own]
+        paths = [name.removesuffix("_WAug").rpartition("_")[0] for name in own]  # "" for a method
         groups = [[name for name, path in zip(own, paths, strict=True) if path == key] for key in dict.fromkeys(paths)]
         more = [group[start : start + COLUMNS] for group in groups for start in range(0, len(group), COLUMNS)]
         return [[IMAGE, *BASELINES], *map(list, paper[1:]), *more]

@@ -146,11 +146,17 @@ def effects_plot(*, scores: pd.DataFrame, effects: pd.DataFrame, title: str) -> 
 
 def _rows(cells: list[str]) -> list[str]:
     """Return the labels of the rows: a heading for each path (not a notation), and its cells below."""
-    headings = [REPRESENTATIONS[LEVELS[cell][0]] if cell in CELLS else "Own cells" for cell in cells]
+    headings = [_heading(cell) for cell in cells]
     rows: list[str] = []
     for heading, cell in zip(headings, cells, strict=True):
         rows += [cell] if heading in rows else [heading, cell]
     return rows
+
+
+def _heading(cell: str) -> str:
+    if cell in CELLS:
+        return REPRESENTATIONS[LEVELS[cell][0]]
+    return "Own cells" if "_" in cell.removesuffix("_WAug") else "Methods"
 
 
 def _mean_of(table: pd.DataFrame, notation: str) -> float:

@@ -135,8 +135,8 @@ def _factors(notations: set[str]) -> str:
         return "none: only the Student, without distillation"
     parts = [name.removesuffix("_WAug").partition("_") for name in cells]
     levels = {
-        "path": [path for path, _, _ in parts],
-        "loss": [loss for _, _, loss in parts],
+        "path or method": [path for path, _, _ in parts],
+        "loss": [loss for _, _, loss in parts if loss],
         "Teacher augmentation": ["weak" if name.endswith("_WAug") else "strong" for name in cells],
     }
     told_ = "; ".join(f"{factor}: {listed(dict.fromkeys(there))}" for factor, there in levels.items())

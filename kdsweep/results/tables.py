@@ -56,9 +56,10 @@ PAPER_COLUMNS = ["paper_mean_dice_percent", "paper_std_dice_percent", "paper_p_t
 
 
 def cell_notations(sweep: Sweep) -> list[str]:
-    """Return the paper's 12 in its order, then the cells of a user's own path or loss."""
+    """Return the paper's 12 in its order, unless others alone were asked for, then methods and a user's own cells."""
     cells = set(sweep.runs.loc[sweep.runs["role"] == "distilled", "notation"])
-    return [*CELLS, *sorted(cells.difference(CELLS))]
+    others = sorted(cells.difference(CELLS))
+    return others if others and cells.isdisjoint(CELLS) else [*CELLS, *others]
 
 
 # ---- the tables ----------------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def format_table3(table: pd.DataFrame) -> pd.DataFrame:
         **_settings(table),
         "KD representation": table["representation"],
         "Notation": table["notation"],
-        "KD loss": table["loss"],
+        "KD loss": table["loss"].replace("", DASH),
         "Teacher augmentation": table["teacher_augmentation"],
         "DSC % (ours)": list(map(formats.or_gap, table["mean_dice_percent"].map(formats.number), table["gap"])),
         "DSC % (paper)": table["paper_mean_dice_percent"].map(formats.number),

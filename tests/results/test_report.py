@@ -215,7 +215,9 @@ def test_numbers_are_the_strings_of_the_tables(call):
 def test_what_was_run_is_read_from_the_runs(call):
     _, page, _ = call(stored(sweep_of(FEW, splits=(0, 1))))
     assert page.fact("Cells") == "6 of 6 finished; Teachers: 2 of 2 finished"
-    assert page.fact("Factors").startswith("path: L, H; loss: MSE, KLD; Teacher augmentation: strong, weak (2 comb")
+    assert page.fact("Factors").startswith(
+        "path or method: L, H; loss: MSE, KLD; Teacher augmentation: strong, weak (2 comb"
+    )
     assert page.fact("Splits and seeds") == "2 splits (0, 1), 1 seed (0)"
     assert page.fact("Test images") == "12 in split 0, 12 in split 1"
     assert page.fact("Learning rate") == "Student 0.0001, Teacher 0.0002"
