@@ -240,3 +240,12 @@ def test_the_strengths_are_those_of_their_file() -> None:
     page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
     for cell in ratios.index[~ratios.index.str.endswith("_WAug")]:
         assert f"| {cell} | {ratios[cell]:.2f} | {ratios[f'{cell}_WAug']:.2f} |" in page
+
+
+def test_the_strengths_of_the_methods_are_those_of_their_file() -> None:
+    table = pd.read_csv(ROOT / "results" / "methods_quick" / "table4.csv").set_index("notation")
+    ratios = table["kd_gradient_ratio"].rename(lambda name: name.removesuffix("_WAug"))
+    least, most = ratios.idxmin(), ratios.idxmax()
+    page = " ".join((ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split())
+    assert f"{ratios[least]:.2f} ({least}) to {ratios[most]:.0f} ({most})" in page
+    assert f"{table.loc['Teacher_WAug', 'student_difference_points']:.1f} points apart" in page
