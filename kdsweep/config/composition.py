@@ -114,7 +114,7 @@ def check_splits(words: Sequence[str]) -> None:
 def check_methods(words: Sequence[str]) -> None:
     """Raise InputError for a method with a path or a loss: it brings its own."""
     given = dict(word.lstrip("+").partition("=")[::2] for word in words)
-    if given.get("method", "none") != "none":
+    if "none" not in given.get("method", "none").split(","):
         for key in ("path", "loss"):
             if given.get(key, "none") != "none":
                 raise InputError(f"method={given['method']} brings paths and losses of its own: leave {key} out")

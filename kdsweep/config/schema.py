@@ -305,6 +305,9 @@ def read(values: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         raise InputError(_line(error, values)) from None
     _check_split(settings.split)
+    if settings.kd.lambda_ is not None and settings.kd.weight != settings.method.kd_weight:
+        both = f"kd.weight={settings.kd.weight} and kd.lambda={settings.kd.lambda_:g}"
+        raise InputError(f"{both} are two spellings of one weight: give one of them")
     if settings.kd.weight == "published" and not settings.method.terms:
         raise InputError("kd.weight=published is not allowed: path and loss have none; give a number, or a method")
     size = settings.data.load_size

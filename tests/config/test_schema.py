@@ -129,8 +129,9 @@ WORDS = {key for key, allowed in ALLOWED.items() if allowed in ("a word", "image
 
 @pytest.fixture(scope="module")
 def defaults() -> dict[str, Any]:
-    method = identity.read(composition.compose(["method=fitnet"])).method.plain()
-    return {**identity.read(composition.compose(["path=HR"])).plain(), "method": method}  # those with the most keys
+    of_method = identity.read(composition.compose(["method=fitnet"])).plain()
+    of_path = identity.read(composition.compose(["path=HR"])).plain()
+    return {**of_method, "path": of_path["path"]}  # those with the most keys
 
 
 def changed(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

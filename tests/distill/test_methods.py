@@ -384,6 +384,7 @@ def test_a_method_has_a_name_and_a_cell_of_its_own() -> None:
     [
         (["method=at", "path=L"], "method=at brings paths and losses of its own: leave path out"),
         (["method=at", "loss=mse"], "method=at brings paths and losses of its own: leave loss out"),
+        (["kd.weight=0.9", "kd.lambda=3"], "kd.weight=0.9 and kd.lambda=3 are two spellings of one weight: give one"),
         (["kd.weight=published"], "kd.weight=published is not allowed: path and loss have none"),
         (["method=at", "method.terms.group2.weight=-1"], "method.terms.group2.weight=-1 is not allowed"),
         (
@@ -396,6 +397,12 @@ def test_what_a_method_cannot_have_is_told_in_one_line(words: list[str], told: s
     with pytest.raises(InputError) as caught:
         cell(*words)
     assert told in str(caught.value)
+
+
+def test_a_sweep_may_have_methods_beside_the_papers_cells() -> None:
+    composition.check_methods(["method=none,cwd", "path=L", "loss=mse"])
+    with pytest.raises(InputError, match="method=at,cwd brings"):
+        composition.check_methods(["method=at,cwd", "path=L"])
 
 
 def test_a_batch_of_one_is_refused_for_methods_that_compare_images() -> None:
