@@ -100,14 +100,14 @@ def _compared(given: Settings) -> dict[str, Any]:
         terms = given.method.terms.items()
         return {"terms": {name: term.plain() | {"weight": shares[name]} for name, term in terms}}
     representation, kd_path = given.path.representation, given.path.kd_path
-    loss = loss_of(given)
+    loss = _loss_of(given)
     own = kd_path.plain() if kd_path is not None else {}
     if own.get("stage") == "encoder.5":  # the default
         del own["stage"]
     return {"path": own, "loss": loss, "representation": representation}
 
 
-def loss_of(given: Settings) -> dict[str, Any]:
+def _loss_of(given: Settings) -> dict[str, Any]:
     """Return the loss's function for the representation that the path takes.
 
     Raises:
