@@ -72,7 +72,7 @@ def test_a_group_that_was_taken_away_is_asked_for(key: str) -> None:
 
 
 def test_a_key_that_nothing_reads_is_refused_with_those_that_there_are() -> None:
-    assert refusal("+foo=1").startswith("foo is not a key of the configuration; it has: path, loss, ")
+    assert refusal("+foo=1").startswith("foo is not a key of the configuration; it has: method, path, loss, ")
 
 
 @pytest.mark.parametrize("value", ["a (1)", "it's", "a=b", "a,(b", 'say "x'])
