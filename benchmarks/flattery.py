@@ -24,7 +24,7 @@ from kdsweep.tracking import reader
 
 def paired(sweep: reader.Sweep) -> pd.DataFrame:
     """Return Dice (fractions) by image and by group, and points, the difference, per seed and image."""
-    groups = sweep.runs["variant"].map(lambda variant: variant["split.group"])
+    groups = sweep.runs["params"].map(lambda params: params.get("split.group", "None"))
     runs = sweep.runs.assign(by=groups.map(lambda name: "by_image" if name in ("None", "null") else "by_group"))
     scored = runs[["fingerprint", "seed", "by"]].merge(sweep.scores[["fingerprint", "image", "dice"]])
     dice = scored.pivot(index=["seed", "image"], columns="by", values="dice")

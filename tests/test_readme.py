@@ -221,7 +221,7 @@ def test_p_values_of_the_results_are_those_of_the_means_of_their_splits() -> Non
 
 
 def test_the_table_of_error_rates_is_that_of_its_file() -> None:
-    simulated = json.loads((ROOT / "benchmarks" / "statistics.json").read_text())
+    simulated = json.loads((ROOT / "benchmarks" / "error_rates.json").read_text())
     rows = pd.DataFrame(simulated["rows"])
     text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
     for row in rows.to_dict("records"):
@@ -249,3 +249,18 @@ def test_the_strengths_of_the_methods_are_those_of_their_file() -> None:
     page = " ".join((ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split())
     assert f"{ratios[least]:.2f} ({least}) to {ratios[most]:.0f} ({most})" in page
     assert f"{table.loc['Teacher_WAug', 'student_difference_points']:.1f} points apart" in page
+
+
+def test_what_duplicates_are_worth_is_in_its_file() -> None:
+    found = json.loads((ROOT / "results" / "flattery" / "flattery.json").read_text())
+    page = " ".join((ROOT / "docs" / "data.md").read_text(encoding="utf-8").split())
+    everything, half = found["all"], found["all"]["half_width_points"]
+    difference = everything["difference_points"]
+    wanted = [
+        f"{difference:+.2f} points higher ({everything['by_image']:.2f} instead of {everything['by_group']:.2f}",
+        f"{difference - half:.2f} to {difference + half:.2f}",
+        f"{found['with a near-duplicate']['difference_points']:+.2f} on the 261 images",
+        f"{found['without']['difference_points']:+.2f} on the others",
+        "{:+.2f}, {:+.2f} and {:+.2f}".format(*found["by seed"].values()),
+    ]
+    assert [line for line in wanted if line not in page] == []

@@ -1,6 +1,6 @@
 """Simulate how often the tables' tests err: type I error and power of both questions, with known answers.
 
-Usage: `python benchmarks/statistics.py [--trials N] [--out FILE]` (10 minutes for 1000 trials on one core). Differences
+Usage: `python benchmarks/error_rates.py [--trials N] [--out FILE]` (10 minutes for 1000 trials on one core). Differences
 of two methods are drawn from the model of ``results/stats.py``, for the paper's design: three random splits of 163
 images, 33 of them for test. Every rate is of the shipped functions.
 """
@@ -77,7 +77,7 @@ def main() -> None:
     """Print the table as Markdown and write all rates as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("statistics.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("error_rates.json"))
     options = parser.parse_args()
     designs = [
         {"seeds": seeds, "run_sd": run_sd, "icc": icc, "split_sd": split_sd}
