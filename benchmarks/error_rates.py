@@ -1,8 +1,8 @@
 """Simulate how often the tables' tests err: type I error and power of both questions, with known answers.
 
-Usage: `python benchmarks/error_rates.py [--trials N] [--out FILE]` (10 minutes for 1000 trials on one core). Differences
-of two methods are drawn from the model of ``results/stats.py``, for the paper's design: three random splits of 163
-images, 33 of them for test. Every rate is of the shipped functions.
+Usage: `python benchmarks/error_rates.py [--trials N] [--out FILE]` (10 minutes for 1000 trials on one core).
+Differences of two methods are drawn from the model of ``results/stats.py``, for the paper's design: three random splits
+of 163 images, 33 of them for test. Every rate is of the shipped functions.
 """
 
 from __future__ import annotations
