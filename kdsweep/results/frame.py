@@ -114,10 +114,12 @@ def scored_images(*, runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """Return one row per finished run and test image, sorted: the order of the records changes no digit.
 
     Column group: that of ``split.group``, else the image itself. Column test_to_train: test images for each training
-    image in the run's split; the paper's shares for runs that did not record it, which had no other splits.
+    image in the split; the paper's shares where no run of the split recorded it.
     """
     finished = runs[runs["status"] == "FINISHED"]
-    finished = finished.assign(test_to_train=[_test_to_train(tags) for tags in finished["tags"]])
+    known = pd.Series([_test_to_train(tags) for tags in finished["tags"]], index=finished.index, dtype=float)
+    ratio = known.groupby(finished["split"]).transform("max").fillna(0.20 / 0.64)
+    finished = finished.assign(test_to_train=ratio)  # one for all runs of a split: they are paired by it
     groups = scores["group"].fillna(scores["image"]) if "group" in scores else scores["image"]
     scores = scores.assign(group=groups)
     columns = ["fingerprint", "notation", *PLACE, "teacher", "test_to_train"]
@@ -133,7 +135,7 @@ def scored_images(*, runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _test_to_train(tags: dict[str, str]) -> float:
-    train, _, test = map(float, tags.get("kdsweep.split_images", "0.64/0.16/0.20").split("/"))
+    train, _, test = map(float, tags.get("kdsweep.split_images", "nan/nan/nan").split("/"))
     return test / train
 
 
