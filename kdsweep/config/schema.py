@@ -27,6 +27,12 @@ def _odd(number: int) -> int:
     return number
 
 
+def _known_stage(name: str) -> str:
+    if name not in STAGES:
+        raise ValueError("no stage")
+    return name
+
+
 def _named(name: str) -> str:
     if not all(letter.isalnum() or letter in " ._-" for letter in name):
         raise ValueError("another character")
@@ -47,7 +53,7 @@ Positive = Annotated[float, Field(gt=0, description="a number > 0")]
 Share = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
 STAGES = (*(f"encoder.{n}" for n in range(1, 6)), *(f"decoder.{n}" for n in range(1, 6)), "logits")
 STAGE_WORDS = "encoder.1 to encoder.5, decoder.1 to decoder.5, or logits"
-Stage = Annotated[Literal[STAGES], Field(description=STAGE_WORDS)]  # type: ignore[valid-type]
+Stage = Annotated[str, AfterValidator(_known_stage), Field(description=STAGE_WORDS)]
 View = Annotated[Literal["weak", "strong"], Field(description="weak or strong")]
 Precision = Annotated[Literal["fp32", "bf16"], Field(description="fp32 or bf16")]
 Widths = Annotated[list[Count], Field(min_length=5, max_length=5, description="five whole numbers >= 1")]

@@ -30,7 +30,7 @@ class TeacherForward(NamedTuple):
 
 
 class ViewPair(NamedTuple):
-    """How the Student's view of a batch and the Teacher's lie to each other.
+    """Relate the Student's view of a batch to the Teacher's.
 
     Attributes:
         theta: (N, 2, 3), see ``sampling_theta``; None where both saw the same view.
