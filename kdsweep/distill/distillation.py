@@ -51,7 +51,7 @@ class Term:
         kd_path: selects the tensors to compare.
         loss: of the compared maps, see losses.py. One with arguments ``student_mask`` and ``teacher_mask`` is given the
             masks in the frame and at the size of the maps.
-        stages: of the networks, that the path takes.
+        stages: of the Student, that the path takes; of the Teacher too unless the path says others.
         share: of the KD term, which is the sum of share times loss.
     """
 
@@ -61,6 +61,7 @@ class Term:
     share: float = 1.0
 
     def __post_init__(self) -> None:
+        self.teacher_stages = self.kd_path.teacher_stages or self.stages
         self.takes_masks = "student_mask" in inspect.signature(self.loss).parameters
 
     def value(self, *, student: Outputs, teacher: Outputs, views: ViewPair, align: bool) -> Tensor:
@@ -69,7 +70,7 @@ class Term:
         The Teacher's outputs are copied first (about 1 ms): the originals serve other learners too, and tensors made
         under inference mode cannot take part in autograd, which a user's own loss or path may need.
         """
-        theirs = self.kd_path.teacher_map(Outputs({stage: teacher[stage].clone() for stage in self.stages}))
+        theirs = self.kd_path.teacher_map(Outputs({stage: teacher[stage].clone() for stage in self.teacher_stages}))
         valid = torch.ones_like(theirs[:, :1], dtype=torch.bool)
         theta = views.theta if align else None
         if theta is not None:
@@ -104,8 +105,13 @@ class Distillation:
 
     @property
     def stages(self) -> set[str]:
-        """Return the stages of both networks that its terms take."""
+        """Return the stages of the Student that its terms take."""
         return {stage for term in self.terms.values() for stage in term.stages}
+
+    @property
+    def teacher_stages(self) -> set[str]:
+        """Return the stages of the Teacher that its terms take."""
+        return {stage for term in self.terms.values() for stage in term.teacher_stages}
 
     def values(self, *, student: Outputs, teacher: Outputs, views: ViewPair) -> dict[str, Tensor]:
         """Return the KD term ``kd`` of one batch and, if it has several, its comparisons ``kd.NAME``."""

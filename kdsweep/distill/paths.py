@@ -18,11 +18,13 @@ class KDPath(nn.Module, ABC):
     A path's parameters are trained with the Student, kept in its checkpoint, and absent from its exported weights.
 
     Attributes:
-        stages: the stages of Teacher and Student that the path takes, such as ``encoder.5``; neither network runs
-            further than somebody needs. None: those of the configuration's ``representation``.
+        stages: the stages of the Student that the path takes, such as ``encoder.5``; neither network runs further than
+            somebody needs. None: those of the configuration's ``representation``.
+        teacher_stages: those of the Teacher; None: the same.
     """
 
     stages: tuple[str, ...] | None = None
+    teacher_stages: tuple[str, ...] | None = None
 
     @abstractmethod
     def teacher_map(self, outputs: Outputs) -> Tensor:
@@ -144,7 +146,7 @@ class Stage(KDPath):
                 f"stage={stage} and teacher_stage={teacher_stage} have maps of unequal size: add resize=true"
             )
         self.scale = 0.5**halvings
-        self.stages = tuple(dict.fromkeys([self.student_stage, self.teacher_stage]))
+        self.stages, self.teacher_stages = (self.student_stage,), (self.teacher_stage,)
         self.adapter = nn.Conv2d(student_channels, teacher_channels, 1, bias=False) if adapter else nn.Identity()
 
     def teacher_map(self, outputs: Outputs) -> Tensor:

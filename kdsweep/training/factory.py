@@ -155,13 +155,13 @@ def _take_term(kd: Distillation, cfg: DictConfig) -> None:
     chance = torch.Generator().manual_seed(0)
     count, size = min(2, cfg.train.batch_size), cfg.image_size
 
-    def outputs(node: DictConfig) -> Outputs:
+    def outputs(node: DictConfig, stages: set[str]) -> Outputs:
         widths = unet.stage_channels(node.encoder, tuple(node.decoder_channels))
-        sides = {stage: unet.stage_size(stage, image_size=size) for stage in kd.stages}
+        sides = {stage: unet.stage_size(stage, image_size=size) for stage in stages}
         maps = {name: torch.randn(count, widths[name], side, side, generator=chance) for name, side in sides.items()}
         return Outputs(maps)
 
-    student, teacher = outputs(cfg.student), outputs(cfg.teacher)
+    student, teacher = outputs(cfg.student, kd.stages), outputs(cfg.teacher, kd.teacher_stages)
     for maps in student.values():
         maps.requires_grad_()
     mask = (torch.rand(count, 1, size, size, generator=chance) > 0.5).float()

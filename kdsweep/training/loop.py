@@ -66,7 +66,7 @@ class FrozenTeachers:
         needed: dict[TeacherForward, set[str]] = {}
         for learner in learners:
             if (taught := learner.distillation) is not None:
-                needed.setdefault(taught.forward, set()).update(taught.stages)
+                needed.setdefault(taught.forward, set()).update(taught.teacher_stages)
         with torch.inference_mode():
             return {forward: self._forward(forward, images, stages) for forward, stages in needed.items()}
 

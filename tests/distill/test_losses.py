@@ -354,7 +354,7 @@ def test_a_teachers_outputs_have_no_graph_even_where_its_input_has_one(frozen: F
     for name in ("L", "H"):
         kd_path = small_path(name)
         forward = TeacherForward("Teacher", view="strong", precision="fp32")
-        distillation = SimpleNamespace(stages=kd_path.stages, forward=forward)
+        distillation = SimpleNamespace(teacher_stages=kd_path.stages, forward=forward)
         taught = frozen.teach([SimpleNamespace(distillation=distillation)], images)  # type: ignore[list-item]
         assert not kd_path.teacher_map(taught[forward]).requires_grad
 

@@ -258,7 +258,7 @@ def test_a_stage_is_taken_as_it_is_adapted_and_resized_if_asked_for() -> None:
     both = paths.Stage(
         student_channels=6, teacher_channels=12, stage="encoder.4", teacher_stage="encoder.5", adapter=True, resize=True
     )
-    assert both.stages == ("encoder.4", "encoder.5")
+    assert (both.stages, both.teacher_stages) == (("encoder.4",), ("encoder.5",))
     assert both.student_map(outputs).shape == both.teacher_map(outputs).shape == (2, 12, 4, 4)
     weight = both.adapter.weight[:, :, 0, 0]
     adapted = torch.einsum("oi,nihw->nohw", weight, outputs["encoder.4"])
