@@ -137,6 +137,19 @@ def test_hidden_paths_run_the_teachers_encoder_alone_and_each_view_once(compose,
     assert torch.equal(outputs.hidden, full.hidden)
 
 
+def test_a_teacher_whose_stage_is_another_runs_no_further_than_that(compose, tmp_path):
+    path = "method.terms.hint.path"
+    cfg = compose("method=fitnet", f"{path}.stage=decoder.1", f"+{path}.teacher_stage=encoder.4", "teacher_aug=weak")
+    frozen = loop.FrozenTeachers(teachers_of(cfg), CPU)
+    (teacher,) = frozen.teachers.values()
+    calls = []
+    teacher.encoder.layer4.register_forward_hook(lambda *_: calls.append("layer4"))
+    learner = make_learner(cfg, tmp_path)
+    (outputs,) = frozen.teach([learner], {"weak": torch.zeros(2, 3, 64, 64)}).values()
+    assert (set(outputs), calls) == ({"encoder.4"}, [])
+    assert learner.stages == {"decoder.1", "logits"}
+
+
 def test_terms_are_weighted_as_equation_one_says_and_their_ratio_is_recorded(compose, tmp_path):
     cfg = compose("path=L", "loss=mse", "kd.weight=0.3", "train.epochs=1")
     learner = make_learner(cfg, tmp_path)
