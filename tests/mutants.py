@@ -273,6 +273,27 @@ MUTANTS = [
     ),
     # methods
     Mutant(
+        "the paper's gaps beside methods alone",
+        "results/tables.py",
+        "return others if others and cells.isdisjoint(CELLS) else [*CELLS, *others]",
+        "return [*CELLS, *others]",
+        "tests/results/test_tables.py",
+    ),
+    Mutant(
+        "each method has a row of its own",
+        "results/contours.py",
+        'name.removesuffix("_WAug").rpartition("_")[0] for name in own]',
+        'name.partition("_")[0] for name in own]',
+        "tests/results/test_contours.py",
+    ),
+    Mutant(
+        "the Teacher runs to the Student's stage",
+        "training/loop.py",
+        ".update(taught.teacher_stages)",
+        ".update(taught.stages)",
+        "tests/training/test_loop.py",
+    ),
+    Mutant(
         "masks are not warped",
         "distill/distillation.py",
         "own if theta is None else (warp(own, theta=theta)[0] >= 0.5).float()",

@@ -139,7 +139,7 @@ def _factors(notations: set[str]) -> str:
         "loss": [loss for _, _, loss in parts if loss],
         "Teacher augmentation": ["weak" if name.endswith("_WAug") else "strong" for name in cells],
     }
-    told_ = "; ".join(f"{factor}: {listed(dict.fromkeys(there))}" for factor, there in levels.items())
+    told_ = "; ".join(f"{factor}: {listed(dict.fromkeys(there))}" for factor, there in levels.items() if there)
     student = ", and Student without distillation" if "Student" in notations else ""
     return f"{told_} ({plural(len(cells), 'combination')}{student})"
 

@@ -206,6 +206,8 @@ def test_the_whole_figure_has_the_image_the_baselines_and_a_row_per_path():
 def test_cells_of_ones_own_get_rows_of_their_own():
     own = ["L_Focal", "X_MSE", "X_MSE_WAug", "X_KLD", "X_KLD_WAug", "X_Focal"]
     assert grid(full([*BASELINES, *CELLS, *own]))[4:] == [["L_Focal"], own[1:5], ["X_Focal"]]
+    methods = ["AT_WAug", "CWD", "CWD_WAug", "EMKD_WAug", "SKD_WAug"]
+    assert grid(full([*BASELINES, *CELLS, *methods]))[4:] == [methods[:4], methods[4:]]
 
 
 @pytest.mark.parametrize(("models", "lengths"), [(1, [2]), (3, [4]), (4, [3, 2]), (5, [3, 3]), (8, [3, 3, 3])])

@@ -146,6 +146,8 @@ def test_a_row_per_cell_in_the_papers_order_below_its_paths_heading():
     own = drawn(scores=table_of(MEANS | {"AT_MAE_WAug": 75.0, "AT_MAE": 74.0})).axes[0]
     assert [text.get_text() for text in own.get_yticklabels()][-3:] == ["Own cells", "AT_MAE", "AT_MAE_WAug"]
     assert points(own, "weak Teacher augmentation")["AT_MAE_WAug"] == 75.0
+    methods = drawn(scores=table_of(MEANS | {"CWD_WAug": 75.0})).axes[0]
+    assert [text.get_text() for text in methods.get_yticklabels()][-2:] == ["Methods", "CWD_WAug"]
 
 
 def test_means_are_told_by_augmentation_in_shape_and_color():

@@ -687,6 +687,27 @@ def test_a_cell_of_ones_own_loss_comes_after_the_papers(sweep):
     assert cells["student_p_holm"].min() == pytest.approx(13 * cells["student_p"].min())
 
 
+def test_methods_alone_leave_the_papers_cells_out_and_beside_one_of_them_all_are_shown():
+    def made(*others):
+        sweep = sweep_of([*paper.BASELINES, "H_KLD_WAug", "L_KLD_WAug", *others])
+        return replace(
+            sweep, runs=sweep.runs.replace({"notation": {"H_KLD_WAug": "AT_WAug", "L_KLD_WAug": "CWD_WAug"}})
+        )
+
+    alone = tables.table4(made())
+    assert alone["notation"].tolist() == [*paper.BASELINES, "AT_WAug", "CWD_WAug"]
+    assert (alone["gap"] == "").all()
+    assert tables.table4(made("L_MSE"))["notation"].tolist() == [
+        *paper.BASELINES,
+        *paper.CELLS,
+        "AT_WAug",
+        "CWD_WAug",
+    ]
+    text = tables.format_table3(tables.table3(made()))
+    assert text["KD representation"].tolist() == ["AT", "CWD"]
+    assert text["KD loss"].tolist() == [DASH] * 2
+
+
 def test_the_printed_numbers():
     sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,))
     for notation, dice in {"Student": [0.1, 0.2, 0.3], "Teacher": [0.8, 0.9, 1.0], "L_MSE": [0.6, 0.8, 1.0]}.items():
