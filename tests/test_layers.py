@@ -30,11 +30,12 @@ MAY_IMPORT = {
     "runs": {"core", "config"},
     "distill": {"core", "models", "data"},
     "evaluation": {"core", "data", "models", "config"},
+    "tuning": {"core", "config"},
     "tracking": {"core", "config", "runs"},
     "training": BELOW_TRAINING,
-    "results": BELOW_TRAINING | {"tracking"},
+    "results": BELOW_TRAINING | {"tracking", "tuning"},
     "deploy": BELOW_TRAINING | {"tracking", "results"},
-    "sweep": BELOW_TRAINING | {"tracking", "training", "results", "deploy"},
+    "sweep": BELOW_TRAINING | {"tracking", "training", "tuning", "results", "deploy"},
     "plugins": {"sweep"},
     "__main__": BELOW_TRAINING | {"tracking", "training", "results", "deploy", "sweep"},
     "kd_paths": {"distill"},  # a former address
@@ -48,6 +49,7 @@ KNOWN: dict[str, set[str]] = {}
 CONFINED = {
     "mlflow": {"tracking"},
     "omegaconf": {"__main__", "config", "training.factory", "training.group", "sweep"},
+    "optuna": {"tuning"},
     "ray": {"sweep.engines.ray"},
     "submitit": {"sweep.engines.slurm"},
 }

@@ -133,6 +133,8 @@ def teacher_cell(cfg: Config) -> Cell:
     common, evidence, sources = _common(given)
     teacher, view = given.teacher, given.teacher_aug.train_view
     own = {**common, "network": _network(teacher), "lr": teacher.lr, "train_view": view}
+    if teacher.monitor != "loss":  # the default, without which Teachers were known before there was a choice
+        own["monitor"] = teacher.monitor
     evidence, sources = evidence | _weights_evidence("teacher", teacher), sources | _weights_source("teacher", teacher)
     return _cell(given, "teacher", grid.teacher_notation(view), own, evidence, sources, seed=teacher.seed)
 

@@ -57,6 +57,7 @@ Stage = Annotated[str, AfterValidator(_known_stage), Field(description=STAGE_WOR
 View = Annotated[Literal["weak", "strong"], Field(description="weak or strong")]
 Precision = Annotated[Literal["fp32", "bf16"], Field(description="fp32 or bf16")]
 Widths = Annotated[list[Count], Field(min_length=5, max_length=5, description="five whole numbers >= 1")]
+Monitor = Literal["loss", "dice"]
 Text = Annotated[str, Field(min_length=1, description="a word")]
 
 
@@ -153,6 +154,7 @@ class TeacherNode(NetworkNode):
 
     seed: Seed
     lr: Positive
+    monitor: Monitor = Field("loss", description="loss or dice")
 
 
 class TrainNode(Node):
@@ -162,7 +164,7 @@ class TrainNode(Node):
     batch_size: Count
     lr: Positive
     patience: Count
-    monitor: Literal["loss", "dice"] = Field(description="loss or dice")
+    monitor: Monitor = Field(description="loss or dice")
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(description="auto or a whole number >= 0")
 
 

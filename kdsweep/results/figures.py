@@ -1,6 +1,6 @@
 """Draw the figures of a sweep, from what MLflow holds, as PNG, PDF and SVG.
 
-Usage: ``python -m kdsweep figures figure2|effects|curves|pairs|all [--sweep NAME] [--out DIR] [Hydra
+Usage: ``python -m kdsweep figures figure2|effects|curves|pairs|tuning|all [--sweep NAME] [--out DIR] [Hydra
 overrides]``. Hydra overrides, such as ``data=busi data.root=DIR``, may say which sweep is meant and where its images
 lie.
 """
@@ -22,7 +22,7 @@ from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_bytes
 from kdsweep.data import run_data, sources
-from kdsweep.results import contours, effects, plots, tables
+from kdsweep.results import contours, effects, plots, tables, tuned
 from kdsweep.results.frame import known_values, variants
 from kdsweep.tracking import reader
 
@@ -36,6 +36,7 @@ FIGURES = {
     "effects": "test DSC of each cell, and the main effects",
     "curves": "validation Dice over the epochs",
     "pairs": "each test image against Student",
+    "tuning": "best validation Dice against the seconds that a method's trials took",
 }
 # Arguments of savefig by format. Dates are left out, so that equal figures are equal files.
 FORMATS: dict[str, dict[str, Any]] = {
@@ -98,6 +99,9 @@ def _contours(
 def _plot(which: str, sweep: Sweep, *, title: str, store: Path, uri: str | None) -> Figure:
     if which == "effects":
         return plots.effects_plot(scores=tables.table4(sweep), effects=effects.effects(sweep), title=title)
+    if which == "tuning":
+        trials = tuned.read(sweep, store=store, uri=uri).trials
+        return plots.tuning_plot(progress=tuned.best_by_seconds(trials), title=title)
     if which == "curves":
         return plots.curves_plot(curves=reader.read_curves(sweep, store=store, uri=uri), title=title)
     return plots.pairs_plot(pairs=plots.paired(sweep), title=title)
@@ -195,7 +199,8 @@ def make(which: str, *, place: Location, out_dir: Path | None, choice: Choice) -
     out_dir = out_dir or place.store / "figures"
     choice = replace(choice, root=place.root, source=place.source)
     failed = []
-    for name in FIGURES if which == "all" else [which]:
+    suited = [name for name in FIGURES if name != "tuning" or tuned.is_tuned(sweep, store=place.store)]
+    for name in suited if which == "all" else [which]:
         try:
             for file_name, figure in draw(name, sweep, store=place.store, uri=place.uri, choice=choice):
                 files = write(figure, out_dir=out_dir, name=file_name)

@@ -314,6 +314,51 @@ def _draw_curves(axes: Axes, *, curves: pd.DataFrame, looks: dict[int, LineStyle
             axes.plot(run["epoch"], run["value"], linewidth=1.0, marker=".", markersize=3, markevery=alone, **style)
 
 
+# ---- tuning --------------------------------------------------------------------------------------------------------
+
+
+def tuning_plot(*, progress: pd.DataFrame, title: str) -> Figure:
+    """Plot a panel per method: best validation Dice so far against training seconds, a line per split.
+
+    Student's lines are in light gray behind each; a thin line marks the seconds in which the cheapest method has ended.
+
+    Args:
+        progress: as ``tuned.best_by_seconds`` gives it.
+        title: a line at the top left.
+
+    Raises:
+        InputError: there are no trials.
+    """
+    if progress.empty:
+        raise InputError("no trial of this sweep has ended yet")
+    looks, there = _looks(progress["split"]), set(progress["notation"])
+    baselines = [name for name in ("Student", "Teacher", "Teacher_WAug") if name in there]
+    notations = [*_in_order(there.difference(BASELINES)), *baselines]
+    figure = _figure(title=title, height=1.0 + 1.25 * -(-len(notations) // ACROSS))
+    panels = _panels(figure, count=len(notations), xlabel="training seconds", ylabel="best validation Dice")
+    equal_s = progress.groupby(["notation", "split"])["seconds"].max().min()
+    for axes, notation in zip(panels, notations, strict=True):
+        axes.set_title(notation, fontsize=FONT, loc="left", pad=2)
+        axes.axvline(equal_s, color=GRAY, linewidth=0.6, linestyle=":")
+        if notation not in BASELINES:
+            _draw_progress(axes, progress[progress["notation"] == "Student"], looks, color=LIGHT)
+        _draw_progress(axes, progress[progress["notation"] == notation], looks)
+    panels[0].set_xscale("log")
+    handles = [Line2D([], [], color=k.color, linestyle=k.line, label=f"split {split}") for split, k in looks.items()]
+    if "Student" in there and there.difference(BASELINES):
+        handles.append(Line2D([], [], color=LIGHT, label="Student, same line styles"))
+    handles.append(Line2D([], [], color=GRAY, linewidth=0.6, linestyle=":", label="equal seconds: the cheapest ends"))
+    _legend_below(figure, handles)
+    return figure
+
+
+def _draw_progress(axes: Axes, progress: pd.DataFrame, looks: dict[int, LineStyle], color: str = "") -> None:
+    for split, own in progress.groupby("split"):
+        look = looks[int(str(split))]
+        style: dict[str, Any] = {"color": color or look.color, "linestyle": look.line, "zorder": 1 if color else 2}
+        axes.step(own["seconds"], own["best_dice"], where="post", linewidth=1.0, **style)
+
+
 # ---- each image against Student ------------------------------------------------------------------------------------
 
 

@@ -137,10 +137,10 @@ def _gap(error: Exception) -> str:
     return one_line(error).rstrip(".")
 
 
-def make_table(which: str, sweep: Sweep, *, store: Path, test: str) -> Table:
+def make_table(which: str, sweep: Sweep, *, store: Path, uri: str | None = None, test: str) -> Table:
     """Make one of tables.TABLES; sentences on what the data support lead, the other notes are below."""
     try:
-        heading, table, text, notes = tables.made(which, sweep=sweep, store=store, test=test)
+        heading, table, text, notes = tables.made(which, sweep=sweep, store=store, uri=uri, test=test)
     except (InputError, OSError) as error:
         return Table(which, which.capitalize().replace("Table", "Table "), [], [], [], 0, [], [], _gap(error))
     lead = tables.sentences(which, table)
@@ -247,7 +247,7 @@ def commands(sweep: Sweep, *, place: Location, wanted: Wanted) -> list[str]:
     test = "" if wanted.test == "ttest" else f" --test {wanted.test}"
     own = "".join(f" {option}" for option, on in _switches(wanted).items() if on)
     return [
-        *(f"python -m kdsweep tables {which}{where}{test}" for which in tables.asked(sweep)),
+        *(f"python -m kdsweep tables {which}{where}{test}" for which in tables.asked(sweep, store=place.store)),
         f"python -m kdsweep figures all{where}",
         f"python -m kdsweep report{where}{test}{own}",
     ]
@@ -259,8 +259,9 @@ def _switches(wanted: Wanted) -> dict[str, bool]:
 
 def collect(sweep: Sweep, *, place: Location, wanted: Wanted, hide: Callable[[str], str]) -> dict[str, Any]:
     """Collect all that the page shows, by the names in its template."""
-    names = [which for which in tables.asked(sweep) if wanted.with_costs or which != "table5"]
+    names = [which for which in tables.asked(sweep, store=place.store) if wanted.with_costs or which != "table5"]
     drawn = [which for which in FIGURES if which != "figure2" or wanted.with_images or is_synthetic(sweep)]
+    drawn = [which for which in drawn if which != "tuning" or "tuned" in names]
     made: dict[str, Table] = {}
     pictures: dict[str, Figures] = {}
     with tqdm(total=len(names) + len(drawn) + 1, leave=False, disable=not sys.stderr.isatty()) as bar:
@@ -268,7 +269,7 @@ def collect(sweep: Sweep, *, place: Location, wanted: Wanted, hide: Callable[[st
             bar.set_description(which)
             if which == "table5":
                 tqdm.write("measuring networks for Table 5", file=sys.stdout)
-            made[which] = make_table(which, sweep, store=place.store, test=wanted.test)
+            made[which] = make_table(which, sweep, store=place.store, uri=place.uri, test=wanted.test)
             bar.update()
         for which in drawn:
             bar.set_description(which)

@@ -1,7 +1,6 @@
 """Make the paper's tables and those of effects, from what MLflow holds: frames of numbers first, then text.
 
-Usage: `python -m kdsweep tables table3|table4|table5|effects|settings|seeds|strata [--store DIR] [--sweep NAME] [--out
-DIR]`.
+Usage: `python -m kdsweep tables TABLE [--store DIR] [--sweep NAME] [--out DIR]`, TABLE one of TABLES.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import pandas as pd
 
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_text
-from kdsweep.results import comparisons, effects, external, footnotes, formats, strata
+from kdsweep.results import comparisons, effects, external, footnotes, formats, strata, tuned
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import (
     VALIDATION,
@@ -38,7 +37,7 @@ from kdsweep.results.stats import ALPHA, NAN, TESTS, compare, holm, non_inferior
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
 
-TABLES = ("table3", "table4", "table5", "effects", "settings", "seeds", "strata", "external")
+TABLES = ("table3", "table4", "table5", "effects", "settings", "seeds", "strata", "external", "tuned")
 HEADINGS = {
     "table3": "Table 3. The distillation experiments",
     "table4": "Table 4. Test DSC of Teacher, Student and distilled students",
@@ -48,6 +47,7 @@ HEADINGS = {
     "seeds": "Seeds. How much another training would change",
     "strata": "Strata. Test DSC by label and by size of the lesion",
     "external": "External. Test DSC on other data sets",
+    "tuned": "Tuned. Each method as configured and as chosen, with equal budgets",
 }
 GRADIENT_RATIO = "kd_gradient_ratio"  # a column of Table 4: the geometric mean over its runs
 SPLIT_MEAN = "mean_dice_percent_split"
@@ -314,13 +314,14 @@ def best_variant(sweep: Sweep, table: pd.DataFrame) -> tuple[Sweep, pd.DataFrame
     return variants(sweep)[label], table[table["settings"] == label].drop(columns="settings")
 
 
-def asked(sweep: Sweep) -> list[str]:
-    """Return those of TABLES that suit a sweep, such as seeds if it has several."""
+def asked(sweep: Sweep, *, store: Path) -> list[str]:
+    """Return those of TABLES that suit a sweep, such as seeds if it has several; store is the folder of the runs."""
     has = {
         "settings": comparisons.has_settings(sweep),
         "seeds": comparisons.has_seeds(sweep),
         "strata": "lesion_px" in sweep.scores,
         "external": not sweep.external.empty,
+        "tuned": tuned.is_tuned(sweep, store=store),
     }
     return [which for which in TABLES if has.get(which, True)]
 
@@ -328,11 +329,19 @@ def asked(sweep: Sweep) -> list[str]:
 def sentences(which: str, table: pd.DataFrame) -> list[str]:
     """Return sentences on what the numbers of a table support; none for tables that only show numbers."""
     told = {"effects": effects.sentences, "settings": comparisons.told_settings, "seeds": comparisons.told_seeds}
+    told |= {"tuned": tuned.sentences}
     return told[which](table) if which in told else []
 
 
-def made(which: str, *, sweep: Sweep, store: Path, test: str, margin_points: float | None = None) -> Made:
+def made(
+    which: str, *, sweep: Sweep, store: Path, test: str, uri: str | None = None, margin_points: float | None = None
+) -> Made:
     """Make one of TABLES of a sweep whose cells' folders are in a store."""
+    if which == "tuned":
+        tuning = tuned.read(sweep, store=store, uri=uri)
+        table = tuned.tuned(tuning, test=test)
+        notes = tuned.notes(tuning=tuning, table=table, test=test)
+        return _led(which, tuning.chosen, table.assign(test=test), tuned.format_tuned(table), notes)
     if which == "external":
         table = external.external(sweep)
         notes = [*footnotes.provenance(sweep), *external.NOTES]
@@ -373,9 +382,18 @@ def _led(which: str, sweep: Sweep, table: pd.DataFrame, text: pd.DataFrame, note
     return Made(HEADINGS[which], table, text, [*sentences(which, table), *footnotes.provenance(sweep), *notes])
 
 
-def make(*, which: str, sweep: Sweep, store: Path, out_dir: Path, test: str, margin_points: float | None = None) -> str:
+def make(
+    *,
+    which: str,
+    sweep: Sweep,
+    store: Path,
+    out_dir: Path,
+    test: str,
+    uri: str | None = None,
+    margin_points: float | None = None,
+) -> str:
     """Write WHICH.md, .csv and .tex into out_dir; return the Markdown and a last line that names the files."""
-    heading, table, text, notes = made(which, sweep=sweep, store=store, test=test, margin_points=margin_points)
+    heading, table, text, notes = made(which, sweep=sweep, store=store, test=test, uri=uri, margin_points=margin_points)
     title = f"{heading} (sweep {sweep.name})"
     profile, data = ("".join(known_values(sweep.runs, key)) for key in ("profile", "data"))
     markdown = to_markdown(title=title, text=text, notes=notes)
@@ -401,7 +419,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
     parser.add_argument("--out", type=Path, help="folder for the files (STORE/tables)")
     parser.add_argument(
-        "--test", choices=sorted(TESTS), default="ttest", help="test of table4, effects, settings, strata (ttest)"
+        "--test",
+        choices=sorted(TESTS),
+        default="ttest",
+        help="test of table4, effects, settings, strata, tuned (ttest)",
     )
     parser.add_argument(
         "--margin", type=float, help="points of table4's non-inferiority (the sweep's stats.margin_points)"
@@ -415,6 +436,7 @@ def main(argv: list[str] | None = None) -> int:
         sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
         out_dir = options.out or options.store / "tables"
         common = {"sweep": sweep, "store": options.store, "out_dir": out_dir, "test": options.test}
+        common["uri"] = options.tracking_uri
         if options.margin is not None and not 0 < options.margin < 100:
             raise InputError(f"--margin {options.margin:g}: must be a number of points above 0 and below 100")
         sys.stdout.write(make(which=options.table, margin_points=options.margin, **common))

@@ -38,6 +38,7 @@ class Record:
         epochs: the maximum.
         history: values of each epoch, ``epoch`` among them.
         times_ms: when each epoch ended.
+        seconds: what each epoch took (``Learner.seconds``).
         error: of a failed cell, in one line.
         values: the final ones of a finished cell.
         ended_ms: when it failed or was finished.
@@ -51,6 +52,7 @@ class Record:
     epochs: int
     history: list[dict[str, float]]
     times_ms: list[int]
+    seconds: list[float]
     error: str
     values: dict[str, float]
     ended_ms: int
@@ -127,9 +129,12 @@ def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any],
     (folder / FAILED).unlink(missing_ok=True)
 
 
-def write_progress(folder: Path, *, epochs: int, history: list[dict[str, float]], times_ms: list[int]) -> None:
+def write_progress(
+    folder: Path, *, epochs: int, history: list[dict[str, float]], times_ms: list[int], seconds: list[float]
+) -> None:
     """Write the epochs that the checkpoint holds, never more: a resumed training would report them twice."""
-    write_json(folder / PROGRESS, {"epochs": epochs, "times_ms": times_ms, "history": history})
+    content = {"epochs": epochs, "times_ms": times_ms, "seconds": seconds, "history": history}
+    write_json(folder / PROGRESS, content)
 
 
 def write_failed(folder: Path, error: str) -> None:
@@ -259,6 +264,7 @@ def read(folder: Path) -> Record:
         epochs=progress.get("epochs", 0),
         history=progress.get("history", []),
         times_ms=progress.get("times_ms", []),
+        seconds=progress.get("seconds", []),
         error=(failed or {}).get("error", "") if status == "FAILED" else "",
         values=values or {},
         ended_ms=ended.get("time_ms", 0),

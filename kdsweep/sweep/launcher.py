@@ -64,11 +64,12 @@ class LockstepLauncher(Launcher):
         configs = Composed(composer, job_overrides, first=initial_job_idx)
         if getattr(self.task_function, "trains_cells", False):
             return self._launch_cells(configs)
-        with self._engine_open():
+        with self.engine_open():
             return self._launch_others(list(configs))
 
     @contextmanager
-    def _engine_open(self) -> Iterator[None]:
+    def engine_open(self) -> Iterator[None]:
+        """Open the engine; close it at the end, in whatever way that comes."""
         self.engine.open(self.config)
         try:
             yield
@@ -84,25 +85,25 @@ class LockstepLauncher(Launcher):
 
         jobs = plan.read_jobs(configs)
         gc.freeze()  # they stay to the end: else each collection of garbage would go through all of them again
-        jobs = [replace(job, subdir=subdir) for job, subdir in zip(jobs, self._subdirs(jobs), strict=True)]
+        jobs = [replace(job, subdir=subdir) for job, subdir in zip(jobs, self.subdirs(jobs), strict=True)]
         waiting = plan.waiting(jobs)
         results: dict[str, float | Exception]
         if self.plan:
-            with self._engine_open():
+            with self.engine_open():
                 self._show_plan(jobs, waiting)
             results = {job.cell.fingerprint: (job.finished or {}).get("test/dice", math.nan) for job in jobs}
         else:
             self.engine.check(waiting)
             plan.watch(jobs, command=callback.command_line(self.config))
             try:
-                with self._engine_open():  # within: MLflow is told how those that are stopped have ended
+                with self.engine_open():  # within: MLflow is told how those that are stopped have ended
                     results = self._obtain(jobs, waiting)
             finally:
                 sync.close_all()
         return [worker.closed(job.overrides, results[job.cell.fingerprint]) for job in jobs]
 
-    def _subdirs(self, jobs: list[Job]) -> list[str]:
-        """Name of each job's folder below the sweep's."""
+    def subdirs(self, jobs: list[Job]) -> list[str]:
+        """Return the name of each job's folder below the sweep's."""
         raw = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)
         if raw == {"dir": "${store}", "subdir": "${kdsweep.cell_dir:}"}:  # no need to compose them all for that
             return [str(job.cell.folder.relative_to(job.cell.store)) for job in jobs]
@@ -141,7 +142,7 @@ class LockstepLauncher(Launcher):
 
         first: list[Unit] = []
         if self.engine.at_once(preview) > 1:  # else the Teachers that several groups need would be waited for by each
-            first = _teacher_units([job for group in groups for job in group], preview)
+            first = teacher_units([job for group in groups for job in group], preview)
             groups = sorted(groups, key=lambda group: -plan.group_s(group, preview))  # the last ones to end are short
         report = Report(groups)
         results = self._train_groups(groups, preview, report, first=first)
@@ -207,8 +208,8 @@ def _configs(group: list[Job]) -> list[DictConfig]:
     return [job.config for job in group]
 
 
-def _teacher_units(jobs: list[Job], preview: Preview) -> list[Unit]:
-    """One for each Teacher that these jobs lack."""
+def teacher_units(jobs: list[Job], preview: Preview) -> list[Unit]:
+    """Return a unit for each Teacher that these jobs lack."""
     from kdsweep.sweep import plan
     from kdsweep.sweep.engines import worker
 

@@ -6,13 +6,14 @@ Runs without torch; what only the real networks can tell is a ``Look``, taken wh
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
@@ -39,6 +40,7 @@ class Job:
         number: of this one among them.
         subdir: of the job's folder, once that is settled.
         begun: epochs that the cell has behind it and that a checkpoint holds.
+        tuned: keys of which a study chooses the values.
     """
 
     cell: Cell
@@ -49,6 +51,7 @@ class Job:
     number: int
     subdir: str = ""
     begun: int = 0
+    tuned: tuple[str, ...] = ()
 
     @property
     def epochs_left(self) -> int:
@@ -97,17 +100,27 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
     Raises:
         InputError: the first thing that is wrong.
     """
-    read, words, choices = [], [], []
+    read, words, choices, tuned = [], [], [], []
     for cfg in configs:
         read.append(identity.read(cfg))
-        words.append(list(cfg.hydra.overrides.task) if "hydra" in cfg else [])
+        tuned.append(_tuned_keys(cfg))
+        typed = cfg.hydra.overrides.task if "hydra" in cfg else []
+        words.append([word for word in typed if not grid.is_under(word.partition("=")[0], tuned[-1])])
         choices.append(dict(cfg.hydra.runtime.choices) if "hydra" in cfg else {})
     own = name_variants([identity.cell(settings) for settings in read], read=read, words=words, choices=choices)
     known = [records.read_finished(cell.folder) for cell in own]
+    begun = [0 if finished else records.epochs(cell.folder) for cell, finished in zip(own, known, strict=True)]
+    parts = zip(own, known, read, words, begun, tuned, strict=True)
     return [
-        Job(cell, finished, settings, typed, configs, number, begun=0 if finished else records.epochs(cell.folder))
-        for number, (cell, finished, settings, typed) in enumerate(zip(own, known, read, words, strict=True))
+        Job(cell, finished, settings, typed, configs, number, begun=epochs, tuned=keys)
+        for number, (cell, finished, settings, typed, epochs, keys) in enumerate(parts)
     ]
+
+
+def _tuned_keys(cfg: DictConfig) -> tuple[str, ...]:
+    """Return the keys of the search space of a job's sweep: the values that a study chooses make no variant."""
+    search: Any = OmegaConf.to_container(OmegaConf.select(cfg, "hydra.sweeper.search") or OmegaConf.create())
+    return tuple(re.sub(r"\.(log|range|int)$", "", key) for key in grid.flatten(search))
 
 
 def name_variants(
@@ -184,8 +197,10 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
             members = [job for job in own if job.settings.sweep_name == sweep]
             asked[sweep] = [job.cell for job in unique(members)]
             swept = swept_keys([job.overrides for job in members])
-            if swept:
-                varied[sweep] = swept + grid.varied_keys([identity.params(job.settings) for job in members])
+            tuned = list(members[0].tuned)
+            if swept or tuned:
+                differing = grid.varied_keys([identity.params(job.settings) for job in members])
+                varied[sweep] = [*swept, *tuned, *differing]
             requests.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
         sync.Sync(
             store=Path(store),
@@ -209,6 +224,8 @@ def tell_changes(jobs: Sequence[Job]) -> None:
     asked = {job.cell.folder for job in jobs}
     new: dict[str, list[Job]] = {}
     for job in waiting(jobs):
+        if job.tuned:  # others of its name are its study's trials
+            continue
         if (before := records.read_predecessor(job.cell, besides=asked)) is not None:
             new.setdefault(_difference(before, job.cell), []).append(job)
     for difference, own in new.items():

@@ -6,11 +6,13 @@ import torch
 from omegaconf import DictConfig
 
 from kdsweep.config import identity
-from kdsweep.core.device import Compute, find_device, give_back_memory
+from kdsweep.core.device import Compute, find_device, give_back_memory, placed
 from kdsweep.evaluation import latency
+from kdsweep.models import unet
 from kdsweep.runs import records
 from kdsweep.sweep.plan import Preview
-from kdsweep.training import factory
+from kdsweep.training import factory, loop
+from kdsweep.training.learner import EpochMeter
 
 
 def check(configs: list[DictConfig]) -> None:
@@ -38,6 +40,31 @@ def preview_cells(configs: list[DictConfig], devices: list[str]) -> Preview:
     found = device_names(configs, devices)
     check(configs)
     return _timed(configs, devices=found, device=str(configs[0].device))
+
+
+def time_epoch_s(cfg: DictConfig) -> float:
+    """Return the seconds of an epoch of a cell's training, as if it were alone: the second one, the first warms up.
+
+    Steps and Teacher's forwards are counted, the Teacher is an untrained one. Nothing is written.
+    """
+    compute = factory.compute(cfg)
+    compute.prepare()
+    feed = factory.feed(cfg, seed=cfg.seed)
+    learner = factory.learner(cfg, identity.cell(cfg))
+    teachers = {}
+    if learner.distillation is not None:
+        network = placed(factory.teacher_network(cfg, weights="none"), compute)
+        teachers[learner.distillation.forward.teacher] = unet.freeze(network)
+    for module in learner.modules().values():
+        placed(module, compute)
+    frozen = loop.FrozenTeachers(teachers, compute)
+    for epoch in range(2):
+        learner.spent_s, learner.means = 0.0, EpochMeter()
+        loop.train_epoch([learner], epoch, frozen=frozen, feed=feed, compute=compute)
+    if learner.failure is not None:
+        raise learner.failure
+    give_back_memory()
+    return learner.spent_s
 
 
 def device_names(configs: list[DictConfig], devices: list[str]) -> dict[str, list[str]]:

@@ -19,6 +19,7 @@ from kdsweep.runs import records, requests
 from kdsweep.runs.records import Record
 from kdsweep.sweep.engines import queue
 from kdsweep.sweep.engines.queue import Task
+from kdsweep.tuning import book
 
 WORDS = {
     "FINISHED": "done",
@@ -222,6 +223,28 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
+def tuning(store: Path, sweep: str) -> str:
+    """Return the text on the trials of a sweep: how many have ended and how, and the best of each method."""
+    from kdsweep.tuning.study import read_trials  # with optuna, which other sweeps do not need
+
+    known = book.read(store, sweep)
+    trials = read_trials(known.storage, known.entries)
+    wanted = sum(entry.trials for entry in known.entries.values())
+    states = Counter(trials["state"])
+    words = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+    counts = ", ".join(f"{states[state]} {word}" for state, word in words.items() if states[state])
+    line = f"tuning of sweep {sweep}: {len(trials)} of {wanted} trials ended{f': {counts}' if counts else ''}"
+    if len(trials) < wanted:
+        held = book.is_held(store, sweep)
+        line += "; a round is being trained" if held else "; nothing is running, the same command goes on"
+    rows: list[tuple[str, ...]] = [("tuned", "trials", "best val/dice", "of trial")]
+    for (notation, split), own in trials.groupby(["notation", "split"]):
+        best = own[own["is_chosen"]]
+        dice, number = (f"{best['value'].iloc[0]:.3f}", str(best["number"].iloc[0])) if len(best) else ("", "")
+        rows.append((f"{notation} split {split}", str(len(own)), dice, number))
+    return "\n".join([line, "", *_align(rows), "", ""])
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -231,13 +254,18 @@ def make(*, store: Path, sweep: str | None) -> str:
     Raises:
         InputError: there is no such sweep.
     """
-    known = requests.sweeps(store)
+    tuned = book.sweeps(store)
+    known = [*(name for name in tuned if name not in requests.sweeps(store)), *requests.sweeps(store)]
     if not known:
         raise InputError(f"--store {store}: no sweep was started in it yet")
     if sweep is not None and sweep not in known:
         raise InputError(f"--sweep {sweep}: not in this store; it holds: {', '.join(sorted(known))}")
     name = sweep or known[-1]
+    base = name.removesuffix(book.TUNED)
+    trials = tuning(store, base) if base in tuned else ""
     asked = requests.read_asked(store, name)
+    if not asked:
+        return trials
     found = {place: records.read(store / folder) for place, folder in asked.items()}
     variants = requests.read_variants(store, name)
     try:
@@ -245,7 +273,7 @@ def make(*, store: Path, sweep: str | None) -> str:
         unknown = ""
     except queue.QueueError as error:
         tasks, unknown = {}, f"\nSLURM's queue is not known here: {error}\n"
-    return report(name, found, variants=variants, tasks=tasks, now_ms=records.now_ms()) + unknown
+    return trials + report(name, found, variants=variants, tasks=tasks, now_ms=records.now_ms()) + unknown
 
 
 def main(argv: list[str] | None = None) -> int:

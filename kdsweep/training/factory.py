@@ -256,6 +256,7 @@ def teacher_learner(cfg: DictConfig, own: Cell) -> Learner:
         patience=cfg.train.patience,
         folder=own.folder,
         nsd_tolerance_px=cfg.scores.nsd_tolerance_px,
+        monitor=identity.read(cfg).teacher.monitor,
     )
 
 

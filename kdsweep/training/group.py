@@ -70,17 +70,60 @@ def run_group(configs: list[DictConfig], *, variants: Mapping[str, dict[str, str
     return [results[number] for number in range(len(own))]
 
 
+def run_trials(
+    configs: list[DictConfig], *, pruning: loop.Pruning, role: str, variants: Mapping[str, dict[str, str]]
+) -> list[Result]:
+    """Train trials together, from their checkpoints on, until each has had its last epoch or is pruned.
+
+    Nothing is tested: what is chosen among the trials is tested afterwards, from its checkpoint.
+
+    Args:
+        configs: of different cells that can share their batches.
+        pruning: of these trials.
+        role: ``teacher`` for trials of the Teachers of these configurations, else those of the Students.
+        variants: by fingerprint the values that are tried.
+
+    Returns:
+        For each configuration the validation Dice of its best epoch, or what ended it.
+    """
+    cells = [identity.teacher_cell(cfg) if role == "teacher" else identity.cell(cfg) for cfg in configs]
+    cells = [replace(cell, variant=variants.get(cell.fingerprint, {})) for cell in cells]
+    with contextlib.ExitStack() as held:
+        for cell in cells:
+            while not records.hold(held, cell.folder):
+                log.info("%s: another command computes it; waiting for that", cell.title)
+                time.sleep(teachers.LOOK_EVERY_S)
+        if role != "teacher":
+            outcomes = _outcomes(configs, cells, pruning=pruning)
+        else:
+            outcomes = loop.run_divided(
+                [partial(_make_teacher, cfg, cell) for cfg, cell in zip(configs, cells, strict=True)],
+                teachers={},
+                feed=factory.feed(configs[0], seed=configs[0].teacher.seed),
+                compute=factory.compute(configs[0]),
+                pruning=pruning,
+            )
+    return [values if isinstance(values, Exception) else values["best/val_dice"] for values in outcomes]
+
+
 def _train(configs: list[DictConfig], own: list[Cell]) -> list[Result]:
+    outcomes = _outcomes(configs, own)
+    return [values if isinstance(values, Exception) else values["test/dice"] for values in outcomes]
+
+
+def _outcomes(
+    configs: list[DictConfig], own: list[Cell], *, pruning: loop.Pruning | None = None
+) -> list[loop.Values | Exception]:
     compute = factory.compute(configs[0])
     compute.prepare()
     frozen = obtain_teachers(configs, compute)
-    outcomes = loop.run_divided(
+    return loop.run_divided(
         [partial(_make, cfg, cell, frozen) for cfg, cell in zip(configs, own, strict=True)],
         teachers={name: network for name, network in frozen.items() if not isinstance(network, Exception)},
         feed=factory.feed(configs[0], seed=configs[0].seed),
         compute=compute,
+        pruning=pruning,
     )
-    return [values if isinstance(values, Exception) else values["test/dice"] for values in outcomes]
 
 
 def _make(cfg: DictConfig, cell: Cell, frozen: dict[str, UNet | Exception]) -> Learner | Exception:

@@ -105,7 +105,11 @@ class Learner:
         gradient_ratios: KD to supervised gradient at the encoder, of the epoch's steps in which it was measured.
         history: values of each whole epoch.
         times_ms: when each of them ended.
+        seconds: what each of them took: its steps, its validation, and its Teacher's forwards as if it were alone.
+            On CUDA, where steps are queued, the time to queue them and to wait for their values.
+        spent_s: the same of the epoch that has begun.
         failure: the error that ended it early.
+        is_pruned: whether it has been ended early as a trial that has no prospects.
         whole: whether it can be saved: its checkpoint has been read and no step is half done.
         doing: the part of a step that is running, for messages.
     """
@@ -129,7 +133,10 @@ class Learner:
     gradient_ratios: list[Tensor] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     times_ms: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    spent_s: float = 0.0
     failure: Exception | None = None
+    is_pruned: bool = False
     whole: bool = False
     doing: str = ""
 
@@ -160,8 +167,8 @@ class Learner:
 
     @property
     def stopped(self) -> bool:
-        """Return whether it has failed, trained all its epochs or run out of patience."""
-        if self.failure is not None:
+        """Return whether it has failed, been pruned, trained all its epochs or run out of patience."""
+        if self.failure is not None or self.is_pruned:
             return True
         return self.epoch + 1 >= self.epochs or self.epoch - self.best_epoch >= self.patience
 
@@ -246,6 +253,8 @@ class Learner:
                 self.gradient_ratios = []
             self.history.append({"epoch": self.epoch, **values})
             self.times_ms.append(records.now_ms())
+            self.seconds.append(self.spent_s)
+            self.spent_s = 0.0
             monitored = values["val/loss"] if self.monitor == "loss" else 1 - values["val/dice"]
             if monitored < self.best_loss:
                 self.best_loss, self.best_epoch = monitored, self.epoch
@@ -270,6 +279,7 @@ class Learner:
             "means": self.means.state(),
             "gradient_ratios": self.gradient_ratios,
             "kd_weight": self.kd_weight,
+            "spent_s": self.spent_s,
         }
         self._write({**self._outcome(), "training": training})
 
@@ -278,12 +288,14 @@ class Learner:
         self._write({**self._outcome(), "training": None})
 
     def _outcome(self) -> dict[str, Any]:
-        names = ("epoch", "history", "times_ms", "best", "best_loss", "best_epoch")
+        names = ("epoch", "history", "times_ms", "seconds", "best", "best_loss", "best_epoch")
         return {name: getattr(self, name) for name in names}
 
     def _write(self, state: dict[str, Any]) -> None:
         checkpoint.save_state(self.folder / checkpoint.CHECKPOINT, state)
-        records.write_progress(self.folder, epochs=self.epochs, history=self.history, times_ms=self.times_ms)
+        records.write_progress(
+            self.folder, epochs=self.epochs, history=self.history, times_ms=self.times_ms, seconds=self.seconds
+        )
 
     def resume(self) -> bool:
         """Go on from the last checkpoint, or from the one before if it is damaged; return whether there was one.
@@ -312,6 +324,7 @@ class Learner:
         return False
 
     def _load(self, state: dict[str, Any]) -> None:
+        state = {"seconds": [], **state}  # the first checkpoints had none
         for name in self._outcome():
             setattr(self, name, state[name])
         if (training := state["training"]) is not None:
@@ -321,6 +334,7 @@ class Learner:
             self.means.load(training["means"])
             self.gradient_ratios = list(training.get("gradient_ratios", []))
             self.kd_weight = training.get("kd_weight", self.kd_weight)
+            self.spent_s = training.get("spent_s", 0.0)
 
 
 SCORES, PREDICTIONS, HISTORY = "test_scores.csv", "test_predictions.npz", "history.csv"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,17 @@ Batch = dict[str, Tensor]
 Maker = Callable[[], Learner | Exception]
 
 
+class Pruning(Protocol):
+    """Decides which trials of a group end early; see ``tuning/pruning.py``."""
+
+    def begin(self) -> Callable[[int, Mapping[Path, Sequence[float]]], set[Path]]:
+        """Return a function that is called for each epoch from the first on, and returns the trials that end.
+
+        Its arguments are the number of epochs that all trials have behind them, and their validation Dice after each,
+        by folder; what has failed is left out.
+        """
+
+
 class StepError(CellError):
     """An error inside a training step; the message names the epoch, step and term."""
 
@@ -52,6 +64,7 @@ class FrozenTeachers:
 
     def __init__(self, teachers: Mapping[str, UNet], compute: Compute) -> None:
         self.teachers, self.compute = teachers, compute
+        self.took_s: dict[TeacherForward, float] = {}  # the last forward of each
         for name, network in teachers.items():
             if network.training or any(parameter.requires_grad for parameter in network.parameters()):
                 raise ValueError(f"Teacher {name} is not frozen in eval mode")
@@ -71,8 +84,10 @@ class FrozenTeachers:
             return {forward: self._forward(forward, images, stages) for forward, stages in needed.items()}
 
     def _forward(self, forward: TeacherForward, images: Mapping[str, Tensor], stages: set[str]) -> Outputs:
+        start_s = time.perf_counter()
         with self.compute.autocast(forward.precision):
             outputs: Outputs = self.teachers[forward.teacher](images[forward.view], stages)
+        self.took_s[forward] = time.perf_counter() - start_s
         return outputs
 
 
@@ -113,6 +128,7 @@ def fit(
     feed: Feed,
     compute: Compute,
     stopped: Callable[[Learner], None] = lambda _: None,
+    prune: Callable[[int], list[Learner]] = lambda _: [],
 ) -> None:
     """Train a group until every learner has stopped.
 
@@ -125,12 +141,16 @@ def fit(
         feed: training and validation images.
         compute: device and precision.
         stopped: called with each learner that has had its last epoch.
+        prune: called with each number of epochs from 1 on, when all learners have them behind them; those that it
+            returns have had their last epoch.
     """
     frozen, schedule = FrozenTeachers(teachers, compute), CheckpointSchedule()
     taught = [frozen.teach(learners, views) for views, _ in scoring.eval_batches(feed.validation, compute)]
     first = min(learner.epoch for learner in learners) + 1
     most = max(learner.epochs for learner in learners)
     label = _label(learners)
+    for epochs in range(1, first + 1):  # as before the break
+        _prune(prune(epochs), stopped)
     with Progress(label, epochs=most, done=first) as progress:
         for epoch in range(first, most):
             due = [learner for learner in learners if learner.is_due(epoch)]
@@ -140,9 +160,17 @@ def fit(
             _validate(due, taught, feed=feed, compute=compute)
             for learner in (own for own in due if own.failure is None and own.stopped):
                 stopped(learner)
+            _prune(prune(epoch + 1), stopped)
             progress.update([learner.history[-1]["val/dice"] for learner in due if learner.history])
     share = schedule.spent_s / (time.monotonic() - schedule.started_s)
     log.info("%s: checkpoints took %.1f s, %.1f %% of the time", label, schedule.spent_s, 100 * share)
+
+
+def _prune(learners: list[Learner], stopped: Callable[[Learner], None]) -> None:
+    for learner in (own for own in learners if not own.stopped):
+        learner.is_pruned = True
+        log.info("%s: pruned after epoch %d", learner.title, learner.epoch + 1, extra=logs.FILE_ONLY)
+        stopped(learner)
 
 
 @contextmanager
@@ -202,7 +230,11 @@ def train_epoch(
             with isolated(learner):
                 # Neither the other learners nor an interruption may change what a loss or network draws.
                 torch.manual_seed(feed.train.step_seed(epoch, number))
+                start_s = time.perf_counter()
                 _step(learner, on_device, images, teacher_outputs, compute)
+                learner.spent_s += time.perf_counter() - start_s
+                if learner.distillation is not None:
+                    learner.spent_s += frozen.took_s[learner.distillation.forward]
         number += 1
         if schedule is not None and (turn := schedule.next([own for own in active if own.failure is None])) is not None:
             with isolated(turn):
@@ -269,6 +301,7 @@ def _validate(
     for learner in (own for own in learners if own.failure is None):
         signals.check()
         with isolated(learner):
+            start_s = time.perf_counter()
             learner.check_finite(learner.means, "train")
             means = EpochMeter()
             learner.evaluate()
@@ -285,21 +318,46 @@ def _validate(
                     means.add({**terms, "dice": dice}, len(mask))
             learner.train()
             learner.check_finite(means, "val")
+            learner.spent_s += time.perf_counter() - start_s
             learner.end_epoch(learner.means.read("train/") | means.read("val/"))
 
 
 def run(
-    learners: list[Learner], *, teachers: Mapping[str, UNet], feed: Feed, compute: Compute
+    learners: list[Learner],
+    *,
+    teachers: Mapping[str, UNet],
+    feed: Feed,
+    compute: Compute,
+    pruning: Pruning | None = None,
 ) -> list[Values | Exception]:
     """Train a group from its checkpoints on and test each learner; return its final values or error, in order.
 
-    Arguments as for ``fit``. If Ctrl-C, SIGTERM or a lack of memory ends the training, the learners are saved first.
+    If Ctrl-C, SIGTERM or a lack of memory ends the training, the learners are saved first.
+
+    Args:
+        learners: as for ``fit``.
+        teachers: as for ``fit``.
+        feed: as for ``fit``.
+        compute: as for ``fit``.
+        pruning: of trials, which are not tested: they are saved, and have the values of the validation alone.
     """
     results: dict[Path, Values] = {}
+    leaving = pruning.begin() if pruning is not None else None
 
     def conclude(learner: Learner) -> None:
         with isolated(learner):
-            results[learner.folder] = finish(learner, part=feed.test, compute=compute)
+            if pruning is None:
+                results[learner.folder] = finish(learner, part=feed.test, compute=compute)
+                return
+            learner.save() if learner.is_pruned else learner.save_outcome()
+            results[learner.folder] = {"best/val_dice": learner.history[learner.best_epoch]["val/dice"]}
+
+    def prune(epochs: int) -> list[Learner]:
+        if leaving is None:
+            return []
+        curves = {own.folder: [row["val/dice"] for row in own.history] for own in learners if own.failure is None}
+        leave = leaving(epochs, curves)
+        return [learner for learner in learners if learner.folder in leave]
 
     try:
         compute.prepare()
@@ -308,7 +366,7 @@ def run(
             for learner in (own for own in learners if own.stopped and own.failure is None):
                 conclude(learner)  # it was interrupted after its last epoch
             if going := [learner for learner in learners if not learner.stopped]:
-                fit(going, teachers=teachers, feed=feed, compute=compute, stopped=conclude)
+                fit(going, teachers=teachers, feed=feed, compute=compute, stopped=conclude, prune=prune)
     except BaseException as error:
         open_ones = [own for own in learners if own.failure is None and own.folder not in results]
         if signals.pending() or not isinstance(error, Exception) or is_out_of_memory(error):
@@ -322,7 +380,12 @@ def run(
 
 
 def run_divided(
-    makers: list[Maker], *, teachers: Mapping[str, UNet], feed: Feed, compute: Compute
+    makers: list[Maker],
+    *,
+    teachers: Mapping[str, UNet],
+    feed: Feed,
+    compute: Compute,
+    pruning: Pruning | None = None,
 ) -> list[Values | Exception]:
     """Do as ``run`` does with as many learners at a time as fit into memory: a group that does not is halved.
 
@@ -331,11 +394,13 @@ def run_divided(
         teachers: as for ``fit``.
         feed: as for ``fit``.
         compute: as for ``fit``.
+        pruning: as for ``run``; the trials of each half are then compared with those of their half alone.
     """
+    shared: dict[str, Any] = {"teachers": teachers, "feed": feed, "compute": compute, "pruning": pruning}
     made = [make() for make in makers]
     learners = [own for own in made if isinstance(own, Learner)]
     try:
-        outcomes = iter(run(learners, teachers=teachers, feed=feed, compute=compute) if learners else [])
+        outcomes = iter(run(learners, **shared) if learners else [])
         return [next(outcomes) if isinstance(own, Learner) else own for own in made]
     except Exception as error:
         if not is_out_of_memory(error):
@@ -353,7 +418,7 @@ def run_divided(
     give_back_memory()
     half = len(makers) // 2
     parts = (makers[:half], makers[half:])
-    return [own for part in parts for own in run_divided(part, teachers=teachers, feed=feed, compute=compute)]
+    return [own for part in parts for own in run_divided(part, **shared)]
 
 
 def _label(learners: list[Learner]) -> str:

@@ -43,8 +43,22 @@ class RayLauncher(launcher.LockstepLauncher):
 class LockstepSweeper(BasicSweeper):
     """``hydra/sweeper=lockstep``: Hydra's basic sweeper, which composes every job to see whether that can be done.
 
-    The launchers compose and check every job before the first one starts, in a small part of the time.
+    The launchers compose and check every job before the first one starts, in a small part of the time. With a search
+    space the jobs are tuned; see kdsweep/sweep/tuner.py. It is an option of this sweeper, not a sweeper of its own,
+    since an experiment file cannot choose another sweeper than conf/config.yaml does.
     """
+
+    def __init__(self, max_batch_size: int | None, params: Any = None, **tuning: Any) -> None:
+        super().__init__(max_batch_size, params)
+        self._tuning = tuning
+
+    def setup(self, **given: Any) -> None:
+        """Take a launcher that tunes if there is something to tune."""
+        super().setup(**given)
+        if self._tuning["search"]:
+            from kdsweep.sweep import tuner
+
+            self.launcher = tuner.tuned(self.launcher, self._tuning)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Leave it to the launcher."""
@@ -52,9 +66,17 @@ class LockstepSweeper(BasicSweeper):
 
 @dataclass
 class LockstepSweeperConf(BasicSweeperConf):
-    """As Hydra's basic sweeper."""
+    """As Hydra's basic sweeper, and what is tuned; each option is described in kdsweep/sweep/tuner.py."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepSweeper"
+    _recursive_: bool = False
+    search: dict[str, Any] = field(default_factory=dict)
+    trials: int = 16
+    round: int = 8
+    sampler: dict[str, Any] | None = None
+    pruner: dict[str, Any] | None = None
+    storage: str | None = None
+    budget: dict[str, Any] | None = None
 
 
 @dataclass

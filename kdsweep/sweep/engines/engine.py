@@ -28,6 +28,7 @@ class Unit:
         places: names of the devices of this machine where it can run.
         cells: the cells, or the Teacher, that it computes; empty if the jobs are no cells.
         waits: returns whether the unit must not start yet.
+        is_asked: whether its cells are those of a sweep; trials are not, and are not logged to MLflow.
     """
 
     call: Callable[[list[DictConfig]], Any]
@@ -35,6 +36,7 @@ class Unit:
     places: list[str]
     cells: list[Cell] = field(default_factory=list)
     waits: Callable[[], bool] = lambda: False
+    is_asked: bool = True
 
 
 class Engine(Protocol):

@@ -43,7 +43,7 @@ class RemoteTask:
     """
 
     def __init__(self, unit: Unit, *, config: DictConfig, threads: int) -> None:
-        self.cells, self.threads = unit.cells, threads
+        self.cells, self.is_asked, self.threads = unit.cells, unit.is_asked, threads
         self.identities = {cell.store: identify(cell.store) for cell in unit.cells}
         self.folder, self.path = str(Path.cwd()), list(sys.path)
         # Loaded only where the modules of ``path`` are found.
@@ -103,7 +103,8 @@ class RemoteTask:
                         f"{cell.title}: on {socket.gethostname()} the images or the code are not those of the machine "
                         f"that submits; {REMEDY}"
                     )
-            plan.watch(jobs)
+            if self.is_asked:
+                plan.watch(jobs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_process": None}

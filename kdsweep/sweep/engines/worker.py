@@ -35,6 +35,7 @@ from kdsweep.sweep.engines.engine import DONE
 
 if TYPE_CHECKING:
     from kdsweep.sweep.plan import Preview
+    from kdsweep.tuning.pruning import Pruning
 
 log = logging.getLogger(__name__)
 
@@ -269,6 +270,33 @@ def train_cells(
 
     run_group = partial(group.run_group, variants=variants)
     return [own._return_value for own in run_jobs(configs, hydra_context, run_group)]
+
+
+def train_trials(
+    configs: Sequence[DictConfig],
+    hydra_context: HydraContext,
+    pruning: Pruning,
+    role: str,
+    variants: dict[str, dict[str, str]],
+) -> list[float | Exception]:
+    """Run ``group.run_trials``, Students as Hydra jobs; torch is imported here.
+
+    Returns:
+        The validation Dice of each trial's best epoch, or the error that ended it.
+    """
+    from kdsweep.training import group
+
+    run_group = partial(group.run_trials, pruning=pruning, role=role, variants=variants)
+    if role == "teacher":  # a job's folder is that of its Student
+        return [_as_text(result) for result in run_group(list(configs))]
+    return [own._return_value for own in run_jobs(configs, hydra_context, run_group)]
+
+
+def time_epochs(configs: list[DictConfig]) -> list[float]:
+    """Run ``preview.time_epoch_s`` for each."""
+    from kdsweep.sweep import preview
+
+    return [preview.time_epoch_s(config) for config in configs]
 
 
 def train_teachers(configs: list[DictConfig]) -> str:

@@ -1,0 +1,213 @@
+"""What tuning changed: each method as it was configured and as it was chosen, what was tried, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from kdsweep.config.grid import variant_label
+from kdsweep.core.errors import InputError
+from kdsweep.core.progress import duration
+from kdsweep.results import formats
+from kdsweep.results.footnotes import of_comparisons
+from kdsweep.results.frame import gaps, placed_runs, scored_images
+from kdsweep.results.paper import BASELINES, CELLS
+from kdsweep.results.stats import NAN, adjusted, compare, pair, unknown
+from kdsweep.tuning import book
+
+if TYPE_CHECKING:
+    from kdsweep.tracking.reader import Sweep
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A sweep as it was configured, the same with what was chosen, and the trials between them.
+
+    Attributes:
+        configured: runs and scores of the sweep.
+        chosen: of the sweep with the chosen settings.
+        trials: as ``tuning.study.read_trials`` gives them.
+    """
+
+    configured: Sweep
+    chosen: Sweep
+    trials: pd.DataFrame
+
+
+def is_tuned(sweep: Sweep, *, store: Path) -> bool:
+    """Return whether a sweep is one with chosen settings."""
+    return sweep.name.endswith(book.TUNED) and bool(book.read(store, sweep.name.removesuffix(book.TUNED)).entries)
+
+
+def read(sweep: Sweep, *, store: Path, uri: str | None) -> Tuning:
+    """Read what belongs to a tuned sweep.
+
+    Args:
+        sweep: as it was configured, or with the chosen settings.
+        store: folder of the runs.
+        uri: of the MLflow server or database, or None for the file in the store.
+
+    Raises:
+        InputError: the sweep was not tuned, or not to its end.
+    """
+    from kdsweep.tracking.reader import read_sweep
+    from kdsweep.tuning.study import read_trials
+
+    name = sweep.name.removesuffix(book.TUNED)
+    known = book.read(store, name)
+    if not known.entries:
+        raise InputError(f"sweep {name} was not tuned: `python -m kdsweep -m +experiment=tuned`")
+    other = name if sweep.name != name else f"{name}{book.TUNED}"
+    try:
+        second = read_sweep(store=store, uri=uri, name=other)
+    except InputError as error:
+        raise InputError(f"{error}; the same command goes on with the tuning") from error
+    configured, chosen = (second, sweep) if sweep.name != name else (sweep, second)
+    return Tuning(configured, chosen, read_trials(known.storage, known.entries))
+
+
+def tuned(tuning: Tuning, *, test: str = "ttest") -> pd.DataFrame:
+    """Return test Dice (%) of each method as configured and as chosen, the paired difference, and its trials.
+
+    Returns:
+        A row per method with the columns of ``stats.compare``, Holm's family is all methods; chosen (values by split,
+        in words), trials, pruned and failed (shares of them), seconds (of all trials of a split, mean over splits),
+        val_dice_percent (of the chosen trial) and equal_dice_percent (best validation Dice of the trials up to
+        equal_seconds, when the cheapest method has ended), means over splits.
+    """
+    sides = {"configured": tuning.configured, "chosen": tuning.chosen}
+    runs = {name: placed_runs(sweep) for name, sweep in sides.items()}
+    scored = {name: scored_images(runs=runs[name], scores=sweep.scores) for name, sweep in sides.items()}
+    asked = set(runs["configured"]["notation"])
+    names = [name for name in [*BASELINES, *CELLS, *sorted(asked.difference(BASELINES, CELLS))] if name in asked]
+    why = {name: gaps(runs=runs[name], scored=scored[name], notations=names) for name in sides}
+    progress = best_by_seconds(tuning.trials)
+    equal_s = equal_seconds(progress)
+    rows = []
+    for notation in names:
+        before, after = (scored[name][scored[name]["notation"] == notation] for name in sides)
+        gap = why["configured"][notation] or why["chosen"][notation]
+        row = {"notation": notation}
+        for name, part in (("configured", before), ("chosen", after)):
+            row[f"{name}_dice_percent"] = NAN if gap else 100 * part.groupby(["split", "image"])["dice"].mean().mean()
+        measured = unknown(gap=gap) if gap else {"gap": ""} | compare(pair(ours=after, baseline=before), test=test)
+        own = tuning.trials[tuning.trials["notation"] == notation]
+        reached = progress[progress["notation"] == notation]
+        rows.append({**row, **measured, **_tried(own), **_at(reached, seconds=equal_s)})
+    table = adjusted(pd.DataFrame(rows), family=pd.Series("methods", index=range(len(rows))))
+    return table.assign(equal_seconds=equal_s).astype({"n_images": "Int64", "trials": "Int64"})
+
+
+def _tried(trials: pd.DataFrame) -> dict[str, object]:
+    """Return what a row of the table says of its method's trials."""
+    if trials.empty:
+        return {"chosen": "", "trials": pd.NA, "pruned": NAN, "failed": NAN, "seconds": NAN, "val_dice_percent": NAN}
+    best = trials[trials["is_chosen"]].sort_values("split")
+    words = [
+        f"split {split}: {'as configured' if number == 0 else variant_label(_rounded(params))}"
+        for split, number, params in zip(best["split"], best["number"], best["params"], strict=True)
+    ]
+    seconds = trials["seconds"].map(sum).groupby(trials["split"]).sum()
+    return {
+        "chosen": "; ".join(words),
+        "trials": len(trials),
+        "pruned": (trials["state"] == "PRUNED").mean(),
+        "failed": (trials["state"] == "FAIL").mean(),
+        "seconds": seconds.mean(),
+        "val_dice_percent": 100 * best["value"].mean(),
+    }
+
+
+def _rounded(params: dict[str, object]) -> dict[str, str]:
+    return {key: f"{value:.3g}" if isinstance(value, float) else str(value) for key, value in sorted(params.items())}
+
+
+def _at(reached: pd.DataFrame, *, seconds: float) -> dict[str, float]:
+    """Return the best validation Dice (%) of a method after so many seconds, the mean over its splits."""
+    parts = [
+        own.loc[own["seconds"] <= seconds, "best_dice"].max() for _, own in reached.groupby("split")
+    ]  # NaN before its first epoch has ended
+    return {"equal_dice_percent": 100 * float(np.mean(parts)) if parts else NAN}
+
+
+def best_by_seconds(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return how good a method's trials became as they were trained.
+
+    The trials of a round go on side by side, epoch by epoch; their seconds add up, each with its Teacher's forwards as
+    if it had been alone, so that the count does not depend on which others shared them.
+
+    Args:
+        trials: as ``tuning.study.read_trials`` gives them.
+
+    Returns:
+        A row per method, split, round and epoch: notation, split, seconds (so far), best_dice (so far, a fraction).
+    """
+    rows = []
+    for (notation, split), own in trials.groupby(["notation", "split"]):
+        spent_s, best = 0.0, 0.0
+        for _, part in own.groupby("round"):
+            for epoch in range(part["dice"].map(len).max()):
+                here = part[part["dice"].map(len) > epoch]
+                spent_s += sum(seconds[epoch] for seconds in here["seconds"])
+                best = max([best, *(dice[epoch] for dice in here["dice"])])
+                rows.append({"notation": notation, "split": split, "seconds": spent_s, "best_dice": best})
+    return pd.DataFrame(rows, columns=["notation", "split", "seconds", "best_dice"])
+
+
+def equal_seconds(progress: pd.DataFrame) -> float:
+    """Return the seconds in which all methods have ended on some split: those of the cheapest one."""
+    return float(progress.groupby(["notation", "split"])["seconds"].max().min()) if len(progress) else NAN
+
+
+def format_tuned(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the strings of the table."""
+    equal_s = table["equal_seconds"].iloc[0]
+    pairs = zip(table["difference_points"].map(formats.points), table["gap"], strict=True)
+    columns = {
+        "Model": table["notation"],
+        "DSC % as configured": table["configured_dice_percent"].map(formats.number),
+        "DSC % tuned": table["chosen_dice_percent"].map(formats.number),
+        "Difference, points": [formats.or_gap(shown, gap) for shown, gap in pairs],
+        **formats.tested(table),
+        "Chosen": table["chosen"].replace("", formats.DASH),
+        "Trials": [formats.number(count, "d") for count in table["trials"]],
+        "pruned %": (100 * table["pruned"]).map(lambda share: formats.number(share, ".0f")),
+        "Training": [formats.DASH if pd.isna(s) else duration(s) for s in table["seconds"]],
+        "validation DSC %": table["val_dice_percent"].map(formats.number),
+        f"validation DSC % at {duration(equal_s)}": table["equal_dice_percent"].map(formats.number),
+    }
+    return pd.DataFrame(columns)
+
+
+def sentences(table: pd.DataFrame) -> list[str]:
+    """Return what the table supports: of each method whether tuning is shown to change it, and the order at the end."""
+    known = table[table["p_methods_holm"].notna()]
+    told = [formats.on_methods(row, f"{row['notation']} tuned") for _, row in known.iterrows()]
+    told = told or [f"Whether tuning changes a method beyond these networks: {formats.ONE_SEED}."]
+    known = table.dropna(subset="equal_dice_percent")
+    if known.empty:
+        return told
+    first = known.sort_values("equal_dice_percent", ascending=False).iloc[0]
+    seconds = duration(first["equal_seconds"])
+    best = f"{first['notation']} has the best validation Dice ({first['equal_dice_percent']:.2f} %)"
+    return [*told, f"With {seconds} of training for the trials of each method on a split, {best}; this is no test."]
+
+
+def notes(*, tuning: Tuning, table: pd.DataFrame, test: str) -> list[str]:
+    """Return the footnotes of the table."""
+    trials = tuning.trials
+    counts = trials.groupby(["notation", "split"]).size()
+    each = f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
+    failed = int((trials["state"] == "FAIL").sum())
+    return [
+        f"{each} trials of each method on each split, chosen by validation Dice alone; the chosen settings were then "
+        "trained with each seed and tested once. As configured: the same, without a choice.",
+        "Distilled Students as configured learn from the Teacher as configured, tuned ones from the tuned Teacher.",
+        "Training: seconds of all trials of a split, each with its Teacher's forwards as if it had been alone.",
+        *([f"{failed} trials failed and count as trials."] if failed else []),
+        *of_comparisons(table, test=test, families="over all methods"),
+    ]

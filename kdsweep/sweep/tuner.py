@@ -1,0 +1,580 @@
+"""Tune every method of a sweep with the same budget, then train and test what was chosen.
+
+The jobs of the sweep are the methods as they are configured. Each has a study of its own on each split (tuning/). All
+trials of a round are trained side by side, and are not tested. Then the sweep is run twice by the launcher: as it is
+configured, under its own name, and with the chosen settings, under that name with ``-tuned`` behind it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+from hydra.core.utils import JobReturn, configure_log, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from kdsweep.config import grid, identity
+from kdsweep.config.composition import Composed, Composer
+from kdsweep.core.errors import CellError, InputError
+from kdsweep.core.progress import duration, left_s, plural
+from kdsweep.runs import checkpoint, records, requests
+from kdsweep.sweep import launcher, plan
+from kdsweep.sweep.engines import worker
+from kdsweep.sweep.engines.engine import Unit
+from kdsweep.sweep.plan import Job, Preview
+from kdsweep.tuning import book, pruning, space
+from kdsweep.tuning.pruning import Curve, Pruning
+from kdsweep.tuning.study import Outcome, Proposal, Study
+
+log = logging.getLogger(__name__)
+
+UNITS = ("epochs", "steps", "seconds")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the sweeper is told beyond the jobs; see conf/experiment/tuned.yaml.
+
+    Attributes:
+        search: the keys that are tuned, and their values.
+        trials: of each method on each split, the configured settings among them.
+        round: how many of them are trained side by side; what a round has shown guides the sampler in the next.
+        sampler: ``_target_`` and arguments of one of Optuna's; None for TPE.
+        pruner: the same of a pruner; None for successive halving (``pruning.make``).
+        storage: address of Optuna's database; None for a SQLite file in the store.
+        budget: of each trial, such as ``{"steps": 2000}``; None for ``train.epochs``.
+    """
+
+    search: Mapping[str, Any]
+    trials: int = 16
+    round: int = 8
+    sampler: Mapping[str, Any] | None = None
+    pruner: Mapping[str, Any] | None = None
+    storage: str | None = None
+    budget: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "round"):
+            if getattr(self, name) < 1:
+                raise InputError(f"hydra.sweeper.{name}={getattr(self, name)} is not allowed: it must be at least 1")
+        if self.budget is not None:
+            told = dict(self.budget)
+            if len(told) != 1 or next(iter(told)) not in UNITS:
+                raise InputError(f"hydra.sweeper.budget={told} is not allowed: it must be one of {', '.join(UNITS)}")
+            ((unit, value),) = told.items()
+            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+                raise InputError(f"hydra.sweeper.budget.{unit}={value} is not allowed: it must be a number > 0")
+
+
+@dataclass(eq=False)
+class Method:
+    """One method on one split: a job of the sweep as it is configured, and its study.
+
+    Attributes:
+        job: the first one of the method, by whose seed the trials are trained.
+        role: ``distilled``, ``baseline`` or ``teacher``.
+        words: overrides of its trials before those of the study: of the job, the budget, the chosen Teacher.
+        space: the part of the search space that it uses.
+        name: of the study.
+        study: of the trials, once the storage is open.
+    """
+
+    job: Job
+    role: str
+    words: list[str]
+    space: space.Space
+    name: str
+    study: Study = field(init=False)
+
+    @property
+    def cell(self) -> grid.Cell:
+        """Return the cell as it is configured: the job's own, or its Teacher."""
+        cell = self.job.cell.teacher if self.role == "teacher" else self.job.cell
+        assert cell is not None
+        return cell
+
+    @property
+    def epochs(self) -> int:
+        """Return the epochs of a whole trial."""
+        return self.job.settings.train.epochs
+
+    @property
+    def seed(self) -> int:
+        """Return the seed of the batches of its trials."""
+        return self.job.settings.teacher.seed if self.role == "teacher" else self.job.settings.seed
+
+    def chosen_words(self) -> list[str]:
+        """Return the overrides of the chosen trial; none without a study, or where no trial came to its end.
+
+        Trial 0 has the configured settings, which may lie outside the space.
+        """
+        best = self.study.best() if self.space else None
+        return [] if best is None or best.number == 0 else _words(best.params)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A proposed trial with the job that trains it."""
+
+    method: Method
+    proposal: Proposal
+    job: Job
+
+    @property
+    def cell(self) -> grid.Cell:
+        """Return the cell that is trained, its title with the proposed values."""
+        cell = self.job.cell.teacher if self.method.role == "teacher" else self.job.cell
+        assert cell is not None
+        return replace(cell, variant={key: f"{value}" for key, value in self.proposal.values.items()})
+
+
+class Tuner(Launcher):
+    """Runs the jobs of a sweep through a launcher, tuned.
+
+    Args:
+        launcher: trains the groups.
+        options: of the sweeper.
+    """
+
+    def __init__(self, launcher: launcher.LockstepLauncher, options: Options) -> None:
+        self.launcher, self.options = launcher, options
+        self.space = space.read(options.search)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Leave it to the other launcher, which Hydra has set up."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Tune the methods that these jobs are, and run the jobs as they are configured and as they are chosen.
+
+        Returns:
+            One per run job: first those of the sweep as configured, then those that are tuned.
+
+        Raises:
+            InputError: before anything is trained, if the space, the storage or the jobs are not fit for it.
+        """
+        launcher = self.launcher
+        setup_globals()
+        configure_log(launcher.config.hydra.hydra_logging, launcher.config.hydra.verbose)
+        words = [list(own) for own in job_overrides]
+        jobs = self._jobs(words)
+        self._check(jobs, words)
+        with launcher.engine_open():
+            preview = self._preview(jobs)
+            words = self._with_budget(words, jobs, preview)
+            jobs = self._jobs(words)
+            students, teachers = self._methods(jobs, words)
+            if launcher.plan:
+                sys.stdout.write(self._overview(students, teachers, preview) + "\n")
+                return [worker.closed(own, float("nan")) for own in words]
+            with self._held(jobs[0]):
+                self._open([*teachers, *students])
+                log.info("%s", self._describe(students, teachers, preview))
+                self._run(teachers, preview)
+                for method in students:
+                    method.words += _teacher_words(method.job, teachers)
+                self._run(students, preview)
+        own, tuned = self._final_words(jobs, words, students, teachers)
+        returns = launcher.launch([*own, *tuned], initial_job_idx)
+        self._remove_checkpoints([*teachers, *students])
+        return returns
+
+    # ---- what is tuned ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _composer(self) -> Composer:
+        return Composer(self.launcher.hydra_context.config_loader, self.launcher.config)
+
+    def _jobs(self, words: Sequence[Sequence[str]]) -> list[Job]:
+        return plan.read_jobs(Composed(self._composer, words, first=0))
+
+    def _check(self, jobs: list[Job], words: list[list[str]]) -> None:
+        """Raise InputError if these jobs cannot be tuned fairly."""
+        if not getattr(self.launcher.engine, "wait", True):
+            raise InputError("hydra.launcher.wait=false: the next trials depend on those before; leave it out")
+        for key in ("store", "sweep_name"):
+            if len(values := {getattr(job.settings, key) for job in jobs}) > 1:
+                raise InputError(f"{key}={','.join(sorted(values))}: one command tunes one sweep; give one value")
+        for key in plan.swept_keys(words):
+            if key in self.space:
+                raise InputError(f"{space.KEY}: {key} is swept by the command too; tune it or sweep it")
+        for job in jobs:
+            train, taught = job.settings.train, job.settings.is_taught
+            if train.monitor != "dice":
+                raise InputError(f"train.monitor={train.monitor}: all methods are chosen by one measure; give dice")
+            if taught and job.settings.teacher.monitor != "dice":
+                raise InputError("teacher.monitor=loss: all methods are chosen by one measure; give dice")
+            if train.patience < train.epochs:
+                raise InputError(
+                    f"train.patience={train.patience}: a method would be stopped by its own curve, so that budgets "
+                    "differ; give train.patience=${train.epochs}"
+                )
+        parts = [(role, job) for job in jobs for role, _ in _roles(job)]
+        idle = [key for key in self.space if not any(self._uses(key, role, job) for role, job in parts)]
+        if idle:
+            names = ", ".join(dict.fromkeys(job.cell.notation for job in jobs))
+            raise InputError(f"{space.KEY}: {idle[0]} is used by none of {names}")
+        self._check_ends(jobs)
+
+    def _uses(self, key: str, role: str, job: Job) -> bool:
+        params = identity.params(job.settings)
+        return key in space.used({key: self.space[key]}, role=role, params=params)
+
+    def _check_ends(self, jobs: list[Job]) -> None:
+        """Raise InputError if a key does not take the values that bound its range."""
+        for key, values in space.ends(self.space).items():
+            job = next(job for job in jobs if any(self._uses(key, role, job) for role, _ in _roles(job)))
+            for value in values:
+                self._jobs([[*job.overrides, *_words({key: value})]])
+
+    def _preview(self, jobs: list[Job]) -> Preview:
+        unique = plan.unique(jobs)
+        return self.launcher.engine.preview([job.config for job in plan.kinds(unique)], times=True)
+
+    def _with_budget(self, words: list[list[str]], jobs: list[Job], preview: Preview) -> list[list[str]]:
+        """Return the overrides of the jobs with the epochs that the budget gives to each."""
+        if self.options.budget is None:
+            return words
+        ((unit, amount),) = self.options.budget.items()
+        if unit == "epochs":
+            epochs = dict.fromkeys([job.cell.fingerprint for job in jobs], int(amount))
+        elif unit == "steps":
+            epochs = {job.cell.fingerprint: _epochs_of_steps(job, int(amount)) for job in jobs}
+        else:
+            epochs = self._epochs_of_seconds(jobs, float(amount))
+        for job in jobs:
+            if epochs[job.cell.fingerprint] < 1:
+                raise InputError(f"hydra.sweeper.budget.{unit}={amount}: less than one epoch of {job.cell.title}")
+        return [[*own, f"train.epochs={epochs[job.cell.fingerprint]}"] for own, job in zip(words, jobs, strict=True)]
+
+    def _epochs_of_seconds(self, jobs: list[Job], seconds: float) -> dict[str, int]:
+        """Return by fingerprint how many epochs fit into so many seconds, timed once and then kept in the store."""
+        first = jobs[0]
+        known = book.read(first.cell.store, first.settings.sweep_name).epoch_s
+        missing = [job for job in plan.unique(jobs) if job.cell.fingerprint not in known]
+        if missing:
+            log.info("timing an epoch of %s, for equal seconds", plural(len(missing), "method"))
+            process = worker.start(self.launcher.config)
+            try:
+                timed = process.call(worker.time_epochs, [job.config for job in missing])
+            finally:
+                process.close()
+            known = {**known} | {job.cell.fingerprint: own for job, own in zip(missing, timed, strict=True)}
+            book.write(first.cell.store, first.settings.sweep_name, epoch_s=known)
+        return {job.cell.fingerprint: int(seconds / known[job.cell.fingerprint]) for job in jobs}
+
+    def _methods(self, jobs: list[Job], words: list[list[str]]) -> tuple[list[Method], list[Method]]:
+        """Return the Students and the Teachers that are tuned, each once for all its seeds."""
+        students: dict[str, Method] = {}
+        teachers: dict[str, Method] = {}
+        for job, own in zip(jobs, words, strict=True):
+            for role, params in _roles(job):
+                found = teachers if role == "teacher" else students
+                method = Method(job, role, list(own), space.used(self.space, role=role, params=params), "")
+                key = _key(method.cell)
+                method.name = f"{job.settings.sweep_name}/{method.cell.notation}/split{method.cell.split}/{key[:8]}"
+                found.setdefault(key, method)
+        return list(students.values()), [own for own in teachers.values() if own.space]
+
+    @contextlib.contextmanager
+    def _held(self, first: Job) -> Iterator[None]:
+        """Keep other commands from tuning the same sweep."""
+        lock = book.lock(first.cell.store, first.settings.sweep_name)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"sweep_name={first.settings.sweep_name} is being tuned by another command; "
+                "python -m kdsweep status shows how far it is"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _open(self, methods: list[Method]) -> None:
+        """Open the studies; what cannot be proposed is told before anything is trained."""
+        first = methods[0].job
+        storage = self.options.storage or f"sqlite:///{first.cell.store / 'optuna.db'}"
+        for method in methods:
+            params = identity.params(method.job.settings)
+            pruning.make(self.options.pruner, epochs=method.epochs)
+            method.study = Study(
+                storage=storage,
+                name=method.name,
+                space=method.space,
+                defaults={key: params.get(key) for key in method.space},
+                about={
+                    "round": str(self.options.round),
+                    "sampler": str(dict(self.options.sampler or {})),
+                    "pruner": str(dict(self.options.pruner or {})),
+                    "seed": str(method.seed),
+                },
+            )
+            if method.space and not method.study.trials:
+                method.study.propose(self.options.sampler, first=0, count=min(2, self.options.trials))
+        entries = [
+            book.Entry(own.name, own.cell.notation, own.cell.split, own.role, self.options.trials if own.space else 0)
+            for own in methods
+        ]
+        book.write(first.cell.store, first.settings.sweep_name, storage=storage, entries=entries)
+
+    # ---- text ------------------------------------------------------------------------------------------------------
+
+    def _describe(self, students: list[Method], teachers: list[Method], preview: Preview) -> str:
+        """Return one line on what will be tuned."""
+        methods = [own for own in [*teachers, *students] if own.space]
+        done = sum(min(len(own.study.trials), self.options.trials) for own in methods if hasattr(own, "study"))
+        trials = len(methods) * self.options.trials
+        first = methods[0].job.settings
+        names = len({own.cell.notation for own in methods})
+        line = f"tuning {plural(names, 'method')} on {plural(len({own.cell.split for own in methods}), 'split')}: "
+        line += f"{trials} trials, {self.options.trials} of each, {done} of them done"
+        pruner = str((self.options.pruner or {}).get("_target_", "successive halving")).rpartition(".")[2]
+        line += f"; rounds of {self.options.round}, pruner {pruner}; {first.train.epochs} epochs at most"
+        images = len(identity.listing(first).entries)
+        line += f"; data={first.data.name} with {images} images at {first.image_size} pixels"
+        left = (trials - done) / max(1, trials)
+        if preview.timed_on:
+            line += f"; device {preview.timed_on}; at most about {duration(left * self._longest_s(methods, preview))}"
+            line += " without pruning"
+        return f"{line}; profile={first.profile}; sweep {first.sweep_name}, then {first.sweep_name}{book.TUNED}"
+
+    def _longest_s(self, methods: list[Method], preview: Preview) -> float:
+        """Return the seconds of all trials on one device if none is pruned."""
+        step_s = {"teacher": preview.teacher_s, "baseline": preview.student_s, "distilled": preview.student_s}
+        own_s = sum(own.epochs * step_s[own.role] for own in methods) * self.options.trials
+        views = {(own.cell.split, plan.forward_of(own.job)) for own in methods if own.role == "distilled"}
+        rounds = -(-self.options.trials // self.options.round)
+        shared_s = len(views) * rounds * max(own.epochs for own in methods) * preview.forward_s
+        return preview.images * (own_s + shared_s)
+
+    def _overview(self, students: list[Method], teachers: list[Method], preview: Preview) -> str:
+        """Return what would be tuned, a line per method."""
+        methods = [own for own in [*teachers, *students] if own.space]
+        lines = [self._describe(students, teachers, preview)]
+        for own in methods:
+            words = "; ".join(f"{key}: {values}" for key, values in space.in_words(own.space).items())
+            lines.append(f"{own.cell.notation} split {own.cell.split}: {words}")
+        idle = [own.cell.notation for own in students if not own.space]
+        lines += (
+            [f"{', '.join(dict.fromkeys(idle))}: nothing of the space is used, so nothing is tuned"] if idle else []
+        )
+        cells = len({own.job.cell.notation for own in students})
+        after = f"then {plural(cells, 'method')} as configured and as chosen, with each seed, tested once"
+        hours = self._longest_s(methods, preview) / 3600
+        lines.append(f"{after}; at most {hours:.2g} device hours of trials without pruning; nothing was started")
+        return "\n".join(lines)
+
+    # ---- rounds ----------------------------------------------------------------------------------------------------
+
+    def _run(self, methods: list[Method], preview: Preview) -> None:
+        """Bring all studies to their number of trials, round by round."""
+        methods = [own for own in methods if own.space]
+        started_s, done = time.monotonic(), 0
+        rounds = range(0, self.options.trials, self.options.round)
+        for number, first in enumerate(rounds, start=1):
+            count = min(self.options.round, self.options.trials - first)
+            open_ones = [own for own in methods if len(own.study.trials) < first + count]
+            if not open_ones:
+                continue
+            trials = self._propose(open_ones, first=first, count=count)
+            groups = _groups(trials, devices=preview.devices)
+            log.info(
+                "round %d of %d: %d trials of %s in %s",
+                number, len(rounds), len(trials), plural(len(open_ones), "study").replace("studys", "studies"),
+                plural(len(groups), "lockstep group"),
+            )  # fmt: skip
+            outcomes = self._train(groups, preview)
+            for trial in trials:  # in the order of their numbers, whatever has ended first
+                if trial.proposal.number >= len(trial.method.study.trials):
+                    trial.method.study.add(trial.proposal, outcomes[trial.cell.folder])
+            done += 1
+            states = [outcomes[trial.cell.folder].curve.state for trial in trials]
+            told = f"{states.count('PRUNED')} pruned, {states.count('FAIL')} failed"
+            about_s = left_s(passed_s=time.monotonic() - started_s, done=done, left=len(rounds) - number)
+            log.info("round %d of %d done: %s, about %s left", number, len(rounds), told, duration(about_s))
+
+    def _propose(self, methods: list[Method], *, first: int, count: int) -> list[Trial]:
+        """Return the trials of a round, all that differ from those before among them."""
+        found = []
+        for method in methods:
+            proposals = method.study.propose(self.options.sampler, first=first, count=count)
+            words = [
+                [*method.words, *(_words(own.values) if own.number else [])] for own in proposals
+            ]  # trial 0: as configured
+            jobs = self._jobs(words)
+            subdirs = self.launcher.subdirs(jobs)
+            jobs = [replace(job, subdir=subdir) for job, subdir in zip(jobs, subdirs, strict=True)]
+            found += [Trial(method, own, job) for own, job in zip(proposals, jobs, strict=True)]
+        return found
+
+    def _train(self, groups: list[list[Trial]], preview: Preview) -> dict[Path, Outcome]:
+        """Train the trials of a round; return how each has ended, by folder.
+
+        Raises:
+            CellError: the process of a group died; the same command goes on from its checkpoints.
+        """
+        units = {self._unit(group, preview): group for group in groups}
+        first = []
+        if self.launcher.engine.at_once(preview) > 1:
+            taught = [trial.job for group in groups for trial in group if trial.method.role == "distilled"]
+            first = launcher.teacher_units(taught, preview)
+        outcomes: dict[Path, Outcome] = {}
+        for unit, results in self.launcher.engine.run(list(units), before=first):
+            if unit in first:
+                continue
+            if isinstance(results, Exception):
+                raise CellError(f"a group of trials ended early: {results}; the same command goes on from there")
+            for trial, result in zip(_unique(units[unit]), results, strict=True):
+                outcomes[trial.cell.folder] = _outcome(trial, result)
+        return outcomes
+
+    def _unit(self, group: list[Trial], preview: Preview) -> Unit:
+        own, first = _unique(group), group[0]
+        names = dict.fromkeys(trial.method for trial in group)
+        number = min(trial.proposal.number for trial in group)
+        judged = Pruning(
+            options=self.options.pruner,
+            epochs=first.method.epochs,
+            trials={trial.cell.folder: (trial.method.name, trial.proposal.number) for trial in own},
+            ended={method.name: method.study.curves(before=number) for method in names},
+        )
+        call = partial(
+            worker.train_trials,
+            hydra_context=self.launcher.hydra_context,
+            pruning=judged,
+            role=first.method.role,
+            variants={trial.cell.fingerprint: trial.cell.variant for trial in own},
+        )
+        places = preview.devices.get(first.job.settings.device) or next(iter(preview.devices.values()))
+        return Unit(call, partial(_configs, own), places, cells=[trial.cell for trial in own], is_asked=False)
+
+    # ---- afterwards ------------------------------------------------------------------------------------------------
+
+    def _final_words(
+        self, jobs: list[Job], words: list[list[str]], students: list[Method], teachers: list[Method]
+    ) -> tuple[list[list[str]], list[list[str]]]:
+        """Return the overrides of the sweep as configured, and of the same jobs with the chosen settings."""
+        by_key = {_key(own.cell): own for own in students}
+        tuned = []
+        for job, own in zip(jobs, words, strict=True):
+            method = by_key[_key(job.cell)]
+            if method.space and method.study.best() is None:
+                log.error("%s: none of its trials came to its end, so nothing is chosen", method.cell.title)
+                continue
+            name = f"sweep_name={job.settings.sweep_name}{book.TUNED}"
+            kept = [word for word in own if not word.lstrip("+").startswith("sweep_name=")]
+            chosen = [*_teacher_words(job, teachers), *method.chosen_words()]
+            log.info("%s: chosen %s", job.cell.title, ", ".join(method.chosen_words()) or "the configured settings")
+            tuned.append([*kept, *chosen, name])
+        return words, tuned
+
+    def _remove_checkpoints(self, methods: list[Method]) -> None:
+        """Remove the checkpoints of trials that no sweep has asked for: their curves are in the studies."""
+        for method in (own for own in methods if own.space):
+            store = method.cell.store
+            named = [requests.read_asked(store, sweep).values() for sweep in requests.sweeps(store)]
+            asked = {store / folder for folders in named for folder in folders}
+            for trial in method.study.trials:
+                folder = store / str(trial.user_attrs.get("folder", ""))
+                if trial.user_attrs.get("folder") and folder not in asked:
+                    for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS):
+                        (folder / name).unlink(missing_ok=True)
+
+
+def tuned(of: Launcher | None, tuning: Mapping[str, Any]) -> Launcher:
+    """Return a launcher that tunes its jobs before it runs them through another one.
+
+    Args:
+        of: one of launcher.py.
+        tuning: fields of ``Options``, as Hydra gives them.
+
+    Raises:
+        InputError: the launcher trains no groups, or an option is wrong.
+    """
+    if not isinstance(of, launcher.LockstepLauncher):
+        raise InputError("hydra.sweeper.search needs hydra/launcher=lockstep, lockstep_slurm or lockstep_ray")
+    plain: dict[str, Any] = {
+        key: OmegaConf.to_container(own) if OmegaConf.is_config(own) else own for key, own in tuning.items()
+    }
+    return Tuner(of, Options(**plain))
+
+
+def _roles(job: Job) -> list[tuple[str, dict[str, Any]]]:
+    """Return what of a job is tuned: its Student, and its Teacher if it has one, each with the job's params."""
+    params = identity.params(job.settings)
+    return [(job.cell.role, params), *([("teacher", params)] if job.cell.teacher is not None else [])]
+
+
+def _key(cell: grid.Cell) -> str:
+    """Return what the seeds of one method on one split share."""
+    evidence = {key: value for key, value in cell.evidence.items() if key != "teacher"}
+    return grid.digest([cell.role, cell.notation, cell.split, cell.settings, evidence])
+
+
+def _words(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value!r}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()]
+
+
+def _teacher_words(job: Job, teachers: list[Method]) -> list[str]:
+    """Return the chosen settings of the Teacher that a job learns from; none for one that is not tuned."""
+    if job.cell.teacher is None:
+        return []
+    own = next((teacher for teacher in teachers if _key(teacher.cell) == _key(job.cell.teacher)), None)
+    return own.chosen_words() if own is not None else []
+
+
+def _epochs_of_steps(job: Job, steps: int) -> int:
+    images = len(identity.split_ids(job.settings)["train"])
+    return steps // -(-images // job.settings.train.batch_size)
+
+
+def _groups(trials: list[Trial], *, devices: Mapping[str, Sequence[str]]) -> list[list[Trial]]:
+    """Form lockstep groups of trials that can share every batch; those of a study stay together."""
+    places = max(map(len, devices.values()), default=1)
+    groups: list[list[Trial]] = []
+    keys = [identity.batches_key(trial.job.settings, seed=trial.method.seed) for trial in trials]
+    for members in grid.group_by(keys):
+        studies: dict[Method, list[Trial]] = {}
+        for position in members:
+            studies.setdefault(trials[position].method, []).append(trials[position])
+        largest = min(plan.LARGEST, -(-len(trials) // places))
+        own: list[Trial] = []
+        ordered = sorted(studies.values(), key=lambda part: part[0].job.cell.evidence.get("teacher", ""))
+        for part in ordered:
+            if own and len(own) + len(part) > largest:
+                groups.append(own)
+                own = []
+            own = [*own, *part]
+        groups.append(own)
+    return groups
+
+
+def _unique(group: list[Trial]) -> list[Trial]:
+    """Return the first trial of each cell: two may propose the same values."""
+    return list({trial.cell.folder: trial for trial in reversed(group)}.values())[::-1]
+
+
+def _configs(trials: list[Trial]) -> list[DictConfig]:
+    return [trial.job.config for trial in trials]
+
+
+def _outcome(trial: Trial, result: float | Exception) -> Outcome:
+    """Return how a trial has ended, from the record in its folder."""
+    record = records.read(trial.cell.folder)
+    dice = tuple(row["val/dice"] for row in record.history)
+    folder = str(trial.cell.folder.relative_to(trial.cell.store))
+    if isinstance(result, Exception):
+        return Outcome(Curve("FAIL", dice), tuple(record.seconds), error=str(result), folder=folder)
+    state = "COMPLETE" if len(dice) >= trial.method.epochs else "PRUNED"
+    return Outcome(Curve(state, dice), tuple(record.seconds), value=result, folder=folder)

@@ -1,0 +1,1 @@
+"""Tuning: which settings are tried, which trials end early, and which are chosen."""

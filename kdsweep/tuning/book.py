@@ -1,0 +1,111 @@
+"""What a store knows of the tuning of a sweep: where the studies are, and which ones there should be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from kdsweep.core.files import write_json
+
+FOLDER = "tuning"
+TUNED = "-tuned"  # behind the name of a sweep, the one with the chosen settings
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A study: one method on one split.
+
+    Attributes:
+        name: of the study in Optuna's storage.
+        notation: of the method, such as ``HReg_KLD_WAug`` or ``Teacher``.
+        split: its number.
+        role: ``distilled``, ``baseline`` or ``teacher``.
+        trials: how many it is to have; 0 for a method that uses no key of the space.
+    """
+
+    name: str
+    notation: str
+    split: int
+    role: str
+    trials: int
+
+
+@dataclass(frozen=True)
+class Book:
+    """The studies of a sweep.
+
+    Attributes:
+        storage: address of Optuna's database; empty before the first trial.
+        entries: by name of the study.
+        epoch_s: timed seconds of an epoch, by fingerprint, where the budget is in seconds.
+    """
+
+    storage: str = ""
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    epoch_s: Mapping[str, float] = field(default_factory=dict)
+
+
+def read(store: Path, sweep: str) -> Book:
+    """Return what is known of a sweep's tuning; an empty one if it was never tuned."""
+    try:
+        known = json.loads((store / FOLDER / f"{sweep}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Book()
+    entries = {name: Entry(**own) for name, own in known["entries"].items()}
+    return Book(known["storage"], entries, known["epoch_s"])
+
+
+def sweeps(store: Path) -> list[str]:
+    """Return the names of the sweeps of a store that are tuned, the latest at the end."""
+    files = sorted((store / FOLDER).glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+    return [file.stem for file in files if read(store, file.stem).entries]
+
+
+def lock(store: Path, sweep: str) -> BaseFileLock:
+    """Return the lock that a command holds while it tunes a sweep; the system opens it when the command ends."""
+    (store / FOLDER).mkdir(parents=True, exist_ok=True)
+    return FileLock(store / FOLDER / f"{sweep}.lock", thread_local=False)
+
+
+def is_held(store: Path, sweep: str) -> bool:
+    """Return whether a command tunes a sweep."""
+    try:
+        with lock(store, sweep).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def write(
+    store: Path,
+    sweep: str,
+    *,
+    storage: str | None = None,
+    entries: Sequence[Entry] = (),
+    epoch_s: Mapping[str, float] | None = None,
+) -> None:
+    """Add to what is known of a sweep's tuning.
+
+    A study takes the place of one of the same method and split that was made with other settings.
+
+    Args:
+        store: folder of the runs.
+        sweep: its name.
+        storage: address of Optuna's database.
+        entries: studies.
+        epoch_s: timed seconds of an epoch, by fingerprint.
+    """
+    known = read(store, sweep)
+    places = {(own.notation, own.split) for own in entries}
+    kept = {name: own for name, own in known.entries.items() if (own.notation, own.split) not in places}
+    known = replace(known, entries=kept | {own.name: own for own in entries})
+    known = replace(known, storage=known.storage if storage is None else storage)
+    known = replace(known, epoch_s=known.epoch_s if epoch_s is None else epoch_s)
+    (store / FOLDER).mkdir(parents=True, exist_ok=True)
+    studies = {name: asdict(own) for name, own in known.entries.items()}
+    content = {"storage": known.storage, "epoch_s": dict(known.epoch_s), "entries": studies}
+    write_json(store / FOLDER / f"{sweep}.json", content)
