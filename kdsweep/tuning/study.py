@@ -169,10 +169,10 @@ def make_sampler(options: Mapping[str, Any] | None, space: Space, number: int) -
         takes = inspect.signature(kind).parameters
         if issubclass(kind, GridSampler):
             options["search_space"] = _grid(space)
-        is_sequence = issubclass(kind, QMCSampler)  # of which a trial is the point of its number
+        is_sequence = issubclass(kind, QMCSampler | GridSampler)  # of which a trial is the point of its number
         if "seed" in takes:
             options["seed"] = options.get("seed", 0) + (0 if is_sequence else number)
-        if is_sequence:  # lists of values are drawn by another sampler: known
+        if issubclass(kind, QMCSampler):  # lists of values are drawn by another sampler: known
             options.setdefault("warn_independent_sampling", False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # QMC is, since 3.0

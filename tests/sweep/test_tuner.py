@@ -1,0 +1,421 @@
+"""Tuning: equal budgets, no test before the choice, and a killed command that ends as an unbroken one."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import hydra
+import optuna
+import pandas as pd
+import pytest
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobRuntime
+from hydra.errors import ConfigCompositionException
+from hydra.types import HydraContext, RunMode
+from small import TEACHER
+
+from kdsweep import conf_dir
+from kdsweep.config import composition
+from kdsweep.core.errors import CellError, InputError
+from kdsweep.results import tables
+from kdsweep.runs import checkpoint, records, requests
+from kdsweep.sweep import callback, launcher, preview, status, tuner
+from kdsweep.tracking import reader
+from kdsweep.training import group, loop
+from kdsweep.tuning import book
+from kdsweep.tuning.pruning import Pruning
+from kdsweep.tuning.study import read_trials
+
+spawner = multiprocessing.get_context("spawn")
+
+SEARCH = {
+    "train": {"lr": {"log": [3e-4, 1e-2]}},
+    "teacher": {"lr": [1e-3, 3e-3]},
+    "kd": {"weight": {"range": [0.1, 0.9]}},
+}
+QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=6", "device=cpu", *TEACHER]
+METHODS = [["path=none"], ["path=L", "loss=kld", "teacher_aug=weak"]]
+HALVING = {"_target_": "optuna.pruners.SuccessiveHalvingPruner", "min_resource": 2, "reduction_factor": 2}
+OPTIONS = {"search": SEARCH, "trials": 4, "round": 2, "pruner": HALVING}
+
+
+class Inline:
+    """An engine that runs units in this process, one after the other."""
+
+    largest = None
+
+    def open(self, config):
+        pass
+
+    def check(self, jobs):
+        pass
+
+    def preview(self, configs, *, times):
+        return preview.Preview({str(config.device): ["cpu"] for config in configs}, timed_on="cpu")
+
+    def queued(self, jobs):
+        return set()
+
+    def at_once(self, preview):
+        return 1
+
+    def run(self, units, *, before=()):
+        for unit in units:
+            yield unit, unit.call(unit.make())
+
+    def close(self, error):
+        pass
+
+
+class Never(Inline):
+    """An engine of which nothing may be asked."""
+
+    def preview(self, configs, *, times):
+        raise AssertionError("something was begun")
+
+
+def launch(jobs, common=(), *, engine=None, plan=False, **options):
+    """Run jobs through a tuner as Hydra's multirun would, in this process."""
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        common = ["+experiment=tuned", *common]
+        config = loader.load_configuration("config", common, run_mode=RunMode.MULTIRUN)
+        JobRuntime.instance().set("name", "kdsweep")
+        own = launcher.LockstepLauncher(engine or Inline(), plan=plan)
+        task = launcher.trains_cells(lambda cfg: 0.0)
+        own.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=task, config=config)
+        return tuner.Tuner(own, tuner.Options(**options)).launch([[*common, *job] for job in jobs], 0)
+
+
+def tune(root: Path, store: Path, **options) -> None:
+    """Tune the two methods in a store."""
+    launch(METHODS, [*QUICK, f"data.root={root}", f"store={store}"], **{**OPTIONS, **options})
+
+
+def doomed(root: Path, store: Path, steps: int) -> None:
+    """Tune; this process kills itself after so many training steps, with a checkpoint of some learner after each."""
+    taken, step, turns = itertools.count(1), loop._step, itertools.count()
+
+    def stepping(*args):
+        step(*args)
+        if next(taken) == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def next_turn(_, learners):
+        return learners[next(turns) % len(learners)] if learners else None
+
+    loop._step, loop.CheckpointSchedule.next = stepping, next_turn
+    tune(root, store)
+
+
+def trials(store: Path) -> pd.DataFrame:
+    """Return the trials of the sweep in a store, without what depends on time."""
+    known = book.read(store, "busi-quick")
+    found = read_trials(known.storage, known.entries)
+    return found.drop(columns="seconds").sort_values(["notation", "number"], ignore_index=True)
+
+
+def scores(store: Path) -> dict[str, str]:
+    """Return the SHA-256 of the scores and weights of all finished cells, by the name of their folder."""
+    return {
+        folder.parent.name: json.loads(folder.read_text())["sha256"] for folder in sorted(store.rglob("finished.json"))
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(small_busi, empty_store, tmp_path_factory):
+    """A store after a tuning that nothing happened to."""
+    store = tmp_path_factory.mktemp("tuned") / "store"
+    shutil.copytree(empty_store, store)
+    tune(small_busi, store)
+    return store
+
+
+# --- the protocol
+
+
+def test_every_method_has_the_same_number_of_trials_the_first_as_configured(unbroken):
+    found = trials(unbroken)
+    assert dict(found.groupby("notation").size()) == {"L_KLD_WAug": 4, "Student": 4, "Teacher_WAug": 4}
+    first = found[found["number"] == 0].set_index("notation")["params"]
+    assert first["Student"] == {"train.lr": 1e-3}
+    assert first["L_KLD_WAug"] == {"train.lr": 1e-3, "kd.weight": 0.5}
+    assert first["Teacher_WAug"] == {"teacher.lr": 1e-3}
+
+
+def test_a_trial_is_pruned_at_a_rung_or_has_all_epochs(unbroken):
+    found = trials(unbroken)
+    lengths = found["dice"].map(len)
+    assert set(lengths[found["state"] == "COMPLETE"]) == {6}
+    assert set(lengths[found["state"] == "PRUNED"]) <= {2, 4}
+    assert (found["state"] == "PRUNED").any()
+
+
+def test_the_choice_is_the_best_validation_dice_and_its_scores_are_of_the_same_training(unbroken):
+    found = trials(unbroken)
+    sweep = reader.read_sweep(store=unbroken, uri=None, name="busi-quick-tuned")
+    for notation, own in found.groupby("notation"):
+        chosen = own[own["is_chosen"]].iloc[0]
+        ended = own[own["state"] == "COMPLETE"]
+        assert chosen["value"] == ended["value"].max()
+        run = sweep.runs[sweep.runs["notation"] == notation].iloc[0]
+        assert run["val_dice"] == chosen["value"] == max(chosen["dice"])
+        for key, value in chosen["params"].items():
+            assert float(run["params"][key]) == value
+
+
+def test_only_what_was_chosen_or_configured_was_tested(unbroken):
+    asked = {
+        unbroken / folder
+        for sweep in requests.sweeps(unbroken)
+        for folder in requests.read_asked(unbroken, sweep).values()
+    }
+    assert requests.sweeps(unbroken) == ["busi-quick", "busi-quick-tuned"]
+    tested = {file.parent for part in ("cells", "teachers") for file in (unbroken / part).rglob("test_scores.csv")}
+    assert tested <= asked
+    others = {folder.parent for folder in unbroken.rglob("cell.json")} - asked
+    assert others  # trials that were not chosen
+    assert not any((folder / checkpoint.CHECKPOINT).exists() for folder in others)
+
+
+def test_distilled_trials_learn_from_the_chosen_teacher(unbroken):
+    found = trials(unbroken)
+    chosen = found[(found["notation"] == "Teacher_WAug") & found["is_chosen"]].iloc[0]["params"]["teacher.lr"]
+    cells = [json.loads(file.read_text()) for file in (unbroken / "cells").glob("L_KLD*/cell.json")]
+    configured = {(1e-3,), (chosen,)}
+    assert {(cell["params"]["teacher.lr"],) for cell in cells} <= configured
+    trained = [cell for cell in cells if cell["params"]["teacher.lr"] == chosen]
+    assert len(trained) >= 4
+
+
+def test_a_trial_is_not_tested_before_the_choice(small_busi, tmp_path, monkeypatch):
+    """Every way to test images is closed; trials need none."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a test score was computed")
+
+    monkeypatch.setattr(loop, "finish", refuse)
+    configs = [config(small_busi, tmp_path, lr) for lr in (1e-3, 3e-3)]
+    assert all(isinstance(own, float) for own in run_trials(configs))
+
+
+# --- one group
+
+
+def config(root, store, lr, *words):
+    common = [*QUICK, "train.monitor=dice", "train.patience=6", f"data.root={root}", f"store={store}", *words]
+    return composition.compose(["path=none", f"train.lr={lr}", *common])
+
+
+def run_trials(configs, *, pruner=HALVING):
+    cells = [tuner.identity.cell(cfg) for cfg in configs]
+    own = {cell.folder: ("study", number) for number, cell in enumerate(cells)}
+    return group.run_trials(configs, pruning=Pruning(pruner, 6, own, {}), role="baseline", variants={})
+
+
+def curve(cfg):
+    return [row["val/dice"] for row in records.read(tuner.identity.cell(cfg).folder).history]
+
+
+def test_other_trials_never_change_a_trials_own_curve(small_busi, tmp_path):
+    rates = (1e-3, 3e-3, 1e-2)
+    together = [config(small_busi, tmp_path / "a", lr) for lr in rates]
+    backwards = [config(small_busi, tmp_path / "b", lr) for lr in reversed(rates)]
+    run_trials(together)
+    run_trials(backwards)
+    alone = config(small_busi, tmp_path / "c", rates[1])
+    run_trials([alone], pruner={"_target_": "optuna.pruners.NopPruner"})
+    assert [curve(cfg) for cfg in together] == [curve(cfg) for cfg in reversed(backwards)]
+    assert curve(together[1]) == curve(alone)[: len(curve(together[1]))]
+    assert sorted(len(curve(cfg)) for cfg in together) != [6, 6, 6]  # one at least was pruned
+
+
+def test_a_trial_that_fails_counts_as_failed_and_the_others_go_on(small_busi, tmp_path):
+    configs = [config(small_busi, tmp_path, lr) for lr in (1e-3, 1e38, 3e-3)]
+    first, failed, last = run_trials(configs)
+    assert isinstance(first, float)
+    assert isinstance(last, float)
+    assert isinstance(failed, Exception)
+    assert 6 in (len(curve(configs[0])), len(curve(configs[2])))
+
+
+def test_seconds_are_kept_with_each_epoch(small_busi, tmp_path):
+    cfg = config(small_busi, tmp_path, 1e-3)
+    run_trials([cfg])
+    seconds = records.read(tuner.identity.cell(cfg).folder).seconds
+    assert len(seconds) == len(curve(cfg)) == 6
+    assert all(own > 0 for own in seconds)
+
+
+# --- killed and resumed
+
+
+@pytest.mark.slow
+def test_a_tuning_killed_again_and_again_ends_as_an_unbroken_one(small_busi, empty_store, unbroken, tmp_path):
+    """The same trials, the same decisions, the same scores: after kills in each of its phases."""
+    store, kills = tmp_path / "store", []
+    shutil.copytree(empty_store, store)
+    for steps in (9, 40, 30):  # among the Teacher's trials, among the Students', and later
+        process = spawner.Process(target=doomed, args=(small_busi, store, steps))
+        process.start()
+        process.join(120)
+        kills.append(process.exitcode)
+    assert kills == [-signal.SIGKILL] * 3
+    tune(small_busi, store)
+    pd.testing.assert_frame_equal(trials(store), trials(unbroken))
+    assert scores(store) == scores(unbroken)
+
+
+def test_a_tuning_that_has_ended_does_nothing_more_than_read(small_busi, unbroken, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_step", lambda *_: pytest.fail("something was trained"))
+    before = trials(unbroken)
+    tune(small_busi, unbroken)
+    pd.testing.assert_frame_equal(trials(unbroken), before)
+
+
+def test_a_second_command_on_the_same_sweep_is_refused(small_busi, unbroken):
+    with book.lock(unbroken, "busi-quick"), pytest.raises(InputError, match="busi-quick is being tuned by another"):
+        tune(small_busi, unbroken)
+
+
+def test_a_group_whose_process_dies_leaves_its_trials_open(small_busi, empty_store, tmp_path):
+    class Dying(Inline):
+        def run(self, units, *, before=()):
+            yield from ((unit, CellError("its process ended early, killed by SIGKILL")) for unit in units)
+
+    store = tmp_path / "store"
+    shutil.copytree(empty_store, store)
+    with pytest.raises(CellError, match="killed by SIGKILL; the same command goes on from there"):
+        tune(small_busi, store, engine=Dying())
+    assert trials(store).empty
+
+
+# --- what is shown
+
+
+def test_the_table_says_what_tuning_changed(unbroken, tmp_path):
+    sweep = reader.read_sweep(store=unbroken, uri=None, name="busi-quick")
+    text = tables.make(which="tuned", sweep=sweep, store=unbroken, out_dir=tmp_path, test="ttest")
+    found = pd.read_csv(tmp_path / "tuned.csv").set_index("notation")
+    assert list(found.index) == ["Teacher_WAug", "Student", "L_KLD_WAug"]
+    assert list(found["trials"]) == [4, 4, 4]
+    before, after = (
+        reader.read_sweep(store=unbroken, uri=None, name=name).scores for name in ("busi-quick", "busi-quick-tuned")
+    )
+    for name, side in (("configured", before), ("chosen", after)):
+        mean = 100 * side.groupby("fingerprint")["dice"].mean()
+        assert all(any(abs(mean - value) < 1e-9) for value in found[f"{name}_dice_percent"])
+    assert "tuned.md" in text
+    assert "not known, that takes several seeds" in text
+    assert "split 0: " in found.loc["Student", "chosen"] or "as configured" in found.loc["Student", "chosen"]
+
+
+def test_the_status_tells_how_many_trials_have_ended(unbroken):
+    text = status.make(store=unbroken, sweep="busi-quick")
+    assert text.startswith("tuning of sweep busi-quick: 12 of 12 trials ended: ")
+    assert "Teacher_WAug split 0" in text
+
+
+def test_a_plan_prices_the_trials_and_begins_nothing(small_busi, tmp_path, capsys):
+    store = tmp_path / "store"
+    tune(small_busi, store, plan=True)
+    told = capsys.readouterr().out
+    assert "tuning 3 methods on 1 split: 12 trials, 4 of each" in told
+    assert "L_KLD_WAug split 0: train.lr: log 0.0003 to 0.01; kd.weight: 0.1 to 0.9" in told
+    assert "device hours of trials without pruning; nothing was started" in told
+    assert not (store / "optuna.db").exists()
+
+
+# --- budgets
+
+
+def test_a_budget_of_steps_gives_each_method_so_many_steps(small_busi, tmp_path, capsys):
+    """16 training images in batches of 8: 2 steps an epoch."""
+    tune(small_busi, tmp_path / "store", plan=True, budget={"steps": 9})
+    assert "4 epochs at most" in capsys.readouterr().out
+
+
+def test_a_budget_of_seconds_is_timed_once(small_busi, tmp_path, monkeypatch, capsys):
+    class Timed:
+        def call(self, function, configs):
+            return [3.0 if cfg.path.name == "none" else 7.0 for cfg in configs]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(tuner.worker, "start", lambda config: Timed())
+    store = tmp_path / "store"
+    tune(small_busi, store, plan=True, budget={"seconds": 30})
+    monkeypatch.setattr(tuner.worker, "start", lambda config: pytest.fail("timed again"))
+    tune(small_busi, store, plan=True, budget={"seconds": 30})
+    assert sorted(book.read(store, "busi-quick").epoch_s.values()) == [3.0, 7.0]
+
+
+def test_a_real_epoch_is_timed(small_busi, tmp_path):
+    cfg = composition.compose([*METHODS[1], *QUICK, f"data.root={small_busi}", f"store={tmp_path}"])
+    assert 0 < preview.time_epoch_s(cfg) < 60
+    assert not list(tmp_path.iterdir())
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "told"),
+    [
+        (
+            {"search": {"train.lx": [1, 2]}},
+            [],
+            "train.lx is not a key of the configuration; train has: ",
+        ),
+        (
+            {"search": {"kd.weight": {"range": [0.1, 1.5]}}},
+            [],
+            "kd.weight=1.5 is not allowed: it must be a number from 0",
+        ),
+        ({"search": {"train.lr": {"log": [0, 1]}}}, [], "a log range begins above 0"),
+        ({"search": {"kd.ratio": [1, 2]}}, [], "kd.ratio is used by none of Student, L_KLD_WAug"),
+        ({"trials": 0}, [], "hydra.sweeper.trials=0 is not allowed: it must be at least 1"),
+        ({"round": 0}, [], "hydra.sweeper.round=0 is not allowed"),
+        ({"budget": {"hours": 1}}, [], "hydra.sweeper.budget={'hours': 1} is not allowed: it must be one of epochs"),
+        ({"budget": {"steps": 0}}, [], "hydra.sweeper.budget.steps=0 is not allowed"),
+        ({}, ["train.monitor=loss"], "train.monitor=loss: all methods are chosen by one measure; give dice"),
+        ({}, ["teacher.monitor=loss"], "teacher.monitor=loss: all methods are chosen by one measure; give dice"),
+        ({}, ["train.patience=3"], "train.patience=3: a method would be stopped by its own curve"),
+    ],
+)
+def test_bad_input_is_told_before_anything_begins(small_busi, tmp_path, options, words, told):
+    common = [*QUICK, f"data.root={small_busi}", f"store={tmp_path / 'store'}", *words]
+    with pytest.raises((InputError, ConfigCompositionException)) as error:
+        launch(METHODS, common, engine=Never(), **{**OPTIONS, **options})
+    message = callback.user_message(error.value)
+    assert re.search(told, message), message
+    assert "\n" not in message
+    assert not (tmp_path / "store" / "cells").exists()
+
+
+def test_a_key_that_is_swept_and_searched_is_refused(small_busi, tmp_path):
+    jobs = [[*METHODS[0], f"train.lr={lr}"] for lr in (1e-3, 1e-4)]
+    with pytest.raises(InputError, match="train.lr is swept by the command too; tune it or sweep it"):
+        launch(jobs, [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"], engine=Never(), **OPTIONS)
+
+
+def test_a_storage_of_another_space_is_refused(small_busi, unbroken):
+    with pytest.raises(InputError, match="has trials with another space"):
+        tune(small_busi, unbroken, search={**SEARCH, "train": {"lr": [1e-3, 2e-3]}})
+
+
+def test_a_launcher_that_trains_no_groups_is_refused():
+    with pytest.raises(InputError, match="needs hydra/launcher=lockstep"):
+        tuner.tuned(None, {"search": SEARCH})
+
+
+def test_optunas_own_reader_opens_the_storage(unbroken):
+    names = optuna.get_all_study_names(f"sqlite:///{unbroken}/optuna.db")
+    assert len(names) == 3

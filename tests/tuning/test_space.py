@@ -1,0 +1,73 @@
+"""The search space: what may stand there, and which method uses what."""
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from kdsweep.core.errors import InputError
+from kdsweep.tuning import space
+
+
+def test_keys_may_be_nested_or_joined_by_dots():
+    joined = space.read({"train.lr": {"log": [1e-4, 1e-2]}, "kd.temperature": [1, 2, 4]})
+    nested = space.read({"train": {"lr": {"log": [1e-4, 1e-2]}}, "kd": {"temperature": [1, 2, 4]}})
+    assert joined == nested
+    assert joined["train.lr"] == FloatDistribution(1e-4, 1e-2, log=True)
+    assert joined["kd.temperature"] == CategoricalDistribution([1, 2, 4])
+
+
+def test_a_range_is_even_and_int_gives_whole_numbers():
+    found = space.read({"kd.weight": {"range": [0.1, 1]}, "path.kd_path.inner_channels": {"int": [8, 64]}})
+    assert found["kd.weight"] == FloatDistribution(0.1, 1.0)
+    assert found["path.kd_path.inner_channels"] == IntDistribution(8, 64)
+
+
+@pytest.mark.parametrize(
+    ("search", "told"),
+    [
+        ({"train.lr": {"log": [0, 1e-2]}}, "train.lr=.* a log range begins above 0"),
+        ({"train.lr": {"log": [1e-2, 1e-4]}}, "the first number must be the smaller one"),
+        ({"train.lr": {"log": [1e-2, 1e-4, 1]}}, r"log takes two numbers, \[LOW, HIGH\]"),
+        ({"train.lr": {"log": ["a", "b"]}}, "log takes two numbers"),
+        ({"kd.weight": {"range": [True, 2]}}, "range takes two numbers"),
+        ({"train.batch_size": {"int": [8, 16.5]}}, "int takes two whole numbers"),
+        ({"train.lr": {"log": [1e-4, 1e-2], "range": [0, 1]}}, "it must be a list of values, {log"),
+        ({"train.lr": 1e-3}, "train.lr=0.001 is not allowed: it must be a list of values"),
+        ({"train.lr": []}, "must be a list of values"),
+        ({"kd.temperature": [1, 1]}, "a value stands there twice"),
+        ({"train.epochs": [5, 10]}, "train.epochs is not to be tuned: it is equal for all trials"),
+        ({"seed": [0, 1]}, "seed is not to be tuned"),
+        ({"path": ["L", "H"]}, "path is not to be tuned"),
+        ({"data.load_size": [64, 128]}, "data.load_size is not to be tuned"),
+    ],
+)
+def test_what_is_no_space_is_told_in_one_line(search, told):
+    with pytest.raises(InputError, match=f"hydra.sweeper.search: .*{told}") as error:
+        space.read(search)
+    assert "\n" not in str(error.value)
+
+
+def test_a_method_has_the_keys_that_it_uses():
+    keys = ("train.lr", "teacher.lr", "kd.weight", "kd.temperature", "student.weights")
+    whole = space.read({key: [1, 2] for key in keys})
+    plain = {"teacher_aug.distill_view": "weak", "path.representation": "logits"}
+    kld = {**plain, "loss.logits._target_": "kdsweep.distill.losses.kld", "loss.logits.temperature": 1}
+    mse = {**plain, "loss.logits._target_": "kdsweep.distill.losses.mse"}
+
+    def used(role, params):
+        return set(space.used(whole, role=role, params=params))
+
+    assert used("baseline", kld) == {"train.lr", "student.weights"}
+    assert used("teacher", kld) == {"teacher.lr"}
+    # A Teacher's settings are chosen once, in its own study, and all methods learn from that Teacher.
+    assert used("distilled", kld) == {"train.lr", "kd.weight", "kd.temperature", "student.weights"}
+    assert used("distilled", mse) == {"train.lr", "kd.weight", "student.weights"}
+
+
+def test_ends_and_words():
+    found = space.read({"train.lr": {"log": [1e-4, 1e-2]}, "kd.temperature": [1, 2, 4]})
+    assert space.ends(found) == {"train.lr": [1e-4, 1e-2], "kd.temperature": [1, 2, 4]}
+    assert space.in_words(found) == {"train.lr": "log 0.0001 to 0.01", "kd.temperature": "1, 2, 4"}
+    assert space.contains(found["train.lr"], 1e-2)
+    assert not space.contains(found["train.lr"], 0.1)
+    assert not space.contains(found["train.lr"], "matched")
+    assert not space.contains(found["kd.temperature"], 3)
