@@ -49,25 +49,25 @@ class Options:
         search: the keys that are tuned, and their values.
         trials: of each method on each split, the configured settings among them.
         round: how many of them are trained side by side; what a round has shown guides the sampler in the next.
-        sampler: ``_target_`` and arguments of one of Optuna's; None for TPE.
-        pruner: the same of a pruner; None for successive halving (``pruning.make``).
+        sampler: ``_target_`` and arguments of one of Optuna's; empty for TPE.
+        pruner: the same of a pruner; empty for successive halving (``pruning.make``).
         storage: address of Optuna's database; None for a SQLite file in the store.
-        budget: of each trial, such as ``{"steps": 2000}``; None for ``train.epochs``.
+        budget: of each trial, such as ``{"steps": 2000}``; empty for ``train.epochs``.
     """
 
     search: Mapping[str, Any]
     trials: int = 16
     round: int = 8
-    sampler: Mapping[str, Any] | None = None
-    pruner: Mapping[str, Any] | None = None
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+    pruner: Mapping[str, Any] = field(default_factory=dict)
     storage: str | None = None
-    budget: Mapping[str, Any] | None = None
+    budget: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("trials", "round"):
             if getattr(self, name) < 1:
                 raise InputError(f"hydra.sweeper.{name}={getattr(self, name)} is not allowed: it must be at least 1")
-        if self.budget is not None:
+        if self.budget:
             told = dict(self.budget)
             if len(told) != 1 or next(iter(told)) not in UNITS:
                 raise InputError(f"hydra.sweeper.budget={told} is not allowed: it must be one of {', '.join(UNITS)}")
@@ -242,7 +242,7 @@ class Tuner(Launcher):
 
     def _with_budget(self, words: list[list[str]], jobs: list[Job], preview: Preview) -> list[list[str]]:
         """Return the overrides of the jobs with the epochs that the budget gives to each."""
-        if self.options.budget is None:
+        if not self.options.budget:
             return words
         ((unit, amount),) = self.options.budget.items()
         if unit == "epochs":
@@ -315,8 +315,8 @@ class Tuner(Launcher):
                 defaults={key: params.get(key) for key in method.space},
                 about={
                     "round": str(self.options.round),
-                    "sampler": str(dict(self.options.sampler or {})),
-                    "pruner": str(dict(self.options.pruner or {})),
+                    "sampler": str(dict(self.options.sampler)),
+                    "pruner": str(dict(self.options.pruner)),
                     "seed": str(method.seed),
                 },
             )
@@ -339,7 +339,7 @@ class Tuner(Launcher):
         names = len({own.cell.notation for own in methods})
         line = f"tuning {plural(names, 'method')} on {plural(len({own.cell.split for own in methods}), 'split')}: "
         line += f"{trials} trials, {self.options.trials} of each, {done} of them done"
-        pruner = str((self.options.pruner or {}).get("_target_", "successive halving")).rpartition(".")[2]
+        pruner = str(self.options.pruner.get("_target_", "successive halving")).rpartition(".")[2]
         line += f"; rounds of {self.options.round}, pruner {pruner}; {first.train.epochs} epochs at most"
         images = len(identity.listing(first).entries)
         line += f"; data={first.data.name} with {images} images at {first.image_size} pixels"

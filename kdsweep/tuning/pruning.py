@@ -36,20 +36,20 @@ class Curve:
     dice: tuple[float, ...]
 
 
-def make(options: Mapping[str, Any] | None, *, epochs: int) -> BasePruner:
+def make(options: Mapping[str, Any], *, epochs: int) -> BasePruner:
     """Make a pruner from its options.
 
     The default is successive halving (Jamieson and Talwalkar 2016, Algorithm 1, as Li et al. 2020 make it): the best
     third of the trials goes on after a sixth of the epochs, and the best third of these after half of them.
 
     Args:
-        options: ``_target_`` and arguments, or None.
+        options: ``_target_`` and arguments, or none of them.
         epochs: of a whole trial.
 
     Raises:
         InputError: there is no such pruner, or it needs to know a number that it would guess from complete trials.
     """
-    if options is None:
+    if not options:
         first = -(-epochs // FIRST_RUNG)
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=REDUCTION)
     name = str(options.get("_target_", "")).rpartition(".")[2]
@@ -149,7 +149,7 @@ class Pruning:
         ended: by study its earlier trials, by number.
     """
 
-    options: Mapping[str, Any] | None
+    options: Mapping[str, Any]
     epochs: int
     trials: Mapping[Path, tuple[str, int]]
     ended: Mapping[str, Mapping[int, Curve]]

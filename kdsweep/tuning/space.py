@@ -30,13 +30,18 @@ def read(search: Mapping[str, Any]) -> Space:
     """Return the distributions of a search space, by key.
 
     Args:
-        search: of the sweeper, keys nested or joined by dots, such as ``{"train.lr": {"log": [1e-4, 1e-2]}}``.
+        search: of the sweeper, keys nested or joined by dots, such as ``{"train.lr": {"log": [1e-4, 1e-2]}}``; a key
+            without values (null) is not tuned.
 
     Raises:
         InputError: a key is not to be tuned, or its values are none.
     """
     space = {}
     for key, values in _leaves(search):
+        if values is None:
+            continue
+        if key in space:
+            raise InputError(f"{KEY}: {key} stands there twice, nested and joined by dots")
         if key in COMPARED or grid.is_under(key, FIXED):
             raise InputError(f"{KEY}: {key} is not to be tuned: it is equal for all trials; sweep it instead")
         space[key] = _distribution(key, values)

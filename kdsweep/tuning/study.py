@@ -102,7 +102,7 @@ class Study:
         """Return the curves of the trials with smaller numbers."""
         return {trial.number: curve_of(trial) for trial in self.trials[:before]}
 
-    def propose(self, sampler: Mapping[str, Any] | None, *, first: int, count: int) -> list[Proposal]:
+    def propose(self, sampler: Mapping[str, Any], *, first: int, count: int) -> list[Proposal]:
         """Return the trials of a round.
 
         Args:
@@ -150,20 +150,20 @@ def _open(storage: str, name: str) -> optuna.Study:
         raise InputError(f"hydra.sweeper.storage={storage} cannot be opened: {one_line(error)}") from error
 
 
-def make_sampler(options: Mapping[str, Any] | None, space: Space, number: int) -> BaseSampler:
+def make_sampler(options: Mapping[str, Any], space: Space, number: int) -> BaseSampler:
     """Make the sampler that draws one trial; its seed is that of the options plus the trial's number.
 
     A new one for each: what a sampler has drawn before a break is not kept, what it would draw is.
 
     Args:
-        options: ``_target_`` and arguments of one of Optuna's, or None.
+        options: ``_target_`` and arguments of one of Optuna's, or none of them.
         space: of the study.
         number: of the trial.
 
     Raises:
         InputError: there is no such sampler, or it cannot be made for this space.
     """
-    options = {"_target_": "optuna.samplers.TPESampler", **(options or {})}
+    options = {"_target_": "optuna.samplers.TPESampler", **options}
     try:
         kind = hydra.utils.get_class(options["_target_"])
         takes = inspect.signature(kind).parameters

@@ -402,7 +402,7 @@ def test_bad_input_is_told_before_anything_begins(small_busi, tmp_path, options,
 
 def test_a_key_that_is_swept_and_searched_is_refused(small_busi, tmp_path):
     jobs = [[*METHODS[0], f"train.lr={lr}"] for lr in (1e-3, 1e-4)]
-    with pytest.raises(InputError, match="train.lr is swept by the command too; tune it or sweep it"):
+    with pytest.raises(InputError, match=r"train\.lr is swept by the command too"):
         launch(jobs, [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"], engine=Never(), **OPTIONS)
 
 

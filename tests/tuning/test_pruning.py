@@ -13,7 +13,7 @@ EPOCHS = 18
 HALVING = {"_target_": "optuna.pruners.SuccessiveHalvingPruner", "min_resource": 3, "reduction_factor": 3}
 HYPERBAND = {"_target_": "optuna.pruners.HyperbandPruner", "min_resource": 2, "max_resource": EPOCHS}
 MEDIAN = {"_target_": "optuna.pruners.MedianPruner", "n_startup_trials": 3, "n_warmup_steps": 4}
-PRUNERS = {"default": None, "halving": HALVING, "hyperband": HYPERBAND, "median": MEDIAN}
+PRUNERS = {"default": {}, "halving": HALVING, "hyperband": HYPERBAND, "median": MEDIAN}
 
 
 def curves(count=9, *, seed=0):
@@ -40,7 +40,7 @@ def test_successive_halving_keeps_the_best_third_of_each_rung():
     after_9 = sorted(after_3[:3], key=lambda number: -found[number][8])
     expected = dict.fromkeys(after_3[3:], 3) | dict.fromkeys(after_9[1:], 9)
     assert judged(found, options=HALVING) == expected
-    assert judged(found, options=None) == expected  # the default: a sixth of 18 epochs, the best third
+    assert judged(found, options={}) == expected  # the default: a sixth of 18 epochs, the best third
 
 
 def test_the_median_pruner_ends_what_is_below_the_median_of_the_others():

@@ -15,6 +15,10 @@ def test_keys_may_be_nested_or_joined_by_dots():
     assert joined["kd.temperature"] == CategoricalDistribution([1, 2, 4])
 
 
+def test_a_key_without_values_is_not_tuned():
+    assert set(space.read({"train": {"lr": [1, 2]}, "teacher": {"lr": None}})) == {"train.lr"}
+
+
 def test_a_range_is_even_and_int_gives_whole_numbers():
     found = space.read({"kd.weight": {"range": [0.1, 1]}, "path.kd_path.inner_channels": {"int": [8, 64]}})
     assert found["kd.weight"] == FloatDistribution(0.1, 1.0)
@@ -33,6 +37,7 @@ def test_a_range_is_even_and_int_gives_whole_numbers():
         ({"train.lr": {"log": [1e-4, 1e-2], "range": [0, 1]}}, "it must be a list of values, {log"),
         ({"train.lr": 1e-3}, "train.lr=0.001 is not allowed: it must be a list of values"),
         ({"train.lr": []}, "must be a list of values"),
+        ({"train.lr": [1, 2], "train": {"lr": [1, 2]}}, "train.lr stands there twice"),
         ({"kd.temperature": [1, 1]}, "a value stands there twice"),
         ({"train.epochs": [5, 10]}, "train.epochs is not to be tuned: it is equal for all trials"),
         ({"seed": [0, 1]}, "seed is not to be tuned"),

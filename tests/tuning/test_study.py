@@ -36,7 +36,7 @@ def values(own):
     return [trial.params for trial in own.trials]
 
 
-@pytest.mark.parametrize("sampler", [None, TPE, QMC], ids=["default", "tpe", "qmc"])
+@pytest.mark.parametrize("sampler", [{}, TPE, QMC], ids=["default", "tpe", "qmc"])
 @pytest.mark.parametrize("stop_after", [2, 4, 7])
 def test_a_killed_command_proposes_the_same_trials_again(tmp_path, sampler, stop_after):
     whole = study(tmp_path, name="whole")
@@ -53,12 +53,12 @@ def test_a_killed_command_proposes_the_same_trials_again(tmp_path, sampler, stop
 
 
 def test_trial_0_has_the_configured_settings(tmp_path):
-    (first,) = study(tmp_path).propose(None, first=0, count=1)
+    (first,) = study(tmp_path).propose({}, first=0, count=1)
     assert first.values == {"train.lr": 1e-3, "kd.temperature": 1}  # kd.weight=matched is no number of the range
 
 
 def test_proposals_lie_in_the_space_and_differ(tmp_path):
-    proposals = study(tmp_path).propose(None, first=0, count=8)[1:]
+    proposals = study(tmp_path).propose({}, first=0, count=8)[1:]
     own = space.read(SEARCH)
     assert all(space.contains(own[key], value) for one in proposals for key, value in one.values.items())
     assert len({one.values["train.lr"] for one in proposals}) == 7
@@ -66,8 +66,8 @@ def test_proposals_lie_in_the_space_and_differ(tmp_path):
 
 def test_methods_with_equal_keys_get_equal_first_values(tmp_path):
     """Before a sampler has learned anything, no method is luckier than another."""
-    one = study(tmp_path, name="one").propose(None, first=0, count=5)
-    other = study(tmp_path, name="other").propose(None, first=0, count=5)
+    one = study(tmp_path, name="one").propose({}, first=0, count=5)
+    other = study(tmp_path, name="other").propose({}, first=0, count=5)
     assert [own.values for own in one] == [own.values for own in other]
 
 
@@ -117,7 +117,7 @@ def test_a_storage_with_another_space_or_protocol_is_refused(tmp_path):
 
 
 def test_a_storage_that_cannot_be_opened_is_told_in_one_line(tmp_path):
-    with pytest.raises(InputError, match="hydra.sweeper.storage=sqlite:.* cannot be opened") as error:
+    with pytest.raises(InputError, match=r"hydra\.sweeper\.storage=sqlite:.* cannot be opened") as error:
         Study(storage=f"sqlite:///{tmp_path}/no/such/folder.db", name="a", space={}, defaults={}, about={})
     assert "\n" not in str(error.value)
 
@@ -125,7 +125,7 @@ def test_a_storage_that_cannot_be_opened_is_told_in_one_line(tmp_path):
 def test_the_first_of_the_best_complete_trials_is_chosen(tmp_path):
     own = study(tmp_path)
     states = [("COMPLETE", 0.5), ("PRUNED", None), ("COMPLETE", 0.7), ("COMPLETE", 0.7), ("FAIL", None)]
-    for proposal, (state, value) in zip(own.propose(None, first=0, count=5), states, strict=True):
+    for proposal, (state, value) in zip(own.propose({}, first=0, count=5), states, strict=True):
         own.add(proposal, Outcome(Curve(state, (0.9,) if state == "PRUNED" else (0.1, 0.2)), value=value))
     best = own.best()
     assert best is not None
@@ -134,7 +134,7 @@ def test_the_first_of_the_best_complete_trials_is_chosen(tmp_path):
 
 def test_what_is_kept_of_a_trial_can_be_read_back(tmp_path):
     own = study(tmp_path)
-    for proposal in own.propose(None, first=0, count=6):
+    for proposal in own.propose({}, first=0, count=6):
         state = "PRUNED" if proposal.number == 1 else "COMPLETE"
         own.add(proposal, Outcome(Curve(state, (0.1, 0.4)), (1.5, 2.5), None if state == "PRUNED" else 0.4))
     entry = Entry(own.name, "L_KLD", 0, "distilled", 6)

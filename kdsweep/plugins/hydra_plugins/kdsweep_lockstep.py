@@ -73,10 +73,10 @@ class LockstepSweeperConf(BasicSweeperConf):
     search: dict[str, Any] = field(default_factory=dict)
     trials: int = 16
     round: int = 8
-    sampler: dict[str, Any] | None = None
-    pruner: dict[str, Any] | None = None
+    sampler: dict[str, Any] = field(default_factory=dict)  # empty, not None: Hydra merges an override into it
+    pruner: dict[str, Any] = field(default_factory=dict)
     storage: str | None = None
-    budget: dict[str, Any] | None = None
+    budget: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
