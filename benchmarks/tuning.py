@@ -122,7 +122,8 @@ def main() -> None:
         }
     pruned, whole, alone = sides.values()
     found = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, PyTorch {version('torch')}, Optuna {version('optuna')}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("torch", "optuna")},
         "settings": {"images": options.images, "epochs": options.epochs, "trials": options.trials},
         **sides,
         "training_share_with_pruning": round(pruned["training_s"] / whole["training_s"], 3),
