@@ -150,6 +150,8 @@ def user_message(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]} is missing: give it on the command line, {match[1]}=..."
+    if match := re.search(r"Could not override '(hydra[^']+)'", text):
+        return f"{match[1]} has no such key yet: to add one put + before it, +{match[1]}=..."
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]} is not a key of the configuration; {_known_keys(match[1])}"
     unknown_option = r"Could not find '(\S+)/([^/']+)' Available options in '\S+': (.+?)(?: Config search|$)"

@@ -67,6 +67,9 @@ class Options:
         for name in ("trials", "round"):
             if getattr(self, name) < 1:
                 raise InputError(f"hydra.sweeper.{name}={getattr(self, name)} is not allowed: it must be at least 1")
+        for name in ("search", "sampler", "pruner", "budget"):
+            if not isinstance(own := getattr(self, name), Mapping):
+                raise InputError(f"hydra.sweeper.{name}={own} is not allowed: it must be {{KEY: VALUE, ...}}")
         if self.budget:
             told = dict(self.budget)
             if len(told) != 1 or next(iter(told)) not in UNITS:
@@ -507,7 +510,7 @@ def tuned(of: Launcher | None, tuning: Mapping[str, Any]) -> Launcher:
     plain: dict[str, Any] = {
         key: OmegaConf.to_container(own) if OmegaConf.is_config(own) else own for key, own in tuning.items()
     }
-    return Tuner(of, Options(**plain))
+    return Tuner(of, Options(**{key: own for key, own in plain.items() if own is not None}))
 
 
 def _roles(job: Job) -> list[tuple[str, dict[str, Any]]]:

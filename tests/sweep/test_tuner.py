@@ -383,6 +383,7 @@ def test_a_real_epoch_is_timed(small_busi, tmp_path):
         ({"search": {"kd.ratio": [1, 2]}}, [], "kd.ratio is used by none of Student, L_KLD_WAug"),
         ({"trials": 0}, [], "hydra.sweeper.trials=0 is not allowed: it must be at least 1"),
         ({"round": 0}, [], "hydra.sweeper.round=0 is not allowed"),
+        ({"pruner": "median"}, [], "hydra.sweeper.pruner=median is not allowed: it must be {KEY: VALUE"),
         ({"budget": {"hours": 1}}, [], "hydra.sweeper.budget={'hours': 1} is not allowed: it must be one of epochs"),
         ({"budget": {"steps": 0}}, [], "hydra.sweeper.budget.steps=0 is not allowed"),
         ({}, ["train.monitor=loss"], "train.monitor=loss: all methods are chosen by one measure; give dice"),

@@ -70,13 +70,14 @@ class LockstepSweeperConf(BasicSweeperConf):
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepSweeper"
     _recursive_: bool = False
-    search: dict[str, Any] = field(default_factory=dict)
+    # Any, not a dict: into one without keys Hydra lets no command line put any.
+    search: Any = None
     trials: int = 16
     round: int = 8
-    sampler: dict[str, Any] = field(default_factory=dict)  # empty, not None: Hydra merges an override into it
-    pruner: dict[str, Any] = field(default_factory=dict)
+    sampler: Any = None
+    pruner: Any = None
     storage: str | None = None
-    budget: dict[str, Any] = field(default_factory=dict)
+    budget: Any = None
 
 
 @dataclass
