@@ -8,7 +8,7 @@ STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutants chaos bench growth lint types table3 table4 table5 effects figure2 figures report ui clean
+.PHONY: help setup demo test mutants chaos bench growth lint types table3 table4 table5 effects figure2 figures report ui trials clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ ui: setup ## Open the MLflow UI on http://127.0.0.1:5000
 	@echo 'runs, the best first: http://127.0.0.1:5000/#/experiments/1/runs?searchFilter=tags.%60kdsweep.split%60%20%3D%20%220%22&orderByKey=metrics.%60test%2Fdice%60&orderByAsc=false&workflowType=machine_learning'
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow ui --host 127.0.0.1 --port 5000 \
 		--backend-store-uri sqlite:///$(abspath $(STORE))/mlflow.db
+
+trials: setup ## Open Optuna's dashboard on the studies of +experiment=tuned: http://127.0.0.1:8080
+	$(VENV)/bin/optuna-dashboard --host 127.0.0.1 --port 8080 sqlite:///$(abspath $(STORE))/optuna.db
 
 clean: ## Remove caches and build output (never multirun/)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
