@@ -132,6 +132,7 @@ def teacher_cell(cfg: Config) -> Cell:
     given = read(cfg)
     common, evidence, sources = _common(given)
     teacher, view = given.teacher, given.teacher_aug.train_view
+    common["train"] |= {"epochs": given.teacher_epochs}
     own = {**common, "network": _network(teacher), "lr": teacher.lr, "train_view": view}
     if teacher.monitor != "loss":  # the default, without which Teachers were known before there was a choice
         own["monitor"] = teacher.monitor

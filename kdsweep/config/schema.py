@@ -155,6 +155,7 @@ class TeacherNode(NetworkNode):
     seed: Seed
     lr: Positive
     monitor: Monitor = Field("loss", description="loss or dice")
+    epochs: Count | None = Field(None, description="null or a whole number >= 1")
 
 
 class TrainNode(Node):
@@ -279,6 +280,11 @@ class Settings(Node):
     sweep_name: Annotated[
         str, BeforeValidator(_as_text), Field(min_length=1, max_length=200), AfterValidator(_named)
     ] = Field(description="a name of letters, digits, blank . _ -")
+
+    @property
+    def teacher_epochs(self) -> int:
+        """Return the most epochs that the Teacher is trained."""
+        return self.teacher.epochs or self.train.epochs
 
     @property
     def is_taught(self) -> bool:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 KEY_OF_MARGIN, MARGIN_POINTS = "stats.margin_points", 2.0
 VALIDATION = "mean_val_dice_percent"  # a column of Table 4
+# What runs from before these keys were there did, which is their default.
+ADDED = {"kd.lambda": "None", "teacher.monitor": "loss", "teacher.epochs": "None"}
 NOT_RUN = "not run"
 REMEDY = "add sweep_name=NAME to the command whose results belong in one table; finished cells are not run again"
 
@@ -198,7 +200,7 @@ def _mixed_params(runs: pd.DataFrame, *, besides: tuple[str, ...]) -> list[str]:
         first: dict[str, str] = {}
         for own, params, notation, split in rows:
             if not is_under(key, own):
-                first.setdefault(params.get(key, "unset"), f"({notation} split {split})")
+                first.setdefault(params.get(key, ADDED.get(key, "unset")), f"({notation} split {split})")
         if len(first) > 1:
             mixed.append(" and ".join([f"{key}={value} {where}" for value, where in first.items()][:2]))
     return mixed

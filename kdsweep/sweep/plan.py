@@ -337,7 +337,7 @@ def estimate_s(groups: Sequence[Sequence[Job]], preview: Preview) -> float:
 def teachers_s(jobs: Sequence[Job], preview: Preview) -> float:
     """Return the seconds that training the Teachers takes that these jobs lack."""
     missing = missing_teachers(jobs)
-    epochs = sum(max(0, job.settings.train.epochs - records.epochs(cell.folder)) for cell, job in missing)
+    epochs = sum(max(0, job.settings.teacher_epochs - records.epochs(cell.folder)) for cell, job in missing)
     return float(epochs * preview.images * preview.teacher_s)
 
 

@@ -42,15 +42,22 @@ def preview_cells(configs: list[DictConfig], devices: list[str]) -> Preview:
     return _timed(configs, devices=found, device=str(configs[0].device))
 
 
-def time_epoch_s(cfg: DictConfig) -> float:
-    """Return the seconds of an epoch of a cell's training, as if it were alone: the second one, the first warms up.
+def time_epoch_s(cfg: DictConfig, *, role: str) -> float:
+    """Return the seconds of an epoch of a training, as if it were alone: the second one, the first warms up.
 
     Steps and Teacher's forwards are counted, the Teacher is an untrained one. Nothing is written.
+
+    Args:
+        cfg: of a cell.
+        role: ``teacher`` for the training of its Teacher, else its own.
     """
     compute = factory.compute(cfg)
     compute.prepare()
     feed = factory.feed(cfg, seed=cfg.seed)
-    learner = factory.learner(cfg, identity.cell(cfg))
+    if role == "teacher":
+        learner = factory.teacher_learner(cfg, identity.teacher_cell(cfg))
+    else:
+        learner = factory.learner(cfg, identity.cell(cfg))
     teachers = {}
     if learner.distillation is not None:
         network = placed(factory.teacher_network(cfg, weights="none"), compute)

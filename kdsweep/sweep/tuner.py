@@ -109,7 +109,8 @@ class Method:
     @property
     def epochs(self) -> int:
         """Return the epochs of a whole trial."""
-        return self.job.settings.train.epochs
+        settings = self.job.settings
+        return settings.teacher_epochs if self.role == "teacher" else settings.train.epochs
 
     @property
     def seed(self) -> int:
@@ -248,32 +249,34 @@ class Tuner(Launcher):
         if not self.options.budget:
             return words
         ((unit, amount),) = self.options.budget.items()
-        if unit == "epochs":
-            epochs = dict.fromkeys([job.cell.fingerprint for job in jobs], int(amount))
-        elif unit == "steps":
-            epochs = {job.cell.fingerprint: _epochs_of_steps(job, int(amount)) for job in jobs}
+        own = [(cell, job) for job in jobs for _, cell in _cells(job)]
+        if unit == "seconds":
+            epoch_s = self._epoch_s(jobs)
+            epochs = {_key(cell): int(amount / epoch_s[_key(cell)]) for cell, _ in own}
         else:
-            epochs = self._epochs_of_seconds(jobs, float(amount))
-        for job in jobs:
-            if epochs[job.cell.fingerprint] < 1:
-                raise InputError(f"hydra.sweeper.budget.{unit}={amount}: less than one epoch of {job.cell.title}")
-        return [[*own, f"train.epochs={epochs[job.cell.fingerprint]}"] for own, job in zip(words, jobs, strict=True)]
+            epochs = {_key(cell): int(amount) // (_steps(job) if unit == "steps" else 1) for cell, job in own}
+        for cell, _ in own:
+            if epochs[_key(cell)] < 1:
+                raise InputError(f"hydra.sweeper.budget.{unit}={amount}: less than one epoch of {cell.title}")
+        # Equal for all: a Teacher is the same one for whatever method it teaches.
+        longest = f"train.patience={max(epochs.values())}"
+        return [[*typed, *_epochs_words(job, epochs), longest] for typed, job in zip(words, jobs, strict=True)]
 
-    def _epochs_of_seconds(self, jobs: list[Job], seconds: float) -> dict[str, int]:
-        """Return by fingerprint how many epochs fit into so many seconds, timed once and then kept in the store."""
+    def _epoch_s(self, jobs: list[Job]) -> dict[str, float]:
+        """Return the seconds of an epoch of each method and Teacher by key, timed once and then kept in the store."""
         first = jobs[0]
-        known = book.read(first.cell.store, first.settings.sweep_name).epoch_s
-        missing = [job for job in plan.unique(jobs) if job.cell.fingerprint not in known]
+        known = dict(book.read(first.cell.store, first.settings.sweep_name).epoch_s)
+        missing = {_key(cell): (job, role) for job in jobs for role, cell in _cells(job) if _key(cell) not in known}
         if missing:
-            log.info("timing an epoch of %s, for equal seconds", plural(len(missing), "method"))
+            log.info("timing an epoch of each of %d methods and Teachers, for equal seconds", len(missing))
             process = worker.start(self.launcher.config)
             try:
-                timed = process.call(worker.time_epochs, [job.config for job in missing])
+                timed = process.call(worker.time_epochs, [(job.config, role) for job, role in missing.values()])
             finally:
                 process.close()
-            known = {**known} | {job.cell.fingerprint: own for job, own in zip(missing, timed, strict=True)}
+            known |= dict(zip(missing, timed, strict=True))
             book.write(first.cell.store, first.settings.sweep_name, epoch_s=known)
-        return {job.cell.fingerprint: int(seconds / known[job.cell.fingerprint]) for job in jobs}
+        return known
 
     def _methods(self, jobs: list[Job], words: list[list[str]]) -> tuple[list[Method], list[Method]]:
         """Return the Students and the Teachers that are tuned, each once for all its seeds."""
@@ -537,9 +540,21 @@ def _teacher_words(job: Job, teachers: list[Method]) -> list[str]:
     return own.chosen_words() if own is not None else []
 
 
-def _epochs_of_steps(job: Job, steps: int) -> int:
+def _steps(job: Job) -> int:
+    """Return the optimizer steps of an epoch."""
     images = len(identity.split_ids(job.settings)["train"])
-    return steps // -(-images // job.settings.train.batch_size)
+    return -(-images // job.settings.train.batch_size)
+
+
+def _cells(job: Job) -> list[tuple[str, grid.Cell]]:
+    """Return the role and the cell of a job's Student, and of its Teacher if it has one."""
+    teacher = job.cell.teacher
+    return [(job.cell.role, job.cell), *([("teacher", teacher)] if teacher is not None else [])]
+
+
+def _epochs_words(job: Job, epochs: Mapping[str, int]) -> list[str]:
+    keys = {"teacher": "teacher.epochs"}
+    return [f"{keys.get(role, 'train.epochs')}={epochs[_key(cell)]}" for role, cell in _cells(job)]
 
 
 def _groups(trials: list[Trial], *, devices: Mapping[str, Sequence[str]]) -> list[list[Trial]]:

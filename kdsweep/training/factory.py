@@ -245,6 +245,7 @@ def learner(cfg: DictConfig, own: Cell) -> Learner:
 
 def teacher_learner(cfg: DictConfig, own: Cell) -> Learner:
     """The configuration's Teacher in training, on the view that ``teacher_aug.train_view`` names."""
+    given = identity.read(cfg)
     return Learner(
         title=own.title,
         role=own.role,
@@ -252,11 +253,11 @@ def teacher_learner(cfg: DictConfig, own: Cell) -> Learner:
         view=cfg.teacher_aug.train_view,
         distillation=None,
         lr=cfg.teacher.lr,
-        epochs=cfg.train.epochs,
+        epochs=given.teacher_epochs,
         patience=cfg.train.patience,
         folder=own.folder,
         nsd_tolerance_px=cfg.scores.nsd_tolerance_px,
-        monitor=identity.read(cfg).teacher.monitor,
+        monitor=given.teacher.monitor,
     )
 
 

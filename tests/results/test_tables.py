@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 from scipy.stats import bootstrap, ttest_1samp, ttest_rel, wilcoxon
 from scipy.stats import t as student_t
 
@@ -535,6 +536,15 @@ def test_what_determines_no_result_and_the_factors_may_differ(sweep, table4, key
 def test_a_key_that_only_begins_like_those_may_not(sweep, key):
     with pytest.raises(InputError, match=f"mixes {key}=unset .* and {key}=1|mixes {key}=1 .* and {key}=unset"):
         tables.table3(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "1"}))
+
+
+@pytest.mark.parametrize("key", ["teacher.monitor", "teacher.epochs", "kd.lambda"])
+def test_a_key_that_older_runs_have_not_had_its_default_there(sweep, table4, key):
+    default = composition.compose(["profile=quick"])
+    newer = with_params(sweep, runs_of(sweep, "H_MSE"), {key: str(OmegaConf.select(default, key))})
+    pd.testing.assert_frame_equal(tables.table4(newer), table4)
+    with pytest.raises(InputError, match=f"mixes {key}="):
+        tables.table4(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "another"}))
 
 
 def test_a_teacher_option_concerns_the_cells_only(sweep, table4):

@@ -21,13 +21,13 @@ from hydra.types import HydraContext, RunMode
 from small import TEACHER
 
 from kdsweep import conf_dir
-from kdsweep.config import composition
+from kdsweep.config import composition, identity
 from kdsweep.core.errors import CellError, InputError
 from kdsweep.results import tables
 from kdsweep.runs import checkpoint, records, requests
 from kdsweep.sweep import callback, launcher, preview, status, tuner
 from kdsweep.tracking import reader
-from kdsweep.training import group, loop
+from kdsweep.training import factory, group, loop
 from kdsweep.tuning import book
 from kdsweep.tuning.pruning import Pruning
 from kdsweep.tuning.study import read_trials
@@ -214,13 +214,13 @@ def config(root, store, lr, *words):
 
 
 def run_trials(configs, *, pruner=HALVING):
-    cells = [tuner.identity.cell(cfg) for cfg in configs]
+    cells = [identity.cell(cfg) for cfg in configs]
     own = {cell.folder: ("study", number) for number, cell in enumerate(cells)}
     return group.run_trials(configs, pruning=Pruning(pruner, 6, own, {}), role="baseline", variants={})
 
 
 def curve(cfg):
-    return [row["val/dice"] for row in records.read(tuner.identity.cell(cfg).folder).history]
+    return [row["val/dice"] for row in records.read(identity.cell(cfg).folder).history]
 
 
 def test_other_trials_never_change_a_trials_own_curve(small_busi, tmp_path):
@@ -248,7 +248,7 @@ def test_a_trial_that_fails_counts_as_failed_and_the_others_go_on(small_busi, tm
 def test_seconds_are_kept_with_each_epoch(small_busi, tmp_path):
     cfg = config(small_busi, tmp_path, 1e-3)
     run_trials([cfg])
-    seconds = records.read(tuner.identity.cell(cfg).folder).seconds
+    seconds = records.read(identity.cell(cfg).folder).seconds
     assert len(seconds) == len(curve(cfg)) == 6
     assert all(own > 0 for own in seconds)
 
@@ -339,12 +339,14 @@ def test_a_budget_of_steps_gives_each_method_so_many_steps(small_busi, tmp_path,
     """16 training images in batches of 8: 2 steps an epoch."""
     tune(small_busi, tmp_path / "store", plan=True, budget={"steps": 9})
     assert "4 epochs at most" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"budget\.steps=1: less than one epoch of Student"):
+        tune(small_busi, tmp_path / "store", plan=True, budget={"steps": 1})
 
 
 def test_a_budget_of_seconds_is_timed_once(small_busi, tmp_path, monkeypatch, capsys):
     class Timed:
         def call(self, function, configs):
-            return [3.0 if cfg.path.name == "none" else 7.0 for cfg in configs]
+            return [{"baseline": 3.0, "distilled": 7.0, "teacher": 10.0}[role] for _, role in configs]
 
         def close(self):
             pass
@@ -354,12 +356,25 @@ def test_a_budget_of_seconds_is_timed_once(small_busi, tmp_path, monkeypatch, ca
     tune(small_busi, store, plan=True, budget={"seconds": 30})
     monkeypatch.setattr(tuner.worker, "start", lambda config: pytest.fail("timed again"))
     tune(small_busi, store, plan=True, budget={"seconds": 30})
-    assert sorted(book.read(store, "busi-quick").epoch_s.values()) == [3.0, 7.0]
+    assert sorted(book.read(store, "busi-quick").epoch_s.values()) == [3.0, 7.0, 10.0]
+
+
+def test_a_budget_gives_one_teacher_to_all_methods(small_busi, tmp_path):
+    """Methods of unlike cost have unlike epochs in equal seconds; the Teacher that they learn from is one."""
+    common = [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"]
+    own = [
+        composition.compose([*METHODS[1], *common, f"train.epochs={epochs}", "teacher.epochs=3", "train.patience=9"])
+        for epochs in (4, 9)
+    ]
+    assert len({identity.teacher_cell(cfg).fingerprint for cfg in own}) == 1
+    assert factory.teacher_learner(own[0], identity.teacher_cell(own[0])).epochs == 3
+    unset = composition.compose([*METHODS[1], *common, "train.epochs=3", "train.patience=9"])
+    assert identity.teacher_cell(unset).fingerprint == identity.teacher_cell(own[0]).fingerprint
 
 
 def test_a_real_epoch_is_timed(small_busi, tmp_path):
     cfg = composition.compose([*METHODS[1], *QUICK, f"data.root={small_busi}", f"store={tmp_path}"])
-    assert 0 < preview.time_epoch_s(cfg) < 60
+    assert all(0 < preview.time_epoch_s(cfg, role=role) < 60 for role in ("distilled", "teacher"))
     assert not list(tmp_path.iterdir())
 
 

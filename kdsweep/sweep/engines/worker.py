@@ -292,11 +292,11 @@ def train_trials(
     return [own._return_value for own in run_jobs(configs, hydra_context, run_group)]
 
 
-def time_epochs(configs: list[DictConfig]) -> list[float]:
-    """Run ``preview.time_epoch_s`` for each."""
+def time_epochs(parts: list[tuple[DictConfig, str]]) -> list[float]:
+    """Run ``preview.time_epoch_s`` for each configuration and role."""
     from kdsweep.sweep import preview
 
-    return [preview.time_epoch_s(config) for config in configs]
+    return [preview.time_epoch_s(config, role=role) for config, role in parts]
 
 
 def train_teachers(configs: list[DictConfig]) -> str:
