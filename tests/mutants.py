@@ -654,7 +654,7 @@ MUTANTS = [
         "training/loop.py",
         "for epochs in range(1, first + 1):",
         "for epochs in range(first, first + 1):",
-        "tests/sweep/test_tuner.py -k 'killed_again'",
+        "tests/sweep/test_tuner.py -k 'from_the_first'",
     ),
     Mutant(
         "tuning: pruned trials cost nothing",

@@ -49,6 +49,8 @@ BAD: dict[str, tuple[Any, ...]] = {
     "train.monitor": ("val/loss", "Dice", None, True),
     "train.workers": (-1, 1.0, "many", None, True),
     "teacher.lr": (0, -1e-4, *NOT_NUMBERS),
+    "teacher.monitor": ("val/loss", "Dice", None, True),
+    "teacher.epochs": (0, -1, 1.5, "many", True),
     "teacher.seed": (-1, 0.5, *NOT_NUMBERS),
     "teacher_aug.train_view": ("medium", "Weak", None, 1),
     "teacher_aug.distill_view": ("medium", "Weak", None, 1),
@@ -201,7 +203,7 @@ def test_images_cannot_be_loaded_smaller_than_they_are_cropped(defaults: dict[st
 def test_the_groups_are_those_that_the_design_names() -> None:
     assert GROUPS.keys() >= {"path", "loss", "teacher_aug", "data", "teacher", "student", "profile", "tracking"}
     assert GROUPS["path"] == ["H", "HR", "L", "none"]
-    assert EXPERIMENTS == ["cpu_study", "methods", "table3", "table4"]
+    assert EXPERIMENTS == ["cpu_study", "methods", "table3", "table4", "tuned"]
 
 
 def test_the_defaults_are_the_papers_best_cell_by_its_protocol() -> None:
@@ -253,7 +255,7 @@ def test_every_experiment_sweeps_existing_options_within_the_limits(name: str) -
         for value in values:
             compose(f"{key}={value}")
     count = math.prod(map(len, swept.values()))
-    assert count == {"table3": 12, "table4": 48, "cpu_study": 48, "methods": 16}[name]
+    assert count == {"table3": 12, "table4": 48, "cpu_study": 48, "methods": 16, "tuned": 48}[name]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))

@@ -245,6 +245,35 @@ def test_a_trial_that_fails_counts_as_failed_and_the_others_go_on(small_busi, tm
     assert 6 in (len(curve(configs[0])), len(curve(configs[2])))
 
 
+class FromTheFirst(optuna.pruners.BasePruner):
+    """A pruner that has seen nothing yet and refuses to begin in the middle, as one that keeps rungs would be wrong."""
+
+    def __init__(self):
+        self.steps = set()
+
+    def prune(self, study, trial):
+        self.steps.add(trial.last_step)
+        assert self.steps == set(range(1, trial.last_step + 1))
+        return False
+
+
+def test_after_a_break_the_pruner_is_asked_from_the_first_epoch_on(small_busi, tmp_path, monkeypatch):
+    configs, taken, step = [config(small_busi, tmp_path, 1e-3)], itertools.count(1), loop._step
+
+    def stepping(*args):
+        if next(taken) == 8:
+            raise KeyboardInterrupt
+        step(*args)
+
+    own = {"_target_": f"{__name__}.FromTheFirst"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "_step", stepping)
+        run_trials(configs, pruner=own)
+    assert 0 < len(curve(configs[0])) < 6
+    run_trials(configs, pruner=own)
+    assert len(curve(configs[0])) == 6
+
+
 def test_seconds_are_kept_with_each_epoch(small_busi, tmp_path):
     cfg = config(small_busi, tmp_path, 1e-3)
     run_trials([cfg])
