@@ -435,14 +435,25 @@ class Tuner(Launcher):
         if self.launcher.engine.at_once(preview) > 1:
             taught = [trial.job for group in groups for trial in group if trial.method.role == "distilled"]
             first = launcher.teacher_units(taught, preview)
+        # What an earlier command has left in a queue is waited for, and its trials are then read or gone on with.
+        ahead = self.launcher.engine.queued(
+            [replace(trial.job, cell=trial.cell) for group in groups for trial in group]
+        )
         outcomes: dict[Path, Outcome] = {}
-        for unit, results in self.launcher.engine.run(list(units), before=first):
-            if unit in first:
-                continue
-            if isinstance(results, Exception):
-                raise CellError(f"a group of trials ended early: {results}; the same command goes on from there")
-            for trial, result in zip(_unique(units[unit]), results, strict=True):
-                outcomes[trial.cell.folder] = _outcome(trial, result)
+        waiting = list(units)
+        while waiting:
+            again = []
+            for unit, results in self.launcher.engine.run(waiting, before=first):
+                if unit in first:
+                    continue
+                if isinstance(results, Exception) and ahead & {cell.folder for cell in unit.cells}:
+                    again.append(unit)
+                elif isinstance(results, Exception):
+                    raise CellError(f"a group of trials ended early: {results}; the same command goes on from there")
+                else:
+                    for trial, result in zip(_unique(units[unit]), results, strict=True):
+                        outcomes[trial.cell.folder] = _outcome(trial, result)
+            waiting, first, ahead = again, [], set()
         return outcomes
 
     def _unit(self, group: list[Trial], preview: Preview) -> Unit:

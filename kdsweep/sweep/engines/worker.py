@@ -288,6 +288,9 @@ def train_trials(
 
     run_group = partial(group.run_trials, pruning=pruning, role=role, variants=variants)
     if role == "teacher":  # a job's folder is that of its Student
+        logs.claim(
+            Path(str(configs[0].store))
+        )  # there is no log of their own: what each trial says stays off the screen
         return [_as_text(result) for result in run_group(list(configs))]
     return [own._return_value for own in run_jobs(configs, hydra_context, run_group)]
 
