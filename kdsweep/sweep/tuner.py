@@ -172,6 +172,8 @@ class Tuner(Launcher):
         words = [list(own) for own in job_overrides]
         jobs = self._jobs(words)
         self._check(jobs, words)
+        if not launcher.plan:
+            launcher.engine.check(jobs)
         with launcher.engine_open():
             preview = self._preview(jobs)
             words = self._with_budget(words, jobs, preview)
