@@ -174,25 +174,30 @@ class Tuner(Launcher):
         self._check(jobs, words)
         if not launcher.plan:
             launcher.engine.check(jobs)
-        with launcher.engine_open():
-            preview = self._preview(jobs)
-            words = self._with_budget(words, jobs, preview)
-            jobs = self._jobs(words)
-            students, teachers = self._methods(jobs, words)
-            if launcher.plan:
-                sys.stdout.write(self._overview(students, teachers, preview) + "\n")
-                return [worker.closed(own, float("nan")) for own in words]
-            with self._held(jobs[0]):
-                self._open([*teachers, *students])
-                log.info("%s", self._describe(students, teachers, preview))
-                self._run(teachers, preview)
-                for method in students:
-                    method.words += _teacher_words(method.job, teachers)
-                self._run(students, preview)
+        words = self._with_budget(words, jobs)
+        jobs = self._jobs(words)
+        students, teachers = self._methods(jobs, words)
+        if launcher.plan:
+            with launcher.engine_open():
+                sys.stdout.write(self._overview(students, teachers, self._preview(jobs)) + "\n")
+            return [worker.closed(own, float("nan")) for own in words]
+        with self._held(jobs[0]):
+            self._open([*teachers, *students])
+            if any(own.space and len(own.study.trials) < self.options.trials for own in [*teachers, *students]):
+                with launcher.engine_open():
+                    self._tune(students, teachers, self._preview(jobs))
         own, tuned = self._final_words(jobs, words, students, teachers)
         returns = launcher.launch([*own, *tuned], initial_job_idx)
         self._remove_checkpoints([*teachers, *students])
         return returns
+
+    def _tune(self, students: list[Method], teachers: list[Method], preview: Preview) -> None:
+        """Bring all studies to their number of trials: of the Teachers first, for the others learn from the chosen."""
+        log.info("%s", self._describe(students, teachers, preview))
+        self._run(teachers, preview)
+        for method in students:
+            method.words += _teacher_words(method.job, teachers)
+        self._run(students, preview)
 
     # ---- what is tuned ---------------------------------------------------------------------------------------------
 
@@ -246,7 +251,7 @@ class Tuner(Launcher):
         unique = plan.unique(jobs)
         return self.launcher.engine.preview([job.config for job in plan.kinds(unique)], times=True)
 
-    def _with_budget(self, words: list[list[str]], jobs: list[Job], preview: Preview) -> list[list[str]]:
+    def _with_budget(self, words: list[list[str]], jobs: list[Job]) -> list[list[str]]:
         """Return the overrides of the jobs with the epochs that the budget gives to each."""
         if not self.options.budget:
             return words
