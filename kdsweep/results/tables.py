@@ -317,6 +317,7 @@ def best_variant(sweep: Sweep, table: pd.DataFrame) -> tuple[Sweep, pd.DataFrame
 def asked(sweep: Sweep, *, store: Path) -> list[str]:
     """Return those of TABLES that suit a sweep, such as seeds if it has several; store is the folder of the runs."""
     has = {
+        "effects": cell_notations(sweep)[0] in CELLS,  # else methods alone were asked for, which have no factors
         "settings": comparisons.has_settings(sweep),
         "seeds": comparisons.has_seeds(sweep),
         "strata": "lesion_px" in sweep.scores,

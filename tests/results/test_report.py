@@ -311,6 +311,14 @@ def test_any_sweep_has_a_page(call, notations, finished):
     assert ("Not all is there" in page.text) != finished
 
 
+def test_methods_alone_have_no_factors(call):
+    code, page, _ = call(stored(sweep_of(("Student", "CWD", "AT_WAug"), splits=(0,))), draws=True)
+    assert code == 0
+    check_document(page)
+    assert "How the methods compare" in page.text
+    assert "Which choice mattered" not in page.text
+
+
 def test_what_cannot_be_made_leaves_the_rest(call, monkeypatch, capsys):
     def load(*_, **__):
         raise InputError(f"data.root={ROOT}: no <images> there")
