@@ -166,7 +166,7 @@ def _refuse_mixing(sweep: Sweep) -> None:
         _refuse_two(sweep.runs, "data_digest", what=f"sweep {sweep.name} mixes different images of one name")
         for notation, runs in sweep.runs.groupby("notation"):  # a user's loss is in its own cells alone
             _refuse_two(runs, "user_code", what=f"sweep {sweep.name} mixes two states of your own code in {notation}")
-    mixed = _mixed_params(sweep.runs, besides=sweep.varied)
+    mixed = _mixed_params(sweep.runs, besides=sweep.varied + sweep.tuned)
     if mixed:
         raise InputError(f"sweep {sweep.name} mixes {', '.join(mixed[:3])}: {REMEDY}")
 

@@ -40,7 +40,7 @@ class Job:
         number: of this one among them.
         subdir: of the job's folder, once that is settled.
         begun: epochs that the cell has behind it and that a checkpoint holds.
-        tuned: keys of which a study chooses the values.
+        tuned: keys of which tuning has set the values.
     """
 
     cell: Cell
@@ -103,9 +103,10 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
     read, words, choices, tuned = [], [], [], []
     for cfg in configs:
         read.append(identity.read(cfg))
-        tuned.append(_tuned_keys(cfg))
-        typed = cfg.hydra.overrides.task if "hydra" in cfg else []
-        words.append([word for word in typed if not grid.is_under(word.partition("=")[0], tuned[-1])])
+        typed = list(cfg.hydra.overrides.task) if "hydra" in cfg else []
+        keys = _tuned_keys(cfg)
+        tuned.append(tuple(word.partition("=")[0] for word in typed if grid.is_under(word.partition("=")[0], keys)))
+        words.append([word for word in typed if word.partition("=")[0] not in tuned[-1]])
         choices.append(dict(cfg.hydra.runtime.choices) if "hydra" in cfg else {})
     own = name_variants([identity.cell(settings) for settings in read], read=read, words=words, choices=choices)
     known = [records.read_finished(cell.folder) for cell in own]
@@ -118,9 +119,12 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
 
 
 def _tuned_keys(cfg: DictConfig) -> tuple[str, ...]:
-    """Return the keys of the search space of a job's sweep: the values that a study chooses make no variant."""
+    """Return the keys of which tuning sets the values: they differ between methods and splits, and are no variants."""
     search: Any = OmegaConf.to_container(OmegaConf.select(cfg, "hydra.sweeper.search") or OmegaConf.create())
-    return tuple(re.sub(r"\.(log|range|int)$", "", key) for key in grid.flatten(search))
+    keys = [re.sub(r"\.(log|range|int)$", "", key) for key in grid.flatten(search)]
+    if OmegaConf.select(cfg, "hydra.sweeper.budget"):
+        keys += ["train.epochs", "train.patience", "teacher.epochs"]
+    return tuple(keys)
 
 
 def name_variants(
@@ -193,14 +197,14 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
     for (store, uri, experiment), own in stores.items():
         asked: dict[str, list[Cell]] = {}
         varied: dict[str, list[str]] = {}
+        tuned: dict[str, list[str]] = {}
         for sweep in sorted({job.settings.sweep_name for job in own}):
             members = [job for job in own if job.settings.sweep_name == sweep]
             asked[sweep] = [job.cell for job in unique(members)]
             swept = swept_keys([job.overrides for job in members])
-            tuned = list(members[0].tuned)
-            if swept or tuned:
-                differing = grid.varied_keys([identity.params(job.settings) for job in members])
-                varied[sweep] = [*swept, *tuned, *differing]
+            tuned[sweep] = list(dict.fromkeys(key for job in members for key in job.tuned))
+            if swept:
+                varied[sweep] = swept + grid.varied_keys([identity.params(job.settings) for job in members])
             requests.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
         sync.Sync(
             store=Path(store),
@@ -208,6 +212,7 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
             experiment=experiment,
             asked=asked,
             varied=varied,
+            tuned=tuned,
             command=command,
             teachers=teacher_cells(own),
             trains=bool(waiting(own)),

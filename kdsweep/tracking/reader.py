@@ -20,7 +20,7 @@ from mlflow.entities import Run
 
 from kdsweep.core.errors import InputError
 from kdsweep.tracking.database import DATABASE, TrackingError, exclusive, line, passes, store_uri
-from kdsweep.tracking.writer import ASKED, COMMANDS, VARIED, Tracker
+from kdsweep.tracking.writer import ASKED, COMMANDS, TUNED, VARIED, Tracker
 
 T = TypeVar("T")
 EXTERNAL = "external"  # folder of the scores on other data sets, among a run's artifacts and in a cell's folder
@@ -66,6 +66,7 @@ class Sweep:
             kd_weight (the matched one); what is not known is 0, empty or NaN.
         scores: one row per fingerprint and test image of the finished ones; fractions 0 to 1, HD95 in pixels.
         varied: the keys beyond the factors in which its cells differ on purpose.
+        tuned: the keys whose values tuning has set, for each method and split its own.
         commands: those that asked for its cells, as they can be typed again, the latest one last.
         run_id: of the parent run.
         experiment_id: of the MLflow experiment.
@@ -77,6 +78,7 @@ class Sweep:
     runs: pd.DataFrame
     scores: pd.DataFrame
     varied: tuple[str, ...] = ()
+    tuned: tuple[str, ...] = field(default=(), kw_only=True)
     commands: tuple[str, ...] = ()
     run_id: str = ""
     experiment_id: str = ""
@@ -226,7 +228,7 @@ def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
     runs = _by_fingerprint(tracker)
     parent = _named_sweep(tracker, name, finished={key for key, run in runs.items() if run.info.status == "FINISHED"})
     tags = parent.data.tags
-    varied = tuple(tags.get(VARIED, "").split())
+    varied, tuned = (tuple(tags.get(name, "").split()) for name in (VARIED, TUNED))
     asked = {key.removeprefix(ASKED): value for key, value in tags.items() if key.startswith(ASKED)}
     rows = []
     for place, value in sorted(asked.items()):
@@ -241,7 +243,8 @@ def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
     table, external = _scores(tracker, finished), _external(tracker, finished)
     name, run_id = parent.data.tags["kdsweep.sweep"], str(parent.info.run_id)
     commands = tuple(tags.get(COMMANDS, "").splitlines())
-    return Sweep(name, pd.DataFrame(rows), table, varied, commands, run_id, str(tracker.experiment_id), external)
+    own = (varied, commands, run_id, str(tracker.experiment_id), external)
+    return Sweep(name, pd.DataFrame(rows), table, *own, tuned=tuned)
 
 
 def _scores(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -39,6 +39,7 @@ class Sync:
         asked: cells by the sweep that asks for them.
         teachers: those that the cells learn from.
         varied: by sweep, the keys beyond the factors in which its cells differ.
+        tuned: by sweep, the keys whose values tuning has set, for each method and split its own.
         command: the one that asked for the cells, as it can be typed again.
         trains: whether cells are to be trained; the command must then not wait long at its end.
 
@@ -55,11 +56,13 @@ class Sync:
         asked: dict[str, list[Cell]],
         teachers: list[Cell],
         varied: dict[str, list[str]] | None = None,
+        tuned: dict[str, list[str]] | None = None,
         command: str = "",
         trains: bool = True,
     ) -> None:
         self.store, self.asked, self._varied, self._command = store, asked, varied or {}, command
         self.where = database.store_uri(store, uri)
+        self._tuned = tuned or {}
         self._uri, self._experiment = uri, experiment
         first = next(iter(asked))
         self._sweeps = {cell.folder: first for cell in teachers}
@@ -171,7 +174,8 @@ class Sync:
 
     def _ask(self, sweep: str) -> None:
         if self._tracker is not None:
-            self._tracker.ask(sweep, self.asked[sweep], varied=self._varied.get(sweep, []), command=self._command)
+            keys = {"varied": self._varied.get(sweep, []), "tuned": self._tuned.get(sweep, [])}
+            self._tracker.ask(sweep, self.asked[sweep], command=self._command, **keys)
 
     def _sync_folder(self, folder: Path) -> None:
         record = records.read(folder)

@@ -37,7 +37,7 @@ from kdsweep.tracking.database import (
 EXPERIMENT = "kdsweep"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on curves, not on prompts
 ASKED = "kdsweep.asked."
-VARIED = "kdsweep.varied"
+VARIED, TUNED = "kdsweep.varied", "kdsweep.tuned"
 COMMANDS, COMMANDS_LENGTH = "kdsweep.commands", 4000  # a tag, and how many characters MLflow surely takes for one
 UI_TRAINING = "workflowType=machine_learning"  # else MLflow's pages open on prompts and traces
 ERROR = "kdsweep.error"
@@ -102,13 +102,22 @@ class Tracker:
         place = None if uri and uri.startswith("http") else artifacts_uri(self.store)
         return str(self.client.create_experiment(experiment, place, tags=EXPERIMENT_TAGS))
 
-    def ask(self, sweep: str, cells: list[Cell], *, varied: Sequence[str] = (), command: str = "") -> None:
+    def ask(
+        self,
+        sweep: str,
+        cells: list[Cell],
+        *,
+        varied: Sequence[str] = (),
+        tuned: Sequence[str] = (),
+        command: str = "",
+    ) -> None:
         """Record that this sweep wants these cells, finished or not, so that a table shows what is missing.
 
         Args:
             sweep: its name.
             cells: those it asks for now, in addition to earlier ones.
             varied: keys beyond the factors in which they differ on purpose.
+            tuned: keys whose values tuning has set.
             command: the one that asks for them, as it can be typed again.
         """
         parent = self._parent(sweep)
@@ -123,7 +132,9 @@ class Tracker:
         for key in superseded({key: value for key, value in before.items() if key.startswith(ASKED)}, asked):
             self.client.delete_tag(parent, key)
             del before[key]
+        chosen = dict.fromkeys([*before.get(TUNED, "").split(), *tuned])
         about = {"kdsweep.asked_at": str(time.time()), VARIED: " ".join(keys), NOTE: _note(sweep, before | asked)}
+        about |= {TUNED: " ".join(chosen)} if chosen else {}
         commands = [known for known in before.get(COMMANDS, "").splitlines() if known != command] + [command]
         while len("\n".join(commands)) > COMMANDS_LENGTH:
             del commands[0]

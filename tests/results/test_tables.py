@@ -34,6 +34,7 @@ class FakeSweep:
     runs: pd.DataFrame
     scores: pd.DataFrame
     varied: tuple[str, ...] = ()
+    tuned: tuple[str, ...] = field(default=(), kw_only=True)
     commands: tuple[str, ...] = ()
     external: pd.DataFrame = field(default_factory=pd.DataFrame)
 

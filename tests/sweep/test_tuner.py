@@ -345,6 +345,20 @@ def test_the_table_says_what_tuning_changed(unbroken, tmp_path):
     assert "split 0: " in found.loc["Student", "chosen"] or "as configured" in found.loc["Student", "chosen"]
 
 
+def test_methods_with_unlike_choices_are_one_table(unbroken):
+    """What was chosen differs between methods (and splits), and makes neither variants nor a mixed sweep."""
+    sweep = reader.read_sweep(store=unbroken, uri=None, name="busi-quick-tuned")
+    assert set(sweep.tuned) <= {"train.lr", "teacher.lr", "kd.weight"}
+    assert "train.lr" in sweep.tuned
+    chosen = dict(zip(sweep.runs["notation"], sweep.runs["params"], strict=True))
+    assert chosen["Student"]["train.lr"] != chosen["L_KLD_WAug"]["train.lr"]
+    table = tables.table4(sweep)
+    assert "settings" not in table
+    assert list(table.loc[table["gap"] == "", "notation"]) == ["Teacher_WAug", "Student", "L_KLD_WAug"]
+    configured = reader.read_sweep(store=unbroken, uri=None, name="busi-quick")
+    assert configured.tuned == ()  # there a second learning rate would be mixed in by mistake
+
+
 def test_the_status_tells_how_many_trials_have_ended(unbroken):
     text = status.make(store=unbroken, sweep="busi-quick")
     assert text.startswith("tuning of sweep busi-quick: 12 of 12 trials ended: ")
