@@ -38,7 +38,7 @@ class Command:
 
     def __init__(self, arguments: tuple[str, ...], cwd: Path, output: Path) -> None:
         self.arguments, self.output = arguments, output
-        self.process = SERVER.Process(target=_be, args=(arguments, cwd, dict(os.environ), output, _server()))
+        self.process = process(_be, arguments, cwd, dict(os.environ), output, _server())
         self.process.start()
 
     def result(self, timeout: float = 570) -> subprocess.CompletedProcess[str]:
@@ -53,6 +53,12 @@ class Command:
     def workers(self) -> list[int]:
         """Process ids of the workers that it has started so far."""
         return [int(line) for line in (self.output / "workers").read_text().splitlines()]
+
+
+def process(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """A process, not started yet, that has all of these imports and calls a function of a test's module."""
+    _server()
+    return SERVER.Process(target=target, args=args)
 
 
 def _server() -> str:
@@ -88,10 +94,10 @@ def _be(arguments: tuple[str, ...], cwd: Path, environment: Mapping[str, str], o
     from kdsweep import __main__
     from kdsweep.sweep.engines import worker
 
-    def process(target: Callable[..., None], args: tuple[Any, ...]) -> BaseProcess:
+    def process_of(target: Callable[..., None], args: tuple[Any, ...]) -> BaseProcess:
         return SERVER.Process(target=_work, args=(dict(os.environ), output, target, args))
 
-    context = SimpleNamespace(Pipe=SERVER.Pipe, Process=process)
+    context = SimpleNamespace(Pipe=SERVER.Pipe, Process=process_of)
     worker.multiprocessing = SimpleNamespace(
         get_context=lambda _: context, parent_process=multiprocessing.parent_process
     )
