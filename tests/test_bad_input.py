@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import kdsweep
 from PIL import Image
 
 from kdsweep.config import composition, identity
@@ -249,16 +250,24 @@ def database(empty_store: Path, tmp_path: Path) -> None:
     shutil.copytree(empty_store, tmp_path / "store")
 
 
+@pytest.fixture(autouse=True)
+def short_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors are told as they are told by default."""
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+
 class Outcome:
     """What a command left: exit code, all that it printed, the store."""
 
     def __init__(self, *overrides: str, cwd: Path, sweep: bool = False, **environment: str) -> None:
         self.store = cwd / "store"
-        command = [sys.executable, "-m", "kdsweep", *(["-m"] if sweep else []), f"store={self.store}", *overrides]
-        inherited = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
-        done = subprocess.run(
-            command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, check=False, timeout=300
-        )
+        words = [*(["-m"] if sweep else []), f"store={self.store}", *overrides]
+        if environment:  # which the imports of a forked command would not have seen
+            command = [sys.executable, "-m", "kdsweep", *words]
+            env = {**os.environ, **environment}
+            done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=300)
+        else:
+            done = kdsweep(*words, cwd=cwd)
         self.code, self.output = done.returncode, done.stdout + done.stderr
 
     def refusal(self) -> str:

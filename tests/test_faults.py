@@ -6,7 +6,6 @@ Whatever happened, the same call again ends with the bytes of a run that nothing
 import functools
 import itertools
 import logging
-import multiprocessing
 import os
 import random
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import kdsweep, process
 from omegaconf import DictConfig
 from small import TEACHER
 
@@ -40,9 +40,6 @@ QUICK = [
 ]
 GROUP = (["path=HR"], ["path=L", "loss=mse"], ["path=none"])
 FILES = ("student.safetensors", "teacher.safetensors", "history.csv", "test_scores.csv", "test_predictions.npz")
-
-spawner = multiprocessing.get_context("forkserver")
-spawner.set_forkserver_preload(["kdsweep.training.group", "test_faults", "monai.metrics", "sklearn.model_selection"])
 
 composed = functools.cache(lambda *overrides: composition.compose(list(overrides)))
 
@@ -128,14 +125,14 @@ def test_killed_inside_its_writes_again_and_again_it_ends_as_if_nothing_had_happ
     for _ in range(60):
         point = rng.choice(["bytes", "flush", "rename", "marker", "link", "progress"])
         number = rng.randint(1, {"bytes": 120, "marker": 1, "link": 3}.get(point, 7))
-        process = spawner.Process(target=doomed, args=(configs, point, number))
-        process.start()
-        process.join(120)
-        if process.exitcode == 0:
+        training = process(doomed, configs, point, number)
+        training.start()
+        training.join(120)
+        if training.exitcode == 0:
             break
-        assert process.exitcode == -signal.SIGKILL
+        assert training.exitcode == -signal.SIGKILL
         kills.append((point, number))
-    assert process.exitcode == 0
+    assert training.exitcode == 0
     assert len(kills) > 5
     assert contents(store) == contents(unbroken), kills
     left = [file.name for file in store.rglob("*") if file.name.endswith(".part") or file.name == checkpoint.PREVIOUS]
@@ -460,7 +457,7 @@ mount -t tmpfs -o size=60m tmpfs "$1"  # two checkpoints of 13 MB, which a slow 
 cd "$1"
 run() { "$2" -m kdsweep -m path=none train.lr="$1" profile=quick data=busi data.root="$3" train.batch_size=8 \
     train.epochs=2 device=cpu > "out$4" 2> "err$4" && echo "exit 0" || echo "exit $?"; }
-run 1e-3 "$2" "$3" 1
+cp -a "$4/multirun" .
 sha256sum multirun/cells/*/* > before
 used=$(df -k --output=used . | tail -1)
 mount -o remount,size=$((used + 3000))k "$1"
@@ -492,12 +489,19 @@ def can_mount() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small disk (user namespaces)")
-def test_a_full_or_read_only_disk_fails_the_cell_and_the_same_command_goes_on(small_busi, tmp_path):
-    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", SCRIPT, "sh", str(tmp_path), sys.executable]
-    done = subprocess.run([*command, str(small_busi)], capture_output=True, text=True, timeout=400, check=False)
+def test_a_full_or_read_only_disk_fails_the_cell_and_the_same_command_goes_on(small_busi, empty_store, tmp_path):
+    disk, before = tmp_path / "disk", tmp_path / "before"
+    disk.mkdir()
+    shutil.copytree(empty_store, before / "multirun")
+    first = ["-m", "path=none", "train.lr=1e-3", "profile=quick", "data=busi", f"data.root={small_busi}"]
+    finished = kdsweep(*first, "train.batch_size=8", "train.epochs=2", "device=cpu", cwd=before)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", SCRIPT, "sh", str(disk), sys.executable]
+    words = [*command, str(small_busi), str(before)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    first, full, *errors, intact, read_only, status, again, trained, last_intact, last_status = done.stdout.splitlines()
-    assert (first, full, again) == ("exit 0", "exit 1", "exit 0")
+    full, *errors, intact, read_only, status, again, trained, last_intact, last_status = done.stdout.splitlines()
+    assert (full, again) == ("exit 1", "exit 0")
     assert re.fullmatch(r"kdsweep: error: multirun/\S+: No space left on device; when .* goes on", errors[-1]), errors
     assert not any("Traceback" in line for line in errors)
     assert re.fullmatch(r"kdsweep: error: \S+: Read-only file system; when that is mended .* goes on", read_only)

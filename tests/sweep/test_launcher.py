@@ -188,17 +188,11 @@ def run_units(job_config, plain_hydra):
 
 
 @pytest.mark.slow
-def test_a_group_whose_device_is_lost_moves_to_another(run_units, caplog):
-    outcomes = run_units([GONE, "cpu"], [GONE, "cpu"], places=[GONE, "cpu"])
-    assert sorted(outcome[0] for outcome in outcomes.values()) == ["unit0 on cpu", "unit1 on cpu"]
+def test_a_group_whose_device_is_lost_moves_to_another_and_fails_if_there_is_none(run_units, caplog):
+    outcomes = run_units([GONE, "cpu"], [GONE, "cpu"], [GONE], places=[GONE, "cpu"])
+    assert [outcomes[name][0] for name in ("unit0", "unit1")] == ["unit0 on cpu", "unit1 on cpu"]
     assert caplog.text.count(f"{GONE} does not compute any more: its group moves to another device") == 1
-
-
-@pytest.mark.slow
-def test_a_group_that_may_run_on_the_lost_device_alone_fails_and_is_told(run_units):
-    outcomes = run_units([GONE, "cpu"], [GONE], places=[GONE, "cpu"])
-    assert outcomes["unit0"][0] == "unit0 on cpu"
-    assert str(outcomes["unit1"]) == f"{GONE} does not compute any more"
+    assert str(outcomes["unit2"]) == f"{GONE} does not compute any more"
 
 
 @pytest.mark.slow

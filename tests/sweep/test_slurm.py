@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import kdsweep
 from hydra.test_utils.launcher_common_tests import LauncherTestSuite
 from hydra_plugins.kdsweep_lockstep import SlurmConf
 from omegaconf import OmegaConf
@@ -176,8 +177,7 @@ def test_without_sbatch_or_a_server_nothing_is_submitted(commands, some, monkeyp
 
 
 def test_without_m_nothing_is_submitted_and_nothing_is_trained(tmp_path):
-    command = [sys.executable, "-m", "kdsweep", "hydra/launcher=lockstep_slurm", "profile=quick"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    ended = kdsweep("hydra/launcher=lockstep_slurm", "profile=quick", cwd=tmp_path)
     message = "kdsweep: error: hydra/launcher=lockstep_slurm runs sweeps: add -m, or leave it out\n"
     assert (ended.returncode, ended.stderr) == (1, message)
 

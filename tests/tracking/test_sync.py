@@ -4,18 +4,16 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import tempfile
-import textwrap
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from commands import process
 from servers import free_port, postgres, serving, until
 from test_writer import begin, client_of, end, make_cell, steps_of
 
@@ -128,48 +126,40 @@ def test_a_database_that_another_process_locks_is_written_to_later(store, caplog
     assert sorted(sweep.scores["dice"]) == [0.25, 0.75]
 
 
+def log_one(store: Path, number: int, errors: Path) -> None:
+    """Log a finished cell; what is said of errors goes to a file."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    cell = make_cell(store=store, lr=number)
+    end(cell, [0.5])
+    sync.Sync(store=store, uri=None, asked={"sweep": [cell]}, **OPTIONS).close()
+
+
 @pytest.mark.slow
 def test_a_fresh_store_is_opened_by_many_processes_at_once(tmp_path):
-    command = """
-import sys
-from pathlib import Path
-from test_writer import end, make_cell
-from kdsweep.tracking import sync
-store = Path(sys.argv[1])
-cell = make_cell(store=store, lr=int(sys.argv[2]))
-end(cell, [0.5])
-sync.Sync(store=store, uri=None, experiment="kdsweep", asked={"sweep": [cell]}, teachers=[]).close()
-"""
-
-    def start(number: int) -> subprocess.CompletedProcess[str]:
-        arguments = [sys.executable, "-c", command, str(tmp_path / "store"), str(number)]
-        return subprocess.run(
-            arguments, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300, check=False
-        )
-
-    with ThreadPoolExecutor(5) as pool:
-        for done in pool.map(start, range(5)):
-            assert done.returncode == 0, done.stderr
-            assert done.stderr == ""
+    openers = [process(log_one, tmp_path / "store", number, tmp_path / f"errors{number}") for number in range(5)]
+    for opener in openers:
+        opener.start()
+    for number, opener in enumerate(openers):
+        opener.join(300)
+        assert (opener.exitcode, (tmp_path / f"errors{number}").read_text()) == (0, "")
     sweep = reader.read_sweep(store=tmp_path / "store", uri=None, name="sweep")
     assert sweep.runs["status"].tolist() == ["FINISHED"] * 5
     assert len(sweep.scores) == 5
 
 
-DYING = """
-import os, signal, sys, threading
-from pathlib import Path
-from kdsweep.tracking import writer
-threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL)).start()
-writer.Tracker(store=Path(sys.argv[1]), uri=None)
-"""
+def dying(store: Path, seconds: float) -> None:
+    """Open a store, and be killed after so many seconds."""
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    writer.Tracker(store=store, uri=None)
 
 
 @pytest.mark.slow
 def test_a_process_killed_while_it_makes_the_database_spoils_nothing(tmp_path):
     for moment in (0.3, 0.6, 0.9, 1.3):
-        done = subprocess.run([sys.executable, "-c", DYING, str(tmp_path), str(moment)], check=False, timeout=60)
-        assert done.returncode in (-9, 0)
+        killed = process(dying, tmp_path, moment)
+        killed.start()
+        killed.join(60)
+        assert killed.exitcode in (-9, 0)
     cells = some_cells(tmp_path)
     sync.Sync(store=tmp_path, uri=None, asked={"sweep": cells}, **OPTIONS).close()
     assert len(reader.read_sweep(store=tmp_path, uri=None, name="sweep").runs) == 2
@@ -299,38 +289,37 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
         assert list(scratch.iterdir()) == []
 
 
+def log_five(store: Path, uri: str, number: int) -> None:
+    """Train five cells, as it were; the first worker trains the Teacher of all too."""
+    own = [make_cell(store=store, lr=10 * number + each) for each in range(5)]
+    teacher = make_cell("Teacher", store=store)
+    sync.PASS_EVERY_S = 0.1
+    sync.SERVER_WAIT_S = 120  # all is to be logged here, however slow the machine; another test has the limit
+    sync.Sync(store=store, uri=uri, experiment="kdsweep", asked={"sweep": own}, teachers=[teacher])
+    for epochs in (1, 2):
+        for cell in own:
+            begin(cell, epochs)
+        time.sleep(0.5)
+    for cell in own:
+        end(cell, [0.25, 0.75])
+    if number == 0:
+        end(teacher, [0.5])
+    time.sleep(1)
+    sync.close_all()
+
+
 @pytest.mark.slow
 def test_many_workers_log_to_one_server_on_postgresql_and_nothing_is_lost(tmp_path):
     """Four processes with cells of their own and a Teacher that all share, on a database that is made by the first."""
-    code = """
-        import sys, time
-        from pathlib import Path
-        from test_writer import begin, end, make_cell
-        from kdsweep.tracking import sync
-        store, uri, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-        own = [make_cell(store=store, lr=10 * number + each) for each in range(5)]
-        teacher = make_cell("Teacher", store=store)
-        sync.PASS_EVERY_S = 0.1
-        sync.SERVER_WAIT_S = 120  # all is to be logged here, however slow the machine; another test has the limit
-        sync.Sync(store=store, uri=uri, experiment="kdsweep", asked={"sweep": own}, teachers=[teacher])
-        for epochs in (1, 2):
-            for cell in own:
-                begin(cell, epochs)
-            time.sleep(0.5)
-        for cell in own:
-            end(cell, [0.25, 0.75])
-        if number == 0:
-            end(teacher, [0.5])
-        time.sleep(1)
-        sync.close_all()
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     port = free_port()
     uri, store = f"http://127.0.0.1:{port}", tmp_path / "store"
     with postgres() as backend, serving(tmp_path, port, backend=backend):
-        workers = [subprocess.Popen([*command, str(store), uri, str(n)], env=environment) for n in range(4)]
-        assert [worker.wait(300) for worker in workers] == [0] * 4
+        workers = [process(log_five, store, uri, number) for number in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(300)
+        assert [worker.exitcode for worker in workers] == [0] * 4
         found = runs_of(uri)
         assert [run[1:] for run in found.values()] == [("FINISHED", [0, 1, 2])] * 20
         sweep = reader.read_sweep(store=store, uri=uri, name="sweep")

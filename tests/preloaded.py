@@ -1,0 +1,25 @@
+"""What a command and its workers import, once for all that `commands` forks."""
+
+import gc
+from importlib import import_module
+
+import sqlalchemy.orm
+
+for name in (
+    "hydra_plugins.kdsweep_lockstep",
+    "kdsweep.__main__",
+    "kdsweep.sweep.callback",
+    "kdsweep.sweep.preview",
+    "kdsweep.sweep.status",
+    "kdsweep.tracking.sync",
+    "kdsweep.training.group",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "monai.metrics",
+    "pyarrow.pandas_compat",
+    "sklearn.model_selection",
+    "torch._dynamo",  # by the first step of an optimizer
+):
+    import_module(name)
+sqlalchemy.orm.configure_mappers()
+gc.collect()
+gc.freeze()  # else each collection that the package asks for goes through all modules, and copies their memory
