@@ -610,7 +610,9 @@ def _outcome(trial: Trial, result: float | Exception) -> Outcome:
     record = records.read(trial.cell.folder)
     dice = tuple(row["val/dice"] for row in record.history)
     folder = str(trial.cell.folder.relative_to(trial.cell.store))
+    times_ms = (record.started_ms, max([record.started_ms, *record.times_ms]))
+    about: dict[str, Any] = {"seconds": tuple(record.seconds), "folder": folder, "times_ms": times_ms}
     if isinstance(result, Exception):
-        return Outcome(Curve("FAIL", dice), tuple(record.seconds), error=str(result), folder=folder)
+        return Outcome(Curve("FAIL", dice), error=str(result), **about)
     state = "COMPLETE" if len(dice) >= trial.method.epochs else "PRUNED"
-    return Outcome(Curve(state, dice), tuple(record.seconds), value=result, folder=folder)
+    return Outcome(Curve(state, dice), value=result, **about)

@@ -10,6 +10,7 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import hydra
@@ -52,6 +53,7 @@ class Outcome:
         value: validation Dice of the weights that it would be tested with; None if it has not come to an end.
         error: of a failed one.
         folder: of its files, below the store.
+        times_ms: when it was begun and when its last epoch ended, in milliseconds since 1970.
     """
 
     curve: Curve
@@ -59,6 +61,7 @@ class Outcome:
     value: float | None = None
     error: str = ""
     folder: str = ""
+    times_ms: tuple[int, int] | None = None
 
 
 class Study:
@@ -202,15 +205,25 @@ def _frozen(proposal: Proposal, space: Space, *, state: TrialState, outcome: Out
     told = {}
     if outcome is not None:
         told = {"seconds": list(outcome.seconds), "folder": outcome.folder, "error": outcome.error}
-    return create_trial(
+    value = outcome.value if outcome is not None and state is TrialState.COMPLETE else None
+    if state is TrialState.PRUNED and outcome is not None and outcome.curve.dice:
+        value = outcome.curve.dice[-1]  # as Optuna's own loop has it
+    trial = create_trial(
         state=state,
-        value=outcome.value if outcome is not None and state is TrialState.COMPLETE else None,
+        value=value,
         params=proposal.values,
         distributions={key: space[key] for key in proposal.values},
         intermediate_values=values,
         user_attrs=told,
         system_attrs=proposal.marks,
     )
+    if outcome is not None and outcome.times_ms is not None:
+        trial.datetime_start, trial.datetime_complete = map(_datetime, outcome.times_ms)
+    return trial
+
+
+def _datetime(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000)
 
 
 def curve_of(trial: FrozenTrial) -> Curve:
@@ -226,8 +239,8 @@ def read_trials(storage: str, entries: Mapping[str, Entry]) -> pd.DataFrame:
         entries: by name of the study.
 
     Returns:
-        A row per trial: notation, split, role, number, round (from 0), state, value (validation Dice of a complete
-        one), params (tuned values, as a dict), dice and seconds (of each epoch, as lists), is_chosen.
+        A row per trial: notation, split, role, number, round (from 0), state, is_chosen, value (validation Dice of a
+        complete one, the last one of a pruned one), params (tuned values, as a dict), dice and seconds (of each epoch).
 
     Raises:
         InputError: the storage cannot be read.

@@ -187,7 +187,7 @@ def test_what_goes_on_from_a_checkpoint_is_told_and_takes_less_time(jobs):
     assert "1 to run, 0 finished" in plan.describe([fresh], groups=[[fresh]], preview=PREVIEW)
     assert plan.group_s([fresh], PREVIEW) == 10 * 16
     history = [{"epoch": float(epoch)} for epoch in range(7)]
-    records.write_progress(fresh.cell.folder, epochs=10, history=history, times_ms=list(range(7)))
+    records.write_progress(fresh.cell.folder, epochs=10, history=history, times_ms=list(range(7)), seconds=[])
     (begun,) = jobs(fixed)
     assert "1 to run, 1 of them from a checkpoint, 0 finished" in plan.describe(
         [begun], groups=[[begun]], preview=PREVIEW
@@ -198,7 +198,9 @@ def test_what_goes_on_from_a_checkpoint_is_told_and_takes_less_time(jobs):
 def test_a_teacher_that_goes_on_from_a_checkpoint_takes_less_time(jobs):
     (own,) = jobs(["path=L", "train.epochs=10"])
     assert plan.teachers_s([own], PREVIEW) == 10 * 16 * 10
-    records.write_progress(own.cell.teacher.folder, epochs=10, history=[{"epoch": 0.0}] * 4, times_ms=[1, 2, 3, 4])
+    records.write_progress(
+        own.cell.teacher.folder, epochs=10, history=[{"epoch": 0.0}] * 4, times_ms=[1, 2, 3, 4], seconds=[]
+    )
     assert plan.teachers_s([own], PREVIEW) == 6 * 16 * 10
 
 

@@ -31,7 +31,7 @@ def begin(cell: Cell, *, done=12, pace_s=PACE_S, ended_ms=NOW_MS - 120_000, dice
     records.describe(cell, split={}, params={}, tags={})
     times_ms = [ended_ms - int(1000 * pace_s) * ago for ago in reversed(range(done))]
     history = [{"epoch": epoch, "val/dice": dice if epoch == done - 1 else 0.1} for epoch in range(done)]
-    records.write_progress(cell.folder, epochs=EPOCHS, history=history, times_ms=times_ms)
+    records.write_progress(cell.folder, epochs=EPOCHS, history=history, times_ms=times_ms, seconds=[])
 
 
 def finish(cell: Cell, dice=0.78125, files=()) -> None:
@@ -219,7 +219,7 @@ def test_the_time_left_is_the_slowest_and_the_groups_that_wait(running_s, waitin
 def paced(tmp_path: Path, times_s: list[float]) -> records.Record:
     history = [{"epoch": epoch, "val/dice": 0.5} for epoch in range(len(times_s))]
     times_ms = [int(1000 * time_s) for time_s in times_s]
-    records.write_progress(tmp_path, epochs=EPOCHS, history=history, times_ms=times_ms)
+    records.write_progress(tmp_path, epochs=EPOCHS, history=history, times_ms=times_ms, seconds=[])
     return records.read(tmp_path)
 
 

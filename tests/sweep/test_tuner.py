@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -350,10 +351,15 @@ def test_methods_with_unlike_choices_are_one_table(unbroken):
     sweep = reader.read_sweep(store=unbroken, uri=None, name="busi-quick-tuned")
     assert set(sweep.tuned) <= {"train.lr", "teacher.lr", "kd.weight"}
     assert "train.lr" in sweep.tuned
-    chosen = dict(zip(sweep.runs["notation"], sweep.runs["params"], strict=True))
-    assert chosen["Student"]["train.lr"] != chosen["L_KLD_WAug"]["train.lr"]
-    table = tables.table4(sweep)
+    is_student = sweep.runs["notation"] == "Student"
+    params = [
+        {**own, "train.lr": "0.5"} if here else own for own, here in zip(sweep.runs["params"], is_student, strict=True)
+    ]
+    unlike = replace(sweep, runs=sweep.runs.assign(params=params))
+    table = tables.table4(unlike)
     assert "settings" not in table
+    with pytest.raises(InputError, match=r"mixes train\.lr="):
+        tables.table4(replace(unlike, tuned=()))
     assert list(table.loc[table["gap"] == "", "notation"]) == ["Teacher_WAug", "Student", "L_KLD_WAug"]
     configured = reader.read_sweep(store=unbroken, uri=None, name="busi-quick")
     assert configured.tuned == ()  # there a second learning rate would be mixed in by mistake
