@@ -50,6 +50,8 @@ class SweepCallback(Callback):
         if _is_own(config) and not config.hydra.launcher._target_.endswith(".LockstepLauncher"):
             name = config.hydra.runtime.choices["hydra/launcher"]
             raise SystemExit(f"kdsweep: error: hydra/launcher={name} runs sweeps: add -m, or leave it out")
+        if config.hydra.sweeper.get("search"):
+            raise SystemExit("kdsweep: error: hydra.sweeper.search tunes sweeps: add -m, or leave it out")
         if config.hydra.launcher.get("plan"):
             _or_exit(lambda: show_plan([config]))
             raise SystemExit(0)

@@ -260,7 +260,7 @@ def make(*, store: Path, sweep: str | None) -> str:
         raise InputError(f"--store {store}: no sweep was started in it yet")
     if sweep is not None and sweep not in known:
         raise InputError(f"--sweep {sweep}: not in this store; it holds: {', '.join(sorted(known))}")
-    name = sweep or known[-1]
+    name = sweep or next((name for name in tuned if book.is_held(store, name)), known[-1])
     base = name.removesuffix(book.TUNED)
     trials = tuning(store, base) if base in tuned else ""
     asked = requests.read_asked(store, name)

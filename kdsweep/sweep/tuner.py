@@ -197,6 +197,8 @@ class Tuner(Launcher):
         self._run(teachers, preview)
         for method in students:
             method.words += _teacher_words(method.job, teachers)
+            if method.role == "distilled":  # with more trials another Teacher may have been chosen since
+                method.study.settle({"Teacher": " ".join(_teacher_words(method.job, teachers)) or "as configured"})
         self._run(students, preview)
 
     # ---- what is tuned ---------------------------------------------------------------------------------------------
@@ -511,7 +513,8 @@ class Tuner(Launcher):
             asked = {store / folder for folders in named for folder in folders}
             for trial in method.study.trials:
                 folder = store / str(trial.user_attrs.get("folder", ""))
-                if trial.user_attrs.get("folder") and folder not in asked:
+                is_free = folder not in asked and not records.is_held(folder)
+                if trial.user_attrs.get("folder") and is_free:
                     for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS):
                         (folder / name).unlink(missing_ok=True)
 

@@ -84,15 +84,23 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.name, self.space, self.defaults = name, space, defaults
         self._study = _open(storage, name)
-        told = {"space": spaces.in_words(space), **about}
+        self._storage = storage
+        self.settle({"space": spaces.in_words(space), **about})
+
+    def settle(self, about: Mapping[str, Any]) -> None:
+        """Write down what decides the trials' results.
+
+        Raises:
+            InputError: the trials that are there were made with other values.
+        """
         known = self._study.user_attrs
-        for key, value in told.items():
+        for key, value in about.items():
             if key in known and known[key] != value:
                 raise InputError(
-                    f"hydra.sweeper.storage={storage}: study {name} has trials with another {key} ({known[key]}, now "
-                    f"{value}); give another sweep_name"
+                    f"hydra.sweeper.storage={self._storage}: study {self.name} has trials with another {key} "
+                    f"({known[key]}, now {value}); give another sweep_name"
                 )
-        for key, value in told.items():
+        for key, value in about.items():
             if key not in known:
                 self._study.set_user_attr(key, value)
 

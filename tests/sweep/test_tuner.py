@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -474,6 +476,35 @@ def test_a_key_that_is_swept_and_searched_is_refused(small_busi, tmp_path):
 def test_a_storage_of_another_space_is_refused(small_busi, unbroken):
     with pytest.raises(InputError, match="has trials with another space"):
         tune(small_busi, unbroken, search={**SEARCH, "train": {"lr": [1e-3, 2e-3]}})
+
+
+def test_students_that_learned_from_another_teacher_are_refused(unbroken, small_busi, tmp_path):
+    """With more trials another Teacher may be chosen: its Students' trials are not those of before."""
+    store = tmp_path / "store"
+    shutil.copytree(unbroken, store)
+    known = book.read(store, "busi-quick")
+    name = next(entry.name for entry in known.entries.values() if entry.notation == "L_KLD_WAug")
+    own = optuna.load_study(study_name=name, storage=f"sqlite:///{store}/optuna.db")
+    own.set_user_attr("Teacher", "teacher.lr=0.5")
+    with pytest.raises(InputError, match=r"has trials with another Teacher \(teacher\.lr=0\.5, now "):
+        tune(small_busi, store, trials=6)
+
+
+def test_the_status_is_that_of_the_tuning_that_runs(unbroken):
+    with book.lock(unbroken, "busi-quick"):
+        assert status.make(store=unbroken, sweep=None).startswith("tuning of sweep busi-quick: 12 of 12")
+
+
+def test_a_single_run_does_not_tune(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "kdsweep", "+experiment=tuned"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "kdsweep: error: hydra.sweeper.search tunes sweeps: add -m, or leave it out\n"
 
 
 def test_a_launcher_that_trains_no_groups_is_refused():
