@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -31,99 +31,13 @@ from kdsweep.runs import checkpoint, records, requests
 from kdsweep.sweep import launcher, plan
 from kdsweep.sweep.engines import worker
 from kdsweep.sweep.engines.engine import Unit
+from kdsweep.sweep.methods import Method, Options, check_jobs, key_of, methods_of, with_budget, words_of
 from kdsweep.sweep.plan import Job, Preview
 from kdsweep.tuning import book, pruning, space
 from kdsweep.tuning.pruning import Curve, Pruning
 from kdsweep.tuning.study import Outcome, Proposal, Study
 
 log = logging.getLogger(__name__)
-
-UNITS = ("epochs", "steps", "seconds")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the sweeper is told beyond the jobs; see conf/experiment/tuned.yaml.
-
-    Attributes:
-        search: the keys that are tuned, and their values.
-        trials: of each method on each split, the configured settings among them.
-        round: how many of them are trained side by side; what a round has shown guides the sampler in the next.
-        sampler: ``_target_`` and arguments of one of Optuna's; empty for TPE.
-        pruner: the same of a pruner; empty for successive halving (``pruning.make``).
-        storage: address of Optuna's database; None for a SQLite file in the store.
-        budget: of each trial, such as ``{"steps": 2000}``; empty for ``train.epochs``.
-    """
-
-    search: Mapping[str, Any]
-    trials: int = 16
-    round: int = 8
-    sampler: Mapping[str, Any] = field(default_factory=dict)
-    pruner: Mapping[str, Any] = field(default_factory=dict)
-    storage: str | None = None
-    budget: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("trials", "round"):
-            if getattr(self, name) < 1:
-                raise InputError(f"hydra.sweeper.{name}={getattr(self, name)} is not allowed: it must be at least 1")
-        for name in ("search", "sampler", "pruner", "budget"):
-            if not isinstance(own := getattr(self, name), Mapping):
-                raise InputError(f"hydra.sweeper.{name}={own} is not allowed: it must be {{KEY: VALUE, ...}}")
-        if self.budget:
-            told = dict(self.budget)
-            if len(told) != 1 or next(iter(told)) not in UNITS:
-                raise InputError(f"hydra.sweeper.budget={told} is not allowed: it must be one of {', '.join(UNITS)}")
-            ((unit, value),) = told.items()
-            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-                raise InputError(f"hydra.sweeper.budget.{unit}={value} is not allowed: it must be a number > 0")
-
-
-@dataclass(eq=False)
-class Method:
-    """One method on one split: a job of the sweep as it is configured, and its study.
-
-    Attributes:
-        job: the first one of the method, by whose seed the trials are trained.
-        role: ``distilled``, ``baseline`` or ``teacher``.
-        words: overrides of its trials before those of the study: of the job, the budget, the chosen Teacher.
-        space: the part of the search space that it uses.
-        name: of the study.
-        study: of the trials, once the storage is open.
-    """
-
-    job: Job
-    role: str
-    words: list[str]
-    space: space.Space
-    name: str
-    study: Study = field(init=False)
-
-    @property
-    def cell(self) -> grid.Cell:
-        """Return the cell as it is configured: the job's own, or its Teacher."""
-        cell = self.job.cell.teacher if self.role == "teacher" else self.job.cell
-        assert cell is not None
-        return cell
-
-    @property
-    def epochs(self) -> int:
-        """Return the epochs of a whole trial."""
-        settings = self.job.settings
-        return settings.teacher_epochs if self.role == "teacher" else settings.train.epochs
-
-    @property
-    def seed(self) -> int:
-        """Return the seed of the batches of its trials."""
-        return self.job.settings.teacher.seed if self.role == "teacher" else self.job.settings.seed
-
-    def chosen_words(self) -> list[str]:
-        """Return the overrides of the chosen trial; none without a study, or where no trial came to its end.
-
-        Trial 0 has the configured settings, which may lie outside the space.
-        """
-        best = self.study.best() if self.space else None
-        return [] if best is None or best.number == 0 else _words(best.params)
 
 
 @dataclass(frozen=True)
@@ -171,12 +85,13 @@ class Tuner(Launcher):
         configure_log(launcher.config.hydra.hydra_logging, launcher.config.hydra.verbose)
         words = [list(own) for own in job_overrides]
         jobs = self._jobs(words)
-        self._check(jobs, words)
+        waits = bool(getattr(launcher.engine, "wait", True))
+        check_jobs(jobs, words, whole=self.space, waits=waits, read=self._jobs)
         if not launcher.plan:
             launcher.engine.check(jobs)
-        words = self._with_budget(words, jobs)
+        words = with_budget(words, jobs, budget=self.options.budget, config=launcher.config)
         jobs = self._jobs(words)
-        students, teachers = self._methods(jobs, words)
+        students, teachers = methods_of(jobs, words, whole=self.space)
         if launcher.plan:
             with launcher.engine_open():
                 sys.stdout.write(self._overview(students, teachers, self._preview(jobs)) + "\n")
@@ -210,95 +125,9 @@ class Tuner(Launcher):
     def _jobs(self, words: Sequence[Sequence[str]]) -> list[Job]:
         return plan.read_jobs(Composed(self._composer, words, first=0))
 
-    def _check(self, jobs: list[Job], words: list[list[str]]) -> None:
-        """Raise InputError if these jobs cannot be tuned fairly."""
-        if not getattr(self.launcher.engine, "wait", True):
-            raise InputError("hydra.launcher.wait=false: the next trials depend on those before; leave it out")
-        for key in ("store", "sweep_name"):
-            if len(values := {getattr(job.settings, key) for job in jobs}) > 1:
-                raise InputError(f"{key}={','.join(sorted(values))}: one command tunes one sweep; give one value")
-        for key in plan.swept_keys(words):
-            if key in self.space:
-                raise InputError(f"{space.KEY}: {key} is swept by the command too; tune it or sweep it")
-        for job in jobs:
-            train, taught = job.settings.train, job.settings.is_taught
-            if train.monitor != "dice":
-                raise InputError(f"train.monitor={train.monitor}: all methods are chosen by one measure; give dice")
-            if taught and job.settings.teacher.monitor != "dice":
-                raise InputError("teacher.monitor=loss: all methods are chosen by one measure; give dice")
-            if train.patience < train.epochs:
-                raise InputError(
-                    f"train.patience={train.patience}: a method would be stopped by its own curve, so that budgets "
-                    "differ; give train.patience=${train.epochs}"
-                )
-        parts = [(role, job) for job in jobs for role, _ in _roles(job)]
-        idle = [key for key in self.space if not any(self._uses(key, role, job) for role, job in parts)]
-        if idle:
-            names = ", ".join(dict.fromkeys(job.cell.notation for job in jobs))
-            raise InputError(f"{space.KEY}: {idle[0]} is used by none of {names}")
-        self._check_ends(jobs)
-
-    def _uses(self, key: str, role: str, job: Job) -> bool:
-        params = identity.params(job.settings)
-        return key in space.used({key: self.space[key]}, role=role, params=params)
-
-    def _check_ends(self, jobs: list[Job]) -> None:
-        """Raise InputError if a key does not take the values that bound its range."""
-        for key, values in space.ends(self.space).items():
-            job = next(job for job in jobs if any(self._uses(key, role, job) for role, _ in _roles(job)))
-            for value in values:
-                self._jobs([[*job.overrides, *_words({key: value})]])
-
     def _preview(self, jobs: list[Job]) -> Preview:
         unique = plan.unique(jobs)
         return self.launcher.engine.preview([job.config for job in plan.kinds(unique)], times=True)
-
-    def _with_budget(self, words: list[list[str]], jobs: list[Job]) -> list[list[str]]:
-        """Return the overrides of the jobs with the epochs that the budget gives to each."""
-        if not self.options.budget:
-            return words
-        ((unit, amount),) = self.options.budget.items()
-        own = [(cell, job) for job in jobs for _, cell in _cells(job)]
-        if unit == "seconds":
-            epoch_s = self._epoch_s(jobs)
-            epochs = {_key(cell): int(amount / epoch_s[_key(cell)]) for cell, _ in own}
-        else:
-            epochs = {_key(cell): int(amount) // (_steps(job) if unit == "steps" else 1) for cell, job in own}
-        for cell, _ in own:
-            if epochs[_key(cell)] < 1:
-                raise InputError(f"hydra.sweeper.budget.{unit}={amount}: less than one epoch of {cell.title}")
-        # Equal for all: a Teacher is the same one for whatever method it teaches.
-        longest = f"train.patience={max(epochs.values())}"
-        return [[*typed, *_epochs_words(job, epochs), longest] for typed, job in zip(words, jobs, strict=True)]
-
-    def _epoch_s(self, jobs: list[Job]) -> dict[str, float]:
-        """Return the seconds of an epoch of each method and Teacher by key, timed once and then kept in the store."""
-        first = jobs[0]
-        known = dict(book.read(first.cell.store, first.settings.sweep_name).epoch_s)
-        missing = {_key(cell): (job, role) for job in jobs for role, cell in _cells(job) if _key(cell) not in known}
-        if missing:
-            log.info("timing an epoch of each of %d methods and Teachers, for equal seconds", len(missing))
-            process = worker.start(self.launcher.config)
-            try:
-                timed = process.call(worker.time_epochs, [(job.config, role) for job, role in missing.values()])
-            finally:
-                process.close()
-            known |= dict(zip(missing, timed, strict=True))
-            book.write(first.cell.store, first.settings.sweep_name, epoch_s=known)
-        return known
-
-    def _methods(self, jobs: list[Job], words: list[list[str]]) -> tuple[list[Method], list[Method]]:
-        """Return the Students and the Teachers that are tuned, each once for all its seeds."""
-        students: dict[str, Method] = {}
-        teachers: dict[str, Method] = {}
-        for job, own in zip(jobs, words, strict=True):
-            for role, params in _roles(job):
-                found = teachers if role == "teacher" else students
-                method = Method(job, role, list(own), space.used(self.space, role=role, params=params), "")
-                key = _key(method.cell)
-                method.name = f"{job.settings.sweep_name}/{method.cell.notation}/split{method.cell.split}/{key[:8]}"
-                found.setdefault(key, method)
-        return list(students.values()), [own for own in teachers.values() if own.space]
 
     @contextlib.contextmanager
     def _held(self, first: Job) -> Iterator[None]:
@@ -420,12 +249,12 @@ class Tuner(Launcher):
             log.info("round %d of %d done: %s, about %s left", number, len(rounds), told, duration(about_s))
 
     def _propose(self, methods: list[Method], *, first: int, count: int) -> list[Trial]:
-        """Return the trials of a round, all that differ from those before among them."""
+        """Return the trials of a round, each with the job that trains it."""
         found = []
         for method in methods:
             proposals = method.study.propose(self.options.sampler, first=first, count=count)
             words = [
-                [*method.words, *(_words(own.values) if own.number else [])] for own in proposals
+                [*method.words, *(words_of(own.values) if own.number else [])] for own in proposals
             ]  # trial 0: as configured
             jobs = self._jobs(words)
             subdirs = self.launcher.subdirs(jobs)
@@ -491,10 +320,10 @@ class Tuner(Launcher):
         self, jobs: list[Job], words: list[list[str]], students: list[Method], teachers: list[Method]
     ) -> tuple[list[list[str]], list[list[str]]]:
         """Return the overrides of the sweep as configured, and of the same jobs with the chosen settings."""
-        by_key = {_key(own.cell): own for own in students}
+        by_key = {key_of(own.cell): own for own in students}
         tuned = []
         for job, own in zip(jobs, words, strict=True):
-            method = by_key[_key(job.cell)]
+            method = by_key[key_of(job.cell)]
             if method.space and method.study.best() is None:
                 log.error("%s: none of its trials came to its end, so nothing is chosen", method.cell.title)
                 continue
@@ -537,45 +366,12 @@ def tuned(of: Launcher | None, tuning: Mapping[str, Any]) -> Launcher:
     return Tuner(of, Options(**{key: own for key, own in plain.items() if own is not None}))
 
 
-def _roles(job: Job) -> list[tuple[str, dict[str, Any]]]:
-    """Return what of a job is tuned: its Student, and its Teacher if it has one, each with the job's params."""
-    params = identity.params(job.settings)
-    return [(job.cell.role, params), *([("teacher", params)] if job.cell.teacher is not None else [])]
-
-
-def _key(cell: grid.Cell) -> str:
-    """Return what the seeds of one method on one split share."""
-    evidence = {key: value for key, value in cell.evidence.items() if key != "teacher"}
-    return grid.digest([cell.role, cell.notation, cell.split, cell.settings, evidence])
-
-
-def _words(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={value!r}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()]
-
-
 def _teacher_words(job: Job, teachers: list[Method]) -> list[str]:
     """Return the chosen settings of the Teacher that a job learns from; none for one that is not tuned."""
     if job.cell.teacher is None:
         return []
-    own = next((teacher for teacher in teachers if _key(teacher.cell) == _key(job.cell.teacher)), None)
+    own = next((teacher for teacher in teachers if key_of(teacher.cell) == key_of(job.cell.teacher)), None)
     return own.chosen_words() if own is not None else []
-
-
-def _steps(job: Job) -> int:
-    """Return the optimizer steps of an epoch."""
-    images = len(identity.split_ids(job.settings)["train"])
-    return -(-images // job.settings.train.batch_size)
-
-
-def _cells(job: Job) -> list[tuple[str, grid.Cell]]:
-    """Return the role and the cell of a job's Student, and of its Teacher if it has one."""
-    teacher = job.cell.teacher
-    return [(job.cell.role, job.cell), *([("teacher", teacher)] if teacher is not None else [])]
-
-
-def _epochs_words(job: Job, epochs: Mapping[str, int]) -> list[str]:
-    keys = {"teacher": "teacher.epochs"}
-    return [f"{keys.get(role, 'train.epochs')}={epochs[_key(cell)]}" for role, cell in _cells(job)]
 
 
 def _groups(trials: list[Trial], *, devices: Mapping[str, Sequence[str]]) -> list[list[Trial]]:

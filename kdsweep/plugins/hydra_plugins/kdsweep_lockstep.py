@@ -66,7 +66,7 @@ class LockstepSweeper(BasicSweeper):
 
 @dataclass
 class LockstepSweeperConf(BasicSweeperConf):
-    """As Hydra's basic sweeper, and what is tuned; each option is described in kdsweep/sweep/tuner.py."""
+    """As Hydra's basic sweeper, and what is tuned; each option is described in kdsweep/sweep/methods.py."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepSweeper"
     _recursive_: bool = False
