@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import commands
 import hydra
 import optuna
 import pandas as pd
@@ -34,8 +34,6 @@ from kdsweep.training import factory, group, loop
 from kdsweep.tuning import book
 from kdsweep.tuning.pruning import Pruning
 from kdsweep.tuning.study import read_trials
-
-spawner = multiprocessing.get_context("spawn")
 
 SEARCH = {
     "train": {"lr": {"log": [3e-4, 1e-2]}},
@@ -294,7 +292,7 @@ def test_a_tuning_killed_again_and_again_ends_as_an_unbroken_one(small_busi, emp
     store, kills = tmp_path / "store", []
     shutil.copytree(empty_store, store)
     for steps in (9, 40, 30):  # among the Teacher's trials, among the Students', and later
-        process = spawner.Process(target=doomed, args=(small_busi, store, steps))
+        process = commands.process(doomed, small_busi, store, steps)
         process.start()
         process.join(120)
         kills.append(process.exitcode)
