@@ -89,9 +89,10 @@ def run_trials(
     cells = [identity.teacher_cell(cfg) if role == "teacher" else identity.cell(cfg) for cfg in configs]
     cells = [replace(cell, variant=variants.get(cell.fingerprint, {})) for cell in cells]
     with contextlib.ExitStack() as held:
-        for cell in cells:
-            while not records.hold(held, cell.folder):
+        for cell in sorted(cells, key=lambda cell: cell.folder):  # in one order: two commands never wait for each other
+            if records.is_held(cell.folder):
                 log.info("%s: another command computes it; waiting for that", cell.title)
+            while not records.hold(held, cell.folder):
                 time.sleep(teachers.LOOK_EVERY_S)
         if role != "teacher":
             outcomes = _outcomes(configs, cells, pruning=pruning)
