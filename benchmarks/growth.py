@@ -153,7 +153,9 @@ def stub(cell: Cell, cfg: DictConfig, *, weights: Path) -> None:
     now_ms = records.now_ms()
     values = {"train/loss": 0.5, "train/kd": 0.1, "train/supervised": 0.4, "val/loss": 0.5, "val/dice": 0.5}
     history = [{"epoch": epoch, **values} for epoch in range(EPOCHS)]
-    records.write_progress(cell.folder, epochs=EPOCHS, history=history, times_ms=[now_ms] * EPOCHS)
+    records.write_progress(
+        cell.folder, epochs=EPOCHS, history=history, times_ms=[now_ms] * EPOCHS, seconds=[1.0] * EPOCHS
+    )
     scores = pd.DataFrame({"image": split["test"], "label": "benign"})
     for name in ("dice", "iou", "precision", "sensitivity", "hd95_px"):
         scores[name] = rng.uniform(0.3, 0.9, len(scores))

@@ -12,7 +12,18 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 SMALL_COUNT = 25  # 16 for training, 4 for validation, 5 for test
-LONGEST = ("sweep", "cluster", "faults", "tuner", "readme", "group", "chaos", "sync", "bad_input", "install")  # longest first
+LONGEST = (
+    "sweep",
+    "cluster",
+    "faults",
+    "tuner",
+    "readme",
+    "group",
+    "chaos",
+    "sync",
+    "bad_input",
+    "install",
+)  # longest first
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
