@@ -1,4 +1,4 @@
-"""What tuning changed: each method as it was configured and as it was chosen, what was tried, and what it cost."""
+"""Compare each method as it was configured with what tuning chose; count its trials and their seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is tuned with which budget: the methods of a sweep's jobs, and what would make their comparison unfair."""
+"""Find the methods of a sweep's jobs, give each its budget, and refuse what would make their comparison unfair."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNITS = ("epochs", "steps", "seconds")
 
 @dataclass(frozen=True)
 class Options:
-    """What the sweeper is told beyond the jobs; see conf/experiment/tuned.yaml.
+    """Options of the sweeper beyond the jobs; see conf/experiment/tuned.yaml.
 
     Attributes:
         search: the keys that are tuned, and their values.

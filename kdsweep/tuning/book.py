@@ -1,4 +1,4 @@
-"""What a store knows of the tuning of a sweep: where the studies are, and which ones there should be."""
+"""Record the tuning of a sweep in its store: where the studies are, and those that there should be."""
 
 from __future__ import annotations
 

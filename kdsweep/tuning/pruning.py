@@ -1,4 +1,4 @@
-"""Which trials of a lockstep group end early: Optuna's pruners, asked so that no answer depends on who is first.
+"""End trials of a lockstep group early: by Optuna's pruners, asked so that no answer depends on who is first.
 
 Optuna's pruners are made for trials that run at different times. In a group all trials of a method reach an epoch
 together, so each is judged as if all the others had reached it before: what is still in training counts as complete
@@ -140,7 +140,7 @@ def _frozen(dice: Sequence[float], *, state: TrialState, marks: dict[str, Any]) 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a lockstep group needs to prune its trials; plain values, for it is sent to another process.
+    """Pruning of a lockstep group's trials; plain values, for it is sent to another process.
 
     Attributes:
         options: of the pruner, for ``make``.

@@ -45,7 +45,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial has ended.
+    """The end of a trial.
 
     Attributes:
         curve: its state and validation Dice after each epoch.
@@ -194,7 +194,9 @@ def make_sampler(options: Mapping[str, Any], space: Space, number: int) -> BaseS
         raise InputError(f"{KEY}={options}: {one_line(error.__cause__ or error)}") from error
     if not isinstance(sampler, BaseSampler):
         raise InputError(f"{KEY}._target_={options['_target_']} is not one of optuna.samplers")
-    if isinstance(sampler, QMCSampler):  # else it draws at random until a trial is complete
+    # Its public method, replaced on this object: the sampler would draw at random until a trial is complete, and in a
+    # round none is. A subclass would do the same, but the user names the class.
+    if isinstance(sampler, QMCSampler):
         lists = optuna.distributions.CategoricalDistribution
         numbers = {key: own for key, own in space.items() if not isinstance(own, lists)}
         sampler.infer_relative_search_space = lambda study, trial: numbers  # type: ignore[method-assign]
