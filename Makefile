@@ -8,7 +8,7 @@ STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutants chaos bench growth lint types table3 table4 table5 effects figure2 figures report ui trials clean
+.PHONY: help setup demo test mutants chaos bench gpu growth lint types table3 table4 table5 effects figure2 figures report ui trials clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick
 test: setup ## Run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-mutants: setup ## Plant 95 defects, one at a time; each must make a test fail (an hour; ARGS="--help" for options)
+mutants: setup ## Plant 105 defects, one at a time; each must make a test fail (an hour; ARGS="--help" for options)
 	$(PY) tests/mutants.py $(ARGS)
 
 chaos: setup ## Kill a sweep 20 times at random moments; it must end as an unbroken one (15 minutes; ARGS="--help" for options)
@@ -38,6 +38,9 @@ chaos: setup ## Kill a sweep 20 times at random moments; it must end as an unbro
 
 bench: setup ## Measure lockstep against one by one, torchdistill and bare Students (20 minutes; ARGS="--help" for options)
 	$(PY) benchmarks/bench.py $(ARGS)
+
+gpu: setup ## Measure on a CUDA device: its tests, lockstep, a profile, the time of Table 4 (9 minutes; STUDY=1 runs Table 4)
+	$(PY) benchmarks/gpu.py $(if $(STUDY),--study --store $(STORE)) $(ARGS)
 
 growth: setup ## Measure plan and bookkeeping of 100, 1,000 and 10,000 cells, training stubbed (an hour; ARGS="--help" for options)
 	$(PY) benchmarks/growth.py $(ARGS)

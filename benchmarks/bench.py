@@ -62,7 +62,7 @@ class Bench:
         self.overrides = [
             *(f"store={store}", f"data.count={images}", f"image_size={options.image_size}", "weights=none"),
             *(f"teacher={options.teacher}", f"train.batch_size={options.batch}", f"device={options.device}"),
-            *("train.epochs=1", "train.lr=1e-4"),
+            *("train.epochs=1", "train.lr=1e-4", f"precision={options.precision}"),
         ]
         self.configs = [composition.compose([*self.overrides, *cell]) for cell in GRID]
         self.student = composition.compose([*self.overrides, "path=none"])
@@ -327,6 +327,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--teacher", default="resnext101", help="a file of conf/teacher")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--steps", type=int, default=2, help="steps of an epoch, the unit that is timed")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("multirun/bench.json"))

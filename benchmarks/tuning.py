@@ -94,7 +94,7 @@ def one_by_one(store: Path, common: list[str], *, trials: int) -> dict[str, Any]
         for _ in range(trials):
             trial = study.ask(part)
             words = [f"{key}={value!r}" for key, value in trial.params.items()]
-            timed(*method, "split=s0", *common, *words, "hydra/launcher=basic", "-m", f"store={store}")
+            timed("-m", *method, "split=s0", *common, *words, "hydra/launcher=basic", f"store={store}")
             finished = max(store.glob("cells/*/finished.json"), key=lambda file: file.stat().st_mtime_ns)
             study.tell(trial, json.loads(finished.read_text(encoding="utf-8"))["values"]["best/val_dice"])
             count += 1
@@ -113,13 +113,17 @@ def main() -> None:
     common = ["profile=quick", f"data.count={options.images}", f"train.epochs={options.epochs}", "device=cpu"]
     common += ["train.monitor=dice", "train.patience=${train.epochs}"]
     seeds = ["seed=0,1,2", "teacher.seed=0"]  # the chosen settings with three seeds: the noise of the choice
+    sides = {}
     with tempfile.TemporaryDirectory() as scratch:
         stores = [Path(scratch) / name for name in ("pruned", "whole", "alone")]
-        sides = {
-            "pruned": tuned(stores[0], common, trials=options.trials, more=[]),
-            "whole": tuned(stores[1], [*common, *seeds], trials=options.trials, more=[NO_PRUNING]),
-            "one_by_one": one_by_one(stores[2], common, trials=options.trials),
+        measured = {
+            "pruned": lambda: tuned(stores[0], common, trials=options.trials, more=[]),
+            "whole": lambda: tuned(stores[1], [*common, *seeds], trials=options.trials, more=[NO_PRUNING]),
+            "one_by_one": lambda: one_by_one(stores[2], common, trials=options.trials),
         }
+        for name, measure in measured.items():
+            sides[name] = measure()
+            sys.stderr.write(f"{name}: {json.dumps(sides[name])}\n")  # long before the end: what there is, is told
     pruned, whole, alone = sides.values()
     found = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

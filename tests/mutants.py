@@ -34,6 +34,7 @@ class Mutant(NamedTuple):
 
 
 SPLITS = "tests/data/test_splits.py"
+DEVICE = "tests/training/test_device.py"
 FACTORY, LOOP = "tests/training/test_factory.py", "tests/training/test_loop.py"
 RESULTS = "tests/results/test_tables.py tests/results/test_stats.py"
 MUTANTS = [
@@ -662,6 +663,71 @@ MUTANTS = [
         'spent_s += sum(seconds[epoch] for seconds in here["seconds"])',
         'spent_s += sum(seconds[epoch] for seconds in here["seconds"][here["state"] != "PRUNED"])',
         "tests/results/test_tuned.py",
+    ),
+    # cuda
+    Mutant(
+        "cuda: backward passes run in TF32 whatever was asked for",
+        "core/device.py",
+        '_allow_tf32(self.precision == "tf32")  #',
+        "_allow_tf32(True)  #",
+        DEVICE,
+    ),
+    Mutant("cuda: TF32 stays on after a forward", "core/device.py", "_allow_tf32(before)", "pass", DEVICE),
+    Mutant(
+        "cuda: a lack of memory counts as a broken device",
+        "core/device.py",
+        "return found and not is_out_of_memory(error)",
+        "return found",
+        DEVICE,
+    ),
+    Mutant(
+        "cuda: whoever sees the error is to blame",
+        "training/loop.py",
+        "if not lost or (is_blocking() and learner.doing):",
+        "if not lost or learner.doing:",
+        f"{LOOP} -k failed_device",
+    ),
+    Mutant(
+        "cuda: the state of a broken device is saved",
+        "training/loop.py",
+        "if is_device_error(error):  #",
+        "if False:  #",
+        f"{LOOP} -k failed_device",
+    ),
+    Mutant(
+        "cuda: the search for the guilty never ends",
+        "sweep/engines/engine.py",
+        "if lost and not (searching and len(lost) == len(part.cells)):",
+        "if lost and len(engine.__dict__.get('ran', [])) < 9:",
+        "tests/sweep/test_engine.py",
+    ),
+    Mutant(
+        "cuda: results of two attempts are mixed up",
+        "sweep/engines/engine.py",
+        "zip(_lost(before), found, strict=True)",
+        "zip(_lost(before)[::-1], found, strict=True)",
+        "tests/sweep/test_engine.py",
+    ),
+    Mutant(
+        "cuda: frozen weights are rounded at each forward",
+        "models/unet.py",
+        "if isinstance(module, nn.Conv2d | nn.Linear):",
+        "if isinstance(module, nn.Linear):",
+        "tests/training/test_rehearsal.py",
+    ),
+    Mutant(
+        "cuda: a batch is copied to the device for each learner",
+        "training/loop.py",
+        "taught, mask = None, batch",
+        "batch = {k: v.cpu().to(v.device) for k, v in batch.items()}\n    taught, mask = None, batch",
+        "tests/training/test_rehearsal.py",
+    ),
+    Mutant(
+        "cuda: a filled batch has the epoch's last images twice",
+        "data/loaders.py",
+        "keys += keys[: -len(keys) % self.batch_size]",
+        "keys += keys[len(keys) - -len(keys) % self.batch_size :]",
+        "tests/data/test_loaders.py",
     ),
 ]
 

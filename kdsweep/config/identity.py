@@ -151,7 +151,8 @@ def batches_key(cfg: Config, *, seed: int) -> str:
     common, evidence, _ = _common(given)
     made_of = [common[key] for key in ("data", "image_size", "views", "precision")]
     kept_in = [given.store, given.tracking.uri, given.tracking.experiment]
-    by = [given.train.batch_size, given.train.workers, given.device, given.deterministic]
+    train = given.train
+    by = [train.batch_size, train.last_batch, train.workers, given.device, given.deterministic]
     return grid.digest([made_of, evidence, given.split.number, seed, by, kept_in])
 
 
@@ -193,7 +194,7 @@ def _common(given: Settings) -> tuple[dict[str, Any], dict[str, str], dict[str, 
         "views": given.views.plain(),
         "precision": given.precision,
         "scores": given.scores.plain(),
-        "train": given.train.model_dump(include={"epochs", "batch_size", "patience"}),
+        "train": given.train.model_dump(include={"epochs", "batch_size", "patience", *_chosen_since(given)}),
     }
     evidence, typed = {"data": listing(given).digest}, {"data.root": str(own.root or "")}
     if given.split.protocol != "paper":  # those are settled by the number of images
@@ -202,6 +203,11 @@ def _common(given: Settings) -> tuple[dict[str, Any], dict[str, str], dict[str, 
             evidence["groups"] = grid.digest(groups)
         typed["split"] = given.split.in_words()
     return settings, evidence, typed
+
+
+def _chosen_since(given: Settings) -> list[str]:
+    """Return settings of ``train`` that differ from what all cells had before there was a choice."""
+    return ["last_batch"] if given.train.last_batch != "smaller" else []
 
 
 def _network(node: NetworkNode) -> dict[str, Any]:

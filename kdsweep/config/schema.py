@@ -55,7 +55,7 @@ STAGES = (*(f"encoder.{n}" for n in range(1, 6)), *(f"decoder.{n}" for n in rang
 STAGE_WORDS = "encoder.1 to encoder.5, decoder.1 to decoder.5, or logits"
 Stage = Annotated[str, AfterValidator(_known_stage), Field(description=STAGE_WORDS)]
 View = Annotated[Literal["weak", "strong"], Field(description="weak or strong")]
-Precision = Annotated[Literal["fp32", "bf16"], Field(description="fp32 or bf16")]
+Precision = Annotated[Literal["fp32", "tf32", "bf16"], Field(description="fp32, tf32 or bf16")]
 Widths = Annotated[list[Count], Field(min_length=5, max_length=5, description="five whole numbers >= 1")]
 Monitor = Literal["loss", "dice"]
 Text = Annotated[str, Field(min_length=1, description="a word")]
@@ -166,6 +166,7 @@ class TrainNode(Node):
     lr: Positive
     patience: Count
     monitor: Monitor = Field(description="loss or dice")
+    last_batch: Literal["smaller", "drop", "fill"] = Field("smaller", description="smaller, drop or fill")
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(description="auto or a whole number >= 0")
 
 

@@ -7,14 +7,17 @@ import gc
 import os
 import re
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from kdsweep.core.errors import InputError
+from kdsweep.core.errors import CellError, DeviceError, InputError
+
+BLOCKING = "CUDA_LAUNCH_BLOCKING"
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -25,7 +28,8 @@ class Compute:
 
     Attributes:
         device: of networks and batches.
-        precision: ``fp32``, or ``bf16`` for autocast of the forward passes.
+        precision: ``fp32``; ``tf32``, on CUDA alone: products of fp32 numbers with 10 bits of fraction; or ``bf16``:
+            autocast of the forward passes.
         deterministic: have CUDA choose algorithms that give the same bits every time.
         eval_batch: images per forward outside training; results do not depend on the Student's batch.
     """
@@ -35,19 +39,36 @@ class Compute:
     deterministic: bool = False
     eval_batch: int = 16
 
-    def autocast(self, precision: str | None = None) -> AbstractContextManager[None]:
-        """Return the context of every forward pass, in this or another precision."""
-        context: AbstractContextManager[None] = torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=(precision or self.precision) == "bf16"
-        )
-        return context
+    @contextmanager
+    def autocast(self, precision: str | None = None) -> Iterator[None]:
+        """Open the context of every forward pass, in this or another precision."""
+        wanted, before = precision or self.precision, torch.backends.cudnn.allow_tf32
+        _allow_tf32(wanted == "tf32")
+        try:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=wanted == "bf16"):
+                yield
+        finally:
+            _allow_tf32(before)
 
     def prepare(self) -> None:
         """Set up the process, before anything else is computed."""
         keep_freed_memory()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # else what names no device, as a loader's thread, would open GPU 0 too
+        _allow_tf32(self.precision == "tf32")  # for backward passes, which run outside of autocast
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
         torch.use_deterministic_algorithms(self.deterministic)
+
+
+def _allow_tf32(allowed: bool) -> None:  # noqa: FBT001  (the whole of what it is given)
+    """Say whether CUDA may compute products of fp32 numbers in TF32, which cuDNN's convolutions do by default."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def usable_precision(precision: str, device: torch.device) -> str:
+    """Return a precision, or the next better one that the device has: fp32 for tf32 on the CPU."""
+    return "fp32" if precision == "tf32" and device.type != "cuda" else precision
 
 
 def placed(module: Module, compute: Compute) -> Module:
@@ -85,12 +106,35 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that the memory of the device or of this machine was too small."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    signs = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    signs = ["can't allocate memory", "not enough memory", "CUDA error: out of memory"]
+    signs += ["_ALLOC_FAILED", "_ALLOCATION_FAILED"]  # of cuBLAS and cuDNN
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Return whether an error of CUDA's may have left the device unusable for this process, as a failed assert does.
+
+    Kernels are queued: the error is raised by a later call, not by the one that caused it, unless BLOCKING was set in
+    the environment before the device was used first.
+    """
+    if isinstance(error, DeviceError):
+        return True
+    while isinstance(error, CellError) and error.__cause__ is not None:
+        error = error.__cause__
+    signs = ("CUDA error", "cuDNN error", "CUDNN_STATUS")
+    found = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return found and not is_out_of_memory(error)
+
+
+def is_blocking() -> bool:
+    """Return whether this process waits for each kernel, so that an error is raised by the call that caused it."""
+    return os.environ.get(BLOCKING) == "1"
 
 
 def find_device(name: str) -> torch.device:
     """Return the device of a name: ``cpu``, ``cuda``, ``cuda:NUMBER``, or ``auto``, which is CUDA if there is one.
+
+    One of CUDA has its number: the first where the name has none.
 
     Raises:
         InputError: the name is not one of these, or the device is absent.
@@ -98,10 +142,10 @@ def find_device(name: str) -> torch.device:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"device={name} is not allowed: it must be auto, cpu, cuda or cuda:NUMBER")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use device=cpu or auto"
         )
-    return torch.device(name)
+    return torch.device(kind, int(number or 0)) if kind == "cuda" else torch.device(name)

@@ -18,9 +18,15 @@ class CellError(Exception):
     """The failure of a cell, in one line; the traceback is in the cell's log."""
 
 
+class DeviceError(CellError):
+    """The device computes nothing more in this process; in a fresh one it may."""
+
+
 def one_line(error: BaseException) -> str:
     """Return an error as one line, led by its type unless its message was written for the user."""
     text = " ".join(str(error).split())
+    if text.startswith("CUDA error"):
+        text = str(error).splitlines()[0]  # advice for developers of PyTorch follows
     if isinstance(error, InputError | CellError):
         return text
     if isinstance(error, OSError) and error.filename is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +15,24 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdsweep.data.images import Images
 from kdsweep.data.views import Views, id_number, sampling_theta
+
+PREFETCHED = 2  # batches that each process has ready
+
+
+def affordable_workers(wanted: int, *, batch_bytes: int, folder: Path = Path("/dev/shm")) -> int:
+    """Return how many processes can prepare batches: these reach the training through shared memory.
+
+    A container often has 64 MB of it, and a process that finds it full is killed.
+
+    Args:
+        wanted: number of processes.
+        batch_bytes: size of a batch.
+        folder: of the shared memory; where it does not exist, as outside Linux, nothing is limited.
+    """
+    if not folder.is_dir():
+        return wanted
+    free = shutil.disk_usage(folder).free
+    return max(0, min(wanted, (free // batch_bytes - 2) // PREFETCHED))  # two more: the one in use, one on the way
 
 
 class TrainViews(Dataset[dict[str, np.ndarray]]):
@@ -35,23 +55,38 @@ class TrainViews(Dataset[dict[str, np.ndarray]]):
 
 
 class EpochBatches:
-    """Endless batches of (epoch, index) keys; each epoch's order depends on its number alone."""
+    """Endless batches of (epoch, index) keys; each epoch's order depends on its number alone.
 
-    def __init__(self, indices: list[int], *, batch_size: int, seed: int, split_index: int) -> None:
+    Args:
+        indices: of the images.
+        batch_size: images in a batch.
+        seed: of the order.
+        split_index: of the split.
+        last_batch: what becomes of images that do not fill a batch at the end of an epoch. ``smaller``: a batch of
+            their own; ``drop``: they are left out of this epoch; ``fill``: the epoch's first images come a second time,
+            so that all batches have one shape.
+    """
+
+    def __init__(
+        self, indices: list[int], *, batch_size: int, seed: int, split_index: int, last_batch: str = "smaller"
+    ) -> None:
         self.indices, self.batch_size, self.seed, self.split_index = indices, batch_size, seed, split_index
-        self.first_epoch = self.first_batch = 0
+        self.last_batch, self.first_epoch, self.first_batch = last_batch, 0, 0
 
     def per_epoch(self) -> int:
         """Return the number of batches in one epoch."""
-        return -(-len(self.indices) // self.batch_size)
+        whole, left = divmod(len(self.indices), self.batch_size)
+        return whole + (left > 0 and self.last_batch != "drop")
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in itertools.count(self.first_epoch):
             order = np.random.default_rng([self.seed, self.split_index, epoch]).permutation(self.indices)
             keys = [(epoch, int(index)) for index in order]
-            skipped = self.first_batch * self.batch_size if epoch == self.first_epoch else 0
-            for start in range(skipped, len(keys), self.batch_size):
-                yield keys[start : start + self.batch_size]
+            if self.last_batch == "fill":
+                keys += keys[: -len(keys) % self.batch_size]
+            first = self.first_batch if epoch == self.first_epoch else 0
+            for number in range(first, self.per_epoch()):
+                yield keys[number * self.batch_size : (number + 1) * self.batch_size]
 
 
 class TrainLoader:
@@ -66,8 +101,10 @@ class TrainLoader:
         views: draws the two views.
         seed: of the cell.
         split_index: of the split.
-        batch_size: the last batch of an epoch may be smaller.
+        batch_size: images in a batch.
         workers: processes that prepare batches; 0 prepares them in this one. The batches are the same either way.
+        pinned: put batches into memory from which a GPU reads while the processor goes on.
+        last_batch: ``smaller``, ``drop`` or ``fill``, see ``EpochBatches``.
     """
 
     def __init__(
@@ -80,14 +117,19 @@ class TrainLoader:
         split_index: int,
         batch_size: int,
         workers: int,
+        pinned: bool = False,
+        last_batch: str = "smaller",
     ) -> None:
-        self.batches = EpochBatches(indices, batch_size=batch_size, seed=seed, split_index=split_index)
+        self.batches = EpochBatches(
+            indices, batch_size=batch_size, seed=seed, split_index=split_index, last_batch=last_batch
+        )
         self.image_count = len(indices)
         self.loader = DataLoader(
             TrainViews(images, views=views, seed=seed, split_index=split_index),
             batch_sampler=self.batches,
             num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=PREFETCHED if workers else None,
+            pin_memory=pinned,
             generator=torch.Generator(),  # else it would draw from the generator that all networks share
         )
         self._ahead: Iterator[dict[str, Tensor]] = iter(())

@@ -239,7 +239,8 @@ def compare_dice(model: Model, found: np.ndarray, masks: Tensor) -> str:
     dice = float(metrics.overlap(prediction=prediction, mask=masks)["dice"].mean())
     if abs(dice - recorded) <= DICE_TOLERANCE:
         return f"mean Dice {dice:.4f} there, recorded {recorded:.4f}"
-    cause = "it was tested in bf16" if model.precision == "bf16" else "are these the images that it was tested on?"
+    rounded = model.precision != "fp32"
+    cause = f"it was tested in {model.precision}" if rounded else "are these the images that it was tested on?"
     return f"WARNING: mean Dice {dice:.4f} there, but recorded {recorded:.4f} ({cause})"
 
 

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from kdsweep.core.device import Compute, find_device, placed
+from kdsweep.core.device import Compute, find_device, placed, usable_precision
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_bytes, write_text
 from kdsweep.data import sources
@@ -52,7 +52,7 @@ class Model:
         tags: of the run, by TAGS.
         encoder: its name.
         image_size: S, side in pixels of the images that it takes.
-        precision: ``fp32`` or ``bf16``, as in its test.
+        precision: ``fp32``, ``tf32`` or ``bf16``, as in its test; on a CPU fp32 stands for tf32.
     """
 
     network: UNet
@@ -268,7 +268,8 @@ def check_out(out: Path, *, images: Path, overwrite: bool) -> None:
 def make(model: Model, *, images: Path, out: Path, device: str) -> int:
     """Predict a folder of images and report it in two lines; return the number of unreadable images."""
     files, others = list_images(images)
-    compute = Compute(device=find_device(device), precision=model.precision)
+    on = find_device(device)
+    compute = Compute(device=on, precision=usable_precision(model.precision, on))
     sys.stdout.write(f"{model.title}: {len(files)} images of {images} on {compute.device}\n")
     sys.stdout.flush()
     try:

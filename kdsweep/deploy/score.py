@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from kdsweep.config import composition, identity
-from kdsweep.core.device import Compute, find_device
+from kdsweep.core.device import Compute, find_device, usable_precision
 from kdsweep.core.errors import InputError, exit_code, one_line
 from kdsweep.core.files import write_text
 from kdsweep.core.progress import plural
@@ -109,7 +109,8 @@ def _score(folder: Path, name: str, part: Any, *, device: str) -> tuple[Path, bo
         if file.is_file():  # by that process
             return file, False
         model = predict.load_model(folder)
-        compute = Compute(device=find_device(device), precision=model.precision)
+        on = find_device(device)
+        compute = Compute(device=on, precision=usable_precision(model.precision, on))
         compute.prepare()
         params = records.read(folder).params
         images = part(model.image_size)

@@ -7,7 +7,7 @@ in {0, 1} are the lesion in the frame and at the size of the maps; the Teacher's
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -149,12 +149,26 @@ def hierarchical_context(
     for size in sizes:
         if size >= student.shape[2]:
             continue
-        share = F.adaptive_avg_pool2d(inside, size)
-        averages = F.adaptive_avg_pool2d(difference, size) / share.clamp_min(1e-12)
+        share = _averages(inside, size)
+        averages = _averages(difference, size) / share.clamp_min(1e-12)
         weight /= 2
         weights += weight
         total = total + weight * _mean_square(averages, (share > 0).float())
     return total / weights
+
+
+def _averages(maps: Tensor, size: int) -> Tensor:
+    """Return ``F.adaptive_avg_pool2d`` (N, C, size, size), whose gradient on CUDA is deterministic in this form."""
+    rows, columns = (_parts(length, size, maps.device).to(maps.dtype) for length in maps.shape[2:])
+    return torch.einsum("ph,nchw,qw->ncpq", rows, maps, columns)
+
+
+@cache
+def _parts(length: int, size: int, device: torch.device) -> Tensor:
+    """Return (size, length): the weights of the mean over each part of a side."""
+    positions, parts = torch.arange(length, device=device), torch.arange(size, device=device)[:, None]
+    inside = (positions >= parts * length // size) & (positions * size < (parts + 1) * length)
+    return inside.float() / inside.sum(dim=1, keepdim=True)
 
 
 def _mean_square(maps: Tensor, inside: Tensor) -> Tensor:

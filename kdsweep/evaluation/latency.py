@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kdsweep.core.device import Compute, placed
+from kdsweep.core.device import Compute, give_back_memory, is_out_of_memory, placed
 from kdsweep.models.unet import UNet
 
 STEPS, ENOUGH_S = 5, 2.0  # timed steps at most, and seconds after which no further one begins
+WARM_UP_STEPS = {"cpu": 1, "cuda": 3}  # CUDA chooses algorithms and reserves memory in the first ones
 WARM_UP, REPEATS = 5, 50  # forward passes
 
 
@@ -27,13 +28,28 @@ class StepTime(NamedTuple):
 def time_step_s(
     network: UNet, *, image_size: int, compute: Compute, images: int = 4, forward_only: bool = False
 ) -> StepTime:
-    """Time steps of a throwaway network on noise, after one to warm up; return the fastest, the least disturbed one."""
+    """Time steps of a throwaway network on noise, after some to warm up; return the fastest, the least disturbed one.
+
+    A batch that does not fit into the memory is halved.
+    """
+    try:
+        return _time_step_s(network, image_size=image_size, compute=compute, images=images, forward_only=forward_only)
+    except Exception as error:
+        if images == 1 or not is_out_of_memory(error):
+            raise
+    give_back_memory()
+    half = images // 2
+    return time_step_s(network, image_size=image_size, compute=compute, images=half, forward_only=forward_only)
+
+
+def _time_step_s(network: UNet, *, image_size: int, compute: Compute, images: int, forward_only: bool) -> StepTime:
     placed(network, compute)
     optimizer = torch.optim.Adam(network.parameters())
     batch = torch.randn(images, 3, image_size, image_size, device=compute.device)
     batch = batch.to(memory_format=torch.channels_last)
     times: list[tuple[float, float]] = []
-    while len(times) <= STEPS and (len(times) < 2 or sum(map(sum, times)) < ENOUGH_S):
+    first = WARM_UP_STEPS[compute.device.type]
+    while len(times) < first + STEPS and (len(times) <= first or sum(map(sum, times)) < ENOUGH_S):
         clock = [_now_s(compute.device)]
         with compute.autocast():
             with torch.no_grad():
@@ -44,7 +60,7 @@ def time_step_s(
                 optimizer.step()
         clock.append(_now_s(compute.device))
         times.append((clock[2] - clock[1], clock[1] - clock[0]))
-    train, forward = (min(column) / images for column in zip(*times[1:], strict=True))
+    train, forward = (min(column) / images for column in zip(*times[first:], strict=True))
     return StepTime(0.0 if forward_only else train, forward)
 
 

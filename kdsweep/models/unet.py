@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Collection
 from functools import cache
@@ -159,6 +160,19 @@ def stage_size(stage: str, *, image_size: int) -> int:
 def freeze(network: UNet) -> UNet:
     """Put a Teacher into the state that distillation relies on: eval mode, no gradients."""
     return network.eval().requires_grad_(requires_grad=False)
+
+
+def in_bfloat16(network: UNet) -> UNet:
+    """Return a copy of a frozen network with the weights of its convolutions in bf16, as autocast rounds them.
+
+    Under autocast it computes the same bits as the network itself; batch norms keep fp32, in which autocast uses them.
+    """
+    rounded = copy.deepcopy(network)
+    for module in rounded.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False))
+    return rounded
 
 
 def count_parameters(network: nn.Module) -> int:

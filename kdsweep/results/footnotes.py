@@ -52,7 +52,7 @@ def provenance(sweep: Sweep) -> list[str]:
     version = "".join(known_values(runs, "results_version"))
     images = scored[[*PLACE, "image"]].drop_duplicates()
     notes = [
-        f"profile {profile}, data {data}, weights {weights(finished)}, device {device}; "
+        f"profile {profile}, data {data}, weights {weights(finished)}, device {device}{_precision(finished)}; "
         f"splits: {runs['split'].nunique()}, seeds: {runs['seed'].nunique()}, "
         f"test images: {len(images)} over all of them, {images['image'].nunique()} different."
     ]
@@ -80,6 +80,16 @@ def _splits(runs: pd.DataFrame) -> list[str]:
         f"{protocol}: " + ", ".join(f"{row['split']} (digest {row['split_digest'][:8]})" for _, row in own.iterrows())
         for protocol, own in known.groupby("split_protocol")
     ]
+
+
+def _precision(runs: pd.DataFrame) -> str:
+    """Return in which precision it was computed, such as ``, precision fp32 (Teacher's forward bf16)``."""
+    keys = ("precision", "kd.teacher_precision")
+    student, teacher = (sorted({str(params[key]) for params in runs["params"] if key in params}) for key in keys)
+    if not student:
+        return ""
+    of_teacher = f" (Teacher's forward {' and '.join(teacher)})" if teacher and teacher != student else ""
+    return f", precision {' and '.join(student)}{of_teacher}"
 
 
 def weights(runs: pd.DataFrame) -> str:

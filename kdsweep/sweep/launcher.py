@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from kdsweep.config.composition import Composed, Composer
 from kdsweep.core.errors import InputError
-from kdsweep.sweep.engines.engine import SUBMITTED, Engine, Unit
+from kdsweep.sweep.engines.engine import SUBMITTED, Engine, Unit, run_units
 
 # This module is imported whenever Hydra starts (see plugins/): what is heavier comes when it is needed.
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class LockstepLauncher(Launcher):
             for group in groups
         }
         results: dict[str, float | Exception] = {}
-        for unit, outcome in self.engine.run(list(members), before=first):
+        for unit, outcome in run_units(self.engine, list(members), before=first):
             if unit in first:
                 log.info("%s: %s", unit.cells[0].title, outcome)
                 continue

@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 
 from kdsweep.config import identity
-from kdsweep.core.device import Compute, find_device, give_back_memory, placed
+from kdsweep.core.device import Compute, find_device, give_back_memory, placed, usable_precision
 from kdsweep.evaluation import latency
 from kdsweep.models import unet
 from kdsweep.runs import records
@@ -38,8 +38,10 @@ def preview_cells(configs: list[DictConfig], devices: list[str]) -> Preview:
         InputError: one of them could not be trained.
     """
     found = device_names(configs, devices)
+    for cfg in configs:
+        factory.compute(cfg)
     check(configs)
-    return _timed(configs, devices=found, device=str(configs[0].device))
+    return _timed(configs, devices=found, device=found[str(configs[0].device)][0])
 
 
 def time_epoch_s(cfg: DictConfig, *, role: str) -> float:
@@ -106,10 +108,13 @@ def preview_remote(configs: list[DictConfig], place: str, *, times: bool) -> Pre
 def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: str) -> Preview:
     first = configs[0]
     on = find_device(device)
-    compute = Compute(device=on, precision=first.precision, deterministic=first.deterministic)
+    precision = usable_precision(first.precision, on)
+    compute = Compute(device=on, precision=precision, deterministic=first.deterministic)
     compute.prepare()
     load = latency.load_of_others() if on.type == "cpu" else 0.0
-    timed = {"image_size": first.image_size, "compute": compute}
+    # On a CPU a step takes as long as its images together; on CUDA a small batch takes as long as a large one.
+    images = first.train.batch_size if on.type == "cuda" else min(4, first.train.batch_size)
+    timed = {"image_size": first.image_size, "compute": compute, "images": images}
     student = latency.time_step_s(factory.student_network(first, weights="none"), **timed)
     teacher = latency.StepTime(0.0, 0.0)
     if taught := [cfg for cfg in configs if identity.read(cfg).is_taught]:

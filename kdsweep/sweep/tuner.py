@@ -30,7 +30,7 @@ from kdsweep.core.progress import duration, left_s, plural
 from kdsweep.runs import checkpoint, records, requests
 from kdsweep.sweep import launcher, plan
 from kdsweep.sweep.engines import worker
-from kdsweep.sweep.engines.engine import Unit
+from kdsweep.sweep.engines.engine import Unit, run_units
 from kdsweep.sweep.methods import Method, Options, check_jobs, key_of, methods_of, with_budget, words_of
 from kdsweep.sweep.plan import Job, Preview
 from kdsweep.tuning import book, pruning, space
@@ -281,7 +281,7 @@ class Tuner(Launcher):
         waiting = list(units)
         while waiting:
             again = []
-            for unit, results in self.launcher.engine.run(waiting, before=first):
+            for unit, results in run_units(self.launcher.engine, waiting, before=first):
                 if unit in first:
                     continue
                 if isinstance(results, Exception) and ahead & {cell.folder for cell in unit.cells}:

@@ -21,9 +21,9 @@ from torch import nn
 
 from kdsweep.config import composition, identity
 from kdsweep.config.grid import Cell
-from kdsweep.core.device import Compute, find_device
+from kdsweep.core.device import Compute, find_device, usable_precision
 from kdsweep.core.errors import InputError, exit_code, one_line
-from kdsweep.data.loaders import Feed, TrainLoader, eval_part
+from kdsweep.data.loaders import Feed, TrainLoader, affordable_workers, eval_part
 from kdsweep.data.splits import check_training_masks
 from kdsweep.data.views import Strengths, Views
 from kdsweep.distill.distillation import Distillation, TeacherForward, Term, ViewPair
@@ -54,8 +54,18 @@ def devices(cfg: DictConfig) -> list[str]:
 
 
 def compute(cfg: DictConfig) -> Compute:
-    """Return where and how the numbers of a configuration are computed."""
-    return Compute(device=device(cfg), precision=cfg.precision, deterministic=cfg.deterministic)
+    """Return where and how the numbers of a configuration are computed.
+
+    Raises:
+        InputError: the device is not there, or does not have the precision.
+    """
+    found = device(cfg)
+    for key, precision in {"precision": cfg.precision, "kd.teacher_precision": cfg.kd.teacher_precision}.items():
+        if usable_precision(precision, found) != precision:
+            raise InputError(
+                f"{key}={precision} needs a CUDA device, and device={cfg.device} is {found}; use fp32 or bf16"
+            )
+    return Compute(device=found, precision=cfg.precision, deterministic=cfg.deterministic)
 
 
 def feed(cfg: DictConfig, *, seed: int) -> Feed:
@@ -80,6 +90,8 @@ def feed(cfg: DictConfig, *, seed: int) -> Feed:
         split_index=identity.read(cfg).split.number,
         batch_size=cfg.train.batch_size,
         workers=_workers(cfg),
+        pinned=device(cfg).type == "cuda",
+        last_batch=identity.read(cfg).train.last_batch,
     )
     return Feed(
         loader,
@@ -89,9 +101,23 @@ def feed(cfg: DictConfig, *, seed: int) -> Feed:
 
 
 def _workers(cfg: DictConfig) -> int:
-    if cfg.train.workers != "auto":
-        return int(cfg.train.workers)
-    return min(4, os.cpu_count() or 1) if device(cfg).type == "cuda" else 0
+    on_cuda = min(4, os.cpu_count() or 1) if device(cfg).type == "cuda" else 0
+    wanted = on_cuda if cfg.train.workers == "auto" else int(cfg.train.workers)
+    return _affordable(wanted, 8 * cfg.image_size**2 * cfg.train.batch_size) if wanted else 0
+
+
+@cache
+def _affordable(wanted: int, batch_bytes: int) -> int:
+    """Return as many processes as the shared memory has room for; say once if they are fewer."""
+    found = affordable_workers(wanted, batch_bytes=batch_bytes)
+    if found < wanted:
+        many = f"{found or 'none'} {'prepare' if found > 1 else 'prepares'} them"
+        log.warning(
+            "train.workers=%d: /dev/shm has no room for their batches of %.0f MB, %s; a smaller batch or more room "
+            "helps, in a container --shm-size",
+            wanted, batch_bytes / 1e6, many,
+        )  # fmt: skip
+    return found
 
 
 def student_network(cfg: DictConfig, *, weights: str | None = None) -> UNet:
@@ -238,6 +264,7 @@ def learner(cfg: DictConfig, own: Cell) -> Learner:
         epochs=cfg.train.epochs,
         patience=cfg.train.patience,
         folder=own.folder,
+        fused=device(cfg).type == "cuda",
         nsd_tolerance_px=cfg.scores.nsd_tolerance_px,
         monitor=cfg.train.monitor,
     )
@@ -256,6 +283,7 @@ def teacher_learner(cfg: DictConfig, own: Cell) -> Learner:
         epochs=given.teacher_epochs,
         patience=cfg.train.patience,
         folder=own.folder,
+        fused=device(cfg).type == "cuda",
         nsd_tolerance_px=cfg.scores.nsd_tolerance_px,
         monitor=given.teacher.monitor,
     )
@@ -266,6 +294,7 @@ def tags(cfg: DictConfig) -> dict[str, str]:
     where, given = device(cfg), identity.read(cfg)
     return {
         "kdsweep.profile": cfg.profile,
+        "kdsweep.precision": cfg.precision,
         "kdsweep.device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         "kdsweep.split_protocol": given.split.in_words(),
         "kdsweep.split_digest": identity.split_digest(given),

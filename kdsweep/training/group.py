@@ -15,7 +15,7 @@ from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core import logs
 from kdsweep.core.device import give_back_memory
-from kdsweep.core.errors import CellError, one_line
+from kdsweep.core.errors import CellError, DeviceError, one_line
 from kdsweep.models.unet import UNet
 from kdsweep.runs import records
 from kdsweep.training import factory, loop, teachers
@@ -40,7 +40,8 @@ def run_group(configs: list[DictConfig], *, variants: Mapping[str, dict[str, str
         variants: by fingerprint those of the cells that have one.
 
     Returns:
-        For each configuration its test Dice, or what ended it. What ends one leaves the others alone.
+        For each configuration its test Dice, or what ended it. What ends one leaves the others alone. A DeviceError
+        is not the cell's fault: it goes on in a fresh process.
     """
     own = [identity.cell(cfg) for cfg in configs]
     own = [replace(cell, variant=(variants or {}).get(cell.fingerprint, {})) for cell in own]
@@ -94,22 +95,44 @@ def run_trials(
                 log.info("%s: another command computes it; waiting for that", cell.title)
             while not records.hold(held, cell.folder):
                 time.sleep(teachers.LOOK_EVERY_S)
-        if role != "teacher":
-            outcomes = _outcomes(configs, cells, pruning=pruning)
-        else:
-            outcomes = loop.run_divided(
-                [partial(_make_teacher, cfg, cell) for cfg, cell in zip(configs, cells, strict=True)],
-                teachers={},
-                feed=factory.feed(configs[0], seed=configs[0].teacher.seed),
-                compute=factory.compute(configs[0]),
-                pruning=pruning,
-            )
+        since_ms = records.now_ms()
+        try:
+            if role != "teacher":
+                outcomes = _outcomes(configs, cells, pruning=pruning)
+            else:
+                outcomes = loop.run_divided(
+                    [partial(_make_teacher, cfg, cell) for cfg, cell in zip(configs, cells, strict=True)],
+                    teachers={},
+                    feed=factory.feed(configs[0], seed=configs[0].teacher.seed),
+                    compute=factory.compute(configs[0]),
+                    pruning=pruning,
+                )
+        except DeviceError as error:
+            return [_before_loss(cfg, cell, error, since_ms) for cfg, cell in zip(configs, cells, strict=True)]
     return [values if isinstance(values, Exception) else values["best/val_dice"] for values in outcomes]
 
 
 def _train(configs: list[DictConfig], own: list[Cell]) -> list[Result]:
-    outcomes = _outcomes(configs, own)
+    since_ms = records.now_ms()
+    try:
+        outcomes = _outcomes(configs, own)
+    except DeviceError as error:
+        return [_before_loss(cfg, cell, error, since_ms) for cfg, cell in zip(configs, own, strict=True)]
     return [values if isinstance(values, Exception) else values["test/dice"] for values in outcomes]
+
+
+def _before_loss(cfg: DictConfig, cell: Cell, lost: DeviceError, since_ms: int) -> Result:
+    """Return how a cell had ended before the device failed, from the store; if it had not, that error."""
+    record = records.read(cell.folder)
+    if record.status == "FINISHED":
+        return record.values["test/dice"]
+    if record.error and record.ended_ms >= since_ms:
+        return CellError(record.error)
+    known = records.read(cell.teacher.folder) if cell.teacher is not None else record
+    if known.error and known.ended_ms >= since_ms:
+        describe(cfg, cell)
+        return _failed(cell, TeacherError(f"{cell.title}: its Teacher could not be trained: {known.error}"))
+    return lost
 
 
 def _outcomes(

@@ -94,6 +94,7 @@ class Learner:
         epochs: the maximum.
         patience: epochs without improvement of the monitored value after which it stops.
         folder: of its files.
+        fused: have Adam step all parameters in few kernels: for CUDA, where it matters.
         monitor: the validation value that decides the best epoch: ``loss`` (KD term included) or ``dice``.
         nsd_tolerance_px: of the normalized surface Dice of its test images.
         best_loss: lowest monitored value so far, which is 1 - Dice for ``dice``.
@@ -123,6 +124,7 @@ class Learner:
     epochs: int
     patience: int
     folder: Path
+    fused: bool = False
     monitor: str = "loss"
     nsd_tolerance_px: float = 2.0
     best_loss: float = math.inf
@@ -141,7 +143,7 @@ class Learner:
     doing: str = ""
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, fused=self.fused or None)
         fixed = self.distillation.weight if self.distillation else None
         self.kd_weight: float | Tensor = 0.5 if fixed is None else fixed
 

@@ -17,13 +17,21 @@ import torch
 from torch import Tensor
 
 from kdsweep.core import logs, signals
-from kdsweep.core.device import Compute, give_back_memory, is_out_of_memory, placed
-from kdsweep.core.errors import CellError, one_line
+from kdsweep.core.device import (
+    Compute,
+    give_back_memory,
+    is_blocking,
+    is_device_error,
+    is_out_of_memory,
+    placed,
+)
+from kdsweep.core.errors import CellError, DeviceError, one_line
 from kdsweep.core.progress import Progress
 from kdsweep.data.loaders import Feed
 from kdsweep.data.views import normalize
 from kdsweep.distill.distillation import TeacherForward, ViewPair
 from kdsweep.evaluation import metrics, scoring
+from kdsweep.models import unet
 from kdsweep.models.unet import Outputs, UNet
 from kdsweep.runs import records
 from kdsweep.training.learner import EpochMeter, Learner, finish
@@ -55,7 +63,8 @@ class FrozenTeachers:
 
     On two CPU cores 93 % of a Teacher's forward is convolution at the rate of a plain matrix product (224 x 224, batch
     16: 3.5 s, in bf16 1.7 s): folding its batch norms gains 3 %, torch.compile nothing in bf16, for 40 s of compiling.
-    What pays is bf16, channels-last memory (3.5 s instead of 3.6) and few forwards.
+    What pays is bf16, channels-last memory (3.5 s instead of 3.6) and few forwards. Weights are kept in the precision
+    that they compute in: autocast would round frozen ones anew at each forward.
 
     Args:
         teachers: by name.
@@ -65,6 +74,7 @@ class FrozenTeachers:
     def __init__(self, teachers: Mapping[str, UNet], compute: Compute) -> None:
         self.teachers, self.compute = teachers, compute
         self.took_s: dict[TeacherForward, float] = {}  # the last forward of each
+        self._rounded: dict[str, UNet] = {}
         for name, network in teachers.items():
             if network.training or any(parameter.requires_grad for parameter in network.parameters()):
                 raise ValueError(f"Teacher {name} is not frozen in eval mode")
@@ -85,8 +95,13 @@ class FrozenTeachers:
 
     def _forward(self, forward: TeacherForward, images: Mapping[str, Tensor], stages: set[str]) -> Outputs:
         start_s = time.perf_counter()
+        network = self.teachers[forward.teacher]
+        if forward.precision == "bf16":
+            if forward.teacher not in self._rounded:
+                self._rounded[forward.teacher] = unet.in_bfloat16(network)
+            network = self._rounded[forward.teacher]
         with self.compute.autocast(forward.precision):
-            outputs: Outputs = self.teachers[forward.teacher](images[forward.view], stages)
+            outputs: Outputs = network(images[forward.view], stages)
         self.took_s[forward] = time.perf_counter() - start_s
         return outputs
 
@@ -145,7 +160,8 @@ def fit(
             returns have had their last epoch.
     """
     frozen, schedule = FrozenTeachers(teachers, compute), CheckpointSchedule()
-    taught = [frozen.teach(learners, views) for views, _ in scoring.eval_batches(feed.validation, compute)]
+    validation = list(scoring.eval_batches(feed.validation, compute))  # uploaded and normalized once, for all
+    taught = [frozen.teach(learners, views) for views, _ in validation]
     first = min(learner.epoch for learner in learners) + 1
     most = max(learner.epochs for learner in learners)
     label = _label(learners)
@@ -157,7 +173,7 @@ def fit(
             if not due and all(learner.stopped for learner in learners):
                 break
             train_epoch(due, epoch, frozen=frozen, feed=feed, compute=compute, schedule=schedule)
-            _validate(due, taught, feed=feed, compute=compute)
+            _validate(due, validation, taught, compute=compute)
             for learner in (own for own in due if own.failure is None and own.stopped):
                 stopped(learner)
             _prune(prune(epoch + 1), stopped)
@@ -177,7 +193,8 @@ def _prune(learners: list[Learner], stopped: Callable[[Learner], None]) -> None:
 def isolated(learner: Learner) -> Iterator[None]:
     """Let an error inside end this learner, with the traceback in its log, and not its group.
 
-    Only a lack of memory is passed on, since fewer learners at a time may fit.
+    What is passed on: a lack of memory, since fewer learners at a time may fit; and the loss of the device, which ends
+    this learner only where the error is known to be its own.
     """
     with logs.about(learner.folder):
         try:
@@ -185,7 +202,11 @@ def isolated(learner: Learner) -> Iterator[None]:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            fail(learner, error)
+            lost = is_device_error(error)
+            if not lost or (is_blocking() and learner.doing):  # not while it is only moved to the device
+                fail(learner, error)
+            if lost:
+                raise
 
 
 def fail(learner: Learner, error: Exception) -> None:
@@ -295,7 +316,11 @@ def _located(learner: Learner, where: str) -> Iterator[None]:
 
 
 def _validate(
-    learners: list[Learner], taught: list[dict[TeacherForward, Outputs]], *, feed: Feed, compute: Compute
+    learners: list[Learner],
+    validation: list[tuple[Batch, Tensor]],
+    taught: list[dict[TeacherForward, Outputs]],
+    *,
+    compute: Compute,
 ) -> None:
     """End the epoch with the means over the validation images, which Teacher and Student see whole, unaugmented."""
     for learner in (own for own in learners if own.failure is None):
@@ -306,9 +331,7 @@ def _validate(
             means = EpochMeter()
             learner.evaluate()
             with torch.no_grad(), compute.autocast(), _located(learner, "validation"):
-                for (views, mask), teacher_outputs in zip(
-                    scoring.eval_batches(feed.validation, compute), taught, strict=True
-                ):
+                for (views, mask), teacher_outputs in zip(validation, taught, strict=True):
                     learner.doing = "forward"
                     outputs = learner.network(views["strong"], learner.stages)
                     kd = learner.distillation
@@ -333,6 +356,9 @@ def run(
     """Train a group from its checkpoints on and test each learner; return its final values or error, in order.
 
     If Ctrl-C, SIGTERM or a lack of memory ends the training, the learners are saved first.
+
+    Raises:
+        DeviceError: the device failed. A fresh process can go on from the checkpoints.
 
     Args:
         learners: as for ``fit``.
@@ -368,6 +394,9 @@ def run(
             if going := [learner for learner in learners if not learner.stopped]:
                 fit(going, teachers=teachers, feed=feed, compute=compute, stopped=conclude, prune=prune)
     except BaseException as error:
+        if is_device_error(error):  # nothing can be read from it any more: each goes on from its last checkpoint
+            signals.check()
+            raise DeviceError(f"the device failed ({one_line(error)})") from error
         open_ones = [own for own in learners if own.failure is None and own.folder not in results]
         if signals.pending() or not isinstance(error, Exception) or is_out_of_memory(error):
             _save(open_ones)

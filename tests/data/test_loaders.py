@@ -46,6 +46,7 @@ def loader(
     split_index: int = 0,
     batch_size: int = 3,
     workers: int = 0,
+    last_batch: str = "smaller",
 ) -> TrainLoader:
     return TrainLoader(
         images,
@@ -55,6 +56,7 @@ def loader(
         split_index=split_index,
         batch_size=batch_size,
         workers=workers,
+        last_batch=last_batch,
     )
 
 
@@ -114,6 +116,21 @@ def test_the_last_partial_batch_is_kept() -> None:
     assert (len(made), made.image_count) == (3, 7)
     assert [len(batch["weak"]) for batch in epoch(loader(batch_size=7), 0)] == [7]
     assert len(loader(batch_size=7)) == 1
+
+
+@pytest.mark.parametrize(("last_batch", "sizes"), [("smaller", [3, 3, 1]), ("drop", [3, 3]), ("fill", [3, 3, 3])])
+def test_a_last_batch_is_kept_dropped_or_filled(last_batch, sizes) -> None:
+    made = loader(last_batch=last_batch)
+    batches = epoch(made, 4)
+    assert [len(batch["weak"]) for batch in batches] == sizes
+    assert len(made) == len(sizes)
+    whole = epoch(loader(), 4)
+    assert equal(batches[:2], whole[:2])  # the order and the views are those of every kind
+    if last_batch == "fill":  # the epoch's first images, seen as they were the first time
+        assert torch.equal(batches[2]["strong"], torch.cat([whole[2]["strong"], whole[0]["strong"][:2]]))
+    assert equal(list(made.epoch(4, first=1)), batches[1:])
+    even = loader(indices=TRAIN[:6], last_batch=last_batch)
+    assert [len(batch["weak"]) for batch in epoch(even, 0)] == [3, 3]
 
 
 def test_an_epoch_is_the_same_whatever_was_drawn_before() -> None:

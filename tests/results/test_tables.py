@@ -791,6 +791,12 @@ def test_footnotes_say_what_made_the_numbers(sweep, table4):
         "profile paper, data busi, weights imagenet, device cuda; splits: 3, seeds: 1, "
         "test images: 36 over all of them, 36 different."
     )
+    computed = {"precision": "tf32", "kd.teacher_precision": "tf32"}
+    for teachers, words in (("tf32", ", precision tf32; "), ("bf16", ", precision tf32 (Teacher's forward bf16); ")):
+        own = computed | {"kd.teacher_precision": teachers}
+        params = [params | own for params in sweep.runs["params"]]
+        (first, *_) = footnotes.of_scores(sweep=replace(sweep, runs=sweep.runs.assign(params=params)), table=table4)
+        assert f"device cuda{words}splits: 3" in first
     assert "Behboodi, Brooks, Rivaz 2025" in notes[-1]
     assert "10.36922/aih.3509" in notes[-1]
     assert "UDIAT, not busi" in notes[-1]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from commands import kdsweep, running
 from PIL import Image
 from small import TEACHER
@@ -216,6 +217,61 @@ def test_a_failing_cell_leaves_the_others_and_says_where_its_traceback_is(small_
 def files_of(store: Path, *names: str) -> dict[str, bytes]:
     """Contents of the files of these names in a store, by folder and name."""
     return {f"{f.parent.name}/{f.name}": f.read_bytes() for f in store.glob("*/*/*") if f.name in names}
+
+
+def test_a_failed_device_costs_the_cell_that_is_to_blame_and_no_bit_of_the_others(swept, small_busi, empty_store):
+    """A loss breaks its process in the second epoch: on CUDA, everything after that fails, with the same message."""
+    cwd, _ = swept
+    (cwd / "breaking.py").write_text(
+        "import os, torch\n"
+        "MESSAGE = 'CUDA error: device-side assert triggered'\n"
+        "def fail(*args, **kwargs):\n"
+        "    raise torch.AcceleratorError(MESSAGE)\n"
+        "def loss(*, student, teacher, valid):\n"
+        "    loss.calls += student.requires_grad\n"
+        "    if loss.calls > 3:\n"
+        "        torch.nn.functional.binary_cross_entropy_with_logits = fail\n"
+        "        if os.environ.get('CUDA_LAUNCH_BLOCKING') == '1':\n"
+        "            fail()\n"
+        "    return (student - teacher).square().mean()\n"
+        "loss.calls = 0\n"
+    )
+    shutil.copytree(empty_store, cwd / "broken")
+    overrides = [*QUICK, f"data.root={small_busi}", "teacher_aug=weak", "path=H,L,none", "loss=mse", "store=broken"]
+    done = kdsweep("-m", *overrides, "++loss.hidden._target_=breaking.loss", cwd=cwd)
+    assert done.returncode == 1
+    told = [line for line in done.stdout.splitlines() if "a device failed: " in line]
+    assert [line.partition("with ")[2].partition(",")[0] for line in told] == ["3 cells", "2 cells"]
+    (failed,) = [line for line in done.stdout.splitlines() if "failed: H_MSE_WAug" in line]
+    assert "epoch 2, step 2, kd term: AcceleratorError: CUDA error: device-side assert triggered; log: " in failed
+    together, apart = files_of(cwd / "multirun", *RESULTS), files_of(cwd / "broken", *RESULTS)
+    assert {name.partition("-")[0] for name in apart} == {"Teacher_WAug", "L_MSE_WAug", "Student"}
+    assert apart == {name: together[name] for name in apart}
+    sweep = reader.read_sweep(store=cwd / "broken", uri=None, name=None)
+    states = dict(zip(sweep.runs["notation"], sweep.runs["status"], strict=True))
+    assert states == dict.fromkeys(("Teacher_WAug", "L_MSE_WAug", "Student"), "FINISHED") | {"H_MSE_WAug": "FAILED"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("database")
+def test_an_assert_on_the_device_costs_the_cell_that_is_to_blame_alone(small_busi, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "def loss(*, student, teacher, valid):\n"
+        "    loss.calls += student.requires_grad\n"
+        "    far = 9 if loss.calls > 3 and student.is_cuda else 0\n"
+        "    one = student.new_ones(3)[torch.tensor(far, device=student.device)]\n"
+        "    return (student - teacher).square().mean() * one\n"
+        "loss.calls = 0\n"
+    )
+    overrides = [*QUICK, f"data.root={small_busi}", "teacher_aug=weak", "path=H,L,none", "loss=mse", "device=cuda"]
+    done = python("-m", "kdsweep", "-m", *overrides, "++loss.hidden._target_=own.loss", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "device-side assert triggered" in done.stdout
+    sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
+    states = dict(zip(sweep.runs["notation"], sweep.runs["status"], strict=True))
+    assert states == dict.fromkeys(("Teacher_WAug", "L_MSE_WAug", "Student"), "FINISHED") | {"H_MSE_WAug": "FAILED"}
 
 
 RESULTS = ("student.safetensors", "teacher.safetensors", "history.csv", "test_scores.csv", "test_predictions.npz")

@@ -8,10 +8,12 @@ import torch
 
 from kdsweep.config import composition, identity
 from kdsweep.core.device import Compute, placed
-from kdsweep.core.errors import InputError
+from kdsweep.core.errors import DeviceError, InputError
 from kdsweep.core.files import write_json
 from kdsweep.data.loaders import Feed
 from kdsweep.data.splits import random_split
+from kdsweep.data.views import normalize
+from kdsweep.distill.distillation import TeacherForward
 from kdsweep.evaluation import scoring
 from kdsweep.models import unet
 from kdsweep.runs import checkpoint, records
@@ -117,6 +119,64 @@ def test_a_teacher_that_is_not_frozen_is_refused(compose, spoil):
     spoil(next(iter(frozen.values())))
     with pytest.raises(ValueError, match="not frozen"):
         loop.FrozenTeachers(frozen, CPU)
+
+
+def test_a_teacher_kept_in_bf16_computes_the_bits_that_autocast_would(compose):
+    cfg = compose("path=HR", "teacher_aug=weak")
+    ((name, teacher),) = teachers_of(cfg).items()
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    frozen = loop.FrozenTeachers({name: teacher}, CPU)
+    images = {"weak": torch.rand(2, 3, 64, 64).to(memory_format=torch.channels_last)}
+    forward = TeacherForward(name, "weak", "bf16")
+    with torch.inference_mode():
+        kept = frozen._forward(forward, images, {"encoder.5", "logits"})
+        with CPU.autocast("bf16"):
+            rounded = teacher(images["weak"], {"encoder.5", "logits"})
+        exact = frozen._forward(forward._replace(precision="fp32"), images, {"logits"})
+    assert all(torch.equal(kept[stage], rounded[stage]) for stage in ("encoder.5", "logits"))
+    assert not torch.equal(exact["logits"], kept["logits"].float())
+    assert_same(before, teacher.state_dict())  # the one in fp32 serves other cells
+
+
+def test_validation_images_are_normalized_once_for_all_learners_and_epochs(compose, tmp_path, monkeypatch):
+    configs = [compose("path=none"), compose("path=none", "train.lr=1e-4")]
+    feed, calls = feed_of(configs[0]), []
+    monkeypatch.setattr(scoring, "normalize", lambda images: calls.append(len(images)) or normalize(images))
+    learners = [make_learner(cfg, tmp_path / str(number)) for number, cfg in enumerate(configs)]
+    loop.fit(learners, teachers={}, feed=feed, compute=CPU)
+    assert sum(calls) == len(feed.validation.ids)
+
+
+ASSERT = "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
+
+
+@pytest.mark.parametrize("is_blocking", [False, True])
+def test_a_failed_device_ends_the_group_and_fails_nobody_who_is_not_known_to_be_to_blame(
+    compose, tmp_path, monkeypatch, is_blocking
+):
+    configs = [compose("path=none"), compose("path=none", "train.lr=1e-4"), compose("path=none", "train.lr=1e-5")]
+    learners = [make_learner(cfg, tmp_path / str(number)) for number, cfg in enumerate(configs)]
+    for learner in learners:
+        loop._begin(learner, CPU)
+        learner.save()  # at the start: they go on from here
+    own = learners[1].network.forward
+    calls = []
+
+    def breaks(*args):
+        calls.append(0)
+        if len(calls) > 2:
+            raise torch.AcceleratorError(ASSERT)
+        return own(*args)
+
+    monkeypatch.setattr(learners[1].network, "forward", breaks)
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1" if is_blocking else "0")
+    with pytest.raises(DeviceError, match=r"the device failed \(.*device-side assert triggered\)$"):
+        loop.run_divided([lambda own=own: own for own in learners], teachers={}, feed=feed_of(configs[0]), compute=CPU)
+    failed = [records.read(learner.folder).error for learner in learners]
+    assert [bool(error) for error in failed] == [False, is_blocking, False]
+    if is_blocking:
+        assert "epoch 1, step 3, forward: AcceleratorError: CUDA error: device-side assert triggered" in failed[1]
+    assert {records.epochs(learner.folder) for learner in learners} == {0}  # no state of a broken device is saved
 
 
 def test_hidden_paths_run_the_teachers_encoder_alone_and_each_view_once(compose, tmp_path):

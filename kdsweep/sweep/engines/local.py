@@ -40,7 +40,8 @@ class Devices:
         if processes < 1:
             raise InputError(f"hydra.launcher.processes={processes} is not allowed: it must be at least 1")
         self.names = list(names) or (["cpu"] * processes if processes > 1 else [])
-        self._idle: Worker | None = None  # started, and used by the first group
+        self._idle: Worker | None = None  # started, and used by the first group on the device where it has timed steps
+        self._idle_on = ""
         self._busy: dict[int, tuple[Unit, Worker]] = {}
 
     def open(self, config: DictConfig) -> None:
@@ -56,6 +57,7 @@ class Devices:
 
         self._idle = worker.start(self._config)
         found: Preview = self._idle.call(worker.preview_cells, configs, self.names)
+        self._idle_on = found.timed_on
         return found
 
     def queued(self, jobs: Sequence[Job]) -> set[Path]:
@@ -87,6 +89,9 @@ class Devices:
         """
         named = list(dict.fromkeys(place for unit in [*before, *units] for place in unit.places))
         places = self.names if set(named) <= set(self.names) else named  # a name may stand there twice
+        if self._idle is not None and self._idle_on not in places:  # it would hold memory of another device
+            self._idle.close()
+            self._idle = None
         yield from self._run(before, places)
         yield from self._run(units, places)
 
@@ -129,7 +134,10 @@ class Devices:
             if unit is not None and number not in self._busy and place not in lost:
                 waiting.remove(unit)
                 ready.remove(unit)
-                process, self._idle = self._idle or worker.start(self._config), None
+                process = None
+                if self._idle is not None and self._idle_on in ("", place):
+                    process, self._idle = self._idle, None
+                process = process or worker.start(self._config)
                 self._busy[number] = unit, process
                 name = place if len(places) > 1 else ""
                 process.send(worker.pin, unit.call, unit.make(), name, places.count(place))

@@ -30,7 +30,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from kdsweep.core import logs, signals
-from kdsweep.core.errors import CellError, InputError, one_line
+from kdsweep.core.errors import CellError, DeviceError, InputError, one_line
 from kdsweep.sweep.engines.engine import DONE
 
 if TYPE_CHECKING:
@@ -360,5 +360,6 @@ def closed(overrides: Sequence[str], result: Any) -> JobReturn:
 def _as_text(result: Any) -> Any:
     """Replace an exception, which may not survive pickling, by one with its text."""
     if isinstance(result, Exception):
-        return InputError(str(result)) if isinstance(result, InputError) else CellError(one_line(result))
+        kept = next((kind for kind in (InputError, DeviceError) if isinstance(result, kind)), CellError)
+        return kept(one_line(result))
     return result

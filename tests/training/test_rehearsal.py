@@ -1,0 +1,253 @@
+"""A rehearsal of training on CUDA without a device: what tensors would be where, of which type, and who would wait.
+
+PyTorch's FakeTensorMode runs every operation on tensors that have a device, a type and a layout but no values. An
+operation on tensors of different devices fails there, and so does whatever must know a value: on a device the host
+would wait for it. Only autograd's engine refuses to run without a device, so ``gradients`` walks its graph instead.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from small import TEACHER
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdsweep.config import composition
+from kdsweep.core.device import Compute
+from kdsweep.data import views
+from kdsweep.data.loaders import EvalPart, Feed
+from kdsweep.distill import methods
+from kdsweep.evaluation import scoring
+from kdsweep.models import unet
+from kdsweep.training import factory, loop
+from kdsweep.training.learner import EpochMeter, Learner
+
+CUDA = torch.device("cuda:0")
+SIZE, BATCH = 64, 4
+CELLS = [
+    *([f"path={path}", f"loss={loss}"] for path in ("L", "H", "HR") for loss in ("mse", "kld")),
+    *([f"method={file.stem}"] for file in sorted(Path("conf/method").glob("*.yaml")) if file.stem != "none"),
+    ["path=none"],
+]
+
+
+WITH_STUDENT = [CELLS[5], CELLS[-1]]  # the others have a Student of a tenth of the operations
+SMALL = ["student.encoder=tu-test_byobnet", "student.decoder_channels=[16,8,8,4,4]", "student.weights=none"]
+
+
+def gradients(root):
+    """What autograd's engine would leave in the leaves below a 0-d tensor: (leaf, gradient) by its id."""
+    order, seen, stack = [], set(), [(root.grad_fn, False)]
+    while stack:
+        node, is_done = stack.pop()
+        if is_done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack += [(node, True), *((other, False) for other, _ in node.next_functions if other is not None)]
+    held, found = {root.grad_fn: {0: torch.ones_like(root)}}, {}
+    for node in reversed(order):
+        given = held.pop(node, {})
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = (node.variable, given[0])
+            continue
+        made = node(*(given.get(position) for position in range(len(node._input_metadata))))
+        for (other, position), own in zip(
+            node.next_functions, made if isinstance(made, tuple) else (made,), strict=True
+        ):
+            if other is not None and own is not None:
+                place = held.setdefault(other, {})
+                place[position] = place[position] + own if position in place else own
+    return found
+
+
+def backward(root, retain_graph=False):
+    with torch.no_grad():
+        for leaf, own in gradients(root).values():
+            leaf.grad = own if leaf.grad is None else leaf.grad + own
+
+
+def grad(root, parameters, **_):
+    with torch.no_grad():
+        found = gradients(root)
+        return tuple(found[id(own)][1] if id(own) in found else torch.zeros_like(own) for own in parameters)
+
+
+class Watch(TorchDispatchMode):
+    """Notes the convolutions, and refuses copies between host and device while ``strict``: the host would wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.strict, self.types, self.layouts, self.copied = False, set(), [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name == "convolution":
+            maps, weight = args[:2]
+            self.types |= {maps.dtype, weight.dtype}
+            if maps.shape[1] > 1 and maps.shape[2] > 1 and not maps.is_contiguous(memory_format=torch.channels_last):
+                self.layouts.append(tuple(maps.shape))
+        if name == "_to_copy":
+            self.copied.append(args[0])
+        if self.strict and name in ("_to_copy", "copy_"):
+            ends = {own.device.type for own in (*args[:2], result) if isinstance(own, torch.Tensor)}
+            if len(ends) > 1:
+                raise AssertionError(f"{name} of {tuple(result.shape)} between {ends}: the host waits")
+        return result
+
+
+def on_device(module):
+    """Replace a module's tensors, as ``device.placed`` would: ``Module.to`` does not take fake ones."""
+    for own in module.modules():
+        for kind in (own._parameters, own._buffers):
+            for name, old in kind.items():
+                if old is None:
+                    continue
+                layout = {"memory_format": torch.channels_last} if old.ndim == 4 else {}
+                new = torch.empty(tuple(old.shape), dtype=old.dtype, device=CUDA, **layout)
+                kind[name] = (
+                    nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+                )
+    return module
+
+
+class Epoch:
+    """One batch, as a ``TrainLoader`` yields it."""
+
+    def epoch(self, number, *, first=0):
+        images = {view: torch.zeros(BATCH, SIZE, SIZE, 3, dtype=torch.uint8) for view in ("strong", "weak")}
+        masks = {f"{view}_mask": torch.zeros(BATCH, SIZE, SIZE, dtype=torch.uint8) for view in images}
+        yield {**images, **masks, "theta": torch.zeros(BATCH, 2, 3)}
+
+    def step_seed(self, epoch, number):
+        return 0
+
+
+@contextmanager
+def no_device():
+    """A machine with one CUDA device, as far as tensors without values need it."""
+    views._gray_statistics.cache_clear()
+    methods._parts.cache_clear()
+    with (
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        mock.patch.object(torch.Tensor, "backward", backward),
+        mock.patch("torch.autograd.grad", grad),
+        mock.patch("torch.Generator", lambda _: SimpleNamespace(manual_seed=lambda _: None)),  # there is none of CUDA's
+        FakeTensorMode(),
+        Watch() as watch,
+    ):
+        views.normalize(torch.zeros(1, 2, 2, 3, dtype=torch.uint8, device=CUDA))  # its constants are copied once
+        yield watch
+    views._gray_statistics.cache_clear()
+    methods._parts.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def configs():
+    quick = ["profile=quick", "device=cpu", f"image_size={SIZE}", f"train.batch_size={BATCH}", *TEACHER]
+    cells = [
+        composition.compose([*quick, *cell, "teacher_aug=weak", *([] if cell in WITH_STUDENT else SMALL)])
+        for cell in CELLS
+    ]
+    strong = {"teacher_aug": composition.compose([*quick, "path=L", "loss=mse", "teacher_aug=strong"]).teacher_aug}
+    found = {(position, "weak"): cfg for position, cfg in enumerate(cells)}
+    return found | {(position, "strong"): OmegaConf.merge(cfg, strong) for position, cfg in enumerate(cells)}
+
+
+def learner_of(network, kd, folder):
+    """A learner on the device that there is not."""
+    role, trained = "distilled" if kd else "baseline", {"lr": 1e-3, "epochs": 2, "patience": 2, "fused": True}
+    title = f"learner {folder.name}"
+    for module in (network, *(term.kd_path for term in (kd.terms.values() if kd else ()))):
+        on_device(module)
+    own = Learner(title, role, network, view="strong", distillation=kd, folder=folder, **trained)
+    own.train()
+    return own
+
+
+def rehearse(chosen, folder, precision):
+    """Train a group for one step on CUDA, validate and predict; return its learners and what was watched."""
+    teacher = factory.teacher_network(chosen[0])
+    students = [(factory.student_network(cfg), factory.distillation(cfg, teacher="Teacher")) for cfg in chosen]
+    with no_device() as watch:
+        compute = Compute(CUDA, precision)
+        learners = [learner_of(*student, folder / str(number)) for number, student in enumerate(students)]
+        teacher = unet.freeze(on_device(teacher))
+        frozen = loop.FrozenTeachers({"Teacher": teacher}, compute)
+        images, masks = torch.zeros(3, SIZE, SIZE, 3, dtype=torch.uint8), torch.zeros(3, 1, SIZE, SIZE)
+        part = EvalPart(["a", "b", "c"], ["x"] * 3, images, masks)
+        validation = list(scoring.eval_batches(part, compute))
+        taught = [frozen.teach(learners, own) for own, _ in validation]
+        watch.copied.clear()
+        step = loop._step
+
+        def strict(*args):
+            watch.strict = True
+            try:
+                step(*args)
+            finally:
+                watch.strict = False
+
+        with (
+            mock.patch.object(loop, "_step", strict),
+            mock.patch.multiple(EpochMeter, read=lambda *_: {}, not_finite=lambda _: None),
+            mock.patch.object(Learner, "end_epoch"),
+        ):
+            feed = Feed(Epoch(), part, part)
+            loop.train_epoch(learners, 0, frozen=frozen, feed=feed, compute=compute)
+            loop._validate(learners, validation, taught, compute=compute)
+        predicted = scoring.predict(learners[0].network, part, compute=compute)
+        assert (tuple(predicted.shape), predicted.device.type) == ((3, 1, SIZE, SIZE), "cpu")
+        frozen_ids = {id(own) for network in (teacher, *frozen._rounded.values()) for own in network.parameters()}
+        recast = [tensor for tensor in watch.copied if id(tensor) in frozen_ids]
+    return SimpleNamespace(learners=learners, watch=watch, recast=recast)
+
+
+@pytest.mark.parametrize(("precision", "first"), [("fp32", 0), ("bf16", 1)])
+def test_every_comparison_trains_on_cuda_without_waiting(configs, tmp_path, precision, first):
+    order = ("weak", "strong", "weak")[first:]
+    chosen = [configs[number, order[number % 2]] for number in range(len(CELLS))]
+    found = rehearse(chosen, tmp_path, precision)
+    assert [str(own.failure) for own in found.learners if own.failure is not None] == []
+    assert found.watch.types == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
+    if precision == "fp32":  # in bf16 PyTorch asks the device whether cuDNN takes it, and hears no
+        assert found.watch.layouts == []  # all convolutions in channels-last memory
+    assert found.recast == []  # Teachers are kept in the precision that they compute in
+    for own in found.learners:
+        assert own.steps == 1
+        terms = own.means.steps[0]
+        assert {(value.dtype, value.device) for value in terms.values()} == {(torch.float32, CUDA)}
+        assert {parameter.dtype for parameter in own.parameters()} == {torch.float32}
+        state = own.optimizer.state_dict()["state"]
+        assert state  # Adam has stepped
+        assert {value.device for moments in state.values() for value in moments.values()} == {CUDA}
+
+
+def reads_a_value(*, student, teacher, valid):
+    return (student - teacher).square().mean() if valid.sum().item() > 0 else student.sum()
+
+
+def makes_a_host_tensor(*, student, teacher, valid):
+    return (student - teacher).square().mean() * torch.tensor([1.0, 2.0], device=student.device).sum()
+
+
+def uses_a_host_tensor(*, student, teacher, valid):
+    return ((student - teacher).square() * torch.ones(student.shape[2])).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [(reads_a_value, "DataDependent"), (makes_a_host_tensor, "the host waits"), (uses_a_host_tensor, "device")],
+)
+def test_the_rehearsal_finds_who_waits_and_who_is_on_the_wrong_device(configs, tmp_path, loss, words):
+    with mock.patch("kdsweep.distill.losses.mse", loss):
+        failure = str(rehearse([configs[0, "weak"]], tmp_path, "fp32").learners[0].failure)
+    assert words in failure
