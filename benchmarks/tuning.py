@@ -78,7 +78,8 @@ def tuned(store: Path, common: list[str], *, trials: int, more: list[str]) -> di
         "pruned": int((found["state"] == "PRUNED").sum()),
         "chosen_val_dice": {key: round(float(value), 4) for key, value in chosen.items()},
         "seed_std_val_dice": {
-            key: round(float(value), 4) for key, value in students.groupby("notation")["val_dice"].std().items()
+            key: round(float(value), 4)
+            for key, value in students.groupby("notation")["val_dice"].std().dropna().items()  # one seed has none
         },
     }
 
