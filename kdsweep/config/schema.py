@@ -147,6 +147,7 @@ class NetworkNode(Node):
     decoder_channels: Widths
     weights: Text = Field(description="imagenet, none, or the name of a file")
     imagenet: Text | None = None
+    imagenet_package: Text | None = None
 
 
 class TeacherNode(NetworkNode):

@@ -20,6 +20,8 @@ from kdsweep.data.sources import Entry, Source, listing
 
 log = logging.getLogger(__name__)
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the pixels that networks are given, from 0 to 1, by channel
+IMAGENET_STD = (0.229, 0.224, 0.225)
 DIM = 16  # of 255: the peak of 12-bit data in 16 bits
 TAKE_EMPTY = "data.allow_empty_masks=true"
 

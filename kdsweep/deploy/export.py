@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from kdsweep.core.errors import InputError, exit_code, one_line
 from kdsweep.core.files import write_bytes
 from kdsweep.data import phantom, run_data
-from kdsweep.data.views import IMAGENET_MEAN, IMAGENET_STD, normalize
+from kdsweep.data.images import IMAGENET_MEAN, IMAGENET_STD
+from kdsweep.data.views import normalize
 from kdsweep.deploy import predict
 from kdsweep.deploy.predict import Model
 from kdsweep.evaluation import latency, metrics

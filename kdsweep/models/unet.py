@@ -10,6 +10,7 @@ import sys
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
@@ -20,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdsweep.config.schema import STAGES
 from kdsweep.core.errors import InputError
-from kdsweep.models.weights import HUB, imagenet_file, load_weights
+from kdsweep.data.images import IMAGENET_MEAN, IMAGENET_STD
+from kdsweep.models.weights import IMAGENET, imagenet_file, load_weights
 
 DEPTH = 5  # stages of the encoder, and of the decoder
 HIDDEN = f"encoder.{DEPTH}"
@@ -82,14 +84,69 @@ smp.encoders.encoders["mobilenetv3_small_trimmed"] = {
 }
 
 
+class TrimmedEfficientNetLite0(nn.Module, EncoderMixin):
+    """EfficientNet-Lite0 with one block each of its stages 4 and 5 and without the one behind: 0.58 M parameters.
+
+    A Student whose ImageNet weights come with a package (the extra ``weights``). Every kept tensor has timm's name and
+    shape. Its convolutions pad as TensorFlow's do, like those of the Teacher ``efficientnet_lite2``.
+    """
+
+    classifier = "tf_efficientnet_lite0"
+    removed_prefixes = ("blocks.4.1.", "blocks.4.2.", "blocks.5.1.", "blocks.5.2.", "blocks.5.3.", "blocks.6.")
+
+    def __init__(self, depth: int = 5, output_stride: int = 32, **_: object) -> None:
+        super().__init__()
+        if depth != 5 or output_stride != 32:
+            raise ValueError(f"the trimmed encoder has depth 5 and stride 32, got {depth} and {output_stride}")
+        full = timm.create_model(self.classifier, pretrained=False)
+        self.conv_stem, self.bn1, self.blocks = full.conv_stem, full.bn1, full.blocks[:6]
+        self.blocks[4], self.blocks[5] = self.blocks[4][:1], self.blocks[5][:1]
+        self._depth, self._in_channels, self._output_stride = 5, 3, 32
+        self._out_channels = [3, 16, 24, 40, 112, 192]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the feature maps at strides 1, 2, 4, 8, 16 and 32 of images (N, 3, H, W)."""
+        stride_2 = self.blocks[0](self.bn1(self.conv_stem(images)))
+        stride_4 = self.blocks[1](stride_2)
+        stride_8 = self.blocks[2](stride_4)
+        stride_16 = self.blocks[4](self.blocks[3](stride_8))
+        return [images, stride_2, stride_4, stride_8, stride_16, self.blocks[5](stride_16)]
+
+
+smp.encoders.encoders["efficientnet_lite0_small"] = {
+    "encoder": TrimmedEfficientNetLite0,
+    "params": {},
+    "pretrained_settings": {},
+}
+
+
 class UNet(smp.Unet):
-    """smp's U-Net with one logit per pixel; its state dict is that of ``smp.Unet`` with the same arguments."""
+    """smp's U-Net with one logit per pixel; its state dict is that of ``smp.Unet`` with the same arguments.
+
+    Images come normalized as for ImageNet. An encoder whose ImageNet weights have seen other statistics (mean 0.5,
+    deviation 0.5 of pixels from 0 to 1: EfficientNet-Lite) gets them in these.
+
+    Attributes:
+        classifier: timm's name of the network that the encoder was cut from, where it may be needed; else empty.
+    """
+
+    def __init__(self, encoder_name: str, **options: Any) -> None:
+        super().__init__(encoder_name, **options)
+        lite = encoder_name.startswith("tu-tf_efficientnet_lite")
+        found = encoder_name.removeprefix("tu-") if lite else getattr(self.encoder, "classifier", "")
+        self.classifier = str(found)
+        if self.classifier:
+            mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+            self.register_buffer("input_scale", 2 * std, persistent=False)
+            self.register_buffer("input_shift", 2 * mean - 1, persistent=False)
 
     def forward(self, images: Tensor, stages: Collection[str] = (HIDDEN, "logits")) -> Outputs:
         """Return the maps of normalized images (N, 3, H, W), H and W multiples of 32, at these stages.
 
         It runs no further than the last of them, and keeps no others.
         """
+        if self.classifier:
+            images = images * self.input_scale + self.input_shift
         last = max(STAGES.index(stage) for stage in stages)
         features = self._encode(images, depth=min(last + 1, DEPTH))
         found = {f"encoder.{number}": features[number] for number in range(1, len(features))}
@@ -124,7 +181,7 @@ def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) 
     Args:
         encoder: a name known to smp, or ``mobilenetv3_small_trimmed``.
         decoder_channels: output channels of the five decoder blocks, deepest first.
-        weights: ``none``, a file (see ``load_weights``), or ``hub:REPOSITORY@REVISION`` of ImageNet weights.
+        weights: ``none``, a file (see ``load_weights``), or ``imagenet:`` and a source (see ``imagenet_file``).
         seed: of the random initialization.
 
     Raises:
@@ -135,8 +192,8 @@ def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = UNet(encoder, encoder_weights=None, decoder_channels=decoder_channels, in_channels=3, classes=1)
-    if weights.startswith(HUB):
-        load_weights(network, imagenet_file(weights.removeprefix(HUB)), label=f"ImageNet weights of {encoder}")
+    if weights.startswith(IMAGENET):
+        load_weights(network, imagenet_file(weights.removeprefix(IMAGENET)), label=f"ImageNet weights of {encoder}")
     elif weights != "none":
         load_weights(network, Path(weights), label=f"weights={weights}")
     return network

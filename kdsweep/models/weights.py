@@ -1,4 +1,4 @@
-"""Weights of networks: ImageNet's from the hub, or a file; read without running code."""
+"""Weights of networks: ImageNet's from an installed package or the hub, or a file; read without running code."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import timm
 import torch
 from torch import Tensor, nn
 
+from kdsweep.config.identity import INSTALL, PACKAGE, package_file
 from kdsweep.core.errors import InputError
+from kdsweep.core.files import file_digest
 
 if TYPE_CHECKING:
     from kdsweep.models.unet import UNet
@@ -18,14 +21,34 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Parts of a classification network outside its encoder; ignored when a whole classifier's weights are offered.
-CLASSIFIER_PREFIXES = ("fc.", "classifier.", "conv_head.", "norm_head.", "last_linear.")
+CLASSIFIER_PREFIXES = ("fc.", "classifier.", "conv_head.", "norm_head.", "last_linear.", "bn2.")
 
 
-HUB = "hub:"  # leads the name of weights on the Hugging Face hub
+IMAGENET = "imagenet:"  # leads the name of a source of ImageNet weights
 
 
 def imagenet_file(source: str) -> Path:
-    """Return the file of an encoder's ImageNet weights, from the local cache or from the Hugging Face hub.
+    """Return the file of an encoder's ImageNet weights: of an installed package, of the local cache, or of the hub.
+
+    Args:
+        source: ``package:PACKAGE/FILE-DIGEST.pth``, with the first digits of the file's SHA-256, or
+            ``REPOSITORY@REVISION`` on the Hugging Face hub.
+
+    Raises:
+        InputError: it is damaged, or could not be fetched.
+    """
+    if source.startswith(PACKAGE):
+        file = package_file(source)
+        digest = file.stem.rpartition("-")[2] if file is not None else ""
+        if file is None or not file_digest(file).startswith(digest):
+            raise InputError(f"weights=imagenet: {source} is missing or damaged; {INSTALL}")
+        log.info("ImageNet weights: of the installed package %s", source.removeprefix(PACKAGE).partition("/")[0])
+        return file
+    return _hub_file(source)
+
+
+def _hub_file(source: str) -> Path:
+    """Return a file of the hub, from the local cache or fetched.
 
     Args:
         source: ``REPOSITORY@REVISION``.
@@ -39,7 +62,9 @@ def imagenet_file(source: str) -> Path:
     repository, _, revision = source.partition("@")
     where = {"repo_id": repository, "filename": "model.safetensors", "revision": revision}
     try:
-        return Path(huggingface_hub.hf_hub_download(**where, local_files_only=True))
+        found = Path(huggingface_hub.hf_hub_download(**where, local_files_only=True))
+        log.info("ImageNet weights: %s of the local cache", repository)
+        return found
     except LocalEntryNotFoundError:
         log.info("fetching ImageNet weights from the hub: %s", repository)
     huggingface_hub.logging.set_verbosity_error()  # our one line stands for its messages about retries
@@ -56,6 +81,8 @@ def imagenet_file(source: str) -> Path:
 def load_weights(network: UNet, file: Path, *, label: str) -> None:
     """Load a whole network's state, or the ImageNet classifier that its encoder was cut from.
 
+    A classifier with other names for the same tensors in the same order, as the packages have them, is taken by order.
+
     Raises:
         InputError: the file cannot be read, or does not belong to this network.
     """
@@ -64,6 +91,7 @@ def load_weights(network: UNet, file: Path, *, label: str) -> None:
         target: nn.Module = network
     else:
         target = network.encoder
+        state = _renamed(state, network)
         ignored = CLASSIFIER_PREFIXES + tuple(getattr(network.encoder, "removed_prefixes", ()))
         state = {key: value for key, value in state.items() if not key.startswith(ignored)}
     wrong = _mismatches(own=target.state_dict(), offered=state)
@@ -73,6 +101,20 @@ def load_weights(network: UNet, file: Path, *, label: str) -> None:
             f" ({len(wrong)} such tensors); give weights of that encoder, or weights=none"
         )
     nn.Module.load_state_dict(target, state, strict=False)
+
+
+def _renamed(state: dict[str, Tensor], network: UNet) -> dict[str, Tensor]:
+    """Return a classifier's tensors under the names of the encoder's: timm's, which smp puts below ``model.``."""
+    if not network.classifier:
+        return state
+    if "_conv_stem.weight" in state:
+        with torch.device("meta"):
+            own = timm.create_model(network.classifier, pretrained=False).state_dict()
+        if [tuple(value.shape) for value in own.values()] == [tuple(value.shape) for value in state.values()]:
+            state = dict(zip(own, state.values(), strict=True))
+    kept = {key: value for key, value in state.items() if not key.startswith(CLASSIFIER_PREFIXES)}
+    is_wrapped = "model.conv_stem.weight" in network.encoder.state_dict()
+    return {f"model.{key}": value for key, value in kept.items()} if is_wrapped else kept
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from kdsweep.distill.distillation import Distillation, TeacherForward, Term, Vie
 from kdsweep.distill.paths import KDPath
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs, UNet
-from kdsweep.models.weights import HUB
+from kdsweep.models.weights import IMAGENET
 from kdsweep.training.learner import Learner
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _new_network(node: DictConfig, *, seed: int, weights: str | None) -> UNet:
 
 
 def _weights(node: DictConfig) -> str:
-    return HUB + identity.imagenet(node) if node.weights == "imagenet" else str(node.weights)
+    return IMAGENET + identity.imagenet(node) if node.weights == "imagenet" else str(node.weights)
 
 
 def check_networks(cfg: DictConfig) -> None:

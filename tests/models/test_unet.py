@@ -443,7 +443,7 @@ def install(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> Hub:
 
 def test_cached_imagenet_weights_need_no_network(monkeypatch: pytest.MonkeyPatch, student_file: Path) -> None:
     hub = install(monkeypatch, Hub(cached=student_file))
-    network = build("mobilenetv3_small_trimmed", weights=f"hub:{MOBILENET}@main")
+    network = build("mobilenetv3_small_trimmed", weights=f"imagenet:{MOBILENET}@main")
     assert torch.equal(network.encoder.conv_stem.weight, mobilenet_state()["conv_stem.weight"])
     assert hub.asked == [(MOBILENET, "model.safetensors", True)]
 
@@ -453,7 +453,7 @@ def test_imagenet_weights_are_fetched_once_the_cache_has_none(
 ) -> None:
     hub = install(monkeypatch, Hub(online=student_file))
     with caplog.at_level(logging.INFO, logger="kdsweep"):
-        network = build("mobilenetv3_small_trimmed", weights=f"hub:{MOBILENET}@main")
+        network = build("mobilenetv3_small_trimmed", weights=f"imagenet:{MOBILENET}@main")
     assert torch.equal(network.encoder.conv_stem.weight, mobilenet_state()["conv_stem.weight"])
     assert [local for _, _, local in hub.asked] == [True, False]
     assert MOBILENET in caplog.text

