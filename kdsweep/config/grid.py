@@ -28,6 +28,7 @@ RESULTS_VERSION = 1
 FACTORS = ("cell", "method", "path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
 LOCAL = ("device", "retry_failed", "stats", "store", "sweep_name", "tracking", "train.workers")
 SOURCES = ("data.root", "data.source.root", "data.source.cache_dir", "weights")
+UNSET = ("None", "null", "")
 NEUTRAL = (*LOCAL, *SOURCES)
 NAMES = (
     "method",
@@ -137,7 +138,10 @@ def unused(role: str, params: Mapping[str, Any]) -> tuple[str, ...]:
     if role == "baseline":
         return ("method", "path", "loss", "teacher_aug", "teacher", "kd")
     if role == "teacher":
-        return ("method", "path", "loss", "teacher_aug", "student", "kd", "train.lr", "train.monitor", "seed")
+        # The recipe is that of train where the Teacher has none of its own.
+        has_own = [key for key in ("supervised", "schedule") if str(params.get(f"teacher.{key}")) not in UNSET]
+        of_student = ("method", "path", "loss", "teacher_aug", "student", "kd", "train.lr", "train.monitor", "seed")
+        return (*of_student, *(f"train.{key}" for key in has_own))
     idle = ["kd.align"] if params.get("teacher_aug.distill_view") == "strong" else []  # nothing to align
     if params.get("kd.weight") != "matched":
         idle.append("kd.ratio")

@@ -87,6 +87,7 @@ def cell(cfg: Config) -> Cell:
     student = given.student
     evidence, sources = evidence | _weights_evidence("student", student), sources | _weights_source("student", student)
     own = {**common, "network": _network(student), "lr": given.train.lr, "monitor": given.train.monitor}
+    own |= _recipe(given.train.supervised, given.train.schedule)
     if not given.is_taught:
         return _cell(given, "baseline", given.path.notation, own, evidence, sources)
     master, view = teacher_cell(given), given.teacher_aug.distill_view
@@ -138,6 +139,7 @@ def teacher_cell(cfg: Config) -> Cell:
     teacher, view = given.teacher, given.teacher_aug.train_view
     common["train"] |= {"epochs": given.teacher_epochs}
     own = {**common, "network": _network(teacher), "lr": teacher.lr, "train_view": view}
+    own |= _recipe(*given.teacher_recipe)
     if teacher.monitor != "loss":  # the default, without which Teachers were known before there was a choice
         own["monitor"] = teacher.monitor
     evidence, sources = evidence | _weights_evidence("teacher", teacher), sources | _weights_source("teacher", teacher)
@@ -207,6 +209,12 @@ def _common(given: Settings) -> tuple[dict[str, Any], dict[str, str], dict[str, 
             evidence["groups"] = grid.digest(groups)
         typed["split"] = given.split.in_words()
     return settings, evidence, typed
+
+
+def _recipe(supervised: str, schedule: str) -> dict[str, str]:
+    """Return what differs from the recipe that all trainings had before there was a choice."""
+    own = {"supervised": supervised, "schedule": schedule}
+    return {key: value for key, value in own.items() if value not in ("bce", "constant")}
 
 
 def _chosen_since(given: Settings) -> list[str]:

@@ -157,6 +157,8 @@ class TeacherNode(NetworkNode):
     lr: Positive
     monitor: Monitor = Field("loss", description="loss or dice")
     epochs: Count | None = Field(None, description="null or a whole number >= 1")
+    supervised: Literal["bce", "bce_dice"] | None = Field(None, description="null, bce or bce_dice")
+    schedule: Literal["constant", "cosine", "poly"] | None = Field(None, description="null, constant, cosine or poly")
 
 
 class TrainNode(Node):
@@ -167,6 +169,8 @@ class TrainNode(Node):
     lr: Positive
     patience: Count
     monitor: Monitor = Field(description="loss or dice")
+    supervised: Literal["bce", "bce_dice"] = Field("bce", description="bce or bce_dice")
+    schedule: Literal["constant", "cosine", "poly"] = Field("constant", description="constant, cosine or poly")
     last_batch: Literal["smaller", "drop", "fill"] = Field("smaller", description="smaller, drop or fill")
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(description="auto or a whole number >= 0")
 
@@ -287,6 +291,11 @@ class Settings(Node):
     def teacher_epochs(self) -> int:
         """Return the most epochs that the Teacher is trained."""
         return self.teacher.epochs or self.train.epochs
+
+    @property
+    def teacher_recipe(self) -> tuple[str, str]:
+        """Return the supervised loss and the schedule of the Teacher's training: its own, or those of all networks."""
+        return self.teacher.supervised or self.train.supervised, self.teacher.schedule or self.train.schedule
 
     @property
     def is_taught(self) -> bool:

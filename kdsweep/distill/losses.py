@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from segmentation_models_pytorch.losses import BINARY_MODE, DiceLoss
 from torch import Tensor
+
+DICE = DiceLoss(BINARY_MODE, from_logits=True)
 
 
 def cross_entropy(*, logits: Tensor, mask: Tensor) -> Tensor:
@@ -22,6 +25,20 @@ def cross_entropy(*, logits: Tensor, mask: Tensor) -> Tensor:
         mask: (N, 1, H, W), ground truth in {0, 1}.
     """
     return F.binary_cross_entropy_with_logits(logits.float(), mask.float())
+
+
+def cross_entropy_and_dice(*, logits: Tensor, mask: Tensor) -> Tensor:
+    """Pixel-wise binary cross-entropy plus 1 - the soft Dice of the batch's pixels together.
+
+    2 sum(s(z) y) / (sum(s(z)) + sum(y)) with s the logistic function. Source of the sum: Isensee et al., nnU-Net,
+    Nature Methods 18, 2021.
+
+    Args:
+        logits: (N, 1, H, W), one per pixel, before activation.
+        mask: (N, 1, H, W), ground truth in {0, 1}.
+    """
+    dice: Tensor = DICE(logits.float(), mask.float())
+    return cross_entropy(logits=logits, mask=mask) + dice
 
 
 def mse(*, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:

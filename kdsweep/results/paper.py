@@ -42,6 +42,8 @@ PROTOCOL = {
     "train.patience": "50",
     "train.batch_size": "64",
     "train.lr": "0.0001",
+    "train.supervised": "bce",
+    "train.schedule": "constant",
     "teacher.lr": "0.0001",
 }
 

@@ -26,6 +26,7 @@ from kdsweep.core.errors import InputError, exit_code, one_line
 from kdsweep.data.loaders import Feed, TrainLoader, affordable_workers, eval_part
 from kdsweep.data.splits import check_training_masks
 from kdsweep.data.views import Strengths, Views
+from kdsweep.distill import losses
 from kdsweep.distill.distillation import Distillation, TeacherForward, Term, ViewPair
 from kdsweep.distill.paths import KDPath
 from kdsweep.models import unet
@@ -34,6 +35,8 @@ from kdsweep.models.weights import IMAGENET
 from kdsweep.training.learner import Learner
 
 log = logging.getLogger(__name__)
+
+SUPERVISED = {"bce": losses.cross_entropy, "bce_dice": losses.cross_entropy_and_dice}
 
 
 def device(cfg: DictConfig) -> torch.device:
@@ -254,6 +257,7 @@ def _kd_path(cfg: DictConfig, node: DictConfig) -> KDPath:
 
 def learner(cfg: DictConfig, own: Cell) -> Learner:
     """The configuration's Student in training."""
+    given = identity.read(cfg)
     return Learner(
         title=own.title,
         role=own.role,
@@ -261,6 +265,8 @@ def learner(cfg: DictConfig, own: Cell) -> Learner:
         view="strong",
         distillation=distillation(cfg, teacher=own.evidence.get("teacher", "")),
         lr=cfg.train.lr,
+        supervised=SUPERVISED[given.train.supervised],
+        schedule=given.train.schedule,
         epochs=cfg.train.epochs,
         patience=cfg.train.patience,
         folder=own.folder,
@@ -273,6 +279,7 @@ def learner(cfg: DictConfig, own: Cell) -> Learner:
 def teacher_learner(cfg: DictConfig, own: Cell) -> Learner:
     """The configuration's Teacher in training, on the view that ``teacher_aug.train_view`` names."""
     given = identity.read(cfg)
+    supervised, schedule = given.teacher_recipe
     return Learner(
         title=own.title,
         role=own.role,
@@ -280,6 +287,8 @@ def teacher_learner(cfg: DictConfig, own: Cell) -> Learner:
         view=cfg.teacher_aug.train_view,
         distillation=None,
         lr=cfg.teacher.lr,
+        supervised=SUPERVISED[supervised],
+        schedule=schedule,
         epochs=given.teacher_epochs,
         patience=cfg.train.patience,
         folder=own.folder,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,15 @@ from kdsweep.models.unet import Outputs, UNet
 from kdsweep.runs import checkpoint, records
 
 log = logging.getLogger(__name__)
+
+
+# By name what the learning rate is multiplied by, of the share of all steps that lies behind. Sources: Loshchilov and
+# Hutter, SGDR, ICLR 2017 (cosine); Chen et al., DeepLab, TPAMI 40, 2018 (poly, power 0.9).
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda _: 1.0,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "poly": lambda progress: (1 - progress) ** 0.9,
+}
 
 
 class DivergedError(CellError):
@@ -90,11 +99,13 @@ class Learner:
         network: trained in place.
         view: the view that it sees in training, ``weak`` or ``strong``.
         distillation: None for a network that learns from the masks alone.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate, at the start.
         epochs: the maximum.
         patience: epochs without improvement of the monitored value after which it stops.
         folder: of its files.
         fused: have Adam step all parameters in few kernels: for CUDA, where it matters.
+        supervised: the loss of logits and mask.
+        schedule: how the rate falls to 0 in the course of ``epochs``, see SCHEDULES.
         monitor: the validation value that decides the best epoch: ``loss`` (KD term included) or ``dice``.
         nsd_tolerance_px: of the normalized surface Dice of its test images.
         best_loss: lowest monitored value so far, which is 1 - Dice for ``dice``.
@@ -125,6 +136,8 @@ class Learner:
     patience: int
     folder: Path
     fused: bool = False
+    supervised: Callable[..., Tensor] = losses.cross_entropy
+    schedule: str = "constant"
     monitor: str = "loss"
     nsd_tolerance_px: float = 2.0
     best_loss: float = math.inf
@@ -203,13 +216,18 @@ class Learner:
     def terms(self, outputs: Outputs, taught: Outputs | None, views: ViewPair) -> dict[str, Tensor]:
         """Return the loss terms of one batch and their weighted sum ``loss`` (PAPER, Eq. I)."""
         self.doing = "supervised term"
-        supervised = losses.cross_entropy(logits=outputs.logits, mask=views.student_mask)
+        supervised = self.supervised(logits=outputs.logits, mask=views.student_mask)
         if self.distillation is None or taught is None:
             return {"loss": supervised, "supervised": supervised}
         self.doing = "kd term"
         found = self.distillation.values(student=outputs, teacher=taught, views=views)
         weight = self.kd_weight
         return {"loss": weight * found["kd"] + (1 - weight) * supervised, **found, "supervised": supervised}
+
+    def set_rate(self, progress: float) -> None:
+        """Set the learning rate of the next step, which depends on the share of all steps that lies behind alone."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * SCHEDULES[self.schedule](progress)
 
     def backward(self, terms: dict[str, Tensor]) -> None:
         """Compute the gradients of a batch; in an epoch's first step, measure how strongly the KD term acts.

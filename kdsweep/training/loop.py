@@ -252,6 +252,7 @@ def train_epoch(
                 # Neither the other learners nor an interruption may change what a loss or network draws.
                 torch.manual_seed(feed.train.step_seed(epoch, number))
                 start_s = time.perf_counter()
+                learner.set_rate((epoch + number / len(feed.train)) / learner.epochs)
                 _step(learner, on_device, images, teacher_outputs, compute)
                 learner.spent_s += time.perf_counter() - start_s
                 if learner.distillation is not None:

@@ -61,6 +61,15 @@ def test_cross_entropy_by_hand() -> None:
     assert losses.cross_entropy(logits=logits, mask=mask).item() == pytest.approx(sum(terms) / 4, rel=1e-6)
 
 
+def test_cross_entropy_and_dice_by_hand() -> None:
+    """Logits of 0 and of +-log 3 are probabilities of 1/2, 3/4 and 1/4."""
+    logits = row(0.0, math.log(3), -math.log(3), math.log(3))
+    mask = row(1, 1, 0, 0)
+    dice = 2 * (0.5 + 0.75) / ((0.5 + 0.75 + 0.25 + 0.75) + 2)
+    found = losses.cross_entropy_and_dice(logits=logits, mask=mask)
+    assert float(found - losses.cross_entropy(logits=logits, mask=mask)) == pytest.approx(1 - dice, abs=1e-6)
+
+
 def test_mse_by_hand_is_the_mean_over_channels_and_valid_pixels() -> None:
     student = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])  # two channels, two pixels
     teacher = torch.tensor([[[[0.0, 2.0]], [[1.0, 7.0]]]])

@@ -1,12 +1,13 @@
 """The loop: a group equals its members alone, Teachers stay frozen, early stopping and divergence."""
 
+import itertools
 import math
 
 import pandas as pd
 import pytest
 import torch
 
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, grid, identity
 from kdsweep.core.device import Compute, placed
 from kdsweep.core.errors import DeviceError, InputError
 from kdsweep.core.files import write_json
@@ -586,3 +587,72 @@ def test_no_step_makes_the_host_wait_for_the_device(compose, tmp_path):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [learner.failure for learner in group] == [None] * 4
+
+
+# ---- the recipe ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "poly"])
+def test_the_learning_rate_falls_as_pytorchs_own_schedules_have_it(compose, tmp_path, schedule, monkeypatch):
+    """At the start of each epoch; within an epoch it goes on falling, step by step."""
+    cfg = compose("path=none", "train.epochs=4", "train.patience=9", f"train.schedule={schedule}", "train.lr=0.01")
+    learner, feed, rates = make_learner(cfg, tmp_path), feed_of(cfg), []
+    step = learner.optimizer.step
+    monkeypatch.setattr(
+        learner.optimizer, "step", lambda: (rates.append(learner.optimizer.param_groups[0]["lr"]), step())
+    )
+    loop.fit([learner], teachers={}, feed=feed, compute=CPU)
+    other = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    wanted = {
+        "constant": lambda: torch.optim.lr_scheduler.ConstantLR(other, factor=1.0),
+        "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(other, T_max=4),
+        "poly": lambda: torch.optim.lr_scheduler.PolynomialLR(other, total_iters=4, power=0.9),
+    }[schedule]()
+    starts = []
+    for _ in range(4):
+        starts.append(other.param_groups[0]["lr"])
+        other.step()
+        wanted.step()
+    per_epoch = len(feed.train)
+    assert rates[::per_epoch] == pytest.approx(starts)
+    falls = [later < earlier for earlier, later in itertools.pairwise(rates)]
+    assert set(falls) == {schedule != "constant"}
+
+
+def test_a_schedule_goes_on_where_it_was_interrupted(compose, tmp_path):
+    cfg = compose(
+        "path=none", "train.epochs=3", "train.patience=9", "train.schedule=cosine", "train.supervised=bce_dice"
+    )
+    whole, first, second = (make_learner(cfg, tmp_path / name) for name in ("whole", "parts", "parts"))
+    loop.fit([whole], teachers={}, feed=feed_of(cfg), compute=CPU)
+
+    def stop(epochs):
+        if epochs == 2:
+            raise InterruptedError
+        return []
+
+    with pytest.raises(InterruptedError):
+        loop.fit([first], teachers={}, feed=feed_of(cfg), compute=CPU, prune=stop)
+    first.whole = True
+    first.save()
+    loop._begin(second, CPU)
+    loop.fit([second], teachers={}, feed=feed_of(cfg), compute=CPU)
+    assert_same(state_of(whole), state_of(second))
+
+
+def test_a_recipe_is_the_students_and_unless_it_has_its_own_the_teachers(compose):
+    plain, tuned = compose("path=L"), compose("path=L", "train.schedule=cosine", "train.supervised=bce_dice")
+    teacher, student = identity.teacher_cell(tuned), identity.cell(tuned)
+    assert {key: student.settings[key] for key in ("schedule", "supervised")} == {
+        "schedule": "cosine", "supervised": "bce_dice",
+    }  # fmt: skip
+    assert {"schedule", "supervised"} <= teacher.settings.keys()
+    assert not {"schedule", "supervised"} & identity.cell(plain).settings.keys()  # fingerprints from before stay
+    own = compose("path=L", "train.schedule=cosine", "teacher.schedule=constant", "teacher.supervised=bce")
+    assert identity.teacher_cell(own).fingerprint == identity.teacher_cell(plain).fingerprint
+    assert identity.cell(own).fingerprint != identity.cell(plain).fingerprint
+    learner = factory.teacher_learner(own, identity.teacher_cell(own))
+    assert (learner.schedule, factory.learner(own, identity.cell(own)).schedule) == ("constant", "cosine")
+    swept = {"train.schedule": "cosine"}
+    assert grid.used_by("teacher", swept, identity.params(tuned)) == swept
+    assert grid.used_by("teacher", swept, identity.params(own)) == {}
