@@ -180,8 +180,8 @@ MUTANTS = [
     Mutant(
         "the last partial batch is lost",
         "data/loaders.py",
-        "return -(-len(self.indices) // self.batch_size)",
-        "return len(self.indices) // self.batch_size",
+        'return whole + (left > 0 and self.last_batch != "drop")',
+        "return whole",
         "tests/data",
     ),
     Mutant("masks above 127 to above 128", "data/images.py", "> 127", "> 128", "tests/data"),
