@@ -28,7 +28,7 @@ RESULTS_VERSION = 1
 FACTORS = ("cell", "method", "path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
 LOCAL = ("device", "retry_failed", "stats", "store", "sweep_name", "tracking", "train.workers")
 SOURCES = ("data.root", "data.source.root", "data.source.cache_dir", "weights")
-UNSET = ("None", "null", "")
+UNSET = ("None", "null", "")  # a key without a value, as values and as MLflow keep it
 NEUTRAL = (*LOCAL, *SOURCES)
 NAMES = (
     "method",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,9 +43,15 @@ def imagenet_file(source: str) -> Path:
         digest = file.stem.rpartition("-")[2] if file is not None else ""
         if file is None or not file_digest(file).startswith(digest):
             raise InputError(f"weights=imagenet: {source} is missing or damaged; {INSTALL}")
-        log.info("ImageNet weights: of the installed package %s", source.removeprefix(PACKAGE).partition("/")[0])
+        _tell(f"of the installed package {source.removeprefix(PACKAGE).partition('/')[0]}")
         return file
     return _hub_file(source)
+
+
+@cache
+def _tell(where: str) -> None:
+    """Say once where ImageNet weights are from, however many networks begin with them."""
+    log.info("ImageNet weights: %s", where)
 
 
 def _hub_file(source: str) -> Path:
@@ -63,7 +70,7 @@ def _hub_file(source: str) -> Path:
     where = {"repo_id": repository, "filename": "model.safetensors", "revision": revision}
     try:
         found = Path(huggingface_hub.hf_hub_download(**where, local_files_only=True))
-        log.info("ImageNet weights: %s of the local cache", repository)
+        _tell(f"{repository} of the local cache")
         return found
     except LocalEntryNotFoundError:
         log.info("fetching ImageNet weights from the hub: %s", repository)

