@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from servers import free_port, postgres, serving, slurm, until
-from small import TEACHER
+from small import STUDENT, TEACHER
 from test_slurm import OPTIONS
 from test_sync import runs_of
 
@@ -20,7 +20,7 @@ from kdsweep.runs import records
 from kdsweep.sweep.engines import queue
 from kdsweep.tracking import writer
 
-SMALL = ["profile=quick", "data=busi", "train.batch_size=8", "train.patience=40", "device=cpu", *TEACHER]
+SMALL = ["profile=quick", "data=busi", "train.batch_size=8", "train.patience=40", "device=cpu", *TEACHER, *STUDENT]
 SWEEP = ["path=none,L", "loss=kld", "split=s0,s1"]
 
 

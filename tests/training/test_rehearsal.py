@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from omegaconf import OmegaConf
-from small import TEACHER
+from small import STUDENT, TEACHER
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +38,7 @@ CELLS = [
 
 
 WITH_STUDENT = [CELLS[5], CELLS[-1]]  # the others have a Student of a tenth of the operations
-SMALL = ["student.encoder=tu-test_byobnet", "student.decoder_channels=[16,8,8,4,4]", "student.weights=none"]
+SMALL = [*STUDENT, "student.weights=none"]
 
 
 def gradients(root):
