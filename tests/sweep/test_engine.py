@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -83,11 +84,8 @@ def test_where_nobody_is_to_blame_all_fail_with_the_devices_error(make_unit):
 
 
 def test_the_search_is_set_before_anything_uses_the_device(monkeypatch):
-    monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
-    import os
-
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "0")  # and not at all after this test
     assert blocking(lambda _: os.environ["CUDA_LAUNCH_BLOCKING"], []) == "1"
-    monkeypatch.delenv("CUDA_LAUNCH_BLOCKING")
 
 
 class Process:

@@ -121,6 +121,9 @@ def on_device(module):
 class Epoch:
     """One batch, as a ``TrainLoader`` yields it."""
 
+    def __len__(self):
+        return 1
+
     def epoch(self, number, *, first=0):
         images = {view: torch.zeros(BATCH, SIZE, SIZE, 3, dtype=torch.uint8) for view in ("strong", "weak")}
         masks = {f"{view}_mask": torch.zeros(BATCH, SIZE, SIZE, dtype=torch.uint8) for view in images}
