@@ -220,11 +220,13 @@ def freeze(network: UNet) -> UNet:
 
 
 def in_bfloat16(network: UNet) -> UNet:
-    """Return a copy of a frozen network with the weights of its convolutions in bf16, as autocast rounds them.
+    """Return a frozen network with the weights of its convolutions in bf16, as autocast rounds them.
 
-    Under autocast it computes the same bits as the network itself; batch norms keep fp32, in which autocast uses them.
+    Under autocast it computes the same bits as the given one, with which it shares all other tensors: batch norms keep
+    fp32, in which autocast uses them.
     """
-    rounded = copy.deepcopy(network)
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    rounded = copy.deepcopy(network, shared)
     for module in rounded.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             for name, parameter in module.named_parameters(recurse=False):

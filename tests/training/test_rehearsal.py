@@ -89,12 +89,12 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        if name == "convolution":
+        if name in ("convolution", "conv2d"):  # the second in inference mode, where it is not taken apart before
             maps, weight = args[:2]
             self.types |= {maps.dtype, weight.dtype}
             if maps.shape[1] > 1 and maps.shape[2] > 1 and not maps.is_contiguous(memory_format=torch.channels_last):
                 self.layouts.append(tuple(maps.shape))
-        if name == "_to_copy":
+        if name in ("_to_copy", "to") and result is not args[0]:
             self.copied.append(args[0])
         if self.strict and name in ("_to_copy", "copy_"):
             ends = {own.device.type for own in (*args[:2], result) if isinstance(own, torch.Tensor)}
@@ -180,6 +180,9 @@ def rehearse(chosen, folder, precision):
     """Train a group for one step on CUDA, validate and predict; return its learners and what was watched."""
     teacher = factory.teacher_network(chosen[0])
     students = [(factory.student_network(cfg), factory.distillation(cfg, teacher="Teacher")) for cfg in chosen]
+    for _, kd in students:
+        if kd is not None:
+            kd.forward = kd.forward._replace(precision=precision)
     with no_device() as watch:
         compute = Compute(CUDA, precision)
         learners = [learner_of(*student, folder / str(number)) for number, student in enumerate(students)]
