@@ -668,11 +668,11 @@ MUTANTS = [
     Mutant(
         "cuda: backward passes run in TF32 whatever was asked for",
         "core/device.py",
-        '_allow_tf32(self.precision == "tf32")  #',
-        "_allow_tf32(True)  #",
+        '_allow_tf32(allowed=self.precision == "tf32")  #',
+        "_allow_tf32(allowed=True)  #",
         DEVICE,
     ),
-    Mutant("cuda: TF32 stays on after a forward", "core/device.py", "_allow_tf32(before)", "pass", DEVICE),
+    Mutant("cuda: TF32 stays on after a forward", "core/device.py", "_allow_tf32(allowed=before)", "pass", DEVICE),
     Mutant(
         "cuda: a lack of memory counts as a broken device",
         "core/device.py",

@@ -43,25 +43,25 @@ class Compute:
     def autocast(self, precision: str | None = None) -> Iterator[None]:
         """Open the context of every forward pass, in this or another precision."""
         wanted, before = precision or self.precision, torch.backends.cudnn.allow_tf32
-        _allow_tf32(wanted == "tf32")
+        _allow_tf32(allowed=wanted == "tf32")
         try:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=wanted == "bf16"):
                 yield
         finally:
-            _allow_tf32(before)
+            _allow_tf32(allowed=before)
 
     def prepare(self) -> None:
         """Set up the process, before anything else is computed."""
         keep_freed_memory()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # else what names no device, as a loader's thread, would open GPU 0 too
-        _allow_tf32(self.precision == "tf32")  # for backward passes, which run outside of autocast
+        _allow_tf32(allowed=self.precision == "tf32")  # for backward passes, which run outside of autocast
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
         torch.use_deterministic_algorithms(self.deterministic)
 
 
-def _allow_tf32(allowed: bool) -> None:  # noqa: FBT001  (the whole of what it is given)
+def _allow_tf32(*, allowed: bool) -> None:
     """Say whether CUDA may compute products of fp32 numbers in TF32, which cuDNN's convolutions do by default."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
 

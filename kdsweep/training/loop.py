@@ -358,15 +358,15 @@ def run(
 
     If Ctrl-C, SIGTERM or a lack of memory ends the training, the learners are saved first.
 
-    Raises:
-        DeviceError: the device failed. A fresh process can go on from the checkpoints.
-
     Args:
         learners: as for ``fit``.
         teachers: as for ``fit``.
         feed: as for ``fit``.
         compute: as for ``fit``.
         pruning: of trials, which are not tested: they are saved, and have the values of the validation alone.
+
+    Raises:
+        DeviceError: the device failed. A fresh process can go on from the checkpoints.
     """
     results: dict[Path, Values] = {}
     leaving = pruning.begin() if pruning is not None else None
