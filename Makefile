@@ -8,7 +8,7 @@ STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutants chaos bench gpu growth lint types table3 table4 table5 effects figure2 figures report ui trials clean
+.PHONY: help setup demo test mutants chaos bench gpu growth lint types table3 table4 table5 effects figure2 figures report model ui trials clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ figures: setup ## Draw all figures of the last sweep: contours, effects, learnin
 
 report: setup ## Write one HTML file on the last sweep: what was run, tables, effects, figures, every cell
 	@$(PY) -m kdsweep report $(ARGS)
+
+model: setup ## Export the best distilled Student of the last sweep as ONNX with its model card (STORE/model)
+	@$(PY) -m kdsweep export --run best --store $(STORE) --out $(STORE)/model/student.onnx
 
 ui: setup ## Open the MLflow UI on http://127.0.0.1:5000
 	@echo 'runs, the best first: http://127.0.0.1:5000/#/experiments/1/runs?searchFilter=tags.%60kdsweep.split%60%20%3D%20%220%22&orderByKey=metrics.%60test%2Fdice%60&orderByAsc=false&workflowType=machine_learning'

@@ -29,7 +29,9 @@ WORDS = {
     "report": ("kdsweep.results.report:main", "all of that as one HTML file"),
     "predict": ("kdsweep.deploy.predict:main", "masks of one's own images"),
     "export": ("kdsweep.deploy.export:main", "a trained network as one ONNX file"),
+    "quantize": ("kdsweep.deploy.quantize:main", "Students in 8-bit integers: Dice, size, latency before and after"),
     "score": ("kdsweep.deploy.score:main", "finished networks on another data set, without retraining"),
+    "publish": ("kdsweep.results.published:main", "runs and per-image scores as one file, of which tables can be made"),
     "audit": ("kdsweep.results.audit:main", "near-duplicates of a data set, as groups for its splits"),
     "models": ("kdsweep.training.factory:print_models", "parameters, MACs and hidden shapes of the networks"),
 }

@@ -99,8 +99,13 @@ class Cell:
     @cached_property
     def folder(self) -> Path:
         """Return the folder of its files, named by its fingerprint, so that the same command finds them again."""
-        parent = "teachers" if self.role == "teacher" else "cells"
-        return self.store / parent / f"{self.notation}-split{self.split}-seed{self.seed}-{self.fingerprint[:10]}"
+        return run_folder(self.store, vars(self) | {"fingerprint": self.fingerprint})
+
+
+def run_folder(store: Path, run: Mapping[Any, Any]) -> Path:
+    """Return the folder of a cell of which role, notation, split, seed and fingerprint are known."""
+    parent = "teachers" if run["role"] == "teacher" else "cells"
+    return store / parent / f"{run['notation']}-split{run['split']}-seed{run['seed']}-{run['fingerprint'][:10]}"
 
 
 def notation(compared: str, distill_view: str) -> str:

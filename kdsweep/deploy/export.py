@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from kdsweep.core.errors import InputError, exit_code, one_line
-from kdsweep.core.files import write_bytes
+from kdsweep.core.files import write_bytes, write_text
 from kdsweep.data import phantom, run_data
 from kdsweep.data.images import IMAGENET_MEAN, IMAGENET_STD
 from kdsweep.data.views import normalize
 from kdsweep.deploy import predict
+from kdsweep.deploy.card import card, card_file
 from kdsweep.deploy.predict import Model
 from kdsweep.evaluation import latency, metrics
 from kdsweep.models.unet import UNet
@@ -165,16 +166,24 @@ def check_inputs(model: Model, *, images: Path | None, store: Path, data_root: P
         return drawn
 
 
-def run_inputs(model: Model, *, store: Path, data_root: Path | None) -> Inputs:
-    """Return the images and masks that a run was tested on, as they were scored.
+def run_inputs(
+    model: Model, *, store: Path, data_root: Path | None, part: str = "test", count: int | None = None
+) -> Inputs:
+    """Return the images and masks of a part of a run's split, as they are scored: whole, resized, normalized.
+
+    Args:
+        model: the network of the run.
+        store: folder of the runs.
+        data_root: folder of the run's images, if they were moved.
+        part: ``train``, ``validation`` or ``test``.
+        count: at most so many, evenly chosen; None for all.
 
     Raises:
         InputError: the data set is not one of kdsweep's, is missing, or has changed.
     """
-    try:
-        ids = json.loads((model.folder / "split.json").read_text(encoding="utf-8"))["test"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{model.folder / 'split.json'} is damaged") from error
+    ids = records.read_split(model.folder)[part]
+    if count is not None and count < len(ids):
+        ids = [ids[number * len(ids) // count] for number in range(count)]
     params = json.loads((model.folder / records.CELL).read_text(encoding="utf-8"))["params"]
     with tempfile.TemporaryDirectory() as scratch:
         # Phantoms are drawn anew where the store has none: a folder that is no store stays as it is.
@@ -183,7 +192,7 @@ def run_inputs(model: Model, *, store: Path, data_root: Path | None) -> Inputs:
         found = list(run_data.scored(source, ids, image_size=model.image_size).values())
     masks = torch.from_numpy(np.stack([one.mask for one in found]))[:, None]
     images = [normalize(torch.from_numpy(one.image)[None]) for one in found]
-    return Inputs(f"the run's {len(images)} test images ({source.name})", images, masks)
+    return Inputs(f"the run's {len(images)} {part} images ({source.name})", images, masks)
 
 
 def folder_inputs(folder: Path, *, image_size: int) -> Inputs:
@@ -282,10 +291,12 @@ def make(model: Model, *, out: Path, inputs: Inputs) -> bytes:
     sys.stdout.write(compare_latency(session, network, inputs.images[0]) + "\n")
     try:
         write_bytes(out, content)
+        write_text(card_file(out), card(model, content, name=out.name))
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
     agree = f"probabilities differ from PyTorch's by at most {difference:.1e} on {inputs.where}"
-    sys.stdout.write(f"wrote {out} ({len(content) / 1e6:.1f} MB); {agree}, allowed {TOLERANCE:.0e}{scored}\n")
+    both = f"wrote {out} ({len(content) / 1e6:.1f} MB) and its card {card_file(out).name}"
+    sys.stdout.write(f"{both}; {agree}, allowed {TOLERANCE:.0e}{scored}\n")
     return content
 
 

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from kdsweep.config.grid import run_folder
 from kdsweep.core.device import Compute, find_device, placed, usable_precision
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_bytes, write_text
@@ -33,8 +34,10 @@ from kdsweep.data.images import read_gray_or_color, resize_image
 from kdsweep.data.views import normalize
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
+from kdsweep.results.stats import PLACE
 from kdsweep.runs import checkpoint, records
 
+BEST = "best"  # the name of a sweep's best distilled student
 THRESHOLD = 0.5  # a pixel is lesion if its probability is above: as in testing
 TAGS = ("notation", "split", "seed", "role", "fingerprint")
 CONTOUR = (0xFF, 0x17, 0x44)  # RGB; the red of predictions in figures
@@ -76,7 +79,8 @@ def find_folder(run: str, *, store: Path, uri: str | None) -> Path:
     """Return the folder of a run.
 
     Args:
-        run: the folder itself, ``NOTATION/splitK`` or ``NOTATION/splitK/seedS``, or the id of an MLflow run.
+        run: the folder itself, ``NOTATION/splitK`` or ``NOTATION/splitK/seedS``, the id of an MLflow run, ``best``
+            or ``best/SWEEP`` (see ``best_folder``).
         store: folder of the runs.
         uri: of the MLflow server or database, or None for the file in the store.
 
@@ -86,6 +90,8 @@ def find_folder(run: str, *, store: Path, uri: str | None) -> Path:
     for folder in (Path(run), store / "cells" / run, store / "teachers" / run):
         if (folder / records.CELL).is_file():
             return folder
+    if run.partition("/")[0] == BEST:
+        return best_folder(store=store, uri=uri, name=run.partition("/")[2] or None)
     if re.fullmatch(r"[0-9a-f]{32}", run):
         return _folder_of_id(run, store=store, uri=uri)
     if named := re.fullmatch(r"([^/]+)/split(\d+)(?:/seed(\d+))?", run):
@@ -94,8 +100,29 @@ def find_folder(run: str, *, store: Path, uri: str | None) -> Path:
         )
     raise InputError(
         f"--run {run}: no such folder with a {records.CELL}; give a run's folder, its name such as "
-        "HReg_KLD_WAug/split0, or the id of its MLflow run"
+        f"HReg_KLD_WAug/split0, the id of its MLflow run, or {BEST}"
     )
+
+
+def best_folder(*, store: Path, uri: str | None, name: str | None) -> Path:
+    """Return the folder of a sweep's best distilled student, judged by validation Dice alone.
+
+    First the cell with the highest mean over splits and seeds, then its best run. The sweep is by default the one last
+    asked for.
+
+    Raises:
+        InputError: there is no sweep, or no distilled student of it is finished.
+    """
+    from kdsweep.results import costs, tables  # with mlflow: seconds that names and folders need not wait for
+    from kdsweep.tracking import reader
+
+    whole = reader.read_sweep(store=store, uri=uri, name=name)
+    sweep, scores = tables.best_variant(whole, tables.table4(whole))
+    ranked = costs.whole_cells(scores)
+    if not ranked:
+        raise InputError(f"--run {BEST}: no distilled student of sweep {sweep.name} is finished on all its splits")
+    runs = sweep.runs[sweep.runs["notation"] == ranked[0]].sort_values(["val_dice", *PLACE], ascending=False)
+    return run_folder(store, runs.iloc[0].to_dict())
 
 
 def _folder_of_name(run: str, *, store: Path, stem: str) -> Path:
@@ -122,9 +149,7 @@ def _folder_of_id(run: str, *, store: Path, uri: str | None) -> Path:
         raise InputError(f"--run {run}: MLflow does not give it: {' '.join(str(error).split())[:300]}") from error
     if not {f"kdsweep.{key}" for key in TAGS} <= tags.keys():
         raise InputError(f"--run {run}: the MLflow run is not one of a Student, Teacher or distilled cell")
-    notation, split, seed, role, digest = (tags[f"kdsweep.{key}"] for key in TAGS)
-    kind = "teachers" if role == "teacher" else "cells"
-    folder = store / kind / f"{notation}-split{split}-seed{seed}-{digest[:10]}"
+    folder = run_folder(store, {key: tags[f"kdsweep.{key}"] for key in TAGS})
     if not (folder / records.CELL).is_file():
         raise InputError(f"--run {run}: its folder {folder} is not there; name the store that has it with --store")
     return folder
@@ -283,7 +308,9 @@ def make(model: Model, *, images: Path, out: Path, device: str) -> int:
 
 def parse_run(parser: argparse.ArgumentParser) -> None:
     """Add the options that name a run."""
-    parser.add_argument("--run", required=True, help="NOTATION/splitK as in the tables, a folder, or an MLflow run id")
+    parser.add_argument(
+        "--run", required=True, help="NOTATION/splitK as in the tables, a folder, an MLflow run id, or best"
+    )
     parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
     parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
 

@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from kdsweep.config import composition, identity
+from kdsweep.config.grid import run_folder
 from kdsweep.core.device import Compute, find_device, usable_precision
 from kdsweep.core.errors import InputError, exit_code, one_line
 from kdsweep.core.files import write_text
@@ -40,11 +41,7 @@ def finished_folders(sweep: Sweep, store: Path) -> dict[str, Path]:
         InputError: none is finished.
     """
     runs = sweep.runs[sweep.runs["status"] == "FINISHED"].drop_duplicates("run_id")
-    found = {}
-    for run in runs.to_dict("records"):
-        kind = "teachers" if run["role"] == "teacher" else "cells"
-        name = f"{run['notation']}-split{run['split']}-seed{run['seed']}-{run['fingerprint'][:10]}"
-        found[str(run["run_id"])] = store / kind / name
+    found = {str(run["run_id"]): run_folder(store, run) for run in runs.to_dict("records")}
     if not found:
         raise InputError(f"sweep {sweep.name} has no finished run yet; its command goes on")
     return found

@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import segmentation_models_pytorch as smp
-import timm
 import torch
-from segmentation_models_pytorch.encoders._base import EncoderMixin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdsweep.config.schema import STAGES
-from kdsweep.core.errors import InputError
 from kdsweep.data.images import IMAGENET_MEAN, IMAGENET_STD
+from kdsweep.models.encoders import DEPTH, check_encoder
 from kdsweep.models.weights import IMAGENET, imagenet_file, load_weights
 
-DEPTH = 5  # stages of the encoder, and of the decoder
 HIDDEN = f"encoder.{DEPTH}"
 
 
@@ -46,80 +43,6 @@ class Outputs(dict[str, Tensor]):
         return self[HIDDEN]
 
 
-class TrimmedMobileNetV3Small(nn.Module, EncoderMixin):
-    """MobileNetV3-small-100 without its last 1 x 1 convolution and without the last of its three stride-32 blocks.
-
-    The paper's Student has a "modified MobileNetV3-small-100" encoder and 0.82 M parameters in all; the stock U-Net
-    has 3.6 M, of which most sit in the stride-32 stage and the decoder it asks for. Every kept tensor has timm's name
-    and shape, so ImageNet weights load. timm's plain variant is taken because it pads symmetrically: its 7 x 7 cells
-    lie over the ResNeXt Teacher's, those of the ``tf_`` variant lie almost one cell beside them.
-    """
-
-    removed_prefixes = ("blocks.4.2.", "blocks.5.")
-
-    def __init__(self, depth: int = 5, output_stride: int = 32, **_: object) -> None:
-        super().__init__()
-        if depth != 5 or output_stride != 32:
-            raise ValueError(f"the trimmed encoder has depth 5 and stride 32, got {depth} and {output_stride}")
-        full = timm.create_model("mobilenetv3_small_100", pretrained=False)
-        full.prune_intermediate_layers([5], extra_blocks=True)
-        self.conv_stem, self.bn1, self.blocks = full.conv_stem, full.bn1, full.blocks
-        self.blocks[4] = self.blocks[4][:2]
-        self._depth, self._in_channels, self._output_stride = 5, 3, 32
-        self._out_channels = [3, 16, 16, 24, 48, 96]
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the feature maps at strides 1, 2, 4, 8, 16 and 32 of images (N, 3, H, W)."""
-        stem = self.bn1(self.conv_stem(images))
-        stride_4 = self.blocks[0](stem)
-        stride_8 = self.blocks[1](stride_4)
-        stride_16 = self.blocks[3](self.blocks[2](stride_8))
-        return [images, stem, stride_4, stride_8, stride_16, self.blocks[4](stride_16)]
-
-
-smp.encoders.encoders["mobilenetv3_small_trimmed"] = {
-    "encoder": TrimmedMobileNetV3Small,
-    "params": {},
-    "pretrained_settings": {},  # ImageNet weights are read by load_weights
-}
-
-
-class TrimmedEfficientNetLite0(nn.Module, EncoderMixin):
-    """EfficientNet-Lite0 with one block each of its stages 4 and 5 and without the one behind: 0.58 M parameters.
-
-    A Student whose ImageNet weights come with a package (the extra ``weights``). Every kept tensor has timm's name and
-    shape. Its convolutions pad as TensorFlow's do, like those of the Teacher ``efficientnet_lite2``.
-    """
-
-    classifier = "tf_efficientnet_lite0"
-    removed_prefixes = ("blocks.4.1.", "blocks.4.2.", "blocks.5.1.", "blocks.5.2.", "blocks.5.3.", "blocks.6.")
-
-    def __init__(self, depth: int = 5, output_stride: int = 32, **_: object) -> None:
-        super().__init__()
-        if depth != 5 or output_stride != 32:
-            raise ValueError(f"the trimmed encoder has depth 5 and stride 32, got {depth} and {output_stride}")
-        full = timm.create_model(self.classifier, pretrained=False)
-        self.conv_stem, self.bn1, self.blocks = full.conv_stem, full.bn1, full.blocks[:6]
-        self.blocks[4], self.blocks[5] = self.blocks[4][:1], self.blocks[5][:1]
-        self._depth, self._in_channels, self._output_stride = 5, 3, 32
-        self._out_channels = [3, 16, 24, 40, 112, 192]
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the feature maps at strides 1, 2, 4, 8, 16 and 32 of images (N, 3, H, W)."""
-        stride_2 = self.blocks[0](self.bn1(self.conv_stem(images)))
-        stride_4 = self.blocks[1](stride_2)
-        stride_8 = self.blocks[2](stride_4)
-        stride_16 = self.blocks[4](self.blocks[3](stride_8))
-        return [images, stride_2, stride_4, stride_8, stride_16, self.blocks[5](stride_16)]
-
-
-smp.encoders.encoders["efficientnet_lite0_small"] = {
-    "encoder": TrimmedEfficientNetLite0,
-    "params": {},
-    "pretrained_settings": {},
-}
-
-
 class UNet(smp.Unet):
     """smp's U-Net with one logit per pixel; its state dict is that of ``smp.Unet`` with the same arguments.
 
@@ -128,9 +51,13 @@ class UNet(smp.Unet):
 
     Attributes:
         classifier: timm's name of the network that the encoder was cut from, where it may be needed; else empty.
+
+    Raises:
+        InputError: the encoder is not known.
     """
 
     def __init__(self, encoder_name: str, **options: Any) -> None:
+        check_encoder(encoder_name)
         super().__init__(encoder_name, **options)
         lite = encoder_name.startswith("tu-tf_efficientnet_lite")
         found = encoder_name.removeprefix("tu-") if lite else getattr(self.encoder, "classifier", "")
@@ -179,7 +106,7 @@ def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) 
     """Build a network; equal arguments give equal initial weights whatever else has drawn random numbers.
 
     Args:
-        encoder: a name known to smp, or ``mobilenetv3_small_trimmed``.
+        encoder: a name known to smp, or one of ``models.encoders``.
         decoder_channels: output channels of the five decoder blocks, deepest first.
         weights: ``none``, a file (see ``load_weights``), or ``imagenet:`` and a source (see ``imagenet_file``).
         seed: of the random initialization.
@@ -187,8 +114,6 @@ def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) 
     Raises:
         InputError: the encoder is unknown, or its weights cannot be loaded.
     """
-    if encoder not in smp.encoders.encoders and not encoder.startswith("tu-"):
-        raise InputError(f"encoder={encoder} is not known to segmentation-models-pytorch; see smp.encoders")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = UNet(encoder, encoder_weights=None, decoder_channels=decoder_channels, in_channels=3, classes=1)

@@ -89,6 +89,7 @@ def load_weights(network: UNet, file: Path, *, label: str) -> None:
     """Load a whole network's state, or the ImageNet classifier that its encoder was cut from.
 
     A classifier with other names for the same tensors in the same order, as the packages have them, is taken by order.
+    An encoder with fewer channels gets evenly chosen ones of it.
 
     Raises:
         InputError: the file cannot be read, or does not belong to this network.
@@ -101,6 +102,8 @@ def load_weights(network: UNet, file: Path, *, label: str) -> None:
         state = _renamed(state, network)
         ignored = CLASSIFIER_PREFIXES + tuple(getattr(network.encoder, "removed_prefixes", ()))
         state = {key: value for key, value in state.items() if not key.startswith(ignored)}
+        if getattr(network.encoder, "is_narrow", False):
+            state = _thinned(state, shapes=target.state_dict())
     wrong = _mismatches(own=target.state_dict(), offered=state)
     if wrong:
         raise InputError(
@@ -108,6 +111,19 @@ def load_weights(network: UNet, file: Path, *, label: str) -> None:
             f" ({len(wrong)} such tensors); give weights of that encoder, or weights=none"
         )
     nn.Module.load_state_dict(target, state, strict=False)
+
+
+def _thinned(state: dict[str, Tensor], *, shapes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a wide network's tensors with evenly spaced channels of them, as many as a narrow one has.
+
+    Equal widths give equal channels, so that what one layer keeps is what the next one expects (uniform selection:
+    Xu et al., Initializing models with larger ones, ICLR 2024, arXiv 2311.18823, section 3).
+    """
+    for key in state.keys() & shapes.keys():
+        for dim, (count, of) in enumerate(zip(shapes[key].shape, state[key].shape, strict=True)):
+            if count < of:
+                state[key] = state[key].index_select(dim, torch.arange(count) * of // count)
+    return state
 
 
 def _renamed(state: dict[str, Tensor], network: UNet) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def table5(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = RE
     ordered = ordered.sort_values(["unfinished", *PLACE, "fingerprint"])
     for role, notation in chosen.items():
         runs = ordered[ordered["notation"] == notation]
-        network = _network(runs, group="teacher" if role == "teacher" else "student")
+        network = network_of(runs, group="teacher" if role == "teacher" else "student")
         if network is not None and network not in known:
             known[network] = measure(network, repeats=repeats)
         row = {
@@ -96,7 +96,7 @@ def whole_cells(scores: pd.DataFrame) -> list[str]:
     return whole.sort_values([VALIDATION, "notation"], ascending=[False, True])["notation"].tolist()
 
 
-def _network(runs: pd.DataFrame, *, group: str) -> Network | None:
+def network_of(runs: pd.DataFrame, *, group: str) -> Network | None:
     """Return the network of the first run that records it, preferring a finished one (``runs`` has these first)."""
     keys = [f"{group}.encoder", f"{group}.decoder_channels", "image_size"]
     told = [[params[key] for key in keys] for params in runs["params"] if params.keys() >= set(keys)]

@@ -1,6 +1,6 @@
 """Draw the figures of a sweep, from what MLflow holds, as PNG, PDF and SVG.
 
-Usage: ``python -m kdsweep figures figure2|effects|curves|pairs|tuning|all [--sweep NAME] [--out DIR] [Hydra
+Usage: ``python -m kdsweep figures figure2|effects|curves|pairs|capacity|tuning|all [--sweep NAME] [--out DIR] [Hydra
 overrides]``. Hydra overrides, such as ``data=busi data.root=DIR``, may say which sweep is meant and where its images
 lie.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
+import pandas as pd
 
 from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError, exit_code
@@ -36,6 +37,7 @@ FIGURES = {
     "effects": "test DSC of each cell, and the main effects",
     "curves": "validation Dice over the epochs",
     "pairs": "each test image against Student",
+    "capacity": "test DSC of Students of several sizes against parameters and latency",
     "tuning": "best validation Dice against the seconds that a method's trials took",
 }
 # Arguments of savefig by format. Dates are left out, so that equal figures are equal files.
@@ -73,6 +75,9 @@ def draw(which: str, sweep: Sweep, *, store: Path, uri: str | None, choice: Choi
     Raises:
         InputError: the sweep lacks what some figures need; raised after the others are drawn.
     """
+    if which == "capacity":  # its points are the variants
+        yield which, plots.capacity_plot(table=_capacity(sweep), title=heading(which, sweep, label=""))
+        return
     failed = []
     for label, part in variants(sweep).items():
         name = f"{which}-{slug(label)}" if label else which
@@ -94,6 +99,12 @@ def _contours(
     for number, one in enumerate(shown, start=1):
         one = one._replace(title=f"{one.title}, {label}" if label else one.title)
         yield f"{name}-{number}" if len(shown) > 1 else name, contours.figure2(**one._asdict())
+
+
+def _capacity(sweep: Sweep) -> pd.DataFrame:
+    from kdsweep.results import capacity  # loads torch: seconds that the other figures need not wait for
+
+    return capacity.capacity(sweep, scores=tables.table4(sweep))
 
 
 def _plot(which: str, sweep: Sweep, *, title: str, store: Path, uri: str | None) -> Figure:
@@ -199,7 +210,8 @@ def make(which: str, *, place: Location, out_dir: Path | None, choice: Choice) -
     out_dir = out_dir or place.store / "figures"
     choice = replace(choice, root=place.root, source=place.source)
     failed = []
-    suited = [name for name in FIGURES if name != "tuning" or tuned.is_tuned(sweep, store=place.store)]
+    has = {"tuning": tuned.is_tuned(sweep, store=place.store), "capacity": tables.has_students(sweep)}
+    suited = [name for name in FIGURES if has.get(name, True)]
     for name in suited if which == "all" else [which]:
         try:
             for file_name, figure in draw(name, sweep, store=place.store, uri=place.uri, choice=choice):

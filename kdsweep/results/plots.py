@@ -1,4 +1,4 @@
-"""Three figures of a sweep from frames alone: scores and main effects, validation curves, each image against Student.
+"""Figures of a sweep from frames alone: scores, main effects, curves, tuning, size of the Student, pairs of images.
 
 No function here writes a file; plots are matplotlib Figures, 7 inches wide, with no text below 7 points. Shape, fill
 or line style carries every distinction that color carries. Blue and vermilion always mean strong and weak augmentation
@@ -82,10 +82,10 @@ def _looks(splits: Iterable[int]) -> dict[int, LineStyle]:
     return {split: SPLITS[index % len(SPLITS)] for index, split in enumerate(sorted(set(splits)))}
 
 
-def _panels(figure: Figure, *, count: int, xlabel: str, ylabel: str) -> list[Axes]:
+def _panels(figure: Figure, *, count: int, xlabel: str, ylabel: str, sharex: bool = True) -> list[Axes]:
     """Add panels with common axes in rows of ACROSS, or one shorter row; only the outer panels have labels."""
     across = min(ACROSS, count)
-    grid = figure.subplots(-(-count // across), across, sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(-(-count // across), across, sharex=sharex, sharey=True, squeeze=False)
     panels = list(grid.flat)
     for unused in panels[count:]:
         unused.set_axis_off()
@@ -357,6 +357,56 @@ def _draw_progress(axes: Axes, progress: pd.DataFrame, looks: dict[int, LineStyl
         look = looks[int(str(split))]
         style: dict[str, Any] = {"color": color or look.color, "linestyle": look.line, "zorder": 1 if color else 2}
         axes.step(own["seconds"], own["best_dice"], where="post", linewidth=1.0, **style)
+
+
+# ---- size of the Student -------------------------------------------------------------------------------------------
+
+
+def capacity_plot(*, table: pd.DataFrame, title: str) -> Figure:
+    """Plot test DSC against parameters and against latency, a line per model, the Pareto fronts as gray steps.
+
+    Args:
+        table: as ``capacity.capacity`` gives it.
+        title: a line at the top left.
+
+    Raises:
+        InputError: no row has a score.
+    """
+    known = table.dropna(subset="mean_dice_percent")
+    if known.empty:
+        raise InputError("no Student of this sweep is finished on all splits and seeds asked for")
+    figure = _figure(title=title, height=3.4)
+    labels = {
+        "parameters": ("parameters (M)", 1e6),
+        "cpu_1_thread_median_ms": ("latency of one image (ms, CPU, 1 thread)", 1),
+    }
+    panels = _panels(figure, count=len(labels), xlabel="", ylabel="test DSC (%)", sharex=False)
+    for axes, (column, (label, unit)), front in zip(panels, labels.items(), ("parameters", "latency"), strict=True):
+        axes.set_xscale("log")
+        axes.set_xlabel(label, fontsize=FONT)
+        on_front = known[known[f"on_{front}_front"]].sort_values(column)
+        cost, dice = on_front[column].astype(float) / unit, on_front["mean_dice_percent"]
+        axes.step(cost, dice, where="post", color=LIGHT, linewidth=4, zorder=1, solid_capstyle="butt")
+        for notation, look in _model_looks(known["notation"]).items():
+            own = known[known["notation"] == notation].sort_values(column)
+            style: dict[str, Any] = {"color": look.color, "linestyle": look.line, "marker": look.marker}
+            axes.plot(own[column].astype(float) / unit, own["mean_dice_percent"], **style, markersize=4, linewidth=1)
+        ticks = sorted(set((known[column].astype(float) / unit).round(2)))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+    handles = [
+        Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker, markersize=4, label=notation)
+        for notation, look in _model_looks(known["notation"]).items()
+    ]
+    _legend_below(figure, [*handles, Line2D([], [], color=LIGHT, linewidth=4, label="Pareto front")])
+    return figure
+
+
+def _model_looks(notations: Iterable[str]) -> dict[str, LineStyle]:
+    """Return a look for Student, and for each cell in the paper's order."""
+    cells = _in_order(set(notations).difference(BASELINES))
+    looks = {"Student": LineStyle("black", "o")} if "Student" in set(notations) else {}
+    return looks | {cell: SPLITS[number % len(SPLITS)] for number, cell in enumerate(cells)}
 
 
 # ---- each image against Student ------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
+from kdsweep.config.grid import is_under
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_text
 from kdsweep.results import comparisons, effects, external, footnotes, formats, strata, tuned
@@ -37,7 +38,7 @@ from kdsweep.results.stats import ALPHA, NAN, TESTS, compare, holm, non_inferior
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
 
-TABLES = ("table3", "table4", "table5", "effects", "settings", "seeds", "strata", "external", "tuned")
+TABLES = ("table3", "table4", "table5", "effects", "settings", "seeds", "strata", "external", "tuned", "capacity")
 HEADINGS = {
     "table3": "Table 3. The distillation experiments",
     "table4": "Table 4. Test DSC of Teacher, Student and distilled students",
@@ -48,7 +49,9 @@ HEADINGS = {
     "strata": "Strata. Test DSC by label and by size of the lesion",
     "external": "External. Test DSC on other data sets",
     "tuned": "Tuned. Each method as configured and as chosen, with equal budgets",
+    "capacity": "Capacity. Test DSC of Students of several sizes, with and without distillation",
 }
+NEED_STORE = ("table5", "capacity", "tuned")  # weights, networks or Optuna's studies
 GRADIENT_RATIO = "kd_gradient_ratio"  # a column of Table 4: the geometric mean over its runs
 SPLIT_MEAN = "mean_dice_percent_split"
 UNCORRECTED = ("student_p_runs", "teacher_p_runs")
@@ -323,8 +326,14 @@ def asked(sweep: Sweep, *, store: Path) -> list[str]:
         "strata": "lesion_px" in sweep.scores,
         "external": not sweep.external.empty,
         "tuned": tuned.is_tuned(sweep, store=store),
+        "capacity": has_students(sweep),
     }
     return [which for which in TABLES if has.get(which, True)]
+
+
+def has_students(sweep: Sweep) -> bool:
+    """Return whether a sweep compares several Students."""
+    return any(is_under(key, ("student",)) and not key.endswith(".weights") for key in sweep.varied)
 
 
 def sentences(which: str, table: pd.DataFrame) -> list[str]:
@@ -367,6 +376,12 @@ def made(
         table = comparisons.seeds(sweep)
         return _led(which, sweep, table, comparisons.format_seeds(table), comparisons.notes_seeds(table=table))
     table = table4(sweep, test=test, margin_points=margin_points)
+    if which == "capacity":
+        from kdsweep.results import capacity  # loads torch
+
+        table = capacity.capacity(sweep, scores=table)
+        notes = [*footnotes.provenance(sweep), *capacity.notes(table)]
+        return Made(HEADINGS[which], table.assign(test=test), capacity.format_capacity(table), notes)
     if which == "table5":
         from kdsweep.results import costs  # loads torch: seconds that the other tables need not wait for
 
@@ -418,6 +433,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
     parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
     parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
+    parser.add_argument("--published", type=Path, nargs="+", metavar="FILE", help="of `publish`, instead of a store")
     parser.add_argument("--out", type=Path, help="folder for the files (STORE/tables)")
     parser.add_argument(
         "--test",
@@ -429,12 +445,18 @@ def main(argv: list[str] | None = None) -> int:
         "--margin", type=float, help="points of table4's non-inferiority (the sweep's stats.margin_points)"
     )
     options = parser.parse_args(argv)
-    from kdsweep.tracking.reader import read_sweep  # loads mlflow: seconds that --help need not wait for
+    from kdsweep.results import published  # loads mlflow: seconds that --help need not wait for
+    from kdsweep.tracking.reader import read_sweep
 
     def work() -> None:
         gc.freeze()
         gc.set_threshold(100_000)  # a large sweep is a million objects that stay: looking through them is half the time
-        sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
+        if options.published:
+            if options.table in NEED_STORE:
+                raise InputError(f"--published: {options.table} needs the store; --store names it")
+            sweep = published.read(options.published)
+        else:
+            sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
         out_dir = options.out or options.store / "tables"
         common = {"sweep": sweep, "store": options.store, "out_dir": out_dir, "test": options.test}
         common["uri"] = options.tracking_uri

@@ -18,6 +18,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from kdsweep.config.grid import Cell
+from kdsweep.core.errors import InputError
 from kdsweep.core.files import file_digest, write_json
 
 log = logging.getLogger(__name__)
@@ -208,6 +209,18 @@ def _read(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def read_split(folder: Path) -> dict[str, list[str]]:
+    """Return the image ids of the three parts (train, validation, test) that a cell was trained and tested with.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    split = _read(folder / "split.json") or {}
+    if not all(isinstance(split.get(part), list) for part in ("train", "validation", "test")):
+        raise InputError(f"{folder / 'split.json'} is damaged")
+    return split
 
 
 def read_predecessor(cell: Cell, *, besides: set[Path]) -> dict[str, Any] | None:

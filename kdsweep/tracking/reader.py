@@ -192,7 +192,8 @@ def keep_external(file: Path, *, run_id: str, store: Path, uri: str | None) -> N
     _answered(work, store=store, uri=uri)
 
 
-def _read_scores(text: io.StringIO) -> pd.DataFrame:
+def read_scores(text: io.StringIO) -> pd.DataFrame:
+    """Read a table of per-image scores; ids, labels and groups stay text."""
     text_columns = {"image": str, "label": str, "group": str}
     return pd.read_csv(text, dtype=text_columns, keep_default_na=False, na_values=[""])  # an id may be nan or null
 
@@ -258,7 +259,7 @@ def _scores(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
     for header, own in parts.items():
         text = io.StringIO("\n".join([header, *(body.rstrip("\n") for _, body in own)]))
         counts = [len(list(csv.reader(io.StringIO(body)))) for _, body in own]
-        table = _read_scores(text)
+        table = read_scores(text)
         tables.append(table.assign(fingerprint=np.repeat([fingerprint for fingerprint, _ in own], counts)))
     return pd.concat(tables, ignore_index=True)
 
@@ -269,7 +270,7 @@ def _external(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
     for row in rows:
         for name in row["tags"].get(SCORED, "").split():
             kept = _artifact(tracker.client, tracker.store, row["run_id"], f"{EXTERNAL}/{name}")
-            table = _read_scores(io.StringIO(kept.decode()))
+            table = read_scores(io.StringIO(kept.decode()))
             tables.append(table.assign(data_set=Path(name).stem, fingerprint=row["fingerprint"]))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 

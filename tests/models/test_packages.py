@@ -131,7 +131,7 @@ def test_a_classifier_of_another_size_is_refused(cfg):
     other = identity.imagenet(cfg.teacher)
     with pytest.raises(InputError, match="belongs to another network than"):
         unet.unet(
-            encoder="efficientnet_lite0_small",
+            encoder="efficientnet_lite0_w100_b1223110",
             decoder_channels=[16, 16, 8, 8, 4],
             weights=weights.IMAGENET + other,
             seed=0,

@@ -9,6 +9,8 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 
 from kdsweep.sweep import launcher
 
@@ -48,9 +50,11 @@ class LockstepSweeper(BasicSweeper):
     since an experiment file cannot choose another sweeper than conf/config.yaml does.
     """
 
-    def __init__(self, max_batch_size: int | None, params: Any = None, **tuning: Any) -> None:
+    def __init__(
+        self, max_batch_size: int | None, params: Any = None, *, also: Sequence[str] = (), **tuning: Any
+    ) -> None:
         super().__init__(max_batch_size, params)
-        self._tuning = tuning
+        self._also, self._tuning = also, tuning
 
     def setup(self, **given: Any) -> None:
         """Take a launcher that tunes if there is something to tune."""
@@ -60,16 +64,33 @@ class LockstepSweeper(BasicSweeper):
 
             self.launcher = tuner.tuned(self.launcher, self._tuning)
 
+    # Hydra's is a static method, which could not know the further grids; it is called on the sweeper all the same.
+    def split_arguments(  # type: ignore[override]
+        self, overrides: list[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        """Return the jobs of the grid, then those of each grid of ``also``: its words take the place of the grid's."""
+        assert self.hydra_context is not None
+        parse = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides
+        grids = [overrides]
+        for words in self._also:
+            own = parse(words.split())
+            keys = {word.key_or_group for word in own}
+            grids.append([*(word for word in overrides if word.key_or_group not in keys), *own])
+        jobs = [job for grid in grids for batch in BasicSweeper.split_arguments(grid, None) for job in batch]
+        size = max_batch_size or len(jobs)
+        return [jobs[start : start + size] for start in range(0, len(jobs), size)]
+
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Leave it to the launcher."""
 
 
 @dataclass
 class LockstepSweeperConf(BasicSweeperConf):
-    """As Hydra's basic sweeper, and what is tuned; each option is described in kdsweep/sweep/methods.py."""
+    """As Hydra's basic sweeper, further grids, and what is tuned (each option of that: kdsweep/sweep/methods.py)."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepSweeper"
     _recursive_: bool = False
+    also: list[str] = field(default_factory=list)  # such as "method=cwd,at path=none": a grid beside that of params
     # Any, not a dict: into one without keys Hydra lets no command line put any.
     search: Any = None
     trials: int = 16

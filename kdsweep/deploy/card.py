@@ -1,0 +1,100 @@
+"""The model card beside an exported network: what it is, from what it comes, how well it does, what it is not for.
+
+After Mitchell et al., Model cards for model reporting, FAT* 2019 (arXiv 1810.03993). All numbers are read from the
+run's folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from kdsweep import __version__
+from kdsweep.core.errors import InputError
+from kdsweep.deploy import predict
+from kdsweep.deploy.predict import Model
+from kdsweep.models.unet import count_macs, count_parameters
+from kdsweep.runs import records
+
+# Of data sets with a publication: whoever passes a model on passes the source on too.
+SOURCES = {
+    "busi": "BUSI, Al-Dhabyani et al., Data in Brief 28, 2020, doi 10.1016/j.dib.2019.104863",
+    "udiat": "UDIAT, Dataset B, Yap et al., IEEE J. Biomed. Health Inform. 22, 2018, doi 10.1109/JBHI.2017.2731873",
+    "phantom": "synthetic phantoms of kdsweep, no patients",
+}
+WEIGHTS = {"imagenet": "ImageNet weights", "none": "random weights"}
+SCORES = {"dice": "DSC %", "iou": "IoU %", "nsd": "NSD %", "precision": "precision %", "sensitivity": "sensitivity %"}
+LOW = 0.5  # Dice below which the card counts an image
+
+
+def card(model: Model, content: bytes, *, name: str) -> str:
+    """Return the model card in Markdown.
+
+    Args:
+        model: the network of a finished run.
+        content: its ONNX file.
+        name: of that file.
+
+    Raises:
+        InputError: the run's record is damaged.
+    """
+    record, split = records.read(model.folder), records.read_split(model.folder)
+    try:
+        scores = pd.read_csv(model.folder / "test_scores.csv", dtype={"image": str, "label": str})
+    except (OSError, ValueError) as error:
+        raise InputError(f"--run {model.folder}: test_scores.csv is damaged") from error
+    params, tags = record.params, record.tags
+    node = "teacher" if model.tags["role"] == "teacher" else "student"
+    weights, data = str(params.get(f"{node}.weights")), str(params.get("data.name"))
+    text = resources.files("kdsweep.deploy").joinpath("card.md.j2").read_text(encoding="utf-8")
+    template = jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return template.render(
+        **{key: model.tags[key] for key in ("notation", "split", "seed", "role")},
+        fingerprint=model.tags["fingerprint"][:16],
+        parameters=count_parameters(model.network),
+        macs=count_macs(model.network, image_size=model.image_size),
+        encoder=model.encoder,
+        version=__version__,
+        name=name,
+        digest=hashlib.sha256(content).hexdigest(),
+        size=model.image_size,
+        threshold=predict.THRESHOLD,
+        source=SOURCES.get(data, data),
+        counts=", ".join(f"{len(ids)} images for {part}" for part, ids in split.items()),
+        protocol=tags["kdsweep.split_protocol"],
+        data_digest=tags["kdsweep.data"][:16],
+        weights=WEIGHTS.get(weights, weights),
+        params=params,
+        best_epoch=record.values.get("best_epoch", float("nan")),
+        val_dice=record.values.get("best/val_dice", float("nan")),
+        scores=_table(scores),
+        low=int((scores["dice"] < LOW).sum()),
+        empty=int((scores["dice"] == 0).sum()),
+        count=len(scores),
+        limit=LOW,
+        worst=scores["dice"].quantile(0.05),
+    )
+
+
+def _table(scores: pd.DataFrame) -> str:
+    """Return test scores in Markdown: of all images, then by label where they have one."""
+    groups = {"all test images": scores}
+    if "label" in scores and scores["label"].notna().any():
+        groups |= {str(label): part for label, part in scores.groupby("label")}
+    rows = []
+    for name, part in groups.items():
+        row: dict[str, object] = {"images": name, "n": len(part)}
+        for key, title in SCORES.items():
+            if key in part:
+                row[title] = f"{100 * part[key].mean():.2f} ± {100 * part[key].std():.2f}"
+        rows.append(row | ({"HD95 (pixels)": f"{part['hd95_px'].mean():.1f}"} if "hd95_px" in part else {}))
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+
+
+def card_file(onnx_file: Path) -> Path:
+    """Return the place of the card beside an ONNX file."""
+    return onnx_file.with_suffix(".md")

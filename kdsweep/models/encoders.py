@@ -1,0 +1,150 @@
+"""The Students' encoders: networks of timm, cut down; every kept tensor has timm's name, so ImageNet weights load."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import segmentation_models_pytorch as smp
+import timm
+from segmentation_models_pytorch.encoders._base import EncoderMixin
+from timm.models import efficientnet
+from torch import Tensor, nn
+
+from kdsweep.core.errors import InputError
+
+DEPTH = 5  # stages of an encoder: strides 2 to 32
+
+
+class _Encoder(nn.Module, EncoderMixin):
+    """An encoder of DEPTH stages, as smp's decoder needs it.
+
+    Args:
+        channels: of the maps at strides 2 to 32.
+        depth: smp's; only DEPTH is possible.
+        output_stride: smp's; only 32 is possible.
+    """
+
+    def __init__(self, channels: list[int], *, depth: int, output_stride: int) -> None:
+        super().__init__()
+        if depth != DEPTH or output_stride != 32:
+            raise ValueError(f"the trimmed encoder has depth {DEPTH} and stride 32, got {depth} and {output_stride}")
+        self._depth, self._in_channels, self._output_stride = DEPTH, 3, 32
+        self._out_channels = [3, *channels]
+
+
+class TrimmedMobileNetV3Small(_Encoder):
+    """MobileNetV3-small-100 without its last 1 x 1 convolution and without the last of its three stride-32 blocks.
+
+    The paper's Student has a "modified MobileNetV3-small-100" encoder and 0.82 M parameters in all; the stock U-Net
+    has 3.6 M, of which most sit in the stride-32 stage and the decoder it asks for. timm's plain variant is taken
+    because it pads symmetrically: its 7 x 7 cells lie over the ResNeXt Teacher's, those of the ``tf_`` variant lie
+    almost one cell beside them.
+    """
+
+    removed_prefixes = ("blocks.4.2.", "blocks.5.")
+
+    def __init__(self, depth: int = DEPTH, output_stride: int = 32, **_: object) -> None:
+        super().__init__([16, 16, 24, 48, 96], depth=depth, output_stride=output_stride)
+        full = timm.create_model("mobilenetv3_small_100", pretrained=False)
+        full.prune_intermediate_layers([5], extra_blocks=True)
+        self.conv_stem, self.bn1, self.blocks = full.conv_stem, full.bn1, full.blocks
+        self.blocks[4] = self.blocks[4][:2]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the feature maps at strides 1, 2, 4, 8, 16 and 32 of images (N, 3, H, W)."""
+        stem = self.bn1(self.conv_stem(images))
+        stride_4 = self.blocks[0](stem)
+        stride_8 = self.blocks[1](stride_4)
+        stride_16 = self.blocks[3](self.blocks[2](stride_8))
+        return [images, stem, stride_4, stride_8, stride_16, self.blocks[4](stride_16)]
+
+
+class SlimEfficientNetLite0(_Encoder):
+    """EfficientNet-Lite0 with fewer blocks and channels: a family of Students of any size up to 3.4 M parameters.
+
+    Its ImageNet weights come with a package (the extra ``weights``). Blocks leave from the end of a stage; a narrower
+    network begins with evenly chosen channels of the whole one's weights (``weights.load_weights``). The convolutions
+    pad as TensorFlow's do, like those of the Teacher ``efficientnet_lite2``.
+
+    Args:
+        width: share of each stage's channels, rounded to a multiple of 8 as timm does; the stem keeps its 32.
+        blocks: kept of each of its seven stages, at most STAGES; the last may have none.
+        depth: smp's.
+        output_stride: smp's.
+    """
+
+    classifier = "tf_efficientnet_lite0"
+    NAME = re.compile(r"efficientnet_lite0_w(\d{2,3})_b(\d{7})")
+    STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks of the whole network
+    # The stages of timm's EfficientNet-Lite (Tan, Le 2019, arXiv 1905.11946, Table 1, without squeeze-and-excitation).
+    BLOCKS = (
+        "ds_r{}_k3_s1_e1_c16",
+        "ir_r{}_k3_s2_e6_c24",
+        "ir_r{}_k5_s2_e6_c40",
+        "ir_r{}_k3_s2_e6_c80",
+        "ir_r{}_k5_s1_e6_c112",
+        "ir_r{}_k5_s2_e6_c192",
+        "ir_r{}_k3_s1_e6_c320",
+    )
+
+    def __init__(
+        self, width: float, blocks: tuple[int, ...], depth: int = DEPTH, output_stride: int = 32, **_: object
+    ) -> None:
+        kept = [[block.format(count)] for block, count in zip(self.BLOCKS, blocks, strict=True) if count]
+        whole = efficientnet.EfficientNet(
+            block_args=efficientnet.decode_arch_def(kept, fix_first_last=True),
+            stem_size=32,
+            fix_stem=True,
+            num_classes=0,
+            round_chs_fn=partial(efficientnet.round_channels, multiplier=width),
+            pad_type="same",
+            act_layer=nn.ReLU6,
+            norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
+        )
+        widths = [efficientnet.round_channels(own, width) for own in (16, 24, 40, 112, 320 if blocks[6] else 192)]
+        super().__init__(widths, depth=depth, output_stride=output_stride)
+        self.conv_stem, self.bn1, self.blocks = whole.conv_stem, whole.bn1, whole.blocks
+        self.is_narrow = width < 1
+        gone = [(stage, block) for stage, count in enumerate(blocks) for block in range(count, self.STAGES[stage])]
+        self.removed_prefixes = tuple(f"blocks.{stage}.{block}." for stage, block in gone)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the feature maps at strides 1, 2, 4, 8, 16 and 32 of images (N, 3, H, W)."""
+        stride_2 = self.blocks[0](self.bn1(self.conv_stem(images)))
+        stride_4 = self.blocks[1](stride_2)
+        stride_8 = self.blocks[2](stride_4)
+        stride_16 = self.blocks[4](self.blocks[3](stride_8))
+        return [images, stride_2, stride_4, stride_8, stride_16, self.blocks[5:](stride_16)]
+
+
+smp.encoders.encoders["mobilenetv3_small_trimmed"] = {
+    "encoder": TrimmedMobileNetV3Small,
+    "params": {},
+    "pretrained_settings": {},  # ImageNet weights are read by load_weights
+}
+
+
+def check_encoder(name: str) -> None:
+    """Make an encoder known to smp if it is one of ours.
+
+    Raises:
+        InputError: nobody knows it, or EfficientNet-Lite0 has not so many blocks.
+    """
+    slim = SlimEfficientNetLite0.NAME.fullmatch(name)
+    if slim is not None:
+        width, blocks = int(slim[1]) / 100, tuple(map(int, slim[2]))
+        lowest = [1] * (len(blocks) - 1) + [0]
+        fits = [
+            low <= count <= most for low, count, most in zip(lowest, blocks, SlimEfficientNetLite0.STAGES, strict=True)
+        ]
+        if not 0.1 <= width <= 1 or not all(fits):
+            most = "".join(map(str, SlimEfficientNetLite0.STAGES))
+            raise InputError(
+                f"encoder={name}: EfficientNet-Lite0 is efficientnet_lite0_wWIDTH_bBLOCKS with a width of 10 to 100 "
+                f"percent and, of its seven stages, 1111110 to {most} blocks"
+            )
+        params = {"width": width, "blocks": blocks}
+        smp.encoders.encoders[name] = {"encoder": SlimEfficientNetLite0, "params": params, "pretrained_settings": {}}
+    elif name not in smp.encoders.encoders and not name.startswith("tu-"):
+        raise InputError(f"encoder={name} is not known to segmentation-models-pytorch; see smp.encoders")

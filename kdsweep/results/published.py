@@ -1,0 +1,150 @@
+"""Publish a sweep's runs and per-image scores as one file, and read such files as a sweep again.
+
+Usage: ``python -m kdsweep publish --out FILE.json.gz``, then ``python -m kdsweep tables table4 --published
+FILE.json.gz ...``. The file holds what the tables need and nothing else: no image, no mask, no weights, no path of a
+machine. So a table of a paper can be made anew by whoever has its scores, and the parts of a sweep that was trained on
+several machines become one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kdsweep.config.grid import LOCAL, SOURCES, is_under
+from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.files import write_bytes
+from kdsweep.core.progress import plural
+from kdsweep.tracking.reader import Sweep, read_scores, read_sweep
+
+FORMAT = 1
+TAGS = re.compile(r"kdsweep\.(split_images|precision|threads|torch|hardware)|mlflow\.source\.git\.commit")
+PLACE = re.compile(r"(?<![^\s='\"(])[/~](?:[^/\s]*/)*([^/\s]+)")  # an absolute path; its last name is the group
+TABLES = ("scores", "external")
+
+
+def write(sweep: Sweep) -> bytes:
+    """Return the content of a file with the runs and scores of a sweep; equal sweeps give equal bytes."""
+    runs = sweep.runs.sort_values(["role", "notation", "split", "seed", "fingerprint"])
+    records = []
+    for run in runs.to_dict("records"):
+        params = {key: value for key, value in run["params"].items() if not is_under(key, (*LOCAL, *SOURCES))}
+        tags = {key: value for key, value in run["tags"].items() if TAGS.fullmatch(key)}
+        known = {key: value for key, value in run.items() if key != "run_id" and value == value}  # without NaN
+        records.append(_without_folders({**known, "params": params, "tags": tags}))
+    content = {
+        "format": FORMAT,
+        "name": sweep.name,
+        "varied": sweep.varied,
+        "tuned": sweep.tuned,
+        "commands": [_without_folders(command) for command in sweep.commands],
+        "columns": [str(column) for column in runs],
+        "runs": records,
+        **{name: _csv(getattr(sweep, name)) for name in TABLES},
+    }
+    return gzip.compress(json.dumps(content, indent=0).encode(), mtime=0)
+
+
+def _csv(table: pd.DataFrame) -> str:
+    order = [column for column in ("data_set", "fingerprint", "image") if column in table]
+    if table.empty:
+        return ""
+    exact = table.assign(dice=[repr(float(value)) for value in table["dice"]])  # the statistics are of it, to the digit
+    return exact.sort_values(order).to_csv(index=False, float_format="%.6g")
+
+
+def _without_folders(value: Any) -> Any:
+    """Return plain nested values in which files and folders with a whole path are their last names alone."""
+    if isinstance(value, dict):
+        return {key: _without_folders(own) for key, own in value.items()}
+    return PLACE.sub(r"\1", value) if isinstance(value, str) else value
+
+
+def read(files: Sequence[Path]) -> Sweep:
+    """Read published files as one sweep; a run that is in several counts once, a finished one before others.
+
+    Raises:
+        InputError: a file is missing or not such a file, or they are of sweeps with other names.
+    """
+    parts = [_content(file) for file in files]
+    names = {part["name"]: file for part, file in zip(parts, files, strict=True)}
+    if len(names) > 1:
+        of = " and ".join(f"{file} of sweep {name}" for name, file in list(names.items())[:2])
+        raise InputError(f"--published: {of}; give files of one sweep")
+    columns = dict.fromkeys(column for part in parts for column in part["columns"])
+    runs = pd.DataFrame([run for part in parts for run in part["runs"]], columns=list(columns))
+    runs = runs.assign(done=runs["status"] == "FINISHED").sort_values("done", ascending=False, kind="stable")
+    runs = runs.drop_duplicates("fingerprint").drop(columns="done").assign(run_id="")
+    scores, external = (_table([part[name] for part in parts]) for name in TABLES)
+
+    def joined(key: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value for part in parts for value in part[key]))
+
+    return Sweep(
+        parts[0]["name"],
+        runs.reset_index(drop=True),
+        scores,
+        varied=joined("varied"),
+        tuned=joined("tuned"),
+        commands=joined("commands"),
+        external=external,
+    )
+
+
+def _content(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(gzip.decompress(file.read_bytes()))
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(
+            f"--published {file}: cannot be read ({type(error).__name__}); publish writes such files"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"--published {file}: is not a file of format {FORMAT} that publish has written")
+    return content
+
+
+def _table(parts: list[str]) -> pd.DataFrame:
+    tables = [read_scores(io.StringIO(part)) for part in parts if part]
+    if not tables:
+        return pd.DataFrame(columns=["fingerprint", "image", "dice"])
+    whole = pd.concat(tables, ignore_index=True)
+    key = [column for column in ("data_set", "fingerprint", "image") if column in whole]
+    return whole.drop_duplicates(key, ignore_index=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Publish a sweep; return 0, or 1 after one line on stderr that says what to mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kdsweep publish", description="A sweep's runs and per-image scores as one file for others."
+    )
+    parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
+    parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
+    parser.add_argument("--sweep", help="name of the sweep (the last with a finished run)")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="file, such as scores.json.gz; one that is there is replaced"
+    )
+    options = parser.parse_args(argv)
+
+    def work() -> None:
+        sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
+        content = write(sweep)
+        try:
+            write_bytes(options.out, content)
+        except OSError as error:
+            raise InputError(f"--out {options.out}: cannot write there ({error.strerror})") from error
+        done = int((sweep.runs["status"] == "FINISHED").sum())
+        sys.stdout.write(
+            f"wrote {options.out} ({len(content) / 1e6:.2f} MB): sweep {sweep.name}, {plural(done, 'finished run')}, "
+            f"{plural(len(sweep.scores), 'score')} of test images by their ids\n"
+        )
+
+    return exit_code(work)

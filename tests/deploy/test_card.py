@@ -1,0 +1,78 @@
+"""The model card: its numbers are those of the run's folder; best is the best on the validation images."""
+
+import hashlib
+import re
+import shutil
+
+import pandas as pd
+import pytest
+from test_predict import finish
+
+from kdsweep.core.errors import InputError
+from kdsweep.deploy import card, export, predict
+from kdsweep.runs import records
+from kdsweep.tracking import writer
+from kdsweep.training.learner import PREDICTIONS, SCORES
+
+DICE = [0.9, 0.4, 0.0, 0.7]
+
+
+@pytest.fixture(scope="module")
+def cell(tmp_path_factory):
+    own = finish(tmp_path_factory.mktemp("card"), "path=L", "loss=mse")
+    labels = ["benign", "malignant", "malignant", "benign"]
+    table = pd.DataFrame({"image": list("abcd"), "label": labels, "dice": DICE, "iou": 0.5, "hd95_px": 3.0})
+    table.to_csv(own.folder / SCORES, index=False)
+    values = {"test/dice": 0.5, "best/val_dice": 0.625, "best_epoch": 6}
+    records.write_finished(own.folder, values=values, files=["student.safetensors"])
+    return own
+
+
+def test_the_card_says_what_the_folder_holds(cell):
+    told = card.card(predict.load_model(cell.folder), b"content", name="student.onnx")
+    assert told.startswith("# L_MSE_WAug: lesions in ultrasound images, 0.82 M parameters\n")
+    assert hashlib.sha256(b"content").hexdigest() in told
+    rows = [re.sub(" +", " ", line) for line in told.splitlines() if line.startswith("| ")]
+    dice = pd.Series(DICE)
+    assert f"| all test images | 4 | {100 * dice.mean():.2f} ± {100 * dice.std():.2f} |" in rows[1]
+    assert "| benign | 2 | 80.00 ± 14.14 |" in rows[2]
+    assert "On 2 of 4 test images its Dice is below 0.5, on 1 it is 0" in told
+    assert "Weights of epoch 7, the best on the validation images (Dice 62.50 % there)" in told
+    assert "from a Teacher with the encoder resnet18 that sees weak views: path L, loss mse, weight 0.5." in told
+    assert "It is not a medical device" in told
+    assert "no patients" in told
+    split = records.read_split(cell.folder)
+    assert f"{len(split['train'])} images for train, {len(split['validation'])} images for validation" in told
+
+
+def test_a_damaged_record_is_named(cell, tmp_path):
+    copy = shutil.copytree(cell.folder, tmp_path / "copy")
+    (copy / SCORES).unlink()
+    with pytest.raises(InputError, match=r"test_scores.csv is damaged"):
+        card.card(predict.load_model(copy), b"", name="student.onnx")
+
+
+def test_best_is_the_run_with_the_highest_validation_dice_of_the_best_cell(empty_store, tmp_path, capsys):
+    store = shutil.copytree(empty_store, tmp_path / "store")
+    tracker = writer.Tracker(store=store, uri=None)
+    dice = {("mse", 0): 0.6, ("mse", 1): 0.7, ("kld", 0): 0.9, ("kld", 1): 0.2}  # mean 0.65 and 0.55
+    cells = {key: finish(store, "path=L", f"loss={key[0]}", f"split=s{key[1]}") for key in dice}
+    tracker.ask("study", list(cells.values()))
+    for key, cell in cells.items():
+        ids = records.read_split(cell.folder)["test"]
+        pd.DataFrame({"image": ids, "dice": 0.99 if key == ("kld", 1) else 0.5}).to_csv(
+            cell.folder / SCORES, index=False
+        )
+        (cell.folder / PREDICTIONS).touch()
+        values = {"test/dice": 0.5, "best/val_dice": dice[key], "best_epoch": 1}
+        records.write_finished(cell.folder, values=values, files=["student.safetensors"])
+        tracker.sync(records.read(cell.folder), sweep="study")
+    found = predict.find_folder("best", store=store, uri=None)
+    assert found.resolve() == cells["mse", 1].folder.resolve()
+    assert predict.find_folder("best/study", store=store, uri=None) == found
+    out = tmp_path / "model" / "student.onnx"
+    assert export.main(["--run", "best", "--store", str(store), "--out", str(out)]) == 0
+    assert "and its card student.md" in capsys.readouterr().out
+    assert card.card_file(out).read_text(encoding="utf-8").startswith("# L_MSE_WAug")
+    with pytest.raises(InputError, match="sweep=none is not in this store"):
+        predict.find_folder("best/none", store=store, uri=None)

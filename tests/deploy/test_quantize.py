@@ -1,0 +1,128 @@
+"""Students in 8-bit integers: what was calibrated on which images, the same Dice as by hand, numbers by SciPy."""
+
+import shutil
+
+import numpy as np
+import onnx
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import ttest_rel
+from test_predict import SIZE, finish
+
+from kdsweep.core.errors import InputError
+from kdsweep.deploy import export, predict, quantize
+from kdsweep.evaluation import metrics
+from kdsweep.runs import records
+from kdsweep.tracking import reader, writer
+from kdsweep.training.learner import PREDICTIONS
+
+
+@pytest.fixture(scope="module")
+def store(empty_store, tmp_path_factory):
+    """A store with an untrained Student and a cell of one split, in MLflow, as a sweep leaves it."""
+    store = tmp_path_factory.mktemp("quantize") / "store"
+    shutil.copytree(empty_store, store)
+    tracker = writer.Tracker(store=store, uri=None)
+    cells = [finish(store, "data.count=25", *own) for own in ([], ["path=L", "loss=mse"])]
+    tracker.ask("study", cells)
+    for cell in cells:
+        (cell.folder / PREDICTIONS).touch()
+        tracker.sync(records.read(cell.folder), sweep="study")
+    return store
+
+
+@pytest.fixture(scope="module")
+def sweep(store):
+    return reader.read_sweep(store=store, uri=None, name=None)
+
+
+@pytest.fixture(scope="module")
+def model(store):
+    return predict.load_model(predict.find_folder("Student/split0", store=store, uri=None))
+
+
+@pytest.fixture(scope="module")
+def forms(model, store):
+    return quantize.compare_forms(model, store=store, data_root=None, count=4)
+
+
+def test_the_file_is_in_integers_and_close_to_the_network(model, store, forms):
+    content, _, cost = forms
+    kinds = {onnx.TensorProto.DataType.Name(own.data_type) for own in onnx.load_from_string(content).graph.initializer}
+    assert {"INT8", "UINT8"} <= kinds
+    assert cost["int8_mb"] < 0.5 * cost["fp32_mb"]
+    images = export.run_inputs(model, store=store, data_root=None, part="train", count=4).images
+    found = export.onnx_probabilities(export.open_session(content), images)
+    with torch.no_grad():
+        expected = np.concatenate([export.Probabilities(model.network)(image).numpy() for image in images])
+    assert 0 < np.abs(found - expected).max() < 0.1
+
+
+def test_the_ranges_are_those_of_training_images_alone(model, store, monkeypatch):
+    seen = []
+    monkeypatch.setattr(quantize, "to_int8", lambda content, images: seen.extend(images) or content)
+    quantize.compare_forms(model, store=store, data_root=None, count=3)
+    every = export.run_inputs(model, store=store, data_root=None, part="train").images
+    assert len(every) == len(records.read_split(model.folder)["train"])
+    assert all(torch.equal(one, every[number * len(every) // 3]) for number, one in enumerate(seen))
+    assert len(seen) == 3
+
+
+def test_dice_is_that_of_each_form_on_the_test_images(model, store, forms):
+    content, scores, _ = forms
+    inputs = export.run_inputs(model, store=store, data_root=None)
+    assert scores["image"].tolist() == records.read_split(model.folder)["test"]
+    for name, file in {"fp32": export.to_onnx(model), "int8": content}.items():
+        found = export.onnx_probabilities(export.open_session(file), inputs.images)
+        mask, prediction = inputs.masks.bool().numpy(), found > 0.5
+        dice = 2 * (mask & prediction).sum(axis=(1, 2, 3)) / (mask.sum(axis=(1, 2, 3)) + prediction.sum(axis=(1, 2, 3)))
+        assert scores[name].tolist() == pytest.approx(dice.tolist(), abs=1e-6)
+    assert metrics.overlap(prediction=inputs.masks.bool(), mask=inputs.masks)["dice"].mean() == 1
+
+
+def test_the_numbers_of_the_table():
+    rng, images = np.random.default_rng(0), [f"image{number}" for number in range(30)]
+    own = {"split": 0, "seed": 0, "image": images, "group": images, "test_to_train": 0.3}
+    parts = []
+    for name in ("Student", "L_MSE"):
+        fp32 = rng.uniform(0.3, 0.9, 30)
+        parts.append(pd.DataFrame({"notation": name, **own, "fp32": fp32, "int8": fp32 - rng.uniform(0, 0.1, 30)}))
+    cost = pd.DataFrame(
+        {"notation": ["Student", "L_MSE"], "fp32_mb": [4.0, 5.0], "int8_mb": [1.0, 2.0], "fp32_ms": 3.0, "int8_ms": 1.0}
+    )
+    table = quantize.quantized(pd.concat(parts, ignore_index=True), cost).set_index("notation")
+    student, cell = parts
+    assert table.loc["Student", "int8_difference_points"] == pytest.approx(
+        100 * (student["int8"] - student["fp32"]).mean()
+    )
+    assert table.loc["Student", "int8_p"] == pytest.approx(ttest_rel(student["int8"], student["fp32"]).pvalue)
+    for name in ("fp32", "int8"):
+        expected = 100 * (cell[name] - student[name]).mean()
+        assert table.loc["L_MSE", f"student_{name}_difference_points"] == pytest.approx(expected)
+        assert table.loc["L_MSE", f"student_{name}_p"] == pytest.approx(ttest_rel(cell[name], student[name]).pvalue)
+    assert table.loc["L_MSE", "int8_mb"] == 2
+    text = quantize.format_quantized(table.reset_index()).set_index("Model")
+    assert text.loc["Student", "to Student, int8"] == "\N{EN DASH}"
+    assert text.loc["L_MSE", "MB int8"] == "2.00"
+
+
+def test_the_command(store, tmp_path, capsys):
+    arguments = ["--store", str(store), "--models", "Student,L_MSE_WAug", "--calibrate", "3", "--out", str(tmp_path)]
+    assert quantize.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "2 networks of sweep study to 8-bit integers" in told
+    table = pd.read_csv(tmp_path / "quantized.csv").set_index("notation")
+    assert table.index.tolist() == ["Student", "L_MSE_WAug"]
+    assert len(list(tmp_path.glob("*.int8.onnx"))) == 2
+    onnx.checker.check_model(onnx.load(next(tmp_path.glob("Student*.int8.onnx"))))
+
+
+def test_what_is_refused(sweep, store, capsys, tmp_path):
+    with pytest.raises(
+        InputError, match=r"--models H_MSE: sweep study has no finished run of it; it has L_MSE_WAug, Student"
+    ):
+        quantize.chosen_runs(sweep, store=store, models=["H_MSE"])
+    assert quantize.main(["--store", str(store), "--out", str(tmp_path), "--calibrate", "0"]) == 1
+    assert "--calibrate 0: must be at least 1 image" in capsys.readouterr().err
+    assert SIZE == 64

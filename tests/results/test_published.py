@@ -1,0 +1,108 @@
+"""Published scores: the tables of the file are those of the store, parts make one sweep, no folder leaks."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from test_tables import dice_all, sweep_of, with_status
+
+from kdsweep.core.errors import InputError
+from kdsweep.results import published, tables
+
+NAMES = ("Teacher", "Student", "L_MSE", "H_MSE")
+COMMAND = "python -m kdsweep -m path=none,L data.root=/home/someone/busi 'split.group=\"/tmp/a b/groups.csv\"'"
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    params = {"train.lr": "0.0001", "data.root": "/home/someone/busi", "student.weights": "/home/someone/net.pt"}
+    whole = sweep_of(NAMES, seeds=(0, 1))
+    tags = {"kdsweep.split_images": "104/26/33", "mlflow.user": "someone"}
+    runs = whole.runs.assign(params=[params] * len(whole.runs), tags=[tags] * len(whole.runs))
+    return replace(whole, runs=runs, commands=(COMMAND,))
+
+
+@pytest.fixture
+def file(sweep, tmp_path):
+    (tmp_path / "scores.json.gz").write_bytes(published.write(sweep))
+    return tmp_path / "scores.json.gz"
+
+
+def part(sweep, keep, file):
+    runs = sweep.runs[keep]
+    scores = sweep.scores[sweep.scores["fingerprint"].isin(runs["fingerprint"])]
+    file.write_bytes(published.write(replace(sweep, runs=runs, scores=scores)))
+    return file
+
+
+def test_the_tables_of_a_published_sweep_are_its_own(sweep, file):
+    found = published.read([file])
+    pd.testing.assert_frame_equal(tables.table4(found), tables.table4(sweep))
+    ours = tables.table4(found).set_index("notation").loc["L_MSE", "mean_dice_percent"]
+    by_hand = [
+        100 * sweep.scores.loc[sweep.scores["fingerprint"] == f"L_MSE-{k}-{s}", "dice"].mean()
+        for k in range(3)
+        for s in (0, 1)
+    ]
+    assert ours == pytest.approx(sum(by_hand) / 6, abs=1e-9)
+    assert len(dice_all("L_MSE")) == tables.table4(found).set_index("notation").loc["L_MSE", "n_images"]
+
+
+def test_no_folder_and_no_name_of_a_user_is_in_the_file(file):
+    text = gzip.decompress(file.read_bytes()).decode()
+    assert "someone" not in text
+    assert "/tmp" not in text
+    content = json.loads(text)
+    assert content["commands"][0].startswith("python -m kdsweep -m path=none,L data.root=busi ")
+    assert content["runs"][0]["params"] == {"train.lr": "0.0001", "student.weights": "net.pt"}
+    assert content["runs"][0]["tags"] == {"kdsweep.split_images": "104/26/33"}
+
+
+def test_equal_sweeps_give_equal_files(sweep):
+    shuffled = replace(
+        sweep, runs=sweep.runs.sample(frac=1, random_state=0), scores=sweep.scores.sample(frac=1, random_state=1)
+    )
+    assert published.write(shuffled) == published.write(sweep)
+
+
+def test_parts_from_several_machines_are_one_sweep(sweep, tmp_path):
+    first = part(sweep, sweep.runs["seed"] == 0, tmp_path / "0.json.gz")
+    rest = part(with_status(sweep, "L_MSE", 0, "FAILED"), sweep.runs["seed"] >= 0, tmp_path / "1.json.gz")
+    alone = tables.table4(published.read([rest])).set_index("notation")
+    assert alone.loc["L_MSE", "gap"] == "failed: split 0 seed 0"
+    whole = published.read([rest, first])
+    assert len(whole.runs) == len(sweep.runs)
+    pd.testing.assert_frame_equal(tables.table4(whole), tables.table4(sweep))
+
+
+def test_files_of_two_sweeps_and_other_files_are_refused(sweep, file, tmp_path):
+    other = tmp_path / "other.json.gz"
+    other.write_bytes(published.write(replace(sweep, name="other")))
+    with pytest.raises(
+        InputError, match=r"--published: .* of sweep study and .* of sweep other; give files of one sweep"
+    ):
+        published.read([file, other])
+    other.write_bytes(b"no gzip")
+    with pytest.raises(InputError, match="cannot be read"):
+        published.read([other])
+    other.write_bytes(gzip.compress(b'{"format": 7}'))
+    with pytest.raises(InputError, match="is not a file of format 1"):
+        published.read([other])
+    with pytest.raises(InputError, match="cannot be read"):
+        published.read([tmp_path / "none.json.gz"])
+
+
+def test_the_command_makes_a_table_of_published_files(file, tmp_path, capsys):
+    assert tables.main(["table4", "--published", str(file), "--out", str(tmp_path / "out")]) == 0
+    assert "L_MSE" in capsys.readouterr().out
+    assert (tmp_path / "out" / "table4.csv").is_file()
+    assert tables.main(["table5", "--published", str(file)]) == 1
+    assert "--published: table5 needs the store" in capsys.readouterr().err
+
+
+def test_unfinished_runs_of_another_state_are_kept(sweep, tmp_path):
+    file = part(with_status(sweep, "H_MSE", 1, "RUNNING"), sweep.runs["seed"] == 0, tmp_path / "a.json.gz")
+    found = published.read([file]).runs
+    assert set(found.loc[found["notation"] == "H_MSE", "status"]) == {"FINISHED", "RUNNING"}
