@@ -214,7 +214,7 @@ def test_images_cannot_be_loaded_smaller_than_they_are_cropped(defaults: dict[st
 def test_the_groups_are_those_that_the_design_names() -> None:
     assert GROUPS.keys() >= {"path", "loss", "teacher_aug", "data", "teacher", "student", "profile", "tracking"}
     assert GROUPS["path"] == ["H", "HR", "L", "none"]
-    assert EXPERIMENTS == ["cpu_study", "methods", "table3", "table4", "tuned"]
+    assert EXPERIMENTS == ["capacity", "cpu_study", "methods", "recipe", "study", "table3", "table4", "tuned"]
 
 
 def test_the_defaults_are_the_papers_best_cell_by_its_protocol() -> None:
@@ -264,9 +264,13 @@ def test_every_experiment_sweeps_existing_options_within_the_limits(name: str) -
         assert sorted(swept["method"]) == GROUPS["method"], "all of them"
     for key, values in swept.items():
         for value in values:
-            compose(f"{key}={value}")
+            compose(f"+experiment={name}", f"{key}={value}")
+    for words in cfg.hydra.sweeper.also:
+        for word in words.split():
+            compose(f"+experiment={name}", word.partition(",")[0])
     count = math.prod(map(len, swept.values()))
-    assert count == {"table3": 12, "table4": 48, "cpu_study": 48, "methods": 16, "tuned": 48}[name]
+    counts = {"table3": 12, "table4": 48, "cpu_study": 48, "methods": 16, "tuned": 48, "capacity": 10, "recipe": 2}
+    assert count == (counts | {"study": 144})[name]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))

@@ -1,0 +1,48 @@
+"""The jobs of a sweep: those of its grid, then those of the further grids beside it."""
+
+from types import SimpleNamespace
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from hydra_plugins.kdsweep_lockstep import LockstepSweeper
+
+GRID = ["path=none,L", "seed=0,1", "store=here"]
+
+
+def jobs(*also, words=GRID, batch=None):
+    sweeper = LockstepSweeper(batch, also=also, search=None)
+    sweeper.hydra_context = SimpleNamespace(config_loader=None)
+    batches = sweeper.split_arguments(OverridesParser.create().parse_overrides(words), batch)
+    return [job for batch in batches for job in batch], batches
+
+
+def test_a_further_grid_replaces_its_own_words_and_keeps_the_others():
+    found, _ = jobs("method=cwd,at path=none seed=0")
+    assert found[:4] == [
+        ["path=none", "seed=0", "store=here"],
+        ["path=none", "seed=1", "store=here"],
+        ["path=L", "seed=0", "store=here"],
+        ["path=L", "seed=1", "store=here"],
+    ]
+    assert found[4:] == [
+        ["store=here", "method=cwd", "path=none", "seed=0"],
+        ["store=here", "method=at", "path=none", "seed=0"],
+    ]
+
+
+def test_without_further_grids_it_is_hydras_own():
+    found, batches = jobs()
+    assert [found] == LockstepSweeper.__base__.split_arguments(OverridesParser.create().parse_overrides(GRID), None)
+    assert batches == [found]
+
+
+def test_batches_are_filled_over_all_grids():
+    found, batches = jobs("path=H", batch=4)
+    assert [len(batch) for batch in batches] == [4, 2]
+    assert found[4:] == [["seed=0", "store=here", "path=H"], ["seed=1", "store=here", "path=H"]]
+
+
+def test_words_that_are_none_are_refused():
+    with pytest.raises(OverrideParseException):
+        jobs("path=[L")
