@@ -148,8 +148,8 @@ def result(name: str) -> pd.DataFrame:
 
 
 def results() -> str:
-    """The section on results; a sentence may run over several lines."""
-    return README.split("## Results")[1].split("\n## ")[0]
+    """The page on the study from scratch; a sentence may run over several lines."""
+    return (ROOT / "docs" / "cpu_study.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_the_results_is_that_of_their_file() -> None:
@@ -206,7 +206,7 @@ def test_p_values_of_the_results_are_those_of_the_means_of_their_splits() -> Non
     others = cells.index.drop("Student")
     found = [p(means.loc[name] - means.loc["Student"]) for name in others]
     assert found == pytest.approx(cells.loc[others, "student_p_runs"].tolist())
-    assert min(found) > 0.05, "the README says that no method is shown to be better"
+    assert min(found) > 0.05, "the page says that no method is shown to be better"
     for effect, expected in result("effects").set_index("effect")["p_runs"].items():
         signs = dict.fromkeys(paper.LEVELS, 1)
         for plus, minus in re.findall(r"(\w+) - (\w+)", str(effect)):
