@@ -631,7 +631,7 @@ MUTANTS = [
     ),
     Mutant(
         "tuning: trials are tested",
-        "training/loop.py",
+        "training/runner.py",
         "            if pruning is None:\n                results",
         "            if pruning is None or learner.is_pruned or True:\n                results",
         "tests/sweep/test_tuner.py -k 'not_tested_before'",
@@ -689,7 +689,7 @@ MUTANTS = [
     ),
     Mutant(
         "cuda: the state of a broken device is saved",
-        "training/loop.py",
+        "training/runner.py",
         "if is_device_error(error):  #",
         "if False:  #",
         f"{LOOP} -k failed_device",

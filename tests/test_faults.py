@@ -26,7 +26,7 @@ from kdsweep.core import signals
 from kdsweep.data import views
 from kdsweep.runs import checkpoint, records
 from kdsweep.runs.records import FINISHED
-from kdsweep.training import factory, group, loop, teachers
+from kdsweep.training import factory, group, loop, runner, teachers
 from kdsweep.training.learner import Learner
 
 QUICK = [
@@ -299,7 +299,7 @@ def test_a_damaged_score_file_is_named_and_made_again_without_training(
         assert (folder / name).read_text() != text
     else:
         spoil(folder / name)
-    monkeypatch.setattr(loop, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(runner, "fit", lambda *_, **__: pytest.fail("trained again"))
     results = group.run_group(configs_of(small_busi, store))
     assert contents(store) == contents(unbroken)
     assert results == dices

@@ -14,11 +14,11 @@ from omegaconf import DictConfig
 from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core import logs
-from kdsweep.core.device import give_back_memory
+from kdsweep.core.device import Compute, give_back_memory
 from kdsweep.core.errors import CellError, DeviceError, one_line
 from kdsweep.models.unet import UNet
 from kdsweep.runs import records
-from kdsweep.training import factory, loop, teachers
+from kdsweep.training import factory, runner, teachers
 from kdsweep.training.learner import Learner
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def run_group(configs: list[DictConfig], *, variants: Mapping[str, dict[str, str
 
 
 def run_trials(
-    configs: list[DictConfig], *, pruning: loop.Pruning, role: str, variants: Mapping[str, dict[str, str]]
+    configs: list[DictConfig], *, pruning: runner.Pruning, role: str, variants: Mapping[str, dict[str, str]]
 ) -> list[Result]:
     """Train trials together, from their checkpoints on, until each has had its last epoch or is pruned.
 
@@ -100,7 +100,7 @@ def run_trials(
             if role != "teacher":
                 outcomes = _outcomes(configs, cells, pruning=pruning)
             else:
-                outcomes = loop.run_divided(
+                outcomes = runner.run_divided(
                     [partial(_make_teacher, cfg, cell) for cfg, cell in zip(configs, cells, strict=True)],
                     teachers={},
                     feed=factory.feed(configs[0], seed=configs[0].teacher.seed),
@@ -136,12 +136,12 @@ def _before_loss(cfg: DictConfig, cell: Cell, lost: DeviceError, since_ms: int) 
 
 
 def _outcomes(
-    configs: list[DictConfig], own: list[Cell], *, pruning: loop.Pruning | None = None
-) -> list[loop.Values | Exception]:
+    configs: list[DictConfig], own: list[Cell], *, pruning: runner.Pruning | None = None
+) -> list[runner.Values | Exception]:
     compute = factory.compute(configs[0])
     compute.prepare()
     frozen = obtain_teachers(configs, compute)
-    return loop.run_divided(
+    return runner.run_divided(
         [partial(_make, cfg, cell, frozen) for cfg, cell in zip(configs, own, strict=True)],
         teachers={name: network for name, network in frozen.items() if not isinstance(network, Exception)},
         feed=factory.feed(configs[0], seed=configs[0].seed),
@@ -170,7 +170,7 @@ def _failed(cell: Cell, error: Exception) -> Exception:
     return error
 
 
-def obtain_teachers(configs: list[DictConfig], compute: loop.Compute) -> dict[str, UNet | Exception]:
+def obtain_teachers(configs: list[DictConfig], compute: Compute) -> dict[str, UNet | Exception]:
     """The Teachers of these cells by fingerprint; those that are not in the store are trained, together if they can be.
 
     Args:

@@ -14,7 +14,7 @@ from kdsweep.data.loaders import Feed
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
 from kdsweep.runs import checkpoint, records
-from kdsweep.training import loop
+from kdsweep.training import runner
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Wanted(NamedTuple):
 
     cell: Cell
     network: Callable[[], UNet]
-    learner: loop.Maker
+    learner: runner.Maker
 
 
 def obtain(wanted: list[Wanted], *, feed: Feed, compute: Compute) -> dict[str, UNet | Exception]:
@@ -67,7 +67,7 @@ def obtain(wanted: list[Wanted], *, feed: Feed, compute: Compute) -> dict[str, U
             if missing:
                 log.info("%s: not in the store yet, so trained first", _titles(missing))
                 makers = [teacher.learner for teacher in missing]
-                results = loop.run_divided(makers, teachers={}, feed=feed, compute=compute)
+                results = runner.run_divided(makers, teachers={}, feed=feed, compute=compute)
                 failures = zip(missing, results, strict=True)
                 found |= {
                     teacher.cell.fingerprint: error for teacher, error in failures if isinstance(error, Exception)

@@ -155,7 +155,7 @@ class Pruning:
     ended: Mapping[str, Mapping[int, Curve]]
 
     def begin(self) -> Callable[[int, Mapping[Path, Sequence[float]]], set[Path]]:
-        """See ``training.loop.Pruning``: asks the judge of each study."""
+        """See ``training.runner.Pruning``: asks the judge of each study."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         names = dict.fromkeys(name for name, _ in self.trials.values())
         judges = [Judge(name, make(self.options, epochs=self.epochs), self.ended.get(name, {})) for name in names]

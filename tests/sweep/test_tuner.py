@@ -30,7 +30,7 @@ from kdsweep.results import tables
 from kdsweep.runs import checkpoint, records, requests
 from kdsweep.sweep import callback, launcher, preview, status, tuner
 from kdsweep.tracking import reader
-from kdsweep.training import factory, group, loop
+from kdsweep.training import factory, group, loop, runner
 from kdsweep.tuning import book
 from kdsweep.tuning.pruning import Pruning
 from kdsweep.tuning.study import read_trials
@@ -201,7 +201,7 @@ def test_a_trial_is_not_tested_before_the_choice(small_busi, tmp_path, monkeypat
     def refuse(*_, **__):
         raise AssertionError("a test score was computed")
 
-    monkeypatch.setattr(loop, "finish", refuse)
+    monkeypatch.setattr(runner, "finish", refuse)
     configs = [config(small_busi, tmp_path, lr) for lr in (1e-3, 3e-3)]
     assert all(isinstance(own, float) for own in run_trials(configs))
 

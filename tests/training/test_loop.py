@@ -18,7 +18,7 @@ from kdsweep.distill.distillation import TeacherForward
 from kdsweep.evaluation import scoring
 from kdsweep.models import unet
 from kdsweep.runs import checkpoint, records
-from kdsweep.training import factory, loop, teachers
+from kdsweep.training import factory, loop, runner, teachers
 from kdsweep.training.learner import DivergedError, EpochMeter
 
 QUICK = ["profile=quick", "data=busi", "train.batch_size=6", "train.epochs=2", "device=cpu"]
@@ -80,10 +80,10 @@ def test_a_group_of_five_equals_five_solo_runs_bit_for_bit(compose, tmp_path):
     ]
     group = [make_learner(cfg, tmp_path / f"group{i}") for i, cfg in enumerate(configs)]
     torch.manual_seed(123)  # what else has drawn random numbers must not matter
-    loop.run(group, teachers=teachers_of(*configs), feed=feed_of(configs[0]), compute=CPU)
+    runner.run(group, teachers=teachers_of(*configs), feed=feed_of(configs[0]), compute=CPU)
     for i, cfg in enumerate(configs):
         alone = make_learner(cfg, tmp_path / f"alone{i}")
-        loop.run([alone], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+        runner.run([alone], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
         assert_same(state_of(alone), state_of(group[i]))
         assert alone.history == group[i].history
         ours, theirs = (tmp_path / f"{kind}{i}" / "test_scores.csv" for kind in ("group", "alone"))
@@ -158,7 +158,7 @@ def test_a_failed_device_ends_the_group_and_fails_nobody_who_is_not_known_to_be_
     configs = [compose("path=none"), compose("path=none", "train.lr=1e-4"), compose("path=none", "train.lr=1e-5")]
     learners = [make_learner(cfg, tmp_path / str(number)) for number, cfg in enumerate(configs)]
     for learner in learners:
-        loop._begin(learner, CPU)
+        runner._begin(learner, CPU)
         learner.save()  # at the start: they go on from here
     own = learners[1].network.forward
     calls = []
@@ -172,7 +172,9 @@ def test_a_failed_device_ends_the_group_and_fails_nobody_who_is_not_known_to_be_
     monkeypatch.setattr(learners[1].network, "forward", breaks)
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1" if is_blocking else "0")
     with pytest.raises(DeviceError, match=r"the device failed \(.*device-side assert triggered\)$"):
-        loop.run_divided([lambda own=own: own for own in learners], teachers={}, feed=feed_of(configs[0]), compute=CPU)
+        runner.run_divided(
+            [lambda own=own: own for own in learners], teachers={}, feed=feed_of(configs[0]), compute=CPU
+        )
     failed = [records.read(learner.folder).error for learner in learners]
     assert [bool(error) for error in failed] == [False, is_blocking, False]
     if is_blocking:
@@ -247,7 +249,7 @@ def test_align_none_compares_the_maps_as_they_are(compose, tmp_path):
 def test_regressor_is_in_the_checkpoint_and_not_in_the_exported_student(compose, tmp_path):
     cfg = compose("path=HR", "train.epochs=1")
     learner = make_learner(cfg, tmp_path)
-    loop.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    runner.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
     state = checkpoint.load_state(tmp_path / "checkpoint.pt")["best"]
     assert "regressor.0.weight" in state["kd_path"]
     exported = factory.student_network(cfg)
@@ -266,7 +268,7 @@ def test_the_best_epoch_is_tested_not_the_last(compose, tmp_path):
         end_epoch({**values, "val/loss": next(told)})
 
     learner.end_epoch = end_with_told_loss
-    (final,) = loop.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
+    (final,) = runner.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
     assert final["best_epoch"] == 1
     assert_same(learner.network.state_dict(), states[1])
     assert not torch.equal(states[1]["segmentation_head.0.weight"], states[3]["segmentation_head.0.weight"])
@@ -328,7 +330,7 @@ def test_a_loss_that_is_not_finite_ends_the_learner_with_term_and_epoch(compose,
     cfg = compose("path=L")
     learner = make_learner(cfg, tmp_path)
     learner.distillation.terms["kd"].loss = lambda **maps: maps["student"].mean() * math.nan
-    (result,) = loop.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    (result,) = runner.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
     assert isinstance(result, DivergedError)
     assert str(result).startswith("L_KLD_WAug split 0 seed 0: train/kd is nan in epoch 1, step 1; ")
     record = records.read(tmp_path)
@@ -348,7 +350,7 @@ def test_a_loss_that_is_not_finite_later_is_found_with_its_step(compose, tmp_pat
         return usual(**maps) * (value if len(calls) == 6 else 1.0)
 
     learner.distillation.terms["kd"].loss = loss
-    (result,) = loop.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    (result,) = runner.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
     assert f"train/kd is {value} in epoch 2, step 2" in str(result)
 
 
@@ -359,7 +361,7 @@ def test_a_value_that_is_not_finite_in_validation_alone_is_found(compose, tmp_pa
     learner.distillation.terms["kd"].loss = lambda **maps: (
         usual(**maps) * (1.0 if torch.is_grad_enabled() else math.nan)
     )
-    (result,) = loop.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    (result,) = runner.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
     assert isinstance(result, DivergedError)
     assert "val/kd is nan in epoch 1, validation batch 1" in str(result)
 
@@ -368,7 +370,7 @@ def test_a_student_is_validated_and_tested_in_eval_mode_and_trained_in_train_mod
     learner, modes = make_learner(compose("path=none"), tmp_path), []
     forward = learner.network.forward
     learner.network.forward = lambda *given: modes.append(learner.network.training) or forward(*given)
-    loop.run([learner], teachers={}, feed=feed_of(compose()), compute=CPU)
+    runner.run([learner], teachers={}, feed=feed_of(compose()), compute=CPU)
     assert modes == [True, True, True, False, True, True, True, False, False]  # 2 epochs of 3 steps, then the test
 
 
@@ -410,7 +412,7 @@ def test_measuring_the_gradients_changes_no_bit_of_the_training(compose, tmp_pat
 def test_a_matched_weight_balances_the_first_epoch_and_is_kept(compose, tmp_path):
     cfg = compose("path=L", "loss=mse", "kd.weight=matched", "kd.ratio=0.5", "train.epochs=3")
     learner = make_learner(cfg, tmp_path)
-    (final,) = loop.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    (final,) = runner.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
     rows = learner.history
     assert rows[0]["train/kd_gradient_ratio"] == pytest.approx(0.5, rel=1e-4)
     weights = {row["train/kd_weight"] for row in rows}
@@ -430,7 +432,7 @@ def test_a_matched_weight_goes_on_where_it_was_interrupted(compose, tmp_path):
     cfg = compose("method=reviewkd", "kd.weight=matched")  # which has several adapters
     whole, part = make_learner(cfg, tmp_path / "whole"), make_learner(cfg, tmp_path / "part")
     frozen, feed = teachers_of(cfg), feed_of(cfg)
-    loop.run([whole], teachers=frozen, feed=feed, compute=CPU)
+    runner.run([whole], teachers=frozen, feed=feed, compute=CPU)
 
     class Stop(BaseException):
         pass
@@ -447,7 +449,7 @@ def test_a_matched_weight_goes_on_where_it_was_interrupted(compose, tmp_path):
         loop.train_epoch([part], 0, frozen=loop.FrozenTeachers(frozen, CPU), feed=feed, compute=CPU)
     part.save()
     again = make_learner(cfg, tmp_path / "part")
-    loop.run([again], teachers=frozen, feed=feed_of(cfg), compute=CPU)
+    runner.run([again], teachers=frozen, feed=feed_of(cfg), compute=CPU)
     assert_same(state_of(again), state_of(whole))
     assert again.history == whole.history
 
@@ -466,7 +468,7 @@ def test_what_went_wrong_is_told_also_when_it_cannot_be_written_down(compose, tm
     learner = make_learner(compose("path=none"), tmp_path)
     learner.network.forward = lambda *_: (_ for _ in ()).throw(RuntimeError("the real cause"))
     monkeypatch.setattr(records, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    (result,) = loop.run([learner], teachers={}, feed=feed_of(compose()), compute=CPU)
+    (result,) = runner.run([learner], teachers={}, feed=feed_of(compose()), compute=CPU)
     assert str(result) == "Student split 0 seed 0: epoch 1, step 1, forward: RuntimeError: the real cause"
 
 
@@ -484,7 +486,7 @@ def test_bf16_runs_and_stays_close_to_fp32(compose, tmp_path):
 def test_training_learns_a_visible_lesion(compose, tmp_path):
     cfg = compose("path=none", "train.epochs=25", "train.patience=25", "train.lr=3e-3")
     learner = make_learner(cfg, tmp_path)
-    (values,) = loop.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
+    (values,) = runner.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
     everything = scoring.score(
         torch.ones_like(feed_of(cfg).test.masks, dtype=torch.bool), feed_of(cfg).test, nsd_tolerance_px=2.0
     )["dice"].mean()
@@ -538,7 +540,7 @@ def test_a_cell_trains_on_cuda_close_to_the_cpu(compose, tmp_path, precision):
         learner = make_learner(cfg, tmp_path / device)
         compute = factory.compute(cfg)
         frozen = {name: teacher.to(compute.device) for name, teacher in teachers_of(cfg).items()}
-        loop.run([learner], teachers=frozen, feed=feed_of(cfg), compute=compute)
+        runner.run([learner], teachers=frozen, feed=feed_of(cfg), compute=compute)
         values[device] = learner.history[0]["train/loss"]
     assert values["cuda"] == pytest.approx(values["cpu"], rel=0.05)
 
@@ -557,10 +559,10 @@ def test_a_group_equals_solo_runs_on_cuda(compose, tmp_path, deterministic):
     compute = factory.compute(configs[0])
     frozen = {name: placed(teacher, compute) for name, teacher in teachers_of(*configs).items()}
     group = [make_learner(cfg, tmp_path / f"group{i}") for i, cfg in enumerate(configs)]
-    loop.run(group, teachers=frozen, feed=feed_of(configs[0]), compute=compute)
+    runner.run(group, teachers=frozen, feed=feed_of(configs[0]), compute=compute)
     for i, cfg in enumerate(configs):
         alone = make_learner(cfg, tmp_path / f"alone{i}")
-        loop.run([alone], teachers=frozen, feed=feed_of(cfg), compute=compute)
+        runner.run([alone], teachers=frozen, feed=feed_of(cfg), compute=compute)
         if deterministic:
             assert_same(state_of(alone), state_of(group[i]))
         losses = [learner.history[-1]["val/loss"] for learner in (alone, group[i])]
@@ -635,7 +637,7 @@ def test_a_schedule_goes_on_where_it_was_interrupted(compose, tmp_path):
         loop.fit([first], teachers={}, feed=feed_of(cfg), compute=CPU, prune=stop)
     first.whole = True
     first.save()
-    loop._begin(second, CPU)
+    runner._begin(second, CPU)
     loop.fit([second], teachers={}, feed=feed_of(cfg), compute=CPU)
     assert_same(state_of(whole), state_of(second))
 
