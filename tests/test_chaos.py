@@ -2,10 +2,12 @@
 
 import chaos
 import pytest
+from small import STUDENT, TEACHER
 
 pytestmark = pytest.mark.slow
 
 SMALL = ["path=none,HR", "teacher_aug=weak", "profile=quick", "data=busi", "train.batch_size=8", "train.epochs=5"]
+SMALL += [*TEACHER, *STUDENT]
 
 
 def test_kills_come_at_the_birth_then_in_turn_and_from_the_seed():

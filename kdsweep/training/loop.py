@@ -331,8 +331,9 @@ def _validate(
 
 
 def label_of(learners: list[Learner]) -> str:
-    """Return a group's name, such as ``13 learners of split 0 seed 0``, or the title of a single learner."""
+    """Return a group's name, such as ``13 Students of split 0 seed 0``, or the title of a single learner."""
     if len(learners) == 1:
         return learners[0].title
     places = {learner.title.partition(" ")[2].partition(" (")[0] for learner in learners}
-    return f"{len(learners)} learners of {', '.join(sorted(places))}"
+    kind = "Teachers" if all(learner.title.startswith("Teacher") for learner in learners) else "Students"
+    return f"{len(learners)} {kind} of {', '.join(sorted(places))}"

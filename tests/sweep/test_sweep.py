@@ -16,7 +16,7 @@ import pytest
 import torch
 from commands import kdsweep, running
 from PIL import Image
-from small import TEACHER
+from small import STUDENT, TEACHER
 
 from kdsweep.results import tables
 from kdsweep.runs import records
@@ -24,7 +24,7 @@ from kdsweep.tracking import reader, writer
 
 pytestmark = pytest.mark.slow
 
-QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=2", *TEACHER]
+QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=2", *TEACHER, *STUDENT]
 GRID = ["-m", "path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong"]
 
 
@@ -76,8 +76,8 @@ def test_the_screen_has_one_line_for_a_group_and_each_log_its_own(swept):
     cwd, done = swept
     told = [line for line in done.stdout.splitlines() if " training images" in line]
     assert len(told) == 2  # of the two Teachers, and of the 13 that share their batches
-    assert "2 learners of split 0 seed 0: at most " in told[0]
-    assert "13 learners of split 0 seed 0: at most " in told[1]
+    assert "2 Teachers of split 0 seed 0: at most " in told[0]
+    assert "13 Students of split 0 seed 0: at most " in told[1]
     for log in (cwd / "multirun" / "cells").glob("*/kdsweep.log"):
         cell = [line for line in log.read_text().splitlines() if " M parameters" in line and "Teacher" not in line]
         assert len(cell) == 1

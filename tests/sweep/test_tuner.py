@@ -21,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobRuntime
 from hydra.errors import ConfigCompositionException
 from hydra.types import HydraContext, RunMode
-from small import TEACHER
+from small import STUDENT, TEACHER
 
 from kdsweep import conf_dir
 from kdsweep.config import composition, identity
@@ -40,7 +40,7 @@ SEARCH = {
     "teacher": {"lr": [1e-3, 3e-3]},
     "kd": {"weight": {"range": [0.1, 0.9]}},
 }
-QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=6", "device=cpu", *TEACHER]
+QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=6", "device=cpu", *TEACHER, *STUDENT]
 METHODS = [["path=none"], ["path=L", "loss=kld", "teacher_aug=weak"]]
 HALVING = {"_target_": "optuna.pruners.SuccessiveHalvingPruner", "min_resource": 2, "reduction_factor": 2}
 OPTIONS = {"search": SEARCH, "trials": 4, "round": 2, "pruner": HALVING}

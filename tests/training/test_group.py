@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import TEACHER
+from small import STUDENT, TEACHER
 
 from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError
@@ -25,6 +25,7 @@ QUICK = [
     "device=cpu",
     "teacher_aug=weak",
     *TEACHER,
+    *STUDENT,
 ]
 
 
