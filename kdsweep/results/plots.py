@@ -1,15 +1,13 @@
 """Figures of a sweep from frames alone: scores, main effects, curves, tuning, size of the Student, pairs of images.
 
-No function here writes a file; plots are matplotlib Figures, 7 inches wide, with no text below 7 points. Shape, fill
-or line style carries every distinction that color carries. Blue and vermilion always mean strong and weak augmentation
-of the Teacher's views; the splits have the other colors.
+No function here writes a file; ``drawing`` has the look that they share.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +16,25 @@ from matplotlib.lines import Line2D
 
 from kdsweep.core.errors import InputError
 from kdsweep.results import formats
+from kdsweep.results.drawing import (
+    ACROSS,
+    AUGMENTATIONS,
+    DARK,
+    FONT,
+    GRAY,
+    LIGHT,
+    LINES,
+    ROW,
+    SPLITS,
+    WIDTH,
+    LineStyle,
+    in_order,
+    legend_below,
+    looks_of,
+    new_figure,
+    panels_of,
+    plain,
+)
 from kdsweep.results.frame import gaps, placed_runs, scored_images
 from kdsweep.results.paper import BASELINES, CELLS, LEVELS, REPRESENTATIONS
 from kdsweep.results.stats import PLACE, pair
@@ -28,85 +45,8 @@ if TYPE_CHECKING:
 
     from kdsweep.tracking.reader import Sweep
 
-WIDTH, ROW = 7.0, 0.235  # inches: a page's text, a row of the figure of scores
-FONT = 7.0  # points
-ACROSS = 4  # panels beside each other: as many as the paper has cells of one path
-GRAY, DARK, LIGHT = "0.45", "0.25", "0.78"
 PAIR_COLUMNS = ["notation", *PLACE, "image", "dice_ours", "dice_baseline"]
 EQUAL = 1e-12  # largest difference of equal Dice scores (fractions)
-
-
-class LineStyle(NamedTuple):
-    """The look of a mark or a line; the colors are Okabe and Ito's, safe for the color-blind."""
-
-    color: str
-    marker: str
-    line: str | tuple[int, tuple[float, ...]] = "-"
-
-
-AUGMENTATIONS = {"strong": LineStyle("#0072B2", "o"), "weak": LineStyle("#D55E00", "D")}
-LINES = {
-    "Student": LineStyle("black", ""),
-    "Teacher": LineStyle("#0072B2", "", "--"),
-    "Teacher_WAug": LineStyle("#D55E00", "", "-."),
-}
-SPLITS = (  # the last in gray; more splits than these begin again
-    LineStyle("#009E73", "^", "-"),
-    LineStyle("#E69F00", "s", (0, (4, 1.5))),
-    LineStyle("#CC79A7", "v", (0, (1, 1))),
-    LineStyle("#56B4E9", "<", (0, (5, 1.5, 1, 1.5))),
-    LineStyle("#000000", ">", (0, (8, 2))),
-    LineStyle("#666666", "p", (0, (4, 1.5, 1, 1.5, 1, 1.5))),
-)
-
-
-# ---- what the figures share ----------------------------------------------------------------------------------------
-
-
-def _figure(*, title: str, height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    lines = textwrap.fill(title, 95)
-    figure.suptitle(lines, x=0.01, ha="left", fontsize=FONT + 1.5, fontweight="bold")
-    return figure
-
-
-def _plain(axes: Axes) -> None:
-    """Set sizes on the axes: ticks that appear only when it is drawn would take the global settings."""
-    axes.tick_params(labelsize=FONT, length=2.5, width=0.6)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_linewidth(0.6)
-
-
-def _looks(splits: Iterable[int]) -> dict[int, LineStyle]:
-    return {split: SPLITS[index % len(SPLITS)] for index, split in enumerate(sorted(set(splits)))}
-
-
-def _panels(figure: Figure, *, count: int, xlabel: str, ylabel: str, sharex: bool = True) -> list[Axes]:
-    """Add panels with common axes in rows of ACROSS, or one shorter row; only the outer panels have labels."""
-    across = min(ACROSS, count)
-    grid = figure.subplots(-(-count // across), across, sharex=sharex, sharey=True, squeeze=False)
-    panels = list(grid.flat)
-    for unused in panels[count:]:
-        unused.set_axis_off()
-    for index, axes in enumerate(panels[:count]):
-        _plain(axes)
-        is_lowest = index + across >= count
-        axes.tick_params(labelbottom=is_lowest)
-        axes.set_xlabel(xlabel if is_lowest else "", fontsize=FONT)
-        axes.set_ylabel(ylabel if index % across == 0 else "", fontsize=FONT)
-    return panels[:count]
-
-
-def _legend_below(figure: Figure, handles: list[Line2D]) -> None:
-    across = -(-len(handles) // -(-len(handles) // 6))  # lines of at most 6, equally full
-    figure.legend(handles=handles, loc="outside lower center", ncols=across, fontsize=FONT, frameon=False)
-
-
-def _in_order(notations: Iterable[str]) -> list[str]:
-    """Return the paper's cells in its order, then the others by name."""
-    there = set(notations)
-    return [*(cell for cell in CELLS if cell in there), *sorted(there.difference(CELLS))]
 
 
 # ---- scores and main effects ---------------------------------------------------------------------------------------
@@ -127,10 +67,10 @@ def effects_plot(*, scores: pd.DataFrame, effects: pd.DataFrame, title: str) -> 
         InputError: scores has no row of a cell.
     """
     table = scores.set_index("notation")
-    rows = _rows(_in_order(set(table.index).difference(BASELINES)))
+    rows = _rows(in_order(set(table.index).difference(BASELINES)))
     if not rows:
         raise InputError("scores: no row is a cell's; give the whole table that tables.table4 makes of a sweep")
-    figure = _figure(title=title, height=max(3.9, 1.2 + ROW * len(rows)))
+    figure = new_figure(title=title, height=max(3.9, 1.2 + ROW * len(rows)))
     grid = figure.add_gridspec(2, 2, width_ratios=(1.75, 1), height_ratios=(1.0, 0.85))
     left, right, beside = (figure.add_subplot(place) for place in (grid[:, 0], grid[0, 1], grid[1, 1]))
     _draw_rows(left, rows=rows, table=table)
@@ -164,7 +104,7 @@ def _mean_of(table: pd.DataFrame, notation: str) -> float:
 
 
 def _draw_rows(axes: Axes, *, rows: list[str], table: pd.DataFrame) -> None:
-    _plain(axes)
+    plain(axes)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.3, -0.7)
     axes.tick_params(axis="y", length=0)
@@ -209,7 +149,7 @@ def _draw_cells(axes: Axes, *, cells: pd.DataFrame, student: float) -> None:
         axes.plot(np.full(equal.sum(), 0.985), y[equal], "*", color=DARK, markersize=5, transform=at_edge, label=label)
     splits = [int(name.removeprefix(SPLIT_MEAN)) for name in map(str, cells) if name.startswith(SPLIT_MEAN)]
     hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": GRAY, "markeredgewidth": 0.7}
-    for split, look in _looks(splits).items() if len(splits) > 1 else ():
+    for split, look in looks_of(splits).items() if len(splits) > 1 else ():
         mean = cells[f"{SPLIT_MEAN}{split}"]
         if mean.notna().any():
             label = f"mean of split {split}"
@@ -232,7 +172,7 @@ def _draw_baselines(axes: Axes, *, table: pd.DataFrame) -> None:
 
 
 def _draw_effects(axes: Axes, *, main: pd.DataFrame) -> None:
-    _plain(axes)
+    plain(axes)
     axes.set_title("Main effects", fontsize=FONT, loc="left")
     axes.set_yticks(range(len(main)), main["effect"])
     axes.set_ylim(len(main) - 0.5, -0.5)
@@ -273,11 +213,11 @@ def curves_plot(*, curves: pd.DataFrame, title: str, metric: str = "val/dice") -
     if mine["value"].isna().all():
         known = ", ".join(sorted(set(curves["metric"].dropna()) - {metric})) or "none"
         raise InputError(f"metric={metric}: no run has a value of it; other metrics: {known}")
-    looks, notations = _looks(mine["split"]), _curve_notations(mine)
-    figure = _figure(title=title, height=1.0 + 1.25 * -(-len(notations) // ACROSS))
+    looks, notations = looks_of(mine["split"]), _curve_notations(mine)
+    figure = new_figure(title=title, height=1.0 + 1.25 * -(-len(notations) // ACROSS))
     student = mine[mine["notation"] == "Student"]
     ylabel = "validation Dice" if metric == "val/dice" else metric
-    panels = _panels(figure, count=len(notations), xlabel="epoch", ylabel=ylabel)
+    panels = panels_of(figure, count=len(notations), xlabel="epoch", ylabel=ylabel)
     for axes, notation in zip(panels, notations, strict=True):
         axes.set_title(notation, fontsize=FONT, loc="left", pad=2)
         own = mine[mine["notation"] == notation]
@@ -292,7 +232,7 @@ def curves_plot(*, curves: pd.DataFrame, title: str, metric: str = "val/dice") -
     handles = [Line2D([], [], color=k.color, linestyle=k.line, label=f"split {split}") for split, k in looks.items()]
     if not student.empty and set(notations).difference(BASELINES):
         handles.append(Line2D([], [], color=LIGHT, label="Student, same line styles"))
-    _legend_below(figure, handles)
+    legend_below(figure, handles)
     return figure
 
 
@@ -331,11 +271,11 @@ def tuning_plot(*, progress: pd.DataFrame, title: str) -> Figure:
     """
     if progress.empty:
         raise InputError("no trial of this sweep has ended yet")
-    looks, there = _looks(progress["split"]), set(progress["notation"])
+    looks, there = looks_of(progress["split"]), set(progress["notation"])
     baselines = [name for name in ("Student", "Teacher", "Teacher_WAug") if name in there]
-    notations = [*_in_order(there.difference(BASELINES)), *baselines]
-    figure = _figure(title=title, height=1.0 + 1.25 * -(-len(notations) // ACROSS))
-    panels = _panels(figure, count=len(notations), xlabel="training seconds", ylabel="best validation Dice")
+    notations = [*in_order(there.difference(BASELINES)), *baselines]
+    figure = new_figure(title=title, height=1.0 + 1.25 * -(-len(notations) // ACROSS))
+    panels = panels_of(figure, count=len(notations), xlabel="training seconds", ylabel="best validation Dice")
     equal_s = progress.groupby(["notation", "split"])["seconds"].max().min()
     for axes, notation in zip(panels, notations, strict=True):
         axes.set_title(notation, fontsize=FONT, loc="left", pad=2)
@@ -348,7 +288,7 @@ def tuning_plot(*, progress: pd.DataFrame, title: str) -> Figure:
     if "Student" in there and there.difference(BASELINES):
         handles.append(Line2D([], [], color=LIGHT, label="Student, same line styles"))
     handles.append(Line2D([], [], color=GRAY, linewidth=0.6, linestyle=":", label="equal seconds: the cheapest ends"))
-    _legend_below(figure, handles)
+    legend_below(figure, handles)
     return figure
 
 
@@ -375,12 +315,12 @@ def capacity_plot(*, table: pd.DataFrame, title: str) -> Figure:
     known = table.dropna(subset="mean_dice_percent")
     if known.empty:
         raise InputError("no Student of this sweep is finished on all splits and seeds asked for")
-    figure = _figure(title=title, height=3.4)
+    figure = new_figure(title=title, height=3.4)
     labels = {
         "parameters": ("parameters (M)", 1e6),
         "cpu_1_thread_median_ms": ("latency of one image (ms, CPU, 1 thread)", 1),
     }
-    panels = _panels(figure, count=len(labels), xlabel="", ylabel="test DSC (%)", sharex=False)
+    panels = panels_of(figure, count=len(labels), xlabel="", ylabel="test DSC (%)", sharex=False)
     for axes, (column, (label, unit)), front in zip(panels, labels.items(), ("parameters", "latency"), strict=True):
         axes.set_xscale("log")
         axes.set_xlabel(label, fontsize=FONT)
@@ -398,13 +338,13 @@ def capacity_plot(*, table: pd.DataFrame, title: str) -> Figure:
         Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker, markersize=4, label=notation)
         for notation, look in _model_looks(known["notation"]).items()
     ]
-    _legend_below(figure, [*handles, Line2D([], [], color=LIGHT, linewidth=4, label="Pareto front")])
+    legend_below(figure, [*handles, Line2D([], [], color=LIGHT, linewidth=4, label="Pareto front")])
     return figure
 
 
 def _model_looks(notations: Iterable[str]) -> dict[str, LineStyle]:
     """Return a look for Student, and for each cell in the paper's order."""
-    cells = _in_order(set(notations).difference(BASELINES))
+    cells = in_order(set(notations).difference(BASELINES))
     looks = {"Student": LineStyle("black", "o")} if "Student" in set(notations) else {}
     return looks | {cell: SPLITS[number % len(SPLITS)] for number, cell in enumerate(cells)}
 
@@ -445,11 +385,11 @@ def pairs_plot(*, pairs: pd.DataFrame, title: str) -> Figure:
     """
     if pairs.empty:
         raise InputError("nothing to compare: no cell and Student are both finished on all splits and seeds asked for")
-    looks, notations = _looks(pairs["split"]), _in_order(pairs["notation"])
+    looks, notations = looks_of(pairs["split"]), in_order(pairs["notation"])
     across = min(ACROSS, len(notations))
     side = min(2.6, (WIDTH - 0.5) / across - 0.15)
-    figure = _figure(title=title, height=0.8 + (side + 0.5) * -(-len(notations) // across))
-    panels = _panels(figure, count=len(notations), xlabel="Student's Dice", ylabel="Dice of the cell")
+    figure = new_figure(title=title, height=0.8 + (side + 0.5) * -(-len(notations) // across))
+    panels = panels_of(figure, count=len(notations), xlabel="Student's Dice", ylabel="Dice of the cell")
     for axes, notation in zip(panels, notations, strict=True):
         own = pairs[pairs["notation"] == notation]
         axes.axline((0, 0), (1, 1), color=GRAY, linewidth=0.7, zorder=1)
@@ -464,7 +404,7 @@ def pairs_plot(*, pairs: pd.DataFrame, title: str) -> Figure:
         Line2D([], [], color=look.color, marker=look.marker, label=f"split {split}", **mark)
         for split, look in looks.items()
     ]
-    _legend_below(figure, handles)
+    legend_below(figure, handles)
     return figure
 
 

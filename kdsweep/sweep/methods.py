@@ -141,7 +141,7 @@ def check_jobs(jobs: list[Job], words: list[list[str]], *, whole: space.Space, w
     idle = [key for key in whole if not any(_uses(whole, key, role, job) for role, job in parts)]
     if idle:
         names = ", ".join(dict.fromkeys(job.cell.notation for job in jobs))
-        raise InputError(f"{space.KEY}: {idle[0]} is used by none of {names}")
+        raise InputError(f"{space.KEY}: {idle[0]} is used by none of {names}; {space.KEY}.{idle[0]}=null leaves it out")
     _check_ends(jobs, whole, read)
 
 

@@ -108,14 +108,15 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
 def used(space: Space, *, role: str, params: Mapping[str, Any]) -> Space:
     """Return the part of a space that one method uses: a Student without distillation has no ``kd.weight``.
 
-    What a Teacher is trained with is tuned once, as the Teacher's own study: all methods then learn from that one.
+    What a Teacher is trained with is tuned once, as the Teacher's own study: all methods then learn from that one. A
+    key of its own that is tuned takes the place of the Students' (``teacher.schedule`` that of ``train.schedule``).
 
     Args:
         space: the whole.
         role: ``distilled``, ``baseline`` or ``teacher``.
         params: the method's flat configuration.
     """
-    idle = grid.unused(role, params)
+    idle = grid.unused(role, params | (dict.fromkeys(space, "tuned") if role == "teacher" else {}))
     if role == "distilled":
         idle = (*idle, "teacher")
     return {key: own for key, own in space.items() if not grid.is_under(key, idle)}

@@ -65,6 +65,9 @@ def test_a_method_has_the_keys_that_it_uses():
     assert used("teacher", kld) == {"teacher.lr"}
     # A Teacher's settings are chosen once, in its own study, and all methods learn from that Teacher.
     assert used("distilled", kld) == {"train.lr", "kd.weight", "kd.temperature", "student.weights"}
+    recipes = space.read({"train": {"schedule": ["constant", "poly"]}, "teacher": {"schedule": ["constant", "poly"]}})
+    assert set(space.used(recipes, role="teacher", params=kld)) == {"teacher.schedule"}
+    assert set(space.used(recipes, role="baseline", params=kld)) == {"train.schedule"}
     assert used("distilled", mse) == {"train.lr", "kd.weight", "student.weights"}
 
 
