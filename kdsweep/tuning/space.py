@@ -116,7 +116,8 @@ def used(space: Space, *, role: str, params: Mapping[str, Any]) -> Space:
         role: ``distilled``, ``baseline`` or ``teacher``.
         params: the method's flat configuration.
     """
-    idle = grid.unused(role, params | (dict.fromkeys(space, "tuned") if role == "teacher" else {}))
+    own = dict.fromkeys(space, "tuned") if role == "teacher" else {}
+    idle = grid.unused(role, {**params, **own})
     if role == "distilled":
         idle = (*idle, "teacher")
     return {key: own for key, own in space.items() if not grid.is_under(key, idle)}
