@@ -7,13 +7,16 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 LINE_EVERY_S = 60.0
 
 
@@ -32,6 +35,28 @@ def left_s(*, passed_s: float, done: int, left: int) -> float:
 def plural(count: int, noun: str) -> str:
     """Return a count with its noun, such as ``3 cells``."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def track(items: Iterable[T], *, what: str, unit: str, total: int) -> Iterator[T]:
+    """Iterate over items with a bar on a terminal, and with a line a minute on stderr where there is none.
+
+    Args:
+        items: what is done one by one.
+        what: is done with them, such as ``scoring``.
+        unit: name of one.
+        total: how many there are.
+    """
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=what, unit=unit, total=total, leave=False)
+        return
+    started_s = told_s = time.monotonic()
+    for done, item in enumerate(items):
+        now_s = time.monotonic()
+        if done and now_s - told_s > LINE_EVERY_S:
+            told_s = now_s
+            rest_s = left_s(passed_s=now_s - started_s, done=done, left=total - done)
+            sys.stderr.write(f"{what}: {done} of {total} {unit}s, about {duration(rest_s)} left\n")
+        yield item
 
 
 class Progress:

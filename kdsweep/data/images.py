@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,9 +12,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from kdsweep.core.errors import InputError
+from kdsweep.core.progress import track
 from kdsweep.data.sources import Entry, Source, listing
 
 log = logging.getLogger(__name__)
@@ -79,10 +78,7 @@ def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_
 
     with ThreadPoolExecutor() as threads:  # Pillow and OpenCV decode and resize outside Python's lock
         results = threads.map(arrays, entries)
-        hidden = not sys.stderr.isatty()
-        found = list(
-            tqdm(results, desc="reading images", total=len(entries), unit="image", leave=False, disable=hidden)
-        )
+        found = list(track(results, what="reading images", unit="image", total=len(entries)))
     if problems := [str(result) for result in found if isinstance(result, ValueError)]:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise InputError(

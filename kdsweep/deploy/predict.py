@@ -29,6 +29,7 @@ from kdsweep.config.grid import run_folder
 from kdsweep.core.device import Compute, find_device, placed, usable_precision
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_bytes, write_text
+from kdsweep.core.progress import track
 from kdsweep.data import sources
 from kdsweep.data.images import read_gray_or_color, resize_image
 from kdsweep.data.views import normalize
@@ -259,9 +260,8 @@ def predict_folder(model: Model, images: dict[str, Path], *, out: Path, compute:
     """Write mask, overlay and a table row for each image; return the number of unreadable images."""
     network = placed(model.network, compute)
     rows: list[list[Any]] = []
-    hidden = not sys.stderr.isatty()
     try:
-        for name, file in tqdm(images.items(), desc="predicting", unit="image", leave=False, disable=hidden):
+        for name, file in track(images.items(), what="predicting", unit="image", total=len(images)):
             try:
                 image = read_image(file)
             except ValueError as error:

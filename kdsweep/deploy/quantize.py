@@ -18,12 +18,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kdsweep.config.grid import run_folder
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_bytes
-from kdsweep.core.progress import plural
+from kdsweep.core.progress import plural, track
 from kdsweep.deploy import export, predict
 from kdsweep.deploy.predict import Model
 from kdsweep.evaluation import latency, metrics
@@ -244,8 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"{plural(len(runs), 'network')} of sweep {sweep.name} to 8-bit integers in {options.out}\n")
         sys.stdout.flush()
         scores, cost = [], []
-        rows = tqdm(runs.to_dict("records"), desc="quantizing", unit="network", disable=not sys.stderr.isatty())
-        for run in rows:
+        for run in track(runs.to_dict("records"), what="quantizing", unit="network", total=len(runs)):
             model = predict.load_model(run["folder"])
             small, dice, costs_ = compare_forms(
                 model, store=options.store, data_root=options.data_root, count=options.calibrate

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm import tqdm
 
 from kdsweep.config import composition, identity
 from kdsweep.config.grid import run_folder
 from kdsweep.core.device import Compute, find_device, usable_precision
 from kdsweep.core.errors import InputError, exit_code, one_line
 from kdsweep.core.files import write_text
-from kdsweep.core.progress import plural
+from kdsweep.core.progress import plural, track
 from kdsweep.data import run_data, sources
 from kdsweep.data.images import load_images, read_gray_or_color
 from kdsweep.data.loaders import EvalPart, eval_part
@@ -84,8 +83,7 @@ def score_sweep(
     )
     sys.stdout.flush()
     count, problems = 0, []
-    bar = tqdm(folders.items(), desc="scoring", unit="network", leave=False, disable=not sys.stderr.isatty())
-    for run_id, folder in bar:
+    for run_id, folder in track(folders.items(), what="scoring", unit="network", total=len(folders)):
         try:
             file, is_new = _score(folder, name, part, device=device)
             count += is_new

@@ -15,12 +15,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_text
-from kdsweep.core.progress import plural
+from kdsweep.core.progress import plural, track
 from kdsweep.data import duplicates
 from kdsweep.data.images import read_gray_or_color
 from kdsweep.data.sources import Entry
@@ -42,7 +41,8 @@ def audit(entries: list[Entry], out: Path) -> str:
     """
 
     def progress(steps: Iterable[int], name: str) -> Iterable[int]:
-        return tqdm(list(steps), desc=name, unit="step", leave=False, disable=not sys.stderr.isatty())
+        own = list(steps)
+        return track(own, what=name, unit="step", total=len(own))
 
     try:
         images = [_gray(entries[number]) for number in progress(range(len(entries)), "reading images")]
