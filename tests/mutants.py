@@ -729,6 +729,56 @@ MUTANTS = [
         "keys += keys[len(keys) - -len(keys) % self.batch_size :]",
         "tests/data/test_loaders.py",
     ),
+    # the study's instruments
+    Mutant(
+        "study: a narrow network begins with the first channels",
+        "models/weights.py",
+        "torch.arange(count) * of // count",
+        "torch.arange(count)",
+        "tests/models/test_encoders.py",
+    ),
+    Mutant(
+        "study: int8 is calibrated on test images",
+        "deploy/quantize.py",
+        'part="train", count=count)',
+        'part="test", count=count)',
+        "tests/deploy/test_quantize.py",
+    ),
+    Mutant(
+        "study: the best network is that of the test images",
+        "deploy/predict.py",
+        'sort_values(["val_dice", *PLACE], ascending=False)',
+        "sort_values(PLACE)",
+        "tests/deploy/test_card.py",
+    ),
+    Mutant(
+        "study: an equally good network that costs more is on the front",
+        "results/capacity.py",
+        "((cost < own) | (gain > best))",
+        "((cost < own) & (gain > best))",
+        "tests/results/test_capacity.py",
+    ),
+    Mutant(
+        "study: published scores name folders",
+        "results/published.py",
+        'return PLACE.sub(r"\\1", value) if isinstance(value, str) else value',
+        "return value",
+        "tests/results/test_published.py",
+    ),
+    Mutant(
+        "study: of two published states of a run the first one counts",
+        "results/published.py",
+        '.sort_values("done", ascending=False, kind="stable")',
+        "",
+        "tests/results/test_published.py",
+    ),
+    Mutant(
+        "study: a further grid keeps the words of the first",
+        "plugins/hydra_plugins/kdsweep_lockstep.py",
+        "for word in overrides if word.key_or_group not in keys)",
+        "for word in overrides)",
+        "tests/sweep/test_sweeper.py",
+    ),
 ]
 
 
