@@ -247,7 +247,7 @@ def commands(sweep: Sweep, *, place: Location, wanted: Wanted) -> list[str]:
     test = "" if wanted.test == "ttest" else f" --test {wanted.test}"
     own = "".join(f" {option}" for option, on in _switches(wanted).items() if on)
     return [
-        *(f"python -m kdsweep tables {which}{where}{test}" for which in tables.asked(sweep, store=place.store)),
+        *(f"python -m kdsweep tables {which}{where}{test}" for which in tables.suited(sweep, store=place.store)),
         f"python -m kdsweep figures all{where}",
         f"python -m kdsweep report{where}{test}{own}",
     ]
@@ -259,7 +259,7 @@ def _switches(wanted: Wanted) -> dict[str, bool]:
 
 def collect(sweep: Sweep, *, place: Location, wanted: Wanted, hide: Callable[[str], str]) -> dict[str, Any]:
     """Collect all that the page shows, by the names in its template."""
-    names = [which for which in tables.asked(sweep, store=place.store) if wanted.with_costs or which != "table5"]
+    names = [which for which in tables.suited(sweep, store=place.store) if wanted.with_costs or which != "table5"]
     drawn = [which for which in FIGURES if which != "figure2" or wanted.with_images or is_synthetic(sweep)]
     drawn = [which for which in drawn if which != "tuning" or "tuned" in names]
     made: dict[str, Table] = {}

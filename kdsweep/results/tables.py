@@ -9,7 +9,7 @@ import argparse
 import gc
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -317,7 +317,7 @@ def best_variant(sweep: Sweep, table: pd.DataFrame) -> tuple[Sweep, pd.DataFrame
     return variants(sweep)[label], table[table["settings"] == label].drop(columns="settings")
 
 
-def asked(sweep: Sweep, *, store: Path) -> list[str]:
+def suited(sweep: Sweep, *, store: Path) -> list[str]:
     """Return those of TABLES that suit a sweep, such as seeds if it has several; store is the folder of the runs."""
     has = {
         "effects": cell_notations(sweep)[0] in CELLS,  # else methods alone were asked for, which have no factors
@@ -343,59 +343,109 @@ def sentences(which: str, table: pd.DataFrame) -> list[str]:
     return told[which](table) if which in told else []
 
 
+class Asked(NamedTuple):
+    """A table that was asked for, with what it is made of; see ``make``."""
+
+    which: str
+    sweep: Sweep
+    store: Path
+    test: str
+    uri: str | None
+    margin_points: float | None
+
+
 def made(
     which: str, *, sweep: Sweep, store: Path, test: str, uri: str | None = None, margin_points: float | None = None
 ) -> Made:
     """Make one of TABLES of a sweep whose cells' folders are in a store."""
-    if which == "tuned":
-        tuning = tuned.read(sweep, store=store, uri=uri)
-        table = tuned.tuned(tuning, test=test)
-        notes = tuned.notes(tuning=tuning, table=table, test=test)
-        return _led(which, tuning.chosen, table.assign(test=test), tuned.format_tuned(table), notes)
-    if which == "external":
-        table = external.external(sweep)
-        notes = [*footnotes.provenance(sweep), *external.NOTES]
-        return Made(HEADINGS[which], table, external.format_external(table), notes)
-    if which == "table3":
-        table = table3(sweep)
-        return Made(HEADINGS[which], table, format_table3(table), footnotes.of_scores(sweep=sweep, table=table))
-    if which == "effects":
-        table = effects.effects(sweep, test=test)
-        notes = effects.notes(sweep=sweep, table=table, test=test)
-        return _led(which, sweep, table.assign(test=test), effects.format_effects(table), notes)
-    if which == "settings":
-        table = comparisons.settings(sweep, test=test)
-        notes = comparisons.notes_settings(table, test=test)
-        return _led(which, sweep, table.assign(test=test), comparisons.format_settings(table), notes)
-    if which == "strata":
-        table = strata.strata(sweep, test=test)
-        return _led(
-            which, sweep, table.assign(test=test), strata.format_strata(table), strata.notes(table=table, test=test)
-        )
-    if which == "seeds":
-        table = comparisons.seeds(sweep)
-        return _led(which, sweep, table, comparisons.format_seeds(table), comparisons.notes_seeds(table=table))
-    table = table4(sweep, test=test, margin_points=margin_points)
-    if which == "capacity":
-        from kdsweep.results import capacity  # loads torch
-
-        table = capacity.capacity(sweep, scores=table)
-        notes = [*footnotes.provenance(sweep), *capacity.notes(table)]
-        return Made(HEADINGS[which], table.assign(test=test), capacity.format_capacity(table), notes)
-    if which == "table5":
-        from kdsweep.results import costs  # loads torch: seconds that the other tables need not wait for
-
-        sweep, table = best_variant(sweep, table)
-        measured = costs.table5(sweep, store=store, scores=table)
-        notes = costs.notes(sweep=sweep, table=measured, scores=table)
-        return Made(HEADINGS[which], measured, costs.format_table5(measured), notes)
-    notes = footnotes.of_scores(sweep=sweep, table=table) + footnotes.of_table4(sweep=sweep, table=table, test=test)
-    return Made(HEADINGS[which], table.assign(test=test), format_table4(table), notes)
+    return MAKERS[which](Asked(which, sweep, store, test, uri, margin_points))
 
 
-def _led(which: str, sweep: Sweep, table: pd.DataFrame, text: pd.DataFrame, notes: list[str]) -> Made:
+def _of_table3(asked: Asked) -> Made:
+    table = table3(asked.sweep)
+    notes = footnotes.of_scores(sweep=asked.sweep, table=table)
+    return Made(HEADINGS[asked.which], table, format_table3(table), notes)
+
+
+def _of_table4(asked: Asked) -> Made:
+    table = table4(asked.sweep, test=asked.test, margin_points=asked.margin_points)
+    notes = footnotes.of_scores(sweep=asked.sweep, table=table)
+    notes += footnotes.of_table4(sweep=asked.sweep, table=table, test=asked.test)
+    return Made(HEADINGS[asked.which], table.assign(test=asked.test), format_table4(table), notes)
+
+
+def _of_table5(asked: Asked) -> Made:
+    from kdsweep.results import costs  # loads torch: seconds that the other tables need not wait for
+
+    sweep, scores = best_variant(asked.sweep, table4(asked.sweep))
+    table = costs.table5(sweep, store=asked.store, scores=scores)
+    notes = costs.notes(sweep=sweep, table=table, scores=scores)
+    return Made(HEADINGS[asked.which], table, costs.format_table5(table), notes)
+
+
+def _of_capacity(asked: Asked) -> Made:
+    from kdsweep.results import capacity  # loads torch
+
+    table = capacity.capacity(asked.sweep, scores=table4(asked.sweep, test=asked.test))
+    notes = [*footnotes.provenance(asked.sweep), *capacity.notes(table)]
+    return Made(HEADINGS[asked.which], table.assign(test=asked.test), capacity.format_capacity(table), notes)
+
+
+def _of_external(asked: Asked) -> Made:
+    table = external.external(asked.sweep)
+    notes = [*footnotes.provenance(asked.sweep), *external.NOTES]
+    return Made(HEADINGS[asked.which], table, external.format_external(table), notes)
+
+
+def _of_effects(asked: Asked) -> Made:
+    table = effects.effects(asked.sweep, test=asked.test)
+    notes = effects.notes(sweep=asked.sweep, table=table, test=asked.test)
+    return _led(asked, table.assign(test=asked.test), effects.format_effects(table), notes)
+
+
+def _of_settings(asked: Asked) -> Made:
+    table = comparisons.settings(asked.sweep, test=asked.test)
+    notes = comparisons.notes_settings(table, test=asked.test)
+    return _led(asked, table.assign(test=asked.test), comparisons.format_settings(table), notes)
+
+
+def _of_seeds(asked: Asked) -> Made:
+    table = comparisons.seeds(asked.sweep)
+    return _led(asked, table, comparisons.format_seeds(table), comparisons.notes_seeds(table=table))
+
+
+def _of_strata(asked: Asked) -> Made:
+    table = strata.strata(asked.sweep, test=asked.test)
+    return _led(
+        asked, table.assign(test=asked.test), strata.format_strata(table), strata.notes(table=table, test=asked.test)
+    )
+
+
+def _of_tuned(asked: Asked) -> Made:
+    tuning = tuned.read(asked.sweep, store=asked.store, uri=asked.uri)
+    table = tuned.tuned(tuning, test=asked.test)
+    notes = tuned.notes(tuning=tuning, table=table, test=asked.test)
+    return _led(asked._replace(sweep=tuning.chosen), table.assign(test=asked.test), tuned.format_tuned(table), notes)
+
+
+MAKERS: dict[str, Callable[[Asked], Made]] = {
+    "table3": _of_table3,
+    "table4": _of_table4,
+    "table5": _of_table5,
+    "effects": _of_effects,
+    "settings": _of_settings,
+    "seeds": _of_seeds,
+    "strata": _of_strata,
+    "external": _of_external,
+    "tuned": _of_tuned,
+    "capacity": _of_capacity,
+}
+
+
+def _led(asked: Asked, table: pd.DataFrame, text: pd.DataFrame, notes: list[str]) -> Made:
     """Return a table whose notes begin with what its numbers support."""
-    return Made(HEADINGS[which], table, text, [*sentences(which, table), *footnotes.provenance(sweep), *notes])
+    told = [*sentences(asked.which, table), *footnotes.provenance(asked.sweep), *notes]
+    return Made(HEADINGS[asked.which], table, text, told)
 
 
 def make(

@@ -137,7 +137,7 @@ def check_jobs(jobs: list[Job], words: list[list[str]], *, whole: space.Space, w
                 f"train.patience={train.patience}: a method would be stopped by its own curve, so that budgets "
                 "differ; give train.patience=${train.epochs}"
             )
-    parts = [(role, job) for job in jobs for role, _ in _roles(job)]
+    parts = [(role, job) for job in jobs for role, _ in _cells(job)]
     idle = [key for key in whole if not any(_uses(whole, key, role, job) for role, job in parts)]
     if idle:
         names = ", ".join(dict.fromkeys(job.cell.notation for job in jobs))
@@ -153,7 +153,7 @@ def _uses(whole: space.Space, key: str, role: str, job: Job) -> bool:
 def _check_ends(jobs: list[Job], whole: space.Space, read: Reader) -> None:
     """Raise InputError if a key does not take the values that bound its range."""
     for key, values in space.ends(whole).items():
-        job = next(job for job in jobs if any(_uses(whole, key, role, job) for role, _ in _roles(job)))
+        job = next(job for job in jobs if any(_uses(whole, key, role, job) for role, _ in _cells(job)))
         for value in values:
             read([[*job.overrides, *words_of({key: value})]])
 
@@ -214,19 +214,14 @@ def methods_of(jobs: list[Job], words: list[list[str]], *, whole: space.Space) -
     students: dict[str, Method] = {}
     teachers: dict[str, Method] = {}
     for job, own in zip(jobs, words, strict=True):
-        for role, params in _roles(job):
+        params = identity.params(job.settings)
+        for role, _ in _cells(job):
             found = teachers if role == "teacher" else students
             method = Method(job, role, list(own), space.used(whole, role=role, params=params), "")
             key = key_of(method.cell)
             method.name = f"{job.settings.sweep_name}/{method.cell.notation}/split{method.cell.split}/{key[:8]}"
             found.setdefault(key, method)
     return list(students.values()), [own for own in teachers.values() if own.space]
-
-
-def _roles(job: Job) -> list[tuple[str, dict[str, Any]]]:
-    """Return what of a job is tuned: its Student, and its Teacher if it has one, each with the job's params."""
-    params = identity.params(job.settings)
-    return [(job.cell.role, params), *([("teacher", params)] if job.cell.teacher is not None else [])]
 
 
 def key_of(cell: grid.Cell) -> str:

@@ -67,7 +67,7 @@ def test_every_network_is_scored_once_and_the_table_comes_out(finished, small_bu
 
     assert tables.main(["external", "--store", str(store)]) == 0
     assert "External. Test DSC on other data sets" in capsys.readouterr().out
-    assert "external" in tables.asked(reader.read_sweep(store=store, uri=None, name=None), store=store), (
+    assert "external" in tables.suited(reader.read_sweep(store=store, uri=None, name=None), store=store), (
         "the report shows it"
     )
     row = pd.read_csv(store / "tables" / "external.csv").iloc[0]
@@ -110,7 +110,7 @@ def test_without_scores_the_table_says_how_to_make_them(finished):
     sweep = replace(reader.read_sweep(store=store, uri=None, name=None), external=pd.DataFrame())
     with pytest.raises(InputError, match="python -m kdsweep score --sweep study"):
         external.external(sweep)
-    assert "external" not in tables.asked(sweep, store=store)
+    assert "external" not in tables.suited(sweep, store=store)
 
 
 def test_the_drops_interval_is_welchs():

@@ -124,10 +124,10 @@ def test_a_cell_that_one_setting_alone_asked_for_is_a_gap():
 def test_a_sweep_without_further_keys_has_nothing_to_compare(tmp_path):
     with pytest.raises(InputError, match=r"sweep study varies no key beyond its factors"):
         comparisons.settings(sweep_of())
-    assert tables.asked(sweep_of(), store=Path()) == ["table3", "table4", "table5", "effects"]
-    assert tables.asked(aligned(), store=Path()) == ["table3", "table4", "table5", "effects", "settings"]
+    assert tables.suited(sweep_of(), store=Path()) == ["table3", "table4", "table5", "effects"]
+    assert tables.suited(aligned(), store=Path()) == ["table3", "table4", "table5", "effects", "settings"]
     mixed = replace(aligned(), varied=())
-    assert "settings" not in tables.asked(
+    assert "settings" not in tables.suited(
         replace(mixed, runs=mixed.runs.assign(variant=[{}] * len(mixed.runs))), store=Path()
     )
 
@@ -204,7 +204,7 @@ def test_one_seed_has_no_spread():
 
 def test_the_table_of_seeds_is_written(tmp_path):
     sweep = of_seeds({"L_MSE": (60, 62, 64), "H_KLD": (70, 71, 72)})
-    assert tables.asked(sweep, store=Path()) == ["table3", "table4", "table5", "effects", "seeds"]
+    assert tables.suited(sweep, store=Path()) == ["table3", "table4", "table5", "effects", "seeds"]
     text = tables.make(which="seeds", sweep=sweep, store=tmp_path, out_dir=tmp_path, test="ttest")
     assert "| H_KLD   | 70.00 / 71.00 / 72.00 " in text
     assert "Two trainings of one cell with other seeds differ by less than 4.38 points" in text

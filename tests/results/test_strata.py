@@ -62,7 +62,7 @@ def test_scores_without_labels_and_areas_have_no_strata():
     sweep = sweep_of(NAMES)
     with pytest.raises(InputError, match="sweep study: its scores name neither labels nor the areas"):
         strata.strata(replace(sweep, scores=sweep.scores.drop(columns="label")))
-    assert "strata" not in tables.asked(sweep, store=Path())
+    assert "strata" not in tables.suited(sweep, store=Path())
 
 
 def test_the_table_of_strata_is_written(tmp_path):
