@@ -115,6 +115,8 @@ def test_every_configuration_option_named_in_the_tables_exists():
         ("predict", "--run"),
         ("export", "--out"),
         ("report", "--with-images"),
+        ("quantize", "--calibrate"),
+        ("publish", "--out"),
         ("models", "overrides"),
     ],
 )
@@ -216,6 +218,37 @@ def test_p_values_of_the_results_are_those_of_the_means_of_their_splits() -> Non
             }
         sides = [means.loc[[cell for cell, sign in signs.items() if sign == side]].mean() for side in (1, -1)]
         assert p(sides[0] - sides[1]) == pytest.approx(expected)
+
+
+# ---- the study -----------------------------------------------------------------------------------------------------
+
+
+def study(name: str) -> pd.DataFrame:
+    return pd.read_csv(ROOT / "results" / "study" / f"{name}.csv", dtype={"gap": str}).fillna({"gap": ""})
+
+
+def test_the_studys_table_is_that_of_its_file() -> None:
+    wanted = []
+    for row in study("table4").to_dict("records"):
+        folds = " / ".join(f"{row[f'mean_dice_percent_split{fold}']:.2f}" for fold in range(3))
+        to_student, to_teacher = (
+            f"{row[f'{of}_difference_points']:+.2f} ({row[f'{of}_low_points']:+.2f} to {row[f'{of}_high_points']:+.2f})"
+            for of in ("student", "teacher")
+        )
+        ps = f"{formats.p(row['student_p_holm'])} | {to_teacher} | {row['teacher_verdict']}"
+        others = f"{to_student} | {ps}" if row["notation"] not in paper.BASELINES else " | | | "
+        wanted.append(f"| {row['notation']} | {row['mean_dice_percent']:.2f} | {folds} | {others} |")
+    told = README.split("## Results")[1].split("\n## ")[0]
+    assert [line for line in told.splitlines() if re.match(r"\| [A-Z]\w", line)] == wanted
+    assert len(wanted) == 15
+
+
+@pytest.mark.parametrize("which", ["table4", "effects"])
+def test_the_studys_tables_are_made_of_its_published_scores(which, tmp_path) -> None:
+    files = sorted(map(str, (ROOT / "results" / "study").glob("*.json.gz")))
+    assert tables.main([which, "--published", *files, "--out", str(tmp_path)]) == 0
+    made = pd.read_csv(tmp_path / f"{which}.csv")
+    pd.testing.assert_frame_equal(made, pd.read_csv(ROOT / "results" / "study" / f"{which}.csv"))
 
 
 def test_the_table_of_error_rates_is_that_of_its_file() -> None:
