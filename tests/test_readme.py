@@ -14,7 +14,7 @@ from commands import kdsweep
 from small import TEACHER
 
 from kdsweep.__main__ import WORDS
-from kdsweep.results import comparisons, paper, stats
+from kdsweep.results import comparisons, formats, paper, stats, tables
 from kdsweep.runs import records
 
 ROOT = Path(__file__).resolve().parent.parent

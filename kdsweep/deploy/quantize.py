@@ -123,13 +123,15 @@ def compare_forms(
 def chosen_runs(sweep: Sweep, *, store: Path, models: list[str] | None) -> pd.DataFrame:
     """Return the finished runs of these models, by default of Student and of the best distilled student.
 
-    The best is that of the highest validation Dice. Column folder: of each run.
+    The best is that of the highest validation Dice; of a sweep that varies further keys, that of the best settings, and
+    the others have the same. Column folder: of each run.
 
     Raises:
         InputError: a model has no finished run.
     """
+    sweep, scores = tables.best_variant(sweep, tables.table4(sweep))
     if models is None:
-        best = costs.whole_cells(tables.best_variant(sweep, tables.table4(sweep))[1])
+        best = costs.whole_cells(scores)
         if not best:
             raise InputError(f"sweep {sweep.name} has no distilled student that is finished; --models names others")
         models = ["Student", best[0]]

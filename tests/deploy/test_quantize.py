@@ -1,6 +1,7 @@
 """Students in 8-bit integers: what was calibrated on which images, the same Dice as by hand, numbers by SciPy."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -116,6 +117,21 @@ def test_the_command(store, tmp_path, capsys):
     assert table.index.tolist() == ["Student", "L_MSE_WAug"]
     assert len(list(tmp_path.glob("*.int8.onnx"))) == 2
     onnx.checker.check_model(onnx.load(next(tmp_path.glob("Student*.int8.onnx"))))
+
+
+def test_of_a_sweep_over_sizes_only_the_best_settings_are_taken(sweep, store):
+    parts = [
+        sweep.runs.assign(variant=[{"student": name}] * 2, fingerprint=sweep.runs["fingerprint"] + name, val_dice=dice)
+        for name, dice in (("small", 0.9), ("large", 0.8))
+    ]
+    runs = pd.concat(parts, ignore_index=True).assign(teacher="")
+    scores = pd.concat(
+        [sweep.scores.assign(fingerprint=sweep.scores["fingerprint"] + name) for name in ("small", "large")]
+    )
+    varied = replace(sweep, runs=runs, scores=scores, varied=("student",))
+    chosen = quantize.chosen_runs(varied, store=store, models=None)
+    assert chosen["notation"].tolist() == ["Student", "L_MSE_WAug"]
+    assert set(chosen["fingerprint"].str[64:]) == {"small"}
 
 
 def test_what_is_refused(sweep, store, capsys, tmp_path):
