@@ -217,6 +217,38 @@ def notes(*, sweep: Sweep, runs: int, count: int) -> list[str]:
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
+def make(sweep: Sweep, *, store: Path, models: list[str] | None, data_root: Path | None, count: int, out: Path) -> str:
+    """Quantize the runs of these models, write their files and the table, and return the table in Markdown.
+
+    Raises:
+        InputError: a run or an image is missing, or the folder cannot be written to.
+    """
+    runs = chosen_runs(sweep, store=store, models=models)
+    sys.stdout.write(f"{plural(len(runs), 'network')} of sweep {sweep.name} to 8-bit integers in {out}\n")
+    sys.stdout.flush()
+    scores, costs_of = [], []
+    for run in track(runs.to_dict("records"), what="quantizing", unit="network", total=len(runs)):
+        model = predict.load_model(run["folder"])
+        small, dice, cost = compare_forms(model, store=store, data_root=data_root, count=count)
+        _write(out / f"{run['folder'].name}.int8.onnx", small)
+        scores.append(dice.assign(fingerprint=run["fingerprint"]))
+        costs_of.append({"notation": run["notation"], **cost})
+    known = scored_images(runs=placed_runs(sweep), scores=sweep.scores)  # with groups and sizes of the splits
+    table = quantized(pd.concat(scores).merge(known, on=["fingerprint", "image"]), pd.DataFrame(costs_of))
+    told = notes(sweep=sweep, runs=len(runs), count=count)
+    text = tables.to_markdown(title="Quantized. Students in 8-bit integers", text=format_quantized(table), notes=told)
+    _write(out / "quantized.md", text.encode())
+    _write(out / "quantized.csv", table.assign(sweep=sweep.name).to_csv(index=False).encode())
+    return f"{text}\nwrote {out / 'quantized'}.md, .csv and {plural(len(runs), 'ONNX file')}\n"
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        write_bytes(file, content)
+    except OSError as error:
+        raise InputError(f"--out {file.parent}: cannot write there ({error.strerror})") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Quantize Students of a sweep; return 0, or 1 after one line on stderr that says what to mend."""
     parser = argparse.ArgumentParser(
@@ -241,34 +273,8 @@ def main(argv: list[str] | None = None) -> int:
 
         sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
         models = options.models.split(",") if options.models else None
-        runs = chosen_runs(sweep, store=options.store, models=models)
-        sys.stdout.write(f"{plural(len(runs), 'network')} of sweep {sweep.name} to 8-bit integers in {options.out}\n")
-        sys.stdout.flush()
-        scores, cost = [], []
-        for run in track(runs.to_dict("records"), what="quantizing", unit="network", total=len(runs)):
-            model = predict.load_model(run["folder"])
-            small, dice, costs_ = compare_forms(
-                model, store=options.store, data_root=options.data_root, count=options.calibrate
-            )
-            _write(options.out / f"{run['folder'].name}.int8.onnx", small)
-            scores.append(dice.assign(fingerprint=run["fingerprint"]))
-            cost.append({"notation": run["notation"], **costs_})
-        known = scored_images(runs=placed_runs(sweep), scores=sweep.scores)  # with groups and sizes of the splits
-        table = quantized(pd.concat(scores).merge(known, on=["fingerprint", "image"]), pd.DataFrame(cost))
-        told = notes(sweep=sweep, runs=len(runs), count=options.calibrate)
-        text = tables.to_markdown(
-            title="Quantized. Students in 8-bit integers", text=format_quantized(table), notes=told
-        )
-        _write(options.out / "quantized.md", text.encode())
-        _write(options.out / "quantized.csv", table.assign(sweep=sweep.name).to_csv(index=False).encode())
-        sys.stdout.write(f"{text}\nwrote {options.out / 'quantized'}.md, .csv and {plural(len(runs), 'ONNX file')}\n")
+        count, out = options.calibrate, options.out
+        told = make(sweep, store=options.store, models=models, data_root=options.data_root, count=count, out=out)
+        sys.stdout.write(told)
 
     return exit_code(work)
-
-
-def _write(file: Path, content: bytes) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, content)
-    except OSError as error:
-        raise InputError(f"--out {file.parent}: cannot write there ({error.strerror})") from error

@@ -27,6 +27,7 @@ from kdsweep.core.progress import plural
 from kdsweep.tracking.reader import Sweep, read_scores, read_sweep
 
 FORMAT = 1
+PRIVATE = tuple(key for key in (*LOCAL, *SOURCES) if key != "stats")  # of the machine; stats is of the tables
 TAGS = re.compile(r"kdsweep\.(split_images|precision|threads|torch|hardware)|mlflow\.source\.git\.commit")
 PLACE = re.compile(r"(?<![^\s='\"(])[/~](?:[^/\s]*/)*([^/\s]+)")  # an absolute path; its last name is the group
 TABLES = ("scores", "external")
@@ -37,7 +38,7 @@ def write(sweep: Sweep) -> bytes:
     runs = sweep.runs.sort_values(["role", "notation", "split", "seed", "fingerprint"])
     records = []
     for run in runs.to_dict("records"):
-        params = {key: value for key, value in run["params"].items() if not is_under(key, (*LOCAL, *SOURCES))}
+        params = {key: value for key, value in run["params"].items() if not is_under(key, PRIVATE)}
         tags = {key: value for key, value in run["tags"].items() if TAGS.fullmatch(key)}
         known = {key: value for key, value in run.items() if key != "run_id" and value == value}  # without NaN
         records.append(_without_folders({**known, "params": params, "tags": tags}))

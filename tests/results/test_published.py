@@ -17,7 +17,12 @@ COMMAND = "python -m kdsweep -m path=none,L data.root=/home/someone/busi 'split.
 
 @pytest.fixture(scope="module")
 def sweep():
-    params = {"train.lr": "0.0001", "data.root": "/home/someone/busi", "student.weights": "/home/someone/net.pt"}
+    params = {
+        "train.lr": "0.0001",
+        "stats.margin_points": "3.0",
+        "data.root": "/home/someone/busi",
+        "student.weights": "/home/someone/net.pt",
+    }
     whole = sweep_of(NAMES, seeds=(0, 1))
     tags = {"kdsweep.split_images": "104/26/33", "mlflow.user": "someone"}
     runs = whole.runs.assign(params=[params] * len(whole.runs), tags=[tags] * len(whole.runs))
@@ -56,7 +61,11 @@ def test_no_folder_and_no_name_of_a_user_is_in_the_file(file):
     assert "/tmp" not in text
     content = json.loads(text)
     assert content["commands"][0].startswith("python -m kdsweep -m path=none,L data.root=busi ")
-    assert content["runs"][0]["params"] == {"train.lr": "0.0001", "student.weights": "net.pt"}
+    assert content["runs"][0]["params"] == {
+        "train.lr": "0.0001",
+        "stats.margin_points": "3.0",
+        "student.weights": "net.pt",
+    }
     assert content["runs"][0]["tags"] == {"kdsweep.split_images": "104/26/33"}
 
 
