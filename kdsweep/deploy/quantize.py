@@ -120,16 +120,21 @@ def compare_forms(
 # ---- a sweep -------------------------------------------------------------------------------------------------------
 
 
-def chosen_runs(sweep: Sweep, *, store: Path, models: list[str] | None) -> pd.DataFrame:
+def chosen_runs(sweep: Sweep, scores: pd.DataFrame, *, store: Path, models: list[str] | None) -> pd.DataFrame:
     """Return the finished runs of these models, by default of Student and of the best distilled student.
 
-    The best is that of the highest validation Dice; of a sweep that varies further keys, that of the best settings, and
-    the others have the same. Column folder: of each run.
+    Args:
+        sweep: one without further keys.
+        scores: its Table 4, by which the best is that of the highest validation Dice.
+        store: folder of the runs.
+        models: notations.
+
+    Returns:
+        Rows of the sweep's runs, column folder: of each.
 
     Raises:
         InputError: a model has no finished run.
     """
-    sweep, scores = tables.best_variant(sweep, tables.table4(sweep))
     if models is None:
         best = costs.whole_cells(scores)
         if not best:
@@ -223,7 +228,8 @@ def make(sweep: Sweep, *, store: Path, models: list[str] | None, data_root: Path
     Raises:
         InputError: a run or an image is missing, or the folder cannot be written to.
     """
-    runs = chosen_runs(sweep, store=store, models=models)
+    sweep, ranking = tables.best_variant(sweep, tables.table4(sweep))  # of a sweep over settings: the best ones
+    runs = chosen_runs(sweep, ranking, store=store, models=models)
     sys.stdout.write(f"{plural(len(runs), 'network')} of sweep {sweep.name} to 8-bit integers in {out}\n")
     sys.stdout.flush()
     scores, costs_of = [], []
