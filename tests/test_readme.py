@@ -243,6 +243,36 @@ def test_the_studys_table_is_that_of_its_file() -> None:
     assert len(wanted) == 15
 
 
+def test_the_studys_sentences_are_those_of_its_files() -> None:
+    cells, found = study("table4").set_index("notation"), study("effects").set_index("effect")
+
+    def points(row: pd.Series, of: str = "") -> str:
+        mean, low, high = (row[f"{of}{key}_points"] for key in ("difference", "low", "high"))
+        return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+    taught = cells.loc[list(paper.CELLS)]
+    better = taught[taught["student_p_holm"] < 0.05].sort_values("student_difference_points", ascending=False)
+    named = [f"{name} {row['student_difference_points']:+.2f}" for name, row in better.iterrows()]
+    teacher, main = cells.loc["Teacher"], found[found["kind"] == "main"]
+    wanted = [
+        points(teacher, "student_").lstrip("+").replace(" (", " points ("),
+        f"{', '.join(named[:-1])} and {named[-1]} points",
+        f"HReg - L {points(found.loc['HReg - L'])}",
+        f"weak - strong {points(found.loc['weak - strong'])}",
+        f"end within {main[['low_points', 'high_points']].abs().to_numpy().max():.2f} points",
+        points(found.loc["(HReg - H) x (weak - strong)"]).replace(" (", " points (").rstrip(")"),
+        f"is {min(taught['student_p_runs'].min(), found['p_runs'].min()):.3f} or more",
+        f"{teacher['student_p_runs']:.3f} for Teacher against Student",
+    ]
+    wanted += [f"{effect} {found.loc[effect, 'difference_points']:+.2f}" for effect in ("H - L", "KLD - MSE")]
+    told = " ".join(README.split("## Results")[1].split("\n## ")[0].split())
+    assert [line for line in wanted if line not in told] == []
+    assert (len(better), (taught["teacher_verdict"] == "inferior").sum()) == (3, 6)
+    assert not (taught["teacher_verdict"] == "non-inferior").any()
+    assert (main["p_holm"] > 0.05).all()
+    assert found.loc["(HReg - H) x (weak - strong)", "p_holm"] < 0.0001
+
+
 @pytest.mark.parametrize("which", ["table4", "effects"])
 def test_the_studys_tables_are_made_of_its_published_scores(which, tmp_path) -> None:
     files = sorted(map(str, (ROOT / "results" / "study").glob("*.json.gz")))
