@@ -760,8 +760,8 @@ MUTANTS = [
     ),
     Mutant(
         "study: published scores name folders",
-        "results/published.py",
-        'return PLACE.sub(r"\\1", value) if isinstance(value, str) else value',
+        "core/files.py",
+        'return WHOLE_PATH.sub(r"\\1", value) if isinstance(value, str) else value',
         "return value",
         "tests/results/test_published.py",
     ),

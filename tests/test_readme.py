@@ -224,7 +224,7 @@ def test_p_values_of_the_results_are_those_of_the_means_of_their_splits() -> Non
 
 
 def study(name: str) -> pd.DataFrame:
-    return pd.read_csv(ROOT / "results" / "study" / f"{name}.csv", dtype={"gap": str}).fillna({"gap": ""})
+    return pd.read_csv(ROOT / "results" / "study" / f"{name}.csv")
 
 
 def test_the_studys_table_is_that_of_its_file() -> None:
@@ -271,6 +271,20 @@ def test_the_studys_sentences_are_those_of_its_files() -> None:
     assert not (taught["teacher_verdict"] == "non-inferior").any()
     assert (main["p_holm"] > 0.05).all()
     assert found.loc["(HReg - H) x (weak - strong)", "p_holm"] < 0.0001
+
+
+def test_the_table_of_int8_is_that_of_its_file() -> None:
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    for row in study("quantized").to_dict("records"):
+        differences = [
+            f"{row[f'{of}_difference_points']:+.2f} ({row[f'{of}_low_points']:+.2f} to {row[f'{of}_high_points']:+.2f})"
+            if row[f"{of}_difference_points"] == row[f"{of}_difference_points"]
+            else ""
+            for of in ("int8", "student_fp32", "student_int8")
+        ]
+        dice = [f"{row[f'{of}_dice_percent']:.2f}" for of in ("fp32", "int8")]
+        cost = [f"{row[f'fp32_{unit}']:.2f} to {row[f'int8_{unit}']:.2f}" for unit in ("mb", "ms")]
+        assert re.sub(" +", " ", f"| {' | '.join([row['notation'], *dice, *differences, *cost])} |") in page
 
 
 @pytest.mark.parametrize("which", ["table4", "effects"])

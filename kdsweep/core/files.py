@@ -6,12 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-if TYPE_CHECKING:
-    pass
+WHOLE_PATH = re.compile(r"(?<![^\s='\"(])[/~](?:[^/\s]*/)*([^/\s]+)")  # its last name is the group
 
 
 @contextlib.contextmanager
@@ -52,6 +52,13 @@ def write_text(file: Path, content: str) -> None:
 def write_json(file: Path, content: Any) -> None:
     """Write a value made of dicts, lists, strings and numbers as ``write_bytes`` does."""
     write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def without_folders(value: Any) -> Any:
+    """Return plain nested values in whose texts a file or folder with its whole path is its last name alone."""
+    if isinstance(value, dict):
+        return {key: without_folders(own) for key, own in value.items()}
+    return WHOLE_PATH.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def file_digest(file: Path) -> str:

@@ -15,6 +15,7 @@ import pandas as pd
 
 from kdsweep import __version__
 from kdsweep.core.errors import InputError
+from kdsweep.core.files import without_folders
 from kdsweep.deploy import predict
 from kdsweep.deploy.predict import Model
 from kdsweep.models.unet import count_macs, count_parameters
@@ -65,9 +66,9 @@ def card(model: Model, content: bytes, *, name: str) -> str:
         threshold=predict.THRESHOLD,
         source=SOURCES.get(data, data),
         counts=", ".join(f"{len(ids)} images for {part}" for part, ids in split.items()),
-        protocol=tags["kdsweep.split_protocol"],
+        protocol=without_folders(tags["kdsweep.split_protocol"]),  # a card goes to others
         data_digest=tags["kdsweep.data"][:16],
-        weights=WEIGHTS.get(weights, weights),
+        weights=WEIGHTS.get(weights, Path(weights).name),
         params=params,
         best_epoch=record.values.get("best_epoch", float("nan")),
         val_dice=record.values.get("best/val_dice", float("nan")),

@@ -22,14 +22,13 @@ import pandas as pd
 
 from kdsweep.config.grid import LOCAL, SOURCES, is_under
 from kdsweep.core.errors import InputError, exit_code
-from kdsweep.core.files import write_bytes
+from kdsweep.core.files import without_folders, write_bytes
 from kdsweep.core.progress import plural
 from kdsweep.tracking.reader import Sweep, read_scores, read_sweep
 
 FORMAT = 1
 PRIVATE = tuple(key for key in (*LOCAL, *SOURCES) if key != "stats")  # of the machine; stats is of the tables
 TAGS = re.compile(r"kdsweep\.(split_images|precision|threads|torch|hardware)|mlflow\.source\.git\.commit")
-PLACE = re.compile(r"(?<![^\s='\"(])[/~](?:[^/\s]*/)*([^/\s]+)")  # an absolute path; its last name is the group
 TABLES = ("scores", "external")
 
 
@@ -41,13 +40,13 @@ def write(sweep: Sweep) -> bytes:
         params = {key: value for key, value in run["params"].items() if not is_under(key, PRIVATE)}
         tags = {key: value for key, value in run["tags"].items() if TAGS.fullmatch(key)}
         known = {key: value for key, value in run.items() if key != "run_id" and value == value}  # without NaN
-        records.append(_without_folders({**known, "params": params, "tags": tags}))
+        records.append(without_folders({**known, "params": params, "tags": tags}))
     content = {
         "format": FORMAT,
         "name": sweep.name,
         "varied": sweep.varied,
         "tuned": sweep.tuned,
-        "commands": [_without_folders(command) for command in sweep.commands],
+        "commands": [without_folders(command) for command in sweep.commands],
         "columns": [str(column) for column in runs],
         "runs": records,
         **{name: _csv(getattr(sweep, name)) for name in TABLES},
@@ -61,13 +60,6 @@ def _csv(table: pd.DataFrame) -> str:
         return ""
     exact = table.assign(dice=[repr(float(value)) for value in table["dice"]])  # the statistics are of it, to the digit
     return exact.sort_values(order).to_csv(index=False, float_format="%.6g")
-
-
-def _without_folders(value: Any) -> Any:
-    """Return plain nested values in which files and folders with a whole path are their last names alone."""
-    if isinstance(value, dict):
-        return {key: _without_folders(own) for key, own in value.items()}
-    return PLACE.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def read(files: Sequence[Path]) -> Sweep:

@@ -1,6 +1,7 @@
 """The model card: its numbers are those of the run's folder; best is the best on the validation images."""
 
 import hashlib
+import json
 import re
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 from test_predict import finish
 
 from kdsweep.core.errors import InputError
+from kdsweep.core.files import write_json
 from kdsweep.deploy import card, export, predict
 from kdsweep.runs import records
 from kdsweep.tracking import writer
@@ -23,6 +25,9 @@ def cell(tmp_path_factory):
     labels = ["benign", "malignant", "malignant", "benign"]
     table = pd.DataFrame({"image": list("abcd"), "label": labels, "dice": DICE, "iou": 0.5, "hd95_px": 3.0})
     table.to_csv(own.folder / SCORES, index=False)
+    about = json.loads((own.folder / records.CELL).read_text())
+    about["tags"]["kdsweep.split_protocol"] = "3 folds, by group (/home/someone/audit/groups.csv)"
+    write_json(own.folder / records.CELL, about)
     values = {"test/dice": 0.5, "best/val_dice": 0.625, "best_epoch": 6}
     records.write_finished(own.folder, values=values, files=["student.safetensors"])
     return own
@@ -41,6 +46,7 @@ def test_the_card_says_what_the_folder_holds(cell):
     assert "from a Teacher with the encoder resnet18 that sees weak views: path L, loss mse, weight 0.5." in told
     assert "It is not a medical device" in told
     assert "no patients" in told
+    assert "(3 folds, by group (groups.csv), split 0)" in told
     split = records.read_split(cell.folder)
     assert f"{len(split['train'])} images for train, {len(split['validation'])} images for validation" in told
 
