@@ -341,7 +341,7 @@ def all_gone(pids: list[int]) -> bool:
     return not alive
 
 
-ENDLESS = ["-m", "path=none", "train.lr=1e-3,3e-4", *QUICK, "train.epochs=5000"]
+ENDLESS = ["-m", "path=none", "train.lr=1e-3,3e-4", *QUICK, "train.epochs=5000", "train.patience=5000"]
 
 
 def until_epochs(store: Path, number: int) -> None:
@@ -412,7 +412,9 @@ def test_a_sweep_in_training_has_a_status_and_a_killed_group_fails_its_cells_and
 
 @pytest.mark.usefixtures("database")
 def test_an_interrupt_closes_the_run_as_killed_and_says_how_to_go_on(small_busi, tmp_path):
-    with running("path=none", *QUICK, "train.epochs=500", f"data.root={small_busi}", cwd=tmp_path) as command:
+    with running(
+        "path=none", *QUICK, "train.epochs=500", "train.patience=500", f"data.root={small_busi}", cwd=tmp_path
+    ) as command:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("multirun/cells/*/checkpoint.pt")) and time.monotonic() < deadline:
             time.sleep(0.2)
