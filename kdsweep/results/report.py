@@ -261,7 +261,8 @@ def collect(sweep: Sweep, *, place: Location, wanted: Wanted, hide: Callable[[st
     """Collect all that the page shows, by the names in its template."""
     names = [which for which in tables.suited(sweep, store=place.store) if wanted.with_costs or which != "table5"]
     drawn = [which for which in FIGURES if which != "figure2" or wanted.with_images or is_synthetic(sweep)]
-    drawn = [which for which in drawn if which != "tuning" or "tuned" in names]
+    needed = {"tuning": "tuned", "capacity": "capacity"}  # the table of what a figure shows
+    drawn = [which for which in drawn if needed.get(which, "table3") in names]
     made: dict[str, Table] = {}
     pictures: dict[str, Figures] = {}
     with tqdm(total=len(names) + len(drawn) + 1, leave=False, disable=not sys.stderr.isatty()) as bar:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -45,6 +46,8 @@ def of_busi(small_busi, tmp_path_factory) -> tuple[Cell, float]:
     cell = identity.cell(cfg)
     records.describe(cell, split=identity.split_ids(cfg), params=identity.params(cfg), tags=factory.tags(cfg))
     checkpoint.save_network(cell.folder / "student.safetensors", factory.student_network(cfg))
+    scores = {"image": records.read_split(cell.folder)["test"], "dice": 0.5}
+    pd.DataFrame(scores).to_csv(cell.folder / "test_scores.csv", index=False)
     retest(cell.folder, 0.5)
     images = load_images(sources.Busi(small_busi), load_size=SIZE, image_size=SIZE)
     ids = json.loads((cell.folder / "split.json").read_text())["test"]
@@ -102,7 +105,7 @@ def test_the_file_says_where_it_is_from_and_how_images_are_prepared(cell, export
     assert "subtract the mean (0.485, 0.456, 0.406), divide by the standard deviation (0.229, 0.224, 0.225)" in steps
     assert any(step.startswith(f"resize the whole image to {SIZE} x {SIZE}") for step in steps)
     assert str(Path(export.__file__).parent.parent).encode() not in exported.read_bytes()  # no paths of this computer
-    assert [file.name for file in exported.parent.iterdir()] == ["student.onnx"]
+    assert sorted(file.name for file in exported.parent.iterdir()) == ["student.md", "student.onnx"]
 
 
 def test_the_preprocessing_that_it_tells_is_the_one_that_is_done():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kdsweep.config import composition
 from kdsweep.config.schema import STAGES
 from kdsweep.core.errors import InputError
-from kdsweep.models import unet
+from kdsweep.models import encoders, unet
 from kdsweep.models.weights import imagenet_file, load_weights, read_weights
 from kdsweep.training.factory import teacher_network
 
@@ -252,7 +252,7 @@ def test_an_unknown_encoder_is_refused() -> None:
 
 def test_the_trimmed_encoder_has_one_depth() -> None:
     with pytest.raises(ValueError, match="depth 5"):
-        unet.TrimmedMobileNetV3Small(depth=4)
+        encoders.TrimmedMobileNetV3Small(depth=4)
 
 
 # ---- weights that fit ----------------------------------------------------------------------------------------------

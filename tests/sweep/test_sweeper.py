@@ -4,14 +4,20 @@ from types import SimpleNamespace
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import OverrideParseException
-from hydra_plugins.kdsweep_lockstep import LockstepSweeper
+from hydra.plugins.sweeper import Sweeper
 
 GRID = ["path=none,L", "seed=0,1", "store=here"]
 
 
+def sweeper_class():
+    """As Hydra finds it: it loads its plugins anew whenever it looks for them."""
+    return next(own for own in Plugins.instance().discover(Sweeper) if own.__name__ == "LockstepSweeper")
+
+
 def jobs(*also, words=GRID, batch=None):
-    sweeper = LockstepSweeper(batch, also=also, search=None)
+    sweeper = sweeper_class()(batch, also=also, search=None)
     sweeper.hydra_context = SimpleNamespace(config_loader=None)
     batches = sweeper.split_arguments(OverridesParser.create().parse_overrides(words), batch)
     return [job for batch in batches for job in batch], batches
@@ -33,7 +39,7 @@ def test_a_further_grid_replaces_its_own_words_and_keeps_the_others():
 
 def test_without_further_grids_it_is_hydras_own():
     found, batches = jobs()
-    assert [found] == LockstepSweeper.__base__.split_arguments(OverridesParser.create().parse_overrides(GRID), None)
+    assert [found] == sweeper_class().__base__.split_arguments(OverridesParser.create().parse_overrides(GRID), None)
     assert batches == [found]
 
 
