@@ -291,13 +291,23 @@ def make(model: Model, *, out: Path, inputs: Inputs) -> bytes:
     sys.stdout.write(compare_latency(session, network, inputs.images[0]) + "\n")
     try:
         write_bytes(out, content)
-        write_text(card_file(out), card(model, content, name=out.name))
+        with_card = _write_card(model, content, out=out)
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
     agree = f"probabilities differ from PyTorch's by at most {difference:.1e} on {inputs.where}"
-    both = f"wrote {out} ({len(content) / 1e6:.1f} MB) and its card {card_file(out).name}"
+    both = f"wrote {out} ({len(content) / 1e6:.1f} MB) {with_card}"
     sys.stdout.write(f"{both}; {agree}, allowed {TOLERANCE:.0e}{scored}\n")
     return content
+
+
+def _write_card(model: Model, content: bytes, *, out: Path) -> str:
+    """Write the card beside an ONNX file; return that it is there, or why a damaged record gives none."""
+    try:
+        text = card(model, content, name=out.name)
+    except InputError as error:
+        return f"without a card ({one_line(error)})"
+    write_text(card_file(out), text)
+    return f"and its card {card_file(out).name}"
 
 
 def register(model: Model, content: bytes, *, name: str, store: Path, uri: str | None) -> None:
