@@ -1,4 +1,4 @@
-"""How good a Student of which size gets, with and without distillation: Dice against parameters and latency.
+"""Show how good a Student of which size gets, with and without distillation: Dice against parameters and latency.
 
 A sweep over Students (``+experiment=capacity``) has the scores; parameters, MACs and latency are measured here when the
 table is made.

@@ -1,4 +1,4 @@
-"""What the figures of a sweep share: sizes, looks, panels.
+"""Give the figures of a sweep one look: sizes, colors, panels.
 
 Plots are matplotlib Figures, 7 inches wide, with no text below 7 points. Shape, fill or line style carries every
 distinction that color carries. Blue and vermilion always mean strong and weak augmentation of the Teacher's views; the
