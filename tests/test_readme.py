@@ -14,7 +14,7 @@ from commands import kdsweep
 from small import TEACHER
 
 from kdsweep.__main__ import WORDS
-from kdsweep.results import comparisons, formats, paper, stats, tables
+from kdsweep.results import comparisons, formats, paper, published, stats, tables
 from kdsweep.runs import records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,9 +287,36 @@ def test_the_table_of_int8_is_that_of_its_file() -> None:
         assert re.sub(" +", " ", f"| {' | '.join([row['notation'], *dice, *differences, *cost])} |") in page
 
 
+def test_the_table_of_sizes_is_that_of_its_file() -> None:
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    table = pd.read_csv(ROOT / "results" / "capacity" / "capacity.csv")
+    for _, own in table.groupby("parameters"):
+        plain, distilled = (own[own["notation"] == name].iloc[0] for name in ("Student", "HReg_MSE_WAug"))
+        mean, low, high = (distilled[f"{key}_points"] for key in ("difference", "low", "high"))
+        columns = [
+            f"{plain['parameters']:,}",
+            f"{plain['macs'] / 1e6:.0f}",
+            f"{plain['cpu_1_thread_median_ms']:.2f}",
+            *(f"{row['mean_dice_percent']:.2f}" for row in (plain, distilled)),
+            f"{mean:+.2f} ({low:+.2f} to {high:+.2f})",
+            formats.p(distilled["p_holm"]),
+        ]
+        assert f"| {' | '.join(columns)} |" in page
+    assert table["parameters"].nunique() == 5
+
+
+def test_the_scores_of_sizes_are_those_published() -> None:
+    made = tables.table4(published.read([ROOT / "results" / "capacity" / "scores.json.gz"]))
+    key = ["settings", "notation"]
+    found = pd.read_csv(ROOT / "results" / "capacity" / "capacity.csv").set_index(key).sort_index()
+    made = made[~made["notation"].str.startswith("Teacher")].set_index(key).sort_index()
+    for name in ("mean_dice_percent", "student_difference_points", "student_low_points", "student_p_holm"):
+        pd.testing.assert_series_equal(made[name], found[name.removeprefix("student_")], check_names=False)
+
+
 @pytest.mark.parametrize("which", ["table4", "effects"])
 def test_the_studys_tables_are_made_of_its_published_scores(which, tmp_path) -> None:
-    files = sorted(map(str, (ROOT / "results" / "study").glob("*.json.gz")))
+    files = sorted(map(str, (ROOT / "results" / "study").glob("seed*.json.gz")))
     assert tables.main([which, "--published", *files, "--out", str(tmp_path)]) == 0
     made = pd.read_csv(tmp_path / f"{which}.csv")
     pd.testing.assert_frame_equal(made, pd.read_csv(ROOT / "results" / "study" / f"{which}.csv"))

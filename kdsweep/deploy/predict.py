@@ -29,6 +29,7 @@ from kdsweep.config.grid import run_folder
 from kdsweep.core.device import Compute, find_device, placed, usable_precision
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_bytes, write_text
+from kdsweep.core.options import add_store
 from kdsweep.core.progress import track
 from kdsweep.data import sources
 from kdsweep.data.images import read_gray_or_color, resize_image
@@ -311,8 +312,7 @@ def parse_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", required=True, help="NOTATION/splitK as in the tables, a folder, an MLflow run id, or best"
     )
-    parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
-    parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
+    add_store(parser)
 
 
 def find_model(options: argparse.Namespace) -> Model:

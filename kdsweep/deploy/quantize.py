@@ -22,6 +22,7 @@ from torch import Tensor
 from kdsweep.config.grid import run_folder
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_bytes
+from kdsweep.core.options import add_sweep
 from kdsweep.core.progress import plural, track
 from kdsweep.deploy import export, predict
 from kdsweep.deploy.predict import Model
@@ -260,9 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m kdsweep quantize", description="Students in 8-bit integers, and what that costs in Dice."
     )
-    parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
-    parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
-    parser.add_argument("--sweep", help="name of the sweep (the last with a finished run)")
+    add_sweep(parser)
     parser.add_argument("--models", help="notations, comma between them (Student and the best distilled student)")
     parser.add_argument(
         "--calibrate", type=int, default=CALIBRATION, help=f"training images to calibrate on ({CALIBRATION})"

@@ -22,6 +22,7 @@ from kdsweep.config.grid import run_folder
 from kdsweep.core.device import Compute, find_device, usable_precision
 from kdsweep.core.errors import InputError, exit_code, one_line
 from kdsweep.core.files import write_text
+from kdsweep.core.options import add_sweep
 from kdsweep.core.progress import plural, track
 from kdsweep.data import run_data, sources
 from kdsweep.data.images import load_images, read_gray_or_color
@@ -161,9 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m kdsweep score", description="Finished networks on another data set, without retraining."
     )
     parser.add_argument("overrides", nargs="+", help="the data set: data=folder data.root=/path, and device=...")
-    parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
-    parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
-    parser.add_argument("--sweep", help="name of the sweep (the last with a finished run)")
+    add_sweep(parser)
     options = parser.parse_args(argv)
     problems: list[str] = []
 

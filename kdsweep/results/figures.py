@@ -2,7 +2,7 @@
 
 Usage: ``python -m kdsweep figures figure2|effects|curves|pairs|capacity|tuning|all [--sweep NAME] [--out DIR] [Hydra
 overrides]``. Hydra overrides, such as ``data=busi data.root=DIR``, may say which sweep is meant and where its images
-lie.
+lie. ``--published FILE ...`` draws those of FROM_SCORES from files of ``publish`` instead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,8 +22,9 @@ import pandas as pd
 from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_bytes
+from kdsweep.core.options import add_published, add_sweep
 from kdsweep.data import run_data, sources
-from kdsweep.results import contours, effects, plots, tables, tuned
+from kdsweep.results import contours, effects, plots, published, tables, tuned
 from kdsweep.results.frame import known_values, variants
 from kdsweep.tracking import reader
 
@@ -40,6 +41,7 @@ FIGURES = {
     "capacity": "test DSC of Students of several sizes against parameters and latency",
     "tuning": "best validation Dice against the seconds that a method's trials took",
 }
+FROM_SCORES = ("effects", "pairs", "capacity")  # the others need images, curves or Optuna's studies
 # Arguments of savefig by format. Dates are left out, so that equal figures are equal files.
 FORMATS: dict[str, dict[str, Any]] = {
     "png": {"dpi": 200},
@@ -175,9 +177,7 @@ class Location(NamedTuple):
 
 def parse_place(parser: argparse.ArgumentParser) -> None:
     """Add the options that name a sweep."""
-    parser.add_argument("--store", type=Path, help="folder of the runs (multirun)")
-    parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
-    parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
+    add_sweep(parser, default=None)
     parser.add_argument("--data-root", type=Path, help="folder of the sweep's images, if they were moved")
     parser.add_argument("overrides", nargs="*", help="or Hydra overrides of the sweep: data=busi data.root=DIR")
 
@@ -200,28 +200,45 @@ def find_place(options: argparse.Namespace) -> Location:
     )
 
 
-def make(which: str, *, place: Location, out_dir: Path | None, choice: Choice) -> None:
+def make(
+    which: str, *, place: Location, out_dir: Path | None, choice: Choice, files: Sequence[Path] | None = None
+) -> None:
     """Draw, write and log one figure or all; a figure that cannot be drawn does not stop the others.
+
+    Args:
+        which: a key of FIGURES or all.
+        place: of the sweep.
+        out_dir: folder of the figures; None is STORE/figures.
+        choice: for figure2.
+        files: of ``publish``, to draw from instead of a store; nothing is logged then.
 
     Raises:
         InputError: there is no such sweep, or it lacks what a figure needs.
     """
-    sweep = reader.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
+    if files and which not in (*FROM_SCORES, "all"):
+        raise InputError(f"--published: {which} needs the store; --store names it")
+    sweep = published.read(files) if files else reader.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
     out_dir = out_dir or place.store / "figures"
     choice = replace(choice, root=place.root, source=place.source)
     failed = []
-    has = {"tuning": tuned.is_tuned(sweep, store=place.store), "capacity": tables.has_students(sweep)}
-    suited = [name for name in FIGURES if has.get(name, True)]
-    for name in suited if which == "all" else [which]:
+    for name in suited(sweep, store=place.store, from_scores=bool(files)) if which == "all" else [which]:
         try:
             for file_name, figure in draw(name, sweep, store=place.store, uri=place.uri, choice=choice):
-                files = write(figure, out_dir=out_dir, name=file_name)
-                logged = reader.attach(sweep, files, folder="figures", store=place.store, uri=place.uri)
-                sys.stdout.write(f"wrote {out_dir / file_name}.{', .'.join(FORMATS)}; {logged}\n")
+                drawn = write(figure, out_dir=out_dir, name=file_name)
+                told = f"wrote {out_dir / file_name}.{', .'.join(FORMATS)}"
+                if not files:
+                    told += f"; {reader.attach(sweep, drawn, folder='figures', store=place.store, uri=place.uri)}"
+                sys.stdout.write(f"{told}\n")
         except InputError as error:
             failed.append(str(error) if which == name else f"{name}: {error}")
     if failed:
         raise InputError("; ".join(failed))
+
+
+def suited(sweep: Sweep, *, store: Path, from_scores: bool) -> list[str]:
+    """Return those of FIGURES that suit a sweep; ``from_scores``: of published files, not of a store."""
+    has = {"capacity": tables.has_students(sweep), "tuning": not from_scores and tuned.is_tuned(sweep, store=store)}
+    return [name for name in (FROM_SCORES if from_scores else FIGURES) if has.get(name, True)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -230,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kdsweep figures", description=f"Figures of a sweep. {shows}.")
     parser.add_argument("figure", choices=[*FIGURES, "all"])
     parse_place(parser)
+    add_published(parser)
     parser.add_argument("--out", type=Path, help="folder for the files (STORE/figures)")
     own = parser.add_argument_group("figure2")
     own.add_argument("--models", help="notations, comma between them (the paper's figure)")
@@ -240,4 +258,5 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     models = options.models.split(",") if options.models else None
     choice = Choice(options.split, options.seed, models, options.count, options.image)
-    return exit_code(lambda: make(options.figure, place=find_place(options), out_dir=options.out, choice=choice))
+    given = {"out_dir": options.out, "choice": choice, "files": options.published}
+    return exit_code(lambda: make(options.figure, place=find_place(options), **given))

@@ -23,6 +23,7 @@ import pandas as pd
 from kdsweep.config.grid import LOCAL, SOURCES, is_under
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import without_folders, write_bytes
+from kdsweep.core.options import add_sweep
 from kdsweep.core.progress import plural
 from kdsweep.tracking.reader import Sweep, read_scores, read_sweep
 
@@ -119,9 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m kdsweep publish", description="A sweep's runs and per-image scores as one file for others."
     )
-    parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
-    parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
-    parser.add_argument("--sweep", help="name of the sweep (the last with a finished run)")
+    add_sweep(parser)
     parser.add_argument(
         "--out", type=Path, required=True, help="file, such as scores.json.gz; one that is there is replaced"
     )

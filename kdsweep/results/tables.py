@@ -20,6 +20,7 @@ import pandas as pd
 from kdsweep.config.grid import is_under
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_text
+from kdsweep.core.options import add_published, add_sweep
 from kdsweep.results import comparisons, effects, external, footnotes, formats, strata, tuned
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import (
@@ -51,7 +52,7 @@ HEADINGS = {
     "tuned": "Tuned. Each method as configured and as chosen, with equal budgets",
     "capacity": "Capacity. Test DSC of Students of several sizes, with and without distillation",
 }
-NEED_STORE = ("table5", "capacity", "tuned")  # weights, networks or Optuna's studies
+NEED_STORE = ("table5", "tuned")  # weights, networks or Optuna's studies
 GRADIENT_RATIO = "kd_gradient_ratio"  # a column of Table 4: the geometric mean over its runs
 SPLIT_MEAN = "mean_dice_percent_split"
 UNCORRECTED = ("student_p_runs", "teacher_p_runs")
@@ -480,10 +481,8 @@ def main(argv: list[str] | None = None) -> int:
     """Print and write one table; return 0, or 1 after one line on stderr that says what to mend."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep tables", description="The paper's tables, from MLflow.")
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
-    parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
-    parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
-    parser.add_argument("--published", type=Path, nargs="+", metavar="FILE", help="of `publish`, instead of a store")
+    add_sweep(parser)
+    add_published(parser)
     parser.add_argument("--out", type=Path, help="folder for the files (STORE/tables)")
     parser.add_argument(
         "--test",

@@ -9,7 +9,7 @@ import pytest
 from test_tables import dice_all, sweep_of, with_status
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import published, tables
+from kdsweep.results import figures, published, tables
 
 NAMES = ("Teacher", "Student", "L_MSE", "H_MSE")
 COMMAND = "python -m kdsweep -m path=none,L data.root=/home/someone/busi 'split.group=\"/tmp/a b/groups.csv\"'"
@@ -109,6 +109,15 @@ def test_the_command_makes_a_table_of_published_files(file, tmp_path, capsys):
     assert (tmp_path / "out" / "table4.csv").is_file()
     assert tables.main(["table5", "--published", str(file)]) == 1
     assert "--published: table5 needs the store" in capsys.readouterr().err
+
+
+def test_the_command_draws_figures_of_published_files(file, tmp_path, capsys):
+    assert figures.main(["all", "--published", str(file), "--out", str(tmp_path / "out")]) == 0
+    assert {drawn.name for drawn in (tmp_path / "out").glob("*.png")} == {"effects.png", "pairs.png"}
+    assert "MLflow" not in capsys.readouterr().out, "there is no run to log them to"
+    for which in ("figure2", "curves", "tuning"):
+        assert figures.main([which, "--published", str(file)]) == 1
+        assert f"--published: {which} needs the store" in capsys.readouterr().err
 
 
 def test_unfinished_runs_of_another_state_are_kept(sweep, tmp_path):

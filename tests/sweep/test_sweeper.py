@@ -8,6 +8,8 @@ from hydra.core.plugins import Plugins
 from hydra.errors import OverrideParseException
 from hydra.plugins.sweeper import Sweeper
 
+from kdsweep.core.errors import InputError
+
 GRID = ["path=none,L", "seed=0,1", "store=here"]
 
 
@@ -49,6 +51,13 @@ def test_batches_are_filled_over_all_grids():
     assert found[4:] == [["seed=0", "store=here", "path=H"], ["seed=1", "store=here", "path=H"]]
 
 
+def test_words_are_divided_as_a_shell_does():
+    found, _ = jobs("data.root='my images'", words=["path=L"])
+    assert found == [["path=L"], ["path=L", "data.root=my\\ images"]]  # as Hydra writes a blank
+
+
 def test_words_that_are_none_are_refused():
     with pytest.raises(OverrideParseException):
         jobs("path=[L")
+    with pytest.raises(InputError, match=r"also: path='L: No closing quotation"):
+        jobs("path='L")

@@ -3,6 +3,7 @@
 This folder has no ``__init__.py``: one would hide the plugins of other packages.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
+from kdsweep.core.errors import InputError
 from kdsweep.sweep import launcher
 
 
@@ -73,7 +75,10 @@ class LockstepSweeper(BasicSweeper):
         parse = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides
         grids = [overrides]
         for words in self._also:
-            own = parse(words.split())
+            try:
+                own = parse(shlex.split(words))
+            except ValueError as error:
+                raise InputError(f"hydra.sweeper.also: {words}: {error}; its words are those of a shell") from error
             keys = {word.key_or_group for word in own}
             grids.append([*(word for word in overrides if word.key_or_group not in keys), *own])
         jobs = [job for grid in grids for batch in BasicSweeper.split_arguments(grid, None) for job in batch]
