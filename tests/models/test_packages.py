@@ -81,9 +81,11 @@ def test_the_students_encoder_is_the_classifiers_up_to_the_first_block_of_its_si
     assert [found[stage].shape[2] for stage in stages] == [32, 16, 8, 4, 2]
 
 
-def test_the_teachers_encoder_gives_the_maps_of_the_classifier(cfg):
-    network, whole = factory.teacher_network(cfg).eval(), renamed(cfg.teacher, "tf_efficientnet_lite2")
-    assert unet.count_parameters(network) == pytest.approx(6.70e6, rel=1e-3)
+@pytest.mark.parametrize(("name", "millions"), [("efficientnet_lite0", 5.20), ("efficientnet_lite2", 6.70)])
+def test_the_teachers_encoder_gives_the_maps_of_the_classifier(name, millions):
+    cfg = composition.compose([f"teacher={name}", "image_size=64"])
+    network, whole = factory.teacher_network(cfg).eval(), renamed(cfg.teacher, f"tf_{name}")
+    assert unet.count_parameters(network) == pytest.approx(millions * 1e6, rel=1e-3)
     pixels = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
     with torch.no_grad():
         found = network(normalize(pixels), {"encoder.5"})["encoder.5"]
