@@ -181,7 +181,8 @@ def of_table4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
         ),
         "Teacher is the one that the cell learnt from, for Student it is the row Teacher.",
         f"Non-inferior: at most {margin:g} points worse than its Teacher{chosen}; one-sided t-test at 5 % for these "
-        "networks, after Holm over the KD cells; inferior: worse by more than that, tested alike; open: neither.",
+        "networks, after Holm over the KD cells; inferior: worse by more than that, tested alike; open: neither. "
+        "Lower bound: of the one-sided 95 % interval of the difference, percentage points.",
     ]
     if (ratios := table["kd_gradient_ratio"].dropna()).size:
         notes.append(
