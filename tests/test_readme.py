@@ -265,6 +265,15 @@ def test_the_studys_sentences_are_those_of_its_files() -> None:
         f"{teacher['student_p_runs']:.3f} for Teacher against Student",
     ]
     wanted += [f"{effect} {found.loc[effect, 'difference_points']:+.2f}" for effect in ("H - L", "KLD - MSE")]
+    sizes = study("strata").query("kind == 'lesion size'")
+    shown = sizes[sizes["notation"].isin(paper.CELLS) & (sizes["p_holm"] < 0.05)]
+    assert shown["stratum"].unique().tolist() == ["small (44 to 560 px)"]
+    assert (shown["difference_points"] > 0).tolist() == [True] * 4
+    wanted.append(
+        f"{shown['difference_points'].min():+.2f} to {shown['difference_points'].max():+.2f} points after Holm"
+    )
+    ahead = sizes.loc[sizes["notation"] == "Teacher", "difference_points"].tolist()
+    wanted.append(f"{ahead[1]:.2f} and {ahead[2]:.2f} points ahead")
     told = " ".join(README.split("## Results")[1].split("\n## ")[0].split())
     assert [line for line in wanted if line not in told] == []
     assert (len(better), (taught["teacher_verdict"] == "inferior").sum()) == (3, 6)
