@@ -282,6 +282,13 @@ def test_the_studys_sentences_are_those_of_its_files() -> None:
     assert found.loc["(HReg - H) x (weak - strong)", "p_holm"] < 0.0001
 
 
+def test_the_strengths_of_the_studys_cells_are_those_of_their_file() -> None:
+    page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
+    ratios = study("table4").set_index("notation")["kd_gradient_ratio"]
+    least, most = ratios.idxmin(), ratios.idxmax()
+    assert f"{ratios[least]:.2f} ({least}) to {ratios[most]:.1f} ({most})" in page
+
+
 def test_the_table_of_int8_is_that_of_its_file() -> None:
     page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     for row in study("quantized").to_dict("records"):
