@@ -275,7 +275,7 @@ MUTANTS = [
     # methods
     Mutant(
         "the paper's gaps beside methods alone",
-        "results/tables.py",
+        "results/dsc.py",
         "return others if others and cells.isdisjoint(CELLS) else [*CELLS, *others]",
         "return [*CELLS, *others]",
         "tests/results/test_tables.py",
@@ -552,7 +552,7 @@ MUTANTS = [
     ),
     Mutant(
         "Table 5 picks by test Dice",
-        "results/tables.py",
+        "results/dsc.py",
         "sort_values(VALIDATION, ascending=False)",
         'sort_values("mean_dice_percent", ascending=False)',
         "tests/results/test_costs.py tests/results/test_tables.py",

@@ -14,7 +14,7 @@ from commands import kdsweep
 from small import TEACHER
 
 from kdsweep.__main__ import WORDS
-from kdsweep.results import comparisons, formats, paper, published, stats, tables
+from kdsweep.results import comparisons, dsc, formats, paper, published, stats, tables
 from kdsweep.runs import records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,9 +227,10 @@ def study(name: str) -> pd.DataFrame:
     return pd.read_csv(ROOT / "results" / "study" / f"{name}.csv")
 
 
-def test_the_studys_table_is_that_of_its_file() -> None:
-    wanted = []
-    for row in study("table4").to_dict("records"):
+def rows_of(table: pd.DataFrame) -> list[str]:
+    """The lines of a page's table of DSC, means of folds, differences to Student and Teacher, and verdicts."""
+    lines = []
+    for row in table.to_dict("records"):
         folds = " / ".join(f"{row[f'mean_dice_percent_split{fold}']:.2f}" for fold in range(3))
         to_student, to_teacher = (
             f"{row[f'{of}_difference_points']:+.2f} ({row[f'{of}_low_points']:+.2f} to {row[f'{of}_high_points']:+.2f})"
@@ -237,8 +238,13 @@ def test_the_studys_table_is_that_of_its_file() -> None:
         )
         ps = f"{formats.p(row['student_p_holm'])} | {to_teacher} | {row['teacher_verdict']}"
         others = f"{to_student} | {ps}" if row["notation"] not in paper.BASELINES else " | | | "
-        wanted.append(f"| {row['notation']} | {row['mean_dice_percent']:.2f} | {folds} | {others} |")
+        lines.append(f"| {row['notation']} | {row['mean_dice_percent']:.2f} | {folds} | {others} |")
+    return lines
+
+
+def test_the_studys_table_is_that_of_its_file() -> None:
     told = README.split("## Results")[1].split("\n## ")[0]
+    wanted = rows_of(study("table4"))
     assert [line for line in told.splitlines() if re.match(r"\| [A-Z]\w", line)] == wanted
     assert len(wanted) == 15
 
@@ -322,7 +328,7 @@ def test_the_table_of_sizes_is_that_of_its_file() -> None:
 
 
 def test_the_scores_of_sizes_are_those_published() -> None:
-    made = tables.table4(published.read([ROOT / "results" / "capacity" / "scores.json.gz"]))
+    made = dsc.table4(published.read([ROOT / "results" / "capacity" / "scores.json.gz"]))
     key = ["settings", "notation"]
     found = pd.read_csv(ROOT / "results" / "capacity" / "capacity.csv").set_index(key).sort_index()
     made = made[~made["notation"].str.startswith("Teacher")].set_index(key).sort_index()

@@ -115,11 +115,11 @@ def best_folder(*, store: Path, uri: str | None, name: str | None) -> Path:
     Raises:
         InputError: there is no sweep, or no distilled student of it is finished.
     """
-    from kdsweep.results import costs, tables  # with mlflow: seconds that names and folders need not wait for
+    from kdsweep.results import costs, dsc  # with mlflow: seconds that names and folders need not wait for
     from kdsweep.tracking import reader
 
     whole = reader.read_sweep(store=store, uri=uri, name=name)
-    sweep, scores = tables.best_variant(whole, tables.table4(whole))
+    sweep, scores = dsc.best_variant(whole, dsc.table4(whole))
     ranked = costs.whole_cells(scores)
     if not ranked:
         raise InputError(f"--run {BEST}: no distilled student of sweep {sweep.name} is finished on all its splits")

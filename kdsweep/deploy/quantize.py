@@ -27,7 +27,7 @@ from kdsweep.core.progress import plural, track
 from kdsweep.deploy import export, predict
 from kdsweep.deploy.predict import Model
 from kdsweep.evaluation import latency, metrics
-from kdsweep.results import costs, formats, tables
+from kdsweep.results import costs, dsc, formats, tables
 from kdsweep.results.frame import placed_runs, scored_images
 from kdsweep.results.stats import OF_IMAGE, PLACE, compare, pair
 from kdsweep.runs import records
@@ -229,7 +229,7 @@ def make(sweep: Sweep, *, store: Path, models: list[str] | None, data_root: Path
     Raises:
         InputError: a run or an image is missing, or the folder cannot be written to.
     """
-    sweep, ranking = tables.best_variant(sweep, tables.table4(sweep))  # of a sweep over settings: the best ones
+    sweep, ranking = dsc.best_variant(sweep, dsc.table4(sweep))  # of a sweep over settings: the best ones
     runs = chosen_runs(sweep, ranking, store=store, models=models)
     sys.stdout.write(f"{plural(len(runs), 'network')} of sweep {sweep.name} to 8-bit integers in {out}\n")
     sys.stdout.flush()

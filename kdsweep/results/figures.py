@@ -24,7 +24,7 @@ from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_bytes
 from kdsweep.core.options import add_published, add_sweep
 from kdsweep.data import run_data, sources
-from kdsweep.results import contours, effects, plots, published, tables, tuned
+from kdsweep.results import contours, dsc, effects, plots, published, tables, tuned
 from kdsweep.results.frame import known_values, variants
 from kdsweep.tracking import reader
 
@@ -106,12 +106,12 @@ def _contours(
 def _capacity(sweep: Sweep) -> pd.DataFrame:
     from kdsweep.results import capacity  # loads torch: seconds that the other figures need not wait for
 
-    return capacity.capacity(sweep, scores=tables.table4(sweep))
+    return capacity.capacity(sweep, scores=dsc.table4(sweep))
 
 
 def _plot(which: str, sweep: Sweep, *, title: str, store: Path, uri: str | None) -> Figure:
     if which == "effects":
-        return plots.effects_plot(scores=tables.table4(sweep), effects=effects.effects(sweep), title=title)
+        return plots.effects_plot(scores=dsc.table4(sweep), effects=effects.effects(sweep), title=title)
     if which == "tuning":
         trials = tuned.read(sweep, store=store, uri=uri).trials
         return plots.tuning_plot(progress=tuned.best_by_seconds(trials), title=title)

@@ -35,10 +35,10 @@ from kdsweep.results.drawing import (
     panels_of,
     plain,
 )
+from kdsweep.results.dsc import SPLIT_MEAN, cell_notations
 from kdsweep.results.frame import gaps, placed_runs, scored_images
 from kdsweep.results.paper import BASELINES, CELLS, LEVELS, REPRESENTATIONS
 from kdsweep.results.stats import PLACE, pair
-from kdsweep.results.tables import SPLIT_MEAN, cell_notations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def effects_plot(*, scores: pd.DataFrame, effects: pd.DataFrame, title: str) -> 
     cell differs from Student if it does not reach Student's line. The spread of the images does not show that.
 
     Args:
-        scores: as tables.table4 gives it (percent, percentage points); without Student there are no such intervals.
+        scores: as dsc.table4 gives it (percent, percentage points); without Student there are no such intervals.
         effects: as effects.effects gives it (percentage points).
         title: a line at the top left.
 
@@ -69,7 +69,7 @@ def effects_plot(*, scores: pd.DataFrame, effects: pd.DataFrame, title: str) -> 
     table = scores.set_index("notation")
     rows = _rows(in_order(set(table.index).difference(BASELINES)))
     if not rows:
-        raise InputError("scores: no row is a cell's; give the whole table that tables.table4 makes of a sweep")
+        raise InputError("scores: no row is a cell's; give the whole table that dsc.table4 makes of a sweep")
     figure = new_figure(title=title, height=max(3.9, 1.2 + ROW * len(rows)))
     grid = figure.add_gridspec(2, 2, width_ratios=(1.75, 1), height_ratios=(1.0, 0.85))
     left, right, beside = (figure.add_subplot(place) for place in (grid[:, 0], grid[0, 1], grid[1, 1]))

@@ -14,7 +14,7 @@ from test_predict import SIZE, finish
 from kdsweep.core.errors import InputError
 from kdsweep.deploy import export, predict, quantize
 from kdsweep.evaluation import metrics
-from kdsweep.results import tables
+from kdsweep.results import dsc
 from kdsweep.runs import records
 from kdsweep.tracking import reader, writer
 from kdsweep.training.learner import PREDICTIONS
@@ -130,7 +130,7 @@ def test_of_a_sweep_over_sizes_only_the_best_settings_are_taken(sweep, store):
         [sweep.scores.assign(fingerprint=sweep.scores["fingerprint"] + name) for name in ("small", "large")]
     )
     varied = replace(sweep, runs=runs, scores=scores, varied=("student",))
-    part, ranking = tables.best_variant(varied, tables.table4(varied))
+    part, ranking = dsc.best_variant(varied, dsc.table4(varied))
     chosen = quantize.chosen_runs(part, ranking, store=store, models=None)
     assert chosen["notation"].tolist() == ["Student", "L_MSE_WAug"]
     assert set(chosen["fingerprint"].str[64:]) == {"small"}
@@ -140,7 +140,7 @@ def test_what_is_refused(sweep, store, capsys, tmp_path):
     with pytest.raises(
         InputError, match=r"--models H_MSE: sweep study has no finished run of it; it has L_MSE_WAug, Student"
     ):
-        quantize.chosen_runs(sweep, tables.table4(sweep), store=store, models=["H_MSE"])
+        quantize.chosen_runs(sweep, dsc.table4(sweep), store=store, models=["H_MSE"])
     assert quantize.main(["--store", str(store), "--out", str(tmp_path), "--calibrate", "0"]) == 1
     assert "--calibrate 0: must be at least 1 image" in capsys.readouterr().err
     assert SIZE == 64

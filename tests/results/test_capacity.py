@@ -7,7 +7,7 @@ import pytest
 from test_tables import run_row, score_rows, sweep_of
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import capacity, costs, figures, plots, tables
+from kdsweep.results import capacity, costs, dsc, figures, plots, tables
 
 STUDENTS = {"large": ("resnet18", 3.0), "small": ("mobilenetv3_small_trimmed", 1.0)}
 COST = {"macs": 5, "cpu_1_thread_p95_ms": 9.0}
@@ -82,7 +82,7 @@ def test_a_sweep_with_one_student_is_refused():
     one = sweep_of(("Student", "L_MSE"))
     one = replace(one, runs=one.runs.assign(params=[params] * len(one.runs)))
     with pytest.raises(InputError, match=r"has one Student: student=NAME,NAME compares several"):
-        capacity.capacity(one, scores=tables.table4(one))
+        capacity.capacity(one, scores=dsc.table4(one))
     assert not tables.has_students(one)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from kdsweep.evaluation import latency
 from kdsweep.models import unet
-from kdsweep.results import costs, paper, tables
+from kdsweep.results import costs, dsc, paper
 
 DASH = "\N{EN DASH}"
 QUICK = {
@@ -33,7 +33,7 @@ def quick(sweep):
 
 
 def made(sweep, store, repeats=3):
-    scores = tables.table4(sweep)
+    scores = dsc.table4(sweep)
     return costs.table5(sweep, store=store, scores=scores, repeats=repeats), scores
 
 
@@ -123,7 +123,7 @@ def test_macs_are_those_of_the_convolutions(table, kind, group):
 
 
 def test_dice_and_the_papers_stand_beside(sweep, table):
-    scores = tables.table4(sweep).set_index("notation")
+    scores = dsc.table4(sweep).set_index("notation")
     for kind, notation in {"teacher": "Teacher", "student": "Student", "best cell": ALL[-1]}.items():
         assert row(table, kind)["mean_dice_percent"] == scores.loc[notation, "mean_dice_percent"]
         assert row(table, kind)["published_dice_percent"] == paper.PAPER[notation][0]
@@ -134,7 +134,7 @@ def test_dice_and_the_papers_stand_beside(sweep, table):
 
 def test_files_are_weighed_where_they_lie(sweep, table, tmp_path):
     assert table["file_mb"].tolist()[:3] == [0.005, 0.002, 0.002]
-    assert costs.table5(sweep, store=tmp_path, scores=tables.table4(sweep), repeats=1)["file_mb"].isna().all()
+    assert costs.table5(sweep, store=tmp_path, scores=dsc.table4(sweep), repeats=1)["file_mb"].isna().all()
 
 
 def test_latency_is_median_and_95th_percentile_after_warm_up(clock):
@@ -212,7 +212,7 @@ def test_the_best_is_a_whole_cell_and_the_first_name_of_equals(sweep):
     scores = pd.DataFrame({"notation": names, "mean_val_dice_percent": dice, "gap": gap})
     assert costs.whole_cells(scores) == ["H_MSE", "L_KLD", "mine_KLD"]
     failed = with_status(sweep, ALL[-1], 1, "FAILED")
-    assert costs.whole_cells(tables.table4(failed))[0] == ALL[-2]
+    assert costs.whole_cells(dsc.table4(failed))[0] == ALL[-2]
 
 
 def test_no_student_is_a_gap_with_its_reason(sweep, tmp_path):
@@ -282,7 +282,7 @@ def test_text_of_known_numbers(table):
 
 
 def test_notes_tell_machine_conditions_and_sources(sweep, table):
-    told = "\n".join(costs.notes(sweep=sweep, table=table, scores=tables.table4(sweep), repeats=3))
+    told = "\n".join(costs.notes(sweep=sweep, table=table, scores=dsc.table4(sweep), repeats=3))
     for part in (
         *(costs.cpu_name(), f"1 thread and {costs.all_threads()} threads", torch.__version__, "64 x 64"),
         *("batch of 1", "3 forward passes after 5", "profile quick, data busi", "not a result"),

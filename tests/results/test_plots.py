@@ -14,7 +14,7 @@ from matplotlib.text import Annotation, Text
 from test_tables import dice_all, dice_of, interval_of, sweep_of, with_dice, with_status
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import paper, plots, tables
+from kdsweep.results import dsc, paper, plots
 
 HEADINGS = ["Logits", "Hidden", "Hidden-Regressor"]
 LONG = "; ".join(f"failed: split {split} seed 0, {split} seed 1" for split in range(6))
@@ -254,7 +254,7 @@ def test_main_effects_with_interval_and_p_after_holm():
 
 def test_the_numbers_of_a_whole_sweep_reach_the_figure():
     sweep = sweep_of()
-    left = drawn(scores=tables.table4(sweep)).axes[0]
+    left = drawn(scores=dsc.table4(sweep)).axes[0]
     mean = 100 * dice_all("H_KLD_WAug").mean()
     assert points(left, "weak")["H_KLD_WAug"] == pytest.approx(mean)
     assert points(left, "split 2")["H_KLD_WAug"] == pytest.approx(100 * dice_of("H_KLD_WAug", 2).mean())

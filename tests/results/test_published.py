@@ -9,7 +9,7 @@ import pytest
 from test_tables import dice_all, sweep_of, with_status
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import figures, published, tables
+from kdsweep.results import dsc, figures, published, tables
 
 NAMES = ("Teacher", "Student", "L_MSE", "H_MSE")
 COMMAND = "python -m kdsweep -m path=none,L data.root=/home/someone/busi 'split.group=\"/tmp/a b/groups.csv\"'"
@@ -44,15 +44,15 @@ def part(sweep, keep, file):
 
 def test_the_tables_of_a_published_sweep_are_its_own(sweep, file):
     found = published.read([file])
-    pd.testing.assert_frame_equal(tables.table4(found), tables.table4(sweep))
-    ours = tables.table4(found).set_index("notation").loc["L_MSE", "mean_dice_percent"]
+    pd.testing.assert_frame_equal(dsc.table4(found), dsc.table4(sweep))
+    ours = dsc.table4(found).set_index("notation").loc["L_MSE", "mean_dice_percent"]
     by_hand = [
         100 * sweep.scores.loc[sweep.scores["fingerprint"] == f"L_MSE-{k}-{s}", "dice"].mean()
         for k in range(3)
         for s in (0, 1)
     ]
     assert ours == pytest.approx(sum(by_hand) / 6, abs=1e-9)
-    assert len(dice_all("L_MSE")) == tables.table4(found).set_index("notation").loc["L_MSE", "n_images"]
+    assert len(dice_all("L_MSE")) == dsc.table4(found).set_index("notation").loc["L_MSE", "n_images"]
 
 
 def test_no_folder_and_no_name_of_a_user_is_in_the_file(file):
@@ -79,11 +79,11 @@ def test_equal_sweeps_give_equal_files(sweep):
 def test_parts_from_several_machines_are_one_sweep(sweep, tmp_path):
     first = part(sweep, sweep.runs["seed"] == 0, tmp_path / "0.json.gz")
     rest = part(with_status(sweep, "L_MSE", 0, "FAILED"), sweep.runs["seed"] >= 0, tmp_path / "1.json.gz")
-    alone = tables.table4(published.read([rest])).set_index("notation")
+    alone = dsc.table4(published.read([rest])).set_index("notation")
     assert alone.loc["L_MSE", "gap"] == "failed: split 0 seed 0"
     whole = published.read([rest, first])
     assert len(whole.runs) == len(sweep.runs)
-    pd.testing.assert_frame_equal(tables.table4(whole), tables.table4(sweep))
+    pd.testing.assert_frame_equal(dsc.table4(whole), dsc.table4(sweep))
 
 
 def test_files_of_two_sweeps_and_other_files_are_refused(sweep, file, tmp_path):

@@ -16,7 +16,7 @@ from scipy.stats import t as student_t
 
 from kdsweep.config import composition, grid, identity
 from kdsweep.core.errors import InputError
-from kdsweep.results import effects, footnotes, paper, stats, tables
+from kdsweep.results import dsc, effects, footnotes, paper, stats, tables
 
 DASH = "\N{EN DASH}"
 REMEDY = "add sweep_name=NAME to the command whose results belong in one table; finished cells are not run again"
@@ -153,7 +153,7 @@ def sweep():
 
 @pytest.fixture(scope="module")
 def table4(sweep):
-    return tables.table4(sweep)
+    return dsc.table4(sweep)
 
 
 # ---- the paper's numbers -------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_table4_rows_means_and_deviations(table4):
 
 
 def test_table4_shows_each_splits_mean_and_the_distance_to_the_paper(sweep, table4):
-    text = tables.format_table4(table4).set_index("Model")
+    text = dsc.format_table4(table4).set_index("Model")
     for notation in ALL:
         means = [100 * np.mean(dice_of(notation, split, 0)) for split in range(3)]
         got = row(table4, notation)
@@ -194,7 +194,7 @@ def test_table4_shows_each_splits_mean_and_the_distance_to_the_paper(sweep, tabl
     assert row(table4, "L_MSE")["difference_to_paper_points"] == pytest.approx(distance)
     assert text.loc["L_MSE", "DSC points to paper"] == f"{distance:+.2f}"
     assert text.loc["Teacher_WAug", "DSC points to paper"] == DASH  # the paper does not tell of one
-    gap = tables.format_table4(tables.table4(with_status(sweep, "L_MSE", 1, "FAILED"))).set_index("Model")
+    gap = dsc.format_table4(dsc.table4(with_status(sweep, "L_MSE", 1, "FAILED"))).set_index("Model")
     assert gap.loc["L_MSE", "DSC % of split 0, 1, 2"] == gap.loc["L_MSE", "DSC points to paper"] == DASH
 
 
@@ -203,9 +203,9 @@ def test_table4_tells_how_long_each_row_was_trained(sweep):
     is_student = sweep.runs["notation"] == "Student"
     epochs = np.where(is_student, 40.0 + sweep.runs["split"], 100.0)
     longer = changed(sweep, epochs=epochs, best_epoch=epochs - 31, params=params)
-    table = tables.table4(with_status(longer, "L_MSE", 1, "FAILED"))
+    table = dsc.table4(with_status(longer, "L_MSE", 1, "FAILED"))
     assert row(table, "Student")[["mean_epochs", "mean_best_epoch"]].tolist() == [41, 11]
-    text = tables.format_table4(table).set_index("Model")["Best epoch"]
+    text = dsc.format_table4(table).set_index("Model")["Best epoch"]
     assert (text["Student"], text["H_KLD"], text["L_MSE"]) == ("11 of 41", "70 of 100", DASH)
     ended = "41 of 44 runs were ended by train.epochs, not by early stopping: they might have got better."
     failed = with_status(longer, "L_MSE", 1, "FAILED")
@@ -215,13 +215,13 @@ def test_table4_tells_how_long_each_row_was_trained(sweep):
 
 
 def test_a_single_split_has_no_spread_and_no_column_for_it():
-    text = tables.format_table4(tables.table4(sweep_of(splits=(1,))))
+    text = dsc.format_table4(dsc.table4(sweep_of(splits=(1,))))
     assert not any(column.startswith("DSC % of split") for column in text)
 
 
 @pytest.mark.parametrize(("test", "reference"), [("ttest", ttest_rel), ("wilcoxon", wilcoxon)])
 def test_table4_p_values_are_those_of_hand_aligned_arrays(sweep, test, reference):
-    table = tables.table4(sweep, test=test)
+    table = dsc.table4(sweep, test=test)
     for cell in paper.CELLS:
         teacher = "Teacher_WAug" if cell.endswith("_WAug") else "Teacher"
         got = row(table, cell)
@@ -241,7 +241,7 @@ def test_the_teacher_is_the_one_of_the_fingerprint_not_of_the_name(sweep):
     runs = sweep.runs.copy()
     crossed = runs["notation"] == "L_KLD_WAug"
     runs.loc[crossed, "teacher"] = [fingerprint("Teacher", split) for split in runs.loc[crossed, "split"]]
-    got = row(tables.table4(replace(sweep, runs=runs)), "L_KLD_WAug")["teacher_p"]
+    got = row(dsc.table4(replace(sweep, runs=runs)), "L_KLD_WAug")["teacher_p"]
     assert got == pytest.approx(ttest_rel(dice_all("L_KLD_WAug"), dice_all("Teacher")).pvalue)
     assert got != pytest.approx(ttest_rel(dice_all("L_KLD_WAug"), dice_all("Teacher_WAug")).pvalue)
 
@@ -266,17 +266,17 @@ def test_difference_to_student_and_its_interval(table4):
 
 
 def test_the_papers_figures_stand_beside(table4):
-    got = row(table4, "HReg_KLD_WAug")[tables.PAPER_COLUMNS]
+    got = row(table4, "HReg_KLD_WAug")[dsc.PAPER_COLUMNS]
     assert got.tolist() == [79.31, 19.33, 0.1247, 0.0068]
-    assert row(table4, "Teacher_WAug")[tables.PAPER_COLUMNS].isna().all()
+    assert row(table4, "Teacher_WAug")[dsc.PAPER_COLUMNS].isna().all()
 
 
 def test_order_of_the_records_changes_no_digit(sweep, table4):
     shuffled = replace(
         sweep, runs=sweep.runs.sample(frac=1, random_state=1), scores=sweep.scores.sample(frac=1, random_state=2)
     )
-    pd.testing.assert_frame_equal(tables.table4(shuffled), table4, check_exact=True)
-    pd.testing.assert_frame_equal(tables.table3(shuffled), tables.table3(sweep), check_exact=True)
+    pd.testing.assert_frame_equal(dsc.table4(shuffled), table4, check_exact=True)
+    pd.testing.assert_frame_equal(dsc.table3(shuffled), dsc.table3(sweep), check_exact=True)
     assert footnotes.of_scores(sweep=shuffled, table=table4) == footnotes.of_scores(sweep=sweep, table=table4)
 
 
@@ -287,12 +287,12 @@ def test_same_image_in_two_splits_and_seeds_is_paired_within_each():
     places = [(split, seed) for split in (0, 1) for seed in (0, 7)]
     ours, student = (np.array([dice_of(name, *place) for place in places]) for name in ("L_MSE", "Student"))
     of_splits = (ours - student).reshape(2, 2, IMAGES).mean(axis=1)  # seeds averaged within split and image
-    got = row(tables.table4(sweep), "L_MSE")
+    got = row(dsc.table4(sweep), "L_MSE")
     assert got["student_difference_points"] == pytest.approx(100 * of_splits.mean())
     # As many rows per image: clusters are its means over the splits.
     assert got["student_p"] == pytest.approx(ttest_1samp(of_splits.mean(axis=0), 0).pvalue)
     assert got["n_images"] == 12
-    assert "48 over all of them, 12 different" in footnotes.of_scores(sweep=sweep, table=tables.table4(sweep))[0]
+    assert "48 over all of them, 12 different" in footnotes.of_scores(sweep=sweep, table=dsc.table4(sweep))[0]
 
 
 def test_different_images_are_refused(sweep):
@@ -300,10 +300,10 @@ def test_different_images_are_refused(sweep):
     with pytest.raises(
         InputError, match=r"H_MSE and Teacher were scored on different images.*split1 image12 of split 1"
     ):
-        tables.table4(one_more)
+        dsc.table4(one_more)
     one_less = with_dice(sweep, "Student", 2, [0.5] * (IMAGES - 1))
     with pytest.raises(InputError, match=r"and Student were scored on different images: 1 without"):
-        tables.table4(one_less)
+        dsc.table4(one_less)
 
 
 def test_equal_to_student_is_p_one_and_no_difference(sweep):
@@ -311,7 +311,7 @@ def test_equal_to_student_is_p_one_and_no_difference(sweep):
         sweep = with_dice(sweep, "H_KLD", split, dice_of("Student", split))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = row(tables.table4(sweep), "H_KLD")
+        got = row(dsc.table4(sweep), "H_KLD")
     assert got["student_p"] == 1.0
     assert (got["student_low_points"], got["student_high_points"]) == (0.0, 0.0)
 
@@ -320,7 +320,7 @@ def test_a_single_image_has_a_mean_and_nothing_else():
     sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,))
     for notation in ("Student", "Teacher", "L_MSE"):
         sweep = with_dice(sweep, notation, 0, [0.5])
-    text = tables.format_table4(tables.table4(sweep)).set_index("Model").loc["L_MSE"]
+    text = dsc.format_table4(dsc.table4(sweep)).set_index("Model").loc["L_MSE"]
     assert text["DSC %"] == f"50.00 ± {DASH}"
     assert (
         text[["Teacher, networks: p", "networks: p", "networks: p (Holm)", "networks: 95 % interval"]] == DASH
@@ -334,7 +334,7 @@ def test_a_teacher_with_a_seed_of_its_own_serves_every_seed_of_the_cells():
     cells = runs["role"] == "distilled"
     runs.loc[cells, "teacher"] = [fingerprint("Teacher", split) for split in runs.loc[cells, "split"]]
     scores = pd.concat([sweep.scores, *(score_rows("Teacher", split) for split in (0, 1))], ignore_index=True)
-    table = tables.table4(replace(sweep, runs=runs, scores=scores))
+    table = dsc.table4(replace(sweep, runs=runs, scores=scores))
     ours, student = (
         np.concatenate([(dice_of(name, split, 3) + dice_of(name, split, 7)) / 2 for split in (0, 1)])
         for name in ("L_MSE", "Student")
@@ -356,21 +356,21 @@ def test_a_teacher_with_a_seed_of_its_own_serves_every_seed_of_the_cells():
 )
 def test_an_unfinished_split_is_a_gap_in_both_tables(sweep, status, word):
     partial = with_status(sweep, "H_KLD_WAug", 1, status)
-    three, four = tables.table3(partial), tables.table4(partial)
+    three, four = dsc.table3(partial), dsc.table4(partial)
     for table in (three, four):
         assert row(table, "H_KLD_WAug")["gap"] == f"{word}: split 1"
         assert np.isnan(row(table, "H_KLD_WAug")["mean_dice_percent"])
         assert (table["gap"] != "").sum() == 1
-    numbers = row(four, "H_KLD_WAug").drop(["gap", "margin_points", *tables.PAPER_COLUMNS])
+    numbers = row(four, "H_KLD_WAug").drop(["gap", "margin_points", *dsc.PAPER_COLUMNS])
     assert numbers.isna().all()
-    text = tables.format_table3(three).set_index("Notation").loc["H_KLD_WAug"]
+    text = dsc.format_table3(three).set_index("Notation").loc["H_KLD_WAug"]
     assert text["DSC % (ours)"] == f"{DASH} ({word}: split 1)"
     assert text["DSC % (paper)"] == "78.50"
     assert any(f"H_KLD_WAug ({word}: split 1)" in note for note in footnotes.of_scores(sweep=partial, table=four))
 
 
 def test_the_holm_family_shrinks_with_a_gap(sweep):
-    table = tables.table4(with_status(sweep, "H_KLD_WAug", 1, "FAILED")).set_index("notation").loc[list(paper.CELLS)]
+    table = dsc.table4(with_status(sweep, "H_KLD_WAug", 1, "FAILED")).set_index("notation").loc[list(paper.CELLS)]
     smallest = table["student_p"].idxmin()
     assert table["student_p"].notna().sum() == 11
     assert table.loc[smallest, "student_p_holm"] == pytest.approx(11 * table.loc[smallest, "student_p"])
@@ -378,27 +378,27 @@ def test_the_holm_family_shrinks_with_a_gap(sweep):
 
 def test_several_reasons_are_all_named(sweep):
     partial = with_status(with_status(sweep, "L_MSE", 1, "missing"), "L_MSE", 2, "missing")
-    assert row(tables.table3(partial), "L_MSE")["gap"] == "missing: split 1, 2"
+    assert row(dsc.table3(partial), "L_MSE")["gap"] == "missing: split 1, 2"
     partial = with_status(partial, "L_MSE", 0, "FAILED")
-    assert row(tables.table3(partial), "L_MSE")["gap"] == "failed: split 0; missing: split 1, 2"
+    assert row(dsc.table3(partial), "L_MSE")["gap"] == "failed: split 0; missing: split 1, 2"
 
 
 def test_asked_for_on_fewer_splits_than_another_is_a_gap(sweep):
     for split in (1, 2):
         sweep = without(sweep, "L_KLD", split=split)
-    for table in (tables.table3(sweep), tables.table4(sweep)):
+    for table in (dsc.table3(sweep), dsc.table4(sweep)):
         assert row(table, "L_KLD")["gap"] == "not asked: split 1, 2"
         assert np.isnan(row(table, "L_KLD")["mean_dice_percent"])
 
 
 def test_never_asked_for_is_not_run(sweep):
-    table = tables.table3(without(sweep, "HReg_MSE"))
+    table = dsc.table3(without(sweep, "HReg_MSE"))
     assert row(table, "HReg_MSE")["gap"] == "not run"
     assert len(table) == 12
 
 
 def test_one_split_only_is_whole_when_nothing_else_was_asked():
-    table = tables.table3(sweep_of(splits=(2,)))
+    table = dsc.table3(sweep_of(splits=(2,)))
     assert (table["gap"] == "").all()
     assert row(table, "L_MSE")["mean_dice_percent"] == pytest.approx(100 * dice_of("L_MSE", 2).mean())
 
@@ -406,20 +406,20 @@ def test_one_split_only_is_whole_when_nothing_else_was_asked():
 def test_seeds_count_as_asked_too():
     sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,), seeds=(0, 7))
     fewer = replace(sweep, runs=sweep.runs[sweep.runs["fingerprint"] != fingerprint("L_MSE", 0, 7)])
-    assert row(tables.table3(fewer), "L_MSE")["gap"] == "not asked: split 0 seed 7"
+    assert row(dsc.table3(fewer), "L_MSE")["gap"] == "not asked: split 0 seed 7"
 
 
 def test_a_teacher_that_no_run_has_needed_yet_is_not_trained():
     """Cells ask for their Teachers, and of those that have not begun nobody knows which that will be."""
     sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,))
     later = pd.DataFrame([run_row("L_MSE", 1, status="missing", teacher="", params={})])
-    gap = row(tables.table4(replace(sweep, runs=pd.concat([sweep.runs, later]))), "Teacher")["gap"]
+    gap = row(dsc.table4(replace(sweep, runs=pd.concat([sweep.runs, later]))), "Teacher")["gap"]
     assert gap == "not trained: split 1"
 
 
 def test_finished_without_scores_is_a_gap(sweep):
     partial = replace(sweep, scores=sweep.scores[sweep.scores["fingerprint"] != fingerprint("L_MSE", 0)])
-    assert row(tables.table3(partial), "L_MSE")["gap"] == "no scores: split 0"
+    assert row(dsc.table3(partial), "L_MSE")["gap"] == "no scores: split 0"
 
 
 def test_nothing_finished_is_all_gaps(sweep):
@@ -427,26 +427,26 @@ def test_nothing_finished_is_all_gaps(sweep):
         status="missing", profile="", data="", weights="", device="", teacher=""
     )
     empty = replace(sweep, runs=runs, scores=sweep.scores.iloc[:0].astype(object))
-    table = tables.table4(empty)
+    table = dsc.table4(empty)
     assert set(table["gap"].iloc[2:]) == {"missing: split 0, 1, 2"}
     assert set(table["gap"].iloc[:2]) == {"not run"}
-    text = tables.format_table4(table)
+    text = dsc.format_table4(table)
     assert set(text["networks: p"]) == set(text["n images"]) == {DASH}
     assert footnotes.of_scores(sweep=empty, table=table)
 
 
 def test_without_student_its_columns_are_gaps_and_a_note_names_the_command(sweep):
     partial = with_status(sweep, "Student", 2, "FAILED")
-    table = tables.table4(partial)
+    table = dsc.table4(partial)
     assert table[["student_p", "student_p_holm", "student_low_points"]].isna().all(axis=None)
     assert np.isnan(row(table, "Student")["teacher_p"])
     assert row(table, "L_MSE")["teacher_p"] == pytest.approx(ttest_rel(dice_all("L_MSE"), dice_all("Teacher")).pvalue)
     notes = footnotes.of_table4(sweep=partial, table=table, test="ttest")
     assert notes[-1].endswith("before its baseline is finished: the command of the sweep goes on with it.")
     never = without(sweep, "Student")
-    notes = footnotes.of_table4(sweep=never, table=tables.table4(never), test="ttest")
+    notes = footnotes.of_table4(sweep=never, table=dsc.table4(never), test="ttest")
     assert notes[-1].endswith("run it with `python -m kdsweep -m path=none sweep_name=study`.")
-    whole = footnotes.of_table4(sweep=sweep, table=tables.table4(sweep), test="ttest")
+    whole = footnotes.of_table4(sweep=sweep, table=dsc.table4(sweep), test="ttest")
     assert not any("path=none" in note for note in whole)
 
 
@@ -460,7 +460,7 @@ def test_the_command_for_student_is_that_of_the_sweep_with_another_path(sweep):
 
 
 def test_without_its_own_teacher_only_that_column_is_a_gap(sweep):
-    table = tables.table4(with_status(sweep, "Teacher_WAug", 1, "FAILED"))
+    table = dsc.table4(with_status(sweep, "Teacher_WAug", 1, "FAILED"))
     for cell in paper.CELLS:
         assert np.isnan(row(table, cell)["teacher_p"]) == cell.endswith("_WAug")
         assert not np.isnan(row(table, cell)["student_p"])
@@ -468,7 +468,7 @@ def test_without_its_own_teacher_only_that_column_is_a_gap(sweep):
 
 def test_scores_of_a_failed_teacher_are_not_used(sweep):
     failed = replace(with_status(sweep, "Teacher", 1, "FAILED"), scores=sweep.scores)
-    assert np.isnan(row(tables.table4(failed), "L_MSE")["teacher_p"])
+    assert np.isnan(row(dsc.table4(failed), "L_MSE")["teacher_p"])
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -478,7 +478,7 @@ def test_scores_of_a_failed_teacher_are_not_used(sweep):
     ("key", "value", "both"),
     [("profile", "quick", "profile=paper and profile=quick"), ("data", "phantom", "data=busi and data=phantom")],
 )
-@pytest.mark.parametrize("make", [tables.table3, tables.table4])
+@pytest.mark.parametrize("make", [dsc.table3, dsc.table4])
 def test_mixing_is_refused(sweep, make, key, value, both):
     runs = sweep.runs.copy()
     runs.loc[runs["notation"] == "L_MSE", key] = value
@@ -497,7 +497,7 @@ def runs_of(sweep, notation, splits=(0, 1, 2)):
     return (sweep.runs["notation"] == notation) & sweep.runs["split"].isin(splits)
 
 
-@pytest.mark.parametrize("make", [tables.table3, tables.table4])
+@pytest.mark.parametrize("make", [dsc.table3, dsc.table4])
 def test_a_student_of_other_epochs_is_refused(sweep, make):
     """The second command changed train.epochs, and both landed in DATA-PROFILE."""
     student = sweep.runs["role"] == "baseline"
@@ -513,7 +513,7 @@ def test_one_cell_of_other_options_is_refused_and_three_keys_are_named(sweep):
     options = {"views.shift": "0.1", "train.lr": "0.5", "precision": "bf16", "image_size": "64"}
     mixed = with_params(sweep, runs_of(sweep, "H_MSE", [2]), options)
     with pytest.raises(InputError) as caught:
-        tables.table4(mixed)
+        dsc.table4(mixed)
     message = str(caught.value)
     keys = {"image_size": ("unset", "64"), "precision": ("unset", "bf16"), "train.lr": ("0.0001", "0.5")}
     shown = [f"{key}={one} (HReg_KLD split 0) and {key}={other} (H_MSE split 2)" for key, (one, other) in keys.items()]
@@ -530,42 +530,42 @@ def test_one_cell_of_other_options_is_refused_and_three_keys_are_named(sweep):
 )
 def test_what_determines_no_result_and_the_factors_may_differ(sweep, table4, key):
     mixed = with_params(with_params(sweep, runs_of(sweep, "Student"), {key: "a"}), runs_of(sweep, "H_MSE"), {key: "b"})
-    pd.testing.assert_frame_equal(tables.table4(mixed), table4)
+    pd.testing.assert_frame_equal(dsc.table4(mixed), table4)
 
 
 @pytest.mark.parametrize("key", ["data.roots", "path_length", "train.workers_seed", "weights_decay", "teacher_seed"])
 def test_a_key_that_only_begins_like_those_may_not(sweep, key):
     with pytest.raises(InputError, match=f"mixes {key}=unset .* and {key}=1|mixes {key}=1 .* and {key}=unset"):
-        tables.table3(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "1"}))
+        dsc.table3(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "1"}))
 
 
 @pytest.mark.parametrize("key", ["teacher.monitor", "teacher.epochs", "kd.lambda"])
 def test_a_key_that_older_runs_have_not_had_its_default_there(sweep, table4, key):
     default = composition.compose(["profile=quick"])
     newer = with_params(sweep, runs_of(sweep, "H_MSE"), {key: str(OmegaConf.select(default, key))})
-    pd.testing.assert_frame_equal(tables.table4(newer), table4)
+    pd.testing.assert_frame_equal(dsc.table4(newer), table4)
     with pytest.raises(InputError, match=f"mixes {key}="):
-        tables.table4(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "another"}))
+        dsc.table4(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "another"}))
 
 
 def test_a_teacher_option_concerns_the_cells_only(sweep, table4):
     options = {"teacher.encoder": "resnet18", "kd.weight": "0.9"}
     for role in ("baseline", "teacher"):
         other = with_params(sweep, sweep.runs["role"] == role, options)
-        pd.testing.assert_frame_equal(tables.table4(other), table4)
+        pd.testing.assert_frame_equal(dsc.table4(other), table4)
     cells = with_params(sweep, sweep.runs["role"] == "distilled", options)
-    pd.testing.assert_frame_equal(tables.table4(cells), table4)
+    pd.testing.assert_frame_equal(dsc.table4(cells), table4)
     for key, one, other in (("teacher.encoder", "resnet18", "resnet34"), ("kd.weight", "0.9", "0.1")):
         mixed = with_params(cells, runs_of(cells, "HReg_KLD", [0]), {key: other})
         with pytest.raises(InputError) as caught:
-            tables.table4(mixed)
+            dsc.table4(mixed)
         both = f"{key}={other} (HReg_KLD split 0) and {key}={one} (HReg_KLD split 1)"
         assert str(caught.value) == f"sweep study mixes {both}: {REMEDY}"
 
 
 def test_a_run_that_never_started_has_no_options_to_mix(sweep):
     partial = with_params(sweep, sweep.runs["status"] == "FINISHED", {"train.epochs": "12"})
-    assert row(tables.table3(with_status(partial, "L_MSE", 1, "missing")), "L_MSE")["gap"] == "missing: split 1"
+    assert row(dsc.table3(with_status(partial, "L_MSE", 1, "missing")), "L_MSE")["gap"] == "missing: split 1"
 
 
 def test_the_configurations_of_table4_do_not_mix(sweep, table4):
@@ -583,7 +583,7 @@ def test_the_configurations_of_table4_do_not_mix(sweep, table4):
     real = [params(name, split) for name, split in zip(runs["notation"], runs["split"], strict=True)]
     teachers = sweep.runs[sweep.runs["role"] == "teacher"].assign(params=[real[0]] * 6)
     runs = pd.concat([runs.assign(params=real), teachers])
-    pd.testing.assert_frame_equal(tables.table4(replace(sweep, runs=runs)), table4)
+    pd.testing.assert_frame_equal(dsc.table4(replace(sweep, runs=runs)), table4)
     student = {split: params("Student", split, "train.epochs=2", "teacher=resnet34") for split in (0, 1, 2)}
     is_student = runs["role"] == "baseline"
     other = [
@@ -591,7 +591,7 @@ def test_the_configurations_of_table4_do_not_mix(sweep, table4):
         for chosen, split, old in zip(is_student, runs["split"], runs["params"], strict=True)
     ]
     with pytest.raises(InputError) as caught:
-        tables.table4(replace(sweep, runs=runs.assign(params=other)))
+        dsc.table4(replace(sweep, runs=runs.assign(params=other)))
     both = "train.epochs=12 (HReg_KLD split 0) and train.epochs=2 (Student split 0)"
     assert str(caught.value) == f"sweep study mixes {both}: {REMEDY}"
 
@@ -605,7 +605,7 @@ def rival(sweep, status):
     return replace(sweep, runs=runs, scores=pd.concat([sweep.scores, scores]) if status == "FINISHED" else sweep.scores)
 
 
-@pytest.mark.parametrize("make", [tables.table3, tables.table4])
+@pytest.mark.parametrize("make", [dsc.table3, dsc.table4])
 def test_two_different_results_of_one_cell_are_refused(sweep, make):
     with pytest.raises(InputError) as caught:
         make(rival(sweep, "FINISHED"))
@@ -617,7 +617,7 @@ def test_two_different_results_of_one_cell_are_refused(sweep, make):
     assert message.endswith(f"): {REMEDY}")
 
 
-@pytest.mark.parametrize("make", [tables.table3, tables.table4, effects.effects])
+@pytest.mark.parametrize("make", [dsc.table3, dsc.table4, effects.effects])
 def test_different_images_under_one_name_are_refused(sweep, make):
     """Student on one site, a cell on another: equal ids, other images."""
     other = sweep.runs["notation"] == "L_KLD"
@@ -636,12 +636,12 @@ def test_different_images_under_one_name_are_refused(sweep, make):
 
 def test_two_states_of_a_users_code_are_refused_within_a_cell_and_not_between_cells(sweep):
     own = sweep.runs["notation"] == "L_KLD"
-    tables.table4(changed(sweep, user_code=np.where(own, "c" * 64, "")))
+    dsc.table4(changed(sweep, user_code=np.where(own, "c" * 64, "")))
     first = own & (sweep.runs["split"] == 0)
     with pytest.raises(
         InputError, match=r"mixes two states of your own code in L_KLD: digests cccccccc .L_KLD split 0. and dddddddd"
     ):
-        tables.table4(changed(sweep, user_code=np.where(first, "c" * 64, np.where(own, "d" * 64, ""))))
+        dsc.table4(changed(sweep, user_code=np.where(first, "c" * 64, np.where(own, "d" * 64, ""))))
 
 
 def test_two_teachers_of_one_place_are_refused(sweep):
@@ -652,11 +652,11 @@ def test_two_teachers_of_one_place_are_refused(sweep):
     params = {"train.lr": "0.01", "split": "0", "path.name": "L", "loss.name": "mse", "kd.weight": "0.9", "store": "b"}
     runs = pd.concat([runs, pd.DataFrame([run_row("Teacher", 0, fingerprint="zz", params=params)])], ignore_index=True)
     with pytest.raises(InputError, match=r"runs of Teacher split 0 seed 0 \(equal options, so the code"):
-        tables.table4(replace(sweep, runs=runs))
+        dsc.table4(replace(sweep, runs=runs))
 
 
 def test_a_second_unfinished_run_of_a_cell_is_a_gap(sweep):
-    assert row(tables.table3(rival(sweep, "FAILED")), "L_KLD")["gap"] == "failed: split 1"
+    assert row(dsc.table3(rival(sweep, "FAILED")), "L_KLD")["gap"] == "failed: split 1"
 
 
 @pytest.mark.parametrize("dice", [[0.5] * (IMAGES - 1) + [np.nan], None])
@@ -664,19 +664,19 @@ def test_a_score_that_is_no_number_or_comes_twice_is_refused(sweep, dice):
     double = replace(sweep, scores=pd.concat([sweep.scores, score_rows("H_MSE", 0)]))
     broken = double if dice is None else with_dice(sweep, "H_MSE", 0, dice)
     with pytest.raises(InputError, match="H_MSE split 0"):
-        tables.table3(broken)
+        dsc.table3(broken)
 
 
 def test_an_empty_sweep_is_refused(sweep):
     with pytest.raises(InputError, match="sweep study has no runs"):
-        tables.table3(replace(sweep, runs=sweep.runs.iloc[:0]))
+        dsc.table3(replace(sweep, runs=sweep.runs.iloc[:0]))
 
 
 # ---- Table 3, a user's own cells, text -----------------------------------------------------------------------------
 
 
 def test_table3_factors_and_means(sweep):
-    table = tables.table3(sweep)
+    table = dsc.table3(sweep)
     assert table["notation"].tolist() == list(paper.CELLS)
     assert table["representation"].tolist() == ["Logits"] * 4 + ["Hidden"] * 4 + ["Hidden-Regressor"] * 4
     assert table["loss"].tolist() == (["mean squared error"] * 2 + ["Kullback-Leibler divergence"] * 2) * 3
@@ -689,11 +689,11 @@ def test_a_cell_of_ones_own_loss_comes_after_the_papers(sweep):
     own = [run_row("L_MSE", split, notation="L_COS_WAug", fingerprint=f"own{split}") for split in (0, 1, 2)]
     scores = [score_rows("L_MSE", split).assign(fingerprint=f"own{split}") for split in (0, 1, 2)]
     sweep = replace(sweep, runs=pd.concat([sweep.runs, pd.DataFrame(own)]), scores=pd.concat([sweep.scores, *scores]))
-    last = tables.table3(sweep).iloc[-1]
+    last = dsc.table3(sweep).iloc[-1]
     assert last[["representation", "loss", "teacher_augmentation"]].tolist() == ["Logits", "COS", "weak"]
     assert last["mean_dice_percent"] == pytest.approx(100 * dice_all("L_MSE").mean())
     assert np.isnan(last["paper_mean_dice_percent"])
-    cells = tables.table4(sweep).iloc[3:]
+    cells = dsc.table4(sweep).iloc[3:]
     assert len(cells) == 13
     assert cells["student_p_holm"].min() == pytest.approx(13 * cells["student_p"].min())
 
@@ -705,16 +705,16 @@ def test_methods_alone_leave_the_papers_cells_out_and_beside_one_of_them_all_are
             sweep, runs=sweep.runs.replace({"notation": {"H_KLD_WAug": "AT_WAug", "L_KLD_WAug": "CWD_WAug"}})
         )
 
-    alone = tables.table4(made())
+    alone = dsc.table4(made())
     assert alone["notation"].tolist() == [*paper.BASELINES, "AT_WAug", "CWD_WAug"]
     assert (alone["gap"] == "").all()
-    assert tables.table4(made("L_MSE"))["notation"].tolist() == [
+    assert dsc.table4(made("L_MSE"))["notation"].tolist() == [
         *paper.BASELINES,
         *paper.CELLS,
         "AT_WAug",
         "CWD_WAug",
     ]
-    text = tables.format_table3(tables.table3(made()))
+    text = dsc.format_table3(dsc.table3(made()))
     assert text["KD representation"].tolist() == ["AT", "CWD"]
     assert text["KD loss"].tolist() == [DASH] * 2
 
@@ -723,7 +723,7 @@ def test_the_printed_numbers():
     sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,))
     for notation, dice in {"Student": [0.1, 0.2, 0.3], "Teacher": [0.8, 0.9, 1.0], "L_MSE": [0.6, 0.8, 1.0]}.items():
         sweep = with_dice(sweep, notation, 0, dice)
-    text = tables.format_table4(tables.table4(sweep)).set_index("Model")
+    text = dsc.format_table4(dsc.table4(sweep)).set_index("Model")
     assert text.loc["Teacher", "DSC %"] == "90.00 ± 10.00"
     assert text.loc["L_MSE", "DSC %"] == "80.00 ± 20.00"
     # differences to Student 0.5, 0.6, 0.7: t = 0.6 sqrt(3) / 0.1 with 2 degrees of freedom, p = 1 - sqrt(108 / 110)
@@ -744,7 +744,7 @@ def test_non_inferiority_to_its_own_teacher(sweep):
         noise = 0.004 * np.sin(np.arange(IMAGES) + split)
         sweep = with_dice(sweep, "H_MSE", split, dice_of("Teacher", split) - 0.01 + noise)
         sweep = with_dice(sweep, "HReg_MSE", split, dice_of("Teacher", split) - 0.04 + noise)
-    table = tables.table4(sweep)
+    table = dsc.table4(sweep)
     assert (row(table, "H_MSE")["teacher_verdict"], row(table, "HReg_MSE")["teacher_verdict"]) == (
         "non-inferior",
         "inferior",
@@ -752,8 +752,8 @@ def test_non_inferiority_to_its_own_teacher(sweep):
     family = table.loc[table["notation"].isin(paper.CELLS), "teacher_p_non_inferior"]
     adjusted = table.loc[table["notation"].isin(paper.CELLS), "teacher_p_non_inferior_holm"]
     assert adjusted.tolist() == pytest.approx(stats.holm(family).tolist())
-    assert row(tables.table4(sweep, margin_points=5.0), "HReg_MSE")["teacher_verdict"] == "non-inferior"
-    wide = tables.table4(with_dice(sweep, "H_MSE", 0, dice_of("Teacher", 0) + np.linspace(-0.4, 0.4, IMAGES)))
+    assert row(dsc.table4(sweep, margin_points=5.0), "HReg_MSE")["teacher_verdict"] == "non-inferior"
+    wide = dsc.table4(with_dice(sweep, "H_MSE", 0, dice_of("Teacher", 0) + np.linspace(-0.4, 0.4, IMAGES)))
     assert row(wide, "H_MSE")["teacher_verdict"] == "open"
     assert row(table, "Teacher")["teacher_verdict"] is None
 
@@ -761,27 +761,27 @@ def test_non_inferiority_to_its_own_teacher(sweep):
 def test_the_margin_is_the_sweeps_own_unless_the_table_is_given_one(sweep):
     params = [own | {"stats.margin_points": "3.5"} for own in sweep.runs["params"]]
     asked = changed(sweep, params=params)
-    table = tables.table4(asked)
+    table = dsc.table4(asked)
     assert set(table["margin_points"]) == {3.5}
-    assert "at most 3.5 points worse than Teacher" in tables.format_table4(table)
-    given = tables.table4(asked, margin_points=1.0)
+    assert "at most 3.5 points worse than Teacher" in dsc.format_table4(table)
+    given = dsc.table4(asked, margin_points=1.0)
     notes = " ".join(footnotes.of_table4(sweep=asked, table=given, test="ttest"))
     assert "at most 1 points worse than its Teacher, chosen for this table" in notes
     assert "chosen for this table" not in " ".join(footnotes.of_table4(sweep=asked, table=table, test="ttest"))
 
 
 def test_several_seeds_answer_on_the_methods_too():
-    table = tables.table4(sweep_of(("Student", "Teacher", "L_MSE"), seeds=(0, 1, 2)))
-    text = tables.format_table4(table).set_index("Model").loc["L_MSE"]
+    table = dsc.table4(sweep_of(("Student", "Teacher", "L_MSE"), seeds=(0, 1, 2)))
+    text = dsc.format_table4(table).set_index("Model").loc["L_MSE"]
     for heading in ("methods: p", "methods: p (Holm)", "methods: p (Nadeau-Bengio)", "methods: 95 % interval"):
         assert text[heading] != DASH
     assert "Teacher, methods: p" in text
-    one = tables.format_table4(tables.table4(sweep_of(("Student", "Teacher", "L_MSE"))))
+    one = dsc.format_table4(dsc.table4(sweep_of(("Student", "Teacher", "L_MSE"))))
     assert [name for name in one if "methods: p" in name and "Nadeau" not in name] == []
 
 
 def test_a_tiny_p_is_not_printed_as_zero(table4):
-    text = tables.format_table4(table4.assign(student_p=1e-7))
+    text = dsc.format_table4(table4.assign(student_p=1e-7))
     assert set(text["networks: p"]) == {"<0.0001"}
 
 
@@ -961,7 +961,7 @@ def rates(changes, key="train.lr", **options):
 
 def test_a_swept_key_gives_each_of_its_values_rows_of_its_own():
     sweep = rates({"0.001": 0.0, "0.0001": -0.1})
-    table = tables.table4(sweep)
+    table = dsc.table4(sweep)
     assert list(dict.fromkeys(table["settings"])) == ["train.lr=0.0001", "train.lr=0.001"]
     for label, shift in {"train.lr=0.001": 0, "train.lr=0.0001": -10}.items():
         part = table[table["settings"] == label].set_index("notation")
@@ -976,7 +976,7 @@ def test_a_swept_key_gives_each_of_its_values_rows_of_its_own():
 
 def test_holm_counts_the_cells_of_all_settings():
     sweep = rates({"1": 0.0, "2": -0.01})
-    table = tables.table4(sweep)
+    table = dsc.table4(sweep)
     cells = table[~table["notation"].isin(paper.BASELINES)]
     assert cells["student_p"].notna().sum() == 24
     pd.testing.assert_series_equal(cells["student_p_holm"], stats.holm(cells["student_p"]), check_names=False)
@@ -988,7 +988,7 @@ def test_a_key_that_the_student_does_not_use_leaves_one_student_for_all():
     keep = students["fingerprint"].str.endswith("0.5")  # the same cell, computed once
     sweep = replace(sweep, runs=sweep.runs.drop(students[~keep].index))
     sweep = replace(sweep, scores=sweep.scores[sweep.scores["fingerprint"].isin(sweep.runs["fingerprint"])])
-    table = tables.table4(sweep).set_index(["settings", "notation"])
+    table = dsc.table4(sweep).set_index(["settings", "notation"])
     for label, shift in {"kd.weight=0.5": 0.0, "kd.weight=0.9": 5.0}.items():
         student = 100 * dice_all("Student").mean()
         assert table.loc[(label, "Student"), "mean_dice_percent"] == pytest.approx(student)
@@ -1000,7 +1000,7 @@ def test_gaps_of_a_setting_are_told_with_it_and_rows_that_none_asked_for_are_lef
     sweep = rates({"1": 0.0, "2": 0.0}, notations=("Teacher", "Student", "L_MSE", "H_KLD"))
     gone = (sweep.runs["notation"] == "H_KLD") & sweep.runs["fingerprint"].str.endswith("-2")
     sweep = replace(sweep, runs=sweep.runs[~gone])
-    table = tables.table3(sweep)
+    table = dsc.table3(sweep)
     assert list(zip(table["settings"], table["notation"], table["gap"], strict=True)) == [
         ("train.lr=1", "L_MSE", ""),
         ("train.lr=1", "H_KLD", ""),
@@ -1010,19 +1010,19 @@ def test_gaps_of_a_setting_are_told_with_it_and_rows_that_none_asked_for_are_lef
     notes = " ".join(footnotes.of_scores(sweep=sweep, table=table))
     assert "H_KLD with train.lr=2 (not run)" in notes
     assert "Each of the 2 settings stands for itself: train.lr=1; train.lr=2." in notes
-    assert tables.format_table3(table).columns[0] == "Settings"
+    assert dsc.format_table3(table).columns[0] == "Settings"
 
 
 def test_what_differs_within_a_setting_or_was_not_swept_is_mixing():
     sweep = rates({"1": 0.0, "2": 0.0})
     with pytest.raises(InputError, match=r"mixes train\.lr=1 .* and train\.lr=2"):
-        tables.table4(replace(sweep, varied=()))
+        dsc.table4(replace(sweep, varied=()))
     params = [params | {"train.epochs": str(i % 2)} for i, params in enumerate(sweep.runs["params"])]
     with pytest.raises(InputError, match=r"mixes train\.epochs=\d .* and train\.epochs="):
-        tables.table4(changed(sweep, params=params))
+        dsc.table4(changed(sweep, params=params))
     both = replace(sweep, varied=("train.lr", "train.epochs"))
     with pytest.raises(InputError, match=r"mixes train\.epochs=\d .* and train\.epochs="):
-        tables.table4(changed(both, params=params))
+        dsc.table4(changed(both, params=params))
 
 
 def test_a_value_that_was_asked_for_alone_is_a_row_too():
@@ -1030,7 +1030,7 @@ def test_a_value_that_was_asked_for_alone_is_a_row_too():
     sweep = rates({"1": 0.0, "2": 0.0, "10": 0.0})
     alone = [params["train.lr"] == "10" for params in sweep.runs["params"]]
     sweep = changed(sweep, variant=sweep.runs["variant"].mask(alone, {}))
-    labels = tables.table4(sweep)["settings"]
+    labels = dsc.table4(sweep)["settings"]
     assert list(dict.fromkeys(labels)) == ["train.lr=1", "train.lr=2", "train.lr=10"]
 
 
@@ -1050,7 +1050,7 @@ def test_table5_is_of_the_settings_with_the_best_cell():
     """By its validation Dice: the other one is the better on the test images."""
     sweep = rates({"1": 0.1, "2": 0.0})
     sweep = changed(sweep, val_dice=[float(params["train.lr"]) / 10 for params in sweep.runs["params"]])
-    part, table = tables.best_variant(sweep, tables.table4(sweep))
+    part, table = dsc.best_variant(sweep, dsc.table4(sweep))
     assert set(table["notation"]) == set(ALL)
     assert set(part.runs.loc[part.runs["role"] != "teacher", "params"].map(lambda params: params["train.lr"])) == {"2"}
 
@@ -1058,7 +1058,7 @@ def test_table5_is_of_the_settings_with_the_best_cell():
 def test_a_single_split_is_said_to_show_no_spread():
     for splits, told in (((0,), True), ((0, 1), False)):
         sweep = sweep_of(splits=splits)
-        notes = footnotes.of_table4(sweep=sweep, table=tables.table4(sweep), test="ttest")
+        notes = footnotes.of_table4(sweep=sweep, table=dsc.table4(sweep), test="ttest")
         assert ("One split: how much the scores spread between splits is not known." in notes) == told
 
 
@@ -1083,10 +1083,10 @@ def test_two_protocols_in_one_sweep_are_refused_unless_it_varies_them():
     sweep = divided(sweep_of(["Teacher", "Student", "L_MSE"]), "the paper's random splits, by image")
     mixed = divided(sweep, "held out at random, by image", where=sweep.runs["notation"] == "L_MSE")
     with pytest.raises(InputError, match=r"mixes splits \(held out at random, by image and the paper's random splits"):
-        tables.table4(mixed)
+        dsc.table4(mixed)
     by_image = sweep.runs.assign(variant=[{"split.group": "None"}] * len(sweep.runs))
     varied = replace(sweep, runs=by_image, varied=("split.group",))
-    assert "L_MSE" in set(tables.table4(varied)["notation"])
+    assert "L_MSE" in set(dsc.table4(varied)["notation"])
 
 
 @pytest.mark.parametrize(("recorded", "ratio"), [({}, 0.20 / 0.64), ({"kdsweep.split_images": "60/10/30"}, 0.5)])
@@ -1094,7 +1094,7 @@ def test_the_corrected_test_knows_how_many_images_a_split_trains_on(recorded, ra
     sweep = sweep_of(["Student", "L_MSE"])
     is_student = sweep.runs["notation"] == "Student"  # of an earlier version, which recorded nothing
     runs = sweep.runs.assign(tags=[{} if own else recorded for own in is_student])
-    row = tables.table4(replace(sweep, runs=runs)).set_index("notation").loc["L_MSE"]
+    row = dsc.table4(replace(sweep, runs=runs)).set_index("notation").loc["L_MSE"]
     means = [np.mean(dice_of("L_MSE", split)) - np.mean(dice_of("Student", split)) for split in range(3)]
     t = np.mean(means) / np.sqrt((1 / 3 + ratio) * np.var(means, ddof=1))
     assert row["student_p_runs"] == pytest.approx(2 * student_t.sf(abs(t), 2))
@@ -1106,8 +1106,8 @@ def test_images_of_one_group_are_one_cluster_of_table4():
     copies = [
         sweep.scores.assign(image=sweep.scores["image"] + f" view {k}", group=sweep.scores["image"]) for k in range(3)
     ]
-    grouped = tables.table4(replace(sweep, scores=pd.concat(copies, ignore_index=True))).set_index("notation")
-    single = tables.table4(sweep).set_index("notation")
+    grouped = dsc.table4(replace(sweep, scores=pd.concat(copies, ignore_index=True))).set_index("notation")
+    single = dsc.table4(sweep).set_index("notation")
     for column in ("student_p", "student_difference_points", "teacher_bound_points"):
         assert grouped.loc["L_MSE", column] == pytest.approx(single.loc["L_MSE", column])
     assert grouped.loc["L_MSE", "n_images"] == 3 * single.loc["L_MSE", "n_images"]

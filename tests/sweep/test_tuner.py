@@ -26,7 +26,7 @@ from small import STUDENT, TEACHER
 from kdsweep import conf_dir
 from kdsweep.config import composition, identity
 from kdsweep.core.errors import CellError, InputError
-from kdsweep.results import tables
+from kdsweep.results import dsc, tables
 from kdsweep.runs import checkpoint, records, requests
 from kdsweep.sweep import callback, launcher, preview, status, tuner
 from kdsweep.tracking import reader
@@ -356,10 +356,10 @@ def test_methods_with_unlike_choices_are_one_table(unbroken):
         {**own, "train.lr": "0.5"} if here else own for own, here in zip(sweep.runs["params"], is_student, strict=True)
     ]
     unlike = replace(sweep, runs=sweep.runs.assign(params=params))
-    table = tables.table4(unlike)
+    table = dsc.table4(unlike)
     assert "settings" not in table
     with pytest.raises(InputError, match=r"mixes train\.lr="):
-        tables.table4(replace(unlike, tuned=()))
+        dsc.table4(replace(unlike, tuned=()))
     assert list(table.loc[table["gap"] == "", "notation"]) == ["Teacher_WAug", "Student", "L_KLD_WAug"]
     configured = reader.read_sweep(store=unbroken, uri=None, name="busi-quick")
     assert configured.tuned == ()  # there a second learning rate would be mixed in by mistake
