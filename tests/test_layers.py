@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "results": BELOW_TRAINING | {"tracking", "tuning"},
     "deploy": BELOW_TRAINING | {"tracking", "results"},
     "sweep": BELOW_TRAINING | {"tracking", "training", "tuning", "results", "deploy"},
-    "plugins": {"sweep"},
+    "plugins": {"core", "sweep"},
     "__main__": BELOW_TRAINING | {"tracking", "training", "results", "deploy", "sweep"},
     "kd_paths": {"distill"},  # a former address
 }
