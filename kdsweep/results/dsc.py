@@ -74,12 +74,9 @@ def table4(sweep: Sweep, *, test: str = "ttest", margin_points: float | None = N
     """
     margin = margin_of(sweep) if margin_points is None else margin_points
     table = each_variant(sweep, partial(_table4, test=test, margin_points=margin)).assign(margin_points=margin)
-    is_cell = ~table["notation"].isin(
-        BASELINES
-    )  # the family is the KD cells: the baselines are not what is being tried
-    for column in [
-        str(name) for name in table if re.match("(student|teacher)_p(_|$)", str(name)) and name not in UNCORRECTED
-    ]:
+    is_cell = ~table["notation"].isin(BASELINES)  # the family is the KD cells: no baseline is being tried
+    ps = [str(name) for name in table if re.match("(student|teacher)_p(_|$)", str(name))]
+    for column in [name for name in ps if name not in UNCORRECTED]:
         table[f"{column}_holm"] = holm(table[column].where(is_cell))
     pairs = zip(table["teacher_p_non_inferior_holm"], table["teacher_p_inferior_holm"], strict=True)
     verdicts = [_verdict(non_inferior, inferior) for non_inferior, inferior in pairs]
