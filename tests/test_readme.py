@@ -327,6 +327,21 @@ def test_the_table_of_sizes_is_that_of_its_file() -> None:
     assert table["parameters"].nunique() == 5
 
 
+def test_the_sizes_of_the_teacher_are_those_of_their_files() -> None:
+    page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
+    folder = ROOT / "results" / "teacher_size"
+    table = tables.made(
+        "table4", sweep=published.read([folder / "scores.json.gz"]), store=folder, test="ttest"
+    ).table.set_index(["settings", "notation"])["mean_dice_percent"]
+    for name, millions in (("efficientnet_lite0", "5.20"), ("efficientnet_lite2", "6.70")):
+        teacher, cell = (table[f"teacher={name}", model] for model in ("Teacher_WAug", "HReg_MSE_WAug"))
+        assert f"| {name} | {millions} | {teacher:.2f} | {cell:.2f} |" in page
+    row = pd.read_csv(folder / "settings.csv").iloc[0]
+    mean, low, high = (row[f"{key}_points"] for key in ("difference", "low", "high"))
+    assert f"{mean:+.2f} points ({low:+.2f} to {high:+.2f}, p = {formats.p(row['p_holm'])})" in page
+    assert f"corrected p is {row['p_runs']:.2f}" in page
+
+
 def test_the_scores_of_sizes_are_those_published() -> None:
     made = dsc.table4(published.read([ROOT / "results" / "capacity" / "scores.json.gz"]))
     key = ["settings", "notation"]
