@@ -373,9 +373,17 @@ def test_the_table_of_the_methods_is_that_of_its_file() -> None:
     assert same[0]["mean_dice_percent"] == same[1]["mean_dice_percent"], "the same method by two names"
 
 
-@pytest.mark.parametrize(("folder", "which"), [("study", "table4"), ("study", "effects"), ("methods", "table4")])
-def test_the_studys_tables_are_made_of_its_published_scores(folder, which, tmp_path) -> None:
-    files = sorted(map(str, (ROOT / "results" / folder).glob("seed*.json.gz")))
+@pytest.mark.parametrize(
+    ("folder", "which"),
+    [
+        *(("study", which) for which in ("table3", "table4", "effects", "strata")),
+        ("methods", "table4"),
+        ("teacher_size", "table4"),
+        ("teacher_size", "settings"),
+    ],
+)
+def test_the_tables_of_results_are_made_of_their_published_scores(folder, which, tmp_path) -> None:
+    files = sorted(map(str, (ROOT / "results" / folder).glob("*.json.gz")))
     assert tables.main([which, "--published", *files, "--out", str(tmp_path)]) == 0
     made = pd.read_csv(tmp_path / f"{which}.csv")
     pd.testing.assert_frame_equal(made, pd.read_csv(ROOT / "results" / folder / f"{which}.csv"))

@@ -44,10 +44,6 @@ def card(model: Model, content: bytes, *, name: str) -> str:
         InputError: the run's record is damaged.
     """
     record, split = records.read(model.folder), records.read_split(model.folder)
-    try:
-        scores = pd.read_csv(model.folder / "test_scores.csv", dtype={"image": str, "label": str})
-    except (OSError, ValueError) as error:
-        raise InputError(f"--run {model.folder}: test_scores.csv is damaged") from error
     params, tags = record.params, record.tags
     node = "teacher" if model.tags["role"] == "teacher" else "student"
     weights, data = str(params.get(f"{node}.weights")), str(params.get("data.name"))
@@ -72,13 +68,24 @@ def card(model: Model, content: bytes, *, name: str) -> str:
         params=params,
         best_epoch=record.values.get("best_epoch", float("nan")),
         val_dice=record.values.get("best/val_dice", float("nan")),
-        scores=_table(scores),
-        low=int((scores["dice"] < LOW).sum()),
-        empty=int((scores["dice"] == 0).sum()),
-        count=len(scores),
-        limit=LOW,
-        worst=scores["dice"].quantile(0.05),
+        **_of_scores(model.folder),
     )
+
+
+def _of_scores(folder: Path) -> dict[str, object]:
+    """Return what the card tells of a run's test images."""
+    try:
+        scores = pd.read_csv(folder / "test_scores.csv", dtype={"image": str, "label": str})
+    except (OSError, ValueError) as error:
+        raise InputError(f"--run {folder}: test_scores.csv is damaged") from error
+    return {
+        "scores": _table(scores),
+        "low": int((scores["dice"] < LOW).sum()),
+        "empty": int((scores["dice"] == 0).sum()),
+        "count": len(scores),
+        "limit": LOW,
+        "worst": scores["dice"].quantile(0.05),
+    }
 
 
 def _table(scores: pd.DataFrame) -> str:

@@ -76,11 +76,11 @@ def score_sweep(
         images = load_images(source, load_size=image_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
         return eval_part(images, list(range(len(images.ids))))
 
-    todo = {run: folder for run, folder in folders.items() if not (folder / EXTERNAL / name).is_file()}
+    done = sum((folder / EXTERNAL / name).is_file() for folder in folders.values())
     sys.stdout.write(
-        f"sweep {sweep.name}: {plural(len(folders), 'network')}, {len(todo)} to score on data={source.name} with "
-        f"{plural(len(listed.entries), 'image')} (digest {listed.digest[:8]}), {len(folders) - len(todo)} scored "
-        f"before; device {find_device(device)}\n"
+        f"sweep {sweep.name}: {plural(len(folders), 'network')}, {len(folders) - done} to score on data={source.name} "
+        f"with {plural(len(listed.entries), 'image')} (digest {listed.digest[:8]}), {done} scored before; device "
+        f"{find_device(device)}\n"
     )
     sys.stdout.flush()
     count, problems = 0, []

@@ -41,7 +41,7 @@ HEADINGS = {
     "tuned": "Tuned. Each method as configured and as chosen, with equal budgets",
     "capacity": "Capacity. Test DSC of Students of several sizes, with and without distillation",
 }
-NEED_STORE = ("table5", "tuned")  # weights, networks or Optuna's studies
+NEED_STORE = ("table5", "tuned")  # files of weights, or Optuna's studies
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
