@@ -282,7 +282,7 @@ MUTANTS = [
     ),
     Mutant(
         "each method has a row of its own",
-        "results/contours.py",
+        "results/panels.py",
         'name.removesuffix("_WAug").rpartition("_")[0] for name in own]',
         'name.partition("_")[0] for name in own]',
         "tests/results/test_contours.py",

@@ -24,7 +24,7 @@ from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_bytes
 from kdsweep.core.options import add_published, add_sweep
 from kdsweep.data import run_data, sources
-from kdsweep.results import contours, dsc, effects, plots, published, tables, tuned
+from kdsweep.results import contours, dsc, effects, panels, plots, published, tables, tuned
 from kdsweep.results.frame import known_values, variants
 from kdsweep.tracking import reader
 
@@ -100,7 +100,7 @@ def _contours(
     shown = contours.load(sweep, store=store, uri=uri, **vars(choice))
     for number, one in enumerate(shown, start=1):
         one = one._replace(title=f"{one.title}, {label}" if label else one.title)
-        yield f"{name}-{number}" if len(shown) > 1 else name, contours.figure2(**one._asdict())
+        yield f"{name}-{number}" if len(shown) > 1 else name, panels.figure2(**one._asdict())
 
 
 def _capacity(sweep: Sweep) -> pd.DataFrame:

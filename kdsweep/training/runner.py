@@ -81,18 +81,22 @@ def run(
             if going := [learner for learner in learners if not learner.stopped]:
                 fit(going, teachers=teachers, feed=feed, compute=compute, stopped=conclude, prune=prune)
     except BaseException as error:
-        if is_device_error(error):  # nothing can be read from it any more: each goes on from its last checkpoint
-            signals.check()
-            raise DeviceError(f"the device failed ({one_line(error)})") from error
-        open_ones = [own for own in learners if own.failure is None and own.folder not in results]
-        if signals.pending() or not isinstance(error, Exception) or is_out_of_memory(error):
-            _save(open_ones)
-            signals.check()
-            raise
-        for learner in open_ones:  # an error in what they share: batches, a Teacher's forward
-            with logs.about(learner.folder):
-                fail(learner, error)
+        _settle([own for own in learners if own.failure is None and own.folder not in results], error)
     return [learner.failure or results[learner.folder] for learner in learners]
+
+
+def _settle(learners: list[Learner], error: BaseException) -> None:
+    """Fail the learners for an error in what they share; if it ends the training, save them and raise it instead."""
+    if is_device_error(error):  # nothing can be read from it any more: each goes on from its last checkpoint
+        signals.check()
+        raise DeviceError(f"the device failed ({one_line(error)})") from error
+    if signals.pending() or not isinstance(error, Exception) or is_out_of_memory(error):
+        _save(learners)
+        signals.check()
+        raise error
+    for learner in learners:  # of a batch, a Teacher's forward
+        with logs.about(learner.folder):
+            fail(learner, error)
 
 
 def run_divided(

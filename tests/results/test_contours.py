@@ -19,6 +19,7 @@ from kdsweep.data import sources
 from kdsweep.data.images import load_images
 from kdsweep.data.splits import random_split
 from kdsweep.results import contours
+from kdsweep.results.panels import figure2
 from kdsweep.results.paper import BASELINES, CELLS
 from kdsweep.runs import checkpoint
 
@@ -44,7 +45,7 @@ def by_hand(prediction, mask):
 def figure_of(predictions, *, mask=None, missing=None, dice=None, caption="why", title="what"):
     mask = box(8, 20, 8, 20) if mask is None else mask
     predictions = {name: np.asarray(own, bool) for name, own in predictions.items()}
-    return contours.figure2(
+    return figure2(
         image=np.full((S, S, 3), 90, np.uint8),
         mask=mask,
         predictions=predictions,
@@ -412,7 +413,7 @@ def test_what_is_shown_is_the_image_its_mask_and_each_models_prediction(study, s
     rule = "median of 5 test images by mean Dice over the 6 models shown"
     assert shown.caption == f"Split 0, image {median}: {rule}"
     assert shown.title == "Sweep study (data busi, profile paper)"
-    assert grid(contours.figure2(**shown._asdict())) == [["Image", *OWN[:3]], list(OWN[3:])]
+    assert grid(figure2(**shown._asdict())) == [["Image", *OWN[:3]], list(OWN[3:])]
 
 
 def unsigned(sweep):
