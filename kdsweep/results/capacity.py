@@ -46,14 +46,13 @@ def capacity(sweep: Sweep, *, scores: pd.DataFrame, repeats: int = REPEATS) -> p
         raise InputError(
             f"sweep {sweep.name} has one Student: student=NAME,NAME compares several (+experiment=capacity)"
         )
-    known = {network: costs.measure(network, repeats=repeats) for network in dict.fromkeys(networks.values())}
     rows = []
     for row in scores[~scores["notation"].str.startswith("Teacher")].to_dict("records"):
         network = networks[row["settings"]]
-        cost = {name: known[network][name] for name in MEASURED}
+        cost = costs.measure(network, repeats=repeats)
         own = {name: row[name] for name in OF_SCORES} | {name: row[f"student_{name}"] for name in TO_STUDENT}
         place = {"settings": row["settings"], "notation": row["notation"], "encoder": network.encoder}
-        rows.append({**place, "image_size": network.image_size, **cost, **own})
+        rows.append({**place, "image_size": network.image_size, **{name: cost[name] for name in MEASURED}, **own})
     table = pd.DataFrame(rows).astype({"parameters": "Int64", "macs": "Int64"})
     for name, column in COSTS.items():
         table[f"on_{name}_front"] = on_front(table[column].astype(float), table["mean_dice_percent"])

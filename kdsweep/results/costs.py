@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,8 +47,7 @@ class Network(NamedTuple):
 def table5(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = REPEATS) -> pd.DataFrame:
     """Return Table 5: costs and Dice (%) of Teacher, Student and best cell, then the networks that others published.
 
-    Costs do not depend on weights, so unfinished runs have them too; a row without any run has none. Equal networks
-    (Student and a distilled student) are measured once.
+    Costs do not depend on weights, so unfinished runs have them too; a row without any run has none.
 
     Args:
         sweep: its runs record their networks.
@@ -59,15 +59,12 @@ def table5(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = RE
     teacher = "Teacher_WAug" if "Teacher_WAug" in names and "Teacher" not in names else "Teacher"
     chosen = {"teacher": teacher, "student": "Student", "cell": next(iter(whole_cells(scores)), "")}
     scores = scores.set_index("notation")
-    known: dict[Network, dict[str, float]] = {}
     rows: list[dict[str, object]] = []
     ordered = sweep.runs.assign(unfinished=sweep.runs["status"] != "FINISHED")
     ordered = ordered.sort_values(["unfinished", *PLACE, "fingerprint"])
     for role, notation in chosen.items():
         runs = ordered[ordered["notation"] == notation]
         network = network_of(runs, group="teacher" if role == "teacher" else "student")
-        if network is not None and network not in known:
-            known[network] = measure(network, repeats=repeats)
         row = {
             "notation": notation or BEST,
             "kind": BEST if role == "cell" else role,
@@ -78,7 +75,8 @@ def table5(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = RE
             "published_dice_percent": scores["paper_mean_dice_percent"].get(notation, NAN),
             "source": f"{SOURCE}, text and Table 4",
         }
-        rows.append(row | ({"image_size": network.image_size, **known[network]} if network else {}))
+        cost = {"image_size": network.image_size, **measure(network, repeats=repeats)} if network else {}
+        rows.append(row | cost)
     for name, figures in PUBLISHED.items():
         row = {f"published_{key}": value for key, value in figures._asdict().items()}
         rows.append({"notation": name, "kind": "published", "gap": "", "source": figures.source, **row})
@@ -112,8 +110,12 @@ def _file_mb(runs: pd.DataFrame, *, store: Path) -> float:
     return NAN
 
 
+@cache
 def measure(network: Network, *, repeats: int) -> dict[str, float]:
-    """Measure parameters, MACs and latency of one image in fp32, by column; without CUDA its columns are left out."""
+    """Measure parameters, MACs and latency of one image in fp32, by column; without CUDA its columns are left out.
+
+    Equal networks, as Student and distilled student are, are measured once: all tables and figures of a page agree.
+    """
     channels, size = list(network.decoder_channels), network.image_size
     built = unet.freeze(unet.unet(encoder=network.encoder, decoder_channels=channels, weights="none", seed=0))
     macs = unet.count_macs(built, image_size=size)

@@ -161,17 +161,25 @@ def test_networks_are_timed_in_eval_mode_and_channels_last(clock, monkeypatch):
     assert set(seen) == {(False, (1, 3, 64, 64), True)}
 
 
-def test_equal_networks_are_measured_once_and_every_cost_is_a_measured_one(sweep, store, monkeypatch):
-    calls = []
+def test_equal_networks_are_measured_once(clock):
+    network = costs.Network("mobilenetv3_small_trimmed", (16, 16, 8, 8, 8), 96)
+    first = costs.measure(network, repeats=2)
+    timed = len(clock["threads"])
+    assert timed > 0
+    assert costs.measure(costs.Network(*network), repeats=2) == first
+    assert len(clock["threads"]) == timed
+
+
+def test_every_cost_is_a_measured_one(sweep, store, monkeypatch):
+    order = {"resnet18": 1, "mobilenetv3_small_trimmed": 2}
 
     def measure(network, *, repeats):
-        calls.append((network.encoder, repeats))
-        return {name: 100.0 * len(calls) + i for i, name in enumerate(names)}
+        assert repeats == 7
+        return {name: 100.0 * order[network.encoder] + i for i, name in enumerate(names)}
 
     names = ["parameters", "macs", *(f"{name}_{part}_ms" for name in costs.TIMINGS for part in ("median", "p95"))]
     monkeypatch.setattr(costs, "measure", measure)
     table, _ = made(sweep, store, repeats=7)
-    assert calls == [("resnet18", 7), ("mobilenetv3_small_trimmed", 7)]
     for i, name in enumerate(names):
         assert table[name].tolist()[:3] == [100 + i, 200 + i, 200 + i]
         assert table[name][3:].isna().all()
