@@ -398,7 +398,7 @@ def test_notes(sweep, table, test):
     assert notes[0].startswith("Networks: do these networks, as trained, differ on other images?")
     assert stats.TEST_NAMES[test] in notes[0]
     assert "an image that several splits test is one cluster" in notes[0]
-    assert notes[1].startswith("Methods: whether networks trained anew would differ too, one seed cannot tell")
+    assert notes[1].startswith("Methods: whether networks trained anew would differ too is not known")
     assert "over the 5 main effects and, apart from them, the 7 interactions" in " ".join(notes)
     assert any(note.startswith("With 80 % power this design shows differences from ") for note in notes)
     assert "half the difference of the two simple effects" in notes[-2]
