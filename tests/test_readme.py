@@ -227,18 +227,23 @@ def study(name: str) -> pd.DataFrame:
     return pd.read_csv(ROOT / "results" / "study" / f"{name}.csv")
 
 
+def points(row: pd.Series, of: str, kind: str = "") -> str:
+    """A difference with its interval, of these networks or (kind="methods_") of methods."""
+    mean, low, high = (row[f"{of}{key}_points"] for key in ("difference", f"{kind}low", f"{kind}high"))
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def rows_of(table: pd.DataFrame) -> list[str]:
     """The lines of a page's table of DSC, means of folds, differences to Student and Teacher, and verdicts."""
+    several = table["student_p_methods"].notna().any()
+    kind, ps = ("methods_", ["student_p_holm", "student_p_methods_holm"]) if several else ("", ["student_p_holm"])
     lines = []
-    for row in table.to_dict("records"):
+    for _, row in table.iterrows():
         folds = " / ".join(f"{row[f'mean_dice_percent_split{fold}']:.2f}" for fold in range(3))
-        to_student, to_teacher = (
-            f"{row[f'{of}_difference_points']:+.2f} ({row[f'{of}_low_points']:+.2f} to {row[f'{of}_high_points']:+.2f})"
-            for of in ("student", "teacher")
-        )
-        ps = f"{formats.p(row['student_p_holm'])} | {to_teacher} | {row['teacher_verdict']}"
-        others = f"{to_student} | {ps}" if row["notation"] not in paper.BASELINES else " | | | "
-        lines.append(f"| {row['notation']} | {row['mean_dice_percent']:.2f} | {folds} | {others} |")
+        others = [points(row, "student_", kind), *(formats.p(row[name]) for name in ps)]
+        others += [points(row, "teacher_", kind), str(row["teacher_verdict"])]
+        others = [""] * len(others) if row["notation"] in paper.BASELINES else others
+        lines.append(" | ".join([f"| {row['notation']}", f"{row['mean_dice_percent']:.2f}", folds, *others]) + " |")
     return lines
 
 

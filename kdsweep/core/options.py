@@ -18,6 +18,18 @@ def add_sweep(parser: ArgumentParser, *, default: Path | None = Path("multirun")
     parser.add_argument("--sweep", help="name of the sweep (the last with a finished run)")
 
 
+def add_seeds(parser: ArgumentParser) -> None:
+    """Add ``--seeds``: those that ``results.frame.of_seeds`` keeps."""
+    parser.add_argument("--seeds", type=_numbers, help="only these, comma between them, such as those that are done")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+_numbers.__name__ = "seed"  # argparse says "invalid seed value"
+
+
 def add_published(parser: ArgumentParser) -> None:
     """Add ``--published``: the files that ``results.published.read`` takes."""
     parser.add_argument("--published", type=Path, nargs="+", metavar="FILE", help="of `publish`, instead of a store")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -91,6 +91,28 @@ def _rank(value: str) -> tuple[bool, float, str]:
         return False, float(value), value
     except ValueError:
         return True, 0.0, value
+
+
+def of_seeds(sweep: Sweep, seeds: Sequence[int] | None) -> Sweep:
+    """Return the part of a sweep with cells of these seeds and the Teachers that they learn from; all of it for None.
+
+    Raises:
+        InputError: the sweep has no such seed.
+    """
+    if seeds is None:
+        return sweep
+    runs = sweep.runs
+    by_own_seed = (runs["role"] != "teacher") | ~runs["fingerprint"].isin(runs["teacher"])
+    there = sorted(set(runs.loc[by_own_seed, "seed"]))
+    if unknown := [seed for seed in seeds if seed not in there]:
+        raise InputError(f"--seeds {unknown[0]}: not in sweep {sweep.name}; it has {', '.join(map(str, there))}")
+    kept = by_own_seed & runs["seed"].isin(seeds)
+    runs = runs[kept | runs["fingerprint"].isin(runs.loc[kept, "teacher"])].reset_index(drop=True)
+    scores, external = (
+        table[table["fingerprint"].isin(runs["fingerprint"])].reset_index(drop=True) if len(table) else table
+        for table in (sweep.scores, sweep.external)
+    )
+    return replace(sweep, runs=runs, scores=scores, external=external)
 
 
 def placed_runs(sweep: Sweep) -> pd.DataFrame:

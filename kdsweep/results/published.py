@@ -23,8 +23,9 @@ import pandas as pd
 from kdsweep.config.grid import LOCAL, SOURCES, is_under
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import without_folders, write_bytes
-from kdsweep.core.options import add_sweep
+from kdsweep.core.options import add_seeds, add_sweep
 from kdsweep.core.progress import plural
+from kdsweep.results.frame import of_seeds
 from kdsweep.tracking.reader import Sweep, read_scores, read_sweep
 
 FORMAT = 1
@@ -121,13 +122,15 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m kdsweep publish", description="A sweep's runs and per-image scores as one file for others."
     )
     add_sweep(parser)
+    add_seeds(parser)
     parser.add_argument(
         "--out", type=Path, required=True, help="file, such as scores.json.gz; one that is there is replaced"
     )
     options = parser.parse_args(argv)
 
     def work() -> None:
-        sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
+        whole = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
+        sweep = of_seeds(whole, options.seeds)
         content = write(sweep)
         try:
             write_bytes(options.out, content)

@@ -18,10 +18,10 @@ import pandas as pd
 from kdsweep.config.grid import is_under
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_text
-from kdsweep.core.options import add_published, add_sweep
+from kdsweep.core.options import add_published, add_seeds, add_sweep
 from kdsweep.results import comparisons, dsc, effects, external, footnotes, strata, tuned
 from kdsweep.results.formats import DASH
-from kdsweep.results.frame import known_values
+from kdsweep.results.frame import known_values, of_seeds
 from kdsweep.results.paper import CELLS
 from kdsweep.results.stats import TESTS
 
@@ -244,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("table", choices=TABLES)
     add_sweep(parser)
     add_published(parser)
+    add_seeds(parser)
     parser.add_argument("--out", type=Path, help="folder for the files (STORE/tables)")
     parser.add_argument(
         "--test",
@@ -270,6 +271,7 @@ def main(argv: list[str] | None = None) -> int:
 
             sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
         out_dir = options.out or options.store / "tables"
+        sweep = of_seeds(sweep, options.seeds)
         common = {"sweep": sweep, "store": options.store, "out_dir": out_dir, "test": options.test}
         common["uri"] = options.tracking_uri
         if options.margin is not None and not 0 < options.margin < 100:

@@ -9,7 +9,7 @@ import pytest
 from test_tables import dice_all, sweep_of, with_status
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import dsc, figures, published, tables
+from kdsweep.results import dsc, figures, frame, published, tables
 
 NAMES = ("Teacher", "Student", "L_MSE", "H_MSE")
 COMMAND = "python -m kdsweep -m path=none,L data.root=/home/someone/busi 'split.group=\"/tmp/a b/groups.csv\"'"
@@ -124,3 +124,28 @@ def test_unfinished_runs_of_another_state_are_kept(sweep, tmp_path):
     file = part(with_status(sweep, "H_MSE", 1, "RUNNING"), sweep.runs["seed"] == 0, tmp_path / "a.json.gz")
     found = published.read([file]).runs
     assert set(found.loc[found["notation"] == "H_MSE", "status"]) == {"FINISHED", "RUNNING"}
+
+
+def test_the_seeds_that_are_done_can_be_seen_before_the_others(sweep, file, tmp_path, capsys):
+    file.write_bytes(published.write(with_status(sweep, "L_MSE", 2, "RUNNING")))
+    call = ["table4", "--published", str(file), "--out", str(tmp_path)]
+    assert tables.main(call) == 0
+    assert "L_MSE (running: split 2 seed 0)" in capsys.readouterr().out
+    assert tables.main([*call, "--seeds", "1"]) == 0
+    assert "seeds: 1, " in capsys.readouterr().out
+    found = pd.read_csv(tmp_path / "table4.csv")["mean_dice_percent"]
+    alone = dsc.table4(sweep_of(NAMES, seeds=(1,)))["mean_dice_percent"]
+    pd.testing.assert_series_equal(found, alone)
+    assert tables.main([*call, "--seeds", "1,5"]) == 1
+    assert capsys.readouterr().err == "kdsweep: error: --seeds 5: not in sweep study; it has 0, 1\n"
+
+
+def test_seeds_keep_the_teachers_they_learn_from_whatever_seed_these_have(sweep):
+    of_seed_0 = sweep.runs["teacher"].str.replace("-1$", "-0", regex=True)
+    gone = (sweep.runs["role"] == "teacher") & (sweep.runs["seed"] == 1)
+    shared = replace(sweep, runs=sweep.runs.assign(teacher=of_seed_0)[~gone])
+    found = frame.of_seeds(shared, [1])
+    assert set(found.runs.loc[found.runs["role"] == "teacher", "seed"]) == {0}
+    assert set(found.runs.loc[found.runs["role"] != "teacher", "seed"]) == {1}
+    assert set(found.scores["fingerprint"]) == set(found.runs["fingerprint"])
+    assert frame.of_seeds(shared, None) is shared
