@@ -56,7 +56,8 @@ def effects_plot(*, scores: pd.DataFrame, effects: pd.DataFrame, title: str) -> 
     """Plot test DSC of each cell beside lines of Student and Teachers; main effects with their 95 % intervals.
 
     The interval in a cell's row is that of its paired difference to Student, added to Student's mean: taken alone, a
-    cell differs from Student if it does not reach Student's line. The spread of the images does not show that.
+    cell differs from Student if it does not reach Student's line. The spread of the images does not show that. Where
+    several seeds give them, the intervals and p of methods are drawn too.
 
     Args:
         scores: as dsc.table4 gives it (percent, percentage points); without Student there are no such intervals.
@@ -138,11 +139,10 @@ def _draw_cells(axes: Axes, *, cells: pd.DataFrame, student: float) -> None:
         if mean.notna().any():
             label = f"mean of all test images,\n{name} Teacher augmentation"
             axes.plot(mean, y, look.marker, color=look.color, markersize=5, zorder=5, label=label)
-    low, high = student + cells["student_low_points"], student + cells["student_high_points"]
-    known = low.notna()
-    if known.any():
-        label = "95 % interval of the paired\ndifference to Student (these\nnetworks), laid off from its mean"
-        axes.hlines(y[known], low[known], high[known], color=DARK, linewidth=1.3, zorder=4, label=label)
+    label = "95 % interval of the paired\ndifference to Student (these\nnetworks), laid off from its mean"
+    _draw_intervals(
+        axes, rows=cells, of="student_", start=student, labels=(label, "the same of methods\n(networks trained anew)")
+    )
     if (equal := (cells["teacher_verdict"] == "non-inferior").to_numpy()).any():
         label = f"at most {cells['margin_points'].max():g} points worse\nthan its Teacher (Holm)"
         at_edge = axes.get_yaxis_transform()
@@ -154,6 +154,20 @@ def _draw_cells(axes: Axes, *, cells: pd.DataFrame, student: float) -> None:
         if mean.notna().any():
             label = f"mean of split {split}"
             axes.plot(mean, y + 0.33, look.marker, **hollow, markersize=3.2, zorder=3, label=label)
+
+
+def _draw_intervals(axes: Axes, *, rows: pd.DataFrame, of: str, start: float, labels: tuple[str, str]) -> None:
+    """Draw the intervals of these networks and, thin with ends, those of methods: which several seeds alone give."""
+    for kind, width, label in zip(("", "methods_"), (1.3, 0.6), labels, strict=True):
+        low, high = (start + rows[f"{of}{kind}{end}_points"] for end in ("low", "high"))
+        known = low.notna().to_numpy()
+        if not known.any():
+            continue
+        y = np.arange(len(rows))[known]
+        axes.hlines(y, low[known], high[known], color=DARK, linewidth=width, zorder=4, label=label)
+        if kind:
+            ends = [*low[known], *high[known]]
+            axes.plot(ends, [*y, *y], "|", color=DARK, markersize=4, markeredgewidth=width, zorder=4)
 
 
 def _draw_baselines(axes: Axes, *, table: pd.DataFrame) -> None:
@@ -172,6 +186,7 @@ def _draw_baselines(axes: Axes, *, table: pd.DataFrame) -> None:
 
 
 def _draw_effects(axes: Axes, *, main: pd.DataFrame) -> None:
+    of_methods = main["p_methods_holm"].notna().any()
     plain(axes)
     axes.set_title("Main effects", fontsize=FONT, loc="left")
     axes.set_yticks(range(len(main)), main["effect"])
@@ -182,13 +197,18 @@ def _draw_effects(axes: Axes, *, main: pd.DataFrame) -> None:
     else:
         y = np.arange(len(main))
         axes.axvline(0, color="black", linewidth=0.8, zorder=1)
-        axes.hlines(y, main["low_points"], main["high_points"], color=DARK, linewidth=1.3)
+        _draw_intervals(axes, rows=main, of="", start=0.0, labels=("", ""))
         axes.plot(main["difference_points"], y, "o", color="black", markersize=4.5)
-        axes.set_xlabel("difference of these networks\n(DSC points), 95 % interval", fontsize=FONT)
-        axes.annotate(
-            "p (Holm)", (1.04, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points", size=FONT
+        whose = (
+            "95 % interval of these networks,\nthin: of methods" if of_methods else "95 % interval of these networks"
         )
-    for at, (gap, p) in enumerate(zip(main["gap"], main["p_holm"].map(formats.p), strict=True)):
+        axes.set_xlabel(f"difference (DSC points),\n{whose}", fontsize=FONT)
+        heading = "methods:\np (Holm)" if of_methods else "p (Holm)"
+        axes.annotate(
+            heading, (1.04, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points", size=FONT
+        )
+    ps = main["p_methods_holm" if of_methods else "p_holm"].map(formats.p)
+    for at, (gap, p) in enumerate(zip(main["gap"], ps, strict=True)):
         if gap:
             _tell_gap(axes, y=at, gap=gap, width=32, lines=2)
         else:

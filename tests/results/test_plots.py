@@ -29,6 +29,7 @@ def table_of(means, *, splits=None, gaps=None):
     table["student_high_points"] = (difference + 0.5).to_numpy()
     table.loc[table["notation"] == "Student", NUMBERS[1:]] = np.nan
     table = table.assign(teacher_verdict=table["notation"].map({"H_MSE": "non-inferior"}), margin_points=2.0)
+    table = table.assign(student_methods_low_points=np.nan, student_methods_high_points=np.nan)
     for split, shift in (splits or {}).items():
         table[f"mean_dice_percent_split{split}"] = table["mean_dice_percent"] + shift
     for notation, gap in (gaps or {}).items():
@@ -44,6 +45,7 @@ def effects_of(**changes):
     numbers = {"difference_points": [0.1, -0.2, 0.3, 1.5, -2.5, 9.0], "p": 0.001, "n_images": 36}
     table = table.assign(**numbers, p_holm=[1.0, 0.5, 0.04321, 0.00001, 0.01, 0.2])
     table = table.assign(low_points=table["difference_points"] - 1, high_points=table["difference_points"] + 2)
+    table = table.assign(methods_low_points=np.nan, methods_high_points=np.nan, p_methods_holm=np.nan)
     for row, gap in changes.items():
         numbers = ["difference_points", "low_points", "high_points", "p", "p_holm"]
         table.loc[int(row.removeprefix("row")), numbers] = np.nan
@@ -82,8 +84,10 @@ def points(axes, label):
     return {rows[int(y)]: x for x, y in known}
 
 
-def spans(axes):
-    (found,) = [artist for artist in axes.collections if isinstance(artist, LineCollection)]
+def spans(axes, which=0, of=1):
+    found = [artist for artist in axes.collections if isinstance(artist, LineCollection)]
+    assert len(found) == of
+    found = found[which]
     return [(x0, x1, y) for (x0, y), (x1, _) in filter(len, found.get_segments())]  # NaN makes an empty one
 
 
@@ -250,6 +254,29 @@ def test_main_effects_with_interval_and_p_after_holm():
     at = {text.get_position()[1]: text.get_text() for text in right.texts if not isinstance(text, Annotation)}
     assert at == {0: "1.0000", 1: "needs H_MSE (not run)", 2: "0.0432", 3: "<0.0001", 4: "0.0100"}
     assert "p (Holm)" in said(right)
+
+
+def test_several_seeds_give_intervals_of_methods_too_thin_beside_those_of_the_networks():
+    scores, main = table_of(MEANS), effects_of()
+    scores["student_methods_low_points"] = scores["student_low_points"] - 1.5
+    scores["student_methods_high_points"] = scores["student_high_points"] + 2
+    main = main.assign(methods_low_points=main["low_points"] - 1, methods_high_points=main["high_points"] + 1)
+    main = main.assign(p_methods_holm=[1.0, 0.7, 0.09, 0.04, 0.5, 0.5])
+    figure = drawn(scores=scores, effects=main)
+    left, right, beside = figure.axes
+    own, wide = spans(left, 0, of=2), spans(left, 1, of=2)
+    assert wide == [pytest.approx((low - 1.5, high + 2, y)) for low, high, y in own]
+    widths = [artist.get_linewidth()[0] for artist in left.collections if isinstance(artist, LineCollection)]
+    assert widths[0] > widths[1]
+    ends = [line for line in left.lines if line.get_marker() == "|"]
+    assert sorted(ends[0].get_xdata()) == pytest.approx(sorted(x for low, high, _ in wide for x in (low, high)))
+    assert "the same of methods (networks trained anew)" in legend(beside)
+    assert spans(right, 1, of=2)[0] == pytest.approx((-1.9, 3.1, 0))
+    at = {text.get_position()[1]: text.get_text() for text in right.texts if not isinstance(text, Annotation)}
+    assert at == {0: "1.0000", 1: "0.7000", 2: "0.0900", 3: "0.0400", 4: "0.5000"}
+    assert "methods:\np (Holm)" in said(right)
+    assert "of methods" in right.get_xlabel()
+    assert overlaps(figure) == (set(), set())
 
 
 def test_the_numbers_of_a_whole_sweep_reach_the_figure():
