@@ -14,7 +14,7 @@ from commands import kdsweep
 from small import TEACHER
 
 from kdsweep.__main__ import WORDS
-from kdsweep.results import comparisons, dsc, formats, paper, published, stats, tables
+from kdsweep.results import comparisons, dsc, effects, formats, paper, published, stats, tables
 from kdsweep.runs import records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -247,6 +247,12 @@ def rows_of(table: pd.DataFrame) -> list[str]:
     return lines
 
 
+def of_seed_0() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Table 4 and the effects of the study with its first seed alone."""
+    sweep = published.read([ROOT / "results" / "study" / "seed0.json.gz"])
+    return dsc.table4(sweep).set_index("notation"), effects.effects(sweep).set_index("effect")
+
+
 def test_the_studys_table_is_that_of_its_file() -> None:
     told = README.split("## Results")[1].split("\n## ")[0]
     wanted = rows_of(study("table4"))
@@ -256,41 +262,46 @@ def test_the_studys_table_is_that_of_its_file() -> None:
 
 def test_the_studys_sentences_are_those_of_its_files() -> None:
     cells, found = study("table4").set_index("notation"), study("effects").set_index("effect")
-
-    def points(row: pd.Series, of: str = "") -> str:
-        mean, low, high = (row[f"{of}{key}_points"] for key in ("difference", "low", "high"))
-        return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
-
-    taught = cells.loc[list(paper.CELLS)]
-    better = taught[taught["student_p_holm"] < 0.05].sort_values("student_difference_points", ascending=False)
-    named = [f"{name} {row['student_difference_points']:+.2f}" for name, row in better.iterrows()]
-    teacher, main = cells.loc["Teacher"], found[found["kind"] == "main"]
+    taught, teacher, main = cells.loc[list(paper.CELLS)], cells.loc["Teacher"], found[found["kind"] == "main"]
+    best = cells.loc["HReg_MSE"]
+    limit = comparisons.repeatability_points(study("seeds"))
+    by_seed = study("seeds").set_index("notation").loc["H_MSE_WAug"]
+    detectable = taught[["student_methods_detectable_points", "student_images_detectable_points"]].median()
     wanted = [
-        points(teacher, "student_").lstrip("+").replace(" (", " points ("),
-        f"{', '.join(named[:-1])} and {named[-1]} points",
-        f"HReg - L {points(found.loc['HReg - L'])}",
-        f"weak - strong {points(found.loc['weak - strong'])}",
-        f"end within {main[['low_points', 'high_points']].abs().to_numpy().max():.2f} points",
-        points(found.loc["(HReg - H) x (weak - strong)"]).replace(" (", " points (").rstrip(")"),
-        f"is {min(taught['student_p_runs'].min(), found['p_runs'].min()):.3f} or more",
-        f"{teacher['student_p_runs']:.3f} for Teacher against Student",
+        points(teacher, "student_", "methods_").lstrip("+").replace(" (", " points (").rstrip(")"),
+        f"p = {formats.p(teacher['student_p_methods'])}), as a method",
+        f"HReg_MSE {best['student_difference_points']:+.2f} points",
+        f"p = {formats.p(best['student_p_methods_holm'])} after Holm",
+        *(f"{effect} {points(found.loc[effect], '', 'methods_')}" for effect in ("HReg - L", "HReg - H")),
+        *(f"{effect} {found.loc[effect, 'difference_points']:+.2f}" for effect in ("H - L", "KLD - MSE")),
+        f"weak - strong {points(found.loc['weak - strong'], '', 'methods_')}",
+        f"than L (p = {formats.p(found.loc['HReg - L', 'p_holm'])} after Holm) and than H (p = "
+        f"{formats.p(found.loc['HReg - H', 'p_holm'])})",
+        " and ".join(f"{by_seed[f'mean_dice_percent_seed{seed}']:.2f} with seed {seed}" for seed in (0, 1)),
+        f"differ by less than {limit:.2f} points in 95 % of cases",
+        f"from {detectable.iloc[0]:.1f} points, these images with any number of seeds would show "
+        f"{detectable.iloc[1]:.1f}",
     ]
-    wanted += [f"{effect} {found.loc[effect, 'difference_points']:+.2f}" for effect in ("H - L", "KLD - MSE")]
     sizes = study("strata").query("kind == 'lesion size'")
     shown = sizes[sizes["notation"].isin(paper.CELLS) & (sizes["p_holm"] < 0.05)]
-    assert shown["stratum"].unique().tolist() == ["small (44 to 560 px)"]
-    assert (shown["difference_points"] > 0).tolist() == [True] * 4
-    wanted.append(
-        f"{shown['difference_points'].min():+.2f} to {shown['difference_points'].max():+.2f} points after Holm"
-    )
-    ahead = sizes.loc[sizes["notation"] == "Teacher", "difference_points"].tolist()
-    wanted.append(f"{ahead[1]:.2f} and {ahead[2]:.2f} points ahead")
+    assert shown[["stratum", "notation"]].to_numpy().tolist() == [["small (44 to 560 px)", "HReg_MSE"]]
+    wanted.append(f"{shown['difference_points'].item():+.2f} points there")
     told = " ".join(README.split("## Results")[1].split("\n## ")[0].split())
     assert [line for line in wanted if line not in told] == []
-    assert (len(better), (taught["teacher_verdict"] == "inferior").sum()) == (3, 6)
+    assert taught.index[taught["student_p_holm"] < 0.05].tolist() == ["HReg_MSE"]
+    assert not (taught["student_p_methods_holm"] < 0.05).any()
+    assert (taught["teacher_verdict"] == "inferior").sum() == 5
     assert not (taught["teacher_verdict"] == "non-inferior").any()
-    assert (main["p_holm"] > 0.05).all()
-    assert found.loc["(HReg - H) x (weak - strong)", "p_holm"] < 0.0001
+    assert not (main["p_methods_holm"] < 0.05).any()
+    assert main.index[main["p_holm"] < 0.05].tolist() == ["HReg - L", "HReg - H"]
+    assert (taught["student_difference_points"].abs() < limit).mean() > 0.5
+
+
+def test_what_one_seed_had_shown_is_that_of_its_scores() -> None:
+    cells, found = of_seed_0()
+    better = cells.index[cells["student_p_holm"] < 0.05]
+    assert better.tolist() == ["H_MSE_WAug", "HReg_MSE", "HReg_KLD"]
+    assert found[found["p_holm"] < 0.0001].index.tolist() == ["(HReg - H) x (weak - strong)"]
 
 
 def test_the_strengths_of_the_studys_cells_are_those_of_their_file() -> None:
@@ -374,14 +385,14 @@ def test_the_table_of_the_methods_is_that_of_its_file() -> None:
     assert [line for line in sentences if line not in " ".join(" ".join(lines).split())] == []
     assert (table["teacher_verdict"] == "inferior").sum() == 6
     assert not (table["teacher_verdict"] == "non-inferior").any()
-    same = table.loc["KD-T1"], study("table4").set_index("notation").loc["L_KLD_WAug"]
+    same = table.loc["KD-T1"], of_seed_0()[0].loc["L_KLD_WAug"]
     assert same[0]["mean_dice_percent"] == same[1]["mean_dice_percent"], "the same method by two names"
 
 
 @pytest.mark.parametrize(
     ("folder", "which"),
     [
-        *(("study", which) for which in ("table3", "table4", "effects", "strata")),
+        *(("study", which) for which in ("table3", "table4", "effects", "strata", "seeds")),
         ("methods", "table4"),
         ("teacher_size", "table4"),
         ("teacher_size", "settings"),
