@@ -143,8 +143,8 @@ def of_comparisons(table: pd.DataFrame, *, test: str, families: str, prefix: str
         )
     else:
         notes.append(
-            "Methods: whether networks trained anew would differ too is not known: that takes several finished seeds, "
-            "as seed=0,1,2 trains them."
+            "Methods: whether networks trained anew would differ too is not known before several seeds are finished "
+            "(seed=0,1,2)."
         )
     if table[f"{prefix}p_runs"].notna().any():
         notes.append(
