@@ -311,6 +311,17 @@ def test_the_strengths_of_the_studys_cells_are_those_of_their_file() -> None:
     assert f"{ratios[least]:.2f} ({least}) to {ratios[most]:.1f} ({most})" in page
 
 
+def test_the_strength_of_the_views_is_that_of_its_file() -> None:
+    page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
+    row = pd.read_csv(ROOT / "results" / "recipe" / "views.csv").iloc[0]
+    chosen = dict(re.findall(r"views\.(\w+)=([\d.]+)", row["chosen"]))
+    told = (
+        f"(probability {chosen['probability']}, rotation up to {chosen['rotate_deg']} degrees, scale {chosen['scale']})"
+    )
+    assert f"{told} {row['val_dice_percent']:.2f} %" in page
+    assert f"the chosen ones differ by {points(row, '')}".replace(" (", " points (") in page
+
+
 def test_the_table_of_int8_is_that_of_its_file() -> None:
     page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     for row in study("quantized").to_dict("records"):
