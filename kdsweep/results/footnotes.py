@@ -53,7 +53,7 @@ def provenance(sweep: Sweep) -> list[str]:
     images = scored[[*PLACE, "image"]].drop_duplicates()
     notes = [
         f"profile {profile}, data {data}, weights {weights(finished)}, device {device}{_precision(finished)}; "
-        f"splits: {runs['split'].nunique()}, seeds: {runs['seed'].nunique()}, "
+        f"splits: {runs['split'].nunique()}, seeds: {_seeds(runs)}, "
         f"test images: {len(images)} over all of them, {images['image'].nunique()} different."
     ]
     notes += [f"Splits: {how}." for how in _splits(runs)]
@@ -71,6 +71,12 @@ def provenance(sweep: Sweep) -> list[str]:
         everywhere = finished.drop_duplicates(PLACE)["trivial_dice"].mean()
         notes.append(f"For comparison: lesion predicted everywhere scores {100 * everywhere:.2f} on these images.")
     return notes
+
+
+def _seeds(runs: pd.DataFrame) -> str:
+    """Count the seeds and name them: a table may be of some of a sweep's alone."""
+    there = sorted(set(runs["seed"]))
+    return f"{len(there)} ({', '.join(map(str, there))})"
 
 
 def _splits(runs: pd.DataFrame) -> list[str]:

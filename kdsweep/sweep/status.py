@@ -14,6 +14,7 @@ from pathlib import Path
 
 from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.files import write_text
 from kdsweep.core.progress import duration, plural
 from kdsweep.runs import records, requests
 from kdsweep.runs.records import Record
@@ -248,11 +249,35 @@ def tuning(store: Path, sweep: str) -> str:
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def make(*, store: Path, sweep: str | None) -> str:
-    """Return the report on a sweep of a store, or on the one last asked for.
+def write_trials(file: Path, *, store: Path, sweep: str) -> str:
+    """Write the ended trials of a sweep as CSV; return a line that names the file.
 
     Raises:
-        InputError: there is no such sweep.
+        InputError: the sweep was not tuned, or the file cannot be written.
+    """
+    from kdsweep.tuning.study import one_row_each, read_trials
+
+    known = book.read(store, sweep)
+    if not known.entries:
+        raise InputError(f"--trials {file}: sweep {sweep} was not tuned: `python -m kdsweep -m +experiment=tuned`")
+    trials = one_row_each(read_trials(known.storage, known.entries))
+    try:
+        write_text(file, trials.to_csv(index=False))
+    except OSError as error:
+        raise InputError(f"--trials {file}: cannot be written ({error.strerror})") from error
+    return f"wrote {plural(len(trials), 'trial')} to {file}\n"
+
+
+def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> str:
+    """Return the report on a sweep of a store, or on the one last asked for.
+
+    Args:
+        store: folder of the runs.
+        sweep: its name, or None.
+        trials_file: where its trials are written, or None.
+
+    Raises:
+        InputError: there is no such sweep, or it has no trials to be written.
     """
     tuned = book.sweeps(store)
     known = [*(name for name in tuned if name not in requests.sweeps(store)), *requests.sweeps(store)]
@@ -263,6 +288,7 @@ def make(*, store: Path, sweep: str | None) -> str:
     name = sweep or next((name for name in tuned if book.is_held(store, name)), known[-1])
     base = name.removesuffix(book.TUNED)
     trials = tuning(store, base) if base in tuned else ""
+    trials += write_trials(trials_file, store=store, sweep=base) if trials_file else ""
     asked = requests.read_asked(store, name)
     if not asked:
         return trials
@@ -281,5 +307,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kdsweep status", description="How far a sweep is.")
     parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
     parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
+    parser.add_argument("--trials", type=Path, metavar="FILE.csv", help="write the trials of its tuning there too")
     options = parser.parse_args(argv)
-    return exit_code(lambda: sys.stdout.write(make(store=options.store, sweep=options.sweep)))
+
+    def work() -> None:
+        sys.stdout.write(make(store=options.store, sweep=options.sweep, trials_file=options.trials))
+
+    return exit_code(work)

@@ -7,6 +7,7 @@ that was killed proposes the same trials again and finds their checkpoints.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -273,6 +274,24 @@ def read_trials(storage: str, entries: Mapping[str, Entry]) -> pd.DataFrame:
             rows.append({**about, **state, "value": trial.value, "params": trial.params, **curves})
     columns = ["notation", "split", "role", "number", "round", "state", "is_chosen", "value", "params"]
     return pd.DataFrame(rows, columns=[*columns, "dice", "seconds"])
+
+
+def one_row_each(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return trials for a file.
+
+    Args:
+        trials: as ``read_trials`` gives them.
+
+    Returns:
+        A row per trial: notation, split, number, state, is_chosen, epochs (that were trained), val_dice_percent (the
+        best of these, NaN of none), seconds, and a column per tuned key, NaN where the method does not use it.
+    """
+    about = trials[["notation", "split", "number", "state", "is_chosen"]].reset_index(drop=True)
+    best = [100 * max(dice) if dice else math.nan for dice in trials["dice"]]
+    counted = about.assign(epochs=[len(dice) for dice in trials["dice"]], val_dice_percent=best)
+    counted["seconds"] = [sum(seconds) for seconds in trials["seconds"]]
+    values = pd.DataFrame(list(trials["params"]), index=counted.index)
+    return counted.join(values[sorted(values)]).sort_values(["notation", "split", "number"])
 
 
 def best_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:

@@ -132,7 +132,7 @@ def test_the_seeds_that_are_done_can_be_seen_before_the_others(sweep, file, tmp_
     assert tables.main(call) == 0
     assert "L_MSE (running: split 2 seed 0)" in capsys.readouterr().out
     assert tables.main([*call, "--seeds", "1"]) == 0
-    assert "seeds: 1, " in capsys.readouterr().out
+    assert "seeds: 1 (1), " in capsys.readouterr().out
     found = pd.read_csv(tmp_path / "table4.csv")["mean_dice_percent"]
     alone = dsc.table4(sweep_of(NAMES, seeds=(1,)))["mean_dice_percent"]
     pd.testing.assert_series_equal(found, alone)

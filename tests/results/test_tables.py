@@ -788,7 +788,7 @@ def test_a_tiny_p_is_not_printed_as_zero(table4):
 def test_footnotes_say_what_made_the_numbers(sweep, table4):
     notes = footnotes.of_scores(sweep=sweep, table=table4)
     assert notes[0] == (
-        "profile paper, data busi, weights imagenet, device cuda; splits: 3, seeds: 1, "
+        "profile paper, data busi, weights imagenet, device cuda; splits: 3, seeds: 1 (0), "
         "test images: 36 over all of them, 36 different."
     )
     computed = {"precision": "tf32", "kd.teacher_precision": "tf32"}

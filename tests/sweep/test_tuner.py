@@ -371,6 +371,26 @@ def test_the_status_tells_how_many_trials_have_ended(unbroken):
     assert "Teacher_WAug split 0" in text
 
 
+def test_the_status_writes_the_trials(unbroken, tmp_path, capsys):
+    file = tmp_path / "trials.csv"
+    asked = ["--store", str(unbroken), "--trials", str(file)]
+    assert status.main([*asked, "--sweep", "busi-quick-tuned"]) == 0
+    assert f"wrote 12 trials to {file}" in capsys.readouterr().out
+    written = pd.read_csv(file).set_index(["notation", "number"])
+    for _, trial in trials(unbroken).iterrows():
+        row = written.loc[(trial["notation"], trial["number"])]
+        assert (row["state"], row["is_chosen"]) == (trial["state"], trial["is_chosen"])
+        assert (row["epochs"], row["val_dice_percent"]) == (len(trial["dice"]), pytest.approx(100 * max(trial["dice"])))
+        assert row["seconds"] == pytest.approx(sum(trial["seconds"]))
+        assert row[["kd.weight", "teacher.lr", "train.lr"]].dropna().to_dict() == trial["params"]
+
+    requests.ask(store := tmp_path / "store", "untuned", cells=[], teachers=[])
+    assert status.main(["--store", str(store), "--trials", str(file)]) == 1
+    assert f"--trials {file}: sweep untuned was not tuned" in capsys.readouterr().err
+    assert status.main(["--store", str(unbroken), "--trials", str(tmp_path)]) == 1
+    assert f"--trials {tmp_path}: cannot be written" in capsys.readouterr().err
+
+
 def test_a_plan_prices_the_trials_and_begins_nothing(small_busi, tmp_path, capsys):
     store = tmp_path / "store"
     tune(small_busi, store, plan=True)
