@@ -291,7 +291,7 @@ def one_row_each(trials: pd.DataFrame) -> pd.DataFrame:
     counted = about.assign(epochs=[len(dice) for dice in trials["dice"]], val_dice_percent=best)
     counted["seconds"] = [sum(seconds) for seconds in trials["seconds"]]
     values = pd.DataFrame(list(trials["params"]), index=counted.index)
-    return counted.join(values[sorted(values)]).sort_values(["notation", "split", "number"])
+    return counted.join(values[sorted(values, key=str)]).sort_values(["notation", "split", "number"])
 
 
 def best_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
