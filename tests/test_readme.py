@@ -319,6 +319,27 @@ def test_the_strengths_of_the_studys_cells_are_those_of_their_file() -> None:
     assert f"{ratios[least]:.2f} ({least}) to {ratios[most]:.1f} ({most})" in page
 
 
+def test_the_trials_of_the_recipe_are_those_of_their_file() -> None:
+    page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
+    trials = pd.read_csv(ROOT / "results" / "recipe" / "trials.csv")
+    losses = {"bce": "BCE", "bce_dice": "BCE + Dice"}
+
+    def words(row: pd.Series, of: str) -> str:
+        rate = f"{row[f'{of}.lr']:.1e}".replace("e-0", "e-")
+        return f"{losses[row[f'{of}.supervised']]}, {row[f'{of}.schedule']}, {rate}"
+
+    ended = trials[trials["state"] == "COMPLETE"].sort_values("val_dice_percent", ascending=False)
+    best, second = (row for _, row in ended[ended["notation"] == "Student"].iterrows())
+    (of_teacher,) = (row for _, row in ended[ended["notation"] == "Teacher_WAug"].iterrows())
+    next_best = f"{words(second, 'train')}: {second['val_dice_percent']:.1f}"
+    assert f"| Student | {words(best, 'train')} | {best['val_dice_percent']:.1f} | {next_best} |" in page
+    assert f"| {words(of_teacher, 'teacher')}: {of_teacher['val_dice_percent']:.1f} |" in page
+    far = trials[trials["epochs"] > 7]
+    longest = far[far["state"] == "PRUNED"].sort_values("val_dice_percent").iloc[-1]
+    told = f"pruned after {longest['epochs']} epochs ({words(longest, 'teacher')}), had reached"
+    assert f"{told} {longest['val_dice_percent']:.1f}" in page
+
+
 def test_the_strength_of_the_views_is_that_of_its_file() -> None:
     page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
     row = pd.read_csv(ROOT / "results" / "recipe" / "views.csv").iloc[0]
