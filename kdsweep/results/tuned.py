@@ -40,7 +40,8 @@ class Tuning:
 
 def is_tuned(sweep: Sweep, *, store: Path) -> bool:
     """Return whether a sweep is one with chosen settings."""
-    return sweep.name.endswith(book.TUNED) and bool(book.read(store, sweep.name.removesuffix(book.TUNED)).entries)
+    name = book.as_configured(store, sweep.name)
+    return sweep.name != name and bool(book.read(store, name).entries)
 
 
 def read(sweep: Sweep, *, store: Path, uri: str | None) -> Tuning:
@@ -57,7 +58,7 @@ def read(sweep: Sweep, *, store: Path, uri: str | None) -> Tuning:
     from kdsweep.tracking.reader import read_sweep
     from kdsweep.tuning.study import read_trials
 
-    name = sweep.name.removesuffix(book.TUNED)
+    name = book.as_configured(store, sweep.name)
     known = book.read(store, name)
     if not known.entries:
         raise InputError(f"sweep {name} was not tuned: `python -m kdsweep -m +experiment=tuned`")
@@ -74,7 +75,8 @@ def tuned(tuning: Tuning, *, test: str = "ttest") -> pd.DataFrame:
     """Return test Dice (%) of each method as configured and as chosen, the paired difference, and its trials.
 
     Returns:
-        A row per method with the columns of ``stats.compare``, Holm's family is all methods; chosen (values by split,
+        A row per method with the columns of ``stats.compare``, Holm's family is all methods for which other settings
+        were chosen on some split (a difference of 0 without p for the others); chosen (values by split,
         in words), trials, pruned and failed (shares of them), seconds (of all trials of a split, mean over splits),
         val_dice_percent (of the chosen trial) and equal_dice_percent (best validation Dice of the trials up to
         equal_seconds, when the cheapest method has ended), means over splits.
@@ -94,7 +96,12 @@ def tuned(tuning: Tuning, *, test: str = "ttest") -> pd.DataFrame:
         row = {"notation": notation}
         for name, part in (("configured", before), ("chosen", after)):
             row[f"{name}_dice_percent"] = NAN if gap else 100 * part.groupby(["split", "image"])["dice"].mean().mean()
-        measured = unknown(gap=gap) if gap else {"gap": ""} | compare(pair(ours=after, baseline=before), test=test)
+        if gap:
+            measured = unknown(gap=gap)
+        elif set(before["fingerprint"]) == set(after["fingerprint"]):  # the same networks: there is nothing to test
+            measured = unknown(gap="") | {"difference_points": 0.0, "n_images": before["image"].nunique()}
+        else:
+            measured = {"gap": ""} | compare(pair(ours=after, baseline=before), test=test)
         own = tuning.trials[tuning.trials["notation"] == notation]
         reached = progress[progress["notation"] == notation]
         rows.append({**row, **measured, **_tried(own), **_at(reached, seconds=equal_s)})
@@ -203,11 +210,13 @@ def notes(*, tuning: Tuning, table: pd.DataFrame, test: str) -> list[str]:
     counts = trials.groupby(["notation", "split"]).size()
     each = f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
     failed = int((trials["state"] == "FAIL").sum())
+    same = bool((table["p"].isna() & (table["difference_points"] == 0)).any())
     return [
         f"{each} trials of each method on each split, chosen by validation Dice alone; the chosen settings were then "
         "trained with each seed and tested once. As configured: the same, without a choice.",
         "Distilled Students as configured learn from the Teacher as configured, tuned ones from the tuned Teacher.",
         "Training: seconds of all trials of a split, each with its Teacher's forwards as if it had been alone.",
         *([f"{failed} trials failed and count as trials."] if failed else []),
-        *of_comparisons(table, test=test, families="over all methods"),
+        *(["A difference of 0 without p: the settings as configured were chosen, the networks are the same."] * same),
+        *of_comparisons(table, test=test, families="over all methods with other settings"),
     ]

@@ -286,7 +286,7 @@ def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> 
     if sweep is not None and sweep not in known:
         raise InputError(f"--sweep {sweep}: not in this store; it holds: {', '.join(sorted(known))}")
     name = sweep or next((name for name in tuned if book.is_held(store, name)), known[-1])
-    base = name.removesuffix(book.TUNED)
+    base = book.as_configured(store, name)
     trials = tuning(store, base) if base in tuned else ""
     trials += write_trials(trials_file, store=store, sweep=base) if trials_file else ""
     asked = requests.read_asked(store, name)

@@ -87,6 +87,7 @@ class Tuner(Launcher):
         jobs = self._jobs(words)
         waits = bool(getattr(launcher.engine, "wait", True))
         check_jobs(jobs, words, whole=self.space, waits=waits, read=self._jobs)
+        book.check_name(jobs[0].cell.store, jobs[0].settings.sweep_name)
         if not launcher.plan:
             launcher.engine.check(jobs)
         words = with_budget(words, jobs, budget=self.options.budget, config=launcher.config)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_json
 
 FOLDER = "tuning"
@@ -63,6 +64,24 @@ def sweeps(store: Path) -> list[str]:
     """Return the names of the sweeps of a store that are tuned, the latest at the end."""
     files = sorted((store / FOLDER).glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
     return [file.stem for file in files if read(store, file.stem).entries]
+
+
+def as_configured(store: Path, sweep: str) -> str:
+    """Return the name under which a sweep was tuned: its own, or that of which it has the chosen settings."""
+    return sweep if read(store, sweep).entries else sweep.removesuffix(TUNED)
+
+
+def check_name(store: Path, sweep: str) -> None:
+    """Refuse to tune two sweeps of which one has the name of the other's sweep with the chosen settings.
+
+    Raises:
+        InputError: the store holds the other one.
+    """
+    for other in (sweep.removesuffix(TUNED), f"{sweep}{TUNED}"):
+        if other != sweep and read(store, other).entries:
+            longer = max(sweep, other, key=len)
+            told = f"this store holds the tuning of {other}, and {longer} would be two sweeps"
+            raise InputError(f"sweep_name={sweep}: {told}; give another name")
 
 
 def lock(store: Path, sweep: str) -> BaseFileLock:

@@ -1,10 +1,14 @@
 """The table of tuned methods: what its seconds and its choice mean, by hand."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
+from test_tables import sweep_of
 
 from kdsweep.core.errors import InputError
 from kdsweep.results import plots, tuned
+from kdsweep.tuning import book
 
 
 def trial(notation, number, dice, *, size=2, seconds=1.0, **about):
@@ -69,3 +73,38 @@ def test_a_figure_has_a_panel_for_each_method(trials):
     assert [axes.get_title(loc="left") for axes in figure.axes if axes.axison] == ["A", "B"]
     with pytest.raises(InputError, match="no trial of this sweep has ended yet"):
         plots.tuning_plot(progress=tuned.best_by_seconds(trials.iloc[:0]), title="A title")
+
+
+def test_a_method_that_stays_as_configured_is_not_tested(trials):
+    """Its networks are the same: a p of 1 would count in Holm's family, a power of 0 points in the median."""
+    before = sweep_of(("Teacher", "Student", "L_MSE"), seeds=(0, 1))
+    runs, scores = before.runs.copy(), before.scores.copy()
+    ours = scores["fingerprint"].str.startswith("L_MSE")
+    noise = pd.Series(range(len(scores))) % 7 / 100
+    scores = scores.assign(dice=scores["dice"].where(~ours, scores["dice"] * (0.9 + noise)))
+    for table in (runs, scores):
+        table["fingerprint"] = table["fingerprint"].str.replace("L_MSE", "L_MSE-of-another-rate")
+    tuning = tuned.Tuning(before, replace(before, runs=runs, scores=scores), trials)
+    table = tuned.tuned(tuning).set_index("notation")
+    assert table.loc["Student", "difference_points"] == 0
+    assert table.loc["Student", ["p", "p_holm", "p_methods", "detectable_points"]].isna().all()
+    assert table.loc["L_MSE", "p_holm"] == table.loc["L_MSE", "p"]  # a family of one
+    assert table.loc["L_MSE", "difference_points"] < 0
+    told = tuned.notes(tuning=tuning, table=table.reset_index(), test="ttest")
+    assert any(note.startswith("A difference of 0 without p") for note in told)
+    assert not any("differences from 0.0 points" in note for note in told)
+    assert [line[:11] for line in tuned.sentences(table.reset_index())] == ["L_MSE tuned"]
+
+
+def test_a_sweep_may_be_named_as_one_with_chosen_settings(tmp_path):
+    entry = book.Entry("study", "Student", 0, "baseline", 4)
+    book.write(tmp_path, "busi-tuned", storage="sqlite://", entries=[entry])
+    assert book.as_configured(tmp_path, "busi-tuned") == "busi-tuned"
+    assert book.as_configured(tmp_path, "busi-tuned-tuned") == "busi-tuned"
+    sweep = sweep_of(("Teacher", "Student"))
+    assert not tuned.is_tuned(replace(sweep, name="busi-tuned"), store=tmp_path)
+    assert tuned.is_tuned(replace(sweep, name="busi-tuned-tuned"), store=tmp_path)
+    book.check_name(tmp_path, "busi-tuned")
+    for name in ("busi", "busi-tuned-tuned"):  # of one of the two, the sweep with the chosen settings is the other
+        with pytest.raises(InputError, match=f"^sweep_name={name}: this store holds the tuning of busi-tuned, and"):
+            book.check_name(tmp_path, name)
