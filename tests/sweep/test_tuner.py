@@ -495,6 +495,13 @@ def test_a_key_that_is_swept_and_searched_is_refused(small_busi, tmp_path):
         launch(jobs, [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"], engine=Never(), **OPTIONS)
 
 
+def test_the_name_of_anothers_chosen_settings_is_refused(small_busi, tmp_path):
+    entry = book.Entry("study", "Student", 0, "baseline", 4)
+    book.write(tmp_path, "busi-quick-tuned", storage="sqlite://", entries=[entry])
+    with pytest.raises(InputError, match="sweep_name=busi-quick: this store holds the tuning of busi-quick-tuned"):
+        launch(METHODS, [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"], engine=Never(), **OPTIONS)
+
+
 def test_a_storage_of_another_space_is_refused(small_busi, unbroken):
     with pytest.raises(InputError, match="has trials with another space"):
         tune(small_busi, unbroken, search={**SEARCH, "train": {"lr": [1e-3, 2e-3]}})
