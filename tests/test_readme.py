@@ -340,6 +340,20 @@ def test_the_trials_of_the_recipe_are_those_of_their_file() -> None:
     assert f"{told} {longest['val_dice_percent']:.1f}" in page
 
 
+def test_the_table_of_the_tuned_cells_is_that_of_its_files() -> None:
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    tuned, cells = (pd.read_csv(ROOT / "results" / "tuned" / f"{name}.csv") for name in ("tuned", "table4"))
+    lines = []
+    for _, row in tuned[tuned["trials"].notna()].iterrows():
+        means = [f"{row[f'{side}_dice_percent']:.2f}" for side in ("configured", "chosen")]
+        changed = "0" if pd.isna(row["p"]) else points(row, "", "methods_")
+        own = cells[cells["notation"] == row["notation"]].iloc[0]
+        other = [points(own, "student_", "methods_"), formats.p(own["student_p_methods_holm"])]
+        other = ["", ""] if row["notation"] == "Student" else other
+        lines.append(" | ".join([f"| {row['notation']}", *means, changed, *other]) + " |")
+    assert [line for line in lines if line not in page.splitlines()] == []
+
+
 def test_the_strength_of_the_views_is_that_of_its_file() -> None:
     page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
     row = pd.read_csv(ROOT / "results" / "recipe" / "views.csv").iloc[0]
@@ -437,6 +451,7 @@ def test_the_table_of_the_methods_is_that_of_its_file() -> None:
         ("methods", "table4"),
         ("teacher_size", "table4"),
         ("teacher_size", "settings"),
+        ("tuned", "table4"),
     ],
 )
 def test_the_tables_of_results_are_made_of_their_published_scores(folder, which, tmp_path) -> None:
