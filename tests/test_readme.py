@@ -285,8 +285,7 @@ def test_the_studys_sentences_are_those_of_its_files() -> None:
             *(by_seed[f"mean_dice_percent_seed{seed}"] for seed in range(3))
         ),
         f"differ by less than {limit:.2f} points in 95 % of cases",
-        f"from {detectable.iloc[0]:.1f} points, these images with any number of seeds would show "
-        f"{detectable.iloc[1]:.1f}",
+        f"these seeds show {detectable.iloc[0]:.1f} points, any number of seeds {detectable.iloc[1]:.1f})",
     ]
     sizes = study("strata").query("kind == 'lesion size'")
     shown = sizes[sizes["notation"].isin(paper.CELLS) & (sizes["p_holm"] < 0.05)]
@@ -352,6 +351,11 @@ def test_the_table_of_the_tuned_cells_is_that_of_its_files() -> None:
         other = ["", ""] if row["notation"] == "Student" else other
         lines.append(" | ".join([f"| {row['notation']}", *means, changed, *other]) + " |")
     assert [line for line in lines if line not in page.splitlines()] == []
+    best = cells.set_index("notation").loc["HReg_MSE"]
+    told = points(best, "student_", "methods_").replace(" (", " points (").rstrip(")")
+    assert f"{told}, p = {formats.p(best['student_p_methods_holm'])} after Holm over three cells)" in README
+    told = f"shown of these networks (p = {formats.p(best['student_p_holm'])} after Holm), as a method only before Holm"
+    assert f"{told} (p = {formats.p(best['student_p_methods'])})" in " ".join(page.split())
 
 
 def test_the_strength_of_the_views_is_that_of_its_file() -> None:
