@@ -408,7 +408,7 @@ def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         first = group[0].settings
         names = Counter(job.cell.notation for job in group)
         listed = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names.items())
-        places = " or ".join(preview.devices[first.device])
+        places = " or ".join(dict.fromkeys(preview.devices[first.device]))  # one CPU for several processes
         where = f"split {first.split.number} seed {first.seed} on {places}"
         size, time = plural(len(group), "cell"), duration(group_s(group, preview))
         lines.append(f"group {number}: {size}, {where}, {time}: {listed}")

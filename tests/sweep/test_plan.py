@@ -296,6 +296,8 @@ def test_the_overview_tells_each_group_and_the_hours(jobs):
         "Teachers first, 8 min: Teacher_WAug split 0 seed 0",  # 480 s
         "at most 0.24 device hours from one timed step on cpu; nothing was started",  # 864 s
     ]
+    several = replace(PREVIEW, devices={"cpu": ["cpu", "cpu"]})  # processes on the one CPU
+    assert plan.overview(own, groups=groups, preview=several).splitlines()[1:] == rest
     assert plan.overview(own, groups=[], preview=None) == plan.describe(own, groups=[], preview=None)
 
 
