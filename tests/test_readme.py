@@ -337,6 +337,8 @@ def test_the_trials_of_the_recipe_are_those_of_their_file() -> None:
     longest = far[far["state"] == "PRUNED"].sort_values("val_dice_percent").iloc[-1]
     told = f"pruned after {longest['epochs']} epochs ({words(longest, 'teacher')}), had reached"
     assert f"{told} {longest['val_dice_percent']:.1f}" in page
+    losses_of = far["train.supervised"].fillna(far["teacher.supervised"])
+    assert (losses_of != "bce_dice").sum() == 1  # "in all but one of the trials that got far"
 
 
 def test_the_table_of_the_tuned_cells_is_that_of_its_files() -> None:
@@ -356,6 +358,10 @@ def test_the_table_of_the_tuned_cells_is_that_of_its_files() -> None:
     assert f"{told}, p = {formats.p(best['student_p_methods_holm'])} after Holm over three cells)" in README
     told = f"shown of these networks (p = {formats.p(best['student_p_holm'])} after Holm), as a method only before Holm"
     assert f"{told} (p = {formats.p(best['student_p_methods'])})" in " ".join(page.split())
+    trials = pd.read_csv(ROOT / "results" / "tuned" / "trials.csv")
+    chosen = trials[trials["is_chosen"]].set_index(["notation", "split"])
+    assert (chosen.loc["HReg_MSE", "number"] == 0).all()  # "stays as configured on all folds"
+    assert [f"{rate:.1e}" for rate in chosen.loc["Student", "train.lr"]] == ["2.1e-03", "2.5e-03", "2.1e-03"]
 
 
 def test_the_strength_of_the_views_is_that_of_its_file() -> None:

@@ -137,22 +137,29 @@ def report(
     lines = [f"sweep {sweep}: {plural(len(cells), 'cell')}: {_counts(cells)}{outlook(teachers=teachers, cells=cells)}"]
     if teachers:
         lines.append(f"Teachers: {_counts(teachers)}")
-    if open_ := [place for place in places if found[place].status != "FINISHED"]:
-        jobs = {place: " ".join(tasks.get(found[place].folder, ())) for place in open_}
-        alike = _alike({place: found[place] for place in open_}, jobs)
-        columns = []
-        for first, *more in alike:
-            title = _title_of_all([first, *more], found[first]) if more else titles[first]
-            columns.append((*_columns(title, found[first], now_ms=now_ms), jobs[first]))
-        head, *rows = _align([(*HEADER, "job"), *columns])
-        head = head if any(jobs.values()) else head.removesuffix("job").rstrip()
-        lines += ["", head]
-        for (first, *_), row in zip(alike, rows, strict=True):
-            lines += [row, *_failure(found[first])]
+    if open_ := {place: found[place] for place in places if found[place].status != "FINISHED"}:
+        lines += ["", *_unfinished(open_, titles=titles, tasks=tasks, now_ms=now_ms)]
     if done := [place for place in places if found[place].status == "FINISHED"]:
         scores = [(titles[place], f"{100 * found[place].values.get('test/dice', math.nan):.2f}") for place in done]
         lines += ["", *_align([("finished", "test Dice %"), *scores])]
     return "\n".join([*lines, ""])
+
+
+def _unfinished(
+    found: Mapping[str, Record], *, titles: Mapping[str, str], tasks: Mapping[Path, Task], now_ms: int
+) -> list[str]:
+    """Return a header and a line per record by its place, those alike in one, with the error of failed ones."""
+    jobs = {place: " ".join(tasks.get(record.folder, ())) for place, record in found.items()}
+    alike = _alike(found, jobs)
+    columns = []
+    for first, *more in alike:
+        title = _title_of_all([first, *more], found[first]) if more else titles[first]
+        columns.append((*_columns(title, found[first], now_ms=now_ms), jobs[first]))
+    head, *rows = _align([(*HEADER, "job"), *columns])
+    lines = [head if any(jobs.values()) else head.removesuffix("job").rstrip()]
+    for (first, *_), row in zip(alike, rows, strict=True):
+        lines += [row, *_failure(found[first])]
+    return lines
 
 
 def _is_teacher(record: Record) -> bool:
@@ -224,9 +231,18 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def tuning(store: Path, sweep: str) -> str:
-    """Return the text on the trials of a sweep: how many have ended and how, and the best of each method."""
-    from kdsweep.tuning.study import read_trials  # with optuna, which other sweeps do not need
+def tuning(store: Path, sweep: str, *, trials_file: Path | None = None) -> str:
+    """Return the text on the trials of a sweep: how many have ended and how, and the best of each method.
+
+    Args:
+        store: folder of the runs.
+        sweep: its name.
+        trials_file: where all of them are written as CSV, or None.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    from kdsweep.tuning.study import one_row_each, read_trials  # with optuna, which other sweeps do not need
 
     known = book.read(store, sweep)
     trials = read_trials(known.storage, known.entries)
@@ -243,29 +259,17 @@ def tuning(store: Path, sweep: str) -> str:
         best = own[own["is_chosen"]]
         dice, number = (f"{best['value'].iloc[0]:.3f}", str(best["number"].iloc[0])) if len(best) else ("", "")
         rows.append((f"{notation} split {split}", str(len(own)), dice, number))
-    return "\n".join([line, "", *_align(rows), "", ""])
+    lines = [line, "", *_align(rows), ""]
+    if trials_file:
+        try:
+            write_text(trials_file, one_row_each(trials).to_csv(index=False))
+        except OSError as error:
+            raise InputError(f"--trials {trials_file}: cannot be written ({error.strerror})") from error
+        lines += [f"wrote {plural(len(trials), 'trial')} to {trials_file}", ""]
+    return "\n".join([*lines, ""])
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
-
-
-def write_trials(file: Path, *, store: Path, sweep: str) -> str:
-    """Write the ended trials of a sweep as CSV; return a line that names the file.
-
-    Raises:
-        InputError: the sweep was not tuned, or the file cannot be written.
-    """
-    from kdsweep.tuning.study import one_row_each, read_trials
-
-    known = book.read(store, sweep)
-    if not known.entries:
-        raise InputError(f"--trials {file}: sweep {sweep} was not tuned: `python -m kdsweep -m +experiment=tuned`")
-    trials = one_row_each(read_trials(known.storage, known.entries))
-    try:
-        write_text(file, trials.to_csv(index=False))
-    except OSError as error:
-        raise InputError(f"--trials {file}: cannot be written ({error.strerror})") from error
-    return f"wrote {plural(len(trials), 'trial')} to {file}\n"
 
 
 def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> str:
@@ -287,8 +291,10 @@ def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> 
         raise InputError(f"--sweep {sweep}: not in this store; it holds: {', '.join(sorted(known))}")
     name = sweep or next((name for name in tuned if book.is_held(store, name)), known[-1])
     base = book.as_configured(store, name)
-    trials = tuning(store, base) if base in tuned else ""
-    trials += write_trials(trials_file, store=store, sweep=base) if trials_file else ""
+    if trials_file and base not in tuned:
+        told = f"sweep {base} was not tuned: `python -m kdsweep -m +experiment=tuned`"
+        raise InputError(f"--trials {trials_file}: {told}")
+    trials = tuning(store, base, trials_file=trials_file) if base in tuned else ""
     asked = requests.read_asked(store, name)
     if not asked:
         return trials
