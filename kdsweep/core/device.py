@@ -79,6 +79,11 @@ def placed(module: Module, compute: Compute) -> Module:
     return module.to(compute.device).to(memory_format=torch.channels_last)
 
 
+def usable_cores() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed activations instead of giving them back each step: 1.4 to 2 times faster on CPU.
 

@@ -6,7 +6,6 @@ All costs are measured when the table is made; only the published figures are co
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 from functools import cache
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 import torch
 
-from kdsweep.core.device import Compute, placed
+from kdsweep.core.device import Compute, placed, usable_cores
 from kdsweep.evaluation import latency
 from kdsweep.evaluation.latency import REPEATS, WARM_UP
 from kdsweep.models import unet
@@ -120,7 +119,7 @@ def measure(network: Network, *, repeats: int) -> dict[str, float]:
     built = unet.freeze(unet.unet(encoder=network.encoder, decoder_channels=channels, weights="none", seed=0))
     macs = unet.count_macs(built, image_size=size)
     found: dict[str, float] = {"parameters": unet.count_parameters(built), "macs": macs}
-    kinds = [("cpu_1_thread", "cpu", 1), ("cpu_all_threads", "cpu", all_threads())]
+    kinds = [("cpu_1_thread", "cpu", 1), ("cpu_all_threads", "cpu", usable_cores())]
     kinds += [("cuda", "cuda", torch.get_num_threads())] if torch.cuda.is_available() else []
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     for name, device_name, threads in kinds:
@@ -130,11 +129,6 @@ def measure(network: Network, *, repeats: int) -> dict[str, float]:
         timed = latency.time_ms(built, image, device=device, threads=threads, repeats=repeats)
         found[f"{name}_median_ms"], found[f"{name}_p95_ms"] = timed
     return found
-
-
-def all_threads() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
@@ -181,8 +175,8 @@ def notes(*, sweep: Sweep, table: pd.DataFrame, scores: pd.DataFrame, repeats: i
     sizes = " and ".join(f"{size} x {size}" for size in sorted(set(table["image_size"].dropna())))
     cuda = torch.cuda.get_device_name() if table["cuda_median_ms"].notna().any() else "not timed"
     told = [
-        f"Measured here: {cpu_name()}, 1 thread and {all_threads()} threads, CUDA {cuda}, PyTorch {torch.__version__}; "
-        f"a batch of 1 image of {sizes or 'unknown size'}, fp32, channels-last, untrained weights (which cost the "
+        f"Measured here: {cpu_name()}, 1 thread and {usable_cores()} threads, CUDA {cuda}, PyTorch {torch.__version__}"
+        f"; a batch of 1 image of {sizes or 'unknown size'}, fp32, channels-last, untrained weights (which cost the "
         f"same), median and 95th percentile of {repeats} forward passes after {WARM_UP} to warm up. MACs are those of "
         "convolutions and matrix products.",
         f"DSC: profile {profile}, data {data}, sweep {sweep.name}.",

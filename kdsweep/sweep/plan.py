@@ -1,6 +1,6 @@
 """The plan of a sweep: which jobs are which cells, what is finished, which are trained together, and how long it takes.
 
-Runs without torch; what only the real networks can tell is a ``Look``, taken where torch is (``group.look``).
+Runs without torch; what only the real networks can tell is a ``Preview``, made where torch is (preview.py).
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class Preview:
         images: in the training part.
         load: of the processor before, if other programs took a good part of it; else 0.
         threads: of the timed steps, on the CPU; else 0.
+        cores: that the command may use, for ``threads``.
     """
 
     devices: dict[str, list[str]]
@@ -92,6 +93,24 @@ class Preview:
     images: int = 1
     load: float = 0.0
     threads: int = 0
+    cores: int = 0
+
+    @property
+    def places(self) -> int:
+        """Return how many groups can run at the same time; on the CPU these are processes."""
+        return max(len(names) for names in self.devices.values())
+
+    @property
+    def own_threads(self) -> int:
+        """Return the threads of each place on the CPU; 0 elsewhere."""
+        return max(1, self.threads // self.places) if self.threads else 0
+
+    def speed(self, groups: int) -> float:
+        """Return how many times as fast so many groups are trained as one after the other on the timed device."""
+        busy = max(1, min(self.places, groups))
+        if not self.threads:
+            return busy
+        return min(busy * self.own_threads, max(self.cores, self.threads)) / self.threads
 
 
 def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
@@ -386,9 +405,10 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         names = list(dict.fromkeys(name for device in preview.devices.values() for name in device))
         line += f"; device {', '.join(names)}"
         if preview.threads and names == [preview.timed_on]:
-            line += f" with {plural(preview.threads, 'thread')}"
+            line += f" with {plural(preview.own_threads, 'thread')}"
+            line += f" in each of {preview.places} processes" if preview.places > 1 else ""
     if preview is not None and preview.timed_on:
-        longest = duration(estimate_s(groups, preview) / len(names))
+        longest = duration(estimate_s(groups, preview) / preview.speed(len(groups)))
         line += f"; at most about {longest} if no early stop ends a cell sooner"
         if preview.load:
             line += f" (timed while other programs were at work, load {preview.load:.1f}: without them it is less)"

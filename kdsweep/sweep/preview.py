@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 
 from kdsweep.config import identity
-from kdsweep.core.device import Compute, find_device, give_back_memory, placed, usable_precision
+from kdsweep.core.device import Compute, find_device, give_back_memory, placed, usable_cores, usable_precision
 from kdsweep.evaluation import latency
 from kdsweep.models import unet
 from kdsweep.runs import records
@@ -132,4 +132,5 @@ def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: 
         images=len(identity.split_ids(first)["train"]),
         load=load,
         threads=torch.get_num_threads() if on.type == "cpu" else 0,
+        cores=usable_cores(),
     )

@@ -35,7 +35,7 @@ from kdsweep.sweep.methods import Method, Options, check_jobs, key_of, methods_o
 from kdsweep.sweep.plan import Job, Preview
 from kdsweep.tuning import book, pruning, space
 from kdsweep.tuning.pruning import Curve, Pruning
-from kdsweep.tuning.study import Outcome, Proposal, Study
+from kdsweep.tuning.study import Outcome, Proposal, Study, read_trials
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class Tuner(Launcher):
     def _describe(self, students: list[Method], teachers: list[Method], preview: Preview) -> str:
         """Return one line on what will be tuned."""
         methods = [own for own in [*teachers, *students] if own.space]
-        done = sum(min(len(own.study.trials), self.options.trials) for own in methods if hasattr(own, "study"))
+        done = self._ended(methods)
         trials = len(methods) * self.options.trials
         first = methods[0].job.settings
         names = len({own.cell.notation for own in methods})
@@ -188,20 +188,31 @@ class Tuner(Launcher):
         line += f"; rounds of {self.options.round}, pruner {pruner}; {first.train.epochs} epochs at most"
         images = len(identity.listing(first).entries)
         line += f"; data={first.data.name} with {images} images at {first.image_size} pixels"
-        left = (trials - done) / max(1, trials)
         if preview.timed_on:
-            line += f"; device {preview.timed_on}; at most about {duration(left * self._longest_s(methods, preview))}"
-            line += " without pruning"
+            left_s = self._longest_s(methods, preview) * (trials - done) / trials / preview.speed(len(methods))
+            line += f"; device {preview.timed_on}; at most about {duration(left_s)} without pruning"
         return f"{line}; profile={first.profile}; sweep {first.sweep_name}, then {first.sweep_name}{book.TUNED}"
 
+    def _ended(self, methods: list[Method]) -> int:
+        """Return how many trials of these methods have ended; asked of the store, for a plan opens no study."""
+        first = methods[0].job
+        known = book.read(first.cell.store, first.settings.sweep_name)
+        entries = {own.name: known.entries[own.name] for own in methods if own.name in known.entries}
+        if not entries:
+            return 0
+        counts = read_trials(known.storage, entries)[["notation", "split"]].value_counts()
+        return int(counts.clip(upper=self.options.trials).sum())
+
     def _longest_s(self, methods: list[Method], preview: Preview) -> float:
-        """Return the seconds of all trials on one device if none is pruned."""
+        """Return the seconds of all trials on one device if none is pruned, with Teachers that are not tuned."""
         step_s = {"teacher": preview.teacher_s, "baseline": preview.student_s, "distilled": preview.student_s}
         own_s = sum(own.epochs * step_s[own.role] for own in methods) * self.options.trials
         views = {(own.cell.split, plan.forward_of(own.job)) for own in methods if own.role == "distilled"}
         rounds = -(-self.options.trials // self.options.round)
         shared_s = len(views) * rounds * max(own.epochs for own in methods) * preview.forward_s
-        return preview.images * (own_s + shared_s)
+        is_tuned = any(own.role == "teacher" for own in methods)
+        taught = [] if is_tuned else [own.job for own in methods if own.role == "distilled"]
+        return preview.images * (own_s + shared_s) + plan.teachers_s(taught, preview)
 
     def _overview(self, students: list[Method], teachers: list[Method], preview: Preview) -> str:
         """Return what would be tuned, a line per method."""

@@ -12,6 +12,7 @@ import torch
 from test_tables import ALL, FakeSweep, changed, run_row, score_rows, sweep_of, with_status, without
 from torch import nn
 
+from kdsweep.core.device import usable_cores
 from kdsweep.evaluation import latency
 from kdsweep.models import unet
 from kdsweep.results import costs, dsc, paper
@@ -144,7 +145,7 @@ def test_latency_is_median_and_95th_percentile_after_warm_up(clock):
     assert found["cpu_1_thread_median_ms"] == pytest.approx(warm + 11)
     assert found["cpu_1_thread_p95_ms"] == pytest.approx(warm + 20)
     assert found["cpu_all_threads_median_ms"] == pytest.approx(2 * warm + 21 + 11)
-    assert clock["threads"] == [1] * (warm + 21) + [costs.all_threads()] * (warm + 21)
+    assert clock["threads"] == [1] * (warm + 21) + [usable_cores()] * (warm + 21)
     assert torch.get_num_threads() == before
     assert "cuda_median_ms" not in found
 
@@ -292,7 +293,7 @@ def test_text_of_known_numbers(table):
 def test_notes_tell_machine_conditions_and_sources(sweep, table):
     told = "\n".join(costs.notes(sweep=sweep, table=table, scores=dsc.table4(sweep), repeats=3))
     for part in (
-        *(costs.cpu_name(), f"1 thread and {costs.all_threads()} threads", torch.__version__, "64 x 64"),
+        *(costs.cpu_name(), f"1 thread and {usable_cores()} threads", torch.__version__, "64 x 64"),
         *("batch of 1", "3 forward passes after 5", "profile quick, data busi", "not a result"),
         *(
             "The best of 12 finished cells is chosen by its mean DSC on the validation images",

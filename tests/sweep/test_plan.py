@@ -265,7 +265,11 @@ def test_repeated_and_finished_jobs_do_not_wait(jobs):
         "device cpu; ",
     ):
         assert part in line
-    assert "; device cpu with 2 threads; " in plan.describe(own, groups=[own], preview=replace(PREVIEW, threads=2))
+    two = replace(PREVIEW, threads=2, cores=2)
+    assert "; device cpu with 2 threads; " in plan.describe(own, groups=[own], preview=two)
+    processes = replace(two, devices={"cpu": ["cpu", "cpu"]})
+    line = plan.describe(own, groups=[own], preview=processes)
+    assert "; device cpu with 1 thread in each of 2 processes; " in line
     afar = replace(PREVIEW, threads=2, devices={"cpu": ["SLURM"]})  # timed here, trained there
     assert "; device SLURM; " in plan.describe(own, groups=[own], preview=afar)
 
@@ -282,6 +286,36 @@ def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
     cell = identity.teacher_cell(own[1].config)
     records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
     assert plan.estimate_s([own], PREVIEW) == 4 * student + forward
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "processes", "groups", "speed"),
+    [
+        (2, 2, 1, 3, 1.0),
+        (1, 2, 3, 3, 2.0),  # three processes of one thread share two cores
+        (1, 8, 3, 9, 3.0),
+        (1, 8, 3, 1, 1.0),
+        (2, 2, 2, 2, 1.0),  # each has half the threads of the timed step
+        (2, 2, 2, 1, 0.5),
+        (4, 2, 1, 1, 1.0),  # more threads than cores were timed so
+    ],
+)
+def test_processes_on_the_cpu_are_as_fast_as_its_cores_allow(threads, cores, processes, groups, speed):
+    preview = replace(PREVIEW, devices={"cpu": ["cpu"] * processes}, threads=threads, cores=cores)
+    assert preview.speed(groups) == speed
+
+
+def test_devices_are_as_fast_as_there_are_groups_for_them():
+    preview = replace(PREVIEW, devices={"auto": ["cuda:0", "cuda:1"]}, timed_on="cuda:0", cores=2)
+    assert [preview.speed(groups) for groups in (1, 2, 3)] == [1, 2, 2]
+
+
+def test_the_first_line_divides_the_time_among_processes(jobs):
+    own = jobs(["train.epochs=3", "path=none"], ["train.epochs=3", "path=none", "split=s1"])
+    groups = [own[:1], own[1:]]
+    assert "at most about 2 min if" in plan.describe(own, groups=groups, preview=PREVIEW)
+    beside = replace(PREVIEW, devices={"cpu": ["cpu", "cpu"]}, threads=1, cores=2)
+    assert "at most about 48 s if" in plan.describe(own, groups=groups, preview=beside)
 
 
 def test_the_overview_tells_each_group_and_the_hours(jobs):

@@ -405,6 +405,19 @@ def test_a_plan_prices_the_trials_and_begins_nothing(small_busi, tmp_path, capsy
     assert not (store / "optuna.db").exists()
 
 
+def test_a_plan_counts_the_trials_that_have_ended(small_busi, unbroken, capsys):
+    tune(small_busi, unbroken, plan=True, trials=6)
+    assert "18 trials, 6 of each, 12 of them done" in capsys.readouterr().out
+
+
+def test_a_plan_prices_teachers_that_are_trained_as_configured(small_busi, tmp_path, capsys):
+    """In seconds of the preview: 16 images, 1 for a Student's step, 4 for a Teacher's, 1 for its forward."""
+    tune(small_busi, tmp_path, plan=True, search={"train": {"lr": SEARCH["train"]["lr"]}})
+    students, forwards, teacher = 2 * 4 * 6 * 1, 2 * 6 * 1, 6 * 4
+    hours = (students + forwards + teacher) / 3600
+    assert f"at most {hours:.2g} device hours of trials" in capsys.readouterr().out
+
+
 # --- budgets
 
 
