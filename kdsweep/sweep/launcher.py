@@ -144,7 +144,7 @@ class LockstepLauncher(Launcher):
         if self.engine.at_once(preview) > 1:  # else the Teachers that several groups need would be waited for by each
             first = teacher_units([job for group in groups for job in group], preview)
             groups = sorted(groups, key=lambda group: -plan.group_s(group, preview))  # the last ones to end are short
-        report = Report(groups)
+        report = Report(groups, places=preview.places)
         results = self._train_groups(groups, preview, report, first=first)
         failed = [job for group in groups for job in group if job.cell.fingerprint in report.failed]
         if again := [[job] for job in failed if job.settings.retry_failed]:
@@ -220,9 +220,15 @@ def teacher_units(jobs: list[Job], preview: Preview) -> list[Unit]:
 
 
 class Report:
-    """Keeps the user posted on a sweep's groups."""
+    """Keeps the user posted on a sweep's groups.
 
-    def __init__(self, groups: Sequence[Sequence[Job]]) -> None:
+    Args:
+        groups: all of them.
+        places: where groups run at the same time, as far as that is known.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Job]], *, places: int) -> None:
+        self.places = places
         self.groups, self.cells = len(groups), sum(len(group) for group in groups)
         self.done = self.done_cells = 0
         self.failed: dict[str, str] = {}
@@ -238,10 +244,17 @@ class Report:
             self.failed.pop(job.cell.fingerprint, None)
             if isinstance(value, Exception):
                 self.failed[job.cell.fingerprint] = plan.failure(job.cell, value)
+        if self.done >= self.groups:
+            return
         passed_s = time.monotonic() - self.started_s
-        if self.done < self.groups:
+        if self.places == 1:
             about_s = left_s(passed_s=passed_s, done=self.done_cells, left=self.cells - self.done_cells)
-            log.info("%d of %d groups done, about %s left", self.done, self.groups, duration(about_s))
+        else:  # those that run beside it began with it: they are about as far
+            done, rounds = -(-self.done // self.places), -(-self.groups // self.places)
+            about_s = left_s(passed_s=passed_s, done=done, left=rounds - done)
+        is_last = 1 < self.places >= self.groups - self.done
+        left = "the others are running" if is_last else f"about {duration(about_s)} left"
+        log.info("%d of %d groups done, %s", self.done, self.groups, left)
 
     def end(self) -> None:
         """All have ended: how long it took, and what failed."""

@@ -31,6 +31,27 @@ def test_durations_read_like_words(seconds, words):
     assert duration(seconds) == words
 
 
+@pytest.mark.parametrize(
+    ("places", "minutes", "told"),
+    [
+        (1, [10, 20, 30, 40], ["about 30 min left", "about 20 min left", "about 10 min left"]),
+        (2, [10, 10, 20, 20], ["about 10 min left", "the others are running", "the others are running"]),
+        (3, [60, 60, 61, 90], ["the others are running"] * 3),
+        (3, [60, 60, 61, 120, 120, 121, 122, 180], [*["about 2.0 h left"] * 3, "about 60 min left"]),
+    ],
+)
+def test_the_time_left_is_that_of_groups_that_run_beside_each_other(monkeypatch, caplog, places, minutes, told):
+    caplog.set_level("INFO")
+    clock = iter([0.0, *(60.0 * minute for minute in minutes)])
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: next(clock))
+    groups = [[SimpleNamespace(cell=SimpleNamespace(fingerprint=str(number)))] for number in range(len(minutes))]
+    report = launcher.Report(groups, places=places)
+    for group in groups[: len(told)]:
+        report.add(group, [0.5])
+    words = [f"{number} of {len(groups)} groups done, {left}" for number, left in enumerate(told, start=1)]
+    assert caplog.messages == words
+
+
 def test_a_timed_step_is_a_positive_time_per_image():
     cfg = composition.compose(["profile=quick", "device=cpu"])
     step = latency.time_step_s(factory.student_network(cfg), image_size=64, compute=factory.compute(cfg))
