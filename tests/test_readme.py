@@ -447,13 +447,11 @@ def test_the_table_of_the_methods_is_that_of_its_file() -> None:
     best = taught.loc[taught["student_difference_points"].idxmax()]
     ratios = taught["kd_gradient_ratio"]
     p_methods, p_networks = (formats.p(best[f"student_p_{kind}"]) for kind in ("methods_holm", "holm"))
-    told = (
-        f"{best['student_difference_points']:+.2f} points, p = {p_methods} as a method, {p_networks} of these networks"
-    )
-    assert f"at most {best.name} ({told})" in " ".join(README.split())
+    told = f"{best.name} comes nearest, {best['student_difference_points']:+.2f} points, p = {p_methods} as a method"
+    assert f"({told})" in " ".join(README.split())
     sentences = [
-        f"{best.name} {points(best, 'student_', 'methods_')}: as a method p = {p_methods} after Holm, of these networks"
-        f" {p_networks}.",
+        f"{best.name} {points(best, 'student_', 'methods_')}: as a method p = {p_methods} after Holm, "
+        f"{formats.p(best['student_p_methods'])} before, of these networks {p_networks}.",
         f"{ratios.min():.2f} ({ratios.idxmin()}) to {ratios.max():.0f} ({ratios.idxmax()})",
         f"corrected p against the Student is {taught['student_p_runs'].min():.2f} or more",
         *(
@@ -462,8 +460,7 @@ def test_the_table_of_the_methods_is_that_of_its_file() -> None:
         ),
     ]
     assert [line for line in sentences if line not in " ".join(" ".join(lines).split())] == []
-    assert taught.index[taught["student_p_methods_holm"] < 0.05].tolist() == [best.name]
-    assert not (taught["student_p_holm"] < 0.05).any()
+    assert not (taught[["student_p_holm", "student_p_methods_holm"]] < 0.05).any(axis=None)
     assert not (taught["teacher_verdict"] == "non-inferior").any()
     assert taught.index[taught["teacher_verdict"] == "inferior"].tolist() == ["AT", "KD", "SPKD"]
     same = table.loc["KD-T1"], study("table4").set_index("notation").loc["L_KLD_WAug"]

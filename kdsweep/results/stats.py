@@ -244,10 +244,10 @@ class Components(NamedTuple):
     def spread(self) -> Spread:
         """Return the spread of the mean, trainings and images both random; freedom by Satterthwaite.
 
-        The noise is in two of the parts, so one is taken off. Half the images' part is the least: the difference of
-        estimates may be anything when there are few.
+        The noise is in two of the parts, so one is taken off. The images' part is the least, which is that of these
+        networks: trainings cannot take variance away, only their estimate of a few can fall below the noise.
         """
-        variance = max(self.images + self.runs - self.noise, self.images / 2)
+        variance = self.images + max(self.runs - self.noise, 0.0)
         parts = self.images**2 / self.images_freedom + self.runs**2 / self.runs_freedom
         return Spread(float(np.sqrt(variance)), float(variance**2 / parts) if parts else NAN)
 

@@ -266,6 +266,7 @@ def test_every_experiment_sweeps_existing_options_within_the_limits(name: str) -
         for value in values:
             compose(f"+experiment={name}", f"{key}={value}")
     for words in cfg.hydra.sweeper.also:
+        assert not any(word.startswith("seed=") for word in words.split()), "a part of the grid is a part of this too"
         for word in words.split():
             compose(f"+experiment={name}", word.partition(",")[0])
     count = math.prod(map(len, swept.values()))

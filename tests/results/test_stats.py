@@ -183,6 +183,16 @@ def test_variance_components_are_those_of_statsmodels():
     assert parts.spread().error ** 2 == pytest.approx(parts.images + parts.runs - parts.noise)
 
 
+def test_other_trainings_never_make_a_difference_surer():
+    """Means of the trainings that are all equal lie closer together than their images' noise would have them."""
+    rows = trainings(splits=1, seeds=3, images=30, run_sd=0, image_sd=15, noise_sd=10)
+    rows["points"] -= rows.groupby("seed")["points"].transform("mean")
+    parts = stats.components(rows)
+    assert parts.runs == pytest.approx(0)
+    assert parts.noise > 0
+    assert parts.spread().error == pytest.approx(stats.networks_spread(stats.over_seeds(rows)).error)
+
+
 def test_a_mixed_model_finds_the_same_spread():
     rows = trainings(splits=1, seeds=8, images=60, run_sd=6, image_sd=15, noise_sd=10)
     variances = {"image": "0 + C(image)", "training": "0 + C(seed)"}
