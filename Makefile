@@ -30,7 +30,7 @@ demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick
 test: setup ## Run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-mutants: setup ## Plant 112 defects, one at a time; each must make a test fail (an hour; ARGS="--help" for options)
+mutants: setup ## Plant 113 defects, one at a time; each must make a test fail (an hour; ARGS="--help" for options)
 	$(PY) tests/mutants.py $(ARGS)
 
 chaos: setup ## Kill a sweep 20 times at random moments; it must end as an unbroken one (15 minutes; ARGS="--help" for options)
