@@ -507,7 +507,11 @@ def test_the_table_of_error_rates_is_that_of_its_file() -> None:
     modelled = rows[rows["split_sd"] == 0]
     assert modelled["networks"].between(0.03, 0.07).all()
     of_methods = modelled.loc[modelled["seeds"] == 3, "methods"]
-    assert of_methods.between(0.02, 0.06).all()
+    noise_alone = (modelled["run_sd"] == 0) & (
+        modelled["icc"] == 0
+    )  # the estimate of the trainings' variance is cut at 0
+    assert of_methods[~noise_alone].between(0.03, 0.06).all()
+    assert of_methods[noise_alone].between(0.02, 0.03).all()
     assert f"errs in {100 * of_methods.min():.1f} to {100 * of_methods.max():.1f} %" in text
     assert f"grows to {100 * rows['methods'].max():.0f} %" in text
 
