@@ -50,9 +50,10 @@ from kdsweep.config.grid import Cell
 from kdsweep.core.files import write_text
 from kdsweep.results import tables
 from kdsweep.runs import checkpoint, records
-from kdsweep.sweep import plan
+from kdsweep.sweep import estimate, plan
 from kdsweep.sweep.engines import worker
-from kdsweep.sweep.plan import Job, Preview
+from kdsweep.sweep.estimate import Preview
+from kdsweep.sweep.plan import Job
 from kdsweep.tracking import reader, sync
 
 PAPER_GRID = ["path=L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong", "split=s0,s1,s2"]
@@ -229,7 +230,7 @@ def planned(words: list[str], clock: Clock) -> list[Job]:
     with clock.step("find what waits, form groups"):
         groups = plan.form_groups(plan.waiting(jobs), devices=PREVIEW.devices)
     with clock.step("estimate and overview"):
-        plan.overview(jobs, groups=groups, preview=PREVIEW)
+        estimate.overview(jobs, groups=groups, preview=PREVIEW)
     with clock.step("tell what changed"):
         plan.tell_changes(jobs)
     with clock.step("write what the sweep asks for, to files and MLflow"):

@@ -11,7 +11,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -23,6 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from kdsweep.config import composition
 from kdsweep.core.errors import CellError, InputError, one_line
+
+if TYPE_CHECKING:
+    from kdsweep.sweep.estimate import Preview
+    from kdsweep.sweep.plan import Job
 
 log = logging.getLogger(__name__)
 
@@ -102,31 +107,38 @@ def command_line(config: DictConfig) -> str:
     return shlex.join(re.sub(r"://[^/\s]+@", "://USER:PASSWORD@", word) for word in [*words, *hydra.overrides.task])
 
 
-def prepare(configs: list[DictConfig], *, command: str) -> int:
-    """Check every job in this process, record what the sweep asks for, say what will run; return the number of jobs."""
+def _preview(waiting: list[Job]) -> Preview:
+    """Check jobs that Hydra runs one after the other in this process, so on the first device, and time a step."""
     from kdsweep.sweep import plan
     from kdsweep.sweep.engines import worker
+
+    preview = worker.preview_cells([job.config for job in plan.kinds(waiting)], [])
+    return replace(preview, devices={device: names[:1] for device, names in preview.devices.items()})
+
+
+def prepare(configs: list[DictConfig], *, command: str) -> int:
+    """Check every job in this process, record what the sweep asks for, say what will run; return the number of jobs."""
+    from kdsweep.sweep import estimate, plan
     from kdsweep.tracking import sync
 
     jobs = plan.read_jobs(configs)
     plan.watch(jobs, command=command)
     at_end.callback(sync.close_all)
     waiting = plan.waiting(jobs)
-    preview = worker.preview_cells([job.config for job in plan.kinds(waiting)], []) if waiting else None
-    log.info("%s", plan.describe(jobs, groups=[[job] for job in waiting], preview=preview))
+    preview = _preview(waiting) if waiting else None
+    log.info("%s", estimate.describe(jobs, groups=[[job] for job in waiting], preview=preview))
     plan.tell_changes(jobs)
     return len(jobs)
 
 
 def show_plan(configs: list[DictConfig]) -> int:
     """Check every job and say what would run, without writing anything; return the number of jobs."""
-    from kdsweep.sweep import plan
-    from kdsweep.sweep.engines import worker
+    from kdsweep.sweep import estimate, plan
 
     jobs = plan.read_jobs(configs)
     waiting = plan.waiting(jobs)
-    preview = worker.preview_cells([job.config for job in plan.kinds(waiting)], []) if waiting else None
-    sys.stdout.write(plan.overview(jobs, groups=[waiting] if waiting else [], preview=preview) + "\n")
+    preview = _preview(waiting) if waiting else None
+    sys.stdout.write(estimate.overview(jobs, groups=[waiting] if waiting else [], preview=preview) + "\n")
     return len(jobs)
 
 

@@ -26,7 +26,8 @@ from kdsweep.sweep.engines.engine import SUBMITTED, Engine, Unit, run_units
 
 # This module is imported whenever Hydra starts (see plugins/): what is heavier comes when it is needed.
 if TYPE_CHECKING:
-    from kdsweep.sweep.plan import Job, Preview
+    from kdsweep.sweep.estimate import Preview
+    from kdsweep.sweep.plan import Job
 
 log = logging.getLogger(__name__)
 
@@ -111,10 +112,10 @@ class LockstepLauncher(Launcher):
 
     def _obtain(self, jobs: list[Job], waiting: list[Job]) -> dict[str, float | Exception]:
         """By fingerprint the results of all cells, read or computed."""
-        from kdsweep.sweep import plan
+        from kdsweep.sweep import estimate, plan
 
         preview, groups = self._look(waiting, times=False) if waiting else (None, [])
-        log.info("%s", plan.describe(jobs, groups=groups, preview=preview))
+        log.info("%s", estimate.describe(jobs, groups=groups, preview=preview))
         plan.tell_changes(jobs)
         results: dict[str, float | Exception] = {}
         for job in plan.unique(jobs):
@@ -131,19 +132,20 @@ class LockstepLauncher(Launcher):
         return preview, plan.form_groups(waiting, devices=preview.devices, largest=self.engine.largest, apart=apart)
 
     def _show_plan(self, jobs: list[Job], waiting: list[Job]) -> None:
-        """Print what ``plan.overview`` tells; no cell is trained, one step is timed; phantoms are made."""
-        from kdsweep.sweep import plan
+        """Print what ``estimate.overview`` tells; no cell is trained, one step is timed; phantoms are made."""
+        from kdsweep.sweep import estimate
 
         preview, groups = self._look(waiting, times=True) if waiting else (None, [])
-        sys.stdout.write(plan.overview(jobs, groups=groups, preview=preview) + "\n")
+        sys.stdout.write(estimate.overview(jobs, groups=groups, preview=preview) + "\n")
 
     def _train(self, groups: list[list[Job]], preview: Preview) -> dict[str, float | Exception]:
-        from kdsweep.sweep import plan
+        from kdsweep.sweep import estimate
 
         first: list[Unit] = []
         if self.engine.at_once(preview) > 1:  # else the Teachers that several groups need would be waited for by each
             first = teacher_units([job for group in groups for job in group], preview)
-            groups = sorted(groups, key=lambda group: -plan.group_s(group, preview))  # the last ones to end are short
+            # The last ones to end are short.
+            groups = sorted(groups, key=lambda group: -estimate.group_s(group, preview))
         report = Report(groups, places=preview.places)
         results = self._train_groups(groups, preview, report, first=first)
         failed = [job for group in groups for job in group if job.cell.fingerprint in report.failed]

@@ -10,7 +10,7 @@ from kdsweep.core.device import Compute, find_device, give_back_memory, placed, 
 from kdsweep.evaluation import latency
 from kdsweep.models import unet
 from kdsweep.runs import records
-from kdsweep.sweep.plan import Preview
+from kdsweep.sweep.estimate import Preview
 from kdsweep.training import factory, loop
 from kdsweep.training.learner import EpochMeter
 

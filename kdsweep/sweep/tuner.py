@@ -28,11 +28,12 @@ from kdsweep.config.composition import Composed, Composer
 from kdsweep.core.errors import CellError, InputError
 from kdsweep.core.progress import duration, left_s, plural
 from kdsweep.runs import checkpoint, records, requests
-from kdsweep.sweep import launcher, plan
+from kdsweep.sweep import estimate, launcher, plan
 from kdsweep.sweep.engines import worker
 from kdsweep.sweep.engines.engine import Unit, run_units
+from kdsweep.sweep.estimate import Preview
 from kdsweep.sweep.methods import Method, Options, check_jobs, key_of, methods_of, with_budget, words_of
-from kdsweep.sweep.plan import Job, Preview
+from kdsweep.sweep.plan import Job
 from kdsweep.tuning import book, pruning, space
 from kdsweep.tuning.pruning import Curve, Pruning
 from kdsweep.tuning.study import Outcome, Proposal, Study, read_trials
@@ -207,12 +208,12 @@ class Tuner(Launcher):
         """Return the seconds of all trials on one device if none is pruned, with Teachers that are not tuned."""
         step_s = {"teacher": preview.teacher_s, "baseline": preview.student_s, "distilled": preview.student_s}
         own_s = sum(own.epochs * step_s[own.role] for own in methods) * self.options.trials
-        views = {(own.cell.split, plan.forward_of(own.job)) for own in methods if own.role == "distilled"}
+        views = {(own.cell.split, estimate.forward_of(own.job)) for own in methods if own.role == "distilled"}
         rounds = -(-self.options.trials // self.options.round)
         shared_s = len(views) * rounds * max(own.epochs for own in methods) * preview.forward_s
         is_tuned = any(own.role == "teacher" for own in methods)
         taught = [] if is_tuned else [own.job for own in methods if own.role == "distilled"]
-        return preview.images * (own_s + shared_s) + plan.teachers_s(taught, preview)
+        return preview.images * (own_s + shared_s) + estimate.teachers_s(taught, preview)
 
     def _overview(self, students: list[Method], teachers: list[Method], preview: Preview) -> str:
         """Return what would be tuned, a line per method."""

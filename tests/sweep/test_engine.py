@@ -18,7 +18,7 @@ from kdsweep.runs import records
 from kdsweep.sweep import preview
 from kdsweep.sweep.engines import local, worker
 from kdsweep.sweep.engines.engine import Unit, blocking, run_units
-from kdsweep.sweep.plan import Preview
+from kdsweep.sweep.estimate import Preview
 
 LOST = DeviceError("the device failed (CUDA error: device-side assert triggered)")
 

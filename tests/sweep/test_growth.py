@@ -15,7 +15,7 @@ from kdsweep.config.composition import Composer
 from kdsweep.data import sources
 from kdsweep.results import frame
 from kdsweep.runs import records
-from kdsweep.sweep import plan
+from kdsweep.sweep import estimate, plan
 from kdsweep.tracking import reader, writer
 
 FIXED = ["profile=quick", "device=cpu"]
@@ -128,7 +128,7 @@ def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
         jobs = jobs_of(sweep, tmp_path / str(number), small_busi, number)
         if step == "plan":
             before = dict(calls)
-            plan.describe(jobs, groups=plan.form_groups(jobs, devices={"cpu": ["cpu"]}), preview=None)
+            estimate.describe(jobs, groups=plan.form_groups(jobs, devices={"cpu": ["cpu"]}), preview=None)
             plan.teacher_cells(jobs)
         counts.append({name: calls[name] - before[name] for name in calls})
     few, many = counts

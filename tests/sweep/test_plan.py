@@ -13,9 +13,10 @@ from PIL import Image
 from kdsweep.config import composition, grid, identity
 from kdsweep.evaluation import latency
 from kdsweep.runs import records, requests
-from kdsweep.sweep import plan
+from kdsweep.sweep import callback, estimate, plan
+from kdsweep.sweep.engines import worker
 
-PREVIEW = plan.Preview({"cpu": ["cpu"]}, timed_on="cpu", student_s=1.0, teacher_s=10.0, forward_s=4.0, images=16)
+PREVIEW = estimate.Preview({"cpu": ["cpu"]}, timed_on="cpu", student_s=1.0, teacher_s=10.0, forward_s=4.0, images=16)
 
 
 @pytest.fixture
@@ -183,31 +184,31 @@ def test_what_batches_or_their_computation_depend_on_makes_another_group(jobs, o
 def test_what_goes_on_from_a_checkpoint_is_told_and_takes_less_time(jobs):
     fixed = ["path=none", "train.epochs=10"]
     (fresh,) = jobs(fixed)
-    assert "; profile" in plan.describe([fresh], groups=[[fresh]], preview=PREVIEW)
-    assert "1 to run, 0 finished" in plan.describe([fresh], groups=[[fresh]], preview=PREVIEW)
-    assert plan.group_s([fresh], PREVIEW) == 10 * 16
+    assert "; profile" in estimate.describe([fresh], groups=[[fresh]], preview=PREVIEW)
+    assert "1 to run, 0 finished" in estimate.describe([fresh], groups=[[fresh]], preview=PREVIEW)
+    assert estimate.group_s([fresh], PREVIEW) == 10 * 16
     history = [{"epoch": float(epoch)} for epoch in range(7)]
     records.write_progress(fresh.cell.folder, epochs=10, history=history, times_ms=list(range(7)), seconds=[])
     (begun,) = jobs(fixed)
-    assert "1 to run, 1 of them from a checkpoint, 0 finished" in plan.describe(
+    assert "1 to run, 1 of them from a checkpoint, 0 finished" in estimate.describe(
         [begun], groups=[[begun]], preview=PREVIEW
     )
-    assert plan.group_s([begun], PREVIEW) == 3 * 16
+    assert estimate.group_s([begun], PREVIEW) == 3 * 16
 
 
 def test_a_teacher_that_goes_on_from_a_checkpoint_takes_less_time(jobs):
     (own,) = jobs(["path=L", "train.epochs=10"])
-    assert plan.teachers_s([own], PREVIEW) == 10 * 16 * 10
+    assert estimate.teachers_s([own], PREVIEW) == 10 * 16 * 10
     records.write_progress(
         own.cell.teacher.folder, epochs=10, history=[{"epoch": 0.0}] * 4, times_ms=[1, 2, 3, 4], seconds=[]
     )
-    assert plan.teachers_s([own], PREVIEW) == 6 * 16 * 10
+    assert estimate.teachers_s([own], PREVIEW) == 6 * 16 * 10
 
 
 def test_a_time_from_a_busy_machine_is_called_that(jobs):
     own = jobs([])
-    assert "other programs" not in plan.describe(own, groups=[own], preview=PREVIEW)
-    line = plan.describe(own, groups=[own], preview=replace(PREVIEW, load=3.21))
+    assert "other programs" not in estimate.describe(own, groups=[own], preview=PREVIEW)
+    line = estimate.describe(own, groups=[own], preview=replace(PREVIEW, load=3.21))
     assert "ends a cell sooner (timed while other programs were at work, load 3.2: without them it is less)" in line
 
 
@@ -257,7 +258,7 @@ def test_repeated_and_finished_jobs_do_not_wait(jobs):
     records.write_finished(own[2].cell.folder, values={"test/dice": 0.5}, files=[])
     own = jobs(["path=none", "loss=mse"], ["path=none", "loss=kld"], ["path=L"], ["path=H"])
     assert [job.cell.notation for job in plan.waiting(own)] == ["Student", "H_KLD_WAug"]
-    line = plan.describe(own, groups=[plan.waiting(own)], preview=PREVIEW)
+    line = estimate.describe(own, groups=[plan.waiting(own)], preview=PREVIEW)
     for part in (
         "3 cells (1 repeated jobs are the same cell): 2 to run, 1 finished; 1 lockstep group, 1 shared Teacher, ",
         "1 Teacher to train",
@@ -266,26 +267,26 @@ def test_repeated_and_finished_jobs_do_not_wait(jobs):
     ):
         assert part in line
     two = replace(PREVIEW, threads=2, cores=2)
-    assert "; device cpu with 2 threads; " in plan.describe(own, groups=[own], preview=two)
+    assert "; device cpu with 2 threads; " in estimate.describe(own, groups=[own], preview=two)
     processes = replace(two, devices={"cpu": ["cpu", "cpu"]})
-    line = plan.describe(own, groups=[own], preview=processes)
+    line = estimate.describe(own, groups=[own], preview=processes)
     assert "; device cpu with 1 thread in each of 2 processes; " in line
     afar = replace(PREVIEW, threads=2, devices={"cpu": ["SLURM"]})  # timed here, trained there
-    assert "; device SLURM; " in plan.describe(own, groups=[own], preview=afar)
+    assert "; device SLURM; " in estimate.describe(own, groups=[own], preview=afar)
 
 
 def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
     small = ["train.epochs=3"]
     own = jobs(*([*small, f"path={path}"] for path in ("none", "L", "H", "HR")))
     student, forward, teacher = 16 * 3 * 1.0, 16 * 3 * 4.0, 16 * 3 * 10.0
-    assert plan.estimate_s([own[:1]], PREVIEW) == student
-    assert plan.estimate_s([own], PREVIEW) == 4 * student + forward + teacher
-    assert plan.estimate_s([own[:2], own[2:]], PREVIEW) == 4 * student + 2 * forward + teacher
+    assert estimate.estimate_s([own[:1]], PREVIEW) == student
+    assert estimate.estimate_s([own], PREVIEW) == 4 * student + forward + teacher
+    assert estimate.estimate_s([own[:2], own[2:]], PREVIEW) == 4 * student + 2 * forward + teacher
     strong = jobs([*small, "path=L"], [*small, "path=L", "teacher_aug=strong"])
-    assert plan.estimate_s([strong], PREVIEW) == 2 * student + 2 * forward + 2 * teacher
+    assert estimate.estimate_s([strong], PREVIEW) == 2 * student + 2 * forward + 2 * teacher
     cell = identity.teacher_cell(own[1].config)
     records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
-    assert plan.estimate_s([own], PREVIEW) == 4 * student + forward
+    assert estimate.estimate_s([own], PREVIEW) == 4 * student + forward
 
 
 @pytest.mark.parametrize(
@@ -313,17 +314,17 @@ def test_devices_are_as_fast_as_there_are_groups_for_them():
 def test_the_first_line_divides_the_time_among_processes(jobs):
     own = jobs(["train.epochs=3", "path=none"], ["train.epochs=3", "path=none", "split=s1"])
     groups = [own[:1], own[1:]]
-    assert "at most about 2 min if" in plan.describe(own, groups=groups, preview=PREVIEW)
+    assert "at most about 2 min if" in estimate.describe(own, groups=groups, preview=PREVIEW)
     beside = replace(PREVIEW, devices={"cpu": ["cpu", "cpu"]}, threads=1, cores=2)
-    assert "at most about 48 s if" in plan.describe(own, groups=groups, preview=beside)
+    assert "at most about 48 s if" in estimate.describe(own, groups=groups, preview=beside)
 
 
 def test_the_overview_tells_each_group_and_the_hours(jobs):
     small = ["train.epochs=3"]
     own = jobs(*([*small, f"path={path}"] for path in ("none", "L", "H")), [*small, "path=none", "split=s1"])
     groups = [own[:3], own[3:]]
-    first, *rest = plan.overview(own, groups=groups, preview=PREVIEW).splitlines()
-    assert first == plan.describe(own, groups=groups, preview=PREVIEW)
+    first, *rest = estimate.overview(own, groups=groups, preview=PREVIEW).splitlines()
+    assert first == estimate.describe(own, groups=groups, preview=PREVIEW)
     assert rest == [
         "group 1: 3 cells, split 0 seed 0 on cpu, 6 min: Student, L_KLD_WAug, H_KLD_WAug",  # 48 s x 3 + 192 s
         "group 2: 1 cell, split 1 seed 0 on cpu, 48 s: Student",
@@ -331,8 +332,18 @@ def test_the_overview_tells_each_group_and_the_hours(jobs):
         "at most 0.24 device hours from one timed step on cpu; nothing was started",  # 864 s
     ]
     several = replace(PREVIEW, devices={"cpu": ["cpu", "cpu"]})  # processes on the one CPU
-    assert plan.overview(own, groups=groups, preview=several).splitlines()[1:] == rest
-    assert plan.overview(own, groups=[], preview=None) == plan.describe(own, groups=[], preview=None)
+    assert estimate.overview(own, groups=groups, preview=several).splitlines()[1:] == rest
+    assert estimate.overview(own, groups=[], preview=None) == estimate.describe(own, groups=[], preview=None)
+
+
+def test_jobs_that_run_one_after_the_other_are_told_of_one_device(jobs, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    two = replace(PREVIEW, devices={"cpu": ["cuda:0", "cuda:1"]}, timed_on="cuda:0")
+    monkeypatch.setattr(worker, "preview_cells", lambda configs, devices: two)
+    monkeypatch.setattr(plan, "watch", lambda jobs, command: None)
+    small = ["train.epochs=3", "path=none"]
+    callback.prepare([job.config for job in jobs(small, [*small, "split=s1"])], command="")
+    assert "; device cuda:0; at most about 2 min if" in caplog.messages[0]  # 48 s each
 
 
 CHANGED = "the store holds results of that name, but since then this has changed: "

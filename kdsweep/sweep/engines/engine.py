@@ -18,7 +18,8 @@ from kdsweep.core.progress import plural
 from kdsweep.runs import records
 
 if TYPE_CHECKING:
-    from kdsweep.sweep.plan import Job, Preview
+    from kdsweep.sweep.estimate import Preview
+    from kdsweep.sweep.plan import Job
 
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from kdsweep.sweep.engines.engine import Unit
 
 if TYPE_CHECKING:
     from kdsweep.sweep.engines.worker import Worker
-    from kdsweep.sweep.plan import Job, Preview
+    from kdsweep.sweep.estimate import Preview
+    from kdsweep.sweep.plan import Job
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from kdsweep.sweep.engines.engine import Unit
 
 if TYPE_CHECKING:
     from kdsweep.sweep.engines.remote import RemoteTask
-    from kdsweep.sweep.plan import Job, Preview
+    from kdsweep.sweep.estimate import Preview
+    from kdsweep.sweep.plan import Job
 
 
 LOOK_EVERY_S = 1.0

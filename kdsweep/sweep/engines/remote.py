@@ -23,7 +23,7 @@ from kdsweep.tracking import database, sync
 
 if TYPE_CHECKING:
     from kdsweep.config.schema import Settings
-    from kdsweep.sweep.plan import Preview
+    from kdsweep.sweep.estimate import Preview
 
 IDENTITY = ".identity"
 REMEDY = "put store, data and environment on a file system that all machines share, under the same name"

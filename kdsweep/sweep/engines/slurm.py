@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import submitit
 
     from kdsweep.sweep.engines.remote import RemoteTask
-    from kdsweep.sweep.plan import Job, Preview
+    from kdsweep.sweep.estimate import Preview
+    from kdsweep.sweep.plan import Job
 
 log = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from kdsweep.core.errors import CellError, DeviceError, InputError, one_line
 from kdsweep.sweep.engines.engine import DONE
 
 if TYPE_CHECKING:
-    from kdsweep.sweep.plan import Preview
+    from kdsweep.sweep.estimate import Preview
     from kdsweep.tuning.pruning import Pruning
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,149 @@
+"""How long a sweep takes at most, and what is said of it before it runs.
+
+Runs without torch; what only the real networks can tell is a ``Preview``, made where torch is (preview.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kdsweep.config import identity
+from kdsweep.core.progress import duration, plural
+from kdsweep.runs import records
+from kdsweep.sweep import plan
+from kdsweep.sweep.plan import Job
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Devices and times that a check of the real networks finds before anything is trained.
+
+    Attributes:
+        devices: names of those where groups can run at the same time, by the value of ``device``.
+        timed_on: the device of the times; empty if nothing was timed, because the groups run on other machines. The
+            times are then guesses that only put groups in order.
+        student_s: seconds per image of a Student's training step.
+        teacher_s: of a Teacher's training step.
+        forward_s: of a Teacher's forward.
+        images: in the training part.
+        load: of the processor before, if other programs took a good part of it; else 0.
+        threads: of the timed steps, on the CPU; else 0.
+        cores: that the command may use, for ``threads``.
+    """
+
+    devices: dict[str, list[str]]
+    timed_on: str = ""
+    student_s: float = 1.0
+    teacher_s: float = 4.0
+    forward_s: float = 1.0
+    images: int = 1
+    load: float = 0.0
+    threads: int = 0
+    cores: int = 0
+
+    @property
+    def places(self) -> int:
+        """Return how many groups can run at the same time; on the CPU these are processes."""
+        return max(len(names) for names in self.devices.values())
+
+    @property
+    def own_threads(self) -> int:
+        """Return the threads of each place on the CPU; 0 elsewhere."""
+        return max(1, self.threads // self.places) if self.threads else 0
+
+    def speed(self, groups: int) -> float:
+        """Return how many times as fast so many groups are trained as one after the other on the timed device."""
+        busy = max(1, min(self.places, groups))
+        if not self.threads:
+            return busy
+        return min(busy * self.own_threads, max(self.cores, self.threads)) / self.threads
+
+
+def estimate_s(groups: Sequence[Sequence[Job]], preview: Preview) -> float:
+    """Return the seconds that the groups take on one device if no early stop ends a cell sooner."""
+    members = [job for group in groups for job in group]
+    return teachers_s(members, preview) + sum(group_s(group, preview) for group in groups)
+
+
+def teachers_s(jobs: Sequence[Job], preview: Preview) -> float:
+    """Return the seconds that training the Teachers takes that these jobs lack."""
+    missing = plan.missing_teachers(jobs)
+    epochs = sum(max(0, job.settings.teacher_epochs - records.epochs(cell.folder)) for cell, job in missing)
+    return float(epochs * preview.images * preview.teacher_s)
+
+
+def group_s(group: Sequence[Job], preview: Preview) -> float:
+    """Return the seconds that a group takes once its Teachers are there."""
+    epochs = [job.epochs_left for job in group]
+    teacher_outputs = {forward_of(job) for job in group if job.cell.role == "distilled"}
+    return preview.images * float(
+        sum(epochs) * preview.student_s + max(epochs) * len(teacher_outputs) * preview.forward_s
+    )
+
+
+def forward_of(job: Job) -> tuple[str, str, str]:
+    """Return which Teacher forward a cell learns from; jobs with equal ones share it."""
+    view, precision = job.settings.teacher_aug.distill_view, job.settings.kd.teacher_precision
+    return job.cell.evidence["teacher"], view, precision
+
+
+def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: Preview | None) -> str:
+    """Return one line on what will run: cells, groups, Teachers, data, device, the longest that it can take.
+
+    Args:
+        jobs: of the whole sweep.
+        groups: what waits, as it is trained together.
+        preview: None if nothing waits.
+    """
+    own, count = plan.unique(jobs), sum(len(group) for group in groups)
+    first = own[0].settings
+    repeats = f" ({len(jobs) - len(own)} repeated jobs are the same cell)" if len(jobs) > len(own) else ""
+    begun = sum(job.begun > 0 for group in groups for job in group)
+    resumed = f", {begun} of them from a checkpoint" if begun else ""
+    line = f"{plural(len(own), 'cell')}{repeats}: {count} to run{resumed}, {len(own) - count} finished"
+    if groups:
+        members = [job for group in groups for job in group]
+        shared = {forward_of(job)[0] for job in members if job.cell.role == "distilled"}
+        line += f"; {plural(len(groups), 'lockstep group')}, {plural(len(shared), 'shared Teacher')}"
+        line += f", {plural(len(plan.missing_teachers(members)), 'Teacher')} to train"
+    images = len(identity.listing(first).entries)
+    line += f"; data={first.data.name} with {images} images at {first.image_size} pixels"
+    if preview is not None:
+        names = list(dict.fromkeys(name for device in preview.devices.values() for name in device))
+        line += f"; device {', '.join(names)}"
+        if preview.threads and names == [preview.timed_on]:
+            line += f" with {plural(preview.own_threads, 'thread')}"
+            line += f" in each of {preview.places} processes" if preview.places > 1 else ""
+    if preview is not None and preview.timed_on:
+        longest = duration(estimate_s(groups, preview) / preview.speed(len(groups)))
+        line += f"; at most about {longest} if no early stop ends a cell sooner"
+        if preview.load:
+            line += f" (timed while other programs were at work, load {preview.load:.1f}: without them it is less)"
+    return f"{line}; profile={first.profile}; sweep {first.sweep_name}"
+
+
+def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: Preview | None) -> str:
+    """Return what a sweep would compute and for how long at most, a line per group.
+
+    The arguments are those of ``describe``.
+    """
+    lines = [describe(jobs, groups=groups, preview=preview)]
+    if preview is None:
+        return lines[0]
+    members = [job for group in groups for job in group]
+    for number, group in enumerate(groups, start=1):
+        first = group[0].settings
+        names = Counter(job.cell.notation for job in group)
+        listed = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names.items())
+        places = " or ".join(dict.fromkeys(preview.devices[first.device]))  # one CPU for several processes
+        where = f"split {first.split.number} seed {first.seed} on {places}"
+        size, time = plural(len(group), "cell"), duration(group_s(group, preview))
+        lines.append(f"group {number}: {size}, {where}, {time}: {listed}")
+    teachers = [cell.title for cell, _ in plan.missing_teachers(members)]
+    if teachers:
+        lines.append(f"Teachers first, {duration(teachers_s(members, preview))}: {', '.join(teachers)}")
+    hours = estimate_s(groups, preview) / 3600
+    lines.append(f"at most {hours:.2g} device hours from one timed step on {preview.timed_on}; nothing was started")
+    return "\n".join(lines)
