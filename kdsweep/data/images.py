@@ -63,7 +63,7 @@ def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_
     Raises:
         InputError: some files are wrong; the message counts them and names the first ten.
     """
-    entries, digest = listing(source)
+    entries, digest, _ = listing(source)
     _check_memory(len(entries), load_size=load_size, image_size=image_size)
 
     def arrays(entry: Entry) -> list[np.ndarray] | ValueError:

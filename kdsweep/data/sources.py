@@ -1,7 +1,8 @@
 """Data sets behind one small interface.
 
 A data set is a class with ``name`` and ``entries()``: the list of its images, each with an id, a label and its files.
-Everything after that (reading, checking, resizing, splitting) is the same for all.
+Everything after that (reading, checking, resizing, splitting) is the same for all. kdsweep's own also account for the
+files of their folder that they do not use, in ``ignored()``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import logging
 import re
 import shutil
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -21,10 +24,15 @@ from PIL import Image
 
 from kdsweep.core.errors import InputError
 from kdsweep.data import phantom
+from kdsweep.data.folders import LONE_MASKS, Ignored, Inventory, folded, is_image, pair, refuse_unprintable
+from kdsweep.data.labels import read_labels
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # common ones; ``folders.is_image`` takes more
+BUSI_LAYOUT = "benign/*.png and malignant/*.png with *_mask.png, as BUSI unpacks"
+NORMAL = "images of normal/, which data.source.include_normal=true takes"
+MASK_NAME = re.compile(r"(.+)_mask(_\d+)?", re.IGNORECASE)
 
 
 class Entry(NamedTuple):
@@ -34,6 +42,13 @@ class Entry(NamedTuple):
     label: str
     image_file: Path
     mask_files: tuple[Path, ...]
+
+
+class Contents(NamedTuple):
+    """The images of a data set, and names of what is not used of its folder, by reason."""
+
+    entries: list[Entry]
+    ignored: Ignored
 
 
 class Source(Protocol):
@@ -49,18 +64,39 @@ class Source(Protocol):
 class Udiat:
     """UDIAT, "Dataset B" (Yap et al. 2017): ``original/000001.png`` and ``GT/000001.png``, also some folders deeper.
 
-    Labels come from DatasetB.xlsx (columns Image, Type) where it lies beside them, else they are ``unknown``.
+    Labels come from DatasetB.xlsx (columns Image, Type); without it they are ``unknown``.
     """
 
     root: str | Path
     name: str = "udiat"
 
     def entries(self) -> list[Entry]:
-        """Return the images of the folder ``original`` with the mask of equal stem in ``GT``."""
-        originals = _find_folder(_existing(self.root), "original", hint="original/ and GT/ as UDIAT unpacks")
-        labels = _udiat_labels(originals.parent)
-        pairs = _equal_stems(originals, _find_folder(originals.parent, "GT", hint="a folder GT beside original/"))
-        return [Entry(image.stem, labels.get(image.stem, "unknown"), image, masks) for image, masks in pairs]
+        """Return the images of the folder ``original`` with the mask of equal name in ``GT``."""
+        return self._contents().entries
+
+    def ignored(self) -> Ignored:
+        """Return names of what is not used, by reason."""
+        return self._contents().ignored
+
+    def _contents(self) -> Contents:
+        inventory = Inventory(self.root)
+        folders = inventory.find(("original", "gt"), layout="original/ and GT/ beside each other, as UDIAT unpacks")
+        pairs = pair(inventory, *folders)
+        labels: dict[str, str] = {}
+        if sheet := self._sheet(inventory, folders[0].parent):
+            labels, unused = read_labels(inventory.use(sheet), [image.stem for image, _ in pairs])
+            if unused:
+                inventory.ignored[f"rows of {sheet.name} without an image"] = unused
+        entries = [Entry(image.stem, labels.get(image.stem, "unknown"), image, masks) for image, masks in pairs]
+        return Contents(entries, inventory.close(folders))
+
+    def _sheet(self, inventory: Inventory, beside: Path) -> Path | None:
+        """Return the file DatasetB.xlsx beside the images, or the only one elsewhere."""
+        sheets = [file for file in inventory.files if file.name.lower() == "datasetb.xlsx"]
+        sheets = [file for file in sheets if file.parent == beside] or sheets
+        if len(sheets) > 1:
+            raise InputError(f"{sheets[0]} and {sheets[1]}: which one has the labels? Remove the other")
+        return sheets[0] if sheets else None
 
 
 @dataclass(frozen=True)
@@ -68,7 +104,7 @@ class Busi:
     """BUSI (Al-Dhabyani et al. 2020): ``benign/benign (1).png`` with ``_mask.png``, ``_mask_1.png``, ... beside it.
 
     Args:
-        root: folder that holds ``benign`` and ``malignant``.
+        root: folder that holds ``benign`` and ``malignant``, also some folders deeper.
         include_normal: also take the images without a lesion; their masks are empty.
     """
 
@@ -78,36 +114,60 @@ class Busi:
 
     def entries(self) -> list[Entry]:
         """Return the images of each class folder with all their masks."""
-        root = _existing(self.root)
-        found = []
-        for label in ("benign", "malignant", *(("normal",) if self.include_normal else ())):
-            files = _images(root / label) if (root / label).is_dir() else []
-            masks: dict[str, list[Path]] = {}
-            for file in files:
-                if match := re.fullmatch(r"(.+)_mask(_\d+)?", file.stem):
-                    masks.setdefault(match[1], []).append(file)
-            images = [file for file in files if not re.fullmatch(r".+_mask(_\d+)?", file.stem)]
-            found += [Entry(file.stem, label, file, tuple(masks.get(file.stem, ()))) for file in images]
-        if not found:
-            raise InputError(
-                f"data.root={self.root}: no images found; BUSI holds benign/*.png and malignant/*.png with *_mask.png"
-            )
-        return found
+        return self._contents().entries
+
+    def ignored(self) -> Ignored:
+        """Return names of what is not used, by reason."""
+        return self._contents().ignored
+
+    def _contents(self) -> Contents:
+        inventory = Inventory(self.root)
+        labels = ("benign", "malignant", *(("normal",) if self.include_normal else ()))
+        normal = "; data.source.include_normal=true also needs normal/" if self.include_normal else ""
+        folders = inventory.find(labels, layout=BUSI_LAYOUT + normal)
+        entries = _class_images(inventory, dict(zip(labels, folders, strict=True)))
+        if not self.include_normal:
+            unused = [file for file in inventory.files if file.parent.name.lower() == "normal" and is_image(file)]
+            inventory.ignore(NORMAL, [file for file in unused if file.parent.parent == folders[0].parent])
+        return Contents(entries, inventory.close(folders))
+
+
+def _class_images(inventory: Inventory, folders: dict[str, Path]) -> list[Entry]:
+    """Return the images of BUSI's class folders, by label, with all their masks."""
+    entries = []
+    for label, folder in folders.items():
+        masks: dict[str, list[Path]] = {}
+        images = []
+        for file in inventory.images(folder):
+            if match := MASK_NAME.fullmatch(file.stem):
+                masks.setdefault(folded(match[1]), []).append(file)
+            else:
+                images.append(file)
+        entries += [Entry(file.stem, label, file, tuple(masks.pop(folded(file.stem), ()))) for file in images]
+        inventory.ignore(LONE_MASKS, [file for files in masks.values() for file in files])
+    return entries
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A plain folder: ``images/`` and ``masks/`` by equal stem. Any image format that Pillow reads."""
+    """A plain folder: ``images/`` and ``masks/`` by equal name. Any image format that Pillow reads."""
 
     root: str | Path
     name: str = "folder"
 
     def entries(self) -> list[Entry]:
-        """Return the images of ``images/`` with the mask of equal stem in ``masks/``."""
-        root = _existing(self.root)
-        images = _find_folder(root, "images", hint="folders images/ and masks/")
-        pairs = _equal_stems(images, _find_folder(root, "masks", hint="a folder masks/ beside images/"))
-        return [Entry(image.stem, "unknown", image, masks) for image, masks in pairs]
+        """Return the images of ``images/`` with the mask of equal name in ``masks/``."""
+        return self._contents().entries
+
+    def ignored(self) -> Ignored:
+        """Return names of what is not used, by reason."""
+        return self._contents().ignored
+
+    def _contents(self) -> Contents:
+        inventory = Inventory(self.root)
+        folders = inventory.find(("images", "masks"), layout="folders images/ and masks/ beside each other")
+        entries = [Entry(image.stem, "unknown", image, masks) for image, masks in pair(inventory, *folders)]
+        return Contents(entries, inventory.close(folders))
 
 
 @dataclass(frozen=True)
@@ -126,91 +186,92 @@ class Phantoms:
     name: str = "phantom"
 
     def entries(self) -> list[Entry]:
-        """Return the phantoms, generated at the first call."""
+        """Return the phantoms, generated at the first call.
+
+        Raises:
+            InputError: they cannot be written.
+        """
         root = Path(self.cache_dir) / f"{self.count}-seed{self.seed}-generator{phantom.GENERATOR_VERSION}"
         if not root.is_dir():
-            root.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(root.parent / ".lock"):  # another process may be making them
-                if not root.is_dir():
-                    self._generate(root)
-        return Busi(root).entries()
+            try:
+                root.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(root.parent / ".lock"):  # another process may be making them
+                    if not root.is_dir():
+                        self._generate(root)
+            except OSError as error:
+                remedy = "make room, or choose another folder with store=DIR"
+                raise InputError(
+                    f"{root}: {self.count} phantoms cannot be written ({error.strerror or error}); {remedy}"
+                ) from error
+        inventory = Inventory(root)
+        return _class_images(inventory, {folder.name: folder for folder in inventory.folders[1:]})
 
     def _generate(self, root: Path) -> None:
         for left in root.parent.glob(".making-*"):  # by a process that was killed
             shutil.rmtree(left)
         scratch = Path(tempfile.mkdtemp(dir=root.parent, prefix=".making-"))
         log.info("making %d phantoms, once: %s", self.count, root)
-        for item in phantom.cohort(count=self.count, seed=self.seed):
-            folder = scratch / item.label
-            folder.mkdir(exist_ok=True)
-            Image.fromarray(item.image).save(folder / f"{item.id}.png", compress_level=1)
-            Image.fromarray(item.mask * np.uint8(255)).save(folder / f"{item.id}_mask.png")
-        scratch.replace(root)
+        try:
+            for item in phantom.cohort(count=self.count, seed=self.seed):
+                folder = scratch / item.label
+                folder.mkdir(exist_ok=True)
+                Image.fromarray(item.image).save(folder / f"{item.id}.png", compress_level=1)
+                Image.fromarray(item.mask * np.uint8(255)).save(folder / f"{item.id}_mask.png")
+            scratch.replace(root)
+        except OSError:  # a full disk: what was written would keep it full
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
 
 class Listing(NamedTuple):
-    """The entries of a data set, sorted by id, and the SHA-256 over their ids, labels and the bytes of all files."""
+    """A listed data set.
+
+    Attributes:
+        entries: sorted by id.
+        digest: SHA-256 over their ids, labels and the bytes of all files.
+        ignored: names of what is not used of the data set's folder, by reason; empty for a user's own class.
+    """
 
     entries: list[Entry]
     digest: str
+    ignored: Ignored
+
+    def summary(self) -> str:
+        """Return the number of images, in all and of each label, such as ``163 images (110 benign, 53 malignant)``."""
+        labels = Counter(entry.label for entry in self.entries)
+        counts = ", ".join(f"{count} {label}" for label, count in sorted(labels.items()))
+        return f"{len(self.entries)} images" + (f" ({counts})" if labels.keys() != {"unknown"} else "")
 
 
 def listing(source: Source) -> Listing:
     """List a data set without decoding its images: enough to know whether a cell is finished.
 
     Raises:
-        InputError: there are no images, or two of them have one id.
+        InputError: there are no images, a file cannot be read, or two images have one id.
     """
     entries = sorted(source.entries())
-    ids = [entry.id for entry in entries]
-    if len(set(ids)) < len(ids):
-        raise InputError(f"data={source.name}: two images have the id {next(i for i in ids if ids.count(i) > 1)!r}")
+    _check_ids(source.name, entries)
     sha = hashlib.sha256()
     for entry in entries:
         for part in (entry.id, entry.label):
             sha.update(part.encode() + b"\0")
         for file in (entry.image_file, *entry.mask_files):
-            sha.update(hashlib.sha256(file.read_bytes()).digest())
-    return Listing(entries, sha.hexdigest())
+            try:
+                sha.update(hashlib.sha256(file.read_bytes()).digest())
+            except OSError as error:
+                raise InputError(f"{file} cannot be read ({error.strerror}); make it readable, or remove it") from error
+    ignored = source.ignored() if hasattr(source, "ignored") else {}
+    return Listing(entries, sha.hexdigest(), ignored)
 
 
-def _existing(root: str | Path) -> Path:
-    root = Path(str(root)).expanduser()  # a folder called 2024 comes as a number
-    if not root.is_dir():
-        raise InputError(f"data.root={root}: no such folder; give the folder that holds the images")
-    return root
-
-
-def _images(folder: Path) -> list[Path]:
-    """Return the image files in a folder, without the hidden ones that a Mac adds (``._000001.png``)."""
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
-
-
-def _find_folder(root: Path, name: str, *, hint: str) -> Path:
-    """Return the folder ``name`` (any case) under root, at most two folders deeper."""
-    for pattern in ("*", "*/*", "*/*/*"):
-        for folder in sorted(root.glob(pattern)):
-            if folder.is_dir() and folder.name.lower() == name.lower():
-                return folder
-    raise InputError(f"data.root={root}: no folder {name}/ in it; expected {hint}")
-
-
-def _equal_stems(image_dir: Path, mask_dir: Path) -> list[tuple[Path, tuple[Path, ...]]]:
-    images = _images(image_dir)
-    if not images:
-        raise InputError(f"{image_dir}: no images found; expected files ending in {', '.join(SUFFIXES)}")
-    masks = {file.stem: file for file in _images(mask_dir)}
-    return [(image, (masks[image.stem],) if image.stem in masks else ()) for image in images]
-
-
-def _udiat_labels(root: Path) -> dict[str, str]:
-    sheets = sorted(root.glob("DatasetB.xlsx"))
-    if not sheets:
-        return {}
-    import pandas as pd
-
-    table = pd.read_excel(sheets[0], dtype=str)
-    if not {"Image", "Type"} <= set(table.columns):
-        raise InputError(f"{sheets[0]}: labels need the columns Image and Type, found {', '.join(map(str, table))}")
-    names = table["Image"].str.strip().str.zfill(6)  # spreadsheets turn 000001 into 1
-    return dict(zip(names, table["Type"].str.strip().str.lower(), strict=True))
+def _check_ids(name: str, entries: Sequence[Entry]) -> None:
+    """Raise InputError if there are no images, or two have one id, or an id is not text."""
+    if not entries:
+        raise InputError(f"data={name}: no images; its class lists none")
+    files: dict[str, Path] = {}
+    for entry in entries:
+        refuse_unprintable(entry.id, f"data={name}: the id")
+        if entry.id in files:
+            both = f"{files[entry.id]} and {entry.image_file}"
+            raise InputError(f"data={name}: two images have the id {entry.id!r}: {both}; rename one of them")
+        files[entry.id] = entry.image_file

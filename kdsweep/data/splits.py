@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -157,11 +158,7 @@ def from_file(listed: Listed, file: Path, *, fold: int) -> Split:
     Raises:
         InputError: the file cannot be read; ids are unknown, missing or in two parts; a part is empty.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"split.file={file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    parts = _parts_of_json(text, file, fold=fold) if file.suffix.lower() == ".json" else _parts_of_csv(text, file)
+    parts = _parts_of_json(file, fold=fold) if file.suffix.lower() == ".json" else _parts_of_csv(file)
     known = {image_id: number for number, image_id in enumerate(listed.ids)}
     placed = [image_id for ids in parts.values() for image_id in ids]
     wrong = {
@@ -181,10 +178,8 @@ def from_file(listed: Listed, file: Path, *, fold: int) -> Split:
     return Split(**numbers)
 
 
-def _parts_of_csv(text: str, file: Path) -> dict[str, list[str]]:
-    import csv
-
-    rows = list(csv.DictReader(text.splitlines()))
+def _parts_of_csv(file: Path) -> dict[str, list[str]]:
+    rows = _read_csv(file, "split.file")
     if not rows or not {"id", "part"} <= rows[0].keys():
         _refuse_columns(file, "split.file", rows, needed="id and part")
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
@@ -196,26 +191,44 @@ def _parts_of_csv(text: str, file: Path) -> dict[str, list[str]]:
     return parts
 
 
-def _parts_of_json(text: str, file: Path, *, fold: int) -> dict[str, list[str]]:
+def _parts_of_json(file: Path, *, fold: int) -> dict[str, list[str]]:
     try:
-        folds = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"split.file={file} is no JSON: {error}") from error
-    if not isinstance(folds, list) or not all(
-        isinstance(own, dict) and {"train", "val"} <= own.keys() for own in folds
-    ):
+        folds = json.loads(_read_text(file, "split.file"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"split.file={file} is not JSON: {error}; save it as nnU-Net does") from error
+    if not isinstance(folds, list) or not all(isinstance(of, dict) and {"train", "val"} <= of.keys() for of in folds):
         raise InputError(
             f'split.file={file}: expected a list of folds as nnU-Net writes it, {{"train": [], "val": []}}'
         )
     if fold >= len(folds):
         raise InputError(f"split.fold={fold} is not allowed: {file} has {len(folds)} folds, from 0")
-    own = {key: [str(image_id) for image_id in ids] for key, ids in folds[fold].items()}
-    if "test" in own:
-        return {"train": own["train"], "validation": own["val"], "test": own["test"]}
-    return {"train": own["train"], "test": own["val"]}
+    where = f"split.file={file}: fold {fold}"
+    if unknown := sorted(folds[fold].keys() - {"train", "val", "test"}):
+        raise InputError(f"{where} has the key {unknown[0]!r}; it may have train, val and test")
+    parts = {key: _ids(ids, f"{where}: {key}") for key, ids in folds[fold].items()}
+    if "test" in parts:
+        return {"train": parts["train"], "validation": parts["val"], "test": parts["test"]}
+    return {"train": parts["train"], "test": parts["val"]}
 
 
-def read_groups(ids: Sequence[str], group: str, *, root: Path | None) -> list[str]:
+def _ids(value: Any, where: str) -> list[str]:
+    """Return the ids of a part of a JSON file, which may be texts or whole numbers."""
+    if not isinstance(value, list):
+        raise InputError(f"{where} is {json.dumps(value)[:40]}; it must be a list of image ids")
+    for image_id in value:
+        if not isinstance(image_id, str | int) or isinstance(image_id, bool):
+            raise InputError(f"{where} holds {json.dumps(image_id)[:40]}; an image id is a text")
+    return list(map(str, value))
+
+
+class Groups(NamedTuple):
+    """The group of each of N images, and the names in rows of the groups file that name none of them."""
+
+    names: list[str]
+    unused: list[str]
+
+
+def read_groups(ids: Sequence[str], group: str, *, root: Path | None) -> Groups:
     """Return the group of each image, whose images stay on one side of a split.
 
     Args:
@@ -226,10 +239,10 @@ def read_groups(ids: Sequence[str], group: str, *, root: Path | None) -> list[st
         root: folder of the images; None where the data set has none.
 
     Raises:
-        InputError: no such file or column; an id without group.
+        InputError: no such file or column; an id without group, or with two.
     """
     if "(" in group:
-        return _groups_by_pattern(ids, group)
+        return Groups(_groups_by_pattern(ids, group), [])
     file, column = Path(group).expanduser(), "group"
     if file.suffix.lower() != ".csv":
         file, column = _file_with(group, root), group
@@ -237,13 +250,26 @@ def read_groups(ids: Sequence[str], group: str, *, root: Path | None) -> list[st
     key = next((name for name in ("id", "image", "file") if rows and name in rows[0]), None)
     if key is None or column not in rows[0]:
         _refuse_columns(file, "split.group", rows, needed=f"id (or image, or file) and {column}")
+    known = {unicodedata.normalize("NFC", image_id): image_id for image_id in ids}
     found: dict[str, str] = {}
+    unused = []
     for row in rows:
-        for name in (str(row[key]), Path(str(row[key])).stem):
-            found.setdefault(name, (row[column] or "").strip())
+        name, value = row[key] or "", (row[column] or "").strip()
+        image_id = _named_by(name, known)
+        if image_id is None:
+            unused.append(name)
+        elif found.setdefault(image_id, value) != value:
+            both = f"{found[image_id]!r} and {value!r}"
+            raise InputError(f"split.group={group}: {file} has two groups for {image_id}, {both}; leave one row")
     if lacking := [image_id for image_id in ids if not found.get(image_id)]:
         raise InputError(f"split.group={group}: {_several(lacking)} of the data set have no {column} in {file}")
-    return [found[image_id] for image_id in ids]
+    return Groups([found[image_id] for image_id in ids], unused)
+
+
+def _named_by(name: str, known: Mapping[str, str]) -> str | None:
+    """Return the image that a row names: by its id, else by a file of this stem."""
+    name = unicodedata.normalize("NFC", name)
+    return known.get(name) or known.get(Path(name).stem)
 
 
 def _groups_by_pattern(ids: Sequence[str], pattern: str) -> list[str]:
@@ -274,9 +300,18 @@ def _read_csv(file: Path, key: str) -> list[dict[str, str | None]]:
     import csv
 
     try:
-        return list(csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{key}={file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        return list(csv.DictReader(_read_text(file, key).splitlines()))
+    except csv.Error as error:
+        raise InputError(f"{key}={file} is not CSV: {error}; save it as CSV in UTF-8") from error
+
+
+def _read_text(file: Path, key: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{key}={file} cannot be read: {error}; save it in UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{key}={file} cannot be read: {error.strerror}") from error
 
 
 def _refuse_columns(file: Path, key: str, rows: Sequence[Mapping[str, object]], *, needed: str) -> NoReturn:

@@ -25,6 +25,7 @@ from kdsweep.core.files import write_text
 from kdsweep.core.options import add_sweep
 from kdsweep.core.progress import plural, track
 from kdsweep.data import run_data, sources
+from kdsweep.data.folders import ignored_line
 from kdsweep.data.images import load_images, read_gray_or_color
 from kdsweep.data.loaders import EvalPart, eval_part
 from kdsweep.deploy import predict
@@ -82,6 +83,8 @@ def score_sweep(
         f"with {plural(len(listed.entries), 'image')} (digest {listed.digest[:8]}), {done} scored before; device "
         f"{find_device(device)}\n"
     )
+    if line := ignored_line(listed.ignored):
+        sys.stdout.write(f"data={source.name}, ignored: {line}\n")
     sys.stdout.flush()
     count, problems = 0, []
     for run_id, folder in track(folders.items(), what="scoring", unit="network", total=len(folders)):

@@ -21,6 +21,7 @@ from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_text
 from kdsweep.core.progress import plural, track
 from kdsweep.data import duplicates
+from kdsweep.data.folders import ignored_line
 from kdsweep.data.images import read_gray_or_color
 from kdsweep.data.sources import Entry
 
@@ -146,6 +147,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"--out {out}: lies in kdsweep's checkout; contact sheets show patients, put them elsewhere"
             )
         sys.stdout.write(f"data={cfg.data.name}: {len(listing.entries)} images are compared; results go to {out}\n")
+        if line := ignored_line(listing.ignored):
+            sys.stdout.write(f"data={cfg.data.name}, ignored: {line}\n")
         sys.stdout.flush()
         sys.stdout.write(audit(listing.entries, out))
 

@@ -127,6 +127,7 @@ def prepare(configs: list[DictConfig], *, command: str) -> int:
     waiting = plan.waiting(jobs)
     preview = _preview(waiting) if waiting else None
     log.info("%s", estimate.describe(jobs, groups=[[job] for job in waiting], preview=preview))
+    estimate.log_ignored(jobs)
     plan.tell_changes(jobs)
     return len(jobs)
 

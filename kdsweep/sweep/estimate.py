@@ -5,15 +5,20 @@ Runs without torch; what only the real networks can tell is a ``Preview``, made 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdsweep.config import identity
+from kdsweep.config.schema import Settings
 from kdsweep.core.progress import duration, plural
+from kdsweep.data.folders import QUIET, ignored_line
 from kdsweep.runs import records
 from kdsweep.sweep import plan
 from kdsweep.sweep.plan import Job
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,7 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         shared = {forward_of(job)[0] for job in members if job.cell.role == "distilled"}
         line += f"; {plural(len(groups), 'lockstep group')}, {plural(len(shared), 'shared Teacher')}"
         line += f", {plural(len(plan.missing_teachers(members)), 'Teacher')} to train"
-    images = len(identity.listing(first).entries)
-    line += f"; data={first.data.name} with {images} images at {first.image_size} pixels"
+    line += f"; {describe_data(first)}"
     if preview is not None:
         names = list(dict.fromkeys(name for device in preview.devices.values() for name in device))
         line += f"; device {', '.join(names)}"
@@ -124,14 +128,35 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
     return f"{line}; profile={first.profile}; sweep {first.sweep_name}"
 
 
+def describe_data(settings: Settings) -> str:
+    """Return the data set with the number of its images, in all and of each label, and of what is ignored."""
+    listed = identity.listing(settings)
+    ignored = sum(len(names) for reason, names in identity.ignored(settings).items() if reason not in QUIET)
+    line = f"data={settings.data.name} with {listed.summary()} at {settings.image_size} pixels"
+    return f"{line}, {ignored} ignored" if ignored else line
+
+
+def ignored_lines(jobs: Sequence[Job]) -> list[str]:
+    """Return a line with the first names of what is ignored, for each data set of which something is."""
+    kinds = {(str(job.settings.data.source), job.settings.split.group): job.settings for job in jobs}
+    lines = [(settings.data.name, ignored_line(identity.ignored(settings))) for settings in kinds.values()]
+    return [f"data={name}, ignored: {line}" for name, line in lines if line]
+
+
+def log_ignored(jobs: Sequence[Job]) -> None:
+    """Log the lines of ``ignored_lines``."""
+    for line in ignored_lines(jobs):
+        log.warning("%s", line)
+
+
 def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: Preview | None) -> str:
     """Return what a sweep would compute and for how long at most, a line per group.
 
     The arguments are those of ``describe``.
     """
-    lines = [describe(jobs, groups=groups, preview=preview)]
+    lines = [describe(jobs, groups=groups, preview=preview), *ignored_lines(jobs)]
     if preview is None:
-        return lines[0]
+        return "\n".join(lines)
     members = [job for group in groups for job in group]
     for number, group in enumerate(groups, start=1):
         first = group[0].settings

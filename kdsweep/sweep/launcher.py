@@ -116,6 +116,7 @@ class LockstepLauncher(Launcher):
 
         preview, groups = self._look(waiting, times=False) if waiting else (None, [])
         log.info("%s", estimate.describe(jobs, groups=groups, preview=preview))
+        estimate.log_ignored(jobs)
         plan.tell_changes(jobs)
         results: dict[str, float | Exception] = {}
         for job in plan.unique(jobs):

@@ -187,8 +187,7 @@ class Tuner(Launcher):
         line += f"{trials} trials, {self.options.trials} of each, {done} of them done"
         pruner = str(self.options.pruner.get("_target_", "successive halving")).rpartition(".")[2]
         line += f"; rounds of {self.options.round}, pruner {pruner}; {first.train.epochs} epochs at most"
-        images = len(identity.listing(first).entries)
-        line += f"; data={first.data.name} with {images} images at {first.image_size} pixels"
+        line += f"; {estimate.describe_data(first)}"
         if preview.timed_on:
             left_s = self._longest_s(methods, preview) * (trials - done) / trials / preview.speed(len(methods))
             line += f"; device {preview.timed_on}; at most about {duration(left_s)} without pruning"

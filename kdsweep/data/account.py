@@ -1,0 +1,164 @@
+"""An account of a data set: what it holds, which images are faulty or doubtful, and which files are ignored."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from kdsweep.core.progress import plural, track
+from kdsweep.data.folders import Ignored, several
+from kdsweep.data.images import TAKE_EMPTY, read_entry, resize_mask
+from kdsweep.data.sources import Entry
+from kdsweep.data.splits import PARTS
+
+QUANTILES = (0, 5, 25, 50, 75, 95, 100)
+SHOWN = 5  # ids in a line
+
+
+class Measured(NamedTuple):
+    """What is measured of an image.
+
+    Attributes:
+        height: of the file, in pixels; 0 if it cannot be read.
+        width: of the file, in pixels.
+        lesion: share of the image that is lesion.
+        resized: the same at the size at which images are scored.
+        fault: why the image cannot be used, in one line; empty if it can.
+    """
+
+    height: int
+    width: int
+    lesion: float
+    resized: float
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Account:
+    """All that ``text`` says about a data set.
+
+    Attributes:
+        name: of the data set.
+        entries: its images.
+        measured: of each image.
+        image_size: side in pixels at which images are scored.
+        ignored: names of what is not used, by reason.
+        split: the protocol in words.
+        parts: ``train``, ``validation`` or ``test`` by image id; empty if there is no split.
+        refused: why there is no split, in one line; empty if there is one.
+        groups: group by image id; empty without groups.
+    """
+
+    name: str
+    entries: Sequence[Entry]
+    measured: Sequence[Measured]
+    image_size: int
+    ignored: Ignored = field(default_factory=dict)
+    split: str = ""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    refused: str = ""
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def faults(self) -> list[str]:
+        """Return a line for everything that keeps the data set from being used."""
+        return [*(own.fault for own in self.measured if own.fault), *([self.refused] if self.refused else [])]
+
+    def doubts(self) -> dict[str, list[int]]:
+        """Return indices of readable images that deserve a look, by reason."""
+        readable = [(number, own) for number, own in enumerate(self.measured) if own.height]
+        size = self.image_size
+        return {
+            "no lesion": [number for number, own in readable if own.lesion == 0],
+            "all lesion": [number for number, own in readable if own.lesion == 1],
+            f"lesion lost at {size} pixels": [n for n, own in readable if own.lesion > 0 and own.resized == 0],
+            f"enlarged to {size} pixels": [n for n, own in readable if min(own.height, own.width) < size],
+        }
+
+
+def measure(entries: Sequence[Entry], *, image_size: int, allow_empty_masks: bool) -> list[Measured]:
+    """Read and measure all images, with progress; a faulty image is an entry of the result."""
+
+    def one(entry: Entry) -> Measured:
+        try:
+            image, mask = read_entry(entry, smallest=1)
+        except ValueError as error:
+            return Measured(0, 0, math.nan, math.nan, str(error))
+        is_faulty = not (allow_empty_masks or mask.any())
+        fault = f"{entry.mask_files[0]} shows no lesion ({TAKE_EMPTY} takes healthy images)" if is_faulty else ""
+        resized = float(resize_mask(mask, image_size).mean())
+        return Measured(image.shape[0], image.shape[1], float(mask.mean()), resized, fault)
+
+    with ThreadPoolExecutor() as threads:  # Pillow and OpenCV decode and resize outside Python's lock
+        return list(track(threads.map(one, entries), what="reading images", unit="image", total=len(entries)))
+
+
+def text(account: Account) -> str:
+    """Return the account: the answer in the first line, then faults and doubts, then the details."""
+    sections = [_answer(account), _list("faults", account.faults), _list("worth a look", _doubt_lines(account))]
+    sections += [_counts(account), "\n".join(_details(account))]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _answer(account: Account) -> str:
+    count = sum(bool(own.fault) for own in account.measured)
+    faulty = [f"{count} of them faulty"] if count else []
+    reasons = [*faulty, *(["the split is refused"] if account.refused else [])]
+    verdict = f"NOT usable: {', '.join(reasons)}" if reasons else f"usable at image_size={account.image_size}"
+    return f"data={account.name}: {plural(len(account.entries), 'image')}, {verdict}"
+
+
+def _list(title: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"{title}:", *(f"  {line}" for line in lines)]) if lines else ""
+
+
+def _doubt_lines(account: Account) -> list[str]:
+    ids = {reason: [account.entries[number].id for number in own] for reason, own in account.doubts().items()}
+    return [f"{reason}: {several(names, shown=SHOWN)}" for reason, names in ids.items() if names]
+
+
+def _counts(account: Account) -> str:
+    """Return a table of images: a row per label, a column per part."""
+    columns = [*(PARTS if account.parts else ()), "all"]
+    labels = sorted({entry.label for entry in account.entries})
+    cells = Counter((entry.label, account.parts.get(entry.id, "")) for entry in account.entries)
+    rows = [["images", *columns]]
+    for name, members in [*((label, [label]) for label in labels), *([("all", labels)] if len(labels) > 1 else [])]:
+        of_parts = [sum(cells[label, part] for label in members) for part in columns[:-1]]
+        rows.append([name, *map(str, of_parts), str(sum(n for (label, _), n in cells.items() if label in members))])
+    first = max(len(row[0]) for row in rows)
+    return "\n".join(row[0].ljust(first) + "".join(cell.rjust(12) for cell in row[1:]) for row in rows)
+
+
+def _details(account: Account) -> list[str]:
+    readable = [own for own in account.measured if own.height]
+    lines = []
+    if readable:
+        sizes = sorted(readable, key=lambda own: own.height * own.width)
+        named = zip(("smallest", "median", "largest"), (sizes[0], sizes[len(sizes) // 2], sizes[-1]), strict=True)
+        lines.append("size in pixels: " + ", ".join(f"{name} {own.width} x {own.height}" for name, own in named))
+    if lesions := [100 * own.lesion for own in readable if own.lesion > 0]:
+        values = np.percentile(lesions, QUANTILES)
+        named_shares = zip(("min", "5 %", "25 %", "median", "75 %", "95 %", "max"), values, strict=True)
+        lines.append("lesion in % of the image: " + ", ".join(f"{name}: {value:.3g}" for name, value in named_shares))
+    doubts = account.doubts()
+    lines.append("; ".join(f"{reason}: {len(numbers)}" for reason, numbers in doubts.items()))
+    several_masks = sum(len(entry.mask_files) > 1 for entry in account.entries)
+    lines.append(f"images with several mask files: {several_masks}")
+    lines.append(f"split: {account.split}" + ("" if account.parts else ", refused"))
+    lines.append(_groups_line(account))
+    lines += [f"ignored, {reason}: {several(names, shown=SHOWN)}" for reason, names in account.ignored.items()]
+    return lines
+
+
+def _groups_line(account: Account) -> str:
+    if not account.groups:
+        return "groups: none; split.group keeps the images of a patient in one part (docs/data.md)"
+    sizes = Counter(account.groups.values())
+    return f"groups: {len(sizes)} of 1 to {max(sizes.values())} images"

@@ -1,0 +1,176 @@
+"""``python -m kdsweep data data=NAME data.root=DIR``: an account of a data set, and a contact sheet of its masks.
+
+The account says whether the images can be used, what is doubtful and what is ignored. The sheet shows the images that
+tell most: doubtful ones, the smallest and the largest lesions, then some at random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.figure import Figure
+
+from kdsweep.config import composition, identity
+from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.files import write_bytes
+from kdsweep.core.progress import plural
+from kdsweep.data.account import Account, measure, text
+from kdsweep.data.images import read_entry
+from kdsweep.results.audit import CHECKOUT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ACROSS, IMAGES, OF_A_KIND = 6, 36, 6  # panels in a row, on the sheet, and of each reason but the last
+PANEL_W, PANEL_H, HEAD = 2.0, 2.05, 0.75  # inches
+DPI, THUMB_PX, ID_CHARACTERS = 130, 300, 24
+# Okabe and Ito's colors, safe for the color-blind; yellow stands out from gray images. The text says what color says.
+CONTOUR, DOUBT = "#F0E442", "#D55E00"
+HALO = [patheffects.withStroke(linewidth=2.6, foreground="black", alpha=0.7)]
+SMALLEST, LARGEST, RANDOM = "smallest lesions", "largest lesions", "at random"
+
+
+def choose(account: Account, *, count: int = IMAGES) -> dict[int, str]:
+    """Choose images to look at; the last ones are drawn at random, with a fixed seed.
+
+    Args:
+        account: of the data set.
+        count: the most images.
+
+    Returns:
+        The reason by the image's index, in the order of the sheet.
+    """
+    chosen: dict[int, str] = {}
+    for reason, numbers in account.doubts().items():
+        rest = [number for number in numbers if number not in chosen]
+        chosen |= dict.fromkeys(rest[:OF_A_KIND], reason)
+    lesions = {number: own.lesion for number, own in enumerate(account.measured) if own.lesion > 0}
+    for reason, sign in ((SMALLEST, 1), (LARGEST, -1)):
+        rest = sorted((number for number in lesions if number not in chosen), key=lambda n: sign * lesions[n])
+        chosen |= dict.fromkeys(rest[:OF_A_KIND], reason)
+    readable = [number for number, own in enumerate(account.measured) if own.height and number not in chosen]
+    drawn = np.random.default_rng(0).permutation(readable)[: max(0, count - len(chosen))]
+    chosen |= dict.fromkeys(sorted(int(number) for number in drawn), RANDOM)
+    return dict(list(chosen.items())[:count])
+
+
+def draw(account: Account, chosen: Mapping[int, str]) -> Figure:
+    """Draw the chosen images with the contours of their masks, a panel each."""
+    rows = -(-len(chosen) // ACROSS)
+    height = rows * (PANEL_H + HEAD) + 0.5
+    figure = Figure(figsize=(ACROSS * PANEL_W, height), layout="constrained")
+    title = f"data={account.name}: {len(chosen)} of {plural(len(account.entries), 'image')}, masks as yellow contours"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    panels = figure.subplots(rows, ACROSS, squeeze=False).ravel()
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, (number, reason) in zip(panels, chosen.items(), strict=False):
+        _draw_image(axes, *read_entry(account.entries[number], smallest=1))
+        _write_title(axes, account, number, reason)
+    return figure
+
+
+def _draw_image(axes: Axes, image: np.ndarray, mask: np.ndarray) -> None:
+    """Draw an image (H, W, 3) uint8 and the contours of its mask (H, W), which have the full resolution."""
+    height, width = mask.shape
+    scale = min(1.0, THUMB_PX / max(height, width))
+    small = (max(1, round(width * scale)), max(1, round(height * scale)))
+    thumb = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
+    axes.imshow(thumb, extent=(0, width, height, 0), interpolation="antialiased")
+    contours, _ = cv2.findContours(np.pad(mask, 1), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    for contour in contours:
+        x, y = (contour[:, 0] - 0.5).T  # one pixel of padding, less half a pixel to its center
+        marker = "o" if max(np.ptp(x) / width, np.ptp(y) / height) < 0.03 else ""  # else it would hardly be seen
+        line = {"color": CONTOUR, "linewidth": 1.3, "path_effects": HALO}
+        axes.plot([*x, x[0]], [*y, y[0]], marker=marker, markersize=9, markevery=[0], fillstyle="none", **line)
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+
+
+def _write_title(axes: Axes, account: Account, number: int, reason: str) -> None:
+    entry, own = account.entries[number], account.measured[number]
+    is_doubt = reason not in (SMALLEST, LARGEST, RANDOM)
+    name = entry.id if len(entry.id) <= ID_CHARACTERS else f"{entry.id[: ID_CHARACTERS - 3]}..."
+    label = [entry.label] if entry.label != "unknown" else []
+    part = [account.parts[entry.id]] if entry.id in account.parts else []
+    what = ", ".join([*label, *part, f"lesion {100 * own.lesion:.2g} %"])
+    look: dict[str, Any] = {"loc": "left", "fontsize": 7.5, "parse_math": False}
+    axes.set_title(f"{name}\n{what}", **look)
+    axes.text(
+        0.0,
+        -0.03,
+        f"{reason.upper()}, {own.width} x {own.height}" if is_doubt else f"{reason}, {own.width} x {own.height}",
+        transform=axes.transAxes,
+        va="top",
+        fontsize=7,
+        color=DOUBT if is_doubt else "0.35",
+        fontweight="bold" if is_doubt else "normal",
+    )
+
+
+def _save(figure: Figure, file: Path) -> None:
+    import io
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=DPI)
+    try:
+        write_bytes(file, picture.getvalue())
+    except OSError as error:
+        raise InputError(f"--sheet {file}: cannot be written ({error.strerror}); choose another file") from error
+
+
+def take_account(cfg: Any) -> Account:
+    """Read and measure the data set of a configuration, and draw its split.
+
+    Raises:
+        InputError: the data set cannot be listed.
+    """
+    settings = identity.read(cfg)
+    listed = identity.listing(settings)
+    split: dict[str, Any] = {}
+    try:
+        parts = identity.split_ids(settings)
+        split["parts"] = {image_id: part for part, ids in parts.items() for image_id in ids}
+        split["groups"] = identity.image_groups(settings)
+        split["ignored"] = identity.ignored(settings)
+    except InputError as error:
+        split |= {"refused": str(error), "ignored": listed.ignored}
+    measured = measure(
+        listed.entries, image_size=settings.image_size, allow_empty_masks=bool(settings.data.allow_empty_masks)
+    )
+    name, protocol = settings.data.name, settings.split.in_words()
+    return Account(name, listed.entries, measured, image_size=settings.image_size, split=protocol, **split)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the account of the data set that overrides name; return 0, or 1 if it cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kdsweep data", description="What a data set holds: counts, sizes, faults, a contact sheet."
+    )
+    parser.add_argument("overrides", nargs="*", help="the data set: data=busi data.root=/path/to/BUSI, and split=...")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="contact sheet (STORE/data/NAME.png)")
+    options = parser.parse_args(argv)
+    faults: list[str] = []
+
+    def work() -> None:
+        sheet = options.sheet and options.sheet.expanduser().resolve()
+        if sheet and sheet.is_relative_to(CHECKOUT) and (CHECKOUT / ".git").exists():
+            raise InputError(f"--sheet {sheet}: is in kdsweep's checkout; the sheet shows patients, put it elsewhere")
+        cfg = composition.compose(options.overrides)
+        account = take_account(cfg)
+        faults.extend(account.faults)
+        sys.stdout.write(text(account))
+        sys.stdout.flush()
+        if chosen := choose(account):
+            file = sheet or Path(cfg.store, "data", f"{account.name}.png")
+            _save(draw(account, chosen), file)
+            sys.stdout.write(f"\nwrote {file}: {plural(len(chosen), 'image')} with contours; look at them\n")
+
+    return exit_code(work) or int(bool(faults))
