@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kdsweep.core.progress import plural, track
-from kdsweep.data.folders import Ignored, several
+from kdsweep.data.folders import QUIET, Ignored, several
 from kdsweep.data.images import TAKE_EMPTY, read_entry, resize_mask
 from kdsweep.data.sources import Entry
 from kdsweep.data.splits import PARTS
@@ -68,15 +68,18 @@ class Account:
     @property
     def faults(self) -> list[str]:
         """Return a line for everything that keeps the data set from being used."""
-        return [*(own.fault for own in self.measured if own.fault), *([self.refused] if self.refused else [])]
+        lines = [own.fault for own in self.measured if own.fault]
+        if not any(own.lesion > 0 for own in self.measured):
+            lines.append(f"data={self.name}: no mask shows a lesion, so nothing can be learned")
+        return [*lines, *([self.refused] if self.refused else [])]
 
     def doubts(self) -> dict[str, list[int]]:
         """Return indices of readable images that deserve a look, by reason."""
         readable = [(number, own) for number, own in enumerate(self.measured) if own.height]
         size = self.image_size
         return {
-            "no lesion": [number for number, own in readable if own.lesion == 0],
-            "all lesion": [number for number, own in readable if own.lesion == 1],
+            "empty mask": [number for number, own in readable if own.lesion == 0],
+            "full mask": [number for number, own in readable if own.lesion == 1],
             f"lesion lost at {size} pixels": [n for n, own in readable if own.lesion > 0 and own.resized == 0],
             f"enlarged to {size} pixels": [n for n, own in readable if min(own.height, own.width) < size],
         }
@@ -108,9 +111,11 @@ def text(account: Account) -> str:
 
 def _answer(account: Account) -> str:
     count = sum(bool(own.fault) for own in account.measured)
-    faulty = [f"{count} of them faulty"] if count else []
-    reasons = [*faulty, *(["the split is refused"] if account.refused else [])]
-    verdict = f"NOT usable: {', '.join(reasons)}" if reasons else f"usable at image_size={account.image_size}"
+    reasons = [f"{count} of them faulty"] if count else []
+    reasons += ["the split is refused"] if account.refused else []
+    verdict = f"usable at image_size={account.image_size}"
+    if account.faults:
+        verdict = f"NOT usable: {', '.join(reasons) or 'no lesion'}"
     return f"data={account.name}: {plural(len(account.entries), 'image')}, {verdict}"
 
 
@@ -119,7 +124,10 @@ def _list(title: str, lines: Sequence[str]) -> str:
 
 
 def _doubt_lines(account: Account) -> list[str]:
-    ids = {reason: [account.entries[number].id for number in own] for reason, own in account.doubts().items()}
+    usable = {number for number, own in enumerate(account.measured) if not own.fault}
+    doubts = {reason: [number for number in own if number in usable] for reason, own in account.doubts().items()}
+    ids = {reason: [account.entries[number].id for number in own] for reason, own in doubts.items()}
+    ids |= {f"ignored, {reason}": names for reason, names in account.ignored.items() if reason not in QUIET}
     return [f"{reason}: {several(names, shown=SHOWN)}" for reason, names in ids.items() if names]
 
 
@@ -153,7 +161,11 @@ def _details(account: Account) -> list[str]:
     lines.append(f"images with several mask files: {several_masks}")
     lines.append(f"split: {account.split}" + ("" if account.parts else ", refused"))
     lines.append(_groups_line(account))
-    lines += [f"ignored, {reason}: {several(names, shown=SHOWN)}" for reason, names in account.ignored.items()]
+    lines += [
+        f"ignored, {reason}: {several(names, shown=SHOWN)}"
+        for reason, names in account.ignored.items()
+        if reason in QUIET
+    ]
     return lines
 
 

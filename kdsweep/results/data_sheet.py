@@ -7,6 +7,7 @@ tell most: doubtful ones, the smallest and the largest lesions, then some at ran
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import cv2
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError, exit_code
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ACROSS, IMAGES, OF_A_KIND = 6, 36, 6  # panels in a row, on the sheet, and of each reason but the last
-PANEL_W, PANEL_H, HEAD = 2.0, 2.05, 0.75  # inches
+PANEL_W, PANEL_H, HEAD = 2.0, 1.7, 0.62  # inches
 DPI, THUMB_PX, ID_CHARACTERS = 130, 300, 24
 # Okabe and Ito's colors, safe for the color-blind; yellow stands out from gray images. The text says what color says.
 CONTOUR, DOUBT = "#F0E442", "#D55E00"
@@ -65,12 +67,17 @@ def draw(account: Account, chosen: Mapping[int, str]) -> Figure:
     """Draw the chosen images with the contours of their masks, a panel each."""
     rows = -(-len(chosen) // ACROSS)
     height = rows * (PANEL_H + HEAD) + 0.5
-    figure = Figure(figsize=(ACROSS * PANEL_W, height), layout="constrained")
+    figure = Figure(
+        figsize=(ACROSS * PANEL_W, height),
+        layout=ConstrainedLayoutEngine(h_pad=0.14, w_pad=0.04, rect=(0, 0.01, 1, 0.99)),
+    )
     title = f"data={account.name}: {len(chosen)} of {plural(len(account.entries), 'image')}, masks as yellow contours"
+    title += ", circles on specks"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     panels = figure.subplots(rows, ACROSS, squeeze=False).ravel()
     for axes in panels:
         axes.set_axis_off()
+        axes.set_anchor("NW")  # the titles of a row on one line
     for axes, (number, reason) in zip(panels, chosen.items(), strict=False):
         _draw_image(axes, *read_entry(account.entries[number], smallest=1))
         _write_title(axes, account, number, reason)
@@ -88,7 +95,7 @@ def _draw_image(axes: Axes, image: np.ndarray, mask: np.ndarray) -> None:
     for contour in contours:
         x, y = (contour[:, 0] - 0.5).T  # one pixel of padding, less half a pixel to its center
         marker = "o" if max(np.ptp(x) / width, np.ptp(y) / height) < 0.03 else ""  # else it would hardly be seen
-        line = {"color": CONTOUR, "linewidth": 1.3, "path_effects": HALO}
+        line: dict[str, Any] = {"color": CONTOUR, "linewidth": 1.3, "path_effects": HALO}
         axes.plot([*x, x[0]], [*y, y[0]], marker=marker, markersize=9, markevery=[0], fillstyle="none", **line)
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
@@ -101,23 +108,13 @@ def _write_title(axes: Axes, account: Account, number: int, reason: str) -> None
     label = [entry.label] if entry.label != "unknown" else []
     part = [account.parts[entry.id]] if entry.id in account.parts else []
     what = ", ".join([*label, *part, f"lesion {100 * own.lesion:.2g} %"])
-    look: dict[str, Any] = {"loc": "left", "fontsize": 7.5, "parse_math": False}
-    axes.set_title(f"{name}\n{what}", **look)
-    axes.text(
-        0.0,
-        -0.03,
-        f"{reason.upper()}, {own.width} x {own.height}" if is_doubt else f"{reason}, {own.width} x {own.height}",
-        transform=axes.transAxes,
-        va="top",
-        fontsize=7,
-        color=DOUBT if is_doubt else "0.35",
-        fontweight="bold" if is_doubt else "normal",
-    )
+    axes.set_title(f"{name}\n{what}", loc="left", fontsize=7.5, parse_math=False)
+    shade: dict[str, Any] = {"color": DOUBT, "fontweight": "bold"} if is_doubt else {"color": "0.35"}
+    below = f"{reason.upper() if is_doubt else reason}, {own.width} x {own.height}"
+    axes.text(0.0, -0.03, below, transform=axes.transAxes, va="top", fontsize=7, in_layout=False, **shade)
 
 
 def _save(figure: Figure, file: Path) -> None:
-    import io
-
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=DPI)
     try:

@@ -373,7 +373,7 @@ def test_of_many_bad_files_the_first_ten_and_the_count_are_given(tmp_path: Path)
 def test_two_images_of_one_id_are_refused(tmp_path: Path) -> None:
     folder_data(tmp_path, count=2)
     save(gray(), tmp_path / "images" / "01.jpg")
-    assert "'01'" in error_of(sources.Folder(tmp_path))
+    assert "01.jpg and 01.png have one name" in error_of(sources.Folder(tmp_path))
 
 
 def test_training_masks_that_are_all_empty_are_refused() -> None:

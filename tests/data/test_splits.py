@@ -136,30 +136,46 @@ def test_a_wrong_csv_is_one_line(tmp_path, rows, line):
     [
         ("s.csv", "image,fold\na,1\n", "needs the columns id and part, it has image, fold"),
         ("s.csv", "", "needs the columns id and part, it has no row"),
-        ("s.json", "{", "is no JSON"),
+        ("s.csv", "id,part\n" + "x" * 200_000, "is not CSV: field larger than field limit"),
+        ("s.csv", b"id,part\ncaf\xe9,train\n", "cannot be read: .* save it in UTF-8"),
+        ("s.json", "{", "is not JSON"),
+        ("s.json", "[" * 100_000, "is not JSON"),
+        ("s.json", "null", "expected a list of folds as nnU-Net writes it"),
         ("s.json", '{"train": []}', "expected a list of folds as nnU-Net writes it"),
+        ("s.json", '[{"train": null, "val": []}]', "fold 0: train is null; it must be a list of image ids"),
+        ("s.json", '[{"train": [], "val": {"a": 1}}]', 'fold 0: val is {"a": 1}; it must be a list of image ids'),
+        ("s.json", '[{"train": "p00_000", "val": []}]', 'fold 0: train is "p00_000"; it must be a list'),
+        (
+            "s.json",
+            '[{"train": [["p00_000"]], "val": []}]',
+            r'fold 0: train holds \["p00_000"\]; an image id is a text',
+        ),
+        ("s.json", '[{"train": [null], "val": []}]', "fold 0: train holds null; an image id is a text"),
+        ("s.json", '[{"train": [], "val": [], "tests": []}]', "fold 0 has the key 'tests'; it may have train, val"),
         ("absent.csv", None, "cannot be read: No such file"),
     ],
 )
 def test_a_file_that_is_no_split_is_one_line(tmp_path, name, text, line):
     if text is not None:
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=line):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=line) as caught:
         splits.from_file(BY_IMAGE, tmp_path / name, fold=0)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # ---- groups
 
 
 def test_groups_come_from_a_pattern_a_file_or_a_column_beside_the_images(tmp_path):
-    assert splits.read_groups(IDS, r"(?P<patient>p\d+)_.*", root=None) == PATIENTS
+    assert splits.read_groups(IDS, r"(?P<patient>p\d+)_.*", root=None) == (PATIENTS, [])
     groups = tmp_path / "groups.csv"
     groups.write_text("image,group\n" + "".join(f"{i},{g}\n" for i, g in zip(IDS, PATIENTS, strict=True)))
-    assert splits.read_groups(IDS, str(groups), root=None) == PATIENTS
+    assert splits.read_groups(IDS, str(groups), root=None) == (PATIENTS, [])
     (tmp_path / "beside").mkdir()
     beside = tmp_path / "beside" / "manifest.csv"
     beside.write_text("file,woman\n" + "".join(f"benign/{i}.png,{g}\n" for i, g in zip(IDS, PATIENTS, strict=True)))
-    assert splits.read_groups(IDS, "woman", root=beside.parent) == PATIENTS
+    assert splits.read_groups(IDS, "woman", root=beside.parent) == (PATIENTS, [])
 
 
 @pytest.mark.parametrize(
@@ -180,6 +196,31 @@ def test_groups_that_are_not_there_are_one_line(tmp_path, monkeypatch, group, li
     Path("other.csv").write_text(f"id,patient\n{IDS[0]},x\n")
     with pytest.raises(InputError, match=line):
         splits.read_groups(IDS, group, root=tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("ids", "rows", "expected"),
+    [
+        (["a", "b"], "a,1\na,2\nb,3", "has two groups for a, '1' and '2'; leave one row"),
+        (["a", "b"], "a,1\na,1\nb,3", (["1", "3"], [])),
+        (["a", "b"], "a,1\na,\nb,3", "has two groups for a, '1' and ''"),
+        (["a", "b"], "a,1\nx/a.png,2\nb,3", "has two groups for a, '1' and '2'"),
+        (["1", "2"], "benign/1.png,A\nmalignant/1.png,B\n2,C", "has two groups for 1, 'A' and 'B'"),
+        (["p.1", "p"], "p.1,A\np,B", (["A", "B"], [])),  # p is the stem of p.1
+        (["p.1", "p"], "p,B\np.1.png,A", (["A", "B"], [])),
+        (["cafe\u0301"], "caf\u00e9,A", (["A"], [])),  # NFD in the file system, NFC in the table
+        (["a"], "a,1\nb,2\nx/c.png,3", (["1"], ["b", "x/c.png"])),
+    ],
+)
+def test_a_row_of_the_groups_file_names_one_image_and_each_image_has_one_group(tmp_path, ids, rows, expected):
+    file = tmp_path / "groups.csv"
+    file.write_text(f"id,group\n{rows}\n", encoding="utf-8")
+    if not isinstance(expected, str):
+        assert splits.read_groups(ids, str(file), root=None) == expected
+        return
+    with pytest.raises(InputError) as caught:
+        splits.read_groups(ids, str(file), root=None)
+    assert f"split.group={file}: {file} {expected}" in str(caught.value)
 
 
 # ---- as configured
