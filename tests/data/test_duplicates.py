@@ -95,7 +95,7 @@ def test_the_command_writes_groups_that_a_split_takes(folder, tmp_path, capsys):
     ids = [entry.id for entry in sources.Busi(folder).entries()]
     from kdsweep.data import splits
 
-    groups = dict(zip(ids, splits.read_groups(ids, str(out / "groups.csv"), root=None), strict=True))
+    groups = dict(zip(ids, splits.read_groups(ids, str(out / "groups.csv"), root=None).names, strict=True))
     assert groups["benign (1)"] == groups["malignant (1)"] == "g001"
     assert len(set(groups.values())) == 3
     sheet = cv2.imread(str(out / "sheet-1.png"), cv2.IMREAD_GRAYSCALE)

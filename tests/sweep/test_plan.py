@@ -262,7 +262,7 @@ def test_repeated_and_finished_jobs_do_not_wait(jobs):
     for part in (
         "3 cells (1 repeated jobs are the same cell): 2 to run, 1 finished; 1 lockstep group, 1 shared Teacher, ",
         "1 Teacher to train",
-        "25 images at 64 pixels",
+        "data=busi with 25 images (16 benign, 9 malignant) at 64 pixels; ",
         "device cpu; ",
     ):
         assert part in line
@@ -334,6 +334,28 @@ def test_the_overview_tells_each_group_and_the_hours(jobs):
     several = replace(PREVIEW, devices={"cpu": ["cpu", "cpu"]})  # processes on the one CPU
     assert estimate.overview(own, groups=groups, preview=several).splitlines()[1:] == rest
     assert estimate.overview(own, groups=[], preview=None) == estimate.describe(own, groups=[], preview=None)
+
+
+def test_what_is_ignored_is_counted_in_the_first_line_and_named_once(small_busi, tmp_path, monkeypatch, caplog):
+    root = shutil.copytree(small_busi, tmp_path / "busi")
+    shutil.copytree(root / "benign", root / "cyst")
+    (root / "manifest.csv").write_text("file\n")
+    rows = "".join(f"{file.stem},{file.stem}\n" for file in small_busi.glob("*/*).png"))
+    (tmp_path / "groups.csv").write_text(f"id,group\n{rows}absent,x\n")
+    words = ["profile=quick", "data=busi", f"data.root={root}", f"store={tmp_path}", "split=holdout", "device=cpu"]
+    words += [f"split.group={tmp_path / 'groups.csv'}"]
+    configs = [composition.compose([*words, f"path={path}"]) for path in ("none", "L")]
+    own = plan.read_jobs(configs)
+    line = estimate.describe(own, groups=[], preview=None)
+    assert "; data=busi with 25 images (16 benign, 9 malignant) at 64 pixels, 33 ignored; " in line
+    names = "cyst/benign (11).png, cyst/benign (11)_mask.png, cyst/benign (12).png, ..."
+    group = f"rows of split.group={tmp_path / 'groups.csv'} without an image: 1 (absent)"
+    expected = f"data=busi, ignored: images in other folders: 32 ({names}); {group}"
+    assert estimate.overview(own, groups=[], preview=None).splitlines()[1:] == [expected]
+    monkeypatch.setattr(callback, "_preview", lambda waiting: PREVIEW)
+    monkeypatch.setattr(plan, "watch", lambda jobs, command: None)
+    callback.prepare(configs, command="")
+    assert caplog.messages.count(expected) == 1
 
 
 def test_jobs_that_run_one_after_the_other_are_told_of_one_device(jobs, monkeypatch, caplog):

@@ -1,0 +1,181 @@
+"""``python -m kdsweep data``: the answer first, each fault and doubt named, a sheet of the images that tell most."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdsweep.data import account as accounts
+from kdsweep.data.account import Account, Measured
+from kdsweep.data.sources import Entry, Folder
+from kdsweep.results import data_sheet
+from kdsweep.results.audit import CHECKOUT
+
+SIDE = 80
+
+
+def write(root, number, mask, *, side=SIDE):
+    for folder, pixels in (("images", np.full((side, side), 90, np.uint8)), ("masks", mask)):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / folder / f"{number:02d}.png")
+
+
+def disc(radius, *, side=SIDE):
+    y, x = np.mgrid[:side, :side]
+    return ((x - side // 2) ** 2 + (y - side // 3) ** 2 < radius**2) * np.uint8(255)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Ten good images: lesions of 5 to 14 pixels radius."""
+    folder = tmp_path / "data"
+    for number in range(10):
+        write(folder, number, disc(5 + number))
+    return folder
+
+
+def command(capsys, *words):
+    """Exit code, standard output and standard error of the command."""
+    code = data_sheet.main(list(words))
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_a_good_data_set_is_usable_and_counted_by_label_and_part(small_busi, tmp_path, capsys):
+    (tmp_path / "groups.csv").write_text(
+        "id,group\n"
+        + "".join(f"{file.stem},{number // 2}\n" for number, file in enumerate(sorted(small_busi.glob("*/*).png"))))
+        + "absent,x\n"
+    )
+    shutil.copytree(small_busi, tmp_path / "busi")
+    (tmp_path / "busi" / "manifest.csv").write_text("file\n")
+    words = ["data=busi", f"data.root={tmp_path / 'busi'}", "image_size=64", f"store={tmp_path / 'store'}"]
+    words += ["split=holdout", f"split.group={tmp_path / 'groups.csv'}"]
+    code, out, err = command(capsys, *words)
+    assert (code, err) == (0, "")
+    table = [line.split() for line in out.split("\n\n")[2].splitlines()]
+    lines = out.splitlines()
+    assert lines[0] == "data=busi: 25 images, usable at image_size=64"
+    assert table[0] == ["images", "train", "validation", "test", "all"]
+    assert [(row[0], row[-1]) for row in table[1:]] == [("benign", "16"), ("malignant", "9"), ("all", "25")]
+    for row in table[1:]:
+        assert sum(map(int, row[1:-1])) == int(row[-1])
+    assert "groups: 13 of 1 to 2 images" in lines
+    assert "ignored, other files: 1 (manifest.csv)" in lines
+    assert f"  ignored, rows of split.group={tmp_path / 'groups.csv'} without an image: 1 (absent)" in lines
+    assert lines[-1].startswith(f"wrote {tmp_path / 'store' / 'data' / 'busi.png'}: 25 images with contours")
+    with Image.open(tmp_path / "store" / "data" / "busi.png") as sheet:
+        assert sheet.size == (1560, round(5 * 130 * 2.32 + 65))
+
+
+def test_faulty_images_are_all_named_and_the_others_are_still_accounted_for(root, tmp_path, capsys):
+    (root / "images" / "03.png").write_bytes(b"not an image")
+    (root / "masks" / "04.png").unlink()
+    write(root, 5, np.zeros((SIDE, SIDE), np.uint8))
+    write(root, 6, np.full((SIDE, SIDE), 255, np.uint8))
+    write(root, 7, np.pad(np.full((1, 1), 255, np.uint8), (20, 1060)), side=1081)
+    write(root, 8, disc(5, side=40), side=40)
+    words = ["data=folder", f"data.root={root}", "image_size=64", "--sheet", str(tmp_path / "a" / "sheet.png")]
+    code, out, _ = command(capsys, *words)
+    answer, faults, doubts, *rest, wrote = out.split("\n\n")
+    assert code == 1
+    assert answer == "data=folder: 10 images, NOT usable: 3 of them faulty"
+    assert faults.splitlines()[0] == "faults:"
+    files = [root / "images" / "03.png", root / "images" / "04.png", root / "masks" / "05.png"]
+    assert [str(file) in line for file, line in zip(files, faults.splitlines()[1:], strict=True)] == [True] * 3
+    assert doubts.splitlines() == [
+        "worth a look:",
+        "  full mask: 1 (06)",
+        "  lesion lost at 64 pixels: 1 (07)",
+        "  enlarged to 64 pixels: 1 (08)",
+    ]
+    assert "size in pixels: smallest 40 x 40, median 80 x 80, largest 1081 x 1081" in rest[-1]
+    assert "max: 100" in rest[-1]
+    assert "empty mask: 1; full mask: 1; lesion lost at 64 pixels: 1; enlarged to 64 pixels: 1" in rest[-1]
+    assert "8 images with contours" in wrote, "those that can be read"
+    assert (tmp_path / "a" / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["split=kfold", "split.folds=20"], "split.folds=20 is not allowed: the data set has 10 images"),
+        (["split=kfold", "split.group=absent.csv"], "split.group=absent.csv cannot be read"),
+    ],
+)
+def test_a_split_that_cannot_be_drawn_is_a_fault_beside_the_account(root, tmp_path, capsys, words, fault):
+    common = ["data=folder", f"data.root={root}", "image_size=64", f"store={tmp_path}"]
+    code, out, _ = command(capsys, *common, *words)
+    assert code == 1
+    assert out.startswith("data=folder: 10 images, NOT usable: the split is refused\n\nfaults:\n  split")
+    assert fault in out
+    assert "unknown          10" in out
+
+
+def test_masks_without_any_lesion_are_a_fault_even_where_empty_masks_are_allowed(tmp_path, capsys):
+    for number in range(6):
+        write(tmp_path / "data", number, np.zeros((SIDE, SIDE), np.uint8))
+    words = ["data=folder", f"data.root={tmp_path / 'data'}", "image_size=64", f"store={tmp_path}"]
+    code, out, _ = command(capsys, *words, "data.allow_empty_masks=true")
+    assert code == 1
+    assert out.startswith("data=folder: 6 images, NOT usable: no lesion\n")
+    assert "no mask shows a lesion, so nothing can be learned" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["data.root=absent"], "data.root=absent: no such folder"),
+        (["--sheet", str(CHECKOUT / "sheet.png")], "is in kdsweep's checkout; the sheet shows patients"),
+        (["--sheet", "/proc/sheet.png"], "--sheet /proc/sheet.png: cannot be written"),
+    ],
+)
+def test_what_the_command_cannot_do_is_one_line(root, capsys, words, line):
+    code, _, err = command(capsys, "data=folder", f"data.root={root}", "image_size=64", *words)
+    assert code == 1
+    assert line in err
+    assert err.count("\n") == 1
+    assert not (CHECKOUT / "sheet.png").exists()
+
+
+def account(lesions, *, sides=None):
+    """An account of images that are not there."""
+    sides = sides or [300] * len(lesions)
+    entries = [Entry(f"{number:03d}", "unknown", None, ()) for number in range(len(lesions))]
+    measured = [Measured(side, side, share, share) for side, share in zip(sides, lesions, strict=True)]
+    return Account("any", entries, measured, image_size=224)
+
+
+def test_the_sheet_shows_doubts_first_then_extremes_then_a_fixed_random_choice():
+    lesions = [0.10 + number / 1000 for number in range(100)]
+    lesions[50], lesions[60] = 0.0, 1.0
+    chosen = data_sheet.choose(account(lesions, sides=[100 if number > 90 else 300 for number in range(100)]))
+    assert len(chosen) == data_sheet.IMAGES
+    reasons = list(chosen.values())
+    kinds = ["empty mask", "full mask", "enlarged to 224 pixels", data_sheet.SMALLEST, data_sheet.LARGEST]
+    assert list(dict.fromkeys(reasons)) == [*kinds, data_sheet.RANDOM]
+    assert [reasons.count(kind) for kind in kinds] == [1, 1, 6, 6, 6]
+    numbers = {kind: [n for n, reason in chosen.items() if reason == kind] for kind in kinds}
+    assert numbers[data_sheet.SMALLEST] == [0, 1, 2, 3, 4, 5]
+    assert numbers[data_sheet.LARGEST] == [99, 98, 97, 90, 89, 88]
+    again = account(lesions, sides=[100 if number > 90 else 300 for number in range(100)])
+    assert data_sheet.choose(again) == chosen
+    assert len(data_sheet.choose(account([0.1] * 5))) == 5
+
+
+def test_a_contour_is_where_the_lesion_is_and_the_title_says_whose(root):
+    write(root, 0, np.pad(np.full((10, 30), 255, np.uint8), ((20, 50), (15, 35))))
+    entries = Folder(root).entries()
+    measured = accounts.measure(entries, image_size=64, allow_empty_masks=False)
+    drawn = data_sheet.draw(
+        Account("mine", entries, measured, image_size=64, parts={"00": "test"}), {0: "full mask", 3: data_sheet.RANDOM}
+    )
+    first, second, *others = drawn.axes
+    (line,) = first.get_lines()
+    x, y = line.get_data()
+    assert (min(x), max(x), min(y), max(y)) == (15.5, 44.5, 20.5, 29.5)  # centers of the outermost pixels
+    assert first.get_title(loc="left") == "00\ntest, lesion 4.7 %"
+    assert first.texts[0].get_text() == "FULL MASK, 80 x 80"
+    assert second.texts[0].get_text() == "at random, 80 x 80"
+    assert not any(axes.get_lines() or axes.images for axes in others)
