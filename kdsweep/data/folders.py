@@ -89,7 +89,9 @@ class Inventory:
         self.folders.append(folder)
         try:
             children = [(folder / child.name, child.is_dir()) for child in os.scandir(folder)]
-        except OSError:
+        except OSError as error:
+            if folder == self.root:
+                raise InputError(f"data.root={folder}: cannot be read ({error.strerror}); make it readable") from error
             self.ignore(UNREADABLE, [folder])
             return
         for child, is_folder in children:
@@ -172,7 +174,10 @@ class Inventory:
         missing = next((name for name in names if not there[name]), names[-1])
         others = [self.name(folder) + "/" for name in names if name != missing for folder in there[name]]
         where = f"beside {', '.join(others[:SHOWN])}" if others else "in it"
-        raise InputError(f"data.root={self.root}: no folder {missing}/ {where}; expected {layout}")
+        remedy = f"expected {layout}"
+        if self.root.name.lower() in names:
+            remedy = f"give the folder above, data.root={self.root.parent}"
+        raise InputError(f"data.root={self.root}: no folder {missing}/ {where}; {remedy}")
 
     def close(self, read: Sequence[Path]) -> Ignored:
         """Account for the remaining files and return all ignored ones.

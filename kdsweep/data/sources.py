@@ -204,7 +204,11 @@ class Phantoms:
                     f"{root}: {self.count} phantoms cannot be written ({error.strerror or error}); {remedy}"
                 ) from error
         inventory = Inventory(root)
-        return _class_images(inventory, {folder.name: folder for folder in inventory.folders[1:]})
+        entries = _class_images(inventory, {folder.name: folder for folder in inventory.folders[1:]})
+        if len(entries) != self.count:
+            remedy = "delete this folder, and they are made again"
+            raise InputError(f"{root} holds {len(entries)} of {self.count} phantoms: {remedy}")
+        return entries
 
     def _generate(self, root: Path) -> None:
         for left in root.parent.glob(".making-*"):  # by a process that was killed

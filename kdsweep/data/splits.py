@@ -159,7 +159,8 @@ def from_file(listed: Listed, file: Path, *, fold: int) -> Split:
         InputError: the file cannot be read; ids are unknown, missing or in two parts; a part is empty.
     """
     parts = _parts_of_json(file, fold=fold) if file.suffix.lower() == ".json" else _parts_of_csv(file)
-    known = {image_id: number for number, image_id in enumerate(listed.ids)}
+    parts = {part: list(map(_composed, ids)) for part, ids in parts.items()}
+    known = {_composed(image_id): number for number, image_id in enumerate(listed.ids)}
     placed = [image_id for ids in parts.values() for image_id in ids]
     wrong = {
         "are not in the data set": sorted(set(placed) - known.keys()),
@@ -173,8 +174,7 @@ def from_file(listed: Listed, file: Path, *, fold: int) -> Split:
         raise InputError(f"split.file={file}: no image is in the part {empty[0]}")
     numbers = {part: sorted(known[image_id] for image_id in ids) for part, ids in parts.items()}
     if "validation" not in numbers:
-        test = np.array(numbers["test"])
-        return _with_validation(listed, np.array(numbers["train"]), test, seed=SPLIT_SEED)
+        return _with_validation(listed, *(np.array(numbers[part]) for part in ("train", "test")), seed=SPLIT_SEED)
     return Split(**numbers)
 
 
@@ -250,7 +250,7 @@ def read_groups(ids: Sequence[str], group: str, *, root: Path | None) -> Groups:
     key = next((name for name in ("id", "image", "file") if rows and name in rows[0]), None)
     if key is None or column not in rows[0]:
         _refuse_columns(file, "split.group", rows, needed=f"id (or image, or file) and {column}")
-    known = {unicodedata.normalize("NFC", image_id): image_id for image_id in ids}
+    known = {_composed(image_id): image_id for image_id in ids}
     found: dict[str, str] = {}
     unused = []
     for row in rows:
@@ -268,8 +268,12 @@ def read_groups(ids: Sequence[str], group: str, *, root: Path | None) -> Groups:
 
 def _named_by(name: str, known: Mapping[str, str]) -> str | None:
     """Return the image that a row names: by its id, else by a file of this stem."""
-    name = unicodedata.normalize("NFC", name)
-    return known.get(name) or known.get(Path(name).stem)
+    return known.get(_composed(name)) or known.get(_composed(Path(name).stem))
+
+
+def _composed(name: str) -> str:
+    """Return a name in Unicode NFC: macOS names files in NFD, and tables are typed in NFC."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _groups_by_pattern(ids: Sequence[str], pattern: str) -> list[str]:
@@ -308,10 +312,9 @@ def _read_csv(file: Path, key: str) -> list[dict[str, str | None]]:
 def _read_text(file: Path, key: str) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{key}={file} cannot be read: {error}; save it in UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{key}={file} cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{error}; save it in UTF-8"
+        raise InputError(f"{key}={file} cannot be read: {reason}") from error
 
 
 def _refuse_columns(file: Path, key: str, rows: Sequence[Mapping[str, object]], *, needed: str) -> NoReturn:

@@ -159,6 +159,12 @@ def test_a_line_on_ignored_files_has_counts_and_the_first_names(tmp_path):
     assert line == f"images in other folders: 12 ({first}); masks without an image: 1 (masks/x.png)"
 
 
+@pytest.mark.parametrize(("source", "names", "inner"), [(Folder, FOLDER, "images"), (Busi, BUSI, "benign")])
+def test_a_root_that_is_one_folder_too_deep_is_told_so(tmp_path, source, names, inner):
+    make(tmp_path, *names)
+    assert refusal(source(tmp_path / inner)).endswith(f"; give the folder above, data.root={tmp_path}")
+
+
 def test_a_folder_that_cannot_be_read_and_names_that_cannot_be_printed_are_ignored_by_name(tmp_path, monkeypatch):
     make(tmp_path, *FOLDER, b"caf\xe9.csv", "lost+found/x")
     scandir = os.scandir
@@ -170,6 +176,8 @@ def test_a_folder_that_cannot_be_read_and_names_that_cannot_be_printed_are_ignor
 
     monkeypatch.setattr(os, "scandir", refusing)
     assert sources.listing(Folder(tmp_path)).ignored == {UNREADABLE: ["lost+found"], OTHER: [r"caf\xe9.csv"]}
+    root = tmp_path / "lost+found"
+    assert refusal(Folder(root)) == f"data.root={root}: cannot be read (Permission denied); make it readable"
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
@@ -285,3 +293,9 @@ def test_a_full_disk_while_phantoms_are_made_is_one_line_and_leaves_nothing(tmp_
     assert message.startswith(f"{tmp_path}/4-seed0-generator")
     assert "4 phantoms cannot be written (No space left on device); make room, or choose another folder" in message
     assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+def test_phantoms_of_which_some_are_gone_are_one_line(tmp_path):
+    source = Phantoms(count=4, seed=0, cache_dir=tmp_path)
+    source.entries()[0].image_file.unlink()
+    assert refusal(source).endswith("holds 3 of 4 phantoms: delete this folder, and they are made again")

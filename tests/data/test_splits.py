@@ -99,6 +99,12 @@ def test_a_csv_is_taken_as_it_is(tmp_path):
     assert [found.train, found.validation, found.test] == [list(range(start, 60, 3)) for start in range(3)]
 
 
+def test_ids_are_the_same_in_each_form_of_unicode(tmp_path):
+    listed = Listed([f"cafe\u0301{number}" for number in range(3)], ["unknown"] * 3)
+    rows = [(f"caf\u00e9{number}", part) for number, part in enumerate(("train", "val", "test"))]
+    assert splits.from_file(listed, write_csv(tmp_path / "s.csv", rows), fold=0).test == [2]
+
+
 def test_nnunets_val_is_scored_and_validation_comes_from_train(tmp_path):
     file = tmp_path / "splits_final.json"
     folds = [{"train": IDS[:48], "val": IDS[48:]}, {"train": IDS[12:], "val": IDS[:12]}]
