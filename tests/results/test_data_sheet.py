@@ -15,8 +15,8 @@ from kdsweep.results.audit import CHECKOUT
 SIDE = 80
 
 
-def write(root, number, mask, *, side=SIDE):
-    for folder, pixels in (("images", np.full((side, side), 90, np.uint8)), ("masks", mask)):
+def write(root, number, mask):
+    for folder, pixels in (("images", np.full_like(mask, 90)), ("masks", mask)):
         (root / folder).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(root / folder / f"{number:02d}.png")
 
@@ -74,8 +74,8 @@ def test_faulty_images_are_all_named_and_the_others_are_still_accounted_for(root
     (root / "masks" / "04.png").unlink()
     write(root, 5, np.zeros((SIDE, SIDE), np.uint8))
     write(root, 6, np.full((SIDE, SIDE), 255, np.uint8))
-    write(root, 7, np.pad(np.full((1, 1), 255, np.uint8), (20, 1060)), side=1081)
-    write(root, 8, disc(5, side=40), side=40)
+    write(root, 7, np.pad(np.full((1, 1), 255, np.uint8), (20, 1060)))
+    write(root, 8, np.pad(disc(5, side=40), ((0, 60), (0, 0))))  # one side alone is smaller
     words = ["data=folder", f"data.root={root}", "image_size=64", "--sheet", str(tmp_path / "a" / "sheet.png")]
     code, out, _ = command(capsys, *words)
     answer, faults, doubts, *rest, wrote = out.split("\n\n")
@@ -90,7 +90,7 @@ def test_faulty_images_are_all_named_and_the_others_are_still_accounted_for(root
         "  lesion lost at 64 pixels: 1 (07)",
         "  enlarged to 64 pixels: 1 (08)",
     ]
-    assert "size in pixels: smallest 40 x 40, median 80 x 80, largest 1081 x 1081" in rest[-1]
+    assert "size in pixels: smallest 40 x 100, median 80 x 80, largest 1081 x 1081" in rest[-1]
     assert "max: 100" in rest[-1]
     assert "empty mask: 1; full mask: 1; lesion lost at 64 pixels: 1; enlarged to 64 pixels: 1" in rest[-1]
     assert "8 images with contours" in wrote, "those that can be read"
