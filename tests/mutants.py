@@ -33,7 +33,7 @@ class Mutant(NamedTuple):
     tests: str
 
 
-SPLITS = "tests/data/test_splits.py"
+SPLITS, FOLDERS = "tests/data/test_splits.py", "tests/data/test_folders.py"
 DEVICE = "tests/training/test_device.py"
 FACTORY, LOOP = "tests/training/test_factory.py", "tests/training/test_loop.py"
 RESULTS = "tests/results/test_tables.py tests/results/test_stats.py"
@@ -73,6 +73,30 @@ MUTANTS = [
         'return "unknown" not in self.labels and len(set(self.labels)) > 1',
         "return False",
         SPLITS,
+    ),
+    Mutant(
+        "an image has the first of two groups",
+        "data/splits.py",
+        "elif found.setdefault(image_id, value) != value:",
+        "elif found.setdefault(image_id, value) is None:",
+        SPLITS,
+    ),
+    Mutant(
+        "of two data sets the first is taken", "data/folders.py", "if len(complete) > 1:", "if not complete:", FOLDERS
+    ),
+    Mutant(
+        "images in other folders are not named",
+        "data/folders.py",
+        "self.ignore(ELSEWHERE, [file for file in rest if file.parent not in read and is_image(file)])",
+        "self._used.update(file for file in rest if is_image(file))",
+        FOLDERS,
+    ),
+    Mutant(
+        "a label that is missing is unknown",
+        "data/labels.py",
+        "if lacking := [stem for stem, label in found.items() if not label]:",
+        "if lacking := [stem for stem, label in found.items() if label is None]:",
+        FOLDERS,
     ),
     Mutant("a torn group is taken", "data/splits.py", "if len(found) > 1\n", "if len(found) > 3\n", SPLITS),
     Mutant(

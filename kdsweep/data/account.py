@@ -13,7 +13,7 @@ import numpy as np
 
 from kdsweep.core.progress import plural, track
 from kdsweep.data.folders import QUIET, Ignored, several
-from kdsweep.data.images import TAKE_EMPTY, read_entry, resize_mask
+from kdsweep.data.images import DIM, TAKE_EMPTY, read_entry, resize_mask
 from kdsweep.data.sources import Entry
 from kdsweep.data.splits import PARTS
 
@@ -28,7 +28,8 @@ class Measured(NamedTuple):
         height: of the file, in pixels; 0 if it cannot be read.
         width: of the file, in pixels.
         lesion: share of the image that is lesion.
-        resized: the same at the size at which images are scored.
+        resized: the smallest share of the sizes at which images are trained and scored.
+        brightest: value of a pixel, of 255.
         fault: why the image cannot be used, in one line; empty if it can.
     """
 
@@ -36,6 +37,7 @@ class Measured(NamedTuple):
     width: int
     lesion: float
     resized: float
+    brightest: int
     fault: str = ""
 
 
@@ -71,6 +73,8 @@ class Account:
         lines = [own.fault for own in self.measured if own.fault]
         if not any(own.lesion > 0 for own in self.measured):
             lines.append(f"data={self.name}: no mask shows a lesion, so nothing can be learned")
+        if 2 * (full := sum(own.lesion == 1 for own in self.measured)) > len(self.measured):
+            lines.append(f"data={self.name}: {full} masks are lesion everywhere: are they inverted, or images?")
         return [*lines, *([self.refused] if self.refused else [])]
 
     def doubts(self) -> dict[str, list[int]]:
@@ -82,21 +86,29 @@ class Account:
             "full mask": [number for number, own in readable if own.lesion == 1],
             f"lesion lost at {size} pixels": [n for n, own in readable if own.lesion > 0 and own.resized == 0],
             f"enlarged to {size} pixels": [n for n, own in readable if min(own.height, own.width) < size],
+            "nearly black image": [number for number, own in readable if own.brightest <= DIM],
         }
 
 
-def measure(entries: Sequence[Entry], *, image_size: int, allow_empty_masks: bool) -> list[Measured]:
-    """Read and measure all images, with progress; a faulty image is an entry of the result."""
+def measure(entries: Sequence[Entry], *, sizes: Sequence[int], allow_empty_masks: bool) -> list[Measured]:
+    """Read and measure all images, with progress; a faulty image is an entry of the result.
+
+    Args:
+        entries: of the data set.
+        sizes: sides in pixels at which images are trained and scored.
+        allow_empty_masks: an image without a lesion is not a fault.
+    """
 
     def one(entry: Entry) -> Measured:
         try:
-            image, mask = read_entry(entry, smallest=1)
+            image, mask = read_entry(entry)
         except ValueError as error:
-            return Measured(0, 0, math.nan, math.nan, str(error))
+            return Measured(0, 0, math.nan, math.nan, 0, str(error))
         is_faulty = not (allow_empty_masks or mask.any())
         fault = f"{entry.mask_files[0]} shows no lesion ({TAKE_EMPTY} takes healthy images)" if is_faulty else ""
-        resized = float(resize_mask(mask, image_size).mean())
-        return Measured(image.shape[0], image.shape[1], float(mask.mean()), resized, fault)
+        resized = min(float(resize_mask(mask, size).mean()) for size in sizes)
+        height, width = mask.shape
+        return Measured(height, width, float(mask.mean()), resized, int(image.max()), fault)
 
     with ThreadPoolExecutor() as threads:  # Pillow and OpenCV decode and resize outside Python's lock
         return list(track(threads.map(one, entries), what="reading images", unit="image", total=len(entries)))
@@ -115,7 +127,7 @@ def _answer(account: Account) -> str:
     reasons += ["the split is refused"] if account.refused else []
     verdict = f"usable at image_size={account.image_size}"
     if account.faults:
-        verdict = f"NOT usable: {', '.join(reasons) or 'no lesion'}"
+        verdict = f"NOT usable: {', '.join(reasons) or 'see its masks'}"
     return f"data={account.name}: {plural(len(account.entries), 'image')}, {verdict}"
 
 

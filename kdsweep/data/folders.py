@@ -129,8 +129,9 @@ class Inventory:
         inside = [file for file in self.files if file.parent == folder]
         images = [file for file in inside if is_image(file)]
         if not images:
-            there = f", only {len(inside)} files such as {printable(inside[0].name)}" if inside else ""
-            raise InputError(f"{folder}: no images found{there}; Pillow must read them ({COMMON})")
+            below = [file for file in self.files if folder in file.parents]
+            there = f"; it has {several([self.name(file) for file in inside or below])}" if below else ""
+            raise InputError(f"{folder}: no images found{there}; they must be directly in it, {COMMON}")
         names: dict[str, Path] = {}
         for file in images:
             refuse_unprintable(str(file.relative_to(self.root)), f"data.root={self.root}:")
@@ -160,9 +161,9 @@ class Inventory:
         if not complete:
             self._refuse_incomplete(names, layout)
         if len(complete) > 1:
-            several_sets = several([self.name(parent) + "/" for parent in complete])
+            sets = several([self.name(parent) + "/" for parent in complete])
             remedy = f"give one of them, such as data.root={complete[0]}"
-            raise InputError(f"data.root={self.root} holds several data sets, {several_sets}: {remedy}")
+            raise InputError(f"data.root={self.root} holds more than one data set: {sets}; {remedy}")
         found = [children[complete[0]][name] for name in names]
         if double := next((folders for folders in found if len(folders) > 1), None):
             both = " and ".join(map(self.name, double))

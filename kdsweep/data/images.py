@@ -120,7 +120,7 @@ def _available_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def read_entry(entry: Entry, *, smallest: int) -> tuple[np.ndarray, np.ndarray]:
+def read_entry(entry: Entry, *, smallest: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Read image (H, W, 3) uint8 and mask (H, W) uint8 in {0, 1} of one entry.
 
     Raises:

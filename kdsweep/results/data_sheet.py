@@ -79,7 +79,7 @@ def draw(account: Account, chosen: Mapping[int, str]) -> Figure:
         axes.set_axis_off()
         axes.set_anchor("NW")  # the titles of a row on one line
     for axes, (number, reason) in zip(panels, chosen.items(), strict=False):
-        _draw_image(axes, *read_entry(account.entries[number], smallest=1))
+        _draw_image(axes, *read_entry(account.entries[number]))
         _write_title(axes, account, number, reason)
     return figure
 
@@ -139,9 +139,8 @@ def take_account(cfg: Any) -> Account:
         split["ignored"] = identity.ignored(settings)
     except InputError as error:
         split |= {"refused": str(error), "ignored": listed.ignored}
-    measured = measure(
-        listed.entries, image_size=settings.image_size, allow_empty_masks=bool(settings.data.allow_empty_masks)
-    )
+    sizes = (settings.image_size, settings.data.load_size or identity.default_load_size(settings.image_size))
+    measured = measure(listed.entries, sizes=sizes, allow_empty_masks=bool(settings.data.allow_empty_masks))
     name, protocol = settings.data.name, settings.split.in_words()
     return Account(name, listed.entries, measured, image_size=settings.image_size, split=protocol, **split)
 

@@ -53,7 +53,11 @@ def refusal(source: sources.Source) -> str:
 
 LATIN_1 = b"images/caf\xe9.png"
 DOUBTFUL = {
-    "two sets": (Folder, [f"{part}/{name}" for part in ("a", "b") for name in FOLDER], "several data sets, 2 (a/, b/)"),
+    "two sets": (
+        Folder,
+        [f"{part}/{name}" for part in ("a", "b") for name in FOLDER],
+        "more than one data set: 2 (a/, b/); give one",
+    ),
     "two sets, remedy": (Folder, [f"{part}/{name}" for part in ("a", "b") for name in FOLDER], "data.root=ROOT/a"),
     "two sets of UDIAT": (Udiat, [f"{part}/{name}" for part in ("a", "b") for name in UDIAT], "2 (a/, b/)"),
     "masks of another part": (
@@ -85,7 +89,12 @@ DOUBTFUL = {
         ["images/0.png", "masks/0_mask.png"],
         "no image has a mask of its name: ROOT/images/0",
     ),
-    "no image format": (Folder, ["images/0.dcm", "masks/0.png"], "no images found, only 1 files such as 0.dcm"),
+    "no image format": (
+        Folder,
+        ["images/0.dcm", "masks/0.png"],
+        "ROOT/images: no images found; it has 1 (images/0.dcm); they must be",
+    ),
+    "images in subfolders": (Folder, ["images/a/0.png", "masks/a/0.png"], "no images found; it has 1 (images/a/0.png)"),
     "malignant alone": (Busi, BUSI[2:], "no folder benign/ beside malignant/; expected benign/*.png and malignant/"),
     "benign alone": (Busi, BUSI[:2], "no folder malignant/ beside benign/"),
     "benign without images": (Busi, [*BUSI[2:], "benign/notes.txt"], "benign: no images found"),

@@ -76,6 +76,7 @@ def test_faulty_images_are_all_named_and_the_others_are_still_accounted_for(root
     write(root, 6, np.full((SIDE, SIDE), 255, np.uint8))
     write(root, 7, np.pad(np.full((1, 1), 255, np.uint8), (20, 1060)))
     write(root, 8, np.pad(disc(5, side=40), ((0, 60), (0, 0))))  # one side alone is smaller
+    Image.fromarray(np.full((SIDE, SIDE), 16, np.uint8)).save(root / "images" / "09.png")
     words = ["data=folder", f"data.root={root}", "image_size=64", "--sheet", str(tmp_path / "a" / "sheet.png")]
     code, out, _ = command(capsys, *words)
     answer, faults, doubts, *rest, wrote = out.split("\n\n")
@@ -89,10 +90,12 @@ def test_faulty_images_are_all_named_and_the_others_are_still_accounted_for(root
         "  full mask: 1 (06)",
         "  lesion lost at 64 pixels: 1 (07)",
         "  enlarged to 64 pixels: 1 (08)",
+        "  nearly black image: 1 (09)",
     ]
     assert "size in pixels: smallest 40 x 100, median 80 x 80, largest 1081 x 1081" in rest[-1]
     assert "max: 100" in rest[-1]
-    assert "empty mask: 1; full mask: 1; lesion lost at 64 pixels: 1; enlarged to 64 pixels: 1" in rest[-1]
+    counts = "empty mask: 1; full mask: 1; lesion lost at 64 pixels: 1; enlarged to 64 pixels: 1; nearly black image: 1"
+    assert counts in rest[-1]
     assert "8 images with contours" in wrote, "those that can be read"
     assert (tmp_path / "a" / "sheet.png").is_file()
 
@@ -113,14 +116,21 @@ def test_a_split_that_cannot_be_drawn_is_a_fault_beside_the_account(root, tmp_pa
     assert "unknown          10" in out
 
 
-def test_masks_without_any_lesion_are_a_fault_even_where_empty_masks_are_allowed(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        (0, "no mask shows a lesion, so nothing can be learned"),
+        (255, "6 masks are lesion everywhere: are they inverted, or images?"),
+    ],
+)
+def test_masks_that_are_all_alike_are_a_fault(tmp_path, capsys, value, fault):
     for number in range(6):
-        write(tmp_path / "data", number, np.zeros((SIDE, SIDE), np.uint8))
+        write(tmp_path / "data", number, np.full((SIDE, SIDE), value, np.uint8))
     words = ["data=folder", f"data.root={tmp_path / 'data'}", "image_size=64", f"store={tmp_path}"]
     code, out, _ = command(capsys, *words, "data.allow_empty_masks=true")
     assert code == 1
-    assert out.startswith("data=folder: 6 images, NOT usable: no lesion\n")
-    assert "no mask shows a lesion, so nothing can be learned" in out
+    assert out.startswith("data=folder: 6 images, NOT usable: see its masks\n")
+    assert f"  data=folder: {fault}\n" in out
 
 
 @pytest.mark.parametrize(
@@ -143,7 +153,7 @@ def account(lesions, *, sides=None):
     """An account of images that are not there."""
     sides = sides or [300] * len(lesions)
     entries = [Entry(f"{number:03d}", "unknown", None, ()) for number in range(len(lesions))]
-    measured = [Measured(side, side, share, share) for side, share in zip(sides, lesions, strict=True)]
+    measured = [Measured(side, side, share, share, 255) for side, share in zip(sides, lesions, strict=True)]
     return Account("any", entries, measured, image_size=224)
 
 
@@ -167,7 +177,7 @@ def test_the_sheet_shows_doubts_first_then_extremes_then_a_fixed_random_choice()
 def test_a_contour_is_where_the_lesion_is_and_the_title_says_whose(root):
     write(root, 0, np.pad(np.full((10, 30), 255, np.uint8), ((20, 50), (15, 35))))
     entries = Folder(root).entries()
-    measured = accounts.measure(entries, image_size=64, allow_empty_masks=False)
+    measured = accounts.measure(entries, sizes=(64, 73), allow_empty_masks=False)
     drawn = data_sheet.draw(
         Account("mine", entries, measured, image_size=64, parts={"00": "test"}), {0: "full mask", 3: data_sheet.RANDOM}
     )
