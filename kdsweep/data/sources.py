@@ -29,7 +29,6 @@ from kdsweep.data.labels import read_labels
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # common ones; ``folders.is_image`` takes more
 BUSI_LAYOUT = "benign/*.png and malignant/*.png with *_mask.png, as BUSI unpacks"
 NORMAL = "images of normal/, which data.source.include_normal=true takes"
 MASK_NAME = re.compile(r"(.+)_mask(_\d+)?", re.IGNORECASE)

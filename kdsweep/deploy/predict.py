@@ -31,7 +31,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_bytes, write_text
 from kdsweep.core.options import add_store
 from kdsweep.core.progress import track
-from kdsweep.data import sources
+from kdsweep.data import folders
 from kdsweep.data.images import read_gray_or_color, resize_image
 from kdsweep.data.views import normalize
 from kdsweep.models import unet
@@ -196,11 +196,11 @@ def list_images(folder: Path) -> tuple[dict[str, Path], int]:
     if not folder.is_dir():
         raise InputError(f"--images {folder}: no such folder")
     entries = sorted(folder.iterdir())
-    files = [f for f in entries if f.suffix.lower() in sources.SUFFIXES and not f.name.startswith(".") and f.is_file()]
+    files = [f for f in entries if folders.is_image(f) and not f.name.startswith(".") and f.is_file()]
     stems = {file.stem for file in files}
     files = [file for file in files if re.sub(r"_mask(_\d+)?$", "", file.stem) not in stems - {file.stem}]  # BUSI's
     if not files:
-        raise InputError(f"--images {folder}: no images found; expected files ending in {', '.join(sources.SUFFIXES)}")
+        raise InputError(f"--images {folder}: no images found; expected files ending in {folders.COMMON}")
     taken = Counter(name.lower() for file in files for name in (file.stem, file.name))  # a.png, a.jpg: their names
     named = {file.stem if taken[file.stem.lower()] == 1 else file.name: file for file in files}
     return named, len(entries) - len(files)

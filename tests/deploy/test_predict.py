@@ -236,7 +236,7 @@ def test_a_folder_without_images_and_a_device_that_is_not_there_are_told(cell, i
 
 
 def test_results_of_images_of_one_stem_do_not_meet(tmp_path):
-    for name in ("x.png", "X.tif", "x.png.jpg", "y.png"):
+    for name in ("x.png", "X.tif", "x.png.jpg", "y.png", "z.webp"):
         (tmp_path / name).touch()
     found, _ = predict.list_images(tmp_path)
     assert {name: file.name for name, file in found.items()} == {
@@ -244,6 +244,7 @@ def test_results_of_images_of_one_stem_do_not_meet(tmp_path):
         "x.png": "x.png",
         "x.png.jpg": "x.png.jpg",
         "y": "y.png",
+        "z": "z.webp",
     }
 
 
