@@ -32,10 +32,7 @@ WORDS = {
     "quantize": ("kdsweep.deploy.quantize:main", "Students in 8-bit integers: Dice, size, latency before and after"),
     "score": ("kdsweep.deploy.score:main", "finished networks on another data set, without retraining"),
     "publish": ("kdsweep.results.published:main", "runs and per-image scores as one file, of which tables can be made"),
-    "data": (
-        "kdsweep.results.data_sheet:main",
-        "what a data set holds: counts, sizes, faults, ignored files, contact sheet",
-    ),
+    "data": ("kdsweep.results.data_sheet:main", "what a data set holds: counts, faults, ignored files, contact sheet"),
     "audit": ("kdsweep.results.audit:main", "near-duplicates of a data set, as groups for its splits"),
     "models": ("kdsweep.training.factory:print_models", "parameters, MACs and hidden shapes of the networks"),
 }

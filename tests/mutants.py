@@ -77,8 +77,8 @@ MUTANTS = [
     Mutant(
         "an image has the first of two groups",
         "data/splits.py",
-        "elif found.setdefault(image_id, value) != value:",
-        "elif found.setdefault(image_id, value) is None:",
+        "elif groups.setdefault(image_id, value) != value:",
+        "elif groups.setdefault(image_id, value) is None:",
         SPLITS,
     ),
     Mutant(
@@ -94,8 +94,8 @@ MUTANTS = [
     Mutant(
         "a label that is missing is unknown",
         "data/labels.py",
-        "if lacking := [stem for stem, label in found.items() if not label]:",
-        "if lacking := [stem for stem, label in found.items() if label is None]:",
+        "if lacking := [stem for stem, label in by_stem.items() if not label]:",
+        "if lacking := [stem for stem, label in by_stem.items() if label is None]:",
         FOLDERS,
     ),
     Mutant("a torn group is taken", "data/splits.py", "if len(found) > 1\n", "if len(found) > 3\n", SPLITS),

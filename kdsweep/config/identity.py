@@ -339,10 +339,10 @@ def image_groups(cfg: Config) -> dict[str, str]:
 
 def ignored(cfg: Config) -> Ignored:
     """Return names of what is not used of the data set's folder and of the file of ``split.group``, by reason."""
-    given = read(cfg)
-    groups = _groups(json.dumps(given.data.source), str(given.data.root or ""), given.split.group)
-    rows = {f"rows of split.group={given.split.group} without an image": groups.unused} if groups else {}
-    return listing(given).ignored | {reason: names for reason, names in rows.items() if names}
+    settings = read(cfg)
+    groups = _groups(json.dumps(settings.data.source), str(settings.data.root or ""), settings.split.group)
+    rows = {f"rows of split.group={settings.split.group} without an image": groups.unused} if groups else {}
+    return listing(settings).ignored | {reason: names for reason, names in rows.items() if names}
 
 
 def params(cfg: Config) -> dict[str, Any]:

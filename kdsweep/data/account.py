@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -43,7 +43,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Account:
-    """All that ``text`` says about a data set.
+    """What ``text`` says about a data set.
 
     Attributes:
         name: of the data set.
@@ -51,7 +51,7 @@ class Account:
         measured: of each image.
         image_size: side in pixels at which images are scored.
         ignored: names of what is not used, by reason.
-        split: the protocol in words.
+        split: the protocol, as ``SplitNode.in_words`` describes it.
         parts: ``train``, ``validation`` or ``test`` by image id; empty if there is no split.
         refused: why there is no split, in one line; empty if there is one.
         groups: group by image id; empty without groups.
@@ -70,24 +70,25 @@ class Account:
     @property
     def faults(self) -> list[str]:
         """Return a line for everything that keeps the data set from being used."""
-        lines = [own.fault for own in self.measured if own.fault]
-        if not any(own.lesion > 0 for own in self.measured):
+        lines = [image.fault for image in self.measured if image.fault]
+        if not any(image.lesion > 0 for image in self.measured):
             lines.append(f"data={self.name}: no mask shows a lesion, so nothing can be learned")
-        if 2 * (full := sum(own.lesion == 1 for own in self.measured)) > len(self.measured):
+        if 2 * (full := sum(image.lesion == 1 for image in self.measured)) > len(self.measured):
             lines.append(f"data={self.name}: {full} masks are lesion everywhere: are they inverted, or images?")
         return [*lines, *([self.refused] if self.refused else [])]
 
     def doubts(self) -> dict[str, list[int]]:
         """Return indices of readable images that deserve a look, by reason."""
-        readable = [(number, own) for number, own in enumerate(self.measured) if own.height]
         size = self.image_size
-        return {
-            "empty mask": [number for number, own in readable if own.lesion == 0],
-            "full mask": [number for number, own in readable if own.lesion == 1],
-            f"lesion lost at {size} pixels": [n for n, own in readable if own.lesion > 0 and own.resized == 0],
-            f"enlarged to {size} pixels": [n for n, own in readable if min(own.height, own.width) < size],
-            "nearly black image": [number for number, own in readable if own.brightest <= DIM],
+        applies: dict[str, Callable[[Measured], bool]] = {
+            "empty mask": lambda image: image.lesion == 0,
+            "full mask": lambda image: image.lesion == 1,
+            f"lesion lost at {size} pixels": lambda image: image.lesion > 0 and image.resized == 0,
+            f"enlarged to {size} pixels": lambda image: min(image.height, image.width) < size,
+            "nearly black image": lambda image: image.brightest <= DIM,
         }
+        readable = {number: image for number, image in enumerate(self.measured) if image.height}
+        return {reason: [n for n, image in readable.items() if holds(image)] for reason, holds in applies.items()}
 
 
 def measure(entries: Sequence[Entry], *, sizes: Sequence[int], allow_empty_masks: bool) -> list[Measured]:
@@ -122,7 +123,7 @@ def text(account: Account) -> str:
 
 
 def _answer(account: Account) -> str:
-    count = sum(bool(own.fault) for own in account.measured)
+    count = sum(bool(image.fault) for image in account.measured)
     reasons = [f"{count} of them faulty"] if count else []
     reasons += ["the split is refused"] if account.refused else []
     verdict = f"usable at image_size={account.image_size}"
@@ -136,9 +137,11 @@ def _list(title: str, lines: Sequence[str]) -> str:
 
 
 def _doubt_lines(account: Account) -> list[str]:
-    usable = {number for number, own in enumerate(account.measured) if not own.fault}
-    doubts = {reason: [number for number in own if number in usable] for reason, own in account.doubts().items()}
-    ids = {reason: [account.entries[number].id for number in own] for reason, own in doubts.items()}
+    faulty = {number for number, image in enumerate(account.measured) if image.fault}
+    ids = {
+        reason: [account.entries[number].id for number in numbers if number not in faulty]
+        for reason, numbers in account.doubts().items()
+    }
     ids |= {f"ignored, {reason}": names for reason, names in account.ignored.items() if reason not in QUIET}
     return [f"{reason}: {several(names, shown=SHOWN)}" for reason, names in ids.items() if names]
 
@@ -157,13 +160,13 @@ def _counts(account: Account) -> str:
 
 
 def _details(account: Account) -> list[str]:
-    readable = [own for own in account.measured if own.height]
+    readable = [image for image in account.measured if image.height]
     lines = []
     if readable:
-        sizes = sorted(readable, key=lambda own: own.height * own.width)
+        sizes = sorted(readable, key=lambda image: image.height * image.width)
         named = zip(("smallest", "median", "largest"), (sizes[0], sizes[len(sizes) // 2], sizes[-1]), strict=True)
-        lines.append("size in pixels: " + ", ".join(f"{name} {own.width} x {own.height}" for name, own in named))
-    if lesions := [100 * own.lesion for own in readable if own.lesion > 0]:
+        lines.append("size in pixels: " + ", ".join(f"{name} {image.width} x {image.height}" for name, image in named))
+    if lesions := [100 * image.lesion for image in readable if image.lesion > 0]:
         values = np.percentile(lesions, QUANTILES)
         named_shares = zip(("min", "5 %", "25 %", "median", "75 %", "95 %", "max"), values, strict=True)
         lines.append("lesion in % of the image: " + ", ".join(f"{name}: {value:.3g}" for name, value in named_shares))

@@ -131,7 +131,8 @@ class Inventory:
         if not images:
             below = [file for file in self.files if folder in file.parents]
             there = f"; it has {several([self.name(file) for file in inside or below])}" if below else ""
-            raise InputError(f"{folder}: no images found{there}; they must be directly in it, {COMMON}")
+            where = printable(str(folder))
+            raise InputError(f"{where}: no images found{there}; they must be directly in it, {COMMON}")
         names: dict[str, Path] = {}
         for file in images:
             refuse_unprintable(str(file.relative_to(self.root)), f"data.root={self.root}:")
@@ -162,19 +163,19 @@ class Inventory:
             self._refuse_incomplete(names, layout)
         if len(complete) > 1:
             sets = several([self.name(parent) + "/" for parent in complete])
-            remedy = f"give one of them, such as data.root={complete[0]}"
+            remedy = f"give one of them, such as data.root={printable(str(complete[0]))}"
             raise InputError(f"data.root={self.root} holds more than one data set: {sets}; {remedy}")
-        found = [children[complete[0]][name] for name in names]
-        if double := next((folders for folders in found if len(folders) > 1), None):
+        by_name = [children[complete[0]][name] for name in names]
+        if double := next((folders for folders in by_name if len(folders) > 1), None):
             both = " and ".join(map(self.name, double))
             raise InputError(f"data.root={self.root}: folders {both} differ by case alone; rename one of them")
-        return [folders[0] for folders in found]
+        return [folders[0] for folders in by_name]
 
     def _refuse_incomplete(self, names: Sequence[str], layout: str) -> None:
-        there = {name: [own for own in self.folders[1:] if own.name.lower() == name] for name in names}
+        there = {name: [folder for folder in self.folders[1:] if folder.name.lower() == name] for name in names}
         missing = next((name for name in names if not there[name]), names[-1])
         others = [self.name(folder) + "/" for name in names if name != missing for folder in there[name]]
-        where = f"beside {', '.join(others[:SHOWN])}" if others else "in it"
+        where = f"next to {', '.join(others[:SHOWN])}" if others else "in it"
         remedy = f"expected {layout}"
         if self.root.name.lower() in names:
             remedy = f"give the folder above, data.root={self.root.parent}"
@@ -207,8 +208,8 @@ def pair(inventory: Inventory, image_dir: Path, mask_dir: Path) -> list[tuple[Pa
         example = f"{images[0]} and {inventory.name(masks[0])}"
         raise InputError(f"no image has a mask of its name: {example}; give both one name")
     inventory.ignore(LONE_MASKS, lone)
-    found = [by_name.get(folded(image.stem)) for image in images]
-    return [(image, (mask,) if mask is not None else ()) for image, mask in zip(images, found, strict=True)]
+    pairs = [(image, by_name.get(folded(image.stem))) for image in images]
+    return [(image, (mask,) if mask is not None else ()) for image, mask in pairs]
 
 
 def ignored_line(ignored: Ignored) -> str:

@@ -33,11 +33,11 @@ def read_labels(sheet: Path, stems: Sequence[str]) -> tuple[dict[str, str], list
         names.setdefault(key, image)
         if labels.setdefault(key, label) != label:
             raise InputError(f"{sheet}: image {image} is {labels[key]!r} in one row and {label!r} in another; {REMEDY}")
-    found = {stem: labels.get(_key(stem), "") for stem in stems}
-    if lacking := [stem for stem, label in found.items() if not label]:
+    by_stem = {stem: labels.get(_key(stem), "") for stem in stems}
+    if lacking := [stem for stem, label in by_stem.items() if not label]:
         raise InputError(f"{sheet} has no label for {several(lacking)} of {len(stems)} images; {REMEDY}")
     unused = labels.keys() - {_key(stem) for stem in stems}
-    return found, [name for key, name in names.items() if key in unused]
+    return by_stem, [name for key, name in names.items() if key in unused]
 
 
 def _rows(sheet: Path) -> list[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """Data sets behind one small interface.
 
 A data set is a class with ``name`` and ``entries()``: the list of its images, each with an id, a label and its files.
-Everything after that (reading, checking, resizing, splitting) is the same for all. kdsweep's own also account for the
-files of their folder that they do not use, in ``ignored()``.
+Everything after that (reading, checking, resizing, splitting) is the same for all. kdsweep's classes also account for
+the files of their folder that they do not use, in ``ignored()``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Udiat:
 
     def _contents(self) -> Contents:
         inventory = Inventory(self.root)
-        folders = inventory.find(("original", "gt"), layout="original/ and GT/ beside each other, as UDIAT unpacks")
+        folders = inventory.find(("original", "gt"), layout="original/ and GT/ next to each other, as UDIAT unpacks")
         pairs = pair(inventory, *folders)
         labels: dict[str, str] = {}
         if sheet := self._sheet(inventory, folders[0].parent):
@@ -89,10 +89,10 @@ class Udiat:
         entries = [Entry(image.stem, labels.get(image.stem, "unknown"), image, masks) for image, masks in pairs]
         return Contents(entries, inventory.close(folders))
 
-    def _sheet(self, inventory: Inventory, beside: Path) -> Path | None:
-        """Return the file DatasetB.xlsx beside the images, or the only one elsewhere."""
+    def _sheet(self, inventory: Inventory, folder: Path) -> Path | None:
+        """Return the file DatasetB.xlsx of the images' folder, or the only one elsewhere."""
         sheets = [file for file in inventory.files if file.name.lower() == "datasetb.xlsx"]
-        sheets = [file for file in sheets if file.parent == beside] or sheets
+        sheets = [file for file in sheets if file.parent == folder] or sheets
         if len(sheets) > 1:
             raise InputError(f"{sheets[0]} and {sheets[1]}: which one has the labels? Remove the other")
         return sheets[0] if sheets else None
@@ -164,7 +164,7 @@ class Folder:
 
     def _contents(self) -> Contents:
         inventory = Inventory(self.root)
-        folders = inventory.find(("images", "masks"), layout="folders images/ and masks/ beside each other")
+        folders = inventory.find(("images", "masks"), layout="folders images/ and masks/ next to each other")
         entries = [Entry(image.stem, "unknown", image, masks) for image, masks in pair(inventory, *folders)]
         return Contents(entries, inventory.close(folders))
 
@@ -232,7 +232,7 @@ class Listing(NamedTuple):
     Attributes:
         entries: sorted by id.
         digest: SHA-256 over their ids, labels and the bytes of all files.
-        ignored: names of what is not used of the data set's folder, by reason; empty for a user's own class.
+        ignored: names of what is not used of the data set's folder, by reason; empty for a user's class.
     """
 
     entries: list[Entry]

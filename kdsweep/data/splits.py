@@ -250,25 +250,25 @@ def read_groups(ids: Sequence[str], group: str, *, root: Path | None) -> Groups:
     key = next((name for name in ("id", "image", "file") if rows and name in rows[0]), None)
     if key is None or column not in rows[0]:
         _refuse_columns(file, "split.group", rows, needed=f"id (or image, or file) and {column}")
-    known = {_composed(image_id): image_id for image_id in ids}
-    found: dict[str, str] = {}
+    ids_by_name = {_composed(image_id): image_id for image_id in ids}
+    groups: dict[str, str] = {}
     unused = []
     for row in rows:
         name, value = row[key] or "", (row[column] or "").strip()
-        image_id = _named_by(name, known)
+        image_id = _named_by(name, ids_by_name)
         if image_id is None:
             unused.append(name)
-        elif found.setdefault(image_id, value) != value:
-            both = f"{found[image_id]!r} and {value!r}"
+        elif groups.setdefault(image_id, value) != value:
+            both = f"{groups[image_id]!r} and {value!r}"
             raise InputError(f"split.group={group}: {file} has two groups for {image_id}, {both}; leave one row")
-    if lacking := [image_id for image_id in ids if not found.get(image_id)]:
+    if lacking := [image_id for image_id in ids if not groups.get(image_id)]:
         raise InputError(f"split.group={group}: {_several(lacking)} of the data set have no {column} in {file}")
-    return Groups([found[image_id] for image_id in ids], unused)
+    return Groups([groups[image_id] for image_id in ids], unused)
 
 
-def _named_by(name: str, known: Mapping[str, str]) -> str | None:
+def _named_by(name: str, ids: Mapping[str, str]) -> str | None:
     """Return the image that a row names: by its id, else by a file of this stem."""
-    return known.get(_composed(name)) or known.get(_composed(Path(name).stem))
+    return ids.get(_composed(name)) or ids.get(_composed(Path(name).stem))
 
 
 def _composed(name: str) -> str:

@@ -53,11 +53,11 @@ def choose(account: Account, *, count: int = IMAGES) -> dict[int, str]:
     for reason, numbers in account.doubts().items():
         rest = [number for number in numbers if number not in chosen]
         chosen |= dict.fromkeys(rest[:OF_A_KIND], reason)
-    lesions = {number: own.lesion for number, own in enumerate(account.measured) if own.lesion > 0}
+    lesions = {number: image.lesion for number, image in enumerate(account.measured) if image.lesion > 0}
     for reason, sign in ((SMALLEST, 1), (LARGEST, -1)):
         rest = sorted((number for number in lesions if number not in chosen), key=lambda n: sign * lesions[n])
         chosen |= dict.fromkeys(rest[:OF_A_KIND], reason)
-    readable = [number for number, own in enumerate(account.measured) if own.height and number not in chosen]
+    readable = [number for number, image in enumerate(account.measured) if image.height and number not in chosen]
     drawn = np.random.default_rng(0).permutation(readable)[: max(0, count - len(chosen))]
     chosen |= dict.fromkeys(sorted(int(number) for number in drawn), RANDOM)
     return dict(list(chosen.items())[:count])
@@ -102,15 +102,15 @@ def _draw_image(axes: Axes, image: np.ndarray, mask: np.ndarray) -> None:
 
 
 def _write_title(axes: Axes, account: Account, number: int, reason: str) -> None:
-    entry, own = account.entries[number], account.measured[number]
+    entry, image = account.entries[number], account.measured[number]
     is_doubt = reason not in (SMALLEST, LARGEST, RANDOM)
     name = entry.id if len(entry.id) <= ID_CHARACTERS else f"{entry.id[: ID_CHARACTERS - 3]}..."
     label = [entry.label] if entry.label != "unknown" else []
     part = [account.parts[entry.id]] if entry.id in account.parts else []
-    what = ", ".join([*label, *part, f"lesion {100 * own.lesion:.2g} %"])
+    what = ", ".join([*label, *part, f"lesion {100 * image.lesion:.2g} %"])
     axes.set_title(f"{name}\n{what}", loc="left", fontsize=7.5, parse_math=False)
     shade: dict[str, Any] = {"color": DOUBT, "fontweight": "bold"} if is_doubt else {"color": "0.35"}
-    below = f"{reason.upper() if is_doubt else reason}, {own.width} x {own.height}"
+    below = f"{reason.upper() if is_doubt else reason}, {image.width} x {image.height}"
     axes.text(0.0, -0.03, below, transform=axes.transAxes, va="top", fontsize=7, in_layout=False, **shade)
 
 

@@ -63,7 +63,7 @@ DOUBTFUL = {
     "masks of another part": (
         Folder,
         ["train/images/0.png", "test/masks/0.png"],
-        "no folder masks/ beside train/images/",
+        "no folder masks/ next to train/images/",
     ),
     "two folders by case": (Folder, [*FOLDER, "Images/2.png"], "Images and images differ by case alone; rename one"),
     "two images, one stem": (
@@ -95,14 +95,24 @@ DOUBTFUL = {
         "ROOT/images: no images found; it has 1 (images/0.dcm); they must be",
     ),
     "images in subfolders": (Folder, ["images/a/0.png", "masks/a/0.png"], "no images found; it has 1 (images/a/0.png)"),
-    "malignant alone": (Busi, BUSI[2:], "no folder benign/ beside malignant/; expected benign/*.png and malignant/"),
-    "benign alone": (Busi, BUSI[:2], "no folder malignant/ beside benign/"),
+    "malignant alone": (Busi, BUSI[2:], "no folder benign/ next to malignant/; expected benign/*.png and malignant/"),
+    "benign alone": (Busi, BUSI[:2], "no folder malignant/ next to benign/"),
     "benign without images": (Busi, [*BUSI[2:], "benign/notes.txt"], "benign: no images found"),
     "name in Latin-1": (Folder, [*FOLDER, LATIN_1], r"'images/caf\xe9.png' has bytes that are not UTF-8"),
     "folder in Latin-1": (
         Folder,
         [b"caf\xe9/" + name.encode() for name in FOLDER],
         r"'caf\xe9/images/0.png' has bytes",
+    ),
+    "sets in Latin-1": (
+        Folder,
+        [b"caf\xe9/" + n.encode() for n in FOLDER] + ["b/" + n for n in FOLDER],
+        r"2 (b/, caf\xe9/)",
+    ),
+    "no images in Latin-1": (
+        Folder,
+        [b"caf\xe9/images/0.dcm", b"caf\xe9/masks/0.png"],
+        r"ROOT/caf\xe9/images: no images",
     ),
     "line break in a name": (Folder, [*FOLDER, "images/a\nb.png"], r"'images/a\x0ab.png' has bytes"),
     "a broken spreadsheet": (Udiat, [*UDIAT, "DatasetB.xlsx"], "ROOT/DatasetB.xlsx is not a readable .xlsx file"),
@@ -118,7 +128,7 @@ def test_a_doubtful_folder_is_refused_in_one_line(tmp_path, case):
 
 def test_normal_images_that_are_configured_must_be_there(tmp_path):
     source = Busi(make(tmp_path, *BUSI), include_normal=True)
-    assert "no folder normal/ beside benign/, malignant/" in refusal(source)
+    assert "no folder normal/ next to benign/, malignant/" in refusal(source)
     assert "data.source.include_normal=true also needs normal/" in refusal(source)
     make(tmp_path, "normal/normal (1).png", "normal/normal (1)_mask.png")
     assert [entry.label for entry in source.entries()] == ["benign", "malignant", "normal"]
@@ -132,7 +142,7 @@ IGNORED = {
     "another part of UDIAT": (Udiat, [f"x/{name}" for name in UDIAT], ["y/original/000001.png"], {ELSEWHERE}),
     "a set below the root": (Folder, FOLDER, [f"old/{name}" for name in FOLDER], {ELSEWHERE}),
     "a folder below images/": (Folder, FOLDER, ["images/old/3.png"], {ELSEWHERE}),
-    "images beside": (Folder, FOLDER, ["figure.png"], {ELSEWHERE}),
+    "images in the root": (Folder, FOLDER, ["figure.png"], {ELSEWHERE}),
     "an unknown class": (Busi, BUSI, ["cyst/cyst (1).png", "cyst/cyst (1)_mask.png"], {ELSEWHERE}),
     "normal images": (Busi, BUSI, NORMAL_FILES, {NORMAL}),
     "masks without an image": (Folder, FOLDER, ["masks/2.png", "masks/0_mask.png"], {LONE_MASKS}),
