@@ -21,7 +21,7 @@ from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_text
 from kdsweep.core.progress import plural, track
 from kdsweep.data import duplicates
-from kdsweep.data.images import read_gray_or_color
+from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.data.sources import Entry
 
 THUMB_PX, ROWS_A_SHEET, IMAGES_A_ROW = 160, 12, 8
