@@ -54,7 +54,8 @@ def _reason(error: Exception) -> str:
 
 def _upright(file: Path) -> Image.Image:
     """Return the decoded picture of a file as a viewer shows it, turned as its EXIF orientation says."""
-    with Image.open(file) as picture:
+    # Pillow maps a TIFF opened by name into memory, where it confuses the sides of one that lies on its side.
+    with file.open("rb") as stream, Image.open(stream) as picture:
         pages = getattr(picture, "n_frames", 1)
         if pages > 1 and picture.format != "MPO":  # a camera's JPEG with a preview: the first is the photograph
             raise DoubtError(f"holds {pages} pages or frames; save one of them as a file of its own")
@@ -181,6 +182,7 @@ def _check_areas(mask: np.ndarray, codes: np.ndarray, inside: np.ndarray, *, nea
 
 def _named(colors: np.ndarray) -> str:
     """Return the first colors (N, C) in words, gray ones as one number."""
+    colors = np.unique(colors, axis=0)
     names = [str(color[0]) if len(set(color)) == 1 else f"({', '.join(map(str, color))})" for color in colors.tolist()]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"the {'value' if len(names) == 1 else 'values'} {', '.join(names[:5])}{more}"
