@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 
 from kdsweep.data import pixels
 from kdsweep.data.pixels import DoubtError, FileError, lesion, read_gray_or_color, read_mask
