@@ -138,14 +138,18 @@ def lesion(mask: np.ndarray) -> np.ndarray:
     Raises:
         DoubtError: lesion or background have more than one color, as maps of several classes do.
     """
-    levels = mask if mask.ndim == 2 else mask.max(axis=2)
+    levels = codes = mask
+    if mask.ndim == 3:
+        red, green, blue = np.moveaxis(mask, 2, 0)
+        levels = np.maximum(np.maximum(red, green), blue)
+        codes = (red.astype(np.int32) << 16) + (green.astype(np.int32) << 8) + blue
     half = int(np.iinfo(mask.dtype).max) // 2
-    codes = mask if mask.ndim == 2 else mask.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     first = np.unique(codes, return_index=True)[1]
     if levels.max() > half:
         inside = levels > half
-        near, few = (0, 0) if len(first) <= LABELS else (half // 4, codes.size // 1000)
-        _check_areas(mask, codes, inside, near=near, few=few)
+        if len(first) > 2:
+            near, few = (0, 0) if len(first) <= LABELS else (half // 4, codes.size // 1000)
+            _check_areas(mask, codes, inside, near=near, few=few)
     else:
         inside = levels > 0
         if inside.any() and (len(first) != 2 or inside.all()):
