@@ -59,6 +59,8 @@ def _upright(file: Path) -> Image.Image:
         pages = getattr(picture, "n_frames", 1)
         if pages > 1 and picture.format != "MPO":  # a camera's JPEG with a preview: the first is the photograph
             raise DoubtError(f"holds {pages} pages or frames; save one of them as a file of its own")
+        if picture.format == "PPM" and picture.mode == "I":  # 16 bits, as the format has at most
+            return picture.convert("I;16")
         if picture.mode in ("F", "I"):
             raise DoubtError("has pixels of 32 bits, whose range is not known; save it with 8 or 16 bits")
         return ImageOps.exif_transpose(picture)

@@ -199,7 +199,7 @@ def test_an_opacity_of_one_value_is_ignored_and_16_bits_become_8(tmp_path: Path)
         assert np.array_equal(read_gray_or_color(saved(picture, tmp_path / f"{name}.png")), expected)
         assert np.array_equal(read_gray_or_color(saved(picture.convert("LA"), tmp_path / f"{name}-gray.png")), expected)
     deep = Image.fromarray(values * np.uint16(257))
-    for suffix in ("png", "tif"):
+    for suffix in ("png", "tif", "pgm"):
         image = read_gray_or_color(saved(deep, tmp_path / f"deep.{suffix}"))
         assert image.dtype == np.uint8
         assert np.array_equal(image, expected)
