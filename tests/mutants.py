@@ -208,7 +208,10 @@ MUTANTS = [
         "return whole",
         "tests/data",
     ),
-    Mutant("masks above 127 to above 128", "data/images.py", "> 127", "> 128", "tests/data"),
+    Mutant("masks above 127 to above 128", "data/pixels.py", "levels > half\n", "levels > half + 1\n", "tests/data"),
+    Mutant(
+        "images lie on their side", "data/pixels.py", "ImageOps.exif_transpose(picture)", "picture.copy()", "tests/data"
+    ),
     Mutant("noise on each channel", "data/views.py", "per_channel=False", "per_channel=True", "tests/data"),
     Mutant("theta is not inverted", "data/views.py", "np.linalg.inv(matrix)", "matrix", "tests/data"),
     Mutant(

@@ -15,6 +15,7 @@ from commands import kdsweep
 from PIL import Image
 
 from kdsweep.config import composition, identity
+from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.runs import checkpoint
 from kdsweep.sweep import plan, preview
 from kdsweep.sweep.callback import user_message
@@ -141,10 +142,16 @@ def test_a_batch_larger_than_the_training_set_is_refused_with_both_numbers(small
     assert message == "train.batch_size=17 is larger than the training set of 16 images"
 
 
-def test_images_smaller_than_the_crop_are_named(small_busi: Path) -> None:
-    message = refusal(*busi(small_busi), "image_size=96")
-    assert str(small_busi / "benign") in message
-    assert "smaller than image_size=96" in message
+def test_images_smaller_than_the_crop_are_enlarged_and_counted(
+    small_busi: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = composition.compose(["profile=quick", "path=none", *busi(small_busi), "image_size=96"])
+    sizes = {file.stem: read_gray_or_color(file).shape[:2] for file in small_busi.glob("*/*).png")}
+    small = sorted(name for name, size in sizes.items() if min(size) < 96)
+    assert len(identity.images(cfg).ids) == 25
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "kdsweep.data.images"]
+    names = f"{', '.join(small[:3])} and {len(small) - 3} more"
+    assert line == f"data=busi: {len(small)} of 25 images are smaller than image_size=96 and are enlarged ({names})"
 
 
 @pytest.fixture
@@ -185,7 +192,17 @@ def cut_one_image(root: Path) -> None:
 
 def empty_all_masks(root: Path) -> None:
     for file in (root / "masks").iterdir():
-        Image.new("L", (80, 80), 1).save(file)  # 0 and 1 instead of 0 and 255 reads as empty
+        Image.new("L", (80, 80), 0).save(file)
+
+
+def fill_all_masks(root: Path) -> None:
+    for file in (root / "masks").iterdir():
+        Image.new("L", (80, 80), 255).save(file)
+
+
+def one_class_too_many(root: Path) -> None:
+    file = root / "masks" / "5.png"
+    Image.fromarray(np.repeat(np.array([0, 85, 255], np.uint8), [20, 20, 40])[None].repeat(80, axis=0)).save(file)
 
 
 def empty_one_mask(root: Path) -> None:
@@ -199,7 +216,9 @@ def empty_one_mask(root: Path) -> None:
         (remove_one_mask, ["1 of 8 images", "{root}/images/5.png has no mask"]),
         (shrink_one_mask, ["1 of 8 images", "{root}/masks/5.png is 79 x 80 pixels, its image 80 x 80"]),
         (cut_one_image, ["1 of 8 images", "{root}/images/5.png is not a readable image"]),
-        (empty_all_masks, ["8 of 8 images", "{root}/masks/5.png is empty, no pixel is above 127"]),
+        (empty_all_masks, ["8 of 8 images", "{root}/masks/5.png is empty, all of it is black"]),
+        (fill_all_masks, ["8 of 8 images are lesion everywhere", "(0, 1, 2 and 5 more); save the lesion as 255"]),
+        (one_class_too_many, ["1 of 8 images", "{root}/masks/5.png has areas of the values 0, 85, 255"]),
         (empty_one_mask, ["1 of 8 images", "{root}/masks/5.png is empty", "data.allow_empty_masks=true"]),
         (spoil_nothing, ["train.batch_size=16 is larger than the training set of 5 images"]),
     ],

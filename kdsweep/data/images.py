@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Sequence
+import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from kdsweep.core.errors import InputError
+from kdsweep.core.logs import FILE_ONLY
+from kdsweep.core.memory import available_memory
 from kdsweep.core.progress import track
+from kdsweep.data.pixels import AS_MASK, FileError, naming, read_gray_or_color, read_mask
 from kdsweep.data.sources import Entry, Source, listing
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,14 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the pixels that networks are given, 
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DIM = 16  # of 255: the peak of 12-bit data in 16 bits
 TAKE_EMPTY = "data.allow_empty_masks=true"
+SMALLEST = 32  # pixels a side: less shows nothing that a network could find
+NAMED = 3  # images in a warning
+WARNINGS = {  # what an image may be, and how the data set's line about such images continues
+    "enlarged": "are smaller than image_size={size} and are enlarged",
+    "full": "are lesion everywhere, as with inverted masks",
+    "lost": "lose their lesion at image_size={size}: it is too small",
+    "dim": f"are nearly black, at most {DIM} of 255; 12 bits saved as 16 look so: multiply them by 16",
+}
 
 
 @dataclass(frozen=True)
@@ -50,60 +59,88 @@ class Images:
     digest: str
 
 
+class _Loaded(NamedTuple):
+    """Arrays of an entry: image and mask to be cropped, image and mask to be scored; and the WARNINGS that apply."""
+
+    arrays: list[np.ndarray]
+    warnings: list[str]
+
+
 def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_masks: bool = False) -> Images:
-    """Read, check and resize a whole data set once.
+    """Read, check and resize a complete data set once, and log what is unusual in it, one line for each kind.
 
     Args:
         source: the data set.
         load_size: L, side in pixels of the images that are cropped.
         image_size: S, side in pixels of the crops and of the images that are scored.
         allow_empty_masks: accept images without a lesion. By default an empty mask is an error, since it mostly comes
-            from a mistake in the files (a mask of 0 and 1 where 0 and 255 are meant).
+            from a mistake in the files.
 
     Raises:
-        InputError: some files are wrong; the message counts them and names the first ten.
+        InputError: some files are wrong; the message counts them and names the first ten. Or most masks are full.
     """
     entries, digest, _ = listing(source)
     _check_memory(len(entries), load_size=load_size, image_size=image_size)
 
-    def arrays(entry: Entry) -> list[np.ndarray] | ValueError:
+    def load(entry: Entry) -> _Loaded | FileError:
         try:
-            image, mask = read_entry(entry, smallest=image_size)
-            if not (allow_empty_masks or mask.any()):
-                raise ValueError(f"{entry.mask_files[0]} is empty, no pixel is above 127 ({TAKE_EMPTY} takes it)")
-        except ValueError as error:
+            image, mask = read_entry(entry)
+            with naming(entry.image_file):
+                if not (allow_empty_masks or mask.any()):
+                    raise FileError(f"{entry.mask_files[0]} is empty, all of it is black ({TAKE_EMPTY} takes it)")
+                return _load(image, mask, load_size=load_size, image_size=image_size)
+        except FileError as error:
             return error
-        sizes = (load_size, image_size)
-        return [*(resize_image(image, s) for s in sizes), *(resize_mask(mask, s) for s in sizes)]
 
     with ThreadPoolExecutor() as threads:  # Pillow and OpenCV decode and resize outside Python's lock
-        results = threads.map(arrays, entries)
-        found = list(track(results, what="reading images", unit="image", total=len(entries)))
-    if problems := [str(result) for result in found if isinstance(result, ValueError)]:
+        read = track(threads.map(load, entries), what="reading images", unit="image", total=len(entries))
+        results = list(read)
+    if problems := [str(result) for result in results if isinstance(result, FileError)]:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise InputError(
             f"data={source.name}: {len(problems)} of {len(entries)} images: {'; '.join(problems[:10])}{more}"
         )
-    images, eval_images, masks, eval_masks = (np.stack(column) for column in zip(*found, strict=True))
-    _warn_of_dim(source.name, entries, images)
+    loaded = [result for result in results if isinstance(result, _Loaded)]
     ids, labels = ([getattr(entry, name) for entry in entries] for name in ("id", "label"))
+    _report(source.name, {i: one.warnings for i, one in zip(ids, loaded, strict=True)}, image_size=image_size)
+    images, masks, eval_images, eval_masks = map(np.stack, zip(*(one.arrays for one in loaded), strict=True))
     return Images(source.name, ids, labels, images, masks, eval_images, eval_masks, digest)
 
 
-def _warn_of_dim(name: str, entries: Sequence[Entry], images: np.ndarray) -> None:
-    """Log how many images (N, S, S, 3) are nearly black."""
-    if dim := [entry.image_file for entry, image in zip(entries, images, strict=True) if image.max() <= DIM]:
-        log.warning(
-            "data=%s: %d of %d images are nearly black, at most %d of 255, the first is %s; "
-            "12 bits saved as 16 look so: multiply them by 16",
-            *(name, len(dim), len(entries), DIM, dim[0]),
-        )
+def _load(image: np.ndarray, mask: np.ndarray, *, load_size: int, image_size: int) -> _Loaded:
+    crops, truth = resize_image(image, load_size), resize_mask(mask, load_size)
+    eval_image, eval_truth = resize_image(image, image_size), resize_mask(mask, image_size)
+    applies = {
+        "enlarged": min(image.shape[:2]) < image_size,
+        "full": mask.all(),
+        "lost": mask.any() and not (truth.any() and eval_truth.any()),
+        "dim": crops.max() <= DIM,
+    }
+    return _Loaded([crops, truth, eval_image, eval_truth], [kind for kind in WARNINGS if applies[kind]])
+
+
+def _report(name: str, warnings: dict[str, list[str]], *, image_size: int) -> None:
+    """Log one line for each kind of warning about a data set, from its kinds by image id.
+
+    Raises:
+        InputError: more than half of the masks are full.
+    """
+    extra = FILE_ONLY if multiprocessing.parent_process() else None  # the screen has the line of the parent's check
+    for kind, text in WARNINGS.items():
+        if not (ids := [image_id for image_id, kinds in warnings.items() if kind in kinds]):
+            continue
+        more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+        line = f"data={name}: {len(ids)} of {len(warnings)} images {text.format(size=image_size)}"
+        line += f" ({', '.join(ids[:NAMED])}{more})"
+        if kind == "full" and 2 * len(ids) > len(warnings):
+            raise InputError(f"{line}; {AS_MASK}")
+        log.warning("%s", line, extra=extra)
 
 
 def _check_memory(count: int, *, load_size: int, image_size: int) -> None:
     """Raise InputError if the images cannot be held: the system would end the process without a word."""
     needed = 4 * count * (load_size**2 + image_size**2)  # bytes: three of an image, one of a mask
-    free = _available_memory()
+    free = available_memory()
     if needed > free:
         raise InputError(
             f"data.load_size={load_size}: {count} images of this size need {needed / 2**30:.0f} GiB of memory, "
@@ -111,67 +148,25 @@ def _check_memory(count: int, *, load_size: int, image_size: int) -> None:
         )
 
 
-def _available_memory() -> int:
-    """Return the bytes of memory that can be had, file caches included; all of the machine's where Linux is not."""
-    try:
-        known = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return 1024 * int(known["MemAvailable"].split()[0])
-    except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def read_entry(entry: Entry, *, smallest: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Read image (H, W, 3) uint8 and mask (H, W) uint8 in {0, 1} of one entry.
+def read_entry(entry: Entry) -> tuple[np.ndarray, np.ndarray]:
+    """Read image (H, W, 3) uint8 and mask (H, W) uint8 in {0, 1} of one entry, both upright.
 
     Raises:
-        ValueError: a file is wrong; the message says which, and how.
+        FileError: a file is wrong or doubtful; the message is one line with its name.
     """
     if not entry.mask_files:
-        raise ValueError(f"{entry.image_file} has no mask")
+        raise FileError(f"{entry.image_file} has no mask")
     image = read_gray_or_color(entry.image_file)
     height, width = image.shape[:2]
-    if min(height, width) < smallest:
-        raise ValueError(f"{entry.image_file} is {width} x {height} pixels, smaller than image_size={smallest}")
+    if min(height, width) < SMALLEST:
+        raise FileError(f"{entry.image_file} is {width} x {height} pixels, an image needs {SMALLEST} a side")
     mask = np.zeros((height, width), np.uint8)
     for file in entry.mask_files:
         part = read_mask(file)
         if part.shape != mask.shape:
-            raise ValueError(f"{file} is {part.shape[1]} x {part.shape[0]} pixels, its image {width} x {height}")
+            raise FileError(f"{file} is {part.shape[1]} x {part.shape[0]} pixels, its image {width} x {height}")
         mask |= part
     return image, mask
-
-
-class _UnknownRangeError(ValueError):
-    """Pixels of which nobody knows what is white."""
-
-
-def _open(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as picture:
-            if picture.mode in ("F", "I"):
-                raise _UnknownRangeError(
-                    f"{file} has pixels of 32 bits, whose range is not known; save it with 8 or 16 bits"
-                )
-            if picture.mode.startswith("I;16"):
-                return (np.asarray(picture) / 257).round().astype(np.uint8)
-            return np.asarray(picture.convert("RGB"))
-    except _UnknownRangeError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError on broken PNG chunks
-        raise ValueError(f"{file} is not a readable image") from error
-
-
-def read_gray_or_color(file: Path) -> np.ndarray:
-    """Read any image file as (H, W, 3) uint8; ValueError names an unreadable one."""
-    pixels = _open(file)
-    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
-
-
-def read_mask(file: Path) -> np.ndarray:
-    """Read a mask of any mode (1-bit, gray, palette, RGB, RGBA) as (H, W) uint8 in {0, 1}, thresholded at 127."""
-    pixels = _open(file)
-    gray = pixels if pixels.ndim == 2 else pixels.max(axis=2)
-    return (gray > 127).astype(np.uint8)
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:

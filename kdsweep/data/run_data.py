@@ -67,7 +67,7 @@ def scored(of: sources.Source, ids: Iterable[str], *, image_size: int) -> dict[s
         if image_id not in entries:
             raise InputError(f"data={of.name}: image {image_id} of the run is not in the data set any more")
         try:
-            image, mask = read_entry(entries[image_id], smallest=image_size)
+            image, mask = read_entry(entries[image_id])
         except ValueError as error:
             raise InputError(f"data={of.name}: {error}") from error
         found[image_id] = Scored(resize_image(image, image_size), resize_mask(mask, image_size))

@@ -24,6 +24,7 @@ from kdsweep.core.errors import InputError, exit_code, one_line
 from kdsweep.core.files import write_bytes, write_text
 from kdsweep.data import phantom, run_data
 from kdsweep.data.images import IMAGENET_MEAN, IMAGENET_STD
+from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.data.views import normalize
 from kdsweep.deploy import predict
 from kdsweep.deploy.card import card, card_file
@@ -198,7 +199,7 @@ def run_inputs(
 def folder_inputs(folder: Path, *, image_size: int) -> Inputs:
     """Read the images of a folder; raise InputError if it has none, or an unreadable one."""
     try:
-        read = [predict.read_image(file) for file in predict.list_images(folder)[0].values()]
+        read = [read_gray_or_color(file) for file in predict.list_images(folder)[0].values()]
     except ValueError as error:
         raise InputError(f"--images {folder}: {error}") from error
     return Inputs(f"{len(read)} images of {folder}", [predict.prepare(image, image_size=image_size) for image in read])

@@ -8,6 +8,7 @@ run.
 from __future__ import annotations
 
 import argparse
+import errno
 import glob
 import io
 import json
@@ -26,13 +27,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from kdsweep.config.grid import run_folder
-from kdsweep.core.device import Compute, find_device, placed, usable_precision
+from kdsweep.core.device import Compute, find_device, is_device_error, placed, usable_precision
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_bytes, write_text
 from kdsweep.core.options import add_store
 from kdsweep.core.progress import track
 from kdsweep.data import folders
-from kdsweep.data.images import read_gray_or_color, resize_image
+from kdsweep.data.images import resize_image
+from kdsweep.data.pixels import FileError, naming, read_gray_or_color
 from kdsweep.data.views import normalize
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
@@ -206,18 +208,6 @@ def list_images(folder: Path) -> tuple[dict[str, Path], int]:
     return named, len(entries) - len(files)
 
 
-def read_image(file: Path) -> np.ndarray:
-    """Read an image of any kind as (H, W, 3) uint8, as data sets are read.
-
-    Raises:
-        ValueError: names an unreadable one.
-    """
-    try:
-        return read_gray_or_color(file)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{file} has more pixels than Pillow reads") from error
-
-
 def prepare(image: np.ndarray, *, image_size: int) -> torch.Tensor:
     """Turn (H, W, 3) uint8 into the network's input (1, 3, S, S) float32: the whole image, resized and normalized."""
     return normalize(torch.from_numpy(resize_image(image, image_size))[None])
@@ -257,22 +247,40 @@ def _write_png(file: Path, pixels: np.ndarray) -> None:
     write_bytes(file, stream.getvalue())
 
 
+def predict_file(model: Model, file: Path, *, out: Path, name: str, compute: Compute) -> list[Any]:
+    """Write mask and overlay of an image, as it is displayed; return its row of the table.
+
+    Raises:
+        FileError: the image cannot be read, or its name is too long or not UTF-8.
+    """
+    with naming(file):
+        file.name.encode()  # the table is in UTF-8
+        image = read_gray_or_color(file)
+        probability = probabilities(model.network, image, image_size=model.image_size, compute=compute)
+        mask = probability > THRESHOLD
+        overlay = draw(image, mask)
+    try:
+        _write_png(out / f"{name}_overlay.png", overlay)  # the longer name first
+        _write_png(out / f"{name}_mask.png", mask * np.uint8(255))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise FileError(f"{file}: its name is too long for {name}_overlay.png in {out}; shorten it") from error
+    return measure(file.name, probability)
+
+
 def predict_folder(model: Model, images: dict[str, Path], *, out: Path, compute: Compute) -> int:
-    """Write mask, overlay and a table row for each image; return the number of unreadable images."""
-    network = placed(model.network, compute)
+    """Write mask, overlay and a table row for each image; return the number of images that failed."""
+    placed(model.network, compute)
     rows: list[list[Any]] = []
     try:
         for name, file in track(images.items(), what="predicting", unit="image", total=len(images)):
             try:
-                image = read_image(file)
-            except ValueError as error:
+                rows.append(predict_file(model, file, out=out, name=name, compute=compute))
+            except FileError as error:
+                if error.__cause__ and is_device_error(error.__cause__):
+                    raise error.__cause__ from None  # no other image can be predicted either
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
-                continue
-            probability = probabilities(network, image, image_size=model.image_size, compute=compute)
-            mask = probability > THRESHOLD
-            _write_png(out / f"{name}_mask.png", mask * np.uint8(255))
-            _write_png(out / f"{name}_overlay.png", draw(image, mask))
-            rows.append(measure(file.name, probability))
     finally:  # also after Ctrl-C
         write_text(out / TABLE, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
     return len(images) - len(rows)
@@ -292,19 +300,19 @@ def check_out(out: Path, *, images: Path, overwrite: bool) -> None:
 
 
 def make(model: Model, *, images: Path, out: Path, device: str) -> int:
-    """Predict a folder of images and report it in two lines; return the number of unreadable images."""
+    """Predict a folder of images and report it in two lines; return the number of images that failed."""
     files, others = list_images(images)
     on = find_device(device)
     compute = Compute(device=on, precision=usable_precision(model.precision, on))
     sys.stdout.write(f"{model.title}: {len(files)} images of {images} on {compute.device}\n")
     sys.stdout.flush()
     try:
-        unread = predict_folder(model, files, out=out, compute=compute)
+        failed = predict_folder(model, files, out=out, compute=compute)
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
-    done = f"wrote masks and overlays of {len(files) - unread} of {len(files)} images and {TABLE} to {out}"
-    sys.stdout.write(f"{done}; unreadable: {unread}; other files skipped: {others}\n")
-    return unread
+    done = f"wrote masks and overlays of {len(files) - failed} of {len(files)} images and {TABLE} to {out}"
+    sys.stdout.write(f"{done}; failed: {failed}; other files skipped: {others}\n")
+    return failed
 
 
 def parse_run(parser: argparse.ArgumentParser) -> None:
@@ -321,7 +329,7 @@ def find_model(options: argparse.Namespace) -> Model:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Predict a folder; return 0, or 1 after a line on stderr for an error or for each unreadable image."""
+    """Predict a folder; return 0, or 1 after a line on stderr for an error or for each image that failed."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep predict", description="Masks of one's own images.")
     parse_run(parser)
     parser.add_argument("--images", type=Path, required=True, help="folder of images of any size and mode")
@@ -332,11 +340,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_out(options.out, images=options.images, overwrite=options.overwrite)
         model = find_model(options)
-        unread = make(model, images=options.images, out=options.out, device=options.device)
+        failed = make(model, images=options.images, out=options.out, device=options.device)
     except InputError as error:
         sys.stderr.write(f"kdsweep: error: {error}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"kdsweep: stopped; what is done lies in {options.out}\n")
         return 130
-    return 1 if unread else 0
+    return 1 if failed else 0

@@ -26,8 +26,9 @@ from kdsweep.core.options import add_sweep
 from kdsweep.core.progress import plural, track
 from kdsweep.data import run_data, sources
 from kdsweep.data.folders import ignored_line
-from kdsweep.data.images import load_images, read_gray_or_color
+from kdsweep.data.images import load_images
 from kdsweep.data.loaders import EvalPart, eval_part
+from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.deploy import predict
 from kdsweep.evaluation import scoring
 from kdsweep.runs import records

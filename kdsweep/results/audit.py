@@ -22,7 +22,7 @@ from kdsweep.core.files import write_text
 from kdsweep.core.progress import plural, track
 from kdsweep.data import duplicates
 from kdsweep.data.folders import ignored_line
-from kdsweep.data.images import read_gray_or_color
+from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.data.sources import Entry
 
 THUMB_PX, ROWS_A_SHEET, IMAGES_A_ROW = 160, 12, 8

@@ -18,7 +18,7 @@ from sklearn.model_selection import ShuffleSplit
 
 from kdsweep.core.errors import InputError
 from kdsweep.data import phantom, sources
-from kdsweep.data.images import Images, load_images, read_entry, read_gray_or_color, read_mask, resize_mask
+from kdsweep.data.images import Images, load_images, read_entry
 from kdsweep.data.splits import Split, check_training_masks, random_split
 
 HEIGHT, WIDTH = 40, 50
@@ -83,7 +83,7 @@ def test_udiat_is_found_at_the_root_and_one_or_two_folders_deeper(tmp_path: Path
     entries = sources.Udiat(tmp_path).entries()
     assert [entry.id for entry in entries] == ["000001", "000002", "000010"]
     for entry in entries:
-        image, mask = read_entry(entry, smallest=32)
+        image, mask = read_entry(entry)
         assert np.array_equal(image, np.repeat(gray(int(entry.id))[..., None], 3, axis=2))
         assert np.array_equal(mask, MASK)
 
@@ -123,71 +123,6 @@ def test_hidden_files_beside_the_images_are_not_images(tmp_path: Path) -> None:
     assert load(sources.Udiat(tmp_path)).ids == ["000001", "000002", "000010"]
 
 
-# --- masks and images of any mode
-
-
-def palette_mask() -> Image.Image:
-    picture = Image.fromarray(MASK.astype(np.uint8))
-    picture.putpalette([0, 0, 0, 200, 0, 0])  # index 1 is a lesion drawn in red
-    return picture
-
-
-def soft_mask() -> Image.Image:
-    """What JPEG leaves of a black and white mask: levels around 0 and 255, with the two nearest to the threshold."""
-    levels = np.where(MASK, 250, 4).astype(np.uint8)
-    levels[10, 15], levels[0, 0] = 128, 127
-    return Image.fromarray(levels)
-
-
-MASK_PICTURES = {
-    "1-bit": Image.fromarray(MASK),
-    "gray": Image.fromarray(MASK.astype(np.uint8) * 255),
-    "16 bit": Image.fromarray(MASK.astype(np.uint16) * 65535),
-    "palette": palette_mask(),
-    "RGB": Image.fromarray(MASK).convert("RGB"),
-    "RGBA": Image.fromarray(MASK).convert("RGBA"),
-    "soft": soft_mask(),
-}
-
-
-@pytest.mark.parametrize("mode", MASK_PICTURES)
-def test_a_mask_of_any_mode_is_read_the_same(tmp_path: Path, mode: str) -> None:
-    MASK_PICTURES[mode].save(tmp_path / "mask.png")
-    mask = read_mask(tmp_path / "mask.png")
-    assert mask.dtype == np.uint8
-    assert np.array_equal(mask, MASK)
-
-
-def test_the_mask_pictures_of_this_test_are_of_the_modes_they_claim(tmp_path: Path) -> None:
-    modes = {}
-    for name, picture in MASK_PICTURES.items():
-        picture.save(tmp_path / "mask.png")
-        with Image.open(tmp_path / "mask.png") as stored:
-            modes[name] = stored.mode
-    expected = ["1", "L", "I;16", "P", "RGB", "RGBA", "L"]
-    assert list(modes.values()) == expected
-
-
-def test_alpha_is_dropped_and_16_bit_becomes_8_bit(tmp_path: Path) -> None:
-    pixels = gray()
-    expected = np.repeat(pixels[..., None], 3, axis=2)
-    half_seen = np.dstack([expected, np.full((HEIGHT, WIDTH), 128, np.uint8)])
-    for name, picture in {
-        "rgba": half_seen,
-        "gray_alpha": half_seen[..., 2:],
-        "grey16": pixels * np.uint16(257),
-    }.items():
-        file = save(picture, tmp_path / f"{name}.png")
-        image = read_gray_or_color(file)
-        assert image.dtype == np.uint8
-        assert np.array_equal(image, expected), name
-
-
-def test_color_keeps_its_channels(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    assert np.array_equal(read_gray_or_color(save(pixels, tmp_path / "color.png")), pixels)
-
-
 # --- BUSI
 
 
@@ -205,9 +140,9 @@ def busi_data(root: Path) -> Path:
 def test_busi_unites_the_masks_of_an_image_whatever_their_modes(tmp_path: Path) -> None:
     one, two = sources.Busi(busi_data(tmp_path)).entries()
     assert (one.id, one.label, len(one.mask_files)) == ("benign (1)", "benign", 2)
-    assert np.array_equal(read_entry(one, smallest=32)[1], MASK | OTHER_MASK)
+    assert np.array_equal(read_entry(one)[1], MASK | OTHER_MASK)
     assert (two.id, two.label) == ("malignant (1)", "malignant")
-    assert np.array_equal(read_entry(two, smallest=32)[1], MASK)
+    assert np.array_equal(read_entry(two)[1], MASK)
 
 
 def test_busi_leaves_normal_images_out_unless_asked_for(tmp_path: Path) -> None:
@@ -226,8 +161,8 @@ def test_published_busi_files_read_as_their_gray_copies(real_data: Path) -> None
     masks_per_image = {entry.id: len(entry.mask_files) for entry in originals}
     assert masks_per_image == dict(zip(names, [2, 1, 2, 1, 1], strict=True))
     for entry in originals:
-        image, mask = read_entry(entry, smallest=224)
-        copy_image, copy_mask = read_entry(copies[entry.id], smallest=224)
+        image, mask = read_entry(entry)
+        copy_image, copy_mask = read_entry(copies[entry.id])
         assert np.array_equal(image, copy_image), entry.id
         assert np.array_equal(mask, copy_mask), entry.id
         assert 0 < mask.mean() < 0.6
@@ -238,7 +173,7 @@ def test_published_busi_normal_image_has_an_empty_mask(real_data: Path) -> None:
         e for e in sources.Busi(real_data / "busi-originals", include_normal=True).entries() if e.label == "normal"
     ]
     assert [entry.id for entry in normal] == ["normal (2)"]
-    assert not read_entry(normal[0], smallest=224)[1].any()
+    assert not read_entry(normal[0])[1].any()
 
 
 def test_busi163_has_the_cohort_and_the_lesions_of_its_manifest(real_data: Path) -> None:
@@ -250,7 +185,7 @@ def test_busi163_has_the_cohort_and_the_lesions_of_its_manifest(real_data: Path)
         manifest = {Path(row["file"]).stem: row for row in csv.DictReader(lines)}
     assert manifest.keys() == {entry.id for entry in entries}
     for entry in entries:
-        image, mask = read_entry(entry, smallest=224)
+        image, mask = read_entry(entry)
         row = manifest[entry.id]
         assert image.shape == (int(row["height"]), int(row["width"]), 3)
         assert mask.mean() == pytest.approx(float(row["lesion_fraction"]), abs=1e-3)
@@ -334,29 +269,6 @@ def test_a_mask_of_another_size_is_named_with_both_sizes(tmp_path: Path) -> None
     message = error_of(sources.Folder(tmp_path))
     assert f"{tmp_path / 'masks' / '00.png'} is 49 x 40 pixels" in message
     assert "50 x 40" in message
-
-
-@pytest.mark.parametrize("folder", ["images", "masks"])
-@pytest.mark.parametrize("fault", ["junk", "truncated", "empty", "broken chunk"])
-def test_an_unreadable_file_is_named(tmp_path: Path, folder: str, fault: str) -> None:
-    save(gray(), tmp_path / "images" / "00.png")
-    save(gray(1), tmp_path / "masks" / "00.png")
-    file = tmp_path / folder / "00.png"
-    whole = file.read_bytes()
-    faulty = {
-        "junk": b"this is not a picture",
-        "truncated": whole[: len(whole) // 2],
-        "empty": b"",
-        "broken chunk": whole[:60] + b"\xff" * 20 + whole[80:],
-    }
-    file.write_bytes(faulty[fault])
-    assert f"{file} is not a readable image" in error_of(sources.Folder(tmp_path))
-
-
-def test_an_image_smaller_than_the_crop_is_named(tmp_path: Path) -> None:
-    message = error_of(sources.Folder(folder_data(tmp_path)), image_size=64)
-    assert f"{tmp_path / 'images' / '00.png'} is 50 x 40 pixels" in message
-    assert "image_size=64" in message
 
 
 def test_of_many_bad_files_the_first_ten_and_the_count_are_given(tmp_path: Path) -> None:
@@ -464,11 +376,6 @@ def test_resizing_keeps_lesions_where_they_are(tmp_path: Path) -> None:
     assert np.array_equal(images.images[0, ..., 0] > 110, expected)
 
 
-def test_enlarging_a_mask_keeps_it_binary_and_in_place() -> None:
-    mask = np.array([[0, 1], [0, 0]], np.uint8)
-    assert np.array_equal(resize_mask(mask, 4), np.kron(mask, np.ones((2, 2), np.uint8)))
-
-
 def test_digest_follows_every_pixel_id_and_label_but_not_the_place(tmp_path: Path) -> None:
     root = busi_data(tmp_path / "first")
     digest = load(sources.Busi(root)).digest
@@ -540,27 +447,3 @@ def test_too_few_images_are_refused_with_their_number(count: int) -> None:
     with pytest.raises(InputError, match=f"{count} images.* at least 4"):
         random_split(count, index=0)
     assert random_split(4, index=0)
-
-
-# --- ranges of pixels
-
-
-@pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_pixels_of_32_bits_are_refused(tmp_path, kind):
-    root = folder_data(tmp_path)
-    file = root / "images" / "00.png"
-    file.unlink()
-    save(gray().astype(kind), file.with_suffix(".tif"))
-    message = error_of(sources.Folder(root))
-    assert (
-        f"{file.with_suffix('.tif')} has pixels of 32 bits, whose range is not known; save it with 8 or 16" in message
-    )
-
-
-@pytest.mark.parametrize(("factor", "warns"), [(16, True), (257, False)])
-def test_12_bits_saved_as_16_are_warned_of(tmp_path, caplog, factor, warns):
-    root = folder_data(tmp_path)
-    save(gray().astype(np.uint16) * factor, root / "images" / "00.png")
-    images = load(sources.Folder(root))
-    assert ("1 of 1 images are nearly black" in caplog.text) == warns
-    assert (images.images.max() <= 16) == warns

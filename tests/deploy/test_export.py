@@ -172,7 +172,7 @@ def test_the_test_images_are_those_of_the_split(of_busi, small_busi, tmp_path):
     entries = {entry.id: entry for entry in sources.Busi(small_busi).entries()}
     ids = json.loads((cell.folder / "split.json").read_text())["test"]
     for image_id, image, mask in zip(ids, found.images, found.masks, strict=True):
-        picture, truth = read_entry(entries[image_id], smallest=SIZE)
+        picture, truth = read_entry(entries[image_id])
         torch.testing.assert_close(image, predict.prepare(picture, image_size=SIZE), rtol=0, atol=0)
         np.testing.assert_array_equal(mask[0].numpy(), resize_mask(truth, SIZE))
 

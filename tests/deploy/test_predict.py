@@ -15,8 +15,9 @@ from kdsweep.config import composition, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core.device import Compute, placed
 from kdsweep.core.errors import InputError
-from kdsweep.data.images import read_gray_or_color, resize_image
+from kdsweep.data.images import resize_image
 from kdsweep.data.loaders import EvalPart
+from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.deploy import predict
 from kdsweep.evaluation import scoring
 from kdsweep.models.weights import read_weights
@@ -143,7 +144,7 @@ def test_every_mode_and_size_gets_a_mask_an_overlay_and_a_row(cell, model, image
     name = "Student split 0 seed 0 (mobilenetv3_small_trimmed, 64 x 64)"
     assert first == f"{name}: 9 images of {images} on cpu"
     results = f"wrote masks and overlays of 9 of 9 images and predictions.csv to {out}"
-    assert last == f"{results}; unreadable: 0; other files skipped: 3"
+    assert last == f"{results}; failed: 0; other files skipped: 3"
     table = pd.read_csv(out / "predictions.csv", index_col="image")
     files = [file for file in images.iterdir() if file.name in table.index]
     assert len(files) == len(table) == 9
@@ -171,20 +172,71 @@ def test_sixteen_bits_and_eight_give_the_same(cell, images, tmp_path):
         pd.testing.assert_series_equal(table.loc[deep], table.loc["gray.png"], check_names=False)
 
 
-def test_unreadable_images_are_named_and_the_others_done(cell, images, tmp_path, capsys, monkeypatch):
+def test_images_that_fail_are_named_and_the_others_done(cell, images, tmp_path, capsys, monkeypatch):
     (images / "broken.png").write_bytes((images / "gray.png").read_bytes()[:200])
     (images / "empty.tif").touch()
-    assert run("--run", cell.folder, "--images", images, "--out", tmp_path / "out") == 1
+    Image.fromarray(noise(40, 400)).save(images / "large.png")
+    Image.fromarray(noise(40, 40)).save(images / "many.tif", save_all=True, append_images=[Image.new("L", (40, 40))])
+    Image.fromarray(noise(40, 40)).save(images / f"{'n' * 249}.png")
+    Image.fromarray(noise(40, 40)).save(images / "sc\udce9n.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7999)
+    out = tmp_path / "out"
+    assert run("--run", cell.folder, "--images", images, "--out", out) == 1
     printed = capsys.readouterr()
-    assert printed.err.splitlines() == [
-        f"skipped: {images / name} is not a readable image" for name in ("broken.png", "empty.tif")
+    expected = [
+        "broken.png is not a readable image (image file is truncated; save it again or leave it out)",
+        "empty.tif is not a readable image (its content is of no image format; save it again or leave it out)",
+        "large.png is not a readable image (Image size (16000 pixels) exceeds limit of 15998 pixels, could be "
+        "decompression bomb DOS attack; save it with fewer pixels)",
+        "many.tif holds 2 pages or frames; save one of them as a file of its own",
+        f"{'n' * 249}.png: its name is too long for {'n' * 249}_overlay.png in {out}; shorten it",
+        "sc\\xe9n.png is not a readable image (its name is not in UTF-8; rename it)",
     ]
-    assert "of 9 of 11 images" in printed.out
-    assert "; unreadable: 2;" in printed.out
-    assert len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 9
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(ValueError, match="more pixels than"):
-        predict.read_image(images / "gray.png")
+    assert printed.err.splitlines() == [f"skipped: {images}/{line}" for line in expected]
+    assert "of 9 of 15 images" in printed.out
+    assert "; failed: 6;" in printed.out
+    assert len(pd.read_csv(out / "predictions.csv")) == 9
+    assert len(list(out.iterdir())) == 2 * 9 + 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(MemoryError(), "MemoryError; save it with fewer pixels"), (RuntimeError("CUDA error: assert"), None)],
+)
+def test_a_lack_of_memory_ends_one_image_and_a_broken_device_all(
+    cell, images, tmp_path, capsys, monkeypatch, error, expected
+):
+    probabilities = predict.probabilities
+
+    def first_fails(network, image, **more):
+        if image.shape == (64, 65, 3):  # alpha.png
+            raise error
+        return probabilities(network, image, **more)
+
+    monkeypatch.setattr(predict, "probabilities", first_fails)
+    call = ("--run", cell.folder, "--images", images, "--out", tmp_path / "out")
+    if expected is None:
+        with pytest.raises(RuntimeError, match="CUDA error: assert"):
+            run(*call)
+        return
+    assert run(*call) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"skipped: {images}/alpha.png is not a readable image ({expected}")
+    assert len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 8
+
+
+def test_a_photograph_on_its_side_gets_an_upright_mask(cell, tmp_path):
+    (tmp_path / "images").mkdir()
+    exif, picture = Image.Exif(), Image.fromarray(noise(40, 90, 3))
+    exif[0x112] = 6
+    picture.save(tmp_path / "images" / "side.png", exif=exif)
+    picture.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "images" / "upright.png")
+    assert run("--run", cell.folder, "--images", tmp_path / "images", "--out", tmp_path / "out") == 0
+    for kind in ("mask", "overlay"):
+        side, upright = (Image.open(tmp_path / "out" / f"{name}_{kind}.png") for name in ("side", "upright"))
+        with side, upright:
+            assert side.size == upright.size == (40, 90)
+            np.testing.assert_array_equal(np.asarray(side), np.asarray(upright))
 
 
 def test_masks_that_lie_beside_their_images_are_not_images(tmp_path):

@@ -1,0 +1,194 @@
+"""Pixels of one file: an image as RGB, a mask as zeros and ones. Files whose meaning is doubtful are refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+AS_MASK = "save the lesion as 255 and all else as 0"
+LABELS = 8  # a mask of at most as many colors is a map of labels, one of more was compressed or smoothed
+
+
+class FileError(ValueError):
+    """A file that cannot be used; the message is one line with its name and the remedy."""
+
+
+class DoubtError(ValueError):
+    """Pixels of which two readings are possible; the message continues the name of the file."""
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Turn each error of the work on a file into a FileError with the file's name."""
+    name = os.fsencode(file).decode("utf-8", "backslashreplace")
+    try:
+        yield
+    except FileError:
+        raise
+    except DoubtError as error:
+        raise FileError(f"{name} {error}") from error
+    except Exception as error:  # Pillow raises SyntaxError, struct.error and more on damaged files
+        raise FileError(f"{name} is not a readable image ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is of no image format; save it again or leave it out"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"{text}; save it with fewer pixels"
+    if isinstance(error, MemoryError | cv2.error):
+        return f"{type(error).__name__} {text}".strip() + "; save it with fewer pixels or free memory"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnicodeEncodeError):
+        return "its name is not in UTF-8; rename it"
+    return f"{text or type(error).__name__}; save it again or leave it out"
+
+
+def _upright(file: Path) -> Image.Image:
+    """Return the decoded picture of a file as a viewer shows it, turned as its EXIF orientation says."""
+    # Pillow maps a TIFF opened by name into memory, where it confuses the sides of one that lies on its side.
+    with file.open("rb") as stream, Image.open(stream) as picture:
+        pages = getattr(picture, "n_frames", 1)
+        if pages > 1 and picture.format != "MPO":  # a camera's JPEG with a preview: the first is the photograph
+            raise DoubtError(f"holds {pages} pages or frames; save one of them as a file of its own")
+        if picture.format == "PPM" and picture.mode == "I":  # 16 bits, as the format has at most
+            return picture.convert("I;16")
+        if picture.mode in ("F", "I"):
+            raise DoubtError("has pixels of 32 bits, whose range is not known; save it with 8 or 16 bits")
+        return ImageOps.exif_transpose(picture)
+
+
+def _varying_alpha(picture: Image.Image) -> np.ndarray | None:
+    """Return the opacity (H, W) uint8 of a picture, or None if it is the same everywhere and so has no shape."""
+    if not picture.has_transparency_data:
+        return None
+    alpha = np.asarray(picture.convert("RGBA").getchannel("A"))
+    return None if alpha.min() == alpha.max() else alpha
+
+
+def _visible(picture: Image.Image) -> np.ndarray:
+    """Return a picture as (H, W, 3) uint8 on a black ground, so that what is transparent stays invisible."""
+    colors, alpha = np.asarray(picture.convert("RGB")), _varying_alpha(picture)
+    if alpha is None:
+        return colors
+    return ((colors.astype(np.uint16) * alpha[..., None] + 127) // 255).astype(np.uint8)
+
+
+def read_gray_or_color(file: Path) -> np.ndarray:
+    """Read any image file as (H, W, 3) uint8, upright; raise FileError for one that cannot be used."""
+    with naming(file):
+        picture = _upright(file)
+        if not picture.mode.startswith("I;16"):
+            return _visible(picture)
+        gray = (np.asarray(picture) / 257).round().astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=2)
+
+
+def read_mask(file: Path) -> np.ndarray:
+    """Read a mask of any mode as (H, W) uint8 in {0, 1}, upright; see ``lesion``.
+
+    Raises:
+        FileError: the file is unreadable, or what in it is lesion is doubtful.
+    """
+    with naming(file):
+        picture = _upright(file)
+        if picture.mode.startswith("I;16"):
+            return lesion(np.asarray(picture).astype(np.uint16))
+        return lesion(_mask_colors(picture))
+
+
+def _mask_colors(picture: Image.Image) -> np.ndarray:
+    """Return the visible colors (H, W, 3) uint8 of a mask.
+
+    Raises:
+        DoubtError: transparency or a palette hides a shape.
+    """
+    stored, colors, alpha = np.asarray(picture), _visible(picture), _varying_alpha(picture)
+    if _varies(stored) and not _varies(colors):
+        raise DoubtError(f"has pixels that differ but show one color (palette or transparency); {AS_MASK}, opaque")
+    if alpha is not None:
+        hidden = np.asarray(picture.convert("RGB"))[alpha == 0]
+        if hidden.size and (hidden != hidden[0]).any():
+            raise DoubtError(f"has several colors under transparent pixels; {AS_MASK}, opaque")
+    return colors
+
+
+def _varies(pixels: np.ndarray) -> bool:
+    return bool((pixels != pixels[0, 0]).any())
+
+
+def lesion(mask: np.ndarray) -> np.ndarray:
+    """Return where a mask has its lesion.
+
+    A pixel is lesion if its brightest channel is above half of the range (127 of 255). In a mask that stays below
+    everywhere, such as one of 0 and 1, every pixel that is not black is lesion; such a mask must have two colors.
+
+    Args:
+        mask: (H, W) or (H, W, 3), uint8 or uint16.
+
+    Returns:
+        (H, W) uint8 in {0, 1}; all 0 only if the mask is black.
+
+    Raises:
+        DoubtError: lesion or background have more than one color, as maps of several classes do.
+    """
+    levels = codes = mask
+    if mask.ndim == 3:
+        red, green, blue = np.moveaxis(mask, 2, 0)
+        levels = np.maximum(np.maximum(red, green), blue)
+        codes = (red.astype(np.int32) << 16) + (green.astype(np.int32) << 8) + blue
+    half = int(np.iinfo(mask.dtype).max) // 2
+    first = np.unique(codes, return_index=True)[1]
+    if levels.max() > half:
+        inside = levels > half
+        if len(first) > 2:
+            near, few = (0, 0) if len(first) <= LABELS else (half // 4, codes.size // 1000)
+            _check_areas(mask, codes, inside, near=near, few=few)
+    else:
+        inside = levels > 0
+        if inside.any() and (len(first) != 2 or inside.all()):
+            colors = mask.reshape(codes.size, -1)[first]
+            raise DoubtError(f"has {_named(colors)}, all below half of the range; {AS_MASK}")
+    return inside.astype(np.uint8)
+
+
+def _check_areas(mask: np.ndarray, codes: np.ndarray, inside: np.ndarray, *, near: int, few: int) -> None:
+    """Raise DoubtError if lesion or background have areas of more than one color.
+
+    Edges are of any color, smoothed as they often are: only pixels count whose neighbors have the same color.
+
+    Args:
+        mask: (H, W) or (H, W, 3).
+        codes: (H, W), one number per color.
+        inside: (H, W) bool, the lesion.
+        near: the largest difference of a channel by which compression changes a color.
+        few: pixels that are not yet an area.
+    """
+    plane, window = codes.astype(np.float32), np.ones((3, 3), np.uint8)  # exact: 24 bits at most
+    flat = cv2.dilate(plane, window) == cv2.erode(plane, window)
+    areas = []
+    for side in (flat & ~inside, flat & inside):
+        _, first, counts = np.unique(codes[side], return_index=True, return_counts=True)
+        colors = mask[side].reshape(-1, mask[0, 0].size)[first].astype(int)
+        if len(colors):
+            main = colors[counts.argmax()]
+            others = colors[(np.abs(colors - main).max(axis=1) > near) & (counts > few)]
+            areas.append(np.vstack([main[None], others]))
+    if any(len(colors) > 1 for colors in areas):
+        raise DoubtError(f"has areas of {_named(np.vstack(areas))}, but background and lesion are two; {AS_MASK}")
+
+
+def _named(colors: np.ndarray) -> str:
+    """Return the first colors (N, C) in words, gray ones as one number."""
+    colors = np.unique(colors, axis=0)
+    names = [str(color[0]) if len(set(color)) == 1 else f"({', '.join(map(str, color))})" for color in colors.tolist()]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"the {'value' if len(names) == 1 else 'values'} {', '.join(names[:5])}{more}"
