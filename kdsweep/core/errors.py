@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+import os
+import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ParamSpec
+
+from kdsweep.core import signals
+
+TRACEBACK = "KDSWEEP_TRACEBACK"  # environment: 1 shows the traceback of an error that ends the program
+
+P = ParamSpec("P")
 
 
 class InputError(Exception):
@@ -31,14 +45,98 @@ def one_line(error: BaseException) -> str:
         return text
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; when that is mended the same command goes on"
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
-def exit_code(work: Callable[[], object]) -> int:
-    """Run a command-line tool; return 0, or 1 after one line on stderr that says what to mend."""
+@contextlib.contextmanager
+def reading(file: Path | str, *, what: str, remedy: str) -> Iterator[None]:
+    """Turn every error of reading a user's file into one InputError that names the file.
+
+    ``with reading(file, what="a file of publish", remedy="publish writes such files"):`` goes around the reading and
+    around the first look at the content, so that a foreign file is refused in the same way as a damaged one.
+
+    Args:
+        file: its path, behind the option or key that named it if there is one: ``--published scores.json.gz``.
+        what: what the file must be.
+        remedy: what the user can do.
+
+    Raises:
+        InputError: anything went wrong inside; an InputError from inside passes as it is.
+    """
     try:
-        work()
-    except InputError as error:
-        sys.stderr.write(f"kdsweep: error: {error}\n")
+        yield
+    except (InputError, MemoryError):
+        raise
+    except OSError as error:
+        why = error.strerror or f"not {what}: {one_line(error)}"
+        raise InputError(f"{file}: cannot be read ({why}); {remedy}") from error
+    except Exception as error:  # json, gzip, csv, torch, openpyxl, Pillow: each parser has errors of several kinds
+        raise InputError(f"{file}: is not {what} ({one_line(error)[:200]}); {remedy}") from error
+
+
+def command(work: Callable[P, int | None]) -> Callable[P, int]:
+    """Make a function a command: it returns its exit code, and any error ends in one line on stderr.
+
+    This is the only place where the errors of the program and of its subcommands end. A reader of the output that is
+    gone (``| head``) is not an error. With KDSWEEP_TRACEBACK=1 the traceback is shown before the line.
+    """
+
+    @functools.wraps(work)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        _encode_all()
+        try:
+            code = work(*args, **kwargs) or 0
+            sys.stdout.flush()  # here a full disk or a closed pipe can still be reported
+        except KeyboardInterrupt as stop:
+            return _report_stop(stop)
+        except Exception as error:
+            return report(error, one_line(error))
+        return code
+
+    return run
+
+
+def report(error: Exception, line: str) -> int:
+    """Write the line of an error that ends the program; return the exit code.
+
+    A line that begins with the error's type was not written for the user: it is followed by how to see the traceback.
+    """
+    if _output_is_closed(error):
         return 1
-    return 0
+    if os.environ.get(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR")) == "1":
+        traceback.print_exception(error)
+    elif line.startswith(type(error).__name__):
+        line += f"; {TRACEBACK}=1 before the command shows where"
+    sys.stderr.write(f"kdsweep: error: {line}\n")
+    return 1
+
+
+def _report_stop(stop: KeyboardInterrupt) -> int:
+    """Write the line of a stop; return the exit code."""
+    if isinstance(stop, signals.Stopped):
+        line, code = stop.told(), stop.exit_code
+    else:
+        line, code = "stopped; what is written so far stays", 128 + signal.SIGINT
+    sys.stderr.write(f"kdsweep: {line}\n")
+    return code
+
+
+def _encode_all() -> None:
+    """Write a character that the terminal's encoding lacks as an escape, here and in the processes started later."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            os.environ["PYTHONIOENCODING"] = f"{stream.encoding}:backslashreplace"
+
+
+def _output_is_closed(error: Exception) -> bool:
+    """Return whether an error is that of writing to stdout; if so, what is left of the output goes nowhere."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return False
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+    return False

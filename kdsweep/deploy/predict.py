@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from kdsweep.config.grid import run_folder
 from kdsweep.core.device import Compute, find_device, placed, usable_precision
-from kdsweep.core.errors import InputError
+from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import write_bytes, write_text
 from kdsweep.core.options import add_store
 from kdsweep.core.progress import track
@@ -320,8 +320,9 @@ def find_model(options: argparse.Namespace) -> Model:
     return load_model(find_folder(options.run, store=options.store, uri=options.tracking_uri))
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    """Predict a folder; return 0, or 1 after a line on stderr for an error or for each unreadable image."""
+    """Predict a folder; return 1 after a line on stderr for each unreadable image."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep predict", description="Masks of one's own images.")
     parse_run(parser)
     parser.add_argument("--images", type=Path, required=True, help="folder of images of any size and mode")
@@ -329,14 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:NUMBER or auto (cpu)")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     options = parser.parse_args(argv)
-    try:
-        check_out(options.out, images=options.images, overwrite=options.overwrite)
-        model = find_model(options)
-        unread = make(model, images=options.images, out=options.out, device=options.device)
-    except InputError as error:
-        sys.stderr.write(f"kdsweep: error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write(f"kdsweep: stopped; what is done lies in {options.out}\n")
-        return 130
+    check_out(options.out, images=options.images, overwrite=options.overwrite)
+    model = find_model(options)
+    unread = make(model, images=options.images, out=options.out, device=options.device)
     return 1 if unread else 0

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kdsweep.config.grid import run_folder
-from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import write_bytes
 from kdsweep.core.options import add_sweep
 from kdsweep.core.progress import plural, track
@@ -256,8 +256,9 @@ def _write(file: Path, content: bytes) -> None:
         raise InputError(f"--out {file.parent}: cannot write there ({error.strerror})") from error
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Quantize Students of a sweep; return 0, or 1 after one line on stderr that says what to mend."""
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Quantize Students of a sweep."""
     parser = argparse.ArgumentParser(
         prog="python -m kdsweep quantize", description="Students in 8-bit integers, and what that costs in Dice."
     )
@@ -269,17 +270,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-root", type=Path, help="where the sweep's images lie now (where they lay then)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the ONNX files and the table")
     options = parser.parse_args(argv)
+    export.check_installed()
+    if options.calibrate < 1:
+        raise InputError(f"--calibrate {options.calibrate}: must be at least 1 image")
+    from kdsweep.tracking.reader import read_sweep  # loads mlflow: seconds that --help need not wait for
 
-    def work() -> None:
-        export.check_installed()
-        if options.calibrate < 1:
-            raise InputError(f"--calibrate {options.calibrate}: must be at least 1 image")
-        from kdsweep.tracking.reader import read_sweep  # loads mlflow: seconds that --help need not wait for
-
-        sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
-        models = options.models.split(",") if options.models else None
-        count, out = options.calibrate, options.out
-        told = make(sweep, store=options.store, models=models, data_root=options.data_root, count=count, out=out)
-        sys.stdout.write(told)
-
-    return exit_code(work)
+    sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
+    models = options.models.split(",") if options.models else None
+    count, out = options.calibrate, options.out
+    told = make(sweep, store=options.store, models=models, data_root=options.data_root, count=count, out=out)
+    sys.stdout.write(told)

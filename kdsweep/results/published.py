@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from kdsweep.config.grid import LOCAL, SOURCES, is_under
-from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import without_folders, write_bytes
 from kdsweep.core.options import add_seeds, add_sweep
 from kdsweep.core.progress import plural
@@ -116,8 +116,9 @@ def _table(parts: list[str]) -> pd.DataFrame:
     return whole.drop_duplicates(key, ignore_index=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Publish a sweep; return 0, or 1 after one line on stderr that says what to mend."""
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Publish a sweep."""
     parser = argparse.ArgumentParser(
         prog="python -m kdsweep publish", description="A sweep's runs and per-image scores as one file for others."
     )
@@ -127,19 +128,15 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, required=True, help="file, such as scores.json.gz; one that is there is replaced"
     )
     options = parser.parse_args(argv)
-
-    def work() -> None:
-        whole = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
-        sweep = of_seeds(whole, options.seeds)
-        content = write(sweep)
-        try:
-            write_bytes(options.out, content)
-        except OSError as error:
-            raise InputError(f"--out {options.out}: cannot write there ({error.strerror})") from error
-        done = int((sweep.runs["status"] == "FINISHED").sum())
-        sys.stdout.write(
-            f"wrote {options.out} ({len(content) / 1e6:.2f} MB): sweep {sweep.name}, {plural(done, 'finished run')}, "
-            f"{plural(len(sweep.scores), 'score')} of test images by their ids\n"
-        )
-
-    return exit_code(work)
+    whole = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
+    sweep = of_seeds(whole, options.seeds)
+    content = write(sweep)
+    try:
+        write_bytes(options.out, content)
+    except OSError as error:
+        raise InputError(f"--out {options.out}: cannot write there ({error.strerror})") from error
+    done = int((sweep.runs["status"] == "FINISHED").sum())
+    sys.stdout.write(
+        f"wrote {options.out} ({len(content) / 1e6:.2f} MB): sweep {sweep.name}, {plural(done, 'finished run')}, "
+        f"{plural(len(sweep.scores), 'score')} of test images by their ids\n"
+    )
