@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +17,24 @@ WHOLE_PATH = re.compile(r"(?<![^\s='\"(])[/~](?:[^/\s]*/)*([^/\s]+)")  # its las
 
 @contextlib.contextmanager
 def _appearing(file: Path) -> Iterator[BinaryIO]:
-    """Open a scratch file, flush it to disk and rename it: a reader sees the old file or the whole new one."""
+    """Open a scratch file, flush it to disk and rename it: a reader sees the old file or the complete new one.
+
+    A symbolic link stays and its target is written. A device or a pipe stays and is written directly.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            with file.open("wb") as stream:  # a folder raises IsADirectoryError
+                yield stream
+        else:
+            with _renamed(Path(os.path.realpath(file))) as stream:
+                yield stream
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error  # a full disk does not name the file
+
+
+@contextlib.contextmanager
+def _renamed(file: Path) -> Iterator[BinaryIO]:
+    """Open a scratch file next to a regular file, which takes its name and its permissions at the end."""
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
@@ -24,9 +42,9 @@ def _appearing(file: Path) -> Iterator[BinaryIO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
+        if file.exists():
+            scratch.chmod(stat.S_IMODE(file.stat().st_mode))
         scratch.replace(file)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error  # a full disk does not name the file
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
