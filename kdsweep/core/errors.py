@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import os
+import select
 import signal
 import sys
 import traceback
@@ -101,7 +102,9 @@ def report(error: Exception, line: str) -> int:
 
     A line that begins with the error's type was not written for the user: it is followed by how to see the traceback.
     """
-    if _output_is_closed(error):
+    is_gone = _reader_is_gone(error)
+    _flush()
+    if is_gone:
         return 1
     if os.environ.get(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR")) == "1":
         traceback.print_exception(error)
@@ -129,14 +132,22 @@ def _encode_all() -> None:
             os.environ["PYTHONIOENCODING"] = f"{stream.encoding}:backslashreplace"
 
 
-def _output_is_closed(error: Exception) -> bool:
-    """Return whether an error is that of writing to stdout; if so, what is left of the output goes nowhere."""
-    if not isinstance(error, OSError) or error.filename is not None:
+def _reader_is_gone(error: Exception) -> bool:
+    """Return whether an error is that of writing to a pipe that is not read anymore, as after ``| head``."""
+    if not isinstance(error, BrokenPipeError):
         return False
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except OSError:  # the output is no file
+        return False
+    return bool(poll.poll(0))  # whether there is an error, since no event is asked for
+
+
+def _flush() -> None:
+    """Write what is left of the output; if that fails, it goes nowhere, and the end of Python says nothing of it."""
     try:
         sys.stdout.flush()
     except OSError:
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return isinstance(error, BrokenPipeError)
-    return False

@@ -113,5 +113,5 @@ def test_a_tensor_of_another_rank_is_refused_by_a_narrow_encoder(tmp_path) -> No
 
 
 def test_a_checkpoint_with_other_objects_says_how_to_save_the_weights_alone(state, tmp_path) -> None:
-    with pytest.raises(InputError, match="holds argparse.Namespace next to its tensors.* save its state dict alone"):
+    with pytest.raises(InputError, match=r"holds argparse\.Namespace next to its tensors.* save its state dict alone"):
         load({"state_dict": state, "hyper_parameters": Namespace(lr=0.1)}, tmp_path)
