@@ -145,10 +145,12 @@ def _folder_of_id(run: str, *, store: Path, uri: str | None) -> Path:
 
     if uri is None and not (store / writer.DATABASE).is_file():
         raise InputError(f"--run {run}: --store {store} has no {writer.DATABASE}; name its folder or --tracking-uri")
+    where = f"--store {store}" if uri is None else "--tracking-uri"  # which may hold a password
     try:
         tags = writer.MlflowClient(tracking_uri=writer.store_uri(store, uri)).get_run(run).data.tags
     except Exception as error:  # of many kinds: server, network, database
-        raise InputError(f"--run {run}: MLflow does not give it: {' '.join(str(error).split())[:300]}") from error
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"--run {run}: MLflow does not give it from {where}: {why}") from error
     if not {f"kdsweep.{key}" for key in TAGS} <= tags.keys():
         raise InputError(f"--run {run}: the MLflow run is not one of a Student, Teacher or distilled cell")
     folder = run_folder(store, {key: tags[f"kdsweep.{key}"] for key in TAGS})

@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     add_sweep(parser)
     options = parser.parse_args(argv)
     cfg = composition.compose(options.overrides)
-    source = identity.source(cfg)
+    source, listing = identity.source(cfg), identity.listing(cfg)
     sweep = reader.read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
     count, problems = score_sweep(
         sweep,
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         device=str(cfg.device),
         allow_empty_masks=bool(cfg.data.get("allow_empty_masks")),
     )
-    name = f"{source.name}-{identity.listing(cfg).digest[:8]}"
+    name = f"{source.name}-{listing.digest[:8]}"
     sys.stdout.write(f"scored {plural(count, 'network')} now; mean over images, splits and seeds:\n")
     sweep = reader.read_sweep(store=options.store, uri=options.tracking_uri, name=sweep.name)
     sys.stdout.write(means(sweep, name) + "\n")
