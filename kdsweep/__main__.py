@@ -7,6 +7,7 @@ job is one cell. A bare first word can never be an override, so that the words t
 from __future__ import annotations
 
 import difflib
+import getpass
 import logging
 import os
 import re
@@ -41,6 +42,7 @@ WORDS = {
 @command
 def main() -> int:
     """Do what the command line says, as ``python -m kdsweep`` and as the console script ``kdsweep``."""
+    _check_user()
     first, *rest = sys.argv[1:] or [""]
     if first in WORDS:
         module, _, function = WORDS[first][0].partition(":")
@@ -54,6 +56,21 @@ def main() -> int:
         sys.stdout.write(f"python -m kdsweep WORD [--help]\n{listed}\n\nWithout a word it trains cells:\n\n")
         sys.stdout.flush()
     return train()
+
+
+def _check_user() -> None:
+    """Give a user whom the system does not name, as in a container, a name; raise InputError if there is no home.
+
+    MONAI is not imported without a name, nor MLflow without a home folder.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
+    try:
+        Path.home()
+    except RuntimeError as error:
+        raise InputError("this user has no home folder; put one before the command, such as HOME=/tmp") from error
 
 
 def train() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -16,6 +17,7 @@ from typing import ParamSpec
 
 from kdsweep.core import signals
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # such errors seldom name a file
 TRACEBACK = "KDSWEEP_TRACEBACK"  # environment: 1 shows the traceback of an error that ends the program
 
 P = ParamSpec("P")
@@ -44,8 +46,8 @@ def one_line(error: BaseException) -> str:
         text = str(error).splitlines()[0]  # advice for developers of PyTorch follows
     if isinstance(error, InputError | CellError):
         return text
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; when that is mended the same command goes on"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        return f"{error.filename or 'the disk'}: {error.strerror}; when that is mended the same command goes on"
     return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 

@@ -42,7 +42,7 @@ def raising(error: BaseException) -> Callable[[], int]:
         (RuntimeError("first\n  second"), f"RuntimeError: first second{HINT}"),
         (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "why"), "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: No space left on device; "),
-        (OSError(errno.ENOSPC, "No space left on device"), "OSError: [Errno 28] No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk: No space left on device; "),
     ],
 )
 def test_an_error_is_one_line_and_code_one(capsys, error, line) -> None:
@@ -109,7 +109,7 @@ def test_a_full_disk_behind_the_output_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         done = printed("'x'", stdout=full)
     assert done.returncode == 1
-    assert done.stderr.startswith(b"kdsweep: error: OSError: [Errno 28] No space left on device")
+    assert done.stderr.startswith(b"kdsweep: error: the disk: No space left on device; ")
     assert done.stderr.count(b"\n") == 1
 
 
