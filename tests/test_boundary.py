@@ -3,13 +3,16 @@
 import contextlib
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small import STUDENT
 
+import kdsweep
 from kdsweep.__main__ import WORDS, main
 from kdsweep.core.errors import TRACEBACK
 
@@ -140,3 +143,121 @@ def test_without_arguments_a_subcommand_says_what_it_needs(word, monkeypatch, ca
         assert re.fullmatch(r"kdsweep: error: .*multirun.*\n", shown), shown
         assert code == 1
     assert TRACEBACK not in shown
+
+
+# ---- in a process of its own -----------------------------------------------------------------------------------------
+
+TRAINING = (
+    *("profile=quick", "path=none", "data.count=12", "image_size=64", "train.batch_size=4", "train.epochs=1"),
+    *("device=cpu", *STUDENT),
+)
+
+# What Python imports when it starts, in the workers too: connections to other machines are refused and recorded.
+OFFLINE = """
+import socket
+
+def refusing(method):
+    def call(self, address, *rest):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            refuse(address[0])
+        return method(self, address, *rest)
+    return call
+
+def resolving(function):
+    def call(host, *rest, **options):
+        if host not in (None, "", "127.0.0.1", "::1", "localhost", socket.gethostname()):
+            refuse(host)
+        return function(host, *rest, **options)
+    return call
+
+def refuse(host):
+    with open({record!r}, "a") as file:
+        file.write(f"{{host}}\\n")
+    raise ConnectionRefusedError(host)
+
+for name in ("connect", "connect_ex"):
+    setattr(socket.socket, name, refusing(getattr(socket.socket, name)))
+socket.getaddrinfo = resolving(socket.getaddrinfo)
+"""
+
+# A user whom the system does not know, as in a container that runs under any number.
+UNNAMED = """
+import pwd
+
+def getpwuid(number):
+    raise KeyError(f"getpwuid(): uid not found: {number}")
+
+pwd.getpwuid = getpwuid
+"""
+
+SUBCOMMANDS = """
+import sys
+from kdsweep import __main__
+for line in {lines!r}:
+    sys.argv = ["kdsweep", *line.split()]
+    assert __main__.main() == 0, line
+"""
+
+
+def python(
+    *arguments: str, cwd: Path, site: str = "", without: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in this folder, after this code of a sitecustomize.py."""
+    (cwd / "site").mkdir(exist_ok=True)
+    (cwd / "site" / "sitecustomize.py").write_text(site)
+    env = {key: value for key, value in os.environ.items() if key not in without}
+    env |= {"PYTHONPATH": str(cwd / "site"), **environment}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=570)
+
+
+@pytest.mark.slow
+def test_no_command_opens_a_connection_that_its_user_did_not_ask_for(folder) -> None:
+    record = folder / "connections"
+    site = OFFLINE.format(record=str(record))
+    python("-c", "import urllib.request as u; u.urlopen('http://example.org')", cwd=folder, site=site)
+    assert record.read_text() == "example.org\n", "the guard must see a connection"
+    record.unlink()
+    without = ("NO_ALBUMENTATIONS_UPDATE", "MLFLOW_DISABLE_TELEMETRY", "HF_HUB_OFFLINE")
+    done = python("-m", "kdsweep", "-m", "seed=0", *TRAINING, cwd=folder, site=site, without=without)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [
+        "status",
+        "tables table3",
+        "figures curves",
+        "report --no-costs",
+        "publish --out scores.json.gz",
+        "audit data=phantom data.count=6 --out audit",
+        "export --run Student/split0 --out a.onnx",
+        "quantize --models Student --calibrate 2 --out int8",
+        "score data=phantom data.count=6 data.source.seed=9",
+    ]
+    code = SUBCOMMANDS.format(lines=lines)
+    done = python("-c", code, cwd=folder, site=site, without=without)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not record.exists(), record.read_text()
+
+
+NAMES = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME")
+
+
+def test_a_user_without_a_home_folder_is_one_line(folder) -> None:
+    done = python("-m", "kdsweep", "status", cwd=folder, site=UNNAMED, without=NAMES)
+    line = "kdsweep: error: this user has no home folder; put one before the command, such as HOME=/tmp\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
+@pytest.mark.slow
+def test_a_container_without_assertions_names_and_letters_trains_to_the_end(folder) -> None:
+    env = {"HOME": str(folder), "PYTHONIOENCODING": "ascii"}
+    done = python("-O", "-m", "kdsweep", *TRAINING, cwd=folder, site=UNNAMED, without=NAMES, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert r"\xb1" in done.stdout, "the sign between mean and deviation"
+    assert len(list(folder.glob("multirun/cells/*/finished.json"))) == 1
+
+
+def test_no_assertion_is_relied_upon() -> None:
+    """``python -O`` leaves assertions out, so the package has them for the type checker alone: not None."""
+    package = Path(kdsweep.__file__).parent
+    found = [line.strip() for file in package.rglob("*.py") for line in file.read_text().splitlines()]
+    assert [line for line in found if line.startswith("assert ") and not line.endswith(" is not None")] == []
