@@ -42,6 +42,8 @@ WORDS = {
 @command
 def main() -> int:
     """Do what the command line says, as ``python -m kdsweep`` and as the console script ``kdsweep``."""
+    if sys.flags.optimize > 1:
+        raise InputError("python -OO takes docstrings away, which segmentation-models-pytorch needs; -O may stay")
     _check_user()
     first, *rest = sys.argv[1:] or [""]
     if first in WORDS:

@@ -247,6 +247,12 @@ def test_a_user_without_a_home_folder_is_one_line(folder) -> None:
     assert (done.returncode, done.stderr) == (1, line)
 
 
+def test_python_without_docstrings_is_one_line(folder) -> None:
+    done = python("-OO", "-m", "kdsweep", "models", cwd=folder)
+    line = "kdsweep: error: python -OO takes docstrings away, which segmentation-models-pytorch needs; -O may stay\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
 @pytest.mark.slow
 def test_a_container_without_assertions_names_and_letters_trains_to_the_end(folder) -> None:
     env = {"HOME": str(folder), "PYTHONIOENCODING": "ascii"}

@@ -86,7 +86,7 @@ def command(work: Callable[P, int | None]) -> Callable[P, int]:
 
     @functools.wraps(work)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
-        _encode_all()
+        _open_streams()
         try:
             code = work(*args, **kwargs) or 0
             sys.stdout.flush()  # here a full disk or a closed pipe can still be reported
@@ -126,8 +126,13 @@ def _report_stop(stop: KeyboardInterrupt) -> int:
     return code
 
 
-def _encode_all() -> None:
-    """Write a character that the terminal's encoding lacks as an escape, here and in the processes started later."""
+def _open_streams() -> None:
+    """Write a character that the terminal's encoding lacks as an escape, here and in the processes started later.
+
+    A stream that the shell has closed (``>&-``) goes nowhere: else the next file that is opened would take its number.
+    """
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -26,7 +27,10 @@ def _appearing(file: Path) -> Iterator[BinaryIO]:
             with file.open("wb") as stream:  # a folder raises IsADirectoryError
                 yield stream
         else:
-            with _renamed(Path(os.path.realpath(file))) as stream:
+            target = Path(os.path.realpath(file))
+            if target.is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            with _renamed(target) as stream:
                 yield stream
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error  # a full disk does not name the file

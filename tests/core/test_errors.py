@@ -104,6 +104,18 @@ def test_a_reader_that_is_gone_is_not_an_error(monkeypatch, count, unbuffered) -
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+def test_a_closed_output_is_not_an_error() -> None:
+    """The next file would have its number, and what is printed be written into it."""
+    code = "import os, sys; from kdsweep.core.errors import command; work = command(lambda: print('x'))"
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -c \"{code}; sys.exit(work() or os.open('/', 0) == 1)\" >&-"],
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_behind_the_output_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:

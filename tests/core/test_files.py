@@ -34,6 +34,14 @@ def test_a_link_to_a_file_that_is_not_there_yet_makes_that_file(tmp_path: Path) 
     assert (tmp_path / "later" / "scores.json").read_bytes() == NEW
 
 
+def test_a_circle_of_links_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "first").symlink_to(tmp_path / "second")
+    (tmp_path / "second").symlink_to(tmp_path / "first")
+    with pytest.raises(OSError, match="symbolic links"):
+        files.write_bytes(tmp_path / "first", NEW)
+    assert (tmp_path / "first").is_symlink()
+
+
 def test_a_pipe_stays_and_is_written(tmp_path: Path) -> None:
     pipe, received = tmp_path / "pipe", []
     os.mkfifo(pipe)
