@@ -105,23 +105,23 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize("spoil", [absent, empty_folder, text, garbage, garbage_inside, unreadable])
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_wrong_path_is_one_line(folder, monkeypatch, capsys, line, spoil) -> None:
-    spoil(folder / "given")
+    spoil(folder / "wrong")
     with unprivileged() if spoil is unreadable else contextlib.nullcontext():
-        code = run(monkeypatch, *line.format(folder / "given").split())
+        code = run(monkeypatch, *line.format(folder / "wrong").split())
     shown = capsys.readouterr().err
     assert code == 1, shown
     assert re.fullmatch(r"kdsweep: error: .+\n", shown), shown
-    assert TRACEBACK not in shown, "an error that nobody has foreseen"
-    assert "given" in shown
+    assert TRACEBACK not in shown, "an unforeseen error"
+    assert "wrong" in shown
 
 
 @pytest.mark.parametrize("spoil", [absent, empty_folder, text])
 @pytest.mark.parametrize("data", ["busi", "folder", "udiat"])
 @pytest.mark.parametrize("word", ["audit", "score"])
 def test_a_data_set_that_is_not_there_is_one_line(folder, monkeypatch, capsys, word, data, spoil) -> None:
-    spoil(folder / "given")
-    assert run(monkeypatch, word, f"data={data}", f"data.root={folder / 'given'}") == 1
-    assert re.fullmatch(rf"kdsweep: error: data.root={folder / 'given'}: .+\n", capsys.readouterr().err)
+    spoil(folder / "wrong")
+    assert run(monkeypatch, word, f"data={data}", f"data.root={folder / 'wrong'}") == 1
+    assert re.fullmatch(rf"kdsweep: error: data.root={folder / 'wrong'}: .+\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("word", ["audit", "score", "models"])

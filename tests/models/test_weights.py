@@ -42,15 +42,15 @@ def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict", "model", "net", "network_weights"])
 def test_wrappers_and_shared_prefixes_are_left_out(state, tmp_path, prefix, wrapper) -> None:
     content = prefixed(state, prefix)
-    found = load({"epoch": 3, "lr": [0.1], wrapper: content} if wrapper else content, tmp_path)
-    assert all(torch.equal(value, found[key]) for key, value in state.items())
+    loaded = load({"epoch": 3, "lr": [0.1], wrapper: content} if wrapper else content, tmp_path)
+    assert all(torch.equal(value, loaded[key]) for key, value in state.items())
 
 
 def test_an_encoder_alone_is_loaded_below_a_prefix(state, tmp_path) -> None:
     encoder = {key: value for key, value in state.items() if key.startswith("encoder.")}
-    found = load({"state_dict": prefixed(encoder, "module.")}, tmp_path)
-    assert all(torch.equal(value, found[key]) for key, value in encoder.items())
-    assert not torch.equal(state["segmentation_head.0.weight"], found["segmentation_head.0.weight"])
+    loaded = load({"state_dict": prefixed(encoder, "module.")}, tmp_path)
+    assert all(torch.equal(value, loaded[key]) for key, value in encoder.items())
+    assert not torch.equal(state["segmentation_head.0.weight"], loaded["segmentation_head.0.weight"])
 
 
 def test_other_names_are_shown_with_those_of_the_network(state, tmp_path) -> None:
