@@ -7,6 +7,7 @@ job is one cell. A bare first word can never be an override, so that the words t
 from __future__ import annotations
 
 import difflib
+import getpass
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdsweep import conf_dir
+from kdsweep.core.errors import TRACEBACK, InputError, command, report
 
 # What a word or a job needs is imported when it is called for: help and errors must come fast.
 if TYPE_CHECKING:
@@ -38,31 +40,50 @@ WORDS = {
 }
 
 
-def main() -> None:
+@command
+def main() -> int:
     """Do what the command line says, as ``python -m kdsweep`` and as the console script ``kdsweep``."""
+    if sys.flags.optimize > 1:
+        raise InputError("python -OO takes docstrings away, which segmentation-models-pytorch needs; -O may stay")
+    _check_user()
     first, *rest = sys.argv[1:] or [""]
     if first in WORDS:
         module, _, function = WORDS[first][0].partition(":")
-        sys.exit(getattr(import_module(module), function)(rest))
+        return int(getattr(import_module(module), function)(rest))
     if re.fullmatch(r"[a-z]\w*", first):
         near = difflib.get_close_matches(first, WORDS, n=1)
         hint = f"do you mean {near[0]}?" if near else f"it must be one of {', '.join(WORDS)}, or overrides KEY=VALUE"
-        sys.exit(f"kdsweep: error: {first} is not a word of this command; {hint}")
+        raise InputError(f"{first} is not a word of this command; {hint}")
     if {"--help", "-h"} & set(sys.argv[1:]):
         listed = "\n".join(f"  {word:8} {what}" for word, (_, what) in WORDS.items())
         sys.stdout.write(f"python -m kdsweep WORD [--help]\n{listed}\n\nWithout a word it trains cells:\n\n")
         sys.stdout.flush()
-    train()
+    return train()
 
 
-def train() -> None:
-    """Run Hydra's jobs; an error is one line (HYDRA_FULL_ERROR=1 shows the traceback)."""
+def _check_user() -> None:
+    """Give a user whom the system does not name, as in a container, a name; raise InputError if there is no home.
+
+    MONAI is not imported without a name, nor MLflow without a home folder.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
+    try:
+        Path.home()
+    except RuntimeError as error:
+        raise InputError("this user has no home folder; put one before the command, such as HOME=/tmp") from error
+
+
+def train() -> int:
+    """Run Hydra's jobs; return the exit code."""
     import hydra
     from omegaconf import OmegaConf
 
     from kdsweep.config import composition
     from kdsweep.core import signals
-    from kdsweep.sweep.callback import TRACEBACK, at_end, user_message
+    from kdsweep.sweep.callback import at_end, user_message
     from kdsweep.sweep.launcher import trains_cells
 
     if "--plan" in sys.argv:  # at the end, for Hydra takes no option between overrides
@@ -71,21 +92,17 @@ def train() -> None:
     signals.install()
     logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
     OmegaConf.register_new_resolver("kdsweep.cell_dir", _cell_dir, replace=True)
-    wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
+    os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way
     try:
         composition.check_splits(sys.argv)
         composition.check_methods(sys.argv)
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(trains_cells(run))()
-    except signals.Stopped as stop:
-        sys.stderr.write(f"kdsweep: {stop.told()}\n")
-        sys.exit(stop.exit_code)
     except Exception as error:
-        if wants_traceback:
-            raise
-        sys.exit(f"kdsweep: error: {user_message(error)}")
+        return report(error, user_message(error))
     finally:
         at_end.close()
+    return 0
 
 
 def run(cfg: DictConfig) -> float:
@@ -121,4 +138,4 @@ def _cell_dir(*, _root_: DictConfig) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -102,7 +102,7 @@ def _be(arguments: tuple[str, ...], cwd: Path, environment: Mapping[str, str], o
         get_context=lambda _: context, parent_process=multiprocessing.parent_process
     )
     try:
-        __main__.main()
+        sys.exit(__main__.main())
     finally:
         atexit._run_exitfuncs()
 

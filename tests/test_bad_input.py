@@ -258,7 +258,7 @@ def test_weights_of_another_network_are_refused(small_busi: Path, resnet_weights
 def test_a_file_that_holds_no_weights_is_refused(small_busi: Path, tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"notes{suffix}"
     file.write_text("these are not weights")
-    assert f"weights={file}: not" in refusal(*busi(small_busi), f"student.weights={file}")
+    assert f"weights={file}: is not" in refusal(*busi(small_busi), f"student.weights={file}")
 
 
 # --- as its user starts it

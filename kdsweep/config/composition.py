@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -132,14 +132,26 @@ def compose(overrides: list[str]) -> DictConfig:
     """Compose the configuration of one cell from overrides, outside of a Hydra run.
 
     Raises:
-        InputError: an override is wrong.
+        InputError: an override is wrong, or a key has no value.
     """
     check_splits(overrides)
     check_methods(overrides)
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return hydra.compose("config", with_home(overrides))
+            cfg = hydra.compose("config", with_home(overrides))
     except OverrideParseException as error:
         raise InputError(quoting(error.override)) from error
     except HydraException as error:
         raise InputError(" ".join(str(error).split()).partition(" To append")[0]) from error
+    for key in _missing(OmegaConf.to_container(cfg)):
+        raise InputError(f"{key} is missing: give it on the command line, {key}=...")
+    return cfg
+
+
+def _missing(value: Any, key: str = "") -> Iterator[str]:
+    """Yield the keys without a value below a plain nested value."""
+    if value == "???":
+        yield key
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from _missing(part, f"{key}.{name}".lstrip("."))

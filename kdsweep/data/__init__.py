@@ -1,5 +1,10 @@
 """Data sets, splits, views and batches. Users' own code and configuration take their names from here."""
 
+import os
+
+# Before the import of albumentations, which asks a package index for a newer version of itself.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
 from kdsweep.data.sources import Busi, Entry, Folder, Phantoms, Source, Udiat
 
 __all__ = ["Busi", "Entry", "Folder", "Phantoms", "Source", "Udiat"]

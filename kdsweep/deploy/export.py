@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdsweep.core.errors import InputError, exit_code, one_line
+from kdsweep.core.errors import InputError, command, one_line
 from kdsweep.core.files import write_bytes, write_text
 from kdsweep.data import phantom, run_data
 from kdsweep.data.images import IMAGENET_MEAN, IMAGENET_STD
@@ -355,8 +355,9 @@ def find_store(model: Model, *, named: Path) -> Path:
     return folder.parents[1] if folder.parent.name in ("cells", "teachers") else named
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Export one network; return 0, or 1 after one line on stderr that says what to mend."""
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Export one network."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep export", description="A trained network as ONNX.")
     predict.parse_run(parser)
     parser.add_argument("--out", type=Path, required=True, help="ONNX file; one that is there is replaced")
@@ -367,16 +368,12 @@ def main(argv: list[str] | None = None) -> int:
         "--register", metavar="NAME", help="make it the next version of this model in MLflow's registry"
     )
     options = parser.parse_args(argv)
-
-    def work() -> None:
-        check_installed()
-        model = predict.find_model(options)
-        if options.out.is_dir():
-            raise InputError(f"--out {options.out}: is a folder; give a file such as {options.out / 'student.onnx'}")
-        store = find_store(model, named=options.store)
-        inputs = check_inputs(model, images=options.images, store=store, data_root=options.data_root)
-        content = make(model, out=options.out, inputs=inputs)
-        if options.register is not None:
-            register(model, content, name=options.register, store=store, uri=options.tracking_uri)
-
-    return exit_code(work)
+    check_installed()
+    model = predict.find_model(options)
+    if options.out.is_dir():
+        raise InputError(f"--out {options.out}: is a folder; give a file such as {options.out / 'student.onnx'}")
+    store = find_store(model, named=options.store)
+    inputs = check_inputs(model, images=options.images, store=store, data_root=options.data_root)
+    content = make(model, out=options.out, inputs=inputs)
+    if options.register is not None:
+        register(model, content, name=options.register, store=store, uri=options.tracking_uri)

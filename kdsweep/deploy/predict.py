@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from kdsweep.config.grid import run_folder
 from kdsweep.core.device import Compute, find_device, is_device_error, placed, usable_precision
-from kdsweep.core.errors import InputError
+from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import write_bytes, write_text
 from kdsweep.core.options import add_store
 from kdsweep.core.progress import track
@@ -147,10 +147,12 @@ def _folder_of_id(run: str, *, store: Path, uri: str | None) -> Path:
 
     if uri is None and not (store / writer.DATABASE).is_file():
         raise InputError(f"--run {run}: --store {store} has no {writer.DATABASE}; name its folder or --tracking-uri")
+    where = f"--store {store}" if uri is None else "--tracking-uri"  # which may hold a password
     try:
         tags = writer.MlflowClient(tracking_uri=writer.store_uri(store, uri)).get_run(run).data.tags
     except Exception as error:  # of many kinds: server, network, database
-        raise InputError(f"--run {run}: MLflow does not give it: {' '.join(str(error).split())[:300]}") from error
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"--run {run}: MLflow does not give it from {where}: {why}") from error
     if not {f"kdsweep.{key}" for key in TAGS} <= tags.keys():
         raise InputError(f"--run {run}: the MLflow run is not one of a Student, Teacher or distilled cell")
     folder = run_folder(store, {key: tags[f"kdsweep.{key}"] for key in TAGS})
@@ -328,8 +330,9 @@ def find_model(options: argparse.Namespace) -> Model:
     return load_model(find_folder(options.run, store=options.store, uri=options.tracking_uri))
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    """Predict a folder; return 0, or 1 after a line on stderr for an error or for each image that failed."""
+    """Predict a folder; return 1 after a line on stderr for each image that failed."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep predict", description="Masks of one's own images.")
     parse_run(parser)
     parser.add_argument("--images", type=Path, required=True, help="folder of images of any size and mode")
@@ -337,14 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:NUMBER or auto (cpu)")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     options = parser.parse_args(argv)
-    try:
-        check_out(options.out, images=options.images, overwrite=options.overwrite)
-        model = find_model(options)
-        failed = make(model, images=options.images, out=options.out, device=options.device)
-    except InputError as error:
-        sys.stderr.write(f"kdsweep: error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write(f"kdsweep: stopped; what is done lies in {options.out}\n")
-        return 130
+    check_out(options.out, images=options.images, overwrite=options.overwrite)
+    model = find_model(options)
+    failed = make(model, images=options.images, out=options.out, device=options.device)
     return 1 if failed else 0

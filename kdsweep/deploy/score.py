@@ -20,7 +20,7 @@ import pandas as pd
 from kdsweep.config import composition, identity
 from kdsweep.config.grid import run_folder
 from kdsweep.core.device import Compute, find_device, usable_precision
-from kdsweep.core.errors import InputError, exit_code, one_line
+from kdsweep.core.errors import InputError, command, one_line
 from kdsweep.core.files import write_text
 from kdsweep.core.options import add_sweep
 from kdsweep.core.progress import plural, track
@@ -160,36 +160,31 @@ def means(sweep: Sweep, name: str) -> str:
     return "\n".join(f"  {notation:20} Dice {value:5.2f} %" for notation, value in dice.items())
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    """Score a sweep on another data set; return 0, or 1 after lines on stderr that say what to mend."""
+    """Score a sweep on another data set; return 1 after a line on stderr for each network that could not be scored."""
     parser = argparse.ArgumentParser(
         prog="python -m kdsweep score", description="Finished networks on another data set, without retraining."
     )
     parser.add_argument("overrides", nargs="+", help="the data set: data=folder data.root=/path, and device=...")
     add_sweep(parser)
     options = parser.parse_args(argv)
-    problems: list[str] = []
-
-    def work() -> None:
-        cfg = composition.compose(options.overrides)
-        source = identity.source(cfg)
-        sweep = reader.read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
-        count, failed = score_sweep(
-            sweep,
-            source=source,
-            store=options.store,
-            uri=options.tracking_uri,
-            device=str(cfg.device),
-            allow_empty_masks=bool(cfg.data.get("allow_empty_masks")),
-        )
-        problems.extend(failed)
-        name = f"{source.name}-{identity.listing(cfg).digest[:8]}"
-        sys.stdout.write(f"scored {plural(count, 'network')} now; mean over images, splits and seeds:\n")
-        sweep = reader.read_sweep(store=options.store, uri=options.tracking_uri, name=sweep.name)
-        sys.stdout.write(means(sweep, name) + "\n")
-        sys.stdout.write(f"compared with the sweep's own test images: tables external --sweep {sweep.name}\n")
-
-    code = exit_code(work)
+    cfg = composition.compose(options.overrides)
+    source, listing = identity.source(cfg), identity.listing(cfg)
+    sweep = reader.read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
+    count, problems = score_sweep(
+        sweep,
+        source=source,
+        store=options.store,
+        uri=options.tracking_uri,
+        device=str(cfg.device),
+        allow_empty_masks=bool(cfg.data.get("allow_empty_masks")),
+    )
+    name = f"{source.name}-{listing.digest[:8]}"
+    sys.stdout.write(f"scored {plural(count, 'network')} now; mean over images, splits and seeds:\n")
+    sweep = reader.read_sweep(store=options.store, uri=options.tracking_uri, name=sweep.name)
+    sys.stdout.write(means(sweep, name) + "\n")
+    sys.stdout.write(f"compared with the sweep's own test images: tables external --sweep {sweep.name}\n")
     for problem in problems:
         sys.stderr.write(f"kdsweep: error: {problem}\n")
-    return code or int(bool(problems))
+    return int(bool(problems))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdsweep.config.identity import INSTALL, PACKAGE, package_file
-from kdsweep.core.errors import InputError
+from kdsweep.core.errors import InputError, reading
 from kdsweep.core.files import file_digest
 
 if TYPE_CHECKING:
@@ -24,7 +26,10 @@ log = logging.getLogger(__name__)
 # Parts of a classification network outside its encoder; ignored when a whole classifier's weights are offered.
 CLASSIFIER_PREFIXES = ("fc.", "classifier.", "conv_head.", "norm_head.", "last_linear.", "bn2.")
 
-
+# Where a training checkpoint keeps the state dict: Lightning and timm, the tutorials of PyTorch, torchvision, nnU-Net.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network_weights")
+# A module, the tensors that it would get, and a line for each that does not fit.
+Fit = tuple[nn.Module, dict[str, Tensor], list[str]]
 IMAGENET = "imagenet:"  # leads the name of a source of ImageNet weights
 
 
@@ -89,28 +94,55 @@ def load_weights(network: UNet, file: Path, *, label: str) -> None:
     """Load a whole network's state, or the ImageNet classifier that its encoder was cut from.
 
     A classifier with other names for the same tensors in the same order, as the packages have them, is taken by order.
-    An encoder with fewer channels gets evenly chosen ones of it.
+    An encoder with fewer channels gets evenly chosen ones of it. A prefix that all names share is left out, such as
+    ``module.`` of DataParallel or ``model.`` of Lightning.
 
     Raises:
-        InputError: the file cannot be read, or does not belong to this network.
+        InputError: the file cannot be read, does not belong to this network, or holds numbers that are not weights.
     """
-    state = read_weights(file)
-    if set(state) == set(network.state_dict()):
-        target: nn.Module = network
-    else:
-        target = network.encoder
-        state = _renamed(state, network)
-        ignored = CLASSIFIER_PREFIXES + tuple(getattr(network.encoder, "removed_prefixes", ()))
-        state = {key: value for key, value in state.items() if not key.startswith(ignored)}
-        if getattr(network.encoder, "is_narrow", False):
-            state = _thinned(state, shapes=target.state_dict())
-    wrong = _mismatches(own=target.state_dict(), offered=state)
+    states = _without_prefixes(read_weights(file))
+    fits = [fit(state, network) for state in states for fit in (_as_network, _as_encoder)]
+    target, state, wrong = min(fits, key=lambda fit: len(fit[2]))
     if wrong:
         raise InputError(
             f"{label}: the file {file} belongs to another network than {network.name}: {wrong[0]}"
-            f" ({len(wrong)} such tensors); give weights of that encoder, or weights=none"
+            f" ({len(wrong)} such tensors){_names(own=target.state_dict(), offered=state)}; "
+            "give weights of that encoder, or weights=none"
         )
+    for key, value in state.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise InputError(f"{label}: {key} of the file {file} holds NaN or infinity; give others, or weights=none")
     nn.Module.load_state_dict(target, state, strict=False)
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield tensors by name, then again without the first part of their names for as long as all share it."""
+    yield state
+    while len({key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+        yield state
+
+
+def _as_network(state: dict[str, Tensor], network: UNet) -> Fit:
+    """Take tensors as those of a complete network."""
+    return network, state, _mismatches(own=network.state_dict(), offered=state)
+
+
+def _as_encoder(state: dict[str, Tensor], network: UNet) -> Fit:
+    """Take tensors as those of the encoder, among which may be a classifier's head."""
+    own = network.encoder.state_dict()
+    ignored = CLASSIFIER_PREFIXES + tuple(getattr(network.encoder, "removed_prefixes", ()))
+    state = {key: value for key, value in _renamed(state, network).items() if not key.startswith(ignored)}
+    if getattr(network.encoder, "is_narrow", False):
+        state = _thinned(state, shapes=own)
+    return network.encoder, state, _mismatches(own=own, offered=state)
+
+
+def _names(*, own: dict[str, Tensor], offered: dict[str, Tensor]) -> str:
+    """Return the first names that only one side has, for an error; nothing if both have the same."""
+    sides = {"the file": offered.keys() - own.keys(), "the network": own.keys() - offered.keys()}
+    listed = [f"{side} alone has {', '.join(sorted(keys)[:5])}" for side, keys in sides.items() if keys]
+    return f"; {'; '.join(listed)}" if listed else ""
 
 
 def _thinned(state: dict[str, Tensor], *, shapes: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -120,7 +152,7 @@ def _thinned(state: dict[str, Tensor], *, shapes: dict[str, Tensor]) -> dict[str
     Xu et al., Initializing models with larger ones, ICLR 2024, arXiv 2311.18823, section 3).
     """
     for key in state.keys() & shapes.keys():
-        for dim, (count, of) in enumerate(zip(shapes[key].shape, state[key].shape, strict=True)):
+        for dim, (count, of) in enumerate(zip(shapes[key].shape, state[key].shape, strict=False)):
             if count < of:
                 state[key] = state[key].index_select(dim, torch.arange(count) * of // count)
     return state
@@ -144,24 +176,40 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """Read tensors by name from a .safetensors file or a PyTorch state dict, never running code from the file.
 
     Raises:
-        InputError: the file is missing, unreadable, or not a plain state dict.
+        InputError: the file is missing, unreadable, or not a plain state dict of plain tensors.
     """
     if not file.is_file():
         raise InputError(f"weights={file}: no such file; use imagenet, none, or a .safetensors or .pt file")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    with reading(f"weights={file}", what="a file of weights", remedy="use a .safetensors or .pt file, or none"):
+        state = _tensors(file)
+    for key, value in state.items():
+        is_plain = value.layout is torch.strided and not (value.is_quantized or value.is_nested or value.is_complex())
+        if value.is_meta or not is_plain:
+            kind = "has no values (meta device)" if value.is_meta else f"is {str(value.dtype)[6:]}, {value.layout}"
+            raise InputError(f"weights={file}: {key} {kind}; save dense tensors of real numbers, such as float32")
+    return state
 
-            return dict(load_file(file))
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """Read a file's tensors by name, out of the parts of a training checkpoint if it is one."""
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return dict(load_file(file))
+    try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"weights={file}: not readable as plain tensors ({type(error).__name__})") from error
-    except Exception as error:  # safetensors has an error class of its own
-        raise InputError(f"weights={file}: not a weights file ({error})") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    except pickle.UnpicklingError as error:
+        if not (foreign := re.search(r"Unsupported global: GLOBAL (\S+)", str(error))):
+            raise
+        raise InputError(
+            f"weights={file}: holds {foreign[1]} next to its tensors, which is not read because it could run code; if "
+            "you trust the file, save its state dict alone: torch.load(FILE, weights_only=False), then torch.save"
+        ) from error
+    while isinstance(state, dict) and (inner := [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]):
+        state = inner[0]
     named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"weights={file}: holds no state dict of tensors by name")
+        raise InputError(f"weights={file}: holds no state dict of tensors by name, also not in {', '.join(WRAPPERS)}")
     return state
 
 
@@ -172,4 +220,6 @@ def _mismatches(*, own: dict[str, Tensor], offered: dict[str, Tensor]) -> list[s
     for key in sorted(own.keys() & offered.keys()):
         if own[key].shape != offered[key].shape:
             wrong.append(f"{key} has shape {tuple(offered[key].shape)}, not {tuple(own[key].shape)}")
+        elif own[key].is_floating_point() and not offered[key].is_floating_point():
+            wrong.append(f"{key} holds {str(offered[key].dtype)[6:]}, not floating-point numbers")
     return wrong

@@ -6,7 +6,6 @@ It writes groups.csv (``split.group=groups.csv`` keeps each group on one side), 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -17,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from kdsweep.config import composition, identity
-from kdsweep.core.errors import InputError, exit_code
-from kdsweep.core.files import write_text
+from kdsweep.core.errors import InputError, command
+from kdsweep.core.files import private_path, write_text
 from kdsweep.core.progress import plural, track
 from kdsweep.data import duplicates
 from kdsweep.data.folders import ignored_line
@@ -26,7 +25,6 @@ from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.data.sources import Entry
 
 THUMB_PX, ROWS_A_SHEET, IMAGES_A_ROW = 160, 12, 8
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def audit(entries: list[Entry], out: Path) -> str:
@@ -128,28 +126,20 @@ def _write(canvas: np.ndarray, text: str, at: tuple[int, int]) -> None:
     cv2.putText(canvas, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 0, 1, cv2.LINE_AA)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Audit the data set that overrides name; return 0, or 1 after one line on stderr that says what to mend."""
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Audit the data set that overrides name."""
     parser = argparse.ArgumentParser(
         prog="python -m kdsweep audit", description="Near-duplicates of a data set, as groups for its splits."
     )
     parser.add_argument("overrides", nargs="+", help="the data set: data=busi data.root=/path/to/BUSI")
     parser.add_argument("--out", type=Path, help="folder for the results (one in the user's cache, by data set)")
     options = parser.parse_args(argv)
-
-    def work() -> None:
-        cfg = composition.compose(options.overrides)
-        listing = identity.listing(cfg)
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        out = (options.out or cache / "kdsweep" / "audit" / f"{cfg.data.name}-{listing.digest[:8]}").resolve()
-        if out.is_relative_to(CHECKOUT) and (CHECKOUT / ".git").exists():
-            raise InputError(
-                f"--out {out}: lies in kdsweep's checkout; contact sheets show patients, put them elsewhere"
-            )
-        sys.stdout.write(f"data={cfg.data.name}: {len(listing.entries)} images are compared; results go to {out}\n")
-        if line := ignored_line(listing.ignored):
-            sys.stdout.write(f"data={cfg.data.name}, ignored: {line}\n")
-        sys.stdout.flush()
-        sys.stdout.write(audit(listing.entries, out))
-
-    return exit_code(work)
+    cfg = composition.compose(options.overrides)
+    listing = identity.listing(cfg)
+    out = private_path(options.out, "--out", default=f"audit/{cfg.data.name}-{listing.digest[:8]}")
+    sys.stdout.write(f"data={cfg.data.name}: {len(listing.entries)} images are compared; results go to {out}\n")
+    if line := ignored_line(listing.ignored):
+        sys.stdout.write(f"data={cfg.data.name}, ignored: {line}\n")
+    sys.stdout.flush()
+    sys.stdout.write(audit(listing.entries, out))

@@ -20,12 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from kdsweep.config import composition, identity
-from kdsweep.core.errors import InputError, exit_code
-from kdsweep.core.files import write_bytes
+from kdsweep.core.errors import InputError, command
+from kdsweep.core.files import private_path, write_bytes
 from kdsweep.core.progress import plural
 from kdsweep.data.account import Account, measure, text
 from kdsweep.data.images import read_entry
-from kdsweep.results.audit import CHECKOUT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,28 +144,24 @@ def take_account(cfg: Any) -> Account:
     return Account(name, listed.entries, measured, image_size=settings.image_size, split=protocol, **split)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    """Print the account of the data set that overrides name; return 0, or 1 if it cannot be used."""
+    """Print the account of the data set that overrides name; return 1 if it cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m kdsweep data", description="What a data set holds: counts, sizes, faults, a contact sheet."
     )
     parser.add_argument("overrides", nargs="*", help="the data set: data=busi data.root=/path/to/BUSI, and split=...")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="contact sheet (STORE/data/NAME.png)")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="FILE", help="contact sheet (one in the user's cache)"
+    )
     options = parser.parse_args(argv)
-    faults: list[str] = []
-
-    def work() -> None:
-        sheet = options.sheet and options.sheet.expanduser().resolve()
-        if sheet and sheet.is_relative_to(CHECKOUT) and (CHECKOUT / ".git").exists():
-            raise InputError(f"--sheet {sheet}: is in kdsweep's checkout; the sheet shows patients, put it elsewhere")
-        cfg = composition.compose(options.overrides)
-        account = take_account(cfg)
-        faults.extend(account.faults)
-        sys.stdout.write(text(account))
-        sys.stdout.flush()
-        if chosen := choose(account):
-            file = sheet or Path(cfg.store, "data", f"{account.name}.png")
-            _save(draw(account, chosen), file)
-            sys.stdout.write(f"\nwrote {file}: {plural(len(chosen), 'image')} with contours; look at them\n")
-
-    return exit_code(work) or int(bool(faults))
+    cfg = composition.compose(options.overrides)
+    listing = identity.listing(cfg)
+    sheet = private_path(options.sheet, "--sheet", default=f"data/{cfg.data.name}-{listing.digest[:8]}.png")
+    account = take_account(cfg)
+    sys.stdout.write(text(account))
+    sys.stdout.flush()
+    if chosen := choose(account):
+        _save(draw(account, chosen), sheet)
+        sys.stdout.write(f"\nwrote {sheet}: {plural(len(chosen), 'image')} with contours; look at them\n")
+    return 1 if account.faults else 0

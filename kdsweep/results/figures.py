@@ -20,7 +20,7 @@ import matplotlib as mpl
 import pandas as pd
 
 from kdsweep.config import composition, identity
-from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import write_bytes
 from kdsweep.core.options import add_published, add_sweep
 from kdsweep.data import run_data, sources
@@ -241,8 +241,9 @@ def suited(sweep: Sweep, *, store: Path, from_scores: bool) -> list[str]:
     return [name for name in (FROM_SCORES if from_scores else FIGURES) if has.get(name, True)]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Draw one figure or all; return 0, or 1 after one line on stderr that says what to mend."""
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Draw one figure or all."""
     shows = "; ".join(f"{name}: {what}" for name, what in FIGURES.items())
     parser = argparse.ArgumentParser(prog="python -m kdsweep figures", description=f"Figures of a sweep. {shows}.")
     parser.add_argument("figure", choices=[*FIGURES, "all"])
@@ -258,5 +259,5 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     models = options.models.split(",") if options.models else None
     choice = Choice(options.split, options.seed, models, options.count, options.image)
-    given = {"out_dir": options.out, "choice": choice, "files": options.published}
-    return exit_code(lambda: make(options.figure, place=find_place(options), **given))
+    place = find_place(options)
+    make(options.figure, place=place, out_dir=options.out, choice=choice, files=options.published)

@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from kdsweep.config.grid import LOCAL, SOURCES, is_under
-from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.errors import InputError, command, reading
 from kdsweep.core.files import without_folders, write_bytes
 from kdsweep.core.options import add_seeds, add_sweep
 from kdsweep.core.progress import plural
@@ -29,6 +29,8 @@ from kdsweep.results.frame import of_seeds
 from kdsweep.tracking.reader import Sweep, read_scores, read_sweep
 
 FORMAT = 1
+GZIP = b"\x1f\x8b"  # the first bytes of a compressed file
+WHAT, REMEDY = f"a file of format {FORMAT} that publish has written", "publish writes such files"
 PRIVATE = tuple(key for key in (*LOCAL, *SOURCES) if key != "stats")  # of the machine; stats is of the tables
 TAGS = re.compile(r"kdsweep\.(split_images|precision|threads|torch|hardware)|mlflow\.source\.git\.commit")
 TABLES = ("scores", "external")
@@ -71,6 +73,12 @@ def read(files: Sequence[Path]) -> Sweep:
         InputError: a file is missing or not such a file, or they are of sweeps with other names.
     """
     parts = [_content(file) for file in files]
+    with reading(f"--published {' '.join(map(str, files))}", what=WHAT, remedy=REMEDY):
+        return _joined(parts, files)
+
+
+def _joined(parts: list[dict[str, Any]], files: Sequence[Path]) -> Sweep:
+    """Return the contents of files as one sweep."""
     names = {part["name"]: file for part, file in zip(parts, files, strict=True)}
     if len(names) > 1:
         of = " and ".join(f"{file} of sweep {name}" for name, file in list(names.items())[:2])
@@ -96,15 +104,13 @@ def read(files: Sequence[Path]) -> Sweep:
 
 
 def _content(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(gzip.decompress(file.read_bytes()))
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(
-            f"--published {file}: cannot be read ({type(error).__name__}); publish writes such files"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"--published {file}: is not a file of format {FORMAT} that publish has written")
-    return content
+    """Return what ``write`` has put into a file, of which a browser may have undone the compression."""
+    with reading(f"--published {file}", what=WHAT, remedy=REMEDY):
+        packed = file.read_bytes()
+        content: dict[str, Any] = json.loads(gzip.decompress(packed) if packed.startswith(GZIP) else packed)
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}")
+        return content
 
 
 def _table(parts: list[str]) -> pd.DataFrame:
@@ -116,8 +122,9 @@ def _table(parts: list[str]) -> pd.DataFrame:
     return whole.drop_duplicates(key, ignore_index=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Publish a sweep; return 0, or 1 after one line on stderr that says what to mend."""
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Publish a sweep."""
     parser = argparse.ArgumentParser(
         prog="python -m kdsweep publish", description="A sweep's runs and per-image scores as one file for others."
     )
@@ -127,19 +134,15 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, required=True, help="file, such as scores.json.gz; one that is there is replaced"
     )
     options = parser.parse_args(argv)
-
-    def work() -> None:
-        whole = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
-        sweep = of_seeds(whole, options.seeds)
-        content = write(sweep)
-        try:
-            write_bytes(options.out, content)
-        except OSError as error:
-            raise InputError(f"--out {options.out}: cannot write there ({error.strerror})") from error
-        done = int((sweep.runs["status"] == "FINISHED").sum())
-        sys.stdout.write(
-            f"wrote {options.out} ({len(content) / 1e6:.2f} MB): sweep {sweep.name}, {plural(done, 'finished run')}, "
-            f"{plural(len(sweep.scores), 'score')} of test images by their ids\n"
-        )
-
-    return exit_code(work)
+    whole = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
+    sweep = of_seeds(whole, options.seeds)
+    content = write(sweep)
+    try:
+        write_bytes(options.out, content)
+    except OSError as error:
+        raise InputError(f"--out {options.out}: cannot write there ({error.strerror})") from error
+    done = int((sweep.runs["status"] == "FINISHED").sum())
+    sys.stdout.write(
+        f"wrote {options.out} ({len(content) / 1e6:.2f} MB): sweep {sweep.name}, {plural(done, 'finished run')}, "
+        f"{plural(len(sweep.scores), 'score')} of test images by their ids\n"
+    )

@@ -23,7 +23,7 @@ from markupsafe import Markup, escape
 from tqdm import tqdm
 
 from kdsweep.config.grid import variant_label
-from kdsweep.core.errors import InputError, exit_code, one_line
+from kdsweep.core.errors import InputError, command, one_line
 from kdsweep.core.files import write_text
 from kdsweep.core.progress import duration
 from kdsweep.results import figures, formats, tables
@@ -346,8 +346,9 @@ def make(*, place: Location, out: Path | None, wanted: Wanted) -> None:
     sys.stdout.write(f"wrote {file} ({len(html.encode()) / 1e6:.1f} MB); {logged}\n")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Make the report; return 0, or 1 after one line on stderr that says what to mend."""
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Make the report."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep report", description="A sweep as one HTML page.")
     figures.parse_place(parser)
     parser.add_argument("--out", type=Path, help="the file (STORE/reports/SWEEP.html); one that is there is replaced")
@@ -357,4 +358,4 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-costs", action="store_true", help="leave out Table 5, which is measured (half a minute)")
     options = parser.parse_intermixed_args(argv)
     wanted = Wanted(options.ui, options.test, options.with_images, not options.no_costs)
-    return exit_code(lambda: make(place=figures.find_place(options), out=options.out, wanted=wanted))
+    make(place=figures.find_place(options), out=options.out, wanted=wanted)

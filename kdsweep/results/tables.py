@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 
 from kdsweep.config.grid import is_under
-from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import write_text
 from kdsweep.core.options import add_published, add_seeds, add_sweep
 from kdsweep.results import comparisons, dsc, effects, external, footnotes, strata, tuned
@@ -58,8 +58,8 @@ def to_latex(*, title: str, text: pd.DataFrame, notes: list[str]) -> str:
 
     def tex(string: str) -> str:
         escaped = re.sub(r"([_%&#$])", r"\\\1", string)
-        for sign, command in {"±": r"$\pm$", DASH: "--", "<": "$<$", "`": ""}.items():
-            escaped = escaped.replace(sign, command)
+        for sign, symbol in {"±": r"$\pm$", DASH: "--", "<": "$<$", "`": ""}.items():
+            escaped = escaped.replace(sign, symbol)
         return escaped
 
     body = text.map(tex).rename(columns=tex).to_latex(index=False, escape=False).rstrip()
@@ -238,8 +238,9 @@ def make(
     return f"{markdown}\nwrote {out_dir / which}.md, .csv, .tex\n"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print and write one table; return 0, or 1 after one line on stderr that says what to mend."""
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Print and write one table."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep tables", description="The paper's tables, from MLflow.")
     parser.add_argument("table", choices=TABLES)
     add_sweep(parser)
@@ -256,26 +257,22 @@ def main(argv: list[str] | None = None) -> int:
         "--margin", type=float, help="points of table4's non-inferiority (the sweep's stats.margin_points)"
     )
     options = parser.parse_args(argv)
+    gc.freeze()
+    gc.set_threshold(100_000)  # a large sweep is a million objects that stay: looking through them is half the time
+    if options.published:
+        if options.table in NEED_STORE:
+            raise InputError(f"--published: {options.table} needs the store; --store names it")
+        from kdsweep.results import published  # loads mlflow: seconds that --help need not wait for
 
-    def work() -> None:
-        gc.freeze()
-        gc.set_threshold(100_000)  # a large sweep is a million objects that stay: looking through them is half the time
-        if options.published:
-            if options.table in NEED_STORE:
-                raise InputError(f"--published: {options.table} needs the store; --store names it")
-            from kdsweep.results import published  # loads mlflow: seconds that --help need not wait for
+        sweep = published.read(options.published)
+    else:
+        from kdsweep.tracking.reader import read_sweep
 
-            sweep = published.read(options.published)
-        else:
-            from kdsweep.tracking.reader import read_sweep
-
-            sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
-        out_dir = options.out or options.store / "tables"
-        sweep = of_seeds(sweep, options.seeds)
-        common = {"sweep": sweep, "store": options.store, "out_dir": out_dir, "test": options.test}
-        common["uri"] = options.tracking_uri
-        if options.margin is not None and not 0 < options.margin < 100:
-            raise InputError(f"--margin {options.margin:g}: must be a number of points above 0 and below 100")
-        sys.stdout.write(make(which=options.table, margin_points=options.margin, **common))
-
-    return exit_code(work)
+        sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
+    out_dir = options.out or options.store / "tables"
+    sweep = of_seeds(sweep, options.seeds)
+    common = {"sweep": sweep, "store": options.store, "out_dir": out_dir, "test": options.test}
+    common["uri"] = options.tracking_uri
+    if options.margin is not None and not 0 < options.margin < 100:
+        raise InputError(f"--margin {options.margin:g}: must be a number of points above 0 and below 100")
+    sys.stdout.write(make(which=options.table, margin_points=options.margin, **common))

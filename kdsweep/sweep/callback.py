@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import shlex
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +21,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from kdsweep.config import composition
-from kdsweep.core.errors import CellError, InputError, one_line
+from kdsweep.core.errors import CellError, InputError, one_line, report
 
 if TYPE_CHECKING:
     from kdsweep.sweep.estimate import Preview
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 at_end = contextlib.ExitStack()  # what the program closes last
-TRACEBACK = "KDSWEEP_TRACEBACK"  # environment: 1 shows the traceback of an error that ends the program
 
 
 class SweepCallback(Callback):
@@ -91,9 +88,7 @@ def _or_exit(prepare: Callable[[], int]) -> int:
     try:
         return prepare()
     except Exception as error:
-        if os.environ.get(TRACEBACK) == "1":
-            traceback.print_exc()
-        raise SystemExit(f"kdsweep: error: {user_message(error)}") from error
+        raise SystemExit(report(error, user_message(error))) from error
 
 
 def command_line(config: DictConfig) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdsweep.config.grid import variant_label
-from kdsweep.core.errors import InputError, exit_code
+from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import write_text
 from kdsweep.core.progress import duration, plural
 from kdsweep.runs import records, requests
@@ -308,15 +308,12 @@ def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> 
     return trials + report(name, found, variants=variants, tasks=tasks, now_ms=records.now_ms()) + unknown
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print how far a sweep is; return 0, or 1 after one line on stderr that says what to mend."""
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Print how far a sweep is."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep status", description="How far a sweep is.")
     parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
     parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
     parser.add_argument("--trials", type=Path, metavar="FILE.csv", help="write the trials of its tuning there too")
     options = parser.parse_args(argv)
-
-    def work() -> None:
-        sys.stdout.write(make(store=options.store, sweep=options.sweep, trials_file=options.trials))
-
-    return exit_code(work)
+    sys.stdout.write(make(store=options.store, sweep=options.sweep, trials_file=options.trials))

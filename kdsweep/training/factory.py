@@ -22,7 +22,7 @@ from torch import nn
 from kdsweep.config import composition, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core.device import Compute, find_device, usable_precision
-from kdsweep.core.errors import InputError, exit_code, one_line
+from kdsweep.core.errors import InputError, command, one_line
 from kdsweep.data.loaders import Feed, TrainLoader, affordable_workers, eval_part
 from kdsweep.data.splits import check_training_masks
 from kdsweep.data.views import Strengths, Views
@@ -325,16 +325,13 @@ def git_commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def print_models(argv: list[str]) -> int:
-    """Print parameters, MACs and hidden shapes of the configured networks; return the exit code."""
+@command
+def print_models(argv: list[str]) -> None:
+    """Print parameters, MACs and hidden shapes of the configured networks."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep models", description="What the networks consist of.")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as teacher=resnet34 image_size=128")
     overrides = parser.parse_args(argv).overrides
-
-    def work() -> None:
-        cfg = composition.compose(overrides)
-        identity.read(cfg)
-        student, teacher = student_network(cfg, weights="none"), teacher_network(cfg, weights="none")
-        sys.stdout.write(unet.summary(teacher=teacher, student=student, image_size=cfg.image_size) + "\n")
-
-    return exit_code(work)
+    cfg = composition.compose(overrides)
+    identity.read(cfg)
+    student, teacher = student_network(cfg, weights="none"), teacher_network(cfg, weights="none")
+    sys.stdout.write(unet.summary(teacher=teacher, student=student, image_size=cfg.image_size) + "\n")

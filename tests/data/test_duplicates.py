@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
+from kdsweep.core import files
 from kdsweep.core.errors import InputError
 from kdsweep.data import duplicates, phantom, sources
 from kdsweep.data.duplicates import NEIGHBOR, SAME_FILE, SAME_FRAME
@@ -104,9 +105,9 @@ def test_the_command_writes_groups_that_a_split_takes(folder, tmp_path, capsys):
 
 
 def test_no_patients_picture_is_written_into_the_checkout(folder, capsys):
-    assert audit.main(["data=busi", f"data.root={folder}", "--out", str(audit.CHECKOUT / "audit")]) == 1
-    assert "lies in kdsweep's checkout" in capsys.readouterr().err
-    assert not (audit.CHECKOUT / "audit").exists()
+    assert audit.main(["data=busi", f"data.root={folder}", "--out", str(files.CHECKOUT / "audit")]) == 1
+    assert "is in kdsweep's checkout" in capsys.readouterr().err
+    assert not (files.CHECKOUT / "audit").exists()
 
 
 def test_an_unreadable_image_is_one_line(folder, tmp_path, capsys):

@@ -61,6 +61,36 @@ def test_the_file_is_in_integers_and_close_to_the_network(model, store, forms):
     assert 0 < np.abs(found - expected).max() < 0.1
 
 
+def convolutions(content):
+    """The weights (output channel, product) of each convolution of an ONNX file in 8-bit integers."""
+    arrays = [onnx.numpy_helper.to_array(own) for own in onnx.load_from_string(content).graph.initializer]
+    return [own.reshape(len(own), -1).astype(int) for own in arrays if own.dtype == np.int8 and own.ndim == 4]
+
+
+def without_vnni(weights):
+    """Each output channel's largest sum on a processor that adds products in pairs, in 16 bits, and the exact one."""
+    activations = np.where(weights > 0, 255, 0)  # of 8 bits, as any image may give them
+    products = np.pad(activations * weights, ((0, 0), (0, weights.shape[1] % 2)))
+    pairs = products.reshape(len(weights), -1, 2).sum(axis=2)
+    return pairs.clip(-(2**15), 2**15 - 1).sum(axis=1), products.sum(axis=1)
+
+
+def test_processors_without_vnni_compute_the_same(model, store, forms, monkeypatch):
+    from onnxruntime import quantization
+
+    found = convolutions(forms[0])
+    assert len(found) > 30
+    for weights in found:
+        saturating, exact = without_vnni(weights)
+        assert saturating.tolist() == exact.tolist()
+    quantize_static = quantization.quantize_static
+    eight_bits = lambda *args, **options: quantize_static(*args, **{**options, "reduce_range": False})  # noqa: E731
+    monkeypatch.setattr(quantization, "quantize_static", eight_bits)
+    images = export.run_inputs(model, store=store, data_root=None, part="train", count=4).images
+    sums = [without_vnni(weights) for weights in convolutions(quantize.to_int8(export.to_onnx(model), images))]
+    assert any((saturating < exact).any() for saturating, exact in sums)
+
+
 def test_the_ranges_are_those_of_training_images_alone(model, store, monkeypatch):
     seen = []
     monkeypatch.setattr(quantize, "to_int8", lambda content, images: seen.extend(images) or content)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kdsweep.core.files import CHECKOUT
 from kdsweep.data import account as accounts
 from kdsweep.data.account import Account, Measured
 from kdsweep.data.sources import Entry, Folder
 from kdsweep.results import data_sheet
-from kdsweep.results.audit import CHECKOUT
 
 SIDE = 80
 
@@ -24,6 +24,13 @@ def write(root, number, mask):
 def disc(radius, *, side=SIDE):
     y, x = np.mgrid[:side, :side]
     return ((x - side // 2) ** 2 + (y - side // 3) ** 2 < radius**2) * np.uint8(255)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The user's cache, to which the sheet goes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kdsweep" / "data"
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def command(capsys, *words):
     return code, printed.out, printed.err
 
 
-def test_a_good_data_set_is_usable_and_counted_by_label_and_part(small_busi, tmp_path, capsys):
+def test_a_good_data_set_is_usable_and_counted_by_label_and_part(small_busi, tmp_path, cache, capsys):
     (tmp_path / "groups.csv").write_text(
         "id,group\n"
         + "".join(f"{file.stem},{number // 2}\n" for number, file in enumerate(sorted(small_busi.glob("*/*).png"))))
@@ -50,7 +57,7 @@ def test_a_good_data_set_is_usable_and_counted_by_label_and_part(small_busi, tmp
     )
     shutil.copytree(small_busi, tmp_path / "busi")
     (tmp_path / "busi" / "manifest.csv").write_text("file\n")
-    words = ["data=busi", f"data.root={tmp_path / 'busi'}", "image_size=64", f"store={tmp_path / 'store'}"]
+    words = ["data=busi", f"data.root={tmp_path / 'busi'}", "image_size=64"]
     words += ["split=holdout", f"split.group={tmp_path / 'groups.csv'}"]
     code, out, err = command(capsys, *words)
     assert (code, err) == (0, "")
@@ -64,8 +71,9 @@ def test_a_good_data_set_is_usable_and_counted_by_label_and_part(small_busi, tmp
     assert "groups: 13 of 1 to 2 images" in lines
     assert "ignored, other files: 1 (manifest.csv)" in lines
     assert f"  ignored, rows of split.group={tmp_path / 'groups.csv'} without an image: 1 (absent)" in lines
-    assert lines[-1].startswith(f"wrote {tmp_path / 'store' / 'data' / 'busi.png'}: 25 images with contours")
-    with Image.open(tmp_path / "store" / "data" / "busi.png") as sheet:
+    (file,) = cache.glob("busi-*.png")
+    assert lines[-1].startswith(f"wrote {file}: 25 images with contours")
+    with Image.open(file) as sheet:
         assert sheet.size == (1560, round(5 * 130 * 2.32 + 65))
 
 
@@ -107,8 +115,8 @@ def test_faulty_images_are_all_named_and_the_others_are_still_accounted_for(root
         (["split=kfold", "split.group=absent.csv"], "split.group=absent.csv cannot be read"),
     ],
 )
-def test_a_split_that_cannot_be_drawn_is_a_fault_beside_the_account(root, tmp_path, capsys, words, fault):
-    common = ["data=folder", f"data.root={root}", "image_size=64", f"store={tmp_path}"]
+def test_a_split_that_cannot_be_drawn_is_a_fault_beside_the_account(root, capsys, words, fault):
+    common = ["data=folder", f"data.root={root}", "image_size=64"]
     code, out, _ = command(capsys, *common, *words)
     assert code == 1
     assert out.startswith("data=folder: 10 images, NOT usable: the split is refused\n\nfaults:\n  split")
@@ -126,7 +134,7 @@ def test_a_split_that_cannot_be_drawn_is_a_fault_beside_the_account(root, tmp_pa
 def test_masks_that_are_all_alike_are_a_fault(tmp_path, capsys, value, fault):
     for number in range(6):
         write(tmp_path / "data", number, np.full((SIDE, SIDE), value, np.uint8))
-    words = ["data=folder", f"data.root={tmp_path / 'data'}", "image_size=64", f"store={tmp_path}"]
+    words = ["data=folder", f"data.root={tmp_path / 'data'}", "image_size=64"]
     code, out, _ = command(capsys, *words, "data.allow_empty_masks=true")
     assert code == 1
     assert out.startswith("data=folder: 6 images, NOT usable: see its masks\n")
@@ -137,7 +145,7 @@ def test_masks_that_are_all_alike_are_a_fault(tmp_path, capsys, value, fault):
     ("words", "line"),
     [
         (["data.root=absent"], "data.root=absent: no such folder"),
-        (["--sheet", str(CHECKOUT / "sheet.png")], "is in kdsweep's checkout; the sheet shows patients"),
+        (["--sheet", str(CHECKOUT / "sheet.png")], "is in kdsweep's checkout; the pictures show patients"),
         (["--sheet", "/proc/sheet.png"], "--sheet /proc/sheet.png: cannot be written"),
     ],
 )

@@ -93,12 +93,37 @@ def test_files_of_two_sweeps_and_other_files_are_refused(sweep, file, tmp_path):
         InputError, match=r"--published: .* of sweep study and .* of sweep other; give files of one sweep"
     ):
         published.read([file, other])
-    other.write_bytes(b"no gzip")
-    with pytest.raises(InputError, match="cannot be read"):
-        published.read([other])
-    other.write_bytes(gzip.compress(b'{"format": 7}'))
-    with pytest.raises(InputError, match="is not a file of format 1"):
-        published.read([other])
+    with pytest.raises(InputError, match=r"absent.json.gz: cannot be read \(No such file"):
+        published.read([tmp_path / "absent.json.gz"])
+
+
+FOREIGN = {
+    "text": b"no gzip",
+    "image": b"\x89PNG\r\n\x1a\n\x00\xff",
+    "list": b"[1, 2]",
+    "GeoJSON": b'{"type": "FeatureCollection", "features": []}',
+    "format": gzip.compress(b'{"format": 7}'),
+    "without runs": b'{"format": 1, "name": "s"}',
+    "runs of others": b'{"format": 1, "name": "s", "columns": ["a"], "runs": [[1, 2]], "scores": "", "external": ""}',
+    "cut": gzip.compress(b'{"format": 1, "name": "s"}')[:-9],
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_file_is_refused_by_name(tmp_path, capsys, kind):
+    file = tmp_path / "scores.json.gz"
+    file.write_bytes(FOREIGN[kind])
+    assert tables.main(["table4", "--published", str(file)]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"kdsweep: error: --published {file}: is not a file of format 1 that publish has written (")
+    assert line.endswith("; publish writes such files\n")
+    assert line.count("\n") == 1
+
+
+def test_a_file_whose_compression_a_browser_has_undone_is_read(sweep, file, tmp_path):
+    plain = tmp_path / "scores.json"
+    plain.write_bytes(gzip.decompress(file.read_bytes()))
+    pd.testing.assert_frame_equal(published.read([plain]).scores, published.read([file]).scores)
     with pytest.raises(InputError, match="cannot be read"):
         published.read([tmp_path / "none.json.gz"])
 
