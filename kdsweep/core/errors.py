@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pwd
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class InputError(Exception):
@@ -30,8 +34,21 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, InputError | CellError):
         return text
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; when that is mended the same command goes on"
+        owner = _owner(Path(os.fsdecode(error.filename))) if isinstance(error, PermissionError) else ""
+        return f"{error.filename}: {error.strerror}{owner}; when that is mended the same command goes on"
     return f"{type(error).__name__}: {text}"
+
+
+def _owner(path: Path) -> str:
+    """Return which other user a file or its folder belongs to, and the remedy; "" if it is this user's."""
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    with contextlib.suppress(OSError, KeyError):
+        uid = path.stat().st_uid
+        if uid != os.geteuid():
+            name = pwd.getpwuid(uid).pw_name
+            return f" ({path} belongs to {name}: to share it, {name} types chmod -R g+w, and umask 002 before commands)"
+    return ""
 
 
 def exit_code(work: Callable[[], object]) -> int:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear complete or not at all, and the paths and addresses below a store."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from kdsweep.core.errors import InputError
 
 WHOLE_PATH = re.compile(r"(?<![^\s='\"(])[/~](?:[^/\s]*/)*([^/\s]+)")  # its last name is the group
 
@@ -52,6 +54,56 @@ def write_text(file: Path, content: str) -> None:
 def write_json(file: Path, content: Any) -> None:
     """Write a value made of dicts, lists, strings and numbers as ``write_bytes`` does."""
     write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+class DamagedError(InputError):
+    """A file does not hold what was written; the message is one line that names it."""
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """Return the dict that ``write_json`` wrote, or None if there is no such file.
+
+    Raises:
+        DamagedError: the file holds something else.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise DamagedError(f"{file} is damaged")
+    return content
+
+
+def below(store: Path, *names: str) -> Path:
+    """Return a path below a store.
+
+    Raises:
+        InputError: the names lead out of the store.
+    """
+    path = store.joinpath(*names)
+    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(store)):
+        raise InputError(f"{'/'.join(names)} is outside of the store {store}; rename it")
+    return path
+
+
+def sqlite_url(file: Path) -> str:
+    """Return the URL of a SQLite file, whatever characters its path has.
+
+    Raises:
+        InputError: the installed SQLAlchemy has no URL for this path.
+    """
+    from sqlalchemy.engine import URL, make_url
+
+    # With a driver in its scheme, MLflow does not make a folder of the quoted name.
+    quoted = URL.create("sqlite+pysqlite", database=str(file)).render_as_string()
+    for url in (f"sqlite:///{file}", quoted):
+        if make_url(url) == URL.create(make_url(url).drivername, database=str(file)):
+            return url
+    raise InputError(f"{file}: a database cannot have this address; use a store without ? in its path")
 
 
 def without_folders(value: Any) -> Any:
