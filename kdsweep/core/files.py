@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kdsweep.core.errors import InputError
+from kdsweep.core.errors import InputError, one_line
 
 WHOLE_PATH = re.compile(r"(?<![^\s='\"(])[/~](?:[^/\s]*/)*([^/\s]+)")  # its last name is the group
 
@@ -65,13 +66,15 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
     Raises:
         DamagedError: the file holds something else.
-        OSError: the file cannot be read.
+        InputError: the file cannot be read.
     """
     try:
         content = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
+    except OSError as error:
+        raise InputError(one_line(error)) from error
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise DamagedError(f"{file} is damaged")
@@ -88,6 +91,18 @@ def below(store: Path, *names: str) -> Path:
     if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(store)):
         raise InputError(f"{'/'.join(names)} is outside of the store {store}; rename it")
     return path
+
+
+def is_locked(file: Path) -> bool:
+    """Return whether a process holds a lock; the file may belong to another user and is not changed."""
+    try:
+        with file.open("rb") as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no such file, or it is another user's secret
+        return False
+    return False
 
 
 def sqlite_url(file: Path) -> str:
