@@ -105,22 +105,6 @@ def is_locked(file: Path) -> bool:
     return False
 
 
-def sqlite_url(file: Path) -> str:
-    """Return the URL of a SQLite file, whatever characters its path has.
-
-    Raises:
-        InputError: the installed SQLAlchemy has no URL for this path.
-    """
-    from sqlalchemy.engine import URL, make_url
-
-    # With a driver in its scheme, MLflow does not make a folder of the quoted name.
-    quoted = URL.create("sqlite+pysqlite", database=str(file)).render_as_string()
-    for url in (f"sqlite:///{file}", quoted):
-        if make_url(url) == URL.create(make_url(url).drivername, database=str(file)):
-            return url
-    raise InputError(f"{file}: a database cannot have this address; use a store without ? in its path")
-
-
 def without_folders(value: Any) -> Any:
     """Return plain nested values in whose texts a file or folder with its whole path is its last name alone."""
     if isinstance(value, dict):

@@ -132,8 +132,11 @@ def write_progress(
 
 def write_failed(folder: Path, error: str) -> None:
     """Write the error of a failed cell; if this fails too (a full disk), ignore it."""
+    text = " ".join(error.split()).replace(
+        f"{folder.absolute().parents[2]}/", ""
+    )  # MLflow gets it: no path of this machine
     with contextlib.suppress(OSError):
-        write_json(folder / FAILED, {"error": " ".join(error.split()), "time_ms": now_ms()})
+        write_json(folder / FAILED, {"error": text, "time_ms": now_ms()})
 
 
 def write_finished(folder: Path, *, values: dict[str, float], files: list[str]) -> None:

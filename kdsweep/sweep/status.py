@@ -15,6 +15,7 @@ from pathlib import Path
 from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError, exit_code
 from kdsweep.core.files import write_text
+from kdsweep.core.options import folder
 from kdsweep.core.progress import duration, plural
 from kdsweep.runs import records, requests
 from kdsweep.runs.records import Record
@@ -311,7 +312,7 @@ def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> 
 def main(argv: list[str] | None = None) -> int:
     """Print how far a sweep is; return 0, or 1 after one line on stderr that says what to mend."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep status", description="How far a sweep is.")
-    parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
+    parser.add_argument("--store", type=folder, default=Path("multirun"), help="folder of the runs (multirun)")
     parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
     parser.add_argument("--trials", type=Path, metavar="FILE.csv", help="write the trials of its tuning there too")
     options = parser.parse_args(argv)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from kdsweep.core.databases import sqlite_url
 from kdsweep.core.errors import InputError
-from kdsweep.core.files import below, sqlite_url
+from kdsweep.core.files import below
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -22,8 +22,9 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from kdsweep.config.grid import Cell, superseded
+from kdsweep.core.databases import sqlite_url
 from kdsweep.core.errors import InputError
-from kdsweep.core.files import remove_parts, sqlite_url
+from kdsweep.core.files import remove_parts
 from kdsweep.runs.records import Record, now_ms
 from kdsweep.tracking.database import (
     DATABASE,

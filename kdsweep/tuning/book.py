@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock
 
 from kdsweep.core.errors import InputError
-from kdsweep.core.files import DamagedError, below, is_locked, read_json, sqlite_url, write_json
+from kdsweep.core.files import DamagedError, below, is_locked, read_json, write_json
 
 FOLDER = "tuning"
 TUNED = "-tuned"  # behind the name of a sweep, the one with the chosen settings
@@ -63,6 +63,8 @@ def read(store: Path, sweep: str) -> Book:
 
 def default_storage(store: Path) -> str:
     """Return the address of the database for trials that a store holds."""
+    from kdsweep.core.databases import sqlite_url  # with SQLAlchemy, which the status of other sweeps does not need
+
     return sqlite_url(store.absolute() / "optuna.db")
 
 
