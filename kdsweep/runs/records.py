@@ -132,9 +132,8 @@ def write_progress(
 
 def write_failed(folder: Path, error: str) -> None:
     """Write the error of a failed cell; if this fails too (a full disk), ignore it."""
-    text = " ".join(error.split()).replace(
-        f"{folder.absolute().parents[2]}/", ""
-    )  # MLflow gets it: no path of this machine
+    parent = folder.absolute().parents[2]  # of the store: MLflow gets the text without this path of the machine
+    text = " ".join(error.split()).replace(f"{parent}/", "")
     with contextlib.suppress(OSError):
         write_json(folder / FAILED, {"error": text, "time_ms": now_ms()})
 

@@ -103,7 +103,7 @@ def _whole_s(found: list[Record]) -> float:
 
 def _where(record: Record) -> str:
     """Return a record's split and seed, such as ``split0-seed0``."""
-    return record.folder.name.partition("-")[2].rpartition("-")[0]
+    return "-".join(record.folder.name.rsplit("-", 3)[1:3])  # its notation may have a dash too
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
