@@ -47,7 +47,7 @@ def damaged(store: Path, error: BaseException) -> InputError:
 def is_damage(error: BaseException, uri: str | None) -> bool:
     """Return whether an error comes from a damaged database in the store."""
     signs = ("file is not a database", "malformed", "no such table", "no such column")
-    return uri is None and any(sign in str(error) for sign in signs)
+    return uri is None and not isinstance(error, InputError) and any(sign in str(error) for sign in signs)
 
 
 def passes(error: BaseException, uri: str) -> bool:
