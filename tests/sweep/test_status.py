@@ -280,6 +280,11 @@ def test_teachers_and_cells_that_wait_take_as_long_as_those_before(tmp_path, hol
     assert line.endswith(f"; about {expected_s / 3600:.1f} h left")
 
 
+def test_cells_whose_notation_has_a_dash_wait_with_those_of_their_split(tmp_path):
+    cells = [make_cell(tmp_path, name) for name in ("L_MSE", "KD-T1", "CWD-F")]
+    assert {status._where(records.read(cell.folder)) for cell in cells} == {"split0-seed0"}
+
+
 def test_a_cell_that_stopped_early_was_of_the_group(tmp_path, hold):
     early, late, *others = [make_cell(tmp_path, name, split) for split in (0, 1) for name in ("H_KLD", "L_KLD")]
     for cell in (early, late):
