@@ -40,7 +40,7 @@ def store_uri(store: Path, uri: str | None) -> str:
 
 def damaged(store: Path, error: BaseException) -> InputError:
     """Return the error for a damaged database in a store, with the remedy."""
-    remedy = "move it away and run the same command again: the runs are logged again from the folders of the cells"
+    remedy = "move it away and run the command of the sweep again: the runs are logged again from the folders of the cells"
     return InputError(f"{store / DATABASE} does not open or is damaged ({line(error)}); {remedy}")
 
 

@@ -170,7 +170,7 @@ def test_a_damaged_database_names_the_remedy_and_is_not_overwritten(store, tmp_p
             log_sweep(spoiled)
         except InputError as error:
             refused = str(error)
-        assert "move it away and run the same command again" in refused + caplog.text
+        assert "move it away and run the command of the sweep again" in refused + caplog.text
         assert "Traceback" not in caplog.text
         assert file.read_bytes()[:4096] == left[:4096]
 
