@@ -127,4 +127,6 @@ def follow_move(store: Path, experiment: str) -> None:
 
 def line(error: BaseException) -> str:
     """Return MLflow's error in one line, without the database's statement."""
+    if isinstance(error, InputError):
+        return str(error)
     return " ".join(str(error).split()).partition(" [SQL:")[0][:300]

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from sqlalchemy.exc import DatabaseError
 from test_writer import begin, client_of, end, make_cell
 
 from kdsweep.core import databases
@@ -173,6 +175,24 @@ def test_a_damaged_database_names_the_remedy_and_is_not_overwritten(store, tmp_p
         assert "move it away and run the command of the sweep again" in refused + caplog.text
         assert "Traceback" not in caplog.text
         assert file.read_bytes()[:4096] == left[:4096]
+
+
+@pytest.mark.parametrize("call", ["ask", "sync"])
+def test_damage_that_shows_while_cells_are_logged_is_one_line(
+    store, monkeypatch, caplog, capsys, call
+):
+    def fail(*_: object, **__: object) -> None:
+        raise DatabaseError("UPDATE", {}, sqlite3.DatabaseError("database disk image is malformed"))
+
+    monkeypatch.setattr(writer.Tracker, call, fail)
+    log_sweep(store)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert lines[0].startswith("nothing more is logged to MLflow at sqlite:///")
+    assert f"{store}/mlflow.db does not open or is damaged" in lines[0]
+    assert "move it away and run the command of the sweep again" in lines[0]
+    assert lines[1].startswith("3 cells are not in MLflow at ")
+    assert capsys.readouterr().err == ""
 
 
 def test_without_its_database_a_store_is_logged_again_by_the_same_command(store, tmp_path):
