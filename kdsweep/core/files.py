@@ -61,8 +61,8 @@ class DamagedError(InputError):
     """A file does not hold what was written; the message is one line that names it."""
 
 
-def read_json(file: Path) -> dict[str, Any] | None:
-    """Return the dict that ``write_json`` wrote, or None if there is no such file.
+def read_json(file: Path, *keys: str) -> dict[str, Any] | None:
+    """Return the dict with these keys that ``write_json`` wrote, or None if there is no such file.
 
     Raises:
         DamagedError: the file holds something else.
@@ -76,7 +76,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
         raise InputError(one_line(error)) from error
     except (ValueError, RecursionError):
         content = None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
         raise DamagedError(f"{file} is damaged")
     return content
 
@@ -100,7 +100,7 @@ def is_locked(file: Path) -> bool:
             fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # there is no such file, or it is another user's secret
+    except OSError:  # no such file, or one that this user may not read
         return False
     return False
 

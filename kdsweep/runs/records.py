@@ -24,6 +24,7 @@ from kdsweep.core.files import DamagedError, file_digest, is_locked, read_json, 
 log = logging.getLogger(__name__)
 
 CELL, PROGRESS, FAILED, FINISHED, LOCK = "cell.json", "progress.json", "failed.json", "finished.json", ".lock"
+KEYS = {CELL: ("tags", "params"), PROGRESS: ("epochs", "history"), FAILED: ("error",)}  # without which they are damaged
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def _seal(content: dict[str, Any]) -> str:
 def _read(file: Path) -> dict[str, Any] | None:
     """Return the content of a record; None if it is not there or damaged: the same command then writes it again."""
     try:
-        return read_json(file)
+        return read_json(file, *KEYS.get(file.name, ()))
     except DamagedError:
         return None
 

@@ -70,7 +70,7 @@ def read_varied(store: Path, sweep: str) -> list[str]:
 def _read_sweep(store: Path, sweep: str) -> dict[str, Any]:
     file = below(store / SWEEPS, f"{sweep}.json")
     try:
-        return read_json(file) or {}
+        return read_json(file, "asked") or {}
     except DamagedError as error:
         remedy = "move it away and run the commands of this sweep again: finished cells are not run again"
         raise InputError(f"{error}; {remedy}") from error

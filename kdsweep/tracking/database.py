@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DATABASE = "mlflow.db"
+REBUILD = "run the command of its sweep again: the runs are logged again from the folders of the cells"
 # Columns of the SQLite file that hold places below the folder of the artifacts, beside that of the experiment.
 PLACES = (
     ("runs", "artifact_uri"),
@@ -40,8 +41,7 @@ def store_uri(store: Path, uri: str | None) -> str:
 
 def damaged(store: Path, error: BaseException) -> InputError:
     """Return the error for a damaged database in a store, with the remedy."""
-    remedy = "move it away and run the command of the sweep again: the runs are logged again from the folders of the cells"
-    return InputError(f"{store / DATABASE} does not open or is damaged ({line(error)}); {remedy}")
+    return InputError(f"{store / DATABASE} does not open or is damaged ({line(error)}); move it away and {REBUILD}")
 
 
 def is_damage(error: BaseException, uri: str | None) -> bool:

@@ -22,6 +22,7 @@ from kdsweep.runs import requests
 from kdsweep.tracking.artifacts import EXTERNAL, SCORES, check_scores, folder_of, kept_file
 from kdsweep.tracking.database import (
     DATABASE,
+    REBUILD,
     TrackingError,
     check_place,
     damaged,
@@ -204,8 +205,7 @@ def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
         InputError: no store, or no such sweep in it.
     """
     if uri is None and not has_database(store):
-        remedy = "run the command of its sweep again: the runs are logged again from the folders of the cells"
-        remedy = remedy if requests.sweeps(store) else "run a sweep first, or name its folder"
+        remedy = REBUILD if requests.sweeps(store) else "run a sweep first, or name its folder"
         raise InputError(f"--store {store}: no {DATABASE} in it, or an empty one; {remedy}")
     return _answered(lambda: _read_sweep(Tracker(store=store, uri=uri), name), store=store, uri=uri)
 
@@ -295,10 +295,8 @@ def _named_sweep(tracker: Tracker, name: str | None, *, finished: set[str]) -> R
         return next((run for run in reversed(sweeps) if not finished.isdisjoint(_asked(run.data.tags))), sweeps[-1])
     if name is None or name not in known:
         if requests.sweeps(tracker.store) and (name is None or name in requests.sweeps(tracker.store)):
-            remedy = "run its command again: the runs are logged again from the folders of the cells"
-            raise InputError(
-                f"sweep={name or 'any'} is in {tracker.store}, but not in MLflow at {tracker.uri}; {remedy}"
-            )
+            where = f"is in {tracker.store}, but not in MLflow at {tracker.uri}"
+            raise InputError(f"sweep={name or 'any'} {where}; {REBUILD}")
         raise InputError(f"sweep={name or 'any'} is not in this store; it holds: {', '.join(known) or 'none yet'}")
     return sweeps[known.index(name)]
 

@@ -52,7 +52,7 @@ class Book:
 def read(store: Path, sweep: str) -> Book:
     """Return what is known of a sweep's tuning; an empty one if it was never tuned."""
     try:
-        known = read_json(below(store / FOLDER, f"{sweep}.json"))
+        known = read_json(below(store / FOLDER, f"{sweep}.json"), "storage", "entries", "epoch_s")
     except DamagedError as error:
         raise InputError(f"{error}; move it away and run the command that tunes {sweep} again") from error
     if known is None:

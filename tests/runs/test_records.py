@@ -58,7 +58,7 @@ def begin(cell: Cell) -> None:
     records.write_progress(cell.folder, epochs=9, history=history, times_ms=[1], seconds=[1.0])
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "garbage"])
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null", "garbage"])
 @pytest.mark.parametrize("name", [records.CELL, records.PROGRESS])
 def test_a_damaged_record_of_a_begun_cell_is_named_and_written_again(tmp_path, caplog, name, content):
     cell = make_cell(tmp_path)

@@ -338,6 +338,13 @@ def test_an_unknown_sweep_and_an_empty_store_are_told_in_one_line(tmp_path, caps
     assert capsys.readouterr().err == error
 
 
+def test_a_store_of_the_home_folder_is_found_where_the_shell_leaves_its_tilde(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ask(tmp_path / "runs", "study", make_cell(tmp_path / "runs"), asked_s=100)
+    assert status.main(["--store=~/runs"]) == 0
+    assert capsys.readouterr().out.startswith("sweep study: 1 cell")
+
+
 def test_a_damaged_cell_of_a_store_that_cannot_be_written_to_is_to_be_done_again(tmp_path, monkeypatch, capsys):
     cell = make_cell(tmp_path)
     finish(cell, files=["scores.csv"])

@@ -172,15 +172,13 @@ def test_a_damaged_database_names_the_remedy_and_is_not_overwritten(store, tmp_p
             log_sweep(spoiled)
         except InputError as error:
             refused = str(error)
-        assert "move it away and run the command of the sweep again" in refused + caplog.text
+        assert "move it away and run the command of its sweep again" in refused + caplog.text
         assert "Traceback" not in caplog.text
         assert file.read_bytes()[:4096] == left[:4096]
 
 
 @pytest.mark.parametrize("call", ["ask", "sync"])
-def test_damage_that_shows_while_cells_are_logged_is_one_line(
-    store, monkeypatch, caplog, capsys, call
-):
+def test_damage_that_shows_while_cells_are_logged_is_one_line(store, monkeypatch, caplog, capsys, call):
     def fail(*_: object, **__: object) -> None:
         raise DatabaseError("UPDATE", {}, sqlite3.DatabaseError("database disk image is malformed"))
 
@@ -190,7 +188,7 @@ def test_damage_that_shows_while_cells_are_logged_is_one_line(
     assert len(lines) == 2
     assert lines[0].startswith("nothing more is logged to MLflow at sqlite:///")
     assert f"{store}/mlflow.db does not open or is damaged" in lines[0]
-    assert "move it away and run the command of the sweep again" in lines[0]
+    assert "move it away and run the command of its sweep again" in lines[0]
     assert lines[1].startswith("3 cells are not in MLflow at ")
     assert capsys.readouterr().err == ""
 
@@ -206,7 +204,7 @@ def test_without_its_database_a_store_is_logged_again_by_the_same_command(store,
 
 def test_a_sweep_that_mlflow_lacks_is_told_apart_from_one_that_was_never_requested(store):
     requests.ask(store, "sweep", cells=[make_cell(store=store)], teachers=[])
-    assert "run its command again" in error_of(lambda: scores_of(store))
+    assert "run the command of its sweep again" in error_of(lambda: scores_of(store))
 
 
 RECORDS = {
@@ -216,7 +214,7 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize("content", [GARBAGE, b"", b"[]", b'{"asked": '])
+@pytest.mark.parametrize("content", [GARBAGE, b"", b"[]", b"{}", b'{"asked": '])
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_damaged_record_of_a_sweep_is_named_and_never_overwritten(store, name, content, capsys):
     cell = make_cell(store=store)

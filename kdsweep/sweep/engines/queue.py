@@ -63,7 +63,7 @@ def queued(store: Path) -> dict[str, Task]:
     known: dict[str, tuple[str, list[str]]] = {}
     for file in sorted((store / FOLDER).glob("*.json")):
         try:
-            content = read_json(file) or {"cluster": "", "tasks": {}}  # removed since
+            content = read_json(file, "cluster", "tasks") or {"cluster": "", "tasks": {}}  # removed since
         except DamagedError as error:
             raise InputError(f"{error}; cancel its jobs (scancel {file.stem}), then remove it") from error
         known |= {job_id: (content["cluster"], folders) for job_id, folders in content["tasks"].items()}
