@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kdsweep.core.files import below
+
 PACKAGE = "kdsweep"
 
 # Raise it by one whenever equal settings, data and seeds give other weights or scores than before: another
@@ -104,8 +106,8 @@ class Cell:
 
 def run_folder(store: Path, run: Mapping[Any, Any]) -> Path:
     """Return the folder of a cell of which role, notation, split, seed and fingerprint are known."""
-    parent = "teachers" if run["role"] == "teacher" else "cells"
-    return store / parent / f"{run['notation']}-split{run['split']}-seed{run['seed']}-{run['fingerprint'][:10]}"
+    parent = store / ("teachers" if run["role"] == "teacher" else "cells")
+    return below(parent, f"{run['notation']}-split{run['split']}-seed{run['seed']}-{run['fingerprint'][:10]}")
 
 
 def notation(compared: str, distill_view: str) -> str:

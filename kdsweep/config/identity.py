@@ -183,7 +183,7 @@ def _cell(
         seed=given.seed if seed is None else seed,
         settings=grid.without_places(own),
         evidence={**evidence, **({"user_code": users} if users else {}), "results_version": str(grid.RESULTS_VERSION)},
-        store=Path(given.store),
+        store=Path(hydra.utils.to_absolute_path(given.store)),
         sources=sources,
         teacher=teacher,
     )

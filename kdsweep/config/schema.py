@@ -6,12 +6,14 @@ no ranges. Below it values are attributes. What a key means stands beside it in 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from functools import reduce
+from functools import partial, reduce
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from kdsweep.config.grid import flatten
 from kdsweep.core.errors import InputError
 
 
@@ -33,10 +35,17 @@ def _known_stage(name: str) -> str:
     return name
 
 
-def _named(name: str) -> str:
-    if not all(letter.isalnum() or letter in " ._-" for letter in name):
-        raise ValueError("another character")
+def _named(name: str, longest: int = 80) -> str:
+    # It becomes a folder, a file, a key and a filter of MLflow; of a loss in capitals.
+    if not re.fullmatch(NAME, name) or max(len(text.encode()) for text in (name, name.upper())) > longest:
+        raise ValueError("not a name")
     return name
+
+
+def _without_home(folder: str) -> str:
+    if folder.startswith("~"):
+        raise ValueError("a ~ that nothing replaces")
+    return folder
 
 
 def _as_text(value: Any) -> Any:
@@ -59,6 +68,15 @@ Precision = Annotated[Literal["fp32", "tf32", "bf16"], Field(description="fp32, 
 Widths = Annotated[list[Count], Field(min_length=5, max_length=5, description="five whole numbers >= 1")]
 Monitor = Literal["loss", "dice"]
 Text = Annotated[str, Field(min_length=1, description="a word")]
+NAME = r"\w[\w .-]*"
+NAME_RULE = "made of letters, digits, blank . _ -, the first a letter, a digit or _, in all at most"
+Name = Annotated[str, BeforeValidator(_as_text), AfterValidator(_named), Field(description=f"{NAME_RULE} 80 bytes")]
+SweepName = Annotated[
+    str,
+    BeforeValidator(_as_text),
+    AfterValidator(partial(_named, longest=200)),
+    Field(description=f"{NAME_RULE} 200 bytes"),
+]
 
 
 class Node(BaseModel):
@@ -90,8 +108,8 @@ class KDPathNode(OpenNode):
 class PathNode(OpenNode):
     """``path``: what of Teacher and Student is compared; no ``kd_path`` is no distillation."""
 
-    name: Text
-    notation: Text
+    name: Name
+    notation: Name
     representation: Literal["logits", "hidden"] | None = Field(None, description="logits or hidden")
     kd_path: KDPathNode | None
 
@@ -99,7 +117,7 @@ class PathNode(OpenNode):
 class LossNode(OpenNode):
     """``loss``: a function for each representation that it compares."""
 
-    name: Text
+    name: Name
     logits: dict[str, Any] | None = None
     hidden: dict[str, Any] | None = None
 
@@ -115,8 +133,8 @@ class TermNode(Node):
 class MethodNode(Node):
     """``method``: a method of the literature, its comparisons and their published weights; none is path and loss."""
 
-    name: Text
-    notation: Text | None
+    name: Name
+    notation: Name | None = Field(description=f"null, or {NAME_RULE} 80 bytes")
     supervised: Positive
     kd_weight: Share | Literal["published"] = Field(description="a number from 0 to 1, or published")
     terms: dict[str, TermNode]
@@ -230,7 +248,7 @@ class SplitNode(Node):
 class DataNode(OpenNode):
     """``data``: the data set; ``source`` is its class and arguments, among them the user's own."""
 
-    name: Text
+    name: Name
     source: dict[str, Any]
     load_size: int | None = Field(None, ge=64, description="null or a whole number >= image_size")
     allow_empty_masks: bool | None = Field(None, description="true or false")
@@ -274,7 +292,7 @@ class Settings(Node):
     scores: ScoresNode
     stats: StatsNode
     tracking: TrackingNode
-    profile: Text
+    profile: Name
     weights: Text = Field(description="imagenet, none, or the name of a file")
     split: SplitNode
     seed: Seed
@@ -283,10 +301,10 @@ class Settings(Node):
     deterministic: Switch
     retry_failed: Switch
     image_size: int = Field(ge=64, multiple_of=32, description="a multiple of 32, at least 64")
-    store: Annotated[str, BeforeValidator(_as_text)] = Field(min_length=1, description="the name of a folder")
-    sweep_name: Annotated[
-        str, BeforeValidator(_as_text), Field(min_length=1, max_length=200), AfterValidator(_named)
-    ] = Field(description="a name of letters, digits, blank . _ -")
+    store: Annotated[str, BeforeValidator(_as_text), AfterValidator(_without_home)] = Field(
+        min_length=1, description="the name of a folder; for ~ write ${oc.env:HOME}"
+    )
+    sweep_name: SweepName
 
     @property
     def teacher_epochs(self) -> int:
@@ -330,6 +348,7 @@ def read(values: Mapping[str, Any]) -> Settings:
         settings = Settings.model_validate(values)
     except ValidationError as error:
         raise InputError(_line(error, values)) from None
+    _check_keys(settings)
     _check_split(settings.split)
     if settings.kd.lambda_ is not None and settings.kd.weight != settings.method.kd_weight:
         both = f"kd.weight={settings.kd.weight} and kd.lambda={settings.kd.lambda_:g}"
@@ -340,6 +359,13 @@ def read(values: Mapping[str, Any]) -> Settings:
     if size is not None and size < settings.image_size:
         raise InputError(f"data.load_size={size} is not allowed: image_size={settings.image_size} is cropped from it")
     return settings
+
+
+def _check_keys(settings: Settings) -> None:
+    """Raise InputError for a key of the user's that MLflow would not take as the name of a parameter."""
+    for key in flatten(settings.plain()):
+        if not re.fullmatch(NAME, key) or len(key.encode()) > 200:
+            raise InputError(f"{key} is not allowed as a key: it must be {NAME_RULE} 200 bytes")
 
 
 def _check_split(split: SplitNode) -> None:

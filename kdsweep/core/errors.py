@@ -7,6 +7,7 @@ import errno
 import functools
 import io
 import os
+import pwd
 import select
 import signal
 import sys
@@ -47,8 +48,22 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, InputError | CellError):
         return text
     if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
-        return f"{error.filename or 'the disk'}: {error.strerror}; when that is mended the same command goes on"
+        owner = _owner(Path(os.fsdecode(error.filename))) if isinstance(error, PermissionError) else ""
+        name = error.filename or "the disk"
+        return f"{name}: {error.strerror}{owner}; when that is mended the same command goes on"
     return f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def _owner(path: Path) -> str:
+    """Return which other user a file or its folder belongs to, and the remedy; "" if it is this user's."""
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    with contextlib.suppress(OSError, KeyError):
+        uid = path.stat().st_uid
+        if uid != os.geteuid():
+            name = pwd.getpwuid(uid).pw_name
+            return f" ({path} belongs to {name}: to share it, {name} types chmod -R g+w, and umask 002 before commands)"
+    return ""
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files that appear complete or not at all, and the paths and addresses below a store."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kdsweep.core.errors import InputError
+from kdsweep.core.errors import InputError, one_line
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 WHOLE_PATH = re.compile(r"(?<![^\s='\"(])[/~](?:[^/\s]*/)*([^/\s]+)")  # its last name is the group
@@ -77,6 +78,54 @@ def write_text(file: Path, content: str) -> None:
 def write_json(file: Path, content: Any) -> None:
     """Write a value made of dicts, lists, strings and numbers as ``write_bytes`` does."""
     write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+class DamagedError(InputError):
+    """A file does not hold what was written; the message is one line that names it."""
+
+
+def read_json(file: Path, *keys: str) -> dict[str, Any] | None:
+    """Return the dict with these keys that ``write_json`` wrote, or None if there is no such file.
+
+    Raises:
+        DamagedError: the file holds something else.
+        InputError: the file cannot be read.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise InputError(one_line(error)) from error
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        raise DamagedError(f"{file} is damaged")
+    return content
+
+
+def below(store: Path, *names: str) -> Path:
+    """Return a path below a store.
+
+    Raises:
+        InputError: the names lead out of the store.
+    """
+    path = store.joinpath(*names)
+    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(store)):
+        raise InputError(f"{'/'.join(names)} is outside of the store {store}; rename it")
+    return path
+
+
+def is_locked(file: Path) -> bool:
+    """Return whether a process holds a lock; the file may belong to another user and is not changed."""
+    try:
+        with file.open("rb") as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or one that this user may not read
+        return False
+    return False
 
 
 def without_folders(value: Any) -> Any:

@@ -8,8 +8,13 @@ from pathlib import Path
 
 def add_store(parser: ArgumentParser, *, default: Path | None = Path("multirun")) -> None:
     """Add ``--store`` and ``--tracking-uri``: where the runs are. The default is for a command that may compose one."""
-    parser.add_argument("--store", type=Path, default=default, help="folder of the runs (multirun)")
+    parser.add_argument("--store", type=folder, default=default, help="folder of the runs (multirun)")
     parser.add_argument("--tracking-uri", help="MLflow server or database (the one in the store)")
+
+
+def folder(text: str) -> Path:
+    """Return a folder, its ~ replaced: a shell leaves the one of ``--store=~/runs``."""
+    return Path(text).expanduser()
 
 
 def add_sweep(parser: ArgumentParser, *, default: Path | None = Path("multirun")) -> None:

@@ -21,7 +21,7 @@ from kdsweep.results.panels import PATH_ROWS
 from kdsweep.results.paper import BASELINES, CELLS, LOSSES
 from kdsweep.results.stats import PLACE
 from kdsweep.runs import checkpoint
-from kdsweep.tracking import database, reader
+from kdsweep.tracking import artifacts, database
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
@@ -257,12 +257,14 @@ def _dice(finished: pd.DataFrame, *, scores: pd.DataFrame, where: str) -> pd.Dat
 
 def _predictions(run: pd.Series, ids: list[str], *, store: Path, uri: str | None) -> dict[str, np.ndarray]:
     try:
-        kept = reader.artifact(store=store, uri=uri, run_id=run["run_id"], name=PREDICTIONS)
+        kept = artifacts.read(run.to_dict(), PREDICTIONS, store=store, uri=uri)
         stored = checkpoint.load_predictions(io.BytesIO(kept))
         return {image: stored[image] for image in ids}
+    except InputError:
+        raise
     except Exception as error:  # MLflow, NumPy and zip files each have their own
         what = f"{run['notation']} split {run['split']} seed {run['seed']}: {PREDICTIONS} of run {run['run_id']}"
-        raise InputError(f"{what} cannot be read ({database.line(error)}); delete this run, run it again") from error
+        raise InputError(f"{what} is damaged ({database.line(error)}); run the command of its sweep again") from error
 
 
 def _images(

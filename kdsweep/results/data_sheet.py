@@ -151,9 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m kdsweep data", description="What a data set holds: counts, sizes, faults, a contact sheet."
     )
     parser.add_argument("overrides", nargs="*", help="the data set: data=busi data.root=/path/to/BUSI, and split=...")
-    parser.add_argument(
-        "--sheet", type=Path, metavar="FILE", help="contact sheet (one in the user's cache)"
-    )
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="contact sheet (one in the user's cache)")
     options = parser.parse_args(argv)
     cfg = composition.compose(options.overrides)
     listing = identity.listing(cfg)

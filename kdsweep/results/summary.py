@@ -16,7 +16,7 @@ from kdsweep.core.progress import duration, plural
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import known_values
 from kdsweep.results.paper import BASELINES, CELLS
-from kdsweep.tracking import reader
+from kdsweep.tracking import artifacts
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
@@ -75,9 +75,9 @@ def summarize(sweep: Sweep, *, store: Path, uri: str | None) -> dict[str, str]:
 def _images(sweep: Sweep, *, store: Path, uri: str | None) -> str:
     """Return how many images the data set has: all parts of a finished run's split."""
     finished = sweep.runs[sweep.runs["status"] == "FINISHED"]
-    for run_id in finished["run_id"].head(1):
+    for run in finished.head(1).to_dict("records"):
         try:
-            split = json.loads(reader.artifact(store=store, uri=uri, run_id=run_id, name="split.json"))
+            split = json.loads(artifacts.read(run, "split.json", store=store, uri=uri))
             return str(sum(map(len, split.values())))
         except Exception:  # of many kinds: MLflow, files, JSON; the page has more to tell
             return DASH

@@ -234,6 +234,8 @@ def make(
         for suffix, content in files.items():
             write_text(out_dir / f"{which}.{suffix}", content)
     except OSError as error:
+        if out_dir == store / "tables":  # the table of a store that can only be read is shown all the same
+            return f"{markdown}\nnot written to {out_dir} ({error.strerror}); --out names another folder\n"
         raise InputError(f"--out {out_dir}: cannot write there ({error.strerror})") from error
     return f"{markdown}\nwrote {out_dir / which}.md, .csv, .tex\n"
 

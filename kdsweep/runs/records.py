@@ -19,11 +19,12 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
-from kdsweep.core.files import file_digest, write_json
+from kdsweep.core.files import DamagedError, file_digest, is_locked, read_json, write_json
 
 log = logging.getLogger(__name__)
 
 CELL, PROGRESS, FAILED, FINISHED, LOCK = "cell.json", "progress.json", "failed.json", "finished.json", ".lock"
+KEYS = {CELL: ("tags", "params"), PROGRESS: ("epochs", "history"), FAILED: ("error",)}  # without which they are damaged
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,7 @@ def hold(stack: contextlib.ExitStack, folder: Path) -> bool:
 
 def is_held(folder: Path) -> bool:
     """Return whether a process computes the cell of this folder."""
-    if not (folder / LOCK).exists():
-        return False
-    try:
-        with FileLock(folder / LOCK, timeout=0, thread_local=False):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # a copy that cannot be written to: nobody computes in it
-        return False
+    return is_locked(folder / LOCK)
 
 
 def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any], tags: dict[str, str]) -> None:
@@ -140,8 +133,10 @@ def write_progress(
 
 def write_failed(folder: Path, error: str) -> None:
     """Write the error of a failed cell; if this fails too (a full disk), ignore it."""
+    parent = folder.absolute().parents[2]  # of the store: MLflow gets the text without this path of the machine
+    text = " ".join(error.split()).replace(f"{parent}/", "")
     with contextlib.suppress(OSError):
-        write_json(folder / FAILED, {"error": " ".join(error.split()), "time_ms": now_ms()})
+        write_json(folder / FAILED, {"error": text, "time_ms": now_ms()})
 
 
 def write_finished(folder: Path, *, values: dict[str, float], files: list[str]) -> None:
@@ -186,6 +181,9 @@ def _damage(folder: Path) -> Path | None:
     marker = _read(folder / FINISHED)
     if marker is None or marker.pop("seal", None) != _seal(marker):
         return folder / FINISHED
+    for name in (CELL, PROGRESS):
+        if _is_damaged(folder / name):
+            return folder / name
     for name, digest in marker["sha256"].items():
         if name != "teacher.safetensors" and not _is_whole(folder / name, digest):
             return folder / name
@@ -204,11 +202,15 @@ def _seal(content: dict[str, Any]) -> str:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
+    """Return the content of a record; None if it is not there or damaged: the same command then writes it again."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(file, *KEYS.get(file.name, ()))
+    except DamagedError:
         return None
-    return content if isinstance(content, dict) else None
+
+
+def _is_damaged(file: Path) -> bool:
+    return file.exists() and _read(file) is None
 
 
 def read_split(folder: Path) -> dict[str, list[str]]:
@@ -219,7 +221,7 @@ def read_split(folder: Path) -> dict[str, list[str]]:
     """
     split = _read(folder / "split.json") or {}
     if not all(isinstance(split.get(part), list) for part in ("train", "validation", "test")):
-        raise InputError(f"{folder / 'split.json'} is damaged")
+        raise InputError(f"{folder / 'split.json'} is missing or damaged; the command of its sweep writes it again")
     return split
 
 
@@ -230,10 +232,11 @@ def read_predecessor(cell: Cell, *, besides: set[Path]) -> dict[str, Any] | None
         cell: the cell to compute.
         besides: folders to leave out.
     """
-    if (cell.folder / CELL).exists():
+    parent, name = cell.folder.parent, cell.folder.name.rpartition("-")[0]
+    if (cell.folder / CELL).exists() or not parent.is_dir():
         return None
-    name = cell.folder.name.rpartition("-")[0]
-    others = [folder / CELL for folder in cell.folder.parent.glob(f"{name}-*") if folder not in besides]
+    alike = [folder for folder in parent.iterdir() if folder.name.rpartition("-")[0] == name]
+    others = [folder / CELL for folder in alike if folder not in besides]
     known = sorted((file for file in others if file.is_file()), key=lambda file: file.stat().st_mtime_ns)
     return _read(known[-1]) if known else None
 
@@ -257,14 +260,17 @@ def epochs(folder: Path) -> int:
 def read(folder: Path) -> Record:
     """Read the record of a cell; its folder need not exist."""
     values = read_finished(folder)
-    about, failed = _read(folder / CELL) or {}, _read(folder / FAILED)
-    progress = _read(folder / PROGRESS) or {}
-    ended = (_read(folder / FINISHED) if values is not None else failed) or {}
+    for name in (CELL, PROGRESS):
+        if _is_damaged(folder / name):
+            log.warning("%s is damaged; the same command writes it again", folder / name)
+    about, progress = _read(folder / CELL) or {}, _read(folder / PROGRESS) or {}
+    failed = _read(folder / FAILED) or {"error": f"{folder / FAILED} is damaged; the same command tries the cell again"}
+    ended = (_read(folder / FINISHED) or {}) if values is not None else failed
     if values is not None:
         status = "FINISHED"
-    elif failed is not None:
+    elif (folder / FAILED).exists():
         status = "FAILED"
-    elif about:
+    elif (folder / CELL).exists():
         status = "RUNNING" if is_held(folder) else "KILLED"
     else:
         status = "WAITING"
@@ -278,7 +284,7 @@ def read(folder: Path) -> Record:
         history=progress.get("history", []),
         times_ms=progress.get("times_ms", []),
         seconds=progress.get("seconds", []),
-        error=(failed or {}).get("error", "") if status == "FAILED" else "",
+        error=failed.get("error", "") if status == "FAILED" else "",
         values=values or {},
         ended_ms=ended.get("time_ms", 0),
     )

@@ -10,8 +10,9 @@ from typing import Any
 from filelock import FileLock
 
 from kdsweep.config.grid import Cell, superseded
-from kdsweep.core.files import remove_parts, write_json
-from kdsweep.runs.records import LOCK, _read
+from kdsweep.core.errors import InputError
+from kdsweep.core.files import DamagedError, below, read_json, remove_parts, write_json
+from kdsweep.runs.records import LOCK
 
 SWEEPS = "sweeps"
 
@@ -40,7 +41,7 @@ def ask(store: Path, sweep: str, *, cells: list[Cell], teachers: list[Cell], var
             variants.pop(place, None)
         keys = dict.fromkeys([*read_varied(store, sweep), *varied])
         content = {"asked": asked | new, "varied": list(keys), "variants": variants | told}
-        write_json(folder / f"{sweep}.json", content)
+        write_json(below(folder, f"{sweep}.json"), content)
 
 
 def _with_variants(asked: dict[str, str], variants: dict[str, dict[str, str]]) -> dict[str, str]:
@@ -67,7 +68,12 @@ def read_varied(store: Path, sweep: str) -> list[str]:
 
 
 def _read_sweep(store: Path, sweep: str) -> dict[str, Any]:
-    return _read(store / SWEEPS / f"{sweep}.json") or {}
+    file = below(store / SWEEPS, f"{sweep}.json")
+    try:
+        return read_json(file, "asked") or {}
+    except DamagedError as error:
+        remedy = "move it away and run the commands of this sweep again: finished cells are not run again"
+        raise InputError(f"{error}; {remedy}") from error
 
 
 def sweeps(store: Path) -> list[str]:

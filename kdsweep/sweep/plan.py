@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.config.schema import Settings
-from kdsweep.core.errors import CellError
+from kdsweep.core.errors import CellError, InputError
 from kdsweep.core.progress import plural
 from kdsweep.runs import records, requests
 
@@ -77,6 +77,9 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
     read, words, choices, tuned = [], [], [], []
     for cfg in configs:
         read.append(identity.read(cfg))
+        if OmegaConf.select(cfg, "hydra.job.chdir"):
+            why = "relative paths count from the folder of the command, and cells of a group share their process"
+            raise InputError(f"hydra.job.chdir=true is not allowed: {why}; leave it out")
         typed = list(cfg.hydra.overrides.task) if "hydra" in cfg else []
         keys = _tuned_keys(cfg)
         tuned.append(tuple(word.partition("=")[0] for word in typed if grid.is_under(word.partition("=")[0], keys)))
@@ -119,12 +122,12 @@ def name_variants(
         words: their overrides.
         choices: the options that they take of each group of configuration files.
     """
-    sweeps: dict[tuple[str, str], list[int]] = {}
+    sweeps: dict[tuple[Path, str], list[int]] = {}
     for number, settings in enumerate(read):
-        sweeps.setdefault((settings.store, settings.sweep_name), []).append(number)
+        sweeps.setdefault((own[number].store, settings.sweep_name), []).append(number)
     named = list(own)
     for (store, sweep), members in sweeps.items():
-        keys = swept_keys([words[number] for number in members]) + requests.read_varied(Path(store), sweep)
+        keys = swept_keys([words[number] for number in members]) + requests.read_varied(store, sweep)
         shared: dict[str, dict[str, str]] = {}
         flats = {number: identity.params(read[number]) for number in members} if keys else {}
         for number, flat in flats.items():
@@ -164,10 +167,10 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
     """
     from kdsweep.tracking import sync  # with mlflow, which the processes that train do not need
 
-    stores: dict[tuple[str, str | None, str], list[Job]] = {}
+    stores: dict[tuple[Path, str | None, str], list[Job]] = {}
     for job in jobs:
         tracked = job.settings.tracking
-        stores.setdefault((job.settings.store, tracked.uri, tracked.experiment), []).append(job)
+        stores.setdefault((job.cell.store, tracked.uri, tracked.experiment), []).append(job)
     for (store, uri, experiment), own in stores.items():
         asked: dict[str, list[Cell]] = {}
         varied: dict[str, list[str]] = {}
@@ -179,9 +182,9 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
             tuned[sweep] = list(dict.fromkeys(key for job in members for key in job.tuned))
             if swept:
                 varied[sweep] = swept + grid.varied_keys([identity.params(job.settings) for job in members])
-            requests.ask(Path(store), sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
+            requests.ask(store, sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
         sync.Sync(
-            store=Path(store),
+            store=store,
             uri=uri,
             experiment=experiment,
             asked=asked,

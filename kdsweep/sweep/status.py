@@ -15,6 +15,7 @@ from pathlib import Path
 from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import write_text
+from kdsweep.core.options import folder
 from kdsweep.core.progress import duration, plural
 from kdsweep.runs import records, requests
 from kdsweep.runs.records import Record
@@ -102,7 +103,7 @@ def _whole_s(found: list[Record]) -> float:
 
 def _where(record: Record) -> str:
     """Return a record's split and seed, such as ``split0-seed0``."""
-    return record.folder.name.partition("-")[2].rpartition("-")[0]
+    return "-".join(record.folder.name.rsplit("-", 3)[1:3])  # its notation may have a dash too
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
@@ -312,7 +313,7 @@ def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> 
 def main(argv: list[str] | None = None) -> None:
     """Print how far a sweep is."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep status", description="How far a sweep is.")
-    parser.add_argument("--store", type=Path, default=Path("multirun"), help="folder of the runs (multirun)")
+    parser.add_argument("--store", type=folder, default=Path("multirun"), help="folder of the runs (multirun)")
     parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
     parser.add_argument("--trials", type=Path, metavar="FILE.csv", help="write the trials of its tuning there too")
     options = parser.parse_args(argv)

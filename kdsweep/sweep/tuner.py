@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kdsweep.config import grid, identity
 from kdsweep.config.composition import Composed, Composer
+from kdsweep.core import databases
 from kdsweep.core.errors import CellError, InputError
 from kdsweep.core.progress import duration, left_s, plural
 from kdsweep.runs import checkpoint, records, requests
@@ -34,6 +35,7 @@ from kdsweep.sweep.engines.engine import Unit, run_units
 from kdsweep.sweep.estimate import Preview
 from kdsweep.sweep.methods import Method, Options, check_jobs, key_of, methods_of, with_budget, words_of
 from kdsweep.sweep.plan import Job
+from kdsweep.tracking.database import store_uri
 from kdsweep.tuning import book, pruning, space
 from kdsweep.tuning.pruning import Curve, Pruning
 from kdsweep.tuning.study import Outcome, Proposal, Study, read_trials
@@ -88,6 +90,7 @@ class Tuner(Launcher):
         jobs = self._jobs(words)
         waits = bool(getattr(launcher.engine, "wait", True))
         check_jobs(jobs, words, whole=self.space, waits=waits, read=self._jobs)
+        self._check_storage(jobs)
         book.check_name(jobs[0].cell.store, jobs[0].settings.sweep_name)
         if not launcher.plan:
             launcher.engine.check(jobs)
@@ -147,10 +150,24 @@ class Tuner(Launcher):
         finally:
             lock.release()
 
+    def _storage(self, first: Job) -> str:
+        """Return the address of Optuna's database."""
+        typed = self.options.storage
+        return databases.absolute(typed) if typed else book.default_storage(first.cell.store)
+
+    def _check_storage(self, jobs: list[Job]) -> None:
+        """Raise InputError if trials and runs would be kept in one database: both packages call a table the same."""
+        storage = self._storage(jobs[0])
+        for job in jobs:
+            uri = store_uri(job.cell.store, job.settings.tracking.uri)
+            if databases.database_of(uri) == databases.database_of(storage):
+                keys = f"hydra.sweeper.storage={databases.shown(storage)} and tracking.uri={databases.shown(uri)}"
+                raise InputError(f"{keys} are one database: MLflow and Optuna need one each; give another storage")
+
     def _open(self, methods: list[Method]) -> None:
         """Open the studies; what cannot be proposed is told before anything is trained."""
         first = methods[0].job
-        storage = self.options.storage or f"sqlite:///{first.cell.store / 'optuna.db'}"
+        storage = self._storage(first)
         for method in methods:
             params = identity.params(method.job.settings)
             pruning.make(self.options.pruner, epochs=method.epochs)
@@ -350,7 +367,11 @@ class Tuner(Launcher):
         """Remove the checkpoints of trials that no sweep has asked for: their curves are in the studies."""
         for method in (own for own in methods if own.space):
             store = method.cell.store
-            named = [requests.read_asked(store, sweep).values() for sweep in requests.sweeps(store)]
+            try:
+                named = [requests.read_asked(store, sweep).values() for sweep in requests.sweeps(store)]
+            except InputError as error:  # of a sweep that may have requested these trials
+                log.warning("the checkpoints of trials are kept: %s", error)
+                return
             asked = {store / folder for folders in named for folder in folders}
             for trial in method.study.trials:
                 folder = store / str(trial.user_attrs.get("folder", ""))

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from kdsweep.core.databases import sqlite_url
+from kdsweep.core.errors import InputError
+from kdsweep.core.files import below
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 DATABASE = "mlflow.db"
+REBUILD = "run the command of its sweep again: the runs are logged again from the folders of the cells"
 # Columns of the SQLite file that hold places below the folder of the artifacts, beside that of the experiment.
 PLACES = (
     ("runs", "artifact_uri"),
@@ -26,13 +36,48 @@ class TrackingError(Exception):
 
 def store_uri(store: Path, uri: str | None) -> str:
     """Return the URI given, or that of a SQLite file in the store (absolute: the working directory may change)."""
-    return uri or f"sqlite:///{store.resolve() / DATABASE}"
+    return uri or sqlite_url(store.resolve() / DATABASE)
+
+
+def damaged(store: Path, error: BaseException) -> InputError:
+    """Return the error for a damaged database in a store, with the remedy."""
+    return InputError(f"{store / DATABASE} does not open or is damaged ({line(error)}); move it away and {REBUILD}")
+
+
+def is_damage(error: BaseException, uri: str | None) -> bool:
+    """Return whether an error comes from a damaged database in the store."""
+    signs = ("file is not a database", "malformed", "no such table", "no such column")
+    return uri is None and not isinstance(error, InputError) and any(sign in str(error) for sign in signs)
 
 
 def passes(error: BaseException, uri: str) -> bool:
     """Return whether a later try may succeed: a server that does not answer, a database locked, a disk full."""
     signs = ("database is locked", "disk is full", "disk I/O error", "readonly database", "No space left")
     return uri.startswith("http") or any(sign in str(error) for sign in signs)
+
+
+def has_database(store: Path) -> bool:
+    """Return whether a store has a database; an empty file is what a full disk leaves."""
+    file = store / DATABASE
+    return file.is_file() and file.stat().st_size > 0
+
+
+def artifact_file(store: Path, run_id: str, name: str) -> Path:
+    """Return the file of a run's artifact in a store whose database is its own."""
+    return below(store, "artifacts", run_id, "artifacts", name)
+
+
+def is_writable(store: Path) -> bool:
+    """Return whether this user may write to the store and to the database in it."""
+    return all(os.access(path, os.W_OK) for path in (store, store / DATABASE))
+
+
+def check_place(client: MlflowClient, run_id: str, store: Path, uri: str | None) -> None:
+    """Raise InputError if a run's files would be written to another place, from which the store was copied."""
+    place = client.get_run(run_id).info.artifact_uri
+    if uri is None and not place.startswith(f"{artifacts_uri(store)}/"):
+        copied = f"{store} cannot be written to, and its artifacts still belong in the store that it was copied from"
+        raise InputError(f"{copied}, {place}; log from there, or from a copy that can be written to")
 
 
 def artifacts_uri(store: Path) -> str:
@@ -58,13 +103,17 @@ def exclusive(store: Path) -> Iterator[None]:
 
 
 def follow_move(store: Path, experiment: str) -> None:
-    """Update the absolute paths of artifacts in the SQLite file after the store was moved."""
+    """Update the absolute paths of artifacts in the SQLite file after the store was moved.
+
+    Raises:
+        sqlite3.Error: the file is damaged; MLflow would try to open it for minutes.
+    """
     file, place = store / DATABASE, artifacts_uri(store)
     if not file.is_file():
         return
     with contextlib.closing(sqlite3.connect(file)) as database, database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not {"experiments", *(table for table, _ in PLACES)} <= tables:
+        if not is_writable(store) or not {"experiments", *(table for table, _ in PLACES)} <= tables:
             return
         query = "SELECT artifact_location FROM experiments WHERE name = ? AND artifact_location LIKE 'file:%'"
         for (old,) in database.execute(query, (experiment,)).fetchall():
@@ -78,4 +127,6 @@ def follow_move(store: Path, experiment: str) -> None:
 
 def line(error: BaseException) -> str:
     """Return MLflow's error in one line, without the database's statement."""
+    if isinstance(error, InputError):
+        return str(error)
     return " ".join(str(error).split()).partition(" [SQL:")[0][:300]

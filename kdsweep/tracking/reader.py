@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import nan
@@ -19,11 +18,24 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from kdsweep.core.errors import InputError
-from kdsweep.tracking.database import DATABASE, TrackingError, exclusive, line, passes, store_uri
+from kdsweep.runs import requests
+from kdsweep.tracking.artifacts import EXTERNAL, SCORES, check_scores, folder_of, kept_file
+from kdsweep.tracking.database import (
+    DATABASE,
+    REBUILD,
+    TrackingError,
+    check_place,
+    damaged,
+    exclusive,
+    has_database,
+    is_damage,
+    line,
+    passes,
+    store_uri,
+)
 from kdsweep.tracking.writer import ASKED, COMMANDS, TUNED, VARIED, Tracker
 
 T = TypeVar("T")
-EXTERNAL = "external"  # folder of the scores on other data sets, among a run's artifacts and in a cell's folder
 SCORED = "kdsweep.external"  # tag with the names of those files
 ROLES = {"cell": "distilled", "student": "baseline"}  # as stores before results version 1 call them
 
@@ -85,15 +97,6 @@ class Sweep:
     external: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
-def _artifact(client: MlflowClient, store: Path, run_id: str, name: str) -> bytes:
-    """Return the content of a run's file: in a store that was moved, MLflow looks for it at the old place."""
-    file = store / "artifacts" / run_id / "artifacts" / name
-    if file.is_file():
-        return file.read_bytes()
-    with tempfile.TemporaryDirectory() as scratch:  # without a folder MLflow leaves one behind for each file
-        return Path(client.download_artifacts(run_id, name, scratch)).read_bytes()
-
-
 def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
     if run is None:
         notation, split, seed, _ = place.split("/")
@@ -138,11 +141,6 @@ def _weights(tags: dict[str, str], params: dict[str, str]) -> str:
     return weights if weights in ("", "none", "imagenet") or not digest else f"{weights} (SHA-256 {digest[:10]})"
 
 
-def artifact(*, store: Path, uri: str | None, run_id: str, name: str) -> bytes:
-    """Return the content of a file that a run recorded."""
-    return _artifact(MlflowClient(tracking_uri=store_uri(store, uri)), store, run_id, name)
-
-
 def read_curves(sweep: Sweep, *, store: Path, uri: str | None, metric: str = "val/dice") -> pd.DataFrame:
     """Read a metric by epoch of a sweep's begun runs: columns notation, split, seed, metric, epoch, value.
 
@@ -167,6 +165,7 @@ def attach(sweep: Sweep, files: Sequence[Path], *, folder: str, store: Path, uri
     try:
         with exclusive(store):
             client = MlflowClient(tracking_uri=store_uri(store, uri))
+            check_place(client, sweep.run_id, store, uri)
             for file in files:
                 client.log_artifact(sweep.run_id, str(file), folder)
     except Exception as error:  # of many kinds: server, network, database, disk
@@ -186,6 +185,7 @@ def keep_external(file: Path, *, run_id: str, store: Path, uri: str | None) -> N
             client = MlflowClient(tracking_uri=store_uri(store, uri))
             kept = client.get_run(run_id).data.tags.get(SCORED, "").split()
             if file.name not in kept:
+                check_place(client, run_id, store, uri)
                 client.log_artifact(run_id, str(file), EXTERNAL)
                 client.set_tag(run_id, SCORED, " ".join(sorted([*kept, file.name])))
 
@@ -204,8 +204,9 @@ def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
     Raises:
         InputError: no store, or no such sweep in it.
     """
-    if uri is None and not (store / DATABASE).is_file():
-        raise InputError(f"--store {store}: no mlflow.db in it; run a sweep first, or name its folder")
+    if uri is None and not has_database(store):
+        remedy = REBUILD if requests.sweeps(store) else "run a sweep first, or name its folder"
+        raise InputError(f"--store {store}: no {DATABASE} in it, or an empty one; {remedy}")
     return _answered(lambda: _read_sweep(Tracker(store=store, uri=uri), name), store=store, uri=uri)
 
 
@@ -214,6 +215,8 @@ def _answered(ask: Callable[[], T], *, store: Path, uri: str | None) -> T:
     try:
         return ask()
     except Exception as error:
+        if is_damage(error, uri):
+            raise damaged(store, error) from error
         if not isinstance(error, TrackingError) and not passes(error, uri or ""):
             raise
         what = f"--tracking-uri {uri} does not answer" if uri else f"--store {store}: its MLflow store does not answer"
@@ -241,18 +244,21 @@ def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
         _row(fingerprint, runs[fingerprint], "") | {"variant": {}} for fingerprint in teachers if fingerprint in runs
     ]
     finished = [row for row in rows if row["status"] == "FINISHED"]
-    table, external = _scores(tracker, finished), _external(tracker, finished)
+    means = {key: run.data.metrics.get("test/dice", nan) for key, run in runs.items()}
+    table, external = _scores(tracker, finished, means), _external(tracker, finished)
     name, run_id = parent.data.tags["kdsweep.sweep"], str(parent.info.run_id)
     commands = tuple(tags.get(COMMANDS, "").splitlines())
     own = (varied, commands, run_id, str(tracker.experiment_id), external)
     return Sweep(name, pd.DataFrame(rows), table, *own, tuned=tuned)
 
 
-def _scores(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
+def _scores(tracker: Tracker, rows: list[dict[str, Any]], means: Mapping[str, float]) -> pd.DataFrame:
     """Read the scores of finished runs; files of equal columns are read as one, since a thousand take seconds."""
     parts: dict[str, list[tuple[str, str]]] = {}
     for row in rows:
-        kept = _artifact(tracker.client, tracker.store, row["run_id"], "test_scores.csv")
+        kept, is_proved = kept_file(tracker.client, tracker.store, row, SCORES)
+        if not is_proved:
+            check_scores(kept, row, mean=means[row["fingerprint"]], store=tracker.store)
         header, _, body = kept.decode().partition("\n")
         parts.setdefault(header, []).append((row["fingerprint"], body))
     tables = [pd.DataFrame(columns=["fingerprint", "image", "dice"])] if not parts else []
@@ -269,8 +275,13 @@ def _external(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
     tables = []
     for row in rows:
         for name in row["tags"].get(SCORED, "").split():
-            kept = _artifact(tracker.client, tracker.store, row["run_id"], f"{EXTERNAL}/{name}")
-            table = read_scores(io.StringIO(kept.decode()))
+            kept, _ = kept_file(tracker.client, tracker.store, row, f"{EXTERNAL}/{name}")
+            try:
+                table = read_scores(io.StringIO(kept.decode())).astype({"dice": float})
+            except (ValueError, KeyError) as error:
+                file = folder_of(tracker.store, row) / EXTERNAL / name
+                remedy = "remove it and run `python -m kdsweep score` on that data set again"
+                raise InputError(f"{file} is damaged ({line(error)}); {remedy}") from error
             tables.append(table.assign(data_set=Path(name).stem, fingerprint=row["fingerprint"]))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
@@ -283,6 +294,9 @@ def _named_sweep(tracker: Tracker, name: str | None, *, finished: set[str]) -> R
     if name is None and sweeps:
         return next((run for run in reversed(sweeps) if not finished.isdisjoint(_asked(run.data.tags))), sweeps[-1])
     if name is None or name not in known:
+        if requests.sweeps(tracker.store) and (name is None or name in requests.sweeps(tracker.store)):
+            where = f"is in {tracker.store}, but not in MLflow at {tracker.uri}"
+            raise InputError(f"sweep={name or 'any'} {where}; {REBUILD}")
         raise InputError(f"sweep={name or 'any'} is not in this store; it holds: {', '.join(known) or 'none yet'}")
     return sweeps[known.index(name)]
 

@@ -114,7 +114,12 @@ class Sync:
         while True:
             closing = self._closing.is_set()
             start_s = time.monotonic()
-            succeeded = self._attempt(self._pass)
+            try:
+                succeeded = self._attempt(self._pass)
+            except Exception as error:  # no later pass would succeed; a thread's traceback helps nobody
+                log.error("nothing more is logged to MLflow at %s: %s", self.where, database.line(error))
+                self._tried.set()
+                return
             pass_s = time.monotonic() - start_s
             self._tried.set()
             if closing and (succeeded or not self._trains):
@@ -130,6 +135,8 @@ class Sync:
         try:
             work()
         except Exception as error:
+            if database.is_damage(error, self._uri):
+                raise database.damaged(self.store, error) from error
             if not self._passes(error):
                 raise
             if not self._complains:
@@ -168,7 +175,7 @@ class Sync:
         try:
             call(about)
         except Exception as error:
-            if self._passes(error):
+            if self._passes(error) or database.is_damage(error, self._uri):
                 raise
             log.warning("%s: MLflow refuses what is to be logged: %s", about, database.line(error))
 

@@ -6,6 +6,7 @@ cell is a run of its own, computed once per fingerprint, and counts in every swe
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import sqlite3
@@ -18,17 +19,22 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from kdsweep.config.grid import Cell, superseded
+from kdsweep.core.databases import sqlite_url
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import remove_parts
 from kdsweep.runs.records import Record, now_ms
 from kdsweep.tracking.database import (
     DATABASE,
     TrackingError,
+    artifact_file,
     artifacts_uri,
+    damaged,
     exclusive,
     follow_move,
+    has_database,
     line,
     passes,
     store_uri,
@@ -77,22 +83,24 @@ class Tracker:
         self.uri, self.store = store_uri(store, uri), store
         self._parents: dict[str, str] = {}
         self._known: dict[str, list[_Known]] = {}
-        self._looked = False
+        self._looked, self._is_own = False, uri is None
         store.mkdir(parents=True, exist_ok=True)
         try:
             with exclusive(store):  # a fresh database breaks if many open it at once
-                if uri is None and not (store / DATABASE).exists():
+                if uri is None and not has_database(store):
                     _make_database(store, experiment)
-                if uri is None and os.access(store, os.W_OK):
+                if uri is None:
                     follow_move(store, experiment)
                 self.client = MlflowClient(tracking_uri=self.uri)
                 self.experiment_id = self._open(experiment, uri)
         except Exception as error:
             if passes(error, self.uri):
                 raise TrackingError(line(error)) from error
-            if isinstance(error, MlflowException | sqlite3.Error):
-                raise InputError(f"tracking.uri={self.uri}: the store does not open: {line(error)}") from error
-            raise
+            if not isinstance(error, MlflowException | sqlite3.Error | SQLAlchemyError):
+                raise
+            if uri is None:
+                raise damaged(store, error) from error
+            raise InputError(f"tracking.uri={self.uri}: the store does not open: {line(error)}") from error
 
     def _open(self, experiment: str, uri: str | None) -> str:
         found = self.client.get_experiment_by_name(experiment)
@@ -166,6 +174,7 @@ class Tracker:
         runs = self._known[fingerprint]
         finished = [run for run in runs if run.status == "FINISHED"]
         if own in finished:
+            self._repair(record, own.run_id)
             return own.run_id
         for other in runs:
             if other is not own and other.status == "RUNNING":
@@ -179,6 +188,15 @@ class Tracker:
             self.client.delete_run(old.run_id)
             runs.remove(old)
         return own.run_id
+
+    def _repair(self, record: Record, run_id: str) -> None:
+        """Log the files of a finished run again that the store's artifacts lack or that were changed there."""
+        if not self._is_own or record.status != "FINISHED":
+            return
+        for name in ARTIFACTS:
+            kept, file = artifact_file(self.store, run_id, name), record.folder / name
+            if not kept.is_file() or not filecmp.cmp(kept, file, shallow=False):
+                self.client.log_artifact(run_id, str(file))
 
     def _own(self, record: Record, runs: list[_Known]) -> _Known | None:
         """Return the record's run among these: a finished one that agrees with it, else one that can go on."""
@@ -268,7 +286,7 @@ def _make_database(store: Path, experiment: str) -> None:
     """Make the SQLite file under another name first: it takes seconds, and a kill in between would spoil it."""
     remove_parts(store)
     scratch = store / f".{DATABASE}.{os.getpid()}.part"
-    client = MlflowClient(tracking_uri=f"sqlite:///{scratch.resolve()}")
+    client = MlflowClient(tracking_uri=sqlite_url(scratch.resolve()))
     client.create_experiment(experiment, artifacts_uri(store), tags=EXPERIMENT_TAGS)
     scratch.replace(store / DATABASE)
 

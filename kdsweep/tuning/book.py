@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock, FileLock
 
 from kdsweep.core.errors import InputError
-from kdsweep.core.files import write_json
+from kdsweep.core.files import DamagedError, below, is_locked, read_json, write_json
 
 FOLDER = "tuning"
 TUNED = "-tuned"  # behind the name of a sweep, the one with the chosen settings
@@ -40,7 +39,7 @@ class Book:
     """The studies of a sweep.
 
     Attributes:
-        storage: address of Optuna's database; empty before the first trial.
+        storage: address of Optuna's database; empty if the sweep was never tuned.
         entries: by name of the study.
         epoch_s: timed seconds of an epoch, by fingerprint, where the budget is in seconds.
     """
@@ -53,11 +52,20 @@ class Book:
 def read(store: Path, sweep: str) -> Book:
     """Return what is known of a sweep's tuning; an empty one if it was never tuned."""
     try:
-        known = json.loads((store / FOLDER / f"{sweep}.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        known = read_json(below(store / FOLDER, f"{sweep}.json"), "storage", "entries", "epoch_s")
+    except DamagedError as error:
+        raise InputError(f"{error}; move it away and run the command that tunes {sweep} again") from error
+    if known is None:
         return Book()
     entries = {name: Entry(**own) for name, own in known["entries"].items()}
-    return Book(known["storage"], entries, known["epoch_s"])
+    return Book(known["storage"] or default_storage(store), entries, known["epoch_s"])
+
+
+def default_storage(store: Path) -> str:
+    """Return the address of the database for trials that a store holds."""
+    from kdsweep.core.databases import sqlite_url  # with SQLAlchemy, which the status of other sweeps does not need
+
+    return sqlite_url(store.absolute() / "optuna.db")
 
 
 def sweeps(store: Path) -> list[str]:
@@ -87,16 +95,12 @@ def check_name(store: Path, sweep: str) -> None:
 def lock(store: Path, sweep: str) -> BaseFileLock:
     """Return the lock that a command holds while it tunes a sweep; the system opens it when the command ends."""
     (store / FOLDER).mkdir(parents=True, exist_ok=True)
-    return FileLock(store / FOLDER / f"{sweep}.lock", thread_local=False)
+    return FileLock(below(store / FOLDER, f"{sweep}.lock"), thread_local=False)
 
 
 def is_held(store: Path, sweep: str) -> bool:
     """Return whether a command tunes a sweep."""
-    try:
-        with lock(store, sweep).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
+    return is_locked(below(store / FOLDER, f"{sweep}.lock"))
 
 
 def write(
@@ -126,5 +130,6 @@ def write(
     known = replace(known, epoch_s=known.epoch_s if epoch_s is None else epoch_s)
     (store / FOLDER).mkdir(parents=True, exist_ok=True)
     studies = {name: asdict(own) for name, own in known.entries.items()}
-    content = {"storage": known.storage, "epoch_s": dict(known.epoch_s), "entries": studies}
-    write_json(store / FOLDER / f"{sweep}.json", content)
+    storage = "" if known.storage == default_storage(store) else known.storage  # the store may be moved
+    content = {"storage": storage, "epoch_s": dict(known.epoch_s), "entries": studies}
+    write_json(below(store / FOLDER, f"{sweep}.json"), content)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kdsweep.config import grid
 from kdsweep.config.grid import Cell
+from kdsweep.core.errors import InputError
 
 CELL = Cell(
     role="distilled",
@@ -87,6 +88,13 @@ def test_the_store_changes_the_folder_and_nothing_else() -> None:
     moved = replace(CELL, store=Path("/elsewhere"))
     assert (moved.fingerprint, moved.key, moved) == (CELL.fingerprint, CELL.key, CELL)
     assert moved.folder == Path("/elsewhere/cells") / CELL.folder.name
+
+
+@pytest.mark.parametrize("notation", ["../../evil", "/evil", "a/../../../evil"])
+def test_no_cell_has_a_folder_out_of_its_store(notation: str) -> None:
+    run = {"role": "distilled", "notation": notation, "split": 0, "seed": 0, "fingerprint": "f" * 64}
+    with pytest.raises(InputError, match="is outside of the store"):
+        grid.run_folder(Path("store"), run)
 
 
 def test_new_evidence_makes_a_new_fingerprint_for_the_same_place() -> None:

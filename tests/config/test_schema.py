@@ -1,6 +1,7 @@
 """What each configuration value may be; and every configuration file composes, so that none can rot."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -26,6 +27,7 @@ EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 NOT_NUMBERS = (None, "1", True, math.nan, math.inf)
 NOT_SHARES = (-0.01, 1.01, *NOT_NUMBERS)
 NOT_COUNTS = (0, -1, 1.0, 1.5, *NOT_NUMBERS)
+NOT_NAMES = ("", "L+H", "a*b", "[x]", "a?", "L/H", "../../evil", "..", ".x", "-x", " x", "a\nb", "it's", 7.5, True)
 NOT_WIDTHS = ([16] * 4, [16] * 6, [16, 16, 16, 16, 0], [16, 16, 16, 16, 1.5], 16, None)
 BAD: dict[str, tuple[Any, ...]] = {
     "seed": (-1, 0.5, 0.0, 2**32, *NOT_NUMBERS),
@@ -88,8 +90,11 @@ BAD: dict[str, tuple[Any, ...]] = {
     "path.kd_path.kernel_size": (0, 2, -1, 1.5, "1"),
     "data.load_size": (0, 63, -1, 100.5, "256", True),
     "data.allow_empty_masks": ("yes", 1),
-    "store": (None, "", 7.5, True),
-    "sweep_name": ("", "a/b", "a\nb", "x" * 201, 7.5, None),
+    "store": (None, "", 7.5, True, "~", "~/runs"),
+    "sweep_name": (*NOT_NAMES, "x" * 201, None),
+    **dict.fromkeys(("path.name", "loss.name", "method.name", "data.name", "profile"), NOT_NAMES),
+    "method.notation": NOT_NAMES,
+    "path.notation": (*NOT_NAMES, "L" * 81, "漢" * 27, "ß" * 41, None),  # in bytes, and of a loss in capitals
 }
 EDGES: dict[str, tuple[Any, ...]] = {
     "split.index": (0, 1, 2),
@@ -118,7 +123,9 @@ EDGES: dict[str, tuple[Any, ...]] = {
     "views.rotate_deg": (0, 180),
     "views.noise_std": ([0, 0], [0.1, 0.1], [0, 1]),
     "data.load_size": (None, 224, 500),
-    "sweep_name": ("busi-paper", "Try 2_b.c", "größer"),
+    "sweep_name": ("busi-paper", "Try 2_b.c", "größer", "x" * 200),
+    "path.notation": ("HReg", "KD-T1", "v1.2 b", "_x", "größer", "漢字", "L" * 80),
+    "method.notation": ("KD-T1", None),
 }
 
 
@@ -200,6 +207,13 @@ def test_an_unknown_key_and_a_missing_one_are_told(defaults: dict[str, Any]) -> 
 def test_what_was_read_is_given_back_as_it_was(defaults: dict[str, Any]) -> None:
     assert schema.read(defaults).plain() == defaults
     assert schema.read(defaults).train.epochs == defaults["train"]["epochs"]
+
+
+@pytest.mark.parametrize(("part", "key"), [("loss.logits", "a+b"), ("loss.logits", "a/b"), ("path.kd_path", "x" * 200)])
+def test_a_key_that_mlflow_would_not_take_is_refused(defaults: dict[str, Any], part: str, key: str) -> None:
+    message = re.escape(f"{part}.{key} is not allowed as a key: it must be made of letters, digits, blank . _ -,")
+    with pytest.raises(InputError, match=f"^{message}"):
+        schema.read(changed(defaults, part, {"_target_": "mine.loss", key: 1}))
 
 
 def test_images_cannot_be_loaded_smaller_than_they_are_cropped(defaults: dict[str, Any]) -> None:

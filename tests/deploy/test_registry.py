@@ -159,7 +159,7 @@ def test_a_run_that_mlflow_does_not_have_and_a_bad_name_are_told_in_one_line(
     broken.write_bytes(b"not a database" * 100)
     told = refused(NAME, "--tracking-uri", f"sqlite:///{broken}")
     assert told.endswith(
-        f"--register {NAME}: MLflow at sqlite:///{broken}: (sqlite3.DatabaseError) file is not a database\n"
+        f"tracking.uri=sqlite:///{broken}: the store does not open: (sqlite3.DatabaseError) file is not a database\n"
     )
     model = predict.load_model(cell.folder)
     with pytest.raises(InputError, match=rf"--register {NAME}: .* has no mlflow\.db; name the run's MLflow with"):

@@ -383,11 +383,11 @@ def study(scored, small_busi, tmp_path, monkeypatch):
             scores.append(pd.DataFrame(rows).assign(fingerprint=name))
         return FakeSweep("study", pd.DataFrame(runs), pd.concat(scores, ignore_index=True))
 
-    def artifact(*, run_id, name, **_):
+    def read(run, name, **_):
         assert name == "test_predictions.npz"
-        return (tmp_path / f"{run_id}.npz").read_bytes()
+        return (tmp_path / f"{run['run_id']}.npz").read_bytes()
 
-    monkeypatch.setattr(contours.reader, "artifact", artifact)
+    monkeypatch.setattr(contours.artifacts, "read", read)
     return make
 
 

@@ -207,7 +207,7 @@ def test_what_is_drawn_from_and_where_it_goes_is_in_mlflow(tmp_path):
     for _ in range(2):  # drawn again, it takes the place of the old one
         told = reader.attach(sweep, [file], folder="figures", store=tmp_path, uri=None)
         assert told == f"logged to MLflow, run {sweep.run_id}"
-    kept = reader.artifact(store=tmp_path, uri=None, run_id=sweep.run_id, name="figures/effects.png")
+    kept = (tmp_path / "artifacts" / sweep.run_id / "artifacts" / "figures" / "effects.png").read_bytes()
     assert kept == b"picture"
     other = replace(sweep, run_id="0" * 32)
     told = reader.attach(other, [file], folder="figures", store=tmp_path, uri="http://127.0.0.1:9")

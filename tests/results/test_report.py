@@ -508,7 +508,7 @@ def test_nothing_overflows_in_a_browser(call, tmp_path):
 
 def test_the_number_of_images_is_that_of_all_parts_of_a_split(tmp_path, monkeypatch):
     kept = [b'{"train": ["a", "b", "c"], "validation": ["d"], "test": ["e", "f"]}', b"damaged"]
-    monkeypatch.setattr(reader, "artifact", lambda **_: kept.pop(0))
+    monkeypatch.setattr(summary.artifacts, "read", lambda *_, **__: kept.pop(0))
     own = sweep_of(("Student",), splits=(0,))
     assert summary._images(own, store=tmp_path, uri=None) == "6"
     assert summary._images(own, store=tmp_path, uri=None) == "\N{EN DASH}"

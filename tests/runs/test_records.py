@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from kdsweep.config.grid import Cell
+from kdsweep.core.errors import InputError
 from kdsweep.runs import records
 
 
@@ -41,6 +43,80 @@ def test_a_failure_is_forgotten_once_the_cell_is_finished(tmp_path):
     assert json.loads((tmp_path / records.FAILED).read_text())["error"] == "a line and another"
     records.write_finished(tmp_path, values={}, files=[])
     assert not (tmp_path / records.FAILED).exists()
+
+
+# --- damaged records: (file, status then, what is logged)
+
+
+def make_cell(store, notation="L_MSE", evidence="a") -> Cell:
+    return Cell("distilled", notation, 0, 0, {"lr": 1}, {"data": evidence}, store)
+
+
+def begin(cell: Cell) -> None:
+    records.describe(cell, split={"train": [], "validation": [], "test": []}, params={"a": 1}, tags={"b": "c"})
+    history = [{"epoch": 0, "val/dice": 0.5}]
+    records.write_progress(cell.folder, epochs=9, history=history, times_ms=[1], seconds=[1.0])
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null", "garbage"])
+@pytest.mark.parametrize("name", [records.CELL, records.PROGRESS])
+def test_a_damaged_record_of_a_begun_cell_is_named_and_written_again(tmp_path, caplog, name, content):
+    cell = make_cell(tmp_path)
+    begin(cell)
+    (cell.folder / name).write_text(content)
+    assert records.read(cell.folder).status == "KILLED"  # begun all the same: its checkpoint is there
+    assert f"{cell.folder / name} is damaged; the same command writes it again" in caplog.text
+    begin(cell)
+    record = records.read(cell.folder)
+    assert (record.params, record.epochs, len(record.history)) == ({"a": 1}, 9, 1)
+
+
+@pytest.mark.parametrize("name", [records.CELL, records.PROGRESS, records.FINISHED, "split.json"])
+def test_a_finished_cell_with_a_damaged_record_is_tested_again_from_its_checkpoint(tmp_path, caplog, name):
+    """MLflow could not be made from it."""
+    cell = make_cell(tmp_path)
+    begin(cell)
+    records.write_finished(cell.folder, values={"test/dice": 0.5}, files=["split.json"])
+    assert records.read(cell.folder).status == "FINISHED"
+    (cell.folder / name).write_text("{")
+    assert records.read_finished(cell.folder) is None
+    assert f"{cell.folder / name}: damaged" in caplog.text
+    assert not (cell.folder / records.FINISHED).exists()
+
+
+def test_a_damaged_failure_is_still_a_failure(tmp_path):
+    cell = make_cell(tmp_path)
+    begin(cell)
+    (cell.folder / records.FAILED).write_text("{")
+    record = records.read(cell.folder)
+    assert record.status == "FAILED"
+    assert record.error == f"{cell.folder / records.FAILED} is damaged; the same command tries the cell again"
+
+
+def test_a_damaged_split_is_named_with_the_remedy(tmp_path):
+    (tmp_path / "split.json").write_text("{")
+    with pytest.raises(
+        InputError, match=r"split\.json is missing or damaged; the command of its sweep writes it again"
+    ):
+        records.read_split(tmp_path)
+
+
+def test_an_error_is_recorded_without_the_path_of_this_machine(tmp_path):
+    cell = make_cell(tmp_path / "multirun")
+    records.write_failed(cell.folder, f"{cell.folder}/checkpoint.pt: not a checkpoint of it; delete it")
+    error = records.read(cell.folder).error
+    assert error == f"multirun/cells/{cell.folder.name}/checkpoint.pt: not a checkpoint of it; delete it"
+
+
+@pytest.mark.parametrize("other", ["L_MSE-split0-seed0-deep", "L_MSE-split0-seed01", "xL_MSE-split0-seed0", "L_MSE"])
+def test_a_predecessor_has_the_same_name_and_not_a_similar_one(tmp_path, other):
+    cell, before = make_cell(tmp_path), make_cell(tmp_path, evidence="b")
+    begin(before)
+    similar = before.folder.with_name(f"{other}-{before.fingerprint[:10]}")
+    before.folder.rename(similar)
+    assert records.read_predecessor(cell, besides=set()) is None
+    similar.rename(before.folder)
+    assert records.read_predecessor(cell, besides=set())["params"] == {"a": 1}
 
 
 def test_one_process_at_a_time_computes_a_cell(tmp_path):

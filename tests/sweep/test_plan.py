@@ -11,6 +11,7 @@ from omegaconf import open_dict
 from PIL import Image
 
 from kdsweep.config import composition, grid, identity
+from kdsweep.core.errors import InputError
 from kdsweep.evaluation import latency
 from kdsweep.runs import records, requests
 from kdsweep.sweep import callback, estimate, plan
@@ -63,6 +64,26 @@ def test_a_swept_key_tells_cells_apart_where_the_role_uses_it(command):
         "L_KLD_WAug split 0 seed 0 (kd.weight=0.9)",
     ]
     assert [job.cell.teacher.variant for job in own[2:]] == [{}, {}]
+
+
+def test_the_store_is_absolute_from_the_start_and_recorded_as_it_is_typed(small_busi, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = composition.compose(["data=busi", f"data.root={small_busi}", "store=rel"])
+    (job,) = plan.read_jobs([cfg])
+    absolute = composition.compose(["data=busi", f"data.root={small_busi}", f"store={tmp_path}/rel"])
+    monkeypatch.chdir(small_busi)  # as code of the user may
+    assert job.cell.folder == tmp_path / "rel" / "cells" / job.cell.folder.name
+    assert job.cell.teacher.folder.is_relative_to(tmp_path / "rel")
+    assert identity.params(job.settings)["store"] == "rel"
+    assert job.cell.fingerprint == identity.cell(absolute).fingerprint
+
+
+def test_the_folder_of_a_job_as_working_directory_is_refused(small_busi, tmp_path):
+    cfg = composition.compose(["data=busi", f"data.root={small_busi}", f"store={tmp_path}"])
+    with open_dict(cfg):
+        cfg.hydra = {"job": {"chdir": True}, "overrides": {"task": []}, "runtime": {"choices": {}}}
+    with pytest.raises(InputError, match=r"^hydra\.job\.chdir=true is not allowed: relative paths count from"):
+        plan.read_jobs([cfg])
 
 
 def test_what_cannot_matter_makes_no_further_cell(command):

@@ -280,6 +280,11 @@ def test_teachers_and_cells_that_wait_take_as_long_as_those_before(tmp_path, hol
     assert line.endswith(f"; about {expected_s / 3600:.1f} h left")
 
 
+def test_cells_whose_notation_has_a_dash_wait_with_those_of_their_split(tmp_path):
+    cells = [make_cell(tmp_path, name) for name in ("L_MSE", "KD-T1", "CWD-F")]
+    assert {status._where(records.read(cell.folder)) for cell in cells} == {"split0-seed0"}
+
+
 def test_a_cell_that_stopped_early_was_of_the_group(tmp_path, hold):
     early, late, *others = [make_cell(tmp_path, name, split) for split in (0, 1) for name in ("H_KLD", "L_KLD")]
     for cell in (early, late):
@@ -331,6 +336,13 @@ def test_an_unknown_sweep_and_an_empty_store_are_told_in_one_line(tmp_path, caps
     assert status.main(["--store", str(tmp_path), "--sweep", "X"]) == 1
     error = "kdsweep: error: --sweep X: not in this store; it holds: a, b\n"
     assert capsys.readouterr().err == error
+
+
+def test_a_store_of_the_home_folder_is_found_where_the_shell_leaves_its_tilde(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ask(tmp_path / "runs", "study", make_cell(tmp_path / "runs"), asked_s=100)
+    assert status.main(["--store=~/runs"]) == 0
+    assert capsys.readouterr().out.startswith("sweep study: 1 cell")
 
 
 def test_a_damaged_cell_of_a_store_that_cannot_be_written_to_is_to_be_done_again(tmp_path, monkeypatch, capsys):

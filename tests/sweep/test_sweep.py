@@ -200,7 +200,7 @@ def test_a_failing_cell_leaves_the_others_and_says_where_its_traceback_is(small_
     message = "H_KLD_WAug split 0 seed 0: epoch 1, step 1, kd term: RuntimeError: my loss broke"
     assert done.stderr.splitlines()[-1] == f"kdsweep: error: {message}"
     (failed,) = [line for line in done.stdout.splitlines() if "failed: " in line]
-    assert f"failed: {message}; log: multirun/cells/H_KLD_WAug-split0-seed0-" in failed
+    assert f"failed: {message}; log: {tmp_path}/multirun/cells/H_KLD_WAug-split0-seed0-" in failed
     assert failed.endswith("/kdsweep.log")
     sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     states = dict(zip(sweep.runs["notation"], sweep.runs["status"], strict=True))

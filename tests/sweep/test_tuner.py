@@ -515,6 +515,27 @@ def test_the_name_of_anothers_chosen_settings_is_refused(small_busi, tmp_path):
         launch(METHODS, [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"], engine=Never(), **OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("uri", "storage"),
+    [
+        ("sqlite:///x.db", "sqlite:///{cwd}/x.db"),
+        ("null", "sqlite:///{cwd}/store/mlflow.db"),
+        ("sqlite:///store/optuna.db", None),
+        ("postgresql://u:secret@host/db", "postgresql+psycopg2://u:secret@host:5432/db"),
+    ],
+)
+def test_one_database_for_runs_and_trials_is_refused_before_anything_is_begun(
+    small_busi, tmp_path, monkeypatch, uri, storage
+):
+    monkeypatch.chdir(tmp_path)
+    common = [*QUICK, f"data.root={small_busi}", "store=store", f"tracking.uri={uri}"]
+    storage = storage and storage.format(cwd=tmp_path)
+    with pytest.raises(InputError, match=r"^hydra\.sweeper\.storage=.* are one database: MLflow and Optuna") as error:
+        launch(METHODS, common, engine=Never(), **{**OPTIONS, "storage": storage})
+    assert "secret" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_storage_of_another_space_is_refused(small_busi, unbroken):
     with pytest.raises(InputError, match="has trials with another space"):
         tune(small_busi, unbroken, search={**SEARCH, "train": {"lr": [1e-3, 2e-3]}})

@@ -169,7 +169,7 @@ def test_a_process_killed_while_it_makes_the_database_spoils_nothing(tmp_path):
 
 def test_a_database_that_cannot_be_opened_is_told_before_anything_is_trained(tmp_path):
     (tmp_path / "mlflow.db").write_text("this is not a database, however long it may be" * 100)
-    with pytest.raises(InputError, match=r"mlflow\.db: the store does not open: .*not a database"):
+    with pytest.raises(InputError, match=r"mlflow\.db does not open or is damaged \(.*not a database\); move it"):
         sync.Sync(store=tmp_path, uri=None, asked={"sweep": some_cells(tmp_path)}, **OPTIONS)
 
 

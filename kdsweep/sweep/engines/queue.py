@@ -5,14 +5,14 @@ A cell that waits in the queue holds no lock yet, and must not be submitted a se
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kdsweep.core.files import write_json
+from kdsweep.core.errors import InputError
+from kdsweep.core.files import DamagedError, read_json, write_json
 
 FOLDER = "slurm"
 LOCAL = "local"  # the job is a process of this machine: submitit's stand-in for SLURM
@@ -62,7 +62,10 @@ def queued(store: Path) -> dict[str, Task]:
     """
     known: dict[str, tuple[str, list[str]]] = {}
     for file in sorted((store / FOLDER).glob("*.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            content = read_json(file, "cluster", "tasks") or {"cluster": "", "tasks": {}}  # removed since
+        except DamagedError as error:
+            raise InputError(f"{error}; cancel its jobs (scancel {file.stem}), then remove it") from error
         known |= {job_id: (content["cluster"], folders) for job_id, folders in content["tasks"].items()}
     found: dict[str, Task] = {}
     for cluster in {cluster for cluster, _ in known.values()}:

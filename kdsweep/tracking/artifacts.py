@@ -1,0 +1,80 @@
+"""Files of finished runs: as the cell's folder has them, else as MLflow keeps them among a run's artifacts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tempfile
+from collections.abc import Mapping
+from math import isnan
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mlflow import MlflowClient
+
+from kdsweep.config.grid import run_folder
+from kdsweep.core.errors import InputError
+from kdsweep.runs import records
+from kdsweep.tracking.database import artifact_file, line, passes, store_uri
+
+SCORES = "test_scores.csv"
+EXTERNAL = "external"  # folder of the scores on other data sets, among a run's artifacts and in a cell's folder
+
+
+def read(run: Mapping[Any, Any], name: str, *, store: Path, uri: str | None) -> bytes:
+    """Return the content of a file of a finished run, one of ``Sweep.runs``.
+
+    Raises:
+        InputError: neither the cell's folder nor MLflow has it.
+    """
+    return kept_file(MlflowClient(tracking_uri=store_uri(store, uri)), store, run, name)[0]
+
+
+def kept_file(client: MlflowClient, store: Path, run: Mapping[Any, Any], name: str) -> tuple[bytes, bool]:
+    """Return a file of a finished run, and whether its checksum proves it: only the cell's folder has one.
+
+    Raises:
+        InputError: neither the folder nor MLflow has the file.
+    """
+    folder = folder_of(store, run)
+    if records.check_file(folder, name):
+        return (folder / name).read_bytes(), True
+    if name.startswith(EXTERNAL) and (folder / name).is_file():
+        return (folder / name).read_bytes(), False
+    file = artifact_file(store, run["run_id"], name)  # in a store that was moved, MLflow looks for it at the old place
+    if file.is_file():
+        return file.read_bytes(), False
+    try:
+        with tempfile.TemporaryDirectory() as scratch:  # without a folder MLflow leaves one behind for each file
+            return Path(client.download_artifacts(run["run_id"], name, scratch)).read_bytes(), False
+    except Exception as error:
+        if passes(error, client.tracking_uri):
+            raise
+        raise _lost(file, run, line(error)) from error
+
+
+def folder_of(store: Path, run: Mapping[Any, Any]) -> Path:
+    """Return the folder of a run's cell; of a Teacher also if the row names the seed of cells that share it."""
+    folder = run_folder(store, run)
+    if run["role"] == "teacher" and not folder.is_dir():
+        return next(folder.parent.glob(f"*-{run['fingerprint'][:10]}"), folder)
+    return folder
+
+
+def _lost(file: Path, run: Mapping[Any, Any], why: str) -> InputError:
+    """Return the error for a run's file that is missing or damaged."""
+    title = f"{run['notation']} split {run['split']} seed {run['seed']}"
+    remedy = "run the command of its sweep again: it is logged again from the folder of the cell, or computed again"
+    return InputError(f"{file} of {title}: {why}; {remedy}")
+
+
+def check_scores(kept: bytes, row: Mapping[str, Any], *, mean: float, store: Path) -> None:
+    """Raise InputError unless scores are complete: their mean Dice is that of the run."""
+    try:
+        dice = [float(image["dice"]) for image in csv.DictReader(io.StringIO(kept.decode())) if image["image"]]
+        is_complete = isnan(mean) or abs(fmean(dice) - mean) < 1e-6
+    except (ValueError, TypeError, KeyError, csv.Error):
+        is_complete = False
+    if not is_complete:
+        raise _lost(artifact_file(store, row["run_id"], SCORES), row, "damaged, its mean Dice is not that of its run")
