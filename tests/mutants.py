@@ -431,8 +431,8 @@ MUTANTS = [
     ),
     Mutant(
         "draws depend on the order of learners",
-        "training/loop.py",
-        "                torch.manual_seed(feed.train.step_seed(epoch, number))\n",
+        "training/guard.py",
+        "        torch.manual_seed(seed)\n",
         "",
         "tests/training/test_group.py -k noisy",
     ),
