@@ -39,6 +39,8 @@ WORDS = {
 
 def main() -> None:
     """Do what the command line says, as ``python -m kdsweep`` and as the console script ``kdsweep``."""
+    # A notebook passes on a backend of its own, without which MONAI, which scores, cannot be imported.
+    os.environ["MPLBACKEND"] = "Agg"
     first, *rest = sys.argv[1:] or [""]
     if first in WORDS:
         module, _, function = WORDS[first][0].partition(":")

@@ -386,7 +386,7 @@ MUTANTS = [
         '(1 - weight) * found["kd"] + weight * supervised',
         f"{LOOP} -k equation_one",
     ),
-    Mutant("the last epoch is tested", "training/learner.py", "    learner.restore_best()\n", "", LOOP),
+    Mutant("the last epoch is tested", "training/outcome.py", "    learner.restore_best()\n", "", LOOP),
     Mutant(
         "the best is the last equal one",
         "training/learner.py",
@@ -639,8 +639,8 @@ MUTANTS = [
     Mutant(
         "tuning: trials are tested",
         "training/runner.py",
-        "            if pruning is None:\n                results",
-        "            if pruning is None or learner.is_pruned or True:\n                results",
+        "            if pruning is None:\n                values",
+        "            if pruning is None or learner.is_pruned or True:\n                values",
         "tests/sweep/test_tuner.py -k 'not_tested_before'",
     ),
     Mutant(

@@ -12,7 +12,7 @@ from kdsweep.models import unet
 from kdsweep.runs import records
 from kdsweep.sweep.estimate import Preview
 from kdsweep.training import factory, loop
-from kdsweep.training.learner import EpochMeter
+from kdsweep.training.meter import EpochMeter
 
 
 def check(configs: list[DictConfig]) -> None:

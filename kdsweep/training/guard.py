@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 
 
 class SharedStateError(Exception):
@@ -91,11 +92,11 @@ def confined(seed: int) -> Iterator[None]:
         SharedStateError: the code has changed a setting, or called ``sys.exit``.
     """
     before = {name: read() for name, (read, _) in SETTINGS.items()}
-    generators = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
+    generators = random.getstate(), mtrand.get_bit_generator(), torch.get_rng_state()
     changed: dict[str, Any] = {}
     try:
         random.seed(seed)
-        np.random.set_bit_generator(np.random.MT19937(seed))
+        mtrand.set_bit_generator(np.random.MT19937(seed))
         torch.manual_seed(seed)
         yield
     except SystemExit as error:
@@ -103,7 +104,7 @@ def confined(seed: int) -> Iterator[None]:
     finally:
         changed = _restore(before)
         random.setstate(generators[0])
-        np.random.set_bit_generator(generators[1])
+        mtrand.set_bit_generator(generators[1])
         torch.set_rng_state(generators[2])
     if changed:
         listed = ", ".join(f"{name} (was {before[name]}, became {value})" for name, value in changed.items())

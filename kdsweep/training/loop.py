@@ -32,7 +32,8 @@ from kdsweep.models import unet
 from kdsweep.models.unet import Outputs, UNet
 from kdsweep.runs import records
 from kdsweep.training import guard
-from kdsweep.training.learner import EpochMeter, Learner
+from kdsweep.training.learner import Learner
+from kdsweep.training.meter import EpochMeter
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from kdsweep.evaluation import scoring
 from kdsweep.models import unet
 from kdsweep.runs import checkpoint, records
 from kdsweep.training import factory, loop, runner, teachers
-from kdsweep.training.learner import DivergedError, EpochMeter
+from kdsweep.training.learner import DivergedError
+from kdsweep.training.meter import EpochMeter
 
 QUICK = ["profile=quick", "data=busi", "train.batch_size=6", "train.epochs=2", "device=cpu"]
 

@@ -26,7 +26,8 @@ from kdsweep.distill import methods
 from kdsweep.evaluation import scoring
 from kdsweep.models import unet
 from kdsweep.training import factory, loop
-from kdsweep.training.learner import EpochMeter, Learner
+from kdsweep.training.learner import Learner
+from kdsweep.training.meter import EpochMeter
 
 CUDA = torch.device("cuda:0")
 SIZE, BATCH = 64, 4
