@@ -161,7 +161,7 @@ def fit(
             train_epoch(due, epoch, frozen=frozen, feed=feed, compute=compute, schedule=schedule)
             # The number after those of the steps: validation draws what no step does, alone and in a group the same.
             seed = feed.train.step_seed(epoch, len(feed.train))
-            _validate(due, validation, taught, seed=seed, compute=compute)
+            validate(due, validation, taught, seed=seed, compute=compute)
             for learner in (own for own in due if own.failure is None and own.stopped):
                 stopped(learner)
             _prune(prune(epoch + 1), stopped)
@@ -309,7 +309,7 @@ def _turn(learner: Learner, where: str, *, seed: int) -> Iterator[None]:
             raise StepError(f"{learner.title}: {place}: {one_line(error)}") from error
 
 
-def _validate(
+def validate(
     learners: list[Learner],
     validation: list[tuple[Batch, Tensor]],
     taught: list[dict[TeacherForward, Outputs]],

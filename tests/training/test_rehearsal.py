@@ -210,7 +210,7 @@ def rehearse(chosen, folder, precision):
         ):
             feed = Feed(Epoch(), part, part)
             loop.train_epoch(learners, 0, frozen=frozen, feed=feed, compute=compute)
-            loop._validate(learners, validation, taught, seed=0, compute=compute)
+            loop.validate(learners, validation, taught, seed=0, compute=compute)
         predicted = scoring.predict(learners[0].network, part, compute=compute)
         assert (tuple(predicted.shape), predicted.device.type) == ((3, 1, SIZE, SIZE), "cpu")
         frozen_ids = {id(own) for network in (teacher, *frozen._rounded.values()) for own in network.parameters()}
