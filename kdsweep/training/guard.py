@@ -26,15 +26,20 @@ def _set_default_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
-def _autocast() -> list[tuple[str, bool, torch.dtype]]:
-    kinds = ("cpu", "cuda")
-    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+def _autocast() -> tuple[int, list[tuple[str, bool, torch.dtype]]]:
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return depth, [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
 
 
-def _set_autocast(values: list[tuple[str, bool, torch.dtype]]) -> None:
-    for kind, enabled, dtype in values:
+def _set_autocast(values: tuple[int, list[tuple[str, bool, torch.dtype]]]) -> None:
+    depth, kinds = values
+    for kind, enabled, dtype in kinds:
         torch.set_autocast_enabled(kind, enabled)
         torch.set_autocast_dtype(kind, dtype)
+    for _ in range(_autocast()[0] - depth):  # a context that was not left: rounded weights would be kept for ever
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
 
 
 def _fp32_precision() -> tuple[bool, str] | None:
