@@ -170,10 +170,10 @@ def check_term(cfg: DictConfig) -> None:
         with guard.confined(cfg.seed):
             if (kd := distillation(cfg, teacher="")) is not None:
                 _take_term(kd, cfg)
-    except InputError:
-        raise
     except guard.SharedStateError as error:
         raise InputError(f"{_compared(cfg)}: {error}") from error
+    except InputError:
+        raise
     except Exception as error:  # of any kind: it is the user's code
         raise InputError(f"{_compared(cfg)} gives no KD term: {one_line(error)}") from error
 

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from numpy.random import mtrand
 
+from kdsweep.core.errors import InputError
 
-class SharedStateError(Exception):
+
+class SharedStateError(InputError):
     """Code of one cell has changed what all cells of its process share, or tried to end the process."""
 
 

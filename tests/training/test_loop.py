@@ -687,13 +687,16 @@ def changing(change, *, only_in_validation=False):
 
 
 CHANGES = [
-    (changing(lambda: torch.set_default_dtype(torch.float64)), "step 1, afterwards: .*torch.set_default_dtype"),
+    (
+        changing(lambda: torch.set_default_dtype(torch.float64)),
+        "step 1, afterwards: its code changes torch.set_default_dtype",
+    ),
     (changing(lambda: torch.set_num_threads(torch.get_num_threads() + 1)), "step 1, afterwards: .*set_num_threads"),
     (changing(lambda: torch.set_grad_enabled(False)), "step 1, .*"),
     (changing(lambda: torch.set_default_device("meta")), "step 1, .*"),
     (changing(lambda: torch.backends.mkldnn.set_flags(False)), "step 1, afterwards: .*mkldnn.enabled"),
     (changing(lambda: np.seterr(all="raise")), "step 1, afterwards: .*numpy.seterr"),
-    (changing(sys.exit), r"step 1, kd term: .*sys.exit\(None\)"),
+    (changing(sys.exit), r"step 1, kd term: its code calls sys.exit\(None\)"),
     (
         changing(lambda: torch.set_default_dtype(torch.float64), only_in_validation=True),
         "validation, afterwards: .*torch.set_default_dtype",
