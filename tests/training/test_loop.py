@@ -19,9 +19,11 @@ from kdsweep.core.files import write_json
 from kdsweep.data.loaders import Feed
 from kdsweep.data.splits import random_split
 from kdsweep.data.views import normalize
-from kdsweep.distill.distillation import TeacherForward
+from kdsweep.distill.distillation import TeacherForward, Term, ViewPair
+from kdsweep.distill.paths import Logits
 from kdsweep.evaluation import scoring
 from kdsweep.models import unet
+from kdsweep.models.unet import Outputs
 from kdsweep.runs import checkpoint, records
 from kdsweep.training import factory, loop, outcome, runner, teachers
 from kdsweep.training.learner import DivergedError
@@ -738,7 +740,8 @@ def test_what_a_loss_draws_in_steps_and_in_validation_is_the_same_alone_and_agai
         learners = [make_learner(configs[i], tmp_path / f"{name}{i}") for i in members]
         for learner in learners:
             next(iter(learner.distillation.terms.values())).loss = drawing
-        random.seed(name)  # what else has drawn must not matter
+        for draw in (random.random, np.random.rand, torch.rand(3).sum):  # what else has drawn must not matter
+            draw()
         runner.run(learners, teachers=frozen, feed=feed, compute=CPU)
         return learners
 
@@ -748,6 +751,25 @@ def test_what_a_loss_draws_in_steps_and_in_validation_is_the_same_alone_and_agai
         assert alone.history == group[number].history
         assert_same(state_of(alone), state_of(group[number]))
     assert len({learner.history[0]["val/kd"] for learner in group}) == 3
+
+
+def test_a_loss_that_spoils_what_it_is_given_leaves_the_batch_and_the_teachers_maps_as_they_were():
+    def spoiling(*, student, teacher, valid, student_mask, teacher_mask):
+        for tensor in (teacher, student_mask, teacher_mask):
+            tensor.mul_(0).sub_(7)
+        valid.logical_not_()
+        return student.square().mean()
+
+    maps = {name: torch.rand(2, 1, 8, 8) for name in ("student", "teacher", "mask")}
+    masks = (maps["mask"] > 0.5).to(torch.uint8)
+    shared = [maps["teacher"], masks, theta := torch.eye(2, 3).repeat(2, 1, 1)]
+    before = [tensor.clone() for tensor in shared]
+    term = Term(Logits(), spoiling, ("logits",))
+    for own in (theta, None):
+        views = ViewPair(own, student_mask=masks, teacher_mask=masks)
+        student, teacher = (Outputs(logits=maps[name]) for name in ("student", "teacher"))
+        assert float(term.value(student=student, teacher=teacher, views=views, align=True)) > 0
+        assert all(map(torch.equal, shared, before))
 
 
 # ---- the end of a training -------------------------------------------------------------------------------------------
