@@ -159,12 +159,8 @@ def kind_key(settings: Settings) -> str:
     Every key of the configuration counts except those that only number trainings or say how long they are. Of the
     floating-point numbers, which a sweep varies most, 0 and 1 count, and whether others are below, between or above.
     """
-    counted: Any = {
-        "seed": True,
-        "split": True,
-        "train": {"epochs", "patience", "workers"},
-        "teacher": {"seed", "epochs"},
-    }
+    counted: Any = {"seed": True, "split": True}
+    counted |= {"train": {"epochs", "patience", "workers"}, "teacher": {"seed", "epochs"}}
     return grid.digest(_coarse(settings.model_dump(exclude=counted)))
 
 

@@ -84,6 +84,8 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "numpy.seterr": (np.geterr, lambda values: np.seterr(**values)),
 }
 
+_UNUSED: list[np.random.MT19937] = []  # generators to lend to numpy.random: to make one costs as much as all the rest
+
 
 @contextmanager
 def confined(seed: int) -> Iterator[None]:
@@ -100,10 +102,12 @@ def confined(seed: int) -> Iterator[None]:
     """
     before = {name: read() for name, (read, _) in SETTINGS.items()}
     generators = random.getstate(), mtrand.get_bit_generator(), torch.get_rng_state()
+    lent = _UNUSED.pop() if _UNUSED else np.random.MT19937()
     changed: dict[str, Any] = {}
     try:
         random.seed(seed)
-        mtrand.set_bit_generator(np.random.MT19937(seed))
+        mtrand.set_bit_generator(lent)
+        mtrand.seed(seed)
         torch.manual_seed(seed)
         yield
     except SystemExit as error:
@@ -112,6 +116,7 @@ def confined(seed: int) -> Iterator[None]:
         changed = _restore(before)
         random.setstate(generators[0])
         mtrand.set_bit_generator(generators[1])
+        _UNUSED.append(lent)
         torch.set_rng_state(generators[2])
     if changed:
         listed = ", ".join(f"{name} (was {before[name]}, became {value})" for name, value in changed.items())
