@@ -46,6 +46,8 @@ def main() -> int:
     if sys.flags.optimize > 1:
         raise InputError("python -OO takes docstrings away, which segmentation-models-pytorch needs; -O may stay")
     _check_user()
+    # A notebook passes on a backend of its own, without which MONAI, which scores, cannot be imported.
+    os.environ["MPLBACKEND"] = "Agg"
     first, *rest = sys.argv[1:] or [""]
     if first in WORDS:
         module, _, function = WORDS[first][0].partition(":")

@@ -413,7 +413,7 @@ MUTANTS = [
         '(1 - weight) * found["kd"] + weight * supervised',
         f"{LOOP} -k equation_one",
     ),
-    Mutant("the last epoch is tested", "training/learner.py", "    learner.restore_best()\n", "", LOOP),
+    Mutant("the last epoch is tested", "training/outcome.py", "    learner.restore_best()\n", "", LOOP),
     Mutant(
         "the best is the last equal one",
         "training/learner.py",
@@ -458,10 +458,38 @@ MUTANTS = [
     ),
     Mutant(
         "draws depend on the order of learners",
-        "training/loop.py",
-        "                torch.manual_seed(feed.train.step_seed(epoch, number))\n",
+        "training/guard.py",
+        "        torch.manual_seed(seed)\n",
         "",
-        "tests/training/test_group.py -k noisy",
+        f"{LOOP} -k draws_in",
+    ),
+    Mutant(
+        "what a user's code changes is not restored",
+        "training/guard.py",
+        "            write(before[name])\n",
+        "            pass\n",
+        f"{LOOP} -k changes_what",
+    ),
+    Mutant(
+        "a failed test costs the training",
+        "training/outcome.py",
+        "    learner.save_outcome()\n",
+        "",
+        f"{LOOP} -k failed_test",
+    ),
+    Mutant(
+        "methods but the first are not checked",
+        "sweep/plan.py",
+        '"split": True}',
+        '"split": True, "method": True}',
+        "tests/sweep/test_preview.py -k each_of_these",
+    ),
+    Mutant(
+        "the rehearsal reads nothing back",
+        "sweep/rehearsal.py",
+        "                    _read_back(learner, feed.test)\n",
+        "",
+        "tests/sweep/test_preview.py -k before_it",
     ),
     Mutant(
         "the Teacher is left in train mode",
@@ -666,8 +694,8 @@ MUTANTS = [
     Mutant(
         "tuning: trials are tested",
         "training/runner.py",
-        "            if pruning is None:\n                results",
-        "            if pruning is None or learner.is_pruned or True:\n                results",
+        "            if pruning is None:\n                values",
+        "            if pruning is None or learner.is_pruned or True:\n                values",
         "tests/sweep/test_tuner.py -k 'not_tested_before'",
     ),
     Mutant(

@@ -148,14 +148,33 @@ def swept_keys(words: list[list[str]]) -> list[str]:
 
 
 def kinds(jobs: Sequence[Job]) -> list[Job]:
-    """Return one job of each kind to check where torch is: its batches, networks, path and loss stand for others."""
+    """Return jobs that stand for all others in the checks where torch is: one for each batches, one for each kind."""
     found: dict[str, Job] = {}
     for job in jobs:
-        networks = [job.settings.student.plain(), job.settings.teacher.plain(), job.cell.evidence.get("teacher", "")]
-        term = [job.settings.path.plain(), job.settings.loss.plain()]
-        key = grid.digest([identity.batches_key(job.settings, seed=job.settings.seed), networks, term])
-        found.setdefault(key, job)
-    return list(found.values())
+        for key in (identity.batches_key(job.settings, seed=0), kind_key(job.settings)):
+            found.setdefault(key, job)
+    return list({job.cell.folder: job for job in found.values()}.values())
+
+
+def kind_key(settings: Settings) -> str:
+    """Return a key that is equal for cells whose networks, KD terms and ends of training need one check only.
+
+    Every key of the configuration counts except those that only number trainings or say how long they are. Of the
+    floating-point numbers, which a sweep varies most, 0 and 1 count, and whether others are below, between or above.
+    """
+    counted: Any = {"seed": True, "split": True}
+    counted |= {"train": {"epochs", "patience", "workers"}, "teacher": {"seed", "epochs"}}
+    return grid.digest(_coarse(settings.model_dump(exclude=counted)))
+
+
+def _coarse(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _coarse(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_coarse(own) for own in value]
+    if isinstance(value, float) and value not in (0, 1):
+        return f"{value > 0} {value > 1}"
+    return value
 
 
 def watch(jobs: Sequence[Job], *, command: str = "") -> None:

@@ -1,30 +1,54 @@
-"""Check the real networks before anything is trained: errors, devices, seconds of a step."""
+"""Check the real networks before anything is trained: errors, devices, a rehearsal, seconds of a step."""
 
 from __future__ import annotations
 
 import torch
 from omegaconf import DictConfig
 
-from kdsweep.config import identity
+from kdsweep.config import grid, identity
 from kdsweep.core.device import Compute, find_device, give_back_memory, placed, usable_cores, usable_precision
 from kdsweep.evaluation import latency
 from kdsweep.models import unet
 from kdsweep.runs import records
+from kdsweep.sweep import plan, rehearsal
 from kdsweep.sweep.estimate import Preview
 from kdsweep.training import factory, loop
-from kdsweep.training.learner import EpochMeter
+from kdsweep.training.meter import EpochMeter
 
 
 def check(configs: list[DictConfig]) -> None:
     """Raise InputError for the first of these cells that could not be trained: networks, weights, KD term, images."""
     for cfg in configs:
         factory.check_networks(cfg)
-    for cfg in {
-        str((cfg.method, cfg.path, cfg.loss, cfg.student, cfg.teacher)): cfg for cfg in reversed(configs)
-    }.values():
+    for cfg in _kinds(configs):
         factory.check_term(cfg)
-    for cfg in {identity.batches_key(cfg, seed=cfg.seed): cfg for cfg in reversed(configs)}.values():
+    for cfg in {identity.batches_key(cfg, seed=0): cfg for cfg in reversed(configs)}.values():
         factory.feed(cfg, seed=cfg.seed)
+
+
+def _kinds(configs: list[DictConfig]) -> list[DictConfig]:
+    """Return the first configuration of each kind, see ``plan.kind_key``."""
+    return list({plan.kind_key(identity.read(cfg)): cfg for cfg in reversed(configs)}.values())[::-1]
+
+
+def rehearse(configs: list[DictConfig], devices: dict[str, list[str]]) -> None:
+    """Go through a training and its end with each kind of these cells, see ``rehearsal.py``.
+
+    Args:
+        configs: of cells that ``check`` has passed.
+        devices: the names of those to run on, by the value of ``device``.
+    """
+    kinds = _kinds(configs)
+    for group in grid.group_by([identity.batches_key(cfg, seed=cfg.seed) for cfg in kinds]):
+        members = [kinds[position] for position in group]
+        rehearsal.rehearse(members, _compute(members[0], devices[str(members[0].device)][0]))
+    give_back_memory()
+
+
+def _compute(cfg: DictConfig, device: str) -> Compute:
+    """Return where and how a configuration's numbers are computed on this machine, which may lack its precision."""
+    on = find_device(device)
+    return Compute(device=on, precision=usable_precision(cfg.precision, on), deterministic=cfg.deterministic)
 
 
 def preview_cells(configs: list[DictConfig], devices: list[str]) -> Preview:
@@ -41,6 +65,7 @@ def preview_cells(configs: list[DictConfig], devices: list[str]) -> Preview:
     for cfg in configs:
         factory.compute(cfg)
     check(configs)
+    rehearse(configs, found)
     return _timed(configs, devices=found, device=found[str(configs[0].device)][0])
 
 
@@ -102,15 +127,15 @@ def preview_remote(configs: list[DictConfig], place: str, *, times: bool) -> Pre
     for cfg in configs:
         cfg.device = "auto"  # this machine need not have it
     check(configs)
+    rehearse(configs, {"auto": ["auto"]})
     return _timed(configs, devices=found, device="auto") if times else Preview(found)
 
 
 def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: str) -> Preview:
     first = configs[0]
-    on = find_device(device)
-    precision = usable_precision(first.precision, on)
-    compute = Compute(device=on, precision=precision, deterministic=first.deterministic)
+    compute = _compute(first, device)
     compute.prepare()
+    on = compute.device
     load = latency.load_of_others() if on.type == "cpu" else 0.0
     # On a CPU a step takes as long as its images together; on CUDA a small batch takes as long as a large one.
     images = first.train.batch_size if on.type == "cuda" else min(4, first.train.batch_size)

@@ -32,6 +32,7 @@ from kdsweep.distill.paths import KDPath
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs, UNet
 from kdsweep.models.weights import IMAGENET
+from kdsweep.training import guard
 from kdsweep.training.learner import Learner
 
 log = logging.getLogger(__name__)
@@ -162,12 +163,15 @@ def check_term(cfg: DictConfig) -> None:
     """Build a cell's paths and losses and take the KD term and its gradient, before anything is trained.
 
     Raises:
-        InputError: one of them cannot be built or called, returns something else than one number, or teaches nothing.
+        InputError: one of them cannot be built or called, returns something else than one number, teaches nothing, or
+            changes what all cells share.
     """
     try:
-        with torch.random.fork_rng(devices=[]):
+        with guard.confined(cfg.seed):
             if (kd := distillation(cfg, teacher="")) is not None:
                 _take_term(kd, cfg)
+    except guard.SharedStateError as error:
+        raise InputError(f"{_compared(cfg)}: {error}") from error
     except InputError:
         raise
     except Exception as error:  # of any kind: it is the user's code
@@ -214,8 +218,7 @@ def distillation(cfg: DictConfig, *, teacher: str) -> Distillation | None:
     given = identity.read(cfg)
     if not given.is_taught:
         return None
-    with torch.random.fork_rng(devices=[]):  # after the Student, from the same seed: paths share its initialization
-        torch.manual_seed(cfg.seed)
+    with guard.confined(cfg.seed):  # after the Student, from the same seed: paths share its initialization
         terms = _method_terms(cfg, given.method.shares()) if given.method.terms else {"kd": _term(cfg)}
     return Distillation(
         terms=terms,

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kdsweep.core.device import Compute
 from kdsweep.core.errors import CellError
-from kdsweep.core.files import remove_parts, write_text
-from kdsweep.data.loaders import EvalPart
+from kdsweep.core.files import remove_parts
 from kdsweep.distill import losses
 from kdsweep.distill.distillation import Distillation, ViewPair, gradient_ratio, matched_weight
-from kdsweep.evaluation import metrics
-from kdsweep.evaluation.scoring import predict, score
 from kdsweep.models.unet import Outputs, UNet
 from kdsweep.runs import checkpoint, records
+from kdsweep.training.meter import EpochMeter
 
 log = logging.getLogger(__name__)
 
@@ -40,53 +35,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 class DivergedError(CellError):
     """A loss term is no longer a finite number."""
-
-
-class EpochMeter:
-    """Means over the images of an epoch, collected on the device: reading one each step would make it wait."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, Tensor]] = []
-        self.counts: list[int] = []
-
-    def add(self, values: dict[str, Tensor], count: int) -> None:
-        """Add the means of a batch of ``count`` images."""
-        self.steps.append({name: value.detach() for name, value in values.items()})
-        self.counts.append(count)
-
-    def state(self) -> dict[str, Any]:
-        """Return everything so far, for a checkpoint."""
-        return {"counts": self.counts, "steps": self._by_name()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Restore what ``state`` returned."""
-        self.counts = list(state["counts"])
-        self.steps = [{name: values[i] for name, values in state["steps"].items()} for i in range(len(self.counts))]
-
-    def not_finite(self) -> tuple[str, float, int] | None:
-        """Return name, value and step (from 0) of the first value that is not a finite number, or None."""
-        bad = [
-            (int((~values.isfinite()).nonzero()[0]), name)
-            for name, values in self._by_name().items()
-            if not bool(values.isfinite().all())
-        ]
-        if not bad:
-            return None
-        # a weighted sum is not finite if a term of it is: the term says more
-        step, name = min(bad, key=lambda found: (found[0], found[1] == "loss"))
-        return name, float(self._by_name()[name][step]), step
-
-    def read(self, prefix: str) -> dict[str, float]:
-        """Return the means so far as plain numbers, with ``prefix`` before their names."""
-        counts = torch.tensor(self.counts, dtype=torch.float64)
-        return {
-            prefix + name: float((values.double() * counts).sum() / counts.sum())
-            for name, values in self._by_name().items()
-        }
-
-    def _by_name(self) -> dict[str, Tensor]:
-        names = self.steps[0] if self.steps else {}
-        return {name: torch.stack([step[name] for step in self.steps]).cpu() for name in names}
 
 
 @dataclass
@@ -232,11 +180,12 @@ class Learner:
     def backward(self, terms: dict[str, Tensor]) -> None:
         """Compute the gradients of a batch; in an epoch's first step, measure how strongly the KD term acts.
 
-        With a matched weight every step of the first epoch is measured, and sets the weight of the next.
+        With a matched weight every step of the first epoch is measured, and sets the weight of the next. With a weight
+        of 0 or 1 there is one term alone, and no ratio.
         """
         kd = self.distillation
         is_matching = kd is not None and kd.weight is None and self.epoch < 0
-        if kd is None or kd.weight == 1 or not (is_matching or self.steps == 0):
+        if kd is None or kd.weight in (0, 1) or not (is_matching or self.steps == 0):
             terms["loss"].backward()
             return
         terms["loss"].backward(retain_graph=True)
@@ -355,46 +304,3 @@ class Learner:
             self.gradient_ratios = list(training.get("gradient_ratios", []))
             self.kd_weight = training.get("kd_weight", self.kd_weight)
             self.spent_s = training.get("spent_s", 0.0)
-
-
-SCORES, PREDICTIONS, HISTORY = "test_scores.csv", "test_predictions.npz", "history.csv"
-
-
-def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, float]:
-    """Test the weights of the best epoch and write all files, the marker of a finished cell last.
-
-    Returns:
-        The final values, ``test/dice`` among them.
-    """
-    learner.restore_best()
-    predictions = predict(learner.network, part, compute=compute)
-    table = score(predictions, part, nsd_tolerance_px=learner.nsd_tolerance_px)
-    values = {f"test/{name}": float(table[name].mean()) for name in metrics.SCORES}
-    values["test/dice_std"] = float(table["dice"].std())
-    values["test/trivial_dice"] = metrics.trivial_dice(part.masks)
-    values |= {"best_epoch": float(learner.best_epoch), "epochs": float(learner.epoch + 1)}
-    trained = learner.history[: learner.best_epoch + 1]
-    values["best/val_dice"] = trained[-1]["val/dice"]
-    if ratios := [row["train/kd_gradient_ratio"] for row in trained if "train/kd_gradient_ratio" in row]:
-        values["kd/gradient_ratio"] = statistics.geometric_mean(ratios)
-    if "train/kd_weight" in trained[-1]:
-        values["kd/weight"] = trained[-1]["train/kd_weight"]
-    folder = learner.folder
-    weights = f"{'teacher' if learner.role == 'teacher' else 'student'}.safetensors"
-    checkpoint.save_network(folder / weights, learner.network)
-    write_text(folder / HISTORY, pd.DataFrame(learner.history).to_csv(index=False))
-    checkpoint.save_predictions(folder / PREDICTIONS, predictions[:, 0].numpy(), ids=part.ids)
-    write_text(folder / SCORES, table.to_csv(index=False))
-    learner.save_outcome()
-    (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
-    records.write_finished(folder, values=values, files=[weights, HISTORY, PREDICTIONS, SCORES, "split.json"])
-    log.info(
-        "%s: test Dice %.4f ± %.4f over %d images (best epoch %d of %d)",
-        learner.title,
-        values["test/dice"],
-        values["test/dice_std"],
-        len(table),
-        learner.best_epoch + 1,
-        learner.epoch + 1,
-    )
-    return values

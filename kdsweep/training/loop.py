@@ -31,7 +31,9 @@ from kdsweep.evaluation import metrics, scoring
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs, UNet
 from kdsweep.runs import records
-from kdsweep.training.learner import EpochMeter, Learner
+from kdsweep.training import guard
+from kdsweep.training.learner import Learner
+from kdsweep.training.meter import EpochMeter
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +159,9 @@ def fit(
             if not due and all(learner.stopped for learner in learners):
                 break
             train_epoch(due, epoch, frozen=frozen, feed=feed, compute=compute, schedule=schedule)
-            _validate(due, validation, taught, compute=compute)
+            # The number after those of the steps: validation draws what no step does, alone and in a group the same.
+            seed = feed.train.step_seed(epoch, len(feed.train))
+            validate(due, validation, taught, seed=seed, compute=compute)
             for learner in (own for own in due if own.failure is None and own.stopped):
                 stopped(learner)
             _prune(prune(epoch + 1), stopped)
@@ -232,9 +236,7 @@ def train_epoch(
             teacher_outputs = frozen.teach(active, images)
         for learner in active:
             signals.check()
-            with isolated(learner):
-                # Neither the other learners nor an interruption may change what a loss or network draws.
-                torch.manual_seed(feed.train.step_seed(epoch, number))
+            with _turn(learner, f"step {number + 1}", seed=feed.train.step_seed(epoch, number)):
                 start_s = time.perf_counter()
                 learner.set_rate((epoch + number / len(feed.train)) / learner.epochs)
                 _step(learner, on_device, images, teacher_outputs, compute)
@@ -276,7 +278,7 @@ def _step(
         taught = teacher_outputs[kd.forward]
         if kd.forward.view != learner.view:
             views = ViewPair(batch["theta"], student_mask=mask, teacher_mask=batch[f"{kd.forward.view}_mask"][:, None])
-    with learner.changing(), _located(learner, f"step {learner.steps + 1}"):
+    with learner.changing():
         learner.doing = "forward"
         with compute.autocast():
             outputs = learner.network(images[learner.view], learner.stages)
@@ -289,33 +291,41 @@ def _step(
 
 
 @contextmanager
-def _located(learner: Learner, where: str) -> Iterator[None]:
-    """Add to an error where in the training it came up."""
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error) or isinstance(error, CellError):
-            raise
-        place = f"epoch {learner.epoch + 2}, {where}, {learner.doing}"
-        raise StepError(f"{learner.title}: {place}: {one_line(error)}") from error
+def _turn(learner: Learner, where: str, *, seed: int) -> Iterator[None]:
+    """Open a learner's turn: neither the others nor an interruption change what it draws, and it changes nothing else.
+
+    An error inside ends the learner alone, and names where in the training it came up.
+    """
+    epoch = learner.epoch + 2
+    with isolated(learner):
+        try:
+            with guard.confined(seed):
+                yield
+                learner.doing = "afterwards"
+        except Exception as error:
+            if is_out_of_memory(error) or isinstance(error, CellError):
+                raise
+            place = f"epoch {epoch}, {where}, {learner.doing}"
+            raise StepError(f"{learner.title}: {place}: {one_line(error)}") from error
 
 
-def _validate(
+def validate(
     learners: list[Learner],
     validation: list[tuple[Batch, Tensor]],
     taught: list[dict[TeacherForward, Outputs]],
     *,
+    seed: int,
     compute: Compute,
 ) -> None:
     """End the epoch with the means over the validation images, which Teacher and Student see whole, unaugmented."""
     for learner in (own for own in learners if own.failure is None):
         signals.check()
-        with isolated(learner):
+        with _turn(learner, "validation", seed=seed):
             start_s = time.perf_counter()
             learner.check_finite(learner.means, "train")
             means = EpochMeter()
             learner.evaluate()
-            with torch.no_grad(), compute.autocast(), _located(learner, "validation"):
+            with torch.no_grad(), compute.autocast():
                 for (views, mask), teacher_outputs in zip(validation, taught, strict=True):
                     learner.doing = "forward"
                     outputs = learner.network(views["strong"], learner.stages)

@@ -12,8 +12,9 @@ from kdsweep.core.device import Compute, give_back_memory, is_device_error, is_o
 from kdsweep.core.errors import CellError, DeviceError, one_line
 from kdsweep.data.loaders import Feed
 from kdsweep.models.unet import UNet
-from kdsweep.training.learner import Learner, finish
+from kdsweep.training.learner import Learner
 from kdsweep.training.loop import fail, fit, isolated, label_of
+from kdsweep.training.outcome import finish
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,10 @@ def run(
     def conclude(learner: Learner) -> None:
         with isolated(learner):
             if pruning is None:
-                results[learner.folder] = finish(learner, part=feed.test, compute=compute)
+                values = results[learner.folder] = finish(learner, part=feed.test, compute=compute)
+                score = f"test Dice {values['test/dice']:.4f} ± {values['test/dice_std']:.4f}"
+                epochs = f"best epoch {learner.best_epoch + 1} of {learner.epoch + 1}"
+                log.info("%s: %s over %d images (%s)", learner.title, score, len(feed.test.ids), epochs)
                 return
             learner.save() if learner.is_pruned else learner.save_outcome()
             results[learner.folder] = {"best/val_dice": learner.history[learner.best_epoch]["val/dice"]}

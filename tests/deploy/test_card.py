@@ -14,7 +14,7 @@ from kdsweep.core.files import write_json
 from kdsweep.deploy import card, export, predict
 from kdsweep.runs import records
 from kdsweep.tracking import writer
-from kdsweep.training.learner import PREDICTIONS, SCORES
+from kdsweep.training.outcome import PREDICTIONS, SCORES
 
 DICE = [0.9, 0.4, 0.0, 0.7]
 

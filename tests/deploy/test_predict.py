@@ -24,7 +24,7 @@ from kdsweep.models.weights import read_weights
 from kdsweep.runs import checkpoint, records
 from kdsweep.tracking import writer
 from kdsweep.training import factory
-from kdsweep.training.learner import PREDICTIONS, SCORES
+from kdsweep.training.outcome import PREDICTIONS, SCORES
 
 SIZE = 64
 CPU = Compute(device=torch.device("cpu"), precision="fp32")

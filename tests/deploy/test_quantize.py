@@ -17,7 +17,7 @@ from kdsweep.evaluation import metrics
 from kdsweep.results import dsc
 from kdsweep.runs import records
 from kdsweep.tracking import reader, writer
-from kdsweep.training.learner import PREDICTIONS
+from kdsweep.training.outcome import PREDICTIONS
 
 
 @pytest.fixture(scope="module")

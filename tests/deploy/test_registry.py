@@ -18,7 +18,7 @@ from kdsweep.data import phantom
 from kdsweep.deploy import export, predict
 from kdsweep.runs import records
 from kdsweep.tracking import registry, writer
-from kdsweep.training.learner import PREDICTIONS, SCORES
+from kdsweep.training.outcome import PREDICTIONS, SCORES
 
 NAME = "kdsweep-student"
 

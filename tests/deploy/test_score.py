@@ -16,7 +16,7 @@ from kdsweep.evaluation import scoring
 from kdsweep.results import external, tables
 from kdsweep.runs import records
 from kdsweep.tracking import reader, writer
-from kdsweep.training.learner import PREDICTIONS, SCORES
+from kdsweep.training.outcome import PREDICTIONS, SCORES
 
 WORDS = ["profile=quick", "data=busi", "device=cpu"]
 

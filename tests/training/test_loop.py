@@ -2,10 +2,15 @@
 
 import itertools
 import math
+import random
+import re
+import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small import STUDENT, TEACHER
 
 from kdsweep.config import composition, grid, identity
 from kdsweep.core.device import Compute, placed
@@ -14,15 +19,20 @@ from kdsweep.core.files import write_json
 from kdsweep.data.loaders import Feed
 from kdsweep.data.splits import random_split
 from kdsweep.data.views import normalize
-from kdsweep.distill.distillation import TeacherForward
+from kdsweep.distill.distillation import TeacherForward, Term, ViewPair
+from kdsweep.distill.paths import Logits
 from kdsweep.evaluation import scoring
 from kdsweep.models import unet
+from kdsweep.models.unet import Outputs
 from kdsweep.runs import checkpoint, records
-from kdsweep.training import factory, loop, runner, teachers
-from kdsweep.training.learner import DivergedError, EpochMeter
+from kdsweep.training import factory, loop, outcome, runner, teachers
+from kdsweep.training.learner import DivergedError
+from kdsweep.training.meter import EpochMeter
 
 QUICK = ["profile=quick", "data=busi", "train.batch_size=6", "train.epochs=2", "device=cpu"]
 
+
+SMALL = [*STUDENT, *TEACHER]  # where the networks do not matter
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -658,3 +668,147 @@ def test_a_recipe_is_the_students_and_unless_it_has_its_own_the_teachers(compose
     swept = {"train.schedule": "cosine"}
     assert grid.used_by("teacher", swept, identity.params(tuned)) == swept
     assert grid.used_by("teacher", swept, identity.params(own)) == {}
+
+
+# ---- a user's loss in a group ----------------------------------------------------------------------------------------
+
+
+def plain(*, student, teacher, valid):
+    return (student - teacher).square().mean()
+
+
+def changing(change, *, only_in_validation=False):
+    """A loss that changes what all share, but not while it is checked before the training."""
+
+    def loss(*, student, teacher, valid):
+        if not (only_in_validation and torch.is_grad_enabled()):
+            change()
+        return plain(student=student, teacher=teacher, valid=valid)
+
+    return loss
+
+
+CHANGES = [
+    (
+        changing(lambda: torch.set_default_dtype(torch.float64)),
+        "step 1, afterwards: its code changes torch.set_default_dtype",
+    ),
+    (changing(lambda: torch.set_num_threads(torch.get_num_threads() + 1)), "step 1, afterwards: .*set_num_threads"),
+    (changing(lambda: torch.set_grad_enabled(False)), "step 1, .*"),
+    (changing(lambda: torch.set_default_device("meta")), "step 1, .*"),
+    (changing(lambda: torch.backends.mkldnn.set_flags(False)), "step 1, afterwards: .*mkldnn.enabled"),
+    (changing(lambda: np.seterr(all="raise")), "step 1, afterwards: .*numpy.seterr"),
+    (changing(sys.exit), r"step 1, kd term: its code calls sys.exit\(None\)"),
+    (
+        changing(lambda: torch.set_default_dtype(torch.float64), only_in_validation=True),
+        "validation, afterwards: .*torch.set_default_dtype",
+    ),
+    (changing(lambda: sys.exit("done"), only_in_validation=True), r"validation, kd term: .*sys.exit\('done'\)"),
+]
+
+
+def test_a_loss_that_changes_what_all_share_fails_alone_and_the_others_keep_their_bits(compose, tmp_path):
+    good = [compose("path=L", "loss=mse", *SMALL), compose("path=none", *SMALL)]
+    bad = compose("path=HR", "loss=mse", *SMALL)
+    frozen, feed = teachers_of(*good, bad), feed_of(bad)
+    alone = [make_learner(cfg, tmp_path / f"alone{i}") for i, cfg in enumerate(good)]
+    runner.run(alone, teachers=frozen, feed=feed, compute=CPU)
+    together = [make_learner(cfg, tmp_path / f"group{i}") for i, cfg in enumerate(good)]
+    guilty = [make_learner(bad, tmp_path / f"bad{i}") for i in range(len(CHANGES))]
+    for learner, (loss, _) in zip(guilty, CHANGES, strict=True):
+        learner.distillation.terms["kd"].loss = loss
+    results = runner.run([together[0], *guilty, together[1]], teachers=frozen, feed=feed, compute=CPU)
+    for result, (_, expected) in zip(results[1:-1], CHANGES, strict=True):
+        assert re.match(rf"HReg_MSE_WAug split 0 seed 0: epoch 1, {expected}", str(result)), result
+        assert "\n" not in str(result)
+    for one, other in zip(alone, together, strict=True):
+        assert_same(state_of(one), state_of(other))
+        assert one.history == other.history
+
+
+def drawing(*, student, teacher, valid):
+    """Draws from every generator, in validation too."""
+    noise = random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
+    return (student - teacher + noise).square().mean()
+
+
+def test_what_a_loss_draws_in_steps_and_in_validation_is_the_same_alone_and_again(compose, tmp_path):
+    configs = [compose(*cell, *SMALL) for cell in (["path=L", "loss=mse"], ["path=HR", "loss=mse"], ["method=mgd"])]
+    frozen, feed = teachers_of(*configs), feed_of(configs[0])
+
+    def trained(members, name):
+        learners = [make_learner(configs[i], tmp_path / f"{name}{i}") for i in members]
+        for learner in learners:
+            next(iter(learner.distillation.terms.values())).loss = drawing
+        for draw in (random.random, np.random.rand, torch.rand(3).sum):  # what else has drawn must not matter
+            draw()
+        runner.run(learners, teachers=frozen, feed=feed, compute=CPU)
+        return learners
+
+    group = trained(range(3), "group")
+    for number in range(2):
+        (alone,) = trained([number], "alone")
+        assert alone.history == group[number].history
+        assert_same(state_of(alone), state_of(group[number]))
+    assert len({learner.history[0]["val/kd"] for learner in group}) == 3
+
+
+def test_a_loss_that_spoils_what_it_is_given_leaves_the_batch_and_the_teachers_maps_as_they_were():
+    def spoiling(*, student, teacher, valid, student_mask, teacher_mask):
+        for tensor in (teacher, student_mask, teacher_mask):
+            tensor.mul_(0).sub_(7)
+        valid.logical_not_()
+        return student.square().mean()
+
+    maps = {name: torch.rand(2, 1, 8, 8) for name in ("student", "teacher", "mask")}
+    masks = (maps["mask"] > 0.5).to(torch.uint8)
+    shared = [maps["teacher"], masks, theta := torch.eye(2, 3).repeat(2, 1, 1)]
+    before = [tensor.clone() for tensor in shared]
+    term = Term(Logits(), spoiling, ("logits",))
+    for own in (theta, None):
+        views = ViewPair(own, student_mask=masks, teacher_mask=masks)
+        student, teacher = (Outputs(logits=maps[name]) for name in ("student", "teacher"))
+        assert float(term.value(student=student, teacher=teacher, views=views, align=True)) > 0
+        assert all(map(torch.equal, shared, before))
+
+
+# ---- the end of a training -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [["train.epochs=2"], ["train.epochs=9", "train.patience=1", "train.lr=0.1"]])
+def test_a_failed_test_costs_no_training(compose, tmp_path, monkeypatch, options):
+    cfg = compose("path=HR", *options, *SMALL)
+    frozen, feed = teachers_of(cfg), feed_of(cfg)
+    unbroken = make_learner(cfg, tmp_path / "unbroken")
+    (expected,) = runner.run([unbroken], teachers=frozen, feed=feed, compute=CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(outcome, "score", lambda *_, **__: 1 / 0)
+        (result,) = runner.run([make_learner(cfg, tmp_path / "cell")], teachers=frozen, feed=feed, compute=CPU)
+    assert isinstance(result, ZeroDivisionError)
+    assert records.read(tmp_path / "cell").status == "FAILED"
+    monkeypatch.setattr(loop, "_step", lambda *_: 1 / 0)  # no step is needed
+    again = make_learner(cfg, tmp_path / "cell")
+    assert runner.run([again], teachers=frozen, feed=feed, compute=CPU) == [expected]
+    for name in ("student.safetensors", "history.csv", "test_scores.csv"):
+        assert (tmp_path / "cell" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+    assert records.read(tmp_path / "cell").status == "FINISHED"
+
+
+@pytest.mark.parametrize("options", ["kd.weight=0", "kd.weight=0.0", "kd.lambda=0", "kd.weight=1", "kd.weight=1e-30"])
+def test_any_weight_of_the_kd_term_reaches_the_end(compose, tmp_path, options):
+    cfg = compose("path=HR", "loss=mse", options, *SMALL)
+    learner = make_learner(cfg, tmp_path)
+    (values,) = runner.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    assert values == records.read_finished(tmp_path)
+    has_both_terms = learner.distillation.weight not in (0, 1)
+    assert ("kd/gradient_ratio" in values) == has_both_terms == ("train/kd_gradient_ratio" in learner.history[0])
+
+
+def test_a_weight_of_zero_whose_test_failed_before_is_tested_from_its_checkpoint(compose, tmp_path, monkeypatch):
+    cfg = compose("path=H", "loss=mse", "kd.weight=0", *SMALL)
+    learner = make_learner(cfg, tmp_path)
+    runner.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    learner.history = [{**row, "train/kd_gradient_ratio": 0.0} for row in learner.history]  # as was measured once
+    learner.save_outcome()
+    (values,) = runner.run([make_learner(cfg, tmp_path)], teachers={}, feed=feed_of(cfg), compute=CPU)
+    assert "kd/gradient_ratio" not in values

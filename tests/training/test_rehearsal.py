@@ -26,7 +26,8 @@ from kdsweep.distill import methods
 from kdsweep.evaluation import scoring
 from kdsweep.models import unet
 from kdsweep.training import factory, loop
-from kdsweep.training.learner import EpochMeter, Learner
+from kdsweep.training.learner import Learner
+from kdsweep.training.meter import EpochMeter
 
 CUDA = torch.device("cuda:0")
 SIZE, BATCH = 64, 4
@@ -209,7 +210,7 @@ def rehearse(chosen, folder, precision):
         ):
             feed = Feed(Epoch(), part, part)
             loop.train_epoch(learners, 0, frozen=frozen, feed=feed, compute=compute)
-            loop._validate(learners, validation, taught, compute=compute)
+            loop.validate(learners, validation, taught, seed=0, compute=compute)
         predicted = scoring.predict(learners[0].network, part, compute=compute)
         assert (tuple(predicted.shape), predicted.device.type) == ((3, 1, SIZE, SIZE), "cpu")
         frozen_ids = {id(own) for network in (teacher, *frozen._rounded.values()) for own in network.parameters()}

@@ -57,7 +57,7 @@ class RemoteTask:
         except OSError as error:
             return InputError(f"{self.folder} cannot be entered on {socket.gethostname()}: {one_line(error)}; {REMEDY}")
         sys.path[:] = [*self.path, *(entry for entry in sys.path if entry not in self.path)]
-        os.environ["OMP_NUM_THREADS"] = str(self.threads)
+        os.environ |= {"OMP_NUM_THREADS": str(self.threads), "MPLBACKEND": "Agg"}
         call, configs, config, singletons = cloudpickle.loads(self.payload)
         worker.set_up(config, singletons)
         try:

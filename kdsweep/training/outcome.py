@@ -1,0 +1,59 @@
+"""The end of a training: the best weights are tested, and all files of a finished cell are written."""
+
+from __future__ import annotations
+
+import statistics
+
+import pandas as pd
+
+from kdsweep.core.device import Compute
+from kdsweep.core.files import write_text
+from kdsweep.data.loaders import EvalPart
+from kdsweep.evaluation import metrics
+from kdsweep.evaluation.scoring import predict, score
+from kdsweep.runs import checkpoint, records
+from kdsweep.training.learner import Learner
+
+SCORES, PREDICTIONS, HISTORY = "test_scores.csv", "test_predictions.npz", "history.csv"
+
+
+def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, float]:
+    """Test the weights of the best epoch and write all files, the marker of a finished cell last.
+
+    The outcome of the training is written before: a failed test costs no training, the next command tests again.
+
+    Returns:
+        The final values, ``test/dice`` among them.
+    """
+    folder, weights = learner.folder, weights_file(learner.role)
+    learner.save_outcome()
+    learner.restore_best()
+    predictions = predict(learner.network, part, compute=compute)
+    table = score(predictions, part, nsd_tolerance_px=learner.nsd_tolerance_px)
+    values = _final_values(learner, table, part)
+    checkpoint.save_network(folder / weights, learner.network)
+    write_text(folder / HISTORY, pd.DataFrame(learner.history).to_csv(index=False))
+    checkpoint.save_predictions(folder / PREDICTIONS, predictions[:, 0].numpy(), ids=part.ids)
+    write_text(folder / SCORES, table.to_csv(index=False))
+    (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
+    records.write_finished(folder, values=values, files=[weights, HISTORY, PREDICTIONS, SCORES, "split.json"])
+    return values
+
+
+def weights_file(role: str) -> str:
+    """Return the name of the file of a finished cell's weights."""
+    return f"{'teacher' if role == 'teacher' else 'student'}.safetensors"
+
+
+def _final_values(learner: Learner, table: pd.DataFrame, part: EvalPart) -> dict[str, float]:
+    values = {f"test/{name}": float(table[name].mean()) for name in metrics.SCORES}
+    values["test/dice_std"] = float(table["dice"].std())
+    values["test/trivial_dice"] = metrics.trivial_dice(part.masks)
+    values |= {"best_epoch": float(learner.best_epoch), "epochs": float(learner.epoch + 1)}
+    trained = learner.history[: learner.best_epoch + 1]
+    values["best/val_dice"] = trained[-1]["val/dice"]
+    if ratios := [ratio for row in trained if (ratio := row.get("train/kd_gradient_ratio"))]:
+        values["kd/gradient_ratio"] = statistics.geometric_mean(ratios)
+    if "train/kd_weight" in trained[-1]:
+        values["kd/weight"] = trained[-1]["train/kd_weight"]
+    return values

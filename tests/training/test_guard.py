@@ -1,0 +1,80 @@
+"""The guard around a cell's code: settings that cells share are as before, and draws depend on the seed alone."""
+
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from kdsweep.training import guard
+
+
+def settings():
+    return {name: read() for name, (read, _) in guard.SETTINGS.items()}
+
+
+CHANGES = {
+    "torch.set_default_dtype (was torch.float32, became torch.float64)": lambda: torch.set_default_dtype(torch.float64),
+    "torch.set_default_device (was cpu, became meta)": lambda: torch.set_default_device("meta"),
+    "torch.set_num_threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+    "torch.set_grad_enabled (was True, became False)": lambda: torch.set_grad_enabled(False),
+    "torch.autograd.set_detect_anomaly": lambda: torch.autograd.set_detect_anomaly(True),
+    "torch.autocast": lambda: torch.autocast("cpu").__enter__(),
+    "torch.use_deterministic_algorithms (was 0, became 2)": lambda: torch.use_deterministic_algorithms(True),
+    "torch.set_float32_matmul_precision": lambda: torch.set_float32_matmul_precision("medium"),
+    "cudnn.allow_tf32": lambda: setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32),
+    "torch.backends.cudnn.benchmark": lambda: setattr(torch.backends.cudnn, "benchmark", True),
+    "torch.backends.mkldnn.enabled": lambda: setattr(torch.backends.mkldnn, "enabled", False),
+    "torch.set_flush_denormal (was False, became True)": lambda: torch.set_flush_denormal(True),
+    "numpy.seterr": lambda: np.seterr(all="raise"),
+}
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_setting_that_is_changed_is_named_and_restored(change, raises):
+    (name,) = (name for name, own in CHANGES.items() if own is change)
+    before = settings()
+    with pytest.raises((guard.SharedStateError, KeyError)) as caught, guard.confined(0):
+        change()
+        assert settings() != before
+        if raises:
+            raise KeyError("its own error")
+    assert settings() == before
+    assert ("its own error" if raises else name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [None, 0, 3, "no licence"])
+def test_sys_exit_is_an_error_of_the_cell(code):
+    with pytest.raises(guard.SharedStateError, match="raise an error instead") as caught, guard.confined(0):
+        sys.exit(code)
+    assert repr(code) in str(caught.value)
+
+
+def draws():
+    return [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002 (as a user's code may)
+
+
+def seed_all():
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    torch.manual_seed(5)
+
+
+def test_all_three_generators_follow_the_seed_and_go_on_outside_as_if_nothing_had_been_drawn():
+    seed_all()
+    expected = [draws(), draws()]
+    seed_all()
+    outside, inside = [draws()], []
+    for seed in (1, 2, 1):
+        with guard.confined(seed):
+            inside.append(draws())
+            with guard.confined(seed + 10):  # as a path is built inside the check of its term
+                draws()
+            inside[-1] += draws()
+    outside.append(draws())
+    assert outside == expected
+    assert inside[0] == inside[2]
+    assert not set(inside[0]) & set(inside[1])
