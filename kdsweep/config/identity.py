@@ -56,7 +56,12 @@ def default_load_size(image_size: int) -> int:
 
 def source(cfg: DictConfig) -> Any:
     """Return the data set that a configuration names: a ``data.Source``."""
-    return hydra.utils.instantiate(cfg.data.source)
+    return build(cfg.data.source)
+
+
+def build(node: DictConfig) -> Any:
+    """Return what a part of the configuration with ``_target_`` names, made with its numbers as they are hashed."""
+    return hydra.utils.instantiate(user_code.canonical(plain(node)))
 
 
 def listing(cfg: Config) -> sources.Listing:

@@ -10,8 +10,17 @@ from collections.abc import Mapping
 from functools import reduce
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
+from kdsweep.config.user_code import canonical
 from kdsweep.core.errors import InputError
 
 
@@ -59,6 +68,7 @@ Precision = Annotated[Literal["fp32", "tf32", "bf16"], Field(description="fp32, 
 Widths = Annotated[list[Count], Field(min_length=5, max_length=5, description="five whole numbers >= 1")]
 Monitor = Literal["loss", "dice"]
 Text = Annotated[str, Field(min_length=1, description="a word")]
+Call = Annotated[dict[str, Any], AfterValidator(canonical)]  # a function or class by _target_, and its arguments
 
 
 class Node(BaseModel):
@@ -75,6 +85,15 @@ class OpenNode(Node):
     """A part that may have keys of its user's own."""
 
     model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _canonical(cls, values: Any) -> Any:
+        """Bring the numbers of the user's own keys into one form; declared keys have their types."""
+        if not isinstance(values, dict):
+            return values
+        declared = {field.alias or name for name, field in cls.model_fields.items()}
+        return {**canonical(values), **{key: value for key, value in values.items() if key in declared}}
 
 
 class KDPathNode(OpenNode):
@@ -100,15 +119,15 @@ class LossNode(OpenNode):
     """``loss``: a function for each representation that it compares."""
 
     name: Text
-    logits: dict[str, Any] | None = None
-    hidden: dict[str, Any] | None = None
+    logits: Call | None = None
+    hidden: Call | None = None
 
 
 class TermNode(Node):
     """``method.terms.NAME``: one comparison of a method."""
 
     path: KDPathNode
-    loss: dict[str, Any]
+    loss: Call
     weight: float = Field(gt=0, description="a number > 0")
 
 
@@ -231,7 +250,7 @@ class DataNode(OpenNode):
     """``data``: the data set; ``source`` is its class and arguments, among them the user's own."""
 
     name: Text
-    source: dict[str, Any]
+    source: Call
     load_size: int | None = Field(None, ge=64, description="null or a whole number >= image_size")
     allow_empty_masks: bool | None = Field(None, description="true or false")
     count: int | None = Field(None, ge=4, description="a whole number >= 4")
