@@ -6,9 +6,9 @@ no ranges. Below it values are attributes. What a key means stands beside it in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import reduce
-from typing import Annotated, Any, Literal, get_args, get_origin
+import math
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from kdsweep.config import grid, messages
 from kdsweep.config.user_code import canonical
 from kdsweep.core.errors import InputError
 
@@ -335,11 +336,12 @@ class Settings(Node):
         return None if self.kd.weight == "matched" else float(self.kd.weight)
 
 
-def read(values: Mapping[str, Any]) -> Settings:
+def read(values: Mapping[str, Any], *, source: Callable[[str], str] = str) -> Settings:
     """Check a configuration and return it with its types.
 
     Args:
         values: nested dicts of resolved plain values.
+        source: gives the key that holds the value of a key which refers to it: an error names that one.
 
     Raises:
         InputError: for the first wrong value, in one line with its key, the value and what is allowed.
@@ -347,7 +349,11 @@ def read(values: Mapping[str, Any]) -> Settings:
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise InputError(_line(error, values)) from None
+        raise InputError(messages.of_value(error, values, root=Settings, source=source)) from None
+    for key, value in grid.flatten(settings.plain()).items():
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, float)]
+        if not all(map(math.isfinite, numbers)):  # in keys of the user's own
+            raise InputError(f"{source(key)}={value} is not allowed: it must be finite")
     _check_split(settings.split)
     if settings.kd.lambda_ is not None and settings.kd.weight != settings.method.kd_weight:
         both = f"kd.weight={settings.kd.weight} and kd.lambda={settings.kd.lambda_:g}"
@@ -368,34 +374,3 @@ def _check_split(split: SplitNode) -> None:
         raise InputError(f"split.fold={split.fold} is not allowed: split.folds={split.folds} are counted from 0")
     if split.protocol == "file" and split.file is None:
         raise InputError("split.file is missing: give the .csv or .json file on the command line, split.file=...")
-
-
-def _line(error: ValidationError, values: Mapping[str, Any]) -> str:
-    """Return the first error in one line."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    node: type[Node] = Settings
-    keys: list[str] = []
-    allowed, is_name = "", False
-    for part in first["loc"]:
-        if is_name:  # the user's own, such as that of a method's term
-            keys.append(str(part))
-            is_name = False
-            continue
-        fields = {field.alias or name: field for name, field in node.model_fields.items()}
-        if part not in fields:
-            if first["type"] == "extra_forbidden":
-                return f"{'.'.join([*keys, str(part)])} is not a key of the configuration; it has: {', '.join(fields)}"
-            break
-        keys.append(str(part))
-        field = fields[str(part)]
-        allowed = field.description or "given"
-        kinds = [field.annotation, *get_args(field.annotation)]
-        below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Node)]
-        if not below:
-            break
-        node, is_name = below[0], get_origin(field.annotation) is dict
-    key = ".".join(keys)
-    if first["type"] == "missing":
-        return f"{key} is missing: give it on the command line, {key}=..."
-    value = reduce(lambda inner, name: inner[name], keys, values)  # of a list all, where the error names an entry
-    return f"{key}={' '.join(str(value).split())} is not allowed: it must be {allowed}"  # in one line, whatever it is

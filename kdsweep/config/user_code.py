@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import io
 import sys
+import sysconfig
 import tokenize
 from collections.abc import Iterator
 from functools import cache
@@ -56,6 +57,10 @@ def user_code_digest(targets: list[str]) -> str:
 def _target_modules(target: str) -> list[str]:
     """The module of a target with the packages that it lies in."""
     parts = target.split(".")
+    if len(parts) == 1:
+        raise InputError(
+            f"_target_={target} is not allowed: it must be a function or class with its module, {target}.NAME"
+        )
     for count in range(len(parts) - 1, 0, -1):
         if _find_spec(".".join(parts[:count])) is not None:
             return [".".join(parts[:end]) for end in range(1, count + 1)]
@@ -80,11 +85,25 @@ def _find_spec(name: str) -> ModuleSpec | None:
 def _user_file(name: str) -> Path | None:
     """The file of a module, or None for Python's own modules, installed packages and this package."""
     top = name.partition(".")[0]
+    if top in sys.stdlib_module_names and (shadowed := _shadowed(top)) is not None:
+        raise InputError(
+            f"{shadowed}: {top} is the name of a module of Python, which is taken instead; rename the file"
+        )
     spec = None if top in sys.stdlib_module_names or top == PACKAGE else _find_spec(name)
     if spec is None or not spec.has_location or spec.origin is None:
         return None
     file = Path(spec.origin)
     return None if INSTALLED & set(file.parts) else file
+
+
+@cache
+def _shadowed(top: str) -> str | None:
+    """The user's file that has the name of a module of Python."""
+    python = sysconfig.get_path("stdlib")
+    folders = [Path(folder) for folder in ["", *sys.path]]
+    users = [str(each) for each in folders if not each.is_relative_to(python) and not INSTALLED & set(each.parts)]
+    spec = PathFinder.find_spec(top, users)
+    return spec.origin if spec is not None and spec.has_location else None
 
 
 @cache

@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="+", help="the data set: data=folder data.root=/path, and device=...")
     add_sweep(parser)
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     problems: list[str] = []
 
     def work() -> None:

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="+", help="the data set: data=busi data.root=/path/to/BUSI")
     parser.add_argument("--out", type=Path, help="folder for the results (one in the user's cache, by data set)")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
 
     def work() -> None:
         cfg = composition.compose(options.overrides)

@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from kdsweep.config import composition
 from kdsweep.core.errors import CellError, InputError, one_line
@@ -118,10 +117,10 @@ def _preview(waiting: list[Job]) -> Preview:
 
 def prepare(configs: list[DictConfig], *, command: str) -> int:
     """Check every job in this process, record what the sweep asks for, say what will run; return the number of jobs."""
-    from kdsweep.sweep import estimate, plan
+    from kdsweep.sweep import estimate, plan, typed
     from kdsweep.tracking import sync
 
-    jobs = plan.read_jobs(configs)
+    jobs = typed.read_jobs(configs)
     plan.watch(jobs, command=command)
     at_end.callback(sync.close_all)
     waiting = plan.waiting(jobs)
@@ -133,9 +132,9 @@ def prepare(configs: list[DictConfig], *, command: str) -> int:
 
 def show_plan(configs: list[DictConfig]) -> int:
     """Check every job and say what would run, without writing anything; return the number of jobs."""
-    from kdsweep.sweep import estimate, plan
+    from kdsweep.sweep import estimate, plan, typed
 
-    jobs = plan.read_jobs(configs)
+    jobs = typed.read_jobs(configs)
     waiting = plan.waiting(jobs)
     preview = _preview(waiting) if waiting else None
     sys.stdout.write(estimate.overview(jobs, groups=[waiting] if waiting else [], preview=preview) + "\n")
@@ -152,39 +151,18 @@ def compose_jobs(config: DictConfig) -> list[DictConfig]:
     return [loader.load_sweep_config(config, list(job)) for job in batch]
 
 
-def user_message(error: BaseException) -> str:
-    """Return a message that the user can act on, from an exception and its causes."""
+def user_message(error: BaseException, words: Sequence[str] = ()) -> str:
+    """Return a message that the user can act on, from an exception and its causes.
+
+    Args:
+        error: the exception.
+        words: overrides of the command.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InputError | CellError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, OverrideParseException):
-        return composition.quoting(error.override)
-    text = " ".join(str(error).split())
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{match[1]} is missing: give it on the command line, {match[1]}=..."
-    if match := re.search(r"Could not override '(hydra[^']+)'", text):
-        return f"{match[1]} has no such key yet: to add one put + before it, +{match[1]}=..."
-    if match := re.search(r"Could not override '([^']+)'", text):
-        return f"{match[1]} is not a key of the configuration; {_known_keys(match[1])}"
-    unknown_option = r"Could not find '(\S+)/([^/']+)' Available options in '\S+': (.+?)(?: Config search|$)"
-    if match := re.search(unknown_option, text):
-        return f"{match[1]}={match[2]} is not an option; {match[1]} has: {', '.join(match[3].split())}"
-    if text.startswith("Config group override must be a string"):
-        return "a group of configuration files is given a number: name one of its options, such as split=s0"
     if type(error).__module__.startswith(("hydra", "omegaconf")):
-        return text
+        return composition.one_line(error, words)
     return one_line(error)
-
-
-def _known_keys(key: str) -> str:
-    """Return the keys that could replace a wrong one."""
-    parent, _, _ = key.rpartition(".")
-    try:
-        cfg = composition.compose([])
-        node = OmegaConf.select(cfg, parent) if parent else cfg
-        keys = ", ".join(sorted(node)) if node is not None else ""
-    except (InputError, TypeError):
-        keys = ""
-    return f"{parent + ' has' if parent else 'it has'}: {keys}" if keys else "see python -m kdsweep --help"

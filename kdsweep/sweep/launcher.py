@@ -80,11 +80,11 @@ class LockstepLauncher(Launcher):
         self.engine.close(None)
 
     def _launch_cells(self, configs: Sequence[DictConfig]) -> list[JobReturn]:
-        from kdsweep.sweep import callback, plan
+        from kdsweep.sweep import callback, plan, typed
         from kdsweep.sweep.engines import worker
         from kdsweep.tracking import sync
 
-        jobs = plan.read_jobs(configs)
+        jobs = typed.read_jobs(configs)
         gc.freeze()  # they stay to the end: else each collection of garbage would go through all of them again
         jobs = [replace(job, subdir=subdir) for job, subdir in zip(jobs, self.subdirs(jobs), strict=True)]
         waiting = plan.waiting(jobs)

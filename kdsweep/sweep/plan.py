@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from kdsweep.config import grid, identity
+from kdsweep.config import composition, grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.config.schema import Settings
 from kdsweep.core.errors import CellError
@@ -78,6 +78,7 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
     for cfg in configs:
         read.append(identity.read(cfg))
         typed = list(cfg.hydra.overrides.task) if "hydra" in cfg else []
+        composition.check_grid(cfg, typed)
         keys = _tuned_keys(cfg)
         tuned.append(tuple(word.partition("=")[0] for word in typed if grid.is_under(word.partition("=")[0], keys)))
         words.append([word for word in typed if word.partition("=")[0] not in tuned[-1]])
@@ -143,7 +144,7 @@ def name_variants(
 def swept_keys(words: list[list[str]], read: Sequence[Settings]) -> list[str]:
     """Return what a command line gives several values, beyond the factors: keys, and groups such as teacher.
 
-    1e-3 and 0.001 are one value: those of a key are compared as the configurations hold them, those of a group as typed.
+    1e-3 and 0.001 are one value: those of a key are compared as the configurations hold them.
 
     Args:
         words: overrides of each job.

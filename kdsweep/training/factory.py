@@ -232,7 +232,7 @@ def _method_terms(cfg: DictConfig, shares: dict[str, float]) -> dict[str, Term]:
         kd_path = _kd_path(cfg, node.path)
         if kd_path.stages is None:
             raise InputError(f"method.terms.{name}.path={node.path._target_} says not which stages it takes")
-        terms[name] = Term(kd_path, identity.build(node.loss), kd_path.stages, shares[name])
+        terms[name] = Term(kd_path, composition.build(node.loss), kd_path.stages, shares[name])
     return terms
 
 
@@ -240,12 +240,12 @@ def _term(cfg: DictConfig) -> Term:
     """Build the comparison of ``path`` and ``loss``."""
     representation, kd_path = cfg.path.representation, _kd_path(cfg, cfg.path.kd_path)
     implied = (unet.HIDDEN, "logits") if representation == "logits" else (unet.HIDDEN,)
-    return Term(kd_path, identity.build(cfg.loss[representation]), kd_path.stages or implied)
+    return Term(kd_path, composition.build(cfg.loss[representation]), kd_path.stages or implied)
 
 
 def _kd_path(cfg: DictConfig, node: DictConfig) -> KDPath:
     """Build a KD path; one that is ``_partial_`` is given the channels of its stage in both networks."""
-    kd_path = identity.build(node)
+    kd_path = composition.build(node)
     if not isinstance(kd_path, partial):
         return cast("KDPath", kd_path)
     stage = kd_path.keywords.get("stage", unet.HIDDEN)
@@ -328,7 +328,7 @@ def print_models(argv: list[str]) -> int:
     """Print parameters, MACs and hidden shapes of the configured networks; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep models", description="What the networks consist of.")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as teacher=resnet34 image_size=128")
-    overrides = parser.parse_args(argv).overrides
+    overrides = parser.parse_intermixed_args(argv).overrides
 
     def work() -> None:
         cfg = composition.compose(overrides)

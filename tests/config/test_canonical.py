@@ -76,7 +76,9 @@ def test_the_settings_of_shipped_configurations_have_the_digests_that_were_recor
 def test_two_spellings_of_one_number_are_one_cell(cell, store: Path, one: str, other: str) -> None:
     assert cell(one).fingerprint == cell(other).fingerprint
     assert cell(one).key == cell(other).key
-    params = [{key: str(value) for key, value in identity.params(compose(words, store)).items()} for words in (one, other)]
+    params = [
+        {key: str(value) for key, value in identity.params(compose(words, store)).items()} for words in (one, other)
+    ]
     assert params[0] == params[1]
 
 
