@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,10 @@ def test_a_number_has_the_type_that_its_function_declares(
 ) -> None:
     (tmp_path / "own_of_canonical.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(user_code, "_find_spec", cache(user_code._find_spec.__wrapped__))
     node = {"_target_": f"own_of_canonical.{name}", "delta": 1, "steps": 3.0, "on": True, "free": [2.0, 0.5, math.inf]}
     expected = node | {"delta": 1.0, "steps": 3, "free": [2, 0.5, math.inf]}
     assert repr(user_code.canonical(node)) == repr(expected)
-    user_code._find_spec.cache_clear()
 
 
 def test_without_a_declaration_a_number_without_a_fraction_is_whole() -> None:
