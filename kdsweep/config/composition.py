@@ -188,7 +188,8 @@ def _no_key(key: str, words: Sequence[str]) -> str:
         return f"{key} has no such key yet: to add one put + before it, +{key}=..."
     groups = overrides.group_options()
     try:
-        node = _compose([word for word in words if word.partition("=")[0].lstrip("+") in groups.keys() - {key}])
+        chosen = [word for word in words if word.partition("=")[0].lstrip("+") in groups.keys() - {key}]
+        node = _compose([word.partition(",")[0] for word in chosen])
     except (HydraException, OmegaConfBaseException):
         return f"{key} is not a key of the configuration; see python -m kdsweep --cfg job"
     parents, name = [], key
