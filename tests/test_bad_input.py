@@ -287,7 +287,7 @@ class Outcome:
     ("override", "expected"),
     [
         ("loss=foo", "loss=foo is not an option; loss has: kld, mse"),
-        ("train.epoch=3", "train.epoch is not a key of the configuration; train has: batch_size, epochs"),
+        ("train.epoch=3", "train.epoch is not a key of the configuration; do you mean train.epochs? train has: "),
         ("train.epochs=0", "train.epochs=0 is not allowed: it must be a whole number >= 1"),
         ("data=busi", "data.root is missing: give it on the command line"),
     ],

@@ -30,12 +30,13 @@ def of_value(
     """
     found = error.errors(include_url=False, include_context=False)
     lines = [(*_locate(each["loc"], root), each["type"]) for each in found]
-    key, allowed, kind = next((line for line in lines if source(line[0]) == line[0]), lines[0])
+    keys, allowed, kind = next((line for line in lines if source(".".join(line[0])) == ".".join(line[0])), lines[0])
+    key = ".".join(keys)
     if kind == "extra_forbidden":
         return f"{key} is not a key of the configuration; it has: {allowed}"
     if kind == "missing":
         return f"{key} is missing: give it on the command line, {key}=..."
-    value = reduce(lambda inner, name: inner[name], key.split("."), values)  # of a list all, where an entry is wrong
+    value = reduce(lambda inner, name: inner[name], keys, values)  # of a list all, where an entry is wrong
     key = source(key)
     line = f"{key}={typed(value)} is not allowed: it must be {allowed}"
     if kind == "string_type" and isinstance(value, int | float):
@@ -48,7 +49,7 @@ def typed(value: Any) -> str:
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), " ".join(str(value).split()))
 
 
-def _locate(place: tuple[int | str, ...], node: type[BaseModel]) -> tuple[str, str]:
+def _locate(place: tuple[int | str, ...], node: type[BaseModel]) -> tuple[list[str], str]:
     """Return the key of pydantic's location of an error, and what is allowed there; of an unknown key its neighbors."""
     keys: list[str] = []
     allowed, is_name = "", False
@@ -59,7 +60,7 @@ def _locate(place: tuple[int | str, ...], node: type[BaseModel]) -> tuple[str, s
             continue
         fields = {field.alias or name: field for name, field in node.model_fields.items()}
         if part not in fields:
-            return ".".join([*keys, str(part)]), ", ".join(fields)
+            return [*keys, str(part)], ", ".join(fields)
         keys.append(str(part))
         field = fields[str(part)]
         kinds = [field.annotation, *get_args(field.annotation)]
@@ -68,7 +69,7 @@ def _locate(place: tuple[int | str, ...], node: type[BaseModel]) -> tuple[str, s
         if not below:
             break
         node, is_name = below[0], get_origin(field.annotation) is dict
-    return ".".join(keys), allowed
+    return keys, allowed
 
 
 def source_of(cfg: DictConfig, key: str) -> str:

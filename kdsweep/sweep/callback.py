@@ -21,7 +21,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from kdsweep.config import composition
+from kdsweep.config import composition, overrides
 from kdsweep.core.errors import CellError, InputError, one_line
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Compose and check all jobs; a wrong one ends the program before anything is trained."""
+        params = config.hydra.sweeper.get("params") or {}
+        _or_exit(lambda: len(overrides.check([f"{key}={value}" for key, value in params.items()], multirun=True)))
         if _is_own(config):
             return  # the lockstep launchers do all this themselves
         self.total = _or_exit(lambda: prepare(compose_jobs(config), command=command_line(config)))
@@ -146,8 +148,8 @@ def compose_jobs(config: DictConfig) -> list[DictConfig]:
     loader = GlobalHydra.instance().config_loader()
     fixed = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(config_loader=loader)
-    overrides = parser.parse_overrides([*fixed, *config.hydra.overrides.task])
-    (batch,) = BasicSweeper.split_arguments(overrides, None)
+    parsed = parser.parse_overrides([*fixed, *config.hydra.overrides.task])
+    (batch,) = BasicSweeper.split_arguments(parsed, None)
     return [loader.load_sweep_config(config, list(job)) for job in batch]
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from commands import kdsweep
 from hydra.types import RunMode
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 from kdsweep.config import composition
 from kdsweep.core.errors import InputError
-from kdsweep.sweep import plan, typed
+from kdsweep.sweep import callback, plan, typed
 
 
 @pytest.fixture
@@ -77,6 +77,13 @@ def test_a_grid_whose_keys_are_not_typed_would_be_dropped(command) -> None:
         command("path=L,H", grid=("seed",))
     assert len(command("path=L,H", "seed=0", grid=("path", "seed"))) == 2
     assert len(command("path=L", "seed=0", grid=("path", "seed"), multirun=False)) == 1
+
+
+def test_the_grid_of_an_experiment_is_checked_as_a_command_line_is() -> None:
+    """YAML invites to write a list, of which Hydra would take the last option."""
+    cfg = OmegaConf.create({"hydra": {"sweeper": {"params": {"seed": "0,1", "path": ["L", "H"]}}}})
+    with pytest.raises(SystemExit, match=r"is a list, of which only the last option counts: -m path=L,H runs each$"):
+        callback.SweepCallback().on_multirun_start(cfg)
 
 
 @pytest.mark.slow
