@@ -122,13 +122,14 @@ def prepare(configs: list[DictConfig], *, command: str) -> int:
     from kdsweep.sweep import estimate, plan, typed
     from kdsweep.tracking import sync
 
-    jobs = typed.read_jobs(configs)
+    jobs = plan.read_jobs(configs)
     plan.watch(jobs, command=command)
     at_end.callback(sync.close_all)
     waiting = plan.waiting(jobs)
     preview = _preview(waiting) if waiting else None
     log.info("%s", estimate.describe(jobs, groups=[[job] for job in waiting], preview=preview))
     plan.tell_changes(jobs)
+    typed.name_idle(jobs)
     return len(jobs)
 
 
@@ -136,10 +137,11 @@ def show_plan(configs: list[DictConfig]) -> int:
     """Check every job and say what would run, without writing anything; return the number of jobs."""
     from kdsweep.sweep import estimate, plan, typed
 
-    jobs = typed.read_jobs(configs)
+    jobs = plan.read_jobs(configs)
     waiting = plan.waiting(jobs)
     preview = _preview(waiting) if waiting else None
     sys.stdout.write(estimate.overview(jobs, groups=[waiting] if waiting else [], preview=preview) + "\n")
+    typed.name_idle(jobs)
     return len(jobs)
 
 

@@ -1,35 +1,20 @@
-"""The jobs of a command, with a line on the keys that it gives and that no cell uses."""
+"""The keys that a command gives and that no cell uses: nothing that is typed is dropped without a word."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from kdsweep.config import grid, identity
 from kdsweep.config.schema import DataNode, LossNode, Node, PathNode
-from kdsweep.sweep import plan
 from kdsweep.sweep.plan import Job
 
 log = logging.getLogger(__name__)
 
 # Parts of the configuration that may have keys of the user's own, to which other keys refer.
 OPEN: dict[str, type[Node]] = {"path": PathNode, "loss": LossNode, "data": DataNode}
-
-
-def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
-    """Read the jobs of a command, and name the keys that it gives and no cell uses.
-
-    Args:
-        configs: of all jobs, with Hydra's part.
-
-    Raises:
-        InputError: the first thing that is wrong.
-    """
-    jobs = plan.read_jobs(configs)
-    name_idle(jobs)
-    return jobs
 
 
 def name_idle(jobs: Sequence[Job]) -> None:

@@ -32,7 +32,7 @@ def command(small_busi: Path, tmp_path: Path):
             with open_dict(cfg):
                 cfg.hydra = hydra
             configs.append(cfg)
-        return typed.read_jobs(configs)
+        return plan.read_jobs(configs)
 
     return make
 
@@ -62,7 +62,7 @@ def test_a_key_that_no_cell_uses_is_named_once(
     command, caplog: pytest.LogCaptureFixture, words: str, idle: str
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        command(*words.split())
+        typed.name_idle(command(*words.split()))
     lines = [line.partition(": used by no cell of this command (")[0] for line in caplog.messages]
     assert lines == ([idle] if idle else [])
 
