@@ -83,25 +83,25 @@ def train() -> int:
     import hydra
     from omegaconf import OmegaConf
 
-    from kdsweep.config import composition
+    from kdsweep.config import overrides
     from kdsweep.core import signals
     from kdsweep.sweep.callback import at_end, user_message
     from kdsweep.sweep.launcher import trains_cells
 
-    if "--plan" in sys.argv:  # at the end, for Hydra takes no option between overrides
-        sys.argv = [*(word for word in sys.argv if word != "--plan"), "hydra.launcher.plan=true"]
-    sys.argv = composition.with_home(sys.argv)
+    arguments = ["hydra.launcher.plan=true" if word == "--plan" else word for word in sys.argv[1:]]
     signals.install()
     logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
     OmegaConf.register_new_resolver("kdsweep.cell_dir", _cell_dir, replace=True)
     os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way
+    words: list[str] = []
     try:
-        composition.check_splits(sys.argv)
-        composition.check_methods(sys.argv)
+        options, words = overrides.divide(arguments)
+        words = overrides.check_typed(options, words)
+        sys.argv[1:] = [*options, *words]  # Hydra takes no option between overrides
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(trains_cells(run))()
     except Exception as error:
-        return report(error, user_message(error))
+        return report(error, user_message(error, words))
     finally:
         at_end.close()
     return 0

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -15,10 +14,13 @@ from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from kdsweep import conf_dir
+from kdsweep.config import messages, overrides, user_code
 from kdsweep.config.grid import is_under
 from kdsweep.core.errors import InputError
 
@@ -37,18 +39,18 @@ class Composer:
         self._is_value = cache(self._look_up)
         self._parse = cache(OverridesParser.create(config_loader=loader).parse_override)
 
-    def compose(self, overrides: Sequence[str], *, number: int) -> DictConfig:
+    def compose(self, words: Sequence[str], *, number: int) -> DictConfig:
         """Compose the configuration of one job.
 
         Args:
-            overrides: of the job.
+            words: overrides of the job.
             number: of the job.
         """
-        parsed = [self._parse(word) for word in overrides]
+        parsed = [self._parse(word) for word in words]
         changed = {own.key_or_group: own.value() for own in parsed if self._is_plain(own, parsed)}
         shape = tuple(own.key_or_group if own.key_or_group in changed else str(own.input_line) for own in parsed)
         if shape not in self._composed:
-            self._composed[shape] = cloudpickle.dumps(self._loader.load_sweep_config(self._config, list(overrides)))
+            self._composed[shape] = cloudpickle.dumps(self._loader.load_sweep_config(self._config, list(words)))
         config: DictConfig = cloudpickle.loads(self._composed[shape])
         for key, value in changed.items():
             OmegaConf.update(config, key, value)
@@ -97,61 +99,110 @@ class Composed(Sequence[DictConfig]):
         return self._composer.compose(self._jobs[index], number=self._first + index)
 
 
-def with_home(words: Sequence[str]) -> list[str]:
-    """Return overrides with the home folder for the ~ of KEY=~/folder, which a shell leaves as it is."""
-    home = str(Path.home())
-    return [re.sub(r"(?<=[=,])~(?=/)", lambda _: home, word) for word in words]
-
-
-def check_splits(words: Sequence[str]) -> None:
-    """Raise InputError for ``split=0``: Hydra reads a number, and options of a group are names."""
-    for word in words:
-        if match := re.fullmatch(r"split=(\d+(?:,\d+)*)", word):
-            named = ",".join(f"s{number}" for number in match[1].split(","))
-            raise InputError(f"{word} is not an option: the paper's random splits are s0, s1 and s2, so split={named}")
-
-
-def check_methods(words: Sequence[str]) -> None:
-    """Raise InputError for a method with a path or a loss: it brings its own."""
-    given = dict(word.lstrip("+").partition("=")[::2] for word in words)
-    if "none" not in given.get("method", "none").split(","):
-        for key in ("path", "loss"):
-            if given.get(key, "none") != "none":
-                raise InputError(f"method={given['method']} brings paths and losses of its own: leave {key} out")
-
-
-def quoting(word: str) -> str:
-    """Return how to type an override that is no sentence of Hydra's grammar."""
-    key, _, value = word.partition("=")
-    quoted = value.strip("\"'").replace("\\", "\\\\").replace('"', '\\"')
-    typed = shlex.quote(f'{key}="{quoted}"')
-    return f"{word} cannot be read: brackets, quotes, commas and = in a value need quotes within quotes: {typed}"
-
-
-def compose(overrides: list[str]) -> DictConfig:
+def compose(words: Sequence[str]) -> DictConfig:
     """Compose the configuration of one cell from overrides, outside of a Hydra run.
 
     Raises:
         InputError: an override is wrong, or a key has no value.
     """
-    check_splits(overrides)
-    check_methods(overrides)
+    checked = overrides.check(words)
     try:
-        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = hydra.compose("config", with_home(overrides))
-    except OverrideParseException as error:
-        raise InputError(quoting(error.override)) from error
+        return _compose(checked)
     except HydraException as error:
-        raise InputError(" ".join(str(error).split()).partition(" To append")[0]) from error
-    for key in _missing(OmegaConf.to_container(cfg)):
-        raise InputError(f"{key} is missing: give it on the command line, {key}=...")
-    return cfg
+        raise InputError(one_line(error, checked)) from error
 
 
-def _missing(value: Any, key: str = "") -> Iterator[str]:
-    """Yield the keys without a value below a plain nested value."""
-    if value == "???":
-        yield key
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            yield from _missing(part, f"{key}.{name}".lstrip("."))
+def _compose(words: Sequence[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return hydra.compose("config", list(words))
+
+
+def build(node: DictConfig) -> Any:
+    """Return what a part of the configuration with ``_target_`` names, made with its numbers as they are hashed.
+
+    Raises:
+        InputError: it is not there, or does not take these arguments.
+    """
+    try:
+        values = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(messages.of_reference(error)) from error
+    try:
+        return hydra.utils.instantiate(user_code.canonical(values))
+    except InstantiationException as error:
+        raise InputError(f"_target_={node['_target_']}: {messages.of_target(error)}") from error
+
+
+def check_grid(cfg: DictConfig, words: Sequence[str]) -> None:
+    """Raise InputError if a job's experiment has a grid of which the job is not a cell: Hydra would drop the grid.
+
+    Hydra reads the grid of one experiment, in a multirun.
+
+    Args:
+        cfg: configuration of the job, with Hydra's part.
+        words: overrides of the job.
+    """
+    params = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
+    typed = {word.lstrip("+~").partition("=")[0] for word in words}
+    dropped = [key for key in map(str, params) if key.lstrip("+") not in typed]
+    if not dropped:
+        return
+    name = cfg.hydra.runtime.choices.get("experiment")
+    lead = f"+experiment={name}" if name else f"hydra.sweeper.params.{dropped[0]}"
+    if cfg.hydra.mode == RunMode.MULTIRUN:
+        raise InputError(f"{lead} has a grid ({', '.join(dropped)}), and a command runs one: run one command for each")
+    values = " ".join(f"{key}=..." for key in dropped)
+    raise InputError(f"{lead} has a grid ({', '.join(dropped)}): add -m to run it, or choose one cell with {values}")
+
+
+def one_line(error: BaseException, words: Sequence[str] = ()) -> str:
+    """Return an error of Hydra or OmegaConf in one line, with key, value and remedy.
+
+    Args:
+        error: the exception.
+        words: the overrides, which decide what keys there are.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, OverrideParseException):
+        return overrides.quoting(error.override)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return f"{group}={option} is not an option; {group} has: {', '.join(error.options)}"
+    if isinstance(error, OmegaConfBaseException):
+        return messages.of_reference(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _no_key(match[1], words)
+    if match := re.search(r"An item is already at '([^']+)'", text):
+        return f"+{match[1]} is not allowed: the key exists, so leave + out, {match[1]}=..."
+    if match := re.search(r"Error merging override (.+)", text):
+        reason = messages.reason(error.__cause__ or error)
+        return f"{match[1]} is not allowed: {reason}"
+    if match := re.search(r"Additional config directory '(.+)' not found", text):
+        return f"--config-dir {match[1]}: no such folder"
+    return text
+
+
+def _no_key(key: str, words: Sequence[str]) -> str:
+    """Return what a key that does not exist could have been."""
+    if key.startswith("hydra"):
+        return f"{key} has no such key yet: to add one put + before it, +{key}=..."
+    groups = overrides.group_options()
+    try:
+        chosen = [word for word in words if word.partition("=")[0].lstrip("+") in groups.keys() - {key}]
+        node = _compose([word.partition(",")[0] for word in chosen])
+    except (HydraException, OmegaConfBaseException):
+        return f"{key} is not a key of the configuration; see python -m kdsweep --cfg job"
+    parents, name = [], key
+    while "." in name and OmegaConf.is_dict(node.get(name.partition(".")[0])):
+        parent, _, name = name.partition(".")
+        parents.append(f"{parent}.")
+        node = node[parent]
+    if name in node:
+        return f"{key} does not take that value: give its keys one by one, {key}.KEY=..."
+    if key in groups:
+        word = next((word for word in words if word.startswith(f"{key}=")), f"{key}=...")
+        return f"{key} is not set by default: put + before it, +{word}"
+    lead, keys = "".join(parents), sorted(map(str, node))
+    near = difflib.get_close_matches(name.partition(".")[0], keys, n=1)
+    hint = f"do you mean {lead}{near[0]}? " if near else ""
+    return f"{key} is not a key of the configuration; {hint}{lead.rstrip('.') or 'it'} has: {', '.join(keys)}"

@@ -142,23 +142,34 @@ def unused(role: str, params: Mapping[str, Any]) -> tuple[str, ...]:
         role: ``distilled``, ``baseline`` or ``teacher``.
         params: its flat configuration, as values or, as MLflow keeps them, as strings.
     """
+    of_others = _of_other_protocols(str(params.get("split.protocol", "")))
     if role == "baseline":
-        return ("method", "path", "loss", "teacher_aug", "teacher", "kd")
+        return (*of_others, "method", "path", "loss", "teacher_aug", "teacher", "kd")
     if role == "teacher":
         # The recipe is that of train where the Teacher has none of its own.
         has_own = [key for key in ("supervised", "schedule") if str(params.get(f"teacher.{key}")) not in UNSET]
         of_student = ("method", "path", "loss", "teacher_aug", "student", "kd", "train.lr", "train.monitor", "seed")
-        return (*of_student, *(f"train.{key}" for key in has_own))
-    idle = ["kd.align"] if params.get("teacher_aug.distill_view") == "strong" else []  # nothing to align
+        return (*of_others, *of_student, *(f"train.{key}" for key in has_own))
+    idle = list(of_others)
+    if params.get("teacher_aug.distill_view") == "strong":  # nothing to align
+        idle.append("kd.align")
     if params.get("kd.weight") != "matched":
         idle.append("kd.ratio")
     if params.get("method.name", "none") != "none":
         return (*idle, "path", "loss", "kd.temperature")
+    idle += [f"loss.{other}" for other in ("logits", "hidden") if other != params.get("path.representation")]
     loss = f"loss.{params.get('path.representation')}"
     own = str(params.get(f"{loss}._target_", "")).startswith(f"{PACKAGE}.")
     if own and f"{loss}.temperature" not in params:
         idle.append("kd.temperature")
     return tuple(idle)
+
+
+def _of_other_protocols(protocol: str) -> tuple[str, ...]:
+    """Return the keys of a split that its protocol does not have (conf/split/)."""
+    own = {"paper": "index", "holdout": "index group", "kfold": "folds fold group"}.get(protocol)
+    names = ("index", "folds", "fold", "file", "group", "allow_leakage")
+    return tuple(f"split.{name}" for name in names if own is not None and name not in own.split())
 
 
 def used_by(role: str, variant: dict[str, str], params: Mapping[str, Any]) -> dict[str, str]:

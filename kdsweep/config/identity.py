@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from kdsweep.config import grid, schema, user_code
+from kdsweep.config import composition, grid, messages, schema, user_code
 from kdsweep.config.grid import Cell
 from kdsweep.config.schema import NetworkNode, Settings, SplitNode
 from kdsweep.core.errors import InputError
@@ -41,8 +42,12 @@ def read(cfg: Config) -> Settings:
     """
     if isinstance(cfg, Settings):
         return cfg
-    own = {str(key): cfg[key] for key in cfg if key != "hydra"}
-    return schema.read({key: plain(value) if OmegaConf.is_config(value) else value for key, value in own.items()})
+    try:
+        own = {str(key): cfg[key] for key in cfg if key != "hydra"}
+        values = {key: plain(value) if OmegaConf.is_config(value) else value for key, value in own.items()}
+    except OmegaConfBaseException as error:
+        raise InputError(messages.of_reference(error, cfg)) from error
+    return schema.read(values, source=partial(messages.source_of, cfg))
 
 
 def load_size(cfg: DictConfig) -> int:
@@ -57,7 +62,7 @@ def default_load_size(image_size: int) -> int:
 
 def source(cfg: DictConfig) -> Any:
     """Return the data set that a configuration names: a ``data.Source``."""
-    return hydra.utils.instantiate(cfg.data.source)
+    return composition.build(cfg.data.source)
 
 
 def listing(cfg: Config) -> sources.Listing:

@@ -6,14 +6,24 @@ no ranges. Below it values are attributes. What a key means stands beside it in 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
-from functools import partial, reduce
-from typing import Annotated, Any, Literal, get_args, get_origin
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from kdsweep.config.grid import flatten
+from kdsweep.config import grid, messages
+from kdsweep.config.user_code import canonical
 from kdsweep.core.errors import InputError
 
 
@@ -77,6 +87,7 @@ SweepName = Annotated[
     AfterValidator(partial(_named, longest=200)),
     Field(description=f"{NAME_RULE} 200 bytes"),
 ]
+Call = Annotated[dict[str, Any], AfterValidator(canonical)]  # a function or class by _target_, and its arguments
 
 
 class Node(BaseModel):
@@ -93,6 +104,15 @@ class OpenNode(Node):
     """A part that may have keys of its user's own."""
 
     model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _canonical(cls, values: Any) -> Any:
+        """Bring the numbers of the user's own keys into one form; declared keys have their types."""
+        if not isinstance(values, dict):
+            return values
+        declared = {field.alias or name for name, field in cls.model_fields.items()}
+        return {**canonical(values), **{key: value for key, value in values.items() if key in declared}}
 
 
 class KDPathNode(OpenNode):
@@ -118,15 +138,15 @@ class LossNode(OpenNode):
     """``loss``: a function for each representation that it compares."""
 
     name: Name
-    logits: dict[str, Any] | None = None
-    hidden: dict[str, Any] | None = None
+    logits: Call | None = None
+    hidden: Call | None = None
 
 
 class TermNode(Node):
     """``method.terms.NAME``: one comparison of a method."""
 
     path: KDPathNode
-    loss: dict[str, Any]
+    loss: Call
     weight: float = Field(gt=0, description="a number > 0")
 
 
@@ -249,7 +269,7 @@ class DataNode(OpenNode):
     """``data``: the data set; ``source`` is its class and arguments, among them the user's own."""
 
     name: Name
-    source: dict[str, Any]
+    source: Call
     load_size: int | None = Field(None, ge=64, description="null or a whole number >= image_size")
     allow_empty_masks: bool | None = Field(None, description="true or false")
     # 100,000 images take 43 GiB of memory at image_size=224: a larger number is a typing error.
@@ -335,11 +355,12 @@ class Settings(Node):
         return None if self.kd.weight == "matched" else float(self.kd.weight)
 
 
-def read(values: Mapping[str, Any]) -> Settings:
+def read(values: Mapping[str, Any], *, source: Callable[[str], str] = str) -> Settings:
     """Check a configuration and return it with its types.
 
     Args:
         values: nested dicts of resolved plain values.
+        source: gives the key that holds the value of a key which refers to it: an error names that one.
 
     Raises:
         InputError: for the first wrong value, in one line with its key, the value and what is allowed.
@@ -347,8 +368,8 @@ def read(values: Mapping[str, Any]) -> Settings:
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise InputError(_line(error, values)) from None
-    _check_keys(settings)
+        raise InputError(messages.of_value(error, values, root=Settings, source=source)) from None
+    _check_keys(settings, source)
     _check_split(settings.split)
     if settings.kd.lambda_ is not None and settings.kd.weight != settings.method.kd_weight:
         both = f"kd.weight={settings.kd.weight} and kd.lambda={settings.kd.lambda_:g}"
@@ -361,11 +382,17 @@ def read(values: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _check_keys(settings: Settings) -> None:
-    """Raise InputError for a key of the user's that MLflow would not take as the name of a parameter."""
-    for key in flatten(settings.plain()):
+def _check_keys(settings: Settings, source: Callable[[str], str]) -> None:
+    """Raise InputError for a key that MLflow does not take as the name of a parameter, or a number that is not finite.
+
+    Both can come up in keys of the user, of which the schema knows neither name nor type.
+    """
+    for key, value in grid.flatten(settings.plain()).items():
         if not re.fullmatch(NAME, key) or len(key.encode()) > 200:
             raise InputError(f"{key} is not allowed as a key: it must be {NAME_RULE} 200 bytes")
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, float)]
+        if not all(map(math.isfinite, numbers)):
+            raise InputError(f"{source(key)}={value} is not allowed: it must be finite")
 
 
 def _check_split(split: SplitNode) -> None:
@@ -376,34 +403,3 @@ def _check_split(split: SplitNode) -> None:
         raise InputError(f"split.fold={split.fold} is not allowed: split.folds={split.folds} are counted from 0")
     if split.protocol == "file" and split.file is None:
         raise InputError("split.file is missing: give the .csv or .json file on the command line, split.file=...")
-
-
-def _line(error: ValidationError, values: Mapping[str, Any]) -> str:
-    """Return the first error in one line."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    node: type[Node] = Settings
-    keys: list[str] = []
-    allowed, is_name = "", False
-    for part in first["loc"]:
-        if is_name:  # the user's own, such as that of a method's term
-            keys.append(str(part))
-            is_name = False
-            continue
-        fields = {field.alias or name: field for name, field in node.model_fields.items()}
-        if part not in fields:
-            if first["type"] == "extra_forbidden":
-                return f"{'.'.join([*keys, str(part)])} is not a key of the configuration; it has: {', '.join(fields)}"
-            break
-        keys.append(str(part))
-        field = fields[str(part)]
-        allowed = field.description or "given"
-        kinds = [field.annotation, *get_args(field.annotation)]
-        below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Node)]
-        if not below:
-            break
-        node, is_name = below[0], get_origin(field.annotation) is dict
-    key = ".".join(keys)
-    if first["type"] == "missing":
-        return f"{key} is missing: give it on the command line, {key}=..."
-    value = reduce(lambda inner, name: inner[name], keys, values)  # of a list all, where the error names an entry
-    return f"{key}={' '.join(str(value).split())} is not allowed: it must be {allowed}"  # in one line, whatever it is

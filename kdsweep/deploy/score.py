@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="+", help="the data set: data=folder data.root=/path, and device=...")
     add_sweep(parser)
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     cfg = composition.compose(options.overrides)
     source, listing = identity.source(cfg), identity.listing(cfg)
     sweep = reader.read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)

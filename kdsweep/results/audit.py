@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("overrides", nargs="+", help="the data set: data=busi data.root=/path/to/BUSI")
     parser.add_argument("--out", type=Path, help="folder for the results (one in the user's cache, by data set)")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     cfg = composition.compose(options.overrides)
     listing = identity.listing(cfg)
     out = private_path(options.out, "--out", default=f"audit/{cfg.data.name}-{listing.digest[:8]}")

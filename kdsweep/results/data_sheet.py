@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="the data set: data=busi data.root=/path/to/BUSI, and split=...")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="contact sheet (one in the user's cache)")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     cfg = composition.compose(options.overrides)
     listing = identity.listing(cfg)
     sheet = private_path(options.sheet, "--sheet", default=f"data/{cfg.data.name}-{listing.digest[:8]}.png")

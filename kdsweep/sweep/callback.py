@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from kdsweep.config import composition
+from kdsweep.config import composition, overrides
 from kdsweep.core.errors import CellError, InputError, one_line, report
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Compose and check all jobs; a wrong one ends the program before anything is trained."""
+        params = config.hydra.sweeper.get("params") or {}
+        _or_exit(lambda: len(overrides.check([f"{key}={value}" for key, value in params.items()], multirun=True)))
         if _is_own(config):
             return  # the lockstep launchers do all this themselves
         self.total = _or_exit(lambda: prepare(compose_jobs(config), command=command_line(config)))
@@ -113,7 +114,7 @@ def _preview(waiting: list[Job]) -> Preview:
 
 def prepare(configs: list[DictConfig], *, command: str) -> int:
     """Check every job in this process, record what the sweep asks for, say what will run; return the number of jobs."""
-    from kdsweep.sweep import estimate, plan
+    from kdsweep.sweep import estimate, plan, typed
     from kdsweep.tracking import sync
 
     jobs = plan.read_jobs(configs)
@@ -124,17 +125,19 @@ def prepare(configs: list[DictConfig], *, command: str) -> int:
     log.info("%s", estimate.describe(jobs, groups=[[job] for job in waiting], preview=preview))
     estimate.log_ignored(jobs)
     plan.tell_changes(jobs)
+    typed.name_idle(jobs)
     return len(jobs)
 
 
 def show_plan(configs: list[DictConfig]) -> int:
     """Check every job and say what would run, without writing anything; return the number of jobs."""
-    from kdsweep.sweep import estimate, plan
+    from kdsweep.sweep import estimate, plan, typed
 
     jobs = plan.read_jobs(configs)
     waiting = plan.waiting(jobs)
     preview = _preview(waiting) if waiting else None
     sys.stdout.write(estimate.overview(jobs, groups=[waiting] if waiting else [], preview=preview) + "\n")
+    typed.name_idle(jobs)
     return len(jobs)
 
 
@@ -143,44 +146,23 @@ def compose_jobs(config: DictConfig) -> list[DictConfig]:
     loader = GlobalHydra.instance().config_loader()
     fixed = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(config_loader=loader)
-    overrides = parser.parse_overrides([*fixed, *config.hydra.overrides.task])
-    (batch,) = BasicSweeper.split_arguments(overrides, None)
+    parsed = parser.parse_overrides([*fixed, *config.hydra.overrides.task])
+    (batch,) = BasicSweeper.split_arguments(parsed, None)
     return [loader.load_sweep_config(config, list(job)) for job in batch]
 
 
-def user_message(error: BaseException) -> str:
-    """Return a message that the user can act on, from an exception and its causes."""
+def user_message(error: BaseException, words: Sequence[str] = ()) -> str:
+    """Return a message that the user can act on, from an exception and its causes.
+
+    Args:
+        error: the exception.
+        words: overrides of the command.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InputError | CellError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, OverrideParseException):
-        return composition.quoting(error.override)
-    text = " ".join(str(error).split())
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{match[1]} is missing: give it on the command line, {match[1]}=..."
-    if match := re.search(r"Could not override '(hydra[^']+)'", text):
-        return f"{match[1]} has no such key yet: to add one put + before it, +{match[1]}=..."
-    if match := re.search(r"Could not override '([^']+)'", text):
-        return f"{match[1]} is not a key of the configuration; {_known_keys(match[1])}"
-    unknown_option = r"Could not find '(\S+)/([^/']+)' Available options in '\S+': (.+?)(?: Config search|$)"
-    if match := re.search(unknown_option, text):
-        return f"{match[1]}={match[2]} is not an option; {match[1]} has: {', '.join(match[3].split())}"
-    if text.startswith("Config group override must be a string"):
-        return "a group of configuration files is given a number: name one of its options, such as split=s0"
     if type(error).__module__.startswith(("hydra", "omegaconf")):
-        return text
+        return composition.one_line(error, words)
     return one_line(error)
-
-
-def _known_keys(key: str) -> str:
-    """Return the keys that could replace a wrong one."""
-    parent, _, _ = key.rpartition(".")
-    try:
-        cfg = composition.compose([])
-        node = OmegaConf.select(cfg, parent) if parent else cfg
-        keys = ", ".join(sorted(node)) if node is not None else ""
-    except (InputError, TypeError):
-        keys = ""
-    return f"{parent + ' has' if parent else 'it has'}: {keys}" if keys else "see python -m kdsweep --help"

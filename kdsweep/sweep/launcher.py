@@ -112,12 +112,13 @@ class LockstepLauncher(Launcher):
 
     def _obtain(self, jobs: list[Job], waiting: list[Job]) -> dict[str, float | Exception]:
         """By fingerprint the results of all cells, read or computed."""
-        from kdsweep.sweep import estimate, plan
+        from kdsweep.sweep import estimate, plan, typed
 
         preview, groups = self._look(waiting, times=False) if waiting else (None, [])
         log.info("%s", estimate.describe(jobs, groups=groups, preview=preview))
         estimate.log_ignored(jobs)
         plan.tell_changes(jobs)
+        typed.name_idle(jobs)
         results: dict[str, float | Exception] = {}
         for job in plan.unique(jobs):
             if job.finished is not None:
@@ -134,10 +135,11 @@ class LockstepLauncher(Launcher):
 
     def _show_plan(self, jobs: list[Job], waiting: list[Job]) -> None:
         """Print what ``estimate.overview`` tells; no cell is trained, one step is timed; phantoms are made."""
-        from kdsweep.sweep import estimate
+        from kdsweep.sweep import estimate, typed
 
         preview, groups = self._look(waiting, times=True) if waiting else (None, [])
         sys.stdout.write(estimate.overview(jobs, groups=groups, preview=preview) + "\n")
+        typed.name_idle(jobs)
 
     def _train(self, groups: list[list[Job]], preview: Preview) -> dict[str, float | Exception]:
         from kdsweep.sweep import estimate

@@ -123,7 +123,7 @@ def check_jobs(jobs: list[Job], words: list[list[str]], *, whole: space.Space, w
     for key in ("store", "sweep_name"):
         if len(values := {getattr(job.settings, key) for job in jobs}) > 1:
             raise InputError(f"{key}={','.join(sorted(values))}: one command tunes one sweep; give one value")
-    for key in plan.swept_keys(words):
+    for key in plan.swept_keys(words, [job.settings for job in jobs]):
         if key in whole:
             raise InputError(f"{space.KEY}: {key} is swept by the command too; tune it or sweep it")
     for job in jobs:

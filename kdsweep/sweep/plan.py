@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from kdsweep.config import grid, identity
+from kdsweep.config import composition, grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.config.schema import Settings
 from kdsweep.core.errors import CellError, InputError
@@ -81,6 +81,7 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
             why = "relative paths count from the folder of the command, and cells of a group share their process"
             raise InputError(f"hydra.job.chdir=true is not allowed: {why}; leave it out")
         typed = list(cfg.hydra.overrides.task) if "hydra" in cfg else []
+        composition.check_grid(cfg, typed)
         keys = _tuned_keys(cfg)
         tuned.append(tuple(word.partition("=")[0] for word in typed if grid.is_under(word.partition("=")[0], keys)))
         words.append([word for word in typed if word.partition("=")[0] not in tuned[-1]])
@@ -127,7 +128,8 @@ def name_variants(
         sweeps.setdefault((own[number].store, settings.sweep_name), []).append(number)
     named = list(own)
     for (store, sweep), members in sweeps.items():
-        keys = swept_keys([words[number] for number in members]) + requests.read_varied(store, sweep)
+        keys = swept_keys([words[number] for number in members], [read[number] for number in members])
+        keys += requests.read_varied(store, sweep)
         shared: dict[str, dict[str, str]] = {}
         flats = {number: identity.params(read[number]) for number in members} if keys else {}
         for number, flat in flats.items():
@@ -142,9 +144,19 @@ def name_variants(
     return named
 
 
-def swept_keys(words: list[list[str]]) -> list[str]:
-    """Return what a command line gives several values, beyond the factors: keys, and groups such as teacher."""
-    return [key for key in grid.swept_keys(words) if not key.startswith("hydra")]
+def swept_keys(words: list[list[str]], read: Sequence[Settings]) -> list[str]:
+    """Return what a command line gives several values, beyond the factors: keys, and groups such as teacher.
+
+    1e-3 and 0.001 are one value: those of a key are compared as the configurations hold them.
+
+    Args:
+        words: overrides of each job.
+        read: their configurations, checked.
+    """
+    keys = [key for key in grid.swept_keys(words) if not key.startswith("hydra")]
+    flats = [identity.params(settings) for settings in read] if keys else []
+    values = {key: {str(flat[key]) if key in flat else None for flat in flats} for key in keys}
+    return [key for key in keys if len(values[key]) > 1 or values[key] == {None}]
 
 
 def kinds(jobs: Sequence[Job]) -> list[Job]:
@@ -197,7 +209,7 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
         for sweep in sorted({job.settings.sweep_name for job in own}):
             members = [job for job in own if job.settings.sweep_name == sweep]
             asked[sweep] = [job.cell for job in unique(members)]
-            swept = swept_keys([job.overrides for job in members])
+            swept = swept_keys([job.overrides for job in members], [job.settings for job in members])
             tuned[sweep] = list(dict.fromkeys(key for job in members for key in job.tuned))
             if swept:
                 varied[sweep] = swept + grid.varied_keys([identity.params(job.settings) for job in members])
@@ -248,12 +260,12 @@ def _difference(before: dict[str, Any], cell: Cell) -> str:
             "their tables, report and predictions can still be made"
         )
     old, new = grid.flatten(before["settings"]), grid.flatten(cell.settings)
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    keys = [key for key in sorted(old.keys() | new.keys()) if repr(old.get(key)) != repr(new.get(key))]  # 1 is not 1.0
     found = [f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})" for key in keys]
     names = {"user_code": "your own code", "data": "the images", "student_weights": "the file of student.weights"}
     names |= {"split": "the images of the split's parts", "groups": "the groups of split.group"}
     found += [words for key, words in names.items() if old_evidence.get(key) != cell.evidence.get(key)]
-    if not found:
+    if not found and old_evidence.get("teacher") != cell.evidence.get("teacher"):
         found = ["its Teacher"]
     more = f" and {len(found) - 4} more" if len(found) > 4 else ""
     return f"since then this has changed: {', '.join(found[:4])}{more}"

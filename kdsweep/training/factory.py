@@ -14,7 +14,6 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import cast
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from torch import nn
@@ -236,7 +235,7 @@ def _method_terms(cfg: DictConfig, shares: dict[str, float]) -> dict[str, Term]:
         kd_path = _kd_path(cfg, node.path)
         if kd_path.stages is None:
             raise InputError(f"method.terms.{name}.path={node.path._target_} says not which stages it takes")
-        terms[name] = Term(kd_path, hydra.utils.instantiate(node.loss), kd_path.stages, shares[name])
+        terms[name] = Term(kd_path, composition.build(node.loss), kd_path.stages, shares[name])
     return terms
 
 
@@ -244,12 +243,12 @@ def _term(cfg: DictConfig) -> Term:
     """Build the comparison of ``path`` and ``loss``."""
     representation, kd_path = cfg.path.representation, _kd_path(cfg, cfg.path.kd_path)
     implied = (unet.HIDDEN, "logits") if representation == "logits" else (unet.HIDDEN,)
-    return Term(kd_path, hydra.utils.instantiate(cfg.loss[representation]), kd_path.stages or implied)
+    return Term(kd_path, composition.build(cfg.loss[representation]), kd_path.stages or implied)
 
 
 def _kd_path(cfg: DictConfig, node: DictConfig) -> KDPath:
     """Build a KD path; one that is ``_partial_`` is given the channels of its stage in both networks."""
-    kd_path = hydra.utils.instantiate(node)
+    kd_path = composition.build(node)
     if not isinstance(kd_path, partial):
         return cast("KDPath", kd_path)
     stage = kd_path.keywords.get("stage", unet.HIDDEN)
@@ -333,7 +332,7 @@ def print_models(argv: list[str]) -> None:
     """Print parameters, MACs and hidden shapes of the configured networks."""
     parser = argparse.ArgumentParser(prog="python -m kdsweep models", description="What the networks consist of.")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as teacher=resnet34 image_size=128")
-    overrides = parser.parse_args(argv).overrides
+    overrides = parser.parse_intermixed_args(argv).overrides
     cfg = composition.compose(overrides)
     identity.read(cfg)
     student, teacher = student_network(cfg, weights="none"), teacher_network(cfg, weights="none")

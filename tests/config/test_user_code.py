@@ -97,7 +97,7 @@ def test_comments_docstrings_layout_and_modules_beside_it_do_not_count(digest: C
     assert digest("own_losses.mae", own_losses=f'"""What it is."""\n{dressed}', unrelated="a = 2\n") == before
 
 
-@pytest.mark.parametrize("target", ["no_such_module.mae", "own_missing.loss", "mae"])
+@pytest.mark.parametrize("target", ["no_such_module.mae", "own_missing.loss"])
 def test_a_target_without_a_module_is_told_in_one_line(target: str) -> None:
     with pytest.raises(InputError, match=rf"^_target_={target}: there is no module {target.partition('.')[0]}; start"):
         user_code.user_code_digest([target])

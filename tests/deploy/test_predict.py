@@ -32,9 +32,8 @@ CPU = Compute(device=torch.device("cpu"), precision="fp32")
 
 def finish(store: Path, *overrides: str, teacher: bool = False) -> Cell:
     """A finished Student (or the Teacher of a cell) of the quick profile whose weights were never trained."""
-    cfg = composition.compose(
-        ["profile=quick", "path=none", "device=cpu", "data.count=5", f"store={store}", *overrides]
-    )
+    path = [] if any(word.startswith("path=") for word in overrides) else ["path=none"]
+    cfg = composition.compose(["profile=quick", *path, "device=cpu", "data.count=5", f"store={store}", *overrides])
     cell = identity.teacher_cell(cfg) if teacher else identity.cell(cfg)
     network = factory.teacher_network(cfg) if teacher else factory.student_network(cfg)
     file = f"{'teacher' if teacher else 'student'}.safetensors"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchdistill.losses import mid_level
 
 from kdsweep import conf_dir
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, identity, overrides
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.distill import losses, methods, paths
@@ -400,9 +400,9 @@ def test_what_a_method_cannot_have_is_told_in_one_line(words: list[str], told: s
 
 
 def test_a_sweep_may_have_methods_beside_the_papers_cells() -> None:
-    composition.check_methods(["method=none,cwd", "path=L", "loss=mse"])
+    overrides.check(["method=none,cwd", "path=L", "loss=mse"], multirun=True)
     with pytest.raises(InputError, match="method=at,cwd brings"):
-        composition.check_methods(["method=at,cwd", "path=L"])
+        overrides.check(["method=at,cwd", "path=L"], multirun=True)
 
 
 def test_a_batch_of_one_is_refused_for_methods_that_compare_images() -> None:

@@ -51,7 +51,7 @@ def command(small_busi, tmp_path):
 
 def asked(own: list[plan.Job]) -> None:
     """As plan.watch writes it down."""
-    swept = plan.swept_keys([job.overrides for job in own])
+    swept = plan.swept_keys([job.overrides for job in own], [job.settings for job in own])
     requests.ask(own[0].cell.store, "busi-quick", cells=[job.cell for job in own], teachers=[], varied=swept)
 
 

@@ -341,7 +341,8 @@ def all_gone(pids: list[int]) -> bool:
     return not alive
 
 
-ENDLESS = ["-m", "path=none", "train.lr=1e-3,3e-4", *QUICK, "train.epochs=5000", "train.patience=5000"]
+ENDLESS = ["-m", "path=none", "train.lr=1e-3,3e-4", *(word for word in QUICK if word != "train.epochs=2")]
+ENDLESS += ["train.epochs=5000", "train.patience=5000"]
 
 
 def until_epochs(store: Path, number: int) -> None:

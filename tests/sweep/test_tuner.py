@@ -85,7 +85,7 @@ def launch(jobs, common=(), *, engine=None, plan=False, **options):
     """Run jobs through a tuner as Hydra's multirun would, in this process."""
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        common = ["+experiment=tuned", *common]
+        common = ["+experiment=tuned", "hydra.sweeper.params=null", *common]  # the jobs are those given here
         config = loader.load_configuration("config", common, run_mode=RunMode.MULTIRUN)
         JobRuntime.instance().set("name", "kdsweep")
         own = launcher.LockstepLauncher(engine or Inline(), plan=plan)

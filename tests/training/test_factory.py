@@ -149,7 +149,6 @@ def wrong_names(*, ours, theirs):
         ("two_numbers", "must return a tensor of one number"),
         ("no_student", "that depends on the Student"),
         ("wrong_names", "unexpected keyword argument"),
-        ("absent", "absent"),
     ],
 )
 def test_a_loss_that_gives_no_term_is_refused_before_training(compose, loss, expected):
@@ -158,6 +157,12 @@ def test_a_loss_that_gives_no_term_is_refused_before_training(compose, loss, exp
         factory.check_term(cfg)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_loss_that_is_absent_is_refused_before_training(compose):
+    cfg = compose("path=H", f"++loss.hidden._target_={__name__}.absent", "~loss.hidden.temperature")
+    with pytest.raises(factory.InputError, match=rf"^_target_={__name__}\.absent: ModuleNotFoundError: [^\n]*$"):
+        factory.check_term(cfg)
 
 
 @pytest.mark.parametrize("path", ["L", "H", "HR", "none"])

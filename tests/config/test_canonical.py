@@ -1,0 +1,176 @@
+"""One form of each value before it is hashed, named or compared; shipped configurations keep their fingerprints."""
+
+import json
+import logging
+import math
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import open_dict
+
+from kdsweep.config import composition, grid, identity, user_code
+from kdsweep.config.grid import Cell
+from kdsweep.core.errors import InputError
+from kdsweep.runs import requests
+from kdsweep.sweep import plan
+
+RECORDED = Path(__file__).parent / "settings.json"
+METHODS = "kd kd_t1 cwd cwd_feature fitnet at skd ifvd dist pkd cirkd emkd spkd mgd reviewkd"
+SHIPPED = [
+    *("path=L", "path=L loss=mse", "path=H teacher_aug=strong", "path=HR +path.kd_path.stage=encoder.4", "path=none"),
+    *(f"method={name}" for name in METHODS.split()),
+    *("profile=paper", "profile=study", "profile=cpu_study split=holdout"),
+    *("kd.weight=matched kd.ratio=2", "kd.temperature=4.0 kd.lambda=1", "kd.weight=0 kd.temperature=0.5"),
+    "views.noise_std=[0,1] views.rotate_deg=30",
+]
+
+
+def compose(words: str, store: Path) -> Any:
+    lead = [] if "profile=" in words else ["profile=quick"]
+    return composition.compose([*lead, "weights=none", "data.count=60", f"store={store}", *words.split()])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store, so that the phantoms are made once."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def cell(store: Path):
+    """The cell that overrides describe."""
+    return lambda words: identity.cell(compose(words, store))
+
+
+def test_the_settings_of_shipped_configurations_have_the_digests_that_were_recorded(cell) -> None:
+    """A change here computes finished cells again. To record on purpose: KDSWEEP_RECORD=1."""
+    digests = {}
+    for words in SHIPPED:
+        student: Cell = cell(words)
+        teacher = student.teacher
+        digests[words] = [grid.digest(each.settings)[:16] if each else "" for each in (student, teacher)]
+    if os.environ.get("KDSWEEP_RECORD"):
+        RECORDED.write_text(json.dumps(digests, indent=1) + "\n")
+    assert digests == json.loads(RECORDED.read_text())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("kd.temperature=1", "kd.temperature=1.0"),
+        ("kd.temperature=4", "kd.temperature=4e0"),
+        ("loss.logits.temperature=2", "loss.logits.temperature=2.0"),
+        ("method=kd method.terms.logits.loss.temperature=1", "method=kd method.terms.logits.loss.temperature=1.0"),
+        ("method=skd method.terms.pairs.loss.granularity=2", "method=skd method.terms.pairs.loss.granularity=2.0"),
+        ("method=mgd method.terms.generated.path.erased=1", "method=mgd method.terms.generated.path.erased=1.0"),
+        ("method=kd method.terms.logits.weight=2", "method=kd method.terms.logits.weight=2.0"),
+        ("train.lr=1e-4", "train.lr=0.0001"),
+        ("kd.weight=1", "kd.weight=1.0"),
+        ("views.noise_std=[0,1]", "views.noise_std=[0.0,1.0]"),
+        ("data.source.seed=1", "data.source.seed=1.0"),
+        ("+path.depth=3", "+path.depth=3.0"),
+    ],
+)
+def test_two_spellings_of_one_number_are_one_cell(cell, store: Path, one: str, other: str) -> None:
+    assert cell(one).fingerprint == cell(other).fingerprint
+    assert cell(one).key == cell(other).key
+    params = [
+        {key: str(value) for key, value in identity.params(compose(words, store)).items()} for words in (one, other)
+    ]
+    assert params[0] == params[1]
+
+
+def test_other_numbers_are_other_cells(cell) -> None:
+    values = ["1", "2", "1.5", "1e16", "0.1"]
+    assert len({cell(f"loss.logits.temperature={value}").fingerprint for value in values}) == len(values)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "[1,nan]"])
+def test_what_is_not_a_number_is_refused_in_keys_of_the_user_too(cell, value: str) -> None:
+    with pytest.raises(InputError, match=r"^loss\.logits\.temperature=.* is not allowed: it must be finite$"):
+        cell(f"loss.logits.temperature={value}")
+
+
+OWN = """
+from dataclasses import dataclass
+def annotated(*, student, teacher, delta: float | None = None, sizes: list[float] = (), steps: int = 1): ...
+def by_default(student, teacher, delta=1.0, steps=1): ...
+class Loss:
+    def __init__(self, delta: float): ...
+@dataclass
+class Fields:
+    delta: float
+    steps: int = 2
+"""
+
+
+@pytest.mark.parametrize("name", ["annotated", "by_default", "Loss", "Fields"])
+def test_a_number_has_the_type_that_its_function_declares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "own_of_canonical.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(user_code, "_find_spec", cache(user_code._find_spec.__wrapped__))
+    node = {"_target_": f"own_of_canonical.{name}", "delta": 1, "steps": 3.0, "on": True, "free": [2.0, 0.5, math.inf]}
+    expected = node | {"delta": 1.0, "steps": 3, "free": [2, 0.5, math.inf]}
+    assert repr(user_code.canonical(node)) == repr(expected)
+
+
+def test_without_a_declaration_a_number_without_a_fraction_is_whole() -> None:
+    node = {"_target_": "absent_module.loss", "delta": 1.0, "huge": 1e300, "inner": {"x": [0.0, -2.0]}}
+    assert repr(user_code.canonical(node)) == repr(node | {"delta": 1, "inner": {"x": [0, -2]}})
+
+
+# --- a sweep
+
+
+@pytest.fixture
+def jobs(small_busi: Path, tmp_path: Path):
+    """Jobs of one command line, which Hydra tells each job with its own overrides."""
+
+    def make(*each: str) -> list[plan.Job]:
+        configs = []
+        for word in each:
+            words = ["profile=quick", "data=busi", f"data.root={small_busi}", f"store={tmp_path}", word]
+            cfg = composition.compose(words)
+            with open_dict(cfg):
+                cfg.hydra = {"overrides": {"task": words}, "runtime": {"choices": {}}}
+            configs.append(cfg)
+        return plan.read_jobs(configs)
+
+    return make
+
+
+@pytest.mark.parametrize("values", [("train.lr=1e-4", "train.lr=0.0001"), ("kd.temperature=1", "kd.temperature=1.0")])
+def test_two_spellings_in_one_sweep_are_one_cell_without_a_variant(jobs, values: tuple[str, str]) -> None:
+    own = jobs(*values)
+    assert len(plan.unique(own)) == 1
+    assert [job.cell.title for job in own] == ["L_KLD_WAug split 0 seed 0"] * 2
+    assert plan.swept_keys([job.overrides for job in own], [job.settings for job in own]) == []
+
+
+def test_a_value_in_another_spelling_later_is_the_same_variant(jobs) -> None:
+    first = jobs("train.lr=1e-3", "train.lr=0.01")
+    swept = plan.swept_keys([job.overrides for job in first], [job.settings for job in first])
+    requests.ask(
+        first[0].cell.store, first[0].settings.sweep_name, cells=[job.cell for job in first], teachers=[], varied=swept
+    )
+    (later,) = jobs("train.lr=0.001")
+    assert later.cell == first[0].cell
+    assert later.cell.title == first[0].cell.title == "L_KLD_WAug split 0 seed 0 (train.lr=0.001)"
+
+
+def test_the_reason_for_a_new_cell_is_the_key_that_changed(jobs, caplog: pytest.LogCaptureFixture) -> None:
+    (job,) = jobs("kd.temperature=1")
+    job.cell.folder.parent.mkdir()
+    earlier = job.cell.folder.with_name(f"{job.cell.folder.name.rpartition('-')[0]}-0123456789")
+    earlier.mkdir()
+    settings = {**job.cell.settings, "loss": {**job.cell.settings["loss"], "temperature": 1}}  # as int: an older record
+    (earlier / "cell.json").write_text(json.dumps({"settings": settings, "evidence": job.cell.evidence}))
+    with caplog.at_level(logging.INFO):
+        plan.tell_changes([job])
+    assert "since then this has changed: loss.temperature (1 -> 1.0)" in caplog.text
+    assert "Teacher" not in caplog.text.partition("since then")[2]

@@ -1,0 +1,220 @@
+"""The overrides of a command line: what Hydra would drop or explain badly is one line with key, value and remedy."""
+
+import argparse
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdsweep.config import composition, identity, overrides, user_code
+from kdsweep.core.errors import InputError
+from kdsweep.results import audit
+from kdsweep.sweep.callback import user_message
+from kdsweep.training import factory
+
+
+def refusal(*words: str) -> str:
+    """The line with which a configuration is refused."""
+    with pytest.raises(InputError) as caught:
+        identity.read(composition.compose(["profile=quick", *words]))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- what Hydra takes without a word
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("path=[L,H]", "path=[L,H] is a list, of which only the last option counts: -m path=L,H runs each"),
+        ("teacher=[resnet18,resnet34]", "-m teacher=resnet18,resnet34 runs each"),
+        ("+experiment=[table3,methods]", "only the last option counts: run one command for each"),
+        ("path=L path=H", "path=L and path=H give path twice: leave one out, or run each: -m path=L,H"),
+        ("profile=quick profile=study", "give profile twice: leave one out, or run each: -m profile=quick,study"),
+        ("+experiment=table3 +experiment=table4", "+experiment=table3 and +experiment=table4 give experiment twice"),
+        ("path=L ~path", "path=L and ~path give path twice: leave one out"),
+        ("path=L,H", "path=L,H gives several values: -m runs one cell for each"),
+        ("split=glob(s*)", "split=glob(s*) gives several values: -m runs one cell for each"),
+        ("views.noise_std=0.1,0.2", "one value is a list, 'views.noise_std=[0.1,0.2]', or a text, "),
+        ("method=kd path=L", "method=kd brings paths and losses of its own: leave path out"),
+    ],
+)
+def test_what_hydra_drops_is_refused(words: str, expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        composition.compose(words.split())
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("group", sorted(overrides.group_options()))
+def test_every_group_takes_one_option(group: str) -> None:
+    """All groups, those that come later too."""
+    for words in ([f"+{group}=[a,b]"], [f"+{group}=a", f"+{group}=b"], [f"+{group}=7"], [f"+{group}="]):
+        with pytest.raises(InputError, match=rf"^\+{group}="):
+            overrides.check(words, multirun=True)
+
+
+def test_a_key_that_is_given_twice_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = composition.compose(["train.lr=1", "seed=1", "seed=1", "train.lr=2"])
+    assert cfg.train.lr == 2
+    assert capsys.readouterr().err == "kdsweep: train.lr=1 and train.lr=2 give train.lr twice: the last one counts\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["path=L,H", "loss=mse,kld", "views.noise_std=[0.1,0.2]", "train.lr=1e-3,1e-4", "hydra.launcher.plan=true"],
+        ["path='L'", "+experiment=table3", "profile=quick", "profile=quick", "~tracking", "hydra/launcher=basic"],
+        ["method=none,cwd", "path=L", "split=s0,kfold", "data.root='a,b'", "seed=range(0,3)"],
+    ],
+)
+def test_what_a_sweep_may_have_is_left_as_it_is(words: list[str]) -> None:
+    assert overrides.check(words, multirun=True) == words
+
+
+# --- errors of Hydra, OmegaConf and pydantic
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("seed=null", "seed=null is not allowed: it must be a whole number from 0"),
+        ("precision=fp16", "precision=fp16 is not allowed: it must be fp32, tf32 or bf16"),
+        ("weights=7", "weights=7 is not allowed: it must be imagenet, none, or the name of a file"),
+        ("train.epochs=0 kd.ratio=-1", "train.epochs=0 is not allowed"),
+        ("data=busi data.root=x data.source.include_normal=maybe", "data.source.include_normal=maybe is not allowed"),
+        ("experiment=mine", "experiment is not set by default: put + before it, +experiment=mine"),
+        ("+experiment=tabel4", "experiment=tabel4 is not an option; experiment has: capacity, cpu_study"),
+        ("train.lrr=1", "train.lrr is not a key of the configuration; do you mean train.lr? train has: batch_size"),
+        ("trian.lr=1", "trian.lr is not a key of the configuration; do you mean train? it has: data"),
+        ("data=busi data.roto=x", "data.roto is not a key of the configuration; do you mean data.root? data has: "),
+        ("hydra.launcher.foo=1", "hydra.launcher.foo has no such key yet: to add one put + before it"),
+        ("hydra.job.chdir=maybe", "hydra.job.chdir=maybe is not allowed: Value 'maybe' is not a valid bool"),
+        ("+train.lr=1", "+train.lr is not allowed: the key exists, so leave + out, train.lr=..."),
+        ("path={a:1}", "path does not take that value: give its keys one by one, path.KEY=..."),
+        ("kd=5", "kd=5 is not allowed: it must be keys with values"),
+        ("kd=null", "kd=null is not allowed: it must be keys with values"),
+        ("loss.logits=5", "loss.logits=5 is not allowed: it must be keys with values"),
+        ("seed=${teacher.seed}", "seed=${teacher.seed} cannot be read: it refers to itself"),
+        ("kd.ratio=${kd.temperature} kd.temperature=${kd.ratio}", "it refers to itself; give it a value"),
+        ("kd.ratio=${nothing}", "kd.ratio=${nothing} cannot be read: Interpolation key 'nothing' not found"),
+        ("kd.ratio=${foo:1}", "kd.ratio=${foo:1} cannot be read: Unsupported interpolation type foo"),
+        ("data=busi", "data.root is missing: give it on the command line, data.root=..."),
+        (
+            "sweep_name=1e3",
+            "sweep_name=1000.0 is not allowed: it must be a name of letters, digits, blank . _ -; quotes",
+        ),
+        ("store=true", "quotes within quotes make it text: 'store=\"...\"'"),
+        ("loss", "loss is not an override: type KEY=VALUE"),
+        ("=5", "=5 is not an override: type KEY=VALUE"),
+        ("path=L;", "path=L; cannot be read: brackets, quotes, commas"),
+        ("data=4", "data=4 is not an option; data has: busi, folder, phantom, udiat"),
+        ("split=5", "split=5 is not an option; split has: file, holdout"),
+        ("split=0", "split=0 is not an option; the paper's random splits are s0, s1 and s2, so split=s0"),
+        ("student=resnet18", "student=resnet18 is not an option; student has: efficientnet_lite0_1600k"),
+        ("hydra/launcher=foo", "hydra/launcher=foo is not an option; hydra/launcher has: basic, lockstep"),
+    ],
+)
+def test_an_error_is_one_line_with_key_value_and_remedy(words: str, expected: str) -> None:
+    assert expected in refusal(*words.split())
+
+
+def test_a_quoted_name_is_text() -> None:
+    cfg = composition.compose(['sweep_name="1e3"', 'store="true"'])
+    assert (identity.read(cfg).sweep_name, identity.read(cfg).store) == ("1e3", "true")
+
+
+def test_the_message_of_a_command_is_that_of_a_configuration() -> None:
+    """Hydra's own exceptions, as the command gets them."""
+    for words in (["train.lrr=1"], ["experiment=mine"], ["loss=foo"]):
+        with pytest.raises(Exception) as caught:
+            composition._compose(words)
+        assert user_message(caught.value, words) == refusal(*words)
+
+
+# --- what _target_ names
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (
+            "profile.my_loss",
+            "{folder}/profile.py: profile is the name of a module of Python, which is taken instead; rename",
+        ),
+        ("own_imports_trace.my_loss", "{folder}/trace.py: trace is the name of a module of Python"),
+        ("losses", "_target_=losses is not allowed: it must be a function or class with its module, losses.NAME"),
+        ("own_imports_nothing.absent", "_target_=own_imports_nothing.absent: "),
+        ("kdsweep.distill.losses.nope", "_target_=kdsweep.distill.losses.nope: "),
+    ],
+)
+def test_a_target_that_cannot_be_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, expected: str
+) -> None:
+    files = {"profile": "", "trace": "", "own_imports_trace": "import trace", "own_imports_nothing": ""}
+    for name, source in files.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for cached in (user_code._shadowed, user_code._find_spec):
+        monkeypatch.setattr(user_code, cached.__name__, cache(cached.__wrapped__))  # another process has another path
+    with pytest.raises(InputError) as caught:
+        cfg = composition.compose(
+            ["profile=quick", "data.count=12", f"store={tmp_path}", f"loss.logits._target_={target}"]
+        )
+        identity.cell(cfg)
+        factory.check_term(cfg)
+    assert str(caught.value).startswith(expected.format(folder=tmp_path))
+    assert "HYDRA_FULL_ERROR" not in str(caught.value)
+
+
+def test_an_argument_that_a_path_does_not_take_is_named() -> None:
+    cfg = composition.compose(["profile=quick", "path=H", "+path.kd_path.foo=3"])
+    with pytest.raises(InputError, match=r"^_target_=kdsweep\.distill\.paths\.Hidden: TypeError: .* argument 'foo'$"):
+        factory.check_term(cfg)
+
+
+# --- options and overrides in any order
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-m path=L,H --config-dir my/conf loss=mse",
+        "path=L,H -m loss=mse --config-dir my/conf",
+        "path=L,H loss=mse --config-dir=my/conf --multirun",
+    ],
+)
+def test_options_may_stand_between_overrides(words: str) -> None:
+    options, found = overrides.divide(words.split())
+    assert found == ["path=L,H", "loss=mse"]
+    assert [*options, *found] == [*(word for word in words.split() if word not in found), *found]
+    assert overrides.check_typed(options, found) == found
+
+
+def test_an_option_that_does_not_exist_is_named() -> None:
+    with pytest.raises(InputError, match=r"^--plann is not an option of this command; --help"):
+        overrides.divide(["-m", "--plann", "path=L"])
+
+
+@pytest.mark.parametrize("command", ["score", "audit"])
+def test_commands_take_options_between_overrides(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    from kdsweep.deploy import score
+
+    seen: list[Any] = []
+    monkeypatch.setattr(composition, "compose", lambda words: seen.append(words) or raise_(InputError("seen")))
+    option = {"score": "--store", "audit": "--out"}[command]
+    main = {"score": score.main, "audit": audit.main}[command]
+    assert main(["data=folder", option, "somewhere", "data.root=X"]) == 1
+    assert seen == [["data=folder", "data.root=X"]]
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def test_the_options_of_hydra_are_those_that_divide_expects() -> None:
+    """A later Hydra with other names for them would break it."""
+    parser = overrides.get_args_parser()
+    assert isinstance(parser, argparse.ArgumentParser)
+    assert {"multirun", "config_dir", "overrides"} <= {action.dest for action in parser._actions}
