@@ -23,7 +23,7 @@ $(READY): pyproject.toml kdsweep/plugins/hydra_plugins/kdsweep_lockstep.py  # bo
 	@touch $@
 
 demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick, then Tables 3 and 4
-	$(PY) -m kdsweep -m +experiment=table4 split=s0 profile=quick $(ARGS)
+	$(PY) -m kdsweep -m +experiment=table4 $(if $(filter split=%,$(ARGS)),,split=s0) $(if $(filter profile=%,$(ARGS)),,profile=quick) $(ARGS)
 	@$(PY) -m kdsweep tables table3 --store $(STORE)
 	@$(PY) -m kdsweep tables table4 --store $(STORE)
 

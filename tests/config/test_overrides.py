@@ -103,7 +103,7 @@ def test_what_a_sweep_may_have_is_left_as_it_is(words: list[str]) -> None:
         ("data=busi", "data.root is missing: give it on the command line, data.root=..."),
         (
             "sweep_name=1e3",
-            "sweep_name=1000.0 is not allowed: it must be a name of letters, digits, blank . _ -; quotes",
+            "in all at most 200 bytes; quotes within quotes make it text: 'sweep_name=\"...\"'",
         ),
         ("store=true", "quotes within quotes make it text: 'store=\"...\"'"),
         ("loss", "loss is not an override: type KEY=VALUE"),
