@@ -136,6 +136,8 @@ class Inventory:
         names: dict[str, Path] = {}
         for file in images:
             refuse_unprintable(str(file.relative_to(self.root)), f"data.root={self.root}:")
+            if not file.is_file():  # a pipe would be waited for
+                raise InputError(f"{file} is a broken link, a pipe or a device, not an image: remove it")
             other = names.setdefault(folded(file.stem), self.use(file))
             if other != file:
                 raise InputError(f"{other} and {file.name} have one name: remove or rename one of them")

@@ -264,7 +264,9 @@ def _predictions(run: pd.Series, ids: list[str], *, store: Path, uri: str | None
         raise
     except Exception as error:  # MLflow, NumPy and zip files each have their own
         what = f"{run['notation']} split {run['split']} seed {run['seed']}: {PREDICTIONS} of run {run['run_id']}"
-        raise InputError(f"{what} is damaged ({database.line(error)}); run the command of its sweep again") from error
+        raise InputError(
+            f"{what} cannot be read ({database.line(error)}); run the command of its sweep again"
+        ) from error
 
 
 def _images(

@@ -199,11 +199,12 @@ def test_a_folder_that_cannot_be_read_and_names_that_cannot_be_printed_are_ignor
     assert refusal(Folder(root)) == f"data.root={root}: cannot be read (Permission denied); make it readable"
 
 
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("absent")])
+def test_a_broken_link_or_a_pipe_is_one_line(tmp_path, put):
     make(tmp_path, *FOLDER)
-    (tmp_path / "images" / "2.png").symlink_to(tmp_path / "absent")
+    put(tmp_path / "images" / "2.png")
     make(tmp_path, "masks/2.png")
-    assert f"{tmp_path / 'images' / '2.png'} cannot be read (No such file or directory)" in refusal(Folder(tmp_path))
+    assert f"{tmp_path / 'images' / '2.png'} is a broken link, a pipe or a device" in refusal(Folder(tmp_path))
 
 
 def test_folders_that_are_links_are_read_and_circles_end(tmp_path):

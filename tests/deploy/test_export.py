@@ -223,7 +223,7 @@ def test_images_that_were_moved_are_found_by_their_new_folder(of_busi, small_bus
 
 def test_a_folder_that_was_named_and_has_not_the_images_is_an_error(of_busi, made, tmp_path):
     (told,) = made(of_busi[0].folder, "--data-root", tmp_path)
-    assert told.startswith(f"kdsweep: error: --data-root {tmp_path}: data.root={tmp_path}: no images found")
+    assert told.startswith(f"kdsweep: error: --data-root {tmp_path}: data.root={tmp_path}: no folder benign/")
     with pytest.raises(SystemExit):
         made(of_busi[0].folder, "--data-root", tmp_path, "--images", tmp_path)
     assert not (tmp_path / "a.onnx").exists()
