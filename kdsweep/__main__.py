@@ -43,11 +43,7 @@ WORDS = {
 @command
 def main() -> int:
     """Do what the command line says, as ``python -m kdsweep`` and as the console script ``kdsweep``."""
-    if sys.flags.optimize > 1:
-        raise InputError("python -OO takes docstrings away, which segmentation-models-pytorch needs; -O may stay")
-    _check_user()
-    # A notebook passes on a backend of its own, without which MONAI, which scores, cannot be imported.
-    os.environ["MPLBACKEND"] = "Agg"
+    _prepare_process()
     first, *rest = sys.argv[1:] or [""]
     if first in WORDS:
         module, _, function = WORDS[first][0].partition(":")
@@ -63,19 +59,28 @@ def main() -> int:
     return train()
 
 
-def _check_user() -> None:
-    """Give a user whom the system does not name, as in a container, a name; raise InputError if there is no home.
+def _prepare_process() -> None:
+    """Check what libraries expect of the process, and set what they take from it: a user's name, Matplotlib's backend.
 
-    MONAI is not imported without a name, nor MLflow without a home folder.
+    Raises:
+        InputError: there are no docstrings, no home folder, or no working directory.
     """
+    if sys.flags.optimize > 1:
+        raise InputError("python -OO takes docstrings away, which segmentation-models-pytorch needs; -O may stay")
     try:
-        getpass.getuser()
+        getpass.getuser()  # MONAI cannot be imported without a name, which a container may not have
     except (KeyError, OSError):
         os.environ["USER"] = str(os.getuid())
     try:
-        Path.home()
+        Path.home()  # nor MLflow without a home folder
     except RuntimeError as error:
         raise InputError("this user has no home folder; put one before the command, such as HOME=/tmp") from error
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise InputError("the working directory does not exist anymore; change to another folder") from error
+    # A notebook passes on a backend of its own, without which MONAI, which scores, cannot be imported.
+    os.environ["MPLBACKEND"] = "Agg"
 
 
 def train() -> int:

@@ -146,6 +146,16 @@ def test_without_arguments_a_subcommand_says_what_it_needs(word, monkeypatch, ca
     assert TRACEBACK not in shown
 
 
+def test_a_working_directory_that_is_gone_is_one_line(monkeypatch, capsys) -> None:
+    def gone() -> Path:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Path, "cwd", gone)
+    assert run(monkeypatch, "status") == 1
+    line = "kdsweep: error: the working directory does not exist anymore; change to another folder\n"
+    assert capsys.readouterr().err == line
+
+
 # ---- in a process of its own -----------------------------------------------------------------------------------------
 
 TRAINING = (
