@@ -36,6 +36,13 @@ class Stopped(KeyboardInterrupt):
         return 128 + self.number
 
 
+def is_stop(error: BaseException) -> bool:
+    """Return whether an exception comes from a signal; a user's code may raise KeyboardInterrupt too."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        return isinstance(error, KeyboardInterrupt)
+    return isinstance(error, Stopped)
+
+
 class _State:
     """This process's state: whether signals are deferred, and the number of the signal that has come."""
 

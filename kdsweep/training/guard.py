@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.random import mtrand
 
+from kdsweep.core import signals
 from kdsweep.core.errors import InputError
 
 
@@ -98,7 +99,7 @@ def confined(seed: int) -> Iterator[None]:
         seed: of the three generators, below 2^32.
 
     Raises:
-        SharedStateError: the code has changed a setting, or called ``sys.exit``.
+        SharedStateError: the code has changed a setting, or raised what ends a program, such as ``sys.exit()``.
     """
     before = {name: read() for name, (read, _) in SETTINGS.items()}
     generators = random.getstate(), mtrand.get_bit_generator(), torch.get_rng_state()
@@ -110,8 +111,10 @@ def confined(seed: int) -> Iterator[None]:
         mtrand.seed(seed)
         torch.manual_seed(seed)
         yield
-    except SystemExit as error:
-        raise SharedStateError(f"its code calls sys.exit({error.code!r}): let it raise an error instead") from error
+    except (SystemExit, KeyboardInterrupt) as error:
+        if signals.is_stop(error):
+            raise
+        raise SharedStateError(f"its code raises {error!r}, which ends a program: raise an error instead") from error
     finally:
         changed = _restore(before)
         random.setstate(generators[0])

@@ -195,8 +195,8 @@ LOSS = """
         ("np.seterr(all='raise')", "pass", "its code changes numpy.seterr"),
         ("", "torch.set_default_dtype(torch.float64)", "its code changes torch.set_default_dtype"),
         ("", "torch.autograd.set_detect_anomaly(True)", "its code changes torch.autograd.set_detect_anomaly"),
-        ("sys.exit(2)", "pass", "its code calls sys.exit(2): let it raise an error instead"),
-        ("", "sys.exit()", "its code calls sys.exit(None): let it raise an error instead"),
+        ("sys.exit(2)", "pass", "its code raises SystemExit(2), which ends a program: raise an error instead"),
+        ("", "sys.exit()", "its code raises SystemExit("),
     ],
 )
 def test_code_that_changes_what_all_cells_share_is_refused(

@@ -1,12 +1,13 @@
 """The guard around a cell's code: settings that cells share are as before, and draws depend on the seed alone."""
 
 import random
-import sys
+import signal
 
 import numpy as np
 import pytest
 import torch
 
+from kdsweep.core import signals
 from kdsweep.training import guard
 
 
@@ -46,11 +47,27 @@ def test_a_setting_that_is_changed_is_named_and_restored(change, raises):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("code", [None, 0, 3, "no licence"])
-def test_sys_exit_is_an_error_of_the_cell(code):
+@pytest.fixture
+def installed():
+    """The handlers of a command, as in a process that trains."""
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    signals.install()
+    yield
+    signals.install()  # forgets the signal that has come
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("end", [SystemExit(0), SystemExit(3), SystemExit("no licence"), KeyboardInterrupt()])
+def test_what_ends_a_program_is_an_error_of_the_cell(installed, end):
     with pytest.raises(guard.SharedStateError, match="raise an error instead") as caught, guard.confined(0):
-        sys.exit(code)
-    assert repr(code) in str(caught.value)
+        raise end
+    assert repr(end) in str(caught.value)
+
+
+def test_a_signal_ends_the_program(installed):
+    with pytest.raises(signals.Stopped), guard.confined(0):
+        signal.raise_signal(signal.SIGINT)
 
 
 def draws():
