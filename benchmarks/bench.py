@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ GRID = [
 ]
 SWEEP = ["-m", "path=L,H,HR", "loss=mse,kld", "teacher_aug=strong,weak"]
 COUNTS = (1, 2, 4, 8, 12)
+LOCKSTEP = {  # the rows of 12 cells that differ in precision: (of Students, of Teachers)
+    "fp32": ("fp32", "fp32"),
+    "bf16": ("fp32", "bf16"),
+    "all bf16": ("bf16", "bf16"),
+}
 
 
 class Bench:
@@ -53,25 +58,30 @@ class Bench:
     Args:
         options: of the command line.
         store: folder for runs and images.
+        images: number of phantoms; by default as many as fill ``options.steps`` batches.
     """
 
-    def __init__(self, options: argparse.Namespace, store: Path) -> None:
-        self.options = options
-        wanted = options.steps * options.batch
-        images = next(n for n in itertools.count(4) if n - round(0.2 * n) - round(0.16 * n) >= wanted)
+    def __init__(self, options: argparse.Namespace, store: Path, *, images: int | None = None) -> None:
+        self.options, self.store = options, store
+        steps_images = options.steps * options.batch
+        count = images or next(n for n in itertools.count(4) if n - round(0.2 * n) - round(0.16 * n) >= steps_images)
         self.overrides = [
-            *(f"store={store}", f"data.count={images}", f"image_size={options.image_size}", "weights=none"),
+            *(f"store={store}", f"data.count={count}", f"image_size={options.image_size}", "weights=none"),
             *(f"teacher={options.teacher}", f"train.batch_size={options.batch}", f"device={options.device}"),
-            *("train.epochs=1", "train.lr=1e-4", f"precision={options.precision}"),
+            *("train.epochs=1", "train.lr=1e-4", "train.last_batch=fill"),  # all batches have one size
         ]
-        self.configs = [composition.compose([*self.overrides, *cell]) for cell in GRID]
-        self.student = composition.compose([*self.overrides, "path=none"])
+        self.configs = [self.config(*cell) for cell in GRID]
+        self.student = self.config("path=none")
         self.feed: Feed = factory.feed(self.student, seed=0)
-        if self.feed.train.image_count != wanted:
-            raise ValueError(f"no data set has {wanted} training images: another --steps or --batch is needed")
+        if images is None and self.feed.train.image_count != steps_images:
+            raise ValueError(f"no data set has {steps_images} training images: another --steps or --batch is needed")
         self.compute = factory.compute(self.student)
         self.teachers = self._teachers()
         self.epoch = 0
+
+    def config(self, *overrides: str) -> DictConfig:
+        """Compose a cell."""
+        return composition.compose([*self.overrides, *overrides])
 
     def _teachers(self) -> dict[str, UNet]:
         """Untrained Teachers, put into the store as if they had been trained."""
@@ -86,22 +96,24 @@ class Bench:
         return found
 
     def learners(self, configs: list[DictConfig]) -> list[Learner]:
-        """New learners, where they are trained."""
+        """Make new learners on the device."""
         made = [factory.learner(cfg, identity.cell(cfg)) for cfg in configs]
         for learner in made:
             for module in learner.modules().values():
                 placed(module, self.compute)
         return made
 
-    def step_s(self, learners: list[Learner]) -> float:
-        """Seconds per step of one epoch of a group."""
-        frozen = loop.FrozenTeachers(self.teachers, self.compute)
+    def step_s(self, learners: list[Learner], precision: str = "fp32") -> float:
+        """Return the seconds per step of one epoch of a group in the Students' precision."""
+        compute = factory.compute(self.config("path=none", f"precision={precision}"))
+        compute.prepare()  # its flags are those of the process, and of another precision until now
+        frozen = loop.FrozenTeachers(self.teachers, compute)
         self.epoch += 1
         for learner in learners:
             learner.means = EpochMeter()  # a new epoch begins
         self._synchronize()
         start = time.perf_counter()
-        loop.train_epoch(learners, self.epoch, frozen=frozen, feed=self.feed, compute=self.compute)
+        loop.train_epoch(learners, self.epoch, frozen=frozen, feed=self.feed, compute=compute)
         self._synchronize()
         if failed := [learner.failure for learner in learners if learner.failure is not None]:
             raise failed[0]
@@ -111,8 +123,8 @@ class Bench:
         if self.compute.device.type == "cuda":
             torch.cuda.synchronize(self.compute.device)
 
-    def shares(self, learners: list[Learner]) -> dict[str, float]:
-        """Seconds per step by what they are spent on."""
+    def shares(self, learners: list[Learner], precision: str = "fp32") -> dict[str, float]:
+        """Return the seconds per step by what they are spent on."""
         spent = {"students": 0.0, "teachers": 0.0, "data": 0.0}
         with (
             self._clocked(loop, "_step", spent, "students"),
@@ -120,7 +132,7 @@ class Bench:
             self._clocked(loop, "normalize", spent, "data"),
             self._clocked_loader(spent),
         ):
-            total = self.step_s(learners)
+            total = self.step_s(learners, precision)
         shares = {name: seconds / len(self.feed.train) for name, seconds in spent.items()}
         return {**shares, "rest": total - sum(shares.values()), "total": total}
 
@@ -181,14 +193,19 @@ def run(command: list[str]) -> float:
     return int(done.stdout) / 2**20
 
 
-def torchdistill_step_s(bench: Bench, out: Path) -> dict[str, float]:
-    """Median seconds per step of each cell as torchdistill trains it, in fp32; the first step, a warm-up, left out."""
-    options = bench.options
-    sizes = ["--batch", str(options.batch), "--image-size", str(options.image_size), "--teacher", options.teacher]
+def torchdistill_step_s(
+    bench: Bench, out: Path, *, precision: str = "fp32", limit_s: float | None = None
+) -> dict[str, float]:
+    """Return the median seconds per step of each cell as torchdistill trains it.
+
+    The first step, a warm-up, is left out. Images, sizes, precision and device are those of ``bench``. With ``limit_s``
+    the cells for which the time is too short are left out.
+    """
     script = str(Path(__file__).with_name("torchdistill_cells.py"))
-    count = next(each for each in bench.overrides if each.startswith("data.count="))
-    where = ["--device", str(bench.compute.device), "--steps", str(options.steps + 1), "--out", str(out)]
-    run([sys.executable, script, *sizes, *where, count, f"store={out.parent}", "weights=none"])
+    arguments = ["--steps", str(bench.options.steps + 1), "--out", str(out)]
+    if limit_s is not None:
+        arguments += ["--limit", f"{limit_s:.0f}"]
+    run([sys.executable, script, *arguments, *bench.overrides, f"precision={precision}"])
     timed = json.loads(out.read_text())["cells"]
     return {name: statistics.median(cell["step_seconds"][1:]) for name, cell in timed.items()}
 
@@ -196,14 +213,14 @@ def torchdistill_step_s(bench: Bench, out: Path) -> dict[str, float]:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures; times in seconds per step unless the name says otherwise."""
     bench = Bench(options, folder / "store")
-    bench.compute.prepare()
-    fp32 = bench.learners(bench.configs)
-    bf16 = bench.learners(
-        [composition.compose([*bench.overrides, *cell, "kd.teacher_precision=bf16"]) for cell in GRID]
-    )
+    groups: dict[str, tuple[list[Learner], str]] = {}
+    for row, (precision, teachers) in LOCKSTEP.items():
+        both = [f"precision={precision}", f"kd.teacher_precision={teachers}"]
+        groups[row] = bench.learners([bench.config(*cell, *both) for cell in GRID]), precision
+    fp32, _ = groups["fp32"]
     (alone,) = bench.learners([bench.student])
     turns: dict[str, list[float]] = {}
-    shares: dict[str, list[dict[str, float]]] = {"fp32": [], "bf16": []}
+    shares: dict[str, list[dict[str, float]]] = {row: [] for row in groups}
     commands: dict[str, list[tuple[float, float]]] = {"lockstep": [], "basic": []}
     rival: list[dict[str, float]] = []
 
@@ -211,15 +228,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         turns.setdefault(name, []).append(seconds)
         sys.stderr.write(f"{name}: {seconds:.2f} s\n")
 
-    bench.step_s([alone, *fp32, *bf16])  # a warm-up
+    for learners, precision in [*groups.values(), ([alone], "fp32")]:
+        bench.step_s(learners, precision)  # a warm-up
     for number in range(options.rounds):
         for count in COUNTS:
             turn(f"lockstep {count}", bench.step_s(fp32[:count]))
-        turn("lockstep bf16", bench.step_s(bf16))
+        for row in ("bf16", "all bf16"):
+            turn(f"lockstep {row}", bench.step_s(*groups[row]))
         turn("one by one", sum(bench.step_s([learner]) for learner in fp32))
         turn("student", bench.step_s([alone]))
-        for precision, learners in (("fp32", fp32), ("bf16", bf16)):
-            shares[precision].append(bench.shares(learners))
+        for row, group in groups.items():
+            shares[row].append(bench.shares(*group))
         for launcher, measured in commands.items():
             store = folder / f"{launcher}{number}"
             _share(folder / "store", store)
@@ -237,8 +256,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "median": medians,
         "all": turns,
         "shares": {
-            precision: {name: statistics.median(each[name] for each in found) for name in found[0]}
-            for precision, found in shares.items()
+            row: {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+            for row, rounds in shares.items()
         },
         "peak_gib": {launcher: max(gib for _, gib in found) for launcher, found in commands.items()},
         "peak_cuda_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
@@ -253,6 +272,9 @@ def _share(source: Path, store: Path) -> None:
         (store / name).symlink_to(source.resolve() / name, target_is_directory=True)
 
 
+DISTRIBUTIONS = ("torch", "torchvision", "timm", "torchdistill", "hydra-core", "mlflow", "mlflow-skinny")
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Hardware and versions."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -264,15 +286,22 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "timm", "torchdistill", "hydra-core", "mlflow")},
+        **{name: _version(name) for name in DISTRIBUTIONS},
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def report(found: dict[str, Any]) -> str:
     """The figures as Markdown."""
     settings, own, median = found["settings"], found["machine"], found["median"]
-    best, fp32 = median["lockstep bf16"], median["lockstep 12"]
+    fp32 = median["lockstep 12"]
     lines = [
         f"{settings['image_size']} x {settings['image_size']} pixels, batch {settings['batch']}, Teacher "
         f"{settings['teacher']}, {own['device']} ({own['cpu']}, {own['threads']} threads), PyTorch {own['torch']}, "
@@ -285,7 +314,8 @@ def report(found: dict[str, Any]) -> str:
         "torchdistill, one by one, per step": median["torchdistill"],
         "kdsweep, one by one, per step": median["one by one"],
         "kdsweep, lockstep, per step": fp32,
-        "kdsweep, lockstep, bf16 Teachers, per step": best,
+        "kdsweep, lockstep, bf16 Teachers, per step": median["lockstep bf16"],
+        "kdsweep, lockstep, Students and Teachers bf16, per step": median["lockstep all bf16"],
     }
     for name, seconds in rows.items():
         lines.append(f"| {name} | {seconds:.2f} | {fp32 / seconds:.2f} | {median['torchdistill'] / seconds:.2f} |")
@@ -311,10 +341,11 @@ def report(found: dict[str, Any]) -> str:
         "| share of a step of 12 cells | Students | Teachers | data | rest | all but Students / Students |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for precision, parts in found["shares"].items():
+    for row, parts in found["shares"].items():
         shown = " | ".join(f"{parts[name] / parts['total']:.1%}" for name in ("students", "teachers", "data", "rest"))
         over = (parts["total"] - parts["students"]) / parts["students"]
-        lines.append(f"| {precision} Teachers | {shown} | {over:.2f} |")
+        students, teachers = LOCKSTEP[row]
+        lines.append(f"| {students} Students, {teachers} Teachers | {shown} | {over:.2f} |")
     peak = found["peak_gib"]
     lines += ["", f"Largest process: {peak['lockstep']:.2f} GiB in lockstep, {peak['basic']:.2f} GiB one by one."]
     return "\n".join(lines)
@@ -327,7 +358,6 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--teacher", default="resnext101", help="a file of conf/teacher")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--steps", type=int, default=2, help="steps of an epoch, the unit that is timed")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("multirun/bench.json"))
