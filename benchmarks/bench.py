@@ -77,6 +77,7 @@ class Bench:
             raise ValueError(f"no data set has {steps_images} training images: another --steps or --batch is needed")
         self.compute = factory.compute(self.student)
         self.teachers = self._teachers()
+        self._frozen: dict[str, loop.FrozenTeachers] = {}  # by the Students' precision
         self.epoch = 0
 
     def config(self, *overrides: str) -> DictConfig:
@@ -105,21 +106,30 @@ class Bench:
 
     def step_s(self, learners: list[Learner], precision: str = "fp32") -> float:
         """Return the seconds per step of one epoch of a group in the Students' precision."""
-        compute = factory.compute(self.config("path=none", f"precision={precision}"))
-        compute.prepare()  # its flags are those of the process, and of another precision until now
-        frozen = loop.FrozenTeachers(self.teachers, compute)
+        frozen = self._frozen_in(precision)
+        frozen.compute.prepare()  # the flags of the process may be those of another precision
         self.epoch += 1
         for learner in learners:
             learner.means = EpochMeter()  # a new epoch begins
-        self._synchronize()
+        self.synchronize()
         start = time.perf_counter()
-        loop.train_epoch(learners, self.epoch, frozen=frozen, feed=self.feed, compute=compute)
-        self._synchronize()
+        loop.train_epoch(learners, self.epoch, frozen=frozen, feed=self.feed, compute=frozen.compute)
+        self.synchronize()
         if failed := [learner.failure for learner in learners if learner.failure is not None]:
             raise failed[0]
         return (time.perf_counter() - start) / len(self.feed.train)
 
-    def _synchronize(self) -> None:
+    def _frozen_in(self, precision: str) -> loop.FrozenTeachers:
+        """Return the Teachers by the names that cells of a precision have for them: untrained they are the same."""
+        if precision not in self._frozen:
+            configs = [self.config(*cell, f"precision={precision}") for cell in GRID]
+            names = dict.fromkeys(identity.teacher_cell(cfg).fingerprint for cfg in configs)
+            teachers = dict(zip(names, self.teachers.values(), strict=True))
+            self._frozen[precision] = loop.FrozenTeachers(teachers, factory.compute(configs[0]))
+        return self._frozen[precision]
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
         if self.compute.device.type == "cuda":
             torch.cuda.synchronize(self.compute.device)
 
@@ -141,10 +151,10 @@ class Bench:
         inner: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self._synchronize()
+            self.synchronize()
             start = time.perf_counter()
             result = inner(*args, **kwargs)
-            self._synchronize()
+            self.synchronize()
             spent[label] += time.perf_counter() - start
             return result
 
