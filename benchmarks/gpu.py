@@ -202,10 +202,10 @@ def test_files(folder: Path = ROOT / "tests") -> list[Path]:
 
 
 def tests(session: Session) -> Figures:
-    """Run the tests that need a GPU, with their output in tests.log; other versions' warnings are no errors."""
+    """Run the tests that need a GPU, with their output in pytest.log; other versions' warnings are no errors."""
     files = [str(file.relative_to(ROOT)) for file in test_files()]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-W", "default", "-p", "no:cacheprovider"]
-    log = session.options.out.resolve().with_name("tests.log")
+    log = session.options.out.resolve().with_name("pytest.log")
     code = run_within(session.left_s() - LEAST_S / 4, [*command, *files], log)
     figures = {"files": files, "summary": log.read_text(encoding="utf-8").strip().splitlines()[-15:]}
     if code is None:
