@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,11 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from omegaconf import DictConfig
 
 from kdsweep.config import composition, identity
@@ -262,7 +260,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             **{name: value for name, value in vars(options).items() if name != "out"},
             "steps_per_epoch": len(bench.feed.train),
         },
-        "machine": machine(bench.compute.device),
+        "machine": described(bench.compute.device),
         "median": medians,
         "all": turns,
         "shares": {
@@ -282,30 +280,11 @@ def _share(source: Path, store: Path) -> None:
         (store / name).symlink_to(source.resolve() / name, target_is_directory=True)
 
 
-DISTRIBUTIONS = ("torch", "torchvision", "timm", "torchdistill", "hydra-core", "mlflow", "mlflow-skinny")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "python": platform.python_version(),
-        **{name: _version(name) for name in DISTRIBUTIONS},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "absent"
+def described(device: torch.device) -> dict[str, Any]:
+    """Return the machine with its device and threads."""
+    names = ("torch", "torchvision", "timm", "torchdistill", "hydra-core", "mlflow", "mlflow-skinny")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {**machine(*names), "threads": torch.get_num_threads(), "device": name}
 
 
 def report(found: dict[str, Any]) -> str:

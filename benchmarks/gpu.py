@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import GRID, Bench, machine, torchdistill_step_s
+from bench import GRID, Bench, described, torchdistill_step_s
 from torch.profiler import ProfilerActivity, profile
 
 from kdsweep.config import composition, identity
@@ -43,6 +43,7 @@ SAVED_WITHIN_S = 20.0
 LEAST_S = 20.0  # no part is started with less
 PRECISIONS = ("bf16", "fp32", "tf32")
 STAGES = ("table4", "lockstep", "profile", "torchdistill", "tests")  # by value, if the time is short
+NOT_KERNELS = ("Memcpy", "Memset", "Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")
 
 Figures = dict[str, Any]
 
@@ -126,9 +127,11 @@ def lockstep(session: Session, precision: str) -> Figures:
     """Time a step of 12 cells in lockstep, of 12 Students alone and one by one; its memory and shares."""
     bench, learners = session.bench, session.learners(precision)
     bench.step_s(learners, precision)  # a warm-up
-    _reset_peak()
+    if on_cuda := bench.compute.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     together_s = session.fastest_s(lambda: bench.step_s(learners, precision))
-    peak_gib, shares = _peak_gib(), bench.shares(learners, precision)
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
+    shares = bench.shares(learners, precision)
     students = bench.learners([bench.config("path=none", f"precision={precision}")] * len(GRID))
     bench.step_s(students, precision)
     students_s = session.fastest_s(lambda: bench.step_s(students, precision))
@@ -162,7 +165,7 @@ def one_step(session: Session, precision: str) -> Figures:
     bench, learners = session.bench, session.learners(precision)
     bench.step_s(learners, precision)
     plain_s, steps = session.fastest_s(lambda: bench.step_s(learners, precision)), len(bench.feed.train)
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiled:
         bench.step_s(learners, precision)
     events = kernels(profiled.events() or [])
     busy_s = covered(sorted((event.time_range.start, event.time_range.end) for event in events)) / 1e6 / steps
@@ -180,10 +183,13 @@ def one_step(session: Session, precision: str) -> Figures:
 
 
 def kernels(events: Iterable[Any]) -> list[Any]:
-    """Return the kernels among a profile's events: annotations, which span several kernels, and copies are none."""
-    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    """Return the kernels among a profile's events; annotations, which span several kernels, are events too."""
     return [
-        event for event in on_device if not event.is_user_annotation and not event.name.startswith(("Memcpy", "Memset"))
+        event
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.is_user_annotation
+        and not event.name.startswith(NOT_KERNELS)
     ]
 
 
@@ -244,15 +250,6 @@ def study(session: Session) -> Figures:
         "is_done": running.returncode == 0,
         "table": (shown.stdout or shown.stderr).splitlines(),
     }
-
-
-def _reset_peak() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_gib() -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else None
 
 
 def parts(session: Session, stage: str) -> dict[str, Callable[[], Figures]]:
@@ -333,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results: Figures = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     try:
-        results["machine"] = machine(find_device(options.device))
+        results["machine"] = described(find_device(options.device))
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2

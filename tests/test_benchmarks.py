@@ -61,18 +61,18 @@ def test_a_wrong_argument_is_named(gpu, capsys, arguments, message):
 
 
 def test_an_absent_distribution_is_an_answer(benchmark, monkeypatch):
-    bench = benchmark("bench")
-    real = bench.version
+    machine = benchmark("machine")
+    real = machine.version
 
     def version(name):
         if name in ("mlflow", "torchdistill"):
             raise PackageNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr(bench, "version", version)
-    machine = bench.machine(torch.device("cpu"))
-    assert machine["mlflow"] == machine["torchdistill"] == "absent"
-    assert machine["torch"] == real("torch")
+    monkeypatch.setattr(machine, "version", version)
+    versions = benchmark("bench").described(torch.device("cpu"))
+    assert versions["mlflow"] == versions["torchdistill"] == "absent"
+    assert versions["torch"] == real("torch")
 
 
 class Clock:
@@ -178,12 +178,13 @@ def test_fewer_cells_of_torchdistill_give_no_sum(gpu, monkeypatch, tmp_path):
     assert 0 < limits[0] < 100
 
 
-def test_kernels_are_neither_annotations_nor_copies(gpu):
+def test_kernels_are_neither_annotations_nor_copies_nor_waits(gpu):
     cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
     events = [
         SimpleNamespace(name="conv", device_type=cuda, is_user_annotation=False),
         SimpleNamespace(name="Optimizer.step#Adam.step", device_type=cuda, is_user_annotation=True),
         SimpleNamespace(name="Memcpy HtoD", device_type=cuda, is_user_annotation=False),
+        SimpleNamespace(name="Context Sync", device_type=cuda, is_user_annotation=False),
         SimpleNamespace(name="aten::conv2d", device_type=cpu, is_user_annotation=False),
     ]
     assert [event.name for event in gpu.kernels(events)] == ["conv"]
