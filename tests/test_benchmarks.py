@@ -227,20 +227,25 @@ def test_torchdistill_trains_in_the_precision_with_the_workers_of_the_configurat
     benchmark, monkeypatch, tmp_path, precision
 ):
     cells = benchmark("torchdistill_cells")
-    out, types = tmp_path / "out.json", set()
-    real = cells.MapsLoss.forward
+    out, types, workers = tmp_path / "out.json", set(), []
+    real, real_steps = cells.MapsLoss.forward, cells.TorchdistillCell.steps
 
     def forward(self, student_io_dict, *others):
         types.add(student_io_dict["."]["output"].logits.dtype)
         return real(self, student_io_dict, *others)
 
+    def steps(self, count):
+        workers.append(self.box.train_data_loader.num_workers)
+        return real_steps(self, count)
+
     monkeypatch.setattr(cells.MapsLoss, "forward", forward)
+    monkeypatch.setattr(cells.TorchdistillCell, "steps", steps)
     sizes = ["image_size=64", "teacher=resnet18", "train.batch_size=4", "data.count=25", "weights=none"]
     fixed = ["device=cpu", f"store={tmp_path}", f"precision={precision}", "train.workers=1"]
     monkeypatch.setattr(sys, "argv", ["cells", "--cells", "L_MSE", "--steps", "1", "--out", str(out), *sizes, *fixed])
     cells.main()
     result = json.loads(out.read_text())
-    assert result["workers"] == 1
+    assert workers == [result["workers"]] == [1]
     assert list(result["cells"]) == ["L_MSE"]
     assert types == {torch.float32 if precision == "fp32" else torch.bfloat16}
 
