@@ -20,13 +20,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import GRID, Bench, described, torchdistill_step_s
+from bench import GRID, Bench, described
+from kernels import busiest
+from machine import version_of
+from programs import torchdistill_step_s
 from torch.profiler import ProfilerActivity, profile
 
 from kdsweep.config import composition, identity
@@ -43,7 +46,6 @@ SAVED_WITHIN_S = 20.0
 LEAST_S = 20.0  # no part is started with less
 PRECISIONS = ("bf16", "fp32", "tf32")
 STAGES = ("table4", "lockstep", "profile", "torchdistill", "tests")  # by value, if the time is short
-NOT_KERNELS = ("Memcpy", "Memset", "Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")
 
 Figures = dict[str, Any]
 
@@ -150,6 +152,8 @@ def lockstep(session: Session, precision: str) -> Figures:
 
 def torchdistill(session: Session, precision: str) -> Figures:
     """Time a step of each of the 12 cells as torchdistill trains it, one by one; of fewer if the time is short."""
+    if version_of("torchdistill") == "absent":
+        return {"left_out": "torchdistill is not installed"}
     file = session.store / "torchdistill.json"
     limit_s = session.left_s() - LEAST_S / 2
     cells_s = torchdistill_step_s(session.bench, file, precision=precision, limit_s=limit_s)
@@ -167,39 +171,7 @@ def one_step(session: Session, precision: str) -> Figures:
     plain_s, steps = session.fastest_s(lambda: bench.step_s(learners, precision)), len(bench.feed.train)
     with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiled:
         bench.step_s(learners, precision)
-    events = kernels(profiled.events() or [])
-    busy_s = covered(sorted((event.time_range.start, event.time_range.end) for event in events)) / 1e6 / steps
-    by_name: dict[str, float] = {}
-    for event in events:
-        by_name[event.name] = by_name.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e6 / steps
-    longest = sorted(by_name.items(), key=lambda item: -item[1])[:15]
-    return {
-        "step_s": plain_s,
-        "kernels_per_step": len(events) / steps,
-        "busy_s_per_step": busy_s,
-        "busy_share": busy_s / plain_s,
-        "longest_kernels_s": {name[:120]: seconds for name, seconds in longest},
-    }
-
-
-def kernels(events: Iterable[Any]) -> list[Any]:
-    """Return the kernels among a profile's events; annotations, which span several kernels, are events too."""
-    return [
-        event
-        for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA
-        and not event.is_user_annotation
-        and not event.name.startswith(NOT_KERNELS)
-    ]
-
-
-def covered(spans: list[tuple[float, float]]) -> float:
-    """Return the length of the union of sorted intervals."""
-    total, end = 0.0, float("-inf")
-    for start, stop in spans:
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total
+    return {"step_s": plain_s, **busiest(profiled.events() or [], steps=steps, step_s=plain_s)}
 
 
 def test_files(folder: Path = ROOT / "tests") -> list[Path]:

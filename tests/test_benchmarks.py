@@ -178,17 +178,34 @@ def test_fewer_cells_of_torchdistill_give_no_sum(gpu, monkeypatch, tmp_path):
     assert 0 < limits[0] < 100
 
 
-def test_kernels_are_neither_annotations_nor_copies_nor_waits(gpu):
+def test_torchdistill_may_be_absent(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "version_of", lambda _: "absent")
+    session = gpu.Session(SimpleNamespace(limit=100), Path())
+    assert gpu.torchdistill(session, "bf16") == {"left_out": "torchdistill is not installed"}
+
+
+def event(name, device, start, end, *, annotation=False):
+    span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+    return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation, time_range=span)
+
+
+def test_kernels_are_neither_annotations_nor_copies_nor_waits(benchmark):
     cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
     events = [
-        SimpleNamespace(name="conv", device_type=cuda, is_user_annotation=False),
-        SimpleNamespace(name="Optimizer.step#Adam.step", device_type=cuda, is_user_annotation=True),
-        SimpleNamespace(name="Memcpy HtoD", device_type=cuda, is_user_annotation=False),
-        SimpleNamespace(name="Context Sync", device_type=cuda, is_user_annotation=False),
-        SimpleNamespace(name="aten::conv2d", device_type=cpu, is_user_annotation=False),
+        event("Optimizer.step#Adam.step", cuda, 0, 10e6, annotation=True),
+        event("Memcpy HtoD", cuda, 8e6, 9e6),
+        event("Context Sync", cuda, 8e6, 9e6),
+        event("aten::conv2d", cpu, 0, 10e6),
+        event("conv", cuda, 5e6, 6e6),
+        event("conv", cuda, 0, 2e6),
+        event("add", cuda, 1e6, 3e6),
     ]
-    assert [event.name for event in gpu.kernels(events)] == ["conv"]
-    assert gpu.covered([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0)]) == 4.0
+    assert benchmark("kernels").busiest(events, steps=2, step_s=4.0) == {
+        "kernels_per_step": 1.5,
+        "busy_s_per_step": 2.0,
+        "busy_share": 0.5,
+        "longest_kernels_s": {"conv": 1.5, "add": 1.0},
+    }
 
 
 def test_only_files_with_tests_for_a_gpu_are_collected(gpu, tmp_path):
