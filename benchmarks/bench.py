@@ -12,21 +12,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from omegaconf import DictConfig
+from programs import run, torchdistill_step_s
 
 from kdsweep.config import composition, identity
 from kdsweep.core.device import placed
@@ -45,6 +43,11 @@ GRID = [
 ]
 SWEEP = ["-m", "path=L,H,HR", "loss=mse,kld", "teacher_aug=strong,weak"]
 COUNTS = (1, 2, 4, 8, 12)
+LOCKSTEP = {  # the rows of 12 cells that differ in precision: (of Students, of Teachers)
+    "fp32": ("fp32", "fp32"),
+    "bf16": ("fp32", "bf16"),
+    "all bf16": ("bf16", "bf16"),
+}
 
 
 class Bench:
@@ -53,25 +56,31 @@ class Bench:
     Args:
         options: of the command line.
         store: folder for runs and images.
+        images: number of phantoms; by default as many as fill ``options.steps`` batches.
     """
 
-    def __init__(self, options: argparse.Namespace, store: Path) -> None:
-        self.options = options
-        wanted = options.steps * options.batch
-        images = next(n for n in itertools.count(4) if n - round(0.2 * n) - round(0.16 * n) >= wanted)
+    def __init__(self, options: argparse.Namespace, store: Path, *, images: int | None = None) -> None:
+        self.options, self.store = options, store
+        steps_images = options.steps * options.batch
+        count = images or next(n for n in itertools.count(4) if n - round(0.2 * n) - round(0.16 * n) >= steps_images)
         self.overrides = [
-            *(f"store={store}", f"data.count={images}", f"image_size={options.image_size}", "weights=none"),
+            *(f"store={store}", f"data.count={count}", f"image_size={options.image_size}", "weights=none"),
             *(f"teacher={options.teacher}", f"train.batch_size={options.batch}", f"device={options.device}"),
-            *("train.epochs=1", "train.lr=1e-4", f"precision={options.precision}"),
+            *("train.epochs=1", "train.lr=1e-4", "train.last_batch=fill"),  # all batches have one size
         ]
-        self.configs = [composition.compose([*self.overrides, *cell]) for cell in GRID]
-        self.student = composition.compose([*self.overrides, "path=none"])
+        self.configs = [self.config(*cell) for cell in GRID]
+        self.student = self.config("path=none")
         self.feed: Feed = factory.feed(self.student, seed=0)
-        if self.feed.train.image_count != wanted:
-            raise ValueError(f"no data set has {wanted} training images: another --steps or --batch is needed")
+        if images is None and self.feed.train.image_count != steps_images:
+            raise ValueError(f"no data set has {steps_images} training images: another --steps or --batch is needed")
         self.compute = factory.compute(self.student)
         self.teachers = self._teachers()
+        self._frozen: dict[str, loop.FrozenTeachers] = {}  # by the Students' precision
         self.epoch = 0
+
+    def config(self, *overrides: str) -> DictConfig:
+        """Compose a cell."""
+        return composition.compose([*self.overrides, *overrides])
 
     def _teachers(self) -> dict[str, UNet]:
         """Untrained Teachers, put into the store as if they had been trained."""
@@ -86,33 +95,44 @@ class Bench:
         return found
 
     def learners(self, configs: list[DictConfig]) -> list[Learner]:
-        """New learners, where they are trained."""
+        """Make new learners on the device."""
         made = [factory.learner(cfg, identity.cell(cfg)) for cfg in configs]
         for learner in made:
             for module in learner.modules().values():
                 placed(module, self.compute)
         return made
 
-    def step_s(self, learners: list[Learner]) -> float:
-        """Seconds per step of one epoch of a group."""
-        frozen = loop.FrozenTeachers(self.teachers, self.compute)
+    def step_s(self, learners: list[Learner], precision: str = "fp32") -> float:
+        """Return the seconds per step of one epoch of a group in the Students' precision."""
+        frozen = self._frozen_in(precision)
+        frozen.compute.prepare()  # the flags of the process may be those of another precision
         self.epoch += 1
         for learner in learners:
             learner.means = EpochMeter()  # a new epoch begins
-        self._synchronize()
+        self.synchronize()
         start = time.perf_counter()
-        loop.train_epoch(learners, self.epoch, frozen=frozen, feed=self.feed, compute=self.compute)
-        self._synchronize()
+        loop.train_epoch(learners, self.epoch, frozen=frozen, feed=self.feed, compute=frozen.compute)
+        self.synchronize()
         if failed := [learner.failure for learner in learners if learner.failure is not None]:
             raise failed[0]
         return (time.perf_counter() - start) / len(self.feed.train)
 
-    def _synchronize(self) -> None:
+    def _frozen_in(self, precision: str) -> loop.FrozenTeachers:
+        """Return the Teachers by the names that cells of a precision have for them: untrained they are the same."""
+        if precision not in self._frozen:
+            configs = [self.config(*cell, f"precision={precision}") for cell in GRID]
+            names = dict.fromkeys(identity.teacher_cell(cfg).fingerprint for cfg in configs)
+            teachers = dict(zip(names, self.teachers.values(), strict=True))
+            self._frozen[precision] = loop.FrozenTeachers(teachers, factory.compute(configs[0]))
+        return self._frozen[precision]
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
         if self.compute.device.type == "cuda":
             torch.cuda.synchronize(self.compute.device)
 
-    def shares(self, learners: list[Learner]) -> dict[str, float]:
-        """Seconds per step by what they are spent on."""
+    def shares(self, learners: list[Learner], precision: str = "fp32") -> dict[str, float]:
+        """Return the seconds per step by what they are spent on."""
         spent = {"students": 0.0, "teachers": 0.0, "data": 0.0}
         with (
             self._clocked(loop, "_step", spent, "students"),
@@ -120,7 +140,7 @@ class Bench:
             self._clocked(loop, "normalize", spent, "data"),
             self._clocked_loader(spent),
         ):
-            total = self.step_s(learners)
+            total = self.step_s(learners, precision)
         shares = {name: seconds / len(self.feed.train) for name, seconds in spent.items()}
         return {**shares, "rest": total - sum(shares.values()), "total": total}
 
@@ -129,10 +149,10 @@ class Bench:
         inner: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self._synchronize()
+            self.synchronize()
             start = time.perf_counter()
             result = inner(*args, **kwargs)
-            self._synchronize()
+            self.synchronize()
             spent[label] += time.perf_counter() - start
             return result
 
@@ -166,44 +186,17 @@ class Bench:
         return time.perf_counter() - start, gib
 
 
-# Linux counts the memory of the process that starts a program as the program's own: a small one has to start it.
-PEAK = (
-    "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode; "
-    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
-)
-
-
-def run(command: list[str]) -> float:
-    """Run a program to its end; GiB of the largest of its processes at its peak."""
-    done = subprocess.run([sys.executable, "-c", PEAK, *command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    return int(done.stdout) / 2**20
-
-
-def torchdistill_step_s(bench: Bench, out: Path) -> dict[str, float]:
-    """Median seconds per step of each cell as torchdistill trains it, in fp32; the first step, a warm-up, left out."""
-    options = bench.options
-    sizes = ["--batch", str(options.batch), "--image-size", str(options.image_size), "--teacher", options.teacher]
-    script = str(Path(__file__).with_name("torchdistill_cells.py"))
-    count = next(each for each in bench.overrides if each.startswith("data.count="))
-    where = ["--device", str(bench.compute.device), "--steps", str(options.steps + 1), "--out", str(out)]
-    run([sys.executable, script, *sizes, *where, count, f"store={out.parent}", "weights=none"])
-    timed = json.loads(out.read_text())["cells"]
-    return {name: statistics.median(cell["step_seconds"][1:]) for name, cell in timed.items()}
-
-
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures; times in seconds per step unless the name says otherwise."""
     bench = Bench(options, folder / "store")
-    bench.compute.prepare()
-    fp32 = bench.learners(bench.configs)
-    bf16 = bench.learners(
-        [composition.compose([*bench.overrides, *cell, "kd.teacher_precision=bf16"]) for cell in GRID]
-    )
+    groups: dict[str, tuple[list[Learner], str]] = {}
+    for row, (precision, teachers) in LOCKSTEP.items():
+        both = [f"precision={precision}", f"kd.teacher_precision={teachers}"]
+        groups[row] = bench.learners([bench.config(*cell, *both) for cell in GRID]), precision
+    fp32, _ = groups["fp32"]
     (alone,) = bench.learners([bench.student])
     turns: dict[str, list[float]] = {}
-    shares: dict[str, list[dict[str, float]]] = {"fp32": [], "bf16": []}
+    shares: dict[str, list[dict[str, float]]] = {row: [] for row in groups}
     commands: dict[str, list[tuple[float, float]]] = {"lockstep": [], "basic": []}
     rival: list[dict[str, float]] = []
 
@@ -211,15 +204,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         turns.setdefault(name, []).append(seconds)
         sys.stderr.write(f"{name}: {seconds:.2f} s\n")
 
-    bench.step_s([alone, *fp32, *bf16])  # a warm-up
+    for learners, precision in [*groups.values(), ([alone], "fp32")]:
+        bench.step_s(learners, precision)  # a warm-up
     for number in range(options.rounds):
         for count in COUNTS:
             turn(f"lockstep {count}", bench.step_s(fp32[:count]))
-        turn("lockstep bf16", bench.step_s(bf16))
+        for row in ("bf16", "all bf16"):
+            turn(f"lockstep {row}", bench.step_s(*groups[row]))
         turn("one by one", sum(bench.step_s([learner]) for learner in fp32))
         turn("student", bench.step_s([alone]))
-        for precision, learners in (("fp32", fp32), ("bf16", bf16)):
-            shares[precision].append(bench.shares(learners))
+        for row, group in groups.items():
+            shares[row].append(bench.shares(*group))
         for launcher, measured in commands.items():
             store = folder / f"{launcher}{number}"
             _share(folder / "store", store)
@@ -233,12 +228,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             **{name: value for name, value in vars(options).items() if name != "out"},
             "steps_per_epoch": len(bench.feed.train),
         },
-        "machine": machine(bench.compute.device),
+        "machine": described(bench.compute.device),
         "median": medians,
         "all": turns,
         "shares": {
-            precision: {name: statistics.median(each[name] for each in found) for name in found[0]}
-            for precision, found in shares.items()
+            row: {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+            for row, rounds in shares.items()
         },
         "peak_gib": {launcher: max(gib for _, gib in found) for launcher, found in commands.items()},
         "peak_cuda_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
@@ -253,26 +248,17 @@ def _share(source: Path, store: Path) -> None:
         (store / name).symlink_to(source.resolve() / name, target_is_directory=True)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "timm", "torchdistill", "hydra-core", "mlflow")},
-        "date": time.strftime("%Y-%m-%d"),
-    }
+def described(device: torch.device) -> dict[str, Any]:
+    """Return the machine with its device and threads."""
+    names = ("torch", "torchvision", "timm", "torchdistill", "hydra-core", "mlflow", "mlflow-skinny")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {**machine(*names), "threads": torch.get_num_threads(), "device": name}
 
 
 def report(found: dict[str, Any]) -> str:
     """The figures as Markdown."""
     settings, own, median = found["settings"], found["machine"], found["median"]
-    best, fp32 = median["lockstep bf16"], median["lockstep 12"]
+    fp32 = median["lockstep 12"]
     lines = [
         f"{settings['image_size']} x {settings['image_size']} pixels, batch {settings['batch']}, Teacher "
         f"{settings['teacher']}, {own['device']} ({own['cpu']}, {own['threads']} threads), PyTorch {own['torch']}, "
@@ -285,7 +271,8 @@ def report(found: dict[str, Any]) -> str:
         "torchdistill, one by one, per step": median["torchdistill"],
         "kdsweep, one by one, per step": median["one by one"],
         "kdsweep, lockstep, per step": fp32,
-        "kdsweep, lockstep, bf16 Teachers, per step": best,
+        "kdsweep, lockstep, bf16 Teachers, per step": median["lockstep bf16"],
+        "kdsweep, lockstep, Students and Teachers bf16, per step": median["lockstep all bf16"],
     }
     for name, seconds in rows.items():
         lines.append(f"| {name} | {seconds:.2f} | {fp32 / seconds:.2f} | {median['torchdistill'] / seconds:.2f} |")
@@ -311,10 +298,11 @@ def report(found: dict[str, Any]) -> str:
         "| share of a step of 12 cells | Students | Teachers | data | rest | all but Students / Students |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for precision, parts in found["shares"].items():
+    for row, parts in found["shares"].items():
         shown = " | ".join(f"{parts[name] / parts['total']:.1%}" for name in ("students", "teachers", "data", "rest"))
         over = (parts["total"] - parts["students"]) / parts["students"]
-        lines.append(f"| {precision} Teachers | {shown} | {over:.2f} |")
+        students, teachers = LOCKSTEP[row]
+        lines.append(f"| {students} Students, {teachers} Teachers | {shown} | {over:.2f} |")
     peak = found["peak_gib"]
     lines += ["", f"Largest process: {peak['lockstep']:.2f} GiB in lockstep, {peak['basic']:.2f} GiB one by one."]
     return "\n".join(lines)
@@ -327,7 +315,6 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--teacher", default="resnext101", help="a file of conf/teacher")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--steps", type=int, default=2, help="steps of an epoch, the unit that is timed")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("multirun/bench.json"))

@@ -17,7 +17,6 @@ import logging
 import math
 import multiprocessing
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -28,7 +27,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
+from machine import machine
 from omegaconf import DictConfig, OmegaConf
 
 from kdsweep import conf_dir
@@ -284,20 +283,6 @@ def read_back(store: Path, clock: Clock) -> None:
 # ---- report --------------------------------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, Any]:
-    """Hardware, versions and date."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpus = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    names = ("hydra-core", "omegaconf", "mlflow", "pandas", "torch")
-    return {
-        "cpu": cpus[0] if cpus else platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def exponent(small: dict[str, Any], large: dict[str, Any], step: str) -> float:
     """Of growth between two sizes: 1 is linear. NaN below 0.05 s, where it would be noise."""
     before, after = (each["steps"][step]["cpu_s"] for each in (small, large))
@@ -335,7 +320,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, nargs="+", choices=sorted(SIZES), default=sorted(SIZES))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/growth.json"))
     options = parser.parse_args()
-    found: dict[str, Any] = {"machine": machine(), "sizes": []}
+    found: dict[str, Any] = {"machine": machine("hydra-core", "omegaconf", "mlflow", "pandas", "torch"), "sizes": []}
     with tempfile.TemporaryDirectory(prefix="growth-") as folder:
         for size in options.cells:
             load = os.getloadavg()[0]

@@ -1,24 +1,26 @@
 """The 12 distillation trainings written for torchdistill 1.1.5, each on its own: kdsweep is timed against them.
 
-Batches, initial weights, formulas and optimizer are kdsweep's: losses and weights come out the same. The machinery is
-torchdistill's: the box and its configuration, hooks, registered losses, an auxiliary wrapper for the regressor. What
-torchdistill leaves to its user is as PyTorch has it (NCHW memory, malloc).
+Batches, the number of processes that prepare them, initial weights, formulas, optimizer, precision and cuDNN's flags
+are kdsweep's: losses and weights come out the same. The machinery is torchdistill's: the box and its configuration,
+hooks, registered losses, an auxiliary wrapper for the regressor. What torchdistill leaves to its user is as PyTorch has
+it (NCHW memory, malloc).
 
     pip install torchdistill
-    python benchmarks/torchdistill_cells.py --cells L_MSE,HReg_KLD_WAug --steps 3 --batch 16 --out FILE.json
+    python benchmarks/torchdistill_cells.py --cells L_MSE,HReg_KLD_WAug --steps 3 --out FILE.json precision=bf16
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
+import itertools
 import json
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
-from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,12 @@ from torchdistill.losses.registry import register_mid_level_loss
 from torchdistill.models.registry import register_auxiliary_model_wrapper
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
-from kdsweep.data.loaders import EpochBatches, TrainViews
+from kdsweep.core.device import Compute
+from kdsweep.data.loaders import EpochBatches, TrainLoader, TrainViews, affordable_workers
 from kdsweep.data.views import normalize
 from kdsweep.distill import losses
 from kdsweep.distill.distillation import warp
 from kdsweep.distill.paths import HiddenRegressor
-from kdsweep.models import unet
 from kdsweep.models.unet import UNet
 
 SAME = "."  # torchdistill's path of the model itself
@@ -47,24 +49,21 @@ ENCODER = [f"encoder.{stage}" for stage in STAGES]  # of the ResNet family, as e
 NOTATIONS = {"L": "L", "H": "H", "HR": "HReg"}
 CELLS = {
     f"{NOTATIONS[path]}_{loss.upper()}{'_WAug' if view == 'weak' else ''}": (path, loss, view)
-    for path, loss, view in product(NOTATIONS, ("mse", "kld"), ("strong", "weak"))
+    for path, loss, view in itertools.product(NOTATIONS, ("mse", "kld"), ("strong", "weak"))
 }
 
 
 class EpochKeys(Sampler[tuple[int, int]]):
-    """(epoch, index) keys in kdsweep's order, one epoch further each time it is iterated."""
+    """(epoch, index) keys in kdsweep's order, without end: batches are prepared across epochs, as kdsweep's are."""
 
-    def __init__(self, dataset: TrainViews, *, indices: list[int], batch_size: int) -> None:
-        self.batches = EpochBatches(indices, batch_size=batch_size, seed=dataset.seed, split_index=dataset.split_index)
-        self.next_epoch = 0
+    def __init__(self, dataset: TrainViews, *, batches: EpochBatches) -> None:
+        self.batches = batches
 
     def __len__(self) -> int:
-        return len(self.batches.indices)
+        return self.batches.per_epoch() * self.batches.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        self.batches.first_epoch, self.next_epoch = self.next_epoch, self.next_epoch + 1
-        for keys in islice(self.batches, self.batches.per_epoch()):
-            yield from keys
+        return itertools.chain.from_iterable(self.batches)
 
 
 def _stack(samples: list[dict[str, np.ndarray]], name: str) -> Tensor:
@@ -178,6 +177,13 @@ def networks_config(
     return config, {"student_module": "regressor", "teacher_module": ENCODER[-1]}
 
 
+def worker_count(train: TrainLoader, *, image_size: int) -> int:
+    """Return how many processes prepare batches: as many as kdsweep's, or as shared memory has room for."""
+    batch_bytes = 28 * image_size**2 * train.batches.batch_size  # two views of three channels and a mask, all fp32
+    wanted = train.loader.num_workers
+    return affordable_workers(wanted, batch_bytes=batch_bytes) if wanted else 0
+
+
 class TorchdistillCell:
     """One training.
 
@@ -187,11 +193,10 @@ class TorchdistillCell:
         teacher_aug: ``weak`` or ``strong``, what the Teacher sees.
         student: trained in place; its encoder is MobileNetV3-small, trimmed, or of the ResNet family.
         teacher: of the ResNet family; put into eval mode, which torchdistill leaves to its user.
-        train_views: the data set; its seed is the regressor's too.
-        indices: of its images that are trained on.
-        batch_size: images per step.
+        train: kdsweep's loader, whose images and batches are used; its seed is the regressor's too.
+        workers: processes that prepare batches.
         lr: Adam's learning rate.
-        device: of networks and batches.
+        compute: device and precision.
     """
 
     def __init__(
@@ -202,13 +207,12 @@ class TorchdistillCell:
         teacher_aug: str,
         student: UNet,
         teacher: UNet,
-        train_views: TrainViews,
-        indices: list[int],
-        batch_size: int,
+        train: TrainLoader,
+        workers: int,
         lr: float,
-        device: str = "cpu",
+        compute: Compute,
     ) -> None:
-        weak, seed = teacher_aug == "weak", train_views.seed
+        weak, seed = teacher_aug == "weak", train.batches.seed
         config, modules = networks_config(path=path, weak=weak, student=student, teacher=teacher, seed=seed)
         terms = {
             "kd": {"key": "MapsLoss", "kwargs": {"path": path, "loss": loss, **modules}},
@@ -220,38 +224,33 @@ class TorchdistillCell:
             "train_data_loader": {
                 "dataset_id": "train",
                 "requires_supp": False,  # the collate function gives the supplementary dict
-                "sampler": {"class_or_func": EpochKeys, "kwargs": {"indices": indices, "batch_size": batch_size}},
+                "sampler": {"class_or_func": EpochKeys, "kwargs": {"batches": copy.copy(train.batches)}},
                 "collate_fn": "both_views" if weak else "strong_views",
-                "kwargs": {"batch_size": batch_size, "pin_memory": device != "cpu"},
+                "kwargs": {
+                    "batch_size": train.batches.batch_size,
+                    "pin_memory": train.loader.pin_memory,
+                    "num_workers": workers,
+                },
             },
             "optimizer": {"key": "Adam", "kwargs": {"lr": lr}},
             "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": sub_terms}},
         }
-        self.device = torch.device(device)
-        run_on = {"device": self.device, "device_ids": None, "distributed": False, "lr_factor": 1}
-        self.box = get_distillation_box(teacher.eval(), student, {"train": train_views}, config, **run_on)
-        self.epoch, self.last_loss = -1, float("nan")
-        self._batches: Iterator[Any] = iter(())
-
-    def _next_batch(self) -> Any:
-        batch = next(self._batches, None)
-        if batch is None:
-            if self.epoch >= 0:
-                self.box.post_epoch_process()
-            self.epoch += 1
-            self.box.pre_epoch_process(epoch=self.epoch)
-            self._batches = iter(self.box.train_data_loader)
-            batch = next(self._batches)
-        return batch
+        self.compute = compute
+        run_on = {"device": compute.device, "device_ids": None, "distributed": False, "lr_factor": 1}
+        self.box = get_distillation_box(teacher.eval(), student, {"train": train.loader.dataset}, config, **run_on)
+        self.last_loss = float("nan")
+        self.box.pre_epoch_process(epoch=0)
+        self._batches = iter(self.box.train_data_loader)
 
     def steps(self, count: int) -> list[float]:
         """Run ``count`` steps; the wall seconds of each, from asking for its batch to having its loss as a number."""
-        seconds = []
+        seconds, device = [], self.compute.device
         for _ in range(count):
             start = time.perf_counter()
-            strong, *others = self._next_batch()
-            targets, supp = ({name: values.to(self.device) for name, values in part.items()} for part in others)
-            loss = self.box.forward_process(strong.to(self.device), targets, supp)
+            strong, *others = next(self._batches)
+            targets, supp = ({name: values.to(device) for name, values in part.items()} for part in others)
+            with self.compute.autocast():
+                loss = self.box.forward_process(strong.to(device), targets, supp)
             self.box.post_forward_process(loss=loss)
             self.last_loss = loss.item()
             seconds.append(time.perf_counter() - start)
@@ -267,12 +266,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--cells", default=",".join(CELLS), help="comma-separated, in the paper's notation")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--teacher", default="resnext101", help="a file of conf/teacher")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--limit", type=float, help="seconds; cells beyond it are left out")
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
-    parser.add_argument("overrides", nargs="*", help="of kdsweep's configuration, such as data=busi data.root=FOLDER")
+    parser.add_argument("overrides", nargs="*", help="of kdsweep's configuration, such as precision=bf16 data.count=50")
     args = parser.parse_args()
     names = args.cells.split(",")
     if unknown := set(names) - set(CELLS):
@@ -281,35 +277,41 @@ def main() -> None:
     from kdsweep.config import composition
     from kdsweep.training import factory
 
-    cfg = composition.compose(
-        [f"image_size={args.image_size}", f"teacher={args.teacher}", f"train.batch_size={args.batch}", *args.overrides]
-    )
-    train = factory.feed(cfg, seed=cfg.seed).train
-    torch.backends.cudnn.benchmark = True  # as torchdistill's example scripts do; nothing to a CPU
+    begun = time.perf_counter()
+    cfg = composition.compose(args.overrides)
+    train, compute = factory.feed(cfg, seed=cfg.seed).train, factory.compute(cfg)
+    if cfg.train.last_batch == "smaller" and train.image_count % cfg.train.batch_size:
+        parser.error(
+            f"{train.image_count} images do not fill batches of {cfg.train.batch_size}: add train.last_batch=fill"
+        )
+    if compute.device.type == "cuda":
+        compute.prepare()  # the same flags; on the CPU it would tune malloc, which is kdsweep's own doing
+    workers = worker_count(train, image_size=cfg.image_size)
     result: dict[str, Any] = {
         "versions": {name: version(name) for name in ("torchdistill", "torch")},
         "threads": torch.get_num_threads(),
+        "workers": workers,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "arguments": {**vars(args), "out": str(args.out)},
         "cells": {},
     }
+    student, teacher = factory.student_network(cfg), factory.teacher_network(cfg)
+    longest = 0.0
     for name in names:
         start = time.perf_counter()
+        if args.limit is not None and start - begun + longest > args.limit:
+            break
         path, loss, teacher_aug = CELLS[name]
-        student, teacher = (
-            unet.unet(encoder=node.encoder, decoder_channels=list(node.decoder_channels), weights="none", seed=seed)
-            for node, seed in ((cfg.student, cfg.seed), (cfg.teacher, cfg.teacher.seed))
-        )
         cell = TorchdistillCell(
             path=path,
             loss=loss,
             teacher_aug=teacher_aug,
-            student=student,
-            teacher=teacher,
-            train_views=train.loader.dataset,
-            indices=train.batches.indices,
-            batch_size=args.batch,
+            student=copy.deepcopy(student),
+            teacher=copy.deepcopy(teacher),
+            train=train,
+            workers=workers,
             lr=cfg.train.lr,
-            device=args.device,
+            compute=compute,
         )
         startup = time.perf_counter() - start
         seconds = cell.steps(args.steps)
@@ -323,8 +325,10 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
         sys.stdout.write(f"{name}: {sum(seconds):.2f} s for {len(seconds)} steps, loss {cell.last_loss:.6f}\n")
         cell.close()
-        del cell, student, teacher
+        del cell
         gc.collect()  # the next training starts without this one's networks
+        longest = max(longest, time.perf_counter() - start)
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Plan and bookkeeping of large sweeps: nothing is done again for each cell that could be done once."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
@@ -31,13 +31,10 @@ def sweep():
 
 
 @pytest.fixture
-def growth():
+def growth(monkeypatch):
     """The benchmark, which is no module of the package."""
-    file = Path(__file__).parents[2] / "benchmarks" / "growth.py"
-    spec = importlib.util.spec_from_file_location("growth", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module("growth")
 
 
 def slow(loader, config, words: list[str], number: int):
