@@ -93,12 +93,13 @@ def time_epoch_s(cfg: DictConfig, *, role: str) -> float:
         placed(module, compute)
     frozen = loop.FrozenTeachers(teachers, compute)
     for epoch in range(2):
-        learner.spent_s, learner.means = 0.0, EpochMeter()
+        learner.spent_s, learner.watches, learner.means = 0.0, [], EpochMeter()
         loop.train_epoch([learner], epoch, frozen=frozen, feed=feed, compute=compute)
     if learner.failure is not None:
         raise learner.failure
+    seconds = learner.read_watches()
     give_back_memory()
-    return learner.spent_s
+    return seconds
 
 
 def device_names(configs: list[DictConfig], devices: list[str]) -> dict[str, list[str]]:
@@ -148,13 +149,16 @@ def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: 
         teacher = latency.time_step_s(network, **timed, forward_only=trained)
         del network
     give_back_memory()
+    ids = identity.split_ids(first)
     return Preview(
         devices=devices,
         timed_on=str(on),
         student_s=student.train,
         teacher_s=teacher.train,
         forward_s=teacher.forward,
-        images=len(identity.split_ids(first)["train"]),
+        validation_s=student.forward,
+        images=len(ids["train"]),
+        validation_images=len(ids["validation"]),
         load=load,
         threads=torch.get_num_threads() if on.type == "cpu" else 0,
         cores=usable_cores(),
