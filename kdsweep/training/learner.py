@@ -260,15 +260,12 @@ class Learner:
 
     def _keep_best(self) -> None:
         now = {name: module.state_dict() for name, module in self.modules().items()}
-        if self.best is None:
-            self.best = {
-                name: {key: value.detach().clone() for key, value in state.items()} for name, state in now.items()
-            }
-            return
-        pairs = [(self.best[name][key], value) for name, state in now.items() for key, value in state.items()]
-        for dtype in {value.dtype for _, value in pairs}:  # of one type: these are copied by few kernels
-            best, current = zip(*(pair for pair in pairs if pair[1].dtype == dtype), strict=True)
-            torch._foreach_copy_(best, current)
+        pairs = [(value.detach(), torch.empty_like(value)) for state in now.values() for value in state.values()]
+        for dtype in {value.dtype for value, _ in pairs}:  # those of one type are copied by few kernels
+            values, copies = zip(*(pair for pair in pairs if pair[0].dtype == dtype), strict=True)
+            torch._foreach_copy_(copies, values)
+        kept = iter(pairs)
+        self.best = {name: {key: next(kept)[1] for key in state} for name, state in now.items()}
 
     def restore_best(self) -> None:
         """Put the weights of the best epoch back."""

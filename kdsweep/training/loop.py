@@ -298,7 +298,7 @@ def validate(
         columns = iter(to_host([own for part in parts for own in part], compute.device))
     for learner, means in validated:
         train, val, kd = (next(columns) for _ in range(3))
-        with isolated(learner):
+        with _turn(learner, "validation", seed=seed):
             learner.check_finite(train, "train")
             learner.check_finite(val, "val")
             values = weighted_means(train, learner.means.counts, "train/") | weighted_means(val, means.counts, "val/")

@@ -3,7 +3,6 @@
 PyTorch's device ``meta`` refuses to combine its tensors with those of the host, as CUDA does.
 """
 
-import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -13,8 +12,7 @@ from small import STUDENT, TEACHER
 from torch import nn
 
 from kdsweep.config import composition, identity
-from kdsweep.core import device
-from kdsweep.core.device import Compute, Stopwatch, placed
+from kdsweep.core.device import Compute, Stopwatch
 from kdsweep.core.files import write_json
 from kdsweep.evaluation import latency
 from kdsweep.models import unet
@@ -67,17 +65,15 @@ def test_a_resume_in_mid_epoch_goes_on_on_the_learners_device(compose, tmp_path,
     saved.epoch = -1  # in which a matched weight is measured
     step(saved, cfg, CPU)
     saved.save()
-    monkeypatch.setattr(Compute, "autocast", lambda *_: nullcontext())  # PyTorch has none on this device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # this device has none
     resumed = learner_on(META, cfg, tmp_path / "cell")
     assert resumed.resume()
+    resumed.optimizer.step = lambda: None  # its fused kernel needs a device that computes
     step(resumed, cfg, META)
     assert resumed.steps == 2
-    tensors = [*resumed.means.columns().values(), *resumed.kd_columns().values()]
-    tensors += [value for state in resumed.best.values() for value in state.values()]
-    tensors += [value for moments in resumed.optimizer.state.values() for value in moments.values()]
-    assert {value.device for value in tensors} == {META, CPU} if "step" in str(resumed.optimizer.state) else {META}
-    assert {value.device for value in [*resumed.means.columns().values(), *resumed.kd_columns().values()]} == {META}
-    resumed._keep_best()
+    columns = [resumed.means.columns(), resumed.kd_columns(), *resumed.best.values()]
+    assert {value.device for own in columns for value in own.values()} == {META}
+    assert ("kd_weight" in resumed.kd_columns()) == ("kd.weight=matched" in cell)
 
 
 def test_values_of_all_types_reach_the_host_in_one_copy_and_unchanged(monkeypatch):
@@ -182,13 +178,13 @@ def global_flags(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize(("where", "deterministic", "benchmark"), [(CUDA, False, True), (CUDA, True, False), (CPU, False, False)])
+@pytest.mark.parametrize(
+    ("where", "deterministic", "benchmark"), [(CUDA, False, True), (CUDA, True, False), (CPU, False, False)]
+)
 @pytest.mark.usefixtures("global_flags")
 def test_algorithms_are_the_fastest_or_the_same_every_time(where, deterministic, benchmark):
     torch.backends.cudnn.benchmark = not benchmark
     Compute(where, "fp32", deterministic=deterministic).prepare()
     assert torch.backends.cudnn.benchmark == benchmark
     assert torch.are_deterministic_algorithms_enabled() == deterministic
-    if deterministic:
-        assert math.isfinite(float(torch.empty(100).abs().max())) or True
-        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.utils.deterministic.fill_uninitialized_memory != deterministic  # only one of them reads it
