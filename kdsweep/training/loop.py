@@ -291,7 +291,7 @@ def validate(
     for learner in (own for own in learners if own.failure is None):
         signals.check()
         with _turn(learner, "validation", seed=seed):
-            validated.append((learner, _validated(learner, validation, taught, compute)))
+            validated.append((learner, validation_values(learner, validation, taught, compute)))
     validated = [(learner, means) for learner, means in validated if learner.failure is None]
     parts = [(learner.means.columns(), means.columns(), learner.kd_columns()) for learner, means in validated]
     with _shared("validation"):
@@ -305,7 +305,7 @@ def validate(
             learner.end_epoch(values | learner.kd_values(kd))
 
 
-def _validated(
+def validation_values(
     learner: Learner,
     validation: list[tuple[Batch, Tensor]],
     taught: list[dict[TeacherForward, Outputs]],

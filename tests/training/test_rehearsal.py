@@ -218,7 +218,7 @@ def rehearse(chosen, folder, precision):
             return call
 
         with (
-            mock.patch.multiple(loop, _step=strict(loop._step), _validated=strict(loop._validated)),
+            mock.patch.multiple(loop, _step=strict(loop._step), validation_values=strict(loop.validation_values)),
             mock.patch.multiple(loop, weighted_means=lambda *_: {}),  # host tensors without values
             mock.patch.multiple(Learner, check_finite=mock.DEFAULT, kd_values=lambda *_: {}, end_epoch=mock.DEFAULT),
         ):
