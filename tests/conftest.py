@@ -28,6 +28,9 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files: several processes, each of which takes whole files, then end at about one time."""
+    for item in items:
+        if item.get_closest_marker("gpu"):  # a card comes with its version of PyTorch, which may warn of other things
+            item.add_marker(pytest.mark.filterwarnings("default"))
     ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 

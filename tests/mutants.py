@@ -151,22 +151,22 @@ MUTANTS = [
     Mutant(
         "NaN in validation is not seen",
         "training/loop.py",
-        '            learner.check_finite(means, "val")\n',
+        '            learner.check_finite(val, "val")\n',
         "",
         f"{LOOP} -k validation_alone",
     ),
     Mutant(
         "a Student is validated in train mode",
         "training/loop.py",
-        "            learner.evaluate()\n",
+        "    learner.evaluate()\n",
         "",
         f"{LOOP} -k eval_mode",
     ),
     Mutant(
         "a Student is left in eval mode",
         "training/loop.py",
-        '            learner.train()\n            learner.check_finite(means, "val")',
-        '            learner.check_finite(means, "val")',
+        "    learner.train()\n    watch.stop()",
+        "    watch.stop()",
         f"{LOOP} -k eval_mode",
     ),
     # data

@@ -19,7 +19,7 @@ WARM_UP, REPEATS = 5, 50  # forward passes
 
 
 class StepTime(NamedTuple):
-    """Seconds per image of a training step (forward, backward, Adam; 0 if not timed) and of a forward alone."""
+    """Seconds per image of a training step (forward, backward, Adam; 0 if not timed) and of validation's forward."""
 
     train: float
     forward: float
@@ -30,7 +30,8 @@ def time_step_s(
 ) -> StepTime:
     """Time steps of a throwaway network on noise, after some to warm up; return the fastest, the least disturbed one.
 
-    A batch that does not fit into the memory is halved.
+    A step is that of a training: backward pass outside of autocast, fused Adam on CUDA, new gradients each time. A
+    batch that does not fit into the memory is halved.
     """
     try:
         return _time_step_s(network, image_size=image_size, compute=compute, images=images, forward_only=forward_only)
@@ -44,20 +45,24 @@ def time_step_s(
 
 def _time_step_s(network: UNet, *, image_size: int, compute: Compute, images: int, forward_only: bool) -> StepTime:
     placed(network, compute)
-    optimizer = torch.optim.Adam(network.parameters())
+    optimizer = torch.optim.Adam(network.parameters(), fused=compute.device.type == "cuda" or None)
     batch = torch.randn(images, 3, image_size, image_size, device=compute.device)
     batch = batch.to(memory_format=torch.channels_last)
     times: list[tuple[float, float]] = []
     first = WARM_UP_STEPS[compute.device.type]
     while len(times) < first + STEPS and (len(times) <= first or sum(map(sum, times)) < ENOUGH_S):
+        network.eval()
         clock = [_now_s(compute.device)]
-        with compute.autocast():
-            with torch.no_grad():
-                network(batch)
-            clock.append(_now_s(compute.device))
-            if not forward_only:
-                network(batch).logits.mean().backward()
-                optimizer.step()
+        with torch.no_grad(), compute.autocast():
+            network(batch)
+        clock.append(_now_s(compute.device))
+        if not forward_only:
+            network.train()
+            with compute.autocast():
+                loss = network(batch).logits.mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         clock.append(_now_s(compute.device))
         times.append((clock[2] - clock[1], clock[1] - clock[0]))
     train, forward = (min(column) / images for column in zip(*times[first:], strict=True))

@@ -16,6 +16,7 @@ import numpy as np
 from kdsweep.core.files import _appearing, write_bytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -66,8 +67,8 @@ def save_state(file: Path, state: dict[str, Any]) -> None:
                 os.link(file, previous)
 
 
-def load_state(file: Path) -> dict[str, Any]:
-    """Read what ``save_state`` wrote, onto the CPU.
+def load_state(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what ``save_state`` wrote, all tensors onto one device.
 
     Raises:
         DamagedError: the file is not what was written.
@@ -84,7 +85,7 @@ def load_state(file: Path) -> dict[str, Any]:
             raise DamagedError(f"{file}: damaged, its checksum does not fit its {file.stat().st_size} bytes")
         stream.seek(0)
         try:
-            state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(stream, map_location=device, weights_only=True)
         except Exception as error:  # of many kinds, whatever the bytes are taken for
             raise DamagedError(f"{file}: not a checkpoint: {' '.join(str(error).split())[:200]}") from error
     return state

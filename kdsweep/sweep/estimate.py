@@ -32,7 +32,9 @@ class Preview:
         student_s: seconds per image of a Student's training step.
         teacher_s: of a Teacher's training step.
         forward_s: of a Teacher's forward.
+        validation_s: of a Student's forward in validation.
         images: in the training part.
+        validation_images: in the validation part.
         load: of the processor before, if other programs took a good part of it; else 0.
         threads: of the timed steps, on the CPU; else 0.
         cores: that the command may use, for ``threads``.
@@ -43,7 +45,9 @@ class Preview:
     student_s: float = 1.0
     teacher_s: float = 4.0
     forward_s: float = 1.0
+    validation_s: float = 1.0
     images: int = 1
+    validation_images: int = 0
     load: float = 0.0
     threads: int = 0
     cores: int = 0
@@ -52,6 +56,21 @@ class Preview:
     def places(self) -> int:
         """Return how many groups can run at the same time; on the CPU these are processes."""
         return max(len(names) for names in self.devices.values())
+
+    @property
+    def student_epoch_s(self) -> float:
+        """Return the seconds of a Student's epoch: its steps and its validation."""
+        return self.images * self.student_s + self.validation_images * self.validation_s
+
+    @property
+    def teacher_epoch_s(self) -> float:
+        """Return the seconds of an epoch of a Teacher's training."""
+        return self.images * self.teacher_s + self.validation_images * self.forward_s
+
+    @property
+    def forward_epoch_s(self) -> float:
+        """Return the seconds of a Teacher's forwards in an epoch; those in validation are computed once for all."""
+        return self.images * self.forward_s
 
     @property
     def own_threads(self) -> int:
@@ -76,16 +95,14 @@ def teachers_s(jobs: Sequence[Job], preview: Preview) -> float:
     """Return the seconds that training the Teachers takes that these jobs lack."""
     missing = plan.missing_teachers(jobs)
     epochs = sum(max(0, job.settings.teacher_epochs - records.epochs(cell.folder)) for cell, job in missing)
-    return float(epochs * preview.images * preview.teacher_s)
+    return epochs * preview.teacher_epoch_s
 
 
 def group_s(group: Sequence[Job], preview: Preview) -> float:
     """Return the seconds that a group takes once its Teachers are there."""
     epochs = [job.epochs_left for job in group]
     teacher_outputs = {forward_of(job) for job in group if job.cell.role == "distilled"}
-    return preview.images * float(
-        sum(epochs) * preview.student_s + max(epochs) * len(teacher_outputs) * preview.forward_s
-    )
+    return sum(epochs) * preview.student_epoch_s + max(epochs) * len(teacher_outputs) * preview.forward_epoch_s
 
 
 def forward_of(job: Job) -> tuple[str, str, str]:

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from kdsweep.config import grid, identity
 from kdsweep.core.device import Compute, find_device, give_back_memory, placed, usable_cores, usable_precision
-from kdsweep.evaluation import latency
+from kdsweep.evaluation import latency, scoring
 from kdsweep.models import unet
 from kdsweep.runs import records
 from kdsweep.sweep import plan, rehearsal
@@ -72,7 +72,7 @@ def preview_cells(configs: list[DictConfig], devices: list[str]) -> Preview:
 def time_epoch_s(cfg: DictConfig, *, role: str) -> float:
     """Return the seconds of an epoch of a training, as if it were alone: the second one, the first warms up.
 
-    Steps and Teacher's forwards are counted, the Teacher is an untrained one. Nothing is written.
+    Steps, Teacher's forwards and validation are counted, the Teacher is an untrained one. Nothing is written.
 
     Args:
         cfg: of a cell.
@@ -92,13 +92,17 @@ def time_epoch_s(cfg: DictConfig, *, role: str) -> float:
     for module in learner.modules().values():
         placed(module, compute)
     frozen = loop.FrozenTeachers(teachers, compute)
+    validation = list(scoring.eval_batches(feed.validation, compute))
+    taught = [frozen.teach([learner], views) for views, _ in validation]
     for epoch in range(2):
-        learner.spent_s, learner.means = 0.0, EpochMeter()
+        learner.spent_s, learner.watches, learner.means = 0.0, [], EpochMeter()
         loop.train_epoch([learner], epoch, frozen=frozen, feed=feed, compute=compute)
-    if learner.failure is not None:
-        raise learner.failure
+        if learner.failure is not None:
+            raise learner.failure
+        loop.validation_values(learner, validation, taught, compute)
+    seconds = learner.read_watches()
     give_back_memory()
-    return learner.spent_s
+    return seconds
 
 
 def device_names(configs: list[DictConfig], devices: list[str]) -> dict[str, list[str]]:
@@ -148,13 +152,16 @@ def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: 
         teacher = latency.time_step_s(network, **timed, forward_only=trained)
         del network
     give_back_memory()
+    ids = identity.split_ids(first)
     return Preview(
         devices=devices,
         timed_on=str(on),
         student_s=student.train,
         teacher_s=teacher.train,
         forward_s=teacher.forward,
-        images=len(identity.split_ids(first)["train"]),
+        validation_s=student.forward,
+        images=len(ids["train"]),
+        validation_images=len(ids["validation"]),
         load=load,
         threads=torch.get_num_threads() if on.type == "cpu" else 0,
         cores=usable_cores(),

@@ -222,14 +222,14 @@ class Tuner(Launcher):
 
     def _longest_s(self, methods: list[Method], preview: Preview) -> float:
         """Return the seconds of all trials on one device if none is pruned, with Teachers that are not tuned."""
-        step_s = {"teacher": preview.teacher_s, "baseline": preview.student_s, "distilled": preview.student_s}
-        own_s = sum(own.epochs * step_s[own.role] for own in methods) * self.options.trials
+        epoch_s = {True: preview.teacher_epoch_s, False: preview.student_epoch_s}
+        own_s = sum(own.epochs * epoch_s[own.role == "teacher"] for own in methods) * self.options.trials
         views = {(own.cell.split, estimate.forward_of(own.job)) for own in methods if own.role == "distilled"}
         rounds = -(-self.options.trials // self.options.round)
-        shared_s = len(views) * rounds * max(own.epochs for own in methods) * preview.forward_s
+        shared_s = len(views) * rounds * max(own.epochs for own in methods) * preview.forward_epoch_s
         is_tuned = any(own.role == "teacher" for own in methods)
         taught = [] if is_tuned else [own.job for own in methods if own.role == "distilled"]
-        return preview.images * (own_s + shared_s) + estimate.teachers_s(taught, preview)
+        return own_s + shared_s + estimate.teachers_s(taught, preview)
 
     def _overview(self, students: list[Method], teachers: list[Method], preview: Preview) -> str:
         """Return what would be tuned, a line per method."""

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdsweep.core.device import Stopwatch
 from kdsweep.core.errors import CellError
 from kdsweep.core.files import remove_parts
 from kdsweep.distill import losses
 from kdsweep.distill.distillation import Distillation, ViewPair, gradient_ratio, matched_weight
 from kdsweep.models.unet import Outputs, UNet
 from kdsweep.runs import checkpoint, records
-from kdsweep.training.meter import EpochMeter
+from kdsweep.training.meter import Columns, EpochMeter, not_finite, to_host
 
 log = logging.getLogger(__name__)
 
+RATIO_EVERY = 10  # epochs: to measure the gradients' ratio takes one more backward pass
 
 # By name what the learning rate is multiplied by, of the share of all steps that lies behind. Sources: Loshchilov and
 # Hutter, SGDR, ICLR 2017 (cosine); Chen et al., DeepLab, TPAMI 40, 2018 (poly, power 0.9).
@@ -63,11 +65,11 @@ class Learner:
         means: of the steps taken in the epoch that has begun.
         kd_weight: of the KD term now.
         gradient_ratios: KD to supervised gradient at the encoder, of the epoch's steps in which it was measured.
+        watches: that have measured work of the epoch that has begun, and have not been read.
         history: values of each whole epoch.
         times_ms: when each of them ended.
         seconds: what each of them took: its steps, its validation, and its Teacher's forwards as if it were alone.
-            On CUDA, where steps are queued, the time to queue them and to wait for their values.
-        spent_s: the same of the epoch that has begun.
+        spent_s: the same of the epoch that has begun, as far as its watches have been read.
         failure: the error that ended it early.
         is_pruned: whether it has been ended early as a trial that has no prospects.
         whole: whether it can be saved: its checkpoint has been read and no step is half done.
@@ -94,6 +96,7 @@ class Learner:
     epoch: int = -1
     means: EpochMeter = field(default_factory=EpochMeter)
     gradient_ratios: list[Tensor] = field(default_factory=list)
+    watches: list[Stopwatch] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     times_ms: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -114,6 +117,11 @@ class Learner:
         several = len(terms) > 1
         paths = {f"kd_path.{name}" if several else "kd_path": term.kd_path for name, term in terms.items()}
         return {"network": self.network, **paths}
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of its network."""
+        return next(self.network.parameters()).device
 
     @property
     def stages(self) -> set[str]:
@@ -172,20 +180,28 @@ class Learner:
         weight = self.kd_weight
         return {"loss": weight * found["kd"] + (1 - weight) * supervised, **found, "supervised": supervised}
 
+    def read_watches(self) -> float:
+        """Return the seconds of the epoch that has begun; on CUDA the host waits for its last kernel."""
+        self.spent_s += sum(watch.seconds() for watch in self.watches)
+        self.watches = []
+        return self.spent_s
+
     def set_rate(self, progress: float) -> None:
         """Set the learning rate of the next step, which depends on the share of all steps that lies behind alone."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * SCHEDULES[self.schedule](progress)
 
     def backward(self, terms: dict[str, Tensor]) -> None:
-        """Compute the gradients of a batch; in an epoch's first step, measure how strongly the KD term acts.
+        """Compute the gradients of a batch; in some steps, measure how strongly the KD term acts.
 
-        With a matched weight every step of the first epoch is measured, and sets the weight of the next. With a weight
-        of 0 or 1 there is one term alone, and no ratio.
+        That is in the first step of the first epoch and of every tenth one after it. With a matched weight every step
+        of the first epoch is measured, and sets the weight of the next. With a weight of 0 or 1 there is one term
+        alone, and no ratio.
         """
         kd = self.distillation
         is_matching = kd is not None and kd.weight is None and self.epoch < 0
-        if kd is None or kd.weight in (0, 1) or not (is_matching or self.steps == 0):
+        is_measured = self.steps == 0 and (self.epoch + 1) % RATIO_EVERY == 0
+        if kd is None or kd.weight in (0, 1) or not (is_matching or is_measured):
             terms["loss"].backward()
             return
         terms["loss"].backward(retain_graph=True)
@@ -194,14 +210,32 @@ class Learner:
         if is_matching:
             self.kd_weight = matched_weight(torch.stack(self.gradient_ratios), ratio=kd.ratio)
 
-    def check_finite(self, means: EpochMeter, part: str) -> None:
+    def kd_columns(self) -> Columns:
+        """Return what was measured of the KD term in the epoch that has begun, on the device."""
+        ratios = {"gradient_ratio": torch.stack(self.gradient_ratios)} if self.gradient_ratios else {}
+        return ratios | ({"kd_weight": self.kd_weight.reshape(1)} if isinstance(self.kd_weight, Tensor) else {})
+
+    def kd_values(self, columns: Columns) -> dict[str, float]:
+        """Return the values of ``kd_columns`` for the history.
+
+        Args:
+            columns: on the host.
+        """
+        matched = {"train/kd_weight": float(columns["kd_weight"])} if "kd_weight" in columns else {}
+        if "gradient_ratio" not in columns:
+            return matched
+        weight = matched.get("train/kd_weight", self.kd_weight)
+        mean = float(columns["gradient_ratio"].log().mean().exp())
+        return {"train/kd_gradient_ratio": float(weight / (1 - weight) * mean), **matched}
+
+    def check_finite(self, columns: Columns, part: str) -> None:
         """Raise DivergedError if a value is not a finite number.
 
         Args:
-            means: of an epoch's steps.
+            columns: values of an epoch's steps, on the host.
             part: ``train`` or ``val``.
         """
-        if (bad := means.not_finite()) is not None:
+        if (bad := not_finite(columns)) is not None:
             name, value, step = bad
             where = f"epoch {self.epoch + 2}, {'step' if part == 'train' else 'validation batch'} {step + 1}"
             raise DivergedError(f"{self.title}: {part}/{name} is {value} in {where}; a lower lr may help")
@@ -214,23 +248,24 @@ class Learner:
             if "train/kd" in values:  # with fixed weights the ratio of the two terms decides the experiment
                 ratio = values["train/kd"] / max(values["train/supervised"], 1e-12)
                 values = {**values, "train/kd_to_supervised": ratio}
-            if self.gradient_ratios:
-                weight = float(self.kd_weight)
-                mean = float(torch.stack(self.gradient_ratios).log().mean().exp())
-                matched = {"train/kd_weight": weight} if isinstance(self.kd_weight, Tensor) else {}
-                values = {**values, "train/kd_gradient_ratio": weight / (1 - weight) * mean, **matched}
-                self.gradient_ratios = []
+            self.gradient_ratios = []
             self.history.append({"epoch": self.epoch, **values})
             self.times_ms.append(records.now_ms())
-            self.seconds.append(self.spent_s)
+            self.seconds.append(self.read_watches())
             self.spent_s = 0.0
             monitored = values["val/loss"] if self.monitor == "loss" else 1 - values["val/dice"]
             if monitored < self.best_loss:
                 self.best_loss, self.best_epoch = monitored, self.epoch
-                self.best = {
-                    name: {key: value.detach().clone() for key, value in module.state_dict().items()}
-                    for name, module in self.modules().items()
-                }
+                self._keep_best()
+
+    def _keep_best(self) -> None:
+        now = {name: module.state_dict() for name, module in self.modules().items()}
+        pairs = [(value.detach(), torch.empty_like(value)) for state in now.values() for value in state.values()]
+        for dtype in {value.dtype for value, _ in pairs}:  # those of one type are copied by few kernels
+            values, copies = zip(*(pair for pair in pairs if pair[0].dtype == dtype), strict=True)
+            torch._foreach_copy_(copies, values)
+        kept = iter(pairs)
+        self.best = {name: {key: next(kept)[1] for key in state} for name, state in now.items()}
 
     def restore_best(self) -> None:
         """Put the weights of the best epoch back."""
@@ -241,14 +276,15 @@ class Learner:
 
     def save(self) -> None:
         """Write the checkpoint, from which training goes on as if never interrupted, then the progress."""
-        self.check_finite(self.means, "train")  # else what has diverged could never be trained again
+        (columns,) = to_host([self.means.columns()], self.device)
+        self.check_finite(columns, "train")  # else what has diverged could never be trained again
         training = {
             "modules": {name: module.state_dict() for name, module in self.modules().items()},
             "optimizer": self.optimizer.state_dict(),
             "means": self.means.state(),
             "gradient_ratios": self.gradient_ratios,
             "kd_weight": self.kd_weight,
-            "spent_s": self.spent_s,
+            "spent_s": self.read_watches(),
         }
         self._write({**self._outcome(), "training": training})
 
@@ -276,7 +312,7 @@ class Learner:
         for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS):
             file = self.folder / name
             try:
-                state = checkpoint.load_state(file)
+                state = checkpoint.load_state(file, self.device)  # what is restored is combined with what is new
             except FileNotFoundError:
                 continue
             except checkpoint.DamagedError as error:

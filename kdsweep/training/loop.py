@@ -10,18 +10,12 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kdsweep.core import logs, signals
-from kdsweep.core.device import (
-    Compute,
-    is_blocking,
-    is_device_error,
-    is_out_of_memory,
-)
+from kdsweep.core.device import Compute, Stopwatch, is_blocking, is_device_error, is_out_of_memory
 from kdsweep.core.errors import CellError, one_line
 from kdsweep.core.progress import Progress
 from kdsweep.data.loaders import Feed
@@ -32,8 +26,9 @@ from kdsweep.models import unet
 from kdsweep.models.unet import Outputs, UNet
 from kdsweep.runs import records
 from kdsweep.training import guard
+from kdsweep.training.checkpoint_schedule import CheckpointSchedule
 from kdsweep.training.learner import Learner
-from kdsweep.training.meter import EpochMeter
+from kdsweep.training.meter import EpochMeter, to_host, weighted_means
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +54,7 @@ class FrozenTeachers:
 
     def __init__(self, teachers: Mapping[str, UNet], compute: Compute) -> None:
         self.teachers, self.compute = teachers, compute
-        self.took_s: dict[TeacherForward, float] = {}  # the last forward of each
+        self.watches: dict[TeacherForward, Stopwatch] = {}  # of the last forward of each
         self._rounded: dict[str, UNet] = {}
         for name, network in teachers.items():
             if network.training or any(parameter.requires_grad for parameter in network.parameters()):
@@ -80,7 +75,7 @@ class FrozenTeachers:
             return {forward: self._forward(forward, images, stages) for forward, stages in needed.items()}
 
     def _forward(self, forward: TeacherForward, images: Mapping[str, Tensor], stages: set[str]) -> Outputs:
-        start_s = time.perf_counter()
+        watch = self.watches[forward] = Stopwatch(self.compute.device)
         network = self.teachers[forward.teacher]
         if forward.precision == "bf16":
             if forward.teacher not in self._rounded:
@@ -88,38 +83,8 @@ class FrozenTeachers:
             network = self._rounded[forward.teacher]
         with self.compute.autocast(forward.precision):
             outputs: Outputs = network(images[forward.view], stages)
-        self.took_s[forward] = time.perf_counter() - start_s
+        watch.stop()
         return outputs
-
-
-class CheckpointSchedule:
-    """A schedule of checkpoints: as many as take at most a share of the time.
-
-    Args:
-        share: of the time since the start.
-    """
-
-    def __init__(self, share: float = 0.05) -> None:
-        self.share, self.started_s = share, time.monotonic()
-        self.spent_s = self.told_bytes = 0.0
-        self.saved_s: dict[Path, float] = {}
-
-    def next(self, learners: list[Learner]) -> Learner | None:
-        """Return the learner that was saved longest ago if there is time for a checkpoint, else None."""
-        stalest = min(learners, key=lambda learner: self.saved_s.get(learner.folder, 0.0), default=None)
-        if stalest is None:
-            return None
-        rate = self.told_bytes / self.spent_s if self.spent_s else 2e8  # bytes per second; a guess before the first
-        expected_s = stalest.state_bytes() / rate
-        return stalest if self.spent_s + expected_s <= self.share * (time.monotonic() - self.started_s) else None
-
-    def save(self, learner: Learner) -> None:
-        """Write a learner's checkpoint and count its time."""
-        start_s = time.monotonic()
-        learner.save()
-        now_s = self.saved_s[learner.folder] = time.monotonic()
-        self.spent_s += now_s - start_s
-        self.told_bytes += learner.state_bytes()
 
 
 def fit(
@@ -237,12 +202,13 @@ def train_epoch(
         for learner in active:
             signals.check()
             with _turn(learner, f"step {number + 1}", seed=feed.train.step_seed(epoch, number)):
-                start_s = time.perf_counter()
+                watch = Stopwatch(compute.device)
                 learner.set_rate((epoch + number / len(feed.train)) / learner.epochs)
                 _step(learner, on_device, images, teacher_outputs, compute)
-                learner.spent_s += time.perf_counter() - start_s
+                watch.stop()
+                learner.watches.append(watch)
                 if learner.distillation is not None:
-                    learner.spent_s += frozen.took_s[learner.distillation.forward]
+                    learner.watches.append(frozen.watches[learner.distillation.forward])
         number += 1
         if schedule is not None and (turn := schedule.next([own for own in active if own.failure is None])) is not None:
             with isolated(turn):
@@ -317,27 +283,49 @@ def validate(
     seed: int,
     compute: Compute,
 ) -> None:
-    """End the epoch with the means over the validation images, which Teacher and Student see whole, unaugmented."""
+    """End the epoch with the means over the validation images, which Teacher and Student see complete, unaugmented.
+
+    The forwards of all learners are queued before the values of all are read: the host waits once.
+    """
+    validated = []
     for learner in (own for own in learners if own.failure is None):
         signals.check()
         with _turn(learner, "validation", seed=seed):
-            start_s = time.perf_counter()
-            learner.check_finite(learner.means, "train")
-            means = EpochMeter()
-            learner.evaluate()
-            with torch.no_grad(), compute.autocast():
-                for (views, mask), teacher_outputs in zip(validation, taught, strict=True):
-                    learner.doing = "forward"
-                    outputs = learner.network(views["strong"], learner.stages)
-                    kd = learner.distillation
-                    same = ViewPair(theta=None, student_mask=mask, teacher_mask=mask)
-                    terms = learner.terms(outputs, teacher_outputs[kd.forward] if kd else None, same)
-                    dice = metrics.mean_dice(logits=outputs.logits, mask=mask)
-                    means.add({**terms, "dice": dice}, len(mask))
-            learner.train()
-            learner.check_finite(means, "val")
-            learner.spent_s += time.perf_counter() - start_s
-            learner.end_epoch(learner.means.read("train/") | means.read("val/"))
+            validated.append((learner, validation_values(learner, validation, taught, compute)))
+    validated = [(learner, means) for learner, means in validated if learner.failure is None]
+    parts = [(learner.means.columns(), means.columns(), learner.kd_columns()) for learner, means in validated]
+    with _shared("validation"):
+        columns = iter(to_host([own for part in parts for own in part], compute.device))
+    for learner, means in validated:
+        train, val, kd = (next(columns) for _ in range(3))
+        with _turn(learner, "validation", seed=seed):
+            learner.check_finite(train, "train")
+            learner.check_finite(val, "val")
+            values = weighted_means(train, learner.means.counts, "train/") | weighted_means(val, means.counts, "val/")
+            learner.end_epoch(values | learner.kd_values(kd))
+
+
+def validation_values(
+    learner: Learner,
+    validation: list[tuple[Batch, Tensor]],
+    taught: list[dict[TeacherForward, Outputs]],
+    compute: Compute,
+) -> EpochMeter:
+    """Return the values of a learner over the validation images, on the device."""
+    watch, means, kd = Stopwatch(compute.device), EpochMeter(), learner.distillation
+    learner.evaluate()
+    with torch.no_grad(), compute.autocast():
+        for (views, mask), teacher_outputs in zip(validation, taught, strict=True):
+            learner.doing = "forward"
+            outputs = learner.network(views["strong"], learner.stages)
+            same = ViewPair(theta=None, student_mask=mask, teacher_mask=mask)
+            terms = learner.terms(outputs, teacher_outputs[kd.forward] if kd else None, same)
+            dice = metrics.mean_dice(logits=outputs.logits, mask=mask)
+            means.add({**terms, "dice": dice}, len(mask))
+    learner.train()
+    watch.stop()
+    learner.watches.append(watch)
+    return means
 
 
 def label_of(learners: list[Learner]) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from kdsweep.config import composition
+from kdsweep.config import composition, identity
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import CellError, DeviceError
 from kdsweep.evaluation import latency
@@ -130,7 +130,7 @@ def test_a_plan_times_the_whole_batch_on_cuda_on_the_device_that_is_used(monkeyp
 
     def time_step_s(network, *, image_size, compute, images, forward_only=False):
         timed.append((str(compute.device), images))
-        return latency.StepTime(0.1, 0.1)
+        return latency.StepTime(0.1, 0.05)
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
@@ -140,3 +140,5 @@ def test_a_plan_times_the_whole_batch_on_cuda_on_the_device_that_is_used(monkeyp
     cfg = composition.compose(["profile=quick", "train.batch_size=64", f"device={device}", "path=none"])
     found = preview.preview_cells([cfg], [device] if device != "cpu" else [])
     assert (timed, found.timed_on) == ([(device, images)], device)
+    assert (found.student_s, found.validation_s) == (0.1, 0.05)
+    assert found.validation_images == len(identity.split_ids(cfg)["validation"]) > 0

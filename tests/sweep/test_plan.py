@@ -296,6 +296,14 @@ def test_repeated_and_finished_jobs_do_not_wait(jobs):
     assert "; device SLURM; " in estimate.describe(own, groups=[own], preview=afar)
 
 
+def test_the_estimate_counts_validation(jobs):
+    own = jobs(*(["train.epochs=3", f"path={path}"] for path in ("none", "L")))
+    preview = replace(PREVIEW, validation_s=0.5, validation_images=4)
+    students, teacher = 2 * 3 * (16 * 1.0 + 4 * 0.5), 3 * (16 * 10.0 + 4 * 4.0)
+    assert estimate.group_s(own, preview) == students + 3 * 16 * 4.0  # the Teacher's maps of it are computed once
+    assert estimate.estimate_s([own], preview) == students + 3 * 16 * 4.0 + teacher
+
+
 def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
     small = ["train.epochs=3"]
     own = jobs(*([*small, f"path={path}"] for path in ("none", "L", "H", "HR")))

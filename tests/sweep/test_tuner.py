@@ -458,9 +458,12 @@ def test_a_budget_gives_one_teacher_to_all_methods(small_busi, tmp_path):
     assert identity.teacher_cell(unset).fingerprint == identity.teacher_cell(own[0]).fingerprint
 
 
-def test_a_real_epoch_is_timed(small_busi, tmp_path):
+def test_a_real_epoch_is_timed(small_busi, tmp_path, monkeypatch):
     cfg = composition.compose([*METHODS[1], *QUICK, f"data.root={small_busi}", f"store={tmp_path}"])
+    validated, values = [], loop.validation_values
+    monkeypatch.setattr(loop, "validation_values", lambda *args: validated.append(0) or values(*args))
     assert all(0 < preview.time_epoch_s(cfg, role=role) < 60 for role in ("distilled", "teacher"))
+    assert len(validated) == 2 * 2  # a trial's seconds count it too
     assert not list(tmp_path.iterdir())
 
 

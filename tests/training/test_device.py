@@ -142,10 +142,14 @@ def test_blocking_is_read_from_the_environment(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    ("precision", "least", "most"), [("fp32", 0, 1e-6), ("tf32", 1e-5, 1e-3), ("bf16", 1e-3, 1e-2)]
+    ("precision", "least", "most"), [("fp32", 0, 1e-5), ("tf32", 5e-5, 1e-3), ("bf16", 1e-3, 1e-2)]
 )
 def test_each_precision_is_what_it_says_on_cuda(precision, least, most):
-    """By the relative error of a convolution against fp64."""
+    """By the relative error of a convolution against fp64.
+
+    On these numbers a direct sum in fp32 has 2.2e-7, Winograd's F(4 x 4, 3 x 3), which cuDNN may choose, 1.6e-6, and
+    operands rounded to TF32 have 2.9e-4: the bounds leave room for other algorithms and keep fp32 and TF32 apart.
+    """
     torch.manual_seed(0)
     maps, weight = torch.randn(8, 64, 32, 32), torch.randn(64, 64, 3, 3)
     exact = torch.nn.functional.conv2d(maps.double(), weight.double())

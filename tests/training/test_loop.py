@@ -434,8 +434,35 @@ def test_a_matched_weight_balances_the_first_epoch_and_is_kept(compose, tmp_path
     for row in rows:
         expected = weight * row["val/kd"] + (1 - weight) * row["val/supervised"]
         assert row["val/loss"] == pytest.approx(expected, rel=1e-5)
-    ratios = [row["train/kd_gradient_ratio"] for row in rows[: learner.best_epoch + 1]]
-    assert final["kd/gradient_ratio"] == pytest.approx(math.prod(ratios) ** (1 / len(ratios)))
+    assert ["train/kd_gradient_ratio" in row for row in rows] == [True, False, False]
+    assert final["kd/gradient_ratio"] == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("weight", ["0.5", "matched"])
+def test_the_gradient_ratio_is_measured_in_every_tenth_epoch_also_after_a_break(compose, tmp_path, weight):
+    cfg = compose("path=HR", f"kd.weight={weight}", "train.epochs=21", "train.patience=99", *SMALL)
+    frozen, feed = teachers_of(cfg), feed_of(cfg)
+    unbroken, part, again = (make_learner(cfg, tmp_path / name) for name in ("unbroken", "part", "part"))
+    (final,) = runner.run([unbroken], teachers=frozen, feed=feed, compute=CPU)
+    ratios = {row["epoch"]: row.get("train/kd_gradient_ratio") for row in unbroken.history}
+    measured = [epoch for epoch, ratio in ratios.items() if ratio is not None]
+    assert measured == [0, 10, 20]
+    assert {"train/kd_weight" in row for row in unbroken.history} == {weight == "matched"}
+    best = [ratios[epoch] for epoch in measured if epoch <= unbroken.best_epoch]
+    assert final["kd/gradient_ratio"] == pytest.approx(math.prod(best) ** (1 / len(best)))
+
+    def breaks(progress, usual=part.set_rate):
+        if (part.epoch, part.steps) == (9, 2):  # in the eleventh epoch, after the step that is measured
+            raise InterruptedError
+        usual(progress)
+
+    part.set_rate = breaks
+    runner.run([part], teachers=frozen, feed=feed, compute=CPU)
+    assert isinstance(part.failure.__cause__, InterruptedError)
+    part.save()
+    runner.run([again], teachers=frozen, feed=feed, compute=CPU)
+    assert again.history == unbroken.history
+    assert_same(state_of(again), state_of(unbroken))
 
 
 def test_a_matched_weight_goes_on_where_it_was_interrupted(compose, tmp_path):

@@ -27,7 +27,6 @@ from kdsweep.evaluation import scoring
 from kdsweep.models import unet
 from kdsweep.training import factory, loop
 from kdsweep.training.learner import Learner
-from kdsweep.training.meter import EpochMeter
 
 CUDA = torch.device("cuda:0")
 SIZE, BATCH = 64, 4
@@ -85,7 +84,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.strict, self.types, self.layouts, self.copied = False, set(), [], []
+        self.strict, self.types, self.layouts, self.copied, self.to_host = False, set(), [], [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -97,9 +96,11 @@ class Watch(TorchDispatchMode):
                 self.layouts.append(tuple(maps.shape))
         if name in ("_to_copy", "to") and result is not args[0]:
             self.copied.append(args[0])
-        if self.strict and name in ("_to_copy", "copy_"):
+        if name in ("_to_copy", "copy_"):
             ends = {own.device.type for own in (*args[:2], result) if isinstance(own, torch.Tensor)}
-            if len(ends) > 1:
+            if len(ends) > 1 and result.device.type == "cpu":
+                self.to_host.append(tuple(result.shape))
+            if len(ends) > 1 and self.strict:
                 raise AssertionError(f"{name} of {tuple(result.shape)} between {ends}: the host waits")
         return result
 
@@ -117,6 +118,16 @@ def on_device(module):
                     nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
                 )
     return module
+
+
+class Event:
+    """An event of CUDA's, as far as it is queued: who reads it waits."""
+
+    def __init__(self, *, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
 
 
 class Epoch:
@@ -142,6 +153,7 @@ def no_device():
     with (
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        mock.patch("torch.cuda.Event", Event),
         mock.patch.object(torch.Tensor, "backward", backward),
         mock.patch("torch.autograd.grad", grad),
         mock.patch("torch.Generator", lambda _: SimpleNamespace(manual_seed=lambda _: None)),  # there is none of CUDA's
@@ -194,28 +206,32 @@ def rehearse(chosen, folder, precision):
         validation = list(scoring.eval_batches(part, compute))
         taught = [frozen.teach(learners, own) for own, _ in validation]
         watch.copied.clear()
-        step = loop._step
 
-        def strict(*args):
-            watch.strict = True
-            try:
-                step(*args)
-            finally:
-                watch.strict = False
+        def strict(function):
+            def call(*args):
+                watch.strict = True
+                try:
+                    return function(*args)
+                finally:
+                    watch.strict = False
+
+            return call
 
         with (
-            mock.patch.object(loop, "_step", strict),
-            mock.patch.multiple(EpochMeter, read=lambda *_: {}, not_finite=lambda _: None),
-            mock.patch.object(Learner, "end_epoch"),
+            mock.patch.multiple(loop, _step=strict(loop._step), validation_values=strict(loop.validation_values)),
+            mock.patch.multiple(loop, weighted_means=lambda *_: {}),  # host tensors without values
+            mock.patch.multiple(Learner, check_finite=mock.DEFAULT, kd_values=lambda *_: {}, end_epoch=mock.DEFAULT),
         ):
             feed = Feed(Epoch(), part, part)
             loop.train_epoch(learners, 0, frozen=frozen, feed=feed, compute=compute)
+            watch.to_host.clear()
             loop.validate(learners, validation, taught, seed=0, compute=compute)
+            waits = list(watch.to_host)
         predicted = scoring.predict(learners[0].network, part, compute=compute)
         assert (tuple(predicted.shape), predicted.device.type) == ((3, 1, SIZE, SIZE), "cpu")
         frozen_ids = {id(own) for network in (teacher, *frozen._rounded.values()) for own in network.parameters()}
         recast = [tensor for tensor in watch.copied if id(tensor) in frozen_ids]
-    return SimpleNamespace(learners=learners, watch=watch, recast=recast)
+    return SimpleNamespace(learners=learners, watch=watch, recast=recast, waits=waits)
 
 
 @pytest.mark.parametrize(("precision", "first"), [("fp32", 0), ("bf16", 1)])
@@ -228,8 +244,10 @@ def test_every_comparison_trains_on_cuda_without_waiting(configs, tmp_path, prec
     if precision == "fp32":  # in bf16 PyTorch asks the device whether cuDNN takes it, and hears no
         assert found.watch.layouts == []  # all convolutions in channels-last memory
     assert found.recast == []  # Teachers are kept in the precision that they compute in
+    assert len(found.waits) == 1  # in validation, for the values of all learners
     for own in found.learners:
         assert own.steps == 1
+        assert len(own.watches) == (3 if own.distillation else 2)  # step, validation, Teacher: not read yet
         terms = own.means.steps[0]
         assert {(value.dtype, value.device) for value in terms.values()} == {(torch.float32, CUDA)}
         assert {parameter.dtype for parameter in own.parameters()} == {torch.float32}
