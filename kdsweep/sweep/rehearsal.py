@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 from omegaconf import DictConfig
 
 from kdsweep.config import identity
@@ -62,7 +63,7 @@ def _rehearse(configs: list[DictConfig], compute: Compute) -> None:
     compute.prepare()
     feed = _feed(configs[0])
     frozen = loop.FrozenTeachers(_untrained_teachers(configs, compute), compute)
-    with tempfile.TemporaryDirectory(prefix="kdsweep-") as store, _silenced():
+    with tempfile.TemporaryDirectory(prefix="kdsweep-") as store, _silenced(), _one_thread():
         learners = [_learner(cfg, Path(store), compute) for cfg in configs]
         loop.train_epoch(learners, 0, frozen=frozen, feed=feed, compute=compute)
         validation = list(scoring.eval_batches(feed.validation, compute))
@@ -121,6 +122,17 @@ def _read_back(learner: Learner, part: EvalPart) -> None:
     masks = checkpoint.load_predictions(folder / outcome.PREDICTIONS)
     if not len(pd.read_csv(folder / outcome.SCORES)) == len(masks) == len(part.ids):
         raise RuntimeError(f"{folder}: not as many images as were written")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread: for two images several are no faster, and wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
