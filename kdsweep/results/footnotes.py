@@ -193,9 +193,10 @@ def of_table4(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
     ]
     if (ratios := table["kd_gradient_ratio"].dropna()).size:
         notes.append(
-            "KD to supervised gradient: ratio of the norms at the Student's encoder, weights included, of the first batch "
-            f"of each epoch that measures it, geometric mean up to the best epoch; {ratios.min():.2g} to {ratios.max():.2g} here. Cells "
-            "of unlike strength compare path and strength at once; kd.weight=matched begins all at the ratio kd.ratio."
+            "KD to supervised gradient: ratio of the norms at the Student's encoder, weights included, of the first "
+            "batch of each epoch that measures it, geometric mean up to the best epoch; "
+            f"{ratios.min():.2g} to {ratios.max():.2g} here. Cells of unlike strength compare path and strength at "
+            "once; kd.weight=matched begins all at the ratio kd.ratio."
         )
     notes += _cut_off(sweep.runs)
     if sweep.runs["split"].nunique() == 1:
