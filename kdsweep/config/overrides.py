@@ -83,10 +83,10 @@ def group_options(folders: Sequence[Path] = ()) -> dict[str, list[str]]:
     Args:
         folders: beside the package's folder.
     """
-    found: dict[str, set[str]] = {}
+    options: dict[str, set[str]] = {}
     for file in (file for folder in (conf_dir(), *folders) for file in Path(folder).glob("*/*.yaml")):
-        found.setdefault(file.parent.name, set()).add(file.stem)
-    return {group: sorted(options) for group, options in found.items()}
+        options.setdefault(file.parent.name, set()).add(file.stem)
+    return {group: sorted(names) for group, names in options.items()}
 
 
 def values(override: Override) -> list[Any]:

@@ -22,7 +22,7 @@ SHOWN = 5  # ids in a line
 
 
 class Measured(NamedTuple):
-    """What is measured of an image.
+    """Hold the measurements of an image.
 
     Attributes:
         height: of the file, in pixels; 0 if it cannot be read.
@@ -43,7 +43,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Account:
-    """What ``text`` says about a data set.
+    """Hold everything that ``text`` reports about a data set.
 
     Attributes:
         name: of the data set.

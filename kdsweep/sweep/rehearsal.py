@@ -94,14 +94,14 @@ def _first(part: EvalPart) -> EvalPart:
 def _untrained_teachers(configs: list[DictConfig], compute: Compute) -> dict[str, UNet]:
     """Return a network by each Teacher's fingerprint; those of one architecture are one network."""
     networks: dict[str, UNet] = {}
-    found = {}
+    teachers = {}
     for cfg in configs:
         if identity.read(cfg).is_taught:
             kind = f"{cfg.teacher.encoder} {cfg.teacher.decoder_channels}"
             if kind not in networks:
                 networks[kind] = unet.freeze(placed(factory.teacher_network(cfg), compute))
-            found[identity.teacher_cell(cfg).fingerprint] = networks[kind]
-    return found
+            teachers[identity.teacher_cell(cfg).fingerprint] = networks[kind]
+    return teachers
 
 
 def _learner(cfg: DictConfig, store: Path, compute: Compute) -> Learner:
