@@ -87,6 +87,11 @@ class LockstepLauncher(Launcher):
         jobs = plan.read_jobs(configs)
         gc.freeze()  # they stay to the end: else each collection of garbage would go through all of them again
         jobs = [replace(job, subdir=subdir) for job, subdir in zip(jobs, self.subdirs(jobs), strict=True)]
+        if not self.plan:
+            self.engine.check(plan.waiting(jobs))
+        # The queue first: what has left it by then has written its results, so that nothing is submitted twice.
+        self._queued = self.engine.queued(plan.waiting(jobs))
+        jobs = plan.read_again(jobs)
         waiting = plan.waiting(jobs)
         results: dict[str, float | Exception]
         if self.plan:
@@ -94,7 +99,6 @@ class LockstepLauncher(Launcher):
                 self._show_plan(jobs, waiting)
             results = {job.cell.fingerprint: (job.finished or {}).get("test/dice", math.nan) for job in jobs}
         else:
-            self.engine.check(waiting)
             plan.watch(jobs, command=callback.command_line(self.config))
             try:
                 with self.engine_open():  # within: MLflow is told how those that are stopped have ended
@@ -130,8 +134,8 @@ class LockstepLauncher(Launcher):
         from kdsweep.sweep import plan
 
         preview = self.engine.preview([job.config for job in plan.kinds(waiting)], times=times)
-        apart = self.engine.queued(waiting)
-        return preview, plan.form_groups(waiting, devices=preview.devices, largest=self.engine.largest, apart=apart)
+        devices, largest = preview.devices, self.engine.largest
+        return preview, plan.form_groups(waiting, devices=devices, largest=largest, apart=self._queued)
 
     def _show_plan(self, jobs: list[Job], waiting: list[Job]) -> None:
         """Print what ``estimate.overview`` tells; no cell is trained, one step is timed; phantoms are made."""

@@ -281,6 +281,11 @@ def waiting(jobs: Sequence[Job]) -> list[Job]:
     return [job for job in unique(jobs) if job.finished is None]
 
 
+def read_again(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs with the results of those that have been finished since they were read."""
+    return [job if job.finished else replace(job, finished=records.read_finished(job.cell.folder)) for job in jobs]
+
+
 def tell_finished(job: Job) -> None:
     """Log one line that names the run of a cell that is not computed again."""
     from kdsweep.tracking import sync

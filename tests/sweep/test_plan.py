@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
 from kdsweep.config import composition, grid, identity
 from kdsweep.core.errors import InputError
 from kdsweep.evaluation import latency
 from kdsweep.runs import records, requests
-from kdsweep.sweep import callback, estimate, plan
+from kdsweep.sweep import callback, estimate, launcher, plan
 from kdsweep.sweep.engines import worker
 
 PREVIEW = estimate.Preview({"cpu": ["cpu"]}, timed_on="cpu", student_s=1.0, teacher_s=10.0, forward_s=4.0, images=16)
@@ -294,6 +294,41 @@ def test_repeated_and_finished_jobs_do_not_wait(jobs):
     assert "; device cpu with 1 thread in each of 2 processes; " in line
     afar = replace(PREVIEW, threads=2, devices={"cpu": ["SLURM"]})  # timed here, trained there
     assert "; device SLURM; " in estimate.describe(own, groups=[own], preview=afar)
+
+
+class LeavingQueue:
+    """An engine with one cell in its queue, and one that left it, finished, after the jobs were read."""
+
+    largest = None
+
+    def __init__(self, left: plan.Job, queued: plan.Job) -> None:
+        self.left, self.in_queue = left, queued.cell.folder
+
+    def open(self, config):
+        self.config = config
+
+    def queued(self, own):
+        records.write_finished(self.left.cell.folder, values={"test/dice": 0.5}, files=[])
+        return {self.in_queue}
+
+    def preview(self, configs, *, times):
+        self.previewed = [cfg.path.name for cfg in configs]
+        return PREVIEW
+
+    def close(self, error):
+        assert error is None
+
+
+def test_a_cell_that_leaves_the_queue_while_the_sweep_is_planned_is_not_submitted_again(jobs, capsys):
+    own = jobs(["path=none"], ["path=L"], ["path=H"])
+    engine = LeavingQueue(own[1], own[2])
+    planned = launcher.LockstepLauncher(engine, plan=True)
+    planned.config = OmegaConf.create({"hydra": {"sweep": {"dir": "${store}", "subdir": "${kdsweep.cell_dir:}"}}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "read_jobs", lambda configs: own)
+        planned._launch_cells([])
+    assert engine.previewed == ["none", "H"]
+    assert "3 cells: 2 to run, 1 finished; 2 lockstep groups" in capsys.readouterr().out
 
 
 def test_the_estimate_counts_validation(jobs):
