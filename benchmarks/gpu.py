@@ -90,7 +90,8 @@ def table4(session: Session, group: str) -> Figures:
     """Time epochs of the Students or the Teachers of a split, validation included, and project all their trainings."""
     options, bench = session.options, session.bench
     sizes = [f"data.count={options.images}", f"image_size={options.image_size}", f"train.batch_size={options.batch}"]
-    fixed = [*sizes, f"teacher={options.teacher}", "weights=none", f"device={options.device}", f"store={session.store}"]
+    fixed = [*sizes, f"teacher={options.teacher}", f"student={options.student}", "weights=none"]
+    fixed += [f"device={options.device}", f"store={session.store}"]
     fixed += ["train.monitor=loss", "precision=bf16"]
     configs = [composition.compose([*fixed, *cell]) for cell in [*GRID, ["path=none"]]]
     compute = factory.compute(configs[0])
@@ -279,6 +280,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--images", type=int, default=163, help="of the data set of Table 4 (163)")
     parser.add_argument("--teacher", default="resnext101", help="a file of conf/teacher")
+    parser.add_argument("--student", default="mobilenetv3_small", help="a file of conf/student")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each cell by torchdistill (4)")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of which the fastest counts (5)")
