@@ -263,7 +263,8 @@ def report(found: dict[str, Any]) -> str:
     fp32 = median["lockstep 12"]
     lines = [
         f"{settings['image_size']} x {settings['image_size']} pixels, batch {settings['batch']}, Teacher "
-        f"{settings['teacher']}, Student {settings['student']}, {own['device']} ({own['cpu']}, {own['threads']} threads), PyTorch {own['torch']}, "
+        f"{settings['teacher']}, Student {settings['student']}, "
+        f"{own['device']} ({own['cpu']}, {own['threads']} threads), PyTorch {own['torch']}, "
         f"torchdistill {own['torchdistill']}, {own['date']}; medians of {settings['rounds']} rounds",
         "",
         "| 12 cells of one split | seconds | times as fast as lockstep, fp32 | as fast as torchdistill |",
