@@ -131,13 +131,18 @@ def test_the_tools_print_help_that_names_their_options(word, option, capsys):
 def test_the_benchmarks_figures_are_those_of_its_file() -> None:
     found = json.loads((ROOT / "benchmarks" / "cpu.json").read_text())
     median = found["median"]
-    names = ("torchdistill", "one by one", "lockstep 12", "lockstep bf16")
+    names = ("torchdistill", "one by one", "lockstep 12", "lockstep bf16", "lockstep all bf16")
     shown = [f"| {median[name]:.1f} | {median['torchdistill'] / median[name]:.1f} |" for name in names]
     shown += [" | ".join(f"{median[f'lockstep {n}'] / n:.2f}" for n in (1, 2, 4, 8, 12))]
     shown += [f"{median['one by one'] / median['lockstep 12']:.1f} times", f"{found['peak_gib']['lockstep']:.1f} GiB"]
     parts = found["shares"]["bf16"]
     shown += [f"{(parts['total'] - parts['students']) / parts['students']:.2f} of the Students' own time"]
     shown += [f"{median['command lockstep']:.0f} s instead of {median['command basic']:.0f} s"]
+    pair = json.loads((ROOT / "benchmarks" / "study_pair.json").read_text())["median"]
+    shown += [
+        f"{pair['lockstep 12']:.1f} s in fp32, {pair['lockstep all bf16']:.1f} s all in bf16, and "
+        f"{pair['one by one']:.1f} s one by one"
+    ]
     text = " ".join((ROOT / "docs" / "lockstep.md").read_text(encoding="utf-8").split())
     assert [figure for figure in shown if figure not in text] == []
     parts = [f"{median['lockstep 12']:.1f} s instead of {median['one by one']:.1f} s one by one"]
