@@ -323,9 +323,10 @@ def test_a_cell_that_leaves_the_queue_while_the_sweep_is_planned_is_not_submitte
     own = jobs(["path=none"], ["path=L"], ["path=H"])
     engine = LeavingQueue(own[1], own[2])
     planned = launcher.LockstepLauncher(engine, plan=True)
-    planned.config = OmegaConf.create({"hydra": {"sweep": {"dir": "${store}", "subdir": "${kdsweep.cell_dir:}"}}})
+    planned.config = OmegaConf.create({"hydra": {}})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "read_jobs", lambda configs: own)
+        patch.setattr(planned, "subdirs", lambda jobs: [""] * len(jobs))
         planned._launch_cells([])
     assert engine.previewed == ["none", "H"]
     assert "3 cells: 2 to run, 1 finished; 2 lockstep groups" in capsys.readouterr().out
