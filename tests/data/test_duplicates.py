@@ -57,6 +57,16 @@ def test_a_burnt_in_text_makes_no_duplicates(frames):
     assert kinds_of(images) == {}
 
 
+@pytest.mark.parametrize(("scale", "agree"), [(1.0, True), (0.6, True), (1.8, True), (0.4, False), (0.01, False)])
+def test_features_that_shrink_or_grow_beyond_a_factor_of_two_are_of_no_same_frame(scale, agree):
+    """Down to a point all matches agree, whatever the images show."""
+    chance = np.random.default_rng(0)
+    descriptors = np.abs(chance.normal(size=(60, 128))).astype(np.float32)
+    places = chance.uniform(100, 300, (60, 2)).astype(np.float32)
+    one, other = (duplicates.Features(places * np.float32(by), descriptors, 400) for by in (1, scale))
+    assert (duplicates.agreeing(one, other) >= duplicates.INLIERS) == agree
+
+
 def test_a_moved_view_of_one_label_is_a_neighbor(frames):
     smooth = [cv2.GaussianBlur(image, (0, 0), 12) for image in frames]  # no feature is left to match
     moved = np.roll(smooth[1], 8, axis=1)

@@ -128,3 +128,8 @@ def test_an_entry_without_masks_is_named() -> None:
 def test_enlarging_a_mask_keeps_it_binary_and_in_place() -> None:
     mask = np.array([[0, 1], [0, 0]], np.uint8)
     assert np.array_equal(resize_mask(mask, 4), np.kron(mask, np.ones((2, 2), np.uint8)))
+
+
+def test_a_pixel_of_which_half_is_lesion_is_lesion() -> None:
+    mask = np.array([[1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]], np.uint8)  # 1/2, 1/4, 3/4, 0
+    assert resize_mask(mask, 2).tolist() == [[1, 0], [1, 0]]

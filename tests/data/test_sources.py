@@ -417,6 +417,16 @@ def test_the_splits_of_163_images_stay_what_they_are() -> None:
         [75, 35, 146, 117, 129],
         [46, 129, 139, 100, 119],
     ]
+    assert [random_split(163, index=index).validation[:5] for index in range(3)] == [
+        [150, 161, 156, 113, 54],
+        [97, 2, 1, 69, 27],
+        [11, 23, 130, 105, 109],
+    ]
+    assert [random_split(163, index=index).train[:3] for index in range(3)] == [
+        [108, 11, 53],
+        [6, 145, 144],
+        [94, 6, 112],
+    ]
 
 
 @example(count=163, index=0)

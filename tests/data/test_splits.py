@@ -66,6 +66,24 @@ def test_indices_are_different_splits_and_equal_ones_are_equal():
 
 
 @pytest.mark.parametrize(
+    ("listed", "held_out", "folded"),
+    [
+        (BY_IMAGE, [12, 10, 2, 22, 41, 23, 6], [2, 6, 7, 58, 3, 5, 20]),
+        (BY_PATIENT, [6, 7, 8, 3, 4, 0, 1], [9, 10, 11, 12, 13, 0, 1]),
+        (UNLABELLED, [46, 14, 19, 7, 37, 24, 45], [1, 9, 11, 3, 56, 31, 6]),
+        (Listed(IDS, ["unknown"] * 60, PATIENTS), [27, 28, 29, 21, 22, 0, 1], [3, 4, 5, 6, 7, 0, 1]),
+    ],
+)
+def test_splits_stay_what_they_are(listed, held_out, folded):
+    """Numbers written down once, as for the paper's: others would silently change every result."""
+    for split, expected in (
+        (splits.holdout(listed, index=1), held_out),
+        (splits.kfold(listed, folds=5, fold=2), folded),
+    ):
+        assert [*split.test[:3], *split.validation[:2], *split.train[:2]] == expected
+
+
+@pytest.mark.parametrize(
     ("listed", "folds", "line"),
     [
         (Listed(IDS[:3], ["unknown"] * 3), 5, "split.folds=5 is not allowed: the data set has 3 images"),

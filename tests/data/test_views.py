@@ -1,6 +1,7 @@
 """Views: seeded draws, masks, and the warp between the views against Albumentations' own."""
 
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -153,6 +154,9 @@ def test_noise_keeps_a_gray_image_gray_and_dropout_zeroes_its_share() -> None:
     found = render(dropout, 0, image=np.full((70, 70, 3), 128, dtype=np.uint8)).strong
     assert set(np.unique(found)) == {0, 128}
     assert np.mean(found == 0) == pytest.approx(0.1, abs=0.02)
+    both = Views(image_size=SIZE, strengths=replace(dropout, noise_std=(0.05, 0.05)))
+    drawn = both.render(image=noise_image(), mask=disc_mask(), seed=[0])
+    assert np.array_equal(drawn.strong_mask, drawn.weak_mask), "a pixel that is dropped or noisy is lesion all the same"
 
 
 def test_the_affine_stays_within_its_ranges_and_scales_both_axes_apart() -> None:

@@ -115,6 +115,19 @@ def test_without_scores_the_table_says_how_to_make_them(finished):
     assert "external" not in tables.suited(sweep, store=store)
 
 
+def test_each_data_set_is_compared_by_its_own_images(finished):
+    store, cells = finished
+    sweep, parts = reader.read_sweep(store=store, uri=None, name="study"), []
+    for name, dice in (("clinic-1", [0.1, 0.2, 0.3]), ("other-2", [0.5, 0.6, 0.7, 0.8])):
+        images = [f"{name} image {number}" for number in range(len(dice))]
+        table = pd.DataFrame({"image": images, "dice": dice, "data_set": name})
+        parts += [table.assign(fingerprint=cell.fingerprint) for cell in cells]
+    table = external.external(replace(sweep, external=pd.concat(parts))).set_index("data_set")
+    assert table["external_dice_percent"].to_dict() == pytest.approx({"clinic-1": 20, "other-2": 65})
+    assert table["n_external"].to_dict() == {"clinic-1": 3, "other-2": 4}
+    assert (table["drop_points"] + table["internal_dice_percent"]).tolist() == pytest.approx([20, 65])
+
+
 def test_the_drops_interval_is_welchs():
     rng = np.random.default_rng(0)
     frames = [

@@ -17,7 +17,8 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.functional.segmentation.utils import mask_edges, surface_distance
 
-from kdsweep.evaluation import metrics
+from kdsweep.data.loaders import EvalPart
+from kdsweep.evaluation import metrics, scoring
 
 SECOND_OPINION = {
     "dice": binary_f1_score,
@@ -150,6 +151,17 @@ def test_images_are_scored_each_on_its_own() -> None:
         alone = metrics.per_image(prediction=prediction[i : i + 1], mask=mask[i : i + 1], nsd_tolerance_px=2.0)
         for name in metrics.SCORES:
             assert together[name][i] == alone[name][0], name
+
+
+def test_a_table_of_scores_has_the_area_of_the_lesion_not_of_the_prediction() -> None:
+    masks = torch.cat([pixels((1, 1), (2, 1), (3, 1)), pixels(), pixels((4, 4))]).byte()
+    predictions = torch.cat([pixels((1, 1)), pixels((2, 2), (2, 3)), pixels((4, 4))]).bool()
+    part = EvalPart(["c", "a", "b"], ["x", "y", "x"], torch.zeros(3, 40, 30, 3), masks, groups=["p", "q", "p"])
+    table = scoring.score(predictions, part, nsd_tolerance_px=2.0)
+    assert list(table) == ["image", "label", "group", "lesion_px", *metrics.SCORES]
+    assert table["lesion_px"].tolist() == [3, 0, 1]
+    assert table[["image", "label", "group"]].to_numpy().tolist() == [["c", "x", "p"], ["a", "y", "q"], ["b", "x", "p"]]
+    assert table["dice"].tolist() == pytest.approx([0.5, 0.0, 1.0])
 
 
 def test_no_warning_leaks_from_the_libraries() -> None:

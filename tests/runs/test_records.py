@@ -1,6 +1,7 @@
 """What a run's folder tells: a finished cell counts only as long as it is what was written."""
 
 import json
+import os
 
 import pytest
 
@@ -43,6 +44,15 @@ def test_a_failure_is_forgotten_once_the_cell_is_finished(tmp_path):
     assert json.loads((tmp_path / records.FAILED).read_text())["error"] == "a line and another"
     records.write_finished(tmp_path, values={}, files=[])
     assert not (tmp_path / records.FAILED).exists()
+
+
+def test_a_failure_is_forgotten_once_the_cell_is_trained_again(tmp_path):
+    cell = make_cell(tmp_path)
+    begin(cell)
+    records.write_failed(cell.folder, "it broke")
+    assert (records.read(cell.folder).status, records.read(cell.folder).error) == ("FAILED", "it broke")
+    begin(cell)
+    assert (records.read(cell.folder).status, records.read(cell.folder).error) == ("KILLED", "")
 
 
 # --- damaged records: (file, status then, what is logged)
@@ -117,6 +127,18 @@ def test_a_predecessor_has_the_same_name_and_not_a_similar_one(tmp_path, other):
     assert records.read_predecessor(cell, besides=set()) is None
     similar.rename(before.folder)
     assert records.read_predecessor(cell, besides=set())["params"] == {"a": 1}
+
+
+def test_of_several_predecessors_the_latest_is_compared_with(tmp_path):
+    for number, evidence in enumerate("bcd"):
+        before = make_cell(tmp_path, evidence=evidence)
+        begin(before)
+        moment = [30, 10, 20][number]  # the names of their folders are in another order than they were written in
+        os.utime(before.folder / records.CELL, (moment, moment))
+    cell = make_cell(tmp_path)
+    assert records.read_predecessor(cell, besides=set())["evidence"] == {"data": "b"}
+    others = {make_cell(tmp_path, evidence="b").folder}
+    assert records.read_predecessor(cell, besides=others)["evidence"] == {"data": "d"}
 
 
 def test_one_process_at_a_time_computes_a_cell(tmp_path):

@@ -195,7 +195,7 @@ def test_what_batches_do_not_depend_on_may_differ_inside_a_group(jobs, override)
     "override",
     [
         *("split=s1", "seed=1", "train.batch_size=4", "views.rotate_deg=10", "precision=bf16", "data.load_size=70"),
-        *("deterministic=true", "train.workers=2", "store=elsewhere"),
+        *("deterministic=true", "train.workers=2", "store=elsewhere", "train.last_batch=fill", "image_size=96"),
     ],
 )
 def test_what_batches_or_their_computation_depend_on_makes_another_group(jobs, override):

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import process
+from commands import kdsweep, process
 from servers import free_port, postgres, serving, until
+from small import STUDENT, TEACHER
 from test_writer import begin, client_of, end, make_cell, steps_of
 
 from kdsweep.core.errors import InputError
@@ -287,6 +288,36 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
         sweep = reader.read_sweep(store=tmp_path, uri=uri, name="sweep")
         assert sorted(sweep.scores["dice"]) == [0.25, 0.5, 0.75]
         assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_command_trains_while_the_server_is_down_and_the_next_one_logs_all_of_it_once(
+    small_busi, empty_store, tmp_path
+):
+    server = shutil.copytree(empty_store, tmp_path / "server")
+    port, store = free_port(), tmp_path / "multirun"
+    uri = f"http://127.0.0.1:{port}"
+    words = ["-m", "path=none,L", "loss=mse", "profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu"]
+    words += ["train.epochs=2", "train.batch_size=8", f"tracking.uri={uri}", *STUDENT, *TEACHER]
+    first = kdsweep(*words, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    trained = {file: file.read_bytes() for file in store.glob("*/*/*.safetensors")}
+    assert len(trained) == 3
+    with serving(server, port):
+        for _ in range(2):
+            again = kdsweep(*words, cwd=tmp_path)
+            assert again.returncode == 0, again.stderr
+        client = writer.MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name("kdsweep")
+        cells = client.search_runs([experiment.experiment_id], "tags.`kdsweep.role` != 'sweep'")
+        assert sorted(run.data.tags["kdsweep.role"] for run in cells) == ["baseline", "distilled", "teacher"]
+        for run in cells:
+            assert run.info.status == "FINISHED"
+            for name in ("val/loss", "val/dice", "train/loss"):
+                points = client.get_metric_history(run.info.run_id, name)
+                assert [point.step for point in points] == [0, 1]
+        assert tables.main(["table4", "--store", str(store), "--tracking-uri", uri]) == 0
+    assert {file: file.read_bytes() for file in trained} == trained
 
 
 def log_five(store: Path, uri: str, number: int) -> None:

@@ -276,6 +276,21 @@ def test_of_several_runs_of_a_cell_the_one_that_fits_goes_on_and_none_stays_open
     assert statuses == {fits: "RUNNING", others[0]: "KILLED", others[1]: "KILLED"}
 
 
+def test_of_several_runs_of_a_cell_the_finished_one_counts(store, tmp_path):
+    """Another command began the cell later and was killed: its run is newer, the scores are those of the finished."""
+    tracker, cell = writer.Tracker(store=store, uri=None), make_cell(lr=25)
+    tracker.ask("counts", [cell])
+    run_id = finish(tracker, cell, "counts", tmp_path, [0.25, 0.75])
+    client = client_of(store)
+    known = client.get_run(run_id)
+    for moved_ms in (-1, 1):
+        begun = known.info.start_time + 1_000_000 * moved_ms
+        other = client.create_run(known.info.experiment_id, start_time=begun, tags=known.data.tags)
+        client.set_terminated(other.info.run_id, "KILLED")
+    (row,) = reader.read_sweep(store=store, uri=None, name="counts").runs.to_dict("records")
+    assert (row["run_id"], row["status"]) == (run_id, "FINISHED")
+
+
 def test_what_was_asked_for_and_is_not_there_is_missing(store):
     tracker = writer.Tracker(store=store, uri=None)
     tracker.ask("gaps", [make_cell(split=2, lr=5), make_cell("Student", split=1, lr=5)])

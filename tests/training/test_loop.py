@@ -22,6 +22,7 @@ from kdsweep.data.views import normalize
 from kdsweep.distill.distillation import TeacherForward, Term, ViewPair
 from kdsweep.distill.paths import Logits
 from kdsweep.evaluation import scoring
+from kdsweep.evaluation.metrics import mean_dice
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs
 from kdsweep.runs import checkpoint, records
@@ -235,6 +236,47 @@ def test_terms_are_weighted_as_equation_one_says_and_their_ratio_is_recorded(com
     assert {"train/loss", "train/kd", "train/supervised", "val/loss", "val/dice"} <= values.keys()
 
 
+def test_each_image_weighs_alike_in_the_means_of_an_epoch(compose, tmp_path):
+    """The batches are unequal: 16 training images in sixes, 4 validation images in threes."""
+    cfg = compose("method=emkd", "train.epochs=1", "train.lr=1e-2", *SMALL)
+    learner, seen = make_learner(cfg, tmp_path), {"train": [], "val": []}
+    terms = learner.terms
+
+    def watched(outputs, taught, views):
+        found = terms(outputs, taught, views)
+        values = {name: value.item() for name, value in found.items()}
+        if not torch.is_grad_enabled():
+            values["dice"] = mean_dice(logits=outputs.logits, mask=views.student_mask).item()
+        seen["train" if torch.is_grad_enabled() else "val"].append((len(views.student_mask), values))
+        return found
+
+    learner.terms = watched
+    compute = Compute(device=torch.device("cpu"), precision="fp32", eval_batch=3)
+    loop.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=compute)
+    for part, sizes in (("train", [6, 6, 4]), ("val", [3, 1])):
+        assert [count for count, _ in seen[part]] == sizes
+        for name in seen[part][0][1]:
+            values = [values[name] for _, values in seen[part]]
+            expected = sum(count * value for count, value in zip(sizes, values, strict=True)) / sum(sizes)
+            assert learner.history[0][f"{part}/{name}"] == pytest.approx(expected, rel=1e-6), name
+            if name in ("loss", "supervised"):
+                assert expected != pytest.approx(sum(values) / len(values), rel=1e-4), "or the test says nothing"
+
+
+def test_each_adapter_of_a_method_is_trained_and_saved(compose, tmp_path):
+    cfg = compose("method=reviewkd", "teacher_aug=weak", "train.epochs=2", "train.lr=1e-2", *SMALL)
+    learner = make_learner(cfg, tmp_path)
+    adapters = {name: term.kd_path.adapter.weight for name, term in learner.distillation.terms.items()}
+    before = {name: weight.detach().clone() for name, weight in adapters.items()}
+    runner.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
+    best = checkpoint.load_state(tmp_path / "checkpoint.pt")["best"]
+    saved = [value for state in best.values() for key, value in state.items() if key == "adapter.weight"]
+    assert len(adapters) == len(saved) == 4
+    for name, weight in adapters.items():
+        assert not torch.equal(weight, before[name]), f"{name} was not trained"
+        assert any(torch.equal(weight, value) for value in saved), f"{name} was not saved"
+
+
 def test_the_kd_term_reaches_the_student_and_the_regressor(compose, tmp_path):
     cfg = compose("path=HR", "loss=mse", "kd.weight=1.0", "train.epochs=1")
     learner = make_learner(cfg, tmp_path)
@@ -286,10 +328,18 @@ def test_the_best_epoch_is_tested_not_the_last(compose, tmp_path):
     again = factory.student_network(cfg)
     checkpoint.load_network(tmp_path / "student.safetensors", again)
     part = feed_of(cfg).test
-    fresh = scoring.score(scoring.predict(again, part, compute=CPU), part, nsd_tolerance_px=2.0)
+    predictions = scoring.predict(again, part, compute=CPU)
+    fresh = scoring.score(predictions, part, nsd_tolerance_px=2.0)
     assert fresh["dice"].tolist() == pytest.approx(table["dice"].tolist())
+    kept = checkpoint.load_predictions(tmp_path / "test_predictions.npz")
+    assert list(kept) == table["image"].tolist() == part.ids
+    assert np.array_equal(np.stack(list(kept.values())), predictions[:, 0].numpy())
     assert final["test/dice"] == pytest.approx(table["dice"].mean())
     assert final["test/dice_std"] == pytest.approx(table["dice"].std(ddof=1))
+    for name in ("iou", "precision", "sensitivity", "hd95_px", "nsd"):
+        assert final[f"test/{name}"] == pytest.approx(table[name].mean()), name
+    assert final["best/val_dice"] == learner.history[1]["val/dice"]
+    assert final["epochs"] == 4
     assert records.read_finished(tmp_path) == final
 
 
