@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from machine import machine
-from omegaconf import DictConfig
 from programs import run, torchdistill_step_s
 
 from kdsweep.config import composition, identity
+from kdsweep.config.schema import Settings
 from kdsweep.core.device import placed
 from kdsweep.data.loaders import Feed
 from kdsweep.models import unet
@@ -79,25 +79,25 @@ class Bench:
         self._frozen: dict[str, loop.FrozenTeachers] = {}  # by the Students' precision
         self.epoch = 0
 
-    def config(self, *overrides: str) -> DictConfig:
+    def config(self, *overrides: str) -> Settings:
         """Compose a cell."""
         return composition.compose([*self.overrides, *overrides])
 
     def _teachers(self) -> dict[str, UNet]:
         """Untrained Teachers, put into the store as if they had been trained."""
         found: dict[str, UNet] = {}
-        for cfg in self.configs:
-            cell = identity.teacher_cell(cfg)
+        for settings in self.configs:
+            cell = identity.teacher_cell(settings)
             if cell.fingerprint not in found:
-                network = factory.teacher_network(cfg)
+                network = factory.teacher_network(settings)
                 checkpoint.save_network(cell.folder / "teacher.safetensors", network)
                 records.write_finished(cell.folder, values={"test/dice": 0.0}, files=["teacher.safetensors"])
                 found[cell.fingerprint] = unet.freeze(placed(network, self.compute))
         return found
 
-    def learners(self, configs: list[DictConfig]) -> list[Learner]:
+    def learners(self, configs: list[Settings]) -> list[Learner]:
         """Make new learners on the device."""
-        made = [factory.learner(cfg, identity.cell(cfg)) for cfg in configs]
+        made = [factory.learner(settings, identity.cell(settings)) for settings in configs]
         for learner in made:
             for module in learner.modules().values():
                 placed(module, self.compute)
@@ -122,7 +122,7 @@ class Bench:
         """Return the Teachers by the names that cells of a precision have for them: untrained they are the same."""
         if precision not in self._frozen:
             configs = [self.config(*cell, f"precision={precision}") for cell in GRID]
-            names = dict.fromkeys(identity.teacher_cell(cfg).fingerprint for cfg in configs)
+            names = dict.fromkeys(identity.teacher_cell(settings).fingerprint for settings in configs)
             teachers = dict(zip(names, self.teachers.values(), strict=True))
             self._frozen[precision] = loop.FrozenTeachers(teachers, factory.compute(configs[0]))
         return self._frozen[precision]

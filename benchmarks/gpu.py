@@ -96,12 +96,14 @@ def table4(session: Session, group: str) -> Figures:
     configs = [composition.compose([*fixed, *cell]) for cell in [*GRID, ["path=none"]]]
     compute = factory.compute(configs[0])
     compute.prepare()
-    of_teachers = {identity.teacher_cell(cfg).fingerprint: cfg for cfg in configs[:-1]}
+    of_teachers = {identity.teacher_cell(settings).fingerprint: settings for settings in configs[:-1]}
     frozen = dict(zip(of_teachers, bench.teachers.values(), strict=True))  # untrained they are equal
     if group == "teachers":
-        learners = [factory.teacher_learner(cfg, identity.teacher_cell(cfg)) for cfg in of_teachers.values()]
+        learners = [
+            factory.teacher_learner(settings, identity.teacher_cell(settings)) for settings in of_teachers.values()
+        ]
     else:
-        learners = [factory.learner(cfg, identity.cell(cfg)) for cfg in configs]
+        learners = [factory.learner(settings, identity.cell(settings)) for settings in configs]
     for learner in learners:
         for module in learner.modules().values():
             placed(module, compute)

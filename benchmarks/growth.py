@@ -39,13 +39,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from machine import machine
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from kdsweep import conf_dir
 from kdsweep.__main__ import _cell_dir
 from kdsweep.config import composition, identity
 from kdsweep.config.composition import Composed, Composer
 from kdsweep.config.grid import Cell
+from kdsweep.config.schema import Settings
 from kdsweep.core.files import write_text
 from kdsweep.results import tables
 from kdsweep.runs import checkpoint, records
@@ -137,17 +138,22 @@ def _session(leader: int) -> list[str]:
 # ---- the stub ------------------------------------------------------------------------------------------------------
 
 
-def stub(cell: Cell, cfg: DictConfig, *, weights: Path) -> None:
+def stub(cell: Cell, settings: Settings, *, weights: Path) -> None:
     """STUB, no training: write what the folder of a finished cell holds, with made-up scores, within milliseconds.
 
     Args:
         cell: that is not trained.
-        cfg: its configuration.
+        settings: its configuration.
         weights: file that stands for the trained ones; it gets one more name, and takes no more room.
     """
-    split = identity.split_ids(cfg)
-    tags = {"kdsweep.profile": cfg.profile, "kdsweep.device": "cpu", "kdsweep.threads": "1", "kdsweep.torch": "stub"}
-    params = identity.params(cfg) | identity.factors(cfg, role=cell.role)
+    split = identity.split_ids(settings)
+    tags = {
+        "kdsweep.profile": settings.profile,
+        "kdsweep.device": "cpu",
+        "kdsweep.threads": "1",
+        "kdsweep.torch": "stub",
+    }
+    params = identity.params(settings) | identity.factors(settings, role=cell.role)
     records.describe(cell, split=split, params=params, tags=tags)
     rng = np.random.default_rng(int(cell.fingerprint[:12], 16))
     now_ms = records.now_ms()
@@ -160,7 +166,7 @@ def stub(cell: Cell, cfg: DictConfig, *, weights: Path) -> None:
     for name in ("dice", "iou", "precision", "sensitivity", "hd95_px"):
         scores[name] = rng.uniform(0.3, 0.9, len(scores))
     write_text(cell.folder / "test_scores.csv", scores.to_csv(index=False))
-    masks = np.zeros((len(scores), cfg.image_size, cfg.image_size), bool)
+    masks = np.zeros((len(scores), settings.image_size, settings.image_size), bool)
     checkpoint.save_predictions(cell.folder / "test_predictions.npz", masks, ids=split["test"])
     write_text(cell.folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
     name = f"{'teacher' if cell.role == 'teacher' else 'student'}.safetensors"
@@ -242,10 +248,10 @@ def finished(words: list[str], jobs: list[Job], clock: Clock, *, weights: Path) 
     """Put stubs into the folders of all cells and their Teachers, and log them to MLflow; how many cells."""
     jobs = jobs or plan.read_jobs(Command(words).compose())
     with clock.step("(write the stubs)"):
-        for cell, cfg in {job.cell.folder: (job.cell, job.config) for job in jobs}.values():
-            stub(cell, cfg, weights=weights)
+        for cell, settings in {job.cell.folder: (job.cell, job.settings) for job in jobs}.values():
+            stub(cell, settings, weights=weights)
         for cell, job in plan.missing_teachers(jobs):
-            stub(cell, job.config, weights=weights)
+            stub(cell, job.settings, weights=weights)
     jobs = [replace(job, finished={"test/dice": 0.5}) for job in jobs]
     with clock.step("log all to MLflow (SQLite)"):
         plan.watch(jobs)

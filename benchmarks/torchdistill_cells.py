@@ -278,15 +278,15 @@ def main() -> None:
     from kdsweep.training import factory
 
     begun = time.perf_counter()
-    cfg = composition.compose(args.overrides)
-    train, compute = factory.feed(cfg, seed=cfg.seed).train, factory.compute(cfg)
-    if cfg.train.last_batch == "smaller" and train.image_count % cfg.train.batch_size:
+    settings = composition.compose(args.overrides)
+    train, compute = factory.feed(settings, seed=settings.seed).train, factory.compute(settings)
+    if settings.train.last_batch == "smaller" and train.image_count % settings.train.batch_size:
         parser.error(
-            f"{train.image_count} images do not fill batches of {cfg.train.batch_size}: add train.last_batch=fill"
+            f"{train.image_count} images do not fill batches of {settings.train.batch_size}: add train.last_batch=fill"
         )
     if compute.device.type == "cuda":
         compute.prepare()  # the same flags; on the CPU it would tune malloc, which is kdsweep's own doing
-    workers = worker_count(train, image_size=cfg.image_size)
+    workers = worker_count(train, image_size=settings.image_size)
     result: dict[str, Any] = {
         "versions": {name: version(name) for name in ("torchdistill", "torch")},
         "threads": torch.get_num_threads(),
@@ -295,7 +295,7 @@ def main() -> None:
         "arguments": {**vars(args), "out": str(args.out)},
         "cells": {},
     }
-    student, teacher = factory.student_network(cfg), factory.teacher_network(cfg)
+    student, teacher = factory.student_network(settings), factory.teacher_network(settings)
     longest = 0.0
     for name in names:
         start = time.perf_counter()
@@ -310,7 +310,7 @@ def main() -> None:
             teacher=copy.deepcopy(teacher),
             train=train,
             workers=workers,
-            lr=cfg.train.lr,
+            lr=settings.train.lr,
             compute=compute,
         )
         startup = time.perf_counter() - start

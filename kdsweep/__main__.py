@@ -127,9 +127,9 @@ def run(cfg: DictConfig) -> float:
     from kdsweep.training import group
 
     logs.claim(Path(HydraConfig.get().runtime.output_dir))
-    (result,) = group.run_group([cfg])
-    if isinstance(result, Exception) and cfg.retry_failed:
-        (result,) = group.run_group([cfg])
+    (result,) = group.run_group([job])
+    if isinstance(result, Exception) and job.settings.retry_failed:
+        (result,) = group.run_group([job])
     if isinstance(result, Exception):
         raise result
     return result
@@ -137,10 +137,9 @@ def run(cfg: DictConfig) -> float:
 
 def _cell_dir(*, _root_: DictConfig) -> str:
     """Folder of the configured cell below the store: Hydra's job folder."""
-    from kdsweep.config import identity
+    from kdsweep.config import composition, identity
 
-    identity.read(_root_)
-    cell = identity.cell(_root_)
+    cell = identity.cell(composition.read(_root_))
     return str(cell.folder.relative_to(cell.store))
 
 

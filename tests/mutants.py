@@ -102,8 +102,8 @@ MUTANTS = [
     Mutant(
         "a file's split is another cell's",
         "config/identity.py",
-        'if given.split.protocol != "paper":',
-        'if given.split.protocol == "kfold":',
+        'if settings.split.protocol != "paper":',
+        'if settings.split.protocol == "kfold":',
         SPLITS,
     ),
     Mutant(
@@ -116,21 +116,21 @@ MUTANTS = [
     Mutant(
         "the Student ignores its seed",
         "training/factory.py",
-        "_new_network(cfg.student, seed=cfg.seed,",
-        "_new_network(cfg.student, seed=0,",
+        "_new_network(settings.student, seed=settings.seed,",
+        "_new_network(settings.student, seed=0,",
         FACTORY,
     ),
     Mutant(
         "the Teacher follows the cell's seed",
         "training/factory.py",
-        "_new_network(cfg.teacher, seed=cfg.teacher.seed,",
-        "_new_network(cfg.teacher, seed=cfg.seed,",
+        "_new_network(settings.teacher, seed=settings.teacher.seed,",
+        "_new_network(settings.teacher, seed=settings.seed,",
         FACTORY,
     ),
     Mutant(
         "Teacher_WAug is trained on strong views",
         "training/factory.py",
-        "view=cfg.teacher_aug.train_view,",
+        "view=settings.teacher_aug.train_view,",
         'view="strong",',
         FACTORY,
     ),
@@ -501,8 +501,8 @@ MUTANTS = [
     Mutant(
         "the Teacher's learning rate is the Student's",
         "training/factory.py",
-        "lr=cfg.teacher.lr,",
-        "lr=cfg.train.lr,",
+        "lr=settings.teacher.lr,",
+        "lr=settings.train.lr,",
         FACTORY,
     ),
     # evaluation
@@ -539,14 +539,14 @@ MUTANTS = [
     Mutant(
         "the fingerprint leaves the data out",
         "config/identity.py",
-        'evidence, typed = {"data": listing(given).digest},',
+        'evidence, typed = {"data": listing(settings).digest},',
         "evidence, typed = {},",
         "tests/config",
     ),
     Mutant(
         "the fingerprint leaves the learning rate out",
         "config/identity.py",
-        '"network": _network(student), "lr": given.train.lr, "monitor"',
+        '"network": _network(student), "lr": settings.train.lr, "monitor"',
         '"network": _network(student), "monitor"',
         "tests/config",
     ),

@@ -34,10 +34,9 @@ def busi(root: Path) -> tuple[str, str]:
 def refusal(*overrides: str) -> str:
     """The line that a configuration is refused with, by the checks that a job goes through before its training."""
     with pytest.raises(Exception) as caught:
-        cfg = composition.compose(["profile=quick", "device=cpu", *overrides])
-        plan.read_jobs([cfg])
-        preview.device_names([cfg], [])
-        preview.check([cfg])
+        jobs = plan.read_jobs([composition.compose_config(["profile=quick", "device=cpu", *overrides])])
+        preview.device_names(jobs, [])
+        preview.check(jobs)
     message = user_message(caught.value)
     assert "\n" not in message
     assert not message.startswith(type(caught.value).__name__), "not an error that the user can mend"

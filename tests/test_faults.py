@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 from commands import kdsweep, process
-from omegaconf import DictConfig
 from small import STUDENT, TEACHER
 
 from kdsweep.config import composition, identity
@@ -26,7 +25,7 @@ from kdsweep.core import signals
 from kdsweep.data import views
 from kdsweep.runs import checkpoint, records
 from kdsweep.runs.records import FINISHED
-from kdsweep.training import factory, group, loop, runner, teachers
+from kdsweep.training import group, loop, runner, teachers
 from kdsweep.training.learner import Learner
 
 QUICK = [
@@ -45,11 +44,9 @@ FILES = ("student.safetensors", "teacher.safetensors", "history.csv", "test_scor
 composed = functools.cache(lambda *overrides: composition.compose(list(overrides)))
 
 
-def configs_of(small_busi: Path, store: Path, *each: list[str]):
-    configs = [composed(*QUICK, f"data.root={small_busi}", *overrides).copy() for overrides in each or GROUP]
-    for cfg in configs:
-        cfg.store = str(store)
-    return configs
+def jobs_of(small_busi: Path, store: Path, *each: list[str]):
+    settings = [composed(*QUICK, f"data.root={small_busi}", *overrides) for overrides in each or GROUP]
+    return [identity.job(own.model_copy(update={"store": str(store)})) for own in settings]
 
 
 def contents(store: Path) -> dict[str, bytes]:
@@ -61,7 +58,7 @@ def contents(store: Path) -> dict[str, bytes]:
 def unbroken(small_busi, tmp_path_factory) -> Path:
     """A store after a group that nothing happened to."""
     store = tmp_path_factory.mktemp("unbroken") / "store"
-    assert all(isinstance(result, float) for result in group.run_group(configs_of(small_busi, store)))
+    assert all(isinstance(result, float) for result in group.run_group(jobs_of(small_busi, store)))
     assert len(contents(store)) == 4 * 4
     return store
 
@@ -69,7 +66,7 @@ def unbroken(small_busi, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def dices(small_busi, unbroken) -> list[float]:
     """The test Dice of each cell of that group."""
-    return group.run_group(configs_of(small_busi, unbroken))
+    return group.run_group(jobs_of(small_busi, unbroken))
 
 
 @pytest.fixture
@@ -83,7 +80,7 @@ def often(monkeypatch):
 # --- killed inside a write
 
 
-def doomed(configs: list[DictConfig], point: str, number: int) -> None:
+def doomed(jobs: list[identity.Job], point: str, number: int) -> None:
     """Train the group; this process kills itself when it comes to a point for the n-th time."""
     calls = itertools.count(1)
 
@@ -112,7 +109,7 @@ def doomed(configs: list[DictConfig], point: str, number: int) -> None:
         "progress": (records, "write_progress"),
     }[point]
     setattr(owner, name, spoil(getattr(owner, name)))
-    group.run_group(configs)
+    group.run_group(jobs)
 
 
 @pytest.mark.slow
@@ -122,11 +119,11 @@ def test_killed_inside_its_writes_again_and_again_it_ends_as_if_nothing_had_happ
 ):
     rng = random.Random(seed)
     store, kills = tmp_path / "store", []
-    configs = configs_of(small_busi, store)
+    jobs = jobs_of(small_busi, store)
     for _ in range(60):
         point = rng.choice(["bytes", "flush", "rename", "marker", "link", "progress"])
         number = rng.randint(1, {"bytes": 120, "marker": 1, "link": 3}.get(point, 7))
-        training = process(doomed, configs, point, number)
+        training = process(doomed, jobs, point, number)
         training.start()
         training.join(120)
         if training.exitcode == 0:
@@ -156,7 +153,7 @@ def interrupted(small_busi: Path, store: Path, steps: int, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_step", stepping)
         with pytest.raises(signals.Stopped, match="stopped by SIGTERM"):
-            group.run_group(configs_of(small_busi, store))
+            group.run_group(jobs_of(small_busi, store))
     signals.install()
 
 
@@ -173,7 +170,7 @@ def usual_signals():
 def test_a_signal_after_any_step_changes_nothing(small_busi, unbroken, tmp_path, monkeypatch, steps):
     store = tmp_path / "store"
     interrupted(small_busi, store, steps, monkeypatch)
-    group.run_group(configs_of(small_busi, store))
+    group.run_group(jobs_of(small_busi, store))
     assert contents(store) == contents(unbroken)
 
 
@@ -202,10 +199,10 @@ def test_a_step_that_takes_too_long_is_given_up_and_taken_again(small_busi, unbr
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", slow)
         with pytest.raises(signals.Stopped):
-            group.run_group(configs_of(small_busi, tmp_path / "store"))
+            group.run_group(jobs_of(small_busi, tmp_path / "store"))
     assert ended == []
     signals.install()
-    group.run_group(configs_of(small_busi, tmp_path / "store"))
+    group.run_group(jobs_of(small_busi, tmp_path / "store"))
     assert contents(tmp_path / "store") == contents(unbroken)
 
 
@@ -234,7 +231,7 @@ def test_a_signal_while_checkpoints_are_read_leaves_them_as_they_are(
         patch.setattr(signals, "GRACE_S", 0.2)
         patch.setattr(Learner, "_load", signalled)
         with pytest.raises(signals.Stopped):
-            group.run_group(configs_of(small_busi, store))
+            group.run_group(jobs_of(small_busi, store))
     signals.install()
     for file, content in before.items():
         now = checkpoint.load_state(file)
@@ -242,7 +239,7 @@ def test_a_signal_while_checkpoints_are_read_leaves_them_as_they_are(
         then = checkpoint.load_state(tmp_path / "before.pt")
         assert now["epoch"] == then["epoch"]
         assert now["training"]["means"]["counts"] == then["training"]["means"]["counts"]
-    group.run_group(configs_of(small_busi, store))
+    group.run_group(jobs_of(small_busi, store))
     assert contents(store) == contents(unbroken)
 
 
@@ -274,7 +271,7 @@ def test_a_damaged_checkpoint_is_named_and_an_earlier_one_used(
     for name in names:
         spoil(folder / name)
     caplog.clear()
-    group.run_group(configs_of(small_busi, tmp_path / "store"))
+    group.run_group(jobs_of(small_busi, tmp_path / "store"))
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == len(names)
     for name, line in zip(names, warnings, strict=True):
@@ -300,7 +297,7 @@ def test_a_damaged_score_file_is_named_and_made_again_without_training(
     else:
         spoil(folder / name)
     monkeypatch.setattr(runner, "fit", lambda *_, **__: pytest.fail("trained again"))
-    results = group.run_group(configs_of(small_busi, store))
+    results = group.run_group(jobs_of(small_busi, store))
     assert contents(store) == contents(unbroken)
     assert results == dices
     gone = name == FINISHED and spoil is Path.unlink  # a cell without its marker is simply not finished
@@ -313,7 +310,7 @@ def test_a_damaged_teacher_is_noticed_before_it_teaches(small_busi, unbroken, tm
     (folder,) = (store / "teachers").iterdir()
     flip(folder / teachers.WEIGHTS)
     shutil.rmtree(next((store / "cells").glob("HReg*")))
-    group.run_group(configs_of(small_busi, store))
+    group.run_group(jobs_of(small_busi, store))
     assert f"{folder / teachers.WEIGHTS}: damaged" in caplog.text
     assert contents(store) == contents(unbroken)
 
@@ -323,7 +320,7 @@ def test_a_checkpoint_of_another_cell_is_refused(small_busi, unbroken, tmp_path,
     interrupted(small_busi, store, 6 + 12, monkeypatch)
     folders = {folder.name.split("_")[0].split("-")[0]: folder for folder in (store / "cells").iterdir()}
     shutil.copy(folders["HReg"] / "checkpoint.pt", folders["Student"] / "checkpoint.pt")
-    results = group.run_group(configs_of(small_busi, store))
+    results = group.run_group(jobs_of(small_busi, store))
     assert [isinstance(result, float) for result in results] == [True, True, False]
     file = folders["Student"] / "checkpoint.pt"
     assert str(results[2]).startswith(f"{file}: not a checkpoint of Student split 0 seed 0 (")
@@ -360,7 +357,7 @@ class Limit:
 
 def test_too_little_memory_divides_the_group_and_changes_no_score(small_busi, unbroken, tmp_path, monkeypatch, caplog):
     Limit(1, monkeypatch)
-    results = group.run_group(configs_of(small_busi, tmp_path / "store"))
+    results = group.run_group(jobs_of(small_busi, tmp_path / "store"))
     assert all(isinstance(result, float) for result in results)
     assert "out of memory with 3 learners on cpu: divided in two" in caplog.text
     assert contents(tmp_path / "store") == contents(unbroken)
@@ -368,7 +365,7 @@ def test_too_little_memory_divides_the_group_and_changes_no_score(small_busi, un
 
 def test_too_little_memory_for_one_cell_fails_that_cell(small_busi, tmp_path, monkeypatch):
     Limit(0, monkeypatch)
-    results = group.run_group(configs_of(small_busi, tmp_path, ["path=none"], ["path=none", "train.lr=1e-3"]))
+    results = group.run_group(jobs_of(small_busi, tmp_path, ["path=none"], ["path=none", "train.lr=1e-3"]))
     expected = "Student split 0 seed 0: out of memory on cpu; a smaller train.batch_size helps"
     assert [str(result) for result in results] == [expected] * 2
     assert {records.read(folder).status for folder in tmp_path.glob("cells/*")} == {"FAILED"}
@@ -378,10 +375,10 @@ def test_too_little_memory_for_one_cell_fails_that_cell(small_busi, tmp_path, mo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_too_little_memory_on_cuda_divides_the_group(small_busi, tmp_path, caplog):
     own = [
-        composition.compose([*QUICK, f"data.root={small_busi}", f"store={tmp_path}", "device=cuda", *each])
+        identity.job(composed(*QUICK, f"data.root={small_busi}", f"store={tmp_path}", "device=cuda", *each))
         for each in GROUP
     ]
-    group.obtain_teachers(own, factory.compute(own[0]))
+    group.obtain_teachers(own)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 120 * 2**20) / total)
@@ -405,14 +402,14 @@ def test_an_error_in_the_data_names_epoch_and_step_and_the_rest_goes_on(small_bu
             raise ValueError("the image is upside down")
         return render(self, image=image, mask=mask, seed=seed)
 
-    configs = configs_of(small_busi, tmp_path, ["path=none", f"train.workers={workers}"])
+    jobs = jobs_of(small_busi, tmp_path, ["path=none", f"train.workers={workers}"])
     with monkeypatch.context() as patch:
         patch.setattr(views.Views, "render", broken)
-        (result,) = group.run_group(configs)
+        (result,) = group.run_group(jobs)
     assert str(result) == "epoch 2, step 1, data: ValueError: the image is upside down"
-    record = records.read(identity.cell(configs[0]).folder)
+    record = records.read(jobs[0].cell.folder)
     assert (record.status, record.error) == ("FAILED", str(result))
-    (result,) = group.run_group(configs)  # mended: it goes on
+    (result,) = group.run_group(jobs)  # mended: it goes on
     assert isinstance(result, float)
 
 
@@ -429,10 +426,10 @@ def test_an_error_in_a_teachers_forward_fails_those_that_share_it_with_epoch_and
         return teach(*args)
 
     monkeypatch.setattr(loop.FrozenTeachers, "teach", broken)
-    results = group.run_group(configs_of(small_busi, store))
+    results = group.run_group(jobs_of(small_busi, store))
     assert {str(result) for result in results} == {"epoch 2, step 2, Teacher's forward: ValueError: no lesson today"}
     monkeypatch.undo()
-    group.run_group(configs_of(small_busi, store))
+    group.run_group(jobs_of(small_busi, store))
     assert contents(store) == contents(unbroken)
 
 
@@ -445,7 +442,7 @@ def test_an_error_in_validation_says_so(small_busi, tmp_path, monkeypatch):
             learner.network.forward = lambda *_: (_ for _ in ()).throw(ValueError("no"))
 
     monkeypatch.setattr(Learner, "evaluate", broken)
-    (result,) = group.run_group(configs_of(small_busi, tmp_path, ["path=none"]))
+    (result,) = group.run_group(jobs_of(small_busi, tmp_path, ["path=none"]))
     assert str(result) == "Student split 0 seed 0: epoch 2, validation, forward: ValueError: no"
 
 

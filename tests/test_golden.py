@@ -40,10 +40,10 @@ def train(images: Path, store: Path) -> dict[str, dict[str, float]]:
     fixed = ["profile=quick", "data=busi", f"data.root={images}", "device=cpu", f"store={store}", *TEACHER]
     fixed += ["train.epochs=2", "train.batch_size=8", "train.workers=0", "train.lr=1e-4", "teacher.lr=1e-4"]
     views = ["weak", "strong"]
-    configs = [composition.compose([*fixed, *cell, f"teacher_aug={views[n % 2]}"]) for n, cell in enumerate(GRID)]
-    results = group.run_group(configs)
+    settings = [composition.compose([*fixed, *cell, f"teacher_aug={views[n % 2]}"]) for n, cell in enumerate(GRID)]
+    results = group.run_group([identity.job(own) for own in settings])
     assert [result for result in results if isinstance(result, Exception)] == []
-    own = [identity.cell(cfg) for cfg in configs]
+    own = [identity.cell(each) for each in settings]
     teachers = {cell.teacher.notation: cell.teacher for cell in own if cell.teacher is not None}
     return {cell.notation: told(cell) for cell in [*own, *teachers.values()]}
 

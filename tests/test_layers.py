@@ -48,7 +48,7 @@ KNOWN: dict[str, set[str]] = {}
 # Rooms and modules that may import a library.
 CONFINED = {
     "mlflow": {"tracking"},
-    "omegaconf": {"__main__", "config", "training.factory", "training.group", "sweep"},
+    "omegaconf": {"__main__", "config", "sweep"},
     "optuna": {"tuning"},
     "ray": {"sweep.engines.ray"},
     "submitit": {"sweep.engines.slurm"},

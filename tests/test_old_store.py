@@ -66,7 +66,7 @@ def test_it_predicts(old, tmp_path):
 
 def test_its_cells_are_computed_anew_and_one_line_says_why(old, caplog):
     caplog.set_level("INFO")
-    (job,) = plan.read_jobs([composition.compose(["profile=quick", f"store={old}", *SIZES])])
+    (job,) = plan.read_jobs([composition.compose_config(["profile=quick", f"store={old}", *SIZES])])
     assert job.finished is None
     plan.tell_changes([job])
     (line,) = caplog.messages

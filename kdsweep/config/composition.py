@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import cloudpickle
@@ -20,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from kdsweep import conf_dir
-from kdsweep.config import messages, overrides, user_code
+from kdsweep.config import messages, overrides, schema, user_code
 from kdsweep.config.grid import is_under
+from kdsweep.config.schema import Settings
 from kdsweep.core.errors import InputError
 
 
@@ -99,11 +100,20 @@ class Composed(Sequence[DictConfig]):
         return self._composer.compose(self._jobs[index], number=self._first + index)
 
 
-def compose(words: Sequence[str]) -> DictConfig:
-    """Compose the configuration of one cell from overrides, outside of a Hydra run.
+def compose(words: Sequence[str]) -> Settings:
+    """Return the settings of one cell from overrides, outside of a Hydra run.
 
     Raises:
-        InputError: an override is wrong, or a key has no value.
+        InputError: an override is wrong, or a value is not allowed.
+    """
+    return read(compose_config(words))
+
+
+def compose_config(words: Sequence[str]) -> DictConfig:
+    """Compose the configuration of one cell from overrides as Hydra does, unchecked.
+
+    Raises:
+        InputError: an override is wrong.
     """
     checked = overrides.check(words)
     try:
@@ -112,25 +122,38 @@ def compose(words: Sequence[str]) -> DictConfig:
         raise InputError(one_line(error, checked)) from error
 
 
+def read(cfg: DictConfig) -> Settings:
+    """Check a configuration and return its settings, without Hydra's part, references resolved.
+
+    Raises:
+        InputError: a value is not allowed, or a key does not exist.
+    """
+    try:
+        parts = {str(key): cfg[key] for key in cfg if key != "hydra"}
+        values = {
+            key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            for key, value in parts.items()
+        }
+    except OmegaConfBaseException as error:
+        raise InputError(messages.of_reference(error, cfg)) from error
+    return schema.read(values, source=partial(messages.source_of, cfg))
+
+
 def _compose(words: Sequence[str]) -> DictConfig:
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return hydra.compose("config", list(words))
 
 
-def build(node: DictConfig) -> Any:
-    """Return what a part of the configuration with ``_target_`` names, made with its numbers as they are hashed.
+def build(values: Mapping[str, Any]) -> Any:
+    """Return the object that ``_target_`` of these settings names, made with the other values as arguments.
 
     Raises:
-        InputError: it is not there, or does not take these arguments.
+        InputError: it does not exist, or does not take these arguments.
     """
     try:
-        values = OmegaConf.to_container(node, resolve=True)
-    except OmegaConfBaseException as error:
-        raise InputError(messages.of_reference(error)) from error
-    try:
-        return hydra.utils.instantiate(user_code.canonical(values))
+        return hydra.utils.instantiate(user_code.canonical(dict(values)))
     except InstantiationException as error:
-        raise InputError(f"_target_={node['_target_']}: {messages.of_target(error)}") from error
+        raise InputError(f"_target_={values['_target_']}: {messages.of_target(error)}") from error
 
 
 def check_grid(cfg: DictConfig, words: Sequence[str]) -> None:

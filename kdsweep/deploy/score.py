@@ -169,16 +169,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="+", help="the data set: data=folder data.root=/path, and device=...")
     add_sweep(parser)
     options = parser.parse_intermixed_args(argv)
-    cfg = composition.compose(options.overrides)
-    source, listing = identity.source(cfg), identity.listing(cfg)
+    settings = composition.compose(options.overrides)
+    source, listing = identity.source(settings), identity.listing(settings)
     sweep = reader.read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
     count, problems = score_sweep(
         sweep,
         source=source,
         store=options.store,
         uri=options.tracking_uri,
-        device=str(cfg.device),
-        allow_empty_masks=bool(cfg.data.get("allow_empty_masks")),
+        device=settings.device,
+        allow_empty_masks=bool(settings.data.allow_empty_masks),
     )
     name = f"{source.name}-{listing.digest[:8]}"
     sys.stdout.write(f"scored {plural(count, 'network')} now; mean over images, splits and seeds:\n")

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from kdsweep.config import composition, identity
+from kdsweep.config.schema import Settings
 from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import private_path, write_bytes
 from kdsweep.core.progress import plural
@@ -122,13 +123,12 @@ def _save(figure: Figure, file: Path) -> None:
         raise InputError(f"--sheet {file}: cannot be written ({error.strerror}); choose another file") from error
 
 
-def take_account(cfg: Any) -> Account:
+def take_account(settings: Settings) -> Account:
     """Read and measure the data set of a configuration, and draw its split.
 
     Raises:
         InputError: the data set cannot be listed.
     """
-    settings = identity.read(cfg)
     listed = identity.listing(settings)
     split: dict[str, Any] = {}
     try:
@@ -138,7 +138,7 @@ def take_account(cfg: Any) -> Account:
         split["ignored"] = identity.ignored(settings)
     except InputError as error:
         split |= {"refused": str(error), "ignored": listed.ignored}
-    sizes = (settings.image_size, settings.data.load_size or identity.default_load_size(settings.image_size))
+    sizes = (settings.image_size, settings.load_size)
     measured = measure(listed.entries, sizes=sizes, allow_empty_masks=bool(settings.data.allow_empty_masks))
     name, protocol = settings.data.name, settings.split.in_words()
     return Account(name, listed.entries, measured, image_size=settings.image_size, split=protocol, **split)
@@ -153,10 +153,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="the data set: data=busi data.root=/path/to/BUSI, and split=...")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="contact sheet (one in the user's cache)")
     options = parser.parse_intermixed_args(argv)
-    cfg = composition.compose(options.overrides)
-    listing = identity.listing(cfg)
-    sheet = private_path(options.sheet, "--sheet", default=f"data/{cfg.data.name}-{listing.digest[:8]}.png")
-    account = take_account(cfg)
+    settings = composition.compose(options.overrides)
+    listing = identity.listing(settings)
+    sheet = private_path(options.sheet, "--sheet", default=f"data/{settings.data.name}-{listing.digest[:8]}.png")
+    account = take_account(settings)
     sys.stdout.write(text(account))
     sys.stdout.flush()
     if chosen := choose(account):

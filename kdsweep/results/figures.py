@@ -187,7 +187,7 @@ def find_place(options: argparse.Namespace) -> Location:
     own = options.store or Path("multirun"), options.tracking_uri, options.sweep, options.data_root
     if not options.overrides:
         return Location(*own)
-    cfg = composition.compose(options.overrides)
+    cfg = composition.compose_config(options.overrides)  # unchecked: a table needs no folder of images
     typed = {word.lstrip("+").partition("=")[0] for word in options.overrides}
     root = Path(str(cfg.data.root)) if "data.root" in typed else None
     named = cfg.sweep_name if typed - {"store", "tracking.uri", "data.root"} else None
@@ -196,7 +196,7 @@ def find_place(options: argparse.Namespace) -> Location:
         options.tracking_uri or cfg.tracking.uri,
         options.sweep or named,
         options.data_root or root,
-        identity.source(cfg) if cfg.data.source._target_ not in run_data.SOURCES else None,
+        identity.source(composition.read(cfg)) if cfg.data.source._target_ not in run_data.SOURCES else None,
     )
 
 

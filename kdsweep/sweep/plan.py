@@ -28,14 +28,11 @@ LARGEST = 60  # cells in a group: more gain nothing (README, Lockstep), but each
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
-    """A Hydra job and the cell that it asks for.
+class Job(identity.Job):
+    """A job of a sweep, with the state of its cell in the store.
 
     Attributes:
-        cell: that the job describes.
         finished: final values of an earlier computation of the cell, if there is one.
-        settings: its configuration, checked.
-        overrides: of the job.
         configs: of all jobs; they may be composed when they are asked for, thousands would not fit the memory.
         number: of this one among them.
         subdir: of the job's folder, once that is settled.
@@ -43,12 +40,9 @@ class Job:
         tuned: keys of which tuning has set the values.
     """
 
-    cell: Cell
-    finished: dict[str, float] | None
-    settings: Settings
-    overrides: list[str]
-    configs: Sequence[DictConfig]
-    number: int
+    finished: dict[str, float] | None = None
+    configs: Sequence[DictConfig] = ()
+    number: int = 0
     subdir: str = ""
     begun: int = 0
     tuned: tuple[str, ...] = ()
@@ -76,7 +70,7 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
     """
     read, words, choices, tuned = [], [], [], []
     for cfg in configs:
-        read.append(identity.read(cfg))
+        read.append(composition.read(cfg))
         if OmegaConf.select(cfg, "hydra.job.chdir"):
             why = "relative paths count from the folder of the command, and cells of a group share their process"
             raise InputError(f"hydra.job.chdir=true is not allowed: {why}; leave it out")
@@ -91,7 +85,7 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
     begun = [0 if finished else records.epochs(cell.folder) for cell, finished in zip(own, known, strict=True)]
     parts = zip(own, known, read, words, begun, tuned, strict=True)
     return [
-        Job(cell, finished, settings, typed, configs, number, begun=epochs, tuned=keys)
+        Job(settings, cell, typed, finished, configs, number, begun=epochs, tuned=keys)
         for number, (cell, finished, settings, typed, epochs, keys) in enumerate(parts)
     ]
 

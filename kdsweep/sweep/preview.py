@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
-from omegaconf import DictConfig
 
 from kdsweep.config import grid, identity
+from kdsweep.config.identity import Job
+from kdsweep.config.schema import Settings
 from kdsweep.core.device import Compute, find_device, give_back_memory, placed, usable_cores, usable_precision
 from kdsweep.evaluation import latency, scoring
 from kdsweep.models import unet
@@ -16,78 +21,81 @@ from kdsweep.training import factory, loop
 from kdsweep.training.meter import EpochMeter
 
 
-def check(configs: list[DictConfig]) -> None:
+def check(jobs: Sequence[Job]) -> None:
     """Raise InputError for the first of these cells that could not be trained: networks, weights, KD term, images."""
-    for cfg in configs:
-        factory.check_networks(cfg)
-    for cfg in _kinds(configs):
-        factory.check_term(cfg)
-    for cfg in {identity.batches_key(cfg, seed=0): cfg for cfg in reversed(configs)}.values():
-        factory.feed(cfg, seed=cfg.seed)
+    for job in jobs:
+        factory.check_networks(job.settings)
+    for job in _kinds(jobs):
+        factory.check_term(job.settings)
+    for settings in {identity.batches_key(job.settings, seed=0): job.settings for job in reversed(jobs)}.values():
+        factory.feed(settings, seed=settings.seed)
 
 
-def _kinds(configs: list[DictConfig]) -> list[DictConfig]:
-    """Return the first configuration of each kind, see ``plan.kind_key``."""
-    return list({plan.kind_key(identity.read(cfg)): cfg for cfg in reversed(configs)}.values())[::-1]
+def _kinds(jobs: Sequence[Job]) -> list[Job]:
+    """Return the first job of each kind, see ``plan.kind_key``."""
+    return list({plan.kind_key(job.settings): job for job in reversed(jobs)}.values())[::-1]
 
 
-def rehearse(configs: list[DictConfig], devices: dict[str, list[str]]) -> None:
+def rehearse(jobs: Sequence[Job], devices: dict[str, list[str]]) -> None:
     """Go through a training and its end with each kind of these cells, see ``rehearsal.py``.
 
     Args:
-        configs: of cells that ``check`` has passed.
+        jobs: of cells that ``check`` has passed.
         devices: the names of those to run on, by the value of ``device``.
     """
-    kinds = _kinds(configs)
-    for group in grid.group_by([identity.batches_key(cfg, seed=cfg.seed) for cfg in kinds]):
+    kinds = _kinds(jobs)
+    for group in grid.group_by([identity.batches_key(job.settings, seed=job.settings.seed) for job in kinds]):
         members = [kinds[position] for position in group]
-        rehearsal.rehearse(members, _compute(members[0], devices[str(members[0].device)][0]))
+        first = members[0].settings
+        rehearsal.rehearse(members, _compute(first, devices[first.device][0]))
     give_back_memory()
 
 
-def _compute(cfg: DictConfig, device: str) -> Compute:
-    """Return where and how a configuration's numbers are computed on this machine, which may lack its precision."""
+def _compute(settings: Settings, device: str) -> Compute:
+    """Return where and how numbers are computed on this machine, which may lack the precision of the settings."""
     on = find_device(device)
-    return Compute(device=on, precision=usable_precision(cfg.precision, on), deterministic=cfg.deterministic)
+    precision = usable_precision(settings.precision, on)
+    return Compute(device=on, precision=precision, deterministic=settings.deterministic)
 
 
-def preview_cells(configs: list[DictConfig], devices: list[str]) -> Preview:
+def preview_cells(jobs: Sequence[Job], devices: list[str]) -> Preview:
     """Check cells that wait to be trained on this machine, and time one step of the first one's networks.
 
     Args:
-        configs: of all that wait.
+        jobs: all that wait.
         devices: where to run, or empty for what the configurations say.
 
     Raises:
         InputError: one of them could not be trained.
     """
-    found = device_names(configs, devices)
-    for cfg in configs:
-        factory.compute(cfg)
-    check(configs)
-    rehearse(configs, found)
-    return _timed(configs, devices=found, device=found[str(configs[0].device)][0])
+    names = device_names(jobs, devices)
+    for job in jobs:
+        factory.compute(job.settings)
+    check(jobs)
+    rehearse(jobs, names)
+    return _timed(jobs, devices=names, device=names[jobs[0].settings.device][0])
 
 
-def time_epoch_s(cfg: DictConfig, *, role: str) -> float:
+def time_epoch_s(job: Job, *, role: str) -> float:
     """Return the seconds of an epoch of a training, as if it were alone: the second one, the first warms up.
 
     Steps, Teacher's forwards and validation are counted, the Teacher is an untrained one. Nothing is written.
 
     Args:
-        cfg: of a cell.
+        job: of a cell.
         role: ``teacher`` for the training of its Teacher, else its own.
     """
-    compute = factory.compute(cfg)
+    settings, teacher = job.settings, job.cell.teacher
+    compute = factory.compute(settings)
     compute.prepare()
-    feed = factory.feed(cfg, seed=cfg.seed)
-    if role == "teacher":
-        learner = factory.teacher_learner(cfg, identity.teacher_cell(cfg))
+    feed = factory.feed(settings, seed=settings.seed)
+    if role == "teacher" and teacher is not None:
+        learner = factory.teacher_learner(settings, teacher)
     else:
-        learner = factory.learner(cfg, identity.cell(cfg))
+        learner = factory.learner(settings, job.cell)
     teachers = {}
     if learner.distillation is not None:
-        network = placed(factory.teacher_network(cfg, weights="none"), compute)
+        network = placed(factory.teacher_network(settings, weights="none"), compute)
         teachers[learner.distillation.forward.teacher] = unet.freeze(network)
     for module in learner.modules().values():
         placed(module, compute)
@@ -105,7 +113,7 @@ def time_epoch_s(cfg: DictConfig, *, role: str) -> float:
     return seconds
 
 
-def device_names(configs: list[DictConfig], devices: list[str]) -> dict[str, list[str]]:
+def device_names(jobs: Sequence[Job], devices: list[str]) -> dict[str, list[str]]:
     """Names of the devices that groups can be spread over, by the value of ``device``.
 
     Raises:
@@ -113,42 +121,42 @@ def device_names(configs: list[DictConfig], devices: list[str]) -> dict[str, lis
     """
     for name in devices:
         find_device(name)
-    return {str(cfg.device): devices or factory.devices(cfg) for cfg in configs}
+    return {job.settings.device: devices or factory.devices(job.settings) for job in jobs}
 
 
-def preview_remote(configs: list[DictConfig], place: str, *, times: bool) -> Preview:
+def preview_remote(jobs: Sequence[Job], place: str, *, times: bool) -> Preview:
     """Check cells that wait to be trained on other machines, whose devices are not seen from here.
 
     Args:
-        configs: of all that wait.
+        jobs: all that wait.
         place: what these machines are called.
         times: time a step here all the same.
 
     Raises:
         InputError: one of them could not be trained.
     """
-    found = {str(cfg.device): [place] for cfg in configs}
-    for cfg in configs:
-        cfg.device = "auto"  # this machine need not have it
-    check(configs)
-    rehearse(configs, {"auto": ["auto"]})
-    return _timed(configs, devices=found, device="auto") if times else Preview(found)
+    names = {job.settings.device: [place] for job in jobs}
+    # This machine need not have the device.
+    jobs = [replace(job, settings=job.settings.model_copy(update={"device": "auto"})) for job in jobs]
+    check(jobs)
+    rehearse(jobs, {"auto": ["auto"]})
+    return _timed(jobs, devices=names, device="auto") if times else Preview(names)
 
 
-def _timed(configs: list[DictConfig], *, devices: dict[str, list[str]], device: str) -> Preview:
-    first = configs[0]
+def _timed(jobs: Sequence[Job], *, devices: dict[str, list[str]], device: str) -> Preview:
+    first = jobs[0].settings
     compute = _compute(first, device)
     compute.prepare()
     on = compute.device
     load = latency.load_of_others() if on.type == "cpu" else 0.0
     # On a CPU a step takes as long as its images together; on CUDA a small batch takes as long as a large one.
     images = first.train.batch_size if on.type == "cuda" else min(4, first.train.batch_size)
-    timed = {"image_size": first.image_size, "compute": compute, "images": images}
+    timed: dict[str, Any] = {"image_size": first.image_size, "compute": compute, "images": images}
     student = latency.time_step_s(factory.student_network(first, weights="none"), **timed)
     teacher = latency.StepTime(0.0, 0.0)
-    if taught := [cfg for cfg in configs if identity.read(cfg).is_taught]:
-        trained = all(records.read_finished(identity.teacher_cell(cfg).folder) is not None for cfg in taught)
-        network = factory.teacher_network(taught[0], weights="none")
+    if distilled := [(job.settings, cell) for job in jobs if (cell := job.cell.teacher) is not None]:
+        trained = all(records.read_finished(cell.folder) is not None for _, cell in distilled)
+        network = factory.teacher_network(distilled[0][0], weights="none")
         teacher = latency.time_step_s(network, **timed, forward_only=trained)
         del network
     give_back_memory()

@@ -5,7 +5,6 @@ So that no code of a cell's runs for the first time after hours of training.
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
 import tempfile
@@ -16,9 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig
 
-from kdsweep.config import identity
+from kdsweep.config.identity import Job
+from kdsweep.config.schema import Settings
 from kdsweep.core.device import Compute, give_back_memory, is_out_of_memory, placed
 from kdsweep.core.errors import InputError, one_line
 from kdsweep.data.loaders import EvalPart, Feed
@@ -32,7 +31,7 @@ from kdsweep.training.learner import DivergedError, Learner
 IMAGES = 2
 
 
-def rehearse(configs: list[DictConfig], compute: Compute) -> None:
+def rehearse(jobs: list[Job], compute: Compute) -> None:
     """Train, validate and test cells that can share their batches, in a temporary folder, and read all files back.
 
     Values that are not finite do not count, since the networks are untrained. What does not fit into the memory is
@@ -42,29 +41,32 @@ def rehearse(configs: list[DictConfig], compute: Compute) -> None:
         InputError: one of them fails.
     """
     try:
-        _rehearse([_reduced(cfg) for cfg in configs], compute)
+        _rehearse([replace(job, settings=_reduced(job.settings)) for job in jobs], compute)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         give_back_memory()
-        half = len(configs) // 2
-        for part in (configs[:half], configs[half:]) if half else ():
+        half = len(jobs) // 2
+        for part in (jobs[:half], jobs[half:]) if half else ():
             rehearse(part, compute)
 
 
-def _reduced(cfg: DictConfig) -> DictConfig:
-    small = copy.deepcopy(cfg)
-    small.train.batch_size, small.train.workers, small.train.epochs = min(IMAGES, cfg.train.batch_size), 0, 1
-    small.student.weights = small.teacher.weights = "none"
-    return small
+def _reduced(settings: Settings) -> Settings:
+    train = {"batch_size": min(IMAGES, settings.train.batch_size), "workers": 0, "epochs": 1}
+    small = {
+        "train": settings.train.model_copy(update=train),
+        "student": settings.student.model_copy(update={"weights": "none"}),
+        "teacher": settings.teacher.model_copy(update={"weights": "none"}),
+    }
+    return settings.model_copy(update=small)
 
 
-def _rehearse(configs: list[DictConfig], compute: Compute) -> None:
+def _rehearse(jobs: list[Job], compute: Compute) -> None:
     compute.prepare()
-    feed = _feed(configs[0])
-    frozen = loop.FrozenTeachers(_untrained_teachers(configs, compute), compute)
+    feed = _feed(jobs[0].settings)
+    frozen = loop.FrozenTeachers(_untrained_teachers(jobs, compute), compute)
     with tempfile.TemporaryDirectory(prefix="kdsweep-") as store, _silenced(), _one_thread():
-        learners = [_learner(cfg, Path(store), compute) for cfg in configs]
+        learners = [_learner(job, Path(store), compute) for job in jobs]
         loop.train_epoch(learners, 0, frozen=frozen, feed=feed, compute=compute)
         validation = list(scoring.eval_batches(feed.validation, compute))
         taught = [frozen.teach(learners, views) for views, _ in validation]
@@ -80,8 +82,8 @@ def _rehearse(configs: list[DictConfig], compute: Compute) -> None:
             shutil.rmtree(learner.folder)  # one at a time: together they may be larger than the temporary disk
 
 
-def _feed(cfg: DictConfig) -> Feed:
-    feed = factory.feed(cfg, seed=cfg.seed)
+def _feed(settings: Settings) -> Feed:
+    feed = factory.feed(settings, seed=settings.seed)
     feed.train.batches.indices = feed.train.batches.indices[: feed.train.batches.batch_size]
     return Feed(feed.train, _first(feed.validation), _first(feed.test))
 
@@ -91,23 +93,24 @@ def _first(part: EvalPart) -> EvalPart:
     return EvalPart(**few)
 
 
-def _untrained_teachers(configs: list[DictConfig], compute: Compute) -> dict[str, UNet]:
+def _untrained_teachers(jobs: list[Job], compute: Compute) -> dict[str, UNet]:
     """Return a network by each Teacher's fingerprint; those of one architecture are one network."""
     networks: dict[str, UNet] = {}
     teachers = {}
-    for cfg in configs:
-        if identity.read(cfg).is_taught:
-            kind = f"{cfg.teacher.encoder} {cfg.teacher.decoder_channels}"
+    for job in jobs:
+        if (cell := job.cell.teacher) is not None:
+            network = job.settings.teacher
+            kind = f"{network.encoder} {network.decoder_channels}"
             if kind not in networks:
-                networks[kind] = unet.freeze(placed(factory.teacher_network(cfg), compute))
-            teachers[identity.teacher_cell(cfg).fingerprint] = networks[kind]
+                networks[kind] = unet.freeze(placed(factory.teacher_network(job.settings), compute))
+            teachers[cell.fingerprint] = networks[kind]
     return teachers
 
 
-def _learner(cfg: DictConfig, store: Path, compute: Compute) -> Learner:
-    cell = replace(identity.cell(cfg), store=store)
-    group.describe(cfg, cell)
-    learner = factory.learner(cfg, cell)
+def _learner(job: Job, store: Path, compute: Compute) -> Learner:
+    cell = replace(job.cell, store=store)
+    group.describe(job.settings, cell)
+    learner = factory.learner(job.settings, cell)
     for module in learner.modules().values():
         placed(module, compute)
     return learner

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
 from kdsweep.config import composition, identity
 from kdsweep.config.grid import Cell
+from kdsweep.config.schema import KDPathNode, NetworkNode, Settings
 from kdsweep.core.device import Compute, find_device, usable_precision
 from kdsweep.core.errors import InputError, command, one_line
 from kdsweep.data.loaders import Feed, TrainLoader, affordable_workers, eval_part
@@ -39,74 +39,75 @@ log = logging.getLogger(__name__)
 SUPERVISED = {"bce": losses.cross_entropy, "bce_dice": losses.cross_entropy_and_dice}
 
 
-def device(cfg: DictConfig) -> torch.device:
+def device(settings: Settings) -> torch.device:
     """The device that a configuration names.
 
     Raises:
         InputError: it is not there.
     """
-    return find_device(str(cfg.device))
+    return find_device(settings.device)
 
 
-def devices(cfg: DictConfig) -> list[str]:
+def devices(settings: Settings) -> list[str]:
     """Names of the devices that groups of this configuration can be spread over."""
-    found = device(cfg)
-    if found.type == "cuda" and str(cfg.device) in ("auto", "cuda"):
+    found = device(settings)
+    if found.type == "cuda" and settings.device in ("auto", "cuda"):
         return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return [str(found)]
 
 
-def compute(cfg: DictConfig) -> Compute:
+def compute(settings: Settings) -> Compute:
     """Return where and how the numbers of a configuration are computed.
 
     Raises:
         InputError: the device is not there, or does not have the precision.
     """
-    found = device(cfg)
-    for key, precision in {"precision": cfg.precision, "kd.teacher_precision": cfg.kd.teacher_precision}.items():
+    found = device(settings)
+    keys = {"precision": settings.precision, "kd.teacher_precision": settings.kd.teacher_precision}
+    for key, precision in keys.items():
         if usable_precision(precision, found) != precision:
             raise InputError(
-                f"{key}={precision} needs a CUDA device, and device={cfg.device} is {found}; use fp32 or bf16"
+                f"{key}={precision} needs a CUDA device, and device={settings.device} is {found}; use fp32 or bf16"
             )
-    return Compute(device=found, precision=cfg.precision, deterministic=cfg.deterministic)
+    return Compute(device=found, precision=settings.precision, deterministic=settings.deterministic)
 
 
-def feed(cfg: DictConfig, *, seed: int) -> Feed:
+def feed(settings: Settings, *, seed: int) -> Feed:
     """The three parts of the cell's split; seed decides order and views of the training part.
 
     Raises:
         InputError: the training part cannot be trained on.
     """
-    everything = identity.images(cfg)
-    part = identity.split(cfg)
+    everything = identity.images(settings)
+    part = identity.split(settings)
     check_training_masks(everything, part)
-    if cfg.train.batch_size > len(part.train):
+    if settings.train.batch_size > len(part.train):
         raise InputError(
-            f"train.batch_size={cfg.train.batch_size} is larger than the training set of {len(part.train)} images"
+            f"train.batch_size={settings.train.batch_size} is larger than the training set of {len(part.train)} images"
         )
-    strengths = Strengths(**{**identity.plain(cfg.views), "noise_std": tuple(cfg.views.noise_std)})
+    strengths = Strengths(**settings.views.plain() | {"noise_std": tuple(settings.views.noise_std)})
     loader = TrainLoader(
         everything,
         indices=part.train,
-        views=Views(image_size=cfg.image_size, strengths=strengths),
+        views=Views(image_size=settings.image_size, strengths=strengths),
         seed=seed,
-        split_index=identity.read(cfg).split.number,
-        batch_size=cfg.train.batch_size,
-        workers=_workers(cfg),
-        pinned=device(cfg).type == "cuda",
-        last_batch=identity.read(cfg).train.last_batch,
+        split_index=settings.split.number,
+        batch_size=settings.train.batch_size,
+        workers=_workers(settings),
+        pinned=device(settings).type == "cuda",
+        last_batch=settings.train.last_batch,
     )
     return Feed(
         loader,
         eval_part(everything, part.validation),
-        eval_part(everything, part.test, groups=identity.image_groups(cfg)),
+        eval_part(everything, part.test, groups=identity.image_groups(settings)),
     )
 
 
-def _workers(cfg: DictConfig) -> int:
-    on_cuda = min(4, os.cpu_count() or 1) if device(cfg).type == "cuda" else 0
-    wanted = on_cuda if cfg.train.workers == "auto" else int(cfg.train.workers)
-    return _affordable(wanted, 8 * cfg.image_size**2 * cfg.train.batch_size) if wanted else 0
+def _workers(settings: Settings) -> int:
+    on_cuda = min(4, os.cpu_count() or 1) if device(settings).type == "cuda" else 0
+    wanted = on_cuda if settings.train.workers == "auto" else int(settings.train.workers)
+    return _affordable(wanted, 8 * settings.image_size**2 * settings.train.batch_size) if wanted else 0
 
 
 @cache
@@ -123,32 +124,32 @@ def _affordable(wanted: int, batch_bytes: int) -> int:
     return found
 
 
-def student_network(cfg: DictConfig, *, weights: str | None = None) -> UNet:
+def student_network(settings: Settings, *, weights: str | None = None) -> UNet:
     """A new Student; all cells of a seed start from the same one."""
-    return _new_network(cfg.student, seed=cfg.seed, weights=weights)
+    return _new_network(settings.student, seed=settings.seed, weights=weights)
 
 
-def teacher_network(cfg: DictConfig, *, weights: str | None = None) -> UNet:
+def teacher_network(settings: Settings, *, weights: str | None = None) -> UNet:
     """A new, untrained Teacher."""
-    return _new_network(cfg.teacher, seed=cfg.teacher.seed, weights=weights)
+    return _new_network(settings.teacher, seed=settings.teacher.seed, weights=weights)
 
 
-def _new_network(node: DictConfig, *, seed: int, weights: str | None) -> UNet:
+def _new_network(node: NetworkNode, *, seed: int, weights: str | None) -> UNet:
     return unet.unet(
         encoder=node.encoder,
-        decoder_channels=list(node.decoder_channels),
+        decoder_channels=node.decoder_channels,
         weights=weights or _weights(node),
         seed=seed,
     )
 
 
-def _weights(node: DictConfig) -> str:
-    return IMAGENET + identity.imagenet(node) if node.weights == "imagenet" else str(node.weights)
+def _weights(node: NetworkNode) -> str:
+    return IMAGENET + identity.imagenet(node) if node.weights == "imagenet" else node.weights
 
 
-def check_networks(cfg: DictConfig) -> None:
+def check_networks(settings: Settings) -> None:
     """Raise InputError if a cell's networks or their weights cannot be had: before anything is trained."""
-    networks = [cfg.student, *([cfg.teacher] if identity.read(cfg).is_taught else [])]
+    networks = [settings.student, *([settings.teacher] if settings.is_taught else [])]
     for node in networks:
         _check_network(node.encoder, tuple(node.decoder_channels), _weights(node))
 
@@ -158,7 +159,7 @@ def _check_network(encoder: str, decoder_channels: tuple[int, ...], weights: str
     unet.unet(encoder=encoder, decoder_channels=list(decoder_channels), weights=weights, seed=0)
 
 
-def check_term(cfg: DictConfig) -> None:
+def check_term(settings: Settings) -> None:
     """Build a cell's paths and losses and take the KD term and its gradient, before anything is trained.
 
     Raises:
@@ -166,34 +167,34 @@ def check_term(cfg: DictConfig) -> None:
             changes what all cells share.
     """
     try:
-        with guard.confined(cfg.seed):
-            if (kd := distillation(cfg, teacher="")) is not None:
-                _take_term(kd, cfg)
+        with guard.confined(settings.seed):
+            if (kd := distillation(settings, teacher="")) is not None:
+                _take_term(kd, settings)
     except guard.SharedStateError as error:
-        raise InputError(f"{_compared(cfg)}: {error}") from error
+        raise InputError(f"{_compared(settings)}: {error}") from error
     except InputError:
         raise
     except Exception as error:  # of any kind: it is the user's code
-        raise InputError(f"{_compared(cfg)} gives no KD term: {one_line(error)}") from error
+        raise InputError(f"{_compared(settings)} gives no KD term: {one_line(error)}") from error
 
 
-def _compared(cfg: DictConfig) -> str:
-    if cfg.method.name != "none":
-        return f"method={cfg.method.name}"
-    return f"path={cfg.path.name} loss={cfg.loss.name}"
+def _compared(settings: Settings) -> str:
+    if settings.method.name != "none":
+        return f"method={settings.method.name}"
+    return f"path={settings.path.name} loss={settings.loss.name}"
 
 
-def _take_term(kd: Distillation, cfg: DictConfig) -> None:
+def _take_term(kd: Distillation, settings: Settings) -> None:
     chance = torch.Generator().manual_seed(0)
-    count, size = min(2, cfg.train.batch_size), cfg.image_size
+    count, size = min(2, settings.train.batch_size), settings.image_size
 
-    def outputs(node: DictConfig, stages: set[str]) -> Outputs:
+    def outputs(node: NetworkNode, stages: set[str]) -> Outputs:
         widths = unet.stage_channels(node.encoder, tuple(node.decoder_channels))
         sides = {stage: unet.stage_size(stage, image_size=size) for stage in stages}
         maps = {name: torch.randn(count, widths[name], side, side, generator=chance) for name, side in sides.items()}
         return Outputs(maps)
 
-    student, teacher = outputs(cfg.student, kd.stages), outputs(cfg.teacher, kd.teacher_stages)
+    student, teacher = outputs(settings.student, kd.stages), outputs(settings.teacher, kd.teacher_stages)
     for maps in student.values():
         maps.requires_grad_()
     mask = (torch.rand(count, 1, size, size, generator=chance) > 0.5).float()
@@ -203,113 +204,117 @@ def _take_term(kd: Distillation, cfg: DictConfig) -> None:
             raise TypeError(f"{name}: the loss must return a tensor of one number that depends on the Student")
         gradients = torch.autograd.grad(value, list(student.values()), allow_unused=True, retain_graph=True)
         if not any(own is not None and own.any() for own in gradients):
-            batches = f"batches of {count} (train.batch_size={cfg.train.batch_size})"
-            raise InputError(f"{_compared(cfg)} gives no KD term: {name} has no gradient in {batches}")
+            batches = f"batches of {count} (train.batch_size={settings.train.batch_size})"
+            raise InputError(f"{_compared(settings)} gives no KD term: {name} has no gradient in {batches}")
     for name, term in kd.terms.items():
         adapter = getattr(term.kd_path, "adapter", None)
         if isinstance(adapter, nn.Conv2d) and adapter.in_channels == adapter.out_channels:
             both = f"Teacher and Student both have {adapter.in_channels} channels at {term.stages[0]}"
-            log.warning("%s, term %s: %s; its adapter is not needed", _compared(cfg), name, both)
+            log.warning("%s, term %s: %s; its adapter is not needed", _compared(settings), name, both)
 
 
-def distillation(cfg: DictConfig, *, teacher: str) -> Distillation | None:
+def distillation(settings: Settings, *, teacher: str) -> Distillation | None:
     """Build how the configuration's Student is taught by the Teacher of a fingerprint; None for a baseline."""
-    given = identity.read(cfg)
-    if not given.is_taught:
+    if not settings.is_taught:
         return None
-    with guard.confined(cfg.seed):  # after the Student, from the same seed: paths share its initialization
-        terms = _method_terms(cfg, given.method.shares()) if given.method.terms else {"kd": _term(cfg)}
+    with guard.confined(settings.seed):  # after the Student, from the same seed: paths share its initialization
+        terms = _method_terms(settings) if settings.method.terms else {"kd": _term(settings)}
     return Distillation(
         terms=terms,
-        weight=given.kd_weight,
-        ratio=cfg.kd.ratio,
-        forward=TeacherForward(teacher, view=cfg.teacher_aug.distill_view, precision=cfg.kd.teacher_precision),
-        align=cfg.kd.align == "warp",
+        weight=settings.kd_weight,
+        ratio=settings.kd.ratio,
+        forward=TeacherForward(
+            teacher, view=settings.teacher_aug.distill_view, precision=settings.kd.teacher_precision
+        ),
+        align=settings.kd.align == "warp",
     )
 
 
-def _method_terms(cfg: DictConfig, shares: dict[str, float]) -> dict[str, Term]:
+def _method_terms(settings: Settings) -> dict[str, Term]:
     """Build the comparisons of a method, each of which names its stage."""
-    terms = {}
-    for name, node in cfg.method.terms.items():
-        kd_path = _kd_path(cfg, node.path)
+    terms, shares = {}, settings.method.shares()
+    for name, node in settings.method.terms.items():
+        kd_path = _kd_path(settings, node.path)
         if kd_path.stages is None:
-            raise InputError(f"method.terms.{name}.path={node.path._target_} says not which stages it takes")
+            raise InputError(f"method.terms.{name}.path={node.path.target} says not which stages it takes")
         terms[name] = Term(kd_path, composition.build(node.loss), kd_path.stages, shares[name])
     return terms
 
 
-def _term(cfg: DictConfig) -> Term:
+def _term(settings: Settings) -> Term:
     """Build the comparison of ``path`` and ``loss``."""
-    representation, kd_path = cfg.path.representation, _kd_path(cfg, cfg.path.kd_path)
-    implied = (unet.HIDDEN, "logits") if representation == "logits" else (unet.HIDDEN,)
-    return Term(kd_path, composition.build(cfg.loss[representation]), kd_path.stages or implied)
+    assert settings.path.kd_path is not None
+    kd_path = _kd_path(settings, settings.path.kd_path)
+    implied = (unet.HIDDEN, "logits") if settings.path.representation == "logits" else (unet.HIDDEN,)
+    return Term(kd_path, composition.build(identity.loss(settings)), kd_path.stages or implied)
 
 
-def _kd_path(cfg: DictConfig, node: DictConfig) -> KDPath:
+def _kd_path(settings: Settings, node: KDPathNode) -> KDPath:
     """Build a KD path; one that is ``_partial_`` is given the channels of its stage in both networks."""
-    kd_path = composition.build(node)
+    kd_path = composition.build(node.plain())
     if not isinstance(kd_path, partial):
         return cast("KDPath", kd_path)
     stage = kd_path.keywords.get("stage", unet.HIDDEN)
     stages = {"student": stage, "teacher": kd_path.keywords.get("teacher_stage") or stage}
-    widths = {name: unet.stage_channels(cfg[name].encoder, tuple(cfg[name].decoder_channels)) for name in stages}
-    return cast("KDPath", kd_path(**{f"{name}_channels": widths[name][stages[name]] for name in stages}))
+    networks = {"student": settings.student, "teacher": settings.teacher}
+    channels = {
+        f"{name}_channels": unet.stage_channels(network.encoder, tuple(network.decoder_channels))[stages[name]]
+        for name, network in networks.items()
+    }
+    return cast("KDPath", kd_path(**channels))
 
 
-def learner(cfg: DictConfig, own: Cell) -> Learner:
+def learner(settings: Settings, own: Cell) -> Learner:
     """The configuration's Student in training."""
-    given = identity.read(cfg)
     return Learner(
         title=own.title,
         role=own.role,
-        network=student_network(cfg),
+        network=student_network(settings),
         view="strong",
-        distillation=distillation(cfg, teacher=own.evidence.get("teacher", "")),
-        lr=cfg.train.lr,
-        supervised=SUPERVISED[given.train.supervised],
-        schedule=given.train.schedule,
-        epochs=cfg.train.epochs,
-        patience=cfg.train.patience,
+        distillation=distillation(settings, teacher=own.evidence.get("teacher", "")),
+        lr=settings.train.lr,
+        supervised=SUPERVISED[settings.train.supervised],
+        schedule=settings.train.schedule,
+        epochs=settings.train.epochs,
+        patience=settings.train.patience,
         folder=own.folder,
-        fused=device(cfg).type == "cuda",
-        nsd_tolerance_px=cfg.scores.nsd_tolerance_px,
-        monitor=cfg.train.monitor,
+        fused=device(settings).type == "cuda",
+        nsd_tolerance_px=settings.scores.nsd_tolerance_px,
+        monitor=settings.train.monitor,
     )
 
 
-def teacher_learner(cfg: DictConfig, own: Cell) -> Learner:
+def teacher_learner(settings: Settings, own: Cell) -> Learner:
     """The configuration's Teacher in training, on the view that ``teacher_aug.train_view`` names."""
-    given = identity.read(cfg)
-    supervised, schedule = given.teacher_recipe
+    supervised, schedule = settings.teacher_recipe
     return Learner(
         title=own.title,
         role=own.role,
-        network=teacher_network(cfg),
-        view=cfg.teacher_aug.train_view,
+        network=teacher_network(settings),
+        view=settings.teacher_aug.train_view,
         distillation=None,
-        lr=cfg.teacher.lr,
+        lr=settings.teacher.lr,
         supervised=SUPERVISED[supervised],
         schedule=schedule,
-        epochs=given.teacher_epochs,
-        patience=cfg.train.patience,
+        epochs=settings.teacher_epochs,
+        patience=settings.train.patience,
         folder=own.folder,
-        fused=device(cfg).type == "cuda",
-        nsd_tolerance_px=cfg.scores.nsd_tolerance_px,
-        monitor=given.teacher.monitor,
+        fused=device(settings).type == "cuda",
+        nsd_tolerance_px=settings.scores.nsd_tolerance_px,
+        monitor=settings.teacher.monitor,
     )
 
 
-def tags(cfg: DictConfig) -> dict[str, str]:
+def tags(settings: Settings) -> dict[str, str]:
     """Tags of a run beyond its cell's: profile, and what is recorded but does not make another cell."""
-    where, given = device(cfg), identity.read(cfg)
+    where = device(settings)
     return {
-        "kdsweep.profile": cfg.profile,
-        "kdsweep.precision": cfg.precision,
+        "kdsweep.profile": settings.profile,
+        "kdsweep.precision": settings.precision,
         "kdsweep.device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
-        "kdsweep.split_protocol": given.split.in_words(),
-        "kdsweep.split_digest": identity.split_digest(given),
-        "kdsweep.split_images": "/".join(str(len(ids)) for ids in identity.split_ids(given).values()),
+        "kdsweep.split_protocol": settings.split.in_words(),
+        "kdsweep.split_digest": identity.split_digest(settings),
+        "kdsweep.split_images": "/".join(str(len(ids)) for ids in identity.split_ids(settings).values()),
         "kdsweep.threads": str(torch.get_num_threads()),
         "kdsweep.torch": torch.__version__,
         "mlflow.source.git.commit": git_commit(),
@@ -333,7 +338,6 @@ def print_models(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m kdsweep models", description="What the networks consist of.")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as teacher=resnet34 image_size=128")
     overrides = parser.parse_intermixed_args(argv).overrides
-    cfg = composition.compose(overrides)
-    identity.read(cfg)
-    student, teacher = student_network(cfg, weights="none"), teacher_network(cfg, weights="none")
-    sys.stdout.write(unet.summary(teacher=teacher, student=student, image_size=cfg.image_size) + "\n")
+    settings = composition.compose(overrides)
+    student, teacher = student_network(settings, weights="none"), teacher_network(settings, weights="none")
+    sys.stdout.write(unet.summary(teacher=teacher, student=student, image_size=settings.image_size) + "\n")

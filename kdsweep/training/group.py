@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
-
-from omegaconf import DictConfig
 
 from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
+from kdsweep.config.identity import Job
+from kdsweep.config.schema import Settings
 from kdsweep.core import logs
-from kdsweep.core.device import Compute, give_back_memory
+from kdsweep.core.device import give_back_memory
 from kdsweep.core.errors import CellError, DeviceError, one_line
 from kdsweep.models.unet import UNet
 from kdsweep.runs import records
@@ -30,65 +28,57 @@ class TeacherError(CellError):
     """A cell cannot be trained because its Teacher could not."""
 
 
-def run_group(configs: list[DictConfig], *, variants: Mapping[str, dict[str, str]] | None = None) -> list[Result]:
-    """Train the cells of these configurations together, from their checkpoints on.
+def run_group(jobs: list[Job]) -> list[Result]:
+    """Train the cells of these jobs together, from their checkpoints on.
 
     What another command has finished meanwhile is read; what one computes at the moment is waited for at the end.
 
     Args:
-        configs: of different cells, with equal ``cells.batches_key``.
-        variants: by fingerprint those of the cells that have one.
+        jobs: of different cells, with equal ``identity.batches_key``.
 
     Returns:
-        For each configuration its test Dice, or what ended it. What ends one leaves the others alone. A DeviceError
-        is not the cell's fault: it goes on in a fresh process.
+        The test Dice of each cell, or the error that ended it. An error of one leaves the others alone. A DeviceError
+        is not the cell's fault: a fresh process resumes the cell.
     """
-    own = [identity.cell(cfg) for cfg in configs]
-    own = [replace(cell, variant=(variants or {}).get(cell.fingerprint, {})) for cell in own]
-    results: dict[int, Result] = {}
+    results: dict[Job, Result] = {}
     waits = False
-    while lacking := [number for number in range(len(own)) if number not in results]:
+    while missing := [job for job in jobs if job not in results]:
         with contextlib.ExitStack() as held:
-            mine = []
-            for number in lacking:
+            free = []
+            for job in missing:
                 try:
-                    if not records.hold(held, own[number].folder):
+                    if not records.hold(held, job.cell.folder):
                         continue
-                    if (finished := records.read_finished(own[number].folder)) is not None:
-                        results[number] = finished["test/dice"]
+                    if (finished := records.read_finished(job.cell.folder)) is not None:
+                        results[job] = finished["test/dice"]
                     else:
-                        mine.append(number)
+                        free.append(job)
                 except OSError as error:  # a folder that cannot be written to
-                    results[number] = _failed(own[number], error)
-            if mine:
-                outcomes = _train([configs[number] for number in mine], [own[number] for number in mine])
-                results |= dict(zip(mine, outcomes, strict=True))
-        if len(results) < len(own) and not mine:
+                    results[job] = _failed(job.cell, error)
+            if free:
+                results |= dict(zip(free, _train(free), strict=True))
+        if len(results) < len(jobs) and not free:
             if not waits:
-                log.info("%s: another command computes it; waiting for that", own[lacking[0]].title)
+                log.info("%s: another command computes it; waiting for that", missing[0].cell.title)
             waits = True
             time.sleep(teachers.LOOK_EVERY_S)
-    return [results[number] for number in range(len(own))]
+    return [results[job] for job in jobs]
 
 
-def run_trials(
-    configs: list[DictConfig], *, pruning: runner.Pruning, role: str, variants: Mapping[str, dict[str, str]]
-) -> list[Result]:
+def run_trials(jobs: list[Job], *, pruning: runner.Pruning, role: str) -> list[Result]:
     """Train trials together, from their checkpoints on, until each has had its last epoch or is pruned.
 
     Nothing is tested: what is chosen among the trials is tested afterwards, from its checkpoint.
 
     Args:
-        configs: of different cells that can share their batches.
+        jobs: of different cells that can share their batches.
         pruning: of these trials.
-        role: ``teacher`` for trials of the Teachers of these configurations, else those of the Students.
-        variants: by fingerprint the values that are tried.
+        role: ``teacher`` for trials of the Teachers of these jobs, else those of the Students.
 
     Returns:
-        For each configuration the validation Dice of its best epoch, or what ended it.
+        The validation Dice of each trial's best epoch, or the error that ended it.
     """
-    cells = [identity.teacher_cell(cfg) if role == "teacher" else identity.cell(cfg) for cfg in configs]
-    cells = [replace(cell, variant=variants.get(cell.fingerprint, {})) for cell in cells]
+    cells = [job.cell.teacher if role == "teacher" and job.cell.teacher is not None else job.cell for job in jobs]
     with contextlib.ExitStack() as held:
         for cell in sorted(cells, key=lambda cell: cell.folder):  # in one order: two commands never wait for each other
             if records.is_held(cell.folder):
@@ -98,30 +88,31 @@ def run_trials(
         since_ms = records.now_ms()
         try:
             if role != "teacher":
-                outcomes = _outcomes(configs, cells, pruning=pruning)
+                outcomes = _outcomes(jobs, pruning=pruning)
             else:
+                first = jobs[0].settings
                 outcomes = runner.run_divided(
-                    [partial(_make_teacher, cfg, cell) for cfg, cell in zip(configs, cells, strict=True)],
+                    [partial(_make_teacher, job.settings, cell) for job, cell in zip(jobs, cells, strict=True)],
                     teachers={},
-                    feed=factory.feed(configs[0], seed=configs[0].teacher.seed),
-                    compute=factory.compute(configs[0]),
+                    feed=factory.feed(first, seed=first.teacher.seed),
+                    compute=factory.compute(first),
                     pruning=pruning,
                 )
         except DeviceError as error:
-            return [_before_loss(cfg, cell, error, since_ms) for cfg, cell in zip(configs, cells, strict=True)]
+            return [_before_loss(job.settings, cell, error, since_ms) for job, cell in zip(jobs, cells, strict=True)]
     return [values if isinstance(values, Exception) else values["best/val_dice"] for values in outcomes]
 
 
-def _train(configs: list[DictConfig], own: list[Cell]) -> list[Result]:
+def _train(jobs: list[Job]) -> list[Result]:
     since_ms = records.now_ms()
     try:
-        outcomes = _outcomes(configs, own)
+        outcomes = _outcomes(jobs)
     except DeviceError as error:
-        return [_before_loss(cfg, cell, error, since_ms) for cfg, cell in zip(configs, own, strict=True)]
+        return [_before_loss(job.settings, job.cell, error, since_ms) for job in jobs]
     return [values if isinstance(values, Exception) else values["test/dice"] for values in outcomes]
 
 
-def _before_loss(cfg: DictConfig, cell: Cell, lost: DeviceError, since_ms: int) -> Result:
+def _before_loss(settings: Settings, cell: Cell, lost: DeviceError, since_ms: int) -> Result:
     """Return how a cell had ended before the device failed, from the store; if it had not, that error."""
     record = records.read(cell.folder)
     if record.status == "FINISHED":
@@ -130,35 +121,35 @@ def _before_loss(cfg: DictConfig, cell: Cell, lost: DeviceError, since_ms: int) 
         return CellError(record.error)
     known = records.read(cell.teacher.folder) if cell.teacher is not None else record
     if known.error and known.ended_ms >= since_ms:
-        describe(cfg, cell)
+        describe(settings, cell)
         return _failed(cell, TeacherError(f"{cell.title}: its Teacher could not be trained: {known.error}"))
     return lost
 
 
-def _outcomes(
-    configs: list[DictConfig], own: list[Cell], *, pruning: runner.Pruning | None = None
-) -> list[runner.Values | Exception]:
-    compute = factory.compute(configs[0])
+def _outcomes(jobs: list[Job], *, pruning: runner.Pruning | None = None) -> list[runner.Values | Exception]:
+    first = jobs[0].settings
+    compute = factory.compute(first)
     compute.prepare()
-    frozen = obtain_teachers(configs, compute)
+    frozen = obtain_teachers(jobs)
     return runner.run_divided(
-        [partial(_make, cfg, cell, frozen) for cfg, cell in zip(configs, own, strict=True)],
+        [partial(_make, job, frozen) for job in jobs],
         teachers={name: network for name, network in frozen.items() if not isinstance(network, Exception)},
-        feed=factory.feed(configs[0], seed=configs[0].seed),
+        feed=factory.feed(first, seed=first.seed),
         compute=compute,
         pruning=pruning,
     )
 
 
-def _make(cfg: DictConfig, cell: Cell, frozen: dict[str, UNet | Exception]) -> Learner | Exception:
-    """The learner of a cell, or why there can be none."""
+def _make(job: Job, frozen: dict[str, UNet | Exception]) -> Learner | Exception:
+    """Return the learner of a cell, or the error that prevents it."""
+    settings, cell = job.settings, job.cell
     with logs.about(cell.folder):
         try:
-            describe(cfg, cell)
+            describe(settings, cell)
             lacking = frozen.get(cell.evidence.get("teacher", ""))
             if isinstance(lacking, Exception):
                 raise TeacherError(f"{cell.title}: its Teacher could not be trained: {one_line(lacking)}") from lacking
-            return factory.learner(cfg, cell)
+            return factory.learner(settings, cell)
         except Exception as error:
             return _failed(cell, error)
 
@@ -170,41 +161,39 @@ def _failed(cell: Cell, error: Exception) -> Exception:
     return error
 
 
-def obtain_teachers(configs: list[DictConfig], compute: Compute) -> dict[str, UNet | Exception]:
-    """The Teachers of these cells by fingerprint; those that are not in the store are trained, together if they can be.
+def obtain_teachers(jobs: list[Job]) -> dict[str, UNet | Exception]:
+    """Return the Teachers of these cells by fingerprint; train those that are missing, together if possible.
 
     Args:
-        configs: of any cells; the Student baseline needs none.
-        compute: device and precision.
+        jobs: of any cells; the Student baseline needs no Teacher.
     """
-    wanted = {identity.teacher_cell(cfg).fingerprint: cfg for cfg in configs if identity.read(cfg).is_taught}
-    own = list(wanted.values())
-    found: dict[str, UNet | Exception] = {}
-    for group in grid.group_by([identity.batches_key(cfg, seed=cfg.teacher.seed) for cfg in own]):
-        members = [own[position] for position in group]
-        found |= teachers.obtain(
-            [_new_teacher(cfg) for cfg in members],
-            feed=factory.feed(members[0], seed=members[0].teacher.seed),
-            compute=compute,
+    needed = {cell.fingerprint: (job.settings, cell) for job in jobs if (cell := job.cell.teacher) is not None}
+    pairs = list(needed.values())
+    frozen: dict[str, UNet | Exception] = {}
+    for group in grid.group_by([identity.batches_key(settings, seed=settings.teacher.seed) for settings, _ in pairs]):
+        first, _ = pairs[group[0]]
+        frozen |= teachers.obtain(
+            [_new_teacher(*pairs[position]) for position in group],
+            feed=factory.feed(first, seed=first.teacher.seed),
+            compute=factory.compute(jobs[0].settings),
         )
         give_back_memory()
-    return found
+    return frozen
 
 
-def _new_teacher(cfg: DictConfig) -> teachers.Wanted:
-    cell = identity.teacher_cell(cfg)
-    return teachers.Wanted(cell, partial(factory.teacher_network, cfg), partial(_make_teacher, cfg, cell))
+def _new_teacher(settings: Settings, cell: Cell) -> teachers.Wanted:
+    return teachers.Wanted(cell, partial(factory.teacher_network, settings), partial(_make_teacher, settings, cell))
 
 
-def _make_teacher(cfg: DictConfig, cell: Cell) -> Learner | Exception:
+def _make_teacher(settings: Settings, cell: Cell) -> Learner | Exception:
     try:
-        describe(cfg, cell)
-        return factory.teacher_learner(cfg, cell)
+        describe(settings, cell)
+        return factory.teacher_learner(settings, cell)
     except Exception as error:
         return _failed(cell, error)
 
 
-def describe(cfg: DictConfig, own: Cell) -> None:
-    """Write down what a cell is beside its results."""
-    params = identity.params(cfg) | identity.factors(cfg, role=own.role)
-    records.describe(own, split=identity.split_ids(cfg), params=params, tags=factory.tags(cfg))
+def describe(settings: Settings, cell: Cell) -> None:
+    """Write into the folder of a cell which cell it is."""
+    params = identity.params(settings) | identity.factors(settings, role=cell.role)
+    records.describe(cell, split=identity.split_ids(settings), params=params, tags=factory.tags(settings))

@@ -151,7 +151,7 @@ def jobs(small_busi: Path, tmp_path: Path):
         configs = []
         for word in each:
             words = ["profile=quick", "data=busi", f"data.root={small_busi}", f"store={tmp_path}", word]
-            cfg = composition.compose(words)
+            cfg = composition.compose_config(words)
             with open_dict(cfg):
                 cfg.hydra = {"overrides": {"task": words}, "runtime": {"choices": {}}}
             configs.append(cfg)

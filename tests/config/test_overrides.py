@@ -17,7 +17,7 @@ from kdsweep.training import factory
 def refusal(*words: str) -> str:
     """The line with which a configuration is refused."""
     with pytest.raises(InputError) as caught:
-        identity.read(composition.compose(["profile=quick", *words]))
+        composition.compose(["profile=quick", *words])
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -122,7 +122,7 @@ def test_an_error_is_one_line_with_key_value_and_remedy(words: str, expected: st
 
 def test_a_quoted_name_is_text() -> None:
     cfg = composition.compose(['sweep_name="1e3"', 'store="true"'])
-    assert (identity.read(cfg).sweep_name, identity.read(cfg).store) == ("1e3", "true")
+    assert (cfg.sweep_name, cfg.store) == ("1e3", "true")
 
 
 def test_the_message_of_a_command_is_that_of_a_configuration() -> None:

@@ -149,8 +149,8 @@ WORDS = {key for key, allowed in ALLOWED.items() if allowed in ("a word", "image
 
 @pytest.fixture(scope="module")
 def defaults() -> dict[str, Any]:
-    of_method = identity.read(composition.compose(["method=fitnet"])).plain()
-    of_path = identity.read(composition.compose(["path=HR"])).plain()
+    of_method = composition.compose(["method=fitnet"]).plain()
+    of_path = composition.compose(["path=HR"]).plain()
     return {**of_method, "path": of_path["path"]}  # those with the most keys
 
 
@@ -275,7 +275,7 @@ def test_every_path_composes_under_every_profile(path: str, profile: str) -> Non
 def test_every_experiment_sweeps_existing_options_within_the_limits(name: str) -> None:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("config", [f"+experiment={name}"], return_hydra_config=True)
-    identity.read(cfg)
+    composition.read(cfg)
     swept = {key: str(values).split(",") for key, values in cfg.hydra.sweeper.params.items()}
     if "method" in swept:
         assert sorted(swept["method"]) == GROUPS["method"], "all of them"
@@ -321,6 +321,5 @@ def test_both_networks_follow_the_weights_of_the_profile() -> None:
 
 
 def test_a_number_as_a_name_is_taken_as_text():
-    cfg = composition.compose(["sweep_name=2024", "store=2025"])
-    given = identity.read(cfg)
+    given = composition.compose(["sweep_name=2024", "store=2025"])
     assert (given.sweep_name, given.store) == ("2024", "2025")

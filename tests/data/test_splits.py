@@ -251,7 +251,7 @@ def test_a_row_of_the_groups_file_names_one_image_and_each_image_has_one_group(t
 
 
 def settings(small_busi, *words):
-    return identity.read(composition.compose(["data=busi", f"data.root={small_busi}", "profile=quick", *words]))
+    return composition.compose(["data=busi", f"data.root={small_busi}", "profile=quick", *words])
 
 
 def test_the_papers_splits_have_the_fingerprints_of_their_index_alone(small_busi):

@@ -350,7 +350,7 @@ def test_a_method_says_its_source_and_can_be_built(name: str) -> None:
     taught = factory.distillation(cfg, teacher="T")
     assert taught is not None
     assert sum(term.share for term in taught.terms.values()) == pytest.approx(1)
-    assert "_" not in identity.read(cfg).method.notation  # path and loss of the paper's cells are told by it
+    assert "_" not in cfg.method.notation  # path and loss of the paper's cells are told by it
 
 
 def test_there_are_the_methods_that_the_documentation_lists() -> None:

@@ -46,7 +46,7 @@ def square(photo, size):
     ("group", "classifier"), [("student", "tf_efficientnet_lite0"), ("teacher", "tf_efficientnet_lite2")]
 )
 def test_photographs_are_recognized_with_the_tensors_in_this_order_and_these_statistics(cfg, group, classifier):
-    network = renamed(cfg[group], classifier)
+    network = renamed(getattr(cfg, group), classifier)
     shipped = Path(mpl.get_data_path(), "sample_data", "grace_hopper.jpg")
     photos = [Image.fromarray(load_sample_image("china.jpg")), Image.open(shipped)]
     wrapped = factory.student_network(cfg) if group == "student" else factory.teacher_network(cfg)

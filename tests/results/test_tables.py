@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 from scipy.stats import bootstrap, ttest_1samp, ttest_rel, wilcoxon
 from scipy.stats import t as student_t
 
@@ -541,8 +540,8 @@ def test_a_key_that_only_begins_like_those_may_not(sweep, key):
 
 @pytest.mark.parametrize("key", ["teacher.monitor", "teacher.epochs", "kd.lambda"])
 def test_a_key_that_older_runs_have_not_had_its_default_there(sweep, table4, key):
-    default = composition.compose(["profile=quick"])
-    newer = with_params(sweep, runs_of(sweep, "H_MSE"), {key: str(OmegaConf.select(default, key))})
+    default = identity.params(composition.compose(["profile=quick"]))
+    newer = with_params(sweep, runs_of(sweep, "H_MSE"), {key: str(default[key])})
     pd.testing.assert_frame_equal(dsc.table4(newer), table4)
     with pytest.raises(InputError, match=f"mixes {key}="):
         dsc.table4(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "another"}))

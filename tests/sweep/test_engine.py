@@ -138,7 +138,7 @@ def test_a_plan_times_the_whole_batch_on_cuda_on_the_device_that_is_used(monkeyp
     monkeypatch.setattr(preview, "check", lambda _: None)
     monkeypatch.setattr(preview, "rehearse", lambda *_: None)
     cfg = composition.compose(["profile=quick", "train.batch_size=64", f"device={device}", "path=none"])
-    found = preview.preview_cells([cfg], [device] if device != "cpu" else [])
+    found = preview.preview_cells([identity.job(cfg)], [device] if device != "cpu" else [])
     assert (timed, found.timed_on) == ([(device, images)], device)
     assert (found.student_s, found.validation_s) == (0.1, 0.05)
     assert found.validation_images == len(identity.split_ids(cfg)["validation"]) > 0

@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 
 from kdsweep import conf_dir
-from kdsweep.config import identity
+from kdsweep.config import composition, identity
 from kdsweep.config.composition import Composer
 from kdsweep.data import sources
 from kdsweep.results import frame
@@ -97,12 +97,12 @@ def jobs_of(sweep, store: Path, root: Path, count: int) -> list[plan.Job]:
 
 def test_values_give_the_cells_that_configurations_give(sweep, small_busi, tmp_path):
     for job in jobs_of(sweep, tmp_path, small_busi, 8):
-        cell = identity.cell(job.config)
+        settings = composition.read(job.config)
+        cell = identity.cell(settings)
         assert job.cell.fingerprint == cell.fingerprint
         assert job.cell.folder == cell.folder
-        assert identity.params(job.settings) == identity.params(job.config)
-        assert identity.batches_key(job.settings, seed=0) == identity.batches_key(job.config, seed=0)
-        assert job.cell.role == "baseline" or job.cell.teacher == identity.teacher_cell(job.config)
+        assert job.settings == settings
+        assert job.cell.role == "baseline" or job.cell.teacher == identity.teacher_cell(settings)
 
 
 @pytest.mark.parametrize("step", ["read", "plan"])
@@ -142,11 +142,11 @@ def test_the_stub_is_a_finished_cell_for_records_mlflow_and_tables(growth, sweep
     weights = tmp_path / "weights"
     weights.write_bytes(b"no weights")
     jobs = jobs_of(sweep, tmp_path, small_busi, 2)
-    made = [(job.cell, job.config) for job in jobs] + [(cell, jobs[1].config) for cell in plan.teacher_cells(jobs)]
+    made = [(job.cell, job.settings) for job in jobs] + [(cell, jobs[1].settings) for cell in plan.teacher_cells(jobs)]
     tracker = writer.Tracker(store=tmp_path, uri=None)
     tracker.ask("busi-quick", [job.cell for job in jobs])
-    for cell, cfg in made:
-        growth.stub(cell, cfg, weights=weights)
+    for cell, settings in made:
+        growth.stub(cell, settings, weights=weights)
         assert records.read_finished(cell.folder) is not None
         tracker.sync(records.read(cell.folder), sweep="busi-quick")
     assert [job.finished is not None for job in jobs_of(sweep, tmp_path, small_busi, 2)] == [True, True]

@@ -26,7 +26,9 @@ def jobs(small_busi, tmp_path):
 
     def make(*each: list[str]) -> list[plan.Job]:
         fixed = ["profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu", f"store={tmp_path}"]
-        return plan.read_jobs([composition.compose([*fixed, "train.batch_size=8", *overrides]) for overrides in each])
+        return plan.read_jobs(
+            [composition.compose_config([*fixed, "train.batch_size=8", *overrides]) for overrides in each]
+        )
 
     return make
 
@@ -39,7 +41,7 @@ def command(small_busi, tmp_path):
         fixed = ["profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu", f"store={tmp_path}"]
         configs = []
         for overrides in each:
-            cfg = composition.compose([*fixed, *overrides])
+            cfg = composition.compose_config([*fixed, *overrides])
             choices = {"teacher": "resnet18"} | dict(word.split("=") for word in overrides)
             with open_dict(cfg):
                 cfg.hydra = {"overrides": {"task": [*fixed, *overrides]}, "runtime": {"choices": choices}}
@@ -68,7 +70,7 @@ def test_a_swept_key_tells_cells_apart_where_the_role_uses_it(command):
 
 def test_the_store_is_absolute_from_the_start_and_recorded_as_it_is_typed(small_busi, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg = composition.compose(["data=busi", f"data.root={small_busi}", "store=rel"])
+    cfg = composition.compose_config(["data=busi", f"data.root={small_busi}", "store=rel"])
     (job,) = plan.read_jobs([cfg])
     absolute = composition.compose(["data=busi", f"data.root={small_busi}", f"store={tmp_path}/rel"])
     monkeypatch.chdir(small_busi)  # as code of the user may
@@ -79,7 +81,7 @@ def test_the_store_is_absolute_from_the_start_and_recorded_as_it_is_typed(small_
 
 
 def test_the_folder_of_a_job_as_working_directory_is_refused(small_busi, tmp_path):
-    cfg = composition.compose(["data=busi", f"data.root={small_busi}", f"store={tmp_path}"])
+    cfg = composition.compose_config(["data=busi", f"data.root={small_busi}", f"store={tmp_path}"])
     with open_dict(cfg):
         cfg.hydra = {"job": {"chdir": True}, "overrides": {"task": []}, "runtime": {"choices": {}}}
     with pytest.raises(InputError, match=r"^hydra\.job\.chdir=true is not allowed: relative paths count from"):
@@ -168,7 +170,7 @@ def test_a_value_added_later_is_told_apart_too_and_results_stay_the_same_cells(c
     (again,) = command(["train.lr=1e-2"])
     assert again.cell.fingerprint == own[0].cell.fingerprint
     assert again.cell.variant == own[0].cell.variant
-    assert "variant" not in identity.params(again.config)
+    assert "variant" not in identity.params(again.settings)
 
 
 def groups_of(own: list[plan.Job], devices: tuple[str, ...] = ("cpu",)) -> list[list[str]]:
@@ -349,7 +351,7 @@ def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
     assert estimate.estimate_s([own[:2], own[2:]], PREVIEW) == 4 * student + 2 * forward + teacher
     strong = jobs([*small, "path=L"], [*small, "path=L", "teacher_aug=strong"])
     assert estimate.estimate_s([strong], PREVIEW) == 2 * student + 2 * forward + 2 * teacher
-    cell = identity.teacher_cell(own[1].config)
+    cell = identity.teacher_cell(own[1].settings)
     records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
     assert estimate.estimate_s([own], PREVIEW) == 4 * student + forward
 
@@ -409,7 +411,7 @@ def test_what_is_ignored_is_counted_in_the_first_line_and_named_once(small_busi,
     (tmp_path / "groups.csv").write_text(f"id,group\n{rows}absent,x\n")
     words = ["profile=quick", "data=busi", f"data.root={root}", f"store={tmp_path}", "split=holdout", "device=cpu"]
     words += [f"split.group={tmp_path / 'groups.csv'}"]
-    configs = [composition.compose([*words, f"path={path}"]) for path in ("none", "L")]
+    configs = [composition.compose_config([*words, f"path={path}"]) for path in ("none", "L")]
     own = plan.read_jobs(configs)
     line = estimate.describe(own, groups=[], preview=None)
     assert "; data=busi with 25 images (16 benign, 9 malignant) at 64 pixels, 33 ignored; " in line

@@ -11,7 +11,7 @@ import torch
 from small import STUDENT, TEACHER
 
 from kdsweep import __main__
-from kdsweep.config import composition
+from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError
 from kdsweep.distill.paths import Hidden
 from kdsweep.evaluation import metrics
@@ -32,14 +32,15 @@ def compose(small_busi, tmp_path, monkeypatch):
 
     def make(*overrides):
         quick = ["profile=quick", "data=busi", "device=cpu", "train.batch_size=6", f"data.root={small_busi}"]
-        return composition.compose([*quick, f"store={tmp_path / 'store'}", *STUDENT, *TEACHER, *overrides])
+        settings = composition.compose([*quick, f"store={tmp_path / 'store'}", *STUDENT, *TEACHER, *overrides])
+        return plan.Job(settings, identity.cell(settings))
 
     return make
 
 
-def rehearse(*configs):
-    preview.check(list(configs))
-    preview.rehearse(list(configs), {"cpu": ["cpu"]})
+def rehearse(*jobs):
+    preview.check(jobs)
+    preview.rehearse(jobs, {"cpu": ["cpu"]})
 
 
 # ---- kinds -----------------------------------------------------------------------------------------------------------
@@ -66,19 +67,19 @@ ONE_FOR_ALL = {
 @pytest.mark.parametrize("options", ONE_EACH.values(), ids=ONE_EACH.keys())
 def test_each_of_these_is_checked(compose, options):
     of = [] if options[0].startswith(("method", "path")) else ["path=H"]
-    jobs = plan.read_jobs([compose(*of, *option.split()) for option in options])
+    jobs = [compose(*of, *option.split()) for option in options]
     assert plan.kinds(jobs) == jobs
 
 
 @pytest.mark.parametrize("options", ONE_FOR_ALL.values(), ids=ONE_FOR_ALL.keys())
 def test_the_first_of_these_stands_for_all(compose, options):
-    jobs = plan.read_jobs([compose("path=H", *option.split()) for option in options])
+    jobs = [compose("path=H", *option.split()) for option in options]
     assert plan.kinds(jobs) == jobs[:1]
 
 
 def test_splits_and_methods_are_added_up_and_not_multiplied(compose):
     cells = [("method=at", "split=s0"), ("method=kd", "split=s0"), ("method=at", "split=s1"), ("method=kd", "split=s1")]
-    jobs = plan.read_jobs([compose(*cell) for cell in cells])
+    jobs = [compose(*cell) for cell in cells]
     assert plan.kinds(jobs) == jobs[:3]
 
 

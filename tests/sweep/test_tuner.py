@@ -215,9 +215,9 @@ def config(root, store, lr, *words):
 
 
 def run_trials(configs, *, pruner=HALVING):
-    cells = [identity.cell(cfg) for cfg in configs]
-    own = {cell.folder: ("study", number) for number, cell in enumerate(cells)}
-    return group.run_trials(configs, pruning=Pruning(pruner, 6, own, {}), role="baseline", variants={})
+    jobs = [identity.job(settings) for settings in configs]
+    own = {job.cell.folder: ("study", number) for number, job in enumerate(jobs)}
+    return group.run_trials(jobs, pruning=Pruning(pruner, 6, own, {}), role="baseline")
 
 
 def curve(cfg):
@@ -462,7 +462,7 @@ def test_a_real_epoch_is_timed(small_busi, tmp_path, monkeypatch):
     cfg = composition.compose([*METHODS[1], *QUICK, f"data.root={small_busi}", f"store={tmp_path}"])
     validated, values = [], loop.validation_values
     monkeypatch.setattr(loop, "validation_values", lambda *args: validated.append(0) or values(*args))
-    assert all(0 < preview.time_epoch_s(cfg, role=role) < 60 for role in ("distilled", "teacher"))
+    assert all(0 < preview.time_epoch_s(identity.job(cfg), role=role) < 60 for role in ("distilled", "teacher"))
     assert len(validated) == 2 * 2  # a trial's seconds count it too
     assert not list(tmp_path.iterdir())
 

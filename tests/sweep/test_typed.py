@@ -25,7 +25,7 @@ def command(small_busi: Path, tmp_path: Path):
         ]
         for job in itertools.product(*values):
             task = [f"data.root={small_busi}", f"store={tmp_path}", *job]
-            cfg = composition.compose(["profile=quick", "data=busi", *task])
+            cfg = composition.compose_config(["profile=quick", "data=busi", *task])
             hydra = {"overrides": {"task": task}, "runtime": {"choices": {"experiment": "mine"}}}
             hydra |= {"sweeper": {"params": dict.fromkeys(grid, "1,2")}}
             hydra |= {"mode": RunMode.MULTIRUN if multirun else RunMode.RUN}

@@ -175,6 +175,6 @@ def test_the_papers_paths_and_losses_pass_the_check(compose, path, loss):
 
 def test_a_bad_loss_behind_good_ones_of_the_same_networks_is_found(compose):
     bad = compose("path=H", f"++loss.hidden._target_={__name__}.two_numbers", "~loss.hidden.temperature")
-    jobs = plan.read_jobs([compose("path=L"), compose("path=H", "loss=mse"), bad])
+    jobs = [plan.Job(own, identity.cell(own)) for own in (compose("path=L"), compose("path=H", "loss=mse"), bad)]
     with pytest.raises(factory.InputError, match="path=H loss=kld gives no KD term: "):
-        preview.check([job.config for job in plan.kinds(jobs)])
+        preview.check(plan.kinds(jobs))

@@ -15,7 +15,7 @@ from kdsweep.distill.paths import Hidden
 from kdsweep.runs import records
 from kdsweep.sweep import plan, preview
 from kdsweep.tracking import reader, sync
-from kdsweep.training import factory, group
+from kdsweep.training import group
 
 QUICK = [
     "profile=quick",
@@ -44,12 +44,12 @@ def compose(small_busi, empty_store, tmp_path):
 
 def run(*configs, checked=True):
     """Results by position, with the plan's checks before."""
-    jobs = plan.read_jobs(configs)
+    jobs = [plan.Job(settings, identity.cell(settings)) for settings in configs]
     plan.watch(jobs)
     if checked:
-        preview.check(list(configs))
+        preview.check(jobs)
     try:
-        return group.run_group(list(configs))
+        return group.run_group(jobs)
     finally:
         sync.close_all()
 
@@ -114,7 +114,7 @@ def test_a_broken_loss_ends_its_own_cell_and_leaves_the_others_bit_for_bit(compo
 
 def test_a_launchers_device_that_is_none_is_refused(compose):
     with pytest.raises(InputError, match="device=gpu is not allowed: it must be auto, cpu, cuda or cuda:NUMBER"):
-        preview.preview_cells([compose("path=none")], ["cpu", "gpu"])
+        preview.preview_cells([identity.job(compose("path=none"))], ["cpu", "gpu"])
 
 
 def test_a_cell_that_diverges_fails_alone_with_term_and_epoch(compose):
@@ -126,7 +126,7 @@ def test_a_cell_that_diverges_fails_alone_with_term_and_epoch(compose):
 def test_a_path_that_cannot_be_built_fails_alone_and_is_seen_as_failed(compose):
     bad = compose("path=H", f"path.kd_path._target_={__name__}.Unbuildable")
     with pytest.raises(InputError, match=r"^_target_=test_group\.Unbuildable: ValueError: no such path$"):
-        preview.check([bad])
+        preview.check([identity.job(bad)])
     results = run(bad, compose("path=none"), checked=False)  # as if the code broke after the check
     assert "no such path" in str(results[0])
     assert isinstance(results[1], float)
@@ -174,7 +174,7 @@ def test_teachers_of_a_group_are_trained_together_and_equal_those_trained_alone(
     run(compose("path=L"), compose("path=L", "teacher_aug=strong"))
     for view in ("weak", "strong"):
         alone = compose("path=L", f"teacher_aug={view}", f"store={tmp_path / view}")
-        group.obtain_teachers([alone], factory.compute(alone))
+        group.obtain_teachers([identity.job(alone)])
         together = identity.teacher_cell(compose("path=L", f"teacher_aug={view}"))
         for name in ("teacher.safetensors", "history.csv", "test_scores.csv"):
             assert (identity.teacher_cell(alone).folder / name).read_bytes() == (together.folder / name).read_bytes()

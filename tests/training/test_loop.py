@@ -48,7 +48,7 @@ def compose(small_busi, tmp_path):
 
 def teachers_of(*configs):
     """Untrained but frozen Teachers by fingerprint; distillation does not care how good they are."""
-    taught = [cfg for cfg in configs if identity.read(cfg).is_taught]
+    taught = [cfg for cfg in configs if cfg.is_taught]
     return {
         identity.teacher_cell(cfg).fingerprint: unet.freeze(
             factory.teacher_network(cfg).to(memory_format=torch.channels_last)

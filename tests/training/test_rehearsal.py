@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from small import STUDENT, TEACHER
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -175,7 +174,7 @@ def configs():
     ]
     strong = {"teacher_aug": composition.compose([*quick, "path=L", "loss=mse", "teacher_aug=strong"]).teacher_aug}
     found = {(position, "weak"): cfg for position, cfg in enumerate(cells)}
-    return found | {(position, "strong"): OmegaConf.merge(cfg, strong) for position, cfg in enumerate(cells)}
+    return found | {(position, "strong"): cfg.model_copy(update=strong) for position, cfg in enumerate(cells)}
 
 
 def learner_of(network, kd, folder):

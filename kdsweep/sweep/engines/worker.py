@@ -15,8 +15,8 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +29,9 @@ from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, en
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from kdsweep.config import composition, identity
+from kdsweep.config.grid import Cell
+from kdsweep.config.identity import Job
 from kdsweep.core import logs, signals
 from kdsweep.core.errors import CellError, DeviceError, InputError, one_line
 from kdsweep.sweep.engines.engine import DONE
@@ -268,7 +271,9 @@ def train_cells(
     """
     from kdsweep.training import group
 
-    run_group = partial(group.run_group, variants=variants)
+    def run_group(own: list[DictConfig]) -> list[float | Exception]:
+        return group.run_group(jobs_of(own, variants))
+
     return [own._return_value for own in run_jobs(configs, hydra_context, run_group)]
 
 
@@ -286,7 +291,9 @@ def train_trials(
     """
     from kdsweep.training import group
 
-    run_group = partial(group.run_trials, pruning=pruning, role=role, variants=variants)
+    def run_group(own: list[DictConfig]) -> list[float | Exception]:
+        return group.run_trials(jobs_of(own, variants), pruning=pruning, role=role)
+
     if role == "teacher":  # a job's folder is that of its Student
         logs.claim(
             Path(str(configs[0].store))
@@ -295,18 +302,33 @@ def train_trials(
     return [own._return_value for own in run_jobs(configs, hydra_context, run_group)]
 
 
+def jobs_of(configs: Sequence[DictConfig], variants: Mapping[str, dict[str, str]] | None = None) -> list[Job]:
+    """Return the jobs of configurations, their cells and Teachers with these variants by fingerprint."""
+    found = []
+    for config in configs:
+        job = identity.job(composition.read(config))
+        teacher = job.cell.teacher and named(job.cell.teacher, variants or {})
+        found.append(replace(job, cell=replace(named(job.cell, variants or {}), teacher=teacher)))
+    return found
+
+
+def named(cell: Cell, variants: Mapping[str, dict[str, str]]) -> Cell:
+    """Return a cell with its variant."""
+    return replace(cell, variant=variants.get(cell.fingerprint, {}))
+
+
 def time_epochs(parts: list[tuple[DictConfig, str]]) -> list[float]:
     """Run ``preview.time_epoch_s`` for each configuration and role."""
     from kdsweep.sweep import preview
 
-    return [preview.time_epoch_s(config, role=role) for config, role in parts]
+    return [preview.time_epoch_s(jobs_of([config])[0], role=role) for config, role in parts]
 
 
 def train_teachers(configs: list[DictConfig]) -> str:
     """Run ``group.obtain_teachers``; a failure is logged, and reported by the cells that need the Teacher."""
-    from kdsweep.training import factory, group
+    from kdsweep.training import group
 
-    group.obtain_teachers(configs, factory.compute(configs[0]))
+    group.obtain_teachers(jobs_of(configs))
     return DONE
 
 
@@ -314,14 +336,14 @@ def preview_cells(configs: list[DictConfig], devices: list[str]) -> Preview:
     """Run ``preview.preview_cells``."""
     from kdsweep.sweep import preview
 
-    return preview.preview_cells(configs, devices)
+    return preview.preview_cells(jobs_of(configs), devices)
 
 
 def preview_remote(configs: list[DictConfig], place: str, *, times: bool) -> Preview:
     """Run ``preview.preview_remote``."""
     from kdsweep.sweep import preview
 
-    return preview.preview_remote(configs, place, times=times)
+    return preview.preview_remote(jobs_of(configs), place, times=times)
 
 
 def pin(call: Callable[[list[DictConfig]], Any], configs: list[DictConfig], device: str, share: int = 1) -> Any:
