@@ -109,8 +109,8 @@ def test_values_give_the_cells_that_configurations_give(sweep, small_busi, tmp_p
 def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
     sweep, small_busi, tmp_path, monkeypatch, step
 ):
-    calls = {"listing": 0, "plain": 0, "read_finished": 0}
-    for owner, name in ((sources, "listing"), (identity, "plain"), (records, "read_finished")):
+    calls = {"listing": 0, "read": 0, "read_finished": 0}
+    for owner, name in ((sources, "listing"), (composition, "read"), (records, "read_finished")):
         inner = getattr(owner, name)
 
         def counted(*given, inner=inner, name=name):
@@ -130,11 +130,11 @@ def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
         counts.append({name: calls[name] - before[name] for name in calls})
     few, many = counts
     if step == "read":
-        assert many == {"listing": 0, "plain": 2 * few["plain"], "read_finished": 16}
+        assert many == {"listing": 0, "read": 16, "read_finished": 16}
         assert few["listing"] == 1
     else:
         assert few["read_finished"] == many["read_finished"] == 1  # the one Teacher
-        assert few["plain"] == many["plain"] <= 16
+        assert few["read"] == many["read"] == 0
 
 
 def test_the_stub_is_a_finished_cell_for_records_mlflow_and_tables(growth, sweep, small_busi, tmp_path, empty_store):
