@@ -91,12 +91,11 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Return what a sweep knows it by: name, results version, and a digest of all that the user chose.
+        """Return its key within a sweep: its name, and a digest of all that the user chose.
 
-        A later computation with the same key (an image was replaced) takes its place in the sweep.
+        A later computation with the same key (an image was replaced) replaces it in the sweep.
         """
-        choice = f"v{RESULTS_VERSION}-{digest([self.settings, self.sources])[:8]}"
-        return f"{self.notation}/split{self.split}/seed{self.seed}/{choice}"
+        return f"{self.notation}/split{self.split}/seed{self.seed}/{digest([self.settings, self.sources])[:8]}"
 
     @cached_property
     def folder(self) -> Path:
@@ -176,33 +175,6 @@ def used_by(role: str, variant: dict[str, str], params: Mapping[str, Any]) -> di
     """Return the part of a variant that matters for a run: a Student without distillation has no ``kd.weight``."""
     idle = unused(role, params)
     return {key: value for key, value in variant.items() if not is_under(key, idle)}
-
-
-def superseded(asked: Mapping[str, str], by: Mapping[str, str]) -> list[str]:
-    """Return the keys of a sweep that new ones replace.
-
-    These are the same cell under another name of its data or weights, and the cell of an older results version.
-
-    Args:
-        asked: by key what was asked for before: which cell it is, then its variant if it has one.
-        by: the same of what is asked for now.
-    """
-    cells = {value.partition(" ")[0] for value in by.values()}
-    names = {_without_version(place, value) for place, value in by.items()}
-    return [
-        place
-        for place, value in asked.items()
-        if place not in by
-        and (value.partition(" ")[0] in cells or (_is_older(place) and _without_version(place, value) in names))
-    ]
-
-
-def _is_older(place: str) -> bool:
-    return not place.rpartition("/")[2].startswith(f"v{RESULTS_VERSION}-")
-
-
-def _without_version(place: str, value: str) -> tuple[str, str]:
-    return place.rpartition("/")[0], value.partition(" ")[2]
 
 
 def varied_keys(params: list[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The record in a cell's folder, from which MLflow's runs and the status are made.
+"""The folder of a cell: its record, its lock and its marker, from which MLflow's runs and the status are made.
 
 The folder alone says what the cell is and how far it has come. So a store can be moved, a tracking server can be down,
 and a process can be killed without warning.
@@ -24,7 +24,13 @@ from kdsweep.core.files import DamagedError, file_digest, is_locked, read_json, 
 log = logging.getLogger(__name__)
 
 CELL, PROGRESS, FAILED, FINISHED, LOCK = "cell.json", "progress.json", "failed.json", "finished.json", ".lock"
-KEYS = {CELL: ("tags", "params"), PROGRESS: ("epochs", "history"), FAILED: ("error",)}  # without which they are damaged
+SPLIT, PARTS = "split.json", ("train", "validation", "test")
+KEYS = {  # of each file; without them it is damaged
+    CELL: ("tags", "params", "started_ms", "settings", "evidence"),
+    PROGRESS: ("epochs", "history", "times_ms", "seconds"),
+    FAILED: ("error", "time_ms"),
+    FINISHED: ("values", "sha256", "time_ms"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,9 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
+# --- the lock
+
+
 def lock(folder: Path) -> BaseFileLock:
     """Return the lock that a process holds while it computes a cell; the system opens it when the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,12 +82,12 @@ def lock(folder: Path) -> BaseFileLock:
 
 def hold(stack: contextlib.ExitStack, folder: Path) -> bool:
     """Take the lock of a cell until the stack is closed; return False if another process has it."""
-    own = lock(folder)
+    taken = lock(folder)
     try:
-        own.acquire(timeout=0.5, poll_interval=0.05)  # another process's ``is_held`` may have it for a moment
+        taken.acquire(timeout=0.5, poll_interval=0.05)  # another process's ``is_held`` may have it for a moment
     except Timeout:
         return False
-    stack.callback(own.release)
+    stack.callback(taken.release)
     return True
 
 
@@ -87,8 +96,11 @@ def is_held(folder: Path) -> bool:
     return is_locked(folder / LOCK)
 
 
+# --- written by the training
+
+
 def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any], tags: dict[str, str]) -> None:
-    """Write the description of a cell before it is trained, and forget an earlier failure.
+    """Write the description of a cell before it is trained, and remove an earlier failure.
 
     Args:
         cell: the cell whose folder is written to.
@@ -96,29 +108,24 @@ def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any],
         params: the flat resolved configuration.
         tags: of its run, besides those made from the cell.
     """
-    folder = cell.folder
-    before = _read(folder / CELL) or {}
-    own = {
-        "kdsweep.cell": cell.key,
-        "kdsweep.notation": cell.notation,
-        "kdsweep.role": cell.role,
-        "kdsweep.split": str(cell.split),
-        "kdsweep.seed": str(cell.seed),
-        "kdsweep.fingerprint": cell.fingerprint,
-        "kdsweep.teacher": cell.evidence.get("teacher", ""),
-        "kdsweep.data": cell.evidence.get("data", ""),
-        "kdsweep.user_code": cell.evidence.get("user_code", ""),
-        "kdsweep.weights": cell.evidence.get(f"{'teacher' if cell.role == 'teacher' else 'student'}_weights", ""),
-        "kdsweep.results_version": cell.evidence.get("results_version", ""),
+    folder, inputs = cell.folder, cell.evidence
+    of_cell = {
+        "notation": cell.notation,
+        "role": cell.role,
+        "split": str(cell.split),
+        "seed": str(cell.seed),
+        "fingerprint": cell.fingerprint,
+        "weights": inputs.get(f"{'teacher' if cell.role == 'teacher' else 'student'}_weights", ""),
+        **{name: inputs.get(name, "") for name in ("teacher", "data", "user_code", "results_version")},
     }
     content = {
-        "tags": {**tags, **own},
-        "started_ms": before.get("started_ms", now_ms()),
+        "tags": tags | {f"kdsweep.{name}": value for name, value in of_cell.items()},
+        "started_ms": (_read(folder / CELL) or {}).get("started_ms", now_ms()),
         "settings": cell.settings,
-        "evidence": cell.evidence,
+        "evidence": inputs,
         "params": params,
     }
-    write_json(folder / "split.json", split)
+    write_json(folder / SPLIT, split)
     write_json(folder / CELL, content)
     (folder / FAILED).unlink(missing_ok=True)
 
@@ -141,10 +148,12 @@ def write_failed(folder: Path, error: str) -> None:
 
 def write_finished(folder: Path, *, values: dict[str, float], files: list[str]) -> None:
     """Write the marker of a finished cell, last of all: the final values, and the SHA-256 of the files they rest on."""
-    digests = {name: file_digest(folder / name) for name in files}
-    content = {"time_ms": now_ms(), "values": values, "sha256": digests}
+    content = {"time_ms": now_ms(), "values": values, "sha256": {name: file_digest(folder / name) for name in files}}
     write_json(folder / FINISHED, {**content, "seal": _seal(content)})
     (folder / FAILED).unlink(missing_ok=True)
+
+
+# --- finished cells
 
 
 def read_finished(folder: Path) -> dict[str, float] | None:
@@ -153,14 +162,14 @@ def read_finished(folder: Path) -> dict[str, float] | None:
     A damaged cell is logged in one line and no longer counts: it is tested again from its checkpoint, or trained again.
     A Teacher's weights are not checked here, since that takes seconds, but when they are read.
     """
-    file = folder / FINISHED
-    if not file.exists():
+    if not (folder / FINISHED).exists():
         return None
-    damaged = _damage(folder)
-    if damaged is None:
-        values: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["values"]
+    marker = _read(folder / FINISHED)
+    damaged = _damage(folder, marker)
+    if marker is not None and damaged is None:
+        values: dict[str, float] = marker["values"]
         return values
-    forget_finished(folder, damaged)
+    forget_finished(folder, damaged or folder / FINISHED)
     return None
 
 
@@ -172,25 +181,24 @@ def forget_finished(folder: Path, damaged: Path) -> None:
 
 
 def check_file(folder: Path, name: str) -> bool:
-    """Return whether a file of a finished cell still is what was written."""
+    """Return whether a file of a finished cell still has the bytes that were written."""
     marker = _read(folder / FINISHED) or {}
-    return _is_whole(folder / name, marker.get("sha256", {}).get(name))
+    return _has_digest(folder / name, marker.get("sha256", {}).get(name))
 
 
-def _damage(folder: Path) -> Path | None:
-    marker = _read(folder / FINISHED)
+def _damage(folder: Path, marker: dict[str, Any] | None) -> Path | None:
     if marker is None or marker.pop("seal", None) != _seal(marker):
         return folder / FINISHED
     for name in (CELL, PROGRESS):
         if _is_damaged(folder / name):
             return folder / name
     for name, digest in marker["sha256"].items():
-        if name != "teacher.safetensors" and not _is_whole(folder / name, digest):
+        if name != "teacher.safetensors" and not _has_digest(folder / name, digest):
             return folder / name
     return None
 
 
-def _is_whole(file: Path, digest: str | None) -> bool:
+def _has_digest(file: Path, digest: str | None) -> bool:
     try:
         return file_digest(file) == digest
     except OSError:
@@ -201,8 +209,11 @@ def _seal(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+# --- reading
+
+
 def _read(file: Path) -> dict[str, Any] | None:
-    """Return the content of a record; None if it is not there or damaged: the same command then writes it again."""
+    """Return the content of a record; None if it is missing or damaged: the same command then writes it again."""
     try:
         return read_json(file, *KEYS.get(file.name, ()))
     except DamagedError:
@@ -219,9 +230,9 @@ def read_split(folder: Path) -> dict[str, list[str]]:
     Raises:
         InputError: the file is missing or damaged.
     """
-    split = _read(folder / "split.json") or {}
-    if not all(isinstance(split.get(part), list) for part in ("train", "validation", "test")):
-        raise InputError(f"{folder / 'split.json'} is missing or damaged; the command of its sweep writes it again")
+    split = _read(folder / SPLIT) or {}
+    if not all(isinstance(split.get(part), list) for part in PARTS):
+        raise InputError(f"{folder / SPLIT} is missing or damaged; the command of its sweep writes it again")
     return split
 
 
@@ -236,13 +247,12 @@ def read_predecessor(cell: Cell, *, besides: set[Path]) -> dict[str, Any] | None
     if (cell.folder / CELL).exists() or not parent.is_dir():
         return None
     alike = [folder for folder in parent.iterdir() if folder.name.rpartition("-")[0] == name]
-    others = [folder / CELL for folder in alike if folder not in besides]
-    known = sorted((file for file in others if file.is_file()), key=lambda file: file.stat().st_mtime_ns)
-    return _read(known[-1]) if known else None
+    begun = [folder / CELL for folder in alike if folder not in besides and (folder / CELL).is_file()]
+    return _read(max(begun, key=lambda file: file.stat().st_mtime_ns)) if begun else None
 
 
-def version(folder: Path) -> tuple[object, ...]:
-    """Return a value that changes whenever the record of a folder does."""
+def version(folder: Path) -> tuple[int, ...]:
+    """Return numbers that change whenever the record of a folder does; the first is 0 if the cell was never begun."""
     stamps = []
     for name in (CELL, PROGRESS, FAILED, FINISHED):
         try:
@@ -264,12 +274,12 @@ def read(folder: Path) -> Record:
         if _is_damaged(folder / name):
             log.warning("%s is damaged; the same command writes it again", folder / name)
     about, progress = _read(folder / CELL) or {}, _read(folder / PROGRESS) or {}
-    failed = _read(folder / FAILED) or {"error": f"{folder / FAILED} is damaged; the same command tries the cell again"}
-    ended = (_read(folder / FINISHED) or {}) if values is not None else failed
+    end: dict[str, Any] = {}
     if values is not None:
-        status = "FINISHED"
+        status, end = "FINISHED", _read(folder / FINISHED) or {}
     elif (folder / FAILED).exists():
-        status = "FAILED"
+        lost = {"error": f"{folder / FAILED} is damaged; the same command tries the cell again"}
+        status, end = "FAILED", _read(folder / FAILED) or lost
     elif (folder / CELL).exists():
         status = "RUNNING" if is_held(folder) else "KILLED"
     else:
@@ -284,7 +294,7 @@ def read(folder: Path) -> Record:
         history=progress.get("history", []),
         times_ms=progress.get("times_ms", []),
         seconds=progress.get("seconds", []),
-        error=failed.get("error", "") if status == "FAILED" else "",
+        error=end.get("error", ""),
         values=values or {},
-        ended_ms=ended.get("time_ms", 0),
+        ended_ms=end.get("time_ms", 0),
     )

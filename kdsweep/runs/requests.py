@@ -1,15 +1,16 @@
-"""The cells that each sweep of a store has asked for: their folders, by their places."""
+"""The file of each sweep in a store, ``sweeps/NAME.json``: the cells that it requests, and by which commands."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from kdsweep.config.grid import Cell, superseded
+from kdsweep.config import grid
+from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import DamagedError, below, read_json, remove_parts, write_json
 from kdsweep.runs.records import LOCK
@@ -17,66 +18,131 @@ from kdsweep.runs.records import LOCK
 SWEEPS = "sweeps"
 
 
-def ask(store: Path, sweep: str, *, cells: list[Cell], teachers: list[Cell], varied: Sequence[str] = ()) -> None:
-    """Add cells and their Teachers to those that a sweep has asked for.
+@dataclass(frozen=True)
+class Request:
+    """A cell or Teacher that a sweep requests: role, notation, split, seed and fingerprint are those of the cell.
 
-    A cell asked for again with replaced images or under a later results version replaces the old one.
-
-    Args:
-        store: folder of the runs.
-        sweep: its name.
-        cells: the cells.
-        teachers: the Teachers that they learn from.
-        varied: keys beyond the factors to which its command line gave several values.
+    Attributes:
+        version: results version of the command that requested it.
+        variant: values of the swept keys, as far as they tell it from others of its name.
     """
-    folder = store / SWEEPS
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / LOCK):
-        remove_parts(folder)
-        asked, variants = read_asked(store, sweep), read_variants(store, sweep)
-        new = {cell.key: str(cell.folder.relative_to(store)) for cell in [*teachers, *cells]}
-        told = {cell.key: cell.variant for cell in [*teachers, *cells] if cell.variant}
-        for place in superseded(_with_variants(asked, variants), _with_variants(new, told)):
-            del asked[place]
-            variants.pop(place, None)
-        keys = dict.fromkeys([*read_varied(store, sweep), *varied])
-        content = {"asked": asked | new, "varied": list(keys), "variants": variants | told}
-        write_json(below(folder, f"{sweep}.json"), content)
+
+    role: str
+    notation: str
+    split: int
+    seed: int
+    fingerprint: str
+    version: int
+    variant: dict[str, str]
+
+    def folder(self, store: Path) -> Path:
+        """Return the folder of the cell."""
+        return grid.run_folder(store, vars(self))
+
+    @property
+    def name(self) -> tuple[object, ...]:
+        """Return what cells of two results versions have in common if one replaces the other."""
+        return self.notation, self.split, self.seed, tuple(sorted(self.variant.items()))
 
 
-def _with_variants(asked: dict[str, str], variants: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Return each folder followed by the variant of its place."""
-    return {place: f"{folder} {json.dumps(variants.get(place, {}))}" for place, folder in asked.items()}
+@dataclass(frozen=True)
+class SweepFile:
+    """What a sweep requests.
+
+    Attributes:
+        requests: of its cells and the Teachers that they learn from, by key (``Cell.key``).
+        swept: keys beyond the factors to which its command lines gave several values.
+        varied: those, and all others in which the cells of such a command differ.
+        tuned: keys whose values tuning has set, for each method and split separately.
+        commands: that requested its cells, as they can be typed again, the latest at the end.
+    """
+
+    requests: dict[str, Request] = field(default_factory=dict)
+    swept: list[str] = field(default_factory=list)
+    varied: list[str] = field(default_factory=list)
+    tuned: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
 
 
-def read_asked(store: Path, sweep: str) -> dict[str, str]:
-    """Return the folders, relative to the store, of a sweep's cells and Teachers, by their places."""
-    asked: dict[str, str] = _read_sweep(store, sweep).get("asked", {})
-    return asked
+def parse(content: dict[str, Any]) -> SweepFile:
+    """Return the sweep file with this content."""
+    return SweepFile(**content | {"requests": {key: Request(**row) for key, row in content["requests"].items()}})
 
 
-def read_variants(store: Path, sweep: str) -> dict[str, dict[str, str]]:
-    """Return the variants of a sweep's cells and Teachers, by their places; those without one are left out."""
-    variants: dict[str, dict[str, str]] = _read_sweep(store, sweep).get("variants", {})
-    return variants
+def read(store: Path, sweep: str) -> SweepFile:
+    """Return what a sweep requests; without a file nothing.
 
-
-def read_varied(store: Path, sweep: str) -> list[str]:
-    """Return the keys beyond the factors to which the command lines of a sweep gave several values."""
-    varied: list[str] = _read_sweep(store, sweep).get("varied", [])
-    return varied
-
-
-def _read_sweep(store: Path, sweep: str) -> dict[str, Any]:
-    file = below(store / SWEEPS, f"{sweep}.json")
+    Raises:
+        InputError: the file is damaged.
+    """
     try:
-        return read_json(file, "asked") or {}
+        content = read_json(file_of(store, sweep), *SweepFile.__annotations__)
     except DamagedError as error:
         remedy = "move it away and run the commands of this sweep again: finished cells are not run again"
         raise InputError(f"{error}; {remedy}") from error
+    return parse(content) if content else SweepFile()
+
+
+def ask(
+    store: Path,
+    sweep: str,
+    *,
+    cells: Sequence[Cell],
+    teachers: Sequence[Cell],
+    swept: Sequence[str] = (),
+    varied: Sequence[str] = (),
+    tuned: Sequence[str] = (),
+    command: str = "",
+) -> None:
+    """Add cells, Teachers, keys and a command to the file of a sweep, as ``SweepFile`` names them.
+
+    A cell that is requested again with replaced images, under another name of its data, or under a later results
+    version replaces the old one.
+    """
+    file = file_of(store, sweep)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.parent / LOCK):
+        remove_parts(file.parent)
+        before = read(store, sweep)
+        new = {cell.key: _request(cell, before.requests.get(cell.key)) for cell in [*teachers, *cells]}
+        fingerprints, names = ({getattr(row, of) for row in new.values()} for of in ("fingerprint", "name"))
+        kept = {
+            key: row
+            for key, row in before.requests.items()
+            if row.fingerprint not in fingerprints and not (row.version < grid.RESULTS_VERSION and row.name in names)
+        }
+        content = SweepFile(
+            requests=kept | new,
+            swept=list(dict.fromkeys([*before.swept, *swept])),
+            varied=list(dict.fromkeys([*before.varied, *varied])),
+            tuned=list(dict.fromkeys([*before.tuned, *tuned])),
+            commands=[line for line in before.commands if line != command] + ([command] if command else []),
+        )
+        write_json(file, asdict(content))
+
+
+def _request(cell: Cell, before: Request | None) -> Request:
+    """Return the request of a cell; requested alone, it keeps the variant that it had among others."""
+    variant = cell.variant or (before.variant if before else {})
+    return Request(cell.role, cell.notation, cell.split, cell.seed, cell.fingerprint, grid.RESULTS_VERSION, variant)
+
+
+def file_of(store: Path, sweep: str) -> Path:
+    """Return the file of a sweep."""
+    return below(store / SWEEPS, f"{sweep}.json")
 
 
 def sweeps(store: Path) -> list[str]:
     """Return the names of a store's sweeps, the latest at the end."""
     files = sorted((store / SWEEPS).glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
     return [file.stem for file in files]
+
+
+def folders(store: Path) -> set[Path]:
+    """Return the folders of all cells that the sweeps of a store request."""
+    return {row.folder(store) for sweep in sweeps(store) for row in read(store, sweep).requests.values()}
+
+
+def read_varied(store: Path, sweep: str) -> list[str]:
+    """Return the keys beyond the factors to which the command lines of a sweep gave several values."""
+    return read(store, sweep).swept

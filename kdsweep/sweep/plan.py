@@ -184,41 +184,37 @@ def _coarse(value: Any) -> Any:
 
 
 def watch(jobs: Sequence[Job], *, command: str = "") -> None:
-    """Write down what each sweep asks for, finished or not, and have MLflow kept equal to what the folders tell.
+    """Write what each sweep requests, finished or not, to its file, and keep MLflow up to date with the folders.
 
     Args:
-        jobs: all that were asked for.
-        command: that asked for them, as it can be typed again.
+        jobs: all that are requested.
+        command: that requests them, as it can be typed again.
     """
     from kdsweep.tracking import sync  # with mlflow, which the processes that train do not need
 
-    stores: dict[tuple[Path, str | None, str], list[Job]] = {}
+    mirrors: dict[tuple[Path, str | None, str], dict[str, list[Job]]] = {}
     for job in jobs:
         tracked = job.settings.tracking
-        stores.setdefault((job.cell.store, tracked.uri, tracked.experiment), []).append(job)
-    for (store, uri, experiment), own in stores.items():
-        asked: dict[str, list[Cell]] = {}
-        varied: dict[str, list[str]] = {}
-        tuned: dict[str, list[str]] = {}
-        for sweep in sorted({job.settings.sweep_name for job in own}):
-            members = [job for job in own if job.settings.sweep_name == sweep]
-            asked[sweep] = [job.cell for job in unique(members)]
+        sweeps = mirrors.setdefault((job.cell.store, tracked.uri, tracked.experiment), {})
+        sweeps.setdefault(job.settings.sweep_name, []).append(job)
+    for (store, uri, experiment), sweeps in mirrors.items():
+        folders = {}
+        for sweep, members in sweeps.items():
+            cells, teachers = [job.cell for job in unique(members)], teacher_cells(members)
+            folders[sweep] = [cell.folder for cell in [*teachers, *cells]]
             swept = swept_keys([job.overrides for job in members], [job.settings for job in members])
-            tuned[sweep] = list(dict.fromkeys(key for job in members for key in job.tuned))
-            if swept:
-                varied[sweep] = swept + grid.varied_keys([identity.params(job.settings) for job in members])
-            requests.ask(store, sweep, cells=asked[sweep], teachers=teacher_cells(members), varied=swept)
-        sync.Sync(
-            store=store,
-            uri=uri,
-            experiment=experiment,
-            asked=asked,
-            varied=varied,
-            tuned=tuned,
-            command=command,
-            teachers=teacher_cells(own),
-            trains=bool(waiting(own)),
-        )
+            requests.ask(
+                store,
+                sweep,
+                cells=cells,
+                teachers=teachers,
+                swept=swept,
+                varied=swept + grid.varied_keys([identity.params(job.settings) for job in members]) if swept else [],
+                tuned=list(dict.fromkeys(key for job in members for key in job.tuned)),
+                command=command,
+            )
+        trains = any(waiting(members) for members in sweeps.values())
+        sync.Sync(store=store, uri=uri, experiment=experiment, sweeps=folders, trains=trains)
 
 
 def teacher_cells(jobs: Sequence[Job]) -> list[Cell]:

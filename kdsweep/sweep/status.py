@@ -8,8 +8,8 @@ import math
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdsweep.config.grid import variant_label
@@ -19,6 +19,7 @@ from kdsweep.core.options import folder
 from kdsweep.core.progress import duration, plural
 from kdsweep.runs import records, requests
 from kdsweep.runs.records import Record
+from kdsweep.runs.requests import Request
 from kdsweep.sweep.engines import queue
 from kdsweep.sweep.engines.queue import Task
 from kdsweep.tuning import book
@@ -35,6 +36,55 @@ WAITS = ("WAITING", "QUEUED", "KILLED")
 HEADER = ("not finished", "state", "saved", "val/dice", "last epoch", "left")
 PACE_EPOCHS = 10
 FEW = 4  # up to this many waiting cells of a split are named one by one
+
+
+@dataclass(frozen=True)
+class Row:
+    """A requested cell or Teacher: its key in the sweep, its record, and its job in SLURM's queue, if it has one."""
+
+    key: str
+    request: Request
+    record: Record
+    job: str = ""
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """Return what rows are sorted by: Teachers first, then split, seed, notation, variant."""
+        request = self.request
+        variant = variant_label(request.variant)
+        return not self.is_teacher, request.split, request.seed, request.notation, variant, self.key
+
+    @property
+    def is_teacher(self) -> bool:
+        """Return whether it is a Teacher."""
+        return self.request.role == "teacher"
+
+    @property
+    def place(self) -> str:
+        """Return its split and seed as text."""
+        return f"split {self.request.split} seed {self.request.seed}"
+
+    @property
+    def name(self) -> str:
+        """Return its name as in messages (``Cell.title``), without the variant."""
+        return f"{self.request.notation} {self.place}"
+
+
+def read_rows(store: Path, sweep: str, *, tasks: Mapping[Path, Task]) -> list[Row]:
+    """Return the rows of all that a sweep requests, sorted.
+
+    Args:
+        store: folder of the runs.
+        sweep: its name.
+        tasks: by folder the jobs of cells that were submitted to SLURM and have not ended there.
+    """
+    rows = []
+    for key, request in requests.read(store, sweep).requests.items():
+        record = records.read(request.folder(store))
+        if record.status in WAITS and record.folder in tasks:
+            record = replace(record, status="QUEUED")
+        rows.append(Row(key, request, record, " ".join(tasks.get(record.folder, ()))))
+    return sorted(rows, key=lambda row: row.order)
 
 
 # ---- time left -----------------------------------------------------------------------------------------------------
@@ -70,136 +120,93 @@ def total_left_s(*, running_s: list[float], waiting: int, at_once: int, whole_s:
     return max(running_s) + math.ceil(waiting / max(1, at_once)) * whole_s
 
 
-def outlook(*, teachers: list[Record], cells: list[Record]) -> str:
+def outlook(rows: Sequence[Row]) -> str:
     """Return the text after the counts of a sweep: the time left, or that nothing is running."""
-    running = [record for record in [*teachers, *cells] if record.status == "RUNNING"]
-    if not running:
-        if any(record.status == "QUEUED" for record in [*teachers, *cells]):
-            return "; nothing is running yet, SLURM has what is queued"
-        finished = all(cell.status == "FINISHED" for cell in cells)
+    statuses = {row.record.status for row in rows}
+    if "RUNNING" not in statuses and "QUEUED" in statuses:
+        return "; nothing is running yet, SLURM has what is queued"
+    teachers, cells = ([row for row in rows if row.is_teacher is kind] for kind in (True, False))
+    if "RUNNING" not in statuses:
+        finished = all(row.record.status == "FINISHED" for row in cells)
         return "" if finished else "; nothing is running, the same command goes on"
-    known_s = [left for record in running if (left := left_s(record)) is not None]
-    if not known_s:
+    running = [left_s(row.record) for row in rows if row.record.status == "RUNNING"]
+    running_s = [seconds for seconds in running if seconds is not None]
+    if not running_s:
         return ""
-    trained = [cell for cell in cells if cell.status == "RUNNING"]
-    waiting = [cell for cell in cells if cell.status in WAITS]
-    untaught = [teacher for teacher in teachers if teacher.status in WAITS]
-    whole_s, teach_s = (_whole_s(records_) for records_ in (cells, teachers))
-    # A group is larger than what still runs of it: some have stopped early.
-    begun_ms = min((cell.started_ms for cell in trained), default=0)
-    group = trained + [cell for cell in cells if trained and cell.status == "FINISHED" and cell.ended_ms > begun_ms]
-    at_once = len(group) or max(Counter(map(_where, waiting)).values(), default=0)
-    total_s = total_left_s(running_s=known_s, waiting=len(waiting), at_once=at_once, whole_s=whole_s)
-    total_s += len(set(map(_where, untaught))) * teach_s  # those of a split and seed are trained together
-    unknown = len(known_s) < len(running) or (waiting and not whole_s) or (untaught and not teach_s)
-    return f"; {'at least' if unknown else 'about'} {duration(total_s)} left"
+    waiting, waiting_teachers = ([row for row in of if row.record.status in WAITS] for of in (cells, teachers))
+    training_s, teacher_s = (_training_s([row.record for row in of]) for of in (cells, teachers))
+    # A group is larger than its cells that still run: some have stopped early.
+    trained = [row.record for row in cells if row.record.status == "RUNNING"]
+    begun_ms = min((record.started_ms for record in trained), default=math.inf)
+    at_once = len(trained) + sum(row.record.status == "FINISHED" and row.record.ended_ms > begun_ms for row in cells)
+    at_once = at_once or max(Counter(row.place for row in waiting).values(), default=0)
+    total_s = total_left_s(running_s=running_s, waiting=len(waiting), at_once=at_once, whole_s=training_s)
+    total_s += len({row.place for row in waiting_teachers}) * teacher_s  # those of a split and seed train together
+    is_bound = len(running_s) < len(running) or (waiting and not training_s) or (waiting_teachers and not teacher_s)
+    return f"; {'at least' if is_bound else 'about'} {duration(total_s)} left"
 
 
-def _whole_s(found: list[Record]) -> float:
-    """Return the seconds of a whole training, at the pace of running ones, else of earlier ones."""
-    running = [record for record in found if record.status == "RUNNING" and pace_s(record)]
-    return max((record.epochs * (pace_s(record) or 0.0) for record in running or found), default=0.0)
-
-
-def _where(record: Record) -> str:
-    """Return a record's split and seed, such as ``split0-seed0``."""
-    return "-".join(record.folder.name.rsplit("-", 3)[1:3])  # its notation may have a dash too
+def _training_s(cells: list[Record]) -> float:
+    """Return the seconds of all epochs of a training, at the pace of running ones, else of others."""
+    running = [record for record in cells if record.status == "RUNNING" and pace_s(record)]
+    return max((record.epochs * (pace_s(record) or 0.0) for record in running or cells), default=0.0)
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
 
 
-def report(
-    sweep: str,
-    found: Mapping[str, Record],
-    *,
-    variants: Mapping[str, dict[str, str]] | None = None,
-    tasks: Mapping[Path, Task] | None = None,
-    now_ms: int,
-) -> str:
+def report(sweep: str, rows: Sequence[Row], *, now_ms: int) -> str:
     """Return the text that the command prints.
 
     Args:
         sweep: its name.
-        found: records of all that it asked for, by their places (``Cell.key``).
-        variants: the variant by place, for places that have one.
-        tasks: by folder the jobs of cells that were submitted to SLURM and have not ended there.
+        rows: of all that it requests, sorted.
         now_ms: milliseconds since 1970.
     """
-    variants, tasks = variants or {}, tasks or {}
-    found = {
-        place: replace(record, status="QUEUED") if record.status in WAITS and record.folder in tasks else record
-        for place, record in found.items()
-    }
-    places = sorted(found, key=lambda place: (*_order(place, found[place]), variant_label(variants.get(place, {}))))
-    titles = _titles(places, variants)
-    teachers = [found[place] for place in places if _is_teacher(found[place])]
-    cells = [found[place] for place in places if not _is_teacher(found[place])]
-    lines = [f"sweep {sweep}: {plural(len(cells), 'cell')}: {_counts(cells)}{outlook(teachers=teachers, cells=cells)}"]
+    shared = Counter(row.name for row in rows)
+    titles = {row.key: _title(row, is_shared=shared[row.name] > 1) for row in rows}
+    teachers, cells = ([row.record for row in rows if row.is_teacher is kind] for kind in (True, False))
+    lines = [f"sweep {sweep}: {plural(len(cells), 'cell')}: {_counts(cells)}{outlook(rows)}"]
     if teachers:
         lines.append(f"Teachers: {_counts(teachers)}")
-    if open_ := {place: found[place] for place in places if found[place].status != "FINISHED"}:
-        lines += ["", *_unfinished(open_, titles=titles, tasks=tasks, now_ms=now_ms)]
-    if done := [place for place in places if found[place].status == "FINISHED"]:
-        scores = [(titles[place], f"{100 * found[place].values.get('test/dice', math.nan):.2f}") for place in done]
-        lines += ["", *_align([("finished", "test Dice %"), *scores])]
+    if unfinished := [row for row in rows if row.record.status != "FINISHED"]:
+        lines += ["", *_unfinished(unfinished, titles=titles, now_ms=now_ms)]
+    if finished := [row for row in rows if row.record.status == "FINISHED"]:
+        dice = {row.key: row.record.values.get("test/dice", math.nan) for row in finished}
+        lines += [
+            "",
+            *_align([("finished", "test Dice %"), *((titles[key], f"{100 * dice[key]:.2f}") for key in dice)]),
+        ]
     return "\n".join([*lines, ""])
 
 
-def _unfinished(
-    found: Mapping[str, Record], *, titles: Mapping[str, str], tasks: Mapping[Path, Task], now_ms: int
-) -> list[str]:
-    """Return a header and a line per record by its place, those alike in one, with the error of failed ones."""
-    jobs = {place: " ".join(tasks.get(record.folder, ())) for place, record in found.items()}
-    alike = _alike(found, jobs)
-    columns = []
-    for first, *more in alike:
-        title = _title_of_all([first, *more], found[first]) if more else titles[first]
-        columns.append((*_columns(title, found[first], now_ms=now_ms), jobs[first]))
-    head, *rows = _align([(*HEADER, "job"), *columns])
-    lines = [head if any(jobs.values()) else head.removesuffix("job").rstrip()]
-    for (first, *_), row in zip(alike, rows, strict=True):
-        lines += [row, *_failure(found[first])]
-    return lines
+def _title(row: Row, *, is_shared: bool) -> str:
+    """Return a row's name, with its variant, or the digest of its settings if others have the same name."""
+    variant = variant_label(row.request.variant)
+    return f"{row.name} ({variant or row.key.rpartition('/')[2]})" if variant or is_shared else row.name
 
 
-def _is_teacher(record: Record) -> bool:
-    return record.folder.parent.name == "teachers"
-
-
-def _order(place: str, record: Record) -> tuple[bool, int, int, str]:
-    notation, split, seed, _ = place.rsplit("/", 3)
-    numbers = int(split.removeprefix("split")), int(seed.removeprefix("seed"))
-    return not _is_teacher(record), *numbers, notation
-
-
-def _alike(found: Mapping[str, Record], jobs: Mapping[str, str]) -> list[list[str]]:
-    """Group places that share a row: more than FEW of one split and seed that wait and have not begun."""
-    groups: dict[object, list[str]] = {}
-    for place, record in found.items():
-        begun = record.status not in ("WAITING", "QUEUED") or bool(record.history)
-        key = place if begun else (record.status, *_order(place, record)[:3], jobs[place])
-        groups.setdefault(key, []).append(place)
-    return [part for own in groups.values() for part in ([own] if len(own) > FEW else [[place] for place in own])]
-
-
-def _title_of_all(places: list[str], first: Record) -> str:
-    _, split, seed, _ = places[0].rsplit("/", 3)
-    what = "Teachers" if _is_teacher(first) else "cells"
-    return f"{len(places)} {what} split {split.removeprefix('split')} seed {seed.removeprefix('seed')}"
-
-
-def _titles(places: Iterable[str], variants: Mapping[str, dict[str, str]]) -> dict[str, str]:
-    """Return names as in messages (``Cell.title``), with variant or digest of the settings if several share one."""
-    parts = {place: place.rpartition("/") for place in places}
-    shared = Counter(name for name, _, _ in parts.values())
-    titles = {}
-    for place, (name, _, settings) in parts.items():
-        notation, split, seed = name.rsplit("/", 2)
-        title = f"{notation} split {split.removeprefix('split')} seed {seed.removeprefix('seed')}"
-        variant = variant_label(variants.get(place, {}))
-        titles[place] = f"{title} ({variant or settings.rpartition('-')[2]})" if variant or shared[name] > 1 else title
-    return titles
+def _unfinished(rows: Sequence[Row], *, titles: Mapping[str, str], now_ms: int) -> list[str]:
+    """Return a header and a line per row, many that wait alike in one, with the errors of failed ones."""
+    groups: dict[object, list[Row]] = {}
+    for row in rows:
+        waits = row.record.status in ("WAITING", "QUEUED") and not row.record.history
+        alike = (row.record.status, row.is_teacher, row.place, row.job)
+        groups.setdefault(alike if waits else row.key, []).append(row)
+    lines: list[tuple[str, ...]] = [(*HEADER, "job" if any(row.job for row in rows) else "")]
+    errors = {}
+    for group in groups.values():
+        first = group[0]
+        if len(group) > FEW:
+            what = "Teachers" if first.is_teacher else "cells"
+            titled = {f"{len(group)} {what} {first.place}": first}
+        else:
+            titled = {titles[row.key]: row for row in group}
+        for title, row in titled.items():
+            if row.record.status == "FAILED":
+                errors[len(lines)] = _failure(row.record)
+            lines.append((*_columns(title, row.record, now_ms=now_ms), row.job))
+    return [text for number, line in enumerate(_align(lines)) for text in (line, errors.get(number, "")) if text]
 
 
 def _counts(found: list[Record]) -> str:
@@ -210,21 +217,18 @@ def _counts(found: list[Record]) -> str:
 def _columns(title: str, record: Record, *, now_ms: int) -> tuple[str, ...]:
     """Return a row of the table, with the columns of HEADER."""
     epochs = f"epoch {len(record.history)} of {record.epochs}" if record.epochs else ""
-    dice = record.history[-1].get("val/dice", math.nan) if record.history else None
+    dice = f"{record.history[-1].get('val/dice', math.nan):.3f}" if record.history else ""
     ago = left = ""
-    if record.status == "RUNNING":
-        if record.times_ms:
-            ago = f"{duration(max(0, now_ms - record.times_ms[-1]) / 1000)} ago"
-        if (own_s := left_s(record)) is not None:
-            left = f"at most {duration(own_s)}"
-    return title, WORDS[record.status], epochs, "" if dice is None else f"{dice:.3f}", ago, left
+    if record.status == "RUNNING" and record.times_ms:
+        ago = f"{duration(max(0, now_ms - record.times_ms[-1]) / 1000)} ago"
+    if record.status == "RUNNING" and (seconds := left_s(record)) is not None:
+        left = f"at most {duration(seconds)}"
+    return title, WORDS[record.status], epochs, dice, ago, left
 
 
-def _failure(record: Record) -> list[str]:
-    if record.status != "FAILED":
-        return []
+def _failure(record: Record) -> str:
     log = record.folder / "kdsweep.log"  # a Teacher has none: the error is in the logs of its cells
-    return [f"    {record.error}{f'; log: {log}' if log.exists() else ''}"]
+    return f"    {record.error}{f'; log: {log}' if log.exists() else ''}"
 
 
 def _align(rows: list[tuple[str, ...]]) -> list[str]:
@@ -296,17 +300,13 @@ def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> 
         told = f"sweep {base} was not tuned: `python -m kdsweep -m +experiment=tuned`"
         raise InputError(f"--trials {trials_file}: {told}")
     trials = tuning(store, base, trials_file=trials_file) if base in tuned else ""
-    asked = requests.read_asked(store, name)
-    if not asked:
-        return trials
-    found = {place: records.read(store / folder) for place, folder in asked.items()}
-    variants = requests.read_variants(store, name)
     try:
         tasks = {store / folder: task for folder, task in queue.queued(store).items()}
         unknown = ""
     except queue.QueueError as error:
         tasks, unknown = {}, f"\nSLURM's queue is not known here: {error}\n"
-    return trials + report(name, found, variants=variants, tasks=tasks, now_ms=records.now_ms()) + unknown
+    rows = read_rows(store, name, tasks=tasks)
+    return trials + (report(name, rows, now_ms=records.now_ms()) + unknown if rows else "")
 
 
 @command

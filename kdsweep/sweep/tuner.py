@@ -368,14 +368,13 @@ class Tuner(Launcher):
         for method in (own for own in methods if own.space):
             store = method.cell.store
             try:
-                named = [requests.read_asked(store, sweep).values() for sweep in requests.sweeps(store)]
+                requested = requests.folders(store)
             except InputError as error:  # of a sweep that may have requested these trials
                 log.warning("the checkpoints of trials are kept: %s", error)
                 return
-            asked = {store / folder for folders in named for folder in folders}
             for trial in method.study.trials:
                 folder = store / str(trial.user_attrs.get("folder", ""))
-                is_free = folder not in asked and not records.is_held(folder)
+                is_free = folder not in requested and not records.is_held(folder)
                 if trial.user_attrs.get("folder") and is_free:
                     for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS):
                         (folder / name).unlink(missing_ok=True)

@@ -42,16 +42,21 @@ def kept_file(client: MlflowClient, store: Path, run: Mapping[Any, Any], name: s
         return (folder / name).read_bytes(), True
     if name.startswith(EXTERNAL) and (folder / name).is_file():
         return (folder / name).read_bytes(), False
-    file = artifact_file(store, run["run_id"], name)  # in a store that was moved, MLflow looks for it at the old place
-    if file.is_file():
-        return file.read_bytes(), False
     try:
-        with tempfile.TemporaryDirectory() as scratch:  # without a folder MLflow leaves one behind for each file
-            return Path(client.download_artifacts(run["run_id"], name, scratch)).read_bytes(), False
+        return artifact(client, store, run["run_id"], name), False
     except Exception as error:
         if passes(error, client.tracking_uri):
             raise
-        raise _lost(file, run, line(error)) from error
+        raise _lost(artifact_file(store, run["run_id"], name), run, line(error)) from error
+
+
+def artifact(client: MlflowClient, store: Path, run_id: str, name: str) -> bytes:
+    """Return an artifact of a run."""
+    file = artifact_file(store, run_id, name)  # in a store that was moved, MLflow looks for it where it was
+    if file.is_file():
+        return file.read_bytes()
+    with tempfile.TemporaryDirectory() as scratch:  # without a folder MLflow leaves one behind for each file
+        return Path(client.download_artifacts(run_id, name, scratch)).read_bytes()
 
 
 def folder_of(store: Path, run: Mapping[Any, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""MLflow's place for a store's runs: its address, its lock, and the SQLite file of a store that was moved."""
+"""The address of MLflow, its lock, its errors, and the SQLite file of a store that was moved."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 DATABASE = "mlflow.db"
 REBUILD = "run the command of its sweep again: the runs are logged again from the folders of the cells"
-# Columns of the SQLite file that hold places below the folder of the artifacts, beside that of the experiment.
-PLACES = (
+# Columns of the SQLite file with paths of artifacts. MLflow 3 makes each path absolute when it is written, even that of
+# an experiment which is made with a relative one, and has no call that changes them; so ``follow_move`` writes there.
+PATHS = (
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
+    ("experiments", "artifact_location"),
 )
 
 
@@ -53,7 +55,8 @@ def is_damage(error: BaseException, uri: str | None) -> bool:
 def passes(error: BaseException, uri: str) -> bool:
     """Return whether a later try may succeed: a server that does not answer, a database locked, a disk full."""
     signs = ("database is locked", "disk is full", "disk I/O error", "readonly database", "No space left")
-    return uri.startswith("http") or any(sign in str(error) for sign in signs)
+    is_passing = uri.startswith("http") or any(sign in str(error) for sign in signs)
+    return isinstance(error, TrackingError) or is_passing
 
 
 def has_database(store: Path) -> bool:
@@ -72,16 +75,16 @@ def is_writable(store: Path) -> bool:
     return all(os.access(path, os.W_OK) for path in (store, store / DATABASE))
 
 
-def check_place(client: MlflowClient, run_id: str, store: Path, uri: str | None) -> None:
-    """Raise InputError if a run's files would be written to another place, from which the store was copied."""
-    place = client.get_run(run_id).info.artifact_uri
-    if uri is None and not place.startswith(f"{artifacts_uri(store)}/"):
+def check_location(client: MlflowClient, run_id: str, store: Path, uri: str | None) -> None:
+    """Raise InputError if a run's files would be written to another store, from which this one was copied."""
+    location = client.get_run(run_id).info.artifact_uri
+    if uri is None and not location.startswith(f"{artifacts_uri(store)}/"):
         copied = f"{store} cannot be written to, and its artifacts still belong in the store that it was copied from"
-        raise InputError(f"{copied}, {place}; log from there, or from a copy that can be written to")
+        raise InputError(f"{copied}, {location}; log from there, or from a copy that can be written to")
 
 
 def artifacts_uri(store: Path) -> str:
-    """Return the place of a store's artifacts."""
+    """Return the address of a store's artifacts."""
     return (store.resolve() / "artifacts").as_uri()
 
 
@@ -108,21 +111,20 @@ def follow_move(store: Path, experiment: str) -> None:
     Raises:
         sqlite3.Error: the file is damaged; MLflow would try to open it for minutes.
     """
-    file, place = store / DATABASE, artifacts_uri(store)
+    file, location = store / DATABASE, artifacts_uri(store)
     if not file.is_file():
         return
     with contextlib.closing(sqlite3.connect(file)) as database, database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not is_writable(store) or not {"experiments", *(table for table, _ in PLACES)} <= tables:
+        if not is_writable(store) or not {table for table, _ in PATHS} <= tables:
             return
         query = "SELECT artifact_location FROM experiments WHERE name = ? AND artifact_location LIKE 'file:%'"
         for (old,) in database.execute(query, (experiment,)).fetchall():
-            if old == place:
-                continue
-            database.execute("UPDATE experiments SET artifact_location = ? WHERE name = ?", (place, experiment))
-            for table, column in PLACES:
-                change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
-                database.execute(change, (place, len(old) + 1, len(old) + 1, f"{old}/"))
+            for table, column in PATHS if old != location else ():
+                change = (
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?"
+                )
+                database.execute(change, (location, len(old) + 1, len(old) + 1, f"{old}/"))
 
 
 def line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Read what MLflow holds of a sweep, as pandas frames."""
+"""Read a sweep as pandas frames: its requests from its file, its runs from MLflow."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from kdsweep.core.errors import InputError
-from kdsweep.runs import requests
-from kdsweep.tracking.artifacts import EXTERNAL, SCORES, check_scores, folder_of, kept_file
+from kdsweep.runs import records, requests
+from kdsweep.runs.requests import Request, SweepFile
+from kdsweep.tracking.artifacts import EXTERNAL, SCORES, artifact, check_scores, folder_of, kept_file
 from kdsweep.tracking.database import (
     DATABASE,
     REBUILD,
-    TrackingError,
-    check_place,
+    check_location,
     damaged,
     exclusive,
     has_database,
@@ -33,54 +33,48 @@ from kdsweep.tracking.database import (
     passes,
     store_uri,
 )
-from kdsweep.tracking.writer import ASKED, COMMANDS, TUNED, VARIED, Tracker
+from kdsweep.tracking.writer import SWEEP_FILE, Tracker
 
 T = TypeVar("T")
 SCORED = "kdsweep.external"  # tag with the names of those files
-ROLES = {"cell": "distilled", "student": "baseline"}  # as stores before results version 1 call them
-
-
-VALUES = {  # in a sweep's runs
-    "test/trivial_dice": "trivial_dice",
+VALUES = {  # metrics by column of a sweep's runs
+    "trivial_dice": "test/trivial_dice",
     "epochs": "epochs",
     "best_epoch": "best_epoch",
-    "best/val_dice": "val_dice",
-    "kd/gradient_ratio": "kd_gradient_ratio",
-    "kd/weight": "kd_weight",
+    "val_dice": "best/val_dice",
+    "kd_gradient_ratio": "kd/gradient_ratio",
+    "kd_weight": "kd/weight",
 }
-UNKNOWN = (
-    "profile",
-    "data",
-    "data_digest",
-    "user_code",
-    "weights",
-    "results_version",
-    "split_protocol",
-    "split_digest",
-    "device",
-    "teacher",
-    "run_id",
-)  # columns that are "" without a run
+TAGS = {  # tags by column
+    "profile": "kdsweep.profile",
+    "data_digest": "kdsweep.data",
+    "user_code": "kdsweep.user_code",
+    "results_version": "kdsweep.results_version",
+    "split_protocol": "kdsweep.split_protocol",
+    "split_digest": "kdsweep.split_digest",
+    "device": "kdsweep.device",
+    "teacher": "kdsweep.teacher",
+}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The request of a sweep and what MLflow holds of it.
+    """The requests of a sweep and what MLflow holds of them.
 
     Attributes:
         name: of the sweep.
-        runs: one row per cell asked for and per Teacher they learn from; columns fingerprint, role, notation, split,
+        runs: one row per requested cell and per Teacher they learn from; columns fingerprint, role, notation, split,
             seed, variant (values of the further keys that the sweep varies, as a dict), profile, data, data_digest,
             user_code (its digest), weights (what its network began with), results_version, split_protocol (how images
             are divided, in words), split_digest (of the ids of its parts), device, teacher, status, run_id,
             started_ms, ended_ms, params, tags, trivial_dice, epochs (how many it was trained), best_epoch (counted
             from 0), val_dice (of that epoch), kd_gradient_ratio (KD to supervised, geometric mean up to that epoch),
-            kd_weight (the matched one); what is not known is 0, empty or NaN.
+            kd_weight (the matched one); unknown values are 0, empty or NaN.
         scores: one row per fingerprint and test image of the finished ones; fractions 0 to 1, HD95 in pixels.
         varied: the keys beyond the factors in which its cells differ on purpose.
-        tuned: the keys whose values tuning has set, for each method and split its own.
-        commands: those that asked for its cells, as they can be typed again, the latest one last.
-        run_id: of the parent run.
+        tuned: the keys whose values tuning has set, for each method and split separately.
+        commands: those that requested its cells, as they can be typed again, the latest one last.
+        run_id: of the parent run; empty as long as no cell is begun.
         experiment_id: of the MLflow experiment.
         external: as scores, on other data sets (``python -m kdsweep score``), column data_set: its name and the first
             digits of its digest, such as ``folder-1a2b3c4d``.
@@ -97,39 +91,131 @@ class Sweep:
     external: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
-def _row(fingerprint: str, run: Run | None, place: str) -> dict[str, Any]:
-    if run is None:
-        notation, split, seed, _ = place.split("/")
-        role = "baseline" if notation == "Student" else "distilled"
-        where = {"split": int(split.removeprefix("split")), "seed": int(seed.removeprefix("seed"))}
-        unknown = dict.fromkeys(UNKNOWN, "")
-        own = {"fingerprint": fingerprint, "role": role, "notation": notation}
-        no_run = {"started_ms": 0, "ended_ms": 0, "params": {}, "tags": {}} | dict.fromkeys(VALUES.values(), nan)
-        return {**own, **where, **unknown, "status": "missing", **no_run}
-    tags = run.data.tags
+# --- a sweep
+
+
+def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
+    """Read what a sweep requests, with its scores; for None the last one that has a finished run.
+
+    Raises:
+        InputError: no store, or no such sweep in it, or its MLflow does not answer.
+    """
+    if uri is None and not has_database(store):
+        remedy = REBUILD if requests.sweeps(store) else "run a sweep first, or name its folder"
+        raise InputError(f"--store {store}: no {DATABASE} in it, or an empty one; {remedy}")
+    return _answered(lambda: _read_sweep(Tracker(store=store, uri=uri), name), store=store, uri=uri)
+
+
+def _answered(call: Callable[[], T], *, store: Path, uri: str | None) -> T:
+    """Return what MLflow answers; raise InputError if it does not answer."""
+    try:
+        return call()
+    except Exception as error:
+        if is_damage(error, uri):
+            raise damaged(store, error) from error
+        if isinstance(error, InputError) or not passes(error, uri or ""):
+            raise
+        what = f"--tracking-uri {uri} does not answer" if uri else f"--store {store}: its MLflow store does not answer"
+        raise InputError(f"{what}: {line(error)}") from error
+
+
+def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
+    found = tracker.search("tags.`kdsweep.role` != 'sweep'")
+    found.sort(key=lambda run: (run.info.status == "FINISHED", run.info.start_time))
+    runs = {run.data.tags["kdsweep.fingerprint"]: run for run in found}  # the finished one, else the newest
+    parents = _parents(tracker)
+    name, content = _sweep_file(tracker, name, runs=runs, parents=parents)
+    cells = [row for _, row in sorted(content.requests.items()) if row.role != "teacher"]
+    if runs.keys().isdisjoint(row.fingerprint for row in cells) and _any_begun(cells, tracker.store):
+        raise InputError(f"sweep={name} is in {tracker.store}, but not in MLflow at {tracker.uri}; {REBUILD}")
+    rows = [
+        (_row(runs[row.fingerprint]) if row.fingerprint in runs else _missing(row)) | {"variant": row.variant}
+        for row in cells
+    ]
+    teachers = sorted({row["teacher"] for row in rows} & runs.keys())
+    rows += [_row(runs[fingerprint]) | {"variant": {}} for fingerprint in teachers]
+    finished = [row for row in rows if row["status"] == "FINISHED"]
+    means = {row["fingerprint"]: runs[row["fingerprint"]].data.metrics.get("test/dice", nan) for row in finished}
+    return Sweep(
+        name,
+        pd.DataFrame(rows),
+        _scores(tracker, finished, means),
+        tuple(content.varied),
+        tuple(content.commands),
+        parents[name].info.run_id if name in parents else "",
+        tracker.experiment_id,
+        _external(tracker, finished),
+        tuned=tuple(content.tuned),
+    )
+
+
+def _parents(tracker: Tracker) -> dict[str, Run]:
+    """Return the parent runs of the sweeps by name, that of the latest request at the end."""
+    runs = sorted(tracker.search("tags.`kdsweep.role` = 'sweep'"), key=lambda run: run.info.end_time or 0)
+    return {run.data.tags["kdsweep.sweep"]: run for run in runs}
+
+
+def _sweep_file(
+    tracker: Tracker, name: str | None, *, runs: Mapping[str, Run], parents: Mapping[str, Run]
+) -> tuple[str, SweepFile]:
+    """Return a sweep's name and file, for None of the last one with a finished cell, else of the last one.
+
+    Raises:
+        InputError: there is no such sweep.
+    """
+    in_store = requests.sweeps(tracker.store)
+    existing = list(dict.fromkeys([*parents, *in_store]))
+    if not existing or (name is not None and name not in existing):
+        raise InputError(f"sweep={name or 'any'} is not in this store; it holds: {', '.join(existing) or 'none yet'}")
+
+    def read(sweep: str) -> SweepFile:
+        if sweep in in_store:
+            return requests.read(tracker.store, sweep)
+        kept = artifact(tracker.client, tracker.store, parents[sweep].info.run_id, SWEEP_FILE)
+        return requests.parse(json.loads(kept))
+
+    finished = {fingerprint for fingerprint, run in runs.items() if run.info.status == "FINISHED"}
+    last, *earlier = [name] if name is not None else reversed(in_store or existing)
+    for sweep in (last, *earlier):
+        content = read(sweep)
+        if not finished.isdisjoint(row.fingerprint for row in content.requests.values()):
+            return sweep, content
+    return last, read(last)
+
+
+def _any_begun(cells: Sequence[Request], store: Path) -> bool:
+    return any((row.folder(store) / records.CELL).is_file() for row in cells)
+
+
+def _row(run: Run) -> dict[str, Any]:
+    tags, params, info = run.data.tags, run.data.params, run.info
     return {
-        "fingerprint": fingerprint,
-        "role": ROLES.get(tags["kdsweep.role"], tags["kdsweep.role"]),
-        "notation": tags["kdsweep.notation"],
-        "split": int(tags["kdsweep.split"]),
-        "seed": int(tags["kdsweep.seed"]),
-        "profile": tags["kdsweep.profile"],
-        "data": run.data.params.get("data.name", ""),
-        "data_digest": tags.get("kdsweep.data", ""),
-        "user_code": tags.get("kdsweep.user_code", ""),
-        "weights": _weights(tags, run.data.params),
-        "results_version": tags.get("kdsweep.results_version", "0"),  # the first runs recorded none
-        "split_protocol": tags.get("kdsweep.split_protocol", ""),
-        "split_digest": tags.get("kdsweep.split_digest", ""),
-        "device": tags["kdsweep.device"],
-        "teacher": tags["kdsweep.teacher"],
-        "status": run.info.status,
-        "run_id": run.info.run_id,
-        "started_ms": run.info.start_time or 0,
-        "ended_ms": run.info.end_time or 0,
-        "params": dict(run.data.params),
+        **{name: tags[f"kdsweep.{name}"] for name in ("fingerprint", "role", "notation")},
+        **{name: int(tags[f"kdsweep.{name}"]) for name in ("split", "seed")},
+        **{column: tags.get(tag, "") for column, tag in TAGS.items()},
+        "data": params.get("data.name", ""),
+        "weights": _weights(tags, params),
+        "status": info.status,
+        "run_id": info.run_id,
+        "started_ms": info.start_time or 0,
+        "ended_ms": info.end_time or 0,
+        "params": dict(params),
         "tags": dict(tags),
-        **{name: run.data.metrics.get(metric, nan) for metric, name in VALUES.items()},
+        **{column: run.data.metrics.get(metric, nan) for column, metric in VALUES.items()},
+    }
+
+
+def _missing(request: Request) -> dict[str, Any]:
+    """Return the row of a requested cell without a run."""
+    return {
+        **{name: getattr(request, name) for name in ("fingerprint", "role", "notation", "split", "seed")},
+        **dict.fromkeys([*TAGS, "data", "weights", "run_id"], ""),
+        "status": "missing",
+        "started_ms": 0,
+        "ended_ms": 0,
+        "params": {},
+        "tags": {},
+        **dict.fromkeys(VALUES, nan),
     }
 
 
@@ -141,115 +227,10 @@ def _weights(tags: dict[str, str], params: dict[str, str]) -> str:
     return weights if weights in ("", "none", "imagenet") or not digest else f"{weights} (SHA-256 {digest[:10]})"
 
 
-def read_curves(sweep: Sweep, *, store: Path, uri: str | None, metric: str = "val/dice") -> pd.DataFrame:
-    """Read a metric by epoch of a sweep's begun runs: columns notation, split, seed, metric, epoch, value.
-
-    Raises:
-        InputError: the store does not answer.
-    """
-    client = MlflowClient(tracking_uri=store_uri(store, uri))
-    rows = []
-    for run in sweep.runs[sweep.runs["run_id"] != ""].to_dict("records"):
-        place = {key: run[key] for key in ("notation", "split", "seed")}
-        points = _answered(partial(client.get_metric_history, run["run_id"], metric), store=store, uri=uri)
-        rows += [{**place, "metric": metric, "epoch": point.step, "value": point.value} for point in points]
-    columns = ["notation", "split", "seed", "metric", "epoch", "value"]
-    return pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:-1])
-
-
-def attach(sweep: Sweep, files: Sequence[Path], *, folder: str, store: Path, uri: str | None) -> str:
-    """Log files as artifacts of a sweep's parent run; return a sentence on whether that succeeded.
-
-    A failure (a read-only store, a server that is down) raises nothing: the files themselves are kept.
-    """
-    try:
-        with exclusive(store):
-            client = MlflowClient(tracking_uri=store_uri(store, uri))
-            check_place(client, sweep.run_id, store, uri)
-            for file in files:
-                client.log_artifact(sweep.run_id, str(file), folder)
-    except Exception as error:  # of many kinds: server, network, database, disk
-        return f"not logged to MLflow: {line(error)}"
-    return f"logged to MLflow, run {sweep.run_id}"
-
-
-def keep_external(file: Path, *, run_id: str, store: Path, uri: str | None) -> None:
-    """Log the scores of a run on another data set, unless they are there already.
-
-    Raises:
-        InputError: the store does not answer.
-    """
-
-    def work() -> None:
-        with exclusive(store):
-            client = MlflowClient(tracking_uri=store_uri(store, uri))
-            kept = client.get_run(run_id).data.tags.get(SCORED, "").split()
-            if file.name not in kept:
-                check_place(client, run_id, store, uri)
-                client.log_artifact(run_id, str(file), EXTERNAL)
-                client.set_tag(run_id, SCORED, " ".join(sorted([*kept, file.name])))
-
-    _answered(work, store=store, uri=uri)
-
-
 def read_scores(text: io.StringIO) -> pd.DataFrame:
     """Read a table of per-image scores; ids, labels and groups stay text."""
     text_columns = {"image": str, "label": str, "group": str}
     return pd.read_csv(text, dtype=text_columns, keep_default_na=False, na_values=[""])  # an id may be nan or null
-
-
-def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
-    """Read a sweep of a store that must be there already; see ``_read_sweep``.
-
-    Raises:
-        InputError: no store, or no such sweep in it.
-    """
-    if uri is None and not has_database(store):
-        remedy = REBUILD if requests.sweeps(store) else "run a sweep first, or name its folder"
-        raise InputError(f"--store {store}: no {DATABASE} in it, or an empty one; {remedy}")
-    return _answered(lambda: _read_sweep(Tracker(store=store, uri=uri), name), store=store, uri=uri)
-
-
-def _answered(ask: Callable[[], T], *, store: Path, uri: str | None) -> T:
-    """Return what MLflow answers; raise InputError if it does not answer."""
-    try:
-        return ask()
-    except Exception as error:
-        if is_damage(error, uri):
-            raise damaged(store, error) from error
-        if not isinstance(error, TrackingError) and not passes(error, uri or ""):
-            raise
-        what = f"--tracking-uri {uri} does not answer" if uri else f"--store {store}: its MLflow store does not answer"
-        raise InputError(f"{what}: {line(error)}") from error
-
-
-def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
-    """Read everything a sweep asked for, with its scores; None takes the last one that has a finished run.
-
-    Raises:
-        InputError: there is no such sweep.
-    """
-    runs = _by_fingerprint(tracker)
-    parent = _named_sweep(tracker, name, finished={key for key, run in runs.items() if run.info.status == "FINISHED"})
-    tags = parent.data.tags
-    varied, tuned = (tuple(tags.get(name, "").split()) for name in (VARIED, TUNED))
-    asked = {key.removeprefix(ASKED): value for key, value in tags.items() if key.startswith(ASKED)}
-    rows = []
-    for place, value in sorted(asked.items()):
-        fingerprint, _, variant = value.partition(" ")
-        row = _row(fingerprint, runs.get(fingerprint), place)
-        rows.append(row | {"variant": json.loads(variant or "{}")})
-    teachers = sorted({row["teacher"] for row in rows} - {""})
-    rows += [
-        _row(fingerprint, runs[fingerprint], "") | {"variant": {}} for fingerprint in teachers if fingerprint in runs
-    ]
-    finished = [row for row in rows if row["status"] == "FINISHED"]
-    means = {key: run.data.metrics.get("test/dice", nan) for key, run in runs.items()}
-    table, external = _scores(tracker, finished, means), _external(tracker, finished)
-    name, run_id = parent.data.tags["kdsweep.sweep"], str(parent.info.run_id)
-    commands = tuple(tags.get(COMMANDS, "").splitlines())
-    own = (varied, commands, run_id, str(tracker.experiment_id), external)
-    return Sweep(name, pd.DataFrame(rows), table, *own, tuned=tuned)
 
 
 def _scores(tracker: Tracker, rows: list[dict[str, Any]], means: Mapping[str, float]) -> pd.DataFrame:
@@ -286,28 +267,55 @@ def _external(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _named_sweep(tracker: Tracker, name: str | None, *, finished: set[str]) -> Run:
-    """Return the parent run of a sweep, for None of the last one with a finished cell, else of the last one."""
-    sweeps = tracker.search("tags.`kdsweep.role` = 'sweep'")
-    sweeps.sort(key=lambda run: float(run.data.tags.get("kdsweep.asked_at", 0)))
-    known = [run.data.tags["kdsweep.sweep"] for run in sweeps]
-    if name is None and sweeps:
-        return next((run for run in reversed(sweeps) if not finished.isdisjoint(_asked(run.data.tags))), sweeps[-1])
-    if name is None or name not in known:
-        if requests.sweeps(tracker.store) and (name is None or name in requests.sweeps(tracker.store)):
-            where = f"is in {tracker.store}, but not in MLflow at {tracker.uri}"
-            raise InputError(f"sweep={name or 'any'} {where}; {REBUILD}")
-        raise InputError(f"sweep={name or 'any'} is not in this store; it holds: {', '.join(known) or 'none yet'}")
-    return sweeps[known.index(name)]
+# --- further values and files of its runs
 
 
-def _asked(tags: dict[str, str]) -> set[str]:
-    """Return the fingerprints that a sweep asked for."""
-    return {value.partition(" ")[0] for key, value in tags.items() if key.startswith(ASKED)}
+def read_curves(sweep: Sweep, *, store: Path, uri: str | None, metric: str = "val/dice") -> pd.DataFrame:
+    """Read a metric by epoch of a sweep's begun runs: columns notation, split, seed, metric, epoch, value.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+    client = MlflowClient(tracking_uri=store_uri(store, uri))
+    rows = []
+    for run in sweep.runs[sweep.runs["run_id"] != ""].to_dict("records"):
+        place = {key: run[key] for key in ("notation", "split", "seed")}
+        points = _answered(partial(client.get_metric_history, run["run_id"], metric), store=store, uri=uri)
+        rows += [{**place, "metric": metric, "epoch": point.step, "value": point.value} for point in points]
+    columns = ["notation", "split", "seed", "metric", "epoch", "value"]
+    return pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:-1])
 
 
-def _by_fingerprint(tracker: Tracker) -> dict[str, Run]:
-    """Return the run that counts for each fingerprint: the finished one, else the newest."""
-    runs = tracker.search("tags.`kdsweep.role` != 'sweep'")
-    runs.sort(key=lambda run: (run.info.status == "FINISHED", run.info.start_time))
-    return {run.data.tags["kdsweep.fingerprint"]: run for run in runs}
+def attach(sweep: Sweep, files: Sequence[Path], *, folder: str, store: Path, uri: str | None) -> str:
+    """Log files as artifacts of a sweep's parent run; return a sentence on whether that succeeded.
+
+    A failure (a read-only store, a server that is down) raises nothing: the files themselves are kept.
+    """
+    try:
+        with exclusive(store):
+            client = MlflowClient(tracking_uri=store_uri(store, uri))
+            check_location(client, sweep.run_id, store, uri)
+            for file in files:
+                client.log_artifact(sweep.run_id, str(file), folder)
+    except Exception as error:  # of many kinds: server, network, database, disk
+        return f"not logged to MLflow: {line(error)}"
+    return f"logged to MLflow, run {sweep.run_id}"
+
+
+def keep_external(file: Path, *, run_id: str, store: Path, uri: str | None) -> None:
+    """Log the scores of a run on another data set, unless they are there already.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+
+    def work() -> None:
+        with exclusive(store):
+            client = MlflowClient(tracking_uri=store_uri(store, uri))
+            kept = client.get_run(run_id).data.tags.get(SCORED, "").split()
+            if file.name not in kept:
+                check_location(client, run_id, store, uri)
+                client.log_artifact(run_id, str(file), EXTERNAL)
+                client.set_tag(run_id, SCORED, " ".join(sorted([*kept, file.name])))
+
+    _answered(work, store=store, uri=uri)

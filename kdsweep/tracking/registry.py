@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from kdsweep.core.errors import InputError
-from kdsweep.tracking.database import DATABASE, check_place, exclusive, line, store_uri
+from kdsweep.tracking.database import DATABASE, check_location, exclusive, line, store_uri
 from kdsweep.tracking.writer import Tracker
 
 
@@ -52,7 +52,7 @@ def register_onnx(
         run = _finished_run(metadata["kdsweep.fingerprint"], name=name, store=store, uri=uri)
         with exclusive(store), _current(place) as client, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MLflow warns about its own parts
-            check_place(client, run.info.run_id, store, uri)
+            check_location(client, run.info.run_id, store, uri)
             model = client.create_logged_model(run.info.experiment_id, "onnx", run.info.run_id, tags=metadata)
             try:
                 _log_onnx(proto, example, expected, metadata=metadata, model=model)

@@ -1,4 +1,4 @@
-"""Keep MLflow in step with the cells' folders, beside the training, which never waits for it.
+"""Keep MLflow up to date with the cells' folders during the training, which never waits for it.
 
 The same pass over the folders logs a running training, what a server missed while it was down, and what an earlier,
 killed command had not logged.
@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from kdsweep.config.grid import Cell
 from kdsweep.core import signals
 from kdsweep.runs import records
 from kdsweep.tracking import database, writer
@@ -30,17 +29,13 @@ _opened: list[Sync] = []
 
 
 class Sync:
-    """A thread that reads the folders of cells every two seconds and logs what is new to one MLflow store.
+    """A thread that reads the folders of cells every two seconds and logs new values to one MLflow store.
 
     Args:
         store: folder of the runs.
         uri: of an MLflow server or database, or None for the SQLite file in the store.
         experiment: name of the MLflow experiment.
-        asked: cells by the sweep that asks for them.
-        teachers: those that the cells learn from.
-        varied: by sweep, the keys beyond the factors in which its cells differ.
-        tuned: by sweep, the keys whose values tuning has set, for each method and split its own.
-        command: the one that asked for the cells, as it can be typed again.
+        sweeps: by name the folders of the cells and Teachers that each sweep requests.
         trains: whether cells are to be trained; the command must then not wait long at its end.
 
     Raises:
@@ -48,43 +43,26 @@ class Sync:
     """
 
     def __init__(
-        self,
-        *,
-        store: Path,
-        uri: str | None,
-        experiment: str,
-        asked: dict[str, list[Cell]],
-        teachers: list[Cell],
-        varied: dict[str, list[str]] | None = None,
-        tuned: dict[str, list[str]] | None = None,
-        command: str = "",
-        trains: bool = True,
+        self, *, store: Path, uri: str | None, experiment: str, sweeps: Mapping[str, Sequence[Path]], trains: bool
     ) -> None:
-        self.store, self.asked, self._varied, self._command = store, asked, varied or {}, command
-        self.where = database.store_uri(store, uri)
-        self._tuned = tuned or {}
-        self._uri, self._experiment = uri, experiment
-        first = next(iter(asked))
-        self._sweeps = {cell.folder: first for cell in teachers}
-        self._sweeps |= {cell.folder: sweep for sweep, cells in asked.items() for cell in cells}
-        self._trains = trains
+        self.store, self.sweeps, self.where = store, sweeps, database.store_uri(store, uri)
+        self._uri, self._experiment, self._trains = uri, experiment, trains
         self._waits_s = SERVER_WAIT_S if self.where.startswith("http") else DATABASE_WAIT_S
         self._tracker: writer.Tracker | None = None
-        self._unasked = list(asked)
-        self._logged: dict[Path, tuple[object, ...]] = {}
-        self._run_ids: dict[Path, str] = {}
+        self._published: set[str] = set()
+        self._logged: dict[Path, tuple[int, ...]] = {}
         self._complains = False
         self._wake, self._closing, self._tried = threading.Event(), threading.Event(), threading.Event()
         if not self.where.startswith("http"):
-            self._attempt(self._open)  # what is wrong with a database is told before anything is trained
+            self._attempt(self._open)  # errors of a database are raised before anything is trained
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
         self._tried.wait(SERVER_WAIT_S)
         _opened.append(self)
 
     def run_id(self, folder: Path) -> str:
-        """Return the run id of a cell, or ``""`` if it is not known yet."""
-        return self._run_ids.get(folder, "")
+        """Return the run id of a cell, or ``""`` as long as there is none."""
+        return self._tracker.run_id(folder) if self._tracker else ""
 
     def close(self) -> None:
         """Log what is left, and warn if that is not possible."""
@@ -102,13 +80,14 @@ class Sync:
                 self.store,
             )
 
+    def _versions(self) -> dict[Path, tuple[int, ...]]:
+        """Return the versions of the begun cells by folder."""
+        folders = {folder for of_sweep in self.sweeps.values() for folder in of_sweep}
+        return {folder: version for folder in folders if (version := records.version(folder))[0]}
+
     def _left(self) -> int:
         """Return how many folders hold more than was logged."""
-        return sum(
-            self._logged.get(folder) != now
-            for folder in self._sweeps
-            if (now := records.version(folder))[0]  # begun
-        )
+        return sum(self._logged.get(folder) != version for folder, version in self._versions().items())
 
     def _work(self) -> None:
         while True:
@@ -116,7 +95,7 @@ class Sync:
             start_s = time.monotonic()
             try:
                 succeeded = self._attempt(self._pass)
-            except Exception as error:  # no later pass would succeed; a thread's traceback helps nobody
+            except Exception as error:  # no later pass would succeed, and a thread's traceback does not help
                 log.error("nothing more is logged to MLflow at %s: %s", self.where, database.line(error))
                 self._tried.set()
                 return
@@ -137,7 +116,7 @@ class Sync:
         except Exception as error:
             if database.is_damage(error, self._uri):
                 raise database.damaged(self.store, error) from error
-            if not self._passes(error):
+            if not database.passes(error, self.where):
                 raise
             if not self._complains:
                 log.warning(
@@ -152,42 +131,42 @@ class Sync:
         self._complains = False
         return True
 
-    def _passes(self, error: Exception) -> bool:
-        return isinstance(error, database.TrackingError) or database.passes(error, self.where)
-
     def _open(self) -> None:
         if self._tracker is None:
             self._tracker = writer.Tracker(store=self.store, uri=self._uri, experiment=self._experiment)
 
     def _pass(self) -> None:
+        """Log what is new. A sweep without a begun cell is left out: its parent run would be empty."""
         self._open()
         with database.exclusive(self.store):
-            while self._unasked:
-                self._tell(self._ask, self._unasked[0])
-                del self._unasked[0]
-            for folder in self._sweeps:
-                if self._logged.get(folder) != (now := records.version(folder)):
-                    self._tell(self._sync_folder, folder)
-                    self._logged[folder] = now
+            versions = self._versions()
+            for sweep, folders in self.sweeps.items():
+                begun = [folder for folder in folders if folder in versions]
+                if begun and sweep not in self._published:
+                    self._log(f"sweep {sweep}", partial(self._publish, sweep))
+                    self._published.add(sweep)
+                for folder in begun:
+                    if self._logged.get(folder) != versions[folder]:
+                        self._log(str(folder), partial(self._sync_folder, folder, sweep))
+                        self._logged[folder] = versions[folder]
 
-    def _tell(self, call: Callable[[Any], None], about: Any) -> None:
+    def _log(self, name: str, call: Callable[[], object]) -> None:
         """Call it; report and skip what MLflow will never take."""
         try:
-            call(about)
+            call()
         except Exception as error:
-            if self._passes(error) or database.is_damage(error, self._uri):
+            if database.passes(error, self.where) or database.is_damage(error, self._uri):
                 raise
-            log.warning("%s: MLflow refuses what is to be logged: %s", about, database.line(error))
+            log.warning("%s: MLflow refuses what is to be logged: %s", name, database.line(error))
 
-    def _ask(self, sweep: str) -> None:
+    def _publish(self, sweep: str) -> None:
         if self._tracker is not None:
-            keys = {"varied": self._varied.get(sweep, []), "tuned": self._tuned.get(sweep, [])}
-            self._tracker.ask(sweep, self.asked[sweep], command=self._command, **keys)
+            self._tracker.publish(sweep)
 
-    def _sync_folder(self, folder: Path) -> None:
+    def _sync_folder(self, folder: Path, sweep: str) -> None:
         record = records.read(folder)
-        if self._tracker is not None and record.tags:  # else it was never begun, or failed before
-            self._run_ids[folder] = self._tracker.sync(record, sweep=self._sweeps[folder])
+        if self._tracker is not None and record.tags:  # else its description is damaged, and written again
+            self._tracker.sync(record, sweep=sweep)
 
 
 def close_all() -> None:
@@ -198,4 +177,4 @@ def close_all() -> None:
 
 def run_id(folder: Path) -> str:
     """Return the run id of a cell in the stores that are open, or ``""``."""
-    return next((found for opened in _opened if (found := opened.run_id(folder))), "")
+    return next((run_id for opened in _opened if (run_id := opened.run_id(folder))), "")

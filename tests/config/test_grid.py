@@ -154,23 +154,6 @@ def test_a_class_of_the_package_that_moves_is_the_same_class() -> None:
     assert settled == {"path": {"_target_": "Hidden"}, "losses": [{"_target_": "own.mae", "x": 1}, 2]}
 
 
-# --- what a sweep asks for
-
-
-def test_a_new_place_takes_that_of_the_same_cell_and_of_an_older_results_version() -> None:
-    asked = {
-        "L_MSE/split0/seed0/0123abcd": "cells/a {}",  # before places had a version
-        "L_MSE/split0/seed0/v0-0123abcd": 'cells/b {"train.lr": "1"}',
-        "L_MSE/split1/seed0/0123abcd": "cells/c {}",
-        "H_MSE/split0/seed0/v1-aaaaaaaa": "cells/d {}",
-        "H_KLD/split0/seed0/v1-aaaaaaaa": "cells/e {}",
-    }
-    new = {"L_MSE/split0/seed0/v1-89abcdef": "cells/f {}", "H_MSE/split0/seed0/v1-bbbbbbbb": "cells/d {}"}
-    assert grid.RESULTS_VERSION == 1
-    assert grid.superseded(asked, new) == ["L_MSE/split0/seed0/0123abcd", "H_MSE/split0/seed0/v1-aaaaaaaa"]
-    assert grid.superseded(asked | new, new) == grid.superseded(asked, new)
-
-
 @pytest.mark.parametrize("role", ["distilled", "baseline", "teacher"])
 def test_a_role_uses_its_own_keys(role: str) -> None:
     keys = {"train.lr": "1", "kd.weight": "1", "teacher.lr": "1", "student.encoder": "x", "image_size": "64"}

@@ -12,7 +12,7 @@ from test_predict import finish
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_json
 from kdsweep.deploy import card, export, predict
-from kdsweep.runs import records
+from kdsweep.runs import records, requests
 from kdsweep.tracking import writer
 from kdsweep.training.outcome import PREDICTIONS, SCORES
 
@@ -63,7 +63,7 @@ def test_best_is_the_run_with_the_highest_validation_dice_of_the_best_cell(empty
     tracker = writer.Tracker(store=store, uri=None)
     dice = {("mse", 0): 0.6, ("mse", 1): 0.7, ("kld", 0): 0.9, ("kld", 1): 0.2}  # mean 0.65 and 0.55
     cells = {key: finish(store, "path=L", f"loss={key[0]}", f"split=s{key[1]}") for key in dice}
-    tracker.ask("study", list(cells.values()))
+    requests.ask(store, "study", cells=list(cells.values()), teachers=[])
     for key, cell in cells.items():
         ids = records.read_split(cell.folder)["test"]
         test_dice = 0.99 if key == ("kld", 1) else 0.5

@@ -15,7 +15,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.deploy import export, predict, quantize
 from kdsweep.evaluation import metrics
 from kdsweep.results import dsc
-from kdsweep.runs import records
+from kdsweep.runs import records, requests
 from kdsweep.tracking import reader, writer
 from kdsweep.training.outcome import PREDICTIONS
 
@@ -27,7 +27,7 @@ def store(empty_store, tmp_path_factory):
     shutil.copytree(empty_store, store)
     tracker = writer.Tracker(store=store, uri=None)
     cells = [finish(store, "data.count=25", *own) for own in ([], ["path=L", "loss=mse"])]
-    tracker.ask("study", cells)
+    requests.ask(store, "study", cells=cells, teachers=[])
     for cell in cells:
         (cell.folder / PREDICTIONS).touch()
         tracker.sync(records.read(cell.folder), sweep="study")

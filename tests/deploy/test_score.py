@@ -14,7 +14,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.deploy import predict, score
 from kdsweep.evaluation import scoring
 from kdsweep.results import external, tables
-from kdsweep.runs import records
+from kdsweep.runs import records, requests
 from kdsweep.tracking import reader, writer
 from kdsweep.training.outcome import PREDICTIONS, SCORES
 
@@ -28,7 +28,7 @@ def finished(empty_store, tmp_path_factory):
     shutil.copytree(empty_store, store)
     tracker = writer.Tracker(store=store, uri=None)
     cells = [finish(store, f"split=s{split}") for split in (0, 1)]
-    tracker.ask("study", cells)
+    requests.ask(store, "study", cells=cells, teachers=[])
     for number, cell in enumerate(cells):
         images = [f"image{number}{i}" for i in range(4)]
         dice = np.random.default_rng(number).uniform(0.3, 0.9, len(images))

@@ -14,7 +14,7 @@ from kdsweep.config import composition, identity
 from kdsweep.config.composition import Composer
 from kdsweep.data import sources
 from kdsweep.results import frame
-from kdsweep.runs import records
+from kdsweep.runs import records, requests
 from kdsweep.sweep import estimate, plan
 from kdsweep.tracking import reader, writer
 
@@ -144,7 +144,7 @@ def test_the_stub_is_a_finished_cell_for_records_mlflow_and_tables(growth, sweep
     jobs = jobs_of(sweep, tmp_path, small_busi, 2)
     made = [(job.cell, job.settings) for job in jobs] + [(cell, jobs[1].settings) for cell in plan.teacher_cells(jobs)]
     tracker = writer.Tracker(store=tmp_path, uri=None)
-    tracker.ask("busi-quick", [job.cell for job in jobs])
+    requests.ask(tmp_path, "busi-quick", cells=[job.cell for job in jobs], teachers=[])
     for cell, settings in made:
         growth.stub(cell, settings, weights=weights)
         assert records.read_finished(cell.folder) is not None

@@ -54,7 +54,7 @@ def command(small_busi, tmp_path):
 def asked(own: list[plan.Job]) -> None:
     """As plan.watch writes it down."""
     swept = plan.swept_keys([job.overrides for job in own], [job.settings for job in own])
-    requests.ask(own[0].cell.store, "busi-quick", cells=[job.cell for job in own], teachers=[], varied=swept)
+    requests.ask(own[0].cell.store, "busi-quick", cells=[job.cell for job in own], teachers=[], swept=swept)
 
 
 def test_a_swept_key_tells_cells_apart_where_the_role_uses_it(command):
@@ -119,8 +119,7 @@ def test_cells_of_one_command_that_the_fingerprint_tells_apart_have_places_of_th
     assert len({job.cell.fingerprint for job in own}) == 2
     assert [job.cell.variant for job in own] == [{key: str(value)} for value in values]
     asked(own)
-    folders = requests.read_asked(own[0].cell.store, "busi-quick")
-    assert set(folders.values()) == {str(job.cell.folder.relative_to(job.cell.store)) for job in own}
+    assert requests.folders(own[0].cell.store) == {job.cell.folder for job in own}
 
 
 def test_a_replaced_image_takes_the_seat_of_the_old_one_and_a_moved_folder_too(command, small_busi, tmp_path):
@@ -132,15 +131,15 @@ def test_a_replaced_image_takes_the_seat_of_the_old_one_and_a_moved_folder_too(c
     (same,) = command([f"data.root={moved}"])
     asked([same])
     assert (same.cell.fingerprint, same.cell.key == old.cell.key) == (old.cell.fingerprint, False)
-    assert list(requests.read_asked(tmp_path, "busi-quick")) == [same.cell.key]
+    assert list(requests.read(tmp_path, "busi-quick").requests) == [same.cell.key]
     image = next(moved.rglob("*(1).png"))
     Image.fromarray(~np.array(Image.open(image))).save(image)
     identity._listing.cache_clear()
     (changed,) = command([f"data.root={moved}"])
     asked([changed])
     assert changed.cell.fingerprint != same.cell.fingerprint
-    folder = str(changed.cell.folder.relative_to(tmp_path))
-    assert requests.read_asked(tmp_path, "busi-quick") == {changed.cell.key: folder}
+    ((key, request),) = requests.read(tmp_path, "busi-quick").requests.items()
+    assert (key, request.folder(tmp_path)) == (changed.cell.key, changed.cell.folder)
 
 
 def test_factors_folders_and_devices_tell_nothing_apart(command):

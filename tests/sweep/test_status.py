@@ -51,8 +51,7 @@ def hold():
 def tell(store: Path, *, cells=(), teachers=(), tasks=None) -> list[str]:
     """Lines of the report on a sweep of these cells."""
     requests.ask(store, "study", cells=list(cells), teachers=list(teachers))
-    found = {place: records.read(store / folder) for place, folder in requests.read_asked(store, "study").items()}
-    return status.report("study", found, tasks=tasks, now_ms=NOW_MS).splitlines()
+    return status.report("study", status.read_rows(store, "study", tasks=tasks or {}), now_ms=NOW_MS).splitlines()
 
 
 def row(lines: list[str], name: str) -> list[str]:
@@ -124,7 +123,7 @@ def test_a_queue_that_does_not_answer_is_said_below(tmp_path, monkeypatch):
 def test_cells_that_a_swept_key_tells_apart_are_named_by_it(tmp_path):
     own = [replace(make_cell(tmp_path, lr=lr), variant={"train.lr": str(lr)}) for lr in (1, 2)]
     finish(own[0])
-    requests.ask(tmp_path, "study", cells=own, teachers=[], varied=["train.lr"])
+    requests.ask(tmp_path, "study", cells=own, teachers=[], swept=["train.lr"])
     lines = status.make(store=tmp_path, sweep=None).splitlines()
     assert row(lines, "L_MSE split 0 seed 0 (train.lr=1)") == ["78.12"]
     assert row(lines, "L_MSE split 0 seed 0 (train.lr=2)") == ["waiting"]
@@ -278,11 +277,6 @@ def test_teachers_and_cells_that_wait_take_as_long_as_those_before(tmp_path, hol
     line = tell(tmp_path, cells=cells, teachers=teachers)[0]
     expected_s = 48 * 10 + 60 * 10 + 2 * 60 * 60  # what runs, the third split's Teachers, two groups of cells
     assert line.endswith(f"; about {expected_s / 3600:.1f} h left")
-
-
-def test_cells_whose_notation_has_a_dash_wait_with_those_of_their_split(tmp_path):
-    cells = [make_cell(tmp_path, name) for name in ("L_MSE", "KD-T1", "CWD-F")]
-    assert {status._where(records.read(cell.folder)) for cell in cells} == {"split0-seed0"}
 
 
 def test_a_cell_that_stopped_early_was_of_the_group(tmp_path, hold):

@@ -172,11 +172,7 @@ def test_the_choice_is_the_best_validation_dice_and_its_scores_are_of_the_same_t
 
 
 def test_only_what_was_chosen_or_configured_was_tested(unbroken):
-    asked = {
-        unbroken / folder
-        for sweep in requests.sweeps(unbroken)
-        for folder in requests.read_asked(unbroken, sweep).values()
-    }
+    asked = requests.folders(unbroken)
     assert requests.sweeps(unbroken) == ["busi-quick", "busi-quick-tuned"]
     tested = {file.parent for part in ("cells", "teachers") for file in (unbroken / part).rglob("test_scores.csv")}
     assert tested <= asked

@@ -16,14 +16,21 @@ import pytest
 from commands import kdsweep, process
 from servers import free_port, postgres, serving, until
 from small import STUDENT, TEACHER
-from test_writer import begin, client_of, end, make_cell, steps_of
+from test_writer import begin, client_of, end, in_another_process, make_cell, steps_of
 
+from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.results import tables
-from kdsweep.runs import records
+from kdsweep.runs import records, requests
 from kdsweep.tracking import reader, sync, writer
 
-OPTIONS = {"experiment": "kdsweep", "teachers": []}
+
+def mirror(store: Path, sweeps: dict[str, list[Cell]], *, uri: str | None = None, trains: bool = True) -> sync.Sync:
+    """What a command does for the sweeps that it requests."""
+    for name, cells in sweeps.items():
+        requests.ask(store, name, cells=cells, teachers=[])
+    folders = {name: [cell.folder for cell in cells] for name, cells in sweeps.items()}
+    return sync.Sync(store=store, uri=uri, experiment="kdsweep", sweeps=folders, trains=trains)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +65,7 @@ def runs_of(uri: str) -> dict[str, tuple[str, str, list[int]]]:
 
 def test_a_training_is_seen_while_it_goes_on_and_closed_by_what_its_folder_says(store):
     done, failed, killed = cells = some_cells(store, 3)
-    own = sync.Sync(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
+    own = mirror(store, {"sweep": cells})
     uri = writer.store_uri(store, None)
     with contextlib.ExitStack() as held:
         for cell in cells:
@@ -79,11 +86,31 @@ def test_a_training_is_seen_while_it_goes_on_and_closed_by_what_its_folder_says(
     assert own.run_id(done.folder) == runs_of(uri)[done.fingerprint][0]
 
 
+def test_a_command_that_trains_nothing_leaves_no_parent_run(store):
+    """Its check of the data failed, as it were; the first cell that is begun makes the run."""
+    cells = some_cells(store)
+    mirror(store, {"sweep": cells}).close()
+    tracker = writer.Tracker(store=store, uri=None)
+    assert tracker.search("") == []
+    assert reader.read_sweep(store=store, uri=None, name="sweep").runs["status"].tolist() == ["missing"] * 2
+    own = mirror(store, {"sweep": cells, "other": cells[1:]})
+    end(cells[0], [0.5])
+    own.close()
+    assert sorted(run.info.run_name for run in tracker.search("")) == ["L_MSE/split0", "sweep"]
+
+
+def test_a_new_sweep_of_finished_cells_has_its_parent_run(store):
+    cells = finished_sweep(store)
+    mirror(store, {"later": cells}, trains=False).close()
+    names = [run.info.run_name for run in writer.Tracker(store=store, uri=None).search("")]
+    assert sorted(names) == ["L_MSE/split0", "L_MSE/split0", "later", "sweep"]
+
+
 def test_what_a_killed_command_left_unsaid_is_logged_at_the_next_start(store):
     cells = some_cells(store)
     end(cells[0], [0.25])  # killed between the scores and MLflow
     begin(cells[1], 2)
-    own = sync.Sync(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
+    own = mirror(store, {"sweep": cells})
     own.close()
     sweep = reader.read_sweep(store=store, uri=None, name="sweep")
     assert sorted(sweep.runs["status"]) == ["FINISHED", "KILLED"]
@@ -92,7 +119,7 @@ def test_what_a_killed_command_left_unsaid_is_logged_at_the_next_start(store):
 
 def test_two_mirrors_of_one_cell_open_one_run(store):
     (cell,) = some_cells(store, 1)
-    both = [sync.Sync(store=store, uri=None, asked={name: [cell]}, **OPTIONS) for name in ("one", "other")]
+    both = [mirror(store, {name: [cell]}) for name in ("one", "other")]
     for epochs in (1, 2):
         begin(cell, epochs)
         time.sleep(0.5)
@@ -117,7 +144,7 @@ def test_a_database_that_another_process_locks_is_written_to_later(store, caplog
     release = threading.Timer(12, lambda: (other.execute("ROLLBACK"), other.close()))
     release.start()
     start = time.monotonic()
-    own = sync.Sync(store=store, uri=None, asked={"sweep": cells}, **OPTIONS)
+    own = mirror(store, {"sweep": cells})
     assert time.monotonic() - start < 11  # the start does not wait for the other one
     end(cells[1], [0.75])
     own.close()
@@ -132,7 +159,7 @@ def log_one(store: Path, number: int, errors: Path) -> None:
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     cell = make_cell(store=store, lr=number)
     end(cell, [0.5])
-    sync.Sync(store=store, uri=None, asked={"sweep": [cell]}, **OPTIONS).close()
+    mirror(store, {"sweep": [cell]}).close()
 
 
 @pytest.mark.slow
@@ -162,16 +189,16 @@ def test_a_process_killed_while_it_makes_the_database_spoils_nothing(tmp_path):
         killed.join(60)
         assert killed.exitcode in (-9, 0)
     cells = some_cells(tmp_path)
-    sync.Sync(store=tmp_path, uri=None, asked={"sweep": cells}, **OPTIONS).close()
+    mirror(tmp_path, {"sweep": cells}).close()
     assert len(reader.read_sweep(store=tmp_path, uri=None, name="sweep").runs) == 2
-    left = {file.name for file in tmp_path.iterdir()} - {"mlflow.db", ".mlflow.lock"}
+    left = {file.name for file in tmp_path.iterdir()} - {"mlflow.db", ".mlflow.lock", "sweeps"}
     assert left == set()
 
 
 def test_a_database_that_cannot_be_opened_is_told_before_anything_is_trained(tmp_path):
     (tmp_path / "mlflow.db").write_text("this is not a database, however long it may be" * 100)
     with pytest.raises(InputError, match=r"mlflow\.db does not open or is damaged \(.*not a database\); move it"):
-        sync.Sync(store=tmp_path, uri=None, asked={"sweep": some_cells(tmp_path)}, **OPTIONS)
+        mirror(tmp_path, {"sweep": some_cells(tmp_path)})
 
 
 # --- a store that is moved
@@ -181,7 +208,7 @@ def finished_sweep(store: Path) -> list:
     cells = some_cells(store)
     for cell in cells:
         end(cell, [0.5, 0.75])
-    sync.Sync(store=store, uri=None, asked={"sweep": cells}, **OPTIONS).close()
+    mirror(store, {"sweep": cells}).close()
     return cells
 
 
@@ -190,10 +217,11 @@ def test_a_moved_store_keeps_its_scores_and_takes_new_ones(store, tmp_path):
     moved = tmp_path / "elsewhere" / "multirun"
     moved.parent.mkdir()
     store.rename(moved)
+    in_another_process()
     assert reader.read_sweep(store=moved, uri=None, name="sweep").scores["dice"].tolist() == [0.5, 0.75] * 2
     cells = some_cells(moved, 3)
     end(cells[2], [1.0])
-    sync.Sync(store=moved, uri=None, asked={"sweep": cells}, **OPTIONS).close()
+    mirror(moved, {"sweep": cells}).close()
     assert len(reader.read_sweep(store=moved, uri=None, name="sweep").scores) == 5
     assert not store.exists()
     for run_id, *_ in runs_of(writer.store_uri(moved, None)).values():  # MLflow's own interface finds them too
@@ -204,13 +232,15 @@ def test_a_moved_store_keeps_its_scores_and_takes_new_ones(store, tmp_path):
 
 def test_a_copy_and_its_original_go_on_apart(store, tmp_path):
     finished_sweep(store)
+    before = sorted((store / "artifacts").iterdir())
     copy = Path(shutil.copytree(store, tmp_path / "copy"))
+    in_another_process()
     cells = some_cells(copy, 3)
     end(cells[2], [1.0])
-    sync.Sync(store=copy, uri=None, asked={"sweep": cells}, **OPTIONS).close()
+    mirror(copy, {"sweep": cells}).close()
     assert len(reader.read_sweep(store=copy, uri=None, name="sweep").runs) == 3
     assert len(reader.read_sweep(store=store, uri=None, name="sweep").runs) == 2
-    assert len(list((store / "artifacts").iterdir())) == 2
+    assert sorted((store / "artifacts").iterdir()) == before
 
 
 # --- a server
@@ -256,7 +286,7 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
     uri = f"http://127.0.0.1:{port}"
     cells = some_cells(tmp_path, 3)
     waited = time.monotonic()
-    own = sync.Sync(store=tmp_path, uri=uri, asked={"sweep": cells}, **OPTIONS)  # down at the start
+    own = mirror(tmp_path, {"sweep": cells}, uri=uri)  # down at the start
     waited = time.monotonic() - waited
     end(cells[0], [0.25])
     assert "does not answer: training goes on" in caplog.text
@@ -274,12 +304,12 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
     assert "cells are not in MLflow" in caplog.text
     with serving(server_folder, port), slow(port, 0.3) as late:
         # the next command, to a slow one
-        again = sync.Sync(store=tmp_path, uri=f"http://127.0.0.1:{late}", asked={"sweep": cells}, **OPTIONS)
+        again = mirror(tmp_path, {"sweep": cells}, uri=f"http://127.0.0.1:{late}")
         start = time.monotonic()
         again.close()
         assert time.monotonic() - start < 5
         end(cells[1], [0.5])
-        last = sync.Sync(store=tmp_path, uri=uri, asked={"sweep": cells}, trains=False, **OPTIONS)
+        last = mirror(tmp_path, {"sweep": cells}, uri=uri, trains=False)
         last.close()
         found = runs_of(uri)
         assert [found[cell.fingerprint][1:] for cell in cells] == [("FINISHED", [0, 1, 2])] * 3
@@ -326,7 +356,7 @@ def log_five(store: Path, uri: str, number: int) -> None:
     teacher = make_cell("Teacher", store=store)
     sync.PASS_EVERY_S = 0.1
     sync.SERVER_WAIT_S = 120  # all is to be logged here, however slow the machine; another test has the limit
-    sync.Sync(store=store, uri=uri, experiment="kdsweep", asked={"sweep": own}, teachers=[teacher])
+    mirror(store, {"sweep": [teacher, *own]}, uri=uri)
     for epochs in (1, 2):
         for cell in own:
             begin(cell, epochs)
@@ -364,7 +394,7 @@ def test_a_server_that_never_answers_costs_less_than_ten_seconds_in_all(tmp_path
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         cells = some_cells(tmp_path, 2)
         start = time.monotonic()
-        own = sync.Sync(store=tmp_path, uri=uri, asked={"sweep": cells}, **OPTIONS)
+        own = mirror(tmp_path, {"sweep": cells}, uri=uri)
         end(cells[0], [0.25])
         own.close()
         assert time.monotonic() - start < 10

@@ -12,8 +12,9 @@ from pathlib import Path
 import optuna
 import pytest
 from sqlalchemy.exc import DatabaseError
-from test_writer import begin, client_of, end, make_cell
+from test_writer import begin, client_of, end, in_another_process, make_cell
 
+from kdsweep.config import grid
 from kdsweep.core import databases
 from kdsweep.core.errors import InputError, one_line
 from kdsweep.results import tables
@@ -42,7 +43,8 @@ def log_sweep(store: Path) -> None:
         if not (cell.folder / records.FINISHED).exists():
             end(cell, [0.5, 0.75])
     requests.ask(store, "sweep", cells=cells, teachers=[teacher])
-    sync.Sync(store=store, uri=None, experiment="kdsweep", asked={"sweep": cells}, teachers=[teacher])
+    folders = [cell.folder for cell in [teacher, *cells]]
+    sync.Sync(store=store, uri=None, experiment="kdsweep", sweeps={"sweep": folders}, trains=True)
     sync.close_all()
 
 
@@ -177,7 +179,7 @@ def test_a_damaged_database_names_the_remedy_and_is_not_overwritten(store, tmp_p
         assert file.read_bytes()[:4096] == left[:4096]
 
 
-@pytest.mark.parametrize("call", ["ask", "sync"])
+@pytest.mark.parametrize("call", ["publish", "sync"])
 def test_damage_that_shows_while_cells_are_logged_is_one_line(store, monkeypatch, caplog, capsys, call):
     def fail(*_: object, **__: object) -> None:
         raise DatabaseError("UPDATE", {}, sqlite3.DatabaseError("database disk image is malformed"))
@@ -203,8 +205,27 @@ def test_without_its_database_a_store_is_logged_again_by_the_same_command(store,
 
 
 def test_a_sweep_that_mlflow_lacks_is_told_apart_from_one_that_was_never_requested(store):
-    requests.ask(store, "sweep", cells=[make_cell(store=store)], teachers=[])
+    cell = make_cell(store=store)
+    requests.ask(store, "sweep", cells=[cell], teachers=[])
+    assert reader.read_sweep(store=store, uri=None, name="sweep").runs["status"].tolist() == ["missing"]
+    begin(cell)
     assert "run the command of its sweep again" in error_of(lambda: scores_of(store))
+
+
+def test_tables_of_an_earlier_results_version_come_out(store, monkeypatch, capsys):
+    """The cells of the sweep are other ones now, and are computed again."""
+    cells = [replace(make_cell(name, store=store), evidence={"results_version": "0"}) for name in ("L_MSE", "Student")]
+    requests.ask(store, "sweep", cells=cells, teachers=[])
+    for cell in cells:
+        writer.Tracker(store=store, uri=None).sync(end(cell, [0.5, 0.75]), sweep="sweep")
+    assert tables.main(["table4", "--store", str(store)]) == 0
+    printed = capsys.readouterr().out
+    assert "62.5" in printed
+    assert "Computed by an earlier kdsweep, results version 0 (this one: " in printed
+    newer = [replace(cell, evidence={"results_version": "1"}) for cell in cells]
+    monkeypatch.setattr(grid, "RESULTS_VERSION", grid.RESULTS_VERSION + 1)
+    requests.ask(store, "sweep", cells=newer, teachers=[])
+    assert reader.read_sweep(store=store, uri=None, name="sweep").runs["status"].tolist() == ["missing"] * 2
 
 
 RECORDS = {
@@ -214,7 +235,7 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize("content", [GARBAGE, b"", b"[]", b"{}", b'{"asked": '])
+@pytest.mark.parametrize("content", [GARBAGE, b"", b"[]", b"{}", b'{"requests": '])
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_damaged_record_of_a_sweep_is_named_and_never_overwritten(store, name, content, capsys):
     cell = make_cell(store=store)
@@ -254,6 +275,7 @@ def test_a_copy_that_cannot_be_written_to_logs_nothing_and_says_so(store, tmp_pa
     assert error_of(lambda: reader.keep_external(figure, **own)).startswith(f"{copy} cannot be written to")
     assert files_of(store) == before
     monkeypatch.undo()
+    in_another_process()
     sweep = reader.read_sweep(store=copy, uri=None, name="sweep")
     assert reader.attach(sweep, [figure], folder="figures", store=copy, uri=None).startswith("logged to MLflow")
     assert files_of(store) == before
@@ -348,5 +370,5 @@ def test_a_password_is_never_shown():
 def test_a_run_of_mlflow_cannot_lead_out_of_the_store(store):
     run = {"role": "distilled", "notation": "../../evil", "split": 0, "seed": 0, "fingerprint": "f" * 64, "run_id": "a"}
     assert "outside of the store" in error_of(lambda: artifacts.read(run, artifacts.SCORES, store=store, uri=None))
-    assert "outside of the store" in error_of(lambda: requests.read_asked(store, "../../evil"))
+    assert "outside of the store" in error_of(lambda: requests.read(store, "../../evil"))
     assert writer.artifact_file(store, "a", "b") == store / "artifacts" / "a" / "artifacts" / "b"

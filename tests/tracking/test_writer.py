@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from mlflow.tracking._tracking_service import utils
 from mlflow.utils.validation import _validate_batch_log_limits
 
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
-from kdsweep.runs import records
+from kdsweep.runs import records, requests
 from kdsweep.tracking import reader, writer
 
 PARAMS = {"data.name": "busi", "weights": "none", "train.lr": 0.001}
@@ -27,6 +28,15 @@ def store(empty_store, tmp_path_factory) -> Path:
 def make_cell(notation="L_MSE", split=0, evidence="a", store=Path("store"), **settings) -> Cell:
     role = {"Student": "baseline", "Teacher": "teacher"}.get(notation, "distilled")
     return Cell(role, notation, split, 0, settings or {"lr": 1}, {"data": evidence}, store)
+
+
+def in_another_process() -> None:
+    """Have MLflow look again where the artifacts of a run are: it keeps that as long as a process lives."""
+    utils._artifact_repos_cache.clear()
+
+
+def ask(store: Path, sweep: str, cells: list[Cell], **more) -> None:
+    requests.ask(store, sweep, cells=cells, teachers=[], **more)
 
 
 def begin(cell: Cell, epochs: int = 3, params=PARAMS) -> records.Record:
@@ -58,7 +68,7 @@ def finish(tracker: writer.Tracker, cell: Cell, sweep: str, folder: Path, dice: 
 
 def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
     tracker, cell = writer.Tracker(store=store, uri=None), make_cell()
-    tracker.ask("round-trip", [cell])
+    ask(store, "round-trip", [cell])
     run_id = finish(tracker, cell, "round-trip", tmp_path, [0.25, 0.75])
     sweep = reader.read_sweep(store=store, uri=None, name="round-trip")
     (row,) = sweep.runs.to_dict("records")
@@ -73,7 +83,7 @@ def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
 
 def test_ids_that_look_like_a_missing_value_come_back(store, tmp_path):
     tracker, cell = writer.Tracker(store=store, uri=None), make_cell(evidence="ids")
-    tracker.ask("ids", [cell])
+    ask(store, "ids", [cell])
     record = end(replace(cell, store=tmp_path), [0.25, 0.5, 0.75])
     scores = record.folder / "test_scores.csv"
     pd.DataFrame({"image": ["nan", "null", "NA"], "label": "", "dice": [0.25, 0.5, 0.75]}).to_csv(scores, index=False)
@@ -84,11 +94,11 @@ def test_ids_that_look_like_a_missing_value_come_back(store, tmp_path):
 def test_the_last_sweep_is_the_last_one_with_a_finished_cell(tmp_path):
     store = tmp_path / "store"
     tracker, cell = writer.Tracker(store=store, uri=None), make_cell()
-    tracker.ask("empty", [make_cell("H_MSE")])
+    ask(store, "empty", [make_cell("H_MSE")])
     assert reader.read_sweep(store=store, uri=None, name=None).name == "empty"  # nothing is finished in any
-    tracker.ask("done", [cell])
+    ask(store, "done", [cell])
     finish(tracker, cell, "done", tmp_path / "cells", [0.5])
-    tracker.ask("failed on its data", [make_cell("H_KLD")])
+    ask(store, "failed on its data", [make_cell("H_KLD")])
     assert reader.read_sweep(store=store, uri=None, name=None).name == "done"
     assert reader.read_sweep(store=store, uri=None, name="failed on its data").name == "failed on its data"
 
@@ -97,7 +107,7 @@ def test_what_a_network_began_with_is_named_by_file_and_digest(store, tmp_path):
     evidence = {"student_weights": "0123456789abcdef"}
     cell = replace(make_cell(), evidence=evidence, store=tmp_path)
     tracker = writer.Tracker(store=store, uri=None)
-    tracker.ask("weights", [cell])
+    ask(store, "weights", [cell])
     begin(cell)
     described = json.loads((cell.folder / records.CELL).read_text())
     described["params"] |= {"weights": "none", "student.weights": "mine.pt"}
@@ -108,42 +118,68 @@ def test_what_a_network_began_with_is_named_by_file_and_digest(store, tmp_path):
 
 
 def test_what_tells_cells_of_a_sweep_apart_comes_back_and_stays(store):
-    tracker = writer.Tracker(store=store, uri=None)
     own = [replace(make_cell(lr=lr), variant={"train.lr": str(lr)}) for lr in (0.5, 0.25)]
-    tracker.ask("variants", own, varied=["train.lr"])
-    tracker.ask("variants", [replace(own[0], variant={})])  # alone, by a later command
-    tracker.ask("variants", [replace(make_cell("H_MSE"), variant={"kd.weight": "1"})], varied=["kd.weight"])
+    ask(store, "variants", own, varied=["train.lr"])
+    ask(store, "variants", [replace(own[0], variant={})])  # alone, by a later command
+    ask(store, "variants", [replace(make_cell("H_MSE"), variant={"kd.weight": "1"})], varied=["kd.weight"])
     sweep = reader.read_sweep(store=store, uri=None, name="variants")
     found = {row["fingerprint"]: row["variant"] for row in sweep.runs.to_dict("records")}
     assert [found[cell.fingerprint] for cell in own] == [{"train.lr": "0.5"}, {"train.lr": "0.25"}]
     assert sweep.varied == ("train.lr", "kd.weight")
 
 
-def test_commands_come_back_once_each_the_last_one_last_and_never_too_many(store):
-    tracker = writer.Tracker(store=store, uri=None)
+def test_commands_come_back_once_each_the_last_one_last(store):
     for command in ("first", "second 'a b'", "first", ""):
-        tracker.ask("commands", [make_cell()], command=command)
+        ask(store, "commands", [make_cell()], command=command)
     assert reader.read_sweep(store=store, uri=None, name="commands").commands == ("second 'a b'", "first")
-    for number in range(5):
-        tracker.ask("commands", [make_cell()], command=str(number) * 1500)
-    lengths = [len(command) for command in reader.read_sweep(store=store, uri=None, name="commands").commands]
-    assert lengths == [1500, 1500]
 
 
-def test_the_parent_run_says_what_the_sweep_is(store):
+def test_the_parent_run_says_what_the_sweep_is(store, tmp_path):
     tracker = writer.Tracker(store=store, uri=None)
-    tracker.ask("told", [make_cell("L_MSE", split=0), make_cell("Student", split=1)])
-    tracker.ask("told", [make_cell("H_KLD", split=0)])
-    sweep = reader.read_sweep(store=store, uri=None, name="told")
-    run = client_of(store).get_run(sweep.run_id)
+    ask(store, "described", [make_cell("L_MSE", split=0), make_cell("Student", split=1)])
+    first = tracker.publish("described")
+    ask(store, "described", [make_cell("H_KLD", split=0)], command="again")
+    assert writer.Tracker(store=store, uri=None).publish("described") == first
+    run = client_of(store).get_run(first)
+    assert run.info.status == "FINISHED"
     assert run.data.tags["mlflow.note.content"].startswith(
-        "**3 cells** of sweep `told`: H_KLD, L_MSE, Student; split0, split1; seed0."
+        "**3 cells** of sweep `described`: H_KLD, L_MSE, Student; split0, split1; seed0."
     )
-    assert run.info.experiment_id == sweep.experiment_id
+    sweep = reader.read_sweep(store=store, uri=None, name="described")
+    assert (sweep.run_id, sweep.experiment_id) == (first, run.info.experiment_id)
+    artifact = client_of(store).download_artifacts(first, writer.SWEEP_FILE, str(tmp_path))
+    assert requests.parse(json.loads(Path(artifact).read_text())) == requests.read(store, "described")
+
+
+def test_a_server_without_the_store_gives_the_same_sweep(tmp_path, empty_store):
+    store = Path(shutil.copytree(empty_store, tmp_path / "store"))
+    tracker, teacher = writer.Tracker(store=store, uri=None), make_cell("Teacher", store=store)
+    learned = replace(make_cell(store=store), evidence={"teacher": teacher.fingerprint}, variant={"kd.weight": "1"})
+    sweeps = {"older": [make_cell("H_MSE", store=store)], "sweep": [learned, make_cell("Student", store=store)]}
+    for name, cells in sweeps.items():
+        requests.ask(store, name, cells=cells, teachers=[teacher], varied=["kd.weight"], tuned=["lr"], command="typed")
+        tracker.publish(name)
+    for cell in (teacher, learned):
+        tracker.sync(end(cell, [0.25, 0.75]), sweep="sweep")
+    server = {"uri": writer.store_uri(store, None), "store": tmp_path / "elsewhere"}
+    for name in (None, "sweep", "older"):
+        there, here = reader.read_sweep(**server, name=name), reader.read_sweep(store=store, uri=None, name=name)
+        pd.testing.assert_frame_equal(there.runs, here.runs)
+        pd.testing.assert_frame_equal(there.scores, here.scores)
+        for field in ("name", "varied", "tuned", "commands", "run_id"):
+            assert getattr(there, field) == getattr(here, field)
+    with pytest.raises(InputError, match=r"sweep=nonsense is not in this store; it holds: older, sweep$"):
+        reader.read_sweep(**server, name="nonsense")
 
 
 def client_of(store: Path) -> writer.MlflowClient:
     return writer.MlflowClient(tracking_uri=writer.store_uri(store, None))
+
+
+def runs_of(store: Path, cell: Cell) -> dict[str, str]:
+    """Statuses of a cell's runs, by their ids."""
+    found = writer.Tracker(store=store, uri=None).search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
+    return {run.info.run_id: run.info.status for run in found}
 
 
 def steps_of(store: Path, run_id: str, key: str = "train/loss") -> list[int]:
@@ -210,26 +246,71 @@ def test_a_run_whose_opening_was_not_answered_is_found_by_the_same_command(store
         create(*args, **kwargs)
         raise ConnectionError("no answer")
 
-    tracker.ask("unanswered", [cell])
+    tracker.publish("unanswered")
     with monkeypatch.context() as patch:
         patch.setattr(writer.MlflowClient, "create_run", lost)
         with pytest.raises(ConnectionError):
             tracker.sync(end(cell, [0.5]), sweep="unanswered")
     run_id = tracker.sync(end(cell, [0.5]), sweep="unanswered")
-    found = tracker.search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
-    assert [run.info.run_id for run in found] == [run_id]
+    assert runs_of(store, cell) == {run_id: "FINISHED"}
 
 
-def test_a_cell_that_is_computed_anew_leaves_its_old_run_behind(store, tmp_path):
-    """Its checkpoint was lost: the epochs are others, and must not stand beside the old ones in one run."""
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("{"), lambda file: file.write_text("[]")])
+@pytest.mark.parametrize("epochs", [0, 2, None])
+def test_without_its_note_in_the_folder_a_cell_has_one_run_with_each_value_once(empty_store, tmp_path, damage, epochs):
+    """Killed between MLflow's answer and the note, or the note is damaged."""
+    store = Path(shutil.copytree(empty_store, tmp_path / "store"))
+    cell = make_cell(store=store)
+    record = end(cell, [0.5]) if epochs is None else begin(cell, epochs)
+    first = writer.Tracker(store=store, uri=None).sync(record, sweep="sweep")
+    damage(cell.folder / writer.MIRROR)
+    run_id = writer.Tracker(store=store, uri=None).sync(end(cell, [0.5]), sweep="sweep")
+    assert (run_id == first) == (epochs == 0)
+    assert runs_of(store, cell) == {run_id: "FINISHED"}
+    assert steps_of(store, run_id) == [0, 1, 2]
+    assert steps_of(store, run_id, "test/dice") == [0]
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_that_was_deleted_by_hand_is_logged_again(store, tmp_path, is_finished):
+    cell = replace(make_cell(lr=28 + is_finished), store=tmp_path)
+    record = end(cell, [0.5]) if is_finished else begin(cell, 2)
+    first = writer.Tracker(store=store, uri=None).sync(record, sweep="by hand")
+    client_of(store).delete_run(first)
+    second = writer.Tracker(store=store, uri=None).sync(record, sweep="by hand")
+    assert runs_of(store, cell) == {second: record.status}
+    assert steps_of(store, second) == list(range(len(record.times_ms)))
+
+
+def test_an_older_copy_of_the_database_is_brought_up_to_date(empty_store, tmp_path):
+    store = Path(shutil.copytree(empty_store, tmp_path / "store"))
+    cell = make_cell(store=store)
+    run_id = writer.Tracker(store=store, uri=None).sync(begin(cell, 1), sweep="sweep")
+    older = Path(shutil.copytree(store, tmp_path / "older"))  # opened as another one: this process has the first open
+    record = end(cell, [0.5])
+    assert writer.Tracker(store=store, uri=None).sync(record, sweep="sweep") == run_id
+    for name in (writer.MIRROR, records.PROGRESS, records.FINISHED, *writer.ARTIFACTS):
+        shutil.copy(cell.folder / name, replace(cell, store=older).folder)
+    again = records.read(replace(cell, store=older).folder)
+    assert writer.Tracker(store=older, uri=None).sync(again, sweep="sweep") == run_id
+    assert client_of(older).get_run(run_id).info.status == "FINISHED"
+    assert steps_of(older, run_id) == [0, 1, 2]
+    assert steps_of(older, run_id, "test/dice") == [0]
+
+
+def test_a_cell_that_is_computed_again_gets_a_new_run_and_the_old_one_goes_when_that_is_finished(store, tmp_path):
+    """Its checkpoint was lost: the epochs are others, and must not be mixed with the old ones in one run."""
     cell = replace(make_cell(lr=21), store=tmp_path)
-    tracker = writer.Tracker(store=store, uri=None)
-    old = tracker.sync(begin(cell, 3), sweep="anew")
+    old = writer.Tracker(store=store, uri=None).sync(begin(cell, 3), sweep="again")
     record = replace(begin(cell, 1), times_ms=[5_000_000])
-    new = writer.Tracker(store=store, uri=None).sync(record, sweep="anew")
-    assert new != old
-    assert client_of(store).get_run(old).info.status == "KILLED"
+    tracker = writer.Tracker(store=store, uri=None)
+    new = tracker.sync(record, sweep="again")
+    assert runs_of(store, cell) == {new: "RUNNING", old: "KILLED"}
     assert steps_of(store, new) == [0]
+    record = replace(end(cell, [0.5]), times_ms=[5_000_000, 6_000_000, 7_000_000])
+    assert tracker.sync(record, sweep="again") == new
+    assert runs_of(store, cell) == {new: "FINISHED"}
+    assert steps_of(store, new) == [0, 1, 2]
 
 
 def test_a_finished_cell_has_one_finished_run_also_after_it_was_computed_again(store, tmp_path):
@@ -240,8 +321,7 @@ def test_a_finished_cell_has_one_finished_run_also_after_it_was_computed_again(s
     assert tracker.sync(end(cell, [0.5]), sweep="twice") == first  # the same scores: nothing to add
     second = tracker.sync(end(cell, [0.75]), sweep="twice")
     assert second != first
-    found = tracker.search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
-    assert [(run.info.run_id, run.info.status) for run in found] == [(second, "FINISHED")]
+    assert runs_of(store, cell) == {second: "FINISHED"}
 
 
 def test_a_failed_cell_has_its_error_beside_its_status_and_may_go_on(store, tmp_path):
@@ -255,31 +335,14 @@ def test_a_failed_cell_has_its_error_beside_its_status_and_may_go_on(store, tmp_
     assert tracker.sync(begin(cell, 2), sweep="failed") == run_id
     run = client_of(store).get_run(run_id)
     assert run.info.status == "RUNNING"
-    assert "kdsweep.error" not in run.data.tags
+    assert run.data.tags["kdsweep.error"] == ""
     assert steps_of(store, run_id) == [0, 1]
-
-
-def test_of_several_runs_of_a_cell_the_one_that_fits_goes_on_and_none_stays_open(store, tmp_path):
-    cell = replace(make_cell(lr=24), store=tmp_path)
-    first = writer.Tracker(store=store, uri=None)
-    fits = first.sync(begin(cell, 2), sweep="several")
-    own = first._known[cell.fingerprint][0]
-    others = [first._create(begin(cell, 1), "several", again=True).run_id for _ in range(2)]
-    for number, run_id in enumerate(others):
-        point = writer.Metric("val/loss", 0.1, 77 + number, 0)
-        client_of(store).log_batch(run_id, metrics=[point])
-    assert own.run_id == fits
-    for epochs in (2, 3):
-        assert writer.Tracker(store=store, uri=None).sync(begin(cell, epochs), sweep="several") == fits
-    found = first.search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
-    statuses = {run.info.run_id: run.info.status for run in found}
-    assert statuses == {fits: "RUNNING", others[0]: "KILLED", others[1]: "KILLED"}
 
 
 def test_of_several_runs_of_a_cell_the_finished_one_counts(store, tmp_path):
     """Another command began the cell later and was killed: its run is newer, the scores are those of the finished."""
     tracker, cell = writer.Tracker(store=store, uri=None), make_cell(lr=25)
-    tracker.ask("counts", [cell])
+    ask(store, "counts", [cell])
     run_id = finish(tracker, cell, "counts", tmp_path, [0.25, 0.75])
     client = client_of(store)
     known = client.get_run(run_id)
@@ -292,8 +355,7 @@ def test_of_several_runs_of_a_cell_the_finished_one_counts(store, tmp_path):
 
 
 def test_what_was_asked_for_and_is_not_there_is_missing(store):
-    tracker = writer.Tracker(store=store, uri=None)
-    tracker.ask("gaps", [make_cell(split=2, lr=5), make_cell("Student", split=1, lr=5)])
+    ask(store, "gaps", [make_cell(split=2, lr=5), make_cell("Student", split=1, lr=5)])
     runs = reader.read_sweep(store=store, uri=None, name="gaps").runs.set_index("notation")
     assert runs["status"].tolist() == ["missing", "missing"]
     assert runs.loc["L_MSE", ["split", "role"]].tolist() == [2, "distilled"]
@@ -304,9 +366,9 @@ def test_a_cell_asked_again_with_new_data_takes_the_old_ones_place(store, tmp_pa
     tracker = writer.Tracker(store=store, uri=None)
     old, new = make_cell(lr=11, evidence="old"), make_cell(lr=11, evidence="new")
     assert old.key == new.key
-    tracker.ask("again", [old])
+    ask(store, "again", [old])
     finish(tracker, old, "again", tmp_path, [0.1])
-    tracker.ask("again", [new])
+    ask(store, "again", [new])
     (row,) = reader.read_sweep(store=store, uri=None, name="again").runs.to_dict("records")
     assert (row["fingerprint"], row["status"]) == (new.fingerprint, "missing")
 
@@ -315,7 +377,7 @@ def test_a_teacher_comes_with_the_cells_that_it_taught(store, tmp_path):
     tracker, teacher = writer.Tracker(store=store, uri=None), make_cell("Teacher", lr=12)
     finish(tracker, teacher, "first", tmp_path, [0.9])
     cell = replace(make_cell(lr=12), evidence={"teacher": teacher.fingerprint})
-    tracker.ask("second", [cell])
+    ask(store, "second", [cell])
     finish(tracker, cell, "second", tmp_path, [0.8])
     sweep = reader.read_sweep(store=store, uri=None, name="second")
     assert sorted(sweep.runs["notation"]) == ["L_MSE", "Teacher"]
@@ -324,7 +386,7 @@ def test_a_teacher_comes_with_the_cells_that_it_taught(store, tmp_path):
 
 def test_a_run_left_open_by_a_killed_process_is_closed_and_goes_on_later(store, tmp_path):
     cell = replace(make_cell(lr=13), store=tmp_path)
-    writer.Tracker(store=store, uri=None).ask("killed", [cell])
+    ask(store, "killed", [cell])
     run_id = writer.Tracker(store=store, uri=None).sync(begin(cell, 1), sweep="killed")
     assert client_of(store).get_run(run_id).info.status == "RUNNING"
     record = records.read(cell.folder)
@@ -353,28 +415,26 @@ def test_no_call_holds_more_than_an_mlflow_server_takes(store, tmp_path, monkeyp
 
     monkeypatch.setattr(writer.MlflowClient, "log_batch", limited)
     tracker, cells = writer.Tracker(store=store, uri=None), [make_cell(lr=17, cell=number) for number in range(250)]
-    tracker.ask("large", cells)
+    ask(store, "large", cells)
     many = begin(replace(cells[0], store=tmp_path), 1000, params={f"key{i}": i for i in range(250)})
     run_id = tracker.sync(many, sweep="large")
     monkeypatch.undo()
     assert steps_of(store, run_id) == list(range(1000))
-    client = client_of(store)
-    (parent,) = client.search_runs(
-        [tracker.experiment_id], "tags.`kdsweep.role` = 'sweep' and tags.`kdsweep.sweep` = 'large'"
-    )
-    asked = {value for key, value in parent.data.tags.items() if key.startswith(writer.ASKED)}
-    assert asked == {cell.fingerprint for cell in cells}
+    parent = client_of(store).get_run(run_id).data.tags["mlflow.parentRunId"]
+    artifact = client_of(store).download_artifacts(parent, writer.SWEEP_FILE, str(tmp_path))
+    requested = json.loads(Path(artifact).read_text())["requests"].values()
+    assert {row["fingerprint"] for row in requested} == {cell.fingerprint for cell in cells}
 
 
 def test_without_a_name_the_sweep_last_asked_for_is_read(tmp_path):
-    tracker = writer.Tracker(store=(store := tmp_path / "store"), uri=None)
+    writer.Tracker(store=(store := tmp_path / "store"), uri=None)
     for name in ("one", "other", "one"):
-        tracker.ask(name, [make_cell(lr=15)])
+        ask(store, name, [make_cell(lr=15)])
     assert reader.read_sweep(store=store, uri=None, name=None).name == "one"
 
 
 def test_an_unknown_sweep_and_a_missing_store_are_told_in_one_line(store, tmp_path):
-    writer.Tracker(store=store, uri=None).ask("known", [make_cell(lr=16)])
+    ask(store, "known", [make_cell(lr=16)])
     with pytest.raises(InputError, match=r"sweep=nonsense is not in this store; it holds: .*known"):
         reader.read_sweep(store=store, uri=None, name="nonsense")
     with pytest.raises(InputError, match=r"no mlflow\.db in it"):
