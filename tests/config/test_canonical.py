@@ -99,6 +99,15 @@ def test_two_spellings_of_one_number_are_one_cell(cell, store: Path, one: str, o
     assert params[0] == params[1]
 
 
+def test_a_default_that_is_typed_is_the_same_cell(cell) -> None:
+    usual = cell("path=HR")
+    typed = ["+path.kd_path.stage=encoder.5", "train.last_batch=smaller", "train.schedule=constant"]
+    typed += ["train.supervised=bce", "teacher.monitor=loss", "kd.align=warp", "kd.weight=0.5"]
+    for word in typed:
+        own = cell(f"path=HR {word}")
+        assert (own.fingerprint, own.teacher.fingerprint) == (usual.fingerprint, usual.teacher.fingerprint), word
+
+
 def test_other_numbers_are_other_cells(cell) -> None:
     values = ["1", "2", "1.5", "1e16", "0.1"]
     assert len({cell(f"loss.logits.temperature={value}").fingerprint for value in values}) == len(values)
