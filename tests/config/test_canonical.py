@@ -108,6 +108,19 @@ def test_a_default_that_is_typed_is_the_same_cell(cell) -> None:
         assert (own.fingerprint, own.teacher.fingerprint) == (usual.fingerprint, usual.teacher.fingerprint), word
 
 
+def test_a_file_of_weights_counts_by_its_content(cell, tmp_path: Path) -> None:
+    file, copy = tmp_path / "one.safetensors", tmp_path / "copy.safetensors"
+    for own in (file, copy):
+        own.write_bytes(b"some weights")
+    one, same = (cell(f"student.weights={own} teacher.weights={own}") for own in (file, copy))
+    assert (one.fingerprint, one.teacher.fingerprint) == (same.fingerprint, same.teacher.fingerprint)
+    file.write_bytes(b"other weights")
+    other = cell(f"student.weights={file}")
+    taught = cell(f"teacher.weights={file}")
+    assert len({own.fingerprint for own in (one, other, taught)}) == 3
+    assert one.teacher.fingerprint != taught.teacher.fingerprint != other.teacher.fingerprint
+
+
 def test_other_numbers_are_other_cells(cell) -> None:
     values = ["1", "2", "1.5", "1e16", "0.1"]
     assert len({cell(f"loss.logits.temperature={value}").fingerprint for value in values}) == len(values)

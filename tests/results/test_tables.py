@@ -758,8 +758,9 @@ def test_non_inferiority_to_its_own_teacher(sweep):
 
 
 def test_the_margin_is_the_sweeps_own_unless_the_table_is_given_one(sweep):
-    params = [own | {"stats.margin_points": "3.5"} for own in sweep.runs["params"]]
-    asked = changed(sweep, params=params)
+    margins = ["1.5", "3.5", *["2.5"] * (len(sweep.runs) - 2)]  # that of the run begun last counts
+    params = [own | {"stats.margin_points": each} for own, each in zip(sweep.runs["params"], margins, strict=True)]
+    asked = changed(sweep, params=params, started_ms=[5, 9, *[7] * (len(sweep.runs) - 2)])
     table = dsc.table4(asked)
     assert set(table["margin_points"]) == {3.5}
     assert "at most 3.5 points worse than Teacher" in dsc.format_table4(table)

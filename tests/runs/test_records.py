@@ -1,5 +1,6 @@
 """What a run's folder tells: a finished cell counts only as long as it is what was written."""
 
+import itertools
 import json
 import os
 
@@ -127,6 +128,20 @@ def test_a_predecessor_has_the_same_name_and_not_a_similar_one(tmp_path, other):
     assert records.read_predecessor(cell, besides=set()) is None
     similar.rename(before.folder)
     assert records.read_predecessor(cell, besides=set())["params"] == {"a": 1}
+
+
+def test_a_cell_that_is_resumed_began_when_it_first_did_and_ends_when_it_is_finished(tmp_path, monkeypatch):
+    cell, clock = make_cell(tmp_path), itertools.count(1000, 1000)
+    monkeypatch.setattr(records, "now_ms", lambda: next(clock))
+    begin(cell)
+    first = records.read(cell.folder).started_ms
+    records.write_failed(cell.folder, "it broke")
+    failed = records.read(cell.folder)
+    begin(cell)
+    records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
+    finished = records.read(cell.folder)
+    assert first == failed.started_ms == finished.started_ms
+    assert first < failed.ended_ms < finished.ended_ms
 
 
 def test_of_several_predecessors_the_latest_is_compared_with(tmp_path):

@@ -122,6 +122,13 @@ def test_cells_of_one_command_that_the_fingerprint_tells_apart_have_places_of_th
     assert requests.folders(own[0].cell.store) == {job.cell.folder for job in own}
 
 
+def test_values_that_give_one_cell_are_no_variants_of_it(command, small_busi, tmp_path):
+    copy = shutil.copytree(small_busi, tmp_path / "copy")
+    own = command(*([f"data.root={root}", f"train.lr={lr}"] for root in (small_busi, copy) for lr in ("0.1", "0.2")))
+    assert len({job.cell.fingerprint for job in own}) == 2
+    assert [job.cell.variant for job in own] == [{"train.lr": "0.1"}, {"train.lr": "0.2"}] * 2
+
+
 def test_a_replaced_image_takes_the_seat_of_the_old_one_and_a_moved_folder_too(command, small_busi, tmp_path):
     first, moved = tmp_path / "first", tmp_path / "moved"
     shutil.copytree(small_busi, first)

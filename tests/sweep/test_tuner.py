@@ -171,6 +171,25 @@ def test_the_choice_is_the_best_validation_dice_and_its_scores_are_of_the_same_t
             assert float(run["params"][key]) == value
 
 
+def test_each_split_has_its_own_choice_and_each_seed_is_trained_with_it(small_busi, empty_store, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(empty_store, store)
+    jobs = [["path=none", f"split=s{split}", f"seed={seed}"] for split in (0, 1) for seed in (0, 1)]
+    options = {"search": {"train": {"lr": [1e-4, 1e-2]}}, "sampler": {"_target_": "optuna.samplers.GridSampler"}}
+    common = [*QUICK, "train.epochs=2", f"data.root={small_busi}", f"store={store}"]
+    launch(jobs, common, **options, trials=3, round=3, pruner={"_target_": "optuna.pruners.NopPruner"})
+    found = trials(store)
+    assert dict(found.groupby("split").size()) == {0: 3, 1: 3}, "as many trials, however many seeds there are"
+    chosen = found[found["is_chosen"]].set_index("split")["params"]
+    for name in ("busi-quick", "busi-quick-tuned"):
+        runs = reader.read_sweep(store=store, uri=None, name=name).runs
+        assert sorted(zip(runs["split"], runs["seed"], strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert set(runs["status"]) == {"FINISHED"}
+        for split, params in zip(runs["split"], runs["params"], strict=True):
+            expected = chosen[split]["train.lr"] if name.endswith("tuned") else 1e-3
+            assert float(params["train.lr"]) == expected
+
+
 def test_only_what_was_chosen_or_configured_was_tested(unbroken):
     asked = requests.folders(unbroken)
     assert requests.sweeps(unbroken) == ["busi-quick", "busi-quick-tuned"]

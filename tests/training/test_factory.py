@@ -122,6 +122,31 @@ def test_the_options_of_training_reach_the_learner(compose):
     assert learner.optimizer.param_groups[0]["lr"] == 2e-4
 
 
+def test_the_options_of_a_teachers_training_reach_its_learner(compose):
+    """Those of its own where it has them, else those of the Student."""
+    logits, mask = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2, 1, 8, 8)
+    given = ["train.epochs=7", "train.patience=3", "train.supervised=bce_dice", "train.schedule=cosine"]
+    own = ["teacher.epochs=5", "teacher.monitor=dice", "teacher.supervised=bce", "teacher.schedule=poly"]
+    expected = [(7, "loss", losses.cross_entropy_and_dice, "cosine"), (5, "dice", losses.cross_entropy, "poly")]
+    for words, (epochs, monitor, supervised, schedule) in zip((given, [*given, *own]), expected, strict=True):
+        cfg = compose("path=L", *words)
+        teacher = factory.teacher_learner(cfg, identity.teacher_cell(cfg))
+        student = factory.learner(cfg, identity.cell(cfg))
+        assert (teacher.epochs, teacher.patience, teacher.monitor, teacher.schedule) == (epochs, 3, monitor, schedule)
+        assert (student.epochs, student.monitor, student.schedule) == (7, "loss", "cosine")
+        assert teacher.supervised(logits=logits, mask=mask) == supervised(logits=logits, mask=mask)
+        assert student.supervised(logits=logits, mask=mask) == losses.cross_entropy_and_dice(logits=logits, mask=mask)
+
+
+def test_the_groups_of_images_reach_their_scores(compose, tmp_path):
+    ids, file = identity.images(compose()).ids, tmp_path / "groups.csv"
+    groups = {image_id: f"patient {number // 2}" for number, image_id in enumerate(ids)}
+    file.write_text("id,group\n" + "".join(f"{image_id},{group}\n" for image_id, group in groups.items()))
+    for words in (["split=kfold"], ["split=kfold", f"split.group={file}"]):
+        part = factory.feed(compose(*words), seed=0).test
+        assert part.groups == ([groups[image_id] for image_id in part.ids] if len(words) > 1 else None)
+
+
 def test_a_frozen_teacher_is_in_eval_mode_without_gradients(compose):
     network = unet.freeze(factory.teacher_network(compose("path=L")))
     assert not any(module.training for module in network.modules())

@@ -47,14 +47,16 @@ def compose(small_busi, tmp_path):
 
 
 def teachers_of(*configs):
-    """Untrained but frozen Teachers by fingerprint; distillation does not care how good they are."""
-    taught = [cfg for cfg in configs if cfg.is_taught]
-    return {
-        identity.teacher_cell(cfg).fingerprint: unet.freeze(
-            factory.teacher_network(cfg).to(memory_format=torch.channels_last)
-        )
-        for cfg in taught
-    }
+    """Untrained but frozen Teachers by fingerprint, unlike each other; distillation does not care how good they are."""
+    found = {}
+    for cfg in configs:
+        if cfg.is_taught:
+            network = factory.teacher_network(cfg).to(memory_format=torch.channels_last)
+            with torch.no_grad():  # equal seeds would give Teachers of both views the same weights
+                for parameter in network.parameters():
+                    parameter.mul_(1.0 if cfg.teacher_aug.train_view == "weak" else 1.1)
+            found[identity.teacher_cell(cfg).fingerprint] = unet.freeze(network)
+    return found
 
 
 def make_learner(cfg, folder):
