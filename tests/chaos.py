@@ -352,7 +352,7 @@ def _run(client: writer.MlflowClient, run: writer.Run, store: Path) -> Iterator[
     for key, value in run.data.params.items():
         yield f"param {key}", value.replace(str(store), "STORE")
     for key, value in run.data.tags.items():
-        if key.startswith("kdsweep.") and key != "kdsweep.asked_at":
+        if key.startswith("kdsweep."):
             yield f"tag {key}", value.replace(str(store), "STORE")
     for key in run.data.metrics:
         steps: dict[int, list[str]] = {}
@@ -362,7 +362,10 @@ def _run(client: writer.MlflowClient, run: writer.Run, store: Path) -> Iterator[
             yield f"metric {key}, step {step}", " and ".join(values)
     for artifact in client.list_artifacts(run.info.run_id):
         file = store / "artifacts" / run.info.run_id / "artifacts" / artifact.path
-        yield f"artifact {artifact.path}", file_digest(file)
+        if artifact.path == writer.SWEEP_FILE:  # with the commands, which name the store
+            yield f"artifact {artifact.path}", file.read_text().replace(str(store), "STORE")
+        else:
+            yield f"artifact {artifact.path}", file_digest(file)
 
 
 def faults(found: Contents) -> Iterator[str]:

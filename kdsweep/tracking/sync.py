@@ -109,7 +109,7 @@ class Sync:
                 # A look at thousands of folders takes its time: at most a twentieth of a core is spent on it.
                 self._wake.wait(min(max(PASS_EVERY_S, 20 * pass_s), SELDOM_S))
 
-    def _attempt(self, work: Callable[[], None]) -> bool:
+    def _attempt(self, work: Callable[[], object]) -> bool:
         """Call it and return whether the store answered; warn once if not, it is tried again later."""
         try:
             work()
@@ -131,42 +131,36 @@ class Sync:
         self._complains = False
         return True
 
-    def _open(self) -> None:
+    def _open(self) -> writer.Tracker:
         if self._tracker is None:
             self._tracker = writer.Tracker(store=self.store, uri=self._uri, experiment=self._experiment)
+        return self._tracker
 
     def _pass(self) -> None:
         """Log what is new. A sweep without a begun cell is left out: its parent run would be empty."""
-        self._open()
+        tracker = self._open()
         with database.exclusive(self.store):
             versions = self._versions()
             for sweep, folders in self.sweeps.items():
                 begun = [folder for folder in folders if folder in versions]
                 if begun and sweep not in self._published:
-                    self._log(f"sweep {sweep}", partial(self._publish, sweep))
+                    self._log(sweep, partial(tracker.publish, sweep))
                     self._published.add(sweep)
                 for folder in begun:
-                    if self._logged.get(folder) != versions[folder]:
-                        self._log(str(folder), partial(self._sync_folder, folder, sweep))
-                        self._logged[folder] = versions[folder]
+                    if self._logged.get(folder) == versions[folder]:
+                        continue
+                    if (record := records.read(folder)).tags:  # else its description is damaged, and written again
+                        self._log(folder, partial(tracker.sync, record, sweep=sweep))
+                    self._logged[folder] = versions[folder]
 
-    def _log(self, name: str, call: Callable[[], object]) -> None:
+    def _log(self, what: str | Path, call: Callable[[], object]) -> None:
         """Call it; report and skip what MLflow will never take."""
         try:
             call()
         except Exception as error:
             if database.passes(error, self.where) or database.is_damage(error, self._uri):
                 raise
-            log.warning("%s: MLflow refuses what is to be logged: %s", name, database.line(error))
-
-    def _publish(self, sweep: str) -> None:
-        if self._tracker is not None:
-            self._tracker.publish(sweep)
-
-    def _sync_folder(self, folder: Path, sweep: str) -> None:
-        record = records.read(folder)
-        if self._tracker is not None and record.tags:  # else its description is damaged, and written again
-            self._tracker.sync(record, sweep=sweep)
+            log.warning("%s: MLflow refuses what is to be logged: %s", what, database.line(error))
 
 
 def close_all() -> None:

@@ -245,8 +245,10 @@ class Tracker:
             )
             for name in ARTIFACTS:
                 self.client.log_artifact(run_id, str(record.folder / name))
-        if "FAILED" in (record.status, logged.status):
+        if record.status == "FAILED":
             self.client.set_tag(run_id, ERROR, record.error[:4000])
+        elif logged.status == "FAILED" and ERROR in self.client.get_run(run_id).data.tags:
+            self.client.delete_tag(run_id, ERROR)
         if record.status != logged.status and record.status == "RUNNING":
             self.client.update_run(run_id, "RUNNING")
         elif record.status != logged.status:
