@@ -579,6 +579,49 @@ MUTANTS = [
         'if marker is None or not marker.pop("seal", None):',
         "tests/runs",
     ),
+    Mutant(
+        "the cell of an older results version stays in its sweep",
+        "runs/requests.py",
+        "not (row.version < grid.RESULTS_VERSION and row.name in names)",
+        "True",
+        "tests/runs",
+    ),
+    # tracking
+    Mutant(
+        "a cell that is computed again goes on in its old run",
+        "tracking/writer.py",
+        " or not logged.continues(record):",
+        ":",
+        "tests/tracking/test_writer.py",
+    ),
+    Mutant(
+        "runs of earlier computations stay",
+        "tracking/writer.py",
+        "self.client.delete_run(run.info.run_id)",
+        "pass",
+        "tests/tracking/test_writer.py",
+    ),
+    Mutant(
+        "a run that was deleted by hand counts",
+        "tracking/writer.py",
+        "return Logged(logged.run_id) if status else None",
+        "return logged",
+        "tests/tracking/test_writer.py",
+    ),
+    Mutant(
+        "a lost answer opens a second run",
+        "tracking/writer.py",
+        "            if not run.data.metrics:\n                return str(run.info.run_id)\n",
+        "",
+        "tests/tracking/test_writer.py",
+    ),
+    Mutant(
+        "a command that trains nothing leaves an empty parent run",
+        "tracking/sync.py",
+        "if begun and sweep not in self._published:",
+        "if sweep not in self._published:",
+        "tests/tracking/test_sync.py",
+    ),
     # results
     Mutant("pairs of fewer runs", "results/stats.py", "if not asked or not asked <= there:", "if not asked:", RESULTS),
     Mutant(

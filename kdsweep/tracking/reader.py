@@ -120,13 +120,14 @@ def _answered(call: Callable[[], T], *, store: Path, uri: str | None) -> T:
 
 
 def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
-    found = tracker.search("tags.`kdsweep.role` != 'sweep'")
-    found.sort(key=lambda run: (run.info.status == "FINISHED", run.info.start_time))
-    runs = {run.data.tags["kdsweep.fingerprint"]: run for run in found}  # the finished one, else the newest
-    parents = _parents(tracker)
+    tagged = [run for run in tracker.search("") if "kdsweep.role" in run.data.tags]
+    tagged.sort(key=lambda run: (run.info.status == "FINISHED", run.info.start_time))
+    runs = {run.data.tags["kdsweep.fingerprint"]: run for run in tagged if run.data.tags["kdsweep.role"] != "sweep"}
+    parents = {run.data.tags["kdsweep.sweep"]: run for run in tagged if run.data.tags["kdsweep.role"] == "sweep"}
     name, content = _sweep_file(tracker, name, runs=runs, parents=parents)
     cells = [row for _, row in sorted(content.requests.items()) if row.role != "teacher"]
-    if runs.keys().isdisjoint(row.fingerprint for row in cells) and _any_begun(cells, tracker.store):
+    is_begun = any((row.folder(tracker.store) / records.CELL).is_file() for row in cells)
+    if is_begun and runs.keys().isdisjoint(row.fingerprint for row in cells):
         raise InputError(f"sweep={name} is in {tracker.store}, but not in MLflow at {tracker.uri}; {REBUILD}")
     rows = [
         (_row(runs[row.fingerprint]) if row.fingerprint in runs else _missing(row)) | {"variant": row.variant}
@@ -135,7 +136,7 @@ def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
     teachers = sorted({row["teacher"] for row in rows} & runs.keys())
     rows += [_row(runs[fingerprint]) | {"variant": {}} for fingerprint in teachers]
     finished = [row for row in rows if row["status"] == "FINISHED"]
-    means = {row["fingerprint"]: runs[row["fingerprint"]].data.metrics.get("test/dice", nan) for row in finished}
+    means = {fingerprint: run.data.metrics.get("test/dice", nan) for fingerprint, run in runs.items()}
     return Sweep(
         name,
         pd.DataFrame(rows),
@@ -149,12 +150,6 @@ def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
     )
 
 
-def _parents(tracker: Tracker) -> dict[str, Run]:
-    """Return the parent runs of the sweeps by name, that of the latest request at the end."""
-    runs = sorted(tracker.search("tags.`kdsweep.role` = 'sweep'"), key=lambda run: run.info.end_time or 0)
-    return {run.data.tags["kdsweep.sweep"]: run for run in runs}
-
-
 def _sweep_file(
     tracker: Tracker, name: str | None, *, runs: Mapping[str, Run], parents: Mapping[str, Run]
 ) -> tuple[str, SweepFile]:
@@ -164,7 +159,8 @@ def _sweep_file(
         InputError: there is no such sweep.
     """
     in_store = requests.sweeps(tracker.store)
-    existing = list(dict.fromkeys([*parents, *in_store]))
+    latest = sorted(parents, key=lambda sweep: parents[sweep].info.end_time or 0)  # which is that of the last request
+    existing = list(dict.fromkeys([*latest, *in_store]))
     if not existing or (name is not None and name not in existing):
         raise InputError(f"sweep={name or 'any'} is not in this store; it holds: {', '.join(existing) or 'none yet'}")
 
@@ -181,10 +177,6 @@ def _sweep_file(
         if not finished.isdisjoint(row.fingerprint for row in content.requests.values()):
             return sweep, content
     return last, read(last)
-
-
-def _any_begun(cells: Sequence[Request], store: Path) -> bool:
-    return any((row.folder(store) / records.CELL).is_file() for row in cells)
 
 
 def _row(run: Run) -> dict[str, Any]:

@@ -159,7 +159,7 @@ class Tracker:
             record: of a cell that was begun.
             sweep: the one under which a new run is opened.
         """
-        logged = self._logged(record.folder)
+        logged = self._logged(record)
         if logged and logged.status == "FINISHED" and record.status != "FINISHED":
             return logged.run_id  # it is computed again; until that is finished, the old scores count
         if logged and logged.status == "FINISHED" and _is_equal(logged.values, record.values):
@@ -176,31 +176,21 @@ class Tracker:
         self._write(record.folder, logged)
         return logged.run_id
 
-    def _logged(self, folder: Path) -> Logged | None:
+    def _logged(self, record: Record) -> Logged | None:
         """Return what MLflow has of a cell; None if it has no run, or one that was deleted by hand."""
-        logged = _read_mirror(folder).get(self.id)
+        logged = _read_mirror(record.folder).get(self.id)
         if logged is None or logged.run_id in self._checked:
             return logged
-        status = self._status(logged.run_id)
+        if self._statuses is None:  # one query for all that were there when the command started
+            self._statuses = {run.info.run_id: run.info.status for run in self.search("")}
+        if logged.run_id not in self._statuses:
+            self._statuses |= {run.info.run_id: run.info.status for run in self._runs_of(record)}
+        status = self._statuses.get(logged.run_id)
         if status == logged.status:
             self._checked.add(logged.run_id)
             return logged
         # Killed between a log and its note in the folder, or changed by hand: all is logged again.
         return Logged(logged.run_id) if status else None
-
-    def _status(self, run_id: str) -> str:
-        """Return the status of a run, ``""`` for a deleted or unknown one."""
-        if self._statuses is None:  # one query for all that were there when the command started
-            self._statuses = {run.info.run_id: run.info.status for run in self.search("")}
-        if run_id not in self._statuses:
-            try:
-                info = self.client.get_run(run_id).info
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                return ""
-            return str(info.status) if info.lifecycle_stage == "active" else ""
-        return self._statuses[run_id]
 
     def _write(self, folder: Path, logged: Logged) -> None:
         self._checked.add(logged.run_id)

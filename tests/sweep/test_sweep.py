@@ -121,7 +121,7 @@ def test_mlflow_holds_one_finished_run_per_cell_with_all_names(swept):
         tags, role = run.data.tags, run.data.tags["kdsweep.role"]
         assert tags["mlflow.parentRunId"] in parents
         assert run.info.run_name == f"{tags['kdsweep.notation']}/split0"
-        wanted = {"cell", "notation", "role", "split", "sweep", "profile", "fingerprint"}
+        wanted = {"notation", "role", "split", "sweep", "profile", "fingerprint"}
         assert {f"kdsweep.{name}" for name in wanted} | {"mlflow.source.git.commit"} <= tags.keys()
         names = {"train/loss", "train/supervised", "val/loss", "val/dice"} | (
             {"train/kd"} if role == "distilled" else set()
