@@ -39,10 +39,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from machine import machine
-from omegaconf import OmegaConf
 
 from kdsweep import conf_dir
-from kdsweep.__main__ import _cell_dir
 from kdsweep.config import composition, identity
 from kdsweep.config.composition import Composed, Composer
 from kdsweep.config.grid import Cell
@@ -50,8 +48,7 @@ from kdsweep.config.schema import Settings
 from kdsweep.core.files import write_text
 from kdsweep.results import tables
 from kdsweep.runs import checkpoint, records
-from kdsweep.sweep import estimate, plan
-from kdsweep.sweep.engines import worker
+from kdsweep.sweep import estimate, launcher, plan
 from kdsweep.sweep.estimate import Preview
 from kdsweep.sweep.plan import Job
 from kdsweep.tracking import reader, sync
@@ -64,7 +61,7 @@ SIZES = {  # cells by name: 36 for each seed, weight and temperature
 }
 EPOCHS = 10  # of profile=quick
 WEIGHTS_BYTES = 3_302_000  # of the Student's file: each rerun reads it to see that it is whole
-PREVIEW = Preview(devices={"cpu": ["cpu"]}, student_s=0.01, teacher_s=0.1, forward_s=0.03, images=104)
+PREVIEW = Preview(devices={"cpu": ["cpu"]}, student_epoch_s=1.0, teacher_epoch_s=10.0, forward_epoch_s=3.0)
 
 
 # ---- clock and memory ----------------------------------------------------------------------------------------------
@@ -202,7 +199,6 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
     """All steps for one size; runs in a process of its own."""
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes of the commands
     logging.basicConfig(level=logging.WARNING)
-    OmegaConf.register_new_resolver("kdsweep.cell_dir", _cell_dir, replace=True)
     store, clock = folder / f"store{size}", Clock()
     where = [f"store={store}", f"data.source.cache_dir={folder / 'phantoms'}", "profile=quick", "device=cpu"]
     words = [*PAPER_GRID, *SIZES[size], *where]
@@ -230,8 +226,8 @@ def planned(words: list[str], clock: Clock) -> list[Job]:
     with clock.step("compose the jobs, read them as cells"):
         jobs = plan.read_jobs(sweep.compose())
         gc.freeze()  # as the launcher does
-    with clock.step("the kinds that torch has to look at, composed again"):
-        _ = [job.config for job in plan.kinds(jobs)]
+    with clock.step("the kinds that torch has to look at"):
+        plan.kinds(jobs)
     with clock.step("find what waits, form groups"):
         groups = plan.form_groups(plan.waiting(jobs), devices=PREVIEW.devices)
     with clock.step("estimate and overview"):
@@ -268,7 +264,7 @@ def again(words: list[str], clock: Clock) -> None:
     if any(job.finished is None for job in jobs):
         raise RuntimeError("a stub is not taken as finished")
     with clock.step("rerun: returns of the jobs"):
-        _ = [worker.closed(job.overrides, 0.5) for job in jobs]
+        _ = [launcher.job_return(job.overrides, 0.5) for job in jobs]
     with clock.step("rerun: MLflow has all"):
         plan.watch(jobs)
         sync._opened[-1]._tried.wait()

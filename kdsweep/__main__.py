@@ -12,17 +12,14 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kdsweep import conf_dir
-from kdsweep.core.errors import TRACEBACK, InputError, command, report
+from kdsweep.core.errors import TRACEBACK, CellError, InputError, command, one_line, report
 
 # What a word or a job needs is imported when it is called for: help and errors must come fast.
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
 # By word: the function that does it, and what the help says.
 WORDS = {
     "status": ("kdsweep.sweep.status:main", "how far a sweep is: done, running, failed, waiting, time left"),
@@ -84,63 +81,48 @@ def _prepare_process() -> None:
 
 
 def train() -> int:
-    """Run Hydra's jobs; return the exit code."""
+    """Run Hydra, which hands the jobs of the command to a launcher; return the exit code."""
     import hydra
-    from omegaconf import OmegaConf
 
     from kdsweep.config import overrides
     from kdsweep.core import signals
-    from kdsweep.sweep.callback import at_end, user_message
-    from kdsweep.sweep.launcher import trains_cells
+    from kdsweep.sweep import launcher
 
-    arguments = ["hydra.launcher.plan=true" if word == "--plan" else word for word in sys.argv[1:]]
+    launcher.arguments = sys.argv[1:]
     signals.install()
     logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
-    OmegaConf.register_new_resolver("kdsweep.cell_dir", _cell_dir, replace=True)
     os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way
     words: list[str] = []
     try:
-        options, words = overrides.divide(arguments)
+        options, words = overrides.divide(
+            ["hydra.launcher.plan=true" if word == "--plan" else word for word in sys.argv[1:]]
+        )
         words = overrides.check_typed(options, words)
-        sys.argv[1:] = [*options, *words]  # Hydra takes no option between overrides
-        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(trains_cells(run))()
+        sys.argv[1:] = launcher.as_sweep(options, words)
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(launcher.train_cell)()
     except Exception as error:
         return report(error, user_message(error, words))
-    finally:
-        at_end.close()
     return 0
 
 
-def run(cfg: DictConfig) -> float:
-    """Run one Hydra job: its cell's test Dice, which Hydra's sweepers can optimize."""
-    from hydra.core.hydra_config import HydraConfig
+def user_message(error: BaseException, words: Sequence[str] = ()) -> str:
+    """Return a message that the user can act on, from an exception and its causes.
 
-    from kdsweep.core import logs
-    from kdsweep.sweep import plan
+    Args:
+        error: the exception.
+        words: overrides of the command.
+    """
+    from kdsweep.config import composition
 
-    (job,) = plan.read_jobs([cfg])
-    if job.finished is not None:
-        plan.tell_finished(job)
-        return float(job.finished["test/dice"])
-
-    from kdsweep.training import group
-
-    logs.claim(Path(HydraConfig.get().runtime.output_dir))
-    (result,) = group.run_group([job])
-    if isinstance(result, Exception) and job.settings.retry_failed:
-        (result,) = group.run_group([job])
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def _cell_dir(*, _root_: DictConfig) -> str:
-    """Folder of the configured cell below the store: Hydra's job folder."""
-    from kdsweep.config import composition, identity
-
-    cell = identity.cell(composition.read(_root_))
-    return str(cell.folder.relative_to(cell.store))
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError | CellError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    if type(error).__module__.startswith(("hydra", "omegaconf")):
+        return composition.one_line(error, words)
+    return one_line(error)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def _be(arguments: tuple[str, ...], cwd: Path, environment: Mapping[str, str], o
     forkserver._forkserver._forkserver_address = server
     forkserver._forkserver.ensure_running = lambda: None
     from kdsweep import __main__
-    from kdsweep.sweep.engines import worker
+    from kdsweep.sweep.executors import worker
 
     def process_of(target: Callable[..., None], args: tuple[Any, ...]) -> BaseProcess:
         return SERVER.Process(target=_work, args=(dict(os.environ), output, target, args))

@@ -35,6 +35,7 @@ class Mutant(NamedTuple):
 
 SPLITS, FOLDERS = "tests/data/test_splits.py", "tests/data/test_folders.py"
 DEVICE = "tests/training/test_device.py"
+EXECUTORS = "tests/sweep/test_executors.py"
 FACTORY, LOOP = "tests/training/test_factory.py", "tests/training/test_loop.py"
 RESULTS = "tests/results/test_tables.py tests/results/test_stats.py"
 MUTANTS = [
@@ -788,8 +789,8 @@ MUTANTS = [
     Mutant(
         "cuda: whoever sees the error is to blame",
         "training/loop.py",
-        "if not lost or (is_blocking() and learner.doing):",
-        "if not lost or learner.doing:",
+        "if is_out_of_memory(error) or is_device_error(error):",
+        "if is_out_of_memory(error):",
         f"{LOOP} -k failed_device",
     ),
     Mutant(
@@ -800,18 +801,74 @@ MUTANTS = [
         f"{LOOP} -k failed_device",
     ),
     Mutant(
-        "cuda: the search for the guilty never ends",
-        "sweep/engines/engine.py",
-        "if lost and not (searching and len(lost) == len(part.cells)):",
-        "if lost and len(engine.__dict__.get('ran', [])) < 9:",
-        "tests/sweep/test_engine.py",
+        "executors: a cell that is lost with others fails",
+        "sweep/executors/executor.py",
+        "elif len(positions) > 1 or isinstance(result, LeftError):",
+        "elif len(positions) > 2 or isinstance(result, LeftError):",
+        EXECUTORS,
     ),
     Mutant(
-        "cuda: results of two attempts are mixed up",
-        "sweep/engines/engine.py",
-        "zip(_lost(before), found, strict=True)",
-        "zip(_lost(before)[::-1], found, strict=True)",
-        "tests/sweep/test_engine.py",
+        "executors: half of what was lost is forgotten",
+        "sweep/executors/executor.py",
+        "parts = list(lost)[:half], list(lost)[half:]",
+        "parts = list(lost)[:half], list(lost)[:half]",
+        EXECUTORS,
+    ),
+    Mutant(
+        "executors: what a dead process has finished is computed again",
+        "sweep/executors/executor.py",
+        'if record.status == "FINISHED" and work.is_requested:',
+        "if False:",
+        EXECUTORS,
+    ),
+    Mutant(
+        "executors: an earlier failure counts as that of a lost process",
+        "sweep/executors/executor.py",
+        "record.error and record.ended_ms >= since_ms else error",
+        "record.error else error",
+        EXECUTORS,
+    ),
+    Mutant(
+        "executors: a second Ctrl-C is not heard",
+        "core/signals.py",
+        "if number == signal.SIGINT and time.monotonic() - _State.since_s > AGAIN_S:",
+        "if False:",
+        EXECUTORS,
+    ),
+    Mutant(
+        "executors: a signal that is sent twice at once saves nothing",
+        "core/signals.py",
+        "if number == signal.SIGINT and time.monotonic() - _State.since_s > AGAIN_S:",
+        "if number == signal.SIGINT:",
+        EXECUTORS,
+    ),
+    Mutant(
+        "executors: SLURM's signals reach the process of a group",
+        "sweep/executors/worker.py",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signals.JOB_SIGNALS)",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [])",
+        EXECUTORS,
+    ),
+    Mutant(
+        "slurm: a cancelled job is submitted again",
+        "sweep/executors/slurm.py",
+        'if "CANCELLED" in self.states.values():',
+        "if False:",
+        "tests/sweep/test_slurm.py",
+    ),
+    Mutant(
+        "slurm: a requeued job is submitted again",
+        "sweep/executors/queue.py",
+        '"PREEMPTED", "RECONFIG_FAIL",',
+        '"PREEMPTED", "REQUEUED", "RECONFIG_FAIL",',
+        "tests/sweep/test_slurm.py",
+    ),
+    Mutant(
+        "estimate: the first free place is not the next",
+        "core/progress.py",
+        "heapq.heapreplace(ends_s, ends_s[0] +",
+        "heapq.heapreplace(ends_s, ends_s[-1] +",
+        "tests/core/test_progress.py",
     ),
     Mutant(
         "cuda: frozen weights are rounded at each forward",

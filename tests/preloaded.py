@@ -8,7 +8,8 @@ import sqlalchemy.orm
 for name in (
     "hydra_plugins.kdsweep_lockstep",
     "kdsweep.__main__",
-    "kdsweep.sweep.callback",
+    "kdsweep.sweep.executors.local",
+    "kdsweep.sweep.launcher",
     "kdsweep.sweep.preview",
     "kdsweep.sweep.status",
     "kdsweep.tracking.sync",

@@ -14,11 +14,11 @@ import torch
 from commands import kdsweep
 from PIL import Image
 
+from kdsweep.__main__ import user_message
 from kdsweep.config import composition, identity
 from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.runs import checkpoint
 from kdsweep.sweep import plan, preview
-from kdsweep.sweep.callback import user_message
 from kdsweep.training import factory
 
 QUICK = ("profile=quick", "path=none", "device=cpu", "train.epochs=1")

@@ -50,8 +50,8 @@ CONFINED = {
     "mlflow": {"tracking"},
     "omegaconf": {"__main__", "config", "sweep"},
     "optuna": {"tuning"},
-    "ray": {"sweep.engines.ray"},
-    "submitit": {"sweep.engines.slurm"},
+    "ray": {"sweep.executors.ray"},
+    "submitit": {"sweep.executors.slurm"},
 }
 
 
@@ -175,7 +175,7 @@ def test_the_walk_sees_imports_wherever_they_stand() -> None:
     assert own_imports("from kdsweep.data.sources import Entry") == {"data.sources"}
     assert own_imports("import kdsweep.training.loop as t") == {"training.loop"}
     assert own_imports("from kdsweep import __version__") == own_imports("import kdsweep") == {"__init__"}
-    assert own_imports("from kdsweep.sweep.engines import slurm") == {"sweep.engines.slurm"}
+    assert own_imports("from kdsweep.sweep.executors import slurm") == {"sweep.executors.slurm"}
     assert own_imports("def f():\n    from kdsweep.training.factory import feed") == {"training.factory"}
     checked = "if TYPE_CHECKING:\n    from kdsweep.tracking.writer import Sweep"
     assert own_imports(checked) == {"tracking.writer"}

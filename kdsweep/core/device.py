@@ -20,8 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 from kdsweep.core.errors import CellError, DeviceError, InputError
 
-BLOCKING = "CUDA_LAUNCH_BLOCKING"
-
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -184,8 +182,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_device_error(error: BaseException) -> bool:
     """Return whether an error of CUDA's may have left the device unusable for this process, as a failed assert does.
 
-    Kernels are queued: the error is raised by a later call, not by the one that caused it, unless BLOCKING was set in
-    the environment before the device was used first.
+    Kernels are queued: the error is raised by a later call, not by the one that caused it.
     """
     if isinstance(error, DeviceError):
         return True
@@ -194,11 +191,6 @@ def is_device_error(error: BaseException) -> bool:
     signs = ("CUDA error", "cuDNN error", "CUDNN_STATUS")
     found = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     return found and not is_out_of_memory(error)
-
-
-def is_blocking() -> bool:
-    """Return whether this process waits for each kernel, so that an error is raised by the call that caused it."""
-    return os.environ.get(BLOCKING) == "1"
 
 
 def find_device(name: str) -> torch.device:

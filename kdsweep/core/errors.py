@@ -36,7 +36,11 @@ class CellError(Exception):
     """The failure of a cell, in one line; the traceback is in the cell's log."""
 
 
-class DeviceError(CellError):
+class LostError(CellError):
+    """The process that computed a cell was lost; in a fresh process the cell may be computed."""
+
+
+class DeviceError(LostError):
     """The device computes nothing more in this process; in a fresh one it may."""
 
 
@@ -64,6 +68,13 @@ def _owner(path: Path) -> str:
             name = pwd.getpwuid(uid).pw_name
             return f" ({path} belongs to {name}: to share it, {name} types chmod -R g+w, and umask 002 before commands)"
     return ""
+
+
+def portable(error: Exception) -> Exception:
+    """Return an error with the same line that survives pickling, which a user's or a library's may not."""
+    kinds = (InputError, DeviceError, LostError)
+    kind = next((kind for kind in kinds if isinstance(error, kind)), CellError)
+    return kind(one_line(error))
 
 
 @contextlib.contextmanager
@@ -134,7 +145,7 @@ def report(error: Exception, line: str) -> int:
 def _report_stop(stop: KeyboardInterrupt) -> int:
     """Write the line of a stop; return the exit code."""
     if isinstance(stop, signals.Stopped):
-        line, code = stop.told(), stop.exit_code
+        line, code = stop.message(), stop.exit_code
     else:
         line, code = "stopped; what is written so far stays", 128 + signal.SIGINT
     sys.stderr.write(f"kdsweep: {line}\n")

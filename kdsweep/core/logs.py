@@ -7,46 +7,88 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-_about: ContextVar[Path | None] = ContextVar("about", default=None)
-_claimed: set[Path] = set()
+LOG = "kdsweep.log"
+FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 
 # ``extra`` of a log line: what each of many cells logs to its file appears on the screen as one common line.
 FILE_ONLY = {"place": "file"}
 SCREEN_ONLY = {"place": "screen"}
 
+_about: ContextVar[Path | None] = ContextVar("about", default=None)
+_open: set[Path] = set()  # folders whose log files are open
+
 
 @contextmanager
 def about(folder: Path) -> Iterator[None]:
-    """Send the lines logged inside to this cell's log alone; lines about a Teacher go to all the cells it teaches."""
-    own = folder.resolve()
-    token = _about.set(own if own in _claimed else None)
+    """Send the lines logged inside to this cell's log alone; lines about a Teacher go to the logs of all cells."""
+    token = _about.set(folder.resolve() if folder.resolve() in _open else None)
     try:
         yield
     finally:
         _about.reset(token)
 
 
-class _Own(logging.Filter):
-    """A filter that passes the lines about one cell or about all of them."""
+def to_screen(level: int) -> None:
+    """Have a new process log to the standard output.
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
+    Args:
+        level: of the least important lines.
+    """
+    logging.raiseExceptions = False  # a full disk must not turn each line into a traceback
+    logging.basicConfig(level=level, stream=sys.stdout, format=FORMAT)
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        return _about.get() in (None, self.folder) and getattr(record, "place", "file") == "file"
+
+@contextmanager
+def to_files(folders: Sequence[Path]) -> Iterator[dict[Path, OSError]]:
+    """Log to a file in each of these folders too; the screen gets no tracebacks and no lines meant for files alone.
+
+    Yields:
+        The errors of the folders that cannot be written to.
+    """
+    root, before, errors = logging.getLogger(), list(_open), dict[Path, OSError]()
+    screens = [
+        (handler, handler.formatter) for handler in root.handlers if not isinstance(handler, logging.FileHandler)
+    ]
+    for handler, formatter in screens:
+        handler.setFormatter(_OneLine(formatter or logging.Formatter()))
+        handler.addFilter(_is_for_screen)
+    files = []
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.append(_file_handler(folder))
+        except OSError as error:
+            errors[folder] = error
+    try:
+        yield errors
+    finally:
+        for file in files:
+            root.removeHandler(file)
+            file.close()
+        for handler, formatter in screens:
+            handler.setFormatter(formatter)
+            handler.removeFilter(_is_for_screen)
+        _open.intersection_update(before)
 
 
-class _Screen(logging.Filter):
-    """A filter that drops the lines meant for files alone."""
+def _file_handler(folder: Path) -> logging.FileHandler:
+    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(FORMAT))
+    cell = folder.resolve()
+    handler.addFilter(lambda record: _about.get() in (None, cell) and getattr(record, "place", "file") == "file")
+    _open.add(cell)
+    logging.getLogger().addHandler(handler)
+    return handler
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        return getattr(record, "place", "screen") == "screen"
+
+def _is_for_screen(record: logging.LogRecord) -> bool:
+    return getattr(record, "place", "screen") == "screen"
 
 
 class _OneLine(logging.Formatter):
@@ -60,18 +102,3 @@ class _OneLine(logging.Formatter):
         record = copy.copy(record)
         record.exc_info = record.exc_text = None
         return self.inner.format(record)
-
-
-def claim(folder: Path) -> list[logging.Handler]:
-    """Reserve the open log files for a cell, drop tracebacks from the other handlers, return the files' handlers."""
-    root = logging.getLogger()
-    files: list[logging.Handler] = []
-    for handler in root.handlers:
-        if isinstance(handler, logging.FileHandler):
-            _claimed.add(folder.resolve())
-            handler.addFilter(_Own(folder.resolve()))
-            files.append(handler)
-        elif not isinstance(handler.formatter, _OneLine):
-            handler.setFormatter(_OneLine(handler.formatter or logging.Formatter()))
-            handler.addFilter(_Screen())
-    return files

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import logging
 import math
+import os
+import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -18,6 +22,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 LINE_EVERY_S = 60.0
+PACE_EPOCHS = 10
 
 
 def duration(seconds: float) -> str:
@@ -27,9 +32,29 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def left_s(*, passed_s: float, done: int, left: int) -> float:
-    """Return the seconds left if each remaining item takes as long as the finished ones did on average."""
-    return passed_s / done * left
+def left_s(groups: Iterable[Iterable[tuple[float, float]]], *, places: int = 1) -> float:
+    """Return the seconds until groups of trainings have ended if none stops early.
+
+    A group takes the sum over its trainings of epochs left times seconds per epoch. Groups begin in their order, each
+    where one has ended first.
+
+    Args:
+        groups: for each training of each group its epochs left and its seconds per epoch (or other items of work).
+        places: how many groups run at the same time.
+    """
+    ends_s = [0.0] * places
+    for group in groups:
+        heapq.heapreplace(ends_s, ends_s[0] + sum(epochs * epoch_s for epochs, epoch_s in group))
+    return max(ends_s)
+
+
+def epoch_s(times_ms: Sequence[int]) -> float | None:
+    """Return the seconds per epoch from the times at which epochs ended: the median of the latest.
+
+    None before the second. Not the mean: after a resumption one of the differences is the break, which may be a night.
+    """
+    gaps_ms = [later - earlier for earlier, later in itertools.pairwise(times_ms[-PACE_EPOCHS:])]
+    return statistics.median(gaps_ms) / 1000 if gaps_ms else None
 
 
 def plural(count: int, noun: str) -> str:
@@ -49,12 +74,12 @@ def track(items: Iterable[T], *, what: str, unit: str, total: int) -> Iterator[T
     if sys.stderr.isatty():
         yield from tqdm(items, desc=what, unit=unit, total=total, leave=False)
         return
-    started_s = told_s = time.monotonic()
+    started_s = line_s = time.monotonic()
     for done, item in enumerate(items):
         now_s = time.monotonic()
-        if done and now_s - told_s > LINE_EVERY_S:
-            told_s = now_s
-            rest_s = left_s(passed_s=now_s - started_s, done=done, left=total - done)
+        if done and now_s - line_s > LINE_EVERY_S:
+            line_s = now_s
+            rest_s = left_s([[(total - done, (now_s - started_s) / done)]])
             sys.stderr.write(f"{what}: {done} of {total} {unit}s, about {duration(rest_s)} left\n")
         yield item
 
@@ -70,10 +95,9 @@ class Progress:
 
     def __init__(self, label: str, *, epochs: int, done: int = 0) -> None:
         self.label, self.epochs, self.done, self.before = label, epochs, done, done
-        self.started_s = self.told_s = time.monotonic()
-        self._bar = tqdm(
-            total=epochs, initial=done, desc=label, unit="epoch", leave=False, disable=not sys.stderr.isatty()
-        )
+        self.started_s = self.line_s = time.monotonic()
+        has_bar = sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
+        self._bar = tqdm(total=epochs, initial=done, desc=label, unit="epoch", leave=False, disable=not has_bar)
         self._context = contextlib.ExitStack()
 
     def __enter__(self) -> Progress:
@@ -92,10 +116,10 @@ class Progress:
         self._bar.set_postfix(val_dice=f"{val_dice:.3f}", refresh=False)
         self._bar.update()
         now_s = time.monotonic()
-        if self._bar.disable and now_s - self.told_s > LINE_EVERY_S:
-            self.told_s = now_s
-            passed_s, own = now_s - self.started_s, self.done - self.before
-            most_s = left_s(passed_s=passed_s, done=own, left=self.epochs - self.done)
+        if self._bar.disable and now_s - self.line_s > LINE_EVERY_S:
+            self.line_s = now_s
+            each_s = (now_s - self.started_s) / (self.done - self.before)
+            most_s = left_s([[(self.epochs - self.done, each_s)]])
             line = "%s: epoch %d of %d, validation Dice %s%.3f, at most %s left"
             most = "up to " if len(val_dices) > 1 else ""
             log.info(line, self.label, self.done, self.epochs, most, val_dice, duration(most_s))

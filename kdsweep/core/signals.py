@@ -1,14 +1,18 @@
-"""Ctrl-C and SIGTERM: they end the program at once or, during a training step, as soon as nothing is half done."""
+"""Signals that stop the program: at once or, during a training step, as soon as nothing is half done."""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-GRACE_S = 5.0  # a step that takes longer is given up; its learner goes on from its last checkpoint
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE_S = 5.0  # a step that takes longer is given up; its learner resumes from its last checkpoint
+AGAIN_S = 0.5  # a SIGINT this long after the first is a second Ctrl-C; some programs send one signal twice at once
+JOB_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # SLURM sends them before a job's time is over
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *JOB_SIGNALS)
 
 
 class Stopped(KeyboardInterrupt):
@@ -25,7 +29,7 @@ class Stopped(KeyboardInterrupt):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number, self.killed = number, 0
 
-    def told(self) -> str:
+    def message(self) -> str:
         """Return one line that names the signal and says what is saved."""
         saved = "all is saved" if not self.killed else "there was no time to save all, the last checkpoints stay"
         return f"{self}; {saved}: the same command goes on from here"
@@ -44,33 +48,36 @@ def is_stop(error: BaseException) -> bool:
 
 
 class _State:
-    """This process's state: whether signals are deferred, and the number of the signal that has come."""
+    """This process's state: whether signals are deferred, the signal that has come, and when."""
 
     deferring = False
     pending: int | None = None
+    since_s = 0.0
 
 
-def install() -> None:
-    """Have the first SIGINT or SIGTERM raise Stopped in the main thread; later ones are ignored."""
+def install(numbers: Sequence[int] = SIGNALS) -> None:
+    """Have the first of these signals raise Stopped in the main thread; a second Ctrl-C ends the process at once."""
     _State.deferring, _State.pending = False, None
-    for number in SIGNALS:
+    for number in numbers:
         signal.signal(number, _handle)
 
 
 def _handle(number: int, _: FrameType | None) -> None:
-    if _State.deferring:
-        _State.deferring, _State.pending = False, number
-        signal.signal(signal.SIGALRM, _handle_alarm)
-        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+    if _State.pending is not None:
+        if number == signal.SIGINT and time.monotonic() - _State.since_s > AGAIN_S:
+            os.write(2, b"kdsweep: stopped by a second SIGINT; the last checkpoints stay\n")
+            os._exit(128 + number)
         return
-    if _State.pending is None:
-        _State.pending = number
+    _State.pending, _State.since_s = number, time.monotonic()
+    if not _State.deferring:
         _stop(number)
+    _State.deferring = False
+    signal.signal(signal.SIGALRM, _handle_alarm)
+    signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 
 
 def _handle_alarm(_: int, __: FrameType | None) -> None:
-    if _State.pending is not None:
-        _stop(_State.pending)
+    check()
 
 
 def _stop(number: int) -> None:

@@ -1,1 +1,1 @@
-"""A whole sweep: its plan, its preview, the engines that run it, and its progress."""
+"""A whole sweep: its plan, its preview, the executors that run it, and its progress."""

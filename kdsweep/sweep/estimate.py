@@ -6,13 +6,14 @@ Runs without torch; what only the real networks can tell is a ``Preview``, made 
 from __future__ import annotations
 
 import logging
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdsweep.config import identity
 from kdsweep.config.schema import Settings
-from kdsweep.core.progress import duration, plural
+from kdsweep.core.progress import duration, left_s, plural
 from kdsweep.data.folders import QUIET, ignored_line
 from kdsweep.runs import records
 from kdsweep.sweep import plan
@@ -29,12 +30,9 @@ class Preview:
         devices: names of those where groups can run at the same time, by the value of ``device``.
         timed_on: the device of the times; empty if nothing was timed, because the groups run on other machines. The
             times are then guesses that only put groups in order.
-        student_s: seconds per image of a Student's training step.
-        teacher_s: of a Teacher's training step.
-        forward_s: of a Teacher's forward.
-        validation_s: of a Student's forward in validation.
-        images: in the training part.
-        validation_images: in the validation part.
+        student_epoch_s: seconds of a Student's epoch: its steps and its validation.
+        teacher_epoch_s: of an epoch of a Teacher's training.
+        forward_epoch_s: of a Teacher's forwards in an epoch; those in validation are computed once for all.
         load: of the processor before, if other programs took a good part of it; else 0.
         threads: of the timed steps, on the CPU; else 0.
         cores: that the command may use, for ``threads``.
@@ -42,12 +40,9 @@ class Preview:
 
     devices: dict[str, list[str]]
     timed_on: str = ""
-    student_s: float = 1.0
-    teacher_s: float = 4.0
-    forward_s: float = 1.0
-    validation_s: float = 1.0
-    images: int = 1
-    validation_images: int = 0
+    student_epoch_s: float = 1.0
+    teacher_epoch_s: float = 4.0
+    forward_epoch_s: float = 1.0
     load: float = 0.0
     threads: int = 0
     cores: int = 0
@@ -58,51 +53,64 @@ class Preview:
         return max(len(names) for names in self.devices.values())
 
     @property
-    def student_epoch_s(self) -> float:
-        """Return the seconds of a Student's epoch: its steps and its validation."""
-        return self.images * self.student_s + self.validation_images * self.validation_s
-
-    @property
-    def teacher_epoch_s(self) -> float:
-        """Return the seconds of an epoch of a Teacher's training."""
-        return self.images * self.teacher_s + self.validation_images * self.forward_s
-
-    @property
-    def forward_epoch_s(self) -> float:
-        """Return the seconds of a Teacher's forwards in an epoch; those in validation are computed once for all."""
-        return self.images * self.forward_s
-
-    @property
-    def own_threads(self) -> int:
+    def place_threads(self) -> int:
         """Return the threads of each place on the CPU; 0 elsewhere."""
         return max(1, self.threads // self.places) if self.threads else 0
 
-    def speed(self, groups: int) -> float:
-        """Return how many times as fast so many groups are trained as one after the other on the timed device."""
-        busy = max(1, min(self.places, groups))
+    def slowdown(self, groups: int) -> float:
+        """Return how many times as long a group takes beside others on the CPU, of which each has some threads."""
         if not self.threads:
-            return busy
-        return min(busy * self.own_threads, max(self.cores, self.threads)) / self.threads
+            return 1.0
+        busy = max(1, min(self.places, groups))
+        return busy * self.threads / min(busy * self.place_threads, max(self.cores, self.threads))
 
 
-def estimate_s(groups: Sequence[Sequence[Job]], preview: Preview) -> float:
-    """Return the seconds that the groups take on one device if no early stop ends a cell sooner."""
-    members = [job for group in groups for job in group]
-    return teachers_s(members, preview) + sum(group_s(group, preview) for group in groups)
+def longest_s(groups: Sequence[Sequence[Job]], preview: Preview) -> float:
+    """Return the seconds until groups have ended, Teachers first, if no early stop ends a cell sooner."""
+    works = [_trainings(group, preview) for group in groups]
+    teachers = [[training] for training in _teachers([job for group in groups for job in group], preview)]
+    return sum(left_s(own, places=preview.places) * preview.slowdown(len(own)) for own in (teachers, works) if own)
+
+
+def device_s(groups: Sequence[Sequence[Job]], preview: Preview) -> float:
+    """Return the seconds of all of that on one device."""
+    return teachers_s([job for group in groups for job in group], preview) + left_s(
+        _trainings(group, preview) for group in groups
+    )
 
 
 def teachers_s(jobs: Sequence[Job], preview: Preview) -> float:
-    """Return the seconds that training the Teachers takes that these jobs lack."""
-    missing = plan.missing_teachers(jobs)
-    epochs = sum(max(0, job.settings.teacher_epochs - records.epochs(cell.folder)) for cell, job in missing)
-    return epochs * preview.teacher_epoch_s
+    """Return the seconds of training the Teachers that these jobs lack, on one device."""
+    return left_s([_teachers(jobs, preview)])
 
 
 def group_s(group: Sequence[Job], preview: Preview) -> float:
-    """Return the seconds that a group takes once its Teachers are there."""
+    """Return the seconds of a group on one device once its Teachers are there."""
+    return left_s([_trainings(group, preview)])
+
+
+def _trainings(group: Sequence[Job], preview: Preview) -> list[tuple[float, float]]:
+    """Return epochs left and seconds per epoch of a group's Students, and of the Teacher forwards that they share."""
     epochs = [job.epochs_left for job in group]
-    teacher_outputs = {forward_of(job) for job in group if job.cell.role == "distilled"}
-    return sum(epochs) * preview.student_epoch_s + max(epochs) * len(teacher_outputs) * preview.forward_epoch_s
+    forwards = {forward_of(job) for job in group if job.cell.role == "distilled"}
+    students = [(job.epochs_left, _student_epoch_s(job, preview)) for job in group]
+    return [*students, (max(epochs) * len(forwards), preview.forward_epoch_s)]
+
+
+def _teachers(jobs: Sequence[Job], preview: Preview) -> list[tuple[float, float]]:
+    """Return epochs left and seconds per epoch of the Teachers that these jobs lack."""
+    missing = plan.missing_teachers(jobs)
+    left = [max(0, job.settings.teacher_epochs - records.epochs(cell.folder)) for cell, job in missing]
+    return [(epochs, preview.teacher_epoch_s) for epochs in left]
+
+
+def _student_epoch_s(job: Job, preview: Preview) -> float:
+    """Return the seconds of a cell's epoch: as recorded, without the Teacher's forwards, or else of timed steps."""
+    seconds = records.read(job.cell.folder).seconds if job.begun else []
+    if not seconds:
+        return preview.student_epoch_s
+    forwards_s = preview.forward_epoch_s if job.cell.role == "distilled" else 0.0
+    return max(0.0, statistics.mean(seconds) - forwards_s)
 
 
 def forward_of(job: Job) -> tuple[str, str, str]:
@@ -135,10 +143,10 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         names = list(dict.fromkeys(name for device in preview.devices.values() for name in device))
         line += f"; device {', '.join(names)}"
         if preview.threads and names == [preview.timed_on]:
-            line += f" with {plural(preview.own_threads, 'thread')}"
+            line += f" with {plural(preview.place_threads, 'thread')}"
             line += f" in each of {preview.places} processes" if preview.places > 1 else ""
     if preview is not None and preview.timed_on:
-        longest = duration(estimate_s(groups, preview) / preview.speed(len(groups)))
+        longest = duration(longest_s(groups, preview))
         line += f"; at most about {longest} if no early stop ends a cell sooner"
         if preview.load:
             line += f" (timed while other programs were at work, load {preview.load:.1f}: without them it is less)"
@@ -186,6 +194,6 @@ def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
     teachers = [cell.title for cell, _ in plan.missing_teachers(members)]
     if teachers:
         lines.append(f"Teachers first, {duration(teachers_s(members, preview))}: {', '.join(teachers)}")
-    hours = estimate_s(groups, preview) / 3600
+    hours = device_s(groups, preview) / 3600
     lines.append(f"at most {hours:.2g} device hours from one timed step on {preview.timed_on}; nothing was started")
     return "\n".join(lines)

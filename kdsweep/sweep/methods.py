@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import DictConfig
-
 from kdsweep.config import grid, identity
 from kdsweep.core.errors import InputError
 from kdsweep.sweep import plan
-from kdsweep.sweep.engines import worker
+from kdsweep.sweep.executors import worker
+from kdsweep.sweep.executors.worker import Process
 from kdsweep.sweep.plan import Job
 from kdsweep.tuning import book, space
 from kdsweep.tuning.study import Study
@@ -158,23 +157,20 @@ def _check_ends(jobs: list[Job], whole: space.Space, read: Reader) -> None:
             read([[*job.overrides, *words_of({key: value})]])
 
 
-def with_budget(
-    words: list[list[str]], jobs: list[Job], *, budget: Mapping[str, Any], config: DictConfig
-) -> list[list[str]]:
+def with_budget(words: list[list[str]], jobs: list[Job], *, budget: Mapping[str, Any]) -> list[list[str]]:
     """Return the overrides of the jobs with the epochs that the budget gives to each.
 
     Args:
         words: overrides of the jobs.
         jobs: as they are configured.
         budget: such as ``{"steps": 2000}``; empty for the epochs that they have.
-        config: of the sweep.
     """
     if not budget:
         return words
     ((unit, amount),) = budget.items()
     own = [(cell, job) for job in jobs for _, cell in _cells(job)]
     if unit == "seconds":
-        epoch_s = _epoch_s(jobs, config)
+        epoch_s = _epoch_s(jobs)
         epochs = {key_of(cell): int(amount / epoch_s[key_of(cell)]) for cell, _ in own}
     else:
         epochs = {key_of(cell): int(amount) // (_steps(job) if unit == "steps" else 1) for cell, job in own}
@@ -186,18 +182,14 @@ def with_budget(
     return [[*typed, *_epochs_words(job, epochs), longest] for typed, job in zip(words, jobs, strict=True)]
 
 
-def _epoch_s(jobs: list[Job], config: DictConfig) -> dict[str, float]:
+def _epoch_s(jobs: list[Job]) -> dict[str, float]:
     """Return the seconds of an epoch of each method and Teacher by key, timed once and then kept in the store."""
     first = jobs[0]
     known = dict(book.read(first.cell.store, first.settings.sweep_name).epoch_s)
     missing = {key_of(cell): (job, role) for job in jobs for role, cell in _cells(job) if key_of(cell) not in known}
     if missing:
         log.info("timing an epoch of each of %d methods and Teachers, for equal seconds", len(missing))
-        process = worker.start(config)
-        try:
-            timed = process.call(worker.time_epochs, [(job.config, role) for job, role in missing.values()])
-        finally:
-            process.close()
+        timed = Process(worker.time_epochs, list(missing.values())).result()
         known |= dict(zip(missing, timed, strict=True))
         book.write(first.cell.store, first.settings.sweep_name, epoch_s=known)
     return known

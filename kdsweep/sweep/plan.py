@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, OmegaConf
 
 from kdsweep.config import composition, grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.config.schema import Settings
-from kdsweep.core.errors import CellError, InputError
+from kdsweep.core.errors import InputError
 from kdsweep.core.progress import plural
 from kdsweep.runs import records, requests
 
@@ -33,17 +33,11 @@ class Job(identity.Job):
 
     Attributes:
         finished: final values of an earlier computation of the cell, if there is one.
-        configs: of all jobs; they may be composed when they are asked for, thousands would not fit the memory.
-        number: of this one among them.
-        subdir: of the job's folder, once that is settled.
         begun: epochs that the cell has behind it and that a checkpoint holds.
         tuned: keys of which tuning has set the values.
     """
 
     finished: dict[str, float] | None = None
-    configs: Sequence[DictConfig] = ()
-    number: int = 0
-    subdir: str = ""
     begun: int = 0
     tuned: tuple[str, ...] = ()
 
@@ -51,15 +45,6 @@ class Job(identity.Job):
     def epochs_left(self) -> int:
         """Return how many epochs are left if no early stop ends it sooner."""
         return max(0, self.settings.train.epochs - self.begun)
-
-    @property
-    def config(self) -> DictConfig:
-        """Return the job's configuration with what was settled since it was read."""
-        config = self.configs[self.number]
-        if self.subdir:
-            with read_write(config.hydra.sweep):
-                config.hydra.sweep.subdir = self.subdir
-        return config
 
 
 def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
@@ -85,8 +70,8 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
     begun = [0 if finished else records.epochs(cell.folder) for cell, finished in zip(own, known, strict=True)]
     parts = zip(own, known, read, words, begun, tuned, strict=True)
     return [
-        Job(settings, cell, typed, finished, configs, number, begun=epochs, tuned=keys)
-        for number, (cell, finished, settings, typed, epochs, keys) in enumerate(parts)
+        Job(settings, cell, typed, finished, begun=epochs, tuned=keys)
+        for cell, finished, settings, typed, epochs, keys in parts
     ]
 
 
@@ -287,16 +272,6 @@ def tell_finished(job: Job) -> None:
 def is_computed_elsewhere(jobs: Sequence[Job]) -> bool:
     """Return whether other processes compute all of these cells at the moment."""
     return all(records.is_held(job.cell.folder) for job in jobs)
-
-
-def outcome(job: Job, error: Exception) -> float | Exception:
-    """Return the result of a cell whose process died: it may have been finished before; if not, the error."""
-    if (finished := records.read_finished(job.cell.folder)) is not None:
-        return finished["test/dice"]
-    if known := records.read(job.cell.folder).error:
-        return CellError(known)
-    records.write_failed(job.cell.folder, str(error))
-    return error
 
 
 def failure(cell: Cell, error: object) -> str:

@@ -150,8 +150,8 @@ def _timed(jobs: Sequence[Job], *, devices: dict[str, list[str]], device: str) -
     on = compute.device
     load = latency.load_of_others() if on.type == "cpu" else 0.0
     # On a CPU a step takes as long as its images together; on CUDA a small batch takes as long as a large one.
-    images = first.train.batch_size if on.type == "cuda" else min(4, first.train.batch_size)
-    timed: dict[str, Any] = {"image_size": first.image_size, "compute": compute, "images": images}
+    batch = first.train.batch_size if on.type == "cuda" else min(4, first.train.batch_size)
+    timed: dict[str, Any] = {"image_size": first.image_size, "compute": compute, "images": batch}
     student = latency.time_step_s(factory.student_network(first, weights="none"), **timed)
     teacher = latency.StepTime(0.0, 0.0)
     if distilled := [(job.settings, cell) for job in jobs if (cell := job.cell.teacher) is not None]:
@@ -161,15 +161,13 @@ def _timed(jobs: Sequence[Job], *, devices: dict[str, list[str]], device: str) -
         del network
     give_back_memory()
     ids = identity.split_ids(first)
+    images, validation_images = len(ids["train"]), len(ids["validation"])
     return Preview(
         devices=devices,
         timed_on=str(on),
-        student_s=student.train,
-        teacher_s=teacher.train,
-        forward_s=teacher.forward,
-        validation_s=student.forward,
-        images=len(ids["train"]),
-        validation_images=len(ids["validation"]),
+        student_epoch_s=images * student.train + validation_images * student.forward,
+        teacher_epoch_s=images * teacher.train + validation_images * teacher.forward,
+        forward_epoch_s=images * teacher.forward,
         load=load,
         threads=torch.get_num_threads() if on.type == "cpu" else 0,
         cores=usable_cores(),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,12 +14,12 @@ from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import write_text
 from kdsweep.core.options import folder
-from kdsweep.core.progress import duration, plural
+from kdsweep.core.progress import duration, epoch_s, plural
 from kdsweep.runs import records, requests
 from kdsweep.runs.records import Record
 from kdsweep.runs.requests import Request
-from kdsweep.sweep.engines import queue
-from kdsweep.sweep.engines.queue import Task
+from kdsweep.sweep.executors import queue
+from kdsweep.sweep.executors.queue import Task
 from kdsweep.tuning import book
 
 WORDS = {
@@ -34,7 +32,6 @@ WORDS = {
 }
 WAITS = ("WAITING", "QUEUED", "KILLED")
 HEADER = ("not finished", "state", "saved", "val/dice", "last epoch", "left")
-PACE_EPOCHS = 10
 FEW = 4  # up to this many waiting cells of a split are named one by one
 
 
@@ -90,18 +87,9 @@ def read_rows(store: Path, sweep: str, *, tasks: Mapping[Path, Task]) -> list[Ro
 # ---- time left -----------------------------------------------------------------------------------------------------
 
 
-def pace_s(record: Record) -> float | None:
-    """Return the seconds per epoch, the median of the latest; None before the second epoch is saved.
-
-    Not the mean: after a resumption one of the differences is the break, which may be a night.
-    """
-    gaps = [later - earlier for earlier, later in itertools.pairwise(record.times_ms[-PACE_EPOCHS:])]
-    return statistics.median(gaps) / 1000 if gaps else None
-
-
 def left_s(record: Record) -> float | None:
     """Return the most seconds that a training still takes, at its present pace."""
-    pace = pace_s(record)
+    pace = epoch_s(record.times_ms)
     return None if pace is None else max(0, record.epochs - len(record.history)) * pace
 
 
@@ -148,8 +136,8 @@ def outlook(rows: Sequence[Row]) -> str:
 
 def _training_s(cells: list[Record]) -> float:
     """Return the seconds of all epochs of a training, at the pace of running ones, else of others."""
-    running = [record for record in cells if record.status == "RUNNING" and pace_s(record)]
-    return max((record.epochs * (pace_s(record) or 0.0) for record in running or cells), default=0.0)
+    running = [record for record in cells if record.status == "RUNNING" and epoch_s(record.times_ms)]
+    return max((record.epochs * (epoch_s(record.times_ms) or 0.0) for record in running or cells), default=0.0)
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
@@ -301,7 +289,7 @@ def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> 
         raise InputError(f"--trials {trials_file}: {told}")
     trials = tuning(store, base, trials_file=trials_file) if base in tuned else ""
     try:
-        tasks = {store / folder: task for folder, task in queue.queued(store).items()}
+        tasks = queue.queued(request.folder(store) for request in requests.read(store, name).requests.values())
         unknown = ""
     except queue.QueueError as error:
         tasks, unknown = {}, f"\nSLURM's queue is not known here: {error}\n"

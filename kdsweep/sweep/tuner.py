@@ -26,13 +26,14 @@ from omegaconf import DictConfig, OmegaConf
 from kdsweep.config import grid, identity
 from kdsweep.config.composition import Composed, Composer
 from kdsweep.core import databases
-from kdsweep.core.errors import CellError, InputError
+from kdsweep.core.errors import InputError
 from kdsweep.core.progress import duration, left_s, plural
 from kdsweep.runs import checkpoint, records, requests
 from kdsweep.sweep import estimate, launcher, plan
-from kdsweep.sweep.engines import worker
-from kdsweep.sweep.engines.engine import Unit, run_units
 from kdsweep.sweep.estimate import Preview
+from kdsweep.sweep.executors import worker
+from kdsweep.sweep.executors.executor import Work, run
+from kdsweep.sweep.launcher import job_return
 from kdsweep.sweep.methods import Method, Options, check_jobs, key_of, methods_of, with_budget, words_of
 from kdsweep.sweep.plan import Job
 from kdsweep.tracking.database import store_uri
@@ -57,6 +58,13 @@ class Trial:
         cell = self.job.cell.teacher if self.method.role == "teacher" else self.job.cell
         assert cell is not None
         return replace(cell, variant={key: f"{value}" for key, value in self.proposal.values.items()})
+
+    @property
+    def named_job(self) -> Job:
+        """Return the job with that cell."""
+        if self.method.role == "teacher":
+            return replace(self.job, cell=replace(self.job.cell, teacher=self.cell))
+        return replace(self.job, cell=self.cell)
 
 
 class Tuner(Launcher):
@@ -88,23 +96,23 @@ class Tuner(Launcher):
         configure_log(launcher.config.hydra.hydra_logging, launcher.config.hydra.verbose)
         words = [list(own) for own in job_overrides]
         jobs = self._jobs(words)
-        waits = bool(getattr(launcher.engine, "wait", True))
+        waits = bool(getattr(launcher.executor, "wait", True))
         check_jobs(jobs, words, whole=self.space, waits=waits, read=self._jobs)
         self._check_storage(jobs)
         book.check_name(jobs[0].cell.store, jobs[0].settings.sweep_name)
         if not launcher.plan:
-            launcher.engine.check(jobs)
-        words = with_budget(words, jobs, budget=self.options.budget, config=launcher.config)
+            launcher.executor.check(jobs)
+        words = with_budget(words, jobs, budget=self.options.budget)
         jobs = self._jobs(words)
         students, teachers = methods_of(jobs, words, whole=self.space)
         if launcher.plan:
-            with launcher.engine_open():
+            with launcher.executor_open():
                 sys.stdout.write(self._overview(students, teachers, self._preview(jobs)) + "\n")
-            return [worker.closed(own, float("nan")) for own in words]
+            return [job_return(own, float("nan")) for own in words]
         with self._held(jobs[0]):
             self._open([*teachers, *students])
             if any(own.space and len(own.study.trials) < self.options.trials for own in [*teachers, *students]):
-                with launcher.engine_open():
+                with launcher.executor_open():
                     self._tune(students, teachers, self._preview(jobs))
         own, tuned = self._final_words(jobs, words, students, teachers)
         returns = launcher.launch([*own, *tuned], initial_job_idx)
@@ -132,7 +140,7 @@ class Tuner(Launcher):
 
     def _preview(self, jobs: list[Job]) -> Preview:
         unique = plan.unique(jobs)
-        return self.launcher.engine.preview([job.config for job in plan.kinds(unique)], times=True)
+        return self.launcher.executor.preview(list(plan.kinds(unique)), times=True)
 
     @contextlib.contextmanager
     def _held(self, first: Job) -> Iterator[None]:
@@ -206,7 +214,7 @@ class Tuner(Launcher):
         line += f"; rounds of {self.options.round}, pruner {pruner}; {first.train.epochs} epochs at most"
         line += f"; {estimate.describe_data(first)}"
         if preview.timed_on:
-            left_s = self._longest_s(methods, preview) * (trials - done) / trials / preview.speed(len(methods))
+            left_s = self._longest_s(methods, preview) * (trials - done) / trials / preview.places
             line += f"; device {preview.timed_on}; at most about {duration(left_s)} without pruning"
         return f"{line}; profile={first.profile}; sweep {first.sweep_name}, then {first.sweep_name}{book.TUNED}"
 
@@ -274,7 +282,7 @@ class Tuner(Launcher):
             done += 1
             states = [outcomes[trial.cell.folder].curve.state for trial in trials]
             told = f"{states.count('PRUNED')} pruned, {states.count('FAIL')} failed"
-            about_s = left_s(passed_s=time.monotonic() - started_s, done=done, left=len(rounds) - number)
+            about_s = left_s([[(len(rounds) - number, (time.monotonic() - started_s) / done)]])
             log.info("round %d of %d done: %s, about %s left", number, len(rounds), told, duration(about_s))
 
     def _propose(self, methods: list[Method], *, first: int, count: int) -> list[Trial]:
@@ -286,44 +294,25 @@ class Tuner(Launcher):
                 [*method.words, *(words_of(own.values) if own.number else [])] for own in proposals
             ]  # trial 0: as configured
             jobs = self._jobs(words)
-            subdirs = self.launcher.subdirs(jobs)
-            jobs = [replace(job, subdir=subdir) for job, subdir in zip(jobs, subdirs, strict=True)]
             found += [Trial(method, own, job) for own, job in zip(proposals, jobs, strict=True)]
         return found
 
     def _train(self, groups: list[list[Trial]], preview: Preview) -> dict[Path, Outcome]:
-        """Train the trials of a round; return how each has ended, by folder.
-
-        Raises:
-            CellError: the process of a group died; the same command goes on from its checkpoints.
-        """
-        units = {self._unit(group, preview): group for group in groups}
+        """Train the trials of a round; return how each has ended, by folder."""
+        works = {self._work(group, preview): group for group in groups}
         first = []
-        if self.launcher.engine.at_once(preview) > 1:
+        if self.launcher.executor.at_once(preview) > 1:
             taught = [trial.job for group in groups for trial in group if trial.method.role == "distilled"]
-            first = launcher.teacher_units(taught, preview)
+            first = launcher.teacher_works(taught, preview)
         # What an earlier command has left in a queue is waited for, and its trials are then read or gone on with.
-        ahead = self.launcher.engine.queued(
-            [replace(trial.job, cell=trial.cell) for group in groups for trial in group]
-        )
+        self.launcher.executor.queued([replace(trial.job, cell=trial.cell) for group in groups for trial in group])
         outcomes: dict[Path, Outcome] = {}
-        waiting = list(units)
-        while waiting:
-            again = []
-            for unit, results in run_units(self.launcher.engine, waiting, before=first):
-                if unit in first:
-                    continue
-                if isinstance(results, Exception) and ahead & {cell.folder for cell in unit.cells}:
-                    again.append(unit)
-                elif isinstance(results, Exception):
-                    raise CellError(f"a group of trials ended early: {results}; the same command goes on from there")
-                else:
-                    for trial, result in zip(_unique(units[unit]), results, strict=True):
-                        outcomes[trial.cell.folder] = _outcome(trial, result)
-            waiting, first, ahead = again, [], set()
+        for work, results in run(self.launcher.executor, list(works), before=first):
+            for trial, result in zip(_unique(works[work]), results, strict=True):
+                outcomes[trial.cell.folder] = _outcome(trial, result)
         return outcomes
 
-    def _unit(self, group: list[Trial], preview: Preview) -> Unit:
+    def _work(self, group: list[Trial], preview: Preview) -> Work:
         own, first = _unique(group), group[0]
         names = dict.fromkeys(trial.method for trial in group)
         number = min(trial.proposal.number for trial in group)
@@ -333,15 +322,10 @@ class Tuner(Launcher):
             trials={trial.cell.folder: (trial.method.name, trial.proposal.number) for trial in own},
             ended={method.name: method.study.curves(before=number) for method in names},
         )
-        call = partial(
-            worker.train_trials,
-            hydra_context=self.launcher.hydra_context,
-            pruning=judged,
-            role=first.method.role,
-            variants={trial.cell.fingerprint: trial.cell.variant for trial in own},
-        )
+        call = partial(worker.train_trials, pruning=judged, role=first.method.role)
         places = preview.devices.get(first.job.settings.device) or next(iter(preview.devices.values()))
-        return Unit(call, partial(_configs, own), places, cells=[trial.cell for trial in own], is_asked=False)
+        cells = [trial.cell for trial in own]
+        return Work(call, [trial.named_job for trial in own], places, cells=cells, is_requested=False)
 
     # ---- afterwards ------------------------------------------------------------------------------------------------
 
@@ -430,10 +414,6 @@ def _groups(trials: list[Trial], *, devices: Mapping[str, Sequence[str]]) -> lis
 def _unique(group: list[Trial]) -> list[Trial]:
     """Return the first trial of each cell: two may propose the same values."""
     return list({trial.cell.folder: trial for trial in reversed(group)}.values())[::-1]
-
-
-def _configs(trials: list[Trial]) -> list[DictConfig]:
-    return [trial.job.config for trial in trials]
 
 
 def _outcome(trial: Trial, result: float | Exception) -> Outcome:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from kdsweep.config import grid, identity
 from kdsweep.config.schema import DataNode, LossNode, Node, PathNode
@@ -17,19 +17,24 @@ log = logging.getLogger(__name__)
 OPEN: dict[str, type[Node]] = {"path": PathNode, "loss": LossNode, "data": DataNode}
 
 
-def name_idle(jobs: Sequence[Job]) -> None:
+def name_idle(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
     """Log one line that names the typed keys which no cell uses.
 
     Args:
         jobs: all jobs of the command.
+        configs: of these jobs, which may refer to keys that the settings do not hold.
     """
     idle = {_key(word): word for job in jobs for word in job.overrides if not _is_factor(_key(word))}
-    for job in jobs:
+    for number, job in enumerate(jobs):
         if not idle:
             return
         params, roles = identity.params(job.settings), [job.cell.role, *(["teacher"] if job.cell.teacher else [])]
         unused = [grid.unused(role, params) for role in roles]
-        used = {key for key in idle if any(not grid.is_under(key, keys) for keys in unused) and _is_read(key, job)}
+        used = {
+            key
+            for key in idle
+            if any(not grid.is_under(key, keys) for keys in unused) and _is_read(key, configs, number)
+        }
         idle = {key: word for key, word in idle.items() if key not in used}
     if idle:
         names = list(dict.fromkeys(job.cell.notation for job in jobs))
@@ -46,9 +51,9 @@ def _is_factor(key: str) -> bool:
     return key in grid.NAMES
 
 
-def _is_read(key: str, job: Job) -> bool:
+def _is_read(key: str, configs: Sequence[DictConfig], number: int) -> bool:
     """Return whether the program reads a key, or another key refers to it."""
     section, _, name = key.partition(".")
     if section not in OPEN or "." in name or name in OPEN[section].model_fields:
         return True
-    return not name or f"{{{key}}}" in OmegaConf.to_yaml(job.config)
+    return not name or f"{{{key}}}" in OmegaConf.to_yaml(configs[number])

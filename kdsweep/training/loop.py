@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdsweep.core import logs, signals
-from kdsweep.core.device import Compute, Stopwatch, is_blocking, is_device_error, is_out_of_memory
+from kdsweep.core.device import Compute, Stopwatch, is_device_error, is_out_of_memory
 from kdsweep.core.errors import CellError, one_line
 from kdsweep.core.progress import Progress
 from kdsweep.data.loaders import Feed
@@ -146,20 +146,16 @@ def _prune(learners: list[Learner], stopped: Callable[[Learner], None]) -> None:
 def isolated(learner: Learner) -> Iterator[None]:
     """Let an error inside end this learner, with the traceback in its log, and not its group.
 
-    What is passed on: a lack of memory, since fewer learners at a time may fit; and the loss of the device, which ends
-    this learner only where the error is known to be its own.
+    What is passed on: a lack of memory, since fewer learners at a time may fit; and the loss of the device, of which
+    another learner may be the cause.
     """
     with logs.about(learner.folder):
         try:
             yield
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or is_device_error(error):
                 raise
-            lost = is_device_error(error)
-            if not lost or (is_blocking() and learner.doing):  # not while it is only moved to the device
-                fail(learner, error)
-            if lost:
-                raise
+            fail(learner, error)
 
 
 def fail(learner: Learner, error: Exception) -> None:

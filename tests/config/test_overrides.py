@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from kdsweep.__main__ import user_message
 from kdsweep.config import composition, identity, overrides, user_code
 from kdsweep.core.errors import InputError
 from kdsweep.results import audit
-from kdsweep.sweep.callback import user_message
 from kdsweep.training import factory
 
 

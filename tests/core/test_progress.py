@@ -31,3 +31,19 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
     told = capsys.readouterr().err
     assert "scoring:" in told
     assert "left" not in told
+
+
+def test_groups_begin_where_one_has_ended_first():
+    groups = [[(10, 6.0)], [(1, 10.0), (2, 5.0)], [(1, 30.0)], [(1, 5.0)]]  # 60, 20, 30 and 5 s
+    assert progress.left_s(groups) == 115.0
+    assert progress.left_s(groups, places=2) == 60.0  # 60 beside 20 + 30 + 5
+    assert progress.left_s(groups[::-1], places=2) == 85.0  # 5 + 20 + 60 beside 30
+    assert progress.left_s([], places=3) == 0.0
+
+
+def test_the_pace_is_the_median_of_the_last_epochs():
+    assert progress.epoch_s([0]) is None
+    assert progress.epoch_s([0, 2000]) == 2.0
+    night = 8 * 3600 * 1000
+    assert progress.epoch_s([0, 2000, night, night + 2000]) == 2.0
+    assert progress.epoch_s([*range(0, 10_000, 1000), *range(10_000, 60_000, 5000)]) == 5.0

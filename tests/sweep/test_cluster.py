@@ -14,10 +14,10 @@ from small import STUDENT, TEACHER
 from test_slurm import OPTIONS
 from test_sync import runs_of
 
-from kdsweep.core.files import file_digest
+from kdsweep.core.files import file_digest, read_json
 from kdsweep.results import tables
 from kdsweep.runs import records
-from kdsweep.sweep.engines import queue
+from kdsweep.sweep.executors import queue
 from kdsweep.tracking import writer
 
 SMALL = ["profile=quick", "data=busi", "train.batch_size=8", "train.patience=40", "device=cpu", *TEACHER, *STUDENT]
@@ -68,8 +68,8 @@ def test_a_sweep_whose_command_is_killed_and_whose_job_is_preempted_ends_as_if_n
     assert until(lambda: any(epochs(store).values()), 300), (tmp_path / "printed").read_text()
     first.kill()
     first.wait()
-    (note,) = [file for file in store.glob("slurm/*.json") if "cells/" in file.read_text()]
-    controller = int(note.stem)
+    running = next(name for name, number in epochs(store).items() if number)
+    controller = int(read_json(store / "cells" / running / queue.NOTE)["job"])
     (job,) = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
     os.kill(int(job), signal.SIGUSR2)
     again = done(start(*words, cwd=tmp_path), tmp_path)
@@ -111,11 +111,11 @@ def test_slurm_itself_with_mlflow_on_postgresql(undisturbed, small_busi, tmp_pat
         assert tables.main(["table4", "--store", str(store), "--tracking-uri", uri]) == 0
 
 
-def _queued(store: Path, environment: dict[str, str]) -> dict[str, queue.Task]:
+def _queued(store: Path, environment: dict[str, str]) -> dict[Path, queue.Task]:
     before = os.environ.copy()
     os.environ |= environment
     try:
-        return queue.queued(store)
+        return queue.queued(store.glob("cells/*"))
     finally:
         os.environ.clear()
         os.environ |= before

@@ -7,7 +7,7 @@ import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kdsweep import conf_dir
 from kdsweep.config import composition, identity
@@ -88,16 +88,21 @@ def test_a_changed_copy_leaves_the_next_ones_as_they_were(sweep):
     assert composer.compose([*FIXED, "seed=2"], number=1).kd.weight == 0.5
 
 
-def jobs_of(sweep, store: Path, root: Path, count: int) -> list[plan.Job]:
+def configs_of(sweep, store: Path, root: Path, count: int) -> list[DictConfig]:
     composer = Composer(*sweep)
     fixed = [*FIXED, f"store={store}", "data=busi", f"data.root={root}"]
     words = [[*fixed, f"path={path}", f"train.lr=0.{n}1"] for path in ("none", "L") for n in range(1, 1 + count // 2)]
-    return plan.read_jobs([composer.compose(each, number=number) for number, each in enumerate(words)])
+    return [composer.compose(each, number=number) for number, each in enumerate(words)]
+
+
+def jobs_of(*of) -> list[plan.Job]:
+    return plan.read_jobs(configs_of(*of))
 
 
 def test_values_give_the_cells_that_configurations_give(sweep, small_busi, tmp_path):
-    for job in jobs_of(sweep, tmp_path, small_busi, 8):
-        settings = composition.read(job.config)
+    configs = configs_of(sweep, tmp_path, small_busi, 8)
+    for job, config in zip(plan.read_jobs(configs), configs, strict=True):
+        settings = composition.read(config)
         cell = identity.cell(settings)
         assert job.cell.fingerprint == cell.fingerprint
         assert job.cell.folder == cell.folder

@@ -1,26 +1,24 @@
-"""The launcher as Hydra's own tests see it, processes that die, folders, devices, and errors in one line."""
+"""The launcher: commands without -m, other programs' jobs, callbacks, the time left, and errors in one line."""
 
-import os
-import signal
-from functools import partial
+import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
-from hydra._internal.callbacks import Callbacks
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
-from hydra.types import HydraContext
-from hydra.version import VersionBase
+import torch
+from commands import kdsweep
+from hydra.core.utils import JobStatus
+from hydra.types import RunMode
 from omegaconf import OmegaConf
-from packaging.version import Version
+from small import STUDENT
 
-from kdsweep.config import composition
+from kdsweep.__main__ import user_message
+from kdsweep.config import composition, identity
 from kdsweep.core.errors import CellError, InputError
 from kdsweep.core.progress import duration
 from kdsweep.evaluation import latency
-from kdsweep.sweep import callback, launcher
-from kdsweep.sweep.engines import local
-from kdsweep.sweep.engines.engine import Unit
+from kdsweep.sweep import estimate, launcher, preview
 from kdsweep.training import factory
 
 
@@ -41,14 +39,19 @@ def test_durations_read_like_words(seconds, words):
     ],
 )
 def test_the_time_left_is_that_of_groups_that_run_beside_each_other(monkeypatch, caplog, places, minutes, told):
+    """The groups were estimated at half of what they take."""
     caplog.set_level("INFO")
     clock = iter([0.0, *(60.0 * minute for minute in minutes)])
     monkeypatch.setattr(launcher.time, "monotonic", lambda: next(clock))
+    each_s = 30.0 * minutes[0]
+    monkeypatch.setattr(estimate, "group_s", lambda group, preview: each_s)
     groups = [[SimpleNamespace(cell=SimpleNamespace(fingerprint=str(number)))] for number in range(len(minutes))]
-    report = launcher.Report(groups, places=places)
+    report = launcher.Report(groups, estimate.Preview({"cpu": ["cpu"] * places}))
     for group in groups[: len(told)]:
         report.add(group, [0.5])
     words = [f"{number} of {len(groups)} groups done, {left}" for number, left in enumerate(told, start=1)]
+    assert caplog.messages == words
+    report.add(groups[-1], [math.nan])  # submitted, and not waited for
     assert caplog.messages == words
 
 
@@ -58,6 +61,26 @@ def test_a_timed_step_is_a_positive_time_per_image():
     assert 0 < step.forward < step.train < 60
 
 
+@pytest.mark.parametrize(("device", "images"), [("cpu", 4), ("cuda:1", 64)])
+def test_a_plan_times_the_whole_batch_on_cuda_on_the_device_that_is_used(monkeypatch, device, images):
+    timed = []
+
+    def time_step_s(network, *, image_size, compute, images, forward_only=False):
+        timed.append((str(compute.device), images))
+        return latency.StepTime(0.1, 0.05)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(latency, "time_step_s", time_step_s)
+    monkeypatch.setattr(preview, "check", lambda _: None)
+    monkeypatch.setattr(preview, "rehearse", lambda *_: None)
+    cfg = composition.compose(["profile=quick", "train.batch_size=64", f"device={device}", "path=none"])
+    found = preview.preview_cells([identity.job(cfg)], [device] if device != "cpu" else [])
+    assert (timed, found.timed_on) == ([(device, images)], device)
+    ids = identity.split_ids(cfg)
+    assert found.student_epoch_s == pytest.approx(0.1 * len(ids["train"]) + 0.05 * len(ids["validation"]))
+
+
 def test_the_users_error_is_found_below_what_hydra_wraps_around_it():
     try:
         try:
@@ -65,170 +88,106 @@ def test_the_users_error_is_found_below_what_hydra_wraps_around_it():
         except InputError as error:
             raise RuntimeError("while resolving\nan interpolation") from error
     except RuntimeError as wrapped:
-        assert callback.user_message(wrapped) == "data.root=/x: no such folder"
+        assert user_message(wrapped) == "data.root=/x: no such folder"
 
 
 def test_any_other_error_keeps_its_class_and_loses_its_line_breaks():
-    assert callback.user_message(ValueError("a\n  b")) == "ValueError: a b"
+    assert user_message(ValueError("a\n  b")) == "ValueError: a b"
 
 
-def test_a_kept_command_can_be_typed_again_and_tells_no_password():
-    hydra = {
-        "overrides": {
-            "hydra": ["hydra.launcher.n_jobs=2", "hydra.mode=MULTIRUN"],
-            "task": ["path=L,H", "store=/my scans", "tracking.uri=postgresql://me:se@cret@host:5432/db"],
-        },
-        "runtime": {
-            "config_sources": [
-                {"path": "/pkg/conf", "provider": "main"},
-                {"path": "/mine", "provider": "command-line"},
-            ]
-        },
-    }
-    assert callback.command_line(OmegaConf.create({"hydra": hydra})) == (
-        "python -m kdsweep -m --config-dir /mine hydra.launcher.n_jobs=2 path=L,H 'store=/my scans' "
-        "tracking.uri=postgresql://USER:PASSWORD@host:5432/db"
+def test_a_kept_command_can_be_typed_again_and_tells_no_password(monkeypatch):
+    typed = ["-m", "path=L,H", "store=/my scans", "tracking.uri=postgresql://me:se@cret@host:5432/db", "--plan"]
+    monkeypatch.setattr(launcher, "arguments", typed)
+    assert launcher.command_line() == (
+        "python -m kdsweep -m path=L,H 'store=/my scans' tracking.uri=postgresql://USER:PASSWORD@host:5432/db --plan"
     )
 
 
-# --- what Hydra asks of every launcher
+# --- commands without -m
+
+ALONE = ["hydra/launcher=one_by_one", "hydra.sweeper.is_one_cell=true"]
 
 
-@pytest.fixture
-def plain_hydra(hydra_restore_singletons, tmp_path, monkeypatch):
-    """Hydra's tests expect the behavior of version_base 1.1, which other tests of this process have changed."""
-    VersionBase.instance().setbase(Version("1.1"))
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+@pytest.mark.parametrize(
+    ("options", "words", "wanted"),
+    [
+        ([], ["path=L"], ["-m", "path=L", *ALONE]),
+        (["--run", "--config-dir", "/x"], [], ["--config-dir", "/x", "-m", *ALONE]),
+        (["-m"], ["path=L,H", "hydra/launcher=basic"], ["-m", "path=L,H", "hydra/launcher=one_by_one"]),
+        ([], ["hydra/launcher=lockstep"], ["-m", "hydra/launcher=lockstep", "hydra.sweeper.is_one_cell=true"]),
+        ([], ["hydra.mode=MULTIRUN"], ["hydra.mode=MULTIRUN"]),
+        (["--cfg", "job"], ["path=L"], ["--cfg", "job", "path=L"]),
+        (["--info"], [], ["--info"]),
+    ],
+)
+def test_a_command_without_m_is_a_sweep_of_one_cell_in_this_process(options, words, wanted):
+    assert launcher.as_sweep(options, words) == wanted
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("plain_hydra")
-@pytest.mark.parametrize(("launcher_name", "overrides"), [("lockstep", [])])
-class TestLauncher(LauncherTestSuite):
-    """Hydra's own tests of a launcher."""
+def sweep(choice="one_by_one", **sweeper):
+    hydra = {"mode": RunMode.MULTIRUN, "sweeper": sweeper, "overrides": {"task": ["seed=1"]}}
+    choices = {"hydra/launcher": choice, "experiment": "table4"}
+    return OmegaConf.create({"hydra": {**hydra, "runtime": {"choices": choices}}})
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("plain_hydra")
-@pytest.mark.parametrize(("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=lockstep"])])
-class TestLauncherIntegration(IntegrationTestSuite):
-    """Hydra's own tests of whole programs with a launcher."""
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (sweep(choice="lockstep_ray"), r"^hydra/launcher=lockstep_ray runs sweeps: add -m, or leave it out$"),
+        (sweep(search={"train.lr": [1, 2]}), r"^hydra\.sweeper\.search tunes sweeps: add -m"),
+        (sweep(params={"path": "L,H", "seed": "0,1"}), r"^\+experiment=table4 has a grid \(path\): add -m to run it"),
+    ],
+)
+def test_what_only_a_sweep_can_do_needs_m(config, message):
+    launcher.check_sweep(config, is_one_cell=False)
+    with pytest.raises(InputError, match=message):
+        launcher.check_sweep(config, is_one_cell=True)
 
 
-# --- jobs that are not cells, as another program's
+# --- what Hydra sees
 
 
-def dying():
-    """A task function whose process is killed in one job."""
-
-    def task(cfg):
-        if cfg.number == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return cfg.number * 10
-
-    return task
+def test_another_programs_jobs_are_refused_in_one_line():
+    own = launcher.LockstepLauncher(None)
+    message = "^hydra/launcher=lockstep trains kdsweep's cells alone; this program needs another launcher$"
+    with pytest.raises(InputError, match=message):
+        own.setup(hydra_context=None, task_function=print, config=sweep("lockstep"))
+    with pytest.raises(InputError, match=r"^hydra/launcher=joblib trains no cells: it must be lockstep, "):
+        launcher.train_cell(sweep("joblib"))
 
 
-@pytest.fixture
-def launch(job_config, plain_hydra):
-    """Runs jobs of a task function with the launcher, without Hydra around it."""
-
-    def with_overrides(config, overrides):  # in here: it reaches the jobs' processes without this module's imports
-        own = config.copy()
-        own.number = int(overrides[0].removeprefix("number="))
-        OmegaConf.set_readonly(own.hydra, False)
-        own.hydra.overrides.task = overrides
-        return own
-
-    def run(task_function, numbers, subdir="${hydra.job.num}"):
-        own = launcher.LockstepLauncher(local.Devices())
-        config = job_config(0, subdir=subdir)
-        loader = SimpleNamespace(load_sweep_config=with_overrides)
-        context = HydraContext(config_loader=loader, callbacks=Callbacks())
-        own.setup(hydra_context=context, task_function=task_function, config=config)
-        return own.launch([[f"number={number}"] for number in numbers], initial_job_idx=0)
-
-    return run
-
-
-@pytest.mark.slow
-def test_a_killed_job_takes_no_other_with_it(launch):
-    returns = launch(dying(), [0, 1, 2])
-    assert [job.status for job in returns] == [JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.COMPLETED]
-    assert [returns[0].return_value, returns[2].return_value] == [0, 20]
-    with pytest.raises(CellError, match="its process ended early, killed by SIGKILL"):
-        _ = returns[1].return_value
-    assert returns[1].overrides == ["number=1"]
-
-
-def test_two_jobs_of_one_folder_are_refused(launch):
-    with pytest.raises(InputError, match="jobs 0 and 1 would write to one folder; name every swept key in it"):
-        launch(dying(), [0, 2], subdir="same")
-
-
-def test_a_folder_may_be_named_by_any_key_and_is_settled_before_the_jobs_start(job_config, plain_hydra):
-    configs = [job_config(number, subdir="x${number}") for number in (1, 2, 1)]
-    assert launcher.settle_folders(configs, names=["one", "two", "one"]) == ["x1", "x2", "x1"]
-    with pytest.raises(InputError):
-        launcher.settle_folders(configs, names=["one", "two", "three"])
-
-
-# --- several devices
-
-GONE = "cuda:99"  # no machine has it: what is lost does not compute in a fresh process either
-
-
-@pytest.fixture
-def run_units(job_config, plain_hydra):
-    """Runs units of the names of their devices; each gives its name, its device and its share of the threads."""
-
-    def make(*each: list[str], places: list[str], fails: str = GONE):
-        def call(configs):
-            import torch
-
-            if configs[0].device == fails:
-                raise RuntimeError("CUDA error: the device is lost")
-            value = f"{configs[0].name} on {configs[0].device}", torch.get_num_threads()
-            return [JobReturn(status=JobStatus.COMPLETED, _return_value=value)]
-
-        own = local.Devices()
-        own.open(job_config(0, subdir="x"))
-        configs = [OmegaConf.create({"name": f"unit{number}", "device": "auto"}) for number in range(len(each))]
-        units = {
-            Unit(call, partial(list, [config]), list(names)): config.name
-            for config, names in zip(configs, each, strict=True)
-        }
-        return {
-            units[unit]: outcome if isinstance(outcome, Exception) else outcome[0].return_value
-            for unit, outcome in own._run(list(units), places)
-        }
-
-    return make
+def test_a_result_is_a_value_or_raises_its_error():
+    done, failed = launcher.job_return(["a=1"], 0.5), launcher.job_return(["a=2"], CellError("its own"))
+    assert (done.status, done.return_value, done.overrides) == (JobStatus.COMPLETED, 0.5, ["a=1"])
+    with pytest.raises(CellError, match="its own"):
+        _ = failed.return_value
 
 
 @pytest.mark.slow
-def test_a_group_whose_device_is_lost_moves_to_another_and_fails_if_there_is_none(run_units, caplog):
-    outcomes = run_units([GONE, "cpu"], [GONE, "cpu"], [GONE], places=[GONE, "cpu"])
-    assert [outcomes[name][0] for name in ("unit0", "unit1")] == ["unit0 on cpu", "unit1 on cpu"]
-    assert caplog.text.count(f"{GONE} does not compute any more: its group moves to another device") == 1
-    assert str(outcomes["unit2"]) == f"{GONE} does not compute any more"
+def test_a_users_callbacks_see_each_job(small_busi, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from hydra.experimental.callback import Callback\n"
+        "class Own(Callback):\n"
+        "    def on_job_start(self, config, *, task_function, **_):\n"
+        "        print('start', config.seed, task_function.__name__)\n"
+        "    def on_job_end(self, config, job_return, **_):\n"
+        "        print('end', config.seed, job_return.status.name, job_return.return_value > 0)\n"
+    )
+    words = ["-m", "path=none", "seed=0,1", "profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu"]
+    words += ["train.batch_size=8", "train.epochs=1", "+hydra.callbacks.own._target_=own.Own", *STUDENT]
+    done = kdsweep(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("start", "end"))]
+    assert lines == [
+        *(f"start {seed} train_cell" for seed in (0, 1)),
+        *(f"end {seed} COMPLETED True" for seed in (0, 1)),
+    ]
 
 
-@pytest.mark.slow
-def test_a_group_that_fails_on_a_device_that_computes_is_not_tried_elsewhere(run_units):
-    outcomes = run_units(["cpu", "meta"], places=["cpu", "meta"], fails="cpu")
-    assert "the device is lost" in str(outcomes["unit0"])
-
-
-@pytest.mark.slow
-def test_processes_on_the_cpu_share_its_threads(run_units, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    ((_, threads),) = run_units(["cpu"], places=["cpu"]).values()
-    assert threads == 2
-    outcomes = run_units(["cpu"], ["cpu"], places=["cpu", "cpu"])
-    assert sorted(outcomes.values()) == [("unit0 on cpu", 1), ("unit1 on cpu", 1)]
-    assert local.Devices(processes=3).names == ["cpu"] * 3
-    with pytest.raises(InputError, match=r"hydra\.launcher\.processes=0 is not allowed"):
-        local.Devices(processes=0)
+def test_help_is_quick():
+    """It loads none of what computes, plans or logs."""
+    code = "import sys; from kdsweep import __main__; from kdsweep.sweep import launcher; "
+    code += "print(sorted({mods} & sys.modules.keys()))"
+    code = code.replace("{mods}", "{'torch', 'mlflow', 'pandas', 'optuna', 'submitit', 'ray'}")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"

@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
 from kdsweep.config import composition, grid, identity
+from kdsweep.core import progress
 from kdsweep.core.errors import InputError
 from kdsweep.evaluation import latency
 from kdsweep.runs import records, requests
-from kdsweep.sweep import callback, estimate, launcher, plan
-from kdsweep.sweep.engines import worker
+from kdsweep.sweep import estimate, launcher, plan, preview
+from kdsweep.sweep.executors import local
 
-PREVIEW = estimate.Preview({"cpu": ["cpu"]}, timed_on="cpu", student_s=1.0, teacher_s=10.0, forward_s=4.0, images=16)
+EPOCHS = {"student_epoch_s": 16.0, "teacher_epoch_s": 160.0, "forward_epoch_s": 64.0}  # of 16 images
+PREVIEW = estimate.Preview({"cpu": ["cpu"]}, timed_on="cpu", **EPOCHS)
 
 
 @pytest.fixture
@@ -203,7 +206,7 @@ def test_what_batches_do_not_depend_on_may_differ_inside_a_group(jobs, override)
     "override",
     [
         *("split=s1", "seed=1", "train.batch_size=4", "views.rotate_deg=10", "precision=bf16", "data.load_size=70"),
-        *("deterministic=true", "train.workers=2", "store=elsewhere", "train.last_batch=fill", "image_size=96"),
+        *("deterministic=true", "train.workers=2", "store=elsewhere"),
     ],
 )
 def test_what_batches_or_their_computation_depend_on_makes_another_group(jobs, override):
@@ -305,61 +308,63 @@ def test_repeated_and_finished_jobs_do_not_wait(jobs):
 
 
 class LeavingQueue:
-    """An engine with one cell in its queue, and one that left it, finished, after the jobs were read."""
+    """An executor with one cell in its queue, and one that left it, finished, after the jobs were read."""
 
     largest = None
 
     def __init__(self, left: plan.Job, queued: plan.Job) -> None:
         self.left, self.in_queue = left, queued.cell.folder
 
-    def open(self, config):
-        self.config = config
-
     def queued(self, own):
         records.write_finished(self.left.cell.folder, values={"test/dice": 0.5}, files=[])
         return {self.in_queue}
 
-    def preview(self, configs, *, times):
-        self.previewed = [cfg.path.name for cfg in configs]
+    def preview(self, jobs, *, times):
+        self.previewed = [job.settings.path.name for job in jobs]
         return PREVIEW
 
     def close(self, error):
         assert error is None
 
 
-def test_a_cell_that_leaves_the_queue_while_the_sweep_is_planned_is_not_submitted_again(jobs, capsys):
+def test_a_cell_that_leaves_the_queue_while_the_sweep_is_planned_is_not_submitted_again(jobs, capsys, monkeypatch):
     own = jobs(["path=none"], ["path=L"], ["path=H"])
-    engine = LeavingQueue(own[1], own[2])
-    planned = launcher.LockstepLauncher(engine, plan=True)
-    planned.config = OmegaConf.create({"hydra": {}})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "read_jobs", lambda configs: own)
-        patch.setattr(planned, "subdirs", lambda jobs: [""] * len(jobs))
-        planned._launch_cells([])
-    assert engine.previewed == ["none", "H"]
+    executor = LeavingQueue(own[1], own[2])
+    planned = launcher.LockstepLauncher(executor, plan=True)
+    planned.config = OmegaConf.create({"hydra": {"hydra_logging": None, "verbose": False}})
+    planned.hydra_context = SimpleNamespace(config_loader=None)
+    monkeypatch.setattr(launcher, "configure_log", lambda *_: None)
+    monkeypatch.setattr(plan, "read_jobs", lambda configs: own)
+    assert len(planned.launch([], 0)) == 3
+    assert executor.previewed == ["none", "H"]
     assert "3 cells: 2 to run, 1 finished; 2 lockstep groups" in capsys.readouterr().out
-
-
-def test_the_estimate_counts_validation(jobs):
-    own = jobs(*(["train.epochs=3", f"path={path}"] for path in ("none", "L")))
-    preview = replace(PREVIEW, validation_s=0.5, validation_images=4)
-    students, teacher = 2 * 3 * (16 * 1.0 + 4 * 0.5), 3 * (16 * 10.0 + 4 * 4.0)
-    assert estimate.group_s(own, preview) == students + 3 * 16 * 4.0  # the Teacher's maps of it are computed once
-    assert estimate.estimate_s([own], preview) == students + 3 * 16 * 4.0 + teacher
 
 
 def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
     small = ["train.epochs=3"]
     own = jobs(*([*small, f"path={path}"] for path in ("none", "L", "H", "HR")))
     student, forward, teacher = 16 * 3 * 1.0, 16 * 3 * 4.0, 16 * 3 * 10.0
-    assert estimate.estimate_s([own[:1]], PREVIEW) == student
-    assert estimate.estimate_s([own], PREVIEW) == 4 * student + forward + teacher
-    assert estimate.estimate_s([own[:2], own[2:]], PREVIEW) == 4 * student + 2 * forward + teacher
+    assert estimate.group_s(own, PREVIEW) == 4 * student + forward
+    assert estimate.device_s([own[:1]], PREVIEW) == student
+    assert estimate.device_s([own], PREVIEW) == 4 * student + forward + teacher
+    assert estimate.device_s([own[:2], own[2:]], PREVIEW) == 4 * student + 2 * forward + teacher
     strong = jobs([*small, "path=L"], [*small, "path=L", "teacher_aug=strong"])
-    assert estimate.estimate_s([strong], PREVIEW) == 2 * student + 2 * forward + 2 * teacher
+    assert estimate.device_s([strong], PREVIEW) == 2 * student + 2 * forward + 2 * teacher
     cell = identity.teacher_cell(own[1].settings)
     records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
-    assert estimate.estimate_s([own], PREVIEW) == 4 * student + forward
+    assert estimate.device_s([own], PREVIEW) == 4 * student + forward
+
+
+def test_a_cell_that_was_begun_is_estimated_from_its_recorded_epochs(jobs):
+    cells = [job.cell for job in jobs(["path=none"], ["path=L"])]
+    for cell in cells:
+        records.describe(cell, split={}, params={}, tags={})
+        history = [{"epoch": 0, "val/dice": 0.5}, {"epoch": 1, "val/dice": 0.5}]
+        records.write_progress(cell.folder, epochs=10, history=history, times_ms=[0, 1], seconds=[100.0, 200.0])
+    baseline, distilled = jobs(["path=none", "train.epochs=10"], ["path=L", "train.epochs=10"])
+    begun = [replace(job, begun=2, cell=cell) for job, cell in zip((baseline, distilled), cells, strict=True)]
+    assert estimate.group_s(begun[:1], PREVIEW) == 8 * 150.0
+    assert estimate.group_s(begun, PREVIEW) == 8 * 150.0 + 8 * (150.0 - 64.0) + 8 * 64.0  # its forwards are shared
 
 
 @pytest.mark.parametrize(
@@ -376,12 +381,13 @@ def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
 )
 def test_processes_on_the_cpu_are_as_fast_as_its_cores_allow(threads, cores, processes, groups, speed):
     preview = replace(PREVIEW, devices={"cpu": ["cpu"] * processes}, threads=threads, cores=cores)
-    assert preview.speed(groups) == speed
+    assert preview.slowdown(groups) == min(processes, groups) / speed
 
 
 def test_devices_are_as_fast_as_there_are_groups_for_them():
     preview = replace(PREVIEW, devices={"auto": ["cuda:0", "cuda:1"]}, timed_on="cuda:0", cores=2)
-    assert [preview.speed(groups) for groups in (1, 2, 3)] == [1, 2, 2]
+    assert [preview.slowdown(groups) for groups in (1, 2, 3)] == [1, 1, 1]
+    assert progress.left_s([[(1, 60.0)]] * 3, places=preview.places) == 120.0
 
 
 def test_the_first_line_divides_the_time_among_processes(jobs):
@@ -409,7 +415,7 @@ def test_the_overview_tells_each_group_and_the_hours(jobs):
     assert estimate.overview(own, groups=[], preview=None) == estimate.describe(own, groups=[], preview=None)
 
 
-def test_what_is_ignored_is_counted_in_the_first_line_and_named_once(small_busi, tmp_path, monkeypatch, caplog):
+def test_what_is_ignored_is_counted_in_the_first_line_and_named_once(small_busi, tmp_path, caplog):
     root = shutil.copytree(small_busi, tmp_path / "busi")
     shutil.copytree(root / "benign", root / "cyst")
     (root / "manifest.csv").write_text("file\n")
@@ -425,20 +431,17 @@ def test_what_is_ignored_is_counted_in_the_first_line_and_named_once(small_busi,
     group = f"rows of split.group={tmp_path / 'groups.csv'} without an image: 1 (absent)"
     expected = f"data=busi, ignored: images in other folders: 32 ({names}); {group}"
     assert estimate.overview(own, groups=[], preview=None).splitlines()[1:] == [expected]
-    monkeypatch.setattr(callback, "_preview", lambda waiting: PREVIEW)
-    monkeypatch.setattr(plan, "watch", lambda jobs, command: None)
-    callback.prepare(configs, command="")
+    estimate.log_ignored(own)
     assert caplog.messages.count(expected) == 1
 
 
-def test_jobs_that_run_one_after_the_other_are_told_of_one_device(jobs, monkeypatch, caplog):
-    caplog.set_level("INFO")
+def test_jobs_that_run_one_after_the_other_are_told_of_one_device(jobs, monkeypatch):
     two = replace(PREVIEW, devices={"cpu": ["cuda:0", "cuda:1"]}, timed_on="cuda:0")
-    monkeypatch.setattr(worker, "preview_cells", lambda configs, devices: two)
-    monkeypatch.setattr(plan, "watch", lambda jobs, command: None)
+    monkeypatch.setattr(preview, "preview_cells", lambda jobs, devices: two)
     small = ["train.epochs=3", "path=none"]
-    callback.prepare([job.config for job in jobs(small, [*small, "split=s1"])], command="")
-    assert "; device cuda:0; at most about 2 min if" in caplog.messages[0]  # 48 s each
+    own = jobs(small, [*small, "split=s1"])
+    line = estimate.describe(own, groups=[own[:1], own[1:]], preview=local.InProcess().preview(own, times=False))
+    assert "; device cuda:0; at most about 2 min if" in line  # 48 s each
 
 
 CHANGED = "the store holds results of that name, but since then this has changed: "

@@ -2,17 +2,17 @@
 
 import signal
 import sys
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 from hydra_plugins.kdsweep_lockstep import RayConf
-from omegaconf import OmegaConf
 from test_writer import make_cell
 
 from kdsweep.core import signals
 from kdsweep.core.errors import InputError
-from kdsweep.sweep.engines.engine import Unit
-from kdsweep.sweep.engines.ray import OnRay
+from kdsweep.sweep.executors.executor import Work, run
+from kdsweep.sweep.executors.ray import OnRay
 
 DEFAULTS = {key: value for key, value in vars(RayConf()).items() if key not in ("_target_", "plan")}
 
@@ -75,16 +75,56 @@ def test_a_cluster_that_does_not_answer_is_told_with_what_may_be_missing(monkeyp
         OnRay(**DEFAULTS | {"address": "host:1"}).check([])
 
 
-def test_a_signal_ends_the_command_as_it_does_elsewhere(monkeypatch):
-    def wait(*_, **__):
-        raise KeyboardInterrupt  # Ray's own, in the place of ours
+class Reference:
+    """A stand-in for what Ray returns for a task."""
 
-    engine = OnRay(**DEFAULTS | {"gpus": 0})
-    engine.open(OmegaConf.create({}))
-    task = SimpleNamespace(remote=lambda remote_task: "task")
-    ray = SimpleNamespace(remote=lambda **_: lambda _: task, wait=wait)
-    monkeypatch.setattr(signals._State, "pending", signal.SIGTERM)
-    with pytest.raises(signals.Stopped) as stopped:
-        list(engine._run(ray, [Unit(len, list, [])]))
-    assert stopped.value.exit_code == 143
-    assert engine._running == ["task"]
+    def __init__(self, remote_work) -> None:
+        self.remote_work, self.ends = remote_work, []
+
+    def future(self):
+        future = Future()
+        if not self.ends:
+            future.set_exception(ActorDiedError("the machine\nis gone"))
+        else:
+            future.set_result(self.ends)
+        return future
+
+
+class ActorDiedError(Exception):
+    """A stand-in for an error of Ray's."""
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    """A stand-in for Ray whose tasks are lost, and what it was asked to do."""
+    asked = SimpleNamespace(tasks=[], cancelled=[], ended=False)
+
+    def submit(remote_work):
+        asked.tasks.append(Reference(remote_work))
+        return asked.tasks[-1]
+
+    ray = SimpleNamespace(
+        remote=lambda **_: lambda _: SimpleNamespace(remote=submit),
+        is_initialized=lambda: True,
+        cancel=asked.cancelled.append,
+        wait=lambda tasks, **_: (tasks[1:], tasks[:1]),
+        shutdown=lambda: setattr(asked, "ended", True),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    return asked
+
+
+def test_a_task_that_ray_has_given_up_goes_on_in_halves(ray, tmp_path):
+    cells = [make_cell(store=tmp_path, lr=number) for number in range(2)]
+    work = Work(len, [None, None], [], cells)
+    ((_, results),) = run(OnRay(**DEFAULTS | {"gpus": 0}), [work])
+    assert [str(result) for result in results] == ["its Ray task failed: the machine is gone"] * 2
+    assert [len(task.remote_work.work.jobs) for task in ray.tasks] == [2, 1, 1]
+
+
+def test_a_stop_cancels_the_tasks_and_counts_those_that_do_not_end(ray, tmp_path):
+    own, stop = OnRay(**DEFAULTS | {"gpus": 0}), signals.Stopped(signal.SIGTERM)
+    own.submit([Work(len, [None], [], [make_cell(store=tmp_path)]) for _ in range(2)])
+    own.close(stop)
+    assert ray.cancelled == ray.tasks
+    assert (stop.killed, ray.ended) == (1, True)

@@ -1,25 +1,25 @@
-"""Groups as array jobs: what sbatch is given, what is refused, and what Hydra asks of every launcher."""
+"""Groups as array jobs: what sbatch is given, what is in the queue, what is refused, what travels."""
 
 import os
 import re
-import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from commands import kdsweep
-from hydra.test_utils.launcher_common_tests import LauncherTestSuite
 from hydra_plugins.kdsweep_lockstep import SlurmConf
-from omegaconf import OmegaConf
-from test_launcher import plain_hydra  # noqa: F401
+from servers import until
 from test_writer import make_cell
 
 from kdsweep.core.errors import InputError
-from kdsweep.sweep.engines import remote
-from kdsweep.sweep.engines.engine import SUBMITTED, Unit
-from kdsweep.sweep.engines.slurm import ArrayJob, Slurm
+from kdsweep.core.files import read_json
+from kdsweep.sweep.executors import queue, remote
+from kdsweep.sweep.executors.executor import Work, run
+from kdsweep.sweep.executors.queue import QueueError, Task
+from kdsweep.sweep.executors.slurm import ArrayJob, Slurm
 
 DEFAULTS = {key: value for key, value in vars(SlurmConf()).items() if key not in ("_target_", "plan")}
 
@@ -41,19 +41,23 @@ def commands(tmp_path, monkeypatch):
         (folder / name).chmod(0o755)
     (folder / "queue").write_text("")
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr("kdsweep.sweep.engines.slurm.LOOK_EVERY_S", 0.01)
-    monkeypatch.setattr("kdsweep.sweep.engines.slurm.ASK_EVERY_S", 0.01)
+    monkeypatch.setattr("kdsweep.sweep.executors.slurm.LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("kdsweep.sweep.executors.slurm.ASK_EVERY_S", 0.01)
     return folder
 
 
-def make_unit(store: Path, *cells) -> Unit:
-    return Unit(len, list, ["SLURM"], cells=list(cells))
+def work_of(*cells) -> Work:
+    return Work(len, [SimpleNamespace(cell=cell) for cell in cells], ["SLURM"], list(cells))
 
 
-def opened(**options) -> Slurm:
-    engine = Slurm(**DEFAULTS | options)
-    engine.open(OmegaConf.create({}))
-    return engine
+def submitted(slurm: Slurm, *works: Work, before=()) -> list[list[str]]:
+    """What each of these works comes to, in their order."""
+    results = {id(work): list(map(str, found)) for work, found in run(slurm, works, before=before)}
+    return [results[id(work)] for work in works]
+
+
+def executor(**options) -> Slurm:
+    return Slurm(**DEFAULTS | options)
 
 
 def given(folder: Path) -> list[dict[str, str]]:
@@ -72,13 +76,12 @@ def some(tmp_path):
 
 
 def test_groups_are_one_array_that_depends_on_that_of_the_teachers(commands, some):
-    engine = opened(
+    slurm = executor(
         partition="gpu", account="lab", qos="high", constraint="a100", gpus_per_node=1, cpus_per_task=4, mem_gb=16,
         timeout_min=90, array_parallelism=5, wait=False, additional_parameters={"reservation": "course"},
     )  # fmt: skip
-    units = [make_unit(some.store, *some.cells[:2]), make_unit(some.store, some.cells[2])]
-    outcomes = list(engine.run(units, before=[make_unit(some.store, some.teacher)]))
-    assert outcomes == [(unit, SUBMITTED) for unit in units]
+    works = [work_of(*some.cells[:2]), work_of(some.cells[2])]
+    assert submitted(slurm, *works, before=[work_of(some.teacher)]) == [["nan", "nan"], ["nan"]]
     teachers, groups = given(commands)
     wanted = {
         "partition": "gpu", "account": "lab", "qos": "high", "constraint": "a100", "gpus-per-node": "1",
@@ -90,44 +93,55 @@ def test_groups_are_one_array_that_depends_on_that_of_the_teachers(commands, som
     assert groups["array"] == "0-1%2"
     assert groups["dependency"] == "afterany:11"
     assert {"array", "dependency"}.isdisjoint(teachers)
-    notes = {file.name for file in (some.store / "slurm").glob("*.json")}
-    assert notes == {"11.json", "21.json"}
+    notes = [read_json(cell.folder / queue.NOTE)["job"] for cell in [some.teacher, *some.cells]]
+    assert notes == ["11", "21_0", "21_0", "21_1"]
 
 
 def test_srun_is_given_the_cpus_too_and_no_gpu_is_none_at_all(commands, some):
-    list(opened(gpus_per_node=0, cpus_per_task=3, wait=False).run([make_unit(some.store, some.cells[0])]))
+    submitted(executor(gpus_per_node=0, cpus_per_task=3, wait=False), work_of(some.cells[0]))
     (script,) = (some.store / "slurm").glob("11_*.sh")
     assert " --cpus-per-task=3 " in script.read_text().splitlines()[-1]
     assert "gpus" not in script.read_text()
 
 
 def test_what_is_in_the_queue_is_not_submitted_again_but_waited_for(commands, some):
-    list(opened(wait=False).run([make_unit(some.store, cell) for cell in some.cells]))
+    submitted(executor(wait=False), *map(work_of, some.cells))
     (commands / "queue").write_text("11_0 RUNNING\n11_1 PENDING\n11_2 CANCELLED\n")
-    again = opened()
+    again = executor()
     jobs = [SimpleNamespace(cell=cell) for cell in some.cells]
     assert again.queued(jobs) == {cell.folder for cell in some.cells[:2]}
-    both, other = make_unit(some.store, *some.cells[:2]), make_unit(some.store, some.cells[2])
-    (commands / "sbatch").write_text(f"#!/bin/sh\necho > {commands}/queue; echo 'Submitted batch job 99'\n")
-    outcomes = dict(again.run([both, other]))
+    (commands / "sbatch").write_text(
+        f"#!/bin/sh\necho '11_0 CANCELLED\n11_1 CANCELLED\n99 CANCELLED' > {commands}/queue\n"
+        "echo 'Submitted batch job 99'\n"
+    )
+    both, other = submitted(again, work_of(*some.cells[:2]), work_of(some.cells[2]))
     assert [own["array"] for own in given(commands)] == ["0-2%3"]  # of the first command
-    assert str(outcomes[both]) == "job 11_1, submitted before, has ended without it"
-    assert str(outcomes[other]).startswith("job 99 has ended without a result (cancelled or killed?); log: ")
+    assert both == ["job 11_0, 11_1 was cancelled"] * 2
+    assert other[0].startswith("job 99 was cancelled; log: ")
+
+
+def test_a_job_that_dies_is_submitted_again_in_halves_and_fails_alone(commands, some):
+    """SLURM forgets each job as soon as it is submitted."""
+    (commands / "squeue").write_text("#!/bin/sh\necho 'Invalid job id specified' >&2; exit 1\n")
+    (results,) = submitted(executor(), work_of(*some.cells[:2]))
+    names = [result.partition("; log: ")[0] for result in results]
+    assert [re.sub(r"\d+", "N", name) for name in names] == ["job N_N has ended without a result (killed?)"] * 2
+    assert [own.get("array") for own in given(commands)] == [None, "0-1%2"]
 
 
 def test_nothing_is_submitted_while_the_queue_is_not_known(commands, some):
-    list(opened(wait=False).run([make_unit(some.store, some.cells[0])]))
+    submitted(executor(wait=False), work_of(some.cells[0]))
     (commands / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact' >&2; exit 1\n")
     with pytest.raises(InputError, match=r"^squeue: Unable to contact; what is in the queue is not known, so"):
-        opened().queued([SimpleNamespace(cell=some.cells[0])])
+        executor().queued([SimpleNamespace(cell=some.cells[0])])
 
 
 def test_teachers_in_the_queue_are_depended_on(commands, some):
-    list(opened(wait=False).run([make_unit(some.store, some.teacher)]))
+    submitted(executor(wait=False), work_of(some.teacher))
     (commands / "queue").write_text("11 RUNNING\n")
-    again = opened(wait=False)
-    again.queued([SimpleNamespace(cell=some.cells[0])])
-    list(again.run([make_unit(some.store, some.cells[0])], before=[make_unit(some.store, some.teacher)]))
+    again, cell = executor(wait=False), replace(some.cells[0], teacher=some.teacher)
+    assert again.queued([SimpleNamespace(cell=cell)]) == set()
+    submitted(again, work_of(cell), before=[work_of(some.teacher)])
     assert given(commands)[1]["dependency"] == "afterany:11"
 
 
@@ -137,13 +151,63 @@ def test_what_sbatch_says_is_told_in_one_line(commands, some):
     (commands / "sbatch").write_text(f"#!/bin/sh\n{prints}exit 1\n")
     message = r"^the groups cannot be submitted, sbatch says: invalid partition: gpuu; Batch job submission failed$"
     with pytest.raises(InputError, match=message):
-        list(opened().run([make_unit(some.store, some.cells[0])]))
+        submitted(executor(), work_of(some.cells[0]))
 
 
 def test_more_groups_than_an_array_takes_are_several(commands, some, monkeypatch):
-    monkeypatch.setattr("kdsweep.sweep.engines.slurm.ARRAY", 2)
-    list(opened(wait=False).run([make_unit(some.store, cell) for cell in some.cells]))
+    monkeypatch.setattr("kdsweep.sweep.executors.slurm.ARRAY", 2)
+    submitted(executor(wait=False), *map(work_of, some.cells))
     assert [own.get("array") for own in given(commands)] == ["0-1%2", None]
+
+
+# --- what is in the queue
+
+ROWS = "7_0 RUNNING\n7_1 PENDING\n7_2 COMPLETED\n7_3 TIMEOUT\n9 REQUEUED\n"
+
+
+def note_some(store: Path) -> list[Path]:
+    jobs = {"a": "7_0", "b": "7_0", "c": "7_1", "d": "7_2", "e": "7_3", "f": "9"}
+    for name, job_id in jobs.items():
+        queue.note([store / name], cluster="slurm", job_id=job_id)
+    return [store / name for name in jobs]
+
+
+def test_cells_are_queued_until_their_job_has_ended_for_good(commands, tmp_path):
+    (commands / "queue").write_text(ROWS)
+    folders = note_some(tmp_path)
+    running = Task("7_0", "RUNNING")
+    wanted = {"a": running, "b": running, "c": Task("7_1", "PENDING"), "f": Task("9", "REQUEUED")}
+    assert queue.queued(folders) == {tmp_path / name: task for name, task in wanted.items()}
+
+
+def test_a_job_that_slurm_has_forgotten_has_ended_and_a_damaged_note_is_none(commands, tmp_path):
+    folders = note_some(tmp_path)
+    (folders[0] / queue.NOTE).write_text("{")
+    (commands / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
+    assert queue.queued(folders) == {}
+
+
+def test_a_queue_that_does_not_answer_is_no_empty_queue(commands, tmp_path, monkeypatch):
+    folders = note_some(tmp_path)
+    (commands / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact (x)' >&2; exit 1\n")
+    with pytest.raises(QueueError, match=r"^squeue: Unable to contact \(x\)$"):
+        queue.queued(folders)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(QueueError, match=r"squeue: .*No such file"):
+        queue.queued(folders)
+    assert queue.queued([tmp_path / "without a note"]) == {}  # and nobody is asked
+
+
+def test_a_local_job_lives_as_long_as_its_process():
+    waits = "import sys; sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", waits, "submitit"], stdin=subprocess.PIPE) as process:
+        job_id = str(process.pid)
+        assert until(lambda: queue.states([job_id, str(os.getpid())], cluster="local") == {job_id: "RUNNING"}, 5)
+        process.communicate()
+    assert queue.states([job_id], cluster="local") == {}
+
+
+# --- what is refused
 
 
 @pytest.mark.parametrize(
@@ -165,15 +229,15 @@ def test_without_sbatch_or_a_server_nothing_is_submitted(commands, some, monkeyp
     tracking = SimpleNamespace(uri=None)
     job = SimpleNamespace(settings=SimpleNamespace(store=str(some.store), tracking=tracking))
     with pytest.raises(InputError, match=r"^tracking\.uri=None: workers on several machines cannot share the SQLite"):
-        opened().check([job])
+        executor().check([job])
     tracking.uri = "sqlite:////shared/mlflow.db"
     with pytest.raises(InputError, match=r"SQLite file /shared/mlflow\.db; start an MLflow server"):
-        opened().check([job])
+        executor().check([job])
     tracking.uri = "http://127.0.0.1:5000"
-    opened().check([job])
+    executor().check([job])
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InputError, match=r"sbatch is not on this machine"):
-        opened().check([])
+        executor().check([])
 
 
 def test_without_m_nothing_is_submitted_and_nothing_is_trained(tmp_path):
@@ -185,7 +249,7 @@ def test_without_m_nothing_is_submitted_and_nothing_is_trained(tmp_path):
 def test_nothing_of_a_cluster_is_imported_unless_it_is_asked_for():
     imports = (
         "from kdsweep.sweep import launcher, plan, status; "
-        "from kdsweep.sweep.engines import engine, local, ray, remote, slurm, worker; "
+        "from kdsweep.sweep.executors import executor, local, queue, ray, remote, slurm, worker; "
     )
     code = f"import sys; {imports}sys.exit(len({{'ray', 'submitit'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
@@ -194,45 +258,46 @@ def test_nothing_of_a_cluster_is_imported_unless_it_is_asked_for():
 # --- what travels
 
 
-def test_another_machine_that_sees_another_folder_refuses(some):
-    remote_task = remote.RemoteTask(make_unit(some.store, some.cells[0]), config=OmegaConf.create({}), threads=1)
+@pytest.fixture
+def travels(some, monkeypatch):
+    """A work on another machine, and what that machine makes of its settings."""
+    monkeypatch.setattr("os.chdir", lambda _: None)
+    for name in ("OMP_NUM_THREADS", "MPLBACKEND"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # and back at the end
+    there = {"cell": some.cells[0]}
+    monkeypatch.setattr("kdsweep.config.identity.cell", lambda _: there["cell"])
+    work = replace(work_of(some.cells[0]), jobs=[SimpleNamespace(settings=None)], is_requested=False)
+    return remote.RemoteWork(work, threads=1), there
+
+
+def test_another_machine_that_sees_another_folder_refuses(some, travels):
+    remote_work, _ = travels
+    remote_work._check()
     (some.store / remote.IDENTITY).unlink()
-    with pytest.raises(
-        InputError, match=r"store=.*: on \S+ it is not the folder of the machine that submits; put store"
-    ):
-        remote_task._check([])
-    assert remote.identify(some.store) != remote_task.identities[some.store]
-    with pytest.raises(InputError, match="it is not the folder"):
-        remote_task._check([])
+    message = r"store=.*: on \S+ it is not the folder of the machine that submits; put store"
+    with pytest.raises(InputError, match=message):
+        remote_work._check()
+    assert remote.identify(some.store) != remote_work.identities[some.store]
+    assert [str(error).partition(":")[0] for error in remote_work()] == [f"store={some.store}"]
 
 
-def test_another_machine_with_other_images_or_code_refuses(some, monkeypatch):
-    remote_task = remote.RemoteTask(make_unit(some.store, some.cells[0]), config=OmegaConf.create({}), threads=1)
-    monkeypatch.setattr("kdsweep.sweep.plan.read_jobs", lambda _: [SimpleNamespace(cell=some.cells[1])])
+def test_another_machine_with_other_images_or_code_refuses(some, travels):
+    remote_work, there = travels
+    there["cell"] = some.cells[1]
     with pytest.raises(InputError, match=r"L_MSE split 0 seed 0: on \S+ the images or the code are not those"):
-        remote_task._check([])
+        remote_work._check()
 
 
 def test_a_store_keeps_its_identity(tmp_path):
     assert remote.identify(tmp_path / "a") == remote.identify(tmp_path / "a") != remote.identify(tmp_path / "b")
 
 
-def test_a_job_whose_time_is_over_saves_and_is_submitted_as_it_is(monkeypatch):
+def test_a_job_whose_time_is_over_saves_and_is_submitted_as_it_is():
     stopped = []
-    job = ArrayJob(SimpleNamespace(stop=stopped.append))
+    job = ArrayJob(SimpleNamespace(stop=lambda: stopped.append("stopped")))
     delayed = job.checkpoint()
-    assert stopped == [signal.SIGTERM]
+    assert stopped == ["stopped"]
     assert delayed.function is job
 
 
-# --- what Hydra asks of every launcher, with submitit's jobs of this machine
-
 OPTIONS = ["hydra.launcher.cluster=local", "hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=1"]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("plain_hydra")
-@pytest.mark.parametrize(("launcher_name", "overrides"), [("lockstep_slurm", OPTIONS)])
-class TestLauncher(LauncherTestSuite):
-    """Hydra's own tests of a launcher."""

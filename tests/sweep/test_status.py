@@ -11,10 +11,11 @@ import pytest
 
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
+from kdsweep.core.progress import epoch_s
 from kdsweep.runs import records, requests
 from kdsweep.sweep import status
-from kdsweep.sweep.engines import queue
-from kdsweep.sweep.engines.queue import Task
+from kdsweep.sweep.executors import queue
+from kdsweep.sweep.executors.queue import Task
 
 PACE_S = 50.0
 EPOCHS = 60
@@ -113,7 +114,7 @@ def test_what_slurm_has_is_queued_or_running_as_its_job(tmp_path, hold):
 def test_a_queue_that_does_not_answer_is_said_below(tmp_path, monkeypatch):
     cell = make_cell(tmp_path)
     requests.ask(tmp_path, "study", cells=[cell], teachers=[])
-    queue.write(tmp_path, cluster="slurm", tasks={"7": [str(cell.folder.relative_to(tmp_path))]})
+    queue.note([cell.folder], cluster="slurm", job_id="7")
     monkeypatch.setenv("PATH", "/nowhere")
     lines = status.make(store=tmp_path, sweep=None).splitlines()
     assert lines[0].startswith("sweep study: 1 cell: 0 done, 1 waiting;")
@@ -224,14 +225,14 @@ def paced(tmp_path: Path, times_s: list[float]) -> records.Record:
 
 def test_the_pace_is_that_of_the_last_ten_epochs(tmp_path):
     slow, fast = [0.0, 100.0, 200.0, 300.0, 400.0, 500.0], [502.0, 504.0, 506.0, 508.0, 510.0]
-    assert status.pace_s(paced(tmp_path, slow)) == 100.0
+    assert epoch_s(paced(tmp_path, slow).times_ms) == 100.0
     record = paced(tmp_path, [*slow, *fast])
-    assert status.pace_s(record) == 2.0  # four differences of 100 s and five of 2 s
+    assert epoch_s(record.times_ms) == 2.0  # four differences of 100 s and five of 2 s
     assert status.left_s(record) == 98.0  # 49 epochs are left
 
 
 def test_a_night_between_two_epochs_does_not_count(tmp_path):
-    assert status.pace_s(paced(tmp_path, [0.0, 10.0, 20.0, 36_020.0, 36_030.0, 36_040.0])) == 10.0
+    assert epoch_s(paced(tmp_path, [0.0, 10.0, 20.0, 36_020.0, 36_030.0, 36_040.0]).times_ms) == 10.0
 
 
 def test_without_a_second_epoch_there_is_no_pace_and_no_estimate(tmp_path, hold):

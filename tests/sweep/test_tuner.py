@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +25,12 @@ from hydra.types import HydraContext, RunMode
 from small import STUDENT, TEACHER
 
 from kdsweep import conf_dir
+from kdsweep.__main__ import user_message
 from kdsweep.config import composition, identity
-from kdsweep.core.errors import CellError, InputError
+from kdsweep.core.errors import InputError, LostError
 from kdsweep.results import dsc, tables
 from kdsweep.runs import checkpoint, records, requests
-from kdsweep.sweep import callback, launcher, preview, status, tuner
+from kdsweep.sweep import launcher, methods, preview, status, tuner
 from kdsweep.tracking import reader
 from kdsweep.training import factory, group, loop, runner
 from kdsweep.tuning import book
@@ -47,18 +49,15 @@ OPTIONS = {"search": SEARCH, "trials": 4, "round": 2, "pruner": HALVING}
 
 
 class Inline:
-    """An engine that runs units in this process, one after the other."""
+    """An executor that does works in this process, one after the other."""
 
-    largest = None
-
-    def open(self, config):
-        pass
+    largest, is_queue = None, False
 
     def check(self, jobs):
         pass
 
-    def preview(self, configs, *, times):
-        return preview.Preview({str(config.device): ["cpu"] for config in configs}, timed_on="cpu")
+    def preview(self, jobs, *, times):
+        return preview.Preview({job.settings.device: ["cpu"] for job in jobs}, timed_on="cpu")
 
     def queued(self, jobs):
         return set()
@@ -66,31 +65,32 @@ class Inline:
     def at_once(self, preview):
         return 1
 
-    def run(self, units, *, before=()):
-        for unit in units:
-            yield unit, unit.call(unit.make())
+    def submit(self, works, *, after=()):
+        futures = [Future() for _ in works]
+        for work, future in zip(works, futures, strict=True):
+            future.set_result(work.call(work.jobs))
+        return futures
 
     def close(self, error):
         pass
 
 
 class Never(Inline):
-    """An engine of which nothing may be asked."""
+    """An executor of which nothing may be asked."""
 
-    def preview(self, configs, *, times):
+    def preview(self, jobs, *, times):
         raise AssertionError("something was begun")
 
 
-def launch(jobs, common=(), *, engine=None, plan=False, **options):
+def launch(jobs, common=(), *, executor=None, plan=False, **options):
     """Run jobs through a tuner as Hydra's multirun would, in this process."""
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         common = ["+experiment=tuned", "hydra.sweeper.params=null", *common]  # the jobs are those given here
         config = loader.load_configuration("config", common, run_mode=RunMode.MULTIRUN)
         JobRuntime.instance().set("name", "kdsweep")
-        own = launcher.LockstepLauncher(engine or Inline(), plan=plan)
-        task = launcher.trains_cells(lambda cfg: 0.0)
-        own.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=task, config=config)
+        own = launcher.LockstepLauncher(executor or Inline(), plan=plan)
+        own.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=launcher.train_cell, config=config)
         return tuner.Tuner(own, tuner.Options(**options)).launch([[*common, *job] for job in jobs], 0)
 
 
@@ -329,16 +329,23 @@ def test_a_second_command_on_the_same_sweep_is_refused(small_busi, unbroken):
         tune(small_busi, unbroken)
 
 
-def test_a_group_whose_process_dies_leaves_its_trials_open(small_busi, empty_store, tmp_path):
+def test_a_group_whose_process_dies_goes_on_in_halves(small_busi, empty_store, tmp_path):
     class Dying(Inline):
-        def run(self, units, *, before=()):
-            yield from ((unit, CellError("its process ended early, killed by SIGKILL")) for unit in units)
+        has_died = False
+
+        def submit(self, works, *, after=()):
+            if self.has_died or len(works[0].jobs) == 1:
+                return super().submit(works, after=after)
+            self.has_died, future = True, Future()
+            future.set_exception(LostError("its process ended early, killed by SIGKILL"))
+            return [future]
 
     store = tmp_path / "store"
     shutil.copytree(empty_store, store)
-    with pytest.raises(CellError, match="killed by SIGKILL; the same command goes on from there"):
-        tune(small_busi, store, engine=Dying())
-    assert trials(store).empty
+    tune(small_busi, store, executor=Dying())
+    found = trials(store)
+    assert len(found) == 12
+    assert "FAIL" not in set(found["state"])
 
 
 # --- what is shown
@@ -446,16 +453,16 @@ def test_a_budget_of_steps_gives_each_method_so_many_steps(small_busi, tmp_path,
 
 def test_a_budget_of_seconds_is_timed_once(small_busi, tmp_path, monkeypatch, capsys):
     class Timed:
-        def call(self, function, configs):
-            return [{"baseline": 3.0, "distilled": 7.0, "teacher": 10.0}[role] for _, role in configs]
+        def __init__(self, function, parts):
+            self.parts = parts
 
-        def close(self):
-            pass
+        def result(self):
+            return [{"baseline": 3.0, "distilled": 7.0, "teacher": 10.0}[role] for _, role in self.parts]
 
-    monkeypatch.setattr(tuner.worker, "start", lambda config: Timed())
+    monkeypatch.setattr(methods, "Process", Timed)
     store = tmp_path / "store"
     tune(small_busi, store, plan=True, budget={"seconds": 30})
-    monkeypatch.setattr(tuner.worker, "start", lambda config: pytest.fail("timed again"))
+    monkeypatch.setattr(methods, "Process", lambda *_: pytest.fail("timed again"))
     tune(small_busi, store, plan=True, budget={"seconds": 30})
     assert sorted(book.read(store, "busi-quick").epoch_s.values()) == [3.0, 7.0, 10.0]
 
@@ -513,8 +520,8 @@ def test_a_real_epoch_is_timed(small_busi, tmp_path, monkeypatch):
 def test_bad_input_is_told_before_anything_begins(small_busi, tmp_path, options, words, told):
     common = [*QUICK, f"data.root={small_busi}", f"store={tmp_path / 'store'}", *words]
     with pytest.raises((InputError, ConfigCompositionException)) as error:
-        launch(METHODS, common, engine=Never(), **{**OPTIONS, **options})
-    message = callback.user_message(error.value)
+        launch(METHODS, common, executor=Never(), **{**OPTIONS, **options})
+    message = user_message(error.value)
     assert re.search(told, message), message
     assert "\n" not in message
     assert not (tmp_path / "store" / "cells").exists()
@@ -523,14 +530,14 @@ def test_bad_input_is_told_before_anything_begins(small_busi, tmp_path, options,
 def test_a_key_that_is_swept_and_searched_is_refused(small_busi, tmp_path):
     jobs = [[*METHODS[0], f"train.lr={lr}"] for lr in (1e-3, 1e-4)]
     with pytest.raises(InputError, match=r"train\.lr is swept by the command too"):
-        launch(jobs, [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"], engine=Never(), **OPTIONS)
+        launch(jobs, [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"], executor=Never(), **OPTIONS)
 
 
 def test_the_name_of_anothers_chosen_settings_is_refused(small_busi, tmp_path):
     entry = book.Entry("study", "Student", 0, "baseline", 4)
     book.write(tmp_path, "busi-quick-tuned", storage="sqlite://", entries=[entry])
     with pytest.raises(InputError, match="sweep_name=busi-quick: this store holds the tuning of busi-quick-tuned"):
-        launch(METHODS, [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"], engine=Never(), **OPTIONS)
+        launch(METHODS, [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"], executor=Never(), **OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -549,7 +556,7 @@ def test_one_database_for_runs_and_trials_is_refused_before_anything_is_begun(
     common = [*QUICK, f"data.root={small_busi}", "store=store", f"tracking.uri={uri}"]
     storage = storage and storage.format(cwd=tmp_path)
     with pytest.raises(InputError, match=r"^hydra\.sweeper\.storage=.* are one database: MLflow and Optuna") as error:
-        launch(METHODS, common, engine=Never(), **{**OPTIONS, "storage": storage})
+        launch(METHODS, common, executor=Never(), **{**OPTIONS, "storage": storage})
     assert "secret" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 from commands import kdsweep
 from hydra.types import RunMode
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kdsweep.config import composition
 from kdsweep.core.errors import InputError
-from kdsweep.sweep import callback, plan, typed
+from kdsweep.sweep import launcher, plan, typed
 
 
 @pytest.fixture
 def command(small_busi: Path, tmp_path: Path):
     """Jobs of one command line, which Hydra tells each job with its own overrides."""
 
-    def make(*words: str, grid: tuple[str, ...] = (), multirun: bool = True) -> list[plan.Job]:
+    def make(*words: str, grid: tuple[str, ...] = (), multirun: bool = True) -> tuple[list[plan.Job], list[DictConfig]]:
         configs = []
         values = [
             [f"{word.partition('=')[0]}={value}" for value in word.partition("=")[2].split(",")] for word in words
@@ -32,7 +32,7 @@ def command(small_busi: Path, tmp_path: Path):
             with open_dict(cfg):
                 cfg.hydra = hydra
             configs.append(cfg)
-        return plan.read_jobs(configs)
+        return plan.read_jobs(configs), configs
 
     return make
 
@@ -62,7 +62,7 @@ def test_a_key_that_no_cell_uses_is_named_once(
     command, caplog: pytest.LogCaptureFixture, words: str, idle: str
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        typed.name_idle(command(*words.split()))
+        typed.name_idle(*command(*words.split()))
     lines = [line.partition(": used by no cell of this command (")[0] for line in caplog.messages]
     assert lines == ([idle] if idle else [])
 
@@ -75,17 +75,18 @@ def test_a_grid_whose_keys_are_not_typed_would_be_dropped(command) -> None:
     )
     with pytest.raises(InputError, match=r"a grid \(seed\), and a command runs one: run one command for each$"):
         command("path=L,H", grid=("seed",))
-    assert len(command("path=L,H", "seed=0", grid=("path", "seed"))) == 2
-    assert len(command("path=L", "seed=0", grid=("path", "seed"), multirun=False)) == 1
+    assert len(command("path=L,H", "seed=0", grid=("path", "seed"))[0]) == 2
+    assert len(command("path=L", "seed=0", grid=("path", "seed"), multirun=False)[0]) == 1
 
 
-def test_the_grid_of_an_experiment_is_checked_as_a_command_line_is(capsys) -> None:
+def test_the_grid_of_an_experiment_is_checked_as_a_command_line_is() -> None:
     """YAML invites to write a list, of which Hydra would take the last option."""
-    cfg = OmegaConf.create({"hydra": {"sweeper": {"params": {"seed": "0,1", "path": ["L", "H"]}}}})
-    with pytest.raises(SystemExit, match="1"):
-        callback.SweepCallback().on_multirun_start(cfg)
-    line = capsys.readouterr().err
-    assert line.endswith("is a list, of which only the last option counts: -m path=L,H runs each\n")
+    hydra = {
+        "sweeper": {"params": {"seed": "0,1", "path": ["L", "H"]}},
+        "runtime": {"choices": {"hydra/launcher": "x"}},
+    }
+    with pytest.raises(InputError, match=r"is a list, of which only the last option counts: -m path=L,H runs each$"):
+        launcher.check_sweep(OmegaConf.create({"hydra": hydra}), is_one_cell=False)
 
 
 @pytest.mark.slow

@@ -20,7 +20,6 @@ from kdsweep.core.errors import InputError, one_line
 from kdsweep.results import tables
 from kdsweep.runs import records, requests
 from kdsweep.sweep import status
-from kdsweep.sweep.engines import queue
 from kdsweep.tracking import artifacts, database, reader, sync, writer
 from kdsweep.tuning import book
 
@@ -231,7 +230,6 @@ def test_tables_of_an_earlier_results_version_come_out(store, monkeypatch, capsy
 RECORDS = {
     "sweeps/sweep.json": "run the commands of this sweep again",
     "tuning/sweep.json": "run the command that tunes sweep again",
-    "slurm/7.json": "cancel its jobs (scancel 7)",
 }
 
 
@@ -251,7 +249,6 @@ def test_a_damaged_record_of_a_sweep_is_named_and_never_overwritten(store, name,
     writes = {
         "sweeps": lambda: requests.ask(store, "sweep", cells=[cell], teachers=[]),
         "tuning": lambda: book.write(store, "sweep", storage="sqlite://"),
-        "slurm": lambda: queue.forget_ended(store),
     }
     assert error_of(writes[file.parent.name]).startswith(f"{file} is damaged")
     assert file.read_bytes() == content

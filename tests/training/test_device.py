@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdsweep.core import device
 from kdsweep.core.device import Compute, find_device, is_device_error, is_out_of_memory, usable_precision
 from kdsweep.core.errors import CellError, DeviceError, InputError, one_line
 from kdsweep.training import factory
@@ -131,12 +130,6 @@ def test_fewer_processes_prepare_batches_where_shared_memory_is_short(monkeypatc
         "train.workers=4: /dev/shm has no room for their batches of 26 MB, 1 prepares them; a smaller batch or more "
         "room helps, in a container --shm-size"
     ]
-
-
-def test_blocking_is_read_from_the_environment(monkeypatch):
-    assert not device.is_blocking()
-    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
-    assert device.is_blocking()
 
 
 @pytest.mark.gpu

@@ -164,10 +164,7 @@ def test_validation_images_are_normalized_once_for_all_learners_and_epochs(compo
 ASSERT = "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
 
 
-@pytest.mark.parametrize("is_blocking", [False, True])
-def test_a_failed_device_ends_the_group_and_fails_nobody_who_is_not_known_to_be_to_blame(
-    compose, tmp_path, monkeypatch, is_blocking
-):
+def test_a_failed_device_ends_the_group_and_fails_no_cell(compose, tmp_path, monkeypatch):
     configs = [compose("path=none"), compose("path=none", "train.lr=1e-4"), compose("path=none", "train.lr=1e-5")]
     learners = [make_learner(cfg, tmp_path / str(number)) for number, cfg in enumerate(configs)]
     for learner in learners:
@@ -183,15 +180,12 @@ def test_a_failed_device_ends_the_group_and_fails_nobody_who_is_not_known_to_be_
         return own(*args)
 
     monkeypatch.setattr(learners[1].network, "forward", breaks)
-    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1" if is_blocking else "0")
-    with pytest.raises(DeviceError, match=r"the device failed \(.*device-side assert triggered\)$"):
+    where = "epoch 1, step 3, forward: AcceleratorError: CUDA error: device-side assert triggered"
+    with pytest.raises(DeviceError, match=rf"the device failed \(.*{where}\)$"):
         runner.run_divided(
             [lambda own=own: own for own in learners], teachers={}, feed=feed_of(configs[0]), compute=CPU
         )
-    failed = [records.read(learner.folder).error for learner in learners]
-    assert [bool(error) for error in failed] == [False, is_blocking, False]
-    if is_blocking:
-        assert "epoch 1, step 3, forward: AcceleratorError: CUDA error: device-side assert triggered" in failed[1]
+    assert not any(records.read(learner.folder).error for learner in learners)
     assert {records.epochs(learner.folder) for learner in learners} == {0}  # no state of a broken device is saved
 
 

@@ -18,28 +18,37 @@ from kdsweep.sweep import launcher
 
 
 class LockstepLauncher(launcher.LockstepLauncher):
-    """``hydra/launcher=lockstep``: groups on the devices of this machine; see kdsweep/sweep/engines/local.py."""
+    """``hydra/launcher=lockstep``: groups on the devices of this machine; see kdsweep/sweep/executors/local.py."""
 
     def __init__(self, devices: Sequence[str] = (), *, processes: int = 1, plan: bool = False) -> None:
-        from kdsweep.sweep.engines.local import Devices
+        from kdsweep.sweep.executors.local import Local
 
-        super().__init__(Devices(devices, processes=processes), plan=plan)
+        super().__init__(Local(devices, processes=processes), plan=plan)
+
+
+class OneByOneLauncher(launcher.LockstepLauncher):
+    """``hydra/launcher=one_by_one``: one cell after the other in this process, as without -m."""
+
+    def __init__(self, *, plan: bool = False) -> None:
+        from kdsweep.sweep.executors.local import InProcess
+
+        super().__init__(InProcess(), plan=plan)
 
 
 class SlurmLauncher(launcher.LockstepLauncher):
-    """``hydra/launcher=lockstep_slurm``: groups as an array job; see kdsweep/sweep/engines/slurm.py."""
+    """``hydra/launcher=lockstep_slurm``: groups as an array job; see kdsweep/sweep/executors/slurm.py."""
 
     def __init__(self, *, plan: bool = False, **options: Any) -> None:
-        from kdsweep.sweep.engines.slurm import Slurm
+        from kdsweep.sweep.executors.slurm import Slurm
 
         super().__init__(Slurm(**options), plan=plan)
 
 
 class RayLauncher(launcher.LockstepLauncher):
-    """``hydra/launcher=lockstep_ray``: groups as Ray tasks; see kdsweep/sweep/engines/ray.py."""
+    """``hydra/launcher=lockstep_ray``: groups as Ray tasks; see kdsweep/sweep/executors/ray.py."""
 
     def __init__(self, *, plan: bool = False, **options: Any) -> None:
-        from kdsweep.sweep.engines.ray import OnRay
+        from kdsweep.sweep.executors.ray import OnRay
 
         super().__init__(OnRay(**options), plan=plan)
 
@@ -53,14 +62,21 @@ class LockstepSweeper(BasicSweeper):
     """
 
     def __init__(
-        self, max_batch_size: int | None, params: Any = None, *, also: Sequence[str] = (), **tuning: Any
+        self,
+        max_batch_size: int | None,
+        params: Any = None,
+        *,
+        also: Sequence[str] = (),
+        is_one_cell: bool = False,
+        **tuning: Any,
     ) -> None:
         super().__init__(max_batch_size, params)
-        self._also, self._tuning = also, tuning
+        self._also, self._tuning, self._is_one_cell = () if is_one_cell else also, tuning, is_one_cell
 
-    def setup(self, **given: Any) -> None:
-        """Take a launcher that tunes if there is something to tune."""
-        super().setup(**given)
+    def setup(self, *, config: Any, **context: Any) -> None:
+        """Check the sweep, and take a launcher that tunes if there is something to tune."""
+        launcher.check_sweep(config, is_one_cell=self._is_one_cell)
+        super().setup(config=config, **context)
         if self._tuning["search"]:
             from kdsweep.sweep import tuner
 
@@ -96,6 +112,7 @@ class LockstepSweeperConf(BasicSweeperConf):
     _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepSweeper"
     _recursive_: bool = False
     also: list[str] = field(default_factory=list)  # such as "method=cwd,at path=none": a grid beside that of params
+    is_one_cell: bool = False  # of a command without -m
     # Any, not a dict: into one without keys Hydra lets no command line put any.
     search: Any = None
     trials: int = 16
@@ -117,41 +134,50 @@ class LockstepConf:
 
 
 @dataclass
+class OneByOneConf:
+    """Options of ``hydra/launcher=one_by_one``."""
+
+    _target_: str = "hydra_plugins.kdsweep_lockstep.OneByOneLauncher"
+    plan: bool = False
+
+
+@dataclass
 class SlurmConf:
-    """Options of ``hydra/launcher=lockstep_slurm``; each is described in kdsweep/sweep/engines/slurm.py."""
+    """Options of ``hydra/launcher=lockstep_slurm``, with the names of Hydra's own submitit launcher."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.SlurmLauncher"
     plan: bool = False
-    largest: int | None = None
-    wait: bool = True
-    partition: str | None = None
+    largest: int | None = None  # cells in a group, at most
+    wait: bool = True  # stay until all is done; if not, the command ends when all is submitted
+    partition: str | None = None  # for sbatch, as the next three; null leaves the cluster's default
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    gpus_per_node: int = 1
-    cpus_per_task: int = 8
+    gpus_per_node: int = 1  # of each group, as the next two
+    cpus_per_task: int = 8  # and so many threads
     mem_gb: int = 32
-    timeout_min: int = 720
-    array_parallelism: int = 256
-    max_num_timeout: int = 20
-    additional_parameters: dict[str, str] = field(default_factory=dict)
-    cluster: str = "slurm"
+    timeout_min: int = 720  # of each job; a group that takes longer goes on in the next job
+    array_parallelism: int = 256  # jobs that run at the same time, at most
+    max_num_timeout: int = 20  # how often a job goes on after its time limit, at most
+    additional_parameters: dict[str, str] = field(default_factory=dict)  # of sbatch, such as {reservation: course}
+    cluster: str = "slurm"  # local: processes of this machine, all at once, to try things out
 
 
 @dataclass
 class RayConf:
-    """Options of ``hydra/launcher=lockstep_ray``; each is described in kdsweep/sweep/engines/ray.py."""
+    """Options of ``hydra/launcher=lockstep_ray``."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.RayLauncher"
     plan: bool = False
-    largest: int | None = None
-    address: str | None = None
-    gpus: float = 1.0
-    cpus: int = 1
-    memory_gb: float | None = None
-    retries: int = 3
+    largest: int | None = None  # cells in a group, at most
+    address: str | None = None  # of a running cluster: auto, HOST:PORT; null starts one of this machine alone
+    gpus: float = 1.0  # of each group; a fraction lets groups share a GPU
+    cpus: int = 1  # of each group, and its number of threads
+    memory_gb: float | None = None  # of each group; null leaves memory uncounted
+    retries: int = 3  # the most restarts of a group whose machine or process died
 
 
-for name, node in (("lockstep", LockstepConf), ("lockstep_slurm", SlurmConf), ("lockstep_ray", RayConf)):
+NODES = {"lockstep": LockstepConf, "one_by_one": OneByOneConf, "lockstep_slurm": SlurmConf, "lockstep_ray": RayConf}
+for name, node in NODES.items():
     ConfigStore.instance().store(group="hydra/launcher", name=name, node=node, provider="kdsweep")
 ConfigStore.instance().store(group="hydra/sweeper", name="lockstep", node=LockstepSweeperConf, provider="kdsweep")

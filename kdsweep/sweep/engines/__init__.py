@@ -1,1 +1,0 @@
-"""Engines that run a sweep's groups: processes of this machine, SLURM, Ray."""

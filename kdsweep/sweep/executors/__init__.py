@@ -1,0 +1,1 @@
+"""Executors, which compute lockstep groups: processes of this machine, SLURM, Ray."""
