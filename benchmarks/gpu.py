@@ -99,9 +99,7 @@ def table4(session: Session, group: str) -> Figures:
     of_teachers = {identity.teacher_cell(settings).fingerprint: settings for settings in configs[:-1]}
     frozen = dict(zip(of_teachers, bench.teachers.values(), strict=True))  # untrained they are equal
     if group == "teachers":
-        learners = [
-            factory.teacher_learner(settings, identity.teacher_cell(settings)) for settings in of_teachers.values()
-        ]
+        learners = [factory.learner(settings, identity.teacher_cell(settings)) for settings in of_teachers.values()]
     else:
         learners = [factory.learner(settings, identity.cell(settings)) for settings in configs]
     for learner in learners:

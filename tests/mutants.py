@@ -131,8 +131,8 @@ MUTANTS = [
     Mutant(
         "Teacher_WAug is trained on strong views",
         "training/factory.py",
-        "view=settings.teacher_aug.train_view,",
-        'view="strong",',
+        "view=settings.teacher_aug.train_view if is_teacher else",
+        'view="strong" if is_teacher else',
         FACTORY,
     ),
     Mutant(
@@ -502,8 +502,8 @@ MUTANTS = [
     Mutant(
         "the Teacher's learning rate is the Student's",
         "training/factory.py",
-        "lr=settings.teacher.lr,",
-        "lr=settings.train.lr,",
+        "lr=settings.teacher.lr if is_teacher",
+        "lr=settings.train.lr if is_teacher",
         FACTORY,
     ),
     # evaluation
@@ -540,29 +540,29 @@ MUTANTS = [
     Mutant(
         "the fingerprint leaves the data out",
         "config/identity.py",
-        'evidence, typed = {"data": listing(settings).digest},',
-        "evidence, typed = {},",
+        'evidence = {"data": listing(settings).digest}',
+        "evidence = {}",
         "tests/config",
     ),
     Mutant(
         "the fingerprint leaves the learning rate out",
-        "config/identity.py",
-        '"network": _network(student), "lr": settings.train.lr, "monitor"',
-        '"network": _network(student), "monitor"',
+        "config/schema.py",
+        "lr: Annotated[Positive, Decides(STUDENTS)]",
+        "lr: Annotated[Positive, LOCAL]",
         "tests/config",
     ),
     Mutant(
         "a Teacher's seed does not count",
         "config/identity.py",
-        "evidence, sources, seed=teacher.seed)",
-        "evidence, sources)",
+        "seed=settings.teacher.seed if role == TEACHER else settings.seed,",
+        "seed=settings.seed,",
         "tests/config",
     ),
     Mutant(
         "kd.ratio always counts",
-        "config/grid.py",
-        '    if params.get("kd.weight") != "matched":\n        idle.append("kd.ratio")\n',
-        "",
+        "config/schema.py",
+        "Decides((DISTILLED,), when=_is_matched)",
+        "Decides((DISTILLED,))",
         "tests/config",
     ),
     # runs
@@ -731,8 +731,8 @@ MUTANTS = [
     Mutant(
         "tuning: each distilled trial has a Teacher of its own",
         "tuning/space.py",
-        'idle = (*idle, "teacher")',
-        "idle = (*idle,)",
+        ' if role != "distilled" or not grid.is_under(key, ("teacher",))}',
+        "}",
         "tests/tuning/test_space.py",
     ),
     Mutant(

@@ -25,7 +25,7 @@ from kdsweep.core import signals
 from kdsweep.data import views
 from kdsweep.runs import checkpoint, records
 from kdsweep.runs.records import FINISHED
-from kdsweep.training import group, loop, runner, teachers
+from kdsweep.training import group, loop, runner
 from kdsweep.training.learner import Learner
 
 QUICK = [
@@ -308,10 +308,10 @@ def test_a_damaged_score_file_is_named_and_made_again_without_training(
 def test_a_damaged_teacher_is_noticed_before_it_teaches(small_busi, unbroken, tmp_path, caplog):
     store = Path(shutil.copytree(unbroken, tmp_path / "store"))
     (folder,) = (store / "teachers").iterdir()
-    flip(folder / teachers.WEIGHTS)
+    flip(folder / "teacher.safetensors")
     shutil.rmtree(next((store / "cells").glob("HReg*")))
     group.run_group(jobs_of(small_busi, store))
-    assert f"{folder / teachers.WEIGHTS}: damaged" in caplog.text
+    assert f"{folder / 'teacher.safetensors'}: damaged" in caplog.text
     assert contents(store) == contents(unbroken)
 
 

@@ -38,9 +38,8 @@ MAY_IMPORT = {
     "sweep": BELOW_TRAINING | {"tracking", "training", "tuning", "results", "deploy"},
     "plugins": {"core", "sweep"},
     "__main__": BELOW_TRAINING | {"tracking", "training", "results", "deploy", "sweep"},
-    "kd_paths": {"distill"},  # a former address
 }
-ROOMS = MAY_IMPORT.keys() - {"__init__", "__main__", "kd_paths", "plugins"}
+ROOMS = MAY_IMPORT.keys() - {"__init__", "__main__", "plugins"}
 
 # What does not keep to it yet, by module. A line goes when its import goes.
 KNOWN: dict[str, set[str]] = {}
@@ -209,9 +208,6 @@ def test_the_addresses_that_others_know_stay() -> None:
     assert all(getattr(data, name) is getattr(data.sources, name) for name in data.__all__)
     assert {"Busi", "Entry", "Folder", "Phantoms", "Source", "Udiat"} == set(data.__all__)
     assert distill.KDPath is paths.KDPath
-    with pytest.warns(DeprecationWarning, match="import KDPath from kdsweep.distill"):
-        from kdsweep.kd_paths import KDPath
-    assert KDPath is paths.KDPath
     with pytest.raises(AttributeError):
         distill.other  # noqa: B018
 

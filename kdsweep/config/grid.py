@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,26 +22,32 @@ PACKAGE = "kdsweep"
 # augmentation, loss, initialization, order of training images, optimizer, metric, or a new default that no setting
 # names. Every finished cell is computed again then. tests/test_golden.py notices such a change and is recorded anew
 # with it. What only moves, renames, logs, speeds up or reports does not raise it.
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 
-# Keys of the configuration, each with all below it. FACTORS: those of the grid. LOCAL: what decides no result.
-# SOURCES: where the images and the weights come from; their content counts (weights stands in student.weights and
-# teacher.weights).
-FACTORS = ("cell", "method", "path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
-LOCAL = ("device", "retry_failed", "stats", "store", "sweep_name", "tracking", "train.workers")
-SOURCES = ("data.root", "data.source.root", "data.source.cache_dir", "weights")
-UNSET = ("None", "null", "")  # a key without a value, as values and as MLflow keep it
-NEUTRAL = (*LOCAL, *SOURCES)
-NAMES = (
-    "method",
-    "path",
-    "loss",
-    "teacher_aug",
-    "split",
-    "split.index",
-    "split.fold",
-    "seed",
-)  # factors by which a cell is named
+DISTILLED, BASELINE, TEACHER = "distilled", "baseline", "teacher"
+STUDENTS, ROLES = (DISTILLED, BASELINE), (DISTILLED, BASELINE, TEACHER)
+UNSET = ("None", "null", "")  # a key without a value, as values and as MLflow keeps it
+Params = Mapping[str, Any]  # a flat configuration: values or, as MLflow keeps them, strings
+
+
+@dataclass(frozen=True)
+class Decides:
+    """Metadata of a field of the schema: the cells whose results the key decides, and how; with all keys below it.
+
+    Attributes:
+        roles: of these cells; () for a key of the machine or the command, None for those of the node above.
+        when: returns whether it does under a flat configuration.
+        by: how it does: ``value``; ``content`` of what it names; ``name`` of the cell; ``place`` of files whose content
+            counts, which is private; ``reference`` by other keys, whose values count.
+        places: arguments of a function or class that are ``by="place"``.
+        factor: it is a factor of the grid, whose values are compared.
+    """
+
+    roles: tuple[str, ...] | None = None
+    when: Callable[[Params], bool] = lambda params: True
+    by: str = "value"
+    places: tuple[str, ...] = ()
+    factor: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,66 +140,6 @@ def variant_label(variant: dict[str, str]) -> str:
     return ", ".join(f"{key}={value}" for key, value in variant.items())
 
 
-def unused(role: str, params: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the keys that a run is given and that cannot matter for its result.
-
-    Args:
-        role: ``distilled``, ``baseline`` or ``teacher``.
-        params: its flat configuration, as values or, as MLflow keeps them, as strings.
-    """
-    of_others = _of_other_protocols(str(params.get("split.protocol", "")))
-    if role == "baseline":
-        return (*of_others, "method", "path", "loss", "teacher_aug", "teacher", "kd")
-    if role == "teacher":
-        # The recipe is that of train where the Teacher has none of its own.
-        has_own = [key for key in ("supervised", "schedule") if str(params.get(f"teacher.{key}")) not in UNSET]
-        of_student = ("method", "path", "loss", "teacher_aug", "student", "kd", "train.lr", "train.monitor", "seed")
-        return (*of_others, *of_student, *(f"train.{key}" for key in has_own))
-    idle = list(of_others)
-    if params.get("teacher_aug.distill_view") == "strong":  # nothing to align
-        idle.append("kd.align")
-    if params.get("kd.weight") != "matched":
-        idle.append("kd.ratio")
-    if params.get("method.name", "none") != "none":
-        return (*idle, "path", "loss", "kd.temperature")
-    idle += [f"loss.{other}" for other in ("logits", "hidden") if other != params.get("path.representation")]
-    loss = f"loss.{params.get('path.representation')}"
-    own = str(params.get(f"{loss}._target_", "")).startswith(f"{PACKAGE}.")
-    if own and f"{loss}.temperature" not in params:
-        idle.append("kd.temperature")
-    return tuple(idle)
-
-
-def _of_other_protocols(protocol: str) -> tuple[str, ...]:
-    """Return the keys of a split that its protocol does not have (conf/split/)."""
-    own = {"paper": "index", "holdout": "index group", "kfold": "folds fold group"}.get(protocol)
-    names = ("index", "folds", "fold", "file", "group", "allow_leakage")
-    return tuple(f"split.{name}" for name in names if own is not None and name not in own.split())
-
-
-def used_by(role: str, variant: dict[str, str], params: Mapping[str, Any]) -> dict[str, str]:
-    """Return the part of a variant that matters for a run: a Student without distillation has no ``kd.weight``."""
-    idle = unused(role, params)
-    return {key: value for key, value in variant.items() if not is_under(key, idle)}
-
-
-def varied_keys(params: list[dict[str, Any]]) -> list[str]:
-    """Return the keys whose values differ between flat configurations, beyond the factors and NEUTRAL."""
-    keys = sorted({key for own in params for key in own if not is_under(key, FACTORS + NEUTRAL)})
-    return [key for key in keys if len({str(own.get(key)) for own in params}) > 1]
-
-
-def swept_keys(typed: list[list[str]]) -> list[str]:
-    """Return the keys to which several jobs' command lines give different values, beyond NAMES and LOCAL.
-
-    Args:
-        typed: the overrides of each job, such as ``["path=L", "train.lr=1e-3"]``.
-    """
-    jobs = [dict(word.lstrip("+").partition("=")[::2] for word in words) for words in typed]
-    keys = dict.fromkeys(key for job in jobs for key in job if key not in NAMES and not is_under(key, LOCAL))
-    return [key for key in keys if len({job.get(key) for job in jobs}) > 1]
-
-
 def digest(value: Any) -> str:
     """Return the SHA-256 of a value made of dicts, lists, strings, numbers and None, whatever the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
@@ -242,15 +188,15 @@ def targets(settings: Any) -> list[str]:
     return []
 
 
-def without_places(settings: Any) -> Any:
+def without_modules(settings: Any) -> Any:
     """Return nested settings in which a ``_target_`` of this package is its last word alone.
 
     A class that moves to another module is the same class: what its results are, RESULTS_VERSION says.
     """
     if isinstance(settings, dict):
-        kept = {key: without_places(value) for key, value in settings.items()}
+        kept = {key: without_modules(value) for key, value in settings.items()}
         target = kept.get("_target_")
         if isinstance(target, str) and target.startswith(f"{PACKAGE}."):
             kept["_target_"] = target.rpartition(".")[2]
         return kept
-    return [without_places(value) for value in settings] if isinstance(settings, list) else settings
+    return [without_modules(value) for value in settings] if isinstance(settings, list) else settings

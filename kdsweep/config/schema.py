@@ -1,7 +1,7 @@
-"""The schema of the configuration: the type and the range of each key, said once.
+"""The schema of the configuration: type and range of each key, and the results that it decides.
 
 Pydantic checks it, which MLflow and Albumentations bring anyway: OmegaConf's structured configurations have types but
-no ranges. Below it values are attributes. What a key means stands beside it in conf/.
+no ranges. Comments in conf/ say what a key means.
 """
 
 from __future__ import annotations
@@ -23,8 +23,57 @@ from pydantic import (
 )
 
 from kdsweep.config import grid, messages
+from kdsweep.config.grid import DISTILLED, ROLES, STUDENTS, TEACHER, UNSET, Decides, Params
 from kdsweep.config.user_code import canonical
 from kdsweep.core.errors import InputError
+
+LOCAL = Decides(())  # of the machine or the command
+CONTENT = Decides(by="content")
+PLACE = Decides(ROLES, by="place")
+NAME_OF_CELL = Decides((DISTILLED,), by="name")
+
+
+def _is_term(params: Params) -> bool:
+    """Return whether path and loss are compared, not what a method brings."""
+    return str(params.get("method.name", "none")) == "none"
+
+
+def _compares(representation: str) -> Callable[[Params], bool]:
+    return lambda params: _is_term(params) and params.get("path.representation") == representation
+
+
+def _has_temperature(params: Params) -> bool:
+    """Return whether the loss takes ``kd.temperature``; a user's own may."""
+    loss = f"loss.{params.get('path.representation')}"
+    is_shipped = str(params.get(f"{loss}._target_", "")).startswith(f"{grid.PACKAGE}.")
+    return _is_term(params) and (not is_shipped or f"{loss}.temperature" in params)
+
+
+def _is_matched(params: Params) -> bool:
+    return params.get("kd.weight") == "matched"
+
+
+def _views_differ(params: Params) -> bool:
+    return params.get("teacher_aug.distill_view") != "strong"
+
+
+def _of_protocol(*protocols: str) -> Callable[[Params], bool]:
+    return lambda params: str(params.get("split.protocol", "file")) in (*protocols, "file")
+
+
+def _number(*protocols: str) -> Decides:
+    """Return the marker of a key that numbers the splits of some protocols."""
+    return Decides(ROLES, when=_of_protocol(*protocols), by="name")
+
+
+def _images(*protocols: str) -> Decides:
+    """Return the marker of a key that chooses the images of some protocols' splits, which count."""
+    return Decides(ROLES, when=_of_protocol(*protocols), by="content")
+
+
+def _unless_own(name: str) -> Decides:
+    """Return the marker of a key of ``train`` that decides the Teacher's result unless the Teacher has its own."""
+    return Decides((TEACHER,), when=lambda params: str(params.get(f"teacher.{name}")) in UNSET)
 
 
 def _ordered(pair: list[float]) -> list[float]:
@@ -119,7 +168,7 @@ class KDPathNode(OpenNode):
     """``path.kd_path``: the class of a KD path and its arguments."""
 
     target: Text = Field(alias="_target_")
-    stage: Stage | None = Field(None, description=STAGE_WORDS)
+    stage: Stage | None = Field("encoder.5", description=STAGE_WORDS)  # of the shipped classes
     teacher_stage: Stage | None = Field(None, description=STAGE_WORDS)
     inner_channels: Count | None = Field(None, description="a whole number >= 1")
     kernel_size: Odd | None = Field(None, description="an odd number >= 1")
@@ -128,18 +177,20 @@ class KDPathNode(OpenNode):
 class PathNode(OpenNode):
     """``path``: what of Teacher and Student is compared; no ``kd_path`` is no distillation."""
 
-    name: Name
-    notation: Name
-    representation: Literal["logits", "hidden"] | None = Field(None, description="logits or hidden")
-    kd_path: KDPathNode | None
+    name: Annotated[Name, NAME_OF_CELL]
+    notation: Annotated[Name, NAME_OF_CELL]
+    representation: Annotated[Literal["logits", "hidden"] | None, Decides((DISTILLED,), when=_is_term)] = Field(
+        None, description="logits or hidden"
+    )
+    kd_path: Annotated[KDPathNode | None, Decides((DISTILLED,), when=_is_term)]
 
 
 class LossNode(OpenNode):
     """``loss``: a function for each representation that it compares."""
 
-    name: Name
-    logits: Call | None = None
-    hidden: Call | None = None
+    name: Annotated[Name, NAME_OF_CELL]
+    logits: Annotated[Call | None, Decides((DISTILLED,), when=_compares("logits"))] = None
+    hidden: Annotated[Call | None, Decides((DISTILLED,), when=_compares("hidden"))] = None
 
 
 class TermNode(Node):
@@ -153,10 +204,12 @@ class TermNode(Node):
 class MethodNode(Node):
     """``method``: a method of the literature, its comparisons and their published weights; none is path and loss."""
 
-    name: Name
-    notation: Name | None = Field(description=f"null, or {NAME_RULE} 80 bytes")
-    supervised: Positive
-    kd_weight: Share | Literal["published"] = Field(description="a number from 0 to 1, or published")
+    name: Annotated[Name, NAME_OF_CELL]
+    notation: Annotated[Name | None, NAME_OF_CELL] = Field(description=f"null, or {NAME_RULE} 80 bytes")
+    supervised: Annotated[Positive, Decides((DISTILLED,), by="reference")]  # by kd.weight
+    kd_weight: Annotated[Share | Literal["published"], Decides((DISTILLED,), by="reference")] = Field(
+        description="a number from 0 to 1, or published"
+    )
     terms: dict[str, TermNode]
 
     @property
@@ -174,8 +227,8 @@ class MethodNode(Node):
 class TeacherAugNode(Node):
     """``teacher_aug``: what a Teacher sees in its own training and in distillation."""
 
-    train_view: View
-    distill_view: View
+    train_view: Annotated[View, Decides((DISTILLED, TEACHER))]
+    distill_view: Annotated[View, Decides((DISTILLED,))]
 
 
 class NetworkNode(Node):
@@ -184,14 +237,14 @@ class NetworkNode(Node):
     encoder: Text
     decoder_channels: Widths
     weights: Text = Field(description="imagenet, none, or the name of a file")
-    imagenet: Text | None = None
-    imagenet_package: Text | None = None
+    imagenet: Annotated[Text | None, CONTENT] = None
+    imagenet_package: Annotated[Text | None, CONTENT] = None
 
 
 class TeacherNode(NetworkNode):
     """``teacher``: also how it is trained."""
 
-    seed: Seed
+    seed: Annotated[Seed, Decides((DISTILLED, TEACHER), by="content", factor=True)]
     lr: Positive
     monitor: Monitor = Field("loss", description="loss or dice")
     epochs: Count | None = Field(None, description="null or a whole number >= 1")
@@ -202,15 +255,21 @@ class TeacherNode(NetworkNode):
 class TrainNode(Node):
     """``train``: how networks are trained."""
 
-    epochs: Count
+    epochs: Annotated[Count, Decides(STUDENTS), _unless_own("epochs")]
     batch_size: Count
-    lr: Positive
+    lr: Annotated[Positive, Decides(STUDENTS)]
     patience: Count
-    monitor: Monitor = Field(description="loss or dice")
-    supervised: Literal["bce", "bce_dice"] = Field("bce", description="bce or bce_dice")
-    schedule: Literal["constant", "cosine", "poly"] = Field("constant", description="constant, cosine or poly")
+    monitor: Annotated[Monitor, Decides(STUDENTS)] = Field(description="loss or dice")
+    supervised: Annotated[Literal["bce", "bce_dice"], Decides(STUDENTS), _unless_own("supervised")] = Field(
+        "bce", description="bce or bce_dice"
+    )
+    schedule: Annotated[Literal["constant", "cosine", "poly"], Decides(STUDENTS), _unless_own("schedule")] = Field(
+        "constant", description="constant, cosine or poly"
+    )
     last_batch: Literal["smaller", "drop", "fill"] = Field("smaller", description="smaller, drop or fill")
-    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(description="auto or a whole number >= 0")
+    workers: Annotated[Literal["auto"] | Annotated[int, Field(ge=0)], LOCAL] = Field(
+        description="auto or a whole number >= 0"
+    )
 
 
 class KDNode(Node):
@@ -218,10 +277,12 @@ class KDNode(Node):
 
     weight: Share | Literal["matched", "published"] = Field(description="a number from 0 to 1, matched, or published")
     lambda_: NonNegative | None = Field(None, alias="lambda", description="a number >= 0")
-    ratio: Positive
-    temperature: Positive
+    ratio: Annotated[Positive, Decides((DISTILLED,), when=_is_matched)]
+    temperature: Annotated[Positive, Decides((DISTILLED,), when=_has_temperature, by="reference")]
     teacher_precision: Precision
-    align: Literal["warp", "none"] = Field(description="warp or none")
+    align: Annotated[Literal["warp", "none"], Decides((DISTILLED,), when=_views_differ)] = Field(
+        description="warp or none"
+    )
 
 
 class ViewsNode(Node):
@@ -241,12 +302,20 @@ class SplitNode(Node):
     """``split``: which images are for training, validation and test; each protocol has its own keys (conf/split/)."""
 
     protocol: Literal["paper", "holdout", "kfold", "file"] = Field(description="paper, holdout, kfold or file")
-    index: Annotated[int, Field(ge=0)] | None = Field(None, description="a whole number >= 0")
-    folds: Annotated[int, Field(ge=2)] | None = Field(None, description="a whole number >= 2")
-    fold: Annotated[int, Field(ge=0)] | None = Field(None, description="a whole number >= 0")
-    file: Text | None = Field(None, description="the name of a .csv or .json file")
-    group: Text | None = Field(None, description="a regular expression, a column, or the name of a .csv file")
-    allow_leakage: Switch = False
+    index: Annotated[Annotated[int, Field(ge=0)] | None, _number("paper", "holdout")] = Field(
+        None, description="a whole number >= 0"
+    )
+    folds: Annotated[Annotated[int, Field(ge=2)] | None, _images("kfold")] = Field(
+        None, description="a whole number >= 2"
+    )
+    fold: Annotated[Annotated[int, Field(ge=0)] | None, _number("kfold")] = Field(
+        None, description="a whole number >= 0"
+    )
+    file: Annotated[Text | None, _images()] = Field(None, description="the name of a .csv or .json file")
+    group: Annotated[Text | None, _images("holdout", "kfold")] = Field(
+        None, description="a regular expression, a column, or the name of a .csv file"
+    )
+    allow_leakage: Annotated[Switch, _images()] = False
 
     @property
     def number(self) -> int:
@@ -269,12 +338,14 @@ class DataNode(OpenNode):
     """``data``: the data set; ``source`` is its class and arguments, among them the user's own."""
 
     name: Name
-    source: Call
+    source: Annotated[Call, Decides(ROLES, places=("root", "cache_dir"))]
     load_size: int | None = Field(None, ge=64, description="null or a whole number >= image_size")
-    allow_empty_masks: bool | None = Field(None, description="true or false")
+    allow_empty_masks: Annotated[bool | None, LOCAL] = Field(None, description="true or false")
     # 100,000 images take 43 GiB of memory at image_size=224: a larger number is a typing error.
-    count: int | None = Field(None, ge=4, le=100_000, description="a whole number from 4 to 100000")
-    root: Any = None
+    count: Annotated[int | None, Decides(ROLES, by="reference")] = Field(
+        None, ge=4, le=100_000, description="a whole number from 4 to 100000"
+    )
+    root: Annotated[Any, PLACE] = None
 
 
 class ScoresNode(Node):
@@ -299,32 +370,36 @@ class TrackingNode(Node):
 class Settings(Node):
     """The configuration of one cell, without Hydra's part."""
 
-    method: MethodNode
-    path: PathNode
-    loss: LossNode
-    teacher_aug: TeacherAugNode
-    data: DataNode
-    teacher: TeacherNode
-    student: NetworkNode
-    train: TrainNode
-    kd: KDNode
-    views: ViewsNode
-    scores: ScoresNode
-    stats: StatsNode
-    tracking: TrackingNode
-    profile: Name
-    weights: Text = Field(description="imagenet, none, or the name of a file")
-    split: SplitNode
-    seed: Seed
-    device: str = Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:NUMBER")
-    precision: Precision
-    deterministic: Switch
-    retry_failed: Switch
-    image_size: int = Field(ge=64, multiple_of=32, description="a multiple of 32, at least 64")
-    store: Annotated[str, BeforeValidator(_as_text), AfterValidator(_without_home)] = Field(
+    method: Annotated[MethodNode, Decides((DISTILLED,), factor=True)]
+    path: Annotated[PathNode, Decides((DISTILLED,), factor=True)]
+    loss: Annotated[LossNode, Decides((DISTILLED,), factor=True)]
+    teacher_aug: Annotated[TeacherAugNode, Decides((DISTILLED,), factor=True)]
+    data: Annotated[DataNode, Decides(ROLES)]
+    teacher: Annotated[TeacherNode, Decides((DISTILLED, TEACHER))]
+    student: Annotated[NetworkNode, Decides(STUDENTS)]
+    train: Annotated[TrainNode, Decides(ROLES)]
+    kd: Annotated[KDNode, Decides((DISTILLED,))]
+    views: Annotated[ViewsNode, Decides(ROLES)]
+    scores: Annotated[ScoresNode, Decides(ROLES)]
+    stats: Annotated[StatsNode, LOCAL]
+    tracking: Annotated[TrackingNode, LOCAL]
+    profile: Annotated[Name, Decides(ROLES)]
+    weights: Annotated[Text, PLACE] = Field(description="imagenet, none, or the name of a file")
+    split: Annotated[SplitNode, Decides(ROLES, by="content", factor=True)]
+    seed: Annotated[Seed, Decides(STUDENTS, by="name", factor=True)]
+    device: Annotated[str, LOCAL] = Field(
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:NUMBER"
+    )
+    precision: Annotated[Precision, Decides(ROLES)]
+    deterministic: Annotated[Switch, Decides(ROLES)]
+    retry_failed: Annotated[Switch, LOCAL]
+    image_size: Annotated[int, Decides(ROLES)] = Field(
+        ge=64, multiple_of=32, description="a multiple of 32, at least 64"
+    )
+    store: Annotated[str, BeforeValidator(_as_text), AfterValidator(_without_home), LOCAL] = Field(
         min_length=1, description="the name of a folder; for ~ write ${oc.env:HOME}"
     )
-    sweep_name: SweepName
+    sweep_name: Annotated[SweepName, LOCAL]
 
     @property
     def load_size(self) -> int:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import io
 import sys
 import sysconfig
-import tokenize
 from collections.abc import Iterator
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
@@ -22,12 +20,8 @@ from typing import Any
 from kdsweep.config.grid import PACKAGE, digest
 from kdsweep.core.errors import InputError
 
-# Since Python 3.12 an f-string comes as several tokens between these two, before as one STRING.
-STRING_START = {getattr(tokenize, name, None) for name in ("FSTRING_START", "TSTRING_START")} - {None}
-STRING_END = {getattr(tokenize, name, None) for name in ("FSTRING_END", "TSTRING_END")} - {None}
 INSTALLED = {"site-packages", "dist-packages"}
 EXACT = 2.0**53  # whole numbers below it are equal as int and float
-LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
 
 
 def user_code_digest(targets: list[str]) -> str:
@@ -112,13 +106,12 @@ def _read(name: str, file: Path, _: int) -> tuple[str, list[str]]:
     if file.suffix != ".py":
         return hashlib.sha256(file.read_bytes()).hexdigest(), []
     try:
-        with tokenize.open(file) as stream:
-            source = stream.read()
-        tree = ast.parse(source)
-    except (SyntaxError, UnicodeDecodeError) as error:
+        tree = ast.parse(file.read_bytes())
+        code = digest(bare(tree))
+    except (SyntaxError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not readable as Python: {' '.join(str(error).split())}") from error
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    return digest("\n".join(bare_lines(source))), list(_imports(tree, package=package))
+    return code, list(_imports(tree, package=package))
 
 
 def canonical(value: Any, *, is_float: bool = False) -> Any:
@@ -206,41 +199,22 @@ def _imports(tree: ast.Module, *, package: str) -> Iterator[str]:
             yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
-def bare_lines(source: str) -> Iterator[str]:
-    """Give the logical lines of Python source, without comments, docstrings and layout.
+def bare(node: Any) -> Any:
+    """Return a syntax tree as nested lists, without docstrings: equal on each Python version for equal code.
 
-    Each is its tokens with one blank between them, led by a tab per level of indentation. A line of a string alone,
-    which is a docstring or does nothing, is left out.
+    A statement that is a string alone is a docstring or does nothing. Fields without a value are left out: Python adds
+    such fields from version to version, and 3.12 an empty text to an f-string's width.
     """
-    lines = source.splitlines(keepends=True)
-    words: list[str] = []
-    kinds: set[int] = set()
-    level, depth, start = 0, 0, (0, 0)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in STRING_START:
-            start = start if depth else token.start
-            depth += 1
-        elif token.type in STRING_END:
-            depth -= 1
-            if not depth:
-                words.append(_between(lines, start, token.end))
-                kinds.add(token.type)
-        elif depth or token.type in LAYOUT:
-            continue
-        elif token.type == tokenize.NEWLINE:
-            if kinds != {tokenize.STRING}:
-                yield "\t" * level + " ".join(words)
-            words, kinds = [], set()
-        elif token.type in (tokenize.INDENT, tokenize.DEDENT):
-            level += 1 if token.type == tokenize.INDENT else -1
-        else:
-            words.append(token.string)
-            kinds.add(token.type)
+    if isinstance(node, ast.AST):
+        fields = {name: bare(value) for name, value in ast.iter_fields(node)}
+        if isinstance(node, ast.JoinedStr):
+            fields["values"] = [value for value in fields["values"] if value != ["Constant", {"value": "''"}]]
+        return [type(node).__name__, {name: value for name, value in fields.items() if value not in (None, [])}]
+    if isinstance(node, list):
+        return [bare(each) for each in node if not _is_text(each)]
+    return None if node is None else repr(node)
 
 
-def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
-    """The text from one (row, column) to another, rows counted from 1."""
-    (first, left), (last, right) = start, end
-    if first == last:
-        return lines[first - 1][left:right]
-    return "".join([lines[first - 1][left:], *lines[first : last - 1], lines[last - 1][:right]])
+def _is_text(node: Any) -> bool:
+    """Return whether a node is a statement that is a string alone."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from kdsweep.config.grid import FACTORS, LOCAL, NEUTRAL, is_under, unused, used_by, variant_label
+from kdsweep.config.decisions import decides, is_factor, is_local, is_neutral, used_by
+from kdsweep.config.grid import is_under, variant_label
 from kdsweep.core.errors import InputError
 from kdsweep.results.stats import PLACE
 
@@ -213,15 +214,14 @@ def _mixed_params(runs: pd.DataFrame, *, besides: tuple[str, ...]) -> list[str]:
     """
     known = runs[(runs["role"] != "teacher") & runs["params"].map(bool)]  # no params: the run never started
     known = known.sort_values(["role", "notation", *PLACE, "fingerprint"], ascending=[False, *[True] * 4])
-    idle = [unused(role, params) for role, params in zip(known["role"], known["params"], strict=True)]
-    rows = list(zip(idle, known["params"], known["notation"], known["split"], strict=True))
+    rows = list(zip(known["role"], known["params"], known["notation"], known["split"], strict=True))
     mixed = []
     for key in sorted(set().union(*known["params"])):
-        if is_under(key, FACTORS + NEUTRAL + besides):
+        if is_factor(key) or is_neutral(key) or is_under(key, besides):
             continue
         first: dict[str, str] = {}
-        for own, params, notation, split in rows:
-            if not is_under(key, own):
+        for role, params, notation, split in rows:
+            if decides(key, role=role, params=params):
                 first.setdefault(params.get(key, ADDED.get(key, "unset")), f"({notation} split {split})")
         if len(first) > 1:
             mixed.append(" and ".join([f"{key}={value} {where}" for value, where in first.items()][:2]))
@@ -236,7 +236,8 @@ def _refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
         same = finished[cell]
         one, other = same["params"].iloc[0], same["params"].iloc[1]
         keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
-        keys = [key for key in keys if not is_under(key, LOCAL + unused(same["role"].iloc[0], one))]
+        role = same["role"].iloc[0]
+        keys = [key for key in keys if not is_local(key) and decides(key, role=role, params=one)]
         shown = ", ".join(f"{key}={one.get(key, 'unset')} and {other.get(key, 'unset')}" for key in keys[:3])
         shown = shown or "equal options, so the code, the data or a weights file changed"
         raise InputError(

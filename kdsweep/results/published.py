@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from kdsweep.config.grid import LOCAL, SOURCES, is_under
+from kdsweep.config.decisions import is_neutral
 from kdsweep.core.errors import InputError, command, reading
 from kdsweep.core.files import without_folders, write_bytes
 from kdsweep.core.options import add_seeds, add_sweep
@@ -31,9 +31,13 @@ from kdsweep.tracking.reader import Sweep, read_scores, read_sweep
 FORMAT = 1
 GZIP = b"\x1f\x8b"  # the first bytes of a compressed file
 WHAT, REMEDY = f"a file of format {FORMAT} that publish has written", "publish writes such files"
-PRIVATE = tuple(key for key in (*LOCAL, *SOURCES) if key != "stats")  # of the machine; stats is of the tables
 TAGS = re.compile(r"kdsweep\.(split_images|precision|threads|torch|hardware)|mlflow\.source\.git\.commit")
 TABLES = ("scores", "external")
+
+
+def _is_private(key: str) -> bool:
+    """Return whether a key is of the machine; stats is of the tables."""
+    return is_neutral(key) and not key.startswith("stats.")
 
 
 def write(sweep: Sweep) -> bytes:
@@ -41,7 +45,7 @@ def write(sweep: Sweep) -> bytes:
     runs = sweep.runs.sort_values(["role", "notation", "split", "seed", "fingerprint"])
     records = []
     for run in runs.to_dict("records"):
-        params = {key: value for key, value in run["params"].items() if not is_under(key, PRIVATE)}
+        params = {key: value for key, value in run["params"].items() if not _is_private(key)}
         tags = {key: value for key, value in run["tags"].items() if TAGS.fullmatch(key)}
         known = {key: value for key, value in run.items() if key != "run_id" and value == value}  # without NaN
         records.append(without_folders({**known, "params": params, "tags": tags}))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from kdsweep import __version__
-from kdsweep.config.grid import is_under, unused, variant_label
+from kdsweep.config.decisions import decides
+from kdsweep.config.grid import variant_label
 from kdsweep.core.progress import duration, plural
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import known_values
@@ -99,7 +100,7 @@ def _order(value: Any) -> tuple[float, str]:
 def _params(sweep: Sweep, key: str) -> str:
     """Return the values that a param has in the runs whose role uses it."""
     rows = zip(sweep.runs["role"], sweep.runs["params"], strict=True)
-    values: set[str] = {params.get(key, "") for role, params in rows if not is_under(key, unused(role, params))}
+    values: set[str] = {params.get(key, "") for role, params in rows if decides(key, role=role, params=params)}
     return listed(sorted(values - {"", "None"}, key=_order))
 
 

@@ -5,6 +5,7 @@ Runs without torch.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep.config import composition, grid, identity
+from kdsweep.config import composition, decisions, grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.config.schema import Settings
 from kdsweep.core.errors import InputError
@@ -48,31 +49,36 @@ class Job(identity.Job):
 
 
 def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
-    """Check all configurations and find out which cells they describe.
+    """Check all configurations of a command and return the jobs of their cells.
 
     Raises:
-        InputError: the first thing that is wrong.
+        InputError: the first error of a configuration.
     """
-    read, words, choices, tuned = [], [], [], []
+    jobs: list[Job] = []
+    choices: list[dict[str, str]] = []  # the options of each group of configuration files
     for cfg in configs:
-        read.append(composition.read(cfg))
+        settings = composition.read(cfg)
         if OmegaConf.select(cfg, "hydra.job.chdir"):
             why = "relative paths count from the folder of the command, and cells of a group share their process"
             raise InputError(f"hydra.job.chdir=true is not allowed: {why}; leave it out")
-        typed = list(cfg.hydra.overrides.task) if "hydra" in cfg else []
-        composition.check_grid(cfg, typed)
-        keys = _tuned_keys(cfg)
-        tuned.append(tuple(word.partition("=")[0] for word in typed if grid.is_under(word.partition("=")[0], keys)))
-        words.append([word for word in typed if word.partition("=")[0] not in tuned[-1]])
+        overrides = list(cfg.hydra.overrides.task) if "hydra" in cfg else []
         choices.append(dict(cfg.hydra.runtime.choices) if "hydra" in cfg else {})
-    own = name_variants([identity.cell(settings) for settings in read], read=read, words=words, choices=choices)
-    known = [records.read_finished(cell.folder) for cell in own]
-    begun = [0 if finished else records.epochs(cell.folder) for cell, finished in zip(own, known, strict=True)]
-    parts = zip(own, known, read, words, begun, tuned, strict=True)
-    return [
-        Job(settings, cell, typed, finished, begun=epochs, tuned=keys)
-        for cell, finished, settings, typed, epochs, keys in parts
-    ]
+        composition.check_grid(cfg, overrides)
+        keys = _tuned_keys(cfg)
+        tuned = tuple(key for key in map(key_of, overrides) if grid.is_under(key, keys))
+        kept = [override for override in overrides if key_of(override) not in tuned]
+        jobs.append(Job(settings, identity.cell(settings), kept, tuned=tuned))
+    return [_with_state(job) for job in name_variants(jobs, choices)]
+
+
+def key_of(override: str) -> str:
+    """Return the key of an override."""
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _with_state(job: Job) -> Job:
+    finished = records.read_finished(job.cell.folder)
+    return replace(job, finished=finished, begun=0 if finished else records.epochs(job.cell.folder))
 
 
 def _tuned_keys(cfg: DictConfig) -> tuple[str, ...]:
@@ -84,58 +90,64 @@ def _tuned_keys(cfg: DictConfig) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def name_variants(
-    own: Sequence[Cell],
-    *,
-    read: Sequence[Settings],
-    words: Sequence[list[str]],
-    choices: Sequence[dict[str, str]],
-) -> list[Cell]:
-    """Return the cells of all jobs with their variants: the swept values that tell a cell from others of its name.
+def name_variants(jobs: Sequence[Job], choices: Sequence[dict[str, str]]) -> list[Job]:
+    """Return jobs whose cells have their variants: the swept values that distinguish cells of one name in a sweep.
 
-    A key that an earlier command of the same sweep varied counts too, so that a value can be added to its list later.
-    One whose values all give the same cell does not: it does not matter there.
+    A key that an earlier command of the sweep varied counts too, so that a value can be added to its list later. One
+    whose values all give the same cell does not.
 
     Args:
-        own: the cells.
-        read: checked configurations of all jobs.
-        words: their overrides.
-        choices: the options that they take of each group of configuration files.
+        jobs: of one command.
+        choices: by job the options of each group of configuration files.
     """
-    sweeps: dict[tuple[Path, str], list[int]] = {}
-    for number, settings in enumerate(read):
-        sweeps.setdefault((own[number].store, settings.sweep_name), []).append(number)
-    named = list(own)
-    for (store, sweep), members in sweeps.items():
-        keys = swept_keys([words[number] for number in members], [read[number] for number in members])
-        keys += requests.read_varied(store, sweep)
-        shared: dict[str, dict[str, str]] = {}
-        flats = {number: identity.params(read[number]) for number in members} if keys else {}
-        for number, flat in flats.items():
-            found = {key: flat[key] if key in flat else choices[number].get(key) for key in dict.fromkeys(keys)}
-            variant = {key: str(value) for key, value in found.items() if value is not None}
-            known = shared.setdefault(own[number].fingerprint, variant)
-            shared[own[number].fingerprint] = {key: value for key, value in known.items() if variant.get(key) == value}
-        for number, flat in flats.items():
-            cell, variant = own[number], shared[own[number].fingerprint]
-            teacher = cell.teacher and replace(cell.teacher, variant=grid.used_by("teacher", variant, flat))
-            named[number] = replace(cell, variant=grid.used_by(cell.role, variant, flat), teacher=teacher)
-    return named
+    sweeps: dict[tuple[Path, str], list[Job]] = {}
+    for job in jobs:
+        sweeps.setdefault((job.cell.store, job.settings.sweep_name), []).append(job)
+    keys = {
+        place: [
+            *swept_keys([job.overrides for job in own], [job.settings for job in own]),
+            *requests.read_varied(*place),
+        ]
+        for place, own in sweeps.items()
+    }
+    if not any(keys.values()):
+        return list(jobs)
+    rows = []
+    for job, options in zip(jobs, choices, strict=True):
+        values = options | identity.params(job.settings)
+        swept = keys[job.cell.store, job.settings.sweep_name]
+        rows.append({key: str(values[key]) for key in swept if values.get(key) is not None})
+    shared: dict[str, dict[str, str]] = {}
+    for job, row in zip(jobs, rows, strict=True):
+        same = shared.setdefault(job.cell.fingerprint, row)
+        shared[job.cell.fingerprint] = {key: value for key, value in same.items() if row.get(key) == value}
+    return [_named(job, shared[job.cell.fingerprint]) for job in jobs]
 
 
-def swept_keys(words: list[list[str]], read: Sequence[Settings]) -> list[str]:
-    """Return what a command line gives several values, beyond the factors: keys, and groups such as teacher.
+def _named(job: Job, variant: dict[str, str]) -> Job:
+    params = identity.params(job.settings)
+    teacher = job.cell.teacher
+    if teacher is not None:
+        teacher = replace(teacher, variant=decisions.used_by(teacher.role, variant, params))
+    cell = replace(job.cell, variant=decisions.used_by(job.cell.role, variant, params), teacher=teacher)
+    return replace(job, cell=cell)
 
-    1e-3 and 0.001 are one value: those of a key are compared as the configurations hold them.
+
+def swept_keys(overrides: Sequence[Sequence[str]], read: Sequence[Settings]) -> list[str]:
+    """Return the keys and groups to which a command gives several values, beyond the names of cells and local keys.
+
+    1e-3 and 0.001 are one value: those of a key are compared as the settings hold them.
 
     Args:
-        words: overrides of each job.
-        read: their configurations, checked.
+        overrides: of each job.
+        read: settings of each job.
     """
-    keys = [key for key in grid.swept_keys(words) if not key.startswith("hydra")]
-    flats = [identity.params(settings) for settings in read] if keys else []
-    values = {key: {str(flat[key]) if key in flat else None for flat in flats} for key in keys}
-    return [key for key in keys if len(values[key]) > 1 or values[key] == {None}]
+    values = [{key_of(each): each.partition("=")[2] for each in job} for job in overrides]
+    changed = [key for key in dict.fromkeys(itertools.chain(*values)) if len({job.get(key) for job in values}) > 1]
+    keys = [key for key in changed if not (decisions.names_cell(key) or decisions.is_local(key))]
+    params = [identity.params(settings) for settings in read] if keys else []
+    read_values = {key: {str(flat[key]) if key in flat else None for flat in params} for key in keys}
+    return [key for key in keys if len(read_values[key]) > 1 or read_values[key] == {None}]
 
 
 def kinds(jobs: Sequence[Job]) -> list[Job]:
@@ -194,7 +206,9 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
                 cells=cells,
                 teachers=teachers,
                 swept=swept,
-                varied=swept + grid.varied_keys([identity.params(job.settings) for job in members]) if swept else [],
+                varied=swept + decisions.varied_keys([identity.params(job.settings) for job in members])
+                if swept
+                else [],
                 tuned=list(dict.fromkeys(key for job in members for key in job.tuned)),
                 command=command,
             )

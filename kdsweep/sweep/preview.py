@@ -89,10 +89,7 @@ def time_epoch_s(job: Job, *, role: str) -> float:
     compute = factory.compute(settings)
     compute.prepare()
     feed = factory.feed(settings, seed=settings.seed)
-    if role == "teacher" and teacher is not None:
-        learner = factory.teacher_learner(settings, teacher)
-    else:
-        learner = factory.learner(settings, job.cell)
+    learner = factory.learner(settings, teacher if role == "teacher" and teacher is not None else job.cell)
     teachers = {}
     if learner.distillation is not None:
         network = placed(factory.teacher_network(settings, weights="none"), compute)

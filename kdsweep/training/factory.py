@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from kdsweep.config import composition, identity
-from kdsweep.config.grid import Cell
+from kdsweep.config.grid import TEACHER, Cell
 from kdsweep.config.schema import KDPathNode, NetworkNode, Settings
 from kdsweep.core.device import Compute, find_device, usable_precision
 from kdsweep.core.errors import InputError, command, one_line
@@ -264,44 +264,25 @@ def _kd_path(settings: Settings, node: KDPathNode) -> KDPath:
     return cast("KDPath", kd_path(**channels))
 
 
-def learner(settings: Settings, own: Cell) -> Learner:
-    """The configuration's Student in training."""
+def learner(settings: Settings, cell: Cell) -> Learner:
+    """Return the network of a cell in training: the Student, or the Teacher with its own rate, epochs and view."""
+    is_teacher = cell.role == TEACHER
+    recipe = settings.teacher_recipe if is_teacher else (settings.train.supervised, settings.train.schedule)
     return Learner(
-        title=own.title,
-        role=own.role,
-        network=student_network(settings),
-        view="strong",
-        distillation=distillation(settings, teacher=own.evidence.get("teacher", "")),
-        lr=settings.train.lr,
-        supervised=SUPERVISED[settings.train.supervised],
-        schedule=settings.train.schedule,
-        epochs=settings.train.epochs,
+        title=cell.title,
+        role=cell.role,
+        network=teacher_network(settings) if is_teacher else student_network(settings),
+        view=settings.teacher_aug.train_view if is_teacher else "strong",
+        distillation=None if is_teacher else distillation(settings, teacher=cell.evidence.get("teacher", "")),
+        lr=settings.teacher.lr if is_teacher else settings.train.lr,
+        supervised=SUPERVISED[recipe[0]],
+        schedule=recipe[1],
+        epochs=settings.teacher_epochs if is_teacher else settings.train.epochs,
         patience=settings.train.patience,
-        folder=own.folder,
+        folder=cell.folder,
         fused=device(settings).type == "cuda",
         nsd_tolerance_px=settings.scores.nsd_tolerance_px,
-        monitor=settings.train.monitor,
-    )
-
-
-def teacher_learner(settings: Settings, own: Cell) -> Learner:
-    """The configuration's Teacher in training, on the view that ``teacher_aug.train_view`` names."""
-    supervised, schedule = settings.teacher_recipe
-    return Learner(
-        title=own.title,
-        role=own.role,
-        network=teacher_network(settings),
-        view=settings.teacher_aug.train_view,
-        distillation=None,
-        lr=settings.teacher.lr,
-        supervised=SUPERVISED[supervised],
-        schedule=schedule,
-        epochs=settings.teacher_epochs,
-        patience=settings.train.patience,
-        folder=own.folder,
-        fused=device(settings).type == "cuda",
-        nsd_tolerance_px=settings.scores.nsd_tolerance_px,
-        monitor=settings.teacher.monitor,
+        monitor=settings.teacher.monitor if is_teacher else settings.train.monitor,
     )
 
 

@@ -12,7 +12,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from kdsweep.config import grid
+from kdsweep.config import decisions, grid
 from kdsweep.core.errors import InputError
 
 Space = dict[str, BaseDistribution]
@@ -23,7 +23,7 @@ FORMS = "a list of values, {log: [LOW, HIGH]}, {range: [LOW, HIGH]} or {int: [LO
 COMPARED = ("method", "path", "loss", "teacher_aug")
 # What decides which images a trial sees, how long it is trained and by what it is judged is equal for all trials.
 MEASURES = ("train.epochs", "train.patience", "train.monitor", "teacher.monitor", "scores")
-FIXED = ("split", "seed", "teacher.seed", "profile", "data", "deterministic", *MEASURES, *grid.NEUTRAL)
+FIXED = ("split", "seed", "teacher.seed", "profile", "data", "deterministic", *MEASURES)
 
 
 def read(search: Mapping[str, Any]) -> Space:
@@ -42,7 +42,7 @@ def read(search: Mapping[str, Any]) -> Space:
             continue
         if key in space:
             raise InputError(f"{KEY}: {key} stands there twice, nested and joined by dots")
-        if key in COMPARED or grid.is_under(key, FIXED):
+        if key in COMPARED or grid.is_under(key, FIXED) or decisions.is_neutral(key):
             raise InputError(f"{KEY}: {key} is not to be tuned: it is equal for all trials; sweep it instead")
         space[key] = _distribution(key, values)
     return space
@@ -116,11 +116,9 @@ def used(space: Space, *, role: str, params: Mapping[str, Any]) -> Space:
         role: ``distilled``, ``baseline`` or ``teacher``.
         params: the method's flat configuration.
     """
-    own = dict.fromkeys(space, "tuned") if role == "teacher" else {}
-    idle = grid.unused(role, {**params, **own})
-    if role == "distilled":
-        idle = (*idle, "teacher")
-    return {key: own for key, own in space.items() if not grid.is_under(key, idle)}
+    tuned = {**params, **(dict.fromkeys(space, "tuned") if role == "teacher" else {})}
+    used = {key: own for key, own in space.items() if decisions.decides(key, role=role, params=tuned)}
+    return {key: own for key, own in used.items() if role != "distilled" or not grid.is_under(key, ("teacher",))}
 
 
 def in_words(space: Space) -> dict[str, str]:

@@ -206,10 +206,11 @@ def test_the_reason_for_a_new_cell_is_the_key_that_changed(jobs, caplog: pytest.
     job.cell.folder.parent.mkdir()
     earlier = job.cell.folder.with_name(f"{job.cell.folder.name.rpartition('-')[0]}-0123456789")
     earlier.mkdir()
-    settings = {**job.cell.settings, "loss": {**job.cell.settings["loss"], "temperature": 1}}  # as int: an older record
+    loss = {**job.cell.settings["loss.logits"], "temperature": 1}  # as int: an older record
+    settings = {**job.cell.settings, "loss.logits": loss}
     record = {"tags": {}, "started_ms": 0, "params": {}, "settings": settings, "evidence": job.cell.evidence}
     (earlier / "cell.json").write_text(json.dumps(record))
     with caplog.at_level(logging.INFO):
         plan.tell_changes([job])
-    assert "since then this has changed: loss.temperature (1 -> 1.0)" in caplog.text
+    assert "since then this has changed: loss.logits.temperature (1 -> 1.0)" in caplog.text
     assert "Teacher" not in caplog.text.partition("since then")[2]

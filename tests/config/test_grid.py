@@ -149,13 +149,6 @@ def test_targets_of_any_nesting_are_those_put_in(value: Any) -> None:
 def test_a_class_of_the_package_that_moves_is_the_same_class() -> None:
     before = {"path": {"_target_": "kdsweep.distill.paths.Hidden"}, "losses": [{"_target_": "own.mae", "x": 1}, 2]}
     after = {"path": {"_target_": "kdsweep.distill.paths.Hidden"}, "losses": [{"_target_": "own.mae", "x": 1}, 2]}
-    settled = grid.without_places(before)
-    assert settled == grid.without_places(after)
+    settled = grid.without_modules(before)
+    assert settled == grid.without_modules(after)
     assert settled == {"path": {"_target_": "Hidden"}, "losses": [{"_target_": "own.mae", "x": 1}, 2]}
-
-
-@pytest.mark.parametrize("role", ["distilled", "baseline", "teacher"])
-def test_a_role_uses_its_own_keys(role: str) -> None:
-    keys = {"train.lr": "1", "kd.weight": "1", "teacher.lr": "1", "student.encoder": "x", "image_size": "64"}
-    used = {"distilled": set(keys), "baseline": {"train.lr", "student.encoder", "image_size"}}
-    assert set(grid.used_by(role, keys, {})) == used.get(role, {"teacher.lr", "image_size"})

@@ -360,7 +360,7 @@ def test_there_are_the_methods_that_the_documentation_lists() -> None:
 
 
 def test_the_weights_are_those_published_beside_a_supervised_one() -> None:
-    weights = {name: cell(f"method={name}").settings["kd"]["weight"] for name in METHODS}
+    weights = {name: cell(f"method={name}").settings["kd.weight"] for name in METHODS}
     assert weights["cwd"] == 3 / 4
     assert weights["cwd_feature"] == 50 / 51
     assert weights["at"] == 2000 / 2001

@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import bootstrap, ttest_1samp, ttest_rel, wilcoxon
 from scipy.stats import t as student_t
 
-from kdsweep.config import composition, grid, identity
+from kdsweep.config import composition, decisions, identity
 from kdsweep.core.errors import InputError
 from kdsweep.results import dsc, effects, footnotes, paper, stats, tables
 
@@ -945,7 +945,7 @@ def rates(changes, key="train.lr", **options):
         own = one.runs.assign(
             fingerprint=one.runs["fingerprint"].where(teacher, name),
             params=[{**params, key: value} for params in one.runs["params"]],
-            variant=[grid.used_by(role, {key: value}, {}) for role in one.runs["role"]],
+            variant=[decisions.used_by(role, {key: value}, {}) for role in one.runs["role"]],
         )
         runs.append(own)
         named = dict(zip(one.runs["fingerprint"], own["fingerprint"], strict=True))

@@ -454,7 +454,7 @@ def begun(job: plan.Job) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.lr=0.5", "lr (0.001 -> 0.5)"),
+        ("train.lr=0.5", "train.lr (0.001 -> 0.5)"),
         ("kd.weight=0.9", "kd.weight (0.5 -> 0.9)"),
         ("teacher.lr=0.5", "teacher.lr (0.001 -> 0.5)"),
     ],

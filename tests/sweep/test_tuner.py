@@ -475,7 +475,7 @@ def test_a_budget_gives_one_teacher_to_all_methods(small_busi, tmp_path):
         for epochs in (4, 9)
     ]
     assert len({identity.teacher_cell(cfg).fingerprint for cfg in own}) == 1
-    assert factory.teacher_learner(own[0], identity.teacher_cell(own[0])).epochs == 3
+    assert factory.learner(own[0], identity.teacher_cell(own[0])).epochs == 3
     unset = composition.compose([*METHODS[1], *common, "train.epochs=3", "train.patience=9"])
     assert identity.teacher_cell(unset).fingerprint == identity.teacher_cell(own[0]).fingerprint
 

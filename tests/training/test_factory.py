@@ -58,7 +58,7 @@ def test_a_students_weights_follow_its_seed_and_a_teachers_its_own(compose):
 
 def test_a_teacher_is_trained_at_its_own_rate_and_a_student_at_its_own(compose):
     cfg = compose("path=L", "teacher.lr=1e-3", "train.lr=1e-5")
-    teacher = factory.teacher_learner(cfg, identity.teacher_cell(cfg))
+    teacher = factory.learner(cfg, identity.teacher_cell(cfg))
     student = factory.learner(cfg, identity.cell(cfg))
     for made, rate in ((teacher, 1e-3), (student, 1e-5)):
         assert {group["lr"] for group in made.optimizer.param_groups} == {rate}
@@ -76,16 +76,16 @@ def test_a_regressor_follows_the_seed(compose):
 @pytest.mark.parametrize("view", ["weak", "strong"])
 def test_a_teacher_is_trained_on_and_shown_the_view_of_its_name(compose, view):
     cfg = compose("path=L", f"teacher_aug={view}")
-    assert factory.teacher_learner(cfg, identity.teacher_cell(cfg)).view == view
+    assert factory.learner(cfg, identity.teacher_cell(cfg)).view == view
     assert factory.distillation(cfg, teacher="").forward.view == view
     assert factory.learner(cfg, identity.cell(cfg)).view == "strong"
-    assert factory.teacher_learner(cfg, identity.teacher_cell(cfg)).lr == cfg.teacher.lr
+    assert factory.learner(cfg, identity.teacher_cell(cfg)).lr == cfg.teacher.lr
 
 
 @pytest.mark.parametrize("view", ["weak", "strong"])
 def test_a_network_sees_image_and_mask_of_one_view(compose, view):
     cfg = compose("path=L", f"teacher_aug={view}", "train.epochs=1")
-    learner, feed = factory.teacher_learner(cfg, identity.teacher_cell(cfg)), factory.feed(cfg, seed=0)
+    learner, feed = factory.learner(cfg, identity.teacher_cell(cfg)), factory.feed(cfg, seed=0)
     seen = []
     terms, forward = learner.terms, learner.network.forward
     learner.terms = lambda *given: seen.append(("mask", given[-1].student_mask.clone())) or terms(*given)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from small import STUDENT, TEACHER
 
-from kdsweep.config import composition, grid, identity
+from kdsweep.config import composition, decisions, identity
 from kdsweep.core.device import Compute, placed
 from kdsweep.core.errors import DeviceError, InputError
 from kdsweep.core.files import write_json
@@ -26,7 +26,8 @@ from kdsweep.evaluation.metrics import mean_dice
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs
 from kdsweep.runs import checkpoint, records
-from kdsweep.training import factory, loop, outcome, runner, teachers
+from kdsweep.training import factory, loop, outcome, runner
+from kdsweep.training import group as lockstep
 from kdsweep.training.learner import DivergedError
 from kdsweep.training.meter import EpochMeter
 
@@ -589,22 +590,12 @@ def test_feed_parts_are_disjoint(compose):
     assert not set(feed.validation.ids) & set(feed.test.ids)
 
 
-def test_a_teacher_read_from_the_store_teaches_as_the_one_just_trained(compose, small_busi, tmp_path):
+def test_a_teacher_read_from_the_store_teaches_as_the_one_just_trained(compose, tmp_path, caplog):
+    caplog.set_level("INFO")
     cfg = compose("path=L", "train.epochs=1", f"store={tmp_path}")
     cell = identity.teacher_cell(cfg)
-    started = []
-
-    def obtained():
-        def learner():
-            started.append(cell)
-            write_json(cell.folder / "split.json", {})
-            return factory.teacher_learner(cfg, cell)
-
-        wanted = teachers.Wanted(cell, lambda: factory.teacher_network(cfg), learner)
-        return teachers.obtain([wanted], feed=feed_of(cfg), compute=CPU)[cell.fingerprint]
-
-    trained, read = obtained(), obtained()
-    assert len(started) == 1  # trained once, then read
+    trained, read = (lockstep.obtain_teachers([identity.job(cfg)])[cell.fingerprint] for _ in range(2))
+    assert caplog.text.count("not in the store yet") == 1  # trained once, then read
     assert not read.training
     images = torch.randn(3, 3, 64, 64).to(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -729,19 +720,18 @@ def test_a_schedule_goes_on_where_it_was_interrupted(compose, tmp_path):
 def test_a_recipe_is_the_students_and_unless_it_has_its_own_the_teachers(compose):
     plain, tuned = compose("path=L"), compose("path=L", "train.schedule=cosine", "train.supervised=bce_dice")
     teacher, student = identity.teacher_cell(tuned), identity.cell(tuned)
-    assert {key: student.settings[key] for key in ("schedule", "supervised")} == {
-        "schedule": "cosine", "supervised": "bce_dice",
-    }  # fmt: skip
-    assert {"schedule", "supervised"} <= teacher.settings.keys()
-    assert not {"schedule", "supervised"} & identity.cell(plain).settings.keys()  # fingerprints from before stay
+    for cell, keys in ((student, ("train", "teacher")), (teacher, ("teacher",))):
+        assert {cell.settings[f"{key}.schedule"] for key in keys} == {"cosine"}
+        assert {cell.settings[f"{key}.supervised"] for key in keys} == {"bce_dice"}
+    assert not {"train.schedule", "train.supervised"} & identity.cell(plain).settings.keys()  # defaults do not count
     own = compose("path=L", "train.schedule=cosine", "teacher.schedule=constant", "teacher.supervised=bce")
     assert identity.teacher_cell(own).fingerprint == identity.teacher_cell(plain).fingerprint
     assert identity.cell(own).fingerprint != identity.cell(plain).fingerprint
-    learner = factory.teacher_learner(own, identity.teacher_cell(own))
+    learner = factory.learner(own, identity.teacher_cell(own))
     assert (learner.schedule, factory.learner(own, identity.cell(own)).schedule) == ("constant", "cosine")
     swept = {"train.schedule": "cosine"}
-    assert grid.used_by("teacher", swept, identity.params(tuned)) == swept
-    assert grid.used_by("teacher", swept, identity.params(own)) == {}
+    assert decisions.used_by("teacher", swept, identity.params(tuned)) == swept
+    assert decisions.used_by("teacher", swept, identity.params(own)) == {}
 
 
 # ---- a user's loss in a group ----------------------------------------------------------------------------------------
