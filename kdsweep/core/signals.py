@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-GRACE_S = 5.0  # a step that takes longer is given up; its learner resumes from its last checkpoint
+GRACE_S = 5.0  # a step that takes longer is dropped; its learner resumes from its last checkpoint
 AGAIN_S = 0.5  # a SIGINT this long after the first is a second Ctrl-C; some programs send one signal twice at once
 JOB_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # SLURM sends them before a job's time is over
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *JOB_SIGNALS)

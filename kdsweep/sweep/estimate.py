@@ -58,7 +58,7 @@ class Preview:
         return max(1, self.threads // self.places) if self.threads else 0
 
     def slowdown(self, groups: int) -> float:
-        """Return how many times as long a group takes beside others on the CPU, of which each has some threads."""
+        """Return how many times as long a group takes next to others on the CPU, of which each has some threads."""
         if not self.threads:
             return 1.0
         busy = max(1, min(self.places, groups))
@@ -69,7 +69,7 @@ def longest_s(groups: Sequence[Sequence[Job]], preview: Preview) -> float:
     """Return the seconds until groups have ended, Teachers first, if no early stop ends a cell sooner."""
     works = [_trainings(group, preview) for group in groups]
     teachers = [[training] for training in _teachers([job for group in groups for job in group], preview)]
-    return sum(left_s(own, places=preview.places) * preview.slowdown(len(own)) for own in (teachers, works) if own)
+    return sum(left_s(part, places=preview.places) * preview.slowdown(len(part)) for part in (teachers, works) if part)
 
 
 def device_s(groups: Sequence[Sequence[Job]], preview: Preview) -> float:
@@ -127,12 +127,12 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         groups: what waits, as it is trained together.
         preview: None if nothing waits.
     """
-    own, count = plan.unique(jobs), sum(len(group) for group in groups)
-    first = own[0].settings
-    repeats = f" ({len(jobs) - len(own)} repeated jobs are the same cell)" if len(jobs) > len(own) else ""
+    unique, count = plan.unique(jobs), sum(len(group) for group in groups)
+    first = unique[0].settings
+    repeats = f" ({len(jobs) - len(unique)} repeated jobs are the same cell)" if len(jobs) > len(unique) else ""
     begun = sum(job.begun > 0 for group in groups for job in group)
     resumed = f", {begun} of them from a checkpoint" if begun else ""
-    line = f"{plural(len(own), 'cell')}{repeats}: {count} to run{resumed}, {len(own) - count} finished"
+    line = f"{plural(len(unique), 'cell')}{repeats}: {count} to run{resumed}, {len(unique) - count} finished"
     if groups:
         members = [job for group in groups for job in group]
         shared = {forward_of(job)[0] for job in members if job.cell.role == "distilled"}

@@ -53,8 +53,8 @@ def as_sweep(options: list[str], words: list[str]) -> list[str]:
         words: its overrides.
     """
     words = ["hydra/launcher=one_by_one" if word == "hydra/launcher=basic" else word for word in words]
-    asked = get_args_parser().parse_args(options)
-    if asked.multirun or asked.cfg or asked.info or asked.shell_completion or "hydra.mode=MULTIRUN" in words:
+    parsed = get_args_parser().parse_args(options)
+    if parsed.multirun or parsed.cfg or parsed.info or parsed.shell_completion or "hydra.mode=MULTIRUN" in words:
         return [*options, *words]  # Hydra takes no option between overrides
     if not any(word.startswith("hydra/launcher=") for word in words):
         words.append("hydra/launcher=one_by_one")
@@ -67,7 +67,7 @@ def check_sweep(config: DictConfig, *, is_one_cell: bool) -> None:
 
     Args:
         config: of the sweep.
-        is_one_cell: whether the command was given without -m.
+        is_one_cell: whether the command has no -m.
 
     Raises:
         InputError: the grid of an experiment is wrong, or the command needs -m.
@@ -88,7 +88,7 @@ def check_sweep(config: DictConfig, *, is_one_cell: bool) -> None:
 
 
 class LockstepLauncher(Launcher):
-    """Hydra launcher: cells that share all batches are trained together, each group in a process of its own.
+    """Hydra launcher: cells that share all batches are trained together, each group in a fresh process.
 
     Args:
         executor: computes the groups.
@@ -136,7 +136,7 @@ class LockstepLauncher(Launcher):
         plan.watch(jobs, command=command_line())
         self._call_back("on_job_start", configs, task_function=self.task_function)
         try:
-            with self.executor_open():  # within: MLflow is told how those that are stopped have ended
+            with self.executor_open():  # within: MLflow logs how those that are stopped have ended
                 results = self._obtain(jobs, configs, self._look(jobs, queued, times=False))
         finally:
             sync.close_all()
@@ -150,8 +150,8 @@ class LockstepLauncher(Launcher):
         if not callbacks.callbacks:
             return
         for number, config in enumerate(configs):
-            own = {key: value[number] if isinstance(value, list) else value for key, value in values.items()}
-            getattr(callbacks, event)(config=config, **own)
+            each = {key: value[number] if isinstance(value, list) else value for key, value in values.items()}
+            getattr(callbacks, event)(config=config, **each)
 
     @contextmanager
     def executor_open(self) -> Iterator[None]:
@@ -268,7 +268,7 @@ class Report:
 
     Args:
         groups: all of them.
-        preview: their seconds and how many run at the same time, as far as that is known.
+        preview: their seconds and how many run at the same time, as far as it can be said.
     """
 
     def __init__(self, groups: Sequence[Sequence[Job]], preview: Preview) -> None:
@@ -287,7 +287,7 @@ class Report:
 
         if all(isinstance(value, float) and math.isnan(value) for value in values):
             return  # submitted, and not waited for
-        self.done_s += [own_s for own, own_s in zip(self.groups, self.seconds, strict=True) if own is group]
+        self.done_s += [group_s for each, group_s in zip(self.groups, self.seconds, strict=True) if each is group]
         for job, value in zip(group, values, strict=True):
             self.failed.pop(job.cell.fingerprint, None)
             if isinstance(value, Exception):
@@ -297,7 +297,7 @@ class Report:
             # The others are as much faster or slower than estimated as those that are done.
             passed_s = time.monotonic() - self.started_s
             done_s, all_s = (
-                left_s([[(1, own_s)] for own_s in s], places=self.places) for s in (self.done_s, self.seconds)
+                left_s([[(1, group_s)] for group_s in s], places=self.places) for s in (self.done_s, self.seconds)
             )
             about = duration(max(0.0, passed_s / (done_s or 1.0) * all_s - passed_s))
             left = "the others are running" if 1 < self.places >= open_groups else f"about {about} left"

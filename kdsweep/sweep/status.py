@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdsweep.config.grid import variant_label
+from kdsweep.core import progress
 from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import write_text
 from kdsweep.core.options import folder
@@ -90,22 +91,7 @@ def read_rows(store: Path, sweep: str, *, tasks: Mapping[Path, Task]) -> list[Ro
 def left_s(record: Record) -> float | None:
     """Return the most seconds that a training still takes, at its present pace."""
     pace = epoch_s(record.times_ms)
-    return None if pace is None else max(0, record.epochs - len(record.history)) * pace
-
-
-def total_left_s(*, running_s: list[float], waiting: int, at_once: int, whole_s: float) -> float:
-    """Return the seconds until the last cell is done: max(running_s) + ceil(waiting / at_once) * whole_s.
-
-    Assumes that no training stops early and that waiting cells start at their first epoch, in groups as large as the
-    present one, one group after the other.
-
-    Args:
-        running_s: time left of each running training, Teachers included.
-        waiting: number of cells that no process trains.
-        at_once: number of cells in training.
-        whole_s: how long a cell takes from its first epoch to its last.
-    """
-    return max(running_s) + math.ceil(waiting / max(1, at_once)) * whole_s
+    return None if pace is None else progress.left_s([[(max(0, record.epochs - len(record.history)), pace)]])
 
 
 def outlook(rows: Sequence[Row]) -> str:
@@ -128,8 +114,9 @@ def outlook(rows: Sequence[Row]) -> str:
     begun_ms = min((record.started_ms for record in trained), default=math.inf)
     at_once = len(trained) + sum(row.record.status == "FINISHED" and row.record.ended_ms > begun_ms for row in cells)
     at_once = at_once or max(Counter(row.place for row in waiting).values(), default=0)
-    total_s = total_left_s(running_s=running_s, waiting=len(waiting), at_once=at_once, whole_s=training_s)
-    total_s += len({row.place for row in waiting_teachers}) * teacher_s  # those of a split and seed train together
+    # What waits begins at its first epoch, in groups as large as the present one; a split and seed has its Teachers.
+    rounds, places = -(-len(waiting) // max(1, at_once)), {row.place for row in waiting_teachers}
+    total_s = progress.left_s([[(1, max(running_s)), (rounds, training_s), (len(places), teacher_s)]])
     is_bound = len(running_s) < len(running) or (waiting and not training_s) or (waiting_teachers and not teacher_s)
     return f"; {'at least' if is_bound else 'about'} {duration(total_s)} left"
 

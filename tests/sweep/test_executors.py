@@ -88,8 +88,8 @@ def test_a_lost_process_is_halved_until_the_guilty_cell_is_alone(make_work, capl
     assert sorted(one.ran) == sorted(["t", "abcde", "x", "abc", "de", "ab", "c", "a", "b"])
     assert records.read(work.cells[1].folder).error == why
     assert not (work.cells[0].folder / records.FAILED).exists()
-    assert [line for line in caplog.messages if "going on" in line] == [
-        f"{count} cells: {why}; going on in two halves" for count in (5, 3, 2)
+    assert [line for line in caplog.messages if "resuming" in line] == [
+        f"{count} cells: {why}; resuming in two halves" for count in (5, 3, 2)
     ]
 
 

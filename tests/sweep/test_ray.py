@@ -14,7 +14,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.sweep.executors.executor import Work, run
 from kdsweep.sweep.executors.ray import OnRay
 
-DEFAULTS = {key: value for key, value in vars(RayConf()).items() if key not in ("_target_", "plan")}
+DEFAULTS = {key: value for key, value in vars(RayConf()).items() if key not in ("_target_", "executor", "plan")}
 
 
 def cluster_of(*machines: tuple[str, dict[str, float]]):

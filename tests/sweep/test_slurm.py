@@ -21,7 +21,7 @@ from kdsweep.sweep.executors.executor import Work, run
 from kdsweep.sweep.executors.queue import QueueError, Task
 from kdsweep.sweep.executors.slurm import ArrayJob, Slurm
 
-DEFAULTS = {key: value for key, value in vars(SlurmConf()).items() if key not in ("_target_", "plan")}
+DEFAULTS = {key: value for key, value in vars(SlurmConf()).items() if key not in ("_target_", "executor", "plan")}
 
 # --- what sbatch is given, by a stand-in for it
 
@@ -132,7 +132,7 @@ def test_a_job_that_dies_is_submitted_again_in_halves_and_fails_alone(commands, 
 def test_nothing_is_submitted_while_the_queue_is_not_known(commands, some):
     submitted(executor(wait=False), work_of(some.cells[0]))
     (commands / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact' >&2; exit 1\n")
-    with pytest.raises(InputError, match=r"^squeue: Unable to contact; what is in the queue is not known, so"):
+    with pytest.raises(InputError, match=r"^squeue: Unable to contact; the queue cannot be read, so"):
         executor().queued([SimpleNamespace(cell=some.cells[0])])
 
 

@@ -202,18 +202,14 @@ def test_a_failed_cell_without_a_log_of_its_own_names_none(tmp_path):
 # ---- time left -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("running_s", "waiting", "at_once", "expected_s"),
-    [
-        ([600.0, 120.0], 0, 6, 600.0),
-        ([600.0, 120.0], 6, 6, 1600.0),  # one more group
-        ([600.0, 120.0], 13, 6, 3600.0),  # three more, the last of one cell
-        ([600.0], 2, 0, 2600.0),  # a Teacher alone
-    ],
-)
-def test_the_time_left_is_the_slowest_and_the_groups_that_wait(running_s, waiting, at_once, expected_s):
-    left_s = status.total_left_s(running_s=running_s, waiting=waiting, at_once=at_once, whole_s=1000.0)
-    assert left_s == expected_s
+@pytest.mark.parametrize(("waiting", "left"), [(0, "about 60 min"), (2, "about 2.3 h"), (3, "about 3.5 h")])
+def test_the_time_left_is_the_slowest_and_the_groups_that_wait(tmp_path, hold, waiting, left):
+    """Two cells run, of which the slower one has 48 of its 60 epochs left; the others wait in groups of two."""
+    cells = [make_cell(tmp_path, lr=number) for number in range(2 + waiting)]
+    for cell, pace_s in zip(cells[:2], (75.0, 10.0), strict=True):
+        begin(cell, pace_s=pace_s)
+        hold(cell)
+    assert f"; {left} left" in tell(tmp_path, cells=cells)[0]
 
 
 def paced(tmp_path: Path, times_s: list[float]) -> records.Record:

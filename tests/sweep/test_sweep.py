@@ -250,8 +250,8 @@ def test_a_lost_process_costs_the_cell_that_is_to_blame_and_no_bit_of_the_others
     overrides = [*QUICK, f"data.root={small_busi}", "teacher_aug=weak", "path=H,L,none", "loss=mse"]
     done = kdsweep("-m", *overrides, "++loss.hidden._target_=breaking.loss", cwd=tmp_path)
     assert done.returncode == 1, done.stdout
-    lines = [line for line in done.stdout.splitlines() if "; going on in " in line]
-    assert [line.rpartition("; going on in ")[2] for line in lines] == ["two halves", "two halves"]
+    lines = [line for line in done.stdout.splitlines() if "; resuming in " in line]
+    assert [line.rpartition("; resuming in ")[2] for line in lines] == ["two halves", "two halves"]
     (failed,) = [line for line in done.stdout.splitlines() if "failed: H_MSE_WAug" in line]
     assert why in failed
     assert "; log: " in failed
@@ -378,7 +378,7 @@ def endless(small_busi, database, tmp_path):
         process.kill()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_the_cells_closes_their_runs_and_ends_all_processes(endless, tmp_path, number, code):
     own = children(endless.pid)
     start = time.monotonic()
@@ -423,7 +423,7 @@ def test_a_sweep_in_training_has_a_status_and_a_killed_group_goes_on_in_halves(s
     assert done.returncode == 1
     assert "its process ended early, killed by SIGKILL" in done.stderr
     assert (
-        "2 cells: its process ended early, killed by SIGKILL (was the memory full?); going on in two halves"
+        "2 cells: its process ended early, killed by SIGKILL (was the memory full?); resuming in two halves"
         in done.stdout
     )
     assert done.stdout.count("failed: ") == 2

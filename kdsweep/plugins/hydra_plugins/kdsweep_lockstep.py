@@ -12,52 +12,30 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweepe
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.utils import get_class
 
 from kdsweep.core.errors import InputError
 from kdsweep.sweep import launcher
 
 
 class LockstepLauncher(launcher.LockstepLauncher):
-    """``hydra/launcher=lockstep``: groups on the devices of this machine; see kdsweep/sweep/executors/local.py."""
+    """The launcher of all options below: what computes the groups is an executor of kdsweep/sweep/executors/.
 
-    def __init__(self, devices: Sequence[str] = (), *, processes: int = 1, plan: bool = False) -> None:
-        from kdsweep.sweep.executors.local import Local
+    Args:
+        executor: name of its class.
+        plan: say what would run and for how long, and run nothing.
+        options: arguments of the executor.
+    """
 
-        super().__init__(Local(devices, processes=processes), plan=plan)
-
-
-class OneByOneLauncher(launcher.LockstepLauncher):
-    """``hydra/launcher=one_by_one``: one cell after the other in this process, as without -m."""
-
-    def __init__(self, *, plan: bool = False) -> None:
-        from kdsweep.sweep.executors.local import InProcess
-
-        super().__init__(InProcess(), plan=plan)
-
-
-class SlurmLauncher(launcher.LockstepLauncher):
-    """``hydra/launcher=lockstep_slurm``: groups as an array job; see kdsweep/sweep/executors/slurm.py."""
-
-    def __init__(self, *, plan: bool = False, **options: Any) -> None:
-        from kdsweep.sweep.executors.slurm import Slurm
-
-        super().__init__(Slurm(**options), plan=plan)
-
-
-class RayLauncher(launcher.LockstepLauncher):
-    """``hydra/launcher=lockstep_ray``: groups as Ray tasks; see kdsweep/sweep/executors/ray.py."""
-
-    def __init__(self, *, plan: bool = False, **options: Any) -> None:
-        from kdsweep.sweep.executors.ray import OnRay
-
-        super().__init__(OnRay(**options), plan=plan)
+    def __init__(self, *, executor: str, plan: bool = False, **options: Any) -> None:
+        super().__init__(get_class(executor)(**options), plan=plan)
 
 
 class LockstepSweeper(BasicSweeper):
     """``hydra/sweeper=lockstep``: Hydra's basic sweeper, which composes every job to see whether that can be done.
 
     The launchers compose and check every job before the first one starts, in a small part of the time. With a search
-    space the jobs are tuned; see kdsweep/sweep/tuner.py. It is an option of this sweeper, not a sweeper of its own,
+    space the jobs are tuned; see kdsweep/sweep/tuner.py. It is an option of this sweeper, not another sweeper,
     since an experiment file cannot choose another sweeper than conf/config.yaml does.
     """
 
@@ -92,11 +70,11 @@ class LockstepSweeper(BasicSweeper):
         grids = [overrides]
         for words in self._also:
             try:
-                own = parse(shlex.split(words))
+                further = parse(shlex.split(words))
             except ValueError as error:
                 raise InputError(f"hydra.sweeper.also: {words}: {error}; its words are those of a shell") from error
-            keys = {word.key_or_group for word in own}
-            grids.append([*(word for word in overrides if word.key_or_group not in keys), *own])
+            keys = {word.key_or_group for word in further}
+            grids.append([*(word for word in overrides if word.key_or_group not in keys), *further])
         jobs = [job for grid in grids for batch in BasicSweeper.split_arguments(grid, None) for job in batch]
         size = max_batch_size or len(jobs)
         return [jobs[start : start + size] for start in range(0, len(jobs), size)]
@@ -111,7 +89,7 @@ class LockstepSweeperConf(BasicSweeperConf):
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepSweeper"
     _recursive_: bool = False
-    also: list[str] = field(default_factory=list)  # such as "method=cwd,at path=none": a grid beside that of params
+    also: list[str] = field(default_factory=list)  # such as "method=cwd,at path=none": a grid next to that of params
     is_one_cell: bool = False  # of a command without -m
     # Any, not a dict: into one without keys Hydra lets no command line put any.
     search: Any = None
@@ -125,19 +103,21 @@ class LockstepSweeperConf(BasicSweeperConf):
 
 @dataclass
 class LockstepConf:
-    """Options of ``hydra/launcher=lockstep``."""
+    """Options of ``hydra/launcher=lockstep``: groups on the devices of this machine."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepLauncher"
-    devices: list[str] = field(default_factory=list)
-    processes: int = 1
+    executor: str = "kdsweep.sweep.executors.local.Local"
     plan: bool = False
+    devices: list[str] = field(default_factory=list)  # for groups at the same time; by default all of ``device``
+    processes: int = 1  # groups at the same time on the CPU
 
 
 @dataclass
 class OneByOneConf:
-    """Options of ``hydra/launcher=one_by_one``."""
+    """Options of ``hydra/launcher=one_by_one``: one cell after the other in this process, as without -m."""
 
-    _target_: str = "hydra_plugins.kdsweep_lockstep.OneByOneLauncher"
+    _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepLauncher"
+    executor: str = "kdsweep.sweep.executors.local.InProcess"
     plan: bool = False
 
 
@@ -145,7 +125,8 @@ class OneByOneConf:
 class SlurmConf:
     """Options of ``hydra/launcher=lockstep_slurm``, with the names of Hydra's own submitit launcher."""
 
-    _target_: str = "hydra_plugins.kdsweep_lockstep.SlurmLauncher"
+    _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepLauncher"
+    executor: str = "kdsweep.sweep.executors.slurm.Slurm"
     plan: bool = False
     largest: int | None = None  # cells in a group, at most
     wait: bool = True  # stay until all is done; if not, the command ends when all is submitted
@@ -156,9 +137,9 @@ class SlurmConf:
     gpus_per_node: int = 1  # of each group, as the next two
     cpus_per_task: int = 8  # and so many threads
     mem_gb: int = 32
-    timeout_min: int = 720  # of each job; a group that takes longer goes on in the next job
+    timeout_min: int = 720  # of each job; a group that takes longer resumes in the next job
     array_parallelism: int = 256  # jobs that run at the same time, at most
-    max_num_timeout: int = 20  # how often a job goes on after its time limit, at most
+    max_num_timeout: int = 20  # how often a job resumes after its time limit, at most
     additional_parameters: dict[str, str] = field(default_factory=dict)  # of sbatch, such as {reservation: course}
     cluster: str = "slurm"  # local: processes of this machine, all at once, to try things out
 
@@ -167,7 +148,8 @@ class SlurmConf:
 class RayConf:
     """Options of ``hydra/launcher=lockstep_ray``."""
 
-    _target_: str = "hydra_plugins.kdsweep_lockstep.RayLauncher"
+    _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepLauncher"
+    executor: str = "kdsweep.sweep.executors.ray.OnRay"
     plan: bool = False
     largest: int | None = None  # cells in a group, at most
     address: str | None = None  # of a running cluster: auto, HOST:PORT; null starts one of this machine alone

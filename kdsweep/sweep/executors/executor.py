@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import CellError, InputError, LostError
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Result = float | Exception
+Results = Future[list[Result]]  # of a work, to come
 
 
 class LeftError(LostError):
-    """The job of an earlier command has ended; the cells that it has left go on together."""
+    """The job of an earlier command has ended; the cells that it has left resume together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class Work:
         return replace(self, jobs=jobs, cells=[self.cells[position] for position in positions])
 
 
-class Executor(Protocol):
+class Executor:
     """Computes works, several at once if it can.
 
     Attributes:
@@ -61,8 +62,8 @@ class Executor(Protocol):
         is_queue: whether it takes works before earlier ones have ended.
     """
 
-    largest: int | None
-    is_queue: bool
+    largest: int | None = None
+    is_queue = True
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Raise InputError if these cells cannot be computed as they are configured."""
@@ -74,21 +75,23 @@ class Executor(Protocol):
             jobs: that stand for all that wait.
             times: whether to time steps even if this machine trains none of the cells.
         """
+        raise NotImplementedError
 
     def queued(self, jobs: Sequence[Job]) -> set[Path]:
         """Return the folders of those of these cells that an earlier command has left in a queue."""
+        return set()
 
     def at_once(self, preview: Preview) -> int:
-        """Return how many works can run at the same time, as far as that is known."""
+        """Return how many works can run at the same time, as far as it can be said."""
+        return 2  # so that no work holds a device while it waits for Teachers: they are computed before
 
-    def submit(
-        self, works: Sequence[Work], *, after: Sequence[Future[list[Result]]] = ()
-    ) -> list[Future[list[Result]]]:
-        """Compute each of these in a process of its own, once those of ``after`` have ended.
+    def submit(self, works: Sequence[Work], *, after: Sequence[Results] = ()) -> list[Results]:
+        """Compute each of these in a fresh process each, once those of ``after`` have ended.
 
         Returns:
             One per work: its results, or the error that ended it, LostError if a fresh process may do better.
         """
+        raise NotImplementedError
 
     def close(self, error: BaseException | None) -> None:
         """Stop what runs if an error or a signal ends the command; else release what is held."""
@@ -101,8 +104,8 @@ class _Run:
         self.executor = executor
         self.results: dict[Work, list[Result | None]] = {work: [None] * len(work.jobs) for work in [*before, *works]}
         self.backlog = [(work, list(range(len(work.jobs)))) for work in works]
-        self.pending: dict[Future[list[Result]], tuple[Work, list[int], int]] = {}
-        self.first: list[Future[list[Result]]] = []
+        self.pending: dict[Results, tuple[Work, list[int], int]] = {}
+        self.first: list[Results] = []
         if before:
             self._submit([(work, list(range(len(work.jobs)))) for work in before])
         self.first = list(self.pending)
@@ -125,8 +128,8 @@ class _Run:
                 if None not in self.results[work]:
                     yield work
 
-    def _take(self, future: Future[list[Result]]) -> Work:
-        """Keep the results of a part; what was lost goes on in two halves, and what was lost alone fails."""
+    def _take(self, future: Results) -> Work:
+        """Keep the results of a part; what was lost resumes in two halves, and what was lost alone fails."""
         work, positions, since_ms = self.pending.pop(future)
         lost: dict[int, LostError] = {}
         for position, result in zip(positions, _results(future, work.part(positions), since_ms), strict=True):
@@ -140,7 +143,7 @@ class _Run:
         is_left = any(isinstance(result, LeftError) for result in lost.values())
         if lost:
             how = "two halves" if len(lost) > 1 and not is_left else "a fresh process"
-            log.warning("%s: %s; going on in %s", plural(len(lost), "cell"), next(iter(lost.values())), how)
+            log.warning("%s: %s; resuming in %s", plural(len(lost), "cell"), next(iter(lost.values())), how)
         half = len(lost) if is_left else -(-len(lost) // 2)
         parts = list(lost)[:half], list(lost)[half:]
         self.backlog = [*((work, part) for part in parts if part), *self.backlog]
@@ -150,8 +153,9 @@ class _Run:
 def run(executor: Executor, works: Sequence[Work], *, before: Sequence[Work] = ()) -> Iterator[tuple[Work, list[Any]]]:
     """Compute works; yield each with a result or an error for each of its jobs, as they end.
 
-    If a process is lost (a failed device, a lack of memory, a crash), its unfinished cells go on from their checkpoints
-    in two halves, down to single cells. A cell whose process is lost when it is alone fails; the others finish.
+    If a process is lost (a failed device, a lack of memory, a crash), its unfinished cells resume from their
+    checkpoints in two halves, down to single cells. A cell whose process is lost when it is alone fails; the others
+    finish.
 
     Args:
         executor: computes them.
@@ -164,8 +168,8 @@ def run(executor: Executor, works: Sequence[Work], *, before: Sequence[Work] = (
             yield work, list(running.results[work])
 
 
-def _results(future: Future[list[Result]], work: Work, since_ms: int) -> list[Result]:
-    """Return the results of a work; where its process was lost, those that its cells' folders tell."""
+def _results(future: Results, work: Work, since_ms: int) -> list[Result]:
+    """Return the results of a work; where its process was lost, those in its cells' folders."""
     try:
         return future.result()
     except (InputError, CellError) as error:

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdsweep.core.errors import CellError, DeviceError, InputError
 from kdsweep.core.signals import Stopped
 from kdsweep.sweep.executors import worker
-from kdsweep.sweep.executors.executor import Result, Work
+from kdsweep.sweep.executors.executor import Executor, Results, Work
 
 if TYPE_CHECKING:
     from kdsweep.sweep.estimate import Preview
@@ -24,33 +23,27 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 
-_Waiting = tuple[Work, Future[list[Result]]]
+_Waiting = tuple[Work, Results]
 
 
-class Local:
+class Local(Executor):
     """The executor of one machine: for each device a thread that starts one process after the other.
 
     Args:
-        names: devices for groups at the same time, such as ``[cuda:0,cuda:1]``; by default all that ``device`` names.
+        devices: for groups at the same time, such as ``[cuda:0,cuda:1]``; by default all that ``device`` names.
         processes: number of groups that run at the same time on the CPU; they share its threads.
     """
 
-    largest: int | None = None
-    is_queue = True
-
-    def __init__(self, names: Sequence[str] = (), *, processes: int = 1) -> None:
+    def __init__(self, devices: Sequence[str] = (), *, processes: int = 1) -> None:
         if processes < 1:
             raise InputError(f"hydra.launcher.processes={processes} is not allowed: it must be at least 1")
-        self.names = list(names) or (["cpu"] * processes if processes > 1 else [])
+        self.names = list(devices) or (["cpu"] * processes if processes > 1 else [])
         self._changed = threading.Condition()  # holds whatever the threads share
         self._waiting: list[_Waiting] = []
         self._running: set[worker.Process] = set()
         self._served: list[str] = []  # a device for each thread
         self._lost: set[str] = set()
         self._is_closed = self._has_said = False
-
-    def check(self, jobs: Sequence[Job]) -> None:
-        """Do nothing: any cell can be computed here."""
 
     def preview(self, jobs: list[Job], *, times: bool) -> Preview:
         """See ``Executor``; steps are always timed."""
@@ -59,17 +52,11 @@ class Local:
         result: Preview = self._call(preview.preview_cells, jobs, self.names)
         return result
 
-    def queued(self, jobs: Sequence[Job]) -> set[Path]:
-        """Return nothing: processes end with the command."""
-        return set()
-
     def at_once(self, preview: Preview) -> int:
         """See ``Executor``."""
         return len(self.names or {name for names in preview.devices.values() for name in names})
 
-    def submit(
-        self, works: Sequence[Work], *, after: Sequence[Future[list[Result]]] = ()
-    ) -> list[Future[list[Result]]]:
+    def submit(self, works: Sequence[Work], *, after: Sequence[Results] = ()) -> list[Results]:
         """See ``Executor``; what a device has that does not compute any more moves to another one."""
         wait(after)
         added: list[_Waiting] = [(work, Future()) for work in works]
@@ -115,12 +102,12 @@ class Local:
         """Return the next work for a device once there is one; None when the device or the executor has ended."""
         with self._changed:
             while not self._is_closed and device not in self._lost:
-                mine = [waiting for waiting in self._waiting if device in waiting[0].devices]
-                for waiting in mine:
+                here = [waiting for waiting in self._waiting if device in waiting[0].devices]
+                for waiting in here:
                     if not _waits(waiting[0]):
                         self._waiting.remove(waiting)
                         return waiting
-                if mine and not self._running and not self._has_said:
+                if here and not self._running and not self._has_said:
                     log.info("all that is left is computed by another command: waiting for it")
                     self._has_said = True
                 self._changed.wait(LOOK_EVERY_S)
@@ -168,14 +155,11 @@ def on_device(job: Job, device: str) -> Job:
     return replace(job, settings=job.settings.model_copy(update={"device": device}))
 
 
-class InProcess:
+class InProcess(Executor):
     """The executor that computes one cell after the other in this process, where a debugger can follow."""
 
-    largest: int | None = 1
+    largest = 1
     is_queue = False
-
-    def check(self, jobs: Sequence[Job]) -> None:
-        """Do nothing: any cell can be computed here."""
 
     def preview(self, jobs: list[Job], *, times: bool) -> Preview:
         """See ``Executor``; steps are always timed."""
@@ -184,22 +168,13 @@ class InProcess:
         result = preview.preview_cells(jobs, [])
         return replace(result, devices={device: names[:1] for device, names in result.devices.items()})
 
-    def queued(self, jobs: Sequence[Job]) -> set[Path]:
-        """Return nothing: what this process does ends with it."""
-        return set()
-
     def at_once(self, preview: Preview) -> int:
         """See ``Executor``."""
         return 1
 
-    def submit(
-        self, works: Sequence[Work], *, after: Sequence[Future[list[Result]]] = ()
-    ) -> list[Future[list[Result]]]:
+    def submit(self, works: Sequence[Work], *, after: Sequence[Results] = ()) -> list[Results]:
         """See ``Executor``; all is done when it returns."""
-        futures: list[Future[list[Result]]] = [Future() for _ in works]
+        futures: list[Results] = [Future() for _ in works]
         for work, future in zip(works, futures, strict=True):
             future.set_result(worker.compute(work))
         return futures
-
-    def close(self, error: BaseException | None) -> None:
-        """Do nothing: nothing runs."""

@@ -65,8 +65,8 @@ def queued(folders: Iterable[Path]) -> dict[Path, Task]:
                 notes.setdefault((content["cluster"], content["job"]), []).append(folder)
     tasks: dict[Path, Task] = {}
     for cluster in {cluster for cluster, _ in notes}:
-        found = states([job_id for where, job_id in notes if where == cluster], cluster=cluster)
-        live = {job_id: state for job_id, state in found.items() if state not in ENDED}
+        current = states([job_id for where, job_id in notes if where == cluster], cluster=cluster)
+        live = {job_id: state for job_id, state in current.items() if state not in ENDED}
         for job_id, state in live.items():
             tasks |= dict.fromkeys(notes[cluster, job_id], Task(job_id, state))
     return tasks
@@ -82,8 +82,8 @@ def states(job_ids: Sequence[str], *, cluster: str) -> dict[str, str]:
         return {job_id: "RUNNING" for job_id in job_ids if _is_process(job_id)}
     arrays = sorted({job_id.partition("_")[0] for job_id in job_ids})
     rows = [row for array in arrays for row in _squeue(array)]
-    found = dict(row.split(maxsplit=1) for row in rows if row.strip())
-    return {job_id: found[job_id] for job_id in job_ids if job_id in found}
+    current = dict(row.split(maxsplit=1) for row in rows if row.strip())
+    return {job_id: current[job_id] for job_id in job_ids if job_id in current}
 
 
 def _squeue(array: str) -> Iterable[str]:

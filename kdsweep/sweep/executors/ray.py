@@ -6,13 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdsweep.core import signals
 from kdsweep.core.errors import InputError, LostError
 from kdsweep.sweep.executors import remote
-from kdsweep.sweep.executors.executor import Result, Work
+from kdsweep.sweep.executors.executor import Executor, Result, Results, Work
 
 if TYPE_CHECKING:
     from kdsweep.sweep.estimate import Preview
@@ -21,17 +20,15 @@ if TYPE_CHECKING:
 STOP_WITHIN_S = 12.0  # a little longer than a process gets
 
 
-class OnRay:
+class OnRay(Executor):
     """The executor that hands each group to a Ray cluster as a task.
 
     Ray starts a task where its GPUs, CPUs and memory are free, and again elsewhere if its machine or process dies; the
-    task then goes on from its checkpoints.
+    task then resumes from its checkpoints.
 
     Args:
         options: of ``hydra/launcher=lockstep_ray``, by name; the plugin's RayConf describes each.
     """
-
-    is_queue = True
 
     def __init__(self, **options: Any) -> None:
         remote.check_least(options, {"gpus": 0, "cpus": 1, "memory_gb": 0, "retries": 0, "largest": 1})
@@ -44,12 +41,12 @@ class OnRay:
 
     def check(self, jobs: Sequence[Job]) -> None:
         """See ``Executor``: on several machines MLflow must be a server, and one must have what a group needs."""
-        machines = [own for own in self._connect().nodes() if own["Alive"]]
-        if len({own["NodeManagerHostname"] for own in machines}) > 1:
+        machines = [node for node in self._connect().nodes() if node["Alive"]]
+        if len({node["NodeManagerHostname"] for node in machines}) > 1:
             for job in jobs:
                 remote.check_tracking(job.settings)
         for name, key in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
-            most = max((own["Resources"].get(name, 0) for own in machines), default=0)
+            most = max((node["Resources"].get(name, 0) for node in machines), default=0)
             if self._needs[key] > most:
                 option = key.removeprefix("num_")
                 raise InputError(
@@ -79,17 +76,7 @@ class OnRay:
         """See ``Executor``."""
         return remote.preview_remote(jobs, self._place, times=times)
 
-    def queued(self, jobs: Sequence[Job]) -> set[Path]:
-        """Return nothing: tasks end with the command."""
-        return set()
-
-    def at_once(self, preview: Preview) -> int:
-        """See ``Executor``: more than one, else tasks would hold devices while they wait for Teachers."""
-        return 2
-
-    def submit(
-        self, works: Sequence[Work], *, after: Sequence[Future[list[Result]]] = ()
-    ) -> list[Future[list[Result]]]:
+    def submit(self, works: Sequence[Work], *, after: Sequence[Results] = ()) -> list[Results]:
         """See ``Executor``."""
         wait(after)
         ray = self._connect()
@@ -126,11 +113,11 @@ def _compute(remote_work: remote.RemoteWork) -> list[Result]:
     return remote_work()
 
 
-def _future(reference: Any) -> Future[list[Result]]:
+def _future(reference: Any) -> Results:
     """Return the results of a task to come; an error of Ray's means that its process was lost."""
-    future: Future[list[Result]] = Future()
+    future: Results = Future()
 
-    def end(done: Future[list[Result]]) -> None:
+    def end(done: Results) -> None:
         if (error := done.exception()) is None:
             future.set_result(done.result())
         else:

@@ -49,7 +49,7 @@ class RemoteWork:
         self._process: worker.Process | None = None
 
     def __call__(self) -> list[Result]:
-        """Compute the group in a process of its own and keep MLflow in step with the cells' folders."""
+        """Compute the group in a fresh process and keep MLflow in step with the cells' folders."""
         logs.to_screen(self.level)
         try:
             self._check()
@@ -98,12 +98,11 @@ class RemoteWork:
 
 def identify(store: Path) -> str:
     """Return a store's identity, written at the first call: machines that read the same one share the folder."""
-    found = _read_identity(store)
-    if not found:
+    if not (name := _read_identity(store)):
         store.mkdir(parents=True, exist_ok=True)
-        found = uuid.uuid4().hex
-        write_json(store / IDENTITY, found)
-    return found
+        name = uuid.uuid4().hex
+        write_json(store / IDENTITY, name)
+    return name
 
 
 def _read_identity(store: Path) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kdsweep.core import signals
 from kdsweep.core.errors import CellError, InputError, LostError, one_line
 from kdsweep.sweep.executors import queue, remote
-from kdsweep.sweep.executors.executor import LeftError, Result, Work
+from kdsweep.sweep.executors.executor import Executor, LeftError, Result, Results, Work
 
 if TYPE_CHECKING:
     import submitit
@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 FOLDER = "slurm"  # of a store: submitit's files
 LOOK_EVERY_S = 2.0
 ASK_EVERY_S = 30.0  # squeue is everybody's
-MISSES = 2  # so often in a row a job is not in the queue before it is given up
+MISSES = 2  # so often in a row a job is not in the queue before it counts as lost
 ARRAY = 1000  # jobs of one array: the most that SLURM takes unless it is configured otherwise
 KILL_WAIT_S = 900.0
 
 
 @dataclass(eq=False)
-class _Submitted(Future[list[Result]]):
+class _Submitted(Results):
     """The results of a work to come, with the jobs that compute it: of an earlier command's the job is not here."""
 
     job_ids: list[str]
@@ -75,18 +75,16 @@ class _Submitted(Future[list[Result]]):
         self.misses = 0 if is_live else self.misses + 1
 
 
-class Slurm:
-    """The executor that submits: each group is one job of an array, each with a device of its own.
+class Slurm(Executor):
+    """The executor that submits: each group is one job of an array, each with a device.
 
-    Teachers that groups need are an array before, which that of the groups depends on. What was submitted goes on
+    Teachers that groups need are an array before, which that of the groups depends on. What was submitted runs on
     without the command that submitted it; a job that is preempted or reaches its time limit saves what it does and is
     put into the queue again.
 
     Args:
         options: of ``hydra/launcher=lockstep_slurm``, by name; the plugin's SlurmConf describes each.
     """
-
-    is_queue = True
 
     def __init__(self, **options: Any) -> None:
         self.cluster, self.largest, self.wait = options["cluster"], options["largest"], options["wait"]
@@ -141,20 +139,14 @@ class Slurm:
         try:
             self._queued |= queue.queued(folders | teachers)
         except queue.QueueError as error:
-            raise InputError(f"{error}; what is in the queue is not known, so nothing is submitted") from error
+            raise InputError(f"{error}; the queue cannot be read, so nothing is submitted") from error
         ahead = folders & self._queued.keys()
         if ahead:
             names = ", ".join(sorted({self._queued[folder].job_id for folder in ahead}))
             log.info("%d cells are in the queue already, as job %s: not submitted again", len(ahead), names)
         return ahead
 
-    def at_once(self, preview: Preview) -> int:
-        """See ``Executor``: more than one, else Teachers would be waited for by jobs that hold devices."""
-        return 2
-
-    def submit(
-        self, works: Sequence[Work], *, after: Sequence[Future[list[Result]]] = ()
-    ) -> list[Future[list[Result]]]:
+    def submit(self, works: Sequence[Work], *, after: Sequence[Results] = ()) -> list[Results]:
         """See ``Executor``; what an earlier command has left in the queue is waited for instead."""
         if self.cluster == queue.LOCAL:  # which knows no dependencies
             wait(after)
@@ -164,9 +156,9 @@ class Slurm:
         stores: dict[Path, list[Work]] = {}
         for work in (work for work in works if work not in futures):
             stores.setdefault(work.cells[0].store, []).append(work)
-        for store, own in stores.items():
-            for start in range(0, len(own), ARRAY):
-                futures |= self._submit_array(store, own[start : start + ARRAY], depends=depends)
+        for store, group in stores.items():
+            for start in range(0, len(group), ARRAY):
+                futures |= self._submit_array(store, group[start : start + ARRAY], depends=depends)
         if not self.wait:
             for work, future in futures.items():
                 future.set_result([math.nan] * len(work.jobs))
@@ -211,7 +203,9 @@ class Slurm:
             try:
                 if waiting and time.monotonic() - asked_s >= every_s:
                     asked_s = time.monotonic()
-                    states = queue.states([job_id for own in waiting for job_id in own.job_ids], cluster=self.cluster)
+                    states = queue.states(
+                        [job_id for future in waiting for job_id in future.job_ids], cluster=self.cluster
+                    )
                     for future in waiting:
                         future.count(states)
                 for future in waiting:
@@ -220,10 +214,10 @@ class Slurm:
                 log.warning("%s; asking again", one_line(error))
 
     def close(self, error: BaseException | None) -> None:
-        """See ``Executor``: what was submitted goes on."""
+        """See ``Executor``: what was submitted runs on."""
         if error is not None and self._arrays:
             log.warning(
-                "job %s goes on without this command: python -m kdsweep status shows how far it is, the same "
+                "job %s runs on without this command: python -m kdsweep status shows how far it is, the same "
                 "command waits for it again, scancel %s ends it",
                 ", ".join(self._arrays),
                 " ".join(self._arrays),
@@ -254,7 +248,7 @@ class ArrayJob:
             raise
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Called by submitit when the time is nearly over: save, and go on from there in the queue's next turn."""
+        """Called by submitit when the time is nearly over: save, and resume in the queue's next turn."""
         self.remote_work.stop()
         return _submitit().helpers.DelayedSubmission(self)
 

@@ -125,7 +125,7 @@ def _main(sender: Connection, level: int, function: Callable[..., Any], args: tu
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(code)  # not by Python's own way, which takes a second to clear what torch has imported
+    os._exit(code)  # Python would take a second to clear what torch has imported
 
 
 def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
