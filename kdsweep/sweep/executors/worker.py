@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import active_children
+from multiprocessing import util
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +120,7 @@ def _main(sender: Connection, level: int, function: Callable[..., Any], args: tu
         code = stopped.exit_code
     except ConnectionError:  # the process above is gone
         pass
-    for child in active_children():
-        child.terminate()
+    util._exit_function()  # type: ignore[attr-defined]  # ends what prepares batches
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
