@@ -29,7 +29,7 @@ import optuna
 from kdsweep.core.files import write_json
 from kdsweep.tracking import reader
 from kdsweep.tuning import book, space
-from kdsweep.tuning.study import read_trials
+from kdsweep.tuning.study import read_studies, read_trials
 
 METHODS = (
     ["path=none"],
@@ -66,8 +66,7 @@ def tuned(store: Path, common: list[str], *, trials: int, more: list[str]) -> di
     options = [*as_configured, f"hydra.sweeper.trials={trials}", f"hydra.sweeper.round={trials}", *more]
     whole = timed("-m", "+experiment=tuned", *SWEPT, *common, *options, f"store={store}")
     name = "phantom-quick"
-    known = book.read(store, name)
-    found = read_trials(known.storage, {key: own for key, own in known.entries.items() if own.role != "teacher"})
+    found = read_trials(read_studies(book.read(store, name), name)).query("role != 'teacher'")
     chosen = found[found["is_chosen"]].set_index("notation")["value"]
     sweep = reader.read_sweep(store=store, uri=None, name=f"{name}{book.TUNED}")
     students = sweep.runs[sweep.runs["role"] != "teacher"]

@@ -41,7 +41,7 @@ class Tuning:
 def is_tuned(sweep: Sweep, *, store: Path) -> bool:
     """Return whether a sweep is one with chosen settings."""
     name = book.as_configured(store, sweep.name)
-    return sweep.name != name and bool(book.read(store, name).entries)
+    return sweep.name != name and bool(book.read(store, name))
 
 
 def read(sweep: Sweep, *, store: Path, uri: str | None) -> Tuning:
@@ -56,11 +56,11 @@ def read(sweep: Sweep, *, store: Path, uri: str | None) -> Tuning:
         InputError: the sweep was not tuned, or not to its end.
     """
     from kdsweep.tracking.reader import read_sweep
-    from kdsweep.tuning.study import read_trials
+    from kdsweep.tuning.study import read_studies, read_trials
 
     name = book.as_configured(store, sweep.name)
-    known = book.read(store, name)
-    if not known.entries:
+    storage = book.read(store, name)
+    if not storage:
         raise InputError(f"sweep {name} was not tuned: `python -m kdsweep -m +experiment=tuned`")
     other = name if sweep.name != name else f"{name}{book.TUNED}"
     try:
@@ -68,7 +68,7 @@ def read(sweep: Sweep, *, store: Path, uri: str | None) -> Tuning:
     except InputError as error:
         raise InputError(f"{error}; the same command goes on with the tuning") from error
     configured, chosen = (second, sweep) if sweep.name != name else (sweep, second)
-    return Tuning(configured, chosen, read_trials(known.storage, known.entries))
+    return Tuning(configured, chosen, read_trials(read_studies(storage, name)))
 
 
 def tuned(tuning: Tuning, *, test: str = "ttest") -> pd.DataFrame:

@@ -1,8 +1,7 @@
-"""Find the methods of a sweep's jobs, give each its budget, and refuse what would make their comparison unfair."""
+"""Find the methods of a sweep's jobs, and refuse what would make their comparison unfair."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,16 +9,11 @@ from typing import Any
 from kdsweep.config import grid, identity
 from kdsweep.core.errors import InputError
 from kdsweep.sweep import plan
-from kdsweep.sweep.executors import worker
-from kdsweep.sweep.executors.worker import Process
 from kdsweep.sweep.plan import Job
-from kdsweep.tuning import book, space
+from kdsweep.tuning import space
 from kdsweep.tuning.study import Study
 
-log = logging.getLogger(__name__)
-
 Reader = Callable[[Sequence[Sequence[str]]], list[Job]]
-UNITS = ("epochs", "steps", "seconds")
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,6 @@ class Options:
         sampler: ``_target_`` and arguments of one of Optuna's; empty for TPE.
         pruner: the same of a pruner; empty for successive halving (``pruning.make``).
         storage: address of Optuna's database; None for a SQLite file in the store.
-        budget: of each trial, such as ``{"steps": 2000}``; empty for ``train.epochs``.
     """
 
     search: Mapping[str, Any]
@@ -42,22 +35,14 @@ class Options:
     sampler: Mapping[str, Any] = field(default_factory=dict)
     pruner: Mapping[str, Any] = field(default_factory=dict)
     storage: str | None = None
-    budget: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("trials", "round"):
             if getattr(self, name) < 1:
                 raise InputError(f"hydra.sweeper.{name}={getattr(self, name)} is not allowed: it must be at least 1")
-        for name in ("search", "sampler", "pruner", "budget"):
+        for name in ("search", "sampler", "pruner"):
             if not isinstance(own := getattr(self, name), Mapping):
                 raise InputError(f"hydra.sweeper.{name}={own} is not allowed: it must be {{KEY: VALUE, ...}}")
-        if self.budget:
-            told = dict(self.budget)
-            if len(told) != 1 or next(iter(told)) not in UNITS:
-                raise InputError(f"hydra.sweeper.budget={told} is not allowed: it must be one of {', '.join(UNITS)}")
-            ((unit, value),) = told.items()
-            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-                raise InputError(f"hydra.sweeper.budget.{unit}={value} is not allowed: it must be a number > 0")
 
 
 @dataclass(eq=False)
@@ -67,18 +52,22 @@ class Method:
     Attributes:
         job: the first one of the method, by whose seed the trials are trained.
         role: ``distilled``, ``baseline`` or ``teacher``.
-        words: overrides of its trials before those of the study: of the job, the budget, the chosen Teacher.
+        overrides: of its trials before those of the study: of the job, the chosen Teacher.
         space: the part of the search space that it uses.
-        name: of the study.
         study: of the trials, once the storage is open.
     """
 
     job: Job
     role: str
-    words: list[str]
+    overrides: list[str]
     space: space.Space
-    name: str
     study: Study = field(init=False)
+
+    @property
+    def name(self) -> str:
+        """Return the name of its study."""
+        cell = self.cell
+        return f"{self.job.settings.sweep_name}/{cell.notation}/split{cell.split}/{key_of(cell)[:8]}"
 
     @property
     def cell(self) -> grid.Cell:
@@ -89,7 +78,7 @@ class Method:
 
     @property
     def epochs(self) -> int:
-        """Return the epochs of a whole trial."""
+        """Return the epochs of a complete trial."""
         settings = self.job.settings
         return settings.teacher_epochs if self.role == "teacher" else settings.train.epochs
 
@@ -98,21 +87,17 @@ class Method:
         """Return the seed of the batches of its trials."""
         return self.job.settings.teacher.seed if self.role == "teacher" else self.job.settings.seed
 
-    def chosen_words(self) -> list[str]:
-        """Return the overrides of the chosen trial; none without a study, or where no trial came to its end.
-
-        Trial 0 has the configured settings, which may lie outside the space.
-        """
+    def chosen_overrides(self) -> list[str]:
+        """Return the overrides of the chosen trial; none if nothing is tuned or no trial is complete."""
         best = self.study.best() if self.space else None
-        return [] if best is None or best.number == 0 else words_of(best.params)
+        return overrides_of(best.params) if best is not None and best.number else []
 
 
-def check_jobs(jobs: list[Job], words: list[list[str]], *, whole: space.Space, waits: bool, read: Reader) -> None:
+def check_jobs(jobs: list[Job], *, whole: space.Space, waits: bool, read: Reader) -> None:
     """Raise InputError if jobs cannot be tuned fairly.
 
     Args:
         jobs: as they are configured.
-        words: their overrides.
         whole: the search space.
         waits: whether the launcher waits for its groups.
         read: reads jobs from their overrides.
@@ -122,7 +107,7 @@ def check_jobs(jobs: list[Job], words: list[list[str]], *, whole: space.Space, w
     for key in ("store", "sweep_name"):
         if len(values := {getattr(job.settings, key) for job in jobs}) > 1:
             raise InputError(f"{key}={','.join(sorted(values))}: one command tunes one sweep; give one value")
-    for key in plan.swept_keys(words, [job.settings for job in jobs]):
+    for key in plan.swept_keys([job.overrides for job in jobs], [job.settings for job in jobs]):
         if key in whole:
             raise InputError(f"{space.KEY}: {key} is swept by the command too; tune it or sweep it")
     for job in jobs:
@@ -154,65 +139,24 @@ def _check_ends(jobs: list[Job], whole: space.Space, read: Reader) -> None:
     for key, values in space.ends(whole).items():
         job = next(job for job in jobs if any(_uses(whole, key, role, job) for role, _ in _cells(job)))
         for value in values:
-            read([[*job.overrides, *words_of({key: value})]])
+            read([[*job.overrides, *overrides_of({key: value})]])
 
 
-def with_budget(words: list[list[str]], jobs: list[Job], *, budget: Mapping[str, Any]) -> list[list[str]]:
-    """Return the overrides of the jobs with the epochs that the budget gives to each.
-
-    Args:
-        words: overrides of the jobs.
-        jobs: as they are configured.
-        budget: such as ``{"steps": 2000}``; empty for the epochs that they have.
-    """
-    if not budget:
-        return words
-    ((unit, amount),) = budget.items()
-    own = [(cell, job) for job in jobs for _, cell in _cells(job)]
-    if unit == "seconds":
-        epoch_s = _epoch_s(jobs)
-        epochs = {key_of(cell): int(amount / epoch_s[key_of(cell)]) for cell, _ in own}
-    else:
-        epochs = {key_of(cell): int(amount) // (_steps(job) if unit == "steps" else 1) for cell, job in own}
-    for cell, _ in own:
-        if epochs[key_of(cell)] < 1:
-            raise InputError(f"hydra.sweeper.budget.{unit}={amount}: less than one epoch of {cell.title}")
-    # Equal for all: a Teacher is the same one for whatever method it teaches.
-    longest = f"train.patience={max(epochs.values())}"
-    return [[*typed, *_epochs_words(job, epochs), longest] for typed, job in zip(words, jobs, strict=True)]
-
-
-def _epoch_s(jobs: list[Job]) -> dict[str, float]:
-    """Return the seconds of an epoch of each method and Teacher by key, timed once and then kept in the store."""
-    first = jobs[0]
-    known = dict(book.read(first.cell.store, first.settings.sweep_name).epoch_s)
-    missing = {key_of(cell): (job, role) for job in jobs for role, cell in _cells(job) if key_of(cell) not in known}
-    if missing:
-        log.info("timing an epoch of each of %d methods and Teachers, for equal seconds", len(missing))
-        timed = Process(worker.time_epochs, list(missing.values())).result()
-        known |= dict(zip(missing, timed, strict=True))
-        book.write(first.cell.store, first.settings.sweep_name, epoch_s=known)
-    return known
-
-
-def methods_of(jobs: list[Job], words: list[list[str]], *, whole: space.Space) -> tuple[list[Method], list[Method]]:
+def methods_of(jobs: list[Job], *, whole: space.Space) -> tuple[list[Method], list[Method]]:
     """Return the Students and the Teachers of jobs, each once for all its seeds; of the Teachers those to be tuned.
 
     Args:
         jobs: as they are configured.
-        words: their overrides.
         whole: the search space.
     """
     students: dict[str, Method] = {}
     teachers: dict[str, Method] = {}
-    for job, own in zip(jobs, words, strict=True):
+    for job in jobs:
         params = identity.params(job.settings)
-        for role, _ in _cells(job):
-            found = teachers if role == "teacher" else students
-            method = Method(job, role, list(own), space.used(whole, role=role, params=params), "")
-            key = key_of(method.cell)
-            method.name = f"{job.settings.sweep_name}/{method.cell.notation}/split{method.cell.split}/{key[:8]}"
-            found.setdefault(key, method)
+        for role, cell in _cells(job):
+            methods = teachers if role == "teacher" else students
+            used = space.used(whole, role=role, params=params)
+            methods.setdefault(key_of(cell), Method(job, role, list(job.overrides), used))
     return list(students.values()), [own for own in teachers.values() if own.space]
 
 
@@ -222,23 +166,12 @@ def key_of(cell: grid.Cell) -> str:
     return grid.digest([cell.role, cell.notation, cell.split, cell.settings, evidence])
 
 
-def words_of(values: Mapping[str, Any]) -> list[str]:
-    """Return values as overrides."""
+def overrides_of(values: Mapping[str, Any]) -> list[str]:
+    """Return values as overrides; trial 0 has none, since the configured settings may be outside the space."""
     return [f"{key}={value!r}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()]
-
-
-def _steps(job: Job) -> int:
-    """Return the optimizer steps of an epoch."""
-    images = len(identity.split_ids(job.settings)["train"])
-    return -(-images // job.settings.train.batch_size)
 
 
 def _cells(job: Job) -> list[tuple[str, grid.Cell]]:
     """Return the role and the cell of a job's Student, and of its Teacher if it has one."""
     teacher = job.cell.teacher
     return [(job.cell.role, job.cell), *([("teacher", teacher)] if teacher is not None else [])]
-
-
-def _epochs_words(job: Job, epochs: Mapping[str, int]) -> list[str]:
-    keys = {"teacher": "teacher.epochs"}
-    return [f"{keys.get(role, 'train.epochs')}={epochs[key_of(cell)]}" for role, cell in _cells(job)]

@@ -85,8 +85,6 @@ def _tuned_keys(cfg: DictConfig) -> tuple[str, ...]:
     """Return the keys of which tuning sets the values: they differ between methods and splits, and are no variants."""
     search: Any = OmegaConf.to_container(OmegaConf.select(cfg, "hydra.sweeper.search") or OmegaConf.create())
     keys = [re.sub(r"\.(log|range|int)$", "", key) for key in grid.flatten(search)]
-    if OmegaConf.select(cfg, "hydra.sweeper.budget"):
-        keys += ["train.epochs", "train.patience", "teacher.epochs"]
     return tuple(keys)
 
 

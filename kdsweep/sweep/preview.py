@@ -11,14 +11,12 @@ import torch
 from kdsweep.config import grid, identity
 from kdsweep.config.identity import Job
 from kdsweep.config.schema import Settings
-from kdsweep.core.device import Compute, find_device, give_back_memory, placed, usable_cores, usable_precision
-from kdsweep.evaluation import latency, scoring
-from kdsweep.models import unet
+from kdsweep.core.device import Compute, find_device, give_back_memory, usable_cores, usable_precision
+from kdsweep.evaluation import latency
 from kdsweep.runs import records
 from kdsweep.sweep import plan, rehearsal
 from kdsweep.sweep.estimate import Preview
-from kdsweep.training import factory, loop
-from kdsweep.training.meter import EpochMeter
+from kdsweep.training import factory
 
 
 def check(jobs: Sequence[Job]) -> None:
@@ -74,40 +72,6 @@ def preview_cells(jobs: Sequence[Job], devices: list[str]) -> Preview:
     check(jobs)
     rehearse(jobs, names)
     return _timed(jobs, devices=names, device=names[jobs[0].settings.device][0])
-
-
-def time_epoch_s(job: Job, *, role: str) -> float:
-    """Return the seconds of an epoch of a training, as if it were alone: the second one, the first warms up.
-
-    Steps, Teacher's forwards and validation are counted, the Teacher is an untrained one. Nothing is written.
-
-    Args:
-        job: of a cell.
-        role: ``teacher`` for the training of its Teacher, else its own.
-    """
-    settings, teacher = job.settings, job.cell.teacher
-    compute = factory.compute(settings)
-    compute.prepare()
-    feed = factory.feed(settings, seed=settings.seed)
-    learner = factory.learner(settings, teacher if role == "teacher" and teacher is not None else job.cell)
-    teachers = {}
-    if learner.distillation is not None:
-        network = placed(factory.teacher_network(settings, weights="none"), compute)
-        teachers[learner.distillation.forward.teacher] = unet.freeze(network)
-    for module in learner.modules().values():
-        placed(module, compute)
-    frozen = loop.FrozenTeachers(teachers, compute)
-    validation = list(scoring.eval_batches(feed.validation, compute))
-    taught = [frozen.teach([learner], views) for views, _ in validation]
-    for epoch in range(2):
-        learner.spent_s, learner.watches, learner.means = 0.0, [], EpochMeter()
-        loop.train_epoch([learner], epoch, frozen=frozen, feed=feed, compute=compute)
-        if learner.failure is not None:
-            raise learner.failure
-        loop.validation_values(learner, validation, taught, compute)
-    seconds = learner.read_watches()
-    give_back_memory()
-    return seconds
 
 
 def device_names(jobs: Sequence[Job], devices: list[str]) -> dict[str, list[str]]:

@@ -222,11 +222,10 @@ def tuning(store: Path, sweep: str, *, trials_file: Path | None = None) -> str:
     Raises:
         InputError: the file cannot be written.
     """
-    from kdsweep.tuning.study import one_row_each, read_trials  # with optuna, which other sweeps do not need
+    from kdsweep.tuning.study import one_row_each, planned, read_studies, read_trials  # optuna: others do without
 
-    known = book.read(store, sweep)
-    trials = read_trials(known.storage, known.entries)
-    wanted = sum(entry.trials for entry in known.entries.values())
+    studies = read_studies(book.read(store, sweep), sweep)
+    trials, wanted = read_trials(studies), planned(studies)
     states = Counter(trials["state"])
     words = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
     counts = ", ".join(f"{states[state]} {word}" for state, word in words.items() if states[state])

@@ -107,8 +107,8 @@ def fit(
         feed: training and validation images.
         compute: device and precision.
         stopped: called with each learner that has had its last epoch.
-        prune: called with each number of epochs from 1 on, when all learners have them behind them; those that it
-            returns have had their last epoch.
+        prune: called at the beginning and after each epoch, with the number of epochs that all learners have completed;
+            those that it returns have had their last epoch.
     """
     frozen, schedule = FrozenTeachers(teachers, compute), CheckpointSchedule()
     validation = list(scoring.eval_batches(feed.validation, compute))  # uploaded and normalized once, for all
@@ -116,8 +116,7 @@ def fit(
     first = min(learner.epoch for learner in learners) + 1
     most = max(learner.epochs for learner in learners)
     label = label_of(learners)
-    for epochs in range(1, first + 1):  # as before the break
-        _prune(prune(epochs), stopped)
+    _prune(prune(first), stopped)
     with Progress(label, epochs=most, done=first) as progress:
         for epoch in range(first, most):
             due = [learner for learner in learners if learner.is_due(epoch)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from kdsweep.core import logs, signals
 from kdsweep.core.device import Compute, give_back_memory, is_device_error, is_out_of_memory, placed
-from kdsweep.core.errors import CellError, DeviceError, one_line
+from kdsweep.core.errors import CellError, DeviceError, InputError, one_line
 from kdsweep.data.loaders import Feed
 from kdsweep.models.unet import UNet
 from kdsweep.training.learner import Learner
@@ -25,11 +26,11 @@ Maker = Callable[[], Learner | Exception]
 class Pruning(Protocol):
     """Decides which trials of a group end early; see ``tuning/pruning.py``."""
 
-    def begin(self) -> Callable[[int, Mapping[Path, Sequence[float]]], set[Path]]:
-        """Return a function that is called for each epoch from the first on, and returns the trials that end.
+    def begin(self) -> Callable[[int, Mapping[Path, Sequence[tuple[float, float]]]], set[Path]]:
+        """Return a function that is called at the beginning and after each epoch, and returns the trials that end.
 
-        Its arguments are the number of epochs that all trials have behind them, and their validation Dice after each,
-        by folder; what has failed is left out.
+        Its arguments are the number of epochs that all trials in training have completed, and by folder the validation
+        Dice and seconds of each epoch of a trial, without those that failed.
         """
 
 
@@ -67,14 +68,16 @@ def run(
                 log.info("%s: %s over %d images (%s)", learner.title, score, len(feed.test.ids), epochs)
                 return
             learner.save() if learner.is_pruned else learner.save_outcome()
-            results[learner.folder] = {"best/val_dice": learner.history[learner.best_epoch]["val/dice"]}
+            best = learner.history[learner.best_epoch]["val/dice"] if learner.history else math.nan
+            results[learner.folder] = {"best/val_dice": best}
 
     def prune(epochs: int) -> list[Learner]:
         if leaving is None:
             return []
-        curves = {own.folder: [row["val/dice"] for row in own.history] for own in learners if own.failure is None}
-        leave = leaving(epochs, curves)
-        return [learner for learner in learners if learner.folder in leave]
+        sound = {own.folder: own for own in learners if own.failure is None}
+        dice = {folder: [row["val/dice"] for row in own.history] for folder, own in sound.items()}
+        leave = leaving(epochs, {name: list(zip(dice[name], own.seconds, strict=True)) for name, own in sound.items()})
+        return [sound[folder] for folder in leave]
 
     try:
         compute.prepare()
@@ -84,6 +87,8 @@ def run(
                 conclude(learner)  # it was interrupted after its last epoch
             if going := [learner for learner in learners if not learner.stopped]:
                 fit(going, teachers=teachers, feed=feed, compute=compute, stopped=conclude, prune=prune)
+            else:
+                prune(learners[0].epochs)  # which reports their last epochs if it was interrupted before that
     except BaseException as error:
         _settle([own for own in learners if own.failure is None and own.folder not in results], error)
     return [learner.failure or results[learner.folder] for learner in learners]
@@ -94,7 +99,12 @@ def _settle(learners: list[Learner], error: BaseException) -> None:
     if is_device_error(error):  # nothing can be read from it any more: each goes on from its last checkpoint
         signals.check()
         raise DeviceError(f"the device failed ({one_line(error)})") from error
-    if signals.pending() or not isinstance(error, Exception) or is_out_of_memory(error):
+    if (
+        signals.pending()
+        or not isinstance(error, Exception)
+        or isinstance(error, InputError)
+        or is_out_of_memory(error)
+    ):
         _save(learners)
         signals.check()
         raise error
@@ -118,7 +128,7 @@ def run_divided(
         teachers: as for ``fit``.
         feed: as for ``fit``.
         compute: as for ``fit``.
-        pruning: as for ``run``; the trials of each half are then compared with those of their half alone.
+        pruning: as for ``run``; trials of a half compare with what has been reported until they are asked about.
     """
     shared: dict[str, Any] = {"teachers": teachers, "feed": feed, "compute": compute, "pruning": pruning}
     made = [make() for make in makers]

@@ -1,13 +1,15 @@
-"""End trials of a lockstep group early: by Optuna's pruners, asked so that no answer depends on who is first.
+"""End trials of a lockstep group early: report each epoch to Optuna's storage, then ask its pruner.
 
-Optuna's pruners are made for trials that run at different times. In a group all trials of a method reach an epoch
-together, so each is judged as if all the others had reached it before: what is still in training counts as complete
-up to there. An answer then follows from the curves alone. A resumed group repeats those given before the break.
+All trials of a study in a group reach an epoch together. All report it before the pruner is asked about the first, and
+it is asked in the order of their numbers, so no answer depends on which trial was faster. A pruned trial has that
+state in the storage at once; a process that resumes reports the epochs that the storage lacks, and asks from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,49 +17,65 @@ from typing import Any
 import hydra
 import optuna
 from optuna.pruners import BasePruner
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
+from kdsweep.core import databases
 from kdsweep.core.errors import InputError, one_line
 
 KEY = "hydra.sweeper.pruner"
 FIRST_RUNG, REDUCTION = 6, 3
 
+Curve = Sequence[tuple[float, float]]  # validation Dice and seconds of each epoch
 
-@dataclass(frozen=True)
-class Curve:
-    """The validation Dice of a trial that has ended.
 
-    Attributes:
-        state: how it ended: ``COMPLETE``, ``PRUNED`` or ``FAIL``.
-        dice: validation Dice after each epoch.
+class LockstepHalving(BasePruner):
+    """Successive halving of trials side by side: the best third after a sixth of the epochs, of these after half.
+
+    Algorithm 1 of Jamieson and Talwalkar 2016. ``optuna.pruners.SuccessiveHalvingPruner`` compares a trial with those
+    that were asked about before it; this one with all that have reached the epoch: those of its group, which have
+    equal ``batches``, and those of earlier rounds. Its answers follow from the reported values alone.
+
+    Args:
+        epochs: of a complete trial.
+        round_size: trials of a round.
     """
 
-    state: str
-    dice: tuple[float, ...]
+    def __init__(self, *, epochs: int, round_size: int) -> None:
+        first = -(-epochs // FIRST_RUNG)
+        self.rungs, self.round_size = (first, first * REDUCTION), round_size
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Return whether a trial is not among the best third at a rung."""
+        step = trial.last_step
+        if step not in self.rungs:
+            return False
+        peers = [own for own in study.get_trials(deepcopy=False) if self._is_compared(own, trial)]
+        values = sorted(own.intermediate_values[step] for own in peers if step in own.intermediate_values)
+        return trial.intermediate_values[step] < values[-max(1, len(values) // REDUCTION)]
+
+    def _is_compared(self, other: FrozenTrial, trial: FrozenTrial) -> bool:
+        is_earlier = other.number // self.round_size < trial.number // self.round_size
+        return is_earlier or other.user_attrs.get("batches") == trial.user_attrs.get("batches")
 
 
-def make(options: Mapping[str, Any], *, epochs: int) -> BasePruner:
-    """Make a pruner from its options.
-
-    The default is successive halving (Jamieson and Talwalkar 2016, Algorithm 1, as Li et al. 2020 make it): the best
-    third of the trials goes on after a sixth of the epochs, and the best third of these after half of them.
+def make(options: Mapping[str, Any], *, epochs: int, round_size: int) -> BasePruner:
+    """Make a pruner from its options: one of Optuna's, or ``LockstepHalving``.
 
     Args:
         options: ``_target_`` and arguments, or none of them.
-        epochs: of a whole trial.
+        epochs: of a complete trial.
+        round_size: trials of a round.
 
     Raises:
-        InputError: there is no such pruner, or it needs to know a number that it would guess from complete trials.
+        InputError: there is no such pruner, or it needs a number that it would guess from complete trials.
     """
     if not options:
-        first = -(-epochs // FIRST_RUNG)
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=REDUCTION)
+        return LockstepHalving(epochs=epochs, round_size=round_size)
     name = str(options.get("_target_", "")).rpartition(".")[2]
     needed = {"SuccessiveHalvingPruner": ("min_resource", "auto"), "HyperbandPruner": ("max_resource", "auto")}
-    if name in needed:
-        argument, default = needed[name]
-        if not isinstance(options.get(argument, default), int):
-            raise InputError(f"{KEY}.{argument} is missing: {name} is given a number of epochs, from 1 to {epochs}")
+    argument, default = needed.get(name, ("_target_", 0))
+    if name in needed and not isinstance(options.get(argument, default), int):
+        raise InputError(f"{KEY}.{argument} is missing: {name} needs a number of epochs, from 1 to {epochs}")
     try:
         pruner = hydra.utils.instantiate(dict(options))
     except Exception as error:
@@ -67,106 +85,120 @@ def make(options: Mapping[str, Any], *, epochs: int) -> BasePruner:
     return pruner
 
 
+@contextlib.contextmanager
+def using(storage: str) -> Iterator[None]:
+    """Turn every error of Optuna, SQLAlchemy or a driver into one line that names the storage.
+
+    Args:
+        storage: its address.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        where = f"hydra.sweeper.storage={databases.shown(storage)}"
+        raise InputError(f"{where} cannot be used ({one_line(error)}); check it and run the same command") from error
+
+
+def open_storage(storage: str) -> optuna.storages.RDBStorage:
+    """Open Optuna's database; a SQLite file waits for its other writers.
+
+    Args:
+        storage: its address.
+    """
+    is_file = storage.startswith("sqlite")
+    return optuna.storages.RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": 60}} if is_file else None)
+
+
 @dataclass
-class Judge:
-    """Decides for the trials of one study that share their batches, epoch by epoch.
+class Trial:
+    """A trial of a group, open in Optuna's storage.
 
     Attributes:
-        name: of the study: Hyperband draws a trial's bracket from it.
-        pruner: asked.
-        ended: earlier trials of the study, by number.
-        pruned: after how many epochs each trial was ended, by number.
-        marks: what the pruner has noted of each trial, such as the rungs that it has reached.
+        study: that it belongs to.
+        trial: for reports and questions.
+        epochs: of a complete trial of the study.
+        reported: epochs that the storage holds.
+        is_pruned: whether the storage says so.
     """
 
-    name: str
-    pruner: BasePruner
-    ended: Mapping[int, Curve]
-    pruned: dict[int, int] = field(default_factory=dict)
-    marks: dict[int, dict[str, Any]] = field(default_factory=dict)
+    study: optuna.Study
+    trial: optuna.Trial
+    epochs: int
+    reported: int
+    is_pruned: bool
 
-    def after(self, step: int, curves: Mapping[int, Sequence[float]]) -> set[int]:
-        """Return the trials that end now; to be called for each epoch from the first on, in order.
+    def report(self, curve: Curve) -> None:
+        """Report the epochs that the storage lacks."""
+        for dice, _ in curve[self.reported :]:
+            self.reported += 1
+            self.trial.report(dice, self.reported)
 
-        Args:
-            step: number of epochs that the trials have behind them.
-            curves: validation Dice after each epoch of the trials of this group, by number; a longer one is cut.
-        """
-        known = dict(self.ended)
-        for number, dice in curves.items():
-            epochs = self.pruned.get(number)
-            known[number] = Curve("COMPLETE" if epochs is None else "PRUNED", tuple(dice[:epochs]))
-        here = {number for number, curve in known.items() if len(curve.dice) >= step}
-        judged = sorted(here & curves.keys() - self.pruned.keys())
-        if not judged:
-            return set()
-        arrived = self._study(known, step, running=here)  # all of them, to see what the pruner notes of each
-        for number in sorted(here):
-            self.pruner.prune(arrived, arrived.get_trials(deepcopy=False)[number])
-        marks = {trial.number: dict(trial.system_attrs) for trial in arrived.get_trials(deepcopy=False)}
-        before, self.marks = self.marks, marks
-        leave = {number for number in judged if self._ends(number, known, step, before=before.get(number, {}))}
-        self.pruned |= dict.fromkeys(leave, step)
-        return leave
-
-    def _ends(self, number: int, known: Mapping[int, Curve], step: int, *, before: dict[str, Any]) -> bool:
-        """Return whether the pruner ends a trial that comes to this epoch after all the others."""
-        study = self._study(known, step, running={number}, marks={**self.marks, number: before})
-        return self.pruner.prune(study, study.get_trials(deepcopy=False)[number])
-
-    def _study(
-        self,
-        known: Mapping[int, Curve],
-        step: int,
-        *,
-        running: set[int],
-        marks: Mapping[int, dict[str, Any]] | None = None,
-    ) -> optuna.Study:
-        """Return a study in memory in which each trial is as far as this epoch; numbers are those of the real one."""
-        study = optuna.create_study(study_name=self.name, direction="maximize", pruner=self.pruner)
-        marks = self.marks if marks is None else marks
-        for number in range(max(known) + 1):
-            curve = known.get(number, Curve("FAIL", ()))
-            state = TrialState.RUNNING if number in running else TrialState[curve.state if curve.dice else "FAIL"]
-            study.add_trial(_frozen(curve.dice[:step], state=state, marks=marks.get(number, {})))
-        return study
-
-
-def _frozen(dice: Sequence[float], *, state: TrialState, marks: dict[str, Any]) -> FrozenTrial:
-    value = max(dice) if state is TrialState.COMPLETE else None
-    values = dict(enumerate(dice, start=1))
-    return create_trial(state=state, value=value, intermediate_values=values, system_attrs=marks)
+    def prune(self, curve: Curve) -> None:
+        """End the trial if the pruner says so."""
+        if self.trial.should_prune():
+            self.trial.set_user_attr("seconds", [seconds for _, seconds in curve])
+            self.study.tell(self.trial, state=TrialState.PRUNED)
+            self.is_pruned = True
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """Pruning of a lockstep group's trials; plain values, for it is sent to another process.
+    """Reports and prunes the trials of a lockstep group; plain values, since another process receives it.
 
     Attributes:
+        storage: address of Optuna's database.
         options: of the pruner, for ``make``.
-        epochs: of a whole trial.
-        trials: study and number of each trial, by the folder of its cell.
-        ended: by study its earlier trials, by number.
+        trials: study and number of the trials that each cell trains, by its folder; equal settings share one.
+        host: machine of the command, the only one that may write to a SQLite file.
     """
 
+    storage: str
     options: Mapping[str, Any]
-    epochs: int
-    trials: Mapping[Path, tuple[str, int]]
-    ended: Mapping[str, Mapping[int, Curve]]
+    trials: Mapping[Path, Sequence[tuple[str, int]]]
+    host: str = field(default_factory=platform.node)
 
-    def begin(self) -> Callable[[int, Mapping[Path, Sequence[float]]], set[Path]]:
-        """See ``training.runner.Pruning``: asks the judge of each study."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        names = dict.fromkeys(name for name, _ in self.trials.values())
-        judges = [Judge(name, make(self.options, epochs=self.epochs), self.ended.get(name, {})) for name in names]
+    def begin(self) -> Callable[[int, Mapping[Path, Curve]], set[Path]]:
+        """See ``training.runner.Pruning``.
 
-        def after(step: int, curves: Mapping[Path, Sequence[float]]) -> set[Path]:
-            leave = set()
-            for judge in judges:
-                here = [folder for folder in curves if self.trials[folder][0] == judge.name]
-                own = {self.trials[folder][1]: folder for folder in here}
-                ended = judge.after(step, {number: curves[folder] for number, folder in own.items()})
-                leave |= {own[number] for number in ended}
-            return leave
+        Raises:
+            InputError: the storage cannot be used from this machine.
+        """
+        if self.storage.startswith("sqlite") and self.host != platform.node():
+            raise InputError(
+                f"hydra.sweeper.storage={self.storage}: workers on several machines cannot share a SQLite file; "
+                "name a database that all reach, hydra.sweeper.storage=postgresql+psycopg://USER@HOST/optuna"
+            )
+        with using(self.storage):
+            opened = self._open()
+
+        def after(epochs: int, curves: Mapping[Path, Curve]) -> set[Path]:
+            running = [(own, curves[folder]) for folder in curves for own in opened[folder] if not own.is_pruned]
+            with using(self.storage):
+                for own, curve in running:
+                    own.report(curve)
+                for own, curve in sorted(running, key=lambda pair: pair[0].trial.number):
+                    # What was reported beyond this epoch was asked about before this process began.
+                    if own.reported == epochs < own.epochs:
+                        own.prune(curve)
+            return {folder for folder in curves if all(own.is_pruned for own in opened[folder])}
 
         return after
+
+    def _open(self) -> dict[Path, list[Trial]]:
+        storage, sampler = open_storage(self.storage), optuna.samplers.RandomSampler()  # which has nothing to sample
+        studies: dict[str, optuna.Study] = {}
+        opened: dict[Path, list[Trial]] = {folder: [] for folder in self.trials}
+        for folder, (name, number) in ((folder, own) for folder, trials in self.trials.items() for own in trials):
+            if name not in studies:
+                studies[name] = optuna.load_study(study_name=name, storage=storage, sampler=sampler)
+            study = studies[name]
+            epochs, round_size = study.user_attrs["epochs"], int(study.user_attrs["round"])
+            study.pruner = make(self.options, epochs=epochs, round_size=round_size)
+            stored = study.get_trials(deepcopy=False)[number]
+            trial = optuna.Trial(study, stored._trial_id)
+            is_pruned = stored.state is TrialState.PRUNED
+            opened[folder].append(Trial(study, trial, epochs, stored.last_step or 0, is_pruned))
+        return opened

@@ -1,68 +1,32 @@
-"""Studies: the trials of one method on one split, kept by Optuna in the store, and the choice among them.
+"""Studies: the trials of one method on one split, in Optuna's storage, and the choice among them.
 
-A study holds ended trials alone. Which settings come next follows from those and from the sampler's seed, so a command
-that was killed proposes the same trials again and finds their checkpoints.
+A trial is in the storage, RUNNING, from the moment it is asked for until it has ended. A command that was killed finds
+there which trials it asked for and what they have reported, and their checkpoints in the folders of their cells.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import time
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import hydra
 import optuna
 import pandas as pd
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GridSampler, QMCSampler
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from kdsweep.core.errors import InputError, one_line
+from kdsweep.tuning import pruning
 from kdsweep.tuning import space as spaces
-from kdsweep.tuning.book import Entry
-from kdsweep.tuning.pruning import Curve
 from kdsweep.tuning.space import Space
 
 KEY = "hydra.sweeper.sampler"
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """Settings to be tried.
-
-    Attributes:
-        number: of the trial in its study; 0 are the settings as they are configured.
-        values: of the keys that are tuned, by key; none for trial 0.
-        marks: what the sampler has noted of the trial.
-    """
-
-    number: int
-    values: dict[str, Any]
-    marks: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The end of a trial.
-
-    Attributes:
-        curve: its state and validation Dice after each epoch.
-        seconds: of training and validation in each epoch, with the Teacher's forwards as if it had been alone.
-        value: validation Dice of the weights that it would be tested with; None if it has not come to an end.
-        error: of a failed one.
-        folder: of its files, below the store.
-        times_ms: when it was begun and when its last epoch ended, in milliseconds since 1970.
-    """
-
-    curve: Curve
-    seconds: tuple[float, ...] = ()
-    value: float | None = None
-    error: str = ""
-    folder: str = ""
-    times_ms: tuple[int, int] | None = None
 
 
 class Study:
@@ -73,104 +37,147 @@ class Study:
         name: of the study.
         space: of the keys that the method uses.
         defaults: the configured values of these keys, which trial 0 has.
-        about: what else decides the trials' results; it is written beside them.
+        fixed: what else decides the trials' results; it is kept with them, and must stay as it is.
+        about: ``sweep``, ``notation``, ``split``, ``role``, ``trials`` (how many there are to be) and ``epochs`` (of a
+            complete trial).
 
     Raises:
         InputError: the storage cannot be opened, or holds trials of that name in another space.
     """
 
     def __init__(
-        self, *, storage: str, name: str, space: Space, defaults: Mapping[str, Any], about: Mapping[str, str]
+        self,
+        *,
+        storage: str,
+        name: str,
+        space: Space,
+        defaults: Mapping[str, Any],
+        fixed: Mapping[str, str],
+        about: Mapping[str, Any],
     ) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.name, self.space, self.defaults = name, space, defaults
-        self._study = _open(storage, name)
-        self._storage = storage
-        self.settle({"space": spaces.in_words(space), **about})
+        self.name, self.space, self.storage = name, space, storage
+        known = {key: defaults[key] for key in space}
+        self._configured = {key: value for key, value in known.items() if spaces.contains(space[key], value)}
+        with pruning.using(storage):
+            self._study = optuna.create_study(
+                storage=pruning.open_storage(storage), study_name=name, direction="maximize", load_if_exists=True
+            )
+        self.settle({"space": spaces.in_words(space), **fixed})
+        for key, value in {**about, "opened": time.time()}.items():
+            self._study.set_user_attr(key, value)
 
-    def settle(self, about: Mapping[str, Any]) -> None:
-        """Write down what decides the trials' results.
+    def settle(self, fixed: Mapping[str, Any]) -> None:
+        """Record what decides the trials' results.
 
         Raises:
-            InputError: the trials that are there were made with other values.
+            InputError: the trials in the storage were made with other values.
         """
-        known = self._study.user_attrs
-        for key, value in about.items():
-            if key in known and known[key] != value:
+        before = self._study.user_attrs
+        for key, value in fixed.items():
+            if before.get(key, value) != value:
                 raise InputError(
-                    f"hydra.sweeper.storage={self._storage}: study {self.name} has trials with another {key} "
-                    f"({known[key]}, now {value}); give another sweep_name"
+                    f"hydra.sweeper.storage={self.storage}: study {self.name} has trials with another {key} "
+                    f"({before[key]}, now {value}); give another sweep_name"
                 )
-        for key, value in about.items():
-            if key not in known:
-                self._study.set_user_attr(key, value)
+        for key, value in fixed.items():
+            self._study.set_user_attr(key, value)
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """Return the ended trials, in the order of their numbers."""
+        """Return all trials, in the order of their numbers."""
         return self._study.get_trials(deepcopy=False)
 
-    def curves(self, *, before: int) -> dict[int, Curve]:
-        """Return the curves of the trials with smaller numbers."""
-        return {trial.number: curve_of(trial) for trial in self.trials[:before]}
+    @property
+    def ended(self) -> int:
+        """Return how many trials have ended."""
+        return sum(trial.state.is_finished() for trial in self.trials)
 
-    def propose(self, sampler: Mapping[str, Any], *, first: int, count: int) -> list[Proposal]:
-        """Return the trials of a round.
+    def ask(self, sampler: Mapping[str, Any], *, count: int) -> list[FrozenTrial]:
+        """Ask for trials until there are so many; return those that are RUNNING.
+
+        Trial 0 has the settings as they are configured. A trial that an earlier command has half asked for gets the
+        values that it would have had.
 
         Args:
             sampler: ``_target_`` and arguments of one of Optuna's; by default TPE with seed 0.
-            first: number of the first one; the trials before it have ended.
-            count: how many.
-        """
-        own = []
-        for number in range(first, first + count):
-            if number == 0:
-                known = {key: self.defaults[key] for key in self.space}
-                inside = {key: value for key, value in known.items() if spaces.contains(self.space[key], value)}
-                own.append(Proposal(0, inside, {}))
-                continue
-            scratch = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, self.space, number))
-            if isinstance(scratch.sampler, QMCSampler):
-                for _ in range(number - 1):  # it counts in the study how far its sequence is
-                    scratch.ask(self.space)
-            for trial in self.trials[:first]:
-                scratch.add_trial(trial)
-            for other in own:  # of the same round, not ended: TPE keeps away from them
-                scratch.add_trial(_frozen(other, self.space, state=TrialState.RUNNING))
-            try:
-                scratch.ask(self.space)
-            except Exception as error:  # of the sampler, such as a range where it takes lists
-                raise InputError(f"{KEY}: {one_line(error)}") from error
-            asked = scratch.get_trials(deepcopy=False)[-1]
-            own.append(Proposal(number, dict(asked.params), dict(asked.system_attrs)))
-        return own
+            count: of the trials.
 
-    def add(self, proposal: Proposal, outcome: Outcome) -> None:
-        """Add a trial that has ended; to be called in the order of their numbers."""
-        state = TrialState[outcome.curve.state]
-        self._study.add_trial(_frozen(proposal, self.space, state=state, outcome=outcome))
+        Raises:
+            InputError: the sampler cannot draw from this space.
+        """
+        if not self.trials:
+            self._study.enqueue_trial(self._configured)
+        for number in range(count):
+            keys = list(self.space if number else self._configured)
+            known = self.trials[number] if number < len(self.trials) else None
+            if known is None or known.state is TrialState.WAITING or not known.params.keys() >= set(keys):
+                self._ask(sampler, number, keys, known)
+        return [trial for trial in self.trials[:count] if trial.state is TrialState.RUNNING]
+
+    def _ask(self, sampler: Mapping[str, Any], number: int, keys: Sequence[str], known: FrozenTrial | None) -> None:
+        """Ask for one trial, or for what one lacks that was asked for before."""
+        try:
+            self._study.sampler = make_sampler(sampler, self.space, seed_of=f"{number}")
+            is_begun = known is not None and known.state is TrialState.RUNNING
+            trial = optuna.Trial(self._study, known._trial_id) if known and is_begun else self._study.ask()
+            for key in keys:
+                self._study.sampler = make_sampler(sampler, self.space, seed_of=f"{number} {key}")
+                _suggest(trial, key, self.space[key])
+        except InputError:
+            raise
+        except Exception as error:  # of the sampler, such as a range where it takes lists
+            raise InputError(f"{KEY}: {one_line(error)}") from error
+        finally:
+            self._study.sampler = optuna.samplers.RandomSampler()  # some samplers do not let a trial be told
+
+    def annotate(self, number: int, about: Mapping[str, Any]) -> None:
+        """Record something of a trial that has not ended."""
+        trial = self.trials[number]
+        for key, value in about.items():
+            if trial.user_attrs.get(key) != value:
+                optuna.Trial(self._study, trial._trial_id).set_user_attr(key, value)
+
+    def tell(self, number: int, outcome: float | Exception, *, seconds: Sequence[float]) -> None:
+        """End a trial, unless it was pruned: with its validation Dice, or as failed.
+
+        Args:
+            number: of the trial.
+            outcome: validation Dice of the weights that it would be tested with, or its error.
+            seconds: of each epoch.
+        """
+        if self.trials[number].state.is_finished():
+            return
+        error = {"error": str(outcome)} if isinstance(outcome, Exception) else {}
+        self.annotate(number, {"seconds": list(seconds), **error})
+        if isinstance(outcome, Exception):
+            self._study.tell(number, state=TrialState.FAIL)
+        else:
+            self._study.tell(number, outcome)
 
     def best(self) -> FrozenTrial | None:
         """Return the chosen trial; see ``best_of``."""
         return best_of(self.trials)
 
 
-def _open(storage: str, name: str) -> optuna.Study:
-    try:
-        return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
-    except Exception as error:  # of Optuna, SQLAlchemy or a driver
-        raise InputError(f"hydra.sweeper.storage={storage} cannot be opened: {one_line(error)}") from error
+def _suggest(trial: optuna.Trial, key: str, values: BaseDistribution) -> None:
+    if isinstance(values, CategoricalDistribution):
+        trial.suggest_categorical(key, values.choices)
+    elif isinstance(values, IntDistribution):
+        trial.suggest_int(key, values.low, values.high)
+    elif isinstance(values, FloatDistribution):
+        trial.suggest_float(key, values.low, values.high, log=values.log)
 
 
-def make_sampler(options: Mapping[str, Any], space: Space, number: int) -> BaseSampler:
-    """Make the sampler that draws one trial; its seed is that of the options plus the trial's number.
+def make_sampler(options: Mapping[str, Any], space: Space, *, seed_of: str) -> BaseSampler:
+    """Make the sampler that draws one value; its seed follows from that of the options and what it draws.
 
-    A new one for each: what a sampler has drawn before a break is not kept, what it would draw is.
+    So a trial's values do not depend on what was drawn before a break, and methods with equal keys begin with equal
+    values. A sequence (QMCSampler, GridSampler) has one seed for all trials: a trial is the point of its number.
 
     Args:
         options: ``_target_`` and arguments of one of Optuna's, or none of them.
         space: of the study.
-        number: of the trial.
+        seed_of: number of the trial, and the key.
 
     Raises:
         InputError: there is no such sampler, or it cannot be made for this space.
@@ -181,10 +188,11 @@ def make_sampler(options: Mapping[str, Any], space: Space, number: int) -> BaseS
         takes = inspect.signature(kind).parameters
         if issubclass(kind, GridSampler):
             options["search_space"] = _grid(space)
-        is_sequence = issubclass(kind, QMCSampler | GridSampler)  # of which a trial is the point of its number
         if "seed" in takes:
-            options["seed"] = options.get("seed", 0) + (0 if is_sequence else number)
-        if issubclass(kind, QMCSampler):  # lists of values are drawn by another sampler: known
+            seed = options.get("seed", 0)
+            is_sequence = issubclass(kind, QMCSampler | GridSampler)
+            options["seed"] = seed if is_sequence else zlib.crc32(f"{seed} {seed_of}".encode())
+        if issubclass(kind, QMCSampler):  # the first trials are drawn by another sampler: documented
             options.setdefault("warn_independent_sampling", False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # QMC is, since 3.0
@@ -195,85 +203,65 @@ def make_sampler(options: Mapping[str, Any], space: Space, number: int) -> BaseS
         raise InputError(f"{KEY}={options}: {one_line(error.__cause__ or error)}") from error
     if not isinstance(sampler, BaseSampler):
         raise InputError(f"{KEY}._target_={options['_target_']} is not one of optuna.samplers")
-    # Its public method, replaced on this object: the sampler would draw at random until a trial is complete, and in a
-    # round none is. A subclass would do the same, but the user names the class.
-    if isinstance(sampler, QMCSampler):
-        lists = optuna.distributions.CategoricalDistribution
-        numbers = {key: own for key, own in space.items() if not isinstance(own, lists)}
-        sampler.infer_relative_search_space = lambda study, trial: numbers  # type: ignore[method-assign]
     return sampler
 
 
 def _grid(space: Space) -> dict[str, list[Any]]:
-    for key, own in space.items():
-        if not isinstance(own, optuna.distributions.CategoricalDistribution):
+    for key, values in space.items():
+        if not isinstance(values, CategoricalDistribution):
             raise InputError(f"{spaces.KEY}: {key} is a range, and GridSampler takes lists of values")
     return spaces.ends(space)
 
 
-def _frozen(proposal: Proposal, space: Space, *, state: TrialState, outcome: Outcome | None = None) -> FrozenTrial:
-    values = dict(enumerate(outcome.curve.dice, start=1)) if outcome is not None else {}
-    told = {}
-    if outcome is not None:
-        told = {"seconds": list(outcome.seconds), "folder": outcome.folder, "error": outcome.error}
-    value = outcome.value if outcome is not None and state is TrialState.COMPLETE else None
-    if state is TrialState.PRUNED and outcome is not None and outcome.curve.dice:
-        value = outcome.curve.dice[-1]  # as Optuna's own loop has it
-    trial = create_trial(
-        state=state,
-        value=value,
-        params=proposal.values,
-        distributions={key: space[key] for key in proposal.values},
-        intermediate_values=values,
-        user_attrs=told,
-        system_attrs=proposal.marks,
-    )
-    if outcome is not None and outcome.times_ms is not None:
-        trial.datetime_start, trial.datetime_complete = map(_datetime, outcome.times_ms)
-    return trial
+# ---- readers -------------------------------------------------------------------------------------------------------
 
 
-def _datetime(milliseconds: int) -> datetime:
-    return datetime.fromtimestamp(milliseconds / 1000)
-
-
-def curve_of(trial: FrozenTrial) -> Curve:
-    """Return the curve of an ended trial."""
-    return Curve(trial.state.name, tuple(trial.intermediate_values[step] for step in sorted(trial.intermediate_values)))
-
-
-def read_trials(storage: str, entries: Mapping[str, Entry]) -> pd.DataFrame:
-    """Return the ended trials of studies, those of a study that is not there left out.
+def read_studies(storage: str, sweep: str) -> list[optuna.Study]:
+    """Return the studies of a sweep; of several of one method and split, with other settings, that used last.
 
     Args:
         storage: address of Optuna's database.
-        entries: by name of the study.
-
-    Returns:
-        A row per trial: notation, split, role, number, round (from 0), state, is_chosen, value (validation Dice of a
-        complete one, the last one of a pruned one), params (tuned values, as a dict), dice and seconds (of each epoch).
+        sweep: its name.
 
     Raises:
         InputError: the storage cannot be read.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        there = set(optuna.get_all_study_names(storage))
-        studies = {name: optuna.load_study(study_name=name, storage=storage) for name in there & entries.keys()}
-    except Exception as error:  # of Optuna, SQLAlchemy or a driver
-        raise InputError(f"{storage} cannot be read: {one_line(error)}") from error
+    with pruning.using(storage):
+        opened = pruning.open_storage(storage)
+        found = [one for one in optuna.get_all_study_summaries(opened) if one.user_attrs.get("sweep") == sweep]
+        found = sorted(found, key=lambda one: one.user_attrs["opened"])
+        latest = {(one.user_attrs["notation"], one.user_attrs["split"]): one.study_name for one in found}
+        return [optuna.load_study(study_name=name, storage=opened) for name in latest.values()]
+
+
+def planned(studies: Sequence[optuna.Study]) -> int:
+    """Return how many trials studies are to have."""
+    return sum(study.user_attrs["trials"] for study in studies)
+
+
+def read_trials(studies: Sequence[optuna.Study]) -> pd.DataFrame:
+    """Return the ended trials of studies.
+
+    Returns:
+        A row per trial: notation, split, role, number, round (from 0), state, is_chosen, value (validation Dice of a
+        complete one, the last one of a pruned one), params (tuned values, as a dict), dice and seconds (of each epoch).
+    """
     rows = []
-    for name, own in studies.items():
-        entry, size = entries[name], int(own.user_attrs.get("round", 1))
-        trials = own.get_trials(deepcopy=False)
+    for study in studies:
+        attrs, trials = study.user_attrs, study.get_trials(deepcopy=False)
         best = best_of(trials)
-        for trial in trials:
-            about = {"notation": entry.notation, "split": entry.split, "role": entry.role, "number": trial.number}
-            state = {"round": trial.number // size, "state": trial.state.name, "is_chosen": trial is best}
-            curves = {"dice": list(curve_of(trial).dice), "seconds": list(trial.user_attrs.get("seconds", []))}
-            rows.append({**about, **state, "value": trial.value, "params": trial.params, **curves})
+        for trial in (own for own in trials if own.state.is_finished()):
+            about = {key: attrs[key] for key in ("notation", "split", "role")}
+            about |= {"number": trial.number, "round": trial.number // int(attrs["round"]), "state": trial.state.name}
+            curves = {"dice": curve_of(trial), "seconds": list(trial.user_attrs.get("seconds", []))}
+            rows.append({**about, "is_chosen": trial is best, "value": trial.value, "params": trial.params, **curves})
     columns = ["notation", "split", "role", "number", "round", "state", "is_chosen", "value", "params"]
     return pd.DataFrame(rows, columns=[*columns, "dice", "seconds"])
+
+
+def curve_of(trial: FrozenTrial) -> list[float]:
+    """Return the validation Dice of a trial after each epoch."""
+    return [trial.intermediate_values[step] for step in sorted(trial.intermediate_values)]
 
 
 def one_row_each(trials: pd.DataFrame) -> pd.DataFrame:
@@ -295,9 +283,9 @@ def one_row_each(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """Return the trial with the best validation Dice of those that came to their end; the first of equal ones.
+    """Return the trial with the best validation Dice of those that are complete; the first of equal ones.
 
     No test score enters: none is computed before the choice.
     """
-    ended = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-    return max(ended, key=lambda trial: (trial.value or 0.0, -trial.number), default=None)
+    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    return max(complete, key=lambda trial: (trial.value or 0.0, -trial.number), default=None)

@@ -97,8 +97,7 @@ def test_a_method_that_stays_as_configured_is_not_tested(trials):
 
 
 def test_a_sweep_may_be_named_as_one_with_chosen_settings(tmp_path):
-    entry = book.Entry("study", "Student", 0, "baseline", 4)
-    book.write(tmp_path, "busi-tuned", storage="sqlite://", entries=[entry])
+    book.write(tmp_path, "busi-tuned", storage="sqlite://")
     assert book.as_configured(tmp_path, "busi-tuned") == "busi-tuned"
     assert book.as_configured(tmp_path, "busi-tuned-tuned") == "busi-tuned"
     sweep = sweep_of(("Teacher", "Student"))

@@ -1,5 +1,6 @@
 """Tuning: equal budgets, no test before the choice, and a killed command that ends as an unbroken one."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -30,12 +31,12 @@ from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError, LostError
 from kdsweep.results import dsc, tables
 from kdsweep.runs import checkpoint, records, requests
-from kdsweep.sweep import launcher, methods, preview, status, tuner
+from kdsweep.sweep import launcher, preview, status, tuner
 from kdsweep.tracking import reader
 from kdsweep.training import factory, group, loop, runner
 from kdsweep.tuning import book
 from kdsweep.tuning.pruning import Pruning
-from kdsweep.tuning.study import read_trials
+from kdsweep.tuning.study import read_studies, read_trials
 
 SEARCH = {
     "train": {"lr": {"log": [3e-4, 1e-2]}},
@@ -44,8 +45,8 @@ SEARCH = {
 }
 QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=6", "device=cpu", *TEACHER, *STUDENT]
 METHODS = [["path=none"], ["path=L", "loss=kld", "teacher_aug=weak"]]
-HALVING = {"_target_": "optuna.pruners.SuccessiveHalvingPruner", "min_resource": 2, "reduction_factor": 2}
-OPTIONS = {"search": SEARCH, "trials": 4, "round": 2, "pruner": HALVING}
+OPTIONS = {"search": SEARCH, "trials": 4, "round": 2}
+NO_PRUNING = {"_target_": "optuna.pruners.NopPruner"}
 
 
 class Inline:
@@ -117,8 +118,7 @@ def doomed(root: Path, store: Path, steps: int) -> None:
 
 def trials(store: Path) -> pd.DataFrame:
     """Return the trials of the sweep in a store, without what depends on time."""
-    known = book.read(store, "busi-quick")
-    found = read_trials(known.storage, known.entries)
+    found = read_trials(read_studies(book.read(store, "busi-quick"), "busi-quick"))
     return found.drop(columns="seconds").sort_values(["notation", "number"], ignore_index=True)
 
 
@@ -154,7 +154,7 @@ def test_a_trial_is_pruned_at_a_rung_or_has_all_epochs(unbroken):
     found = trials(unbroken)
     lengths = found["dice"].map(len)
     assert set(lengths[found["state"] == "COMPLETE"]) == {6}
-    assert set(lengths[found["state"] == "PRUNED"]) <= {2, 4}
+    assert set(lengths[found["state"] == "PRUNED"]) <= {1, 3}  # a sixth of six epochs, and half of them
     assert (found["state"] == "PRUNED").any()
 
 
@@ -218,7 +218,7 @@ def test_a_trial_is_not_tested_before_the_choice(small_busi, tmp_path, monkeypat
 
     monkeypatch.setattr(runner, "finish", refuse)
     configs = [config(small_busi, tmp_path, lr) for lr in (1e-3, 3e-3)]
-    assert all(isinstance(own, float) for own in run_trials(configs))
+    assert all(isinstance(own, float) for own in run_trials(configs).values())
 
 
 # --- one group
@@ -229,10 +229,28 @@ def config(root, store, lr, *words):
     return composition.compose(["path=none", f"train.lr={lr}", *common])
 
 
-def run_trials(configs, *, pruner=HALVING):
+def study_of(settings, *, count=0):
+    """Return the study in the store of these settings, with so many trials at least."""
+    store = identity.cell(settings).store
+    store.mkdir(parents=True, exist_ok=True)
+    storage = book.default_storage(store)
+    study = optuna.create_study(storage=storage, study_name="study", direction="maximize", load_if_exists=True)
+    study.set_user_attr("round", "8")
+    study.set_user_attr("epochs", 6)
+    for _ in range(count - len(study.trials)):
+        study.ask()
+    return study
+
+
+def run_trials(configs, *, pruner=None, storage=None):
+    """Train those trials of a study that have not ended; return the results by number."""
     jobs = [identity.job(settings) for settings in configs]
-    own = {job.cell.folder: ("study", number) for number, job in enumerate(jobs)}
-    return group.run_trials(jobs, pruning=Pruning(pruner, 6, own, {}), role="baseline")
+    states = [trial.state for trial in study_of(configs[0], count=len(jobs)).trials]
+    running = {number: job for number, job in enumerate(jobs) if not states[number].is_finished()}
+    trials = {job.cell.folder: [("study", number)] for number, job in running.items()}
+    pruning = Pruning(storage or book.default_storage(jobs[0].cell.store), pruner or {}, trials)
+    results = group.run_trials(list(running.values()), pruning=pruning, role="baseline")
+    return dict(zip(running, results, strict=True))
 
 
 def curve(cfg):
@@ -246,7 +264,7 @@ def test_other_trials_never_change_a_trials_own_curve(small_busi, tmp_path):
     run_trials(together)
     run_trials(backwards)
     alone = config(small_busi, tmp_path / "c", rates[1])
-    run_trials([alone], pruner={"_target_": "optuna.pruners.NopPruner"})
+    run_trials([alone], pruner=NO_PRUNING)
     assert [curve(cfg) for cfg in together] == [curve(cfg) for cfg in reversed(backwards)]
     assert curve(together[1]) == curve(alone)[: len(curve(together[1]))]
     assert sorted(len(curve(cfg)) for cfg in together) != [6, 6, 6]  # one at least was pruned
@@ -254,40 +272,45 @@ def test_other_trials_never_change_a_trials_own_curve(small_busi, tmp_path):
 
 def test_a_trial_that_fails_counts_as_failed_and_the_others_go_on(small_busi, tmp_path):
     configs = [config(small_busi, tmp_path, lr) for lr in (1e-3, 1e38, 3e-3)]
-    first, failed, last = run_trials(configs)
+    first, failed, last = run_trials(configs).values()
     assert isinstance(first, float)
     assert isinstance(last, float)
     assert isinstance(failed, Exception)
     assert 6 in (len(curve(configs[0])), len(curve(configs[2])))
 
 
-class FromTheFirst(optuna.pruners.BasePruner):
-    """A pruner that has seen nothing yet and refuses to begin in the middle, as one that keeps rungs would be wrong."""
+def test_a_group_that_was_stopped_resumes_from_what_the_storage_and_the_checkpoints_hold(
+    small_busi, tmp_path, monkeypatch
+):
+    """Stopped at each step of three trials: the same reports, ends and values as of a group that was not."""
+    rates, step = (1e-3, 3e-3, 1e-2), loop._step
+    unbroken = [config(small_busi, tmp_path / "unbroken", lr) for lr in rates]
+    broken = [config(small_busi, tmp_path / "broken", lr) for lr in rates]
+    results = run_trials(unbroken)
+    for last in (4, 9, 13):
+        taken = itertools.count(1)
 
-    def __init__(self):
-        self.steps = set()
+        def stepping(*args, taken=taken, last=last):
+            if next(taken) == last:
+                raise KeyboardInterrupt
+            step(*args)
 
-    def prune(self, study, trial):
-        self.steps.add(trial.last_step)
-        assert self.steps == set(range(1, trial.last_step + 1))
-        return False
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(loop, "_step", stepping)
+            run_trials(broken)
+    for number, value in run_trials(broken).items():
+        assert value == results[number]
+    ends = [[(own.state, own.intermediate_values) for own in study_of(of[0]).trials] for of in (unbroken, broken)]
+    assert ends[0] == ends[1]
+    assert [curve(settings) for settings in broken] == [curve(settings) for settings in unbroken]
 
 
-def test_after_a_break_the_pruner_is_asked_from_the_first_epoch_on(small_busi, tmp_path, monkeypatch):
-    configs, taken, step = [config(small_busi, tmp_path, 1e-3)], itertools.count(1), loop._step
-
-    def stepping(*args):
-        if next(taken) == 8:
-            raise KeyboardInterrupt
-        step(*args)
-
-    own = {"_target_": f"{__name__}.FromTheFirst"}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_step", stepping)
-        run_trials(configs, pruner=own)
-    assert 0 < len(curve(configs[0])) < 6
-    run_trials(configs, pruner=own)
-    assert len(curve(configs[0])) == 6
+def test_a_storage_that_fails_ends_the_group_and_no_trial(small_busi, tmp_path):
+    configs = [config(small_busi, tmp_path, lr) for lr in (1e-3, 3e-3)]
+    with pytest.raises(InputError, match=r"^hydra\.sweeper\.storage=.* cannot be used"):
+        run_trials(configs, storage="sqlite:////no/such/folder/optuna.db")
+    assert not list(tmp_path.rglob("failed.json"))
+    assert [trial.state.name for trial in study_of(configs[0]).trials] == ["RUNNING"] * 2
 
 
 def test_seconds_are_kept_with_each_epoch(small_busi, tmp_path):
@@ -405,10 +428,8 @@ def test_the_status_writes_the_trials(unbroken, tmp_path, capsys):
         assert (row["epochs"], row["val_dice_percent"]) == (len(trial["dice"]), pytest.approx(100 * max(trial["dice"])))
         assert row[["kd.weight", "teacher.lr", "train.lr"]].dropna().to_dict() == trial["params"]
 
-    known = book.read(unbroken, "busi-quick")
-    assert written["seconds"].sum() == pytest.approx(
-        read_trials(known.storage, known.entries)["seconds"].map(sum).sum()
-    )
+    studies = read_studies(book.read(unbroken, "busi-quick"), "busi-quick")
+    assert written["seconds"].sum() == pytest.approx(read_trials(studies)["seconds"].map(sum).sum()) > 0
 
     requests.ask(store := tmp_path / "store", "untuned", cells=[], teachers=[])
     assert status.main(["--store", str(store), "--trials", str(file)]) == 1
@@ -440,35 +461,7 @@ def test_a_plan_prices_teachers_that_are_trained_as_configured(small_busi, tmp_p
     assert f"at most {hours:.2g} device hours of trials" in capsys.readouterr().out
 
 
-# --- budgets
-
-
-def test_a_budget_of_steps_gives_each_method_so_many_steps(small_busi, tmp_path, capsys):
-    """16 training images in batches of 8: 2 steps an epoch."""
-    tune(small_busi, tmp_path / "store", plan=True, budget={"steps": 9})
-    assert "4 epochs at most" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"budget\.steps=1: less than one epoch of Student"):
-        tune(small_busi, tmp_path / "store", plan=True, budget={"steps": 1})
-
-
-def test_a_budget_of_seconds_is_timed_once(small_busi, tmp_path, monkeypatch, capsys):
-    class Timed:
-        def __init__(self, function, parts):
-            self.parts = parts
-
-        def result(self):
-            return [{"baseline": 3.0, "distilled": 7.0, "teacher": 10.0}[role] for _, role in self.parts]
-
-    monkeypatch.setattr(methods, "Process", Timed)
-    store = tmp_path / "store"
-    tune(small_busi, store, plan=True, budget={"seconds": 30})
-    monkeypatch.setattr(methods, "Process", lambda *_: pytest.fail("timed again"))
-    tune(small_busi, store, plan=True, budget={"seconds": 30})
-    assert sorted(book.read(store, "busi-quick").epoch_s.values()) == [3.0, 7.0, 10.0]
-
-
-def test_a_budget_gives_one_teacher_to_all_methods(small_busi, tmp_path):
-    """Methods of unlike cost have unlike epochs in equal seconds; the Teacher that they learn from is one."""
+def test_methods_of_unlike_epochs_learn_from_one_teacher(small_busi, tmp_path):
     common = [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"]
     own = [
         composition.compose([*METHODS[1], *common, f"train.epochs={epochs}", "teacher.epochs=3", "train.patience=9"])
@@ -478,15 +471,6 @@ def test_a_budget_gives_one_teacher_to_all_methods(small_busi, tmp_path):
     assert factory.learner(own[0], identity.teacher_cell(own[0])).epochs == 3
     unset = composition.compose([*METHODS[1], *common, "train.epochs=3", "train.patience=9"])
     assert identity.teacher_cell(unset).fingerprint == identity.teacher_cell(own[0]).fingerprint
-
-
-def test_a_real_epoch_is_timed(small_busi, tmp_path, monkeypatch):
-    cfg = composition.compose([*METHODS[1], *QUICK, f"data.root={small_busi}", f"store={tmp_path}"])
-    validated, values = [], loop.validation_values
-    monkeypatch.setattr(loop, "validation_values", lambda *args: validated.append(0) or values(*args))
-    assert all(0 < preview.time_epoch_s(identity.job(cfg), role=role) < 60 for role in ("distilled", "teacher"))
-    assert len(validated) == 2 * 2  # a trial's seconds count it too
-    assert not list(tmp_path.iterdir())
 
 
 # --- bad input
@@ -510,8 +494,7 @@ def test_a_real_epoch_is_timed(small_busi, tmp_path, monkeypatch):
         ({"trials": 0}, [], "hydra.sweeper.trials=0 is not allowed: it must be at least 1"),
         ({"round": 0}, [], "hydra.sweeper.round=0 is not allowed"),
         ({"pruner": "median"}, [], "hydra.sweeper.pruner=median is not allowed: it must be {KEY: VALUE"),
-        ({"budget": {"hours": 1}}, [], "hydra.sweeper.budget={'hours': 1} is not allowed: it must be one of epochs"),
-        ({"budget": {"steps": 0}}, [], "hydra.sweeper.budget.steps=0 is not allowed"),
+        ({}, ["hydra.sweeper.budget={steps: 9}"], "hydra.sweeper.budget"),
         ({}, ["train.monitor=loss"], "train.monitor=loss: all methods are chosen by one measure; give dice"),
         ({}, ["teacher.monitor=loss"], "teacher.monitor=loss: all methods are chosen by one measure; give dice"),
         ({}, ["train.patience=3"], "train.patience=3: a method would be stopped by its own curve"),
@@ -534,8 +517,7 @@ def test_a_key_that_is_swept_and_searched_is_refused(small_busi, tmp_path):
 
 
 def test_the_name_of_anothers_chosen_settings_is_refused(small_busi, tmp_path):
-    entry = book.Entry("study", "Student", 0, "baseline", 4)
-    book.write(tmp_path, "busi-quick-tuned", storage="sqlite://", entries=[entry])
+    book.write(tmp_path, "busi-quick-tuned", storage="sqlite://")
     with pytest.raises(InputError, match="sweep_name=busi-quick: this store holds the tuning of busi-quick-tuned"):
         launch(METHODS, [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"], executor=Never(), **OPTIONS)
 
@@ -570,9 +552,8 @@ def test_students_that_learned_from_another_teacher_are_refused(unbroken, small_
     """With more trials another Teacher may be chosen: its Students' trials are not those of before."""
     store = tmp_path / "store"
     shutil.copytree(unbroken, store)
-    known = book.read(store, "busi-quick")
-    name = next(entry.name for entry in known.entries.values() if entry.notation == "L_KLD_WAug")
-    own = optuna.load_study(study_name=name, storage=f"sqlite:///{store}/optuna.db")
+    studies = read_studies(book.read(store, "busi-quick"), "busi-quick")
+    own = next(study for study in studies if study.user_attrs["notation"] == "L_KLD_WAug")
     own.set_user_attr("Teacher", "teacher.lr=0.5")
     with pytest.raises(InputError, match=r"has trials with another Teacher \(teacher\.lr=0\.5, now "):
         tune(small_busi, store, trials=6)

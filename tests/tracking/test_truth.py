@@ -281,9 +281,9 @@ def test_a_copy_that_cannot_be_written_to_logs_nothing_and_says_so(store, tmp_pa
 def test_the_trials_of_a_moved_store_move_with_it(tmp_path):
     book.write(tmp_path / "old", "sweep", storage=book.default_storage(tmp_path / "old"))
     (tmp_path / "old").rename(tmp_path / "new")
-    assert book.read(tmp_path / "new", "sweep").storage == f"sqlite:///{tmp_path}/new/optuna.db"
+    assert book.read(tmp_path / "new", "sweep") == f"sqlite:///{tmp_path}/new/optuna.db"
     book.write(tmp_path / "new", "sweep", storage="sqlite:////elsewhere/own.db")
-    assert book.read(tmp_path / "new", "sweep").storage == "sqlite:////elsewhere/own.db"
+    assert book.read(tmp_path / "new", "sweep") == "sqlite:////elsewhere/own.db"
 
 
 @contextlib.contextmanager

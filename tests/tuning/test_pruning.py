@@ -1,19 +1,21 @@
-"""Pruning in a group: the answers follow from the curves alone."""
+"""Pruning in a group: what is reported to Optuna's storage, and which trials end when."""
 
+import platform
 import random
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
+from optuna.trial import TrialState
 
 from kdsweep.core.errors import InputError
-from kdsweep.tuning.pruning import Curve, Judge, Pruning, make
+from kdsweep.tuning.pruning import Pruning, make
 
 EPOCHS = 18
 HALVING = {"_target_": "optuna.pruners.SuccessiveHalvingPruner", "min_resource": 3, "reduction_factor": 3}
-HYPERBAND = {"_target_": "optuna.pruners.HyperbandPruner", "min_resource": 2, "max_resource": EPOCHS}
 MEDIAN = {"_target_": "optuna.pruners.MedianPruner", "n_startup_trials": 3, "n_warmup_steps": 4}
-PRUNERS = {"default": {}, "halving": HALVING, "hyperband": HYPERBAND, "median": MEDIAN}
+PRUNERS = {"default": {}, "halving": HALVING, "median": MEDIAN}
 
 
 def curves(count=9, *, seed=0):
@@ -26,103 +28,265 @@ def curves(count=9, *, seed=0):
     }
 
 
-def judged(found, *, options, ended=None, steps=EPOCHS):
-    judge = Judge("study", make(options, epochs=EPOCHS), ended or {})
-    for step in range(1, steps + 1):
-        judge.after(step, found)
-    return judge.pruned
+class Studies:
+    """Studies in a database, whose trials are trained in a group."""
+
+    def __init__(self, folder, *, options=None, size=9):
+        self.storage, self.options, self.size = f"sqlite:///{folder}/optuna.db", options or {}, size
+
+    def study(self, name="study"):
+        study = optuna.create_study(storage=self.storage, study_name=name, direction="maximize", load_if_exists=True)
+        study.set_user_attr("round", str(self.size))
+        study.set_user_attr("epochs", EPOCHS)
+        return study
+
+    def ask(self, count, *, name="study", **attrs):
+        study = self.study(name)
+        for _ in range(count):
+            trial = study.ask()
+            for key, value in attrs.items():
+                trial.set_user_attr(key, value)
+
+    def pruning(self, trials):
+        """Of {folder's name: (study, number)}."""
+        return Pruning(self.storage, self.options, {Path(folder): [own] for folder, own in trials.items()})
+
+    def train(self, values, *, name="study", first=0, last=EPOCHS, stop=None):
+        """Train the trials of these curves in a group from an epoch to another; leave it after one as if killed."""
+        after = self.pruning({str(number): (name, number) for number in values}).begin()
+        leave = {int(str(folder)) for folder in after(first, rows(values, first))}
+        for epochs in range(first + 1, (stop or last) + 1):
+            left = {number: curve for number, curve in values.items() if number not in leave}
+            leave |= {int(str(folder)) for folder in after(epochs, rows(left, epochs))}
+
+    def pruned(self, name="study"):
+        """Return after how many epochs trials were pruned, by number."""
+        trials = self.study(name).trials
+        return {trial.number: trial.last_step for trial in trials if trial.state is TrialState.PRUNED}
 
 
-def test_successive_halving_keeps_the_best_third_of_each_rung():
-    """By hand: of nine trials three go on after epoch 3, and one of these after epoch 9 (1/3 of 3)."""
-    found = curves()
+def rows(values, epochs):
+    return {Path(str(number)): [(dice, 1.0) for dice in curve[:epochs]] for number, curve in values.items()}
+
+
+def by_hand(found):
+    """Of nine trials three continue after epoch 3 (a sixth), and one of these after epoch 9 (half)."""
     after_3 = sorted(found, key=lambda number: -found[number][2])
     after_9 = sorted(after_3[:3], key=lambda number: -found[number][8])
-    expected = dict.fromkeys(after_3[3:], 3) | dict.fromkeys(after_9[1:], 9)
-    assert judged(found, options=HALVING) == expected
-    assert judged(found, options={}) == expected  # the default: a sixth of 18 epochs, the best third
+    return dict.fromkeys(after_3[3:], 3) | dict.fromkeys(after_9[1:], 9)
 
 
-def test_the_median_pruner_ends_what_is_below_the_median_of_the_others():
-    """By hand, with the rule of its documentation: the best value so far against the median of the others' values.
+@pytest.mark.parametrize("seed", range(3))
+def test_by_default_the_best_third_continues_at_each_rung(tmp_path, seed):
+    found = curves(seed=seed)
+    studies = Studies(tmp_path)
+    studies.ask(9)
+    studies.train(found)
+    assert studies.pruned() == by_hand(found)
 
-    Optuna counts complete trials alone, and in a group none is complete before the end: those side by side count.
-    """
+
+def test_the_default_decides_as_optuna_does_on_the_last_of_a_sequence(tmp_path):
+    """Optuna compares a trial with those before it, so its last one is compared with all: there both are equal."""
     found = curves()
-    expected: dict[int, int] = {}
-    for step in range(4, EPOCHS + 1):
-        here = [number for number in found if number not in expected]
-        for number in here:
-            others = [found[other][step - 1] for other in here if other != number]
-            if len(others) >= 3 and max(found[number][:step]) < np.percentile(others, 50):
-                expected = expected | {number: step}
-    assert len(expected) > 4
-    assert judged(found, options=MEDIAN) == expected
+    for last in found:
+        order = [*(number for number in found if number != last), last]
+        alone = optuna.create_study(direction="maximize", pruner=make(HALVING, epochs=EPOCHS, round_size=9))
+        trials = {number: alone.ask() for number in order}
+        ends = {}
+        for step in (3, 9):
+            for number in (number for number in order if number not in ends):
+                trials[number].report(found[number][step - 1], step)
+                is_last_of_all = number == last
+                if trials[number].should_prune() and is_last_of_all:
+                    ends[number] = step
+            ends |= {number: step for number, end in by_hand(found).items() if end == step and number != last}
+            if last in ends:
+                break
+        assert ends.get(last) == by_hand(found).get(last)
+
+
+def test_small_rounds_keep_their_best_trial(tmp_path):
+    studies = Studies(tmp_path, size=2)
+    studies.ask(2)
+    studies.train(curves(2))
+    assert studies.pruned() == {0: 3}
 
 
 @pytest.mark.parametrize("options", PRUNERS.values(), ids=PRUNERS)
-def test_the_answers_do_not_depend_on_the_order_of_the_trials(options):
-    found = curves()
-    whole = judged(found, options=options)
-    assert whole
+def test_the_answers_do_not_depend_on_the_order_of_the_trials(tmp_path, options):
+    found, ends = curves(), []
     numbers = list(found)
-    random.Random(1).shuffle(numbers)
-    assert judged({number: found[number] for number in numbers}, options=options) == whole
+    for name in ("sorted", "shuffled"):
+        (tmp_path / name).mkdir()
+        studies = Studies(tmp_path / name, options=options)
+        studies.ask(9)
+        studies.train({number: found[number] for number in numbers})
+        ends.append(studies.pruned())
+        random.Random(1).shuffle(numbers)
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize("options", PRUNERS.values(), ids=PRUNERS)
-@pytest.mark.parametrize("at", [1, 3, 7, 12])
-def test_a_resumed_group_repeats_the_answers(options, at):
-    """After a break each trial has a curve of its own length, at least as long as the decided part."""
+@pytest.mark.parametrize(("stop", "resumed"), [(1, 0), (3, 3), (3, 1), (7, 5), (9, 9), (12, 4)])
+def test_a_resumed_group_decides_as_an_unbroken_one_and_reports_nothing_twice(tmp_path, options, stop, resumed):
+    """Killed after an epoch, resumed from checkpoints of an earlier one."""
+    found, ends = curves(), []
+    for name in ("unbroken", "broken"):
+        (tmp_path / name).mkdir()
+        studies = Studies(tmp_path / name, options=options)
+        studies.ask(9)
+        if name == "broken":
+            studies.train(found, stop=stop)
+            left = {number: curve for number, curve in found.items() if number not in studies.pruned()}
+            changed = {number: (0.0,) * stop + curve[stop:] for number, curve in left.items()}  # before: not read
+            studies.train(changed, first=resumed)
+        else:
+            studies.train(found)
+        ends.append((studies.pruned(), [trial.intermediate_values for trial in studies.study().trials]))
+    assert ends[0] == ends[1]
+
+
+def test_a_group_killed_between_its_decisions_makes_the_others(tmp_path, monkeypatch):
     found = curves()
-    whole = judged(found, options=options)
-    before = judged(found, options=options, steps=at)
-    assert before == {number: epochs for number, epochs in whole.items() if epochs <= at}
-    shortened = {number: found[number][: before.get(number, EPOCHS)] for number in found}
-    assert judged(shortened, options=options) == whole
+    studies = Studies(tmp_path)
+    studies.ask(9)
+    tell, told = optuna.Study.tell, []
+
+    def dying(*args, **options):
+        if len(told) == 2:
+            raise KeyboardInterrupt
+        told.append(tell(*args, **options))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(optuna.Study, "tell", dying)
+        studies.train(found)
+    assert len(studies.pruned()) == 2
+    studies.train({number: curve for number, curve in found.items() if number not in studies.pruned()}, first=3)
+    assert studies.pruned() == by_hand(found)
 
 
-@pytest.mark.parametrize("options", PRUNERS.values(), ids=PRUNERS)
-def test_the_best_trial_is_never_ended(options):
-    for seed in range(5):
-        found = curves(seed=seed)
-        assert max(found) not in judged(found, options=options)
-
-
-def test_trials_of_an_earlier_round_count():
-    """A trial that alone would go on ends beside better ones of the round before."""
+def test_a_group_killed_between_its_reports_makes_the_others(tmp_path, monkeypatch):
     found = curves()
-    earlier = {number: Curve("COMPLETE", found[number]) for number in (5, 6, 7, 8)}
-    alone = judged({9: found[2], 10: found[1]}, options=HALVING)
-    assert 9 not in alone
-    assert judged({9: found[2], 10: found[1]}, options=HALVING, ended=earlier) == {9: 3, 10: 3}
+    studies = Studies(tmp_path)
+    studies.ask(9)
+    report = optuna.Trial.report
+
+    def dying(trial, value, step):
+        if step == 9 and trial.number == 8:
+            raise KeyboardInterrupt
+        report(trial, value, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(optuna.Trial, "report", dying)
+        studies.train(found)
+    studies.train({number: curve for number, curve in found.items() if number not in studies.pruned()}, first=8)
+    assert studies.pruned() == by_hand(found)
 
 
-def test_what_has_failed_is_not_judged():
+def test_a_trial_that_another_process_pruned_leaves_at_once(tmp_path):
+    studies = Studies(tmp_path)
+    studies.ask(2)
+    after = studies.pruning({"0": ("study", 0), "1": ("study", 1)})
+    studies.study().tell(0, state=TrialState.PRUNED)
+    assert after.begin()(0, rows(curves(2), 0)) == {Path("0")}
+
+
+def test_trials_of_earlier_rounds_count_and_of_this_one_those_with_equal_batches(tmp_path):
+    """The best of its group is pruned if earlier trials were better, and not if others of its round are."""
     found = curves()
-    assert judged(found, options=HALVING)[0] == 3
-    left = {number: curve for number, curve in found.items() if number}
-    assert 0 not in judged(left, options=HALVING)
+    studies = Studies(tmp_path, size=3)
+    studies.ask(3, batches="a")
+    studies.train({number: found[8 - number] for number in range(3)})
+    studies.ask(1, batches="a")
+    studies.ask(2, batches="b")
+    studies.train({4: found[8], 5: found[7]})
+    assert studies.pruned()[5] == 3
+    assert 4 not in studies.pruned()
+    studies.train({3: found[1]})
+    assert studies.pruned()[3] == 3
+    (tmp_path / "alone").mkdir()
+    alone = Studies(tmp_path / "alone", size=6)
+    alone.ask(2, batches="a")
+    alone.ask(1, batches="b")
+    alone.train({0: found[8], 1: found[7]})
+    alone.train({2: found[1]})
+    assert 2 not in alone.pruned()
 
 
-def test_studies_of_a_group_are_judged_apart():
-    """The worst trial of a good method goes on beside the best of a bad one, as it would alone."""
-    good, bad = curves(6, seed=1), curves(6, seed=2)
-    trials = {Path(f"good{number}"): ("good", number) for number in good}
-    trials |= {Path(f"bad{number}"): ("bad", number) for number in bad}
-    values = {Path(f"good{number}"): [0.1 + value for value in curve] for number, curve in good.items()}
-    values |= {Path(f"bad{number}"): [0.1 * value for value in curve] for number, curve in bad.items()}
-    after = Pruning(HALVING, EPOCHS, trials, {}).begin()
-    ended = {folder: step for step in range(1, EPOCHS + 1) for folder in after(step, values)}
-    for name, own in (("good", good), ("bad", bad)):
-        alone = judged({n: values[Path(f"{name}{n}")] for n in own}, options=HALVING)
-        assert {
-            int(folder.name[len(name) :]): step for folder, step in ended.items() if folder.name.startswith(name)
-        } == alone
+def test_a_trial_that_failed_counts_up_to_there_and_is_not_asked_about(tmp_path):
+    found = curves()
+    studies = Studies(tmp_path)
+    studies.ask(9)
+    studies.train({number: curve for number, curve in found.items() if number})
+    assert 0 not in studies.pruned()
+
+
+def test_studies_of_a_group_are_compared_apart(tmp_path):
+    """The worst trial of a good method continues next to the best of a bad one, as it would alone."""
+    studies, found = Studies(tmp_path, size=6), {"good": curves(6, seed=1), "bad": curves(6, seed=2)}
+    for name in found:
+        studies.ask(6, name=name)
+    values = {f"good{number}": [0.1 + value for value in curve] for number, curve in found["good"].items()}
+    values |= {f"bad{number}": [0.1 * value for value in curve] for number, curve in found["bad"].items()}
+    after = studies.pruning({f"{name}{n}": (name, n) for name in found for n in range(6)}).begin()
+    for epochs in range(1, EPOCHS + 1):
+        for folder in after(epochs, rows(values, epochs)):
+            values.pop(str(folder), None)
+    for name, own in found.items():
+        (tmp_path / name).mkdir()
+        alone = Studies(tmp_path / name, size=6)
+        alone.ask(6)
+        alone.train(own)
+        assert alone.pruned() == studies.pruned(name) != {}
+
+
+def test_the_median_pruner_compares_with_complete_trials_as_in_optuna(tmp_path):
+    """Those of the same round are not complete before the end, so the first round is not pruned."""
+    found = curves()
+    studies = Studies(tmp_path, options=MEDIAN)
+    studies.ask(9)
+    studies.train(found)
+    assert studies.pruned() == {}
+    for number in found:
+        studies.study().tell(number, max(found[number]))
+    studies.ask(1)
+    studies.train({9: found[1]})
+    medians = [np.median([curve[step - 1] for curve in found.values()]) for step in (4, 5)]
+    assert max(found[1][:4]) < medians[0]
+    assert studies.pruned() == {9: 4}
+
+
+def test_equal_settings_are_trained_once_and_leave_when_both_trials_are_pruned(tmp_path):
+    studies, found = Studies(tmp_path, size=4), curves(3)
+    studies.ask(4)
+    trials = {Path("0"): [("study", 0), ("study", 3)], Path("1"): [("study", 1)], Path("2"): [("study", 2)]}
+    after = Pruning(studies.storage, {}, trials).begin()
+    assert [after(epochs, rows(found, epochs)) for epochs in (1, 2)] == [set(), set()]
+    assert after(3, rows(found, 3)) == {Path("0"), Path("1")}
+    assert studies.pruned() == {0: 3, 1: 3, 3: 3}
+
+
+def test_a_sqlite_file_is_refused_on_another_machine(tmp_path, monkeypatch):
+    studies = Studies(tmp_path)
+    studies.ask(1)
+    pruning = studies.pruning({"0": ("study", 0)})
+    monkeypatch.setattr(platform, "node", lambda: "another")
+    with pytest.raises(InputError, match=r"^hydra\.sweeper\.storage=sqlite:.* several machines .*=postgresql"):
+        pruning.begin()
+
+
+def test_a_storage_that_fails_is_one_line(tmp_path):
+    studies = Studies(tmp_path)
+    studies.ask(1)
+    after = studies.pruning({"0": ("study", 0)}).begin()
+    (tmp_path / "optuna.db").write_bytes(b"not a database")
+    with pytest.raises(InputError, match=r"^hydra\.sweeper\.storage=sqlite:.* cannot be used") as error:
+        after(1, rows(curves(1), 1))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"_target_": "optuna.pruners.SuccessiveHalvingPruner"}, "min_resource is missing: .* from 1 to 18"),
         ({"_target_": "optuna.pruners.HyperbandPruner"}, "max_resource is missing"),
@@ -131,7 +295,7 @@ def test_studies_of_a_group_are_judged_apart():
         ({"_target_": "optuna.pruners.MedianPruner", "n_startup": 1}, "n_startup"),
     ],
 )
-def test_a_pruner_that_is_none_is_told_in_one_line(options, told):
-    with pytest.raises(InputError, match=f"hydra.sweeper.pruner.*{told}") as error:
-        make(options, epochs=EPOCHS)
+def test_an_unknown_pruner_is_refused_in_one_line(options, message):
+    with pytest.raises(InputError, match=f"hydra.sweeper.pruner.*{message}") as error:
+        make(options, epochs=EPOCHS, round_size=9)
     assert "\n" not in str(error.value)

@@ -98,7 +98,6 @@ class LockstepSweeperConf(BasicSweeperConf):
     sampler: Any = None
     pruner: Any = None
     storage: str | None = None
-    budget: Any = None
 
 
 @dataclass

@@ -223,13 +223,6 @@ def train_trials(jobs: list[Job], *, pruning: Pruning, role: str) -> list[Result
     return group.run_trials(jobs, pruning=pruning, role=role)
 
 
-def time_epochs(parts: list[tuple[Job, str]]) -> list[float]:
-    """Return the seconds of an epoch of each job in each role."""
-    from kdsweep.sweep import preview
-
-    return [preview.time_epoch_s(job, role=role) for job, role in parts]
-
-
 def train_teachers(jobs: list[Job]) -> list[float]:
     """Train the Teachers of these jobs; the cells that need them report a failure."""
     from kdsweep.training import group
