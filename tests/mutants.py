@@ -703,8 +703,8 @@ MUTANTS = [
     Mutant(
         "tuning: trials of a round are drawn with one seed",
         "tuning/study.py",
-        'options.get("seed", 0) + (0 if is_sequence else number)',
-        'options.get("seed", 0)',
+        'zlib.crc32(f"{seed} {seed_of}".encode())',
+        "seed",
         "tests/tuning/test_study.py",
     ),
     Mutant(
@@ -715,17 +715,17 @@ MUTANTS = [
         "tests/tuning/test_study.py",
     ),
     Mutant(
-        "tuning: a trial is judged by who was asked first",
+        "tuning: trials that reached later epochs before a break are asked about again",
         "tuning/pruning.py",
-        "marks={**self.marks, number: before}",
-        "marks={number: before}",
+        "if own.reported == epochs < own.epochs:",
+        "if own.reported >= epochs:",
         "tests/tuning/test_pruning.py",
     ),
     Mutant(
         "tuning: earlier rounds are forgotten",
         "tuning/pruning.py",
-        "known = dict(self.ended)",
-        "known: dict[int, Curve] = {}",
+        "return is_earlier or ",
+        "return ",
         "tests/tuning/test_pruning.py",
     ),
     Mutant(
