@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep.config import grid, identity
+from kdsweep.config import identity
 from kdsweep.config.composition import Composed, Composer
 from kdsweep.core import databases
 from kdsweep.core.errors import InputError
@@ -34,44 +34,14 @@ from kdsweep.sweep.estimate import Preview
 from kdsweep.sweep.executors import worker
 from kdsweep.sweep.executors.executor import Result, Work, run
 from kdsweep.sweep.launcher import job_return
-from kdsweep.sweep.methods import Method, Options, check_jobs, key_of, methods_of, overrides_of
+from kdsweep.sweep.methods import Options, check_jobs
 from kdsweep.sweep.plan import Job
 from kdsweep.tracking.database import store_uri
-from kdsweep.tuning import book, pruning, space
-from kdsweep.tuning.pruning import Pruning
+from kdsweep.tuning import book, pruning, space, tune
 from kdsweep.tuning.study import Study, read_studies, read_trials
+from kdsweep.tuning.tune import Method, Trial, key_of, methods_of
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A trial that has not ended, with the job that trains it.
-
-    Attributes:
-        method: that it belongs to.
-        number: in its study.
-        job: its cell, or the Teacher of its cell, has the values of the trial in its title.
-    """
-
-    method: Method
-    number: int
-    job: Job
-
-    @property
-    def cell(self) -> grid.Cell:
-        """Return the cell that is trained."""
-        cell = self.job.cell.teacher if self.method.role == "teacher" else self.job.cell
-        assert cell is not None
-        return cell
-
-
-def _named(job: Job, values: Mapping[str, Any], *, role: str) -> Job:
-    """Return a job whose title has the values of its trial."""
-    variant = {key: f"{value}" for key, value in values.items()}
-    if role == "teacher" and job.cell.teacher is not None:
-        return replace(job, cell=replace(job.cell, teacher=replace(job.cell.teacher, variant=variant)))
-    return replace(job, cell=replace(job.cell, variant=variant))
 
 
 class Tuner(Launcher):
@@ -128,10 +98,9 @@ class Tuner(Launcher):
         log.info("%s", self._describe([*teachers, *tuned], preview))
         self._run(teachers, preview)
         for method in tuned:
-            chosen = _teacher_overrides(method.job, teachers)
-            method.overrides += chosen
+            method.teacher = _teacher_overrides(method.job, teachers)
             if method.role == "distilled":  # with more trials another Teacher may have been chosen since
-                method.study.settle({"Teacher": " ".join(chosen) or "as configured"})
+                method.study.settle({"Teacher": " ".join(method.teacher) or "as configured"})
         self._run(tuned, preview)
 
     # ---- jobs and storage ------------------------------------------------------------------------------------------
@@ -214,7 +183,7 @@ class Tuner(Launcher):
         line += f"; rounds of {options.round}, pruner {pruner}; {first.train.epochs} epochs at most"
         line += f"; {estimate.describe_data(first)}"
         if preview.timed_on:
-            longest_s = self._longest_s(methods, preview) * (trials - done) / trials / preview.places
+            longest_s = self._device_s(methods, preview) * (trials - done) / trials / preview.places
             line += f"; device {preview.timed_on}; at most about {duration(longest_s)} without pruning"
         return f"{line}; profile={first.profile}; sweep {first.sweep_name}, then {first.sweep_name}{book.TUNED}"
 
@@ -229,16 +198,17 @@ class Tuner(Launcher):
         counts = read_trials(studies)[["notation", "split"]].value_counts()
         return int(counts.clip(upper=self.options.trials).sum())
 
-    def _longest_s(self, methods: list[Method], preview: Preview) -> float:
+    def _device_s(self, methods: list[Method], preview: Preview) -> float:
         """Return the seconds of all trials on one device if none is pruned, with Teachers that are not tuned."""
-        epoch_s = {True: preview.teacher_epoch_s, False: preview.student_epoch_s}
-        own_s = sum(own.epochs * epoch_s[own.role == "teacher"] for own in methods) * self.options.trials
-        views = {(own.cell.split, estimate.forward_of(own.job)) for own in methods if own.role == "distilled"}
-        rounds = -(-self.options.trials // self.options.round)
-        shared_s = len(views) * rounds * max(own.epochs for own in methods) * preview.forward_epoch_s
-        is_tuned = any(own.role == "teacher" for own in methods)
-        distilled = [] if is_tuned else [own.job for own in methods if own.role == "distilled"]
-        return own_s + shared_s + estimate.teachers_s(distilled, preview)
+        trials, rounds = self.options.trials, -(-self.options.trials // self.options.round)
+        epoch_s = {"teacher": preview.teacher_epoch_s}
+        own = [(trials * one.epochs, epoch_s.get(one.role, preview.student_epoch_s)) for one in methods]
+        distilled = [one for one in methods if one.role == "distilled"]
+        views = {(one.cell.split, estimate.forward_of(one.job)) for one in distilled}
+        shared = (rounds * len(views) * max(one.epochs for one in methods), preview.forward_epoch_s)
+        is_tuned = any(one.role == "teacher" for one in methods)
+        teachers_s = 0.0 if is_tuned else estimate.teachers_s([one.job for one in distilled], preview)
+        return left_s([[*own, shared]]) + teachers_s
 
     def _overview(self, students: list[Method], methods: list[Method], preview: Preview) -> str:
         """Return what would be tuned, a line per method."""
@@ -250,7 +220,7 @@ class Tuner(Launcher):
         lines += [f"{', '.join(idle)}: nothing of the space is used, so nothing is tuned"] if idle else []
         cells = len({own.job.cell.notation for own in students})
         after = f"then {plural(cells, 'method')} as configured and as chosen, with each seed, tested once"
-        hours = self._longest_s(methods, preview) / 3600
+        hours = self._device_s(methods, preview) / 3600
         lines.append(f"{after}; at most {hours:.2g} device hours of trials without pruning; nothing was started")
         return "\n".join(lines)
 
@@ -261,10 +231,11 @@ class Tuner(Launcher):
         started_s, done, options = time.monotonic(), 0, self.options
         counts = [*range(options.round, options.trials, options.round), options.trials]
         for number, count in enumerate(counts, start=1):
-            trials = [trial for method in methods for trial in self._ask(method, count=count)]
+            ask = partial(tune.ask, sampler=options.sampler, count=count, read=self._jobs)
+            trials = [trial for method in methods for trial in ask(method)]
             if not trials:
                 continue
-            groups = _groups(trials, devices=preview.devices)
+            groups = tune.groups_of(trials, largest=min(plan.LARGEST, -(-len(trials) // preview.places)))
             log.info(
                 "round %d of %d: %d trials of %d %s in %s", number, len(counts), len(trials), len(methods),
                 "study" if len(methods) == 1 else "studies", plural(len(groups), "lockstep group"),
@@ -279,18 +250,6 @@ class Tuner(Launcher):
                 number, len(counts), states.count("PRUNED"), states.count("FAIL"), duration(about_s),
             )  # fmt: skip
 
-    def _ask(self, method: Method, *, count: int) -> list[Trial]:
-        """Return the trials of a study up to a number that have not ended, each with the job that trains it."""
-        running = method.study.ask(self.options.sampler, count=count)
-        jobs = self._jobs([[*method.overrides, *(overrides_of(own.params) if own.number else [])] for own in running])
-        named = [_named(job, own.params, role=method.role) for own, job in zip(running, jobs, strict=True)]
-        trials = [Trial(method, own.number, job) for own, job in zip(running, named, strict=True)]
-        for trial in trials:
-            folder = trial.cell.folder.relative_to(trial.cell.store)
-            batches = identity.batches_key(trial.job.settings, seed=method.seed)
-            method.study.annotate(trial.number, {"folder": str(folder), "batches": batches})
-        return trials
-
     def _train(self, groups: list[list[Trial]], preview: Preview) -> Iterator[tuple[Trial, Result]]:
         """Train the trials of a round; yield each with its validation Dice or its error as its group ends."""
         executor, works = self.launcher.executor, {self._work(group, preview): group for group in groups}
@@ -298,7 +257,7 @@ class Tuner(Launcher):
         if executor.at_once(preview) > 1:
             distilled = [trial.job for group in groups for trial in group if trial.method.role == "distilled"]
             first = launcher.teacher_works(distilled, preview)
-        executor.queued([trial.job for group in groups for trial in group])  # which are then waited for
+        executor.queued([replace(trial.job, cell=trial.cell) for trials in groups for trial in trials])  # waited for
         for work, results in run(executor, list(works), before=first):
             by_folder = {cell.folder: result for cell, result in zip(work.cells, results, strict=True)}
             for trial in works[work]:
@@ -307,12 +266,8 @@ class Tuner(Launcher):
                 yield trial, result
 
     def _work(self, group: list[Trial], preview: Preview) -> Work:
-        unique = {trial.cell.folder: trial for trial in group}  # two trials may have the same values
-        trials = {
-            folder: [(own.method.name, own.number) for own in group if own.cell.folder == folder] for folder in unique
-        }
-        first = group[0]
-        pruning = Pruning(storage=self._storage(first.job), options=self.options.pruner, trials=trials)
+        first, unique = group[0], {trial.cell.folder: trial for trial in group}
+        pruning = tune.pruning_of(group, storage=self._storage(first.job), options=self.options.pruner)
         return Work(
             partial(worker.train_trials, pruning=pruning, role=first.method.role),
             [trial.job for trial in unique.values()],
@@ -379,24 +334,3 @@ def _teacher_overrides(job: Job, teachers: list[Method]) -> list[str]:
         return []
     own = next((teacher for teacher in teachers if key_of(teacher.cell) == key_of(job.cell.teacher)), None)
     return own.chosen_overrides() if own is not None else []
-
-
-def _groups(trials: list[Trial], *, devices: Mapping[str, Sequence[str]]) -> list[list[Trial]]:
-    """Form lockstep groups of trials that can share every batch; those of a study stay together."""
-    places = max(map(len, devices.values()), default=1)
-    largest = min(plan.LARGEST, -(-len(trials) // places))
-    groups: list[list[Trial]] = []
-    keys = [identity.batches_key(trial.job.settings, seed=trial.method.seed) for trial in trials]
-    for members in grid.group_by(keys):
-        studies: dict[Method, list[Trial]] = {}
-        for position in members:
-            studies.setdefault(trials[position].method, []).append(trials[position])
-        own: list[Trial] = []
-        ordered = sorted(studies.values(), key=lambda part: part[0].job.cell.evidence.get("teacher", ""))
-        for part in ordered:
-            if own and len(own) + len(part) > largest:
-                groups.append(own)
-                own = []
-            own = [*own, *part]
-        groups.append(own)
-    return groups
