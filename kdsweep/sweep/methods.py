@@ -71,6 +71,8 @@ def check_jobs(jobs: Sequence[Job], *, whole: space.Space, waits: bool, read: Re
                 f"train.patience={train.patience}: a method would be stopped by its own curve, so that budgets "
                 "differ; give train.patience=${train.epochs}"
             )
+    if not whole:
+        raise InputError(f"{space.KEY}: all of its keys are null, so nothing is tuned; give one its values")
     for key, ends in space.ends(whole).items():
         user = next((job for job in jobs if any(_uses(job, role, key, whole) for role in roles(job))), None)
         if user is None:

@@ -149,7 +149,7 @@ class Tuner(Launcher):
     def _open(self, methods: list[Method]) -> None:
         """Open the studies and ask for their first trials: a wrong option ends it before anything is trained."""
         options, first = self.options, methods[0].job
-        storage, sweep = self._storage(first), first.settings.sweep_name
+        sweep, storage = first.settings.sweep_name, pruning.open_storage(self._storage(first))
         for method in methods:
             pruning.make(options.pruner, epochs=method.epochs, round_size=options.round)
             params, cell = identity.params(method.job.settings), method.cell
@@ -168,7 +168,7 @@ class Tuner(Launcher):
                 about={**about, "trials": options.trials, "epochs": method.epochs},
             )
             method.study.ask(options.sampler, count=min(options.round, options.trials))
-        book.write(first.cell.store, sweep, storage=storage)
+        book.write(first.cell.store, sweep, storage=storage.url)
 
     # ---- text ------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from typing import Any
 import hydra
 import optuna
 from optuna.pruners import BasePruner
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from kdsweep.core import databases
@@ -102,14 +103,18 @@ def using(storage: str) -> Iterator[None]:
         raise InputError(f"{where} cannot be used ({one_line(error)}); check it and run the same command") from error
 
 
-def open_storage(storage: str) -> optuna.storages.RDBStorage:
+def open_storage(storage: str) -> RDBStorage:
     """Open Optuna's database; a SQLite file waits for its other writers.
 
     Args:
         storage: its address.
+
+    Raises:
+        InputError: it cannot be opened.
     """
-    is_file = storage.startswith("sqlite")
-    return optuna.storages.RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": 60}} if is_file else None)
+    options = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else None
+    with using(storage):
+        return RDBStorage(storage, engine_kwargs=options)
 
 
 @dataclass

@@ -19,8 +19,10 @@ import optuna
 import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GridSampler, QMCSampler
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from kdsweep.core import databases
 from kdsweep.core.errors import InputError, one_line
 from kdsweep.tuning import pruning
 from kdsweep.tuning import space as spaces
@@ -33,7 +35,7 @@ class Study:
     """The trials of one method on one split.
 
     Args:
-        storage: address of Optuna's database.
+        storage: Optuna's database.
         name: of the study.
         space: of the keys that the method uses.
         defaults: the configured values of these keys, which trial 0 has.
@@ -42,25 +44,25 @@ class Study:
             complete trial).
 
     Raises:
-        InputError: the storage cannot be opened, or holds trials of that name in another space.
+        InputError: the storage cannot be used, or holds trials of that name in another space.
     """
 
     def __init__(
         self,
         *,
-        storage: str,
+        storage: RDBStorage,
         name: str,
         space: Space,
         defaults: Mapping[str, Any],
         fixed: Mapping[str, str],
         about: Mapping[str, Any],
     ) -> None:
-        self.name, self.space, self.storage = name, space, storage
+        self.name, self.space, self.storage = name, space, storage.url
         known = {key: defaults[key] for key in space}
         self._configured = {key: value for key, value in known.items() if spaces.contains(space[key], value)}
-        with pruning.using(storage):
+        with pruning.using(self.storage):
             self._study = optuna.create_study(
-                storage=pruning.open_storage(storage), study_name=name, direction="maximize", load_if_exists=True
+                storage=storage, study_name=name, direction="maximize", load_if_exists=True
             )
         self.settle({"space": spaces.in_words(space), **fixed})
         for key, value in {**about, "opened": time.time()}.items():
@@ -75,10 +77,9 @@ class Study:
         before = self._study.user_attrs
         for key, value in fixed.items():
             if before.get(key, value) != value:
-                raise InputError(
-                    f"hydra.sweeper.storage={self.storage}: study {self.name} has trials with another {key} "
-                    f"({before[key]}, now {value}); give another sweep_name"
-                )
+                where = f"hydra.sweeper.storage={databases.shown(self.storage)}: study {self.name}"
+                change = f"has trials with another {key} ({before[key]}, now {value})"
+                raise InputError(f"{where} {change}; give another sweep_name")
         for key, value in fixed.items():
             self._study.set_user_attr(key, value)
 
@@ -226,8 +227,8 @@ def read_studies(storage: str, sweep: str) -> list[optuna.Study]:
     Raises:
         InputError: the storage cannot be read.
     """
+    opened = pruning.open_storage(storage)
     with pruning.using(storage):
-        opened = pruning.open_storage(storage)
         found = [one for one in optuna.get_all_study_summaries(opened) if one.user_attrs.get("sweep") == sweep]
         found = sorted(found, key=lambda one: one.user_attrs["opened"])
         latest = {(one.user_attrs["notation"], one.user_attrs["split"]): one.study_name for one in found}

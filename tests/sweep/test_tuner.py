@@ -491,6 +491,7 @@ def test_methods_of_unlike_epochs_learn_from_one_teacher(small_busi, tmp_path):
         ),
         ({"search": {"train.lr": {"log": [0, 1]}}}, [], "a log range begins above 0"),
         ({"search": {"kd.ratio": [1, 2]}}, [], "kd.ratio is used by none of Student, L_KLD_WAug"),
+        ({"search": {"kd.ratio": None}}, [], "hydra.sweeper.search: all of its keys are null"),
         ({"trials": 0}, [], "hydra.sweeper.trials=0 is not allowed: it must be at least 1"),
         ({"round": 0}, [], "hydra.sweeper.round=0 is not allowed"),
         ({"pruner": "median"}, [], "hydra.sweeper.pruner=median is not allowed: it must be {KEY: VALUE"),

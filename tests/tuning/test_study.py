@@ -5,7 +5,7 @@ import pytest
 from optuna.trial import TrialState
 
 from kdsweep.core.errors import InputError
-from kdsweep.tuning import space
+from kdsweep.tuning import pruning, space
 from kdsweep.tuning.study import Study, one_row_each, planned, read_studies, read_trials
 
 SEARCH = {"train.lr": {"log": [1e-4, 1e-2]}, "kd.weight": {"range": [0.1, 0.9]}, "kd.temperature": [1, 2, 4]}
@@ -18,7 +18,7 @@ ABOUT = {"sweep": "sweep", "notation": "L_KLD", "split": 0, "role": "distilled",
 
 
 def study(tmp_path, *, search=SEARCH, name="sweep/L_KLD/split0/0", about=ABOUT, size="4", defaults=DEFAULTS):
-    storage = f"sqlite:///{tmp_path}/optuna.db"
+    storage = pruning.open_storage(f"sqlite:///{tmp_path}/optuna.db")
     fixed = {"round": size, "sampler": "{}"}
     return Study(
         storage=storage, name=name, space=space.read(search), defaults=defaults, fixed=fixed, about={**ABOUT, **about}
