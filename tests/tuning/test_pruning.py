@@ -83,6 +83,7 @@ def test_by_default_the_best_third_continues_at_each_rung(tmp_path, seed):
     studies.ask(9)
     studies.train(found)
     assert studies.pruned() == by_hand(found)
+    assert sum(len(trial.intermediate_values) for trial in studies.study().trials) == EPOCHS * 9 / 3
 
 
 def test_the_default_decides_as_optuna_does_on_the_last_of_a_sequence(tmp_path):
