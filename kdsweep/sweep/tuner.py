@@ -110,7 +110,9 @@ class Tuner(Launcher):
         return Composer(self.launcher.hydra_context.config_loader, self.launcher.config)
 
     def _jobs(self, overrides: Sequence[Sequence[str]]) -> list[Job]:
-        return plan.read_jobs(Composed(self._composer, overrides, first=0))
+        """Return the jobs of these overrides, which they keep: a plan's jobs have none of the keys that are tuned."""
+        jobs = plan.read_jobs(Composed(self._composer, overrides, first=0))
+        return [replace(job, overrides=list(own)) for job, own in zip(jobs, overrides, strict=True)]
 
     def _preview(self, jobs: list[Job]) -> Preview:
         unique = plan.unique(jobs)
@@ -298,11 +300,10 @@ class Tuner(Launcher):
         """Remove the checkpoints of trials that no sweep has asked for: their curves are in the studies."""
         store = methods[0].cell.store
         try:
-            named = [requests.read_asked(store, sweep).values() for sweep in requests.sweeps(store)]
+            requested = requests.folders(store)
         except InputError as error:  # of a sweep that may have requested these trials
             log.warning("the checkpoints of trials are kept: %s", error)
             return
-        requested = {store / folder for folders in named for folder in folders}
         known = [own.user_attrs for method in methods for own in method.study.trials]
         folders = {store / attrs["folder"] for attrs in known if "folder" in attrs}
         for folder in (own for own in folders - requested if not records.is_held(own)):

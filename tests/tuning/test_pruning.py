@@ -64,6 +64,10 @@ class Studies:
         trials = self.study(name).trials
         return {trial.number: trial.last_step for trial in trials if trial.state is TrialState.PRUNED}
 
+    def ends(self):
+        """Return what was pruned, and all that was reported."""
+        return self.pruned(), [trial.intermediate_values for trial in self.study().trials]
+
 
 def rows(values, epochs):
     return {Path(str(number)): [(dice, 1.0) for dice in curve[:epochs]] for number, curve in values.items()}
@@ -127,24 +131,25 @@ def test_the_answers_do_not_depend_on_the_order_of_the_trials(tmp_path, options)
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("options", PRUNERS.values(), ids=PRUNERS)
-@pytest.mark.parametrize(("stop", "resumed"), [(1, 0), (3, 3), (3, 1), (7, 5), (9, 9), (12, 4)])
-def test_a_resumed_group_decides_as_an_unbroken_one_and_reports_nothing_twice(tmp_path, options, stop, resumed):
+@pytest.fixture(scope="module", params=PRUNERS.values(), ids=PRUNERS)
+def unbroken(request, tmp_path_factory):
+    """The options of a pruner, what it ended and all reports of a group that was not stopped."""
+    studies = Studies(tmp_path_factory.mktemp("unbroken"), options=request.param)
+    studies.ask(9)
+    studies.train(curves())
+    return request.param, studies.ends()
+
+
+@pytest.mark.parametrize(("stop", "resumed"), [(3, 1), (9, 9), (12, 4)])
+def test_a_resumed_group_decides_as_an_unbroken_one_and_reports_nothing_twice(tmp_path, unbroken, stop, resumed):
     """Killed after an epoch, resumed from checkpoints of an earlier one."""
-    found, ends = curves(), []
-    for name in ("unbroken", "broken"):
-        (tmp_path / name).mkdir()
-        studies = Studies(tmp_path / name, options=options)
-        studies.ask(9)
-        if name == "broken":
-            studies.train(found, stop=stop)
-            left = {number: curve for number, curve in found.items() if number not in studies.pruned()}
-            changed = {number: (0.0,) * stop + curve[stop:] for number, curve in left.items()}  # before: not read
-            studies.train(changed, first=resumed)
-        else:
-            studies.train(found)
-        ends.append((studies.pruned(), [trial.intermediate_values for trial in studies.study().trials]))
-    assert ends[0] == ends[1]
+    found, (options, ends) = curves(), unbroken
+    studies = Studies(tmp_path, options=options)
+    studies.ask(9)
+    studies.train(found, stop=stop)
+    left = {number: curve for number, curve in found.items() if number not in studies.pruned()}
+    studies.train({number: (0.0,) * stop + curve[stop:] for number, curve in left.items()}, first=resumed)
+    assert studies.ends() == ends
 
 
 def test_a_group_killed_between_its_decisions_makes_the_others(tmp_path, monkeypatch):
