@@ -752,16 +752,16 @@ MUTANTS = [
     Mutant(
         "tuning: Students learn from the Teacher as configured",
         "sweep/tuner.py",
-        "method.words += _teacher_words(method.job, teachers)",
-        "method.words += []",
+        "method.teacher = _teacher_overrides(method.job, teachers)",
+        "method.teacher = []",
         "tests/sweep/test_tuner.py -k 'chosen_teacher'",
     ),
     Mutant(
         "tuning: after a break nothing is decided again",
         "training/loop.py",
-        "for epochs in range(1, first + 1):",
-        "for epochs in range(first, first + 1):",
-        "tests/sweep/test_tuner.py -k 'from_the_first'",
+        "_prune(prune(first), stopped)",
+        "_prune([], stopped)",
+        "tests/sweep/test_tuner.py -k 'stopped_while_it_decides'",
     ),
     Mutant(
         "tuning: pruned trials cost nothing",

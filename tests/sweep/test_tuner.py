@@ -305,6 +305,19 @@ def test_a_group_that_was_stopped_resumes_from_what_the_storage_and_the_checkpoi
     assert [curve(settings) for settings in broken] == [curve(settings) for settings in unbroken]
 
 
+def test_a_group_that_was_stopped_while_it_decides_decides_before_it_trains(small_busi, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    configs = [config(small_busi, tmp_path, lr) for lr in (1e-3, 3e-3, 1e-2)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(optuna.Study, "tell", stop)
+        run_trials(configs)
+    assert [len(curve(settings)) for settings in configs] == [1, 1, 1]
+    run_trials(configs)
+    assert sorted(len(curve(settings)) for settings in configs) == [1, 1, 6]
+
+
 def test_a_storage_that_fails_ends_the_group_and_no_trial(small_busi, tmp_path):
     configs = [config(small_busi, tmp_path, lr) for lr in (1e-3, 3e-3)]
     with pytest.raises(InputError, match=r"^hydra\.sweeper\.storage=.* cannot be used"):
