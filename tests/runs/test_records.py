@@ -54,6 +54,9 @@ def test_a_failure_is_forgotten_once_the_cell_is_trained_again(tmp_path):
     assert (records.read(cell.folder).status, records.read(cell.folder).error) == ("FAILED", "it broke")
     begin(cell)
     assert (records.read(cell.folder).status, records.read(cell.folder).error) == ("KILLED", "")
+    records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
+    records.write_failed(cell.folder, "left by a kill between the two files")
+    assert (records.read(cell.folder).status, records.read(cell.folder).error) == ("FINISHED", "")
 
 
 # --- damaged records: (file, status then, what is logged)

@@ -176,6 +176,7 @@ def test_a_value_added_later_is_told_apart_too_and_results_stay_the_same_cells(c
     asked(own)
     (later,) = command(["train.lr=0.03"])
     assert later.cell.variant == {"train.lr": "0.03"}
+    asked([later])  # whose command line sweeps nothing
     (again,) = command(["train.lr=1e-2"])
     assert again.cell.fingerprint == own[0].cell.fingerprint
     assert again.cell.variant == own[0].cell.variant
