@@ -76,12 +76,12 @@ class Study:
         """
         before = self._study.user_attrs
         for key, value in fixed.items():
-            if before.get(key, value) != value:
+            if key not in before:
+                self._study.set_user_attr(key, value)
+            elif before[key] != value:
                 where = f"hydra.sweeper.storage={databases.shown(self.storage)}: study {self.name}"
                 change = f"has trials with another {key} ({before[key]}, now {value})"
                 raise InputError(f"{where} {change}; give another sweep_name")
-        for key, value in fixed.items():
-            self._study.set_user_attr(key, value)
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -254,15 +254,11 @@ def read_trials(studies: Sequence[optuna.Study]) -> pd.DataFrame:
         for trial in (own for own in trials if own.state.is_finished()):
             about = {key: attrs[key] for key in ("notation", "split", "role")}
             about |= {"number": trial.number, "round": trial.number // int(attrs["round"]), "state": trial.state.name}
-            curves = {"dice": curve_of(trial), "seconds": list(trial.user_attrs.get("seconds", []))}
+            dice = [value for _, value in sorted(trial.intermediate_values.items())]
+            curves = {"dice": dice, "seconds": list(trial.user_attrs.get("seconds", []))}
             rows.append({**about, "is_chosen": trial is best, "value": trial.value, "params": trial.params, **curves})
     columns = ["notation", "split", "role", "number", "round", "state", "is_chosen", "value", "params"]
     return pd.DataFrame(rows, columns=[*columns, "dice", "seconds"])
-
-
-def curve_of(trial: FrozenTrial) -> list[float]:
-    """Return the validation Dice of a trial after each epoch."""
-    return [trial.intermediate_values[step] for step in sorted(trial.intermediate_values)]
 
 
 def one_row_each(trials: pd.DataFrame) -> pd.DataFrame:
