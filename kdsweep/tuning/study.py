@@ -229,9 +229,11 @@ def read_studies(storage: str, sweep: str) -> list[optuna.Study]:
     """
     opened = pruning.open_storage(storage)
     with pruning.using(storage):
-        found = [one for one in optuna.get_all_study_summaries(opened) if one.user_attrs.get("sweep") == sweep]
-        found = sorted(found, key=lambda one: one.user_attrs["opened"])
-        latest = {(one.user_attrs["notation"], one.user_attrs["split"]): one.study_name for one in found}
+        attrs = {own.study_name: own.user_attrs for own in optuna.get_all_study_summaries(opened)}
+        # The last attribute that is set is "opened": a study without it was begun by a command that was killed.
+        names = [name for name, own in attrs.items() if own.get("sweep") == sweep and "opened" in own]
+        names.sort(key=lambda name: attrs[name]["opened"])
+        latest = {(attrs[name]["notation"], attrs[name]["split"]): name for name in names}
         return [optuna.load_study(study_name=name, storage=opened) for name in latest.values()]
 
 

@@ -197,4 +197,6 @@ def test_of_several_studies_of_a_method_that_used_last_counts(tmp_path):
     first, second = study(tmp_path, name="first"), study(tmp_path, name="second", search=LISTS)
     assert [own.study_name for own in read_studies(first.storage, "sweep")] == ["second"]
     study(tmp_path, name="first")
+    half = optuna.create_study(storage=first.storage, study_name="of a command killed while it opened it")
+    half.set_user_attr("sweep", "sweep")
     assert [own.study_name for own in read_studies(second.storage, "sweep")] == ["first"]
