@@ -84,6 +84,7 @@ def test_a_teacher_is_trained_on_and_shown_the_view_of_its_name(compose, view):
 
 @pytest.mark.parametrize("view", ["weak", "strong"])
 def test_a_network_sees_image_and_mask_of_one_view(compose, view):
+    CPU.prepare()
     cfg = compose("path=L", f"teacher_aug={view}", "train.epochs=1")
     learner, feed = factory.learner(cfg, identity.teacher_cell(cfg)), factory.feed(cfg, seed=0)
     seen = []
@@ -130,7 +131,7 @@ def test_the_options_of_a_teachers_training_reach_its_learner(compose):
     expected = [(7, "loss", losses.cross_entropy_and_dice, "cosine"), (5, "dice", losses.cross_entropy, "poly")]
     for words, (epochs, monitor, supervised, schedule) in zip((given, [*given, *own]), expected, strict=True):
         cfg = compose("path=L", *words)
-        teacher = factory.teacher_learner(cfg, identity.teacher_cell(cfg))
+        teacher = factory.learner(cfg, identity.teacher_cell(cfg))
         student = factory.learner(cfg, identity.cell(cfg))
         assert (teacher.epochs, teacher.patience, teacher.monitor, teacher.schedule) == (epochs, 3, monitor, schedule)
         assert (student.epochs, student.monitor, student.schedule) == (7, "loss", "cosine")
