@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAUNCHERS = "lockstep, lockstep_slurm, lockstep_ray or one_by_one"
+# Options of Hydra's jobs, which cells are not: each has its folder in the store, with its log and its settings.
+UNUSED = ("hydra.run.", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.env_set", "hydra.job_logging")
 arguments: list[str] = []  # of the command, which each sweep keeps
 
 
@@ -75,6 +77,9 @@ def check_sweep(config: DictConfig, *, is_one_cell: bool) -> None:
     sweeper, choice = config.hydra.sweeper, config.hydra.runtime.choices["hydra/launcher"]
     params = sweeper.get("params") or {}
     overrides.check([f"{key}={value}" for key, value in params.items()], multirun=True)
+    for word in config.hydra.overrides.hydra:
+        if word.lstrip("+~").replace("/", ".").startswith(UNUSED):
+            raise InputError(f"{word} has no effect: a cell has its folder in the store, with its log; leave it out")
     if not is_one_cell:
         return
     if choice in ("lockstep_slurm", "lockstep_ray"):

@@ -1,6 +1,7 @@
 """The launcher: commands without -m, other programs' jobs, callbacks, the time left, and errors in one line."""
 
 import math
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -125,7 +126,7 @@ def test_a_command_without_m_is_a_sweep_of_one_cell_in_this_process(options, wor
 
 
 def sweep(choice="one_by_one", **sweeper):
-    hydra = {"mode": RunMode.MULTIRUN, "sweeper": sweeper, "overrides": {"task": ["seed=1"]}}
+    hydra = {"mode": RunMode.MULTIRUN, "sweeper": sweeper, "overrides": {"task": ["seed=1"], "hydra": []}}
     choices = {"hydra/launcher": choice, "experiment": "table4"}
     return OmegaConf.create({"hydra": {**hydra, "runtime": {"choices": choices}}})
 
@@ -142,6 +143,14 @@ def test_what_only_a_sweep_can_do_needs_m(config, message):
     launcher.check_sweep(config, is_one_cell=False)
     with pytest.raises(InputError, match=message):
         launcher.check_sweep(config, is_one_cell=True)
+
+
+@pytest.mark.parametrize("word", ["hydra.run.dir=x", "hydra/job_logging=none", "+hydra.job.env_set.A=1"])
+def test_options_of_hydras_jobs_are_refused(word):
+    config = sweep()
+    config.hydra.overrides.hydra = ["hydra.verbose=true", word]
+    with pytest.raises(InputError, match=f"^{re.escape(word)} has no effect: a cell has its folder in the store"):
+        launcher.check_sweep(config, is_one_cell=False)
 
 
 # --- what Hydra sees

@@ -84,6 +84,7 @@ def test_the_grid_of_an_experiment_is_checked_as_a_command_line_is() -> None:
     hydra = {
         "sweeper": {"params": {"seed": "0,1", "path": ["L", "H"]}},
         "runtime": {"choices": {"hydra/launcher": "x"}},
+        "overrides": {"hydra": []},
     }
     with pytest.raises(InputError, match=r"is a list, of which only the last option counts: -m path=L,H runs each$"):
         launcher.check_sweep(OmegaConf.create({"hydra": hydra}), is_one_cell=False)
