@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import util
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -68,17 +68,16 @@ class Process:
 
     def terminate(self) -> None:
         """Have the process save its state and end."""
-        if self._process.is_alive():
-            self._process.terminate()
+        self._process.terminate()
 
     def kill_after(self, seconds: float) -> bool:
         """Wait for the end of the process, but not for longer than this; return whether it had to be killed."""
-        self._process.join(max(seconds, 0.0))
-        if not self._process.is_alive():
+        # ``result`` alone joins the process, in another thread: of two joins, one may miss that it has ended.
+        if wait([self._process.sentinel], max(seconds, 0.0)):
             return False
         log.warning("process %d did not end in time and is killed", self._process.pid)
         self._process.kill()
-        self._process.join()
+        wait([self._process.sentinel])
         return True
 
 
