@@ -664,8 +664,8 @@ MUTANTS = [
     Mutant(
         "a cell that is computed again goes on in its old run",
         "tracking/writer.py",
-        " or not logged.continues(record):",
-        ":",
+        'logged.status == "FINISHED" or not logged.continues(record):',
+        'logged.status == "FINISHED":',
         "tests/tracking/test_writer.py",
     ),
     Mutant(
@@ -678,7 +678,7 @@ MUTANTS = [
     Mutant(
         "a run that was deleted by hand counts",
         "tracking/writer.py",
-        "return Logged(logged.run_id) if status else None",
+        "return logged if status else None",
         "return logged",
         "tests/tracking/test_writer.py",
     ),

@@ -1,1 +1,1 @@
-"""The folder of a run: its record, its lock and its checkpoint, and the cells that each sweep asked for."""
+"""The folder of a run: its record, its lock and its checkpoint, and the file of each sweep."""

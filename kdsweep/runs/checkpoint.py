@@ -1,4 +1,4 @@
-"""Checkpoints with a checksum, weights and predictions, in files that appear whole or not at all.
+"""Checkpoints with a checksum, weights and predictions, in files that appear complete or not at all.
 
 Torch is imported by the functions that need it, so that a look for finished cells need not wait for it.
 """

@@ -37,7 +37,7 @@ class TrackingError(Exception):
 
 
 def store_uri(store: Path, uri: str | None) -> str:
-    """Return the URI given, or that of a SQLite file in the store (absolute: the working directory may change)."""
+    """Return the URI, for None that of a SQLite file in the store (absolute: the working directory may change)."""
     return uri or sqlite_url(store.resolve() / DATABASE)
 
 
@@ -66,7 +66,7 @@ def has_database(store: Path) -> bool:
 
 
 def artifact_file(store: Path, run_id: str, name: str) -> Path:
-    """Return the file of a run's artifact in a store whose database is its own."""
+    """Return the file of a run's artifact in a store that holds its MLflow."""
     return below(store, "artifacts", run_id, "artifacts", name)
 
 
@@ -92,17 +92,14 @@ def artifacts_uri(store: Path) -> str:
 def exclusive(store: Path) -> Iterator[None]:
     """Hold the lock on this store's MLflow, so that one process writes at a time; a dead process frees it."""
     lock = FileLock(store / ".mlflow.lock")
-    try:
-        lock.acquire(timeout=60)
-    except Timeout as error:
-        raise TrackingError("another process has been at it for a minute") from error
-    except OSError:  # a store that can only be read
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock.acquire(timeout=60))
+        except Timeout as error:
+            raise TrackingError("another process has been at it for a minute") from error
+        except OSError:  # a store that can only be read
+            pass
         yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def follow_move(store: Path, experiment: str) -> None:

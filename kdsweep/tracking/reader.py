@@ -212,7 +212,7 @@ def _missing(request: Request) -> dict[str, Any]:
 
 
 def _weights(tags: dict[str, str], params: dict[str, str]) -> str:
-    """Return what a run's own network began with: none, imagenet, or a file and its digest."""
+    """Return the weights that a run's network began with: none, imagenet, or a file and its digest."""
     network = "teacher" if tags["kdsweep.role"] == "teacher" else "student"
     weights = params.get(f"{network}.weights", params.get("weights", ""))
     digest = tags.get("kdsweep.weights", "")
@@ -227,19 +227,18 @@ def read_scores(text: io.StringIO) -> pd.DataFrame:
 
 def _scores(tracker: Tracker, rows: list[dict[str, Any]], means: Mapping[str, float]) -> pd.DataFrame:
     """Read the scores of finished runs; files of equal columns are read as one, since a thousand take seconds."""
-    parts: dict[str, list[tuple[str, str]]] = {}
+    bodies: dict[str, list[tuple[str, str]]] = {}
     for row in rows:
-        kept, is_proved = kept_file(tracker.client, tracker.store, row, SCORES)
+        content, is_proved = kept_file(tracker.client, tracker.store, row, SCORES)
         if not is_proved:
-            check_scores(kept, row, mean=means[row["fingerprint"]], store=tracker.store)
-        header, _, body = kept.decode().partition("\n")
-        parts.setdefault(header, []).append((row["fingerprint"], body))
-    tables = [pd.DataFrame(columns=["fingerprint", "image", "dice"])] if not parts else []
-    for header, own in parts.items():
-        text = io.StringIO("\n".join([header, *(body.rstrip("\n") for _, body in own)]))
-        counts = [len(list(csv.reader(io.StringIO(body)))) for _, body in own]
-        table = read_scores(text)
-        tables.append(table.assign(fingerprint=np.repeat([fingerprint for fingerprint, _ in own], counts)))
+            check_scores(content, row, mean=means[row["fingerprint"]], store=tracker.store)
+        header, _, body = content.decode().partition("\n")
+        bodies.setdefault(header, []).append((row["fingerprint"], body))
+    tables = [] if bodies else [pd.DataFrame(columns=["fingerprint", "image", "dice"])]
+    for header, parts in bodies.items():
+        table = read_scores(io.StringIO("\n".join([header, *(body.rstrip("\n") for _, body in parts)])))
+        counts = [len(list(csv.reader(io.StringIO(body)))) for _, body in parts]
+        tables.append(table.assign(fingerprint=np.repeat([fingerprint for fingerprint, _ in parts], counts)))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -271,9 +270,9 @@ def read_curves(sweep: Sweep, *, store: Path, uri: str | None, metric: str = "va
     client = MlflowClient(tracking_uri=store_uri(store, uri))
     rows = []
     for run in sweep.runs[sweep.runs["run_id"] != ""].to_dict("records"):
-        place = {key: run[key] for key in ("notation", "split", "seed")}
+        cell = {key: run[key] for key in ("notation", "split", "seed")}
         points = _answered(partial(client.get_metric_history, run["run_id"], metric), store=store, uri=uri)
-        rows += [{**place, "metric": metric, "epoch": point.step, "value": point.value} for point in points]
+        rows += [{**cell, "metric": metric, "epoch": point.step, "value": point.value} for point in points]
     columns = ["notation", "split", "seed", "metric", "epoch", "value"]
     return pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:-1])
 
@@ -301,7 +300,7 @@ def keep_external(file: Path, *, run_id: str, store: Path, uri: str | None) -> N
         InputError: the store does not answer.
     """
 
-    def work() -> None:
+    def log() -> None:
         with exclusive(store):
             client = MlflowClient(tracking_uri=store_uri(store, uri))
             kept = client.get_run(run_id).data.tags.get(SCORED, "").split()
@@ -310,4 +309,4 @@ def keep_external(file: Path, *, run_id: str, store: Path, uri: str | None) -> N
                 client.log_artifact(run_id, str(file), EXTERNAL)
                 client.set_tag(run_id, SCORED, " ".join(sorted([*kept, file.name])))
 
-    _answered(work, store=store, uri=uri)
+    _answered(log, store=store, uri=uri)

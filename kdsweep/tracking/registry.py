@@ -45,13 +45,13 @@ def register_onnx(
     Raises:
         InputError: there is no such run, MLflow does not take the model, or gives back another one.
     """
-    place = store_uri(store, uri)
+    address = store_uri(store, uri)
     if uri is None and not (store / DATABASE).is_file():
         raise InputError(f"--register {name}: {store} has no {DATABASE}; name the run's MLflow with --tracking-uri")
     try:
         run = _finished_run(metadata["kdsweep.fingerprint"], name=name, store=store, uri=uri)
-        with exclusive(store), _current(place) as client, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MLflow warns about its own parts
+        with exclusive(store), _current(address) as client, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MLflow warns about parts of itself
             check_location(client, run.info.run_id, store, uri)
             model = client.create_logged_model(run.info.experiment_id, "onnx", run.info.run_id, tags=metadata)
             try:
@@ -64,7 +64,7 @@ def register_onnx(
     except InputError:
         raise
     except Exception as error:  # of many kinds: server, network, database, disk
-        raise InputError(f"--register {name}: MLflow at {place}: {line(error)}") from error
+        raise InputError(f"--register {name}: MLflow at {address}: {line(error)}") from error
 
 
 def _finished_run(fingerprint: str, *, name: str, store: Path, uri: str | None) -> Run:
@@ -110,8 +110,8 @@ def _log_onnx(
 def _check_loaded(
     model_uri: str, example: dict[str, np.ndarray], expected: dict[str, np.ndarray], *, name: str, tolerance: float
 ) -> None:
-    found = mlflow.pyfunc.load_model(model_uri).predict(example)
-    difference = max(float(np.abs(found[key] - values).max()) for key, values in expected.items())
+    loaded = mlflow.pyfunc.load_model(model_uri).predict(example)
+    difference = max(float(np.abs(loaded[key] - values).max()) for key, values in expected.items())
     if not difference <= tolerance:
         raise InputError(
             f"--register {name}: not registered, what MLflow loads differs by {difference:.1e} from what was logged; "

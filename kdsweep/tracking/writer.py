@@ -1,6 +1,6 @@
 """Write the runs of sweeps and cells to MLflow: a mirror of the cells' folders.
 
-A sweep is a parent run with the sweep's file as an artifact. A cell is a run of its own, computed once per fingerprint,
+A sweep is a parent run with the sweep's file as an artifact. A cell is a run below it, computed once per fingerprint,
 and counts in every sweep that requests it. The cell's folder holds the id of its run and how much is logged there.
 """
 
@@ -122,7 +122,7 @@ class Tracker:
     def _open(self, experiment: str, uri: str | None) -> Experiment:
         opened = self.client.get_experiment_by_name(experiment)
         if opened is None:
-            # Artifacts of a database are stored next to it; a server has a location of its own.
+            # Artifacts of a database are stored next to it; a server chooses the location.
             location = None if uri and uri.startswith("http") else artifacts_uri(self.store)
             made = self.client.create_experiment(experiment, location, tags=_experiment_tags())
             opened = self.client.get_experiment(made)
@@ -189,8 +189,9 @@ class Tracker:
         if status == logged.status:
             self._checked.add(logged.run_id)
             return logged
-        # Killed between a log and its note in the folder, or changed by hand: all is logged again.
-        return Logged(logged.run_id) if status else None
+        if not status or not logged.continues(record):
+            return logged if status else None
+        return Logged(logged.run_id)  # killed between a log and its note in the folder, or changed by hand: all again
 
     def _write(self, folder: Path, logged: Logged) -> None:
         self._checked.add(logged.run_id)
@@ -322,7 +323,7 @@ def _note(sweep: str, content: SweepFile) -> str:
     splits, seeds = sorted({f"split{row.split}" for row in cells}), sorted({f"seed{row.seed}" for row in cells})
     return (
         f"**{len(cells)} cells** of sweep `{sweep}`: {', '.join(names)}; {', '.join(splits)}; {', '.join(seeds)}.\n\n"
-        "Each is a run of its own below this one, named NOTATION/splitK; Teachers are there too. Select several and "
+        "Each is a run below this one, named NOTATION/splitK; Teachers are there too. Select several and "
         "press Compare: `test/dice` is the mean Dice over the test images, `val/dice` the curve; the artifact "
         "test_scores.csv holds the scores of each image.\n\n"
         f"Tables and figures: `python -m kdsweep report --sweep {sweep}`; those made so far are among the "

@@ -1,5 +1,6 @@
 """What is written to MLflow comes back: sweeps, gaps, and runs that a killed process left open."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -202,29 +203,70 @@ def test_every_epoch_is_kept_once_however_often_it_is_told(store, tmp_path):
     assert client_of(store).get_run(run_id).info.status == "FINISHED"
 
 
-def test_a_call_whose_answer_was_lost_is_made_again_and_doubles_nothing(store, tmp_path, monkeypatch):
-    cell = replace(make_cell(lr=20), store=tmp_path)
-    tracker = writer.Tracker(store=store, uri=None)
-    record = end(cell, [0.5])
-    for name in ("create_run", "log_batch", "log_artifact", "set_terminated"):
-        done = getattr(writer.MlflowClient, name)
+class KilledError(Exception):
+    """The end of a process, as its next one sees it: what was in memory is lost."""
 
-        def lost(*args, done=done, **kwargs):
-            done(*args, **kwargs)
-            raise ConnectionError("no answer")
 
+CALLS = ("create_run", "log_inputs", "log_batch", "log_dict", "log_artifact", "set_tag", "set_terminated", "delete_run")
+
+
+def kill(patch: pytest.MonkeyPatch, number: int, *, is_done: bool) -> None:
+    """Have the n-th change of MLflow or of the note in the folder be the last, before or after it is done."""
+    calls = itertools.count(1)
+
+    def dying(change):
+        def call(*args, **kwargs):
+            is_last = next(calls) == number
+            if is_last and not is_done:
+                raise KilledError
+            result = change(*args, **kwargs)
+            if is_last:
+                raise KilledError
+            return result
+
+        return call
+
+    for name in CALLS:
+        patch.setattr(writer.MlflowClient, name, dying(getattr(writer.MlflowClient, name)))
+    patch.setattr(writer, "write_json", dying(writer.write_json))
+
+
+@pytest.mark.parametrize(
+    ("is_done", "lives"), [(False, False), (True, False), (True, True)], ids=["before", "after", "answer lost"]
+)
+def test_killed_at_any_change_or_without_its_answer_a_cell_gets_one_run_with_each_value_once(
+    store, tmp_path, monkeypatch, is_done, lives
+):
+    """A cell is begun, loses its checkpoint, is trained again and finished; at some change the process is killed."""
+    sweep = f"killed {is_done} {lives}"
+    for number in itertools.count(1):
+        cell = replace(make_cell(lr=number, killed=sweep), store=tmp_path)
+        states = [
+            lambda cell=cell: begin(cell, 1),
+            lambda cell=cell: begin(cell, 2),
+            lambda cell=cell: replace(begin(cell, 1), times_ms=[5_000_000]),
+            lambda cell=cell: replace(end(cell, [0.5]), times_ms=[5_000_000, 6_000_000, 7_000_000]),
+        ]
         with monkeypatch.context() as patch:
-            patch.setattr(writer.MlflowClient, name, lost)
-            with pytest.raises(ConnectionError):
-                tracker.sync(record, sweep="lost")
-        tracker = writer.Tracker(store=store, uri=None)
-    run_id = tracker.sync(record, sweep="lost")
-    assert steps_of(store, run_id) == [0, 1, 2]
-    assert steps_of(store, run_id, "test/dice") == [0]
-    runs = [
-        run for run in tracker.search("tags.`kdsweep.role` = 'distilled'") if run.data.tags["kdsweep.sweep"] == "lost"
-    ]
-    assert [run.info.run_id for run in runs] == [run_id]
+            kill(patch, number, is_done=is_done)
+            killed, tracker = False, writer.Tracker(store=store, uri=None)
+            for state in states:
+                record = state()
+                try:
+                    tracker.sync(record, sweep=sweep)
+                except KilledError:
+                    killed, tracker = True, tracker if lives else writer.Tracker(store=store, uri=None)
+        run_id = tracker.sync(record, sweep=sweep)
+        assert runs_of(store, cell) == {run_id: "FINISHED"}, number
+        history = client_of(store).get_metric_history(run_id, "train/loss")
+        assert [(point.step, point.timestamp) for point in history] == list(enumerate(record.times_ms)), number
+        assert steps_of(store, run_id, "test/dice") == [0], number
+        assert client_of(store).get_run(run_id).data.params["train.lr"] == "0.001", number
+        if not killed:
+            break
+    assert number > 20
+    parents = tracker.search(f"tags.`kdsweep.role` = 'sweep' and tags.`kdsweep.sweep` = '{sweep}'")
+    assert len(parents) == 1
 
 
 def test_two_commands_that_looked_before_a_cell_was_begun_open_one_run(store, tmp_path):
@@ -235,24 +277,6 @@ def test_two_commands_that_looked_before_a_cell_was_begun_open_one_run(store, tm
     assert len({tracker.sync(end(fresh, [0.25]), sweep="both") for tracker in both}) == 1
     found = both[0].search(f"tags.`kdsweep.fingerprint` = '{fresh.fingerprint}'")
     assert len(found) == 1
-
-
-def test_a_run_whose_opening_was_not_answered_is_found_by_the_same_command(store, tmp_path, monkeypatch):
-    """As when a busy server takes longer than the request waits."""
-    cell, tracker = replace(make_cell(lr=27), store=tmp_path), writer.Tracker(store=store, uri=None)
-    create = writer.MlflowClient.create_run
-
-    def lost(*args, **kwargs):
-        create(*args, **kwargs)
-        raise ConnectionError("no answer")
-
-    tracker.publish("unanswered")
-    with monkeypatch.context() as patch:
-        patch.setattr(writer.MlflowClient, "create_run", lost)
-        with pytest.raises(ConnectionError):
-            tracker.sync(end(cell, [0.5]), sweep="unanswered")
-    run_id = tracker.sync(end(cell, [0.5]), sweep="unanswered")
-    assert runs_of(store, cell) == {run_id: "FINISHED"}
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("{"), lambda file: file.write_text("[]")])
