@@ -170,11 +170,23 @@ class Tracker:
             self._write(record.folder, logged)
         self._log(record, logged)
         if record.status == "FINISHED":
-            for run in self._runs_of(record):
-                if run.info.run_id != logged.run_id:
-                    self.client.delete_run(run.info.run_id)
+            logged.run_id = self._keep_one(record, logged.run_id)
         self._write(record.folder, logged)
         return logged.run_id
+
+    def _keep_one(self, record: Record, run_id: str) -> str:
+        """Delete all runs of a finished cell but one, and return its id.
+
+        That is the run of another store on the same server if its scores are equal: both stores then share it.
+        """
+        runs = self._runs_of(record)
+        others = [run for run in runs if run.info.run_id != run_id and run.info.status == "FINISHED"]
+        shared = next((run for run in others if _has_values(run, record.values)), None)
+        kept = run_id if shared is None else str(shared.info.run_id)
+        for run in runs:
+            if run.info.run_id != kept:
+                self.client.delete_run(run.info.run_id)
+        return kept
 
     def _logged(self, record: Record) -> Logged | None:
         """Return what MLflow has of a cell; None if it has no run, or one that was deleted by hand."""
@@ -304,6 +316,11 @@ def _read_mirror(folder: Path) -> dict[str, Logged]:
 def _is_equal(one: dict[str, float], other: dict[str, float]) -> bool:
     """Return whether values are equal; NaN equals itself here."""
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def _has_values(run: Run, values: dict[str, float]) -> bool:
+    """Return whether a run has these metrics among its own."""
+    return _is_equal(values, {name: value for name, value in run.data.metrics.items() if name in values})
 
 
 def _data_set(record: Record) -> DatasetInput | None:
