@@ -202,11 +202,11 @@ def test_a_failed_cell_without_a_log_of_its_own_names_none(tmp_path):
 # ---- time left -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("waiting", "left"), [(0, "about 60 min"), (2, "about 2.3 h"), (3, "about 3.5 h")])
+@pytest.mark.parametrize(("waiting", "left"), [(0, "about 64 min"), (2, "about 2.4 h"), (3, "about 3.7 h")])
 def test_the_time_left_is_the_slowest_and_the_groups_that_wait(tmp_path, hold, waiting, left):
     """Two cells run, of which the slower one has 48 of its 60 epochs left; the others wait in groups of two."""
     cells = [make_cell(tmp_path, lr=number) for number in range(2 + waiting)]
-    for cell, pace_s in zip(cells[:2], (75.0, 10.0), strict=True):
+    for cell, pace_s in zip(cells[:2], (80.0, 10.0), strict=True):
         begin(cell, pace_s=pace_s)
         hold(cell)
     assert f"; {left} left" in tell(tmp_path, cells=cells)[0]

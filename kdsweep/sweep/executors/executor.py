@@ -112,8 +112,7 @@ class _Run:
 
     def _submit(self, parts: list[tuple[Work, list[int]]]) -> None:
         since_ms = records.now_ms()
-        after = [future for future in self.first if not future.done()]
-        futures = self.executor.submit([work.part(positions) for work, positions in parts], after=after)
+        futures = self.executor.submit([work.part(positions) for work, positions in parts], after=self.first)
         self.pending |= {future: (*part, since_ms) for future, part in zip(futures, parts, strict=True)}
 
     def ended(self) -> Iterator[Work]:

@@ -150,7 +150,9 @@ class Slurm(Executor):
         """See ``Executor``; what an earlier command has left in the queue is waited for instead."""
         if self.cluster == queue.LOCAL:  # which knows no dependencies
             wait(after)
-        ids = {job_id for future in after if isinstance(future, _Submitted) for job_id in future.job_ids}
+        # A job that has ended may be unknown to SLURM. Without waiting, the futures are done while the jobs are queued.
+        ahead = [future for future in after if isinstance(future, _Submitted) and not (self.wait and future.done())]
+        ids = {job_id for future in ahead for job_id in future.job_ids}
         depends = sorted({job_id.partition("_")[0] for job_id in ids})
         futures = {work: _Submitted(job_ids) for work in works if (job_ids := self._take_ahead(work))}
         stores: dict[Path, list[Work]] = {}
