@@ -32,9 +32,13 @@ def name_idle(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
 
 
 def _is_used(key: str, job: Job, configs: Sequence[DictConfig], number: int) -> bool:
-    """Return whether a key has an effect on a cell or its Teacher; a user's key has if another refers to it."""
+    """Return whether a key has an effect on a cell or its Teacher.
+
+    A group of files has, such as experiment; a user's key has if another one refers to it.
+    """
     if not decisions.is_declared(key):
-        return f"{{{key}}}" in OmegaConf.to_yaml(configs[number])
+        groups = OmegaConf.select(configs[number], "hydra.runtime.choices") or {}
+        return key in groups or f"{{{key}}}" in OmegaConf.to_yaml(configs[number])
     if decisions.names_cell(key) or decisions.is_neutral(key):  # the Student is path=none with any loss
         return True
     params, roles = identity.params(job.settings), [job.cell.role, *([TEACHER] if job.cell.teacher else [])]

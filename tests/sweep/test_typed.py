@@ -41,6 +41,7 @@ def command(small_busi: Path, tmp_path: Path):
     ("words", "idle"),
     [
         ("loss=mse kd.temperature=7", "kd.temperature=7"),
+        ("+experiment=recipe loss=mse kd.temperature=7", "kd.temperature=7"),
         ("loss=mse,kld kd.temperature=7", ""),
         ("path=none kd.weight=0.9 train.lr=0.01", "kd.weight=0.9"),
         ("path=none,L teacher.lr=0.01 kd.weight=0.9", ""),
@@ -99,7 +100,7 @@ def test_the_experiment_of_a_user_is_planned_with_options_in_any_order(small_bus
     words += [f"data.root={small_busi}", "profile=quick", "kd.temperature=3", "device=cpu"]
     done = kdsweep(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "kd.temperature=3: used by no cell of this command (Student, L_MSE_WAug), so without" in done.stdout
+    assert "[HYDRA] kd.temperature=3: used by no cell of this command (Student, L_MSE_WAug), so without" in done.stdout
     assert "2 cells: 2 to run" in done.stdout
     alone = kdsweep(*(word for word in words if word != "--multirun"), cwd=tmp_path)
     assert alone.returncode == 1
