@@ -1,4 +1,4 @@
-"""What the keys of a configuration decide, as the fields of the schema say it; keys are joined by dots."""
+"""Derive from the fields of the schema which results each key decides; keys are joined by dots."""
 
 from __future__ import annotations
 

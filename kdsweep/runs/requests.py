@@ -47,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class SweepFile:
-    """What a sweep requests.
+    """A sweep's requested cells and how they vary.
 
     Attributes:
         requests: of its cells and the Teachers that they learn from, by key (``Cell.key``).

@@ -57,7 +57,7 @@ MOST_PARAMS, MOST_METRICS = 100, 1000  # that MLflow takes in one call
 
 @dataclass
 class Logged:
-    """What MLflow has of a cell, as ``mlflow.json`` in its folder says.
+    """The logged part of a cell, as ``mlflow.json`` in its folder records it.
 
     It is written after each log. A call that is made again after a power cut doubles nothing: MLflow keeps values of
     one name, epoch and time once.

@@ -1,4 +1,4 @@
-"""Where the trials of a sweep are: the address of Optuna's database, kept in the store, and the lock of its tuning."""
+"""Keep the address of Optuna's database in the store, and the lock that a command holds while it tunes."""
 
 from __future__ import annotations
 

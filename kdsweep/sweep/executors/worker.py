@@ -119,7 +119,7 @@ def _main(sender: Connection, level: int, function: Callable[..., Any], args: tu
         code = stopped.exit_code
     except ConnectionError:  # the process above is gone
         pass
-    util._exit_function()  # type: ignore[attr-defined]  # ends what prepares batches
+    util._exit_function()  # type: ignore[attr-defined]  # private, and the only call that ends loader processes before os._exit
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
