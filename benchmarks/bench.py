@@ -31,8 +31,8 @@ from kdsweep.core.device import placed
 from kdsweep.data.loaders import Feed
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
-from kdsweep.runs import checkpoint, records
-from kdsweep.training import factory, loop
+from kdsweep.store import cell_folder, checkpoint
+from kdsweep.training import build, loop
 from kdsweep.training.learner import EpochMeter, Learner
 
 GRID = [
@@ -71,10 +71,10 @@ class Bench:
         ]
         self.configs = [self.config(*cell) for cell in GRID]
         self.student = self.config("path=none")
-        self.feed: Feed = factory.feed(self.student, seed=0)
+        self.feed: Feed = build.feed(self.student, seed=0)
         if images is None and self.feed.train.image_count != steps_images:
             raise ValueError(f"no data set has {steps_images} training images: another --steps or --batch is needed")
-        self.compute = factory.compute(self.student)
+        self.compute = build.compute(self.student)
         self.teachers = self._teachers()
         self._frozen: dict[str, loop.FrozenTeachers] = {}  # by the Students' precision
         self.epoch = 0
@@ -89,15 +89,15 @@ class Bench:
         for settings in self.configs:
             cell = identity.teacher_cell(settings)
             if cell.fingerprint not in found:
-                network = factory.teacher_network(settings)
+                network = build.teacher_network(settings)
                 checkpoint.save_network(cell.folder / "teacher.safetensors", network)
-                records.write_finished(cell.folder, values={"test/dice": 0.0}, files=["teacher.safetensors"])
+                cell_folder.write_finished(cell.folder, values={"test/dice": 0.0}, files=["teacher.safetensors"])
                 found[cell.fingerprint] = unet.freeze(placed(network, self.compute))
         return found
 
     def learners(self, configs: list[Settings]) -> list[Learner]:
         """Make new learners on the device."""
-        made = [factory.learner(settings, identity.cell(settings)) for settings in configs]
+        made = [build.learner(settings, identity.cell(settings)) for settings in configs]
         for learner in made:
             for module in learner.modules().values():
                 placed(module, self.compute)
@@ -124,7 +124,7 @@ class Bench:
             configs = [self.config(*cell, f"precision={precision}") for cell in GRID]
             names = dict.fromkeys(identity.teacher_cell(settings).fingerprint for settings in configs)
             teachers = dict(zip(names, self.teachers.values(), strict=True))
-            self._frozen[precision] = loop.FrozenTeachers(teachers, factory.compute(configs[0]))
+            self._frozen[precision] = loop.FrozenTeachers(teachers, build.compute(configs[0]))
         return self._frozen[precision]
 
     def synchronize(self) -> None:

@@ -36,7 +36,7 @@ from kdsweep.config import composition, identity
 from kdsweep.core.device import find_device, give_back_memory, placed
 from kdsweep.core.errors import InputError, one_line
 from kdsweep.core.files import write_json
-from kdsweep.training import factory, loop
+from kdsweep.training import build, loop
 from kdsweep.training.learner import Learner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,14 +94,14 @@ def table4(session: Session, group: str) -> Figures:
     fixed += [f"device={options.device}", f"store={session.store}"]
     fixed += ["train.monitor=loss", "precision=bf16"]
     configs = [composition.compose([*fixed, *cell]) for cell in [*GRID, ["path=none"]]]
-    compute = factory.compute(configs[0])
+    compute = build.compute(configs[0])
     compute.prepare()
     of_teachers = {identity.teacher_cell(settings).fingerprint: settings for settings in configs[:-1]}
     frozen = dict(zip(of_teachers, bench.teachers.values(), strict=True))  # untrained they are equal
     if group == "teachers":
-        learners = [factory.learner(settings, identity.teacher_cell(settings)) for settings in of_teachers.values()]
+        learners = [build.learner(settings, identity.teacher_cell(settings)) for settings in of_teachers.values()]
     else:
-        learners = [factory.learner(settings, identity.cell(settings)) for settings in configs]
+        learners = [build.learner(settings, identity.cell(settings)) for settings in configs]
     for learner in learners:
         for module in learner.modules().values():
             placed(module, compute)
@@ -114,7 +114,7 @@ def table4(session: Session, group: str) -> Figures:
         ends.append(time.monotonic())
         return learners if len(ends) > 2 and session.left_s() < 2 * (ends[-1] - ends[-2]) else []
 
-    loop.fit(learners, teachers=frozen, feed=factory.feed(configs[0], seed=0), compute=compute, prune=ended)
+    loop.fit(learners, teachers=frozen, feed=build.feed(configs[0], seed=0), compute=compute, prune=ended)
     if failed := [learner.failure for learner in learners if learner.failure is not None]:
         raise failed[0]
     epoch_s = (ends[-1] - ends[1]) / (len(ends) - 2)  # the first ones warm up

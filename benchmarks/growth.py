@@ -47,7 +47,7 @@ from kdsweep.config.grid import Cell
 from kdsweep.config.schema import Settings
 from kdsweep.core.files import write_text
 from kdsweep.results import tables
-from kdsweep.runs import checkpoint, records
+from kdsweep.store import cell_folder, checkpoint
 from kdsweep.sweep import estimate, launcher, plan
 from kdsweep.sweep.estimate import Preview
 from kdsweep.sweep.plan import Job
@@ -151,12 +151,12 @@ def stub(cell: Cell, settings: Settings, *, weights: Path) -> None:
         "kdsweep.torch": "stub",
     }
     params = identity.params(settings) | identity.factors(settings, role=cell.role)
-    records.describe(cell, split=split, params=params, tags=tags)
+    cell_folder.describe(cell, split=split, params=params, tags=tags)
     rng = np.random.default_rng(int(cell.fingerprint[:12], 16))
-    now_ms = records.now_ms()
+    now_ms = cell_folder.now_ms()
     values = {"train/loss": 0.5, "train/kd": 0.1, "train/supervised": 0.4, "val/loss": 0.5, "val/dice": 0.5}
     history = [{"epoch": epoch, **values} for epoch in range(EPOCHS)]
-    records.write_progress(
+    cell_folder.write_progress(
         cell.folder, epochs=EPOCHS, history=history, times_ms=[now_ms] * EPOCHS, seconds=[1.0] * EPOCHS
     )
     scores = pd.DataFrame({"image": split["test"], "label": "benign"})
@@ -170,7 +170,7 @@ def stub(cell: Cell, settings: Settings, *, weights: Path) -> None:
     os.link(weights, cell.folder / name)
     files = [name, "history.csv", "test_predictions.npz", "test_scores.csv", "split.json"]
     final = {"test/dice": float(scores["dice"].mean()), "test/trivial_dice": 0.1, "epochs": float(EPOCHS)}
-    records.write_finished(cell.folder, values=final, files=files)
+    cell_folder.write_finished(cell.folder, values=final, files=files)
 
 
 # ---- the steps -----------------------------------------------------------------------------------------------------

@@ -275,11 +275,11 @@ def main() -> None:
         parser.error(f"unknown cells {', '.join(sorted(unknown))}; there are {', '.join(CELLS)}")
 
     from kdsweep.config import composition
-    from kdsweep.training import factory
+    from kdsweep.training import build
 
     begun = time.perf_counter()
     settings = composition.compose(args.overrides)
-    train, compute = factory.feed(settings, seed=settings.seed).train, factory.compute(settings)
+    train, compute = build.feed(settings, seed=settings.seed).train, build.compute(settings)
     if settings.train.last_batch == "smaller" and train.image_count % settings.train.batch_size:
         parser.error(
             f"{train.image_count} images do not fill batches of {settings.train.batch_size}: add train.last_batch=fill"
@@ -295,7 +295,7 @@ def main() -> None:
         "arguments": {**vars(args), "out": str(args.out)},
         "cells": {},
     }
-    student, teacher = factory.student_network(settings), factory.teacher_network(settings)
+    student, teacher = build.student_network(settings), build.teacher_network(settings)
     longest = 0.0
     for name in names:
         start = time.perf_counter()

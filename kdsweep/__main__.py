@@ -26,14 +26,14 @@ WORDS = {
     "tables": ("kdsweep.results.tables:main", "the paper's tables, effects, settings, seeds"),
     "figures": ("kdsweep.results.figures:main", "contours, effects, learning curves, each image against Student"),
     "report": ("kdsweep.results.report:main", "all of that as one HTML file"),
-    "predict": ("kdsweep.deploy.predict:main", "masks of one's own images"),
-    "export": ("kdsweep.deploy.export:main", "a trained network as one ONNX file"),
-    "quantize": ("kdsweep.deploy.quantize:main", "Students in 8-bit integers: Dice, size, latency before and after"),
-    "score": ("kdsweep.deploy.score:main", "finished networks on another data set, without retraining"),
+    "predict": ("kdsweep.export.predict:main", "masks of one's own images"),
+    "export": ("kdsweep.export.onnx:main", "a trained network as one ONNX file"),
+    "quantize": ("kdsweep.export.quantize:main", "Students in 8-bit integers: Dice, size, latency before and after"),
+    "score": ("kdsweep.export.score:main", "finished networks on another data set, without retraining"),
     "publish": ("kdsweep.results.published:main", "runs and per-image scores as one file, of which tables can be made"),
     "data": ("kdsweep.results.data_sheet:main", "what a data set holds: counts, faults, ignored files, contact sheet"),
     "audit": ("kdsweep.results.audit:main", "near-duplicates of a data set, as groups for its splits"),
-    "models": ("kdsweep.training.factory:print_models", "parameters, MACs and hidden shapes of the networks"),
+    "models": ("kdsweep.training.build:print_models", "parameters, MACs and hidden shapes of the networks"),
 }
 
 

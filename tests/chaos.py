@@ -29,7 +29,7 @@ from pathlib import Path
 
 from kdsweep.core.files import file_digest
 from kdsweep.results import tables
-from kdsweep.tracking import writer
+from kdsweep.tracking import mirror
 
 GRID = ["path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong", "profile=quick", "device=cpu"]
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
@@ -330,9 +330,9 @@ def _tables(store: Path) -> Iterator[tuple[str, str]]:
 
 
 def _runs(store: Path) -> Iterator[tuple[str, str]]:
-    client = writer.MlflowClient(tracking_uri=writer.store_uri(store, None))
-    experiment = client.get_experiment_by_name(writer.EXPERIMENT)
-    runs = client.search_runs([experiment.experiment_id], "", writer.ViewType.ALL, max_results=10_000)
+    client = mirror.MlflowClient(tracking_uri=mirror.store_uri(store, None))
+    experiment = client.get_experiment_by_name(mirror.EXPERIMENT)
+    runs = client.search_runs([experiment.experiment_id], "", mirror.ViewType.ALL, max_results=10_000)
     runs.sort(key=lambda run: run.info.start_time)
     names = [f"run {run.info.run_name} {run.data.tags.get('kdsweep.fingerprint', '')[:10]}".strip() for run in runs]
     for name, count in Counter(names).items():
@@ -347,7 +347,7 @@ def _runs(store: Path) -> Iterator[tuple[str, str]]:
     yield "artifacts of no run", ", ".join(sorted(strays))
 
 
-def _run(client: writer.MlflowClient, run: writer.Run, store: Path) -> Iterator[tuple[str, str]]:
+def _run(client: mirror.MlflowClient, run: mirror.Run, store: Path) -> Iterator[tuple[str, str]]:
     yield "status", f"{run.info.status}, {run.info.lifecycle_stage}"
     for key, value in run.data.params.items():
         yield f"param {key}", value.replace(str(store), "STORE")
@@ -362,7 +362,7 @@ def _run(client: writer.MlflowClient, run: writer.Run, store: Path) -> Iterator[
             yield f"metric {key}, step {step}", " and ".join(values)
     for artifact in client.list_artifacts(run.info.run_id):
         file = store / "artifacts" / run.info.run_id / "artifacts" / artifact.path
-        if artifact.path == writer.SWEEP_FILE:  # with the commands, which name the store
+        if artifact.path == mirror.SWEEP_FILE:  # with the commands, which name the store
             yield f"artifact {artifact.path}", file.read_text().replace(str(store), "STORE")
         else:
             yield f"artifact {artifact.path}", file_digest(file)

@@ -68,10 +68,10 @@ def small_busi(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store without runs, to be copied: creating the database takes seconds."""
-    from kdsweep.tracking import writer  # here: it takes seconds to import, and most tests do without
+    from kdsweep.tracking import mirror  # here: it takes seconds to import, and most tests do without
 
     folder = tmp_path_factory.mktemp("empty")
-    writer.Tracker(store=folder, uri=None)
+    mirror.Tracker(store=folder, uri=None)
     return folder
 
 

@@ -36,13 +36,13 @@ class Mutant(NamedTuple):
 SPLITS, FOLDERS = "tests/data/test_splits.py", "tests/data/test_folders.py"
 DEVICE = "tests/training/test_device.py"
 EXECUTORS = "tests/sweep/test_executors.py"
-FACTORY, LOOP = "tests/training/test_factory.py", "tests/training/test_loop.py"
+FACTORY, LOOP = "tests/training/test_build.py", "tests/training/test_loop.py"
 RESULTS = "tests/results/test_tables.py tests/results/test_stats.py"
 MUTANTS = [
     # the nine that lived when this list began
     Mutant(
         "test images leak into training",
-        "training/factory.py",
+        "training/build.py",
         "indices=part.train,",
         "indices=[*part.train[len(part.test) :], *part.test],",
         FACTORY,
@@ -116,21 +116,21 @@ MUTANTS = [
     ),
     Mutant(
         "the Student ignores its seed",
-        "training/factory.py",
+        "training/build.py",
         "_new_network(settings.student, seed=settings.seed,",
         "_new_network(settings.student, seed=0,",
         FACTORY,
     ),
     Mutant(
         "the Teacher follows the cell's seed",
-        "training/factory.py",
+        "training/build.py",
         "_new_network(settings.teacher, seed=settings.teacher.seed,",
         "_new_network(settings.teacher, seed=settings.seed,",
         FACTORY,
     ),
     Mutant(
         "Teacher_WAug is trained on strong views",
-        "training/factory.py",
+        "training/build.py",
         "view=settings.teacher_aug.train_view if is_teacher else",
         'view="strong" if is_teacher else',
         FACTORY,
@@ -265,14 +265,14 @@ MUTANTS = [
         "results/external.py",
         "scored_images(runs=runs, scores=part)",
         "scored_images(runs=runs, scores=sweep.external)",
-        "tests/deploy/test_score.py",
+        "tests/export/test_score.py",
     ),
     Mutant(
         "of two runs of a name the first begun one predicts",
-        "deploy/predict.py",
+        "export/predict.py",
         "return (finished or begun)[0]",
         "return begun[0]",
-        "tests/deploy/test_predict.py -k name",
+        "tests/export/test_predict.py -k name",
     ),
     Mutant(
         "the margin is that of the run begun first",
@@ -574,7 +574,7 @@ MUTANTS = [
     ),
     Mutant(
         "the Teacher's learning rate is the Student's",
-        "training/factory.py",
+        "training/build.py",
         "lr=settings.teacher.lr if is_teacher",
         "lr=settings.train.lr if is_teacher",
         FACTORY,
@@ -641,21 +641,21 @@ MUTANTS = [
     # runs
     Mutant(
         "a checksum is not checked",
-        "runs/checkpoint.py",
+        "store/checkpoint.py",
         "if left != 0 or stream.read() != sha256.digest():",
         "if left != 0:",
         "tests/runs",
     ),
     Mutant(
         "a damaged marker counts",
-        "runs/records.py",
+        "store/cell_folder.py",
         'if marker is None or marker.pop("seal", None) != _seal(marker):',
         'if marker is None or not marker.pop("seal", None):',
         "tests/runs",
     ),
     Mutant(
         "the cell of an older results version stays in its sweep",
-        "runs/requests.py",
+        "store/sweep_file.py",
         "not (row.version < grid.RESULTS_VERSION and row.name in names)",
         "True",
         "tests/runs",
@@ -663,31 +663,31 @@ MUTANTS = [
     # tracking
     Mutant(
         "a cell that is computed again goes on in its old run",
-        "tracking/writer.py",
+        "tracking/mirror.py",
         'logged.status == "FINISHED" or not logged.continues(record):',
         'logged.status == "FINISHED":',
-        "tests/tracking/test_writer.py",
+        "tests/tracking/test_mirror.py",
     ),
     Mutant(
         "runs of earlier computations stay",
-        "tracking/writer.py",
+        "tracking/mirror.py",
         "self.client.delete_run(run.info.run_id)",
         "pass",
-        "tests/tracking/test_writer.py",
+        "tests/tracking/test_mirror.py",
     ),
     Mutant(
         "a run that was deleted by hand counts",
-        "tracking/writer.py",
+        "tracking/mirror.py",
         "return logged if status else None",
         "return logged",
-        "tests/tracking/test_writer.py",
+        "tests/tracking/test_mirror.py",
     ),
     Mutant(
         "a lost answer opens a second run",
-        "tracking/writer.py",
+        "tracking/mirror.py",
         "            if not run.data.metrics:\n                return str(run.info.run_id)\n",
         "",
-        "tests/tracking/test_writer.py",
+        "tests/tracking/test_mirror.py",
     ),
     Mutant(
         "a command that trains nothing leaves an empty parent run",
@@ -757,13 +757,13 @@ MUTANTS = [
         '.rank(method="first", ascending=False)',
         "tests/results/test_strata.py",
     ),
-    # deploy
+    # export
     Mutant(
         "damaged weights are used",
-        "deploy/predict.py",
-        "if not records.check_file(folder, file.name):",
+        "export/predict.py",
+        "if not cell_folder.check_file(folder, file.name):",
         "if False:",
-        "tests/deploy",
+        "tests/export",
     ),
     # tuning
     Mutant(
@@ -974,17 +974,17 @@ MUTANTS = [
     ),
     Mutant(
         "study: int8 is calibrated on test images",
-        "deploy/quantize.py",
+        "export/quantize.py",
         'part="train", count=count)',
         'part="test", count=count)',
-        "tests/deploy/test_quantize.py",
+        "tests/export/test_quantize.py",
     ),
     Mutant(
         "study: the best network is that of the test images",
-        "deploy/predict.py",
+        "export/predict.py",
         'sort_values(["val_dice", *PLACE], ascending=False)',
         "sort_values(PLACE)",
-        "tests/deploy/test_card.py",
+        "tests/export/test_card.py",
     ),
     Mutant(
         "study: an equally good network that costs more is on the front",

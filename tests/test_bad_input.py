@@ -17,9 +17,9 @@ from PIL import Image
 from kdsweep.__main__ import user_message
 from kdsweep.config import composition, identity
 from kdsweep.data.pixels import read_gray_or_color
-from kdsweep.runs import checkpoint
+from kdsweep.store import checkpoint
 from kdsweep.sweep import plan, preview
-from kdsweep.training import factory
+from kdsweep.training import build
 
 QUICK = ("profile=quick", "path=none", "device=cpu", "train.epochs=1")
 
@@ -243,7 +243,7 @@ def test_images_without_a_lesion_are_taken_on_request_but_not_alone(folder_of_ei
 def resnet_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of the quick profile's Teacher, a ResNet18 U-Net."""
     file = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
-    checkpoint.save_network(file, factory.teacher_network(composition.compose(["profile=quick"])))
+    checkpoint.save_network(file, build.teacher_network(composition.compose(["profile=quick"])))
     return file
 
 

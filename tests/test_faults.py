@@ -23,8 +23,8 @@ from small import STUDENT, TEACHER
 from kdsweep.config import composition, identity
 from kdsweep.core import signals
 from kdsweep.data import views
-from kdsweep.runs import checkpoint, records
-from kdsweep.runs.records import FINISHED
+from kdsweep.store import cell_folder, checkpoint
+from kdsweep.store.cell_folder import FINISHED
 from kdsweep.training import group, loop, runner
 from kdsweep.training.learner import Learner
 
@@ -104,9 +104,9 @@ def doomed(jobs: list[identity.Job], point: str, number: int) -> None:
         "bytes": (checkpoint._Hashing, "write"),
         "flush": (os, "fsync"),
         "rename": (Path, "replace"),
-        "marker": (records, "write_finished"),
+        "marker": (cell_folder, "write_finished"),
         "link": (os, "link"),
-        "progress": (records, "write_progress"),
+        "progress": (cell_folder, "write_progress"),
     }[point]
     setattr(owner, name, spoil(getattr(owner, name)))
     group.run_group(jobs)
@@ -179,7 +179,7 @@ def test_a_signal_saves_every_step_that_was_taken(small_busi, tmp_path, monkeypa
     states = [checkpoint.load_state(file) for file in tmp_path.glob("cells/*/checkpoint.pt")]
     taken = [2 * (state["epoch"] + 1) + len(state["training"]["means"]["counts"]) for state in states]
     assert sorted(taken) == [2, 3, 3]  # 8 steps of 3 learners: two have taken their third
-    assert {records.read(folder).status for folder in tmp_path.glob("cells/*")} == {"KILLED"}
+    assert {cell_folder.read(folder).status for folder in tmp_path.glob("cells/*")} == {"KILLED"}
 
 
 def test_a_step_that_takes_too_long_is_given_up_and_taken_again(small_busi, unbroken, tmp_path, monkeypatch, often):
@@ -368,7 +368,7 @@ def test_too_little_memory_for_one_cell_fails_that_cell(small_busi, tmp_path, mo
     results = group.run_group(jobs_of(small_busi, tmp_path, ["path=none"], ["path=none", "train.lr=1e-3"]))
     expected = "Student split 0 seed 0: out of memory on cpu; a smaller train.batch_size helps"
     assert [str(result) for result in results] == [expected] * 2
-    assert {records.read(folder).status for folder in tmp_path.glob("cells/*")} == {"FAILED"}
+    assert {cell_folder.read(folder).status for folder in tmp_path.glob("cells/*")} == {"FAILED"}
 
 
 @pytest.mark.gpu
@@ -407,7 +407,7 @@ def test_an_error_in_the_data_names_epoch_and_step_and_the_rest_goes_on(small_bu
         patch.setattr(views.Views, "render", broken)
         (result,) = group.run_group(jobs)
     assert str(result) == "epoch 2, step 1, data: ValueError: the image is upside down"
-    record = records.read(jobs[0].cell.folder)
+    record = cell_folder.read(jobs[0].cell.folder)
     assert (record.status, record.error) == ("FAILED", str(result))
     (result,) = group.run_group(jobs)  # mended: it goes on
     assert isinstance(result, float)

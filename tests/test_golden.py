@@ -20,7 +20,7 @@ from small import TEACHER
 
 from kdsweep.config import composition, grid, identity
 from kdsweep.config.grid import Cell
-from kdsweep.runs import records
+from kdsweep.store import cell_folder
 from kdsweep.training import group
 
 RECORDED = Path(__file__).parent / "golden.json"
@@ -49,7 +49,7 @@ def train(images: Path, store: Path) -> dict[str, dict[str, float]]:
 
 
 def told(cell: Cell) -> dict[str, float]:
-    record = records.read(cell.folder)
+    record = cell_folder.read(cell.folder)
     last = record.history[-1]
     return {
         **{

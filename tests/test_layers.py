@@ -13,31 +13,31 @@ import yaml
 import kdsweep
 
 PACKAGE = Path(kdsweep.__file__).parent
-# By dotted name without the package: "training.factory", "__main__"; a room's own file by the room's name: "training".
+# By dotted name without the package: "training.build", "__main__"; a room's own file by the room's name: "training".
 FILES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): file
     for file in sorted(PACKAGE.rglob("*.py"))
 }
 
 # What a room may import; kdsweep/__init__.py may be imported by all. One place may import only places above it.
-BELOW_TRAINING = {"core", "data", "config", "models", "runs", "distill", "evaluation"}
+BELOW_TRAINING = {"core", "data", "config", "models", "store", "distill", "evaluation"}
 MAY_IMPORT = {
     "__init__": set(),
     "core": set(),
     "data": {"core"},
     "config": {"core", "data"},
     "models": {"core", "data", "config"},
-    "runs": {"core", "config"},
+    "store": {"core", "config"},
     "distill": {"core", "models", "data"},
     "evaluation": {"core", "data", "models", "config"},
     "tuning": {"core", "config"},
-    "tracking": {"core", "config", "runs"},
+    "tracking": {"core", "config", "store"},
     "training": BELOW_TRAINING,
     "results": BELOW_TRAINING | {"tracking", "tuning"},
-    "deploy": BELOW_TRAINING | {"tracking", "results"},
-    "sweep": BELOW_TRAINING | {"tracking", "training", "tuning", "results", "deploy"},
+    "export": BELOW_TRAINING | {"tracking", "results"},
+    "sweep": BELOW_TRAINING | {"tracking", "training", "tuning", "results", "export"},
     "plugins": {"core", "sweep"},
-    "__main__": BELOW_TRAINING | {"tracking", "training", "results", "deploy", "sweep"},
+    "__main__": BELOW_TRAINING | {"tracking", "training", "results", "export", "sweep"},
 }
 ROOMS = MAY_IMPORT.keys() - {"__init__", "__main__", "plugins"}
 
@@ -144,7 +144,7 @@ def test_every_module_lies_in_a_room() -> None:
 
 
 def test_the_rooms_themselves_have_no_circle() -> None:
-    assert circle({"data": {"core"}, "core": {"runs"}, "runs": {"data"}}) == ["core", "runs", "data", "core"]
+    assert circle({"data": {"core"}, "core": {"store"}, "store": {"data"}}) == ["core", "store", "data", "core"]
     assert circle(MAY_IMPORT) == []
 
 
@@ -175,11 +175,11 @@ def test_the_walk_sees_imports_wherever_they_stand() -> None:
     assert own_imports("import kdsweep.training.loop as t") == {"training.loop"}
     assert own_imports("from kdsweep import __version__") == own_imports("import kdsweep") == {"__init__"}
     assert own_imports("from kdsweep.sweep.executors import slurm") == {"sweep.executors.slurm"}
-    assert own_imports("def f():\n    from kdsweep.training.factory import feed") == {"training.factory"}
-    checked = "if TYPE_CHECKING:\n    from kdsweep.tracking.writer import Sweep"
+    assert own_imports("def f():\n    from kdsweep.training.build import feed") == {"training.build"}
+    checked = "if TYPE_CHECKING:\n    from kdsweep.tracking.mirror import Sweep"
     assert own_imports(checked) == {"tracking.writer"}
     assert own_imports(checked, running=True) == set()
-    assert own_imports("if __name__ == '__main__':\n    from kdsweep.training.factory import x") == set()
+    assert own_imports("if __name__ == '__main__':\n    from kdsweep.training.build import x") == set()
     source = "from kdsweep.training import loop\nfrom kdsweep.models import unet\nfrom kdsweep import conf_dir"
     assert forbidden("distill.losses", source) == {"training.loop"}
 

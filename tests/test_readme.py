@@ -15,7 +15,7 @@ from small import TEACHER
 
 from kdsweep.__main__ import WORDS
 from kdsweep.results import comparisons, dsc, effects, formats, paper, published, stats, tables
-from kdsweep.runs import records
+from kdsweep.store import cell_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def test_a_recipe_works_as_written(recipes, small_busi, word, notation):
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (recipes / f"store-{notation}" / "cells").iterdir()
     assert folder.name.startswith(f"{notation}-split0-seed0-")
-    assert 0 <= records.read_finished(folder)["test/dice"] <= 1
+    assert 0 <= cell_folder.read_finished(folder)["test/dice"] <= 1
 
 
 def test_the_map_names_every_module_of_every_room():

@@ -189,6 +189,6 @@ def summary(*, teacher: UNet, student: UNet, image_size: int) -> str:
 
 
 if __name__ == "__main__":
-    from kdsweep.training.factory import print_models
+    from kdsweep.training.build import print_models
 
     sys.exit(print_models(sys.argv[1:]))

@@ -20,7 +20,7 @@ from kdsweep.results.frame import placed_runs, scored_images
 from kdsweep.results.panels import PATH_ROWS
 from kdsweep.results.paper import BASELINES, CELLS, LOSSES
 from kdsweep.results.stats import PLACE
-from kdsweep.runs import checkpoint
+from kdsweep.store import checkpoint
 from kdsweep.tracking import artifacts, database
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from kdsweep.results.frame import known_values
 from kdsweep.results.paper import BASELINES, CELLS
 from kdsweep.results.stats import PLACE, TESTS
 from kdsweep.results.summary import STATUS, counts, listed, summarize
-from kdsweep.tracking import reader, writer
+from kdsweep.tracking import mirror, reader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -195,7 +195,7 @@ def cell_rows(sweep: Sweep, *, place: Location, ui: str) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     for index, run in zip(sweep.runs.index, sweep.runs.to_dict("records"), strict=True):
         score = scored.loc[run["fingerprint"]] if run["fingerprint"] in scored.index else {}
-        page_ = f"{ui}/#/experiments/{sweep.experiment_id}/runs/{run['run_id']}?{writer.UI_TRAINING}"
+        page_ = f"{ui}/#/experiments/{sweep.experiment_id}/runs/{run['run_id']}?{mirror.UI_TRAINING}"
         rows.append(
             {
                 **{key: run[key] for key in ("notation", *PLACE)},
@@ -208,7 +208,7 @@ def cell_rows(sweep: Sweep, *, place: Location, ui: str) -> list[dict[str, Any]]
                 "epochs": _epochs(replace(sweep, runs=sweep.runs.loc[[index]]), place=place),
                 "time": duration((run["ended_ms"] - run["started_ms"]) / 1000) if run["ended_ms"] else DASH,
                 "link": page_ if run["run_id"] else "",
-                "error": run["tags"].get(writer.ERROR, ""),
+                "error": run["tags"].get(mirror.ERROR, ""),
             }
         )
     return sorted(rows, key=lambda row: (order[row["notation"]], row["settings"], row["split"], row["seed"]))

@@ -15,7 +15,7 @@ from kdsweep.config import identity
 from kdsweep.config.schema import Settings
 from kdsweep.core.progress import duration, left_s, plural
 from kdsweep.data.folders import QUIET, ignored_line
-from kdsweep.runs import records
+from kdsweep.store import cell_folder
 from kdsweep.sweep import plan
 from kdsweep.sweep.plan import Job
 
@@ -100,13 +100,13 @@ def _trainings(group: Sequence[Job], preview: Preview) -> list[tuple[float, floa
 def _teachers(jobs: Sequence[Job], preview: Preview) -> list[tuple[float, float]]:
     """Return epochs left and seconds per epoch of the Teachers that these jobs lack."""
     missing = plan.missing_teachers(jobs)
-    left = [max(0, job.settings.teacher_epochs - records.epochs(cell.folder)) for cell, job in missing]
+    left = [max(0, job.settings.teacher_epochs - cell_folder.epochs(cell.folder)) for cell, job in missing]
     return [(epochs, preview.teacher_epoch_s) for epochs in left]
 
 
 def _student_epoch_s(job: Job, preview: Preview) -> float:
     """Return the seconds of a cell's epoch: as recorded, without the Teacher's forwards, or else of timed steps."""
-    seconds = records.read(job.cell.folder).seconds if job.begun else []
+    seconds = cell_folder.read(job.cell.folder).seconds if job.begun else []
     if not seconds:
         return preview.student_epoch_s
     forwards_s = preview.forward_epoch_s if job.cell.role == "distilled" else 0.0

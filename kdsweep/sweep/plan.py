@@ -21,7 +21,7 @@ from kdsweep.config.grid import Cell
 from kdsweep.config.schema import Settings
 from kdsweep.core.errors import InputError
 from kdsweep.core.progress import plural
-from kdsweep.runs import records, requests
+from kdsweep.store import cell_folder, sweep_file
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +77,8 @@ def key_of(override: str) -> str:
 
 
 def _with_state(job: Job) -> Job:
-    finished = records.read_finished(job.cell.folder)
-    return replace(job, finished=finished, begun=0 if finished else records.epochs(job.cell.folder))
+    finished = cell_folder.read_finished(job.cell.folder)
+    return replace(job, finished=finished, begun=0 if finished else cell_folder.epochs(job.cell.folder))
 
 
 def _tuned_keys(cfg: DictConfig) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ def name_variants(jobs: Sequence[Job], choices: Sequence[dict[str, str]]) -> lis
     keys = {
         place: [
             *swept_keys([job.overrides for job in own], [job.settings for job in own]),
-            *requests.read_varied(*place),
+            *sweep_file.read_varied(*place),
         ]
         for place, own in sweeps.items()
     }
@@ -198,7 +198,7 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
             cells, teachers = [job.cell for job in unique(members)], teacher_cells(members)
             folders[sweep] = [cell.folder for cell in [*teachers, *cells]]
             swept = swept_keys([job.overrides for job in members], [job.settings for job in members])
-            requests.ask(
+            sweep_file.ask(
                 store,
                 sweep,
                 cells=cells,
@@ -226,7 +226,7 @@ def tell_changes(jobs: Sequence[Job]) -> None:
     for job in waiting(jobs):
         if job.tuned:  # others of its name are its study's trials
             continue
-        if (before := records.read_predecessor(job.cell, besides=asked)) is not None:
+        if (before := cell_folder.read_predecessor(job.cell, besides=asked)) is not None:
             new.setdefault(_difference(before, job.cell), []).append(job)
     for difference, own in new.items():
         log.info(
@@ -270,7 +270,7 @@ def waiting(jobs: Sequence[Job]) -> list[Job]:
 
 def read_again(jobs: Sequence[Job]) -> list[Job]:
     """Return the jobs with the results of those that have been finished since they were read."""
-    return [job if job.finished else replace(job, finished=records.read_finished(job.cell.folder)) for job in jobs]
+    return [job if job.finished else replace(job, finished=cell_folder.read_finished(job.cell.folder)) for job in jobs]
 
 
 def tell_finished(job: Job) -> None:
@@ -283,7 +283,7 @@ def tell_finished(job: Job) -> None:
 
 def is_computed_elsewhere(jobs: Sequence[Job]) -> bool:
     """Return whether other processes compute all of these cells at the moment."""
-    return all(records.is_held(job.cell.folder) for job in jobs)
+    return all(cell_folder.is_held(job.cell.folder) for job in jobs)
 
 
 def failure(cell: Cell, error: object) -> str:
@@ -305,7 +305,7 @@ def form_groups(
     """
     keys = [identity.batches_key(job.settings, seed=job.settings.seed) for job in jobs]
     # What another command is at, or has left in a queue, is a group of its own: that waits, and the others need not.
-    taken = [(records.is_held(job.cell.folder), job.cell.folder in apart) for job in jobs]
+    taken = [(cell_folder.is_held(job.cell.folder), job.cell.folder in apart) for job in jobs]
     keys = [f"{key} {of}" for key, of in zip(keys, taken, strict=True)]
     likeness = [job.cell.evidence.get("teacher", "") for job in jobs]
     alike = Counter(job.settings.device for job in jobs)
@@ -320,4 +320,4 @@ def form_groups(
 def missing_teachers(jobs: Sequence[Job]) -> list[tuple[Cell, Job]]:
     """Return the Teachers that these jobs need and the store lacks, each with a job that needs it."""
     needed = {cell.fingerprint: (cell, job) for job in jobs if (cell := job.cell.teacher) is not None}
-    return [(cell, job) for cell, job in needed.values() if records.read_finished(cell.folder) is None]
+    return [(cell, job) for cell, job in needed.values() if cell_folder.read_finished(cell.folder) is None]

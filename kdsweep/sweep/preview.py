@@ -13,20 +13,20 @@ from kdsweep.config.identity import Job
 from kdsweep.config.schema import Settings
 from kdsweep.core.device import Compute, find_device, give_back_memory, usable_cores, usable_precision
 from kdsweep.evaluation import latency
-from kdsweep.runs import records
+from kdsweep.store import cell_folder
 from kdsweep.sweep import plan, rehearsal
 from kdsweep.sweep.estimate import Preview
-from kdsweep.training import factory
+from kdsweep.training import build
 
 
 def check(jobs: Sequence[Job]) -> None:
     """Raise InputError for the first of these cells that could not be trained: networks, weights, KD term, images."""
     for job in jobs:
-        factory.check_networks(job.settings)
+        build.check_networks(job.settings)
     for job in _kinds(jobs):
-        factory.check_term(job.settings)
+        build.check_term(job.settings)
     for settings in {identity.batches_key(job.settings, seed=0): job.settings for job in reversed(jobs)}.values():
-        factory.feed(settings, seed=settings.seed)
+        build.feed(settings, seed=settings.seed)
 
 
 def _kinds(jobs: Sequence[Job]) -> list[Job]:
@@ -68,7 +68,7 @@ def preview_cells(jobs: Sequence[Job], devices: list[str]) -> Preview:
     """
     names = device_names(jobs, devices)
     for job in jobs:
-        factory.compute(job.settings)
+        build.compute(job.settings)
     check(jobs)
     rehearse(jobs, names)
     return _timed(jobs, devices=names, device=names[jobs[0].settings.device][0])
@@ -82,7 +82,7 @@ def device_names(jobs: Sequence[Job], devices: list[str]) -> dict[str, list[str]
     """
     for name in devices:
         find_device(name)
-    return {job.settings.device: devices or factory.devices(job.settings) for job in jobs}
+    return {job.settings.device: devices or build.devices(job.settings) for job in jobs}
 
 
 def preview_remote(jobs: Sequence[Job], place: str, *, times: bool) -> Preview:
@@ -113,11 +113,11 @@ def _timed(jobs: Sequence[Job], *, devices: dict[str, list[str]], device: str) -
     # On a CPU a step takes as long as its images together; on CUDA a small batch takes as long as a large one.
     batch = first.train.batch_size if on.type == "cuda" else min(4, first.train.batch_size)
     timed: dict[str, Any] = {"image_size": first.image_size, "compute": compute, "images": batch}
-    student = latency.time_step_s(factory.student_network(first, weights="none"), **timed)
+    student = latency.time_step_s(build.student_network(first, weights="none"), **timed)
     teacher = latency.StepTime(0.0, 0.0)
     if distilled := [(job.settings, cell) for job in jobs if (cell := job.cell.teacher) is not None]:
-        trained = all(records.read_finished(cell.folder) is not None for _, cell in distilled)
-        network = factory.teacher_network(distilled[0][0], weights="none")
+        trained = all(cell_folder.read_finished(cell.folder) is not None for _, cell in distilled)
+        network = build.teacher_network(distilled[0][0], weights="none")
         teacher = latency.time_step_s(network, **timed, forward_only=trained)
         del network
     give_back_memory()

@@ -24,8 +24,8 @@ from kdsweep.data.loaders import EvalPart, Feed
 from kdsweep.evaluation import scoring
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
-from kdsweep.runs import checkpoint, records
-from kdsweep.training import factory, group, loop, outcome
+from kdsweep.store import cell_folder, checkpoint
+from kdsweep.training import build, group, loop, outcome
 from kdsweep.training.learner import DivergedError, Learner
 
 IMAGES = 2
@@ -83,7 +83,7 @@ def _rehearse(jobs: list[Job], compute: Compute) -> None:
 
 
 def _feed(settings: Settings) -> Feed:
-    feed = factory.feed(settings, seed=settings.seed)
+    feed = build.feed(settings, seed=settings.seed)
     feed.train.batches.indices = feed.train.batches.indices[: feed.train.batches.batch_size]
     return Feed(feed.train, _first(feed.validation), _first(feed.test))
 
@@ -102,7 +102,7 @@ def _untrained_teachers(jobs: list[Job], compute: Compute) -> dict[str, UNet]:
             network = job.settings.teacher
             kind = f"{network.encoder} {network.decoder_channels}"
             if kind not in networks:
-                networks[kind] = unet.freeze(placed(factory.teacher_network(job.settings), compute))
+                networks[kind] = unet.freeze(placed(build.teacher_network(job.settings), compute))
             teachers[cell.fingerprint] = networks[kind]
     return teachers
 
@@ -110,7 +110,7 @@ def _untrained_teachers(jobs: list[Job], compute: Compute) -> dict[str, UNet]:
 def _learner(job: Job, store: Path, compute: Compute) -> Learner:
     cell = replace(job.cell, store=store)
     group.describe(job.settings, cell)
-    learner = factory.learner(job.settings, cell)
+    learner = build.learner(job.settings, cell)
     for module in learner.modules().values():
         placed(module, compute)
     return learner
@@ -119,7 +119,7 @@ def _learner(job: Job, store: Path, compute: Compute) -> Learner:
 def _read_back(learner: Learner, part: EvalPart) -> None:
     """Read the files of a finished cell as later commands do."""
     folder = learner.folder
-    if records.read_finished(folder) is None or not learner.resume():
+    if cell_folder.read_finished(folder) is None or not learner.resume():
         raise RuntimeError(f"{folder}: what was written cannot be read")
     checkpoint.load_network(folder / outcome.weights_file(learner.role), learner.network)
     masks = checkpoint.load_predictions(folder / outcome.PREDICTIONS)

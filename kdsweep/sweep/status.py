@@ -16,9 +16,9 @@ from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import write_text
 from kdsweep.core.options import folder
 from kdsweep.core.progress import duration, epoch_s, plural
-from kdsweep.runs import records, requests
-from kdsweep.runs.records import Record
-from kdsweep.runs.requests import Request
+from kdsweep.store import cell_folder, sweep_file
+from kdsweep.store.cell_folder import Record
+from kdsweep.store.sweep_file import Request
 from kdsweep.sweep.executors import queue
 from kdsweep.sweep.executors.queue import Task
 from kdsweep.tuning import book
@@ -77,8 +77,8 @@ def read_rows(store: Path, sweep: str, *, tasks: Mapping[Path, Task]) -> list[Ro
         tasks: by folder the jobs of cells that were submitted to SLURM and have not ended there.
     """
     rows = []
-    for key, request in requests.read(store, sweep).requests.items():
-        record = records.read(request.folder(store))
+    for key, request in sweep_file.read(store, sweep).requests.items():
+        record = cell_folder.read(request.folder(store))
         if record.status in WAITS and record.folder in tasks:
             record = replace(record, status="QUEUED")
         rows.append(Row(key, request, record, " ".join(tasks.get(record.folder, ()))))
@@ -263,7 +263,7 @@ def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> 
         InputError: there is no such sweep, or it has no trials to be written.
     """
     tuned = book.sweeps(store)
-    known = [*(name for name in tuned if name not in requests.sweeps(store)), *requests.sweeps(store)]
+    known = [*(name for name in tuned if name not in sweep_file.sweeps(store)), *sweep_file.sweeps(store)]
     if not known:
         raise InputError(f"--store {store}: no sweep was started in it yet")
     if sweep is not None and sweep not in known:
@@ -275,12 +275,12 @@ def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> 
         raise InputError(f"--trials {trials_file}: {told}")
     trials = tuning(store, base, trials_file=trials_file) if base in tuned else ""
     try:
-        tasks = queue.queued(request.folder(store) for request in requests.read(store, name).requests.values())
+        tasks = queue.queued(request.folder(store) for request in sweep_file.read(store, name).requests.values())
         unknown = ""
     except queue.QueueError as error:
         tasks, unknown = {}, f"\nSLURM's queue is not known here: {error}\n"
     rows = read_rows(store, name, tasks=tasks)
-    return trials + (report(name, rows, now_ms=records.now_ms()) + unknown if rows else "")
+    return trials + (report(name, rows, now_ms=cell_folder.now_ms()) + unknown if rows else "")
 
 
 @command

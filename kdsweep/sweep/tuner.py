@@ -28,7 +28,7 @@ from kdsweep.config.composition import Composed, Composer
 from kdsweep.core import databases
 from kdsweep.core.errors import InputError
 from kdsweep.core.progress import duration, left_s, plural
-from kdsweep.runs import checkpoint, records, requests
+from kdsweep.store import cell_folder, checkpoint, sweep_file
 from kdsweep.sweep import estimate, launcher, plan
 from kdsweep.sweep.estimate import Preview
 from kdsweep.sweep.executors import worker
@@ -243,7 +243,7 @@ class Tuner(Launcher):
                 "study" if len(methods) == 1 else "studies", plural(len(groups), "lockstep group"),
             )  # fmt: skip
             for trial, result in self._train(groups, preview):
-                trial.method.study.tell(trial.number, result, seconds=records.read(trial.cell.folder).seconds)
+                trial.method.study.tell(trial.number, result, seconds=cell_folder.read(trial.cell.folder).seconds)
             done += 1
             states = [trial.method.study.trials[trial.number].state.name for trial in trials]
             about_s = left_s([[(len(counts) - number, (time.monotonic() - started_s) / done)]])
@@ -300,13 +300,13 @@ class Tuner(Launcher):
         """Remove the checkpoints of trials that no sweep has asked for: their curves are in the studies."""
         store = methods[0].cell.store
         try:
-            requested = requests.folders(store)
+            requested = sweep_file.folders(store)
         except InputError as error:  # of a sweep that may have requested these trials
             log.warning("the checkpoints of trials are kept: %s", error)
             return
         known = [own.user_attrs for method in methods for own in method.study.trials]
         folders = {store / attrs["folder"] for attrs in known if "folder" in attrs}
-        for folder in (own for own in folders - requested if not records.is_held(own)):
+        for folder in (own for own in folders - requested if not cell_folder.is_held(own)):
             for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS):
                 (folder / name).unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from kdsweep.config.grid import run_folder
 from kdsweep.core.errors import InputError
-from kdsweep.runs import records
+from kdsweep.store import cell_folder
 from kdsweep.tracking.database import artifact_file, line, passes, store_uri
 
 SCORES = "test_scores.csv"
@@ -38,7 +38,7 @@ def kept_file(client: MlflowClient, store: Path, run: Mapping[Any, Any], name: s
         InputError: neither the folder nor MLflow has the file.
     """
     folder = folder_of(store, run)
-    if records.check_file(folder, name):
+    if cell_folder.check_file(folder, name):
         return (folder / name).read_bytes(), True
     if name.startswith(EXTERNAL) and (folder / name).is_file():
         return (folder / name).read_bytes(), False

@@ -18,8 +18,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from kdsweep.core.errors import InputError
-from kdsweep.runs import records, requests
-from kdsweep.runs.requests import Request, SweepFile
+from kdsweep.store import cell_folder, sweep_file
+from kdsweep.store.sweep_file import Request, SweepFile
 from kdsweep.tracking.artifacts import EXTERNAL, SCORES, artifact, check_scores, folder_of, kept_file
 from kdsweep.tracking.database import (
     DATABASE,
@@ -33,7 +33,7 @@ from kdsweep.tracking.database import (
     passes,
     store_uri,
 )
-from kdsweep.tracking.writer import SWEEP_FILE, Tracker
+from kdsweep.tracking.mirror import SWEEP_FILE, Tracker
 
 T = TypeVar("T")
 SCORED = "kdsweep.external"  # tag with the names of those files
@@ -101,7 +101,7 @@ def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
         InputError: no store, or no such sweep in it, or its MLflow does not answer.
     """
     if uri is None and not has_database(store):
-        remedy = REBUILD if requests.sweeps(store) else "run a sweep first, or name its folder"
+        remedy = REBUILD if sweep_file.sweeps(store) else "run a sweep first, or name its folder"
         raise InputError(f"--store {store}: no {DATABASE} in it, or an empty one; {remedy}")
     return _answered(lambda: _read_sweep(Tracker(store=store, uri=uri), name), store=store, uri=uri)
 
@@ -126,7 +126,7 @@ def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
     parents = {run.data.tags["kdsweep.sweep"]: run for run in tagged if run.data.tags["kdsweep.role"] == "sweep"}
     name, content = _sweep_file(tracker, name, runs=runs, parents=parents)
     cells = [row for _, row in sorted(content.requests.items()) if row.role != "teacher"]
-    is_begun = any((row.folder(tracker.store) / records.CELL).is_file() for row in cells)
+    is_begun = any((row.folder(tracker.store) / cell_folder.CELL).is_file() for row in cells)
     if is_begun and runs.keys().isdisjoint(row.fingerprint for row in cells):
         raise InputError(f"sweep={name} is in {tracker.store}, but not in MLflow at {tracker.uri}; {REBUILD}")
     rows = [
@@ -158,7 +158,7 @@ def _sweep_file(
     Raises:
         InputError: there is no such sweep.
     """
-    in_store = requests.sweeps(tracker.store)
+    in_store = sweep_file.sweeps(tracker.store)
     latest = sorted(parents, key=lambda sweep: parents[sweep].info.end_time or 0)  # which is that of the last request
     existing = list(dict.fromkeys([*latest, *in_store]))
     if not existing or (name is not None and name not in existing):
@@ -166,9 +166,9 @@ def _sweep_file(
 
     def read(sweep: str) -> SweepFile:
         if sweep in in_store:
-            return requests.read(tracker.store, sweep)
+            return sweep_file.read(tracker.store, sweep)
         kept = artifact(tracker.client, tracker.store, parents[sweep].info.run_id, SWEEP_FILE)
-        return requests.parse(json.loads(kept))
+        return sweep_file.parse(json.loads(kept))
 
     finished = {fingerprint for fingerprint, run in runs.items() if run.info.status == "FINISHED"}
     last, *earlier = [name] if name is not None else reversed(in_store or existing)

@@ -16,7 +16,7 @@ from mlflow.entities import Run
 
 from kdsweep.core.errors import InputError
 from kdsweep.tracking.database import DATABASE, check_location, exclusive, line, store_uri
-from kdsweep.tracking.writer import Tracker
+from kdsweep.tracking.mirror import Tracker
 
 
 def register_onnx(

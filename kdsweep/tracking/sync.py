@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from kdsweep.core import signals
-from kdsweep.runs import records
-from kdsweep.tracking import database, writer
+from kdsweep.store import cell_folder
+from kdsweep.tracking import database, mirror
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Sync:
         self.store, self.sweeps, self.where = store, sweeps, database.store_uri(store, uri)
         self._uri, self._experiment, self._trains = uri, experiment, trains
         self._waits_s = SERVER_WAIT_S if self.where.startswith("http") else DATABASE_WAIT_S
-        self._tracker: writer.Tracker | None = None
+        self._tracker: mirror.Tracker | None = None
         self._published: set[str] = set()
         self._logged: dict[Path, tuple[int, ...]] = {}
         self._complains = False
@@ -83,7 +83,7 @@ class Sync:
     def _versions(self) -> dict[Path, tuple[int, ...]]:
         """Return the versions of the begun cells by folder."""
         folders = {folder for of_sweep in self.sweeps.values() for folder in of_sweep}
-        return {folder: version for folder in folders if (version := records.version(folder))[0]}
+        return {folder: version for folder in folders if (version := cell_folder.version(folder))[0]}
 
     def _left(self) -> int:
         """Return how many folders hold more than was logged."""
@@ -131,9 +131,9 @@ class Sync:
         self._complains = False
         return True
 
-    def _open(self) -> writer.Tracker:
+    def _open(self) -> mirror.Tracker:
         if self._tracker is None:
-            self._tracker = writer.Tracker(store=self.store, uri=self._uri, experiment=self._experiment)
+            self._tracker = mirror.Tracker(store=self.store, uri=self._uri, experiment=self._experiment)
         return self._tracker
 
     def _pass(self) -> None:
@@ -149,7 +149,7 @@ class Sync:
                 for folder in begun:
                     if self._logged.get(folder) == versions[folder]:
                         continue
-                    if (record := records.read(folder)).tags:  # else its description is damaged, and written again
+                    if (record := cell_folder.read(folder)).tags:  # else its description is damaged, and written again
                         self._log(folder, partial(tracker.sync, record, sweep=sweep))
                     self._logged[folder] = versions[folder]
 

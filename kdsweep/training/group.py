@@ -21,8 +21,8 @@ from kdsweep.core.device import Compute, give_back_memory, placed
 from kdsweep.core.errors import CellError, DeviceError, one_line
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
-from kdsweep.runs import checkpoint, records
-from kdsweep.training import factory, outcome, runner
+from kdsweep.store import cell_folder, checkpoint
+from kdsweep.training import build, outcome, runner
 from kdsweep.training.learner import Learner
 
 log = logging.getLogger(__name__)
@@ -70,9 +70,9 @@ def run_trials(jobs: list[Job], *, pruning: runner.Pruning, role: str) -> list[f
         for cell in sorted(
             (job.cell for job in jobs), key=lambda cell: cell.folder
         ):  # no two commands block each other
-            if records.is_held(cell.folder):
+            if cell_folder.is_held(cell.folder):
                 _log_waiting([cell])
-            while not records.hold(held, cell.folder):
+            while not cell_folder.hold(held, cell.folder):
                 time.sleep(LOOK_EVERY_S)
         return [_value(outcome, "best/val_dice") for outcome in _train(jobs, pruning=pruning)]
 
@@ -89,9 +89,9 @@ def _complete(cells: list[Cell], train: Callable[[list[Cell]], list[Outcome]]) -
             free = []
             for cell in missing:
                 try:
-                    if not records.hold(held, cell.folder):
+                    if not cell_folder.hold(held, cell.folder):
                         continue
-                    if (finished := records.read_finished(cell.folder)) is not None:
+                    if (finished := cell_folder.read_finished(cell.folder)) is not None:
                         outcomes[cell.folder] = finished
                     else:
                         free.append(cell)
@@ -117,15 +117,15 @@ def _value(outcome: Outcome, name: str) -> float | Exception:
 
 def _train(jobs: list[Job], *, pruning: runner.Pruning | None = None) -> list[Outcome]:
     """Train cells and the Teachers that they need; if the device fails, return how each cell had ended."""
-    first, since_ms = jobs[0], records.now_ms()
-    compute = factory.compute(first.settings)
+    first, since_ms = jobs[0], cell_folder.now_ms()
+    compute = build.compute(first.settings)
     compute.prepare()
     try:
         frozen = obtain_teachers(jobs)
         return runner.run_divided(
             [partial(_make, job.settings, job.cell, frozen) for job in jobs],
             teachers={name: network for name, network in frozen.items() if not isinstance(network, Exception)},
-            feed=factory.feed(first.settings, seed=first.cell.seed),
+            feed=build.feed(first.settings, seed=first.cell.seed),
             compute=compute,
             pruning=pruning,
         )
@@ -135,13 +135,13 @@ def _train(jobs: list[Job], *, pruning: runner.Pruning | None = None) -> list[Ou
 
 def _before_loss(job: Job, lost: DeviceError, since_ms: int) -> Outcome:
     """Return how a cell had ended before the device failed, from the store; if it had not, that error."""
-    cell, record = job.cell, records.read(job.cell.folder)
+    cell, record = job.cell, cell_folder.read(job.cell.folder)
     if record.status == "FINISHED":
         return record.values
     if record.error and record.ended_ms >= since_ms:
         return CellError(record.error)
     if cell.teacher is not None:
-        record = records.read(cell.teacher.folder)
+        record = cell_folder.read(cell.teacher.folder)
         if record.error and record.ended_ms >= since_ms:
             describe(job.settings, cell)
             return _failed(cell, TeacherError(f"{cell.title}: its Teacher could not be trained: {record.error}"))
@@ -156,7 +156,7 @@ def _make(settings: Settings, cell: Cell, frozen: Networks) -> Learner | Excepti
             teacher = frozen.get(cell.evidence.get("teacher", ""))
             if isinstance(teacher, Exception):
                 raise TeacherError(f"{cell.title}: its Teacher could not be trained: {one_line(teacher)}") from teacher
-            return factory.learner(settings, cell)
+            return build.learner(settings, cell)
         except Exception as error:
             return _failed(cell, error)
 
@@ -164,7 +164,7 @@ def _make(settings: Settings, cell: Cell, frozen: Networks) -> Learner | Excepti
 def _failed(cell: Cell, error: Exception) -> Exception:
     line = one_line(error)
     log.error("%s%s", "" if line.startswith(cell.title) else f"{cell.title}: ", line, exc_info=error)
-    records.write_failed(cell.folder, line)
+    cell_folder.write_failed(cell.folder, line)
     return error
 
 
@@ -179,7 +179,7 @@ def obtain_teachers(jobs: list[Job]) -> Networks:
     teachers = list(needed.values())
     networks: Networks = {}
     for group in grid.group_by([identity.batches_key(job.settings, seed=job.cell.seed) for job in teachers]):
-        networks |= _obtain([teachers[position] for position in group], factory.compute(jobs[0].settings))
+        networks |= _obtain([teachers[position] for position in group], build.compute(jobs[0].settings))
         give_back_memory()
     return networks
 
@@ -193,7 +193,7 @@ def _obtain(teachers: list[Job], compute: Compute) -> Networks:
         log.info("%s: not in the store yet, so trained first", ", ".join(cell.title for cell in cells))
         first = settings[cells[0].folder]
         makers: list[runner.Maker] = [partial(_make, settings[cell.folder], cell, {}) for cell in cells]
-        feed = factory.feed(first, seed=first.teacher.seed)
+        feed = build.feed(first, seed=first.teacher.seed)
         return runner.run_divided(makers, teachers={}, feed=feed, compute=compute)
 
     while missing := [job.cell for job in teachers if job.cell.fingerprint not in networks]:
@@ -209,13 +209,13 @@ def _obtain(teachers: list[Job], compute: Compute) -> Networks:
 def _read(settings: Settings, cell: Cell, compute: Compute) -> UNet | None:
     """Return a Teacher from the store, or None; a damaged one is forgotten."""
     folder, weights = cell.folder, outcome.weights_file(TEACHER)
-    if records.read_finished(folder) is None:
+    if cell_folder.read_finished(folder) is None:
         return None
-    if not records.check_file(folder, weights):
-        records.forget_finished(folder, folder / weights)
+    if not cell_folder.check_file(folder, weights):
+        cell_folder.forget_finished(folder, folder / weights)
         return None
     log.info("%s: read from %s", cell.title, folder)
-    network = factory.teacher_network(settings)
+    network = build.teacher_network(settings)
     checkpoint.load_network(folder / weights, network)
     return unet.freeze(placed(network, compute))
 
@@ -223,4 +223,4 @@ def _read(settings: Settings, cell: Cell, compute: Compute) -> UNet | None:
 def describe(settings: Settings, cell: Cell) -> None:
     """Write into the folder of a cell which cell it is."""
     params = identity.params(settings) | identity.factors(settings, role=cell.role)
-    records.describe(cell, split=identity.split_ids(settings), params=params, tags=factory.tags(settings))
+    cell_folder.describe(cell, split=identity.split_ids(settings), params=params, tags=build.tags(settings))

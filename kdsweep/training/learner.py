@@ -19,7 +19,7 @@ from kdsweep.core.files import remove_parts
 from kdsweep.distill import losses
 from kdsweep.distill.distillation import Distillation, ViewPair, gradient_ratio, matched_weight
 from kdsweep.models.unet import Outputs, UNet
-from kdsweep.runs import checkpoint, records
+from kdsweep.store import cell_folder, checkpoint
 from kdsweep.training.meter import Columns, EpochMeter, not_finite, to_host
 
 log = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ class Learner:
                 values = {**values, "train/kd_to_supervised": ratio}
             self.gradient_ratios = []
             self.history.append({"epoch": self.epoch, **values})
-            self.times_ms.append(records.now_ms())
+            self.times_ms.append(cell_folder.now_ms())
             self.seconds.append(self.read_watches())
             self.spent_s = 0.0
             monitored = values["val/loss"] if self.monitor == "loss" else 1 - values["val/dice"]
@@ -298,7 +298,7 @@ class Learner:
 
     def _write(self, state: dict[str, Any]) -> None:
         checkpoint.save_state(self.folder / checkpoint.CHECKPOINT, state)
-        records.write_progress(
+        cell_folder.write_progress(
             self.folder, epochs=self.epochs, history=self.history, times_ms=self.times_ms, seconds=self.seconds
         )
 

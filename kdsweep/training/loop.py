@@ -24,7 +24,7 @@ from kdsweep.distill.distillation import TeacherForward, ViewPair
 from kdsweep.evaluation import metrics, scoring
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs, UNet
-from kdsweep.runs import records
+from kdsweep.store import cell_folder
 from kdsweep.training import guard
 from kdsweep.training.checkpoint_schedule import CheckpointSchedule
 from kdsweep.training.learner import Learner
@@ -163,7 +163,7 @@ def fail(learner: Learner, error: Exception) -> None:
     line = one_line(error)
     lead = "" if line.startswith(learner.title) else f"{learner.title}: "
     log.error("%s%s; traceback in %s", lead, line, learner.folder, exc_info=error)
-    records.write_failed(learner.folder, line)
+    cell_folder.write_failed(learner.folder, line)
 
 
 def train_epoch(

@@ -11,7 +11,7 @@ from kdsweep.core.files import write_text
 from kdsweep.data.loaders import EvalPart
 from kdsweep.evaluation import metrics
 from kdsweep.evaluation.scoring import predict, score
-from kdsweep.runs import checkpoint, records
+from kdsweep.store import cell_folder, checkpoint
 from kdsweep.training.learner import Learner
 
 SCORES, PREDICTIONS, HISTORY = "test_scores.csv", "test_predictions.npz", "history.csv"
@@ -36,7 +36,7 @@ def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, f
     checkpoint.save_predictions(folder / PREDICTIONS, predictions[:, 0].numpy(), ids=part.ids)
     write_text(folder / SCORES, table.to_csv(index=False))
     (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
-    records.write_finished(folder, values=values, files=[weights, HISTORY, PREDICTIONS, SCORES, "split.json"])
+    cell_folder.write_finished(folder, values=values, files=[weights, HISTORY, PREDICTIONS, SCORES, "split.json"])
     return values
 
 

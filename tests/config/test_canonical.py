@@ -14,7 +14,7 @@ from omegaconf import open_dict
 from kdsweep.config import composition, identity, user_code
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
-from kdsweep.runs import requests
+from kdsweep.store import sweep_file
 from kdsweep.sweep import plan
 
 RECORDED = Path(__file__).parent / "fingerprints.json"
@@ -193,7 +193,7 @@ def test_two_spellings_in_one_sweep_are_one_cell_without_a_variant(jobs, values:
 def test_a_value_in_another_spelling_later_is_the_same_variant(jobs) -> None:
     first = jobs("train.lr=1e-3", "train.lr=0.01")
     swept = plan.swept_keys([job.overrides for job in first], [job.settings for job in first])
-    requests.ask(
+    sweep_file.ask(
         first[0].cell.store, first[0].settings.sweep_name, cells=[job.cell for job in first], teachers=[], swept=swept
     )
     (later,) = jobs("train.lr=0.001")

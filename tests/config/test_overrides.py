@@ -11,7 +11,7 @@ from kdsweep.__main__ import user_message
 from kdsweep.config import composition, identity, overrides, user_code
 from kdsweep.core.errors import InputError
 from kdsweep.results import audit
-from kdsweep.training import factory
+from kdsweep.training import build
 
 
 def refusal(*words: str) -> str:
@@ -163,7 +163,7 @@ def test_a_target_that_cannot_be_is_named(
             ["profile=quick", "data.count=12", f"store={tmp_path}", f"loss.logits._target_={target}"]
         )
         identity.cell(cfg)
-        factory.check_term(cfg)
+        build.check_term(cfg)
     assert str(caught.value).startswith(expected.format(folder=tmp_path))
     assert "HYDRA_FULL_ERROR" not in str(caught.value)
 
@@ -171,7 +171,7 @@ def test_a_target_that_cannot_be_is_named(
 def test_an_argument_that_a_path_does_not_take_is_named() -> None:
     cfg = composition.compose(["profile=quick", "path=H", "+path.kd_path.foo=3"])
     with pytest.raises(InputError, match=r"^_target_=kdsweep\.distill\.paths\.Hidden: TypeError: .* argument 'foo'$"):
-        factory.check_term(cfg)
+        build.check_term(cfg)
 
 
 # --- options and overrides in any order
@@ -199,7 +199,7 @@ def test_an_option_that_does_not_exist_is_named() -> None:
 
 @pytest.mark.parametrize("command", ["score", "audit"])
 def test_commands_take_options_between_overrides(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    from kdsweep.deploy import score
+    from kdsweep.export import score
 
     seen: list[Any] = []
     monkeypatch.setattr(composition, "compose", lambda words: seen.append(words) or raise_(InputError("seen")))

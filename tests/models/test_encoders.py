@@ -8,7 +8,7 @@ from test_packages import renamed
 from kdsweep.config import composition
 from kdsweep.core.errors import InputError
 from kdsweep.models import encoders, unet
-from kdsweep.training import factory
+from kdsweep.training import build
 
 SIZES = {"200k": 0.2e6, "400k": 0.4e6, "small": 0.82e6, "1600k": 1.6e6, "3600k": 3.6e6}
 CHANNELS = [52, 32, 24, 16, 16]
@@ -21,7 +21,7 @@ def built(encoder):
 @pytest.mark.parametrize(("name", "size"), SIZES.items())
 def test_the_ladders_students_have_the_size_of_their_name_and_begin_with_imagenets_weights(name, size):
     cfg = composition.compose([f"student=efficientnet_lite0_{name}", "weights=imagenet", "path=none"])
-    network = factory.student_network(cfg)
+    network = build.student_network(cfg)
     assert unet.count_parameters(network) == pytest.approx(size, rel=0.04)
     stem = renamed(cfg.student, "tf_efficientnet_lite0").conv_stem.weight
     assert torch.equal(network.encoder.conv_stem.weight, stem)
@@ -44,7 +44,7 @@ def test_the_whole_network_is_timms():
 
 def test_a_narrow_network_begins_with_the_same_evenly_chosen_channels_in_each_layer():
     cfg = composition.compose(["student=efficientnet_lite0_200k", "weights=imagenet", "path=none"])
-    network, whole = factory.student_network(cfg), renamed(cfg.student, "tf_efficientnet_lite0")
+    network, whole = build.student_network(cfg), renamed(cfg.student, "tf_efficientnet_lite0")
     own, wide = network.encoder.blocks[1][0], whole.blocks[1][0]
 
     def kept(count, of):

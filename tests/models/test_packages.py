@@ -16,7 +16,7 @@ from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError
 from kdsweep.data.views import normalize
 from kdsweep.models import unet, weights
-from kdsweep.training import factory
+from kdsweep.training import build
 
 TEACHER, STUDENT = "teacher=efficientnet_lite2", "student=efficientnet_lite0_small"
 PALACE, UNIFORM, DAISY = 698, 652, 985  # of ImageNet's classes: palace, military uniform, daisy
@@ -49,7 +49,7 @@ def test_photographs_are_recognized_with_the_tensors_in_this_order_and_these_sta
     network = renamed(getattr(cfg, group), classifier)
     shipped = Path(mpl.get_data_path(), "sample_data", "grace_hopper.jpg")
     photos = [Image.fromarray(load_sample_image("china.jpg")), Image.open(shipped)]
-    wrapped = factory.student_network(cfg) if group == "student" else factory.teacher_network(cfg)
+    wrapped = build.student_network(cfg) if group == "student" else build.teacher_network(cfg)
     assert wrapped.classifier == classifier
     assert network.pretrained_cfg["mean"] == network.pretrained_cfg["std"] == (0.5, 0.5, 0.5)
     images = normalize(torch.from_numpy(np.stack([square(photo, 224) for photo in photos])))
@@ -63,7 +63,7 @@ def test_photographs_are_recognized_with_the_tensors_in_this_order_and_these_sta
 
 
 def test_the_students_encoder_is_the_classifiers_up_to_the_first_block_of_its_sixth_stage(cfg):
-    network, whole = factory.student_network(cfg).eval(), renamed(cfg.student, "tf_efficientnet_lite0")
+    network, whole = build.student_network(cfg).eval(), renamed(cfg.student, "tf_efficientnet_lite0")
     assert unet.count_parameters(network) == 817_425
     assert unet.count_parameters(network.encoder) == 584_448
     pixels = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
@@ -84,7 +84,7 @@ def test_the_students_encoder_is_the_classifiers_up_to_the_first_block_of_its_si
 @pytest.mark.parametrize(("name", "millions"), [("efficientnet_lite0", 5.20), ("efficientnet_lite2", 6.70)])
 def test_the_teachers_encoder_gives_the_maps_of_the_classifier(name, millions):
     cfg = composition.compose([f"teacher={name}", "image_size=64"])
-    network, whole = factory.teacher_network(cfg).eval(), renamed(cfg.teacher, f"tf_{name}")
+    network, whole = build.teacher_network(cfg).eval(), renamed(cfg.teacher, f"tf_{name}")
     assert unet.count_parameters(network) == pytest.approx(millions * 1e6, rel=1e-3)
     pixels = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_other_networks_get_their_images_as_they_are(cfg):
     network = unet.unet(encoder="resnet18", decoder_channels=[16, 16, 8, 8, 4], weights="none", seed=0)
     assert network.classifier == ""
     assert not [name for name, _ in network.named_buffers() if name.startswith("input_")]
-    wrapped = factory.student_network(cfg)
+    wrapped = build.student_network(cfg)
     assert not [name for name in wrapped.state_dict() if name.startswith("input_")]  # as smp's own
 
 

@@ -22,7 +22,7 @@ from kdsweep.config.schema import STAGES
 from kdsweep.core.errors import InputError
 from kdsweep.models import encoders, unet
 from kdsweep.models.weights import imagenet_file, load_weights, read_weights
-from kdsweep.training.factory import teacher_network
+from kdsweep.training.build import teacher_network
 
 MOBILENET = "timm/mobilenetv3_small_100.lamb_in1k"
 

@@ -21,7 +21,7 @@ from kdsweep.data.splits import random_split
 from kdsweep.results import contours
 from kdsweep.results.panels import figure2
 from kdsweep.results.paper import BASELINES, CELLS
-from kdsweep.runs import checkpoint
+from kdsweep.store import checkpoint
 
 S = 32
 GREEN, RED = "#00e050", "#ff1f3d"

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from test_mirror import begin, make_cell
 from test_tables import rates, sweep_of
-from test_writer import begin, make_cell
 
 from kdsweep.core.errors import InputError
 from kdsweep.results import contours, figures
-from kdsweep.runs import requests
-from kdsweep.tracking import reader, writer
+from kdsweep.store import sweep_file
+from kdsweep.tracking import mirror, reader
 
 
 @dataclass
@@ -195,8 +195,8 @@ def test_the_command_tells_a_missing_store_in_one_line(tmp_path):
 
 
 def test_what_is_drawn_from_and_where_it_goes_is_in_mlflow(tmp_path):
-    tracker, cell = writer.Tracker(store=tmp_path, uri=None), make_cell(store=tmp_path)
-    requests.ask(tmp_path, "study", cells=[cell, make_cell("Student", store=tmp_path)], teachers=[])
+    tracker, cell = mirror.Tracker(store=tmp_path, uri=None), make_cell(store=tmp_path)
+    sweep_file.ask(tmp_path, "study", cells=[cell, make_cell("Student", store=tmp_path)], teachers=[])
     tracker.sync(begin(cell, 3), sweep="study")
     sweep = reader.read_sweep(store=tmp_path, uri=None, name="study")
     curves = reader.read_curves(sweep, store=tmp_path, uri=None, metric="train/loss")

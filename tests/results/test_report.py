@@ -19,7 +19,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.results import contours, costs, effects, figures, formats, report, stats, summary, tables
 from kdsweep.results.frame import variants
 from kdsweep.results.stats import NAN
-from kdsweep.tracking import reader, writer
+from kdsweep.tracking import mirror, reader
 
 DASH = formats.DASH
 VOID = {"meta", "link", "img", "br", "hr", "input", "base"}
@@ -289,7 +289,7 @@ def test_what_is_missing_and_why_is_told(call):
     sweep = stored(sweep)
     failed = sweep.runs["fingerprint"] == fingerprint("L_MSE", 0)
     for tags in sweep.runs.loc[failed, "tags"]:
-        tags[writer.ERROR] = f"no <b>loss</b> in {ROOT}/a.png"
+        tags[mirror.ERROR] = f"no <b>loss</b> in {ROOT}/a.png"
     _, page, _ = call(sweep, counts=True)
     check_document(page)
     assert "Not all is there: 3 of 6 finished, 1 failed, 1 not run, 1 interrupted." in page.text

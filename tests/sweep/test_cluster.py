@@ -16,9 +16,9 @@ from test_sync import runs_of
 
 from kdsweep.core.files import file_digest, read_json
 from kdsweep.results import tables
-from kdsweep.runs import records
+from kdsweep.store import cell_folder
 from kdsweep.sweep.executors import queue
-from kdsweep.tracking import writer
+from kdsweep.tracking import mirror
 
 SMALL = ["profile=quick", "data=busi", "train.batch_size=8", "train.patience=40", "device=cpu", *TEACHER, *STUDENT]
 SWEEP = ["path=none,L", "loss=kld", "split=s0,s1"]
@@ -46,7 +46,7 @@ def scores(store: Path) -> dict[str, str]:
 def epochs(store: Path) -> dict[str, int]:
     """By folder how many epochs of each cell are saved."""
     files = store.glob("cells/*/progress.json")
-    return {file.parent.name: len(records.read(file.parent).history) for file in files}
+    return {file.parent.name: len(cell_folder.read(file.parent).history) for file in files}
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_machine_that_dies_in_the_midst_changes_no_score(undisturbed, small_bu
     assert any("goes on after epoch" in file.read_text() for file in store.glob("cells/*/kdsweep.log"))
     assert scores(store) == scores(undisturbed)
     assert "4 of 4 cells done" in printed
-    assert [run[1:] for run in runs_of(writer.store_uri(store, None)).values()] == [("FINISHED", list(range(12)))] * 2
+    assert [run[1:] for run in runs_of(mirror.store_uri(store, None)).values()] == [("FINISHED", list(range(12)))] * 2
     for where in (store, undisturbed):
         assert tables.main(["table4", "--store", str(where)]) == 0
     assert (store / "tables" / "table4.csv").read_text() == (undisturbed / "tables" / "table4.csv").read_text()

@@ -18,7 +18,7 @@ from kdsweep.config.grid import Cell
 from kdsweep.core import logs, signals
 from kdsweep.core.errors import CellError, DeviceError, InputError, LostError
 from kdsweep.core.files import read_json, write_json
-from kdsweep.runs import records
+from kdsweep.store import cell_folder
 from kdsweep.sweep.executors import executor, local, worker
 from kdsweep.sweep.executors.executor import Work, run
 
@@ -86,8 +86,8 @@ def test_a_lost_process_is_halved_until_the_guilty_cell_is_alone(make_work, capl
     results = {id(own): [str(result) for result in found] for own, found in run(one, [work, other], before=[teacher])}
     assert results == {id(other): ["x done"], id(work): ["a done", why, "c done", "d done", "e done"]}
     assert sorted(one.ran) == sorted(["t", "abcde", "x", "abc", "de", "ab", "c", "a", "b"])
-    assert records.read(work.cells[1].folder).error == why
-    assert not (work.cells[0].folder / records.FAILED).exists()
+    assert cell_folder.read(work.cells[1].folder).error == why
+    assert not (work.cells[0].folder / cell_folder.FAILED).exists()
     assert [line for line in caplog.messages if "resuming" in line] == [
         f"{count} cells: {why}; resuming in two halves" for count in (5, 3, 2)
     ]
@@ -116,8 +116,8 @@ def test_what_a_dead_process_has_written_counts(make_work):
             if len(part.jobs) == 3:
                 for cell in work.cells:
                     cell.folder.mkdir(parents=True)
-                records.write_finished(work.cells[0].folder, values={"test/dice": 0.0}, files=[])
-                records.write_failed(work.cells[1].folder, "its own")
+                cell_folder.write_finished(work.cells[0].folder, values={"test/dice": 0.0}, files=[])
+                cell_folder.write_failed(work.cells[1].folder, "its own")
             return super()._computed(part)
 
     one = Dying("c", dies=True)
@@ -130,8 +130,8 @@ def test_an_earlier_failure_is_not_that_of_a_lost_process(make_work):
     work = make_work("a", "b")
     for cell in work.cells:
         cell.folder.mkdir(parents=True)
-        records.write_failed(cell.folder, "of last week")
-        file = cell.folder / records.FAILED
+        cell_folder.write_failed(cell.folder, "of last week")
+        file = cell.folder / cell_folder.FAILED
         write_json(file, read_json(file) | {"time_ms": 1})
     ((_, results),) = run(OneProcess("b", dies=True), [work])
     assert [str(result) for result in results] == ["a done", "its process ended early, killed by SIGKILL"]

@@ -14,9 +14,9 @@ from kdsweep.config import composition, identity
 from kdsweep.config.composition import Composer
 from kdsweep.data import sources
 from kdsweep.results import frame
-from kdsweep.runs import records, requests
+from kdsweep.store import cell_folder, sweep_file
 from kdsweep.sweep import estimate, plan
-from kdsweep.tracking import reader, writer
+from kdsweep.tracking import mirror, reader
 
 FIXED = ["profile=quick", "device=cpu"]
 VALUES = ("0.5", "null", "many words", "${kd.temperature}", "'1'")
@@ -115,7 +115,7 @@ def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
     sweep, small_busi, tmp_path, monkeypatch, step
 ):
     calls = {"listing": 0, "read": 0, "read_finished": 0}
-    for owner, name in ((sources, "listing"), (composition, "read"), (records, "read_finished")):
+    for owner, name in ((sources, "listing"), (composition, "read"), (cell_folder, "read_finished")):
         inner = getattr(owner, name)
 
         def counted(*given, inner=inner, name=name):
@@ -148,12 +148,12 @@ def test_the_stub_is_a_finished_cell_for_records_mlflow_and_tables(growth, sweep
     weights.write_bytes(b"no weights")
     jobs = jobs_of(sweep, tmp_path, small_busi, 2)
     made = [(job.cell, job.settings) for job in jobs] + [(cell, jobs[1].settings) for cell in plan.teacher_cells(jobs)]
-    tracker = writer.Tracker(store=tmp_path, uri=None)
-    requests.ask(tmp_path, "busi-quick", cells=[job.cell for job in jobs], teachers=[])
+    tracker = mirror.Tracker(store=tmp_path, uri=None)
+    sweep_file.ask(tmp_path, "busi-quick", cells=[job.cell for job in jobs], teachers=[])
     for cell, settings in made:
         growth.stub(cell, settings, weights=weights)
-        assert records.read_finished(cell.folder) is not None
-        tracker.sync(records.read(cell.folder), sweep="busi-quick")
+        assert cell_folder.read_finished(cell.folder) is not None
+        tracker.sync(cell_folder.read(cell.folder), sweep="busi-quick")
     assert [job.finished is not None for job in jobs_of(sweep, tmp_path, small_busi, 2)] == [True, True]
     read = reader.read_sweep(store=tmp_path, uri=None, name=None)
     runs = frame.placed_runs(read)

@@ -20,7 +20,7 @@ from kdsweep.core.errors import CellError, InputError
 from kdsweep.core.progress import duration
 from kdsweep.evaluation import latency
 from kdsweep.sweep import estimate, launcher, preview
-from kdsweep.training import factory
+from kdsweep.training import build
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_the_time_left_is_that_of_groups_that_run_beside_each_other(monkeypatch,
 
 def test_a_timed_step_is_a_positive_time_per_image():
     cfg = composition.compose(["profile=quick", "device=cpu"])
-    step = latency.time_step_s(factory.student_network(cfg), image_size=64, compute=factory.compute(cfg))
+    step = latency.time_step_s(build.student_network(cfg), image_size=64, compute=build.compute(cfg))
     assert 0 < step.forward < step.train < 60
 
 

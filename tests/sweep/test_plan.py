@@ -15,7 +15,7 @@ from kdsweep.config import composition, grid, identity
 from kdsweep.core import progress
 from kdsweep.core.errors import InputError
 from kdsweep.evaluation import latency
-from kdsweep.runs import records, requests
+from kdsweep.store import cell_folder, sweep_file
 from kdsweep.sweep import estimate, launcher, plan, preview
 from kdsweep.sweep.executors import local
 
@@ -57,7 +57,7 @@ def command(small_busi, tmp_path):
 def asked(own: list[plan.Job]) -> None:
     """As plan.watch writes it down."""
     swept = plan.swept_keys([job.overrides for job in own], [job.settings for job in own])
-    requests.ask(own[0].cell.store, "busi-quick", cells=[job.cell for job in own], teachers=[], swept=swept)
+    sweep_file.ask(own[0].cell.store, "busi-quick", cells=[job.cell for job in own], teachers=[], swept=swept)
 
 
 def test_a_swept_key_tells_cells_apart_where_the_role_uses_it(command):
@@ -122,7 +122,7 @@ def test_cells_of_one_command_that_the_fingerprint_tells_apart_have_places_of_th
     assert len({job.cell.fingerprint for job in own}) == 2
     assert [job.cell.variant for job in own] == [{key: str(value)} for value in values]
     asked(own)
-    assert requests.folders(own[0].cell.store) == {job.cell.folder for job in own}
+    assert sweep_file.folders(own[0].cell.store) == {job.cell.folder for job in own}
 
 
 def test_values_that_give_one_cell_are_no_variants_of_it(command, small_busi, tmp_path):
@@ -141,14 +141,14 @@ def test_a_replaced_image_takes_the_seat_of_the_old_one_and_a_moved_folder_too(c
     (same,) = command([f"data.root={moved}"])
     asked([same])
     assert (same.cell.fingerprint, same.cell.key == old.cell.key) == (old.cell.fingerprint, False)
-    assert list(requests.read(tmp_path, "busi-quick").requests) == [same.cell.key]
+    assert list(sweep_file.read(tmp_path, "busi-quick").requests) == [same.cell.key]
     image = next(moved.rglob("*(1).png"))
     Image.fromarray(~np.array(Image.open(image))).save(image)
     identity._listing.cache_clear()
     (changed,) = command([f"data.root={moved}"])
     asked([changed])
     assert changed.cell.fingerprint != same.cell.fingerprint
-    ((key, request),) = requests.read(tmp_path, "busi-quick").requests.items()
+    ((key, request),) = sweep_file.read(tmp_path, "busi-quick").requests.items()
     assert (key, request.folder(tmp_path)) == (changed.cell.key, changed.cell.folder)
 
 
@@ -221,7 +221,7 @@ def test_what_goes_on_from_a_checkpoint_is_told_and_takes_less_time(jobs):
     assert "1 to run, 0 finished" in estimate.describe([fresh], groups=[[fresh]], preview=PREVIEW)
     assert estimate.group_s([fresh], PREVIEW) == 10 * 16
     history = [{"epoch": float(epoch)} for epoch in range(7)]
-    records.write_progress(fresh.cell.folder, epochs=10, history=history, times_ms=list(range(7)), seconds=[])
+    cell_folder.write_progress(fresh.cell.folder, epochs=10, history=history, times_ms=list(range(7)), seconds=[])
     (begun,) = jobs(fixed)
     assert "1 to run, 1 of them from a checkpoint, 0 finished" in estimate.describe(
         [begun], groups=[[begun]], preview=PREVIEW
@@ -232,7 +232,7 @@ def test_what_goes_on_from_a_checkpoint_is_told_and_takes_less_time(jobs):
 def test_a_teacher_that_goes_on_from_a_checkpoint_takes_less_time(jobs):
     (own,) = jobs(["path=L", "train.epochs=10"])
     assert estimate.teachers_s([own], PREVIEW) == 10 * 16 * 10
-    records.write_progress(
+    cell_folder.write_progress(
         own.cell.teacher.folder, epochs=10, history=[{"epoch": 0.0}] * 4, times_ms=[1, 2, 3, 4], seconds=[]
     )
     assert estimate.teachers_s([own], PREVIEW) == 6 * 16 * 10
@@ -288,7 +288,7 @@ def test_division_gives_nearly_equal_parts_and_loses_nobody():
 def test_repeated_and_finished_jobs_do_not_wait(jobs):
     own = jobs(["path=none", "loss=mse"], ["path=none", "loss=kld"], ["path=L"], ["path=H"])
     assert [job.cell.notation for job in plan.unique(own)] == ["Student", "L_KLD_WAug", "H_KLD_WAug"]
-    records.write_finished(own[2].cell.folder, values={"test/dice": 0.5}, files=[])
+    cell_folder.write_finished(own[2].cell.folder, values={"test/dice": 0.5}, files=[])
     own = jobs(["path=none", "loss=mse"], ["path=none", "loss=kld"], ["path=L"], ["path=H"])
     assert [job.cell.notation for job in plan.waiting(own)] == ["Student", "H_KLD_WAug"]
     line = estimate.describe(own, groups=[plan.waiting(own)], preview=PREVIEW)
@@ -317,7 +317,7 @@ class LeavingQueue:
         self.left, self.in_queue = left, queued.cell.folder
 
     def queued(self, own):
-        records.write_finished(self.left.cell.folder, values={"test/dice": 0.5}, files=[])
+        cell_folder.write_finished(self.left.cell.folder, values={"test/dice": 0.5}, files=[])
         return {self.in_queue}
 
     def preview(self, jobs, *, times):
@@ -352,16 +352,16 @@ def test_the_estimate_counts_each_forward_of_a_teacher_once(jobs):
     strong = jobs([*small, "path=L"], [*small, "path=L", "teacher_aug=strong"])
     assert estimate.device_s([strong], PREVIEW) == 2 * student + 2 * forward + 2 * teacher
     cell = identity.teacher_cell(own[1].settings)
-    records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
+    cell_folder.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
     assert estimate.device_s([own], PREVIEW) == 4 * student + forward
 
 
 def test_a_cell_that_was_begun_is_estimated_from_its_recorded_epochs(jobs):
     cells = [job.cell for job in jobs(["path=none"], ["path=L"])]
     for cell in cells:
-        records.describe(cell, split={}, params={}, tags={})
+        cell_folder.describe(cell, split={}, params={}, tags={})
         history = [{"epoch": 0, "val/dice": 0.5}, {"epoch": 1, "val/dice": 0.5}]
-        records.write_progress(cell.folder, epochs=10, history=history, times_ms=[0, 1], seconds=[100.0, 200.0])
+        cell_folder.write_progress(cell.folder, epochs=10, history=history, times_ms=[0, 1], seconds=[100.0, 200.0])
     baseline, distilled = jobs(["path=none", "train.epochs=10"], ["path=L", "train.epochs=10"])
     begun = [replace(job, begun=2, cell=cell) for job, cell in zip((baseline, distilled), cells, strict=True)]
     assert estimate.group_s(begun[:1], PREVIEW) == 8 * 150.0
@@ -449,7 +449,7 @@ CHANGED = "the store holds results of that name, but since then this has changed
 
 
 def begun(job: plan.Job) -> None:
-    records.describe(job.cell, split={}, params={}, tags={})
+    cell_folder.describe(job.cell, split={}, params={}, tags={})
 
 
 @pytest.mark.parametrize(

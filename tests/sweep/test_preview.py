@@ -15,7 +15,7 @@ from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError
 from kdsweep.distill.paths import Hidden
 from kdsweep.evaluation import metrics
-from kdsweep.runs import checkpoint, records
+from kdsweep.store import cell_folder, checkpoint
 from kdsweep.sweep import plan, preview
 from kdsweep.training import guard, loop, outcome
 
@@ -99,7 +99,7 @@ FAULTS = {
     "scoring": (metrics, "hd95_px", "ValueError: broken"),
     "weights": (checkpoint, "save_network", "ValueError: broken"),
     "predictions": (checkpoint, "save_predictions", "ValueError: broken"),
-    "marker": (records, "write_finished", "ValueError: broken"),
+    "marker": (cell_folder, "write_finished", "ValueError: broken"),
     "predicting": (outcome, "predict", "ValueError: broken"),
     "reading the checkpoint": (checkpoint, "load_state", "ValueError: broken"),
     "reading weights": (checkpoint, "load_network", "ValueError: broken"),

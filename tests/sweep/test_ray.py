@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from hydra_plugins.kdsweep_lockstep import RayConf
-from test_writer import make_cell
+from test_mirror import make_cell
 
 from kdsweep.core import signals
 from kdsweep.core.errors import InputError

@@ -12,7 +12,7 @@ import pytest
 from commands import kdsweep
 from hydra_plugins.kdsweep_lockstep import SlurmConf
 from servers import until
-from test_writer import make_cell
+from test_mirror import make_cell
 
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import read_json

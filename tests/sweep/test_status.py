@@ -12,7 +12,7 @@ import pytest
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.core.progress import epoch_s
-from kdsweep.runs import records, requests
+from kdsweep.store import cell_folder, sweep_file
 from kdsweep.sweep import status
 from kdsweep.sweep.executors import queue
 from kdsweep.sweep.executors.queue import Task
@@ -29,29 +29,29 @@ def make_cell(store: Path, notation="L_MSE", split=0, **settings) -> Cell:
 
 def begin(cell: Cell, *, done=12, pace_s=PACE_S, ended_ms=NOW_MS - 120_000, dice=0.5124) -> None:
     """Its folder after so many epochs, the last of which ended two minutes ago."""
-    records.describe(cell, split={}, params={}, tags={})
+    cell_folder.describe(cell, split={}, params={}, tags={})
     times_ms = [ended_ms - int(1000 * pace_s) * ago for ago in reversed(range(done))]
     history = [{"epoch": epoch, "val/dice": dice if epoch == done - 1 else 0.1} for epoch in range(done)]
-    records.write_progress(cell.folder, epochs=EPOCHS, history=history, times_ms=times_ms, seconds=[])
+    cell_folder.write_progress(cell.folder, epochs=EPOCHS, history=history, times_ms=times_ms, seconds=[])
 
 
 def finish(cell: Cell, dice=0.78125, files=()) -> None:
     begin(cell, done=EPOCHS)
     for name in files:
         (cell.folder / name).write_text("content")
-    records.write_finished(cell.folder, values={"test/dice": dice}, files=list(files))
+    cell_folder.write_finished(cell.folder, values={"test/dice": dice}, files=list(files))
 
 
 @pytest.fixture
 def hold():
     """Computes a cell, as far as others can see, until the test ends."""
     with contextlib.ExitStack() as held:
-        yield lambda cell: held.enter_context(records.lock(cell.folder))
+        yield lambda cell: held.enter_context(cell_folder.lock(cell.folder))
 
 
 def tell(store: Path, *, cells=(), teachers=(), tasks=None) -> list[str]:
     """Lines of the report on a sweep of these cells."""
-    requests.ask(store, "study", cells=list(cells), teachers=list(teachers))
+    sweep_file.ask(store, "study", cells=list(cells), teachers=list(teachers))
     return status.report("study", status.read_rows(store, "study", tasks=tasks or {}), now_ms=NOW_MS).splitlines()
 
 
@@ -69,7 +69,7 @@ def test_a_cell_of_each_state_is_told_and_counted(tmp_path, hold):
     hold(running)
     begin(interrupted, done=1)
     begin(failed, done=3)
-    records.write_failed(failed.folder, "train/loss is nan\nin epoch 4")
+    cell_folder.write_failed(failed.folder, "train/loss is nan\nin epoch 4")
     (failed.folder / "kdsweep.log").touch()
     finish(finished)
     lines = tell(tmp_path, cells=cells)
@@ -113,7 +113,7 @@ def test_what_slurm_has_is_queued_or_running_as_its_job(tmp_path, hold):
 
 def test_a_queue_that_does_not_answer_is_said_below(tmp_path, monkeypatch):
     cell = make_cell(tmp_path)
-    requests.ask(tmp_path, "study", cells=[cell], teachers=[])
+    sweep_file.ask(tmp_path, "study", cells=[cell], teachers=[])
     queue.note([cell.folder], cluster="slurm", job_id="7")
     monkeypatch.setenv("PATH", "/nowhere")
     lines = status.make(store=tmp_path, sweep=None).splitlines()
@@ -124,7 +124,7 @@ def test_a_queue_that_does_not_answer_is_said_below(tmp_path, monkeypatch):
 def test_cells_that_a_swept_key_tells_apart_are_named_by_it(tmp_path):
     own = [replace(make_cell(tmp_path, lr=lr), variant={"train.lr": str(lr)}) for lr in (1, 2)]
     finish(own[0])
-    requests.ask(tmp_path, "study", cells=own, teachers=[], swept=["train.lr"])
+    sweep_file.ask(tmp_path, "study", cells=own, teachers=[], swept=["train.lr"])
     lines = status.make(store=tmp_path, sweep=None).splitlines()
     assert row(lines, "L_MSE split 0 seed 0 (train.lr=1)") == ["78.12"]
     assert row(lines, "L_MSE split 0 seed 0 (train.lr=2)") == ["waiting"]
@@ -193,7 +193,7 @@ def test_nothing_running_is_said_unless_all_is_done(tmp_path):
 def test_a_failed_cell_without_a_log_of_its_own_names_none(tmp_path):
     teacher = make_cell(tmp_path, "Teacher")
     begin(teacher)
-    records.write_failed(teacher.folder, "disk full")
+    cell_folder.write_failed(teacher.folder, "disk full")
     lines = tell(tmp_path, cells=[make_cell(tmp_path)], teachers=[teacher])
     assert lines[1] == "Teachers: 0 done, 1 failed"
     assert "    disk full" in lines
@@ -212,11 +212,11 @@ def test_the_time_left_is_the_slowest_and_the_groups_that_wait(tmp_path, hold, w
     assert f"; {left} left" in tell(tmp_path, cells=cells)[0]
 
 
-def paced(tmp_path: Path, times_s: list[float]) -> records.Record:
+def paced(tmp_path: Path, times_s: list[float]) -> cell_folder.Record:
     history = [{"epoch": epoch, "val/dice": 0.5} for epoch in range(len(times_s))]
     times_ms = [int(1000 * time_s) for time_s in times_s]
-    records.write_progress(tmp_path, epochs=EPOCHS, history=history, times_ms=times_ms, seconds=[])
-    return records.read(tmp_path)
+    cell_folder.write_progress(tmp_path, epochs=EPOCHS, history=history, times_ms=times_ms, seconds=[])
+    return cell_folder.read(tmp_path)
 
 
 def test_the_pace_is_that_of_the_last_ten_epochs(tmp_path):
@@ -243,7 +243,7 @@ def test_without_a_second_epoch_there_is_no_pace_and_no_estimate(tmp_path, hold)
 def test_a_cell_that_has_saved_nothing_yet_makes_it_a_lower_bound(tmp_path, hold):
     known, fresh = cells = [make_cell(tmp_path, name) for name in ("H_KLD", "L_KLD")]
     begin(known)
-    records.describe(fresh, split={}, params={}, tags={})
+    cell_folder.describe(fresh, split={}, params={}, tags={})
     for cell in cells:
         hold(cell)
     lines = tell(tmp_path, cells=cells)
@@ -264,10 +264,10 @@ def test_teachers_and_cells_that_wait_take_as_long_as_those_before(tmp_path, hol
     cells = [make_cell(tmp_path, name, split) for split in range(3) for name in ("H_KLD", "L_KLD")]
     for teacher in teachers[:2]:
         begin(teacher, done=EPOCHS, pace_s=20.0)
-        records.write_finished(teacher.folder, values={"test/dice": 0.5}, files=[])
+        cell_folder.write_finished(teacher.folder, values={"test/dice": 0.5}, files=[])
     for cell in cells[:2]:
         begin(cell, done=EPOCHS, pace_s=60.0)
-        records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
+        cell_folder.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
     for teacher in teachers[2:4]:
         begin(teacher, pace_s=10.0)
         hold(teacher)
@@ -280,7 +280,7 @@ def test_a_cell_that_stopped_early_was_of_the_group(tmp_path, hold):
     early, late, *others = [make_cell(tmp_path, name, split) for split in (0, 1) for name in ("H_KLD", "L_KLD")]
     for cell in (early, late):
         begin(cell)
-    records.write_finished(early.folder, values={"test/dice": 0.5}, files=[])
+    cell_folder.write_finished(early.folder, values={"test/dice": 0.5}, files=[])
     hold(late)
     line = tell(tmp_path, cells=[early, late, *others])[0]
     assert line.endswith("; about 1.5 h left")  # 48 epochs of 50 s, and one group of two: 60 epochs of 50 s
@@ -299,7 +299,7 @@ def test_a_running_teacher_counts_too(tmp_path, hold):
 
 
 def ask(store: Path, name: str, cell: Cell, *, asked_s: int) -> None:
-    requests.ask(store, name, cells=[cell], teachers=[])
+    sweep_file.ask(store, name, cells=[cell], teachers=[])
     os.utime(store / "sweeps" / f"{name}.json", (asked_s, asked_s))
 
 
@@ -339,8 +339,8 @@ def test_a_store_of_the_home_folder_is_found_where_the_shell_leaves_its_tilde(tm
 def test_a_damaged_cell_of_a_store_that_cannot_be_written_to_is_to_be_done_again(tmp_path, monkeypatch, capsys):
     cell = make_cell(tmp_path)
     finish(cell, files=["scores.csv"])
-    requests.ask(tmp_path, "study", cells=[cell], teachers=[])
-    with records.lock(cell.folder):
+    sweep_file.ask(tmp_path, "study", cells=[cell], teachers=[])
+    with cell_folder.lock(cell.folder):
         pass  # leaves its file, as training does
     (cell.folder / "scores.csv").write_text("damaged")
 
@@ -348,7 +348,7 @@ def test_a_damaged_cell_of_a_store_that_cannot_be_written_to_is_to_be_done_again
         raise PermissionError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    monkeypatch.setattr(records, "FileLock", refuse)
+    monkeypatch.setattr(cell_folder, "FileLock", refuse)
     assert status.main(["--store", str(tmp_path)]) == 0
     assert "1 cell: 0 done, 1 interrupted; nothing is running" in capsys.readouterr().out
     assert (cell.folder / "finished.json").exists()
@@ -356,8 +356,8 @@ def test_a_damaged_cell_of_a_store_that_cannot_be_written_to_is_to_be_done_again
 
 def test_another_process_that_computes_a_cell_is_seen_and_nothing_slow_is_imported(tmp_path, hold):
     cell = make_cell(tmp_path)
-    begin(cell, ended_ms=records.now_ms() - 120_000)
-    requests.ask(tmp_path, "study", cells=[cell], teachers=[])
+    begin(cell, ended_ms=cell_folder.now_ms() - 120_000)
+    sweep_file.ask(tmp_path, "study", cells=[cell], teachers=[])
     hold(cell)
     slow = ("torch", "mlflow", "pandas", "omegaconf", "hydra")
     code = (

@@ -19,8 +19,8 @@ from PIL import Image
 from small import STUDENT, TEACHER
 
 from kdsweep.results import dsc, tables
-from kdsweep.runs import records
-from kdsweep.tracking import reader, writer
+from kdsweep.store import cell_folder
+from kdsweep.tracking import mirror, reader
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +88,7 @@ def test_every_cell_has_its_folder_with_its_files(swept):
     folders = sorted((cwd / "multirun" / "cells").iterdir())
     assert len(folders) == 13
     for folder in folders:
-        marker = records.read_finished(folder)
+        marker = cell_folder.read_finished(folder)
         assert marker is not None
         table = pd.read_csv(folder / "test_scores.csv")
         of_masks = ["dice", "iou", "precision", "sensitivity", "hd95_px", "nsd"]
@@ -109,7 +109,7 @@ def test_mlflow_holds_one_finished_run_per_cell_with_all_names(swept):
     assert len(sweep.runs) == 15
     assert set(sweep.runs["status"]) == {"FINISHED"}
     assert sweep.runs["notation"].is_unique
-    client = writer.MlflowClient(tracking_uri=writer.store_uri(cwd / "multirun", None))
+    client = mirror.MlflowClient(tracking_uri=mirror.store_uri(cwd / "multirun", None))
     experiment = client.get_experiment_by_name("kdsweep")
     runs = client.search_runs([experiment.experiment_id], max_results=100)
     parents = {run.info.run_id: run for run in runs if run.data.tags["kdsweep.role"] == "sweep"}
@@ -362,7 +362,7 @@ def until_epochs(store: Path, number: int) -> None:
     """Wait until both cells of the endless sweep have so many epochs in their history."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        begun = [records.read(file.parent) for file in store.glob("cells/*/checkpoint.pt")]
+        begun = [cell_folder.read(file.parent) for file in store.glob("cells/*/checkpoint.pt")]
         if len(begun) == 2 and min(len(record.history) for record in begun) >= number:
             break
         time.sleep(0.2)
@@ -388,7 +388,7 @@ def test_a_signal_saves_the_cells_closes_their_runs_and_ends_all_processes(endle
     assert endless.returncode == code, errors
     name = signal.Signals(number).name
     assert errors.splitlines() == [f"kdsweep: stopped by {name}; all is saved: the same command goes on from here"]
-    saved = [records.read(folder) for folder in (tmp_path / "multirun" / "cells").iterdir()]
+    saved = [cell_folder.read(folder) for folder in (tmp_path / "multirun" / "cells").iterdir()]
     assert [record.status for record in saved] == ["KILLED", "KILLED"]
     logs = [(record.folder / "kdsweep.log").read_text().splitlines()[-1] for record in saved]
     for record, line in zip(saved, logs, strict=True):
@@ -533,6 +533,6 @@ def test_changed_images_make_new_cells_and_the_line_says_so(small_busi, tmp_path
     assert line.endswith("this has changed: the images")
     folders = list((tmp_path / "multirun" / "cells").iterdir())
     assert len(folders) == 2
-    assert all(records.read_finished(folder) is not None for folder in folders)
+    assert all(cell_folder.read_finished(folder) is not None for folder in folders)
     sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     assert len(sweep.runs) == 1  # the old result does not count any more

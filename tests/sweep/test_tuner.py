@@ -30,10 +30,10 @@ from kdsweep.__main__ import user_message
 from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError, LostError
 from kdsweep.results import dsc, tables
-from kdsweep.runs import checkpoint, records, requests
+from kdsweep.store import cell_folder, checkpoint, sweep_file
 from kdsweep.sweep import launcher, preview, status, tuner
 from kdsweep.tracking import reader
-from kdsweep.training import factory, group, loop, runner
+from kdsweep.training import build, group, loop, runner
 from kdsweep.tuning import book
 from kdsweep.tuning.pruning import Pruning
 from kdsweep.tuning.study import read_studies, read_trials
@@ -191,8 +191,8 @@ def test_each_split_has_its_own_choice_and_each_seed_is_trained_with_it(small_bu
 
 
 def test_only_what_was_chosen_or_configured_was_tested(unbroken):
-    asked = requests.folders(unbroken)
-    assert requests.sweeps(unbroken) == ["busi-quick", "busi-quick-tuned"]
+    asked = sweep_file.folders(unbroken)
+    assert sweep_file.sweeps(unbroken) == ["busi-quick", "busi-quick-tuned"]
     tested = {file.parent for part in ("cells", "teachers") for file in (unbroken / part).rglob("test_scores.csv")}
     assert tested <= asked
     others = {folder.parent for folder in unbroken.rglob("cell.json")} - asked
@@ -254,7 +254,7 @@ def run_trials(configs, *, pruner=None, storage=None):
 
 
 def curve(cfg):
-    return [row["val/dice"] for row in records.read(identity.cell(cfg).folder).history]
+    return [row["val/dice"] for row in cell_folder.read(identity.cell(cfg).folder).history]
 
 
 def test_other_trials_never_change_a_trials_own_curve(small_busi, tmp_path):
@@ -329,7 +329,7 @@ def test_a_storage_that_fails_ends_the_group_and_no_trial(small_busi, tmp_path):
 def test_seconds_are_kept_with_each_epoch(small_busi, tmp_path):
     cfg = config(small_busi, tmp_path, 1e-3)
     run_trials([cfg])
-    seconds = records.read(identity.cell(cfg).folder).seconds
+    seconds = cell_folder.read(identity.cell(cfg).folder).seconds
     assert len(seconds) == len(curve(cfg)) == 6
     assert all(own > 0 for own in seconds)
 
@@ -445,7 +445,7 @@ def test_the_status_writes_the_trials(unbroken, tmp_path, capsys):
     assert written["seconds"].sum() == pytest.approx(read_trials(studies)["seconds"].map(sum).sum())
     assert (written["seconds"] > 0).all()
 
-    requests.ask(store := tmp_path / "store", "untuned", cells=[], teachers=[])
+    sweep_file.ask(store := tmp_path / "store", "untuned", cells=[], teachers=[])
     assert status.main(["--store", str(store), "--trials", str(file)]) == 1
     assert f"--trials {file}: sweep untuned was not tuned" in capsys.readouterr().err
     assert status.main(["--store", str(unbroken), "--trials", str(tmp_path)]) == 1
@@ -482,7 +482,7 @@ def test_methods_of_unlike_epochs_learn_from_one_teacher(small_busi, tmp_path):
         for epochs in (4, 9)
     ]
     assert len({identity.teacher_cell(cfg).fingerprint for cfg in own}) == 1
-    assert factory.learner(own[0], identity.teacher_cell(own[0])).epochs == 3
+    assert build.learner(own[0], identity.teacher_cell(own[0])).epochs == 3
     unset = composition.compose([*METHODS[1], *common, "train.epochs=3", "train.patience=9"])
     assert identity.teacher_cell(unset).fingerprint == identity.teacher_cell(own[0]).fingerprint
 

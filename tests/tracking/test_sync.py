@@ -16,19 +16,19 @@ import pytest
 from commands import kdsweep, process
 from servers import free_port, postgres, serving, until
 from small import STUDENT, TEACHER
-from test_writer import begin, client_of, end, in_another_process, make_cell, steps_of
+from test_mirror import begin, client_of, end, in_another_process, make_cell, steps_of
 
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.results import tables
-from kdsweep.runs import records, requests
-from kdsweep.tracking import reader, sync, writer
+from kdsweep.store import cell_folder, sweep_file
+from kdsweep.tracking import mirror, reader, sync
 
 
-def mirror(store: Path, sweeps: dict[str, list[Cell]], *, uri: str | None = None, trains: bool = True) -> sync.Sync:
+def mirrored(store: Path, sweeps: dict[str, list[Cell]], *, uri: str | None = None, trains: bool = True) -> sync.Sync:
     """What a command does for the sweeps that it requests."""
     for name, cells in sweeps.items():
-        requests.ask(store, name, cells=cells, teachers=[])
+        sweep_file.ask(store, name, cells=cells, teachers=[])
     folders = {name: [cell.folder for cell in cells] for name, cells in sweeps.items()}
     return sync.Sync(store=store, uri=uri, experiment="kdsweep", sweeps=folders, trains=trains)
 
@@ -51,7 +51,7 @@ def some_cells(store: Path, count: int = 2):
 
 def runs_of(uri: str) -> dict[str, tuple[str, str, list[int]]]:
     """By fingerprint the id, status and logged epochs of each run; fails if a cell has two."""
-    client = writer.MlflowClient(tracking_uri=uri)
+    client = mirror.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("kdsweep")
     runs = client.search_runs([experiment.experiment_id], "tags.`kdsweep.role` = 'distilled'")
     found = {}
@@ -65,15 +65,15 @@ def runs_of(uri: str) -> dict[str, tuple[str, str, list[int]]]:
 
 def test_a_training_is_seen_while_it_goes_on_and_closed_by_what_its_folder_says(store):
     done, failed, killed = cells = some_cells(store, 3)
-    own = mirror(store, {"sweep": cells})
-    uri = writer.store_uri(store, None)
+    own = mirrored(store, {"sweep": cells})
+    uri = mirror.store_uri(store, None)
     with contextlib.ExitStack() as held:
         for cell in cells:
-            records.hold(held, cell.folder)
+            cell_folder.hold(held, cell.folder)
             begin(cell, 1)
         assert until(lambda: [run[1:] for run in runs_of(uri).values()] == [("RUNNING", [0])] * 3)
         begin(killed, 2)
-        records.write_failed(failed.folder, "it broke")
+        cell_folder.write_failed(failed.folder, "it broke")
         end(done, [0.5])
         assert until(lambda: {run[1] for run in runs_of(uri).values()} == {"RUNNING", "FAILED", "FINISHED"})
     own.close()
@@ -89,11 +89,11 @@ def test_a_training_is_seen_while_it_goes_on_and_closed_by_what_its_folder_says(
 def test_a_command_that_trains_nothing_leaves_no_parent_run(store):
     """Its check of the data failed, as it were; the first cell that is begun makes the run."""
     cells = some_cells(store)
-    mirror(store, {"sweep": cells}).close()
-    tracker = writer.Tracker(store=store, uri=None)
+    mirrored(store, {"sweep": cells}).close()
+    tracker = mirror.Tracker(store=store, uri=None)
     assert tracker.search("") == []
     assert reader.read_sweep(store=store, uri=None, name="sweep").runs["status"].tolist() == ["missing"] * 2
-    own = mirror(store, {"sweep": cells, "other": cells[1:]})
+    own = mirrored(store, {"sweep": cells, "other": cells[1:]})
     end(cells[0], [0.5])
     own.close()
     assert sorted(run.info.run_name for run in tracker.search("")) == ["L_MSE/split0", "sweep"]
@@ -101,8 +101,8 @@ def test_a_command_that_trains_nothing_leaves_no_parent_run(store):
 
 def test_a_new_sweep_of_finished_cells_has_its_parent_run(store):
     cells = finished_sweep(store)
-    mirror(store, {"later": cells}, trains=False).close()
-    names = [run.info.run_name for run in writer.Tracker(store=store, uri=None).search("")]
+    mirrored(store, {"later": cells}, trains=False).close()
+    names = [run.info.run_name for run in mirror.Tracker(store=store, uri=None).search("")]
     assert sorted(names) == ["L_MSE/split0", "L_MSE/split0", "later", "sweep"]
 
 
@@ -110,7 +110,7 @@ def test_what_a_killed_command_left_unsaid_is_logged_at_the_next_start(store):
     cells = some_cells(store)
     end(cells[0], [0.25])  # killed between the scores and MLflow
     begin(cells[1], 2)
-    own = mirror(store, {"sweep": cells})
+    own = mirrored(store, {"sweep": cells})
     own.close()
     sweep = reader.read_sweep(store=store, uri=None, name="sweep")
     assert sorted(sweep.runs["status"]) == ["FINISHED", "KILLED"]
@@ -119,14 +119,14 @@ def test_what_a_killed_command_left_unsaid_is_logged_at_the_next_start(store):
 
 def test_two_mirrors_of_one_cell_open_one_run(store):
     (cell,) = some_cells(store, 1)
-    both = [mirror(store, {name: [cell]}) for name in ("one", "other")]
+    both = [mirrored(store, {name: [cell]}) for name in ("one", "other")]
     for epochs in (1, 2):
         begin(cell, epochs)
         time.sleep(0.5)
     end(cell, [0.5])
     for own in both:
         own.close()
-    (run,) = runs_of(writer.store_uri(store, None)).values()
+    (run,) = runs_of(mirror.store_uri(store, None)).values()
     assert run[1:] == ("FINISHED", [0, 1, 2])
     assert steps_of(store, run[0], "test/dice") == [0]
     for name in ("one", "other"):
@@ -144,7 +144,7 @@ def test_a_database_that_another_process_locks_is_written_to_later(store, caplog
     release = threading.Timer(12, lambda: (other.execute("ROLLBACK"), other.close()))
     release.start()
     start = time.monotonic()
-    own = mirror(store, {"sweep": cells})
+    own = mirrored(store, {"sweep": cells})
     assert time.monotonic() - start < 11  # the start does not wait for the other one
     end(cells[1], [0.75])
     own.close()
@@ -159,7 +159,7 @@ def log_one(store: Path, number: int, errors: Path) -> None:
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     cell = make_cell(store=store, lr=number)
     end(cell, [0.5])
-    mirror(store, {"sweep": [cell]}).close()
+    mirrored(store, {"sweep": [cell]}).close()
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_a_fresh_store_is_opened_by_many_processes_at_once(tmp_path):
 def dying(store: Path, seconds: float) -> None:
     """Open a store, and be killed after so many seconds."""
     threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    writer.Tracker(store=store, uri=None)
+    mirror.Tracker(store=store, uri=None)
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_a_process_killed_while_it_makes_the_database_spoils_nothing(tmp_path):
         killed.join(60)
         assert killed.exitcode in (-9, 0)
     cells = some_cells(tmp_path)
-    mirror(tmp_path, {"sweep": cells}).close()
+    mirrored(tmp_path, {"sweep": cells}).close()
     assert len(reader.read_sweep(store=tmp_path, uri=None, name="sweep").runs) == 2
     left = {file.name for file in tmp_path.iterdir()} - {"mlflow.db", ".mlflow.lock", "sweeps"}
     assert left == set()
@@ -198,7 +198,7 @@ def test_a_process_killed_while_it_makes_the_database_spoils_nothing(tmp_path):
 def test_a_database_that_cannot_be_opened_is_told_before_anything_is_trained(tmp_path):
     (tmp_path / "mlflow.db").write_text("this is not a database, however long it may be" * 100)
     with pytest.raises(InputError, match=r"mlflow\.db does not open or is damaged \(.*not a database\); move it"):
-        mirror(tmp_path, {"sweep": some_cells(tmp_path)})
+        mirrored(tmp_path, {"sweep": some_cells(tmp_path)})
 
 
 # --- a store that is moved
@@ -208,7 +208,7 @@ def finished_sweep(store: Path) -> list:
     cells = some_cells(store)
     for cell in cells:
         end(cell, [0.5, 0.75])
-    mirror(store, {"sweep": cells}).close()
+    mirrored(store, {"sweep": cells}).close()
     return cells
 
 
@@ -221,10 +221,10 @@ def test_a_moved_store_keeps_its_scores_and_takes_new_ones(store, tmp_path):
     assert reader.read_sweep(store=moved, uri=None, name="sweep").scores["dice"].tolist() == [0.5, 0.75] * 2
     cells = some_cells(moved, 3)
     end(cells[2], [1.0])
-    mirror(moved, {"sweep": cells}).close()
+    mirrored(moved, {"sweep": cells}).close()
     assert len(reader.read_sweep(store=moved, uri=None, name="sweep").scores) == 5
     assert not store.exists()
-    for run_id, *_ in runs_of(writer.store_uri(moved, None)).values():  # MLflow's own interface finds them too
+    for run_id, *_ in runs_of(mirror.store_uri(moved, None)).values():  # MLflow's own interface finds them too
         place = client_of(moved).get_run(run_id).info.artifact_uri
         assert place == (moved / "artifacts" / run_id / "artifacts").as_uri()
         assert Path(client_of(moved).download_artifacts(run_id, "test_scores.csv")).is_file()
@@ -237,7 +237,7 @@ def test_a_copy_and_its_original_go_on_apart(store, tmp_path):
     in_another_process()
     cells = some_cells(copy, 3)
     end(cells[2], [1.0])
-    mirror(copy, {"sweep": cells}).close()
+    mirrored(copy, {"sweep": cells}).close()
     assert len(reader.read_sweep(store=copy, uri=None, name="sweep").runs) == 3
     assert len(reader.read_sweep(store=store, uri=None, name="sweep").runs) == 2
     assert sorted((store / "artifacts").iterdir()) == before
@@ -286,7 +286,7 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
     uri = f"http://127.0.0.1:{port}"
     cells = some_cells(tmp_path, 3)
     waited = time.monotonic()
-    own = mirror(tmp_path, {"sweep": cells}, uri=uri)  # down at the start
+    own = mirrored(tmp_path, {"sweep": cells}, uri=uri)  # down at the start
     waited = time.monotonic() - waited
     end(cells[0], [0.25])
     assert "does not answer: training goes on" in caplog.text
@@ -304,12 +304,12 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
     assert "cells are not in MLflow" in caplog.text
     with serving(server_folder, port), slow(port, 0.3) as late:
         # the next command, to a slow one
-        again = mirror(tmp_path, {"sweep": cells}, uri=f"http://127.0.0.1:{late}")
+        again = mirrored(tmp_path, {"sweep": cells}, uri=f"http://127.0.0.1:{late}")
         start = time.monotonic()
         again.close()
         assert time.monotonic() - start < 5
         end(cells[1], [0.5])
-        last = mirror(tmp_path, {"sweep": cells}, uri=uri, trains=False)
+        last = mirrored(tmp_path, {"sweep": cells}, uri=uri, trains=False)
         last.close()
         found = runs_of(uri)
         assert [found[cell.fingerprint][1:] for cell in cells] == [("FINISHED", [0, 1, 2])] * 3
@@ -337,7 +337,7 @@ def test_a_command_trains_while_the_server_is_down_and_the_next_one_logs_all_of_
         for _ in range(2):
             again = kdsweep(*words, cwd=tmp_path)
             assert again.returncode == 0, again.stderr
-        client = writer.MlflowClient(tracking_uri=uri)
+        client = mirror.MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name("kdsweep")
         cells = client.search_runs([experiment.experiment_id], "tags.`kdsweep.role` != 'sweep'")
         assert sorted(run.data.tags["kdsweep.role"] for run in cells) == ["baseline", "distilled", "teacher"]
@@ -356,7 +356,7 @@ def log_five(store: Path, uri: str, number: int) -> None:
     teacher = make_cell("Teacher", store=store)
     sync.PASS_EVERY_S = 0.1
     sync.SERVER_WAIT_S = 120  # all is to be logged here, however slow the machine; another test has the limit
-    mirror(store, {"sweep": [teacher, *own]}, uri=uri)
+    mirrored(store, {"sweep": [teacher, *own]}, uri=uri)
     for epochs in (1, 2):
         for cell in own:
             begin(cell, epochs)
@@ -394,12 +394,12 @@ def test_a_server_that_never_answers_costs_less_than_ten_seconds_in_all(tmp_path
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         cells = some_cells(tmp_path, 2)
         start = time.monotonic()
-        own = mirror(tmp_path, {"sweep": cells}, uri=uri)
+        own = mirrored(tmp_path, {"sweep": cells}, uri=uri)
         end(cells[0], [0.25])
         own.close()
         assert time.monotonic() - start < 10
     assert f"1 cells are not in MLflow at {uri} yet" in caplog.text
-    assert records.read_finished(cells[0].folder)["test/dice"] == 0.25
+    assert cell_folder.read_finished(cells[0].folder)["test/dice"] == 0.25
 
 
 def test_tables_say_so_when_the_server_does_not_answer(tmp_path, capsys):

@@ -12,15 +12,15 @@ from pathlib import Path
 import optuna
 import pytest
 from sqlalchemy.exc import DatabaseError
-from test_writer import begin, client_of, end, in_another_process, make_cell
+from test_mirror import begin, client_of, end, in_another_process, make_cell
 
 from kdsweep.config import grid
 from kdsweep.core import databases
 from kdsweep.core.errors import InputError, one_line
 from kdsweep.results import tables
-from kdsweep.runs import records, requests
+from kdsweep.store import cell_folder, sweep_file
 from kdsweep.sweep import status
-from kdsweep.tracking import artifacts, database, reader, sync, writer
+from kdsweep.tracking import artifacts, database, mirror, reader, sync
 from kdsweep.tuning import book
 
 NAMES = ["x%20y", "a%25b?c", "a#b", "a b", "it's", "größer 漢", '"q"', "%(here)s", "100%", "[x]"]
@@ -39,9 +39,9 @@ def log_sweep(store: Path) -> None:
     cells = [make_cell(name, store=store) for name in ("L_MSE", "H_MSE")]
     cells = [replace(cell, evidence={"teacher": teacher.fingerprint}) for cell in cells]
     for cell in [teacher, *cells]:
-        if not (cell.folder / records.FINISHED).exists():
+        if not (cell.folder / cell_folder.FINISHED).exists():
             end(cell, [0.5, 0.75])
-    requests.ask(store, "sweep", cells=cells, teachers=[teacher])
+    sweep_file.ask(store, "sweep", cells=cells, teachers=[teacher])
     folders = [cell.folder for cell in [teacher, *cells]]
     sync.Sync(store=store, uri=None, experiment="kdsweep", sweeps={"sweep": folders}, trains=True)
     sync.close_all()
@@ -183,7 +183,7 @@ def test_damage_that_shows_while_cells_are_logged_is_one_line(store, monkeypatch
     def fail(*_: object, **__: object) -> None:
         raise DatabaseError("UPDATE", {}, sqlite3.DatabaseError("database disk image is malformed"))
 
-    monkeypatch.setattr(writer.Tracker, call, fail)
+    monkeypatch.setattr(mirror.Tracker, call, fail)
     log_sweep(store)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
@@ -205,7 +205,7 @@ def test_without_its_database_a_store_is_logged_again_by_the_same_command(store,
 
 def test_a_sweep_that_mlflow_lacks_is_told_apart_from_one_that_was_never_requested(store):
     cell = make_cell(store=store)
-    requests.ask(store, "sweep", cells=[cell], teachers=[])
+    sweep_file.ask(store, "sweep", cells=[cell], teachers=[])
     assert reader.read_sweep(store=store, uri=None, name="sweep").runs["status"].tolist() == ["missing"]
     begin(cell)
     assert "run the command of its sweep again" in error_of(lambda: scores_of(store))
@@ -214,16 +214,16 @@ def test_a_sweep_that_mlflow_lacks_is_told_apart_from_one_that_was_never_request
 def test_tables_of_an_earlier_results_version_come_out(store, monkeypatch, capsys):
     """The cells of the sweep are other ones now, and are computed again."""
     cells = [replace(make_cell(name, store=store), evidence={"results_version": "0"}) for name in ("L_MSE", "Student")]
-    requests.ask(store, "sweep", cells=cells, teachers=[])
+    sweep_file.ask(store, "sweep", cells=cells, teachers=[])
     for cell in cells:
-        writer.Tracker(store=store, uri=None).sync(end(cell, [0.5, 0.75]), sweep="sweep")
+        mirror.Tracker(store=store, uri=None).sync(end(cell, [0.5, 0.75]), sweep="sweep")
     assert tables.main(["table4", "--store", str(store)]) == 0
     printed = capsys.readouterr().out
     assert "62.5" in printed
     assert "Computed by an earlier kdsweep, results version 0 (this one: " in printed
     newer = [replace(cell, evidence={"results_version": "1"}) for cell in cells]
     monkeypatch.setattr(grid, "RESULTS_VERSION", grid.RESULTS_VERSION + 1)
-    requests.ask(store, "sweep", cells=newer, teachers=[])
+    sweep_file.ask(store, "sweep", cells=newer, teachers=[])
     assert reader.read_sweep(store=store, uri=None, name="sweep").runs["status"].tolist() == ["missing"] * 2
 
 
@@ -237,7 +237,7 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_damaged_record_of_a_sweep_is_named_and_never_overwritten(store, name, content, capsys):
     cell = make_cell(store=store)
-    requests.ask(store, "sweep", cells=[cell], teachers=[])
+    sweep_file.ask(store, "sweep", cells=[cell], teachers=[])
     file = store / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
@@ -247,7 +247,7 @@ def test_a_damaged_record_of_a_sweep_is_named_and_never_overwritten(store, name,
     assert told.err.startswith(f"kdsweep: error: {file} is damaged; ")
     assert RECORDS[name] in told.err
     writes = {
-        "sweeps": lambda: requests.ask(store, "sweep", cells=[cell], teachers=[]),
+        "sweeps": lambda: sweep_file.ask(store, "sweep", cells=[cell], teachers=[]),
         "tuning": lambda: book.write(store, "sweep", storage="sqlite://"),
     }
     assert error_of(writes[file.parent.name]).startswith(f"{file} is damaged")
@@ -305,8 +305,8 @@ def test_another_users_store_can_be_read_and_what_cannot_be_written_names_its_ow
         log_sweep(store)
         running = make_cell("H_KLD", store=store)
         begin(running)
-        records.hold(held, running.folder)
-        requests.ask(store, "sweep", cells=[running], teachers=[])
+        cell_folder.hold(held, running.folder)
+        sweep_file.ask(store, "sweep", cells=[running], teachers=[])
         tuned = book.lock(store, "sweep")
         tuned.acquire()
         table = ["table3", "--store", str(store), "--sweep", "sweep"]
@@ -322,7 +322,7 @@ def test_another_users_store_can_be_read_and_what_cannot_be_written_names_its_ow
             sweep = reader.read_sweep(store=store, uri=None, name="sweep")
             assert reader.attach(sweep, [Path(__file__)], folder="x", store=store, uri=None).startswith("not logged")
             with pytest.raises(PermissionError) as refused:
-                requests.ask(store, "sweep", cells=[running], teachers=[])
+                sweep_file.ask(store, "sweep", cells=[running], teachers=[])
             line = one_line(refused.value)
         tuned.release()
         assert "62.5" in told.out
@@ -367,5 +367,5 @@ def test_a_password_is_never_shown():
 def test_a_run_of_mlflow_cannot_lead_out_of_the_store(store):
     run = {"role": "distilled", "notation": "../../evil", "split": 0, "seed": 0, "fingerprint": "f" * 64, "run_id": "a"}
     assert "outside of the store" in error_of(lambda: artifacts.read(run, artifacts.SCORES, store=store, uri=None))
-    assert "outside of the store" in error_of(lambda: requests.read(store, "../../evil"))
-    assert writer.artifact_file(store, "a", "b") == store / "artifacts" / "a" / "artifacts" / "b"
+    assert "outside of the store" in error_of(lambda: sweep_file.read(store, "../../evil"))
+    assert mirror.artifact_file(store, "a", "b") == store / "artifacts" / "a" / "artifacts" / "b"

@@ -11,10 +11,10 @@ from urllib.parse import quote
 
 import pytest
 from servers import free_port, serving
-from test_writer import PARAMS, begin, end, make_cell
+from test_mirror import PARAMS, begin, end, make_cell
 
-from kdsweep.runs import requests
-from kdsweep.tracking import writer
+from kdsweep.store import sweep_file
+from kdsweep.tracking import mirror
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -26,14 +26,14 @@ def study(tmp_path_factory) -> tuple[Path, str, dict[str, str]]:
     """Two finished cells and one that was begun, in the database that a server opens: folder, experiment, run ids."""
     store = tmp_path_factory.mktemp("ui")
     student, cell = (make_cell(name, store=store) for name in ("Student", "L_MSE"))
-    tracker = writer.Tracker(store=store, uri=None)
-    requests.ask(store, "study", cells=[student, cell, make_cell("H_KLD", store=store)], teachers=[])
+    tracker = mirror.Tracker(store=store, uri=None)
+    sweep_file.ask(store, "study", cells=[student, cell, make_cell("H_KLD", store=store)], teachers=[])
     for own, dice, path in ((student, 0.25, "none"), (cell, 0.75, "L")):
         record = end(own, [dice])
         tracker.sync(replace(record, params={**PARAMS, "cell.path": path}), sweep="study")
     tracker.sync(begin(make_cell("H_KLD", store=store), 2), sweep="study")
     (store / "mlflow.db").rename(store / "server.db")
-    client = writer.MlflowClient(tracking_uri=f"sqlite:///{store / 'server.db'}")
+    client = mirror.MlflowClient(tracking_uri=f"sqlite:///{store / 'server.db'}")
     found = client.search_runs([tracker.experiment_id])
     runs = {run.info.run_name: run.info.run_id for run in found}
     return store, tracker.experiment_id, runs

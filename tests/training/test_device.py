@@ -9,7 +9,7 @@ import torch
 
 from kdsweep.core.device import Compute, find_device, is_device_error, is_out_of_memory, usable_precision
 from kdsweep.core.errors import CellError, DeviceError, InputError, one_line
-from kdsweep.training import factory
+from kdsweep.training import build
 from kdsweep.training.loop import StepError
 
 ASSERT = """CUDA error: device-side assert triggered
@@ -64,9 +64,9 @@ def test_tf32_is_refused_on_a_cpu_and_read_there_as_fp32(small_busi, tmp_path):
 
     given = ["profile=quick", "data=busi", f"data.root={small_busi}", f"store={tmp_path}", "device=cpu"]
     with pytest.raises(InputError, match="precision=tf32 needs a CUDA device, and device=cpu is cpu; use fp32 or bf16"):
-        factory.compute(composition.compose([*given, "precision=tf32"]))
+        build.compute(composition.compose([*given, "precision=tf32"]))
     with pytest.raises(InputError, match=r"kd\.teacher_precision=tf32 needs a CUDA device"):
-        factory.compute(composition.compose([*given, "kd.teacher_precision=tf32"]))
+        build.compute(composition.compose([*given, "kd.teacher_precision=tf32"]))
     assert usable_precision("tf32", torch.device("cpu")) == "fp32"  # a network that was tested in it is used here
     assert usable_precision("tf32", torch.device("cuda:0")) == "tf32"
     assert usable_precision("bf16", torch.device("cpu")) == "bf16"
@@ -121,11 +121,11 @@ def test_fewer_processes_prepare_batches_where_shared_memory_is_short(monkeypatc
     assert affordable_workers(4, batch_bytes=batch_bytes // 4, folder=tmp_path) == 4
     assert affordable_workers(4, batch_bytes=batch_bytes // 3, folder=tmp_path) == 2
     assert affordable_workers(4, batch_bytes=batch_bytes, folder=tmp_path / "absent") == 4  # not on Linux
-    monkeypatch.setattr(factory, "affordable_workers", lambda wanted, batch_bytes: min(wanted, 1))
-    factory._affordable.cache_clear()
+    monkeypatch.setattr(build, "affordable_workers", lambda wanted, batch_bytes: min(wanted, 1))
+    build._affordable.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert factory._affordable(4, batch_bytes) == factory._affordable(4, batch_bytes) == 1
-    factory._affordable.cache_clear()
+        assert build._affordable(4, batch_bytes) == build._affordable(4, batch_bytes) == 1
+    build._affordable.cache_clear()
     assert [record.getMessage() for record in caplog.records] == [
         "train.workers=4: /dev/shm has no room for their batches of 26 MB, 1 prepares them; a smaller batch or more "
         "room helps, in a container --shm-size"

@@ -12,7 +12,7 @@ from small import STUDENT, TEACHER
 from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError
 from kdsweep.distill.paths import Hidden
-from kdsweep.runs import records
+from kdsweep.store import cell_folder
 from kdsweep.sweep import plan, preview
 from kdsweep.tracking import reader, sync
 from kdsweep.training import group
@@ -99,7 +99,7 @@ def test_a_broken_loss_ends_its_own_cell_and_leaves_the_others_bit_for_bit(compo
     assert str(failure) == "H_KLD_WAug split 0 seed 0: epoch 1, step 1, kd term: RuntimeError: my loss broke"
     assert all(isinstance(result, float) for result in (first, *others))
     assert statuses(bad)["H_KLD_WAug"] == "FAILED"
-    assert records.read_finished(identity.cell(bad).folder) is None
+    assert cell_folder.read_finished(identity.cell(bad).folder) is None
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert "H_KLD_WAug split 0 seed 0: epoch 1, step 1, kd term: RuntimeError: my loss" in record.getMessage()
     assert "in broken" in logging.Formatter().format(record)

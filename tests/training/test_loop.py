@@ -25,8 +25,8 @@ from kdsweep.evaluation import scoring
 from kdsweep.evaluation.metrics import mean_dice
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs
-from kdsweep.runs import checkpoint, records
-from kdsweep.training import factory, loop, outcome, runner
+from kdsweep.store import cell_folder, checkpoint
+from kdsweep.training import build, loop, outcome, runner
 from kdsweep.training import group as lockstep
 from kdsweep.training.learner import DivergedError
 from kdsweep.training.meter import EpochMeter
@@ -52,7 +52,7 @@ def teachers_of(*configs):
     found = {}
     for cfg in configs:
         if cfg.is_taught:
-            network = factory.teacher_network(cfg).to(memory_format=torch.channels_last)
+            network = build.teacher_network(cfg).to(memory_format=torch.channels_last)
             with torch.no_grad():  # equal seeds would give Teachers of both views the same weights
                 for parameter in network.parameters():
                     parameter.mul_(1.0 if cfg.teacher_aug.train_view == "weak" else 1.1)
@@ -61,14 +61,14 @@ def teachers_of(*configs):
 
 
 def make_learner(cfg, folder):
-    learner = factory.learner(cfg, identity.cell(cfg))
+    learner = build.learner(cfg, identity.cell(cfg))
     learner.folder = folder
     write_json(folder / "split.json", {})
     return learner
 
 
 def feed_of(cfg):
-    return factory.feed(cfg, seed=cfg.seed)
+    return build.feed(cfg, seed=cfg.seed)
 
 
 def state_of(learner):
@@ -102,7 +102,7 @@ def test_a_group_of_five_equals_five_solo_runs_bit_for_bit(compose, tmp_path):
         assert alone.history == group[i].history
         ours, theirs = (tmp_path / f"{kind}{i}" / "test_scores.csv" for kind in ("group", "alone"))
         assert ours.read_bytes() == theirs.read_bytes()
-    finals = [records.read(learner.folder).values["test/dice"] for learner in group]
+    finals = [cell_folder.read(learner.folder).values["test/dice"] for learner in group]
     assert len({round(value, 12) for value in finals}) == 5  # different trainings
     assert {"train/kd.affinity_low", "val/kd.logits"} <= group[3].history[0].keys()
 
@@ -186,8 +186,8 @@ def test_a_failed_device_ends_the_group_and_fails_no_cell(compose, tmp_path, mon
         runner.run_divided(
             [lambda own=own: own for own in learners], teachers={}, feed=feed_of(configs[0]), compute=CPU
         )
-    assert not any(records.read(learner.folder).error for learner in learners)
-    assert {records.epochs(learner.folder) for learner in learners} == {0}  # no state of a broken device is saved
+    assert not any(cell_folder.read(learner.folder).error for learner in learners)
+    assert {cell_folder.epochs(learner.folder) for learner in learners} == {0}  # no state of a broken device is saved
 
 
 def test_hidden_paths_run_the_teachers_encoder_alone_and_each_view_once(compose, tmp_path):
@@ -301,7 +301,7 @@ def test_regressor_is_in_the_checkpoint_and_not_in_the_exported_student(compose,
     runner.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
     state = checkpoint.load_state(tmp_path / "checkpoint.pt")["best"]
     assert "regressor.0.weight" in state["kd_path"]
-    exported = factory.student_network(cfg)
+    exported = build.student_network(cfg)
     checkpoint.load_network(tmp_path / "student.safetensors", exported)
     assert unet.count_parameters(exported) == 820_385
     assert_same(exported.state_dict(), state["network"])
@@ -322,7 +322,7 @@ def test_the_best_epoch_is_tested_not_the_last(compose, tmp_path):
     assert_same(learner.network.state_dict(), states[1])
     assert not torch.equal(states[1]["segmentation_head.0.weight"], states[3]["segmentation_head.0.weight"])
     table = pd.read_csv(tmp_path / "test_scores.csv")
-    again = factory.student_network(cfg)
+    again = build.student_network(cfg)
     checkpoint.load_network(tmp_path / "student.safetensors", again)
     part = feed_of(cfg).test
     predictions = scoring.predict(again, part, compute=CPU)
@@ -338,7 +338,7 @@ def test_the_best_epoch_is_tested_not_the_last(compose, tmp_path):
         assert final[f"test/{name}"] == pytest.approx(table[name].mean()), name
     assert final["best/val_dice"] == learner.history[1]["val/dice"]
     assert final["epochs"] == 4
-    assert records.read_finished(tmp_path) == final
+    assert cell_folder.read_finished(tmp_path) == final
 
 
 def test_early_stopping_waits_for_patience_epochs_without_a_better_loss(compose, tmp_path):
@@ -391,9 +391,9 @@ def test_a_loss_that_is_not_finite_ends_the_learner_with_term_and_epoch(compose,
     (result,) = runner.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
     assert isinstance(result, DivergedError)
     assert str(result).startswith("L_KLD_WAug split 0 seed 0: train/kd is nan in epoch 1, step 1; ")
-    record = records.read(tmp_path)
+    record = cell_folder.read(tmp_path)
     assert (record.status, record.error) == ("FAILED", str(result))
-    assert records.read_finished(tmp_path) is None
+    assert cell_folder.read_finished(tmp_path) is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -552,7 +552,7 @@ def test_what_has_diverged_does_not_take_the_place_of_a_good_checkpoint(compose,
 def test_what_went_wrong_is_told_also_when_it_cannot_be_written_down(compose, tmp_path, monkeypatch):
     learner = make_learner(compose("path=none"), tmp_path)
     learner.network.forward = lambda *_: (_ for _ in ()).throw(RuntimeError("the real cause"))
-    monkeypatch.setattr(records, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(cell_folder, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     (result,) = runner.run([learner], teachers={}, feed=feed_of(compose()), compute=CPU)
     assert str(result) == "Student split 0 seed 0: epoch 1, step 1, forward: RuntimeError: the real cause"
 
@@ -562,7 +562,7 @@ def test_bf16_runs_and_stays_close_to_fp32(compose, tmp_path):
     for precision in ("fp32", "bf16"):
         cfg = compose("path=L", "loss=mse", "train.epochs=1", f"precision={precision}")
         learner = make_learner(cfg, tmp_path / precision)
-        loop.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=factory.compute(cfg))
+        loop.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=build.compute(cfg))
         values[precision] = learner.history[0]["train/supervised"]
     assert values["bf16"] == pytest.approx(values["fp32"], rel=0.02)
     assert values["bf16"] != values["fp32"]  # autocast really was on
@@ -613,7 +613,7 @@ def test_a_cell_trains_on_cuda_close_to_the_cpu(compose, tmp_path, precision):
     for device in ("cpu", "cuda"):
         cfg = compose("path=L", "loss=mse", "train.epochs=1", f"device={device}", f"precision={precision}")
         learner = make_learner(cfg, tmp_path / device)
-        compute = factory.compute(cfg)
+        compute = build.compute(cfg)
         frozen = {name: teacher.to(compute.device) for name, teacher in teachers_of(cfg).items()}
         runner.run([learner], teachers=frozen, feed=feed_of(cfg), compute=compute)
         values[device] = learner.history[0]["train/loss"]
@@ -631,7 +631,7 @@ def test_a_group_equals_solo_runs_on_cuda(compose, tmp_path, deterministic):
     """
     names = [*("path=HR", "path=L"), "path=none"]
     configs = [compose(name, "device=cuda", f"deterministic={deterministic}") for name in names]
-    compute = factory.compute(configs[0])
+    compute = build.compute(configs[0])
     frozen = {name: placed(teacher, compute) for name, teacher in teachers_of(*configs).items()}
     group = [make_learner(cfg, tmp_path / f"group{i}") for i, cfg in enumerate(configs)]
     runner.run(group, teachers=frozen, feed=feed_of(configs[0]), compute=compute)
@@ -648,7 +648,7 @@ def test_a_group_equals_solo_runs_on_cuda(compose, tmp_path, deterministic):
 @needs_cuda
 def test_no_step_makes_the_host_wait_for_the_device(compose, tmp_path):
     configs = [compose(name, "device=cuda") for name in ("path=HR", "path=L", "path=H", "path=none")]
-    compute = factory.compute(configs[0])
+    compute = build.compute(configs[0])
     frozen = loop.FrozenTeachers({n: placed(t, compute) for n, t in teachers_of(*configs).items()}, compute)
     group = [make_learner(cfg, tmp_path / str(i)) for i, cfg in enumerate(configs)]
     for learner in group:
@@ -727,8 +727,8 @@ def test_a_recipe_is_the_students_and_unless_it_has_its_own_the_teachers(compose
     own = compose("path=L", "train.schedule=cosine", "teacher.schedule=constant", "teacher.supervised=bce")
     assert identity.teacher_cell(own).fingerprint == identity.teacher_cell(plain).fingerprint
     assert identity.cell(own).fingerprint != identity.cell(plain).fingerprint
-    learner = factory.learner(own, identity.teacher_cell(own))
-    assert (learner.schedule, factory.learner(own, identity.cell(own)).schedule) == ("constant", "cosine")
+    learner = build.learner(own, identity.teacher_cell(own))
+    assert (learner.schedule, build.learner(own, identity.cell(own)).schedule) == ("constant", "cosine")
     swept = {"train.schedule": "cosine"}
     assert decisions.used_by("teacher", swept, identity.params(tuned)) == swept
     assert decisions.used_by("teacher", swept, identity.params(own)) == {}
@@ -849,13 +849,13 @@ def test_a_failed_test_costs_no_training(compose, tmp_path, monkeypatch, options
         patch.setattr(outcome, "score", lambda *_, **__: 1 / 0)
         (result,) = runner.run([make_learner(cfg, tmp_path / "cell")], teachers=frozen, feed=feed, compute=CPU)
     assert isinstance(result, ZeroDivisionError)
-    assert records.read(tmp_path / "cell").status == "FAILED"
+    assert cell_folder.read(tmp_path / "cell").status == "FAILED"
     monkeypatch.setattr(loop, "_step", lambda *_: 1 / 0)  # no step is needed
     again = make_learner(cfg, tmp_path / "cell")
     assert runner.run([again], teachers=frozen, feed=feed, compute=CPU) == [expected]
     for name in ("student.safetensors", "history.csv", "test_scores.csv"):
         assert (tmp_path / "cell" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
-    assert records.read(tmp_path / "cell").status == "FINISHED"
+    assert cell_folder.read(tmp_path / "cell").status == "FINISHED"
 
 
 @pytest.mark.parametrize("options", ["kd.weight=0", "kd.weight=0.0", "kd.lambda=0", "kd.weight=1", "kd.weight=1e-30"])
@@ -863,7 +863,7 @@ def test_any_weight_of_the_kd_term_reaches_the_end(compose, tmp_path, options):
     cfg = compose("path=HR", "loss=mse", options, *SMALL)
     learner = make_learner(cfg, tmp_path)
     (values,) = runner.run([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
-    assert values == records.read_finished(tmp_path)
+    assert values == cell_folder.read_finished(tmp_path)
     has_both_terms = learner.distillation.weight not in (0, 1)
     assert ("kd/gradient_ratio" in values) == has_both_terms == ("train/kd_gradient_ratio" in learner.history[0])
 

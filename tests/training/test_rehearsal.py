@@ -24,7 +24,7 @@ from kdsweep.data.loaders import EvalPart, Feed
 from kdsweep.distill import methods
 from kdsweep.evaluation import scoring
 from kdsweep.models import unet
-from kdsweep.training import factory, loop
+from kdsweep.training import build, loop
 from kdsweep.training.learner import Learner
 
 CUDA = torch.device("cuda:0")
@@ -190,8 +190,8 @@ def learner_of(network, kd, folder):
 
 def rehearse(chosen, folder, precision):
     """Train a group for one step on CUDA, validate and predict; return its learners and what was watched."""
-    teacher = factory.teacher_network(chosen[0])
-    students = [(factory.student_network(cfg), factory.distillation(cfg, teacher="Teacher")) for cfg in chosen]
+    teacher = build.teacher_network(chosen[0])
+    students = [(build.student_network(cfg), build.distillation(cfg, teacher="Teacher")) for cfg in chosen]
     for _, kd in students:
         if kd is not None:
             kd.forward = kd.forward._replace(precision=precision)

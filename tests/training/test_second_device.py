@@ -16,7 +16,7 @@ from kdsweep.core.device import Compute, Stopwatch
 from kdsweep.core.files import write_json
 from kdsweep.evaluation import latency
 from kdsweep.models import unet
-from kdsweep.training import factory, loop, meter
+from kdsweep.training import build, loop, meter
 from kdsweep.training.meter import EpochMeter
 
 META, CPU, CUDA = torch.device("meta"), torch.device("cpu"), torch.device("cuda:0")
@@ -35,7 +35,7 @@ def compose(small_busi, tmp_path):
 
 
 def learner_on(where, cfg, folder):
-    learner = factory.learner(cfg, identity.cell(cfg))
+    learner = build.learner(cfg, identity.cell(cfg))
     learner.folder = folder
     write_json(folder / "split.json", {})
     for module in learner.modules().values():
@@ -49,7 +49,7 @@ def step(learner, cfg, where):
     compute, size = Compute(where, "fp32"), cfg.image_size
     images = {view: torch.rand(6, 3, size, size, device=where) for view in ("strong", "weak")}
     masks = {f"{view}_mask": torch.ones(6, size, size, dtype=torch.uint8, device=where) for view in images}
-    teacher = unet.freeze(factory.teacher_network(cfg)).to(where)
+    teacher = unet.freeze(build.teacher_network(cfg)).to(where)
     name = learner.distillation.forward.teacher if learner.distillation else ""
     taught = loop.FrozenTeachers({name: teacher}, compute).teach([learner], images)
     loop._step(learner, {**masks, "theta": torch.eye(2, 3, device=where).repeat(6, 1, 1)}, images, taught, compute)

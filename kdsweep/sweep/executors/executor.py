@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import CellError, InputError, LostError
 from kdsweep.core.progress import plural
-from kdsweep.runs import records
+from kdsweep.store import cell_folder
 
 if TYPE_CHECKING:
     from kdsweep.sweep.estimate import Preview
@@ -111,7 +111,7 @@ class _Run:
         self.first = list(self.pending)
 
     def _submit(self, parts: list[tuple[Work, list[int]]]) -> None:
-        since_ms = records.now_ms()
+        since_ms = cell_folder.now_ms()
         futures = self.executor.submit([work.part(positions) for work, positions in parts], after=self.first)
         self.pending |= {future: (*part, since_ms) for future, part in zip(futures, parts, strict=True)}
 
@@ -137,7 +137,7 @@ class _Run:
             elif len(positions) > 1 or isinstance(result, LeftError):
                 lost[position] = result
             else:
-                records.write_failed(work.cells[position].folder, str(result))
+                cell_folder.write_failed(work.cells[position].folder, str(result))
                 self.results[work][position] = CellError(str(result))
         is_left = any(isinstance(result, LeftError) for result in lost.values())
         if lost:
@@ -177,7 +177,7 @@ def _results(future: Results, work: Work, since_ms: int) -> list[Result]:
 
 def _recorded(cell: Cell, error: Exception, *, work: Work, since_ms: int) -> Result:
     """Return how a cell has ended since then, from its folder; the error if it has not."""
-    record = records.read(cell.folder)
+    record = cell_folder.read(cell.folder)
     if record.status == "FINISHED" and work.is_requested:
         return record.values["test/dice"]
     return CellError(record.error) if record.error and record.ended_ms >= since_ms else error

@@ -29,9 +29,9 @@ from kdsweep.data.folders import ignored_line
 from kdsweep.data.images import load_images
 from kdsweep.data.loaders import EvalPart, eval_part
 from kdsweep.data.pixels import read_gray_or_color
-from kdsweep.deploy import predict
 from kdsweep.evaluation import scoring
-from kdsweep.runs import records
+from kdsweep.export import predict
+from kdsweep.store import cell_folder
 from kdsweep.tracking import reader
 from kdsweep.tracking.reader import EXTERNAL, Sweep
 
@@ -104,7 +104,7 @@ def _score(folder: Path, name: str, part: Any, *, device: str) -> tuple[Path, bo
     if file.is_file():
         return file, False
     with contextlib.ExitStack() as stack:
-        if not records.hold(stack, folder):
+        if not cell_folder.hold(stack, folder):
             raise InputError("another process is at it; the same command goes on")
         if file.is_file():  # by that process
             return file, False
@@ -112,7 +112,7 @@ def _score(folder: Path, name: str, part: Any, *, device: str) -> tuple[Path, bo
         on = find_device(device)
         compute = Compute(device=on, precision=usable_precision(model.precision, on))
         compute.prepare()
-        params = records.read(folder).params
+        params = cell_folder.read(folder).params
         images = part(model.image_size)
         predictions = scoring.predict(model.network.to(compute.device), images, compute=compute)
         tolerance = float(params.get("scores.nsd_tolerance_px", 2.0))  # runs before NSD recorded none

@@ -12,11 +12,12 @@ from scipy.stats import ttest_rel
 from test_predict import SIZE, finish
 
 from kdsweep.core.errors import InputError
-from kdsweep.deploy import export, predict, quantize
 from kdsweep.evaluation import metrics
+from kdsweep.export import onnx as export
+from kdsweep.export import predict, quantize
 from kdsweep.results import dsc
-from kdsweep.runs import records, requests
-from kdsweep.tracking import reader, writer
+from kdsweep.store import cell_folder, sweep_file
+from kdsweep.tracking import mirror, reader
 from kdsweep.training.outcome import PREDICTIONS
 
 
@@ -25,12 +26,12 @@ def store(empty_store, tmp_path_factory):
     """A store with an untrained Student and a cell of one split, in MLflow, as a sweep leaves it."""
     store = tmp_path_factory.mktemp("quantize") / "store"
     shutil.copytree(empty_store, store)
-    tracker = writer.Tracker(store=store, uri=None)
+    tracker = mirror.Tracker(store=store, uri=None)
     cells = [finish(store, "data.count=25", *own) for own in ([], ["path=L", "loss=mse"])]
-    requests.ask(store, "study", cells=cells, teachers=[])
+    sweep_file.ask(store, "study", cells=cells, teachers=[])
     for cell in cells:
         (cell.folder / PREDICTIONS).touch()
-        tracker.sync(records.read(cell.folder), sweep="study")
+        tracker.sync(cell_folder.read(cell.folder), sweep="study")
     return store
 
 
@@ -96,7 +97,7 @@ def test_the_ranges_are_those_of_training_images_alone(model, store, monkeypatch
     monkeypatch.setattr(quantize, "to_int8", lambda content, images: seen.extend(images) or content)
     quantize.compare_forms(model, store=store, data_root=None, count=3)
     every = export.run_inputs(model, store=store, data_root=None, part="train").images
-    assert len(every) == len(records.read_split(model.folder)["train"])
+    assert len(every) == len(cell_folder.read_split(model.folder)["train"])
     assert all(torch.equal(one, every[number * len(every) // 3]) for number, one in enumerate(seen))
     assert len(seen) == 3
 
@@ -104,7 +105,7 @@ def test_the_ranges_are_those_of_training_images_alone(model, store, monkeypatch
 def test_dice_is_that_of_each_form_on_the_test_images(model, store, forms):
     content, scores, _ = forms
     inputs = export.run_inputs(model, store=store, data_root=None)
-    assert scores["image"].tolist() == records.read_split(model.folder)["test"]
+    assert scores["image"].tolist() == cell_folder.read_split(model.folder)["test"]
     for name, file in {"fp32": export.to_onnx(model), "int8": content}.items():
         found = export.onnx_probabilities(export.open_session(file), inputs.images)
         mask, prediction = inputs.masks.bool().numpy(), found > 0.5

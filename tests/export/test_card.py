@@ -11,9 +11,10 @@ from test_predict import finish
 
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_json
-from kdsweep.deploy import card, export, predict
-from kdsweep.runs import records, requests
-from kdsweep.tracking import writer
+from kdsweep.export import card, predict
+from kdsweep.export import onnx as export
+from kdsweep.store import cell_folder, sweep_file
+from kdsweep.tracking import mirror
 from kdsweep.training.outcome import PREDICTIONS, SCORES
 
 DICE = [0.9, 0.4, 0.0, 0.7]
@@ -25,11 +26,11 @@ def cell(tmp_path_factory):
     labels = ["benign", "malignant", "malignant", "benign"]
     table = pd.DataFrame({"image": list("abcd"), "label": labels, "dice": DICE, "iou": 0.5, "hd95_px": 3.0})
     table.to_csv(own.folder / SCORES, index=False)
-    about = json.loads((own.folder / records.CELL).read_text())
+    about = json.loads((own.folder / cell_folder.CELL).read_text())
     about["tags"]["kdsweep.split_protocol"] = "3 folds, by group (/home/someone/audit/groups.csv)"
-    write_json(own.folder / records.CELL, about)
+    write_json(own.folder / cell_folder.CELL, about)
     values = {"test/dice": 0.5, "best/val_dice": 0.625, "best_epoch": 6}
-    records.write_finished(own.folder, values=values, files=["student.safetensors"])
+    cell_folder.write_finished(own.folder, values=values, files=["student.safetensors"])
     return own
 
 
@@ -47,7 +48,7 @@ def test_the_card_says_what_the_folder_holds(cell):
     assert "It is not a medical device" in told
     assert "no patients" in told
     assert "(3 folds, by group (groups.csv), split 0)" in told
-    split = records.read_split(cell.folder)
+    split = cell_folder.read_split(cell.folder)
     assert f"{len(split['train'])} images for train, {len(split['validation'])} images for validation" in told
 
 
@@ -60,18 +61,18 @@ def test_a_damaged_record_is_named(cell, tmp_path):
 
 def test_best_is_the_run_with_the_highest_validation_dice_of_the_best_cell(empty_store, tmp_path, capsys):
     store = shutil.copytree(empty_store, tmp_path / "store")
-    tracker = writer.Tracker(store=store, uri=None)
+    tracker = mirror.Tracker(store=store, uri=None)
     dice = {("mse", 0): 0.6, ("mse", 1): 0.7, ("kld", 0): 0.9, ("kld", 1): 0.2}  # mean 0.65 and 0.55
     cells = {key: finish(store, "path=L", f"loss={key[0]}", f"split=s{key[1]}") for key in dice}
-    requests.ask(store, "study", cells=list(cells.values()), teachers=[])
+    sweep_file.ask(store, "study", cells=list(cells.values()), teachers=[])
     for key, cell in cells.items():
-        ids = records.read_split(cell.folder)["test"]
+        ids = cell_folder.read_split(cell.folder)["test"]
         test_dice = 0.99 if key == ("kld", 1) else 0.5
         pd.DataFrame({"image": ids, "dice": test_dice}).to_csv(cell.folder / SCORES, index=False)
         (cell.folder / PREDICTIONS).touch()
         values = {"test/dice": test_dice, "best/val_dice": dice[key], "best_epoch": 1}
-        records.write_finished(cell.folder, values=values, files=["student.safetensors"])
-        tracker.sync(records.read(cell.folder), sweep="study")
+        cell_folder.write_finished(cell.folder, values=values, files=["student.safetensors"])
+        tracker.sync(cell_folder.read(cell.folder), sweep="study")
     found = predict.find_folder("best", store=store, uri=None)
     assert found.resolve() == cells["mse", 1].folder.resolve()
     assert predict.find_folder("best/study", store=store, uri=None) == found

@@ -13,7 +13,7 @@ from kdsweep.config import grid
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import DamagedError, below, read_json, remove_parts, write_json
-from kdsweep.runs.records import LOCK
+from kdsweep.store.cell_folder import LOCK
 
 SWEEPS = "sweeps"
 

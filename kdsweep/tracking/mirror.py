@@ -24,9 +24,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from kdsweep.core.databases import sqlite_url
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import DamagedError, read_json, remove_parts, write_json
-from kdsweep.runs import requests
-from kdsweep.runs.records import Record, now_ms
-from kdsweep.runs.requests import SweepFile
+from kdsweep.store import sweep_file
+from kdsweep.store.cell_folder import Record, now_ms
+from kdsweep.store.sweep_file import SweepFile
 from kdsweep.tracking.database import (
     DATABASE,
     TrackingError,
@@ -138,7 +138,7 @@ class Tracker:
             tags = {"kdsweep.role": "sweep", "kdsweep.sweep": sweep}
             run = runs[0] if runs else self.client.create_run(self.experiment_id, run_name=sweep, tags=tags)
             self._parents[sweep] = str(run.info.run_id)
-        parent, content = self._parents[sweep], requests.read(self.store, sweep)
+        parent, content = self._parents[sweep], sweep_file.read(self.store, sweep)
         self.client.log_dict(parent, asdict(content), SWEEP_FILE)
         self.client.set_tag(parent, NOTE, _note(sweep, content))
         self.client.set_terminated(parent, "FINISHED")  # it computes nothing; its end is the last request

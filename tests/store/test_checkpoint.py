@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdsweep.core.files import write_json
-from kdsweep.runs import checkpoint
+from kdsweep.store import checkpoint
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_scrap(tmp_path, monkeypatch):

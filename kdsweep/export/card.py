@@ -16,10 +16,10 @@ import pandas as pd
 from kdsweep import __version__
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import without_folders
-from kdsweep.deploy import predict
-from kdsweep.deploy.predict import Model
+from kdsweep.export import predict
+from kdsweep.export.predict import Model
 from kdsweep.models.unet import count_macs, count_parameters
-from kdsweep.runs import records
+from kdsweep.store import cell_folder
 
 # Of data sets with a publication: whoever passes a model on passes the source on too.
 SOURCES = {
@@ -43,11 +43,11 @@ def card(model: Model, content: bytes, *, name: str) -> str:
     Raises:
         InputError: the run's record is damaged.
     """
-    record, split = records.read(model.folder), records.read_split(model.folder)
+    record, split = cell_folder.read(model.folder), cell_folder.read_split(model.folder)
     params, tags = record.params, record.tags
     node = "teacher" if model.tags["role"] == "teacher" else "student"
     weights, data = str(params.get(f"{node}.weights")), str(params.get("data.name"))
-    text = resources.files("kdsweep.deploy").joinpath("card.md.j2").read_text(encoding="utf-8")
+    text = resources.files("kdsweep.export").joinpath("card.md.j2").read_text(encoding="utf-8")
     template = jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return template.render(
         **{key: model.tags[key] for key in ("notation", "split", "seed", "role")},

@@ -11,11 +11,11 @@ from test_predict import SIZE, finish
 
 from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError
-from kdsweep.deploy import predict, score
 from kdsweep.evaluation import scoring
+from kdsweep.export import predict, score
 from kdsweep.results import external, tables
-from kdsweep.runs import records, requests
-from kdsweep.tracking import reader, writer
+from kdsweep.store import cell_folder, sweep_file
+from kdsweep.tracking import mirror, reader
 from kdsweep.training.outcome import PREDICTIONS, SCORES
 
 WORDS = ["profile=quick", "data=busi", "device=cpu"]
@@ -26,17 +26,17 @@ def finished(empty_store, tmp_path_factory):
     """A store with a Student of two splits, in MLflow, as a sweep leaves it."""
     store = tmp_path_factory.mktemp("external") / "store"
     shutil.copytree(empty_store, store)
-    tracker = writer.Tracker(store=store, uri=None)
+    tracker = mirror.Tracker(store=store, uri=None)
     cells = [finish(store, f"split=s{split}") for split in (0, 1)]
-    requests.ask(store, "study", cells=cells, teachers=[])
+    sweep_file.ask(store, "study", cells=cells, teachers=[])
     for number, cell in enumerate(cells):
         images = [f"image{number}{i}" for i in range(4)]
         dice = np.random.default_rng(number).uniform(0.3, 0.9, len(images))
         pd.DataFrame({"image": images, "dice": dice}).to_csv(cell.folder / SCORES, index=False)
         (cell.folder / PREDICTIONS).touch()
         values = {"test/dice": float(dice.mean()), "epochs": 1.0}
-        records.write_finished(cell.folder, values=values, files=["student.safetensors", SCORES, PREDICTIONS])
-        tracker.sync(records.read(cell.folder), sweep="study")
+        cell_folder.write_finished(cell.folder, values=values, files=["student.safetensors", SCORES, PREDICTIONS])
+        tracker.sync(cell_folder.read(cell.folder), sweep="study")
     return store, cells
 
 

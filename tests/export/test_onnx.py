@@ -20,11 +20,12 @@ from kdsweep.core.errors import InputError
 from kdsweep.data import sources
 from kdsweep.data.images import load_images, read_entry, resize_mask
 from kdsweep.data.loaders import EvalPart
-from kdsweep.deploy import export, predict
 from kdsweep.evaluation import latency, scoring
+from kdsweep.export import onnx as export
+from kdsweep.export import predict
 from kdsweep.results import costs
-from kdsweep.runs import checkpoint, records
-from kdsweep.training import factory
+from kdsweep.store import cell_folder, checkpoint
+from kdsweep.training import build
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def cell(tmp_path_factory) -> Cell:
 
 def retest(folder: Path, dice: float) -> None:
     """Have the run record another test Dice."""
-    records.write_finished(folder, values={"test/dice": dice}, files=["student.safetensors"])
+    cell_folder.write_finished(folder, values={"test/dice": dice}, files=["student.safetensors"])
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,9 @@ def of_busi(small_busi, tmp_path_factory) -> tuple[Cell, float]:
     own = ["profile=quick", "path=none", "device=cpu", "data=busi", f"data.root={small_busi}", f"store={store}"]
     cfg = composition.compose(own)
     cell = identity.cell(cfg)
-    records.describe(cell, split=identity.split_ids(cfg), params=identity.params(cfg), tags=factory.tags(cfg))
-    checkpoint.save_network(cell.folder / "student.safetensors", factory.student_network(cfg))
-    scores = {"image": records.read_split(cell.folder)["test"], "dice": 0.5}
+    cell_folder.describe(cell, split=identity.split_ids(cfg), params=identity.params(cfg), tags=build.tags(cfg))
+    checkpoint.save_network(cell.folder / "student.safetensors", build.student_network(cfg))
+    scores = {"image": cell_folder.read_split(cell.folder)["test"], "dice": 0.5}
     pd.DataFrame(scores).to_csv(cell.folder / "test_scores.csv", index=False)
     retest(cell.folder, 0.5)
     images = load_images(sources.Busi(small_busi), load_size=SIZE, image_size=SIZE)

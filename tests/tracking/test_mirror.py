@@ -13,8 +13,8 @@ from mlflow.utils.validation import _validate_batch_log_limits
 
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
-from kdsweep.runs import records, requests
-from kdsweep.tracking import reader, writer
+from kdsweep.store import cell_folder, sweep_file
+from kdsweep.tracking import mirror, reader
 
 PARAMS = {"data.name": "busi", "weights": "none", "train.lr": 0.001}
 TAGS = {"kdsweep.profile": "quick", "kdsweep.device": "cpu"}
@@ -37,19 +37,19 @@ def in_another_process() -> None:
 
 
 def ask(store: Path, sweep: str, cells: list[Cell], **more) -> None:
-    requests.ask(store, sweep, cells=cells, teachers=[], **more)
+    sweep_file.ask(store, sweep, cells=cells, teachers=[], **more)
 
 
-def begin(cell: Cell, epochs: int = 3, params=PARAMS) -> records.Record:
+def begin(cell: Cell, epochs: int = 3, params=PARAMS) -> cell_folder.Record:
     """What the folder of a cell in training tells."""
-    records.describe(cell, split={}, params=params, tags=TAGS)
+    cell_folder.describe(cell, split={}, params=params, tags=TAGS)
     history = [{"epoch": epoch, "train/loss": 1.0 / (epoch + 1), "val/loss": 0.5} for epoch in range(epochs)]
     times_ms = [1_000_000 + 1000 * epoch for epoch in range(epochs)]
-    records.write_progress(cell.folder, epochs=9, history=history, times_ms=times_ms, seconds=[1.0] * len(history))
-    return replace(records.read(cell.folder), status="RUNNING")
+    cell_folder.write_progress(cell.folder, epochs=9, history=history, times_ms=times_ms, seconds=[1.0] * len(history))
+    return replace(cell_folder.read(cell.folder), status="RUNNING")
 
 
-def end(cell: Cell, dice: list[float]) -> records.Record:
+def end(cell: Cell, dice: list[float]) -> cell_folder.Record:
     """What the folder of a finished cell tells."""
     begin(cell)
     images = [f"{i:06d}" for i in range(len(dice))]
@@ -58,17 +58,17 @@ def end(cell: Cell, dice: list[float]) -> records.Record:
     (cell.folder / "test_predictions.npz").write_bytes(b"masks")
     files = ["test_scores.csv", "test_predictions.npz", "split.json"]
     values = {"test/dice": sum(dice) / len(dice), "epochs": 2.0, "best_epoch": 1.0}
-    records.write_finished(cell.folder, values=values, files=files)
-    return records.read(cell.folder)
+    cell_folder.write_finished(cell.folder, values=values, files=files)
+    return cell_folder.read(cell.folder)
 
 
-def finish(tracker: writer.Tracker, cell: Cell, sweep: str, folder: Path, dice: list[float]) -> str:
+def finish(tracker: mirror.Tracker, cell: Cell, sweep: str, folder: Path, dice: list[float]) -> str:
     """Id of the run of a cell that was computed in a folder."""
     return tracker.sync(end(replace(cell, store=folder), dice), sweep=sweep)
 
 
 def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
-    tracker, cell = writer.Tracker(store=store, uri=None), make_cell()
+    tracker, cell = mirror.Tracker(store=store, uri=None), make_cell()
     ask(store, "round-trip", [cell])
     run_id = finish(tracker, cell, "round-trip", tmp_path, [0.25, 0.75])
     sweep = reader.read_sweep(store=store, uri=None, name="round-trip")
@@ -83,7 +83,7 @@ def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
 
 
 def test_ids_that_look_like_a_missing_value_come_back(store, tmp_path):
-    tracker, cell = writer.Tracker(store=store, uri=None), make_cell(evidence="ids")
+    tracker, cell = mirror.Tracker(store=store, uri=None), make_cell(evidence="ids")
     ask(store, "ids", [cell])
     record = end(replace(cell, store=tmp_path), [0.25, 0.5, 0.75])
     scores = record.folder / "test_scores.csv"
@@ -94,7 +94,7 @@ def test_ids_that_look_like_a_missing_value_come_back(store, tmp_path):
 
 def test_the_last_sweep_is_the_last_one_with_a_finished_cell(tmp_path):
     store = tmp_path / "store"
-    tracker, cell = writer.Tracker(store=store, uri=None), make_cell()
+    tracker, cell = mirror.Tracker(store=store, uri=None), make_cell()
     ask(store, "empty", [make_cell("H_MSE")])
     assert reader.read_sweep(store=store, uri=None, name=None).name == "empty"  # nothing is finished in any
     ask(store, "done", [cell])
@@ -107,13 +107,13 @@ def test_the_last_sweep_is_the_last_one_with_a_finished_cell(tmp_path):
 def test_what_a_network_began_with_is_named_by_file_and_digest(store, tmp_path):
     evidence = {"student_weights": "0123456789abcdef"}
     cell = replace(make_cell(), evidence=evidence, store=tmp_path)
-    tracker = writer.Tracker(store=store, uri=None)
+    tracker = mirror.Tracker(store=store, uri=None)
     ask(store, "weights", [cell])
     begin(cell)
-    described = json.loads((cell.folder / records.CELL).read_text())
+    described = json.loads((cell.folder / cell_folder.CELL).read_text())
     described["params"] |= {"weights": "none", "student.weights": "mine.pt"}
-    (cell.folder / records.CELL).write_text(json.dumps(described))
-    tracker.sync(records.read(cell.folder), sweep="weights")
+    (cell.folder / cell_folder.CELL).write_text(json.dumps(described))
+    tracker.sync(cell_folder.read(cell.folder), sweep="weights")
     (row,) = reader.read_sweep(store=store, uri=None, name="weights").runs.to_dict("records")
     assert row["weights"] == "mine.pt (SHA-256 0123456789)"
 
@@ -136,11 +136,11 @@ def test_commands_come_back_once_each_the_last_one_last(store):
 
 
 def test_the_parent_run_says_what_the_sweep_is(store, tmp_path):
-    tracker = writer.Tracker(store=store, uri=None)
+    tracker = mirror.Tracker(store=store, uri=None)
     ask(store, "described", [make_cell("L_MSE", split=0), make_cell("Student", split=1)])
     first = tracker.publish("described")
     ask(store, "described", [make_cell("H_KLD", split=0)], command="again")
-    assert writer.Tracker(store=store, uri=None).publish("described") == first
+    assert mirror.Tracker(store=store, uri=None).publish("described") == first
     run = client_of(store).get_run(first)
     assert run.info.status == "FINISHED"
     assert run.data.tags["mlflow.note.content"].startswith(
@@ -148,21 +148,23 @@ def test_the_parent_run_says_what_the_sweep_is(store, tmp_path):
     )
     sweep = reader.read_sweep(store=store, uri=None, name="described")
     assert (sweep.run_id, sweep.experiment_id) == (first, run.info.experiment_id)
-    artifact = client_of(store).download_artifacts(first, writer.SWEEP_FILE, str(tmp_path))
-    assert requests.parse(json.loads(Path(artifact).read_text())) == requests.read(store, "described")
+    artifact = client_of(store).download_artifacts(first, mirror.SWEEP_FILE, str(tmp_path))
+    assert sweep_file.parse(json.loads(Path(artifact).read_text())) == sweep_file.read(store, "described")
 
 
 def test_a_server_without_the_store_gives_the_same_sweep(tmp_path, empty_store):
     store = Path(shutil.copytree(empty_store, tmp_path / "store"))
-    tracker, teacher = writer.Tracker(store=store, uri=None), make_cell("Teacher", store=store)
+    tracker, teacher = mirror.Tracker(store=store, uri=None), make_cell("Teacher", store=store)
     learned = replace(make_cell(store=store), evidence={"teacher": teacher.fingerprint}, variant={"kd.weight": "1"})
     sweeps = {"older": [make_cell("H_MSE", store=store)], "sweep": [learned, make_cell("Student", store=store)]}
     for name, cells in sweeps.items():
-        requests.ask(store, name, cells=cells, teachers=[teacher], varied=["kd.weight"], tuned=["lr"], command="typed")
+        sweep_file.ask(
+            store, name, cells=cells, teachers=[teacher], varied=["kd.weight"], tuned=["lr"], command="typed"
+        )
         tracker.publish(name)
     for cell in (teacher, learned):
         tracker.sync(end(cell, [0.25, 0.75]), sweep="sweep")
-    server = {"uri": writer.store_uri(store, None), "store": tmp_path / "elsewhere"}
+    server = {"uri": mirror.store_uri(store, None), "store": tmp_path / "elsewhere"}
     for name in (None, "sweep", "older"):
         there, here = reader.read_sweep(**server, name=name), reader.read_sweep(store=store, uri=None, name=name)
         pd.testing.assert_frame_equal(there.runs, here.runs)
@@ -173,13 +175,13 @@ def test_a_server_without_the_store_gives_the_same_sweep(tmp_path, empty_store):
         reader.read_sweep(**server, name="nonsense")
 
 
-def client_of(store: Path) -> writer.MlflowClient:
-    return writer.MlflowClient(tracking_uri=writer.store_uri(store, None))
+def client_of(store: Path) -> mirror.MlflowClient:
+    return mirror.MlflowClient(tracking_uri=mirror.store_uri(store, None))
 
 
 def runs_of(store: Path, cell: Cell) -> dict[str, str]:
     """Statuses of a cell's runs, by their ids."""
-    found = writer.Tracker(store=store, uri=None).search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
+    found = mirror.Tracker(store=store, uri=None).search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
     return {run.info.run_id: run.info.status for run in found}
 
 
@@ -189,14 +191,14 @@ def steps_of(store: Path, run_id: str, key: str = "train/loss") -> list[int]:
 
 def test_every_epoch_is_kept_once_however_often_it_is_told(store, tmp_path):
     cell = replace(make_cell(lr=7), store=tmp_path)
-    first = writer.Tracker(store=store, uri=None)
+    first = mirror.Tracker(store=store, uri=None)
     for epochs in (1, 2, 2):
         run_id = first.sync(begin(cell, epochs), sweep="epochs")
     assert steps_of(store, run_id) == [0, 1]
-    later = writer.Tracker(store=store, uri=None)  # of the next command
+    later = mirror.Tracker(store=store, uri=None)  # of the next command
     assert later.sync(begin(cell, 3), sweep="epochs") == run_id
     assert later.sync(end(cell, [0.5]), sweep="epochs") == run_id
-    assert writer.Tracker(store=store, uri=None).sync(end(cell, [0.5]), sweep="epochs") == run_id
+    assert mirror.Tracker(store=store, uri=None).sync(end(cell, [0.5]), sweep="epochs") == run_id
     history = client_of(store).get_metric_history(run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
     assert steps_of(store, run_id, "test/dice") == [0]
@@ -227,8 +229,8 @@ def kill(patch: pytest.MonkeyPatch, number: int, *, is_done: bool) -> None:
         return call
 
     for name in CALLS:
-        patch.setattr(writer.MlflowClient, name, dying(getattr(writer.MlflowClient, name)))
-    patch.setattr(writer, "write_json", dying(writer.write_json))
+        patch.setattr(mirror.MlflowClient, name, dying(getattr(mirror.MlflowClient, name)))
+    patch.setattr(mirror, "write_json", dying(mirror.write_json))
 
 
 @pytest.mark.parametrize(
@@ -249,13 +251,13 @@ def test_killed_at_any_change_or_without_its_answer_a_cell_gets_one_run_with_eac
         ]
         with monkeypatch.context() as patch:
             kill(patch, number, is_done=is_done)
-            killed, tracker = False, writer.Tracker(store=store, uri=None)
+            killed, tracker = False, mirror.Tracker(store=store, uri=None)
             for state in states:
                 record = state()
                 try:
                     tracker.sync(record, sweep=sweep)
                 except KilledError:
-                    killed, tracker = True, tracker if lives else writer.Tracker(store=store, uri=None)
+                    killed, tracker = True, tracker if lives else mirror.Tracker(store=store, uri=None)
         run_id = tracker.sync(record, sweep=sweep)
         assert runs_of(store, cell) == {run_id: "FINISHED"}, number
         history = client_of(store).get_metric_history(run_id, "train/loss")
@@ -271,7 +273,7 @@ def test_killed_at_any_change_or_without_its_answer_a_cell_gets_one_run_with_eac
 
 def test_two_commands_that_looked_before_a_cell_was_begun_open_one_run(store, tmp_path):
     known, fresh = (replace(make_cell(lr=lr), store=tmp_path) for lr in (25, 26))
-    both = [writer.Tracker(store=store, uri=None) for _ in range(2)]
+    both = [mirror.Tracker(store=store, uri=None) for _ in range(2)]
     for tracker in both:
         tracker.sync(end(known, [0.5]), sweep="both")
     assert len({tracker.sync(end(fresh, [0.25]), sweep="both") for tracker in both}) == 1
@@ -286,9 +288,9 @@ def test_without_its_note_in_the_folder_a_cell_has_one_run_with_each_value_once(
     store = Path(shutil.copytree(empty_store, tmp_path / "store"))
     cell = make_cell(store=store)
     record = end(cell, [0.5]) if epochs is None else begin(cell, epochs)
-    first = writer.Tracker(store=store, uri=None).sync(record, sweep="sweep")
-    damage(cell.folder / writer.MIRROR)
-    run_id = writer.Tracker(store=store, uri=None).sync(end(cell, [0.5]), sweep="sweep")
+    first = mirror.Tracker(store=store, uri=None).sync(record, sweep="sweep")
+    damage(cell.folder / mirror.MIRROR)
+    run_id = mirror.Tracker(store=store, uri=None).sync(end(cell, [0.5]), sweep="sweep")
     assert (run_id == first) == (epochs != 2)
     assert runs_of(store, cell) == {run_id: "FINISHED"}
     assert steps_of(store, run_id) == [0, 1, 2]
@@ -299,9 +301,9 @@ def test_without_its_note_in_the_folder_a_cell_has_one_run_with_each_value_once(
 def test_a_run_that_was_deleted_by_hand_is_logged_again(store, tmp_path, is_finished):
     cell = replace(make_cell(lr=28 + is_finished), store=tmp_path)
     record = end(cell, [0.5]) if is_finished else begin(cell, 2)
-    first = writer.Tracker(store=store, uri=None).sync(record, sweep="by hand")
+    first = mirror.Tracker(store=store, uri=None).sync(record, sweep="by hand")
     client_of(store).delete_run(first)
-    second = writer.Tracker(store=store, uri=None).sync(record, sweep="by hand")
+    second = mirror.Tracker(store=store, uri=None).sync(record, sweep="by hand")
     assert runs_of(store, cell) == {second: record.status}
     assert steps_of(store, second) == list(range(len(record.times_ms)))
 
@@ -309,14 +311,14 @@ def test_a_run_that_was_deleted_by_hand_is_logged_again(store, tmp_path, is_fini
 def test_an_older_copy_of_the_database_is_brought_up_to_date(empty_store, tmp_path):
     store = Path(shutil.copytree(empty_store, tmp_path / "store"))
     cell = make_cell(store=store)
-    run_id = writer.Tracker(store=store, uri=None).sync(begin(cell, 1), sweep="sweep")
+    run_id = mirror.Tracker(store=store, uri=None).sync(begin(cell, 1), sweep="sweep")
     older = Path(shutil.copytree(store, tmp_path / "older"))  # opened as another one: this process has the first open
     record = end(cell, [0.5])
-    assert writer.Tracker(store=store, uri=None).sync(record, sweep="sweep") == run_id
-    for name in (writer.MIRROR, records.PROGRESS, records.FINISHED, *writer.ARTIFACTS):
+    assert mirror.Tracker(store=store, uri=None).sync(record, sweep="sweep") == run_id
+    for name in (mirror.MIRROR, cell_folder.PROGRESS, cell_folder.FINISHED, *mirror.ARTIFACTS):
         shutil.copy(cell.folder / name, replace(cell, store=older).folder)
-    again = records.read(replace(cell, store=older).folder)
-    assert writer.Tracker(store=older, uri=None).sync(again, sweep="sweep") == run_id
+    again = cell_folder.read(replace(cell, store=older).folder)
+    assert mirror.Tracker(store=older, uri=None).sync(again, sweep="sweep") == run_id
     assert client_of(older).get_run(run_id).info.status == "FINISHED"
     assert steps_of(older, run_id) == [0, 1, 2]
     assert steps_of(older, run_id, "test/dice") == [0]
@@ -325,9 +327,9 @@ def test_an_older_copy_of_the_database_is_brought_up_to_date(empty_store, tmp_pa
 def test_a_cell_that_is_computed_again_gets_a_new_run_and_the_old_one_goes_when_that_is_finished(store, tmp_path):
     """Its checkpoint was lost: the epochs are others, and must not be mixed with the old ones in one run."""
     cell = replace(make_cell(lr=21), store=tmp_path)
-    old = writer.Tracker(store=store, uri=None).sync(begin(cell, 3), sweep="again")
+    old = mirror.Tracker(store=store, uri=None).sync(begin(cell, 3), sweep="again")
     record = replace(begin(cell, 1), times_ms=[5_000_000])
-    tracker = writer.Tracker(store=store, uri=None)
+    tracker = mirror.Tracker(store=store, uri=None)
     new = tracker.sync(record, sweep="again")
     assert runs_of(store, cell) == {new: "RUNNING", old: "KILLED"}
     assert steps_of(store, new) == [0]
@@ -339,8 +341,8 @@ def test_a_cell_that_is_computed_again_gets_a_new_run_and_the_old_one_goes_when_
 
 def test_a_finished_cell_has_one_finished_run_also_after_it_was_computed_again(store, tmp_path):
     cell = replace(make_cell(lr=22), store=tmp_path)
-    first = writer.Tracker(store=store, uri=None).sync(end(cell, [0.5]), sweep="twice")
-    tracker = writer.Tracker(store=store, uri=None)
+    first = mirror.Tracker(store=store, uri=None).sync(end(cell, [0.5]), sweep="twice")
+    tracker = mirror.Tracker(store=store, uri=None)
     assert tracker.sync(begin(cell, 1), sweep="twice") == first  # until it is finished the old scores stand
     assert tracker.sync(end(cell, [0.5]), sweep="twice") == first  # the same scores: nothing to add
     second = tracker.sync(end(cell, [0.75]), sweep="twice")
@@ -349,24 +351,24 @@ def test_a_finished_cell_has_one_finished_run_also_after_it_was_computed_again(s
 
 
 def test_two_stores_on_one_server_share_the_run_of_a_cell_with_equal_scores(store, tmp_path):
-    uri, cell = writer.store_uri(store, None), make_cell(lr=23)
+    uri, cell = mirror.store_uri(store, None), make_cell(lr=23)
     cells = [replace(cell, store=tmp_path / name) for name in ("one", "other")]
-    trackers = [writer.Tracker(store=own.store, uri=uri) for own in cells]
+    trackers = [mirror.Tracker(store=own.store, uri=uri) for own in cells]
     first = trackers[0].sync(end(cells[0], [0.5]), sweep="shared")
     trackers[1].sync(begin(cells[1], 1), sweep="shared")  # in training it has a run of its own
     assert len(runs_of(store, cell)) == 2
     assert trackers[1].sync(end(cells[1], [0.5]), sweep="shared") == first
     for own in cells:  # of later commands
-        assert writer.Tracker(store=own.store, uri=uri).sync(records.read(own.folder), sweep="shared") == first
+        assert mirror.Tracker(store=own.store, uri=uri).sync(cell_folder.read(own.folder), sweep="shared") == first
     assert runs_of(store, cell) == {first: "FINISHED"}
 
 
 def test_a_failed_cell_has_its_error_beside_its_status_and_may_go_on(store, tmp_path):
     cell = replace(make_cell(lr=23), store=tmp_path)
-    tracker = writer.Tracker(store=store, uri=None)
+    tracker = mirror.Tracker(store=store, uri=None)
     begin(cell, 1)
-    records.write_failed(cell.folder, "my loss\nbroke")
-    run_id = tracker.sync(records.read(cell.folder), sweep="failed")
+    cell_folder.write_failed(cell.folder, "my loss\nbroke")
+    run_id = tracker.sync(cell_folder.read(cell.folder), sweep="failed")
     run = client_of(store).get_run(run_id)
     assert (run.info.status, run.data.tags["kdsweep.error"]) == ("FAILED", "my loss broke")
     assert tracker.sync(begin(cell, 2), sweep="failed") == run_id
@@ -378,7 +380,7 @@ def test_a_failed_cell_has_its_error_beside_its_status_and_may_go_on(store, tmp_
 
 def test_of_several_runs_of_a_cell_the_finished_one_counts(store, tmp_path):
     """Another command began the cell later and was killed: its run is newer, the scores are those of the finished."""
-    tracker, cell = writer.Tracker(store=store, uri=None), make_cell(lr=25)
+    tracker, cell = mirror.Tracker(store=store, uri=None), make_cell(lr=25)
     ask(store, "counts", [cell])
     run_id = finish(tracker, cell, "counts", tmp_path, [0.25, 0.75])
     client = client_of(store)
@@ -400,7 +402,7 @@ def test_what_was_asked_for_and_is_not_there_is_missing(store):
 
 
 def test_a_cell_asked_again_with_new_data_takes_the_old_ones_place(store, tmp_path):
-    tracker = writer.Tracker(store=store, uri=None)
+    tracker = mirror.Tracker(store=store, uri=None)
     old, new = make_cell(lr=11, evidence="old"), make_cell(lr=11, evidence="new")
     assert old.key == new.key
     ask(store, "again", [old])
@@ -411,7 +413,7 @@ def test_a_cell_asked_again_with_new_data_takes_the_old_ones_place(store, tmp_pa
 
 
 def test_a_teacher_comes_with_the_cells_that_it_taught(store, tmp_path):
-    tracker, teacher = writer.Tracker(store=store, uri=None), make_cell("Teacher", lr=12)
+    tracker, teacher = mirror.Tracker(store=store, uri=None), make_cell("Teacher", lr=12)
     finish(tracker, teacher, "first", tmp_path, [0.9])
     cell = replace(make_cell(lr=12), evidence={"teacher": teacher.fingerprint})
     ask(store, "second", [cell])
@@ -424,19 +426,19 @@ def test_a_teacher_comes_with_the_cells_that_it_taught(store, tmp_path):
 def test_a_run_left_open_by_a_killed_process_is_closed_and_goes_on_later(store, tmp_path):
     cell = replace(make_cell(lr=13), store=tmp_path)
     ask(store, "killed", [cell])
-    run_id = writer.Tracker(store=store, uri=None).sync(begin(cell, 1), sweep="killed")
+    run_id = mirror.Tracker(store=store, uri=None).sync(begin(cell, 1), sweep="killed")
     assert client_of(store).get_run(run_id).info.status == "RUNNING"
-    record = records.read(cell.folder)
+    record = cell_folder.read(cell.folder)
     assert record.status == "KILLED"  # nobody holds its lock
-    assert writer.Tracker(store=store, uri=None).sync(record, sweep="killed") == run_id
+    assert mirror.Tracker(store=store, uri=None).sync(record, sweep="killed") == run_id
     assert client_of(store).get_run(run_id).info.status == "KILLED"
-    assert writer.Tracker(store=store, uri=None).sync(end(cell, [0.4]), sweep="killed") == run_id
+    assert mirror.Tracker(store=store, uri=None).sync(end(cell, [0.4]), sweep="killed") == run_id
     (row,) = reader.read_sweep(store=store, uri=None, name="killed").runs.to_dict("records")
     assert (row["run_id"], row["status"]) == (run_id, "FINISHED")
 
 
 def test_more_params_than_one_call_takes_are_all_kept(store, tmp_path):
-    tracker, cell = writer.Tracker(store=store, uri=None), make_cell(lr=14)
+    tracker, cell = mirror.Tracker(store=store, uri=None), make_cell(lr=14)
     params = {**PARAMS, **{f"key{i}": i for i in range(250)}}
     run_id = tracker.sync(begin(replace(cell, store=tmp_path), params=params), sweep="many")
     assert client_of(store).get_run(run_id).data.params == {key: str(value) for key, value in params.items()}
@@ -444,27 +446,27 @@ def test_more_params_than_one_call_takes_are_all_kept(store, tmp_path):
 
 def test_no_call_holds_more_than_an_mlflow_server_takes(store, tmp_path, monkeypatch):
     """The SQLite store takes any number; a server applies MLflow's own limits, so they are applied here."""
-    send = writer.MlflowClient.log_batch
+    send = mirror.MlflowClient.log_batch
 
     def limited(client, run_id, metrics=(), params=(), tags=()):
         _validate_batch_log_limits(metrics, params, tags)
         return send(client, run_id, metrics, params, tags)
 
-    monkeypatch.setattr(writer.MlflowClient, "log_batch", limited)
-    tracker, cells = writer.Tracker(store=store, uri=None), [make_cell(lr=17, cell=number) for number in range(250)]
+    monkeypatch.setattr(mirror.MlflowClient, "log_batch", limited)
+    tracker, cells = mirror.Tracker(store=store, uri=None), [make_cell(lr=17, cell=number) for number in range(250)]
     ask(store, "large", cells)
     many = begin(replace(cells[0], store=tmp_path), 1000, params={f"key{i}": i for i in range(250)})
     run_id = tracker.sync(many, sweep="large")
     monkeypatch.undo()
     assert steps_of(store, run_id) == list(range(1000))
     parent = client_of(store).get_run(run_id).data.tags["mlflow.parentRunId"]
-    artifact = client_of(store).download_artifacts(parent, writer.SWEEP_FILE, str(tmp_path))
+    artifact = client_of(store).download_artifacts(parent, mirror.SWEEP_FILE, str(tmp_path))
     requested = json.loads(Path(artifact).read_text())["requests"].values()
     assert {row["fingerprint"] for row in requested} == {cell.fingerprint for cell in cells}
 
 
 def test_without_a_name_the_sweep_last_asked_for_is_read(tmp_path):
-    writer.Tracker(store=(store := tmp_path / "store"), uri=None)
+    mirror.Tracker(store=(store := tmp_path / "store"), uri=None)
     for name in ("one", "other", "one"):
         ask(store, name, [make_cell(lr=15)])
     assert reader.read_sweep(store=store, uri=None, name=None).name == "one"
@@ -481,5 +483,5 @@ def test_an_unknown_sweep_and_a_missing_store_are_told_in_one_line(store, tmp_pa
 
 def test_the_database_lies_in_the_store_whatever_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert writer.store_uri(Path("multirun"), None) == f"sqlite:///{tmp_path}/multirun/mlflow.db"
-    assert writer.store_uri(Path("multirun"), "http://127.0.0.1:5000") == "http://127.0.0.1:5000"
+    assert mirror.store_uri(Path("multirun"), None) == f"sqlite:///{tmp_path}/multirun/mlflow.db"
+    assert mirror.store_uri(Path("multirun"), "http://127.0.0.1:5000") == "http://127.0.0.1:5000"

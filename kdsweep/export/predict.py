@@ -39,7 +39,7 @@ from kdsweep.data.views import normalize
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
 from kdsweep.results.stats import PLACE
-from kdsweep.runs import checkpoint, records
+from kdsweep.store import cell_folder, checkpoint
 
 BEST = "best"  # the name of a sweep's best distilled student
 THRESHOLD = 0.5  # a pixel is lesion if its probability is above: as in testing
@@ -92,7 +92,7 @@ def find_folder(run: str, *, store: Path, uri: str | None) -> Path:
         InputError: there is no such run, or several.
     """
     for folder in (Path(run), store / "cells" / run, store / "teachers" / run):
-        if (folder / records.CELL).is_file():
+        if (folder / cell_folder.CELL).is_file():
             return folder
     if run.partition("/")[0] == BEST:
         return best_folder(store=store, uri=uri, name=run.partition("/")[2] or None)
@@ -103,7 +103,7 @@ def find_folder(run: str, *, store: Path, uri: str | None) -> Path:
             run, store=store, stem=f"{glob.escape(named[1])}-split{named[2]}-seed{named[3] or '*'}-*"
         )
     raise InputError(
-        f"--run {run}: no such folder with a {records.CELL}; give a run's folder, its name such as "
+        f"--run {run}: no such folder with a {cell_folder.CELL}; give a run's folder, its name such as "
         f"HReg_KLD_WAug/split0, the id of its MLflow run, or {BEST}"
     )
 
@@ -130,8 +130,8 @@ def best_folder(*, store: Path, uri: str | None, name: str | None) -> Path:
 
 
 def _folder_of_name(run: str, *, store: Path, stem: str) -> Path:
-    begun = [folder.parent for folder in sorted(store.glob(f"*/{stem}/{records.CELL}"))]
-    finished = [folder for folder in begun if (folder / records.FINISHED).is_file()]
+    begun = [folder.parent for folder in sorted(store.glob(f"*/{stem}/{cell_folder.CELL}"))]
+    finished = [folder for folder in begun if (folder / cell_folder.FINISHED).is_file()]
     if not begun:
         raise InputError(f"--run {run}: not in --store {store}")
     if len(finished) > 1:
@@ -143,20 +143,20 @@ def _folder_of_name(run: str, *, store: Path, stem: str) -> Path:
 
 
 def _folder_of_id(run: str, *, store: Path, uri: str | None) -> Path:
-    from kdsweep.tracking import writer  # loads mlflow: seconds that names and folders need not wait for
+    from kdsweep.tracking import mirror  # loads mlflow: seconds that names and folders need not wait for
 
-    if uri is None and not (store / writer.DATABASE).is_file():
-        raise InputError(f"--run {run}: --store {store} has no {writer.DATABASE}; name its folder or --tracking-uri")
+    if uri is None and not (store / mirror.DATABASE).is_file():
+        raise InputError(f"--run {run}: --store {store} has no {mirror.DATABASE}; name its folder or --tracking-uri")
     where = f"--store {store}" if uri is None else "--tracking-uri"  # which may hold a password
     try:
-        tags = writer.MlflowClient(tracking_uri=writer.store_uri(store, uri)).get_run(run).data.tags
+        tags = mirror.MlflowClient(tracking_uri=mirror.store_uri(store, uri)).get_run(run).data.tags
     except Exception as error:  # of many kinds: server, network, database
         why = " ".join(str(error).split())[:300]
         raise InputError(f"--run {run}: MLflow does not give it from {where}: {why}") from error
     if not {f"kdsweep.{key}" for key in TAGS} <= tags.keys():
         raise InputError(f"--run {run}: the MLflow run is not one of a Student, Teacher or distilled cell")
     folder = run_folder(store, {key: tags[f"kdsweep.{key}"] for key in TAGS})
-    if not (folder / records.CELL).is_file():
+    if not (folder / cell_folder.CELL).is_file():
         raise InputError(f"--run {run}: its folder {folder} is not there; name the store that has it with --store")
     return folder
 
@@ -167,18 +167,18 @@ def load_model(folder: Path) -> Model:
     Raises:
         InputError: the run is not finished, or a file of it is damaged.
     """
-    if not (folder / records.FINISHED).is_file():
+    if not (folder / cell_folder.FINISHED).is_file():
         raise InputError(f"--run {folder}: not finished, it has no tested weights yet; the sweep's command goes on")
     try:
-        about = json.loads((folder / records.CELL).read_text(encoding="utf-8"))
+        about = json.loads((folder / cell_folder.CELL).read_text(encoding="utf-8"))
         params, tags = about["params"], {key: str(about["tags"][f"kdsweep.{key}"]) for key in TAGS}
         node = "teacher" if tags["role"] == "teacher" else "student"
         encoder, channels = str(params[f"{node}.encoder"]), list(params[f"{node}.decoder_channels"])
         image_size, precision = int(params["image_size"]), str(params["precision"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--run {folder}: {records.CELL} is damaged ({type(error).__name__})") from error
+        raise InputError(f"--run {folder}: {cell_folder.CELL} is damaged ({type(error).__name__})") from error
     file = folder / f"{node}.safetensors"
-    if not records.check_file(folder, file.name):
+    if not cell_folder.check_file(folder, file.name):
         raise InputError(f"{file}: missing or damaged, its checksum differs; the sweep's command computes it again")
     network = unet.unet(encoder=encoder, decoder_channels=channels, weights="none", seed=0)
     try:

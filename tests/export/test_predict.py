@@ -18,12 +18,12 @@ from kdsweep.core.errors import InputError
 from kdsweep.data.images import resize_image
 from kdsweep.data.loaders import EvalPart
 from kdsweep.data.pixels import read_gray_or_color
-from kdsweep.deploy import predict
 from kdsweep.evaluation import scoring
+from kdsweep.export import predict
 from kdsweep.models.weights import read_weights
-from kdsweep.runs import checkpoint, records
-from kdsweep.tracking import writer
-from kdsweep.training import factory
+from kdsweep.store import cell_folder, checkpoint
+from kdsweep.tracking import mirror
+from kdsweep.training import build
 from kdsweep.training.outcome import PREDICTIONS, SCORES
 
 SIZE = 64
@@ -35,13 +35,13 @@ def finish(store: Path, *overrides: str, teacher: bool = False) -> Cell:
     path = [] if any(word.startswith("path=") for word in overrides) else ["path=none"]
     cfg = composition.compose(["profile=quick", *path, "device=cpu", "data.count=5", f"store={store}", *overrides])
     cell = identity.teacher_cell(cfg) if teacher else identity.cell(cfg)
-    network = factory.teacher_network(cfg) if teacher else factory.student_network(cfg)
+    network = build.teacher_network(cfg) if teacher else build.student_network(cfg)
     file = f"{'teacher' if teacher else 'student'}.safetensors"
-    records.describe(cell, split=identity.split_ids(cfg), params=identity.params(cfg), tags=factory.tags(cfg))
+    cell_folder.describe(cell, split=identity.split_ids(cfg), params=identity.params(cfg), tags=build.tags(cfg))
     checkpoint.save_network(cell.folder / file, network)
-    scores = {"image": records.read_split(cell.folder)["test"], "dice": 0.5}
+    scores = {"image": cell_folder.read_split(cell.folder)["test"], "dice": 0.5}
     pd.DataFrame(scores).to_csv(cell.folder / SCORES, index=False)
-    records.write_finished(cell.folder, values={"test/dice": 0.5}, files=[file])
+    cell_folder.write_finished(cell.folder, values={"test/dice": 0.5}, files=[file])
     return cell
 
 
@@ -326,11 +326,11 @@ def test_a_name_means_the_finished_run_and_two_of_them_are_not_guessed_between(c
     with pytest.raises(InputError, match=r"2 finished runs have this name.*0123456789, .*1111111111"):
         find("Student/split0", tmp_path)
     for left, right in ((finished, other), (other, finished)):  # whichever comes first by its name
-        (right / records.FINISHED).rename(tmp_path / "aside")
+        (right / cell_folder.FINISHED).rename(tmp_path / "aside")
         assert find("Student/split0", tmp_path) == left
-        (tmp_path / "aside").rename(right / records.FINISHED)
+        (tmp_path / "aside").rename(right / cell_folder.FINISHED)
     for folder in (finished, other):
-        (folder / records.FINISHED).unlink()
+        (folder / cell_folder.FINISHED).unlink()
     with pytest.raises(InputError, match="not finished"):
         predict.load_model(find("Student/split0", tmp_path))
 
@@ -339,14 +339,14 @@ def test_a_run_is_found_by_its_id_in_mlflow(cell, empty_store, tmp_path):
     shutil.copytree(empty_store, tmp_path, dirs_exist_ok=True)
     shutil.copytree(cell.store / "cells", tmp_path / "cells")
     folder = tmp_path / "cells" / cell.folder.name
-    tracker = writer.Tracker(store=tmp_path, uri=None)
+    tracker = mirror.Tracker(store=tmp_path, uri=None)
     for name in SCORES, PREDICTIONS:
         (folder / name).touch()
-    run_id = tracker.sync(records.read(folder), sweep="study")
+    run_id = tracker.sync(cell_folder.read(folder), sweep="study")
     assert find(run_id, tmp_path) == folder
     with pytest.raises(InputError, match="MLflow does not give it"):
         find("0" * 32, tmp_path)
-    client = writer.MlflowClient(tracking_uri=writer.store_uri(tmp_path, None))
+    client = mirror.MlflowClient(tracking_uri=mirror.store_uri(tmp_path, None))
     sweep = client.get_run(run_id).data.tags["mlflow.parentRunId"]
     with pytest.raises(InputError, match="is not one of a Student"):
         find(sweep, tmp_path)
@@ -383,20 +383,20 @@ def test_what_is_damaged_is_refused_and_left_as_it_is(cell, images, tmp_path, ca
     assert f"{weights}: missing or damaged, its checksum differs" in refused(capsys, *call)
     weights.unlink()
     assert f"{weights}: missing or damaged" in refused(capsys, *call)
-    assert (folder / records.FINISHED).exists()
-    about = json.loads((folder / records.CELL).read_text())
+    assert (folder / cell_folder.FINISHED).exists()
+    about = json.loads((folder / cell_folder.CELL).read_text())
     del about["tags"]["kdsweep.notation"]
-    (folder / records.CELL).write_text(json.dumps(about))
+    (folder / cell_folder.CELL).write_text(json.dumps(about))
     assert "cell.json is damaged (KeyError)" in refused(capsys, *call)
-    (folder / records.CELL).write_text("{")
+    (folder / cell_folder.CELL).write_text("{")
     assert "cell.json is damaged (JSONDecodeError)" in refused(capsys, *call)
 
 
 def test_weights_of_another_network_are_refused(cell, tmp_path):
     folder = copy(cell, tmp_path)
-    about = json.loads((folder / records.CELL).read_text())
+    about = json.loads((folder / cell_folder.CELL).read_text())
     about["params"]["student.decoder_channels"] = [32, 32, 16, 16, 16]
-    (folder / records.CELL).write_text(json.dumps(about))
+    (folder / cell_folder.CELL).write_text(json.dumps(about))
     with pytest.raises(InputError, match="belongs to another network"):
         predict.load_model(folder)
 

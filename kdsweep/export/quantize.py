@@ -24,13 +24,14 @@ from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import write_bytes
 from kdsweep.core.options import add_sweep
 from kdsweep.core.progress import plural, track
-from kdsweep.deploy import export, predict
-from kdsweep.deploy.predict import Model
 from kdsweep.evaluation import latency, metrics
+from kdsweep.export import onnx as export
+from kdsweep.export import predict
+from kdsweep.export.predict import Model
 from kdsweep.results import costs, dsc, formats, tables
 from kdsweep.results.frame import placed_runs, scored_images
 from kdsweep.results.stats import OF_IMAGE, PLACE, compare, pair
-from kdsweep.runs import records
+from kdsweep.store import cell_folder
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
@@ -108,7 +109,7 @@ def compare_forms(
     content = export.to_onnx(model)
     seen = export.run_inputs(model, store=store, data_root=data_root, part="train", count=count)
     small = to_int8(content, seen.images)
-    scores: dict[str, Any] = {"image": records.read_split(model.folder)["test"]}
+    scores: dict[str, Any] = {"image": cell_folder.read_split(model.folder)["test"]}
     cost: dict[str, float] = {}
     for name, file in {"fp32": content, "int8": small}.items():
         session = export.open_session(file)

@@ -26,13 +26,13 @@ from kdsweep.data import phantom, run_data
 from kdsweep.data.images import IMAGENET_MEAN, IMAGENET_STD
 from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.data.views import normalize
-from kdsweep.deploy import predict
-from kdsweep.deploy.card import card, card_file
-from kdsweep.deploy.predict import Model
 from kdsweep.evaluation import latency, metrics
+from kdsweep.export import predict
+from kdsweep.export.card import card, card_file
+from kdsweep.export.predict import Model
 from kdsweep.models.unet import UNet
 from kdsweep.results import costs
-from kdsweep.runs import records
+from kdsweep.store import cell_folder
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -182,10 +182,10 @@ def run_inputs(
     Raises:
         InputError: the data set is not one of kdsweep's, is missing, or has changed.
     """
-    ids = records.read_split(model.folder)[part]
+    ids = cell_folder.read_split(model.folder)[part]
     if count is not None and count < len(ids):
         ids = [ids[number * len(ids) // count] for number in range(count)]
-    params = json.loads((model.folder / records.CELL).read_text(encoding="utf-8"))["params"]
+    params = json.loads((model.folder / cell_folder.CELL).read_text(encoding="utf-8"))["params"]
     with tempfile.TemporaryDirectory() as scratch:
         # Phantoms are drawn anew where the store has none: a folder that is no store stays as it is.
         place = store if (store / "phantoms").is_dir() else Path(scratch)
@@ -242,10 +242,12 @@ def compare_dice(model: Model, found: np.ndarray, masks: Tensor) -> str:
         InputError: the record is damaged.
     """
     try:
-        marker = json.loads((model.folder / records.FINISHED).read_text(encoding="utf-8"))
+        marker = json.loads((model.folder / cell_folder.FINISHED).read_text(encoding="utf-8"))
         recorded = float(marker["values"]["test/dice"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{model.folder / records.FINISHED} is damaged; the sweep's command tests it again") from error
+        raise InputError(
+            f"{model.folder / cell_folder.FINISHED} is damaged; the sweep's command tests it again"
+        ) from error
     prediction = torch.from_numpy(found > predict.THRESHOLD)
     dice = float(metrics.overlap(prediction=prediction, mask=masks)["dice"].mean())
     if abs(dice - recorded) <= DICE_TOLERANCE:
@@ -327,7 +329,7 @@ def register(model: Model, content: bytes, *, name: str, store: Path, uri: str |
     """
     import onnx
 
-    from kdsweep.tracking import registry, writer  # loads mlflow: seconds that an export alone need not wait for
+    from kdsweep.tracking import mirror, registry  # loads mlflow: seconds that an export alone need not wait for
 
     # The example is kept in the clear with the model and goes wherever that goes: a phantom, never a patient's image.
     gray = next(phantom.cohort(count=1, seed=0)).image
@@ -344,7 +346,7 @@ def register(model: Model, content: bytes, *, name: str, store: Path, uri: str |
         store=store,
         uri=uri,
     )
-    place = f"MLFLOW_TRACKING_URI={writer.store_uri(store, uri)}"
+    place = f"MLFLOW_TRACKING_URI={mirror.store_uri(store, uri)}"
     call = f'mlflow.pyfunc.load_model("models:/{name}/{version}")'
     sys.stdout.write(f"registered {name} version {version}; to load it: {place} and {call}\n")
 

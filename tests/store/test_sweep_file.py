@@ -6,7 +6,7 @@ import pytest
 
 from kdsweep.config import grid
 from kdsweep.config.grid import Cell
-from kdsweep.runs import requests
+from kdsweep.store import sweep_file
 
 
 def make_cell(notation="L_MSE", split=0, evidence="a", variant=None, **settings) -> Cell:
@@ -19,8 +19,8 @@ def ask(tmp_path):
     """Requests cells and returns the fingerprints that the sweep then requests."""
 
     def ask(*cells: Cell, **more) -> set[str]:
-        requests.ask(tmp_path, "sweep", cells=cells, teachers=[], **more)
-        return {row.fingerprint for row in requests.read(tmp_path, "sweep").requests.values()}
+        sweep_file.ask(tmp_path, "sweep", cells=cells, teachers=[], **more)
+        return {row.fingerprint for row in sweep_file.read(tmp_path, "sweep").requests.values()}
 
     return ask
 
@@ -55,20 +55,20 @@ def test_a_cell_requested_alone_keeps_its_variant_and_keys_add_up(ask, tmp_path)
     ask(cell, teacher, swept=["kd.weight"], varied=["kd.weight", "x"], tuned=["train.lr"], command="first")
     ask(replace(cell, variant={}), swept=["a"], varied=["a", "x"], command="second")
     ask(cell, command="first")
-    content = requests.read(tmp_path, "sweep")
+    content = sweep_file.read(tmp_path, "sweep")
     assert content.requests[cell.key].variant == {"kd.weight": "1"}
     assert (content.swept, content.varied, content.tuned) == (["kd.weight", "a"], ["kd.weight", "x", "a"], ["train.lr"])
     assert content.commands == ["second", "first"]
-    assert requests.read_varied(tmp_path, "sweep") == ["kd.weight", "a"]
+    assert sweep_file.read_varied(tmp_path, "sweep") == ["kd.weight", "a"]
     expected = {
         tmp_path / ("teachers" if row is teacher else "cells") / replace(row, store=tmp_path).folder.name
         for row in (cell, teacher)
     }
-    assert requests.folders(tmp_path) == expected
+    assert sweep_file.folders(tmp_path) == expected
 
 
 def test_sweeps_are_listed_by_their_latest_request(tmp_path):
     for name in ("one", "other", "one"):
-        requests.ask(tmp_path, name, cells=[], teachers=[])
-    assert requests.sweeps(tmp_path) == ["other", "one"]
-    assert requests.read(tmp_path, "never requested") == requests.SweepFile()
+        sweep_file.ask(tmp_path, name, cells=[], teachers=[])
+    assert sweep_file.sweeps(tmp_path) == ["other", "one"]
+    assert sweep_file.read(tmp_path, "never requested") == sweep_file.SweepFile()

@@ -9,7 +9,7 @@ from kdsweep.data.splits import random_split
 from kdsweep.distill import losses
 from kdsweep.models import unet
 from kdsweep.sweep import plan, preview
-from kdsweep.training import factory, loop
+from kdsweep.training import build, loop
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32")
 
@@ -30,7 +30,7 @@ def weights_of(network):
 @pytest.mark.parametrize("split", [0, 1, 2])
 def test_each_part_of_a_split_gets_its_own_images_and_no_others(compose, split):
     cfg = compose(f"split=s{split}")
-    feed, ids = factory.feed(cfg, seed=0), identity.images(cfg).ids
+    feed, ids = build.feed(cfg, seed=0), identity.images(cfg).ids
     part = random_split(len(ids), index=split)
     assert sorted(feed.train.batches.indices) == sorted(part.train)
     assert feed.validation.ids == [ids[i] for i in part.validation]
@@ -44,29 +44,29 @@ def test_each_part_of_a_split_gets_its_own_images_and_no_others(compose, split):
 
 
 def test_each_split_has_another_test_part(compose):
-    assert len({tuple(factory.feed(compose(f"split=s{split}"), seed=0).test.ids) for split in range(3)}) == 3
+    assert len({tuple(build.feed(compose(f"split=s{split}"), seed=0).test.ids) for split in range(3)}) == 3
 
 
 def test_a_students_weights_follow_its_seed_and_a_teachers_its_own(compose):
     base, other = compose("path=L", "seed=0"), compose("path=L", "seed=1", "teacher.seed=0")
-    assert torch.equal(weights_of(factory.student_network(base)), weights_of(factory.student_network(base)))
-    assert not torch.equal(weights_of(factory.student_network(base)), weights_of(factory.student_network(other)))
-    assert torch.equal(weights_of(factory.teacher_network(base)), weights_of(factory.teacher_network(other)))
+    assert torch.equal(weights_of(build.student_network(base)), weights_of(build.student_network(base)))
+    assert not torch.equal(weights_of(build.student_network(base)), weights_of(build.student_network(other)))
+    assert torch.equal(weights_of(build.teacher_network(base)), weights_of(build.teacher_network(other)))
     another = compose("path=L", "seed=0", "teacher.seed=1")
-    assert not torch.equal(weights_of(factory.teacher_network(base)), weights_of(factory.teacher_network(another)))
+    assert not torch.equal(weights_of(build.teacher_network(base)), weights_of(build.teacher_network(another)))
 
 
 def test_a_teacher_is_trained_at_its_own_rate_and_a_student_at_its_own(compose):
     cfg = compose("path=L", "teacher.lr=1e-3", "train.lr=1e-5")
-    teacher = factory.learner(cfg, identity.teacher_cell(cfg))
-    student = factory.learner(cfg, identity.cell(cfg))
+    teacher = build.learner(cfg, identity.teacher_cell(cfg))
+    student = build.learner(cfg, identity.cell(cfg))
     for made, rate in ((teacher, 1e-3), (student, 1e-5)):
         assert {group["lr"] for group in made.optimizer.param_groups} == {rate}
 
 
 def test_a_regressor_follows_the_seed(compose):
     paths = [
-        factory.distillation(compose("path=HR", f"seed={seed}"), teacher="").terms["kd"].kd_path for seed in (0, 0, 1)
+        build.distillation(compose("path=HR", f"seed={seed}"), teacher="").terms["kd"].kd_path for seed in (0, 0, 1)
     ]
     first, again, other = (path.regressor[0].weight for path in paths)
     assert torch.equal(first, again)
@@ -76,17 +76,17 @@ def test_a_regressor_follows_the_seed(compose):
 @pytest.mark.parametrize("view", ["weak", "strong"])
 def test_a_teacher_is_trained_on_and_shown_the_view_of_its_name(compose, view):
     cfg = compose("path=L", f"teacher_aug={view}")
-    assert factory.learner(cfg, identity.teacher_cell(cfg)).view == view
-    assert factory.distillation(cfg, teacher="").forward.view == view
-    assert factory.learner(cfg, identity.cell(cfg)).view == "strong"
-    assert factory.learner(cfg, identity.teacher_cell(cfg)).lr == cfg.teacher.lr
+    assert build.learner(cfg, identity.teacher_cell(cfg)).view == view
+    assert build.distillation(cfg, teacher="").forward.view == view
+    assert build.learner(cfg, identity.cell(cfg)).view == "strong"
+    assert build.learner(cfg, identity.teacher_cell(cfg)).lr == cfg.teacher.lr
 
 
 @pytest.mark.parametrize("view", ["weak", "strong"])
 def test_a_network_sees_image_and_mask_of_one_view(compose, view):
     CPU.prepare()
     cfg = compose("path=L", f"teacher_aug={view}", "train.epochs=1")
-    learner, feed = factory.learner(cfg, identity.teacher_cell(cfg)), factory.feed(cfg, seed=0)
+    learner, feed = build.learner(cfg, identity.teacher_cell(cfg)), build.feed(cfg, seed=0)
     seen = []
     terms, forward = learner.terms, learner.network.forward
     learner.terms = lambda *given: seen.append(("mask", given[-1].student_mask.clone())) or terms(*given)
@@ -106,9 +106,7 @@ def test_the_temperature_reaches_the_loss(compose, path, formula):
     maps = {name: torch.randn(2, 1, 4, 4, generator=generator) for name in ("student", "teacher")}
     maps["valid"] = torch.ones(2, 1, 4, 4, dtype=torch.bool)
     for temperature in (1.0, 4.0):
-        loss = (
-            factory.distillation(compose(f"path={path}", f"kd.temperature={temperature}"), teacher="").terms["kd"].loss
-        )
+        loss = build.distillation(compose(f"path={path}", f"kd.temperature={temperature}"), teacher="").terms["kd"].loss
         assert float(loss(**maps)) == pytest.approx(float(formula(**maps, temperature=temperature)))
     assert float(formula(**maps, temperature=1.0)) != pytest.approx(float(formula(**maps, temperature=4.0)))
 
@@ -116,7 +114,7 @@ def test_the_temperature_reaches_the_loss(compose, path, formula):
 def test_the_options_of_training_reach_the_learner(compose):
     values = ["train.lr=2e-4", "train.epochs=7", "train.patience=3", "train.monitor=dice", "scores.nsd_tolerance_px=3"]
     cfg = compose("path=H", "kd.weight=0.2", "kd.align=none", "teacher_aug=weak", *values)
-    learner = factory.learner(cfg, identity.cell(cfg))
+    learner = build.learner(cfg, identity.cell(cfg))
     assert (learner.lr, learner.epochs, learner.patience) == (2e-4, 7, 3)
     assert (learner.monitor, learner.nsd_tolerance_px) == ("dice", 3)
     assert (learner.distillation.weight, learner.distillation.align) == (0.2, False)
@@ -131,8 +129,8 @@ def test_the_options_of_a_teachers_training_reach_its_learner(compose):
     expected = [(7, "loss", losses.cross_entropy_and_dice, "cosine"), (5, "dice", losses.cross_entropy, "poly")]
     for words, (epochs, monitor, supervised, schedule) in zip((given, [*given, *own]), expected, strict=True):
         cfg = compose("path=L", *words)
-        teacher = factory.learner(cfg, identity.teacher_cell(cfg))
-        student = factory.learner(cfg, identity.cell(cfg))
+        teacher = build.learner(cfg, identity.teacher_cell(cfg))
+        student = build.learner(cfg, identity.cell(cfg))
         assert (teacher.epochs, teacher.patience, teacher.monitor, teacher.schedule) == (epochs, 3, monitor, schedule)
         assert (student.epochs, student.monitor, student.schedule) == (7, "loss", "cosine")
         assert teacher.supervised(logits=logits, mask=mask) == supervised(logits=logits, mask=mask)
@@ -144,12 +142,12 @@ def test_the_groups_of_images_reach_their_scores(compose, tmp_path):
     groups = {image_id: f"patient {number // 2}" for number, image_id in enumerate(ids)}
     file.write_text("id,group\n" + "".join(f"{image_id},{group}\n" for image_id, group in groups.items()))
     for words in (["split=kfold"], ["split=kfold", f"split.group={file}"]):
-        part = factory.feed(compose(*words), seed=0).test
+        part = build.feed(compose(*words), seed=0).test
         assert part.groups == ([groups[image_id] for image_id in part.ids] if len(words) > 1 else None)
 
 
 def test_a_frozen_teacher_is_in_eval_mode_without_gradients(compose):
-    network = unet.freeze(factory.teacher_network(compose("path=L")))
+    network = unet.freeze(build.teacher_network(compose("path=L")))
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
@@ -179,28 +177,28 @@ def wrong_names(*, ours, theirs):
 )
 def test_a_loss_that_gives_no_term_is_refused_before_training(compose, loss, expected):
     cfg = compose("path=H", f"++loss.hidden._target_={__name__}.{loss}", "~loss.hidden.temperature")
-    with pytest.raises(factory.InputError, match="path=H loss=kld gives no KD term: ") as caught:
-        factory.check_term(cfg)
+    with pytest.raises(build.InputError, match="path=H loss=kld gives no KD term: ") as caught:
+        build.check_term(cfg)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_loss_that_is_absent_is_refused_before_training(compose):
     cfg = compose("path=H", f"++loss.hidden._target_={__name__}.absent", "~loss.hidden.temperature")
-    with pytest.raises(factory.InputError, match=rf"^_target_={__name__}\.absent: ModuleNotFoundError: [^\n]*$"):
-        factory.check_term(cfg)
+    with pytest.raises(build.InputError, match=rf"^_target_={__name__}\.absent: ModuleNotFoundError: [^\n]*$"):
+        build.check_term(cfg)
 
 
 @pytest.mark.parametrize("path", ["L", "H", "HR", "none"])
 @pytest.mark.parametrize("loss", ["mse", "kld"])
 def test_the_papers_paths_and_losses_pass_the_check(compose, path, loss):
     before = torch.get_rng_state()
-    factory.check_term(compose(f"path={path}", f"loss={loss}"))
+    build.check_term(compose(f"path={path}", f"loss={loss}"))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_bad_loss_behind_good_ones_of_the_same_networks_is_found(compose):
     bad = compose("path=H", f"++loss.hidden._target_={__name__}.two_numbers", "~loss.hidden.temperature")
     jobs = [plan.Job(own, identity.cell(own)) for own in (compose("path=L"), compose("path=H", "loss=mse"), bad)]
-    with pytest.raises(factory.InputError, match="path=H loss=kld gives no KD term: "):
+    with pytest.raises(build.InputError, match="path=H loss=kld gives no KD term: "):
         preview.check(plan.kinds(jobs))

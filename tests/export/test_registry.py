@@ -15,9 +15,10 @@ from test_predict import SIZE, finish, noise
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.data import phantom
-from kdsweep.deploy import export, predict
-from kdsweep.runs import records
-from kdsweep.tracking import registry, writer
+from kdsweep.export import onnx as export
+from kdsweep.export import predict
+from kdsweep.store import cell_folder
+from kdsweep.tracking import mirror, registry
 from kdsweep.training.outcome import PREDICTIONS, SCORES
 
 NAME = "kdsweep-student"
@@ -29,7 +30,7 @@ def cell(empty_store, tmp_path_factory) -> Cell:
     cell = finish(Path(shutil.copytree(empty_store, tmp_path_factory.mktemp("registered") / "store")))
     for name in SCORES, PREDICTIONS:
         (cell.folder / name).touch()
-    writer.Tracker(store=cell.store, uri=None).sync(records.read(cell.folder), sweep="study")
+    mirror.Tracker(store=cell.store, uri=None).sync(cell_folder.read(cell.folder), sweep="study")
     return cell
 
 
@@ -40,7 +41,7 @@ def content(cell) -> bytes:
 
 @pytest.fixture
 def client(cell) -> mlflow.MlflowClient:
-    uri = writer.store_uri(cell.store, None)
+    uri = mirror.store_uri(cell.store, None)
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -70,7 +71,7 @@ def test_what_is_registered_is_loaded_as_the_printed_line_says(cell, client, cal
     for version in (1, 2):
         assert call(NAME) == 0
         told = capsys.readouterr().out.splitlines()[-1]
-        place = writer.store_uri(cell.store, None)
+        place = mirror.store_uri(cell.store, None)
         loading = f'MLFLOW_TRACKING_URI={place} and mlflow.pyfunc.load_model("models:/{NAME}/{version}")'
         assert told == f"registered {NAME} version {version}; to load it: {loading}"
     after = run_of(client, cell)
@@ -170,8 +171,8 @@ def test_a_registered_model_is_found_again_in_a_store_that_was_moved(cell, clien
     assert call("moved") == 0
     run = run_of(client, cell)
     moved = Path(shutil.copytree(cell.store, tmp_path / "elsewhere"))
-    writer.Tracker(store=moved, uri=None)
-    uri = writer.store_uri(moved, None)
+    mirror.Tracker(store=moved, uri=None)
+    uri = mirror.store_uri(moved, None)
     there = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     assert there.get_model_version_download_uri("moved", "1").startswith(f"file://{moved}/artifacts/")
     logged = there.search_logged_models([run.info.experiment_id])
