@@ -177,7 +177,7 @@ def test_the_walk_sees_imports_wherever_they_stand() -> None:
     assert own_imports("from kdsweep.sweep.executors import slurm") == {"sweep.executors.slurm"}
     assert own_imports("def f():\n    from kdsweep.training.build import feed") == {"training.build"}
     checked = "if TYPE_CHECKING:\n    from kdsweep.tracking.mirror import Sweep"
-    assert own_imports(checked) == {"tracking.writer"}
+    assert own_imports(checked) == {"tracking.mirror"}
     assert own_imports(checked, running=True) == set()
     assert own_imports("if __name__ == '__main__':\n    from kdsweep.training.build import x") == set()
     source = "from kdsweep.training import loop\nfrom kdsweep.models import unet\nfrom kdsweep import conf_dir"
