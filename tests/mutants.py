@@ -638,27 +638,27 @@ MUTANTS = [
         "Decides((DISTILLED,))",
         "tests/config",
     ),
-    # runs
+    # store
     Mutant(
         "a checksum is not checked",
         "store/checkpoint.py",
-        "if left != 0 or stream.read() != sha256.digest():",
-        "if left != 0:",
-        "tests/runs",
+        "if hashlib.sha256(memoryview(content)[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:",
+        "if len(content) < DIGEST_BYTES:",
+        "tests/store",
     ),
     Mutant(
         "a damaged marker counts",
         "store/cell_folder.py",
-        'if marker is None or marker.pop("seal", None) != _seal(marker):',
-        'if marker is None or not marker.pop("seal", None):',
-        "tests/runs",
+        'content.pop("seal", None) == _seal(content)',
+        'content.pop("seal", None)',
+        "tests/store",
     ),
     Mutant(
         "the cell of an older results version stays in its sweep",
         "store/sweep_file.py",
         "not (row.version < grid.RESULTS_VERSION and row.name in names)",
         "True",
-        "tests/runs",
+        "tests/store",
     ),
     # tracking
     Mutant(

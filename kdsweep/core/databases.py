@@ -34,12 +34,10 @@ def absolute(url: str) -> str:
 
 
 def database_of(url: str) -> tuple[object, ...] | None:
-    """Return a key that all spellings of a database's address share; None for what is not one."""
+    """Return a key that all spellings of a database's address share; None if it is not one."""
     if file := _sqlite_file(url):
         return "sqlite", file.resolve()
-    try:
-        parts = make_url(url)
-    except ArgumentError:
+    if (parts := _parse(url)) is None:
         return None
     kind, host = parts.get_backend_name(), "localhost" if parts.host in LOCAL else str(parts.host).lower()
     # A PostgreSQL database holds schemas, which its options may choose.
@@ -48,17 +46,19 @@ def database_of(url: str) -> tuple[object, ...] | None:
 
 def shown(url: str) -> str:
     """Return an address without its password."""
+    parts = _parse(url)
+    return url if parts is None else parts.render_as_string(hide_password=True)
+
+
+def _parse(url: str) -> URL | None:
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        return make_url(url)
     except ArgumentError:
-        return url
+        return None
 
 
 def _sqlite_file(url: str) -> Path | None:
-    try:
-        parts = make_url(url)
-    except ArgumentError:
-        return None
-    if parts.get_backend_name() != "sqlite" or parts.database in (None, "", ":memory:"):
+    parts = _parse(url)
+    if parts is None or parts.get_backend_name() != "sqlite" or parts.database in (None, "", ":memory:"):
         return None
     return Path(str(parts.database).removeprefix("file:"))

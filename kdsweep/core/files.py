@@ -21,38 +21,31 @@ WHOLE_PATH = re.compile(r"(?<![^\s='\"(])[/~](?:[^/\s]*/)*([^/\s]+)")  # its las
 
 
 @contextlib.contextmanager
-def _appearing(file: Path) -> Iterator[BinaryIO]:
+def complete_file(file: Path) -> Iterator[BinaryIO]:
     """Open a scratch file, flush it to disk and rename it: a reader sees the old file or the complete new one.
 
-    A symbolic link stays and its target is written. A device or a pipe stays and is written directly.
+    A file keeps its permissions. A symbolic link stays and its target is written; a device or a pipe is written
+    directly.
     """
+    target = Path(os.path.realpath(file))
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         if file.exists() and not file.is_file():
             with file.open("wb") as stream:  # a folder raises IsADirectoryError
                 yield stream
-        else:
-            target = Path(os.path.realpath(file))
-            if target.is_symlink():
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            with _renamed(target) as stream:
-                yield stream
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error  # a full disk does not name the file
-
-
-@contextlib.contextmanager
-def _renamed(file: Path) -> Iterator[BinaryIO]:
-    """Open a scratch file next to a regular file, which takes its name and its permissions at the end."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
+            return
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        target.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        if file.exists():
-            scratch.chmod(stat.S_IMODE(file.stat().st_mode))
-        scratch.replace(file)
+        if target.exists():
+            scratch.chmod(stat.S_IMODE(target.stat().st_mode))
+        scratch.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error  # a full disk does not name the file
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
@@ -65,8 +58,8 @@ def remove_parts(folder: Path) -> None:
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    with _appearing(file) as stream:
+    """Write a file that appears complete or not at all."""
+    with complete_file(file) as stream:
         stream.write(content)
 
 
@@ -129,22 +122,17 @@ def is_locked(file: Path) -> bool:
 
 
 def without_folders(value: Any) -> Any:
-    """Return plain nested values in whose texts a file or folder with its whole path is its last name alone."""
+    """Return plain nested values in whose texts a complete path is its last name alone."""
     if isinstance(value, dict):
-        return {key: without_folders(own) for key, own in value.items()}
+        return {key: without_folders(entry) for key, entry in value.items()}
     return WHOLE_PATH.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def private_path(path: Path | None, option: str, *, default: str) -> Path:
-    """Return a path for pictures of patients, which must not be in kdsweep's checkout.
-
-    Args:
-        path: the one that the user names, or None.
-        option: that names it.
-        default: the path in kdsweep's folder of the user's cache that takes its place.
+    """Return the path that an option names for pictures of patients; for None one in the user's cache.
 
     Raises:
-        InputError: the path is in the checkout.
+        InputError: the path is in kdsweep's checkout.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     chosen = (path.expanduser() if path else cache / "kdsweep" / default).resolve()

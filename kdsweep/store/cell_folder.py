@@ -1,12 +1,13 @@
 """The folder of a cell: its record, its lock and its marker, from which MLflow's runs and the status are made.
 
-The folder alone says what the cell is and how far it has come. So a store can be moved, a tracking server can be down,
-and a process can be killed without warning.
+The folder alone says what the cell is and how far it is trained. So a store can be moved, a tracking server can be
+down, and a process can be killed without warning.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 CELL, PROGRESS, FAILED, FINISHED, LOCK = "cell.json", "progress.json", "failed.json", "finished.json", ".lock"
 SPLIT, PARTS = "split.json", ("train", "validation", "test")
-KEYS = {  # of each file; without them it is damaged
+KEYS = {  # of each record; without them it is damaged
     CELL: ("tags", "params", "started_ms", "settings", "evidence"),
     PROGRESS: ("epochs", "history", "times_ms", "seconds"),
     FAILED: ("error", "time_ms"),
@@ -35,35 +36,20 @@ KEYS = {  # of each file; without them it is damaged
 
 @dataclass(frozen=True)
 class Record:
-    """The state of a cell, as read from its folder.
-
-    Attributes:
-        folder: of the cell.
-        status: ``WAITING`` (not begun), ``RUNNING``, ``KILLED`` (begun, but not running), ``FAILED``, ``FINISHED``.
-        params: the flat resolved configuration.
-        tags: of its run: those of the cell and those of the process that trains it.
-        started_ms: when it was begun, in milliseconds since 1970.
-        epochs: the maximum.
-        history: values of each epoch, ``epoch`` among them.
-        times_ms: when each epoch ended.
-        seconds: what each epoch took (``Learner.seconds``).
-        error: of a failed cell, in one line.
-        values: the final ones of a finished cell.
-        ended_ms: when it failed or was finished.
-    """
+    """The state of a cell, as read from its folder; times in milliseconds since 1970."""
 
     folder: Path
-    status: str
-    params: dict[str, Any]
-    tags: dict[str, str]
+    status: str  # WAITING (not begun), RUNNING, KILLED (begun, but not running), FAILED or FINISHED
+    params: dict[str, Any]  # the flat resolved configuration
+    tags: dict[str, str]  # of its run: those of the cell and those of the process that trains it
     started_ms: int
-    epochs: int
-    history: list[dict[str, float]]
-    times_ms: list[int]
-    seconds: list[float]
-    error: str
-    values: dict[str, float]
-    ended_ms: int
+    epochs: int  # the maximum
+    history: list[dict[str, float]]  # values of each epoch, "epoch" among them
+    times_ms: list[int]  # when each epoch ended
+    seconds: list[float]  # of each epoch (``Learner.seconds``)
+    error: str  # of a failed cell, in one line
+    values: dict[str, float]  # the final ones of a finished cell
+    ended_ms: int  # when it failed or was finished
 
 
 def now_ms() -> int:
@@ -82,12 +68,10 @@ def lock(folder: Path) -> BaseFileLock:
 
 def hold(stack: contextlib.ExitStack, folder: Path) -> bool:
     """Take the lock of a cell until the stack is closed; return False if another process has it."""
-    taken = lock(folder)
-    try:
-        taken.acquire(timeout=0.5, poll_interval=0.05)  # another process's ``is_held`` may have it for a moment
+    try:  # ``is_held`` of another process may have it for a moment
+        stack.enter_context(lock(folder).acquire(timeout=0.5, poll_interval=0.05))
     except Timeout:
         return False
-    stack.callback(taken.release)
     return True
 
 
@@ -147,13 +131,27 @@ def write_failed(folder: Path, error: str) -> None:
 
 
 def write_finished(folder: Path, *, values: dict[str, float], files: list[str]) -> None:
-    """Write the marker of a finished cell, last of all: the final values, and the SHA-256 of the files they rest on."""
+    """Write the marker of a finished cell, last of all: its final values, and the SHA-256 of its files."""
     content = {"time_ms": now_ms(), "values": values, "sha256": {name: file_digest(folder / name) for name in files}}
     write_json(folder / FINISHED, {**content, "seal": _seal(content)})
     (folder / FAILED).unlink(missing_ok=True)
 
 
-# --- finished cells
+# --- reading
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """Return the content of a record: empty if it is missing, None if it is damaged."""
+    try:
+        content = read_json(file, *KEYS.get(file.name, ())) or {}
+    except DamagedError:
+        return None
+    is_sealed = not content or file.name != FINISHED or content.pop("seal", None) == _seal(content)
+    return content if is_sealed else None
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_finished(folder: Path) -> dict[str, float] | None:
@@ -162,15 +160,17 @@ def read_finished(folder: Path) -> dict[str, float] | None:
     A damaged cell is logged in one line and no longer counts: it is tested again from its checkpoint, or trained again.
     A Teacher's weights are not checked here, since that takes seconds, but when they are read.
     """
-    if not (folder / FINISHED).exists():
-        return None
     marker = _read(folder / FINISHED)
-    damaged = _damage(folder, marker)
-    if marker is not None and damaged is None:
-        values: dict[str, float] = marker["values"]
-        return values
-    forget_finished(folder, damaged or folder / FINISHED)
-    return None
+    if marker == {}:
+        return None
+    damaged = [name for name in (FINISHED, CELL, PROGRESS) if _read(folder / name) is None]
+    files = [] if marker is None else [name for name in marker["sha256"] if name != "teacher.safetensors"]
+    damaged += [name for name in files if not check_file(folder, name)]
+    if damaged or marker is None:
+        forget_finished(folder, folder / damaged[0])
+        return None
+    values: dict[str, float] = marker["values"]
+    return values
 
 
 def forget_finished(folder: Path, damaged: Path) -> None:
@@ -182,46 +182,11 @@ def forget_finished(folder: Path, damaged: Path) -> None:
 
 def check_file(folder: Path, name: str) -> bool:
     """Return whether a file of a finished cell still has the bytes that were written."""
-    marker = _read(folder / FINISHED) or {}
-    return _has_digest(folder / name, marker.get("sha256", {}).get(name))
-
-
-def _damage(folder: Path, marker: dict[str, Any] | None) -> Path | None:
-    if marker is None or marker.pop("seal", None) != _seal(marker):
-        return folder / FINISHED
-    for name in (CELL, PROGRESS):
-        if _is_damaged(folder / name):
-            return folder / name
-    for name, digest in marker["sha256"].items():
-        if name != "teacher.safetensors" and not _has_digest(folder / name, digest):
-            return folder / name
-    return None
-
-
-def _has_digest(file: Path, digest: str | None) -> bool:
+    digest = (_read(folder / FINISHED) or {}).get("sha256", {}).get(name)
     try:
-        return file_digest(file) == digest
+        return file_digest(folder / name) == digest
     except OSError:
         return False
-
-
-def _seal(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# --- reading
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """Return the content of a record; None if it is missing or damaged: the same command then writes it again."""
-    try:
-        return read_json(file, *KEYS.get(file.name, ()))
-    except DamagedError:
-        return None
-
-
-def _is_damaged(file: Path) -> bool:
-    return file.exists() and _read(file) is None
 
 
 def read_split(folder: Path) -> dict[str, list[str]]:
@@ -239,15 +204,13 @@ def read_split(folder: Path) -> dict[str, list[str]]:
 def read_predecessor(cell: Cell, *, besides: set[Path]) -> dict[str, Any] | None:
     """Read the description of the latest other cell of the same name, split and seed, if this one was never begun.
 
-    Args:
-        cell: the cell to compute.
-        besides: folders to leave out.
+    Folders in ``besides`` are left out.
     """
-    parent, name = cell.folder.parent, cell.folder.name.rpartition("-")[0]
-    if (cell.folder / CELL).exists() or not parent.is_dir():
+    if (cell.folder / CELL).exists():
         return None
-    alike = [folder for folder in parent.iterdir() if folder.name.rpartition("-")[0] == name]
-    begun = [folder / CELL for folder in alike if folder not in besides and (folder / CELL).is_file()]
+    name, _, digits = cell.folder.name.rpartition("-")
+    alike = cell.folder.parent.glob(f"{glob.escape(name)}-{'?' * len(digits)}/{CELL}")
+    begun = [file for file in alike if file.parent not in besides]
     return _read(max(begun, key=lambda file: file.stat().st_mtime_ns)) if begun else None
 
 
@@ -270,9 +233,9 @@ def epochs(folder: Path) -> int:
 def read(folder: Path) -> Record:
     """Read the record of a cell; its folder need not exist."""
     values = read_finished(folder)
-    for name in (CELL, PROGRESS):
-        if _is_damaged(folder / name):
-            log.warning("%s is damaged; the same command writes it again", folder / name)
+    for file in (folder / CELL, folder / PROGRESS):
+        if _read(file) is None:
+            log.warning("%s is damaged; the same command writes it again", file)
     about, progress = _read(folder / CELL) or {}, _read(folder / PROGRESS) or {}
     end: dict[str, Any] = {}
     if values is not None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from kdsweep.core.files import _appearing, write_bytes
+from kdsweep.core.files import DamagedError, complete_file, write_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -23,29 +24,6 @@ CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-class DamagedError(Exception):
-    """A file was cut short or holds other bytes than were written; the message is one line that names it."""
-
-
-class _Hashing:
-    """A stream that passes on what is written to it and keeps its SHA-256."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.sha256 = stream, hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, part: Any) -> int:
-        self.sha256.update(part)
-        try:
-            return self.stream.write(part)
-        except OSError as error:
-            self.error = error  # torch makes another error of it
-            raise
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-
 def save_state(file: Path, state: dict[str, Any]) -> None:
     """Write nested tensors and plain values, readable without running code from the file (``torch.load`` reads it).
 
@@ -53,18 +31,15 @@ def save_state(file: Path, state: dict[str, Any]) -> None:
     """
     import torch
 
-    previous = file.with_name(PREVIOUS)
-    with _appearing(file) as stream:
-        hashing = _Hashing(stream)
-        try:
-            torch.save(state, cast("IO[bytes]", hashing))
-        except Exception as error:
-            raise hashing.error or error from error
-        stream.write(hashing.sha256.digest())
+    content = io.BytesIO()
+    torch.save(state, content)
+    with complete_file(file) as stream:
+        stream.write(content.getbuffer())
+        stream.write(hashlib.sha256(content.getbuffer()).digest())
         if file.exists():
             with contextlib.suppress(OSError):  # without hard links there is no previous one
-                previous.unlink(missing_ok=True)
-                os.link(file, previous)
+                file.with_name(PREVIOUS).unlink(missing_ok=True)
+                os.link(file, file.with_name(PREVIOUS))
 
 
 def load_state(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -76,18 +51,13 @@ def load_state(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     """
     import torch
 
-    with file.open("rb") as stream:
-        sha256, left = hashlib.sha256(), file.stat().st_size - DIGEST_BYTES
-        while left > 0 and (part := stream.read(min(left, 1 << 24))):
-            sha256.update(part)
-            left -= len(part)
-        if left != 0 or stream.read() != sha256.digest():
-            raise DamagedError(f"{file}: damaged, its checksum does not fit its {file.stat().st_size} bytes")
-        stream.seek(0)
-        try:
-            state: dict[str, Any] = torch.load(stream, map_location=device, weights_only=True)
-        except Exception as error:  # of many kinds, whatever the bytes are taken for
-            raise DamagedError(f"{file}: not a checkpoint: {' '.join(str(error).split())[:200]}") from error
+    content = file.read_bytes()
+    if hashlib.sha256(memoryview(content)[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
+        raise DamagedError(f"{file}: damaged, its checksum does not fit its {len(content)} bytes")
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except Exception as error:  # of many kinds, whatever the bytes are taken for
+        raise DamagedError(f"{file}: not a checkpoint: {' '.join(str(error).split())[:200]}") from error
     return state
 
 
@@ -108,9 +78,8 @@ def load_network(file: Path, network: nn.Module) -> None:
 
 def save_predictions(file: Path, predictions: np.ndarray, *, ids: list[str]) -> None:
     """Write predicted masks (N, H, W) bool, eight pixels a byte, with the ids of their images."""
-    shape = np.array(predictions.shape)
-    with _appearing(file) as stream:
-        np.savez_compressed(stream, bits=np.packbits(predictions), shape=shape, ids=np.array(ids))
+    with complete_file(file) as stream:
+        np.savez_compressed(stream, bits=np.packbits(predictions), shape=predictions.shape, ids=np.array(ids))
 
 
 def load_predictions(file: Path | BinaryIO) -> dict[str, np.ndarray]:

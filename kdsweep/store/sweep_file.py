@@ -20,20 +20,15 @@ SWEEPS = "sweeps"
 
 @dataclass(frozen=True)
 class Request:
-    """A cell or Teacher that a sweep requests: role, notation, split, seed and fingerprint are those of the cell.
-
-    Attributes:
-        version: results version of the command that requested it.
-        variant: values of the swept keys, as far as they tell it from others of its name.
-    """
+    """A cell or Teacher that a sweep requests."""
 
     role: str
     notation: str
     split: int
     seed: int
     fingerprint: str
-    version: int
-    variant: dict[str, str]
+    version: int  # results version of the command that requested it
+    variant: dict[str, str]  # values of the swept keys, as far as they tell it from others of its name
 
     def folder(self, store: Path) -> Path:
         """Return the folder of the cell."""
@@ -47,21 +42,13 @@ class Request:
 
 @dataclass(frozen=True)
 class SweepFile:
-    """A sweep's requested cells and how they vary.
+    """A sweep's requested cells and how they vary."""
 
-    Attributes:
-        requests: of its cells and the Teachers that they learn from, by key (``Cell.key``).
-        swept: keys beyond the factors to which its command lines gave several values.
-        varied: those, and all others in which the cells of such a command differ.
-        tuned: keys whose values tuning has set, for each method and split separately.
-        commands: that requested its cells, as they can be typed again, the latest at the end.
-    """
-
-    requests: dict[str, Request] = field(default_factory=dict)
-    swept: list[str] = field(default_factory=list)
-    varied: list[str] = field(default_factory=list)
-    tuned: list[str] = field(default_factory=list)
-    commands: list[str] = field(default_factory=list)
+    requests: dict[str, Request] = field(default_factory=dict)  # by ``Cell.key``, those of their Teachers too
+    swept: list[str] = field(default_factory=list)  # keys beyond the factors to which commands gave several values
+    varied: list[str] = field(default_factory=list)  # those, and all others in which cells of such a command differ
+    tuned: list[str] = field(default_factory=list)  # keys set by tuning, for each method and split separately
+    commands: list[str] = field(default_factory=list)  # as they can be typed again, the latest at the end
 
 
 def parse(content: dict[str, Any]) -> SweepFile:
@@ -83,7 +70,7 @@ def read(store: Path, sweep: str) -> SweepFile:
     return parse(content) if content else SweepFile()
 
 
-def ask(
+def add(
     store: Path,
     sweep: str,
     *,
@@ -104,7 +91,12 @@ def ask(
     with FileLock(file.parent / LOCK):
         remove_parts(file.parent)
         before = read(store, sweep)
-        new = {cell.key: _request(cell, before.requests.get(cell.key)) for cell in [*teachers, *cells]}
+        new = {}
+        for cell in [*teachers, *cells]:
+            # A cell that is requested alone keeps the variant that it had among others.
+            variant = cell.variant or (before.requests[cell.key].variant if cell.key in before.requests else {})
+            about = cell.role, cell.notation, cell.split, cell.seed, cell.fingerprint
+            new[cell.key] = Request(*about, grid.RESULTS_VERSION, variant)
         fingerprints, names = ({getattr(row, of) for row in new.values()} for of in ("fingerprint", "name"))
         kept = {
             key: row
@@ -121,12 +113,6 @@ def ask(
         write_json(file, asdict(content))
 
 
-def _request(cell: Cell, before: Request | None) -> Request:
-    """Return the request of a cell; requested alone, it keeps the variant that it had among others."""
-    variant = cell.variant or (before.variant if before else {})
-    return Request(cell.role, cell.notation, cell.split, cell.seed, cell.fingerprint, grid.RESULTS_VERSION, variant)
-
-
 def file_of(store: Path, sweep: str) -> Path:
     """Return the file of a sweep."""
     return below(store / SWEEPS, f"{sweep}.json")
@@ -141,8 +127,3 @@ def sweeps(store: Path) -> list[str]:
 def folders(store: Path) -> set[Path]:
     """Return the folders of all cells that the sweeps of a store request."""
     return {row.folder(store) for sweep in sweeps(store) for row in read(store, sweep).requests.values()}
-
-
-def read_varied(store: Path, sweep: str) -> list[str]:
-    """Return the keys beyond the factors to which the command lines of a sweep gave several values."""
-    return read(store, sweep).swept

@@ -104,7 +104,7 @@ def name_variants(jobs: Sequence[Job], choices: Sequence[dict[str, str]]) -> lis
     keys = {
         place: [
             *swept_keys([job.overrides for job in own], [job.settings for job in own]),
-            *sweep_file.read_varied(*place),
+            *sweep_file.read(*place).swept,
         ]
         for place, own in sweeps.items()
     }
@@ -198,7 +198,7 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
             cells, teachers = [job.cell for job in unique(members)], teacher_cells(members)
             folders[sweep] = [cell.folder for cell in [*teachers, *cells]]
             swept = swept_keys([job.overrides for job in members], [job.settings for job in members])
-            sweep_file.ask(
+            sweep_file.add(
                 store,
                 sweep,
                 cells=cells,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kdsweep.core.device import Stopwatch
 from kdsweep.core.errors import CellError
-from kdsweep.core.files import remove_parts
+from kdsweep.core.files import DamagedError, remove_parts
 from kdsweep.distill import losses
 from kdsweep.distill.distillation import Distillation, ViewPair, gradient_ratio, matched_weight
 from kdsweep.models.unet import Outputs, UNet
@@ -315,7 +315,7 @@ class Learner:
                 state = checkpoint.load_state(file, self.device)  # what is restored is combined with what is new
             except FileNotFoundError:
                 continue
-            except checkpoint.DamagedError as error:
+            except DamagedError as error:
                 log.warning("%s; %s goes on from an earlier checkpoint, or anew", error, self.title)
                 continue
             try:

@@ -193,7 +193,7 @@ def test_two_spellings_in_one_sweep_are_one_cell_without_a_variant(jobs, values:
 def test_a_value_in_another_spelling_later_is_the_same_variant(jobs) -> None:
     first = jobs("train.lr=1e-3", "train.lr=0.01")
     swept = plan.swept_keys([job.overrides for job in first], [job.settings for job in first])
-    sweep_file.ask(
+    sweep_file.add(
         first[0].cell.store, first[0].settings.sweep_name, cells=[job.cell for job in first], teachers=[], swept=swept
     )
     (later,) = jobs("train.lr=0.001")

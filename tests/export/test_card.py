@@ -64,7 +64,7 @@ def test_best_is_the_run_with_the_highest_validation_dice_of_the_best_cell(empty
     tracker = mirror.Tracker(store=store, uri=None)
     dice = {("mse", 0): 0.6, ("mse", 1): 0.7, ("kld", 0): 0.9, ("kld", 1): 0.2}  # mean 0.65 and 0.55
     cells = {key: finish(store, "path=L", f"loss={key[0]}", f"split=s{key[1]}") for key in dice}
-    sweep_file.ask(store, "study", cells=list(cells.values()), teachers=[])
+    sweep_file.add(store, "study", cells=list(cells.values()), teachers=[])
     for key, cell in cells.items():
         ids = cell_folder.read_split(cell.folder)["test"]
         test_dice = 0.99 if key == ("kld", 1) else 0.5

@@ -28,7 +28,7 @@ def store(empty_store, tmp_path_factory):
     shutil.copytree(empty_store, store)
     tracker = mirror.Tracker(store=store, uri=None)
     cells = [finish(store, "data.count=25", *own) for own in ([], ["path=L", "loss=mse"])]
-    sweep_file.ask(store, "study", cells=cells, teachers=[])
+    sweep_file.add(store, "study", cells=cells, teachers=[])
     for cell in cells:
         (cell.folder / PREDICTIONS).touch()
         tracker.sync(cell_folder.read(cell.folder), sweep="study")

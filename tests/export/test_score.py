@@ -28,7 +28,7 @@ def finished(empty_store, tmp_path_factory):
     shutil.copytree(empty_store, store)
     tracker = mirror.Tracker(store=store, uri=None)
     cells = [finish(store, f"split=s{split}") for split in (0, 1)]
-    sweep_file.ask(store, "study", cells=cells, teachers=[])
+    sweep_file.add(store, "study", cells=cells, teachers=[])
     for number, cell in enumerate(cells):
         images = [f"image{number}{i}" for i in range(4)]
         dice = np.random.default_rng(number).uniform(0.3, 0.9, len(images))

@@ -196,7 +196,7 @@ def test_the_command_tells_a_missing_store_in_one_line(tmp_path):
 
 def test_what_is_drawn_from_and_where_it_goes_is_in_mlflow(tmp_path):
     tracker, cell = mirror.Tracker(store=tmp_path, uri=None), make_cell(store=tmp_path)
-    sweep_file.ask(tmp_path, "study", cells=[cell, make_cell("Student", store=tmp_path)], teachers=[])
+    sweep_file.add(tmp_path, "study", cells=[cell, make_cell("Student", store=tmp_path)], teachers=[])
     tracker.sync(begin(cell, 3), sweep="study")
     sweep = reader.read_sweep(store=tmp_path, uri=None, name="study")
     curves = reader.read_curves(sweep, store=tmp_path, uri=None, metric="train/loss")

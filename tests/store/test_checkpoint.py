@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from kdsweep.core.files import write_json
+from kdsweep.core import files
 from kdsweep.store import checkpoint
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_scrap(tmp_path, monkeypatch):
     file = tmp_path / "a.json"
-    write_json(file, {"old": 1})
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    files.write_json(file, {"old": 1})
+    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
     with pytest.raises(OSError, match=r"disk full: '.*a\.json'"):
-        write_json(file, {"new": 2})
+        files.write_json(file, {"new": 2})
     assert json.loads(file.read_text()) == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
@@ -38,11 +38,11 @@ def test_a_state_with_code_in_it_is_not_loaded(tmp_path):
             return (open, (str(tmp_path / "marker"), "w"))
 
     torch.save({"network": Attack()}, tmp_path / "evil.pt")
-    with pytest.raises(checkpoint.DamagedError, match=r"evil\.pt: damaged, its checksum does not fit"):
+    with pytest.raises(files.DamagedError, match=r"evil\.pt: damaged, its checksum does not fit"):
         checkpoint.load_state(tmp_path / "evil.pt")
     content = (tmp_path / "evil.pt").read_bytes()
     (tmp_path / "sealed.pt").write_bytes(content + hashlib.sha256(content).digest())
-    with pytest.raises(checkpoint.DamagedError, match=r"sealed\.pt: not a checkpoint: Weights only load failed"):
+    with pytest.raises(files.DamagedError, match=r"sealed\.pt: not a checkpoint: Weights only load failed"):
         checkpoint.load_state(tmp_path / "sealed.pt")
     assert not (tmp_path / "marker").exists()
 
@@ -54,7 +54,7 @@ def test_a_damaged_state_is_told_from_a_whole_one(tmp_path, spoil):
     file = tmp_path / "checkpoint.pt"
     checkpoint.save_state(file, {"weights": torch.arange(50.0)})
     file.write_bytes(spoil(file.read_bytes()))
-    with pytest.raises(checkpoint.DamagedError, match=r"checkpoint\.pt: damaged, its checksum does not fit its \d+"):
+    with pytest.raises(files.DamagedError, match=r"checkpoint\.pt: damaged, its checksum does not fit its \d+"):
         checkpoint.load_state(file)
 
 
@@ -64,7 +64,7 @@ def test_every_flipped_bit_is_seen(tmp_path):
     content = file.read_bytes()
     for position in range(0, len(content), 41):
         file.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
-        with pytest.raises(checkpoint.DamagedError):
+        with pytest.raises(files.DamagedError):
             checkpoint.load_state(file)
 
 

@@ -19,7 +19,7 @@ def ask(tmp_path):
     """Requests cells and returns the fingerprints that the sweep then requests."""
 
     def ask(*cells: Cell, **more) -> set[str]:
-        sweep_file.ask(tmp_path, "sweep", cells=cells, teachers=[], **more)
+        sweep_file.add(tmp_path, "sweep", cells=cells, teachers=[], **more)
         return {row.fingerprint for row in sweep_file.read(tmp_path, "sweep").requests.values()}
 
     return ask
@@ -59,7 +59,7 @@ def test_a_cell_requested_alone_keeps_its_variant_and_keys_add_up(ask, tmp_path)
     assert content.requests[cell.key].variant == {"kd.weight": "1"}
     assert (content.swept, content.varied, content.tuned) == (["kd.weight", "a"], ["kd.weight", "x", "a"], ["train.lr"])
     assert content.commands == ["second", "first"]
-    assert sweep_file.read_varied(tmp_path, "sweep") == ["kd.weight", "a"]
+    assert content.swept == ["kd.weight", "a"]
     expected = {
         tmp_path / ("teachers" if row is teacher else "cells") / replace(row, store=tmp_path).folder.name
         for row in (cell, teacher)
@@ -69,6 +69,6 @@ def test_a_cell_requested_alone_keeps_its_variant_and_keys_add_up(ask, tmp_path)
 
 def test_sweeps_are_listed_by_their_latest_request(tmp_path):
     for name in ("one", "other", "one"):
-        sweep_file.ask(tmp_path, name, cells=[], teachers=[])
+        sweep_file.add(tmp_path, name, cells=[], teachers=[])
     assert sweep_file.sweeps(tmp_path) == ["other", "one"]
     assert sweep_file.read(tmp_path, "never requested") == sweep_file.SweepFile()

@@ -149,7 +149,7 @@ def test_the_stub_is_a_finished_cell_for_records_mlflow_and_tables(growth, sweep
     jobs = jobs_of(sweep, tmp_path, small_busi, 2)
     made = [(job.cell, job.settings) for job in jobs] + [(cell, jobs[1].settings) for cell in plan.teacher_cells(jobs)]
     tracker = mirror.Tracker(store=tmp_path, uri=None)
-    sweep_file.ask(tmp_path, "busi-quick", cells=[job.cell for job in jobs], teachers=[])
+    sweep_file.add(tmp_path, "busi-quick", cells=[job.cell for job in jobs], teachers=[])
     for cell, settings in made:
         growth.stub(cell, settings, weights=weights)
         assert cell_folder.read_finished(cell.folder) is not None

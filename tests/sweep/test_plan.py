@@ -57,7 +57,7 @@ def command(small_busi, tmp_path):
 def asked(own: list[plan.Job]) -> None:
     """As plan.watch writes it down."""
     swept = plan.swept_keys([job.overrides for job in own], [job.settings for job in own])
-    sweep_file.ask(own[0].cell.store, "busi-quick", cells=[job.cell for job in own], teachers=[], swept=swept)
+    sweep_file.add(own[0].cell.store, "busi-quick", cells=[job.cell for job in own], teachers=[], swept=swept)
 
 
 def test_a_swept_key_tells_cells_apart_where_the_role_uses_it(command):

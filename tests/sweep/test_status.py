@@ -51,7 +51,7 @@ def hold():
 
 def tell(store: Path, *, cells=(), teachers=(), tasks=None) -> list[str]:
     """Lines of the report on a sweep of these cells."""
-    sweep_file.ask(store, "study", cells=list(cells), teachers=list(teachers))
+    sweep_file.add(store, "study", cells=list(cells), teachers=list(teachers))
     return status.report("study", status.read_rows(store, "study", tasks=tasks or {}), now_ms=NOW_MS).splitlines()
 
 
@@ -113,7 +113,7 @@ def test_what_slurm_has_is_queued_or_running_as_its_job(tmp_path, hold):
 
 def test_a_queue_that_does_not_answer_is_said_below(tmp_path, monkeypatch):
     cell = make_cell(tmp_path)
-    sweep_file.ask(tmp_path, "study", cells=[cell], teachers=[])
+    sweep_file.add(tmp_path, "study", cells=[cell], teachers=[])
     queue.note([cell.folder], cluster="slurm", job_id="7")
     monkeypatch.setenv("PATH", "/nowhere")
     lines = status.make(store=tmp_path, sweep=None).splitlines()
@@ -124,7 +124,7 @@ def test_a_queue_that_does_not_answer_is_said_below(tmp_path, monkeypatch):
 def test_cells_that_a_swept_key_tells_apart_are_named_by_it(tmp_path):
     own = [replace(make_cell(tmp_path, lr=lr), variant={"train.lr": str(lr)}) for lr in (1, 2)]
     finish(own[0])
-    sweep_file.ask(tmp_path, "study", cells=own, teachers=[], swept=["train.lr"])
+    sweep_file.add(tmp_path, "study", cells=own, teachers=[], swept=["train.lr"])
     lines = status.make(store=tmp_path, sweep=None).splitlines()
     assert row(lines, "L_MSE split 0 seed 0 (train.lr=1)") == ["78.12"]
     assert row(lines, "L_MSE split 0 seed 0 (train.lr=2)") == ["waiting"]
@@ -299,7 +299,7 @@ def test_a_running_teacher_counts_too(tmp_path, hold):
 
 
 def ask(store: Path, name: str, cell: Cell, *, asked_s: int) -> None:
-    sweep_file.ask(store, name, cells=[cell], teachers=[])
+    sweep_file.add(store, name, cells=[cell], teachers=[])
     os.utime(store / "sweeps" / f"{name}.json", (asked_s, asked_s))
 
 
@@ -339,7 +339,7 @@ def test_a_store_of_the_home_folder_is_found_where_the_shell_leaves_its_tilde(tm
 def test_a_damaged_cell_of_a_store_that_cannot_be_written_to_is_to_be_done_again(tmp_path, monkeypatch, capsys):
     cell = make_cell(tmp_path)
     finish(cell, files=["scores.csv"])
-    sweep_file.ask(tmp_path, "study", cells=[cell], teachers=[])
+    sweep_file.add(tmp_path, "study", cells=[cell], teachers=[])
     with cell_folder.lock(cell.folder):
         pass  # leaves its file, as training does
     (cell.folder / "scores.csv").write_text("damaged")
@@ -357,7 +357,7 @@ def test_a_damaged_cell_of_a_store_that_cannot_be_written_to_is_to_be_done_again
 def test_another_process_that_computes_a_cell_is_seen_and_nothing_slow_is_imported(tmp_path, hold):
     cell = make_cell(tmp_path)
     begin(cell, ended_ms=cell_folder.now_ms() - 120_000)
-    sweep_file.ask(tmp_path, "study", cells=[cell], teachers=[])
+    sweep_file.add(tmp_path, "study", cells=[cell], teachers=[])
     hold(cell)
     slow = ("torch", "mlflow", "pandas", "omegaconf", "hydra")
     code = (

@@ -445,7 +445,7 @@ def test_the_status_writes_the_trials(unbroken, tmp_path, capsys):
     assert written["seconds"].sum() == pytest.approx(read_trials(studies)["seconds"].map(sum).sum())
     assert (written["seconds"] > 0).all()
 
-    sweep_file.ask(store := tmp_path / "store", "untuned", cells=[], teachers=[])
+    sweep_file.add(store := tmp_path / "store", "untuned", cells=[], teachers=[])
     assert status.main(["--store", str(store), "--trials", str(file)]) == 1
     assert f"--trials {file}: sweep untuned was not tuned" in capsys.readouterr().err
     assert status.main(["--store", str(unbroken), "--trials", str(tmp_path)]) == 1

@@ -37,7 +37,7 @@ def in_another_process() -> None:
 
 
 def ask(store: Path, sweep: str, cells: list[Cell], **more) -> None:
-    sweep_file.ask(store, sweep, cells=cells, teachers=[], **more)
+    sweep_file.add(store, sweep, cells=cells, teachers=[], **more)
 
 
 def begin(cell: Cell, epochs: int = 3, params=PARAMS) -> cell_folder.Record:
@@ -158,7 +158,7 @@ def test_a_server_without_the_store_gives_the_same_sweep(tmp_path, empty_store):
     learned = replace(make_cell(store=store), evidence={"teacher": teacher.fingerprint}, variant={"kd.weight": "1"})
     sweeps = {"older": [make_cell("H_MSE", store=store)], "sweep": [learned, make_cell("Student", store=store)]}
     for name, cells in sweeps.items():
-        sweep_file.ask(
+        sweep_file.add(
             store, name, cells=cells, teachers=[teacher], varied=["kd.weight"], tuned=["lr"], command="typed"
         )
         tracker.publish(name)

@@ -28,7 +28,7 @@ from kdsweep.tracking import mirror, reader, sync
 def mirrored(store: Path, sweeps: dict[str, list[Cell]], *, uri: str | None = None, trains: bool = True) -> sync.Sync:
     """What a command does for the sweeps that it requests."""
     for name, cells in sweeps.items():
-        sweep_file.ask(store, name, cells=cells, teachers=[])
+        sweep_file.add(store, name, cells=cells, teachers=[])
     folders = {name: [cell.folder for cell in cells] for name, cells in sweeps.items()}
     return sync.Sync(store=store, uri=uri, experiment="kdsweep", sweeps=folders, trains=trains)
 

@@ -41,7 +41,7 @@ def log_sweep(store: Path) -> None:
     for cell in [teacher, *cells]:
         if not (cell.folder / cell_folder.FINISHED).exists():
             end(cell, [0.5, 0.75])
-    sweep_file.ask(store, "sweep", cells=cells, teachers=[teacher])
+    sweep_file.add(store, "sweep", cells=cells, teachers=[teacher])
     folders = [cell.folder for cell in [teacher, *cells]]
     sync.Sync(store=store, uri=None, experiment="kdsweep", sweeps={"sweep": folders}, trains=True)
     sync.close_all()
@@ -205,7 +205,7 @@ def test_without_its_database_a_store_is_logged_again_by_the_same_command(store,
 
 def test_a_sweep_that_mlflow_lacks_is_told_apart_from_one_that_was_never_requested(store):
     cell = make_cell(store=store)
-    sweep_file.ask(store, "sweep", cells=[cell], teachers=[])
+    sweep_file.add(store, "sweep", cells=[cell], teachers=[])
     assert reader.read_sweep(store=store, uri=None, name="sweep").runs["status"].tolist() == ["missing"]
     begin(cell)
     assert "run the command of its sweep again" in error_of(lambda: scores_of(store))
@@ -214,7 +214,7 @@ def test_a_sweep_that_mlflow_lacks_is_told_apart_from_one_that_was_never_request
 def test_tables_of_an_earlier_results_version_come_out(store, monkeypatch, capsys):
     """The cells of the sweep are other ones now, and are computed again."""
     cells = [replace(make_cell(name, store=store), evidence={"results_version": "0"}) for name in ("L_MSE", "Student")]
-    sweep_file.ask(store, "sweep", cells=cells, teachers=[])
+    sweep_file.add(store, "sweep", cells=cells, teachers=[])
     for cell in cells:
         mirror.Tracker(store=store, uri=None).sync(end(cell, [0.5, 0.75]), sweep="sweep")
     assert tables.main(["table4", "--store", str(store)]) == 0
@@ -223,7 +223,7 @@ def test_tables_of_an_earlier_results_version_come_out(store, monkeypatch, capsy
     assert "Computed by an earlier kdsweep, results version 0 (this one: " in printed
     newer = [replace(cell, evidence={"results_version": "1"}) for cell in cells]
     monkeypatch.setattr(grid, "RESULTS_VERSION", grid.RESULTS_VERSION + 1)
-    sweep_file.ask(store, "sweep", cells=newer, teachers=[])
+    sweep_file.add(store, "sweep", cells=newer, teachers=[])
     assert reader.read_sweep(store=store, uri=None, name="sweep").runs["status"].tolist() == ["missing"] * 2
 
 
@@ -237,7 +237,7 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_damaged_record_of_a_sweep_is_named_and_never_overwritten(store, name, content, capsys):
     cell = make_cell(store=store)
-    sweep_file.ask(store, "sweep", cells=[cell], teachers=[])
+    sweep_file.add(store, "sweep", cells=[cell], teachers=[])
     file = store / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
@@ -247,7 +247,7 @@ def test_a_damaged_record_of_a_sweep_is_named_and_never_overwritten(store, name,
     assert told.err.startswith(f"kdsweep: error: {file} is damaged; ")
     assert RECORDS[name] in told.err
     writes = {
-        "sweeps": lambda: sweep_file.ask(store, "sweep", cells=[cell], teachers=[]),
+        "sweeps": lambda: sweep_file.add(store, "sweep", cells=[cell], teachers=[]),
         "tuning": lambda: book.write(store, "sweep", storage="sqlite://"),
     }
     assert error_of(writes[file.parent.name]).startswith(f"{file} is damaged")
@@ -306,7 +306,7 @@ def test_another_users_store_can_be_read_and_what_cannot_be_written_names_its_ow
         running = make_cell("H_KLD", store=store)
         begin(running)
         cell_folder.hold(held, running.folder)
-        sweep_file.ask(store, "sweep", cells=[running], teachers=[])
+        sweep_file.add(store, "sweep", cells=[running], teachers=[])
         tuned = book.lock(store, "sweep")
         tuned.acquire()
         table = ["table3", "--store", str(store), "--sweep", "sweep"]
@@ -322,7 +322,7 @@ def test_another_users_store_can_be_read_and_what_cannot_be_written_names_its_ow
             sweep = reader.read_sweep(store=store, uri=None, name="sweep")
             assert reader.attach(sweep, [Path(__file__)], folder="x", store=store, uri=None).startswith("not logged")
             with pytest.raises(PermissionError) as refused:
-                sweep_file.ask(store, "sweep", cells=[running], teachers=[])
+                sweep_file.add(store, "sweep", cells=[running], teachers=[])
             line = one_line(refused.value)
         tuned.release()
         assert "62.5" in told.out

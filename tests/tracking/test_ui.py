@@ -27,7 +27,7 @@ def study(tmp_path_factory) -> tuple[Path, str, dict[str, str]]:
     store = tmp_path_factory.mktemp("ui")
     student, cell = (make_cell(name, store=store) for name in ("Student", "L_MSE"))
     tracker = mirror.Tracker(store=store, uri=None)
-    sweep_file.ask(store, "study", cells=[student, cell, make_cell("H_KLD", store=store)], teachers=[])
+    sweep_file.add(store, "study", cells=[student, cell, make_cell("H_KLD", store=store)], teachers=[])
     for own, dice, path in ((student, 0.25, "none"), (cell, 0.75, "L")):
         record = end(own, [dice])
         tracker.sync(replace(record, params={**PARAMS, "cell.path": path}), sweep="study")
