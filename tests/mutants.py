@@ -876,15 +876,15 @@ MUTANTS = [
     Mutant(
         "executors: a cell that is lost with others fails",
         "sweep/executors/executor.py",
-        "elif len(positions) > 1 or isinstance(result, LeftError):",
-        "elif len(positions) > 2 or isinstance(result, LeftError):",
+        "if len(results) == 1 and isinstance(results[0], LostError):",
+        "if isinstance(results[0], LostError):",
         EXECUTORS,
     ),
     Mutant(
         "executors: half of what was lost is forgotten",
         "sweep/executors/executor.py",
-        "parts = list(lost)[:half], list(lost)[half:]",
-        "parts = list(lost)[:half], list(lost)[:half]",
+        "(members[:half], members[half:])",
+        "(members[:half], members[:half])",
         EXECUTORS,
     ),
     Mutant(
@@ -925,13 +925,20 @@ MUTANTS = [
     Mutant(
         "slurm: a cancelled job is submitted again",
         "sweep/executors/slurm.py",
-        'if "CANCELLED" in self.states.values():',
-        "if False:",
+        'is_cancelled = ended[job.job_id] == "CANCELLED"',
+        "is_cancelled = False",
+        "tests/sweep/test_slurm.py",
+    ),
+    Mutant(
+        "slurm: what an earlier job has finished is submitted again",
+        "sweep/executors/slurm.py",
+        "elif values and None not in values:",
+        "elif False:",
         "tests/sweep/test_slurm.py",
     ),
     Mutant(
         "slurm: a requeued job is submitted again",
-        "sweep/executors/queue.py",
+        "sweep/executors/slurm.py",
         '"PREEMPTED", "RECONFIG_FAIL",',
         '"PREEMPTED", "REQUEUED", "RECONFIG_FAIL",',
         "tests/sweep/test_slurm.py",

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,7 +206,7 @@ class LockstepLauncher(Launcher):
         from kdsweep.sweep import estimate
 
         first: list[Work] = []
-        if self.executor.at_once(preview) > 1:  # else each group would wait for the Teachers that several need
+        if self.executor.machines or preview.places > 1:  # else groups wait for Teachers in turn
             first = teacher_works([job for group in groups for job in group], preview)
             # The last ones to end are short.
             groups = sorted(groups, key=lambda group: -estimate.group_s(group, preview))
@@ -223,18 +222,12 @@ class LockstepLauncher(Launcher):
     def _train_groups(
         self, groups: list[list[Job]], preview: Preview, report: Report, *, first: list[Work]
     ) -> dict[str, Result]:
-        from kdsweep.sweep import plan
         from kdsweep.sweep.executors import worker
         from kdsweep.sweep.executors.executor import Work, run
 
+        devices = preview.devices
         members = {
-            Work(
-                worker.train_cells,
-                list(group),
-                preview.devices[group[0].settings.device],
-                cells=[job.cell for job in group],
-                waits=partial(plan.is_computed_elsewhere, group),
-            ): group
+            Work(worker.train_cells, group, devices[group[0].settings.device], [job.cell for job in group]): group
             for group in groups
         }
         results: dict[str, Result] = {}

@@ -281,11 +281,6 @@ def tell_finished(job: Job) -> None:
     log.info("%s: finished already, run %s in %s", job.cell.title, run_id, job.cell.folder)
 
 
-def is_computed_elsewhere(jobs: Sequence[Job]) -> bool:
-    """Return whether other processes compute all of these cells at the moment."""
-    return all(cell_folder.is_held(job.cell.folder) for job in jobs)
-
-
 def failure(cell: Cell, error: object) -> str:
     """Return a line on a cell that failed: why, and where to read more."""
     text = str(error)

@@ -19,8 +19,8 @@ from kdsweep.core.progress import duration, epoch_s, plural
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.store.cell_folder import Record
 from kdsweep.store.sweep_file import Request
-from kdsweep.sweep.executors import queue
-from kdsweep.sweep.executors.queue import Task
+from kdsweep.sweep.executors import slurm
+from kdsweep.sweep.executors.slurm import Task
 from kdsweep.tuning import book
 
 WORDS = {
@@ -275,9 +275,9 @@ def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> 
         raise InputError(f"--trials {trials_file}: {told}")
     trials = tuning(store, base, trials_file=trials_file) if base in tuned else ""
     try:
-        tasks = queue.queued(request.folder(store) for request in sweep_file.read(store, name).requests.values())
+        tasks = slurm.queued(request.folder(store) for request in sweep_file.read(store, name).requests.values())
         unknown = ""
-    except queue.QueueError as error:
+    except slurm.QueueError as error:
         tasks, unknown = {}, f"\nSLURM's queue is not known here: {error}\n"
     rows = read_rows(store, name, tasks=tasks)
     return trials + (report(name, rows, now_ms=cell_folder.now_ms()) + unknown if rows else "")

@@ -256,7 +256,7 @@ class Tuner(Launcher):
         """Train the trials of a round; yield each with its validation Dice or its error as its group ends."""
         executor, works = self.launcher.executor, {self._work(group, preview): group for group in groups}
         first = []
-        if executor.at_once(preview) > 1:
+        if executor.machines or preview.places > 1:
             distilled = [trial.job for group in groups for trial in group if trial.method.role == "distilled"]
             first = launcher.teacher_works(distilled, preview)
         executor.queued([replace(trial.job, cell=trial.cell) for trials in groups for trial in trials])  # waited for

@@ -17,7 +17,7 @@ from test_sync import runs_of
 from kdsweep.core.files import file_digest, read_json
 from kdsweep.results import tables
 from kdsweep.store import cell_folder
-from kdsweep.sweep.executors import queue
+from kdsweep.sweep.executors.slurm import NOTE, Task, queued
 from kdsweep.tracking import mirror
 
 SMALL = ["profile=quick", "data=busi", "train.batch_size=8", "train.patience=40", "device=cpu", *TEACHER, *STUDENT]
@@ -69,7 +69,7 @@ def test_a_sweep_whose_command_is_killed_and_whose_job_is_preempted_ends_as_if_n
     first.kill()
     first.wait()
     running = next(name for name, number in epochs(store).items() if number)
-    controller = int(read_json(store / "cells" / running / queue.NOTE)["job"])
+    controller = int(read_json(store / "cells" / running / NOTE)["job"])
     (job,) = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
     os.kill(int(job), signal.SIGUSR2)
     again = done(start(*words, cwd=tmp_path), tmp_path)
@@ -99,7 +99,7 @@ def test_slurm_itself_with_mlflow_on_postgresql(undisturbed, small_busi, tmp_pat
         status = [sys.executable, "-m", "kdsweep", "status"]
         told = subprocess.run(status, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
         assert re.search(r"Student split 0 seed 0 +running .* \d+_\d RUNNING", told), told
-        jobs = sorted(task.job_id for task in _queued(store, environment).values())
+        jobs = sorted(job_id for job_id, _ in _queued(store, environment).values())
         subprocess.run(["scancel", "--signal=USR2", jobs[0]], env=environment, check=True)
         subprocess.run(["scontrol", "requeue", jobs[-1]], env=environment, check=True)
         again = done(start(*words, cwd=tmp_path, env=environment), tmp_path)
@@ -111,11 +111,11 @@ def test_slurm_itself_with_mlflow_on_postgresql(undisturbed, small_busi, tmp_pat
         assert tables.main(["table4", "--store", str(store), "--tracking-uri", uri]) == 0
 
 
-def _queued(store: Path, environment: dict[str, str]) -> dict[Path, queue.Task]:
+def _queued(store: Path, environment: dict[str, str]) -> dict[Path, Task]:
     before = os.environ.copy()
     os.environ |= environment
     try:
-        return queue.queued(store.glob("cells/*"))
+        return queued(store.glob("cells/*"))
     finally:
         os.environ.clear()
         os.environ |= before

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,10 @@ from kdsweep.core.errors import CellError, DeviceError, InputError, LostError
 from kdsweep.core.files import read_json, write_json
 from kdsweep.store import cell_folder
 from kdsweep.sweep.executors import executor, local, worker
-from kdsweep.sweep.executors.executor import Work, run
+from kdsweep.sweep.executors.executor import Executor, Work, run
 
 LOST = DeviceError("the device failed (CUDA error: device-side assert triggered)")
+KILLED = "its process ended early, killed by SIGKILL"
 
 
 class Settings(BaseModel):
@@ -56,35 +57,52 @@ def make_work(tmp_path):
     return make
 
 
+def results_of(computing: Executor, *works: Work, before=()) -> list[list[str]]:
+    """The results of each work, in the order of the works."""
+    results = {work: [str(result) for result in values] for work, values in run(computing, works, before=before)}
+    computing.close(None)
+    assert not any(work in results for work in before)
+    return [results[work] for work in works]
+
+
 # --- the rule for a lost process
 
 
-class OneProcess:
-    """An executor whose works each have a process, which is lost with the cells named ``guilty``."""
+class OneProcess(Executor):
+    """An executor of which a process is lost with the cells named ``guilty``: it dies, or its device fails."""
 
-    def __init__(self, *guilty: str, dies: bool = False, is_queue: bool = True) -> None:
-        self.guilty, self.dies, self.is_queue, self.ran = set(guilty), dies, is_queue, []
+    def __init__(self, *guilty: str, dies: bool = False, room: int = 9) -> None:
+        self.guilty, self.dies, self.room, self.ran, self.waiting = set(guilty), dies, room, [], []
 
-    def submit(self, works, *, after=()):
-        return [self._computed(work) for work in works]
+    def submit(self, work):
+        if len(self.waiting) == self.room:
+            return None
+        self.ran.append("".join(job.name for job in work.jobs))
+        self.waiting.append((work, Future()))
+        return self.waiting[-1][1]
 
-    def _computed(self, work):
-        names, future = [job.name for job in work.jobs], Future()
-        self.ran.append("".join(names))
+    def look(self):
+        for work, future in self.waiting:
+            try:
+                future.set_result(self.compute(work, [job.name for job in work.jobs]))
+            except Exception as error:
+                future.set_exception(error)
+        self.waiting = []
+
+    def compute(self, work, names):
         if self.dies and self.guilty & set(names):
-            future.set_exception(LostError("its process ended early, killed by SIGKILL"))
-        else:
-            future.set_result([LOST if self.guilty & set(names) else f"{name} done" for name in names])
-        return future
+            raise LostError(KILLED)
+        return [LOST if self.guilty & set(names) else f"{name} done" for name in names]
 
 
-@pytest.mark.parametrize("is_queue", [True, False])
-@pytest.mark.parametrize(("dies", "why"), [(False, str(LOST)), (True, "its process ended early, killed by SIGKILL")])
-def test_a_lost_process_is_halved_until_the_guilty_cell_is_alone(make_work, caplog, dies, why, is_queue):
+@pytest.mark.parametrize("room", [1, 9])
+@pytest.mark.parametrize(("dies", "why"), [(False, str(LOST)), (True, KILLED)])
+def test_a_lost_process_is_halved_until_the_guilty_cell_is_alone(make_work, caplog, dies, why, room):
     work, other, teacher = make_work("a", "b", "c", "d", "e"), make_work("x"), make_work("t")
-    one = OneProcess("b", dies=dies, is_queue=is_queue)
-    results = {id(own): [str(result) for result in found] for own, found in run(one, [work, other], before=[teacher])}
-    assert results == {id(other): ["x done"], id(work): ["a done", why, "c done", "d done", "e done"]}
+    one = OneProcess("b", dies=dies, room=room)
+    results = results_of(one, work, other, before=[teacher])
+    assert results == [["a done", why, "c done", "d done", "e done"], ["x done"]]
+    assert one.ran[0] == "t"
     assert sorted(one.ran) == sorted(["t", "abcde", "x", "abc", "de", "ab", "c", "a", "b"])
     assert cell_folder.read(work.cells[1].folder).error == why
     assert not (work.cells[0].folder / cell_folder.FAILED).exists()
@@ -95,82 +113,45 @@ def test_a_lost_process_is_halved_until_the_guilty_cell_is_alone(make_work, capl
 
 def test_results_that_came_before_the_loss_are_kept(make_work):
     class Half(OneProcess):
-        def _computed(self, work):
-            future = super()._computed(work)
-            if len(work.jobs) > 2:
-                future = Future()
-                future.set_result([CellError("its own"), 0.5, LOST])
-            return future
+        def compute(self, work, names):
+            return [CellError("of a"), 0.5, LOST] if len(names) > 2 else super().compute(work, names)
 
     one = Half()
-    ((_, results),) = run(one, [make_work("a", "b", "c")])
-    assert [str(result) for result in results] == ["its own", "0.5", "c done"]
+    assert results_of(one, make_work("a", "b", "c")) == [["of a", "0.5", "c done"]]
     assert one.ran == ["abc", "c"]
 
 
-def test_what_a_dead_process_has_written_counts(make_work):
-    work = make_work("a", "b", "c")
-
+def test_a_dead_process_counts_with_all_that_it_has_written_and_an_earlier_failure_does_not(make_work):
     class Dying(OneProcess):
-        def _computed(self, part):
-            if len(part.jobs) == 3:
-                for cell in work.cells:
-                    cell.folder.mkdir(parents=True)
+        def compute(self, work, names):
+            if len(names) == 4:
                 cell_folder.write_finished(work.cells[0].folder, values={"test/dice": 0.0}, files=[])
-                cell_folder.write_failed(work.cells[1].folder, "its own")
-            return super()._computed(part)
+                cell_folder.write_failed(work.cells[1].folder, "of b")
+            return super().compute(work, names)
 
-    one = Dying("c", dies=True)
-    ((_, results),) = run(one, [work])
-    assert [str(result) for result in results] == ["0.0", "its own", "its process ended early, killed by SIGKILL"]
-    assert one.ran == ["abc", "c"]
-
-
-def test_an_earlier_failure_is_not_that_of_a_lost_process(make_work):
-    work = make_work("a", "b")
+    work = make_work("a", "b", "c", "d")
     for cell in work.cells:
         cell.folder.mkdir(parents=True)
-        cell_folder.write_failed(cell.folder, "of last week")
-        file = cell.folder / cell_folder.FAILED
-        write_json(file, read_json(file) | {"time_ms": 1})
-    ((_, results),) = run(OneProcess("b", dies=True), [work])
-    assert [str(result) for result in results] == ["a done", "its process ended early, killed by SIGKILL"]
+    earlier = work.cells[2].folder / cell_folder.FAILED
+    cell_folder.write_failed(earlier.parent, "of last week")
+    write_json(earlier, read_json(earlier) | {"time_ms": 1})
+    one = Dying("d", dies=True)
+    assert results_of(one, work) == [["0.0", "of b", "c done", KILLED]]
+    assert one.ran == ["abcd", "cd", "c", "d"]
 
 
-def test_what_an_earlier_command_left_goes_on_together(make_work):
-    class Left(OneProcess):
-        def _computed(self, work):
-            future = super()._computed(work)
-            if len(self.ran) == 1:
-                future = Future()
-                future.set_exception(executor.LeftError("job 7 has ended"))
-            return future
-
-    for names in (("a", "b", "c"), ("a",)):
-        one = Left()
-        ((_, results),) = run(one, [make_work(*names)])
-        assert [str(result) for result in results] == [f"{name} done" for name in names]
-        assert one.ran == ["".join(names)] * 2
-
-
-def test_two_that_are_guilty_fail_and_no_other(make_work):
-    ((_, results),) = run(OneProcess("a", "c"), [make_work("a", "b", "c")])
-    assert [str(result) for result in results] == [str(LOST), "b done", str(LOST)]
-    assert not any(isinstance(result, LostError) for result in results)
-
-
-def test_an_error_that_a_fresh_process_cannot_mend_is_not_tried_again(make_work):
+def test_an_error_that_a_fresh_process_cannot_cure_is_final(make_work):
     class Refusing(OneProcess):
-        def _computed(self, work):
-            super()._computed(work)
-            future = Future()
-            future.set_exception(InputError("store=x: not this machine's"))
-            return future
+        def compute(self, work, names):
+            raise InputError("store=x: not that of this machine")
 
     one = Refusing()
-    ((_, results),) = run(one, [make_work("a", "b")])
-    assert [str(result) for result in results] == ["store=x: not this machine's"] * 2
+    assert results_of(one, make_work("a", "b")) == [["store=x: not that of this machine"] * 2]
     assert one.ran == ["ab"]
+    two = OneProcess("a", "c")
+    ((_, results),) = run(two, [make_work("a", "b", "c")])
+    assert [str(result) for result in results] == [str(LOST), "b done", str(LOST)]
+    assert not any(isinstance(result, LostError) for result in results)
 
 
 # --- processes
@@ -188,26 +169,40 @@ def die(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def begin(function, *args) -> tuple[worker.Processes, Future]:
+    """A process that a thread waits for, and its result."""
+    processes, future = worker.Processes(), Future()
+
+    def call() -> None:
+        try:
+            future.set_result(processes.call(function, *args))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return processes, future
+
+
 def test_a_process_gives_its_result_or_its_error_as_text():
-    processes = [worker.Process(int.__add__, 2, 3), worker.Process(refuse), worker.Process(break_down)]
-    assert processes[0].result() == 5
+    (_, total), (_, refused), (_, broken) = begin(int.__add__, 2, 3), begin(refuse), begin(break_down)
+    assert total.result() == 5
     with pytest.raises(InputError, match="split=9 is not allowed"):
-        processes[1].result()
+        refused.result()
     with pytest.raises(CellError, match=r"UnicodeDecodeError: .*cannot be rebuilt") as error:
-        processes[2].result()
+        broken.result()
     assert not isinstance(error.value, LostError)
 
 
-def test_its_death_is_told_with_the_cause():
+def test_its_death_is_named_with_the_cause():
     deaths = {
-        r"killed by SIGKILL \(was the memory full\?\)": worker.Process(die, signal.SIGKILL),
-        "killed by SIGSEGV": worker.Process(die, signal.SIGSEGV),
-        "exit code 3": worker.Process(os._exit, 3),
-        "exit code 143": worker.Process(die, signal.SIGTERM),  # it saves and ends
+        r"killed by SIGKILL \(was the memory full\?\)": begin(die, signal.SIGKILL),
+        "killed by SIGSEGV": begin(die, signal.SIGSEGV),
+        "exit code 3": begin(os._exit, 3),
+        "exit code 143": begin(die, signal.SIGTERM),  # it saves and ends
     }
-    for words, process in deaths.items():
+    for words, (_, future) in deaths.items():
         with pytest.raises(LostError, match=f"its process ended early, {words}"):
-            process.result()
+            future.result()
 
 
 def sleep(begun: Path, ignored: int = signal.SIGUSR1) -> None:
@@ -221,43 +216,38 @@ def until_exists(file: Path) -> None:
         time.sleep(0.05)
 
 
-def test_a_stop_ends_what_it_does(tmp_path):
-    process = worker.Process(sleep, tmp_path / "begun")
+def test_a_stop_ends_a_process_which_the_signals_of_a_job_do_not_reach(tmp_path):
+    processes, future = begin(sleep, tmp_path / "begun", signal.SIGHUP)
     until_exists(tmp_path / "begun")
-    start = time.monotonic()
-    assert worker.stop([process]) == 0
-    assert time.monotonic() - start < 8
-
-
-def test_signals_of_a_whole_job_do_not_reach_it(tmp_path):
-    process = worker.Process(sleep, tmp_path / "begun", signal.SIGHUP)
-    until_exists(tmp_path / "begun")
+    (process,) = processes._running
     for number in signals.JOB_SIGNALS:
-        os.kill(process._process.pid, number)
-    assert process._process.join(0.5) is None
-    assert process._process.is_alive()
-    worker.stop([process])
+        os.kill(process.pid, number)
+    time.sleep(0.5)
+    assert not future.done()
+    start = time.monotonic()
+    assert processes.stop() == 0
+    assert time.monotonic() - start < 8
+    with pytest.raises(LostError, match="exit code 143"):
+        future.result()
 
 
-def test_what_does_not_end_in_time_is_killed_and_not_called_saved(monkeypatch, tmp_path, make_work):
+def test_a_process_that_does_not_end_in_time_is_killed_and_not_called_saved(monkeypatch, tmp_path, make_work):
     monkeypatch.setattr(worker, "STOP_WITHIN_S", 0.5)
     machine, stop = local.Local(), signals.Stopped(signal.SIGTERM)
     end = "the same command goes on from here"
     assert stop.message() == f"stopped by SIGTERM; all is saved: {end}"
-
-    def be_killed():
-        with pytest.raises(LostError, match="killed by SIGKILL"):
-            machine._call(sleep, tmp_path / "begun", signal.SIGTERM)
-
-    thread = threading.Thread(target=be_killed)
-    thread.start()
+    future = machine.submit(make_work(str(tmp_path / "begun"), call=sleep_long))
     until_exists(tmp_path / "begun")
     machine.close(stop)
-    thread.join(5)
-    assert not thread.is_alive()
+    with pytest.raises(LostError, match="killed by SIGKILL"):
+        future.result(5)
     assert stop.message() == f"stopped by SIGTERM; there was no time to save all, the last checkpoints stay: {end}"
     with pytest.raises(CellError, match="the command has ended"):
-        machine._call(len, "abc")
+        machine.submit(make_work("a")).result(5)
+
+
+def sleep_long(jobs: list[Job]) -> None:
+    sleep(Path(jobs[0].name), signal.SIGTERM)
 
 
 @pytest.fixture
@@ -290,10 +280,10 @@ def press_again(begun: Path, pause_s: float) -> None:
 
 
 def test_a_second_ctrl_c_ends_at_once_but_not_one_that_was_sent_twice(tmp_path):
-    twice, again = (worker.Process(press_again, tmp_path / name, pause) for name, pause in (("a", 0), ("b", 0.7)))
-    for process in (twice, again):
+    (_, twice), (_, again) = (begin(press_again, tmp_path / name, pause) for name, pause in (("a", 0), ("b", 0.7)))
+    for future in (twice, again):
         with pytest.raises(LostError, match="exit code 130"):
-            process.result()
+            future.result()
     assert ((tmp_path / "a").exists(), (tmp_path / "b").exists()) == (True, False)
 
 
@@ -311,12 +301,8 @@ def log_lines(jobs: list[Job]) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def all_levels():
-    root = logging.getLogger()
-    before = root.level
-    root.setLevel(logging.INFO)
-    yield
-    root.setLevel(before)
+def all_levels(caplog):
+    caplog.set_level(logging.INFO)
 
 
 def test_each_cell_has_its_log_and_its_settings(make_work):
@@ -350,11 +336,13 @@ def test_what_breaks_the_group_fails_all_its_cells_and_is_in_their_logs(make_wor
 
 
 def test_a_folder_that_cannot_be_written_to_fails_its_cell_alone(make_work):
-    work = make_work("a", "b", call=log_lines)
+    work = make_work("a", "b", "c", call=log_lines)
     work.cells[0].folder.parent.mkdir(parents=True)
     work.cells[0].folder.write_text("a file")
-    failed, done = worker.compute(work)
+    (work.cells[1].folder / "config.yaml").mkdir(parents=True)
+    failed, also, done = worker.compute(work)
     assert "File exists" in str(failed)
+    assert "Is a directory" in str(also)
     assert done == 0
 
 
@@ -398,12 +386,6 @@ def suffer(jobs: list[Job]) -> list[str]:
     return [f"{job.name} done" for job in jobs]
 
 
-def results_of(machine: local.Local, *works: Work) -> list[list[str]]:
-    results = {id(work): list(map(str, found)) for work, found in run(machine, works)}
-    machine.close(None)
-    return [results[id(work)] for work in works]
-
-
 @pytest.mark.slow
 def test_a_crash_and_a_kill_cost_the_cells_that_cause_them_alone(make_work):
     (results,) = results_of(local.Local(), make_work("SIGSEGV", "a", "SIGKILL", call=suffer))
@@ -413,32 +395,38 @@ def test_a_crash_and_a_kill_cost_the_cells_that_cause_them_alone(make_work):
 
 @pytest.mark.slow
 def test_a_group_whose_device_is_lost_moves_to_another_and_fails_if_there_is_none(make_work, caplog):
-    both = [make_work("a", "b", call=report, devices=[GONE, "cpu"]), make_work("c", call=report, devices=[GONE, "cpu"])]
+    both = [make_work(*names, call=report, devices=[GONE, "cpu"]) for names in ("ab", "c")]
     results = results_of(local.Local(), *both, make_work("d", call=report, devices=[GONE]))
     assert [line.partition(" with")[0] for line in results[0] + results[1]] == ["a on cpu", "b on cpu", "c on cpu"]
     assert results[2] == [f"{GONE} does not compute any more"]
-    assert caplog.text.count(f"{GONE} does not compute any more: its group moves to another device") <= 1
+    assert caplog.text.count(f"{GONE} does not compute any more: its group moves to another device") == 1
 
 
 @pytest.mark.slow
-def test_processes_on_the_cpu_share_its_threads(make_work, monkeypatch):
+def test_processes_share_the_threads_of_the_cpu(make_work, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert results_of(local.Local(), make_work("a", call=report)) == [["a on auto with 2"]]
-    two = results_of(local.Local(processes=2), make_work("a", call=report), make_work("b", call=report))
-    assert two == [["a on cpu with 1"], ["b on cpu with 1"]]
+    works = [make_work(name, call=report, devices=["cpu", "cpu"]) for name in "ab"]
+    assert results_of(local.Local(processes=2), *works) == [["a on cpu with 1"], ["b on cpu with 1"]]
     with pytest.raises(InputError, match=r"hydra\.launcher\.processes=0 is not allowed"):
         local.Local(processes=0)
 
 
+def test_a_device_has_one_process_at_a_time(make_work, tmp_path):
+    machine, first = local.Local(), make_work(str(tmp_path / "begun"), call=sleep_long)
+    assert machine.submit(first) is not None
+    assert machine.submit(make_work("a", call=suffer)) is None
+    machine.close(signals.Stopped(signal.SIGTERM))
+
+
 def test_a_work_waits_as_long_as_another_command_computes_its_cells(make_work, monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr(local, "LOOK_EVERY_S", 0.01)
-    answers = iter([True, True, False])
-    waiting = replace(make_work("a", call=suffer), waits=lambda: next(answers))
-    assert results_of(local.Local(), waiting) == [["a done"]]
+    monkeypatch.setattr(executor, "LOOK_EVERY_S", 0.01)
+    answers = iter([True, True, True, False])
+    monkeypatch.setattr(cell_folder, "is_held", lambda _: next(answers))
+    assert results_of(local.Local(), make_work("a", "b", call=suffer)) == [["a done", "b done"]]
     assert caplog.messages.count("all that is left is computed by another command: waiting for it") == 1
 
 
 def test_one_by_one_is_in_this_process(make_work):
-    work = make_work("a", call=lambda jobs: [os.getpid()])
-    assert [found for _, found in run(local.InProcess(), [work, work.part([0])])] == [[os.getpid()]] * 2
+    works = [make_work(name, call=lambda _: [os.getpid()]) for name in "ab"]
+    assert results_of(local.InProcess(), *works) == [[str(os.getpid())]] * 2

@@ -14,8 +14,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.core.progress import epoch_s
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.sweep import status
-from kdsweep.sweep.executors import queue
-from kdsweep.sweep.executors.queue import Task
+from kdsweep.sweep.executors import slurm
 
 PACE_S = 50.0
 EPOCHS = 60
@@ -95,7 +94,7 @@ def test_what_slurm_has_is_queued_or_running_as_its_job(tmp_path, hold):
     _, preempted, running, _ = cells
     begin(preempted)
     begin(running)
-    tasks = {cell.folder: Task(f"7_{number}", "PENDING") for number, cell in enumerate(cells[:2])}
+    tasks = {cell.folder: (f"7_{number}", "PENDING") for number, cell in enumerate(cells[:2])}
     lines = tell(tmp_path, cells=cells, tasks=tasks)
     assert lines[0] == (
         "sweep study: 4 cells: 0 done, 2 queued, 1 interrupted, 1 waiting; "
@@ -105,7 +104,7 @@ def test_what_slurm_has_is_queued_or_running_as_its_job(tmp_path, hold):
     assert row(lines, "H_KLD split 0 seed 0") == ["queued", "7_0 PENDING"]
     assert row(lines, "L_KLD split 0 seed 0") == ["queued", "epoch 12 of 60", "0.512", "7_1 PENDING"]
     hold(running)
-    lines = tell(tmp_path, cells=cells, tasks=tasks | {running.folder: Task("7_2", "RUNNING")})
+    lines = tell(tmp_path, cells=cells, tasks=tasks | {running.folder: ("7_2", "RUNNING")})
     assert row(lines, "L_MSE split 0 seed 0")[-1] == "7_2 RUNNING"
     assert "2 queued, 1 waiting; about " in lines[0]
     assert row(lines, "H_MSE split 0 seed 0") == ["waiting"]
@@ -114,7 +113,7 @@ def test_what_slurm_has_is_queued_or_running_as_its_job(tmp_path, hold):
 def test_a_queue_that_does_not_answer_is_said_below(tmp_path, monkeypatch):
     cell = make_cell(tmp_path)
     sweep_file.add(tmp_path, "study", cells=[cell], teachers=[])
-    queue.note([cell.folder], cluster="slurm", job_id="7")
+    slurm.note([cell.folder], cluster="slurm", job_id="7")
     monkeypatch.setenv("PATH", "/nowhere")
     lines = status.make(store=tmp_path, sweep=None).splitlines()
     assert lines[0].startswith("sweep study: 1 cell: 0 done, 1 waiting;")
@@ -173,7 +172,7 @@ def test_many_that_wait_are_one_row(tmp_path, hold):
     hold(cells[0])
     rows = [line.split("  ")[0] for line in tell(tmp_path, cells=cells)[3:]]
     assert rows == [*(f"{name} split 0 seed 0" for name in names), "5 cells split 1 seed 0"]
-    first, second = Task("7_1", ""), Task("7_2", "")
+    first, second = ("7_1", ""), ("7_2", "")
     tasks = {cell.folder: second if number < 8 else first for number, cell in enumerate(cells[5:], start=5)}
     queued = tell(tmp_path, cells=cells, tasks=tasks)[-5:]
     assert [line.split()[-1] for line in queued] == ["7_2"] * 3 + ["7_1"] * 2  # of two jobs, so too few of each

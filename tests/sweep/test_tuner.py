@@ -52,7 +52,7 @@ NO_PRUNING = {"_target_": "optuna.pruners.NopPruner"}
 class Inline:
     """An executor that does works in this process, one after the other."""
 
-    largest, is_queue = None, False
+    largest, machines, has_dependencies = None, "", False
 
     def check(self, jobs):
         pass
@@ -63,14 +63,13 @@ class Inline:
     def queued(self, jobs):
         return set()
 
-    def at_once(self, preview):
-        return 1
+    def submit(self, work):
+        future = Future()
+        future.set_result(work.call(work.jobs))
+        return future
 
-    def submit(self, works, *, after=()):
-        futures = [Future() for _ in works]
-        for work, future in zip(works, futures, strict=True):
-            future.set_result(work.call(work.jobs))
-        return futures
+    def look(self):
+        pass
 
     def close(self, error):
         pass
@@ -369,12 +368,12 @@ def test_a_group_whose_process_dies_goes_on_in_halves(small_busi, empty_store, t
     class Dying(Inline):
         has_died = False
 
-        def submit(self, works, *, after=()):
-            if self.has_died or not works or len(works[0].jobs) == 1:
-                return super().submit(works, after=after)
+        def submit(self, work):
+            if self.has_died or len(work.jobs) == 1:
+                return super().submit(work)
             self.has_died, future = True, Future()
             future.set_exception(LostError("its process ended early, killed by SIGKILL"))
-            return [future]
+            return future
 
     store = tmp_path / "store"
     shutil.copytree(empty_store, store)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdsweep.config.grid import Cell
-from kdsweep.core.errors import CellError, InputError, LostError
+from kdsweep.core.errors import CellError, DeviceError, InputError, LostError, one_line
 from kdsweep.core.progress import plural
 from kdsweep.store import cell_folder
+from kdsweep.sweep.executors import worker
 
 if TYPE_CHECKING:
     from kdsweep.sweep.estimate import Preview
@@ -20,12 +23,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOOK_EVERY_S = 1.0
+
 Result = float | Exception
 Results = Future[list[Result]]  # of a work, to come
-
-
-class LeftError(LostError):
-    """The job of an earlier command has ended; the cells that it has left resume together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +36,8 @@ class Work:
     Attributes:
         call: the function, which returns a result or an error for each job; picklable, as the jobs are.
         jobs: its argument.
-        devices: names of the devices of this machine where it can run.
-        cells: of each job what is computed: its cell or its Teacher.
-        waits: returns whether the work must not begin yet.
+        devices: names of the devices of this machine where it can run, one several times for as many processes.
+        cells: of each job the cell or the Teacher that is computed.
         is_requested: whether the cells are those of a sweep; trials are not, and are not logged to MLflow.
     """
 
@@ -45,13 +45,7 @@ class Work:
     jobs: list[Job]
     devices: list[str]
     cells: list[Cell]
-    waits: Callable[[], bool] = bool
     is_requested: bool = True
-
-    def part(self, positions: Sequence[int]) -> Work:
-        """Return the same with some of the jobs."""
-        jobs = [self.jobs[position] for position in positions]
-        return replace(self, jobs=jobs, cells=[self.cells[position] for position in positions])
 
 
 class Executor:
@@ -59,11 +53,13 @@ class Executor:
 
     Attributes:
         largest: the most cells in a group; None for ``plan.LARGEST``.
-        is_queue: whether it takes works before earlier ones have ended.
+        machines: name of the machines of a cluster that compute; empty for this one.
+        has_dependencies: whether a submitted work waits by itself for the Teachers of its cells.
     """
 
     largest: int | None = None
-    is_queue = True
+    machines = ""
+    has_dependencies = False
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Raise InputError if these cells cannot be computed as they are configured."""
@@ -75,78 +71,30 @@ class Executor:
             jobs: that stand for all that wait.
             times: whether to time steps even if this machine trains none of the cells.
         """
-        raise NotImplementedError
+        from kdsweep.sweep import preview
+
+        call = partial(preview.preview_remote, times=times)
+        result: Preview = worker.Processes().call(call, jobs, self.machines)
+        return result
 
     def queued(self, jobs: Sequence[Job]) -> set[Path]:
         """Return the folders of those of these cells that an earlier command has left in a queue."""
         return set()
 
-    def at_once(self, preview: Preview) -> int:
-        """Return how many works can run at the same time, as far as it can be said."""
-        return 2  # so that no work holds a device while it waits for Teachers: they are computed before
-
-    def submit(self, works: Sequence[Work], *, after: Sequence[Results] = ()) -> list[Results]:
-        """Compute each of these in a fresh process each, once those of ``after`` have ended.
+    def submit(self, work: Work) -> Results | None:
+        """Have a work computed in a fresh process.
 
         Returns:
-            One per work: its results, or the error that ended it, LostError if a fresh process may do better.
+            Its results, or the error that ended it, LostError if a fresh process may do better. None if it must be
+            submitted later: no device is free, or another command computes its cells.
         """
         raise NotImplementedError
 
+    def look(self) -> None:
+        """Do what a round of submissions leaves to do, and set results that have come; called about once a second."""
+
     def close(self, error: BaseException | None) -> None:
         """Stop what runs if an error or a signal ends the command; else release what is held."""
-
-
-class _Run:
-    """Works on their way through an executor."""
-
-    def __init__(self, executor: Executor, works: Sequence[Work], before: Sequence[Work]) -> None:
-        self.executor = executor
-        self.results: dict[Work, list[Result | None]] = {work: [None] * len(work.jobs) for work in [*before, *works]}
-        self.backlog = [(work, list(range(len(work.jobs)))) for work in works]
-        self.pending: dict[Results, tuple[Work, list[int], int]] = {}
-        self.first: list[Results] = []
-        if before:
-            self._submit([(work, list(range(len(work.jobs)))) for work in before])
-        self.first = list(self.pending)
-
-    def _submit(self, parts: list[tuple[Work, list[int]]]) -> None:
-        since_ms = cell_folder.now_ms()
-        futures = self.executor.submit([work.part(positions) for work, positions in parts], after=self.first)
-        self.pending |= {future: (*part, since_ms) for future, part in zip(futures, parts, strict=True)}
-
-    def ended(self) -> Iterator[Work]:
-        """Yield each work when all of its results are there."""
-        while self.backlog or self.pending:
-            count = len(self.backlog) if self.executor.is_queue else int(not self.pending)
-            parts, self.backlog = self.backlog[:count], self.backlog[count:]
-            if parts:
-                self._submit(parts)
-            for future in wait(self.pending, return_when=FIRST_COMPLETED).done:
-                work = self._take(future)
-                if None not in self.results[work]:
-                    yield work
-
-    def _take(self, future: Results) -> Work:
-        """Keep the results of a part; what was lost resumes in two halves, and what was lost alone fails."""
-        work, positions, since_ms = self.pending.pop(future)
-        lost: dict[int, LostError] = {}
-        for position, result in zip(positions, _results(future, work.part(positions), since_ms), strict=True):
-            if not isinstance(result, LostError):
-                self.results[work][position] = result
-            elif len(positions) > 1 or isinstance(result, LeftError):
-                lost[position] = result
-            else:
-                cell_folder.write_failed(work.cells[position].folder, str(result))
-                self.results[work][position] = CellError(str(result))
-        is_left = any(isinstance(result, LeftError) for result in lost.values())
-        if lost:
-            how = "two halves" if len(lost) > 1 and not is_left else "a fresh process"
-            log.warning("%s: %s; resuming in %s", plural(len(lost), "cell"), next(iter(lost.values())), how)
-        half = len(lost) if is_left else -(-len(lost) // 2)
-        parts = list(lost)[:half], list(lost)[half:]
-        self.backlog = [*((work, part) for part in parts if part), *self.backlog]
-        return work
 
 
 def run(executor: Executor, works: Sequence[Work], *, before: Sequence[Work] = ()) -> Iterator[tuple[Work, list[Any]]]:
@@ -154,30 +102,87 @@ def run(executor: Executor, works: Sequence[Work], *, before: Sequence[Work] = (
 
     If a process is lost (a failed device, a lack of memory, a crash), its unfinished cells resume from their
     checkpoints in two halves, down to single cells. A cell whose process is lost when it is alone fails; the others
-    finish.
-
-    Args:
-        executor: computes them.
-        works: in the order in which they should begin.
-        before: Teachers that the others depend on; they are not yielded.
+    finish. ``works`` begin in their order, after ``before``: Teachers that they need, which are not yielded.
     """
-    running = _Run(executor, works, before)
-    for work in running.ended():
-        if work not in before:
-            yield work, list(running.results[work])
+    results: dict[Work, dict[Path, Result]] = {work: {} for work in [*before, *works]}
+    origins = {work: work for work in results}  # by part
+    backlog, pending, is_waiting = list(results), dict[Results, tuple[Work, int]](), False
+    while backlog or pending:
+        has_teachers = executor.has_dependencies or all(len(results[work]) == len(work.cells) for work in before)
+        for part in [part for part in backlog if has_teachers or origins[part] in before]:
+            since_ms = cell_folder.now_ms()
+            if (future := executor.submit(part)) is not None:
+                pending[future] = part, since_ms
+                backlog.remove(part)
+        if not pending and not is_waiting:
+            log.info("all that is left is computed by another command: waiting for it")
+        if is_waiting := not pending:
+            time.sleep(LOOK_EVERY_S)
+        executor.look()
+        for future in wait(pending, timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED).done:
+            part, since_ms = pending.pop(future)
+            if isinstance(future.exception(), DeviceError):  # another device computes it
+                backlog.insert(0, part)
+                continue
+            work, ended = origins[part], _ended(part, future, since_ms)
+            results[work] |= {folder: result for folder, result in ended.items() if not isinstance(result, LostError)}
+            halves = _halves(part, ended)
+            origins |= dict.fromkeys(halves, work)
+            backlog = [*halves, *backlog]
+            if len(results[work]) == len(work.cells) and work not in before:
+                yield work, [results[work][cell.folder] for cell in work.cells]
 
 
-def _results(future: Results, work: Work, since_ms: int) -> list[Result]:
-    """Return the results of a work; where its process was lost, those in its cells' folders."""
+def _ended(work: Work, future: Results, since_ms: int) -> dict[Path, Result]:
+    """Return the results of a work by folder; a cell whose process is lost when it is alone has failed."""
+    folders = [cell.folder for cell in work.cells]
     try:
-        return future.result()
-    except (InputError, CellError) as error:
-        return [_recorded(cell, error, work=work, since_ms=since_ms) for cell in work.cells]
+        results = future.result()
+    except Exception as error:
+        is_line = isinstance(error, InputError | CellError)
+        cause = error if is_line else LostError(f"its process was lost: {one_line(error)[:300]}")  # Ray says much
+        results = [_recorded(folder, cause, work=work, since_ms=since_ms) for folder in folders]
+    if len(results) == 1 and isinstance(results[0], LostError):
+        cell_folder.write_failed(folders[0], str(results[0]))
+        results = [CellError(str(results[0]))]
+    return dict(zip(folders, results, strict=True))
 
 
-def _recorded(cell: Cell, error: Exception, *, work: Work, since_ms: int) -> Result:
+def _recorded(folder: Path, error: Exception, *, work: Work, since_ms: int) -> Result:
     """Return how a cell has ended since then, from its folder; the error if it has not."""
-    record = cell_folder.read(cell.folder)
+    record = cell_folder.read(folder)
     if record.status == "FINISHED" and work.is_requested:
         return record.values["test/dice"]
     return CellError(record.error) if record.error and record.ended_ms >= since_ms else error
+
+
+def _halves(work: Work, ended: dict[Path, Result]) -> list[Work]:
+    """Return two halves of the cells that a work has lost."""
+    lost = {folder: result for folder, result in ended.items() if isinstance(result, LostError)}
+    members = [(job, cell) for job, cell in zip(work.jobs, work.cells, strict=True) if cell.folder in lost]
+    half = -(-len(members) // 2)
+    if lost:
+        how = "two halves" if len(lost) > 1 else "a fresh process"
+        log.warning("%s: %s; resuming in %s", plural(len(lost), "cell"), next(iter(lost.values())), how)
+    parts = [part for part in (members[:half], members[half:]) if part]
+    return [replace(work, jobs=[job for job, _ in part], cells=[cell for _, cell in part]) for part in parts]
+
+
+def check_least(options: Mapping[str, Any], least: Mapping[str, int]) -> None:
+    """Raise InputError for the first option of the launcher that is below its least value."""
+    for name, lowest in least.items():
+        if options[name] is not None and options[name] < lowest:
+            raise InputError(f"hydra.launcher.{name}={options[name]} is not allowed: it must be at least {lowest}")
+
+
+def check_tracking(jobs: Sequence[Job]) -> None:
+    """Raise InputError unless several machines can write to MLflow at once: SQLite cannot."""
+    from kdsweep.tracking import database
+
+    for settings in (job.settings for job in jobs):
+        where = database.store_uri(Path(settings.store), settings.tracking.uri)
+        if where.startswith("sqlite"):
+            raise InputError(
+                f"tracking.uri={settings.tracking.uri}: workers on several machines cannot share the SQLite file "
+                f"{where[10:]}; start an MLflow server that all reach and name it, tracking.uri=http://HOST:5000"
+            )

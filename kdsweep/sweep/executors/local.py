@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kdsweep.core.errors import CellError, DeviceError, InputError
+from kdsweep.core.errors import CellError, DeviceError
 from kdsweep.core.signals import Stopped
+from kdsweep.store import cell_folder
 from kdsweep.sweep.executors import worker
-from kdsweep.sweep.executors.executor import Executor, Results, Work
+from kdsweep.sweep.executors.executor import Executor, Result, Results, Work, check_least
 
 if TYPE_CHECKING:
     from kdsweep.sweep.estimate import Preview
@@ -21,13 +22,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 1.0
-
-_Waiting = tuple[Work, Results]
-
 
 class Local(Executor):
-    """The executor of one machine: for each device a thread that starts one process after the other.
+    """The executor of one machine: one process at a time on each device, one after the other.
 
     Args:
         devices: for groups at the same time, such as ``[cuda:0,cuda:1]``; by default all that ``device`` names.
@@ -35,131 +32,92 @@ class Local(Executor):
     """
 
     def __init__(self, devices: Sequence[str] = (), *, processes: int = 1) -> None:
-        if processes < 1:
-            raise InputError(f"hydra.launcher.processes={processes} is not allowed: it must be at least 1")
-        self.names = list(devices) or (["cpu"] * processes if processes > 1 else [])
-        self._changed = threading.Condition()  # holds whatever the threads share
-        self._waiting: list[_Waiting] = []
-        self._running: set[worker.Process] = set()
-        self._served: list[str] = []  # a device for each thread
+        check_least({"processes": processes}, {"processes": 1})
+        self._names = list(devices) or (["cpu"] * processes if processes > 1 else [])
+        self._processes, self._threads = worker.Processes(), ThreadPoolExecutor(1000)
+        self._running: dict[Results, str] = {}  # their devices
         self._lost: set[str] = set()
-        self._is_closed = self._has_said = False
 
     def preview(self, jobs: list[Job], *, times: bool) -> Preview:
         """See ``Executor``; steps are always timed."""
         from kdsweep.sweep import preview
 
-        result: Preview = self._call(preview.preview_cells, jobs, self.names)
+        result: Preview = self._processes.call(preview.preview_cells, jobs, self._names)
         return result
 
-    def at_once(self, preview: Preview) -> int:
-        """See ``Executor``."""
-        return len(self.names or {name for names in preview.devices.values() for name in names})
+    def submit(self, work: Work) -> Results | None:
+        """See ``Executor``; a device that does not compute any more is not used again."""
+        names = [name for name in work.devices if name not in self._lost]
+        if not names:
+            lost: Results = Future()
+            lost.set_exception(CellError(f"{', '.join(work.devices)} does not compute any more"))
+            return lost
+        self._running = {future: device for future, device in self._running.items() if not future.done()}
+        busy = Counter(self._running.values())
+        device = next((name for name in names if busy[name] < names.count(name)), None)
+        if device is None or _is_elsewhere(work):
+            return None
+        future = self._threads.submit(self._compute, work, device)
+        self._running[future] = device
+        return future
 
-    def submit(self, works: Sequence[Work], *, after: Sequence[Results] = ()) -> list[Results]:
-        """See ``Executor``; what a device has that does not compute any more moves to another one."""
-        wait(after)
-        added: list[_Waiting] = [(work, Future()) for work in works]
-        devices = list(dict.fromkeys(device for work in works for device in work.devices))
-        devices = self.names if set(devices) <= set(self.names) else devices  # a name may stand there several times
-        with self._changed:
-            self._waiting += added
-            for device in dict.fromkeys(devices):
-                for _ in range(devices.count(device) - self._served.count(device)):
-                    self._served.append(device)
-                    threading.Thread(target=self._serve, args=(device,), daemon=True).start()
-            self._fail_orphans()
-            self._changed.notify_all()
-        return [future for _, future in added]
+    def _compute(self, work: Work, device: str) -> list[Result]:
+        """Compute a work on a device; this is a thread."""
+        moved = work
+        if len(work.devices) > 1:
+            jobs = [replace(job, settings=job.settings.model_copy(update={"device": device})) for job in work.jobs]
+            moved = replace(work, jobs=jobs)
+        try:
+            results: list[Result] = self._processes.call(compute_on, moved, device)
+        except DeviceError as error:
+            self._lost.add(device)
+            if set(work.devices) - self._lost:
+                log.warning("%s: its group moves to another device", error)
+            raise
+        return results
 
     def close(self, error: BaseException | None) -> None:
         """See ``Executor``: processes that are stopped early save their state first."""
-        if error is None:
-            return
-        with self._changed:
-            self._is_closed = True
-            running = list(self._running)
-            self._changed.notify_all()
-        killed = worker.stop(running)
+        killed = self._processes.stop() if error is not None else 0
         if isinstance(error, Stopped):
             error.killed = killed
 
-    def _serve(self, device: str) -> None:
-        """Compute what waits, one after the other; this is a thread."""
-        while (waiting := self._next(device)) is not None:
-            work, future = waiting
-            share, is_alone = self._served.count(device), len(self._served) == 1
-            jobs = work.jobs if is_alone else [on_device(job, device) for job in work.jobs]
-            compute = partial(worker.compute_on, share=share, is_alone=is_alone)
-            try:
-                future.set_result(self._call(compute, replace(work, jobs=jobs, waits=bool), device))
-            except DeviceError:
-                self._lose(device, waiting)
-            except Exception as error:
-                future.set_exception(error)
 
-    def _next(self, device: str) -> _Waiting | None:
-        """Return the next work for a device once there is one; None when the device or the executor has ended."""
-        with self._changed:
-            while not self._is_closed and device not in self._lost:
-                here = [waiting for waiting in self._waiting if device in waiting[0].devices]
-                for waiting in here:
-                    if not _waits(waiting[0]):
-                        self._waiting.remove(waiting)
-                        return waiting
-                if here and not self._running and not self._has_said:
-                    log.info("all that is left is computed by another command: waiting for it")
-                    self._has_said = True
-                self._changed.wait(LOOK_EVERY_S)
-        return None
-
-    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function in a fresh process."""
-        with self._changed:
-            if self._is_closed:
-                raise CellError("the command has ended")
-            process = worker.Process(function, *args)
-            self._running.add(process)
-        try:
-            return process.result()
-        finally:
-            with self._changed:
-                self._running.discard(process)
-                self._changed.notify_all()
-
-    def _lose(self, device: str, waiting: _Waiting) -> None:
-        """Use a device no more; what it had to compute waits for another one."""
-        with self._changed:
-            self._lost.add(device)
-            self._waiting.insert(0, waiting)
-            if set(waiting[0].devices) - self._lost:
-                log.warning("%s does not compute any more: its group moves to another device", device)
-            self._fail_orphans()
-            self._changed.notify_all()
-
-    def _fail_orphans(self) -> None:
-        for work, future in [waiting for waiting in self._waiting if set(waiting[0].devices) <= self._lost]:
-            self._waiting.remove((work, future))
-            future.set_exception(CellError(f"{', '.join(work.devices)} does not compute any more"))
-
-
-def _waits(work: Work) -> bool:
+def _is_elsewhere(work: Work) -> bool:
+    """Return whether other processes compute all cells of a work at the moment."""
     try:
-        return work.waits()
+        return all(cell_folder.is_held(cell.folder) for cell in work.cells)
     except OSError:  # its process says what is wrong with the folder
         return False
 
 
-def on_device(job: Job, device: str) -> Job:
-    """Return a job with another device."""
-    return replace(job, settings=job.settings.model_copy(update={"device": device}))
+def compute_on(work: Work, device: str) -> list[Any]:
+    """Do as ``worker.compute`` on one of the devices of this machine; on the CPU each process takes its threads.
+
+    Raises:
+        DeviceError: the device does not compute.
+    """
+    if len(work.devices) > 1:
+        os.environ["TQDM_DISABLE"] = "1"  # the progress bar would overwrite that of another process
+    if (share := work.devices.count(device)) > 1:
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // share))
+    if device != "cpu":
+        import torch
+
+        try:
+            torch.ones(8, device=device).sum().item()
+        except Exception as error:
+            raise DeviceError(f"{device} does not compute any more") from error
+    return worker.compute(work)
 
 
 class InProcess(Executor):
     """The executor that computes one cell after the other in this process, where a debugger can follow."""
 
     largest = 1
-    is_queue = False
+    _next: tuple[Work, Results] | None = None
 
     def preview(self, jobs: list[Job], *, times: bool) -> Preview:
         """See ``Executor``; steps are always timed."""
@@ -168,13 +126,16 @@ class InProcess(Executor):
         result = preview.preview_cells(jobs, [])
         return replace(result, devices={device: names[:1] for device, names in result.devices.items()})
 
-    def at_once(self, preview: Preview) -> int:
-        """See ``Executor``."""
-        return 1
+    def submit(self, work: Work) -> Results | None:
+        """See ``Executor``; ``look`` computes it."""
+        if self._next is not None:
+            return None
+        self._next = work, Future()
+        return self._next[1]
 
-    def submit(self, works: Sequence[Work], *, after: Sequence[Results] = ()) -> list[Results]:
-        """See ``Executor``; all is done when it returns."""
-        futures: list[Results] = [Future() for _ in works]
-        for work, future in zip(works, futures, strict=True):
+    def look(self) -> None:
+        """See ``Executor``."""
+        if self._next is not None:
+            work, future = self._next
             future.set_result(worker.compute(work))
-        return futures
+            self._next = None

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
 from kdsweep.core import signals
-from kdsweep.core.errors import InputError, LostError
-from kdsweep.sweep.executors import remote
-from kdsweep.sweep.executors.executor import Executor, Result, Results, Work
+from kdsweep.core.errors import InputError
+from kdsweep.sweep.executors.executor import Executor, Results, Work, check_least, check_tracking
+from kdsweep.sweep.executors.worker import RemoteWork
 
 if TYPE_CHECKING:
-    from kdsweep.sweep.estimate import Preview
     from kdsweep.sweep.plan import Job
 
 STOP_WITHIN_S = 12.0  # a little longer than a process gets
@@ -31,9 +29,9 @@ class OnRay(Executor):
     """
 
     def __init__(self, **options: Any) -> None:
-        remote.check_least(options, {"gpus": 0, "cpus": 1, "memory_gb": 0, "retries": 0, "largest": 1})
+        check_least(options, {"gpus": 0, "cpus": 1, "memory_gb": 0, "retries": 0, "largest": 1})
         self.largest, self._address, self._cpus = options["largest"], options["address"], options["cpus"]
-        self._place = f"Ray, {options['gpus']:g} GPU and {self._cpus} CPUs per group"
+        self.machines = f"Ray, {options['gpus']:g} GPU and {self._cpus} CPUs per group"
         self._needs = {"num_gpus": options["gpus"], "num_cpus": self._cpus, "max_retries": options["retries"]}
         if options["memory_gb"] is not None:
             self._needs["memory"] = int(options["memory_gb"] * 2**30)
@@ -43,15 +41,12 @@ class OnRay(Executor):
         """See ``Executor``: on several machines MLflow must be a server, and one must have what a group needs."""
         machines = [node for node in self._connect().nodes() if node["Alive"]]
         if len({node["NodeManagerHostname"] for node in machines}) > 1:
-            for job in jobs:
-                remote.check_tracking(job.settings)
-        for name, key in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
-            most = max((node["Resources"].get(name, 0) for node in machines), default=0)
-            if self._needs[key] > most:
-                option = key.removeprefix("num_")
+            check_tracking(jobs)
+        for option, need in (("gpus", self._needs["num_gpus"]), ("cpus", self._cpus)):
+            most = max((node["Resources"].get(option[:-1].upper(), 0) for node in machines), default=0)
+            if need > most:
                 raise InputError(
-                    f"hydra.launcher.{option}={self._needs[key]:g}: the largest machine of the Ray cluster has "
-                    f"{most:g}; give less"
+                    f"hydra.launcher.{option}={need:g}: the largest machine of the Ray cluster has {most:g}; give less"
                 )
 
     def _connect(self) -> Any:
@@ -72,19 +67,13 @@ class OnRay(Executor):
                 ) from error
         return ray
 
-    def preview(self, jobs: list[Job], *, times: bool) -> Preview:
+    def submit(self, work: Work) -> Results | None:
         """See ``Executor``."""
-        return remote.preview_remote(jobs, self._place, times=times)
-
-    def submit(self, works: Sequence[Work], *, after: Sequence[Results] = ()) -> list[Results]:
-        """See ``Executor``."""
-        wait(after)
-        ray = self._connect()
         # A fresh process for each: what one leaves behind (memory, threads, loggers) would reach the next.
-        task = ray.remote(max_calls=1, **self._needs)(_compute)
-        references = [task.remote(remote.RemoteWork(work, threads=self._cpus)) for work in works]
-        self._running += references
-        return [_future(reference) for reference in references]
+        task = self._connect().remote(max_calls=1, **self._needs)(RemoteWork.__call__)
+        self._running.append(task.remote(RemoteWork(work, threads=self._cpus)))
+        results: Results = self._running[-1].future()
+        return results
 
     def close(self, error: BaseException | None) -> None:
         """See ``Executor``: tasks that are stopped early save their state first."""
@@ -107,21 +96,3 @@ def _loopback(address: str | None) -> dict[str, Any]:
         return {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
     host = address.partition(":")[0]
     return {"_node_ip_address": host} if host.startswith("127.") else {}
-
-
-def _compute(remote_work: remote.RemoteWork) -> list[Result]:
-    return remote_work()
-
-
-def _future(reference: Any) -> Results:
-    """Return the results of a task to come; an error of Ray's means that its process was lost."""
-    future: Results = Future()
-
-    def end(done: Results) -> None:
-        if (error := done.exception()) is None:
-            future.set_result(done.result())
-        else:
-            future.set_exception(LostError(f"its Ray task failed: {' '.join(str(error).split())[:300]}"))
-
-    reference.future().add_done_callback(end)
-    return future

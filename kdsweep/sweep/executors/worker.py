@@ -1,25 +1,28 @@
-"""Spawned processes, and what they do: a group's function, with a log and the settings in the folder of each cell."""
+"""The process of a group, on this machine or another of a cluster: a function, with logs in its cells' folders."""
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import logging
 import math
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator
 from multiprocessing import util
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from kdsweep.core import logs, signals
-from kdsweep.core.errors import DeviceError, InputError, LostError, one_line, portable
+from kdsweep.core.errors import CellError, InputError, LostError, one_line, portable
 from kdsweep.core.files import write_text
 
 if TYPE_CHECKING:
@@ -30,73 +33,66 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STOP_WITHIN_S = 10.0
+IDENTITY = ".identity"
+REMEDY = "put store, data and environment on a file system that all machines share, under the same name"
 
 
-class Process:
-    """A fresh process that calls a function; the function, its arguments and its result are pickled.
+class Processes:
+    """Fresh processes, each of which calls one function; a pickled copy has none."""
 
-    Args:
-        function: called in the process.
-        args: its arguments.
-    """
+    def __init__(self) -> None:
+        # Reentrant: a signal may call ``stop`` in the midst of a start.
+        self._lock, self._running, self._is_closed = threading.RLock(), set[Any](), False
 
-    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
-        self._receiver, sender = context.Pipe(duplex=False)
-        level = logging.getLogger().level
-        self._process = context.Process(target=_main, args=(sender, level, function, args))
-        with _withheld():
-            self._process.start()
-        sender.close()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Processes, ()
 
-    def result(self) -> Any:
-        """Return the function's result when the process has ended.
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return the result of a function that a fresh process calls; all are pickled.
 
         Raises:
             InputError: raised by the function.
             CellError: any other error of the function; LostError if the process died.
         """
+        context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_main, args=(sender, logging.getLogger().level, function, args))
+        with self._lock:
+            if self._is_closed:
+                raise CellError("the command has ended")
+            # The signals that SLURM sends to a job stay blocked in the process: the one above passes them on.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.JOB_SIGNALS)
+            try:
+                process.start()
+                self._running.add(process)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        sender.close()
         try:
-            value = self._receiver.recv()
-        except (EOFError, ConnectionError) as error:
-            self._process.join()
-            raise LostError(f"its process ended early, {_ending(self._process.exitcode)}") from error
-        self._process.join()
+            value = receiver.recv()
+        except (EOFError, ConnectionError):
+            process.join()
+            value = LostError(f"its process ended early, {_ending(process.exitcode)}")
+        process.join()
+        self._running.discard(process)
         if isinstance(value, Exception):
             raise value
         return value
 
-    def terminate(self) -> None:
-        """Have the process save its state and end."""
-        self._process.terminate()
-
-    def kill_after(self, seconds: float) -> bool:
-        """Wait for the end of the process, but not for longer than this; return whether it had to be killed."""
-        # ``result`` alone joins the process, in another thread: of two joins, one may miss that it has ended.
-        if wait([self._process.sentinel], max(seconds, 0.0)):
-            return False
-        log.warning("process %d did not end in time and is killed", self._process.pid)
-        self._process.kill()
-        wait([self._process.sentinel])
-        return True
-
-
-def stop(processes: Sequence[Process]) -> int:
-    """Have processes save their state and end; kill those that take too long and return their number."""
-    for process in processes:
-        process.terminate()
-    deadline_s = time.monotonic() + STOP_WITHIN_S
-    return sum(process.kill_after(deadline_s - time.monotonic()) for process in processes)
-
-
-@contextlib.contextmanager
-def _withheld() -> Iterator[None]:
-    """Block, in processes started inside, the signals that SLURM sends to a job: the process above passes them on."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.JOB_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def stop(self) -> int:
+        """Have all save their state and end; kill those that take too long and return their number."""
+        with self._lock:
+            self._is_closed, running = True, list(self._running)
+        for process in running:
+            process.terminate()
+        deadline_s = time.monotonic() + STOP_WITHIN_S
+        # ``call`` alone joins a process, in another thread: of two joins, one may miss that it has ended.
+        late = [each for each in running if not wait([each.sentinel], max(0.0, deadline_s - time.monotonic()))]
+        for process in late:
+            log.warning("process %d did not end in time and is killed", process.pid)
+            process.kill()
+            wait([process.sentinel])
+        return len(late)
 
 
 def _ending(code: int | None) -> str:
@@ -113,7 +109,13 @@ def _main(sender: Connection, level: int, function: Callable[..., Any], args: tu
     threading.Thread(target=_end_with_parent, daemon=True).start()
     code = 1
     try:
-        sender.send(_answer(function, args))
+        try:
+            value = function(*args)
+        except Exception as error:
+            if not isinstance(error, InputError):
+                log.error("%s", one_line(error), exc_info=error)
+            value = portable(error)
+        sender.send(value)
         code = 0
     except signals.Stopped as stopped:
         code = stopped.exit_code
@@ -126,16 +128,6 @@ def _main(sender: Connection, level: int, function: Callable[..., Any], args: tu
     os._exit(code)  # Python would take a second to clear what torch has imported
 
 
-def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Return a call's result, or its error."""
-    try:
-        return function(*args)
-    except Exception as error:
-        if not isinstance(error, InputError):
-            log.error("%s", one_line(error), exc_info=error)
-        return portable(error)
-
-
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -145,78 +137,44 @@ def _end_with_parent() -> None:
 
 def compute(work: Work) -> list[Result]:
     """Call the function of a work with a log file open in the folder of each cell; errors come back as results."""
-    results: list[Result] = [math.nan] * len(work.jobs)
+    members = list(zip(work.jobs, work.cells, strict=True))
     with logs.to_files([cell.folder for cell in work.cells]) as errors:
-        ready = []
-        for position, cell in enumerate(work.cells):
-            try:
-                if (error := errors.get(cell.folder)) is not None:
-                    raise error
-                if cell.role != "teacher":
-                    _write_settings(work.jobs[position])
-                ready.append(position)
-            except OSError as error:  # the folder cannot be written to: the other cells are computed
-                log.error("%s", one_line(error), extra=logs.SCREEN_ONLY)
-                results[position] = error
+        for job, cell in members:
+            if cell.role != "teacher" and cell.folder not in errors:
+                try:
+                    _write_settings(job)
+                except OSError as error:
+                    errors[cell.folder] = error
+        for unwritable in errors.values():  # the cells of other folders are computed
+            log.error("%s", one_line(unwritable), extra=logs.SCREEN_ONLY)
+        jobs = [job for job, cell in members if cell.folder not in errors]
         try:
-            computed = work.call([work.jobs[position] for position in ready]) if ready else []
+            computed: Iterator[Any] = iter(work.call(jobs) if jobs else [])
         except Exception as error:
             log.error("%s", one_line(error), exc_info=error)
-            computed = [error] * len(ready)
-    for position, result in zip(ready, computed, strict=True):
-        results[position] = result
+            computed = itertools.repeat(error)
+    results = [errors[cell.folder] if cell.folder in errors else next(computed) for cell in work.cells]
     return [portable(result) if isinstance(result, Exception) else result for result in results]
 
 
 def _write_settings(job: Job) -> None:
-    """Write the settings and overrides of a job into its cell's folder."""
     settings = job.settings.model_dump(mode="json", by_alias=True)
     write_text(job.cell.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_text(job.cell.folder / "overrides.yaml", yaml.safe_dump(list(job.overrides), allow_unicode=True))
 
 
-def compute_on(work: Work, device: str, *, share: int, is_alone: bool) -> list[Result]:
-    """Do as ``compute`` on one of the devices of this machine.
-
-    Args:
-        work: what to compute.
-        device: its name.
-        share: how many processes compute on this device: on the CPU each takes its part of the threads.
-        is_alone: whether no other process runs at the same time, whose progress bar would overwrite this one's.
-
-    Raises:
-        DeviceError: the device does not compute.
-    """
-    if device != "cpu":
-        _touch(device)
-    if not is_alone:
-        os.environ["TQDM_DISABLE"] = "1"
-    if share > 1:
-        import torch
-
-        torch.set_num_threads(max(1, torch.get_num_threads() // share))
-    return compute(work)
-
-
-def _touch(device: str) -> None:
-    """Raise DeviceError if a device does not compute in this fresh process."""
-    import torch
-
-    try:
-        torch.ones(8, device=device).sum().item()
-    except Exception as error:
-        raise DeviceError(f"{device} does not compute any more") from error
+# --- functions of works; torch is imported here, the process that submits has none
 
 
 def train_cells(jobs: list[Job]) -> list[Result]:
-    """Train the cells of a group; torch is imported here, the process that submits has none."""
+    """Train the cells of a group."""
     from kdsweep.training import group
 
     return group.run_group(jobs)
 
 
 def train_trials(jobs: list[Job], *, pruning: Pruning, role: str) -> list[Result]:
-    """Train the trials of a group; torch is imported here."""
+    """Train the trials of a group."""
     from kdsweep.training import group
 
     return group.run_trials(jobs, pruning=pruning, role=role)
@@ -228,3 +186,71 @@ def train_teachers(jobs: list[Job]) -> list[float]:
 
     group.obtain_teachers(jobs)
     return [math.nan] * len(jobs)
+
+
+# --- other machines of a cluster
+
+
+class RemoteWork:
+    """A work to be done on another machine; the call returns its results, or its error for each of its jobs.
+
+    Both machines must see the same store, images, code and environment under the same paths, which the other one checks
+    by a file in the store and by the cells' fingerprints.
+
+    Args:
+        work: what to compute.
+        threads: number of CPU threads; another number gives other sums, so the machine must not choose it.
+    """
+
+    def __init__(self, work: Work, *, threads: int) -> None:
+        self.work, self.threads, self.processes = work, threads, Processes()
+        self.identities = {cell.store: identify(cell.store) for cell in work.cells}
+        self.folder, self.path, self.level = str(Path.cwd()), list(sys.path), logging.getLogger().level
+
+    def __call__(self) -> list[Result]:
+        """Compute the group in a fresh process and keep MLflow in step with the cells' folders."""
+        logs.to_screen(self.level)
+        try:
+            self._check()
+            results: list[Result] = self.processes.call(compute, self.work)
+            return results
+        except Exception as error:
+            return [portable(error)] * len(self.work.jobs)
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """Make the process save its state and end, and update MLflow."""
+        from kdsweep.tracking import sync
+
+        self.processes.stop()
+        sync.close_all()
+
+    def _check(self) -> None:
+        """Raise InputError if this machine sees other files than the submitting one; else start to log to MLflow."""
+        from kdsweep.config import identity
+        from kdsweep.sweep import plan
+
+        host = socket.gethostname()
+        os.chdir(self.folder)
+        sys.path[:] = [*self.path, *(entry for entry in sys.path if entry not in self.path)]
+        os.environ |= {"OMP_NUM_THREADS": str(self.threads), "MPLBACKEND": "Agg"}
+        for store, name in self.identities.items():
+            if not (store / IDENTITY).is_file() or identify(store) != name:
+                raise InputError(f"store={store}: on {host} it is not the folder of the machine that submits; {REMEDY}")
+        for job, cell in zip(self.work.jobs, self.work.cells, strict=True):
+            of = identity.teacher_cell if cell.role == "teacher" else identity.cell
+            if of(job.settings).fingerprint != cell.fingerprint:
+                why = "the images or the code are not those of the machine that submits"
+                raise InputError(f"{cell.title}: on {host} {why}; {REMEDY}")
+        if self.work.is_requested:
+            plan.watch(self.work.jobs)
+
+
+def identify(store: Path) -> str:
+    """Return the content of a file in a store, made at the first call: machines that read the same share the folder."""
+    file = store / IDENTITY
+    if not file.exists():
+        store.mkdir(parents=True, exist_ok=True)
+        write_text(file, uuid.uuid4().hex)
+    return file.read_text(encoding="utf-8")
