@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from commands import kdsweep
 from hydra_plugins.kdsweep_lockstep import SlurmConf
 from servers import until
 from test_mirror import make_cell
@@ -73,7 +72,7 @@ def submissions(folder: Path) -> list[dict[str, str]]:
 def some(tmp_path):
     store = tmp_path / "store"
     teacher = make_cell("Teacher", store=store)
-    cells = [make_cell(store=store, lr=number) for number in range(3)]
+    cells = [replace(make_cell(store=store, lr=number), teacher=teacher) for number in range(3)]
     return SimpleNamespace(store=store, teacher=teacher, cells=cells)
 
 
@@ -144,19 +143,12 @@ def test_a_job_that_dies_is_submitted_again_in_halves_and_fails_alone(commands, 
     assert [options.get("array") for options in submissions(commands)] == [None, "0-1%2"]
 
 
-def test_nothing_is_submitted_while_the_queue_is_not_known(commands, some):
-    submitted(executor(wait=False), work_of(some.cells[0]))
-    (commands / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact' >&2; exit 1\n")
-    with pytest.raises(InputError, match=r"^squeue: Unable to contact$"):
-        executor().queued([SimpleNamespace(cell=some.cells[0])])
-
-
 def test_teachers_in_the_queue_are_depended_on(commands, some):
     submitted(executor(wait=False), work_of(some.teacher))
     (commands / "queue").write_text("11 RUNNING\n")
-    again, cell = executor(wait=False), replace(some.cells[0], teacher=some.teacher)
-    assert again.queued([SimpleNamespace(cell=cell)]) == set()
-    submitted(again, work_of(cell), before=[work_of(some.teacher)])
+    again = executor(wait=False)
+    assert again.queued([SimpleNamespace(cell=some.cells[0])]) == set()
+    submitted(again, work_of(some.cells[0]), before=[work_of(some.teacher)])
     assert [options.get("dependency") for options in submissions(commands)] == [None, "afterany:11"]
 
 
@@ -177,34 +169,22 @@ def test_more_groups_than_an_array_takes_are_several(commands, some, monkeypatch
 
 # --- what is in the queue
 
-ROWS = "7_0 RUNNING\n7_1 PENDING\n7_2 COMPLETED\n7_3 TIMEOUT\n9 REQUEUED\n"
 
-
-def note_some(store: Path) -> list[Path]:
+def test_cells_are_queued_until_their_job_has_ended_for_good(commands, tmp_path, monkeypatch):
     jobs = {"a": "7_0", "b": "7_0", "c": "7_1", "d": "7_2", "e": "7_3", "f": "9"}
     for name, job_id in jobs.items():
-        slurm.note([store / name], cluster="slurm", job_id=job_id)
-    return [store / name for name in jobs]
-
-
-def test_cells_are_queued_until_their_job_has_ended_for_good(commands, tmp_path):
-    (commands / "queue").write_text(ROWS)
-    folders = note_some(tmp_path)
+        slurm.note([tmp_path / name], cluster="slurm", job_id=job_id)
+    folders = [tmp_path / name for name in jobs]
+    (commands / "queue").write_text("7_0 RUNNING\n7_1 PENDING\n7_2 COMPLETED\n7_3 TIMEOUT\n9 REQUEUED\n")
     running = ("7_0", "RUNNING")
     expected = {"a": running, "b": running, "c": ("7_1", "PENDING"), "f": ("9", "REQUEUED")}
     assert slurm.queued(folders) == {tmp_path / name: task for name, task in expected.items()}
 
-
-def test_a_job_that_slurm_has_forgotten_has_ended_and_a_damaged_note_is_none(commands, tmp_path):
-    folders = note_some(tmp_path)
     (folders[0] / slurm.NOTE).write_text("{")
-    (commands / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
+    squeue, says = commands / "squeue", "#!/bin/sh\necho 'slurm_load_jobs error: {}' >&2; exit 1\n"
+    squeue.write_text(says.format("Invalid job id specified"))  # SLURM has forgotten them
     assert slurm.queued(folders) == {}
-
-
-def test_a_queue_that_does_not_answer_is_no_empty_queue(commands, tmp_path, monkeypatch):
-    folders = note_some(tmp_path)
-    (commands / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact (x)' >&2; exit 1\n")
+    squeue.write_text(says.format("Unable to contact (x)"))
     with pytest.raises(QueueError, match=r"^squeue: Unable to contact \(x\)$"):
         slurm.queued(folders)
     monkeypatch.setenv("PATH", "/nowhere")
@@ -225,18 +205,14 @@ def test_a_local_job_lives_as_long_as_its_process():
 # --- what is refused
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"timeout_min": 1}, r"hydra\.launcher\.timeout_min=1 is not allowed: it must be at least 5"),
-        ({"gpus_per_node": -1}, r"hydra\.launcher\.gpus_per_node=-1 is not allowed"),
-        ({"largest": 0}, r"hydra\.launcher\.largest=0 is not allowed"),
-        ({"cluster": "pbs"}, r"hydra\.launcher\.cluster=pbs is not allowed: it must be slurm or local"),
-    ],
-)
-def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(InputError, match=message):
-        Slurm(**DEFAULTS | options)
+def test_options_out_of_range_are_refused():
+    least = {"timeout_min": 5, "gpus_per_node": 0, "cpus_per_task": 1, "largest": 1}
+    for name, lowest in least.items():
+        line = rf"hydra\.launcher\.{name}={lowest - 1} is not allowed: it must be at least {lowest}"
+        with pytest.raises(InputError, match=line):
+            executor(**{name: lowest - 1})
+    with pytest.raises(InputError, match=r"hydra\.launcher\.cluster=pbs is not allowed: it must be slurm or local"):
+        executor(cluster="pbs")
 
 
 def test_without_sbatch_or_a_server_nothing_is_submitted(commands, some, monkeypatch):
@@ -252,12 +228,6 @@ def test_without_sbatch_or_a_server_nothing_is_submitted(commands, some, monkeyp
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InputError, match=r"sbatch is not on this machine"):
         executor().check([])
-
-
-def test_without_m_nothing_is_submitted_and_nothing_is_trained(tmp_path):
-    ended = kdsweep("hydra/launcher=lockstep_slurm", "profile=quick", cwd=tmp_path)
-    message = "kdsweep: error: hydra/launcher=lockstep_slurm runs sweeps: add -m, or leave it out\n"
-    assert (ended.returncode, ended.stderr) == (1, message)
 
 
 def test_nothing_of_a_cluster_is_imported_unless_it_is_asked_for():
@@ -284,26 +254,19 @@ def travels(some, monkeypatch):
     return worker.RemoteWork(work, threads=1), there
 
 
-def test_another_machine_that_sees_another_folder_refuses(some, travels):
-    remote_work, _ = travels
+def test_another_machine_with_another_folder_or_other_images_or_code_refuses(some, travels):
+    remote_work, there = travels
     remote_work._check()
     (some.store / worker.IDENTITY).unlink()
     message = r"store=.*: on \S+ it is not the folder of the machine that submits; put store"
     with pytest.raises(InputError, match=message):
         remote_work._check()
-    assert worker.identify(some.store) != remote_work.identities[some.store]
     assert [str(error).partition(":")[0] for error in remote_work()] == [f"store={some.store}"]
-
-
-def test_another_machine_with_other_images_or_code_refuses(some, travels):
-    remote_work, there = travels
+    assert worker.identify(some.store) == worker.identify(some.store) != remote_work.identities[some.store]
+    remote_work.identities[some.store] = worker.identify(some.store)
     there["cell"] = some.cells[1]
     with pytest.raises(InputError, match=r"L_MSE split 0 seed 0: on \S+ the images or the code are not those"):
         remote_work._check()
-
-
-def test_a_store_keeps_its_identity(tmp_path):
-    assert worker.identify(tmp_path / "a") == worker.identify(tmp_path / "a") != worker.identify(tmp_path / "b")
 
 
 def test_a_job_whose_time_is_over_saves_and_is_submitted_as_it_is(some, monkeypatch):
