@@ -137,7 +137,7 @@ def test_a_dead_process_counts_with_all_that_it_has_written_and_an_earlier_failu
     write_json(earlier, read_json(earlier) | {"time_ms": 1})
     one = Dying("d", dies=True)
     assert results_of(one, work) == [["0.0", "of b", "c done", KILLED]]
-    assert one.ran == ["abcd", "cd", "c", "d"]
+    assert one.ran == ["abcd", "c", "d"]
 
 
 def test_an_error_that_a_fresh_process_cannot_cure_is_final(make_work):
@@ -236,7 +236,7 @@ def test_a_process_that_does_not_end_in_time_is_killed_and_not_called_saved(monk
     machine, stop = local.Local(), signals.Stopped(signal.SIGTERM)
     end = "the same command goes on from here"
     assert stop.message() == f"stopped by SIGTERM; all is saved: {end}"
-    future = machine.submit(make_work(str(tmp_path / "begun"), call=sleep_long))
+    future = machine.submit(make_work("a", call=sleep_long))
     until_exists(tmp_path / "begun")
     machine.close(stop)
     with pytest.raises(LostError, match="killed by SIGKILL"):
@@ -247,7 +247,11 @@ def test_a_process_that_does_not_end_in_time_is_killed_and_not_called_saved(monk
 
 
 def sleep_long(jobs: list[Job]) -> None:
-    sleep(Path(jobs[0].name), signal.SIGTERM)
+    sleep(jobs[0].cell.store / "begun", signal.SIGTERM)
+
+
+def sleep_until_stopped(jobs: list[Job]) -> None:
+    sleep(jobs[0].cell.store / "begun")
 
 
 @pytest.fixture
@@ -413,10 +417,13 @@ def test_processes_share_the_threads_of_the_cpu(make_work, monkeypatch):
 
 
 def test_a_device_has_one_process_at_a_time(make_work, tmp_path):
-    machine, first = local.Local(), make_work(str(tmp_path / "begun"), call=sleep_long)
-    assert machine.submit(first) is not None
-    assert machine.submit(make_work("a", call=suffer)) is None
+    machine = local.Local()
+    first = machine.submit(make_work("a", call=sleep_until_stopped))
+    until_exists(tmp_path / "begun")
+    assert machine.submit(make_work("b", call=suffer)) is None
     machine.close(signals.Stopped(signal.SIGTERM))
+    with pytest.raises(LostError, match="exit code 143"):
+        first.result(5)
 
 
 def test_a_work_waits_as_long_as_another_command_computes_its_cells(make_work, monkeypatch, caplog):
