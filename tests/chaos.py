@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlflow.entities import Run, ViewType
+
 from kdsweep.core.files import file_digest
 from kdsweep.results import tables
 from kdsweep.tracking import mirror
@@ -332,7 +334,8 @@ def _tables(store: Path) -> Iterator[tuple[str, str]]:
 def _runs(store: Path) -> Iterator[tuple[str, str]]:
     client = mirror.MlflowClient(tracking_uri=mirror.store_uri(store, None))
     experiment = client.get_experiment_by_name(mirror.EXPERIMENT)
-    runs = client.search_runs([experiment.experiment_id], "", mirror.ViewType.ALL, max_results=10_000)
+    known = client.search_runs([experiment.experiment_id], "", ViewType.ALL, max_results=10_000)
+    runs = [run for run in known if run.info.lifecycle_stage == "active"]  # what a kill left behind is deleted
     runs.sort(key=lambda run: run.info.start_time)
     names = [f"run {run.info.run_name} {run.data.tags.get('kdsweep.fingerprint', '')[:10]}".strip() for run in runs]
     for name, count in Counter(names).items():
@@ -343,11 +346,11 @@ def _runs(store: Path) -> Iterator[tuple[str, str]]:
         own = name if seen[name] == 1 else f"{name} again"
         for key, value in _run(client, run, store):
             yield f"{own}, {key}", value
-    strays = {folder.name for folder in store.glob("artifacts/*")} - {run.info.run_id for run in runs}
+    strays = {folder.name for folder in store.glob("artifacts/*")} - {run.info.run_id for run in known}
     yield "artifacts of no run", ", ".join(sorted(strays))
 
 
-def _run(client: mirror.MlflowClient, run: mirror.Run, store: Path) -> Iterator[tuple[str, str]]:
+def _run(client: mirror.MlflowClient, run: Run, store: Path) -> Iterator[tuple[str, str]]:
     yield "status", f"{run.info.status}, {run.info.lifecycle_stage}"
     for key, value in run.data.params.items():
         yield f"param {key}", value.replace(str(store), "STORE")

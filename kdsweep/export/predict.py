@@ -145,8 +145,8 @@ def _folder_of_name(run: str, *, store: Path, stem: str) -> Path:
 def _folder_of_id(run: str, *, store: Path, uri: str | None) -> Path:
     from kdsweep.tracking import mirror  # loads mlflow: seconds that names and folders need not wait for
 
-    if uri is None and not (store / mirror.DATABASE).is_file():
-        raise InputError(f"--run {run}: --store {store} has no {mirror.DATABASE}; name its folder or --tracking-uri")
+    if uri is None and not (store / "mlflow.db").is_file():
+        raise InputError(f"--run {run}: --store {store} has no mlflow.db; name its folder or --tracking-uri")
     where = f"--store {store}" if uri is None else "--tracking-uri"  # which may hold a password
     try:
         tags = mirror.MlflowClient(tracking_uri=mirror.store_uri(store, uri)).get_run(run).data.tags

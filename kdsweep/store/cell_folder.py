@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,16 @@ class Record:
 
     folder: Path
     status: str  # WAITING (not begun), RUNNING, KILLED (begun, but not running), FAILED or FINISHED
-    params: dict[str, Any]  # the flat resolved configuration
-    tags: dict[str, str]  # of its run: those of the cell and those of the process that trains it
-    started_ms: int
-    epochs: int  # the maximum
-    history: list[dict[str, float]]  # values of each epoch, "epoch" among them
-    times_ms: list[int]  # when each epoch ended
-    seconds: list[float]  # of each epoch (``Learner.seconds``)
-    error: str  # of a failed cell, in one line
-    values: dict[str, float]  # the final ones of a finished cell
-    ended_ms: int  # when it failed or was finished
+    params: dict[str, Any] = field(default_factory=dict)  # the flat resolved configuration
+    tags: dict[str, str] = field(default_factory=dict)  # of its run: those of the cell and of the process that trains
+    started_ms: int = 0
+    epochs: int = 0  # the maximum
+    history: list[dict[str, float]] = field(default_factory=list)  # values of each epoch, "epoch" among them
+    times_ms: list[int] = field(default_factory=list)  # when each epoch ended
+    seconds: list[float] = field(default_factory=list)  # of each epoch (``Learner.seconds``)
+    error: str = ""  # of a failed cell, in one line
+    values: dict[str, float] = field(default_factory=dict)  # the final ones of a finished cell
+    ended_ms: int = 0  # when it failed or was finished
 
 
 def now_ms() -> int:
@@ -236,7 +236,6 @@ def read(folder: Path) -> Record:
     for file in (folder / CELL, folder / PROGRESS):
         if _read(file) is None:
             log.warning("%s is damaged; the same command writes it again", file)
-    about, progress = _read(folder / CELL) or {}, _read(folder / PROGRESS) or {}
     end: dict[str, Any] = {}
     if values is not None:
         status, end = "FINISHED", _read(folder / FINISHED) or {}
@@ -247,17 +246,6 @@ def read(folder: Path) -> Record:
         status = "RUNNING" if is_held(folder) else "KILLED"
     else:
         status = "WAITING"
-    return Record(
-        folder=folder,
-        status=status,
-        params=about.get("params", {}),
-        tags=about.get("tags", {}),
-        started_ms=about.get("started_ms", 0),
-        epochs=progress.get("epochs", 0),
-        history=progress.get("history", []),
-        times_ms=progress.get("times_ms", []),
-        seconds=progress.get("seconds", []),
-        error=end.get("error", ""),
-        values=values or {},
-        ended_ms=end.get("time_ms", 0),
-    )
+    state = {**(_read(folder / CELL) or {}), **(_read(folder / PROGRESS) or {}), **end}
+    state["ended_ms"] = end.get("time_ms", 0)
+    return Record(folder, status, **{key: value for key, value in state.items() if key in Record.__annotations__})

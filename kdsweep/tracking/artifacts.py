@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import tempfile
 from collections.abc import Mapping
-from math import isnan
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from mlflow import MlflowClient
@@ -16,7 +12,7 @@ from mlflow import MlflowClient
 from kdsweep.config.grid import run_folder
 from kdsweep.core.errors import InputError
 from kdsweep.store import cell_folder
-from kdsweep.tracking.database import artifact_file, line, passes, store_uri
+from kdsweep.tracking.database import artifact_file, line, store_uri
 
 SCORES = "test_scores.csv"
 EXTERNAL = "external"  # folder of the scores on other data sets, among a run's artifacts and in a cell's folder
@@ -28,26 +24,19 @@ def read(run: Mapping[Any, Any], name: str, *, store: Path, uri: str | None) -> 
     Raises:
         InputError: neither the cell's folder nor MLflow has it.
     """
-    return kept_file(MlflowClient(tracking_uri=store_uri(store, uri)), store, run, name)[0]
+    return read_proved(MlflowClient(tracking_uri=store_uri(store, uri)), store, run, name)[0]
 
 
-def kept_file(client: MlflowClient, store: Path, run: Mapping[Any, Any], name: str) -> tuple[bytes, bool]:
-    """Return a file of a finished run, and whether its checksum proves it: only the cell's folder has one.
-
-    Raises:
-        InputError: neither the folder nor MLflow has the file.
-    """
+def read_proved(client: MlflowClient, store: Path, run: Mapping[Any, Any], name: str) -> tuple[bytes, bool]:
+    """Return a file as ``read`` does, and whether its checksum proves it: only the cell's folder has one."""
     folder = folder_of(store, run)
-    if cell_folder.check_file(folder, name):
-        return (folder / name).read_bytes(), True
-    if name.startswith(EXTERNAL) and (folder / name).is_file():
-        return (folder / name).read_bytes(), False
+    is_proved = cell_folder.check_file(folder, name)
+    if is_proved or (name.startswith(EXTERNAL) and (folder / name).is_file()):
+        return (folder / name).read_bytes(), is_proved
     try:
         return artifact(client, store, run["run_id"], name), False
-    except Exception as error:
-        if passes(error, client.tracking_uri):
-            raise
-        raise _lost(artifact_file(store, run["run_id"], name), run, line(error)) from error
+    except OSError as error:
+        raise lost(store, run, name, line(error)) from error
 
 
 def artifact(client: MlflowClient, store: Path, run_id: str, name: str) -> bytes:
@@ -67,19 +56,8 @@ def folder_of(store: Path, run: Mapping[Any, Any]) -> Path:
     return folder
 
 
-def _lost(file: Path, run: Mapping[Any, Any], why: str) -> InputError:
+def lost(store: Path, run: Mapping[Any, Any], name: str, why: str) -> InputError:
     """Return the error for a run's file that is missing or damaged."""
-    title = f"{run['notation']} split {run['split']} seed {run['seed']}"
+    what = f"{artifact_file(store, run['run_id'], name)} of {run['notation']} split {run['split']} seed {run['seed']}"
     remedy = "run the command of its sweep again: it is logged again from the folder of the cell, or computed again"
-    return InputError(f"{file} of {title}: {why}; {remedy}")
-
-
-def check_scores(kept: bytes, row: Mapping[str, Any], *, mean: float, store: Path) -> None:
-    """Raise InputError unless scores are complete: their mean Dice is that of the run."""
-    try:
-        dice = [float(image["dice"]) for image in csv.DictReader(io.StringIO(kept.decode())) if image["image"]]
-        is_complete = isnan(mean) or abs(fmean(dice) - mean) < 1e-6
-    except (ValueError, TypeError, KeyError, csv.Error):
-        is_complete = False
-    if not is_complete:
-        raise _lost(artifact_file(store, row["run_id"], SCORES), row, "damaged, its mean Dice is not that of its run")
+    return InputError(f"{what}: {why}; {remedy}")

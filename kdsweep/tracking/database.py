@@ -6,7 +6,6 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 
 DATABASE = "mlflow.db"
 REBUILD = "run the command of its sweep again: the runs are logged again from the folders of the cells"
+DAMAGE = ("file is not a database", "malformed", "no such table", "no such column")
+PASSING = ("database is locked", "disk is full", "disk I/O error", "readonly database", "No space left")
 # Columns of the SQLite file with paths of artifacts. MLflow 3 makes each path absolute when it is written, even that of
 # an experiment which is made with a relative one, and has no call that changes them; so ``follow_move`` writes there.
 PATHS = (
@@ -36,33 +37,64 @@ class TrackingError(Exception):
     """The store does not answer now; it may later."""
 
 
+class DamageError(InputError):
+    """The database in a store is damaged; the message names the remedy."""
+
+    def __init__(self, store: Path, error: BaseException) -> None:
+        what = f"{store / DATABASE} does not open or is damaged ({line(error)})"
+        super().__init__(f"{what}; move it away and {REBUILD}")
+
+
+@contextlib.contextmanager
+def answering(store: Path, uri: str | None) -> Iterator[None]:
+    """Raise MLflow's errors as DamageError if the store's database is damaged, as TrackingError if they may pass."""
+    try:
+        yield
+    except (InputError, TrackingError):
+        raise
+    except Exception as error:
+        text = str(error)
+        if uri is None and any(sign in text for sign in DAMAGE):
+            raise DamageError(store, error) from error
+        if (uri or "").startswith("http") or any(sign in text for sign in PASSING):
+            raise TrackingError(line(error)) from error
+        raise
+
+
+def line(error: BaseException) -> str:
+    """Return MLflow's error in one line, without the database's statement."""
+    if isinstance(error, InputError):
+        return str(error)
+    return " ".join(str(error).split()).partition(" [SQL:")[0][:300]
+
+
+@contextlib.contextmanager
+def exclusive(store: Path) -> Iterator[None]:
+    """Hold the lock on this store's MLflow, so that one process writes at a time; a dead process frees it."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(store / ".mlflow.lock").acquire(timeout=60))
+        except Timeout as error:
+            raise TrackingError("another process has been at it for a minute") from error
+        except OSError:  # a store that can only be read
+            pass
+        yield
+
+
 def store_uri(store: Path, uri: str | None) -> str:
     """Return the URI, for None that of a SQLite file in the store (absolute: the working directory may change)."""
     return uri or sqlite_url(store.resolve() / DATABASE)
-
-
-def damaged(store: Path, error: BaseException) -> InputError:
-    """Return the error for a damaged database in a store, with the remedy."""
-    return InputError(f"{store / DATABASE} does not open or is damaged ({line(error)}); move it away and {REBUILD}")
-
-
-def is_damage(error: BaseException, uri: str | None) -> bool:
-    """Return whether an error comes from a damaged database in the store."""
-    signs = ("file is not a database", "malformed", "no such table", "no such column")
-    return uri is None and not isinstance(error, InputError) and any(sign in str(error) for sign in signs)
-
-
-def passes(error: BaseException, uri: str) -> bool:
-    """Return whether a later try may succeed: a server that does not answer, a database locked, a disk full."""
-    signs = ("database is locked", "disk is full", "disk I/O error", "readonly database", "No space left")
-    is_passing = uri.startswith("http") or any(sign in str(error) for sign in signs)
-    return isinstance(error, TrackingError) or is_passing
 
 
 def has_database(store: Path) -> bool:
     """Return whether a store has a database; an empty file is what a full disk leaves."""
     file = store / DATABASE
     return file.is_file() and file.stat().st_size > 0
+
+
+def artifacts_uri(store: Path) -> str:
+    """Return the address of a store's artifacts."""
+    return (store.resolve() / "artifacts").as_uri()
 
 
 def artifact_file(store: Path, run_id: str, name: str) -> Path:
@@ -83,49 +115,17 @@ def check_location(client: MlflowClient, run_id: str, store: Path, uri: str | No
         raise InputError(f"{copied}, {location}; log from there, or from a copy that can be written to")
 
 
-def artifacts_uri(store: Path) -> str:
-    """Return the address of a store's artifacts."""
-    return (store.resolve() / "artifacts").as_uri()
-
-
-@contextmanager
-def exclusive(store: Path) -> Iterator[None]:
-    """Hold the lock on this store's MLflow, so that one process writes at a time; a dead process frees it."""
-    lock = FileLock(store / ".mlflow.lock")
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(lock.acquire(timeout=60))
-        except Timeout as error:
-            raise TrackingError("another process has been at it for a minute") from error
-        except OSError:  # a store that can only be read
-            pass
-        yield
-
-
 def follow_move(store: Path, experiment: str) -> None:
     """Update the absolute paths of artifacts in the SQLite file after the store was moved.
 
     Raises:
         sqlite3.Error: the file is damaged; MLflow would try to open it for minutes.
     """
-    file, location = store / DATABASE, artifacts_uri(store)
-    if not file.is_file():
-        return
-    with contextlib.closing(sqlite3.connect(file)) as database, database:
-        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not is_writable(store) or not {table for table, _ in PATHS} <= tables:
-            return
+    new = artifacts_uri(store)
+    with contextlib.closing(sqlite3.connect(store / DATABASE)) as database, database:
         query = "SELECT artifact_location FROM experiments WHERE name = ? AND artifact_location LIKE 'file:%'"
         for (old,) in database.execute(query, (experiment,)).fetchall():
-            for table, column in PATHS if old != location else ():
-                change = (
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?"
-                )
-                database.execute(change, (location, len(old) + 1, len(old) + 1, f"{old}/"))
-
-
-def line(error: BaseException) -> str:
-    """Return MLflow's error in one line, without the database's statement."""
-    if isinstance(error, InputError):
-        return str(error)
-    return " ".join(str(error).split()).partition(" [SQL:")[0][:300]
+            for table, column in PATHS if old != new and is_writable(store) else ():
+                is_below = f"substr({column} || '/', 1, ?) = ?"
+                change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {is_below}"
+                database.execute(change, (new, len(old) + 1, len(old) + 1, f"{old}/"))

@@ -12,10 +12,10 @@ from typing import Any
 import mlflow
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import LoggedModel, Run
 
 from kdsweep.core.errors import InputError
-from kdsweep.tracking.database import DATABASE, check_location, exclusive, line, store_uri
+from kdsweep.tracking.database import check_location, exclusive, has_database, line, store_uri
 from kdsweep.tracking.mirror import Tracker
 
 
@@ -32,58 +32,53 @@ def register_onnx(
 ) -> int:
     """Log a model under the finished run of its cell and register it as a new version; return the version's number.
 
-    Args:
-        proto: the ONNX model.
-        example: an input array by name; its first dimension is the batch, of any size.
-        expected: the output array that it gives, by name.
-        tolerance: by which an output may differ once the model was logged and loaded again; else there is no version.
-        metadata: what the model says about itself; names the fingerprint of its cell.
-        name: of the registered model; made if there is none.
-        store: folder of the runs.
-        uri: of an MLflow server or database, or None for the file in the store.
+    The logged model must give, for an example (arrays by input name; the first dimension is the batch), the expected
+    arrays (by output name) up to a tolerance. The metadata names the fingerprint of its cell. A registered model of
+    that name is made if there is none.
 
     Raises:
         InputError: there is no such run, MLflow does not take the model, or gives back another one.
     """
-    address = store_uri(store, uri)
-    if uri is None and not (store / DATABASE).is_file():
-        raise InputError(f"--register {name}: {store} has no {DATABASE}; name the run's MLflow with --tracking-uri")
+    address, fingerprint = store_uri(store, uri), metadata["kdsweep.fingerprint"]
+    if uri is None and not has_database(store):
+        raise InputError(f"--register {name}: {store} has no mlflow.db; name the run's MLflow with --tracking-uri")
+    is_finished = f"tags.`kdsweep.fingerprint` = '{fingerprint}' and attributes.status = 'FINISHED'"
     try:
-        run = _finished_run(metadata["kdsweep.fingerprint"], name=name, store=store, uri=uri)
-        with exclusive(store), _current(address) as client, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MLflow warns about parts of itself
-            check_location(client, run.info.run_id, store, uri)
-            model = client.create_logged_model(run.info.experiment_id, "onnx", run.info.run_id, tags=metadata)
-            try:
-                _log_onnx(proto, example, expected, metadata=metadata, model=model)
-                _check_loaded(model.model_uri, example, expected, name=name, tolerance=tolerance)
-                return int(mlflow.register_model(model.model_uri, name, tags=metadata).version)
-            except BaseException:
-                client.delete_logged_model(model.model_id)
-                raise
+        if not (runs := Tracker(store=store, uri=uri).search(is_finished)):
+            raise InputError(
+                f"--register {name}: {address} has no finished run of this cell (fingerprint {fingerprint[:10]}); the "
+                "sweep's command writes it there, or name the MLflow that has it with --tracking-uri"
+            )
+        with exclusive(store), _new_model(address, runs[0], tags=metadata) as model:
+            check_location(MlflowClient(), runs[0].info.run_id, store, uri)
+            _log_onnx(proto, example, expected, metadata=metadata, model=model)
+            loaded = mlflow.pyfunc.load_model(model.model_uri).predict(example)
+            difference = max(float(np.abs(loaded[key] - values).max()) for key, values in expected.items())
+            if not difference <= tolerance:
+                what = f"what MLflow loads differs by {difference:.1e} from what was logged"
+                raise InputError(f"--register {name}: not registered, {what}; allowed are {tolerance:.0e}")
+            return int(mlflow.register_model(model.model_uri, name, tags=metadata).version)
     except InputError:
         raise
     except Exception as error:  # of many kinds: server, network, database, disk
         raise InputError(f"--register {name}: MLflow at {address}: {line(error)}") from error
 
 
-def _finished_run(fingerprint: str, *, name: str, store: Path, uri: str | None) -> Run:
-    finished = f"tags.`kdsweep.fingerprint` = '{fingerprint}' and attributes.status = 'FINISHED'"
-    for run in Tracker(store=store, uri=uri).search(finished):
-        return run
-    raise InputError(
-        f"--register {name}: {store_uri(store, uri)} has no finished run of this cell (fingerprint {fingerprint[:10]})"
-        "; the sweep's command writes it there, or name the MLflow that has it with --tracking-uri"
-    )
-
-
 @contextlib.contextmanager
-def _current(uri: str) -> Iterator[MlflowClient]:
-    """Make a URI current for MLflow's functions that take no address, and yield a client of it."""
+def _new_model(uri: str, run: Run, *, tags: dict[str, str]) -> Iterator[LoggedModel]:
+    """Make a logged model of a run, in the MLflow that is the current one until the end; delete it after an error."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)  # sets the variable too
+    mlflow.set_tracking_uri(uri)  # for MLflow's functions that take no address; sets the variable too
     try:
-        yield MlflowClient()
+        client = MlflowClient()
+        model = client.create_logged_model(run.info.experiment_id, "onnx", run.info.run_id, tags=tags)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # MLflow warns about parts of itself
+                yield model
+        except BaseException:
+            client.delete_logged_model(model.model_id)
+            raise
     finally:
         mlflow.set_tracking_uri(before)
 
@@ -105,15 +100,3 @@ def _log_onnx(
         onnx_execution_providers=["CPUExecutionProvider"],  # what it is checked on; CUDA would warn without a GPU
         save_as_external_data=False,
     )
-
-
-def _check_loaded(
-    model_uri: str, example: dict[str, np.ndarray], expected: dict[str, np.ndarray], *, name: str, tolerance: float
-) -> None:
-    loaded = mlflow.pyfunc.load_model(model_uri).predict(example)
-    difference = max(float(np.abs(loaded[key] - values).max()) for key, values in expected.items())
-    if not difference <= tolerance:
-        raise InputError(
-            f"--register {name}: not registered, what MLflow loads differs by {difference:.1e} from what was logged; "
-            f"allowed are {tolerance:.0e}"
-        )

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from kdsweep.core import signals
 from kdsweep.store import cell_folder
-from kdsweep.tracking import database, mirror
+from kdsweep.tracking import mirror
+from kdsweep.tracking.database import DamageError, TrackingError, answering, exclusive, line, store_uri
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +30,12 @@ _opened: list[Sync] = []
 
 
 class Sync:
-    """A thread that reads the folders of cells every two seconds and logs new values to one MLflow store.
+    """A thread that logs what is new in the folders of cells to one experiment (see ``mirror.Tracker``).
 
     Args:
         store: folder of the runs.
         uri: of an MLflow server or database, or None for the SQLite file in the store.
-        experiment: name of the MLflow experiment.
+        experiment: its name.
         sweeps: by name the folders of the cells and Teachers that each sweep requests.
         trains: whether cells are to be trained; the command must then not wait long at its end.
 
@@ -45,40 +46,32 @@ class Sync:
     def __init__(
         self, *, store: Path, uri: str | None, experiment: str, sweeps: Mapping[str, Sequence[Path]], trains: bool
     ) -> None:
-        self.store, self.sweeps, self.where = store, sweeps, database.store_uri(store, uri)
-        self._uri, self._experiment, self._trains = uri, experiment, trains
-        self._waits_s = SERVER_WAIT_S if self.where.startswith("http") else DATABASE_WAIT_S
-        self._tracker: mirror.Tracker | None = None
+        self.store, self.uri, self.where, self.sweeps = store, uri, store_uri(store, uri), sweeps
+        self._trains, is_server = trains, self.where.startswith("http")
+        self._waits_s = SERVER_WAIT_S if is_server else DATABASE_WAIT_S
+        self._open = partial(mirror.Tracker, store=store, uri=uri, experiment=experiment)
+        self.tracker: mirror.Tracker | None = None
         self._published: set[str] = set()
         self._logged: dict[Path, tuple[int, ...]] = {}
-        self._complains = False
-        self._wake, self._closing, self._tried = threading.Event(), threading.Event(), threading.Event()
-        if not self.where.startswith("http"):
-            self._attempt(self._open)  # errors of a database are raised before anything is trained
+        self._answers = True
+        self._closing, self._tried = threading.Event(), threading.Event()
+        if not is_server:
+            self._try(self._open)  # errors of a database are raised before anything is trained
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
         self._tried.wait(SERVER_WAIT_S)
         _opened.append(self)
 
-    def run_id(self, folder: Path) -> str:
-        """Return the run id of a cell, or ``""`` as long as there is none."""
-        return self._tracker.run_id(folder) if self._tracker else ""
-
     def close(self) -> None:
         """Log what is left, and warn if that is not possible."""
         self._closing.set()
-        self._wake.set()
         self._thread.join(STOP_WAIT_S if signals.pending() else self._waits_s)
         if not self._trains and self._thread.is_alive() and not signals.pending():
             log.info("MLflow at %s is slow: %d cells are still to be logged there", self.where, self._left())
             self._thread.join()
         if left := self._left():
-            log.warning(
-                "%d cells are not in MLflow at %s yet, their scores are safe in %s: the same command logs them",
-                left,
-                self.where,
-                self.store,
-            )
+            why = f"their scores are safe in {self.store}: the same command logs them"
+            log.warning("%d cells are not in MLflow at %s yet, %s", left, self.where, why)
 
     def _versions(self) -> dict[Path, tuple[int, ...]]:
         """Return the versions of the begun cells by folder."""
@@ -90,65 +83,51 @@ class Sync:
         return sum(self._logged.get(folder) != version for folder, version in self._versions().items())
 
     def _work(self) -> None:
+        wait_s = 0.0
         while True:
-            closing = self._closing.is_set()
+            closing = self._closing.wait(wait_s)
             start_s = time.monotonic()
             try:
-                succeeded = self._attempt(self._pass)
+                succeeded = self._try(self._pass)
             except Exception as error:  # no later pass would succeed, and a thread's traceback does not help
-                log.error("nothing more is logged to MLflow at %s: %s", self.where, database.line(error))
-                self._tried.set()
+                log.error("nothing more is logged to MLflow at %s: %s", self.where, line(error))
                 return
-            pass_s = time.monotonic() - start_s
-            self._tried.set()
+            finally:
+                self._tried.set()
             if closing and (succeeded or not self._trains):
                 return
             if closing:
                 time.sleep(0.5)
-            else:
-                # A look at thousands of folders takes its time: at most a twentieth of a core is spent on it.
-                self._wake.wait(min(max(PASS_EVERY_S, 20 * pass_s), SELDOM_S))
+            # A look at thousands of folders takes its time: at most a twentieth of a core is spent on it.
+            wait_s = min(max(PASS_EVERY_S, 20 * (time.monotonic() - start_s)), SELDOM_S)
 
-    def _attempt(self, work: Callable[[], object]) -> bool:
-        """Call it and return whether the store answered; warn once if not, it is tried again later."""
+    def _try(self, work: Callable[[], object]) -> bool:
+        """Call it and return whether the store answered; if not, warn once, and open the store again at the next."""
         try:
-            work()
-        except Exception as error:
-            if database.is_damage(error, self._uri):
-                raise database.damaged(self.store, error) from error
-            if not database.passes(error, self.where):
-                raise
-            if not self._complains:
-                log.warning(
-                    "MLflow at %s does not answer: training goes on, the runs are logged when it does (%s)",
-                    self.where,
-                    database.line(error),
-                )
-            self._complains = True
+            with answering(self.store, self.uri):
+                work()
+        except TrackingError as error:
+            if self._answers:
+                what = "does not answer: training goes on, the runs are logged when it does"
+                log.warning("MLflow at %s %s (%s)", self.where, what, error)
+            self.tracker, self._answers = None, False
             return False
-        if self._complains:
+        if not self._answers:
             log.info("MLflow at %s answers again", self.where)
-        self._complains = False
+        self._answers = True
         return True
-
-    def _open(self) -> mirror.Tracker:
-        if self._tracker is None:
-            self._tracker = mirror.Tracker(store=self.store, uri=self._uri, experiment=self._experiment)
-        return self._tracker
 
     def _pass(self) -> None:
         """Log what is new. A sweep without a begun cell is left out: its parent run would be empty."""
-        tracker = self._open()
-        with database.exclusive(self.store):
+        self.tracker = tracker = self.tracker or self._open()
+        with exclusive(self.store):
             versions = self._versions()
-            for sweep, folders in self.sweeps.items():
-                begun = [folder for folder in folders if folder in versions]
-                if begun and sweep not in self._published:
+            begun = [(sweep, folder) for sweep, of in self.sweeps.items() for folder in of if folder in versions]
+            for sweep, folder in begun:
+                if sweep not in self._published:
                     self._log(sweep, partial(tracker.publish, sweep))
                     self._published.add(sweep)
-                for folder in begun:
-                    if self._logged.get(folder) == versions[folder]:
-                        continue
+                if self._logged.get(folder) != versions[folder]:
                     if (record := cell_folder.read(folder)).tags:  # else its description is damaged, and written again
                         self._log(folder, partial(tracker.sync, record, sweep=sweep))
                     self._logged[folder] = versions[folder]
@@ -156,11 +135,12 @@ class Sync:
     def _log(self, what: str | Path, call: Callable[[], object]) -> None:
         """Call it; report and skip what MLflow will never take."""
         try:
-            call()
+            with answering(self.store, self.uri):
+                call()
+        except (TrackingError, DamageError):
+            raise
         except Exception as error:
-            if database.passes(error, self.where) or database.is_damage(error, self._uri):
-                raise
-            log.warning("%s: MLflow refuses what is to be logged: %s", what, database.line(error))
+            log.warning("%s: MLflow refuses what is to be logged: %s", what, line(error))
 
 
 def close_all() -> None:
@@ -171,4 +151,6 @@ def close_all() -> None:
 
 def run_id(folder: Path) -> str:
     """Return the run id of a cell in the stores that are open, or ``""``."""
-    return next((run_id for opened in _opened if (run_id := opened.run_id(folder))), "")
+    logged = mirror.read(folder)
+    ids = (opened.tracker.id for opened in _opened if opened.tracker)
+    return next((logged[of].run_id for of in ids if of in logged), "")

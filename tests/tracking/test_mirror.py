@@ -68,28 +68,22 @@ def finish(tracker: mirror.Tracker, cell: Cell, sweep: str, folder: Path, dice: 
 
 
 def test_scores_come_back_per_image_with_their_ids_as_text(store, tmp_path):
-    tracker, cell = mirror.Tracker(store=store, uri=None), make_cell()
-    ask(store, "round-trip", [cell])
-    run_id = finish(tracker, cell, "round-trip", tmp_path, [0.25, 0.75])
+    tracker, cell = mirror.Tracker(store=store, uri=None), replace(make_cell(), variant={"kd.weight": "1"})
+    ask(store, "round-trip", [cell], varied=["kd.weight"], command="typed")
+    record, ids = end(replace(cell, store=tmp_path), [0.25, 0.75, 0.5]), ["000000", "nan", "NA"]
+    scores = record.folder / "test_scores.csv"
+    pd.DataFrame({"image": ids, "label": "", "dice": [0.25, 0.75, 0.5]}).to_csv(scores, index=False)
+    run_id = tracker.sync(record, sweep="round-trip")
     sweep = reader.read_sweep(store=store, uri=None, name="round-trip")
     (row,) = sweep.runs.to_dict("records")
     assert (row["fingerprint"], row["run_id"], row["status"]) == (cell.fingerprint, run_id, "FINISHED")
     assert (row["notation"], row["split"], row["seed"], row["profile"], row["data"]) == ("L_MSE", 0, 0, "quick", "busi")
     assert row["params"]["train.lr"] == "0.001"
-    assert (row["epochs"], row["best_epoch"]) == (2, 1)
-    assert sweep.scores["image"].tolist() == ["000000", "000001"]
-    assert sweep.scores["dice"].tolist() == [0.25, 0.75]
+    assert (row["epochs"], row["best_epoch"], row["variant"]) == (2, 1, {"kd.weight": "1"})
+    assert sweep.scores["image"].tolist() == ids
+    assert sweep.scores["dice"].tolist() == [0.25, 0.75, 0.5]
     assert set(sweep.scores["fingerprint"]) == {cell.fingerprint}
-
-
-def test_ids_that_look_like_a_missing_value_come_back(store, tmp_path):
-    tracker, cell = mirror.Tracker(store=store, uri=None), make_cell(evidence="ids")
-    ask(store, "ids", [cell])
-    record = end(replace(cell, store=tmp_path), [0.25, 0.5, 0.75])
-    scores = record.folder / "test_scores.csv"
-    pd.DataFrame({"image": ["nan", "null", "NA"], "label": "", "dice": [0.25, 0.5, 0.75]}).to_csv(scores, index=False)
-    tracker.sync(record, sweep="ids")
-    assert reader.read_sweep(store=store, uri=None, name="ids").scores["image"].tolist() == ["nan", "null", "NA"]
+    assert (sweep.varied, sweep.commands) == (("kd.weight",), ("typed",))
 
 
 def test_the_last_sweep_is_the_last_one_with_a_finished_cell(tmp_path):
@@ -100,6 +94,7 @@ def test_the_last_sweep_is_the_last_one_with_a_finished_cell(tmp_path):
     ask(store, "done", [cell])
     finish(tracker, cell, "done", tmp_path / "cells", [0.5])
     ask(store, "failed on its data", [make_cell("H_KLD")])
+    ask(store, "empty", [make_cell("H_MSE")])
     assert reader.read_sweep(store=store, uri=None, name=None).name == "done"
     assert reader.read_sweep(store=store, uri=None, name="failed on its data").name == "failed on its data"
 
@@ -116,23 +111,6 @@ def test_what_a_network_began_with_is_named_by_file_and_digest(store, tmp_path):
     tracker.sync(cell_folder.read(cell.folder), sweep="weights")
     (row,) = reader.read_sweep(store=store, uri=None, name="weights").runs.to_dict("records")
     assert row["weights"] == "mine.pt (SHA-256 0123456789)"
-
-
-def test_what_tells_cells_of_a_sweep_apart_comes_back_and_stays(store):
-    own = [replace(make_cell(lr=lr), variant={"train.lr": str(lr)}) for lr in (0.5, 0.25)]
-    ask(store, "variants", own, varied=["train.lr"])
-    ask(store, "variants", [replace(own[0], variant={})])  # alone, by a later command
-    ask(store, "variants", [replace(make_cell("H_MSE"), variant={"kd.weight": "1"})], varied=["kd.weight"])
-    sweep = reader.read_sweep(store=store, uri=None, name="variants")
-    found = {row["fingerprint"]: row["variant"] for row in sweep.runs.to_dict("records")}
-    assert [found[cell.fingerprint] for cell in own] == [{"train.lr": "0.5"}, {"train.lr": "0.25"}]
-    assert sweep.varied == ("train.lr", "kd.weight")
-
-
-def test_commands_come_back_once_each_the_last_one_last(store):
-    for command in ("first", "second 'a b'", "first", ""):
-        ask(store, "commands", [make_cell()], command=command)
-    assert reader.read_sweep(store=store, uri=None, name="commands").commands == ("second 'a b'", "first")
 
 
 def test_the_parent_run_says_what_the_sweep_is(store, tmp_path):
@@ -291,10 +269,17 @@ def test_without_its_note_in_the_folder_a_cell_has_one_run_with_each_value_once(
     first = mirror.Tracker(store=store, uri=None).sync(record, sweep="sweep")
     damage(cell.folder / mirror.MIRROR)
     run_id = mirror.Tracker(store=store, uri=None).sync(end(cell, [0.5]), sweep="sweep")
-    assert (run_id == first) == (epochs != 2)
+    assert (run_id == first) == (epochs is None)
     assert runs_of(store, cell) == {run_id: "FINISHED"}
     assert steps_of(store, run_id) == [0, 1, 2]
     assert steps_of(store, run_id, "test/dice") == [0]
+
+
+def test_an_empty_run_that_a_lost_answer_has_left_is_deleted(store, tmp_path):
+    cell = replace(make_cell(lr=27), store=tmp_path)
+    mirror.Tracker(store=store, uri=None).sync(begin(cell, 0), sweep="lost")
+    (cell.folder / mirror.MIRROR).unlink()
+    assert runs_of(store, cell) == {mirror.Tracker(store=store, uri=None).sync(begin(cell, 1), sweep="lost"): "RUNNING"}
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
@@ -318,20 +303,20 @@ def test_an_older_copy_of_the_database_is_brought_up_to_date(empty_store, tmp_pa
     for name in (mirror.MIRROR, cell_folder.PROGRESS, cell_folder.FINISHED, *mirror.ARTIFACTS):
         shutil.copy(cell.folder / name, replace(cell, store=older).folder)
     again = cell_folder.read(replace(cell, store=older).folder)
-    assert mirror.Tracker(store=older, uri=None).sync(again, sweep="sweep") == run_id
-    assert client_of(older).get_run(run_id).info.status == "FINISHED"
-    assert steps_of(older, run_id) == [0, 1, 2]
-    assert steps_of(older, run_id, "test/dice") == [0]
+    new = mirror.Tracker(store=older, uri=None).sync(again, sweep="sweep")
+    assert runs_of(older, cell) == {new: "FINISHED"}
+    assert (steps_of(older, new), steps_of(older, new, "test/dice")) == ([0, 1, 2], [0])
 
 
-def test_a_cell_that_is_computed_again_gets_a_new_run_and_the_old_one_goes_when_that_is_finished(store, tmp_path):
+def test_a_cell_that_is_computed_again_gets_a_new_run_in_place_of_the_old_one(store, tmp_path):
     """Its checkpoint was lost: the epochs are others, and must not be mixed with the old ones in one run."""
     cell = replace(make_cell(lr=21), store=tmp_path)
     old = mirror.Tracker(store=store, uri=None).sync(begin(cell, 3), sweep="again")
     record = replace(begin(cell, 1), times_ms=[5_000_000])
     tracker = mirror.Tracker(store=store, uri=None)
     new = tracker.sync(record, sweep="again")
-    assert runs_of(store, cell) == {new: "RUNNING", old: "KILLED"}
+    assert new != old
+    assert runs_of(store, cell) == {new: "RUNNING"}
     assert steps_of(store, new) == [0]
     record = replace(end(cell, [0.5]), times_ms=[5_000_000, 6_000_000, 7_000_000])
     assert tracker.sync(record, sweep="again") == new
@@ -401,17 +386,6 @@ def test_what_was_asked_for_and_is_not_there_is_missing(store):
     assert runs.loc["Student", ["split", "role"]].tolist() == [1, "baseline"]
 
 
-def test_a_cell_asked_again_with_new_data_takes_the_old_ones_place(store, tmp_path):
-    tracker = mirror.Tracker(store=store, uri=None)
-    old, new = make_cell(lr=11, evidence="old"), make_cell(lr=11, evidence="new")
-    assert old.key == new.key
-    ask(store, "again", [old])
-    finish(tracker, old, "again", tmp_path, [0.1])
-    ask(store, "again", [new])
-    (row,) = reader.read_sweep(store=store, uri=None, name="again").runs.to_dict("records")
-    assert (row["fingerprint"], row["status"]) == (new.fingerprint, "missing")
-
-
 def test_a_teacher_comes_with_the_cells_that_it_taught(store, tmp_path):
     tracker, teacher = mirror.Tracker(store=store, uri=None), make_cell("Teacher", lr=12)
     finish(tracker, teacher, "first", tmp_path, [0.9])
@@ -421,27 +395,6 @@ def test_a_teacher_comes_with_the_cells_that_it_taught(store, tmp_path):
     sweep = reader.read_sweep(store=store, uri=None, name="second")
     assert sorted(sweep.runs["notation"]) == ["L_MSE", "Teacher"]
     assert sorted(sweep.scores["dice"]) == [0.8, 0.9]
-
-
-def test_a_run_left_open_by_a_killed_process_is_closed_and_goes_on_later(store, tmp_path):
-    cell = replace(make_cell(lr=13), store=tmp_path)
-    ask(store, "killed", [cell])
-    run_id = mirror.Tracker(store=store, uri=None).sync(begin(cell, 1), sweep="killed")
-    assert client_of(store).get_run(run_id).info.status == "RUNNING"
-    record = cell_folder.read(cell.folder)
-    assert record.status == "KILLED"  # nobody holds its lock
-    assert mirror.Tracker(store=store, uri=None).sync(record, sweep="killed") == run_id
-    assert client_of(store).get_run(run_id).info.status == "KILLED"
-    assert mirror.Tracker(store=store, uri=None).sync(end(cell, [0.4]), sweep="killed") == run_id
-    (row,) = reader.read_sweep(store=store, uri=None, name="killed").runs.to_dict("records")
-    assert (row["run_id"], row["status"]) == (run_id, "FINISHED")
-
-
-def test_more_params_than_one_call_takes_are_all_kept(store, tmp_path):
-    tracker, cell = mirror.Tracker(store=store, uri=None), make_cell(lr=14)
-    params = {**PARAMS, **{f"key{i}": i for i in range(250)}}
-    run_id = tracker.sync(begin(replace(cell, store=tmp_path), params=params), sweep="many")
-    assert client_of(store).get_run(run_id).data.params == {key: str(value) for key, value in params.items()}
 
 
 def test_no_call_holds_more_than_an_mlflow_server_takes(store, tmp_path, monkeypatch):
@@ -459,17 +412,11 @@ def test_no_call_holds_more_than_an_mlflow_server_takes(store, tmp_path, monkeyp
     run_id = tracker.sync(many, sweep="large")
     monkeypatch.undo()
     assert steps_of(store, run_id) == list(range(1000))
+    assert client_of(store).get_run(run_id).data.params == {f"key{i}": str(i) for i in range(250)}
     parent = client_of(store).get_run(run_id).data.tags["mlflow.parentRunId"]
     artifact = client_of(store).download_artifacts(parent, mirror.SWEEP_FILE, str(tmp_path))
     requested = json.loads(Path(artifact).read_text())["requests"].values()
     assert {row["fingerprint"] for row in requested} == {cell.fingerprint for cell in cells}
-
-
-def test_without_a_name_the_sweep_last_asked_for_is_read(tmp_path):
-    mirror.Tracker(store=(store := tmp_path / "store"), uri=None)
-    for name in ("one", "other", "one"):
-        ask(store, name, [make_cell(lr=15)])
-    assert reader.read_sweep(store=store, uri=None, name=None).name == "one"
 
 
 def test_an_unknown_sweep_and_a_missing_store_are_told_in_one_line(store, tmp_path):

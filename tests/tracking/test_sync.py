@@ -83,7 +83,7 @@ def test_a_training_is_seen_while_it_goes_on_and_closed_by_what_its_folder_says(
         failed.fingerprint: ("FAILED", [0]),
         killed.fingerprint: ("KILLED", [0, 1]),
     }
-    assert own.run_id(done.folder) == runs_of(uri)[done.fingerprint][0]
+    assert sync.run_id(done.folder) == runs_of(uri)[done.fingerprint][0]
 
 
 def test_a_command_that_trains_nothing_leaves_no_parent_run(store):

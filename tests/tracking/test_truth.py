@@ -368,4 +368,4 @@ def test_a_run_of_mlflow_cannot_lead_out_of_the_store(store):
     run = {"role": "distilled", "notation": "../../evil", "split": 0, "seed": 0, "fingerprint": "f" * 64, "run_id": "a"}
     assert "outside of the store" in error_of(lambda: artifacts.read(run, artifacts.SCORES, store=store, uri=None))
     assert "outside of the store" in error_of(lambda: sweep_file.read(store, "../../evil"))
-    assert mirror.artifact_file(store, "a", "b") == store / "artifacts" / "a" / "artifacts" / "b"
+    assert database.artifact_file(store, "a", "b") == store / "artifacts" / "a" / "artifacts" / "b"
