@@ -334,8 +334,8 @@ def _tables(store: Path) -> Iterator[tuple[str, str]]:
 def _runs(store: Path) -> Iterator[tuple[str, str]]:
     client = mirror.MlflowClient(tracking_uri=mirror.store_uri(store, None))
     experiment = client.get_experiment_by_name(mirror.EXPERIMENT)
-    known = client.search_runs([experiment.experiment_id], "", ViewType.ALL, max_results=10_000)
-    runs = [run for run in known if run.info.lifecycle_stage == "active"]  # what a kill left behind is deleted
+    everything = client.search_runs([experiment.experiment_id], "", ViewType.ALL, max_results=10_000)
+    runs = [run for run in everything if run.info.lifecycle_stage == "active"]  # what a kill left behind is deleted
     runs.sort(key=lambda run: run.info.start_time)
     names = [f"run {run.info.run_name} {run.data.tags.get('kdsweep.fingerprint', '')[:10]}".strip() for run in runs]
     for name, count in Counter(names).items():
@@ -346,7 +346,7 @@ def _runs(store: Path) -> Iterator[tuple[str, str]]:
         own = name if seen[name] == 1 else f"{name} again"
         for key, value in _run(client, run, store):
             yield f"{own}, {key}", value
-    strays = {folder.name for folder in store.glob("artifacts/*")} - {run.info.run_id for run in known}
+    strays = {folder.name for folder in store.glob("artifacts/*")} - {run.info.run_id for run in everything}
     yield "artifacts of no run", ", ".join(sorted(strays))
 
 

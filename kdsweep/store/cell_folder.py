@@ -84,21 +84,13 @@ def is_held(folder: Path) -> bool:
 
 
 def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any], tags: dict[str, str]) -> None:
-    """Write the description of a cell before it is trained, and remove an earlier failure.
+    """Write the description of a cell before it is trained, with the image ids of its split; remove a failure.
 
-    Args:
-        cell: the cell whose folder is written to.
-        split: image ids of the three parts.
-        params: the flat resolved configuration.
-        tags: of its run, besides those made from the cell.
+    ``params`` is the flat resolved configuration; ``tags`` are those of its run besides those made from the cell.
     """
     folder, inputs = cell.folder, cell.evidence
     of_cell = {
-        "notation": cell.notation,
-        "role": cell.role,
-        "split": str(cell.split),
-        "seed": str(cell.seed),
-        "fingerprint": cell.fingerprint,
+        **{name: str(getattr(cell, name)) for name in ("notation", "role", "split", "seed", "fingerprint")},
         "weights": inputs.get(f"{'teacher' if cell.role == 'teacher' else 'student'}_weights", ""),
         **{name: inputs.get(name, "") for name in ("teacher", "data", "user_code", "results_version")},
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from kdsweep.config.grid import run_folder
 from kdsweep.core.errors import InputError
@@ -15,6 +16,7 @@ from kdsweep.store import cell_folder
 from kdsweep.tracking.database import artifact_file, line, store_uri
 
 SCORES = "test_scores.csv"
+MISSING = "RESOURCE_DOES_NOT_EXIST"  # code of MLflow's error
 EXTERNAL = "external"  # folder of the scores on other data sets, among a run's artifacts and in a cell's folder
 
 
@@ -35,7 +37,9 @@ def read_proved(client: MlflowClient, store: Path, run: Mapping[Any, Any], name:
         return (folder / name).read_bytes(), is_proved
     try:
         return artifact(client, store, run["run_id"], name), False
-    except OSError as error:
+    except (OSError, MlflowException) as error:
+        if getattr(error, "error_code", MISSING) != MISSING:  # a server or a database that does not answer
+            raise
         raise lost(store, run, name, line(error)) from error
 
 

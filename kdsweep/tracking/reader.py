@@ -239,7 +239,7 @@ def attach(sweep: Sweep, files: Sequence[Path], *, folder: str, store: Path, uri
             client = MlflowClient(tracking_uri=store_uri(store, uri))
             check_location(client, sweep.run_id, store, uri)
             for file in files:
-                client.logartifacts.artifact(sweep.run_id, str(file), folder)
+                client.log_artifact(sweep.run_id, str(file), folder)
     except Exception as error:  # of many kinds: server, network, database, disk
         return f"not logged to MLflow: {line(error)}"
     return f"logged to MLflow, run {sweep.run_id}"
@@ -256,5 +256,5 @@ def keep_external(file: Path, *, run_id: str, store: Path, uri: str | None) -> N
         logged = client.get_run(run_id).data.tags.get(SCORED, "").split()
         if file.name not in logged:
             check_location(client, run_id, store, uri)
-            client.logartifacts.artifact(run_id, str(file), EXTERNAL)
+            client.log_artifact(run_id, str(file), EXTERNAL)
             client.set_tag(run_id, SCORED, " ".join(sorted([*logged, file.name])))

@@ -47,9 +47,8 @@ class Sync:
         self, *, store: Path, uri: str | None, experiment: str, sweeps: Mapping[str, Sequence[Path]], trains: bool
     ) -> None:
         self.store, self.uri, self.where, self.sweeps = store, uri, store_uri(store, uri), sweeps
-        self._trains, is_server = trains, self.where.startswith("http")
+        self._experiment, self._trains, is_server = experiment, trains, self.where.startswith("http")
         self._waits_s = SERVER_WAIT_S if is_server else DATABASE_WAIT_S
-        self._open = partial(mirror.Tracker, store=store, uri=uri, experiment=experiment)
         self.tracker: mirror.Tracker | None = None
         self._published: set[str] = set()
         self._logged: dict[Path, tuple[int, ...]] = {}
@@ -117,9 +116,14 @@ class Sync:
         self._answers = True
         return True
 
+    def _open(self) -> mirror.Tracker:
+        if self.tracker is None:
+            self.tracker = mirror.Tracker(store=self.store, uri=self.uri, experiment=self._experiment)
+        return self.tracker
+
     def _pass(self) -> None:
         """Log what is new. A sweep without a begun cell is left out: its parent run would be empty."""
-        self.tracker = tracker = self.tracker or self._open()
+        tracker = self._open()
         with exclusive(self.store):
             versions = self._versions()
             begun = [(sweep, folder) for sweep, of in self.sweeps.items() for folder in of if folder in versions]

@@ -40,21 +40,16 @@ def test_a_file_with_another_byte_no_longer_counts(finished, caplog):
     assert "scores.csv: damaged" in caplog.text
 
 
-def test_a_failure_is_forgotten_once_the_cell_is_finished(tmp_path):
-    cell_folder.write_failed(tmp_path, "a line\nand another")
-    assert json.loads((tmp_path / cell_folder.FAILED).read_text())["error"] == "a line and another"
-    cell_folder.write_finished(tmp_path, values={}, files=[])
-    assert not (tmp_path / cell_folder.FAILED).exists()
-
-
-def test_a_failure_is_forgotten_once_the_cell_is_trained_again(tmp_path):
+def test_a_failure_is_forgotten_once_the_cell_is_trained_again_or_finished(tmp_path):
     cell = make_cell(tmp_path)
     begin(cell)
-    cell_folder.write_failed(cell.folder, "it broke")
+    cell_folder.write_failed(cell.folder, "it\nbroke")
     assert (cell_folder.read(cell.folder).status, cell_folder.read(cell.folder).error) == ("FAILED", "it broke")
     begin(cell)
     assert (cell_folder.read(cell.folder).status, cell_folder.read(cell.folder).error) == ("KILLED", "")
+    cell_folder.write_failed(cell.folder, "it broke again")
     cell_folder.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
+    assert not (cell.folder / cell_folder.FAILED).exists()
     cell_folder.write_failed(cell.folder, "left by a kill between the two files")
     assert (cell_folder.read(cell.folder).status, cell_folder.read(cell.folder).error) == ("FINISHED", "")
 

@@ -190,17 +190,14 @@ class KilledError(Exception):
 CALLS = ("create_run", "log_inputs", "log_batch", "log_dict", "log_artifact", "set_tag", "set_terminated", "delete_run")
 
 
-def kill(patch: pytest.MonkeyPatch, number: int, *, is_done: bool) -> None:
-    """Have the n-th change of MLflow or of the note in the folder be the last, before or after it is done."""
+def kill(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Have the n-th change of MLflow or of the note in the folder be the last; the caller does not get its answer."""
     calls = itertools.count(1)
 
     def dying(change):
         def call(*args, **kwargs):
-            is_last = next(calls) == number
-            if is_last and not is_done:
-                raise KilledError
             result = change(*args, **kwargs)
-            if is_last:
+            if next(calls) == number:
                 raise KilledError
             return result
 
@@ -211,14 +208,12 @@ def kill(patch: pytest.MonkeyPatch, number: int, *, is_done: bool) -> None:
     patch.setattr(mirror, "write_json", dying(mirror.write_json))
 
 
-@pytest.mark.parametrize(
-    ("is_done", "lives"), [(False, False), (True, False), (True, True)], ids=["before", "after", "answer lost"]
-)
-def test_killed_at_any_change_or_without_its_answer_a_cell_gets_one_run_with_each_value_once(
-    store, tmp_path, monkeypatch, is_done, lives
+@pytest.mark.parametrize("lives", [False, True], ids=["killed", "answer lost"])
+def test_killed_after_any_change_or_without_its_answer_a_cell_gets_one_run_with_each_value_once(
+    store, tmp_path, monkeypatch, lives
 ):
     """A cell is begun, loses its checkpoint, is trained again and finished; at some change the process is killed."""
-    sweep = f"killed {is_done} {lives}"
+    sweep = f"killed {lives}"
     for number in itertools.count(1):
         cell = replace(make_cell(lr=number, killed=sweep), store=tmp_path)
         states = [
@@ -228,7 +223,7 @@ def test_killed_at_any_change_or_without_its_answer_a_cell_gets_one_run_with_eac
             lambda cell=cell: replace(end(cell, [0.5]), times_ms=[5_000_000, 6_000_000, 7_000_000]),
         ]
         with monkeypatch.context() as patch:
-            kill(patch, number, is_done=is_done)
+            kill(patch, number)
             killed, tracker = False, mirror.Tracker(store=store, uri=None)
             for state in states:
                 record = state()
@@ -279,7 +274,8 @@ def test_an_empty_run_that_a_lost_answer_has_left_is_deleted(store, tmp_path):
     cell = replace(make_cell(lr=27), store=tmp_path)
     mirror.Tracker(store=store, uri=None).sync(begin(cell, 0), sweep="lost")
     (cell.folder / mirror.MIRROR).unlink()
-    assert runs_of(store, cell) == {mirror.Tracker(store=store, uri=None).sync(begin(cell, 1), sweep="lost"): "RUNNING"}
+    run_id = mirror.Tracker(store=store, uri=None).sync(begin(cell, 1), sweep="lost")
+    assert runs_of(store, cell) == {run_id: "RUNNING"}
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
