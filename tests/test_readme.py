@@ -4,7 +4,9 @@ import itertools
 import json
 import pkgutil
 import re
+import runpy
 import shutil
+import sys
 from math import sqrt
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from kdsweep.store import cell_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
 pytestmark = pytest.mark.slow
@@ -67,19 +70,46 @@ def test_a_recipe_works_as_written(recipes, small_busi, word, notation):
     assert 0 <= cell_folder.read_finished(folder)["test/dice"] <= 1
 
 
-def test_the_map_names_every_module_of_every_room():
-    """And no other: rooms as folders, modules as words of their lines."""
-    told = README.split("## How it is made")[1].split("```")[1]
-    rooms = {}
-    for line in told.splitlines():
-        if match := re.match(r"  +(\w+)/ +(.*)", line):
-            rooms[match[1]] = match[2]
-        elif rooms and line.startswith("     "):
-            rooms[list(rooms)[-1]] += " " + line.strip()
-    for folder in {file.parent for file in (ROOT / "kdsweep").rglob("*.py")} - {ROOT / "kdsweep"}:
-        if folder.name not in ("plugins", "hydra_plugins"):
-            names = set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", rooms[folder.name])))
-            assert names == {file.stem for file in folder.glob("*.py")} - {"__init__"}, folder.name
+def test_the_map_names_every_package() -> None:
+    shown = re.findall(r"^  (\w+)/ ", README.split("## How it is made")[1], flags=re.MULTILINE)
+    packages = [file.parent.name for file in (ROOT / "kdsweep").glob("*/__init__.py")]
+    assert sorted(shown) == sorted([*packages, "plugins"])
+
+
+def test_the_readme_is_one_that_is_read() -> None:
+    assert len(README.splitlines()) <= 150
+    assert len(README.split()) <= 1200
+    assert [line for line in README.splitlines() if len(line) > 100] == []
+
+
+def test_no_page_is_longer_than_150_lines_and_each_says_for_whom_it_is() -> None:
+    for page in (ROOT / "docs").glob("*.md"):
+        lines = page.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 150, page.name
+        assert lines[2].startswith(("For ", "You ")) or page.name == "index.md", f"{page.name}: for whom is it?"
+
+
+def test_the_reference_of_keys_is_that_of_the_configuration() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "reference.py"), run_name="reference")["page"]()
+    assert made == (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), "python docs/reference.py"
+
+
+def test_the_pictures_of_the_readme_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pictures.py", str(tmp_path)])
+    runpy.run_path(str(ROOT / "docs" / "pictures.py"), run_name="__main__")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["grid.png", "lockstep.png"]
+
+
+def test_the_five_rows_of_the_readme_are_those_of_the_results() -> None:
+    rows = [
+        line.split(" | ") for line in README.splitlines() if re.match(r"\| (Teacher|Student|HReg)[^|]* \| \d", line)
+    ]
+    assert len(rows) == 5
+    for name, dice, *others in rows:
+        notation = name.removeprefix("| ").partition(",")[0]
+        (full,) = [line for line in RESULTS.splitlines() if line.startswith(f"| {notation} | ")]
+        for part in (dice, *(others[:2] if "HReg" in notation else ())):
+            assert part.strip() in full, f"{notation}: {part}"
 
 
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "README.md"])
@@ -102,7 +132,7 @@ def test_links_lead_somewhere():
 
 def test_every_configuration_option_named_in_the_tables_exists():
     for name in ("resnext50", "resnet101", "resnet34", "resnet18"):
-        assert name in README
+        assert name in (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
         assert (ROOT / "conf" / "teacher" / f"{name}.yaml").is_file()
 
 
@@ -259,7 +289,7 @@ def of_seed_0() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def test_the_studys_table_is_that_of_its_file() -> None:
-    told = README.split("## Results")[1].split("\n## ")[0]
+    told = RESULTS
     wanted = rows_of(study("table4"))
     assert [line for line in told.splitlines() if re.match(r"\| [A-Z]\w", line)] == wanted
     assert len(wanted) == 15
@@ -298,7 +328,7 @@ def test_the_studys_sentences_are_those_of_its_files() -> None:
     wanted.append(
         f"{shown['difference_points'].item():+.2f} points there (p = {formats.p(shown['p_methods_holm'].item())} after"
     )
-    told = " ".join(README.split("## Results")[1].split("\n## ")[0].split())
+    told = " ".join(RESULTS.split())
     assert [line for line in wanted if line not in told] == []
     assert taught.index[taught["student_p_methods_holm"] < 0.05].tolist() == ["HReg_MSE"]
     assert (taught["teacher_verdict"] == "inferior").sum() == 5
@@ -360,7 +390,7 @@ def test_the_table_of_the_tuned_cells_is_that_of_its_files() -> None:
     assert [line for line in lines if line not in page.splitlines()] == []
     best = cells.set_index("notation").loc["HReg_MSE"]
     told = points(best, "student_", "methods_").replace(" (", " points (").rstrip(")")
-    assert f"{told}, p = {formats.p(best['student_p_methods_holm'])} after Holm over three cells)" in README
+    assert f"{told}, p = {formats.p(best['student_p_methods_holm'])} after Holm over three cells)" in RESULTS
     told = f"shown of these networks (p = {formats.p(best['student_p_holm'])} after Holm), as a method only before Holm"
     assert f"{told} (p = {formats.p(best['student_p_methods'])})" in " ".join(page.split())
     trials = pd.read_csv(ROOT / "results" / "tuned" / "trials.csv")
@@ -382,7 +412,7 @@ def test_the_strength_of_the_views_is_that_of_its_file() -> None:
 
 
 def test_the_table_of_int8_is_that_of_its_file() -> None:
-    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
     for row in study("quantized").to_dict("records"):
         differences = [
             f"{row[f'{of}_difference_points']:+.2f} ({row[f'{of}_low_points']:+.2f} to {row[f'{of}_high_points']:+.2f})"
@@ -453,7 +483,7 @@ def test_the_table_of_the_methods_is_that_of_its_file() -> None:
     ratios = taught["kd_gradient_ratio"]
     p_methods, p_networks = (formats.p(best[f"student_p_{kind}"]) for kind in ("methods_holm", "holm"))
     told = f"{best.name} comes nearest, {best['student_difference_points']:+.2f} points, p = {p_methods} as a method"
-    assert f"({told})" in " ".join(README.split())
+    assert f"({told})" in " ".join(RESULTS.split())
     sentences = [
         f"{best.name} {points(best, 'student_', 'methods_')}: as a method p = {p_methods} after Holm, "
         f"{formats.p(best['student_p_methods'])} before, of these networks {p_networks}.",

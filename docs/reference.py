@@ -1,0 +1,95 @@
+"""Write docs/configuration.md from conf/ and the schema: ``python docs/reference.py [FILE]``.
+
+Values and meanings come from the files of conf/ (their comments), what is allowed from kdsweep/config/schema.py.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import get_args
+
+from pydantic import BaseModel
+
+from kdsweep.config.schema import Settings
+
+DOCS = Path(__file__).resolve().parent
+CONF = DOCS.parent / "conf"
+LINE = re.compile(r"^( *)([\w]+):(?: +(.*?))?(?: +# (.*))?$")
+SHOWN = {  # the file that shows the keys of a group
+    "data": "busi", "split": "kfold", "train": "paper", "teacher": "resnext101", "student": "mobilenetv3_small",
+    "tracking": "mlflow", "path": "HR", "loss": "kld", "teacher_aug": "weak", "method": "none",
+}  # fmt: skip
+HEAD = """# Configuration
+
+For those who change a setting. At the end you know every group and key, its value and what it may be. Written by
+`python docs/reference.py`.
+
+Give overrides as `KEY=VALUE`, several values with `-m` and commas, and groups as `GROUP=OPTION`.
+`python -m kdsweep --cfg job` prints what a command composes. Options of launchers (`hydra.launcher.*`):
+[sweeps.md](sweeps.md), [cluster.md](cluster.md); of tuning (`hydra.sweeper.*`): [tuning.md](tuning.md).
+
+## Groups
+
+| group | options |
+| --- | --- |
+"""
+KEYS = """
+## Keys
+
+Values are those of `profile=paper`; other profiles set others (`conf/profile/`, `conf/train/`).
+
+| key | value | allowed | meaning |
+| --- | --- | --- | --- |
+"""
+
+
+def allowed(model: type[BaseModel] = Settings, prefix: str = "") -> dict[str, str]:
+    """Return by key what the schema says that its value must be."""
+    found: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        nodes = [kind for kind in kinds if issubclass(kind, BaseModel)]
+        found |= allowed(nodes[0], f"{key}.") if nodes else {key: field.description or ""}
+    return found
+
+
+def lines(file: Path, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Return key, value and comment of each line of a file of conf/ that holds a value."""
+    rows, parents = [], [(-1, prefix)]
+    for line in file.read_text(encoding="utf-8").splitlines():
+        match = LINE.match(line)
+        if match is None or match[2] == "defaults":
+            continue
+        depth, value = len(match[1]), match[3] or ""
+        parents = [entry for entry in parents if entry[0] < depth]
+        key = f"{parents[-1][1]}{match[2]}"
+        if value:
+            rows.append((key, value, match[4] or ""))
+        else:
+            parents.append((depth, f"{key}."))
+    return rows
+
+
+def page() -> str:
+    """Return the page."""
+    text = HEAD
+    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
+        options = [file.stem for file in sorted(folder.glob("*.yaml"))]
+        text += f"| `{folder.name}` | {', '.join(f'`{option}`' for option in options)} |\n"
+    text += KEYS
+    rows = [*lines(CONF / "profile" / "paper.yaml")[1:], *lines(CONF / "config.yaml")]
+    rows += [row for group, option in SHOWN.items() for row in lines(CONF / group / f"{option}.yaml", f"{group}.")]
+    types = allowed()
+    for key, value, meaning in rows:
+        if key in types:
+            shown = "" if value == "???" else f"`{value}`"
+            text += f"| `{key}` | {shown} | {types[key]} | {meaning} |\n"
+    return text
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS / "configuration.md"
+    target.write_text(page(), encoding="utf-8")
