@@ -12,6 +12,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
 
 from kdsweep.config.grid import notation
 
@@ -27,8 +28,8 @@ BARS = {
 
 def box(axes: Axes, x: float, y: float, text: str, *, color: str, width: float = 0.26, height: float = 0.13) -> None:
     """Draw a rounded box with a text, centered at (x, y) in fractions of the axes."""
-    style = {"boxstyle": "round,pad=0.01", "facecolor": "white", "edgecolor": color, "linewidth": 1.4}
-    axes.add_patch(mpl.patches.FancyBboxPatch((x - width / 2, y - height / 2), width, height, **style))
+    corner, style = (x - width / 2, y - height / 2), "round,pad=0.01"
+    axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, facecolor="white", edgecolor=color, lw=1.4))
     axes.text(x, y, text, ha="center", va="center", fontsize=8.5)
 
 
