@@ -99,7 +99,7 @@ MUTANTS = [
         "if lacking := [stem for stem, label in by_stem.items() if label is None]:",
         FOLDERS,
     ),
-    Mutant("a torn group is taken", "data/splits.py", "if len(found) > 1\n", "if len(found) > 3\n", SPLITS),
+    Mutant("a torn group is taken", "data/splits.py", "if len(parts) > 1\n", "if len(parts) > 3\n", SPLITS),
     Mutant(
         "a file's split is another cell's",
         "config/identity.py",
@@ -205,8 +205,8 @@ MUTANTS = [
     Mutant(
         "the last partial batch is lost",
         "data/loaders.py",
-        'return whole + (left > 0 and self.last_batch != "drop")',
-        "return whole",
+        'return complete + (left > 0 and self.last_batch != "drop")',
+        "return complete",
         "tests/data",
     ),
     Mutant("masks above 127 to above 128", "data/pixels.py", "levels > half\n", "levels > half + 1\n", "tests/data"),
@@ -398,22 +398,22 @@ MUTANTS = [
     Mutant(
         "masks are not warped",
         "distill/distillation.py",
-        "own if theta is None else (warp(own, theta=theta)[0] >= 0.5).float()",
-        "own",
+        "teacher_mask if theta is None else (warp(teacher_mask, theta=theta)[0] >= 0.5).float()",
+        "teacher_mask",
         "tests/distill/test_methods.py",
     ),
     Mutant(
         "the Student's mask for the Teacher",
         "distill/distillation.py",
-        '"teacher_mask": own}',
+        '"teacher_mask": teacher_mask}',
         '"teacher_mask": views.student_mask.float()}',
         "tests/distill/test_methods.py",
     ),
     Mutant(
         "terms are added without their shares",
         "distill/distillation.py",
-        "term.share * found[name]",
-        "found[name]",
+        "term.share * values[name]",
+        "values[name]",
         "tests/distill/test_methods.py",
     ),
     Mutant(
@@ -426,8 +426,8 @@ MUTANTS = [
     Mutant(
         "EMKD counts images without lesion",
         "distill/methods.py",
-        "known.sum().clamp(min=1)",
-        "len(known)",
+        "has_both.sum().clamp(min=1)",
+        "len(has_both)",
         "tests/distill/test_methods.py",
     ),
     Mutant(

@@ -222,7 +222,7 @@ def _split(source: str, root: str, of: SplitNode) -> Split:
     if of.protocol == "kfold":
         return splits.kfold(listed, folds=of.folds or 0, fold=of.number)
     found = splits.from_file(listed, Path(str(of.file)).expanduser(), fold=of.number)
-    if (torn := splits.torn(listed, found)) and not of.allow_leakage:
+    if (torn := splits.leaking_groups(listed, found)) and not of.allow_leakage:
         group, images = next(iter(torn.items()))
         raise InputError(
             f"split.file={of.file} puts images of {len(torn)} groups of split.group={of.group} into several parts, the "

@@ -1,4 +1,4 @@
-"""Data sets, splits, views and batches. Users' own code and configuration take their names from here."""
+"""Data sets, splits, views and batches. User code and configuration take their names from here."""
 
 import os
 

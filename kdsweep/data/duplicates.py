@@ -69,18 +69,18 @@ def find_pairs(
     Returns:
         Each pair once, in its strongest kind.
     """
-    found = {(pair.first, pair.second): pair for pair in neighbors(images, labels)}
+    pairs = {(pair.first, pair.second): pair for pair in neighbors(images, labels)}
     features = [describe(images[number]) for number in progress(range(len(images)), "features")]
     proposed = propose(features, progress=progress)
     for first, second in (sorted(proposed)[step] for step in progress(range(len(proposed)), "pairs")):
         if (agreed := agreeing(features[first], features[second])) >= INLIERS:
-            found[first, second] = Pair(first, second, SAME_FRAME, agreed)
+            pairs[first, second] = Pair(first, second, SAME_FRAME, agreed)
     same: dict[str, int] = {}
     for number, image in enumerate(images):
         first = same.setdefault(hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest(), number)
         if first != number:
-            found[first, number] = Pair(first, number, SAME_FILE, 1.0)
-    return [found[key] for key in sorted(found)]
+            pairs[first, number] = Pair(first, number, SAME_FILE, 1.0)
+    return [pairs[key] for key in sorted(pairs)]
 
 
 def describe(image: np.ndarray) -> Features:
@@ -101,7 +101,7 @@ def propose(
     features: Sequence[Features], *, progress: Callable[[Iterable[int], str], Iterable[int]]
 ) -> set[tuple[int, int]]:
     """Propose pairs: for each image the PROPOSALS others whose features are nearest to its own most often."""
-    full = [number for number, own in enumerate(features) if len(own.descriptors)]
+    full = [number for number, image in enumerate(features) if len(image.descriptors)]
     if len(full) < 2:
         return set()
     tree = cv2.FlannBasedMatcher({"algorithm": 1, "trees": 4}, {"checks": 32})
@@ -166,4 +166,4 @@ def join(count: int, pairs: Iterable[Pair]) -> list[list[int]]:
     sets = DisjointSet(range(count))
     for pair in pairs:
         sets.merge(pair.first, pair.second)
-    return sorted((sorted(own) for own in sets.subsets() if len(own) > 1), key=lambda own: (-len(own), own))
+    return sorted((sorted(group) for group in sets.subsets() if len(group) > 1), key=lambda group: (-len(group), group))

@@ -20,7 +20,7 @@ from kdsweep.data.sources import Entry, Source, listing
 
 log = logging.getLogger(__name__)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the pixels that networks are given, from 0 to 1, by channel
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the pixels that networks see, from 0 to 1, by channel
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DIM = 16  # of 255: the peak of 12-bit data in 16 bits
 TAKE_EMPTY = "data.allow_empty_masks=true"
@@ -44,7 +44,7 @@ class Images:
         labels: N labels.
         images: (N, L, L, 3) uint8, from which training views are cropped.
         masks: (N, L, L) uint8 in {0, 1}.
-        eval_images: (N, S, S, 3) uint8, the whole image at the size at which it is scored.
+        eval_images: (N, S, S, 3) uint8, the uncropped image at the size at which it is scored.
         eval_masks: (N, S, S) uint8 in {0, 1}.
         digest: SHA-256 over ids, labels and the bytes of all files.
     """

@@ -1,4 +1,4 @@
-"""Loaders: both views of training images, and whole images for validation and test."""
+"""Loaders: both views of training images, and uncropped images for validation and test."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from kdsweep.data.views import Views, id_number, sampling_theta
 PREFETCHED = 2  # batches that each process has ready
 
 
-def affordable_workers(wanted: int, *, batch_bytes: int, folder: Path = Path("/dev/shm")) -> int:
+def affordable_workers(requested: int, *, batch_bytes: int, folder: Path = Path("/dev/shm")) -> int:
     """Return how many processes can prepare batches: these reach the training through shared memory.
 
     A container often has 64 MB of it, and a process that finds it full is killed.
 
     Args:
-        wanted: number of processes.
+        requested: number of processes.
         batch_bytes: size of a batch.
         folder: of the shared memory; where it does not exist, as outside Linux, nothing is limited.
     """
     if not folder.is_dir():
-        return wanted
+        return requested
     free = shutil.disk_usage(folder).free
-    return max(0, min(wanted, (free // batch_bytes - 2) // PREFETCHED))  # two more: the one in use, one on the way
+    return max(0, min(requested, (free // batch_bytes - 2) // PREFETCHED))  # two more: the one in use, one on the way
 
 
 class TrainViews(Dataset[dict[str, np.ndarray]]):
@@ -75,8 +75,8 @@ class EpochBatches:
 
     def per_epoch(self) -> int:
         """Return the number of batches in one epoch."""
-        whole, left = divmod(len(self.indices), self.batch_size)
-        return whole + (left > 0 and self.last_batch != "drop")
+        complete, left = divmod(len(self.indices), self.batch_size)
+        return complete + (left > 0 and self.last_batch != "drop")
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in itertools.count(self.first_epoch):
@@ -160,12 +160,12 @@ class TrainLoader:
 
 @dataclass(frozen=True)
 class EvalPart:
-    """Validation or test images, whole, at the size at which they are scored.
+    """Validation or test images, uncropped, at the size at which they are scored.
 
     Attributes:
         ids: N ids.
         labels: N labels.
-        groups: N groups, such as patients; None where they are not known.
+        groups: N groups, such as patients; None where they are unknown.
         images: (N, S, S, 3) uint8.
         masks: (N, 1, S, S) uint8 in {0, 1}.
     """
@@ -182,7 +182,7 @@ class EvalPart:
 
 
 def eval_part(images: Images, indices: list[int], *, groups: Mapping[str, str] | None = None) -> EvalPart:
-    """Return the part of a data set that ``indices`` select, with its images' groups if these are known by id."""
+    """Return the part of a data set that ``indices`` select, with its images' groups if they have ids."""
     return EvalPart(
         ids=[images.ids[i] for i in indices],
         labels=[images.labels[i] for i in indices],

@@ -21,7 +21,7 @@ from kdsweep.core.errors import InputError
 
 Array = NDArray[np.float32]
 
-GENERATOR_VERSION: Final = 1  # raise it when equal arguments give other images, so that stored ones are made anew
+GENERATOR_VERSION: Final = 1  # raise it when equal arguments give other images, so that stored ones are made again
 
 LABELS: Final = ("benign", "malignant")
 # The cohort of the published UDIAT set: 110 benign and 53 malignant among 163 images.
@@ -95,11 +95,11 @@ def cohort(*, count: int, seed: int) -> Iterator[Phantom]:
         InputError: `count` is below 1.
     """
     if count < 1:
-        raise InputError(f"data.count is {count}: give a whole number of phantoms, 1 or more")
-    part, whole = _MALIGNANT_SHARE
+        raise InputError(f"data.count is {count}: it must be a whole number of phantoms, 1 or more")
+    part, total = _MALIGNANT_SHARE
 
     def malignant_before(index: int) -> int:
-        return (2 * index * part + whole) // (2 * whole)  # index * part / whole, rounded
+        return (2 * index * part + total) // (2 * total)  # index * part / total, rounded
 
     labels = (LABELS[malignant_before(index + 1) - malignant_before(index)] for index in range(count))
     return (phantom(seed=seed, index=index, label=label) for index, label in enumerate(labels))
@@ -136,7 +136,7 @@ def phantom(*, seed: int, index: int, label: str) -> Phantom:
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, int], *, depth_px: float, lateral_px: float) -> Array:
-    """Draw smooth noise, (H, W), mean 0 and deviation about 1, with the given correlation lengths."""
+    """Draw smooth noise, (H, W), mean 0 and deviation about 1, with the correlation lengths."""
     # Two grid cells per correlation length and a blur of one cell: no trace of the grid survives the interpolation.
     rows, columns = (int(2 * side / scale) + 2 for side, scale in zip(shape, (depth_px, lateral_px), strict=True))
     coarse = cv2.GaussianBlur(rng.standard_normal((rows + 6, columns + 6), dtype=np.float32), (7, 7), 1.0)
@@ -184,7 +184,7 @@ def _place(
 
 
 def _lesion(rng: np.random.Generator, shape: tuple[int, int], *, malignant: bool) -> _Lesion:
-    """Draw a lesion of random size, shape, place and contrast inside an image of the given shape."""
+    """Draw a lesion of random size, shape, place and contrast inside an image of a shape."""
     outline = _outline(rng, malignant=malignant)
     # Log-normal sizes as in clinical sets: many small, few that fill the image.
     share = rng.lognormal(np.log(0.14), 0.75) if malignant else rng.lognormal(np.log(0.036), 1.0)

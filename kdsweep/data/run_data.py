@@ -43,16 +43,16 @@ def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) 
     if name not in SOURCES:
         remedy = "give your own with the command: data=NAME data.root=DIR hydra.searchpath=[file://FOLDER]"
         raise InputError(f"data.source={name}: only {', '.join(SOURCES)} are found again from a run; {remedy}")
-    own = {key: _value(value) for key, value in values.items() if key not in ("root", "cache_dir")}
+    arguments = {key: _value(value) for key, value in values.items() if key not in ("root", "cache_dir")}
     if "root" in values:
-        own["root"] = str(root or values["root"])
+        arguments["root"] = str(root or values["root"])
     if "cache_dir" in values:
-        own["cache_dir"] = str(store / "phantoms")
+        arguments["cache_dir"] = str(store / "phantoms")
     try:
-        found: sources.Source = SOURCES[name](**own)
+        source: sources.Source = SOURCES[name](**arguments)
     except TypeError as error:
         raise InputError(f"data.source={name}: the run recorded other options than it has now ({error})") from error
-    return found
+    return source
 
 
 def scored(of: sources.Source, ids: Iterable[str], *, image_size: int) -> dict[str, Scored]:
@@ -62,7 +62,7 @@ def scored(of: sources.Source, ids: Iterable[str], *, image_size: int) -> dict[s
         InputError: an image is missing or cannot be read.
     """
     entries = {entry.id: entry for entry in of.entries()}
-    found = {}
+    scored = {}
     for image_id in ids:
         if image_id not in entries:
             raise InputError(f"data={of.name}: image {image_id} of the run is not in the data set any more")
@@ -70,8 +70,8 @@ def scored(of: sources.Source, ids: Iterable[str], *, image_size: int) -> dict[s
             image, mask = read_entry(entries[image_id])
         except ValueError as error:
             raise InputError(f"data={of.name}: {error}") from error
-        found[image_id] = Scored(resize_image(image, image_size), resize_mask(mask, image_size))
-    return found
+        scored[image_id] = Scored(resize_image(image, image_size), resize_mask(mask, image_size))
+    return scored
 
 
 def _value(recorded: Any) -> Any:

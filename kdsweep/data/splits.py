@@ -160,19 +160,19 @@ def from_file(listed: Listed, file: Path, *, fold: int) -> Split:
     """
     parts = _parts_of_json(file, fold=fold) if file.suffix.lower() == ".json" else _parts_of_csv(file)
     parts = {part: list(map(_composed, ids)) for part, ids in parts.items()}
-    known = {_composed(image_id): number for number, image_id in enumerate(listed.ids)}
+    numbers_by_id = {_composed(image_id): number for number, image_id in enumerate(listed.ids)}
     placed = [image_id for ids in parts.values() for image_id in ids]
     wrong = {
-        "are not in the data set": sorted(set(placed) - known.keys()),
+        "are not in the data set": sorted(set(placed) - numbers_by_id.keys()),
         "are in two parts": sorted(image_id for image_id, count in Counter(placed).items() if count > 1),
-        "of the data set are in no part": sorted(known.keys() - set(placed)),
+        "of the data set are in no part": sorted(numbers_by_id.keys() - set(placed)),
     }
     for what, ids in wrong.items():
         if ids:
             raise InputError(f"split.file={file}: {_several(ids)} {what}; give each image of the data set one part")
     if empty := [part for part, ids in parts.items() if not ids]:
         raise InputError(f"split.file={file}: no image is in the part {empty[0]}")
-    numbers = {part: sorted(known[image_id] for image_id in ids) for part, ids in parts.items()}
+    numbers = {part: sorted(numbers_by_id[image_id] for image_id in ids) for part, ids in parts.items()}
     if "validation" not in numbers:
         return _with_validation(listed, *(np.array(numbers[part]) for part in ("train", "test")), seed=SPLIT_SEED)
     return Split(**numbers)
@@ -292,12 +292,12 @@ def _groups_by_pattern(ids: Sequence[str], pattern: str) -> list[str]:
 def _file_with(column: str, root: Path | None) -> Path:
     """Return the CSV file in ``root`` that has a column."""
     files = sorted(root.glob("*.csv")) if root is not None and root.is_dir() else []
-    found = [file for file in files if (rows := _read_csv(file, "split.group")) and column in rows[0]]
-    if len(found) != 1:
-        where = f"{len(found)} CSV files in {root} have" if found else f"no CSV file in {root} has"
+    matches = [file for file in files if (rows := _read_csv(file, "split.group")) and column in rows[0]]
+    if len(matches) != 1:
+        where = f"{len(matches)} CSV files in {root} have" if matches else f"no CSV file in {root} has"
         remedy = "give a regular expression with a bracket, such as '(?P<patient>\\d+)_.*', or FILE.csv"
         raise InputError(f"split.group={column}: {where} a column of this name; {remedy}")
-    return found[0]
+    return matches[0]
 
 
 def _read_csv(file: Path, key: str) -> list[dict[str, str | None]]:
@@ -322,7 +322,7 @@ def _refuse_columns(file: Path, key: str, rows: Sequence[Mapping[str, object]], 
     raise InputError(f"{key}={file}: it needs the columns {needed}, it has {there}")
 
 
-def torn(listed: Listed, split: Split) -> dict[str, list[str]]:
+def leaking_groups(listed: Listed, split: Split) -> dict[str, list[str]]:
     """Return the images of each group that is in several parts, by group; empty without groups."""
     if listed.groups is None:
         return {}
@@ -331,9 +331,9 @@ def torn(listed: Listed, split: Split) -> dict[str, list[str]]:
     for number, part in parts.items():
         where.setdefault(listed.groups[number], set()).add(part)
     return {
-        group: [image for image, own in zip(listed.ids, listed.groups, strict=True) if own == group]
-        for group, found in sorted(where.items())
-        if len(found) > 1
+        group: [image for image, name in zip(listed.ids, listed.groups, strict=True) if name == group]
+        for group, parts in sorted(where.items())
+        if len(parts) > 1
     }
 
 

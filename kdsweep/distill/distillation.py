@@ -68,20 +68,22 @@ class Term:
         """Return the loss of one batch; ``align``: warp the Teacher's maps into the Student's frame.
 
         The Teacher's outputs are copied first (about 1 ms): the originals serve other learners too, and tensors made
-        under inference mode cannot take part in autograd, which a user's own loss or path may need.
+        under inference mode cannot take part in autograd, which a user's loss or path may need.
         """
-        theirs = self.kd_path.teacher_map(Outputs({stage: teacher[stage].clone() for stage in self.teacher_stages}))
-        valid = torch.ones_like(theirs[:, :1], dtype=torch.bool)
+        copies = Outputs({stage: teacher[stage].clone() for stage in self.teacher_stages})
+        teacher_map = self.kd_path.teacher_map(copies)
+        valid = torch.ones_like(teacher_map[:, :1], dtype=torch.bool)
         theta = views.theta if align else None
         if theta is not None:
-            theirs, valid = warp(theirs, theta=theta)
+            teacher_map, valid = warp(teacher_map, theta=theta)
         masks: dict[str, Tensor] = {}
         if self.takes_masks:
-            own = views.teacher_mask.float()
-            own = own if theta is None else (warp(own, theta=theta)[0] >= 0.5).float()
-            of = {"student_mask": views.student_mask.float(), "teacher_mask": own}
-            masks = {name: F.interpolate(mask, theirs.shape[2:], mode="nearest") for name, mask in of.items()}
-        return self.loss(student=self.kd_path.student_map(student), teacher=theirs, valid=valid, **masks)
+            teacher_mask = views.teacher_mask.float()
+            teacher_mask = teacher_mask if theta is None else (warp(teacher_mask, theta=theta)[0] >= 0.5).float()
+            masks = {"student_mask": views.student_mask.float(), "teacher_mask": teacher_mask}
+            size = teacher_map.shape[2:]
+            masks = {name: F.interpolate(mask, size, mode="nearest") for name, mask in masks.items()}
+        return self.loss(student=self.kd_path.student_map(student), teacher=teacher_map, valid=valid, **masks)
 
 
 @dataclass
@@ -115,14 +117,14 @@ class Distillation:
 
     def values(self, *, student: Outputs, teacher: Outputs, views: ViewPair) -> dict[str, Tensor]:
         """Return the KD term ``kd`` of one batch and, if it has several, its comparisons ``kd.NAME``."""
-        found = {
+        values = {
             name: term.value(student=student, teacher=teacher, views=views, align=self.align)
             for name, term in self.terms.items()
         }
-        if len(found) == 1:
-            return {"kd": next(iter(found.values()))}
-        total = torch.stack([term.share * found[name] for name, term in self.terms.items()]).sum()
-        return {"kd": total, **{f"kd.{name}": value for name, value in found.items()}}
+        if len(values) == 1:
+            return {"kd": next(iter(values.values()))}
+        total = torch.stack([term.share * values[name] for name, term in self.terms.items()]).sum()
+        return {"kd": total, **{f"kd.{name}": value for name, value in values.items()}}
 
 
 def gradient_ratio(kd: Tensor, *, weight: float | Tensor, parameters: list[nn.Parameter]) -> Tensor:
@@ -142,7 +144,7 @@ def gradient_ratio(kd: Tensor, *, weight: float | Tensor, parameters: list[nn.Pa
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     of_kd = torch.autograd.grad(kd, trained, allow_unused=True, materialize_grads=True)
     both = [parameter.grad for parameter in trained if parameter.grad is not None]
-    supervised = [(total - weight * own) / (1 - weight) for total, own in zip(both, of_kd, strict=True)]
+    supervised = [(total - weight * kd) / (1 - weight) for total, kd in zip(both, of_kd, strict=True)]
     norms = [torch.stack([part.norm() for part in parts]).norm() for parts in (of_kd, supervised)]
     return (norms[0] / norms[1].clamp_min(1e-12)).clamp(1e-6, 1e6)
 

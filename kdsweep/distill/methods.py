@@ -41,8 +41,8 @@ def attention(*, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
         teacher: (N, D, h, w).
         valid: (N, 1, h, w) bool.
     """
-    ours, theirs = (_energy(maps, valid, power=2) for maps in (student, teacher))
-    return (ours - theirs).square().sum() / valid.sum().clamp(min=1)
+    student_values, teacher_values = (_energy(maps, valid, power=2) for maps in (student, teacher))
+    return (student_values - teacher_values).square().sum() / valid.sum().clamp(min=1)
 
 
 @in_single_precision
@@ -58,8 +58,8 @@ def importance(*, student: Tensor, teacher: Tensor, valid: Tensor, power: float 
         valid: (N, 1, h, w) bool.
         power: of the activations.
     """
-    ours, theirs = (_energy(maps, valid, power=power) for maps in (student, teacher))
-    return (ours - theirs).square().sum(dim=1).mean()
+    student_values, teacher_values = (_energy(maps, valid, power=power) for maps in (student, teacher))
+    return (student_values - teacher_values).square().sum(dim=1).mean()
 
 
 def _energy(maps: Tensor, valid: Tensor, *, power: float) -> Tensor:
@@ -192,13 +192,13 @@ def pairwise(*, student: Tensor, teacher: Tensor, valid: Tensor, granularity: in
         valid: (N, 1, h, w) bool; a node counts if all of its positions do.
         granularity: positions of a node's side.
     """
-    whole = -F.max_pool2d(-valid.float(), granularity).flatten(2)
+    inside = -F.max_pool2d(-valid.float(), granularity).flatten(2)
 
     def affinities(maps: Tensor) -> Tensor:
         nodes = F.normalize(F.max_pool2d(maps, granularity).flatten(2), dim=1)
         return nodes.transpose(1, 2) @ nodes
 
-    pairs = whole.transpose(1, 2) * whole
+    pairs = inside.transpose(1, 2) * inside
     squared = (affinities(student) - affinities(teacher)).square()
     return (squared * pairs).sum() / pairs.sum().clamp(min=1)
 
@@ -273,8 +273,8 @@ def intra_class_variation(
 
     def similarity(maps: Tensor, mask: Tensor) -> Tensor:
         regions = torch.cat([mask, 1 - mask], dim=1)
-        own = torch.einsum("nrc,nrhw->nchw", _region_means(maps, regions, valid), regions)
-        return F.cosine_similarity(maps, own, dim=1)[:, None]
+        means = torch.einsum("nrc,nrhw->nchw", _region_means(maps, regions, valid), regions)
+        return F.cosine_similarity(maps, means, dim=1)[:, None]
 
     squared = (similarity(student, student_mask) - similarity(teacher, teacher_mask)).square()
     return torch.where(valid, squared, 0.0).sum() / valid.sum().clamp(min=1)
@@ -303,9 +303,10 @@ def region_affinity(
         both = ((regions * valid).sum(dim=(2, 3)) > 0).all(dim=1)
         return F.cosine_similarity(means[:, 0], means[:, 1], dim=1), both
 
-    (ours, ours_known), (theirs, theirs_known) = contrast(student, student_mask), contrast(teacher, teacher_mask)
-    known = (ours_known & theirs_known).float()
-    return ((ours - theirs).square() * known).sum() / known.sum().clamp(min=1)
+    student_values, student_has_both = contrast(student, student_mask)
+    teacher_values, teacher_has_both = contrast(teacher, teacher_mask)
+    has_both = (student_has_both & teacher_has_both).float()
+    return ((student_values - teacher_values).square() * has_both).sum() / has_both.sum().clamp(min=1)
 
 
 def _region_means(maps: Tensor, regions: Tensor, valid: Tensor) -> Tensor:

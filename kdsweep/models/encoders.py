@@ -64,7 +64,7 @@ class SlimEfficientNetLite0(_Encoder):
     """EfficientNet-Lite0 with fewer blocks and channels: a family of Students of any size up to 3.4 M parameters.
 
     Its ImageNet weights come with a package (the extra ``weights``). Blocks leave from the end of a stage; a narrower
-    network begins with evenly chosen channels of the whole one's weights (``weights.load_weights``). The convolutions
+    network begins with evenly chosen channels of the complete one's weights (``weights.load_weights``). Convolutions
     pad as TensorFlow's do, like those of the Teacher ``efficientnet_lite2``.
 
     Args:
@@ -76,7 +76,7 @@ class SlimEfficientNetLite0(_Encoder):
 
     classifier = "tf_efficientnet_lite0"
     NAME = re.compile(r"efficientnet_lite0_w(\d{2,3})_b(\d{7})")
-    STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks of the whole network
+    STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks of the complete network
     # The stages of timm's EfficientNet-Lite (Tan, Le 2019, arXiv 1905.11946, Table 1, without squeeze-and-excitation).
     BLOCKS = (
         "ds_r{}_k3_s1_e1_c16",
@@ -92,7 +92,7 @@ class SlimEfficientNetLite0(_Encoder):
         self, width: float, blocks: tuple[int, ...], depth: int = DEPTH, output_stride: int = 32, **_: object
     ) -> None:
         kept = [[block.format(count)] for block, count in zip(self.BLOCKS, blocks, strict=True) if count]
-        whole = efficientnet.EfficientNet(
+        complete = efficientnet.EfficientNet(
             block_args=efficientnet.decode_arch_def(kept, fix_first_last=True),
             stem_size=32,
             fix_stem=True,
@@ -102,9 +102,9 @@ class SlimEfficientNetLite0(_Encoder):
             act_layer=nn.ReLU6,
             norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
         )
-        widths = [efficientnet.round_channels(own, width) for own in (16, 24, 40, 112, 320 if blocks[6] else 192)]
+        widths = [efficientnet.round_channels(scale, width) for scale in (16, 24, 40, 112, 320 if blocks[6] else 192)]
         super().__init__(widths, depth=depth, output_stride=output_stride)
-        self.conv_stem, self.bn1, self.blocks = whole.conv_stem, whole.bn1, whole.blocks
+        self.conv_stem, self.bn1, self.blocks = complete.conv_stem, complete.bn1, complete.blocks
         self.is_narrow = width < 1
         gone = [(stage, block) for stage, count in enumerate(blocks) for block in range(count, self.STAGES[stage])]
         self.removed_prefixes = tuple(f"blocks.{stage}.{block}." for stage, block in gone)
@@ -126,7 +126,7 @@ smp.encoders.encoders["mobilenetv3_small_trimmed"] = {
 
 
 def check_encoder(name: str) -> None:
-    """Make an encoder known to smp if it is one of ours.
+    """Make an encoder available to smp if it is one of ours.
 
     Raises:
         InputError: nobody knows it, or EfficientNet-Lite0 has not so many blocks.

@@ -60,8 +60,8 @@ class UNet(smp.Unet):
         check_encoder(encoder_name)
         super().__init__(encoder_name, **options)
         lite = encoder_name.startswith("tu-tf_efficientnet_lite")
-        found = encoder_name.removeprefix("tu-") if lite else getattr(self.encoder, "classifier", "")
-        self.classifier = str(found)
+        name = encoder_name.removeprefix("tu-") if lite else getattr(self.encoder, "classifier", "")
+        self.classifier = str(name)
         if self.classifier:
             mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
             self.register_buffer("input_scale", 2 * std, persistent=False)
@@ -76,19 +76,19 @@ class UNet(smp.Unet):
             images = images * self.input_scale + self.input_shift
         last = max(STAGES.index(stage) for stage in stages)
         features = self._encode(images, depth=min(last + 1, DEPTH))
-        found = {f"encoder.{number}": features[number] for number in range(1, len(features))}
+        maps_by_stage = {f"encoder.{number}": features[number] for number in range(1, len(features))}
         if last < DEPTH:
-            return Outputs({stage: found[stage] for stage in stages})
+            return Outputs({stage: maps_by_stage[stage] for stage in stages})
         # As UnetDecoder.forward does, whose blocks' maps are not to be had from outside.
         maps = self.decoder.center(features[-1])
         for number in range(1, min(last + 1 - DEPTH, DEPTH) + 1):
             below, skip = features[DEPTH - number], features[DEPTH - number] if number < DEPTH else None
             maps = self.decoder.blocks[number - 1](maps, *below.shape[2:], skip_connection=skip)
             if f"decoder.{number}" in stages:
-                found[f"decoder.{number}"] = maps
+                maps_by_stage[f"decoder.{number}"] = maps
         if "logits" in stages:
-            found["logits"] = self.segmentation_head(maps)
-        return Outputs({stage: found[stage] for stage in stages})
+            maps_by_stage["logits"] = self.segmentation_head(maps)
+        return Outputs({stage: maps_by_stage[stage] for stage in stages})
 
     def _encode(self, images: Tensor, *, depth: int) -> list[Tensor]:
         """Return the image and the encoder's maps, down to ``depth`` of them where the encoder can stop there."""

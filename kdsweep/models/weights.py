@@ -74,9 +74,9 @@ def _hub_file(source: str) -> Path:
     repository, _, revision = source.partition("@")
     where = {"repo_id": repository, "filename": "model.safetensors", "revision": revision}
     try:
-        found = Path(huggingface_hub.hf_hub_download(**where, local_files_only=True))
+        file = Path(huggingface_hub.hf_hub_download(**where, local_files_only=True))
         _tell(f"{repository} of the local cache")
-        return found
+        return file
     except LocalEntryNotFoundError:
         log.info("fetching ImageNet weights from the hub: %s", repository)
     huggingface_hub.logging.set_verbosity_error()  # our one line stands for its messages about retries
@@ -106,7 +106,7 @@ def load_weights(network: UNet, file: Path, *, label: str) -> None:
     if wrong:
         raise InputError(
             f"{label}: the file {file} belongs to another network than {network.name}: {wrong[0]}"
-            f" ({len(wrong)} such tensors){_names(own=target.state_dict(), offered=state)}; "
+            f" ({len(wrong)} such tensors){_names(expected=target.state_dict(), offered=state)}; "
             "give weights of that encoder, or weights=none"
         )
     for key, value in state.items():
@@ -125,22 +125,22 @@ def _without_prefixes(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 def _as_network(state: dict[str, Tensor], network: UNet) -> Fit:
     """Take tensors as those of a complete network."""
-    return network, state, _mismatches(own=network.state_dict(), offered=state)
+    return network, state, _mismatches(expected=network.state_dict(), offered=state)
 
 
 def _as_encoder(state: dict[str, Tensor], network: UNet) -> Fit:
     """Take tensors as those of the encoder, among which may be a classifier's head."""
-    own = network.encoder.state_dict()
+    expected = network.encoder.state_dict()
     ignored = CLASSIFIER_PREFIXES + tuple(getattr(network.encoder, "removed_prefixes", ()))
     state = {key: value for key, value in _renamed(state, network).items() if not key.startswith(ignored)}
     if getattr(network.encoder, "is_narrow", False):
-        state = _thinned(state, shapes=own)
-    return network.encoder, state, _mismatches(own=own, offered=state)
+        state = _thinned(state, shapes=expected)
+    return network.encoder, state, _mismatches(expected=expected, offered=state)
 
 
-def _names(*, own: dict[str, Tensor], offered: dict[str, Tensor]) -> str:
+def _names(*, expected: dict[str, Tensor], offered: dict[str, Tensor]) -> str:
     """Return the first names that only one side has, for an error; nothing if both have the same."""
-    sides = {"the file": offered.keys() - own.keys(), "the network": own.keys() - offered.keys()}
+    sides = {"the file": offered.keys() - expected.keys(), "the network": expected.keys() - offered.keys()}
     listed = [f"{side} alone has {', '.join(sorted(keys)[:5])}" for side, keys in sides.items() if keys]
     return f"; {'; '.join(listed)}" if listed else ""
 
@@ -164,9 +164,9 @@ def _renamed(state: dict[str, Tensor], network: UNet) -> dict[str, Tensor]:
         return state
     if "_conv_stem.weight" in state:
         with torch.device("meta"):
-            own = timm.create_model(network.classifier, pretrained=False).state_dict()
-        if [tuple(value.shape) for value in own.values()] == [tuple(value.shape) for value in state.values()]:
-            state = dict(zip(own, state.values(), strict=True))
+            expected = timm.create_model(network.classifier, pretrained=False).state_dict()
+        if [tuple(value.shape) for value in expected.values()] == [tuple(value.shape) for value in state.values()]:
+            state = dict(zip(expected, state.values(), strict=True))
     kept = {key: value for key, value in state.items() if not key.startswith(CLASSIFIER_PREFIXES)}
     is_wrapped = "model.conv_stem.weight" in network.encoder.state_dict()
     return {f"model.{key}": value for key, value in kept.items()} if is_wrapped else kept
@@ -213,13 +213,13 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _mismatches(*, own: dict[str, Tensor], offered: dict[str, Tensor]) -> list[str]:
-    counters = {key for key in own if key.endswith("num_batches_tracked")}  # absent from files of old PyTorch
-    wrong = [f"{key} is missing" for key in sorted(own.keys() - offered.keys() - counters)]
-    wrong += [f"{key} is not in it" for key in sorted(offered.keys() - own.keys())]
-    for key in sorted(own.keys() & offered.keys()):
-        if own[key].shape != offered[key].shape:
-            wrong.append(f"{key} has shape {tuple(offered[key].shape)}, not {tuple(own[key].shape)}")
-        elif own[key].is_floating_point() and not offered[key].is_floating_point():
+def _mismatches(*, expected: dict[str, Tensor], offered: dict[str, Tensor]) -> list[str]:
+    counters = {key for key in expected if key.endswith("num_batches_tracked")}  # absent from files of old PyTorch
+    wrong = [f"{key} is missing" for key in sorted(expected.keys() - offered.keys() - counters)]
+    wrong += [f"{key} is not in it" for key in sorted(offered.keys() - expected.keys())]
+    for key in sorted(expected.keys() & offered.keys()):
+        if expected[key].shape != offered[key].shape:
+            wrong.append(f"{key} has shape {tuple(offered[key].shape)}, not {tuple(expected[key].shape)}")
+        elif expected[key].is_floating_point() and not offered[key].is_floating_point():
             wrong.append(f"{key} holds {str(offered[key].dtype)[6:]}, not floating-point numbers")
     return wrong

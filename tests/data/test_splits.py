@@ -53,8 +53,8 @@ def test_known_labels_have_equal_shares_in_all_parts():
 
 def test_no_patient_is_on_two_sides():
     for split in drawn(BY_PATIENT):
-        assert splits.torn(BY_PATIENT, split) == {}
-    assert splits.torn(BY_PATIENT, splits.holdout(BY_IMAGE, index=0)), "or the check says nothing"
+        assert splits.leaking_groups(BY_PATIENT, split) == {}
+    assert splits.leaking_groups(BY_PATIENT, splits.holdout(BY_IMAGE, index=0)), "or the check says nothing"
 
 
 def test_indices_are_different_splits_and_equal_ones_are_equal():
@@ -131,7 +131,7 @@ def test_nnunets_val_is_scored_and_validation_comes_from_train(tmp_path):
     assert found.test == list(range(12))
     assert sorted(found.train + found.validation) == list(range(12, 60))
     assert len(found.validation) == pytest.approx(0.2 * 48, abs=3)
-    assert splits.torn(BY_PATIENT, found) == {}
+    assert splits.leaking_groups(BY_PATIENT, found) == {}
     folds[0] = {"train": IDS[:40], "val": IDS[40:50], "test": IDS[50:]}
     file.write_text(json.dumps(folds), encoding="utf-8")
     assert splits.from_file(BY_IMAGE, file, fold=0).validation == list(range(40, 50))
