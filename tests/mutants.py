@@ -662,7 +662,7 @@ MUTANTS = [
     ),
     # tracking
     Mutant(
-        "a cell that is computed again goes on in its old run",
+        "a cell that is computed again continues its old run",
         "tracking/mirror.py",
         'logged.status == "FINISHED" or not logged.continues(record):',
         'logged.status == "FINISHED":',

@@ -122,11 +122,8 @@ class Tracker:
         """Make the run of a cell hold what its folder holds, each value once; return the run's id.
 
         A cell that is computed again, or whose run is missing or has another status than was logged, gets a new run.
-        A finished run is deleted as soon as the new one is finished, so that a cell has one finished run.
-
-        Args:
-            record: of a cell that was begun.
-            sweep: the one under which a new run is opened.
+        A finished run is deleted as soon as the new one is finished, so that a cell has one finished run. A new run is
+        opened under the parent run of the sweep.
         """
         logged = self._logged(record)
         if logged and logged.status == "FINISHED":
