@@ -561,7 +561,7 @@ MUTANTS = [
     Mutant(
         "the rehearsal reads nothing back",
         "sweep/rehearsal.py",
-        "                    _read_back(learner, feed.test)\n",
+        "            _read_back(learner, part)\n",
         "",
         "tests/sweep/test_preview.py -k before_it",
     ),
@@ -1017,8 +1017,8 @@ MUTANTS = [
     Mutant(
         "study: a further grid keeps the words of the first",
         "plugins/hydra_plugins/kdsweep_lockstep.py",
-        "for word in overrides if word.key_or_group not in keys)",
-        "for word in overrides)",
+        "for override in overrides if override.key_or_group not in keys)",
+        "for override in overrides)",
         "tests/sweep/test_sweeper.py",
     ),
 ]

@@ -10,7 +10,7 @@ for name in (
     "kdsweep.__main__",
     "kdsweep.sweep.executors.local",
     "kdsweep.sweep.launcher",
-    "kdsweep.sweep.preview",
+    "kdsweep.sweep.rehearsal",
     "kdsweep.sweep.status",
     "kdsweep.tracking.sync",
     "kdsweep.training.group",

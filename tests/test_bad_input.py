@@ -18,7 +18,7 @@ from kdsweep.__main__ import user_message
 from kdsweep.config import composition, identity
 from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.store import checkpoint
-from kdsweep.sweep import plan, preview
+from kdsweep.sweep import plan, rehearsal
 from kdsweep.training import build
 
 QUICK = ("profile=quick", "path=none", "device=cpu", "train.epochs=1")
@@ -35,8 +35,8 @@ def refusal(*overrides: str) -> str:
     """The line that a configuration is refused with, by the checks that a job goes through before its training."""
     with pytest.raises(Exception) as caught:
         jobs = plan.read_jobs([composition.compose_config(["profile=quick", "device=cpu", *overrides])])
-        preview.device_names(jobs, [])
-        preview.check(jobs)
+        rehearsal.device_names(jobs)
+        rehearsal.check(jobs)
     message = user_message(caught.value)
     assert "\n" not in message
     assert not message.startswith(type(caught.value).__name__), "not an error that the user can mend"

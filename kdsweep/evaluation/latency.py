@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -99,15 +98,3 @@ def _now_s(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def load_of_others() -> float:
-    """Return the mean load of the last minute, in processes, or 0 if it is at most half the cores or unknown.
-
-    Call this before the process computes anything: then the load is that of other programs.
-    """
-    try:
-        load = os.getloadavg()[0]
-    except (AttributeError, OSError):
-        return 0.0
-    return load if load > (os.cpu_count() or 1) / 2 else 0.0

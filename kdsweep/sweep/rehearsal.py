@@ -1,6 +1,7 @@
-"""A rehearsal of trainings: all that they do, with untrained networks and two images of each part of the split.
+"""Check the real networks before anything is trained: errors, a rehearsal of each kind of cell, seconds of a step.
 
-So that no code of a cell's runs for the first time after hours of training.
+A rehearsal is all that a training does, with untrained networks and two images of each part of the split, so that no
+code of a cell runs for the first time after hours.
 """
 
 from __future__ import annotations
@@ -8,47 +9,126 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
-from kdsweep.config.identity import Job
+from kdsweep.config import grid, identity
 from kdsweep.config.schema import Settings
-from kdsweep.core.device import Compute, give_back_memory, is_out_of_memory, placed
+from kdsweep.core.device import Compute, find_device, give_back_memory, is_out_of_memory, placed, usable_precision
 from kdsweep.core.errors import InputError, one_line
 from kdsweep.data.loaders import EvalPart, Feed
-from kdsweep.evaluation import scoring
+from kdsweep.evaluation import latency, scoring
 from kdsweep.models import unet
-from kdsweep.models.unet import UNet
 from kdsweep.store import cell_folder, checkpoint
+from kdsweep.sweep import plan
+from kdsweep.sweep.estimate import Preview
+from kdsweep.sweep.plan import Job
 from kdsweep.training import build, group, loop, outcome
 from kdsweep.training.learner import DivergedError, Learner
 
 IMAGES = 2
 
 
-def rehearse(jobs: list[Job], compute: Compute) -> None:
-    """Train, validate and test cells that can share their batches, in a temporary folder, and read all files back.
+def preview(jobs: Sequence[Job], *, devices: Sequence[str] = (), elsewhere: str = "", times: bool = True) -> Preview:
+    """Check and rehearse cells that wait to be trained, and time one step of the first one's networks.
 
-    Values that are not finite do not count, since the networks are untrained. What does not fit into the memory is
-    rehearsed in halves; a single cell that does not is left to its training, which names the remedy.
+    Args:
+        jobs: that stand for all that wait.
+        devices: of this machine to train on; by default those that the configurations name.
+        elsewhere: name of the machines that train instead; their devices cannot be seen from here.
+        times: whether to time a step.
 
     Raises:
-        InputError: one of them fails.
+        InputError: one of the cells cannot be trained.
     """
-    try:
-        _rehearse([replace(job, settings=_reduced(job.settings)) for job in jobs], compute)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        give_back_memory()
-        half = len(jobs) // 2
-        for part in (jobs[:half], jobs[half:]) if half else ():
-            rehearse(part, compute)
+    if elsewhere:
+        names, device = {job.settings.device: [elsewhere] for job in jobs}, "auto"
+        jobs = [replace(job, settings=job.settings.model_copy(update={"device": device})) for job in jobs]
+    else:
+        names = device_names(jobs, devices)
+        device = names[jobs[0].settings.device][0]
+        for job in jobs:
+            build.compute(job.settings)
+    check(jobs)
+    rehearse(jobs, device)
+    return Preview(names, **(_timed(jobs, device) if times else {}))
+
+
+def device_names(jobs: Sequence[Job], devices: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return the devices that groups can be spread over, by the value of ``device``; InputError if one is absent."""
+    for name in devices:
+        find_device(name)
+    return {job.settings.device: list(devices) or build.devices(job.settings) for job in jobs}
+
+
+def check(jobs: Sequence[Job]) -> None:
+    """Raise InputError for the first of these cells that could not be trained: networks, weights, KD term, images."""
+    for job in jobs:
+        build.check_networks(job.settings)
+    for job in _kinds(jobs):
+        build.check_term(job.settings)
+    for settings in {identity.batches_key(job.settings, seed=0): job.settings for job in reversed(jobs)}.values():
+        build.feed(settings, seed=settings.seed)
+
+
+def _kinds(jobs: Sequence[Job]) -> list[Job]:
+    """Return the first job of each kind, see ``plan.kind_key``."""
+    return list({plan.kind_key(job.settings): job for job in reversed(jobs)}.values())[::-1]
+
+
+def _compute(settings: Settings, device: str) -> Compute:
+    """Return where and how numbers are computed on this machine, which may lack the precision of the settings."""
+    on = find_device(device)
+    return Compute(on, usable_precision(settings.precision, on), deterministic=settings.deterministic)
+
+
+def _timed(jobs: Sequence[Job], device: str) -> dict[str, Any]:
+    """Return the times of a ``Preview``."""
+    first = jobs[0].settings
+    compute = _compute(first, device)
+    compute.prepare()
+    on = compute.device
+    # On a CPU a step takes as long as its images together; on CUDA a small batch takes as long as a large one.
+    batch = first.train.batch_size if on.type == "cuda" else min(4, first.train.batch_size)
+    timed: dict[str, Any] = {"image_size": first.image_size, "compute": compute, "images": batch}
+    student = latency.time_step_s(build.student_network(first, weights="none"), **timed)
+    teacher = latency.StepTime(0.0, 0.0)
+    if teachers := plan.teachers(jobs):
+        network = build.teacher_network(teachers[0][1].settings, weights="none")
+        teacher = latency.time_step_s(network, **timed, forward_only=not plan.missing_teachers(jobs))
+        del network
+    give_back_memory()
+    ids = identity.split_ids(first)
+    images, validation_images = len(ids["train"]), len(ids["validation"])
+    return {
+        "timed_on": str(on),
+        "student_epoch_s": images * student.train + validation_images * student.forward,
+        "teacher_epoch_s": images * teacher.train + validation_images * teacher.forward,
+        "forward_epoch_s": images * teacher.forward,
+        "threads": torch.get_num_threads() if on.type == "cpu" else 0,
+    }
+
+
+# ---- the rehearsal ---------------------------------------------------------------------------------------------------
+
+
+def rehearse(jobs: Sequence[Job], device: str) -> None:
+    """Rehearse one cell of each kind on a device, those that can share their batches together.
+
+    Values that are not finite do not count, since the networks are untrained.
+
+    Raises:
+        InputError: a cell fails.
+    """
+    kinds = [replace(job, settings=_reduced(job.settings)) for job in _kinds(jobs)]
+    for positions in grid.group_by([identity.batches_key(job.settings, seed=job.settings.seed) for job in kinds]):
+        _in_memory([kinds[position] for position in positions], _compute(kinds[positions[0]].settings, device))
+    give_back_memory()
 
 
 def _reduced(settings: Settings) -> Settings:
@@ -61,50 +141,51 @@ def _reduced(settings: Settings) -> Settings:
     return settings.model_copy(update=small)
 
 
+def _in_memory(jobs: list[Job], compute: Compute) -> None:
+    """Rehearse cells together, or in halves if the memory is too small; one that does not fit alone fails later."""
+    try:
+        _rehearse(jobs, compute)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        give_back_memory()
+        half = len(jobs) // 2
+        for part in (jobs[:half], jobs[half:]) if half else ():
+            _in_memory(part, compute)
+
+
 def _rehearse(jobs: list[Job], compute: Compute) -> None:
+    """Train, validate and test cells in a temporary folder, and read all files back."""
     compute.prepare()
     feed = _feed(jobs[0].settings)
-    frozen = loop.FrozenTeachers(_untrained_teachers(jobs, compute), compute)
-    with tempfile.TemporaryDirectory(prefix="kdsweep-") as store, _silenced(), _one_thread():
-        learners = [_learner(job, Path(store), compute) for job in jobs]
-        loop.train_epoch(learners, 0, frozen=frozen, feed=feed, compute=compute)
-        validation = list(scoring.eval_batches(feed.validation, compute))
-        taught = [frozen.teach(learners, views) for views, _ in validation]
-        loop.validate(learners, validation, taught, seed=feed.train.step_seed(0, 1), compute=compute)
-        for learner in learners:
-            if learner.failure is None:
-                with loop.isolated(learner):
-                    outcome.finish(learner, part=feed.test, compute=compute)
-                    _read_back(learner, feed.test)
-            if learner.failure is not None and not isinstance(learner.failure, DivergedError):
-                line = one_line(learner.failure)
-                raise InputError(f"the rehearsal before the training fails: {line}") from learner.failure
-            shutil.rmtree(learner.folder)  # one at a time: together they may be larger than the temporary disk
+    teachers = {cell.fingerprint: build.teacher_network(job.settings) for cell, job in plan.teachers(jobs)}
+    frozen = loop.FrozenTeachers(
+        {key: unet.freeze(placed(network, compute)) for key, network in teachers.items()}, compute
+    )
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # the folders that the lines name are gone soon, and an error is raised
+    try:
+        with tempfile.TemporaryDirectory(prefix="kdsweep-") as store:
+            learners = [_learner(job, Path(store), compute) for job in jobs]
+            loop.train_epoch(learners, 0, frozen=frozen, feed=feed, compute=compute)
+            validation = list(scoring.eval_batches(feed.validation, compute))
+            taught = [frozen.teach(learners, views) for views, _ in validation]
+            loop.validate(learners, validation, taught, seed=feed.train.step_seed(0, 1), compute=compute)
+            for learner in learners:
+                _finish(learner, feed.test, compute)
+    finally:
+        logging.disable(before)
 
 
 def _feed(settings: Settings) -> Feed:
+    """Return the first images of each part."""
     feed = build.feed(settings, seed=settings.seed)
     feed.train.batches.indices = feed.train.batches.indices[: feed.train.batches.batch_size]
-    return Feed(feed.train, _first(feed.validation), _first(feed.test))
-
-
-def _first(part: EvalPart) -> EvalPart:
-    few = {name: values[:IMAGES] for name, values in vars(part).items() if values is not None}
-    return EvalPart(**few)
-
-
-def _untrained_teachers(jobs: list[Job], compute: Compute) -> dict[str, UNet]:
-    """Return a network by each Teacher's fingerprint; those of one architecture are one network."""
-    networks: dict[str, UNet] = {}
-    teachers = {}
-    for job in jobs:
-        if (cell := job.cell.teacher) is not None:
-            network = job.settings.teacher
-            kind = f"{network.encoder} {network.decoder_channels}"
-            if kind not in networks:
-                networks[kind] = unet.freeze(placed(build.teacher_network(job.settings), compute))
-            teachers[cell.fingerprint] = networks[kind]
-    return teachers
+    parts = (
+        {name: values[:IMAGES] for name, values in vars(part).items() if values is not None}
+        for part in (feed.validation, feed.test)
+    )
+    return Feed(feed.train, *(EvalPart(**part) for part in parts))
 
 
 def _learner(job: Job, store: Path, compute: Compute) -> Learner:
@@ -116,8 +197,19 @@ def _learner(job: Job, store: Path, compute: Compute) -> Learner:
     return learner
 
 
+def _finish(learner: Learner, part: EvalPart, compute: Compute) -> None:
+    """Test a cell and read its files as later commands do; raise InputError if that or its training fails."""
+    if learner.failure is None:
+        with loop.isolated(learner):
+            outcome.finish(learner, part=part, compute=compute)
+            _read_back(learner, part)
+    if learner.failure is not None and not isinstance(learner.failure, DivergedError):
+        line = one_line(learner.failure)
+        raise InputError(f"the rehearsal before the training fails: {line}") from learner.failure
+    shutil.rmtree(learner.folder)  # one at a time: together they may be larger than the temporary disk
+
+
 def _read_back(learner: Learner, part: EvalPart) -> None:
-    """Read the files of a finished cell as later commands do."""
     folder = learner.folder
     if cell_folder.read_finished(folder) is None or not learner.resume():
         raise RuntimeError(f"{folder}: what was written cannot be read")
@@ -125,25 +217,3 @@ def _read_back(learner: Learner, part: EvalPart) -> None:
     masks = checkpoint.load_predictions(folder / outcome.PREDICTIONS)
     if not len(pd.read_csv(folder / outcome.SCORES)) == len(masks) == len(part.ids):
         raise RuntimeError(f"{folder}: not as many images as were written")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute with one thread: for two images several are no faster, and wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Log nothing: the folders that the lines name are gone soon, and an error is raised."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -16,7 +16,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.distill.paths import Hidden
 from kdsweep.evaluation import metrics
 from kdsweep.store import cell_folder, checkpoint
-from kdsweep.sweep import plan, preview
+from kdsweep.sweep import plan, rehearsal
 from kdsweep.training import guard, loop, outcome
 
 
@@ -39,8 +39,8 @@ def compose(small_busi, tmp_path, monkeypatch):
 
 
 def rehearse(*jobs):
-    preview.check(jobs)
-    preview.rehearse(jobs, {"cpu": ["cpu"]})
+    rehearsal.check(jobs)
+    rehearsal.rehearse(jobs, "cpu")
 
 
 # ---- kinds -----------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_a_path_whose_state_cannot_be_read_back_is_refused(compose):
 
 def test_a_loss_that_fails_with_the_maps_of_real_networks_is_refused(compose):
     cfg = compose("path=L", "precision=bf16", "kd.teacher_precision=bf16", *loss_of("of_numpy", "logits"))
-    preview.check([cfg])
+    rehearsal.check([cfg])
     with pytest.raises(InputError, match="L_KLD_WAug split 0 seed 0: epoch 1, validation, kd term: TypeError: "):
         rehearse(cfg)
 
@@ -157,7 +157,7 @@ def test_a_loss_that_fails_with_the_maps_of_real_networks_is_refused(compose):
 @pytest.mark.parametrize("options", [loss_of("of_trained"), ["train.lr=1e30"]])
 def test_values_that_are_not_finite_are_left_to_the_training(compose, options):
     cfg = compose("path=H", "loss=kld", *options)
-    preview.rehearse([cfg, compose("path=none")], {"cpu": ["cpu"]})
+    rehearsal.rehearse([cfg, compose("path=none")], "cpu")
 
 
 def test_too_little_memory_for_all_kinds_at_once_rehearses_them_in_halves(compose, monkeypatch):
@@ -208,7 +208,7 @@ def test_code_that_changes_what_all_cells_share_is_refused(
     before = {name: read() for name, (read, _) in guard.SETTINGS.items()}
     cfg = compose("path=H", f"++loss.hidden._target_={tmp_path.name}.loss", "~loss.hidden.temperature")
     with pytest.raises(InputError) as caught:
-        preview.check([compose("path=none"), cfg])
+        rehearsal.check([compose("path=none"), cfg])
     assert str(caught.value).startswith(f"path=H loss=kld: {expected}")
     assert {name: read() for name, (read, _) in guard.SETTINGS.items()} == before
 

@@ -8,7 +8,7 @@ from kdsweep.core.device import Compute
 from kdsweep.data.splits import random_split
 from kdsweep.distill import losses
 from kdsweep.models import unet
-from kdsweep.sweep import plan, preview
+from kdsweep.sweep import plan, rehearsal
 from kdsweep.training import build, loop
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32")
@@ -201,4 +201,4 @@ def test_a_bad_loss_behind_good_ones_of_the_same_networks_is_found(compose):
     bad = compose("path=H", f"++loss.hidden._target_={__name__}.two_numbers", "~loss.hidden.temperature")
     jobs = [plan.Job(own, identity.cell(own)) for own in (compose("path=L"), compose("path=H", "loss=mse"), bad)]
     with pytest.raises(build.InputError, match="path=H loss=kld gives no KD term: "):
-        preview.check(plan.kinds(jobs))
+        rehearsal.check(plan.kinds(jobs))

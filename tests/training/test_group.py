@@ -13,7 +13,7 @@ from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError
 from kdsweep.distill.paths import Hidden
 from kdsweep.store import cell_folder
-from kdsweep.sweep import plan, preview
+from kdsweep.sweep import plan, rehearsal
 from kdsweep.tracking import reader, sync
 from kdsweep.training import group
 
@@ -47,7 +47,7 @@ def run(*configs, checked=True):
     jobs = [plan.Job(settings, identity.cell(settings)) for settings in configs]
     plan.watch(jobs)
     if checked:
-        preview.check(jobs)
+        rehearsal.check(jobs)
     try:
         return group.run_group(jobs)
     finally:
@@ -114,7 +114,7 @@ def test_a_broken_loss_ends_its_own_cell_and_leaves_the_others_bit_for_bit(compo
 
 def test_a_launchers_device_that_is_none_is_refused(compose):
     with pytest.raises(InputError, match="device=gpu is not allowed: it must be auto, cpu, cuda or cuda:NUMBER"):
-        preview.preview_cells([identity.job(compose("path=none"))], ["cpu", "gpu"])
+        rehearsal.preview([identity.job(compose("path=none"))], devices=["cpu", "gpu"])
 
 
 def test_a_cell_that_diverges_fails_alone_with_term_and_epoch(compose):
@@ -126,7 +126,7 @@ def test_a_cell_that_diverges_fails_alone_with_term_and_epoch(compose):
 def test_a_path_that_cannot_be_built_fails_alone_and_is_seen_as_failed(compose):
     bad = compose("path=H", f"path.kd_path._target_={__name__}.Unbuildable")
     with pytest.raises(InputError, match=r"^_target_=test_group\.Unbuildable: ValueError: no such path$"):
-        preview.check([identity.job(bad)])
+        rehearsal.check([identity.job(bad)])
     results = run(bad, compose("path=none"), checked=False)  # as if the code broke after the check
     assert "no such path" in str(results[0])
     assert isinstance(results[1], float)

@@ -71,10 +71,10 @@ class Executor:
             jobs: that stand for all that wait.
             times: whether to time steps even if this machine trains none of the cells.
         """
-        from kdsweep.sweep import preview
+        from kdsweep.sweep import rehearsal
 
-        call = partial(preview.preview_remote, times=times)
-        result: Preview = worker.Processes().call(call, jobs, self.machines)
+        call = partial(rehearsal.preview, elsewhere=self.machines, times=times)
+        result: Preview = worker.Processes().call(call, jobs)
         return result
 
     def queued(self, jobs: Sequence[Job]) -> set[Path]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kdsweep.core.errors import CellError, DeviceError
@@ -40,9 +41,9 @@ class Local(Executor):
 
     def preview(self, jobs: list[Job], *, times: bool) -> Preview:
         """See ``Executor``; steps are always timed."""
-        from kdsweep.sweep import preview
+        from kdsweep.sweep import rehearsal
 
-        result: Preview = self._processes.call(preview.preview_cells, jobs, self._names)
+        result: Preview = self._processes.call(partial(rehearsal.preview, devices=self._names), jobs)
         return result
 
     def submit(self, work: Work) -> Results | None:
@@ -121,9 +122,9 @@ class InProcess(Executor):
 
     def preview(self, jobs: list[Job], *, times: bool) -> Preview:
         """See ``Executor``; steps are always timed."""
-        from kdsweep.sweep import preview
+        from kdsweep.sweep import rehearsal
 
-        result = preview.preview_cells(jobs, [])
+        result = rehearsal.preview(jobs)
         return replace(result, devices={device: names[:1] for device, names in result.devices.items()})
 
     def submit(self, work: Work) -> Results | None:
