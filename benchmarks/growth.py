@@ -233,7 +233,7 @@ def planned(words: list[str], clock: Clock) -> list[Job]:
     with clock.step("estimate and overview"):
         estimate.overview(jobs, groups=groups, preview=PREVIEW)
     with clock.step("tell what changed"):
-        plan.tell_changes(jobs)
+        estimate.log_changes(jobs)
     with clock.step("write what the sweep asks for, to files and MLflow"):
         plan.watch(jobs)
         sync.close_all()

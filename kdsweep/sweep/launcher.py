@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.utils import get_args_parser
@@ -30,55 +29,43 @@ if TYPE_CHECKING:
     from kdsweep.sweep.executors.executor import Executor, Result, Work
     from kdsweep.sweep.plan import Job
 
-    Look = tuple[Preview | None, list[list[Job]]]  # at what waits, and its groups
-
 log = logging.getLogger(__name__)
 
-LAUNCHERS = "lockstep, lockstep_slurm, lockstep_ray or one_by_one"
-# Options of Hydra's jobs, which cells are not: each has its folder in the store, with its log and its settings.
-UNUSED = ("hydra.run.", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.env_set", "hydra.job_logging")
+UNUSED = (  # options of Hydra's jobs, which cells are not: each has its folder in the store, with its log and settings
+    *("hydra.run.", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.env_set", "hydra.job_logging"),
+    "hydra.job.chdir=true",
+)
 arguments: list[str] = []  # of the command, which each sweep keeps
 
 
 def train_cell(config: DictConfig) -> float:
     """Refuse to train a cell: the task function of all jobs, which the launchers of this module never call."""
     name = config.hydra.runtime.choices["hydra/launcher"]
-    raise InputError(f"hydra/launcher={name} trains no cells: it must be {LAUNCHERS}")
+    names = "lockstep, lockstep_slurm, lockstep_ray or one_by_one"
+    raise InputError(f"hydra/launcher={name} trains no cells: it must be {names}")
 
 
-def as_sweep(options: list[str], words: list[str]) -> list[str]:
-    """Return the arguments of a command for Hydra: a command without -m is a sweep of one cell in this process.
-
-    Args:
-        options: such as ``-m``.
-        words: its overrides.
-    """
-    words = ["hydra/launcher=one_by_one" if word == "hydra/launcher=basic" else word for word in words]
+def as_sweep(options: list[str], typed: list[str]) -> list[str]:
+    """Return a command's options and overrides for Hydra: without -m it is a sweep of one cell in this process."""
+    typed = ["hydra/launcher=one_by_one" if override == "hydra/launcher=basic" else override for override in typed]
     parsed = get_args_parser().parse_args(options)
-    if parsed.multirun or parsed.cfg or parsed.info or parsed.shell_completion or "hydra.mode=MULTIRUN" in words:
-        return [*options, *words]  # Hydra takes no option between overrides
-    if not any(word.startswith("hydra/launcher=") for word in words):
-        words.append("hydra/launcher=one_by_one")
+    if parsed.multirun or parsed.cfg or parsed.info or parsed.shell_completion or "hydra.mode=MULTIRUN" in typed:
+        return [*options, *typed]  # Hydra takes no option between overrides
+    if not any(override.startswith("hydra/launcher=") for override in typed):
+        typed.append("hydra/launcher=one_by_one")
     options = [option for option in options if option not in ("-r", "--run")]
-    return [*options, "-m", *words, "hydra.sweeper.is_one_cell=true"]
+    return [*options, "-m", *typed, "hydra.sweeper.is_one_cell=true"]
 
 
 def check_sweep(config: DictConfig, *, is_one_cell: bool) -> None:
-    """Check what Hydra's part of the configuration asks for.
-
-    Args:
-        config: of the sweep.
-        is_one_cell: whether the command has no -m.
-
-    Raises:
-        InputError: the grid of an experiment is wrong, or the command needs -m.
-    """
+    """Raise InputError if the grid of an experiment is wrong, an option is idle, or one cell asks for a sweep."""
     sweeper, choice = config.hydra.sweeper, config.hydra.runtime.choices["hydra/launcher"]
     params = sweeper.get("params") or {}
     overrides.check([f"{key}={value}" for key, value in params.items()], multirun=True)
-    for word in config.hydra.overrides.hydra:
-        if word.lstrip("+~").replace("/", ".").startswith(UNUSED):
-            raise InputError(f"{word} has no effect: a cell has its folder in the store, with its log; leave it out")
+    for override in config.hydra.overrides.hydra:
+        if override.lstrip("+~").replace("/", ".").startswith(UNUSED):
+            why = "a cell has its folder in the store, with its log"
+            raise InputError(f"{override} has no effect: {why}; leave it out")
     if not is_one_cell:
         return
     if choice in ("lockstep_slurm", "lockstep_ray"):
@@ -103,23 +90,15 @@ class LockstepLauncher(Launcher):
         self.executor, self.plan = executor, plan
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what ``launch`` needs.
-
-        Raises:
-            InputError: the jobs are those of another program.
-        """
+        """Keep the arguments for ``launch``; raise InputError if the jobs are those of another program."""
         if task_function is not train_cell:
             name = config.hydra.runtime.choices["hydra/launcher"]
             raise InputError(f"hydra/launcher={name} trains kdsweep's cells alone; this program needs another launcher")
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Compute the cells of these jobs.
-
-        Returns:
-            One per job, in their order.
-        """
-        from kdsweep.sweep import plan
+        """Compute the cells of these jobs; return one result per job, in their order."""
+        from kdsweep.sweep import estimate, plan
         from kdsweep.tracking import sync
 
         setup_globals()
@@ -128,32 +107,28 @@ class LockstepLauncher(Launcher):
         configs = Composed(composer, job_overrides, first=initial_job_idx)
         jobs = plan.read_jobs(configs)
         gc.freeze()  # they stay to the end: else each collection of garbage would go through all of them again
-        if not self.plan:
-            self.executor.check(plan.waiting(jobs))
-        # The queue first: what has left it by then has written its results, so that nothing is submitted twice.
-        queued = self.executor.queued(plan.waiting(jobs))
-        jobs = plan.read_again(jobs)
         if self.plan:
             with self.executor_open():
-                self._show_plan(jobs, configs, self._look(jobs, queued, times=True))
-            return [job_return(job.overrides, (job.finished or {}).get("test/dice", math.nan)) for job in jobs]
+                jobs, groups, preview = self._form_groups(jobs)
+            sys.stdout.write(estimate.overview(jobs, groups=groups, preview=preview) + "\n")
+            estimate.log_idle(jobs, configs)
+            return [job_return(job.overrides, math.nan) for job in jobs]
+        self.executor.check(plan.waiting(jobs))
         plan.watch(jobs, command=command_line())
         self._call_back("on_job_start", configs, task_function=self.task_function)
         try:
             with self.executor_open():  # within: MLflow logs how those that are stopped have ended
-                results = self._obtain(jobs, configs, self._look(jobs, queued, times=False))
+                results = self._obtain(jobs, configs)
         finally:
             sync.close_all()
-        returns = [job_return(job.overrides, results[job.cell.fingerprint]) for job in jobs]
+        returns = [job_return(job.overrides, results[_key(job)]) for job in jobs]
         self._call_back("on_job_end", configs, job_return=returns)
         return returns
 
     def _call_back(self, event: str, configs: Composed, **values: Any) -> None:
         """Call the user's Hydra callbacks for each job."""
         callbacks = self.hydra_context.callbacks
-        if not callbacks.callbacks:
-            return
-        for number, config in enumerate(configs):
+        for number, config in enumerate(configs if callbacks.callbacks else ()):
             each = {key: value[number] if isinstance(value, list) else value for key, value in values.items()}
             getattr(callbacks, event)(config=config, **each)
 
@@ -167,80 +142,98 @@ class LockstepLauncher(Launcher):
             raise
         self.executor.close(None)
 
-    def _look(self, jobs: list[Job], queued: set[Path], *, times: bool) -> Look:
-        """Check what waits with its real networks and form its groups."""
+    def _form_groups(self, jobs: list[Job]) -> tuple[list[Job], list[list[Job]], Preview | None]:
+        """Check the cells that wait with their real networks; return the jobs, the groups, and what the check saw."""
         from kdsweep.sweep import plan
 
+        # The queue first: what has left it by then has written its results, so that nothing is submitted twice.
+        queued = self.executor.queued(plan.waiting(jobs))
+        jobs = plan.read_states(jobs)
         waiting = plan.waiting(jobs)
         if not waiting:
-            return None, []
-        preview = self.executor.preview(list(plan.kinds(waiting)), times=times)
+            return jobs, [], None
+        preview = self.executor.preview(plan.kinds(waiting), times=self.plan)
         largest = self.executor.largest
-        return preview, plan.form_groups(waiting, devices=preview.devices, largest=largest, apart=queued)
+        return jobs, plan.form_groups(waiting, devices=preview.devices, largest=largest, apart=queued), preview
 
-    def _show_plan(self, jobs: list[Job], configs: Composed, look: Look) -> None:
-        """Print what would run; no cell is trained, one step is timed; phantoms are made."""
-        from kdsweep.sweep import estimate, typed
-
-        preview, groups = look
-        sys.stdout.write(estimate.overview(jobs, groups=groups, preview=preview) + "\n")
-        typed.name_idle(jobs, configs)
-
-    def _obtain(self, jobs: list[Job], configs: Composed, look: Look) -> dict[str, Result]:
+    def _obtain(self, jobs: list[Job], configs: Composed) -> dict[str, Result]:
         """Return the results of all cells by fingerprint, read or computed."""
-        from kdsweep.sweep import estimate, plan, typed
+        from kdsweep.sweep import estimate, plan
+        from kdsweep.tracking import sync
 
-        preview, groups = look
+        jobs, groups, preview = self._form_groups(jobs)
         log.info("%s", estimate.describe(jobs, groups=groups, preview=preview))
-        estimate.log_ignored(jobs)
-        plan.tell_changes(jobs)
-        typed.name_idle(jobs, configs)
+        for line in estimate.ignored_lines(jobs):
+            log.warning("%s", line)
+        estimate.log_changes(jobs)
+        estimate.log_idle(jobs, configs)
         results: dict[str, Result] = {}
         for job in plan.unique(jobs):
             if job.finished is not None:
-                plan.tell_finished(job)
-                results[job.cell.fingerprint] = float(job.finished["test/dice"])
-        return results | (self._train(groups, preview) if preview is not None else {})
+                run_id, folder = sync.run_id(job.cell.folder) or "not in MLflow yet", job.cell.folder
+                log.info("%s: finished already, run %s in %s", job.cell.title, run_id, folder)
+                results[_key(job)] = job.finished["test/dice"]
+        return results if preview is None else results | self._train(groups, preview)
 
     def _train(self, groups: list[list[Job]], preview: Preview) -> dict[str, Result]:
+        """Return the results of groups by fingerprint; cells that fail are tried again if their settings say so."""
+        from kdsweep.core.progress import duration
         from kdsweep.sweep import estimate
 
+        jobs = [job for group in groups for job in group]
+        seconds = {group[0]: estimate.group_s(group, preview) for group in groups}
         first: list[Work] = []
         if self.executor.machines or preview.places > 1:  # else groups wait for Teachers in turn
-            first = teacher_works([job for group in groups for job in group], preview)
-            # The last ones to end are short.
-            groups = sorted(groups, key=lambda group: -estimate.group_s(group, preview))
-        report = Report(groups, preview)
-        results = self._train_groups(groups, preview, report, first=first)
-        failed = [job for group in groups for job in group if job.cell.fingerprint in report.failed]
-        if again := [[job] for job in failed if job.settings.retry_failed]:
+            first = teacher_works(jobs, preview)
+            groups = sorted(groups, key=lambda group: -seconds[group[0]])  # the last ones to end are short
+        results: dict[str, Result] = {}
+        ended_s: list[float] = []
+        start_s = time.monotonic()
+        for group, values in self._results(groups, preview, first=first):
+            results |= values
+            if not all(isinstance(value, float) and math.isnan(value) for value in values.values()):  # only submitted
+                ended_s.append(seconds[group[0]])
+                every_s, passed_s = list(seconds.values()), time.monotonic() - start_s
+                estimate.log_progress(ended_s, every_s, places=preview.places, passed_s=passed_s)
+        again = [job for job in jobs if job.settings.retry_failed and isinstance(results[_key(job)], Exception)]
+        if again:
             log.info("trying the cells that failed a second time, each alone: %d", len(again))
-            results |= self._train_groups(again, preview, report, first=[])
-        report.end()
+            for _, values in self._results([[job] for job in again], preview, first=[]):
+                results |= values
+        failed = [job for job in jobs if isinstance(results[_key(job)], Exception)]
+        if ended_s:
+            passed = duration(time.monotonic() - start_s)
+            log.info("%d of %d cells done in %s", len(jobs) - len(failed), len(jobs), passed)
+        for job in failed:
+            title, text = job.cell.title, str(results[_key(job)])
+            lead = "" if text.startswith(title) else f"{title}: "
+            log.error("failed: %s%s; log: %s", lead, text, job.cell.folder / "kdsweep.log")
         return results
 
-    def _train_groups(
-        self, groups: list[list[Job]], preview: Preview, report: Report, *, first: list[Work]
-    ) -> dict[str, Result]:
+    def _results(
+        self, groups: list[list[Job]], preview: Preview, *, first: list[Work]
+    ) -> Iterator[tuple[list[Job], dict[str, Result]]]:
+        """Train groups; yield each with its results by fingerprint as it ends."""
         from kdsweep.sweep.executors import worker
         from kdsweep.sweep.executors.executor import Work, run
 
         devices = preview.devices
-        members = {
-            Work(worker.train_cells, group, devices[group[0].settings.device], [job.cell for job in group]): group
+        works = [
+            Work(worker.train_cells, group, devices[group[0].settings.device], [job.cell for job in group])
             for group in groups
-        }
-        results: dict[str, Result] = {}
-        for work, values in run(self.executor, list(members), before=first):
-            results |= {job.cell.fingerprint: value for job, value in zip(work.jobs, values, strict=True)}
-            report.add(members[work], values)
-        return results
+        ]
+        for work, values in run(self.executor, works, before=first):
+            yield work.jobs, {_key(job): value for job, value in zip(work.jobs, values, strict=True)}
 
 
-def job_return(words: Sequence[str], result: Any) -> JobReturn:
+def _key(job: Job) -> str:
+    return job.cell.fingerprint
+
+
+def job_return(typed: Sequence[str], result: Any) -> JobReturn:
     """Return the JobReturn of a job from its overrides and its value or error."""
     status = JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED
-    return JobReturn(overrides=words, status=status, _return_value=result)
+    return JobReturn(overrides=typed, status=status, _return_value=result)
 
 
 def teacher_works(jobs: Sequence[Job], preview: Preview) -> list[Work]:
@@ -249,67 +242,13 @@ def teacher_works(jobs: Sequence[Job], preview: Preview) -> list[Work]:
     from kdsweep.sweep.executors import worker
     from kdsweep.sweep.executors.executor import Work
 
+    missing = plan.missing_teachers(jobs)
     return [
-        Work(worker.train_teachers, [job], preview.devices[job.settings.device], cells=[cell])
-        for cell, job in plan.missing_teachers(jobs)
+        Work(worker.train_teachers, [job], preview.devices[job.settings.device], cells=[cell]) for cell, job in missing
     ]
 
 
 def command_line() -> str:
     """Return the command as it can be typed again, without passwords: MLflow's tags and the report keep it."""
-    words = ["python", "-m", "kdsweep", *arguments]
-    return shlex.join(re.sub(r"://[^/\s]+@", "://USER:PASSWORD@", word) for word in words)
-
-
-class Report:
-    """Logs how far a sweep's groups are.
-
-    Args:
-        groups: all of them.
-        preview: their seconds and how many run at the same time, as far as it can be said.
-    """
-
-    def __init__(self, groups: Sequence[Sequence[Job]], preview: Preview) -> None:
-        from kdsweep.sweep import estimate
-
-        self.groups, self.places = groups, preview.places
-        self.seconds = [estimate.group_s(group, preview) for group in groups]
-        self.done_s: list[float] = []
-        self.failed: dict[str, str] = {}
-        self.started_s = time.monotonic()
-
-    def add(self, group: Sequence[Job], values: Sequence[Result]) -> None:
-        """Log that one more group has ended; of each cell its test Dice, or what ended it."""
-        from kdsweep.core.progress import duration, left_s
-        from kdsweep.sweep import plan
-
-        if all(isinstance(value, float) and math.isnan(value) for value in values):
-            return  # submitted, and not waited for
-        self.done_s += [group_s for each, group_s in zip(self.groups, self.seconds, strict=True) if each is group]
-        for job, value in zip(group, values, strict=True):
-            self.failed.pop(job.cell.fingerprint, None)
-            if isinstance(value, Exception):
-                self.failed[job.cell.fingerprint] = plan.failure(job.cell, value)
-        open_groups = len(self.groups) - len(self.done_s)
-        if open_groups > 0:
-            # The others are as much faster or slower than estimated as those that are done.
-            passed_s = time.monotonic() - self.started_s
-            done_s, all_s = (
-                left_s([[(1, group_s)] for group_s in s], places=self.places) for s in (self.done_s, self.seconds)
-            )
-            about = duration(max(0.0, passed_s / (done_s or 1.0) * all_s - passed_s))
-            left = "the others are running" if 1 < self.places >= open_groups else f"about {about} left"
-            log.info("%d of %d groups done, %s", len(self.done_s), len(self.groups), left)
-
-    def end(self) -> None:
-        """Log how long all took, and what failed."""
-        from kdsweep.core.progress import duration
-
-        if not self.done_s:
-            return
-        cells = sum(len(group) for group in self.groups)
-        log.info(
-            "%d of %d cells done in %s", cells - len(self.failed), cells, duration(time.monotonic() - self.started_s)
-        )
-        for line in self.failed.values():
-            log.error("failed: %s", line)
+    typed = ["python", "-m", "kdsweep", *arguments]
+    return shlex.join(re.sub(r"://[^/\s]+@", "://USER:PASSWORD@", argument) for argument in typed)

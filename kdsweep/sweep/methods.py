@@ -57,7 +57,7 @@ def check_jobs(jobs: Sequence[Job], *, whole: space.Space, waits: bool, read: Re
     for key in ("store", "sweep_name"):
         if len(values := {getattr(job.settings, key) for job in jobs}) > 1:
             raise InputError(f"{key}={','.join(sorted(values))}: one command tunes one sweep; give one value")
-    for key in plan.swept_keys([job.overrides for job in jobs], [job.settings for job in jobs]):
+    for key in plan.swept_keys(jobs):
         if key in whole:
             raise InputError(f"{space.KEY}: {key} is swept by the command too; tune it or sweep it")
     for job in jobs:

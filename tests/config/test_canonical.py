@@ -15,7 +15,7 @@ from kdsweep.config import composition, identity, user_code
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.store import sweep_file
-from kdsweep.sweep import plan
+from kdsweep.sweep import estimate, plan
 
 RECORDED = Path(__file__).parent / "fingerprints.json"
 METHODS = "kd kd_t1 cwd cwd_feature fitnet at skd ifvd dist pkd cirkd emkd spkd mgd reviewkd"
@@ -187,12 +187,12 @@ def test_two_spellings_in_one_sweep_are_one_cell_without_a_variant(jobs, values:
     own = jobs(*values)
     assert len(plan.unique(own)) == 1
     assert [job.cell.title for job in own] == ["L_KLD_WAug split 0 seed 0"] * 2
-    assert plan.swept_keys([job.overrides for job in own], [job.settings for job in own]) == []
+    assert plan.swept_keys(own) == []
 
 
 def test_a_value_in_another_spelling_later_is_the_same_variant(jobs) -> None:
     first = jobs("train.lr=1e-3", "train.lr=0.01")
-    swept = plan.swept_keys([job.overrides for job in first], [job.settings for job in first])
+    swept = plan.swept_keys(first)
     sweep_file.add(
         first[0].cell.store, first[0].settings.sweep_name, cells=[job.cell for job in first], teachers=[], swept=swept
     )
@@ -211,6 +211,6 @@ def test_the_reason_for_a_new_cell_is_the_key_that_changed(jobs, caplog: pytest.
     record = {"tags": {}, "started_ms": 0, "params": {}, "settings": settings, "evidence": job.cell.evidence}
     (earlier / "cell.json").write_text(json.dumps(record))
     with caplog.at_level(logging.INFO):
-        plan.tell_changes([job])
+        estimate.log_changes([job])
     assert "since then this has changed: loss.logits.temperature (1 -> 1.0)" in caplog.text
     assert "Teacher" not in caplog.text.partition("since then")[2]

@@ -99,17 +99,6 @@ def jobs_of(*of) -> list[plan.Job]:
     return plan.read_jobs(configs_of(*of))
 
 
-def test_values_give_the_cells_that_configurations_give(sweep, small_busi, tmp_path):
-    configs = configs_of(sweep, tmp_path, small_busi, 8)
-    for job, config in zip(plan.read_jobs(configs), configs, strict=True):
-        settings = composition.read(config)
-        cell = identity.cell(settings)
-        assert job.cell.fingerprint == cell.fingerprint
-        assert job.cell.folder == cell.folder
-        assert job.settings == settings
-        assert job.cell.role == "baseline" or job.cell.teacher == identity.teacher_cell(settings)
-
-
 @pytest.mark.parametrize("step", ["read", "plan"])
 def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
     sweep, small_busi, tmp_path, monkeypatch, step
@@ -131,7 +120,7 @@ def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
         if step == "plan":
             before = dict(calls)
             estimate.describe(jobs, groups=plan.form_groups(jobs, devices={"cpu": ["cpu"]}), preview=None)
-            plan.teacher_cells(jobs)
+            plan.teachers(jobs)
         counts.append({name: calls[name] - before[name] for name in calls})
     few, many = counts
     if step == "read":
@@ -147,7 +136,7 @@ def test_the_stub_is_a_finished_cell_for_records_mlflow_and_tables(growth, sweep
     weights = tmp_path / "weights"
     weights.write_bytes(b"no weights")
     jobs = jobs_of(sweep, tmp_path, small_busi, 2)
-    made = [(job.cell, job.settings) for job in jobs] + [(cell, jobs[1].settings) for cell in plan.teacher_cells(jobs)]
+    made = [(job.cell, job.settings) for job in jobs] + [(cell, jobs[1].settings) for cell, _ in plan.teachers(jobs)]
     tracker = mirror.Tracker(store=tmp_path, uri=None)
     sweep_file.add(tmp_path, "busi-quick", cells=[job.cell for job in jobs], teachers=[])
     for cell, settings in made:

@@ -1,10 +1,8 @@
 """The launcher: commands without -m, other programs' jobs, callbacks, the time left, and errors in one line."""
 
-import math
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from kdsweep.config import composition, identity
 from kdsweep.core.errors import CellError, InputError
 from kdsweep.core.progress import duration
 from kdsweep.evaluation import latency
-from kdsweep.sweep import estimate, launcher, preview
+from kdsweep.sweep import launcher, rehearsal
 from kdsweep.training import build
 
 
@@ -28,32 +26,6 @@ from kdsweep.training import build
 )
 def test_durations_read_like_words(seconds, words):
     assert duration(seconds) == words
-
-
-@pytest.mark.parametrize(
-    ("places", "minutes", "told"),
-    [
-        (1, [10, 20, 30, 40], ["about 30 min left", "about 20 min left", "about 10 min left"]),
-        (2, [10, 10, 20, 20], ["about 10 min left", "the others are running", "the others are running"]),
-        (3, [60, 60, 61, 90], ["the others are running"] * 3),
-        (3, [60, 60, 61, 120, 120, 121, 122, 180], [*["about 2.0 h left"] * 3, "about 60 min left"]),
-    ],
-)
-def test_the_time_left_is_that_of_groups_that_run_beside_each_other(monkeypatch, caplog, places, minutes, told):
-    """The groups were estimated at half of what they take."""
-    caplog.set_level("INFO")
-    clock = iter([0.0, *(60.0 * minute for minute in minutes)])
-    monkeypatch.setattr(launcher.time, "monotonic", lambda: next(clock))
-    each_s = 30.0 * minutes[0]
-    monkeypatch.setattr(estimate, "group_s", lambda group, preview: each_s)
-    groups = [[SimpleNamespace(cell=SimpleNamespace(fingerprint=str(number)))] for number in range(len(minutes))]
-    report = launcher.Report(groups, estimate.Preview({"cpu": ["cpu"] * places}))
-    for group in groups[: len(told)]:
-        report.add(group, [0.5])
-    words = [f"{number} of {len(groups)} groups done, {left}" for number, left in enumerate(told, start=1)]
-    assert caplog.messages == words
-    report.add(groups[-1], [math.nan])  # submitted, and not waited for
-    assert caplog.messages == words
 
 
 def test_a_timed_step_is_a_positive_time_per_image():
@@ -73,10 +45,10 @@ def test_a_plan_times_the_whole_batch_on_cuda_on_the_device_that_is_used(monkeyp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(latency, "time_step_s", time_step_s)
-    monkeypatch.setattr(preview, "check", lambda _: None)
-    monkeypatch.setattr(preview, "rehearse", lambda *_: None)
+    monkeypatch.setattr(rehearsal, "check", lambda _: None)
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_: None)
     cfg = composition.compose(["profile=quick", "train.batch_size=64", f"device={device}", "path=none"])
-    found = preview.preview_cells([identity.job(cfg)], [device] if device != "cpu" else [])
+    found = rehearsal.preview([identity.job(cfg)], devices=[device] if device != "cpu" else [])
     assert (timed, found.timed_on) == ([(device, images)], device)
     ids = identity.split_ids(cfg)
     assert found.student_epoch_s == pytest.approx(0.1 * len(ids["train"]) + 0.05 * len(ids["validation"]))
@@ -145,12 +117,30 @@ def test_what_only_a_sweep_can_do_needs_m(config, message):
         launcher.check_sweep(config, is_one_cell=True)
 
 
-@pytest.mark.parametrize("word", ["hydra.run.dir=x", "hydra/job_logging=none", "+hydra.job.env_set.A=1"])
+@pytest.mark.parametrize(
+    "word", ["hydra.run.dir=x", "hydra/job_logging=none", "+hydra.job.env_set.A=1", "hydra.job.chdir=true"]
+)
 def test_options_of_hydras_jobs_are_refused(word):
     config = sweep()
     config.hydra.overrides.hydra = ["hydra.verbose=true", word]
     with pytest.raises(InputError, match=f"^{re.escape(word)} has no effect: a cell has its folder in the store"):
         launcher.check_sweep(config, is_one_cell=False)
+
+
+@pytest.mark.slow
+def test_the_experiment_of_a_user_is_planned_with_options_in_any_order(small_busi, tmp_path):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\ntrain: {batch_size: 4}\nhydra: {sweeper: {params: {path: 'none,L', loss: mse}}}\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
+    words = ["+experiment=mine", "--multirun", "--plan", "data=busi", "--config-dir", str(tmp_path / "conf")]
+    words += [f"data.root={small_busi}", "profile=quick", "kd.temperature=3", "device=cpu"]
+    done = kdsweep(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "[HYDRA] kd.temperature=3: used by no cell of this command (Student, L_MSE_WAug), so without" in done.stdout
+    assert "2 cells: 2 to run" in done.stdout
+    alone = kdsweep(*(word for word in words if word != "--multirun"), cwd=tmp_path)
+    assert alone.returncode == 1
+    assert "kdsweep: error: +experiment=mine has a grid (path, loss): add -m to run it" in alone.stderr
 
 
 # --- what Hydra sees

@@ -31,7 +31,7 @@ from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError, LostError
 from kdsweep.results import dsc, tables
 from kdsweep.store import cell_folder, checkpoint, sweep_file
-from kdsweep.sweep import launcher, preview, status, tuner
+from kdsweep.sweep import estimate, launcher, status, tuner
 from kdsweep.tracking import reader
 from kdsweep.training import build, group, loop, runner
 from kdsweep.tuning import book
@@ -58,7 +58,7 @@ class Inline:
         pass
 
     def preview(self, jobs, *, times):
-        return preview.Preview({job.settings.device: ["cpu"] for job in jobs}, timed_on="cpu")
+        return estimate.Preview({job.settings.device: ["cpu"] for job in jobs}, timed_on="cpu")
 
     def queued(self, jobs):
         return set()
