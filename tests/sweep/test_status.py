@@ -1,4 +1,4 @@
-"""How far a sweep is, told from folders as training leaves them; estimates are worked out by hand."""
+"""How far a sweep is, read from folders as training leaves them; estimates are worked out by hand."""
 
 import contextlib
 import os
@@ -73,10 +73,14 @@ def test_a_cell_of_each_state_is_told_and_counted(tmp_path, hold):
     finish(finished)
     lines = tell(tmp_path, cells=cells)
     counts = "1 done, 1 running, 1 failed, 1 interrupted, 1 waiting"
-    # at most 48 epochs of 50 s for the running one, then two rounds of 60 epochs: 8400 s
+    # two at a time: 48 epochs of 50 s, then 59, next to 60 of the one that was not begun
     assert lines[0] == f"sweep study: 5 cells: {counts}; about 1.5 h left"
     assert lines[1] == ""
     assert lines[2].split("  ")[0] == "not finished"
+    saved = [line for line in lines if " of 60 " in line]
+    assert {line.index("epoch ") for line in saved} == {lines[2].index("saved")}
+    assert {line.index("0.512") for line in saved} == {lines[2].index("val/dice")}
+    assert not any(line.endswith(" ") for line in lines)
     assert row(lines, waiting.title) == ["waiting"]
     expected = ["running", "epoch 12 of 60", "0.512", "2 min ago", "at most 40 min"]
     assert row(lines, running.title) == expected
@@ -127,17 +131,6 @@ def test_cells_that_a_swept_key_tells_apart_are_named_by_it(tmp_path):
     lines = status.make(store=tmp_path, sweep=None).splitlines()
     assert row(lines, "L_MSE split 0 seed 0 (train.lr=1)") == ["78.12"]
     assert row(lines, "L_MSE split 0 seed 0 (train.lr=2)") == ["waiting"]
-
-
-def test_columns_are_aligned(tmp_path, hold):
-    cells = [make_cell(tmp_path, name) for name in ("L_KLD", "HReg_KLD_WAug")]
-    for cell in cells:
-        begin(cell)
-    hold(cells[0])
-    head, *rows = tell(tmp_path, cells=cells)[2:]
-    assert {line.index("epoch 12 of 60") for line in rows} == {head.index("saved")}
-    assert {line.index("0.512") for line in rows} == {head.index("val/dice")}
-    assert not any(line.endswith(" ") for line in rows)
 
 
 def test_teachers_have_a_line_of_their_own_and_come_first(tmp_path, hold):
@@ -200,98 +193,59 @@ def test_a_failed_cell_without_a_log_of_its_own_names_none(tmp_path):
 
 # ---- time left -----------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(("waiting", "left"), [(0, "about 64 min"), (2, "about 2.4 h"), (3, "about 3.7 h")])
-def test_the_time_left_is_the_slowest_and_the_groups_that_wait(tmp_path, hold, waiting, left):
-    """Two cells run, of which the slower one has 48 of its 60 epochs left; the others wait in groups of two."""
-    cells = [make_cell(tmp_path, lr=number) for number in range(2 + waiting)]
-    for cell, pace_s in zip(cells[:2], (80.0, 10.0), strict=True):
-        begin(cell, pace_s=pace_s)
-        hold(cell)
-    assert f"; {left} left" in tell(tmp_path, cells=cells)[0]
+RUNS, ENDED, WAITS = "runs", "ended", "waits"
+SLOW, FAST = ("H_KLD", 0, RUNS, 12, 80), ("L_KLD", 0, RUNS, 12, 10)  # 48 of 60 epochs left: 3840 s and 480 s
+WAITING = [(name, 1, WAITS, 0, 0) for name in ("H_KLD", "L_KLD", "L_MSE")]
 
 
-def paced(tmp_path: Path, times_s: list[float]) -> cell_folder.Record:
-    history = [{"epoch": epoch, "val/dice": 0.5} for epoch in range(len(times_s))]
-    times_ms = [int(1000 * time_s) for time_s in times_s]
-    cell_folder.write_progress(tmp_path, epochs=EPOCHS, history=history, times_ms=times_ms, seconds=[])
-    return cell_folder.read(tmp_path)
+@pytest.mark.parametrize(
+    ("rows", "left"),
+    [
+        ([SLOW, FAST], "about 64 min"),  # the slower one
+        ([SLOW, FAST, *WAITING[:2]], "about 2.4 h"),  # one begins after 480 s, one after 3840 s, each takes 4800 s
+        ([SLOW, FAST, *WAITING], "about 2.8 h"),  # the third after 5280 s
+        ([SLOW, ("L_KLD", 0, RUNS, 0, 0)], "about 80 min"),  # nothing saved yet: 60 epochs of 80 s
+        ([("H_KLD", 0, RUNS, 1, 50)], None),  # one epoch has no pace
+        ([("H_KLD", 0, RUNS, 12, 50), ("L_KLD", 0, ENDED, 12, 50), *WAITING[:2]], "about 1.5 h"),  # two at a time
+        ([("Teacher", 0, WAITS, 0, 0), ("H_KLD", 0, RUNS, 12, 50)], "at least 40 min"),
+        # The cells may wait for a Teacher that runs: 48 epochs of 75 s, then 48 of 50 s.
+        ([("Teacher", 0, RUNS, 12, 75), ("H_KLD", 0, RUNS, 12, 50)], "about 1.7 h"),
+        (
+            [  # of three splits the first is done, the second's Teachers have 48 epochs of 10 s left
+                *((name, 0, ENDED, EPOCHS, 20) for name in ("Teacher", "Teacher_WAug")),
+                *((name, 1, RUNS, 12, 10) for name in ("Teacher", "Teacher_WAug")),
+                *((name, 2, WAITS, 0, 0) for name in ("Teacher", "Teacher_WAug")),
+                *((name, 0, ENDED, EPOCHS, 60) for name in ("H_KLD", "L_KLD")),
+                *((name, split, WAITS, 0, 0) for split in (1, 2) for name in ("H_KLD", "L_KLD")),
+            ],
+            "about 2.3 h",  # 480 s, 600 s for the third split's Teachers, two groups of 60 epochs of 60 s
+        ),
+    ],
+)
+def test_the_time_left(tmp_path, hold, rows, left):
+    """Rows: name, split, what it does, epochs, seconds of an epoch."""
+    cells = []
+    for name, split, does, done, pace_s in rows:
+        cells.append(make_cell(tmp_path, name, split))
+        if does != WAITS:
+            begin(cells[-1], done=done, pace_s=pace_s)
+        if does == ENDED:
+            cell_folder.write_finished(cells[-1].folder, values={"test/dice": 0.5}, files=[])
+        if does == RUNS:
+            hold(cells[-1])
+    teachers = [cell for cell in cells if cell.role == "teacher"]
+    line = tell(tmp_path, cells=[cell for cell in cells if cell not in teachers], teachers=teachers)[0]
+    assert line.endswith(f"; {left} left" if left else ": 0 done, 1 running")
 
 
-def test_the_pace_is_that_of_the_last_ten_epochs(tmp_path):
-    slow, fast = [0.0, 100.0, 200.0, 300.0, 400.0, 500.0], [502.0, 504.0, 506.0, 508.0, 510.0]
-    assert epoch_s(paced(tmp_path, slow).times_ms) == 100.0
-    record = paced(tmp_path, [*slow, *fast])
-    assert epoch_s(record.times_ms) == 2.0  # four differences of 100 s and five of 2 s
-    assert status.left_s(record) == 98.0  # 49 epochs are left
-
-
-def test_a_night_between_two_epochs_does_not_count(tmp_path):
-    assert epoch_s(paced(tmp_path, [0.0, 10.0, 20.0, 36_020.0, 36_030.0, 36_040.0]).times_ms) == 10.0
-
-
-def test_without_a_second_epoch_there_is_no_pace_and_no_estimate(tmp_path, hold):
-    cell = make_cell(tmp_path)
-    begin(cell, done=1)
-    hold(cell)
-    lines = tell(tmp_path, cells=[cell])
-    assert lines[0] == "sweep study: 1 cell: 0 done, 1 running"
-    assert row(lines, cell.title) == ["running", "epoch 1 of 60", "0.512", "2 min ago"]
-
-
-def test_a_cell_that_has_saved_nothing_yet_makes_it_a_lower_bound(tmp_path, hold):
-    known, fresh = cells = [make_cell(tmp_path, name) for name in ("H_KLD", "L_KLD")]
-    begin(known)
-    cell_folder.describe(fresh, split={}, params={}, tags={})
-    for cell in cells:
-        hold(cell)
-    lines = tell(tmp_path, cells=cells)
-    assert lines[0] == "sweep study: 2 cells: 0 done, 2 running; at least 40 min left"
-    assert row(lines, fresh.title) == ["running"]
-
-
-def test_a_teacher_that_waits_makes_it_a_lower_bound(tmp_path, hold):
-    teacher, cell = make_cell(tmp_path, "Teacher"), make_cell(tmp_path, "H_KLD")
-    begin(cell)
-    hold(cell)
-    assert tell(tmp_path, cells=[cell], teachers=[teacher])[0].endswith("1 running; at least 40 min left")
-
-
-def test_teachers_and_cells_that_wait_take_as_long_as_those_before(tmp_path, hold):
-    """Of three splits the first is done, the second's Teachers have 48 epochs of 10 s left; 60 s an epoch of cells."""
-    teachers = [make_cell(tmp_path, name, split) for split in range(3) for name in ("Teacher", "Teacher_WAug")]
-    cells = [make_cell(tmp_path, name, split) for split in range(3) for name in ("H_KLD", "L_KLD")]
-    for teacher in teachers[:2]:
-        begin(teacher, done=EPOCHS, pace_s=20.0)
-        cell_folder.write_finished(teacher.folder, values={"test/dice": 0.5}, files=[])
-    for cell in cells[:2]:
-        begin(cell, done=EPOCHS, pace_s=60.0)
-        cell_folder.write_finished(cell.folder, values={"test/dice": 0.5}, files=[])
-    for teacher in teachers[2:4]:
-        begin(teacher, pace_s=10.0)
-        hold(teacher)
-    line = tell(tmp_path, cells=cells, teachers=teachers)[0]
-    expected_s = 48 * 10 + 60 * 10 + 2 * 60 * 60  # what runs, the third split's Teachers, two groups of cells
-    assert line.endswith(f"; about {expected_s / 3600:.1f} h left")
-
-
-def test_a_cell_that_stopped_early_was_of_the_group(tmp_path, hold):
-    early, late, *others = [make_cell(tmp_path, name, split) for split in (0, 1) for name in ("H_KLD", "L_KLD")]
-    for cell in (early, late):
-        begin(cell)
-    cell_folder.write_finished(early.folder, values={"test/dice": 0.5}, files=[])
-    hold(late)
-    line = tell(tmp_path, cells=[early, late, *others])[0]
-    assert line.endswith("; about 1.5 h left")  # 48 epochs of 50 s, and one group of two: 60 epochs of 50 s
-
-
-def test_a_running_teacher_counts_too(tmp_path, hold):
-    teacher, cell = make_cell(tmp_path, "Teacher"), make_cell(tmp_path, "H_KLD")
-    begin(teacher, pace_s=75.0)
-    begin(cell)
-    hold(teacher)
-    hold(cell)
-    assert tell(tmp_path, cells=[cell], teachers=[teacher])[0].endswith("1 running; about 60 min left")
+def test_the_pace_is_the_median_of_the_last_ten_epochs(tmp_path):
+    for times_s, pace_s in (
+        ([0.0, 100.0, 200.0, 300.0, 400.0, 500.0], 100.0),
+        # four differences of 100 s and five of 2 s
+        ([0.0, 100.0, 200.0, 300.0, 400.0, 500.0, 502.0, 504.0, 506.0, 508.0, 510.0], 2.0),
+        ([0.0, 10.0, 20.0, 36_020.0, 36_030.0, 36_040.0], 10.0),  # with a night between two
+    ):
+        assert epoch_s([int(1000 * time_s) for time_s in times_s]) == pace_s
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
