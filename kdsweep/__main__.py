@@ -1,7 +1,6 @@
-"""The one command: ``python -m kdsweep`` runs cells, ``python -m kdsweep WORD`` does what the word says.
+"""The one command: ``python -m kdsweep`` trains cells, one per Hydra job; ``python -m kdsweep WORD`` is a subcommand.
 
-``python -m kdsweep -m path=L,H,HR loss=mse,kld teacher_aug=weak,strong`` runs the paper's grid on one split: one Hydra
-job is one cell. A bare first word can never be an override, so that the words take nothing away from Hydra.
+A bare first word can never be an override, so that subcommands take nothing away from Hydra.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from pathlib import Path
 from kdsweep import conf_dir
 from kdsweep.core.errors import TRACEBACK, CellError, InputError, command, one_line, report
 
-# What a word or a job needs is imported when it is called for: help and errors must come fast.
-# By word: the function that does it, and what the help says.
+# By word: the function of the subcommand, imported when it runs (help and errors must come fast), and its line of help.
 WORDS = {
     "status": ("kdsweep.sweep.status:main", "how far a sweep is: done, running, failed, waiting, time left"),
     "tables": ("kdsweep.results.tables:main", "the paper's tables, effects, settings, seeds"),
@@ -39,7 +37,7 @@ WORDS = {
 
 @command
 def main() -> int:
-    """Do what the command line says, as ``python -m kdsweep`` and as the console script ``kdsweep``."""
+    """Run a subcommand or train cells, as ``python -m kdsweep`` and as the console script ``kdsweep``."""
     _prepare_process()
     first, *rest = sys.argv[1:] or [""]
     if first in WORDS:
@@ -57,11 +55,7 @@ def main() -> int:
 
 
 def _prepare_process() -> None:
-    """Check what libraries expect of the process, and set what they take from it: a user's name, Matplotlib's backend.
-
-    Raises:
-        InputError: there are no docstrings, no home folder, or no working directory.
-    """
+    """Give the process what libraries expect of it, or raise InputError: name, home, folder, docstrings, backend."""
     if sys.flags.optimize > 1:
         raise InputError("python -OO takes docstrings away, which segmentation-models-pytorch needs; -O may stay")
     try:
@@ -76,7 +70,7 @@ def _prepare_process() -> None:
         Path.cwd()
     except FileNotFoundError as error:
         raise InputError("the working directory does not exist anymore; change to another folder") from error
-    # A notebook passes on a backend of its own, without which MONAI, which scores, cannot be imported.
+    # A notebook passes on its backend, without which MONAI, which scores, cannot be imported.
     os.environ["MPLBACKEND"] = "Agg"
 
 
@@ -93,26 +87,20 @@ def train() -> int:
     logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
     os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way
-    words: list[str] = []
+    typed: list[str] = []
     try:
-        options, words = overrides.divide(
-            ["hydra.launcher.plan=true" if word == "--plan" else word for word in sys.argv[1:]]
-        )
-        words = overrides.check_typed(options, words)
-        sys.argv[1:] = launcher.as_sweep(options, words)
+        arguments = ["hydra.launcher.plan=true" if argument == "--plan" else argument for argument in sys.argv[1:]]
+        options, typed = overrides.divide(arguments)
+        typed = overrides.check_typed(options, typed)
+        sys.argv[1:] = launcher.as_sweep(options, typed)
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(launcher.train_cell)()
     except Exception as error:
-        return report(error, user_message(error, words))
+        return report(error, user_message(error, typed))
     return 0
 
 
-def user_message(error: BaseException, words: Sequence[str] = ()) -> str:
-    """Return a message that the user can act on, from an exception and its causes.
-
-    Args:
-        error: the exception.
-        words: overrides of the command.
-    """
+def user_message(error: BaseException, overrides: Sequence[str] = ()) -> str:
+    """Return a message that the user can act on, from an exception and its causes; ``overrides`` are the command's."""
     from kdsweep.config import composition
 
     cause: BaseException | None = error
@@ -121,7 +109,7 @@ def user_message(error: BaseException, words: Sequence[str] = ()) -> str:
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     if type(error).__module__.startswith(("hydra", "omegaconf")):
-        return composition.one_line(error, words)
+        return composition.one_line(error, overrides)
     return one_line(error)
 
 

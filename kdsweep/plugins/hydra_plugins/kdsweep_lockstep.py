@@ -19,24 +19,17 @@ from kdsweep.sweep import launcher
 
 
 class LockstepLauncher(launcher.LockstepLauncher):
-    """The launcher of all options below: what computes the groups is an executor of kdsweep/sweep/executors/.
-
-    Args:
-        executor: name of its class.
-        plan: say what would run and for how long, and run nothing.
-        options: arguments of the executor.
-    """
+    """The launcher of the configurations below: ``options`` are the arguments of the executor's class."""
 
     def __init__(self, *, executor: str, plan: bool = False, **options: Any) -> None:
         super().__init__(get_class(executor)(**options), plan=plan)
 
 
 class LockstepSweeper(BasicSweeper):
-    """``hydra/sweeper=lockstep``: Hydra's basic sweeper, which composes every job to see whether that can be done.
+    """``hydra/sweeper=lockstep``: Hydra's basic sweeper, but the launcher composes and checks the jobs, far faster.
 
-    The launchers compose and check every job before the first one starts, in a small part of the time. With a search
-    space the jobs are tuned; see kdsweep/sweep/tuner.py. It is an option of this sweeper, not another sweeper,
-    since an experiment file cannot choose another sweeper than conf/config.yaml does.
+    With a search space the jobs are tuned (kdsweep/sweep/tuner.py): an option of this sweeper, since an experiment file
+    cannot choose another sweeper than conf/config.yaml does.
     """
 
     def __init__(
@@ -60,21 +53,21 @@ class LockstepSweeper(BasicSweeper):
 
             self.launcher = tuner.tuned(self.launcher, self._tuning)
 
-    # Hydra's is a static method, which could not know the further grids; it is called on the sweeper all the same.
+    # Hydra's is a static method, which could not read the further grids; Hydra calls it on the sweeper all the same.
     def split_arguments(  # type: ignore[override]
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
-        """Return the jobs of the grid, then those of each grid of ``also``: its words take the place of the grid's."""
+        """Return the jobs of the grid, then those of each grid of ``also``, which replaces some of its overrides."""
         assert self.hydra_context is not None
         parse = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides
         grids = [overrides]
-        for words in self._also:
+        for line in self._also:
             try:
-                further = parse(shlex.split(words))
+                further = parse(shlex.split(line))
             except ValueError as error:
-                raise InputError(f"hydra.sweeper.also: {words}: {error}; its words are those of a shell") from error
-            keys = {word.key_or_group for word in further}
-            grids.append([*(word for word in overrides if word.key_or_group not in keys), *further])
+                raise InputError(f"hydra.sweeper.also: {line}: {error}; its words are those of a shell") from error
+            keys = {override.key_or_group for override in further}
+            grids.append([*(override for override in overrides if override.key_or_group not in keys), *further])
         jobs = [job for grid in grids for batch in BasicSweeper.split_arguments(grid, None) for job in batch]
         size = max_batch_size or len(jobs)
         return [jobs[start : start + size] for start in range(0, len(jobs), size)]
@@ -101,17 +94,6 @@ class LockstepSweeperConf(BasicSweeperConf):
 
 
 @dataclass
-class LockstepConf:
-    """Options of ``hydra/launcher=lockstep``: groups on the devices of this machine."""
-
-    _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepLauncher"
-    executor: str = "kdsweep.sweep.executors.local.Local"
-    plan: bool = False
-    devices: list[str] = field(default_factory=list)  # for groups at the same time; by default all of ``device``
-    processes: int = 1  # groups at the same time on the CPU
-
-
-@dataclass
 class OneByOneConf:
     """Options of ``hydra/launcher=one_by_one``: one cell after the other in this process, as without -m."""
 
@@ -121,12 +103,19 @@ class OneByOneConf:
 
 
 @dataclass
-class SlurmConf:
+class LockstepConf(OneByOneConf):
+    """Options of ``hydra/launcher=lockstep``: groups on the devices of this machine."""
+
+    executor: str = "kdsweep.sweep.executors.local.Local"
+    devices: list[str] = field(default_factory=list)  # for groups at the same time; by default all of ``device``
+    processes: int = 1  # groups at the same time on the CPU
+
+
+@dataclass
+class SlurmConf(OneByOneConf):
     """Options of ``hydra/launcher=lockstep_slurm``, with the names of Hydra's own submitit launcher."""
 
-    _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepLauncher"
     executor: str = "kdsweep.sweep.executors.slurm.Slurm"
-    plan: bool = False
     largest: int | None = None  # cells in a group, at most
     wait: bool = True  # stay until all is done; if not, the command ends when all is submitted
     partition: str | None = None  # for sbatch, as the next three; null leaves the cluster's default
@@ -144,12 +133,10 @@ class SlurmConf:
 
 
 @dataclass
-class RayConf:
+class RayConf(OneByOneConf):
     """Options of ``hydra/launcher=lockstep_ray``."""
 
-    _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepLauncher"
     executor: str = "kdsweep.sweep.executors.ray.OnRay"
-    plan: bool = False
     largest: int | None = None  # cells in a group, at most
     address: str | None = None  # of a running cluster: auto, HOST:PORT; null starts one of this machine alone
     gpus: float = 1.0  # of each group; a fraction lets groups share a GPU
