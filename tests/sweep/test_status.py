@@ -74,7 +74,7 @@ def test_a_cell_of_each_state_is_told_and_counted(tmp_path, hold):
     lines = tell(tmp_path, cells=cells)
     counts = "1 done, 1 running, 1 failed, 1 interrupted, 1 waiting"
     # two at a time: 48 epochs of 50 s, then 59, next to 60 of the one that was not begun
-    assert lines[0] == f"sweep study: 5 cells: {counts}; about 1.5 h left"
+    assert lines[0] == f"sweep study: 5 cells: {counts}; about 89 min left"
     assert lines[1] == ""
     assert lines[2].split("  ")[0] == "not finished"
     saved = [line for line in lines if " of 60 " in line]
