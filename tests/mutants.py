@@ -383,9 +383,9 @@ MUTANTS = [
     ),
     Mutant(
         "each method has a row of its own",
-        "results/panels.py",
-        'name.removesuffix("_WAug").rpartition("_")[0] for name in own]',
-        'name.partition("_")[0] for name in own]',
+        "results/figures/contours.py",
+        'name.removesuffix("_WAug").rpartition("_")[0] for name in others]',
+        'name.partition("_")[0] for name in others]',
         "tests/results/test_contours.py",
     ),
     Mutant(

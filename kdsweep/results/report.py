@@ -26,8 +26,10 @@ from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError, command, one_line
 from kdsweep.core.files import write_text
 from kdsweep.core.progress import duration
-from kdsweep.results import figures, formats, tables
-from kdsweep.results.figures import FIGURES, Choice, Location
+from kdsweep.results import formats, tables
+from kdsweep.results.figures import command as figures
+from kdsweep.results.figures import style
+from kdsweep.results.figures.command import FIGURES, Choice, Location
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import known_values
 from kdsweep.results.paper import BASELINES, CELLS
@@ -161,7 +163,7 @@ def make_figures(which: str, sweep: Sweep, *, place: Location, hide: Callable[[s
         for name, figure in drawn:
             alt = f"{heading}. Sweep {sweep.name}{name.removeprefix(which).replace('-', ', ', 1)}"
             if which == "figure2":
-                coded = base64.b64encode(figures.render(figure, "png")).decode()
+                coded = base64.b64encode(style.render(figure, "png")).decode()
                 pictures.append(Picture(name, alt, source=Markup(f"data:image/png;base64,{coded}")))
             else:
                 pictures.append(Picture(name, alt, svg=inline_svg(figure, prefix=name, hide=hide)))
@@ -172,7 +174,7 @@ def make_figures(which: str, sweep: Sweep, *, place: Location, hide: Callable[[s
 
 def inline_svg(figure: Figure, *, prefix: str, hide: Callable[[str], str]) -> Markup:
     """Return a figure as an SVG element whose ids are unique on the page and whose text stays text."""
-    svg = hide(figures.render(figure, "svg").decode())
+    svg = hide(style.render(figure, "svg").decode())
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S)
     own = figures.slug(prefix).replace("=", "-")
 

@@ -7,7 +7,9 @@ import pytest
 from test_tables import run_row, score_rows, sweep_of
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import capacity, costs, dsc, figures, plots, tables
+from kdsweep.results import capacity, costs, dsc, tables
+from kdsweep.results.figures import capacity as drawing
+from kdsweep.results.figures import style
 
 STUDENTS = {"large": ("resnet18", 3.0), "small": ("mobilenetv3_small_trimmed", 1.0)}
 COST = {"macs": 5, "cpu_1_thread_p95_ms": 9.0}
@@ -64,7 +66,7 @@ def test_a_front_by_hand():
 
 
 def test_the_figure_has_a_line_per_model_and_the_fronts(table):
-    figure = plots.capacity_plot(table=table, title="Size")
+    figure = drawing.figure(table, title="Size")
     for axes, column in zip(figure.axes, ("parameters", "latency"), strict=True):
         front, student, cell = axes.lines
         there = table[table[f"on_{column}_front"]]
@@ -72,9 +74,9 @@ def test_the_figure_has_a_line_per_model_and_the_fronts(table):
         assert sorted(student.get_ydata()) == sorted(table.loc[table["notation"] == "Student", "mean_dice_percent"])
         assert sorted(cell.get_ydata()) == sorted(table.loc[table["notation"] == "L_MSE", "mean_dice_percent"])
     assert figure.axes[0].get_xscale() == "log"
-    assert figures.render(figure, "svg") == figures.render(plots.capacity_plot(table=table, title="Size"), "svg")
+    assert style.render(figure, "svg") == style.render(drawing.figure(table, title="Size"), "svg")
     with pytest.raises(InputError, match="no Student of this sweep is finished"):
-        plots.capacity_plot(table=table.assign(mean_dice_percent=float("nan")), title="")
+        drawing.figure(table.assign(mean_dice_percent=float("nan")), title="")
 
 
 def test_a_sweep_with_one_student_is_refused():

@@ -2,7 +2,7 @@
 
 import shutil
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -18,13 +18,12 @@ from kdsweep.core.errors import InputError
 from kdsweep.data import sources
 from kdsweep.data.images import load_images
 from kdsweep.data.splits import random_split
-from kdsweep.results import contours
-from kdsweep.results.panels import figure2
+from kdsweep.results.figures import contours, examples
 from kdsweep.results.paper import BASELINES, CELLS
 from kdsweep.store import checkpoint
 
 S = 32
-GREEN, RED = "#00e050", "#ff1f3d"
+GREEN, RED = "#00e8a8", "#ff1f3d"
 SOLID = None  # the pattern of a line without gaps
 BLANK = np.zeros((S, S), np.uint8)
 OWN = ("Teacher", "Teacher_WAug", "Student", *(cell for cell in CELLS if cell.startswith("HReg")))
@@ -44,16 +43,12 @@ def by_hand(prediction, mask):
 
 def figure_of(predictions, *, mask=None, missing=None, dice=None, caption="why", title="what"):
     mask = box(8, 20, 8, 20) if mask is None else mask
-    predictions = {name: np.asarray(own, bool) for name, own in predictions.items()}
-    return figure2(
-        image=np.full((S, S, 3), 90, np.uint8),
-        mask=mask,
-        predictions=predictions,
-        missing=missing or {},
-        dice=dice or {name: by_hand(own, mask) for name, own in predictions.items()},
-        caption=caption,
-        title=title,
-    )
+    predictions = {name: np.asarray(prediction, bool) for name, prediction in predictions.items()}
+    dice = dice or {name: by_hand(prediction, mask) for name, prediction in predictions.items()}
+    image = np.full((S, S, 3), 90, np.uint8)
+    drawn = contours.figure(examples.Example(image, mask, predictions, missing or {}, dice, caption, title))
+    FigureCanvasAgg(drawn).draw()
+    return drawn
 
 
 def full(names, **more):
@@ -88,101 +83,85 @@ def area(curve):
 
 
 def written(figure):
-    return [text.get_text() for text in figure.texts]
+    return figure.legends[0].get_title().get_text().splitlines()
 
 
 # ---- which images --------------------------------------------------------------------------------------------------
 
 DICE = pd.DataFrame({"A": [0.9, 0.1, 0.5, 0.2, 0.8], "B": [0.7, 0.1, 0.7, 0.6, 0.6]}, index=list("vwxyz"))
-RANKED = list("wyxzv")  # means 0.1, 0.4, 0.6, 0.7, 0.8
 
 
-@pytest.mark.parametrize(
-    ("count", "expected"), [(1, "x"), (2, "yz"), (3, "yxz"), (4, "wyxz"), (5, "wyxzv")], ids=lambda value: str(value)
-)
-def test_images_are_picked_at_even_quantiles_of_their_mean_dice(count, expected):
-    assert contours.pick(DICE, count=count) == list(expected)
-    assert contours.pick(DICE[["B", "A"]].iloc[::-1], count=count) == list(expected)
+def choose(dice, count, ids=None):
+    return examples.choose(dice, count=count, ids=ids, where="split 0")
 
 
-def test_33_images_have_their_median_and_quartiles_at_places_9_17_25():
-    dice = pd.DataFrame({"A": np.arange(33) / 33}, index=[f"{place:02d}" for place in range(1, 34)])
-    assert contours.pick(dice, count=1) == ["17"]
-    assert contours.pick(dice, count=3) == ["09", "17", "25"]
+def test_images_are_at_even_quantiles_of_their_mean_dice():
+    expected = {1: "x", 2: "yz", 3: "yxz", 4: "wyxz", 5: "wyxzv"}  # means 0.1, 0.4, 0.6, 0.7, 0.8: w y x z v
+    for count, images in expected.items():
+        assert list(choose(DICE, count)) == list(images), count
+        assert list(choose(DICE[["B", "A"]].iloc[::-1], count)) == list(images), count
+    assert list(choose(DICE.loc[list("wyxz")], 1)) == ["y"], "the lower median"
+    many = pd.DataFrame({"A": np.arange(33) / 33}, index=[f"{place:02d}" for place in range(1, 34)])
+    assert list(choose(many, 3)) == ["09", "17", "25"]
+    equal = pd.DataFrame({"A": [0.1, 0.3, 0.2], "B": [0.2, 0.2, 0.3], "C": [0.3, 0.1, 0.1]}, index=["a", "c", "b"])
+    assert equal.mean(axis=1).nunique() > 1, "by rounding alone"
+    assert list(choose(equal, 3)) == ["a", "b", "c"]
+    for count in (0, 6):
+        with pytest.raises(InputError, match=rf"--count {count}: must be 1 to 5, the number of test images"):
+            choose(DICE, count)
 
 
-def test_of_an_even_number_of_images_the_lower_median_is_taken():
-    assert contours.pick(DICE.loc[list("wyxz")], count=1) == ["y"]
-
-
-def test_equal_means_rank_by_id_however_the_sums_were_rounded():
-    dice = pd.DataFrame({"A": [0.1, 0.3, 0.2], "B": [0.2, 0.2, 0.3], "C": [0.3, 0.1, 0.1]}, index=["a", "c", "b"])
-    assert dice.mean(axis=1).nunique() > 1  # by rounding alone
-    assert contours.pick(dice, count=3) == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("count", [0, 6])
-def test_more_images_than_there_are_is_refused(count):
-    with pytest.raises(InputError, match=rf"--count {count}: must be 1 to 5, the number of test images"):
-        contours.pick(DICE, count=count)
-
-
-def test_the_rule_is_told_in_words():
-    assert contours.rule(DICE, number=1, count=1) == "median of 5 test images by mean Dice over the 2 models shown"
-    told = [contours.rule(DICE[["A"]], number=number, count=3) for number in (1, 2, 3)]
+def test_the_rule_is_in_words():
+    assert choose(DICE, 1) == {"x": "median of 5 test images by mean Dice over the 2 models shown"}
     places = ["quantile 1/4", "median", "quantile 3/4"]
-    assert told == [f"{place} of 5 test images by Dice of the one model shown" for place in places]
+    words = list(choose(DICE[["A"]], 3).values())
+    assert words == [f"{place} of 5 test images by Dice of the one model shown" for place in places]
 
 
 # ---- which models --------------------------------------------------------------------------------------------------
 
 
-def test_a_teacher_stands_in_the_split_and_seed_of_the_cells_that_learnt_from_it():
+def test_a_teacher_is_in_the_split_and_seed_of_the_cells_that_learn_from_it():
     sweep = sweep_of(splits=(0, 1))
     sweep = changed(sweep, seed=sweep.runs["seed"].mask(sweep.runs["role"] != "teacher", 7))
-    found = contours.models_of(sweep, split=1, seed=7)
-    assert list(found.finished["notation"]) == [*BASELINES, *CELLS]
-    assert list(found.finished["fingerprint"]) == [fingerprint(name, 1) for name in (*BASELINES, *CELLS)]
-    assert found.missing == {}
+    finished, missing = examples.models_of(sweep, split=1, seed=7)
+    assert list(finished["notation"]) == [*BASELINES, *CELLS]
+    assert list(finished["fingerprint"]) == [fingerprint(name, 1) for name in (*BASELINES, *CELLS)]
+    assert missing == {}
 
 
-@pytest.mark.parametrize(
-    ("status", "told"),
-    [("FAILED", "failed"), ("RUNNING", "running"), ("KILLED", "interrupted"), ("missing", "not run")],
-)
-def test_a_model_without_a_finished_run_says_why(status, told):
-    found = contours.models_of(with_status(sweep_of(splits=(0, 1)), "H_KLD", 0, status), split=0, seed=0)
-    assert found.missing == {"H_KLD": told}
-    assert "H_KLD" not in found.finished.index
-    other = contours.models_of(with_status(sweep_of(splits=(0, 1)), "H_KLD", 0, status), split=1, seed=0)
-    assert other.missing == {}
-
-
-def test_a_model_never_asked_for_is_not_run_and_one_without_scores_says_so():
+def test_a_model_without_a_finished_run_says_why():
+    reasons = {"FAILED": "failed", "RUNNING": "running", "KILLED": "interrupted", "missing": "not run"}
+    for status, why in reasons.items():
+        sweep = with_status(sweep_of(splits=(0, 1)), "H_KLD", 0, status)
+        finished, missing = examples.models_of(sweep, split=0, seed=0)
+        assert missing == {"H_KLD": why}
+        assert "H_KLD" not in finished.index
+        assert examples.models_of(sweep, split=1, seed=0)[1] == {}
     sweep = without(sweep_of(splits=(0,)), "Student")
     sweep = replace(sweep, scores=sweep.scores[sweep.scores["fingerprint"] != fingerprint("L_MSE", 0)])
-    assert contours.models_of(sweep, split=0, seed=0).missing == {"Student": "not run", "L_MSE": "no scores"}
+    assert examples.models_of(sweep, split=0, seed=0)[1] == {"Student": "not run", "L_MSE": "no scores"}
 
 
-def test_a_finished_run_stands_for_a_cell_that_failed_under_other_options():
+def test_a_finished_run_hides_one_that_failed_under_other_options():
     sweep = sweep_of(["Student"], splits=(0,))
     failed = run_row("Student", 0, fingerprint="0-before", status="FAILED", params={})
     both = replace(sweep, runs=pd.concat([pd.DataFrame([failed]), sweep.runs], ignore_index=True))
-    found = contours.models_of(both, split=0, seed=0)
-    assert list(found.finished["fingerprint"]) == [fingerprint("Student", 0)]
-    assert "Student" not in found.missing
+    finished, missing = examples.models_of(both, split=0, seed=0)
+    assert list(finished["fingerprint"]) == [fingerprint("Student", 0)]
+    assert "Student" not in missing
 
 
-def test_rows_that_nobody_asked_for_are_left_out():
-    everything = [*BASELINES, *CELLS]
-    assert contours.whole_rows(sweep_of(splits=(0,))) == everything
-    assert contours.whole_rows(without(sweep_of(splits=(0,)), "H_KLD")) == everything
-    assert contours.whole_rows(without(sweep_of(OWN, splits=(0,)), "Student")) == list(OWN)
-
-
-def test_of_a_sweep_with_few_models_only_those_are_shown():
+def test_rows_that_the_sweep_does_not_request_are_left_out():
     few = ["Teacher_WAug", "Student", "L_KLD_WAug"]
-    assert contours.whole_rows(sweep_of(few, splits=(0,))) == few
+    cases = [
+        (sweep_of(splits=(0,)), [*BASELINES, *CELLS]),
+        (without(sweep_of(splits=(0,)), "H_KLD"), [*BASELINES, *CELLS]),
+        (without(sweep_of(OWN, splits=(0,)), "Student"), list(OWN)),
+        (sweep_of(few, splits=(0,)), few),
+    ]
+    for sweep, expected in cases:
+        assert examples.default_models(sweep) == expected
 
 
 def test_cells_of_ones_own_follow_by_path_and_loss():
@@ -190,7 +169,7 @@ def test_cells_of_ones_own_follow_by_path_and_loss():
     sweep = sweep_of(splits=(0,))
     sweep = replace(sweep, runs=pd.concat([sweep.runs, pd.DataFrame(rows)], ignore_index=True))
     own = ["L_Focal", "X_MSE", "X_KLD", "X_KLD_WAug", "X_Focal"]
-    assert contours.notations(sweep) == [*BASELINES, *CELLS, *own]
+    assert examples.notations(sweep) == [*BASELINES, *CELLS, *own]
 
 
 # ---- the grid ------------------------------------------------------------------------------------------------------
@@ -211,19 +190,18 @@ def test_cells_of_ones_own_get_rows_of_their_own():
     assert grid(full([*BASELINES, *CELLS, *methods]))[4:] == [methods[:4], methods[4:]]
 
 
-@pytest.mark.parametrize(("models", "lengths"), [(1, [2]), (3, [4]), (4, [3, 2]), (5, [3, 3]), (8, [3, 3, 3])])
-def test_few_models_are_shown_in_a_compact_grid(models, lengths):
-    names = [*BASELINES[1:], *CELLS][:models]
-    found = grid(full(names))
-    assert [len(row) for row in found] == lengths
-    assert [name for row in found for name in row] == ["Image", *names]
+def test_few_models_are_shown_in_a_compact_grid():
+    for models, lengths in ((1, [2]), (3, [4]), (4, [3, 2]), (5, [3, 3]), (8, [3, 3, 3])):
+        names = [*BASELINES[1:], *CELLS][:models]
+        shown = grid(full(names))
+        assert [len(row) for row in shown] == lengths, models
+        assert [name for row in shown for name in row] == ["Image", *names]
 
 
 @pytest.mark.parametrize("models", [1, 3, 4, 15])
 def test_panels_are_square_and_nothing_overlaps_or_leaves_the_page(models):
-    names = ["A_path_with_a_very_long_name_Its_loss_WAug", *BASELINES, *CELLS][-models:]
+    names = ["MyVeryLongPathWithName_FocalTversky_WAug", "MyVeryLongPathWithName_MSE", *BASELINES, *CELLS][-models:]
     figure = full(names, caption="word " * 60)
-    FigureCanvasAgg(figure).draw()
     assert figure.get_figwidth() == 7
     texts = [axes.title for axes in figure.axes] + list(figure.texts) + list(figure.legends)
     boxes = [one.get_window_extent() for one in texts] + [axes.bbox for axes in figure.axes]
@@ -233,22 +211,14 @@ def test_panels_are_square_and_nothing_overlaps_or_leaves_the_page(models):
         assert figure.bbox.x0 <= one.x0 < one.x1 <= figure.bbox.x1
         assert figure.bbox.y0 <= one.y0 < one.y1 <= figure.bbox.y1
     assert all(axes.bbox.width == pytest.approx(axes.bbox.height) for axes in figure.axes)
-
-
-def test_a_long_name_does_not_run_into_its_neighbor():
-    figure = full([*BASELINES, "MyVeryLongOwnPathWithName_FocalTversky_WAug", "MyVeryLongOwnPathWithName_MSE"])
-    FigureCanvasAgg(figure).draw()
-    for row in grid(figure):
-        extents = [panels(figure)[name].title.get_window_extent() for name in row]
-        assert all(left.x1 < right.x0 for left, right in pairwise(extents))
+    assert max(axes.bbox.width for axes in figure.axes) / figure.dpi > 1.5
 
 
 def test_letters_have_at_least_7_points():
     figure = full([*BASELINES, *CELLS[1:]], missing={"L_MSE": "failed"})
-    sizes = [axes.title.get_fontsize() for axes in figure.axes]
-    sizes += [text.get_fontsize() for text in (*figure.texts, *figure.legends[0].get_texts())]
-    sizes += [text.get_fontsize() for axes in figure.axes for text in axes.texts]
-    assert min(sizes) >= 7
+    texts = [text for axes in figure.axes for text in (axes.title, *axes.texts)]
+    texts += [*figure.texts, *figure.legends[0].get_texts(), figure.legends[0].get_title()]
+    assert min(text.get_fontsize() for text in texts) >= 7
 
 
 # ---- what is drawn -------------------------------------------------------------------------------------------------
@@ -340,9 +310,9 @@ def test_equal_cells_are_both_best_and_a_single_one_is_not():
 
 def test_caption_and_title_are_text_whatever_signs_they_hold(tmp_path):
     figure = full(["Student"], caption="image $a_1$ of {b}", title="sweep $x^$")
-    assert {"image $a_1$ of {b}", "sweep $x^$"} <= set(written(figure))
-    for suffix in ("png", "svg", "pdf"):
-        figure.savefig(tmp_path / f"figure.{suffix}", dpi=100)
+    assert written(figure)[0] == "image $a_1$ of {b}"
+    assert figure.get_suptitle() == "sweep $x^$"
+    figure.savefig(tmp_path / "figure.png", dpi=100)
     with Image.open(tmp_path / "figure.png") as picture:
         width, height = picture.size
     assert width == 700
@@ -387,12 +357,12 @@ def study(scored, small_busi, tmp_path, monkeypatch):
         assert name == "test_predictions.npz"
         return (tmp_path / f"{run['run_id']}.npz").read_bytes()
 
-    monkeypatch.setattr(contours.artifacts, "read", read)
+    monkeypatch.setattr(examples.artifacts, "read", read)
     return make
 
 
 def load(sweep, tmp_path, root=None, **changes):
-    return contours.load(sweep, store=tmp_path, root=root, **(ARGUMENTS | changes))
+    return examples.load(sweep, store=tmp_path, root=root, **(ARGUMENTS | changes))
 
 
 def test_what_is_shown_is_the_image_its_mask_and_each_models_prediction(study, scored, tmp_path):
@@ -413,7 +383,7 @@ def test_what_is_shown_is_the_image_its_mask_and_each_models_prediction(study, s
     rule = "median of 5 test images by mean Dice over the 6 models shown"
     assert shown.caption == f"Split 0, image {median}: {rule}"
     assert shown.title == "Sweep study (data busi, profile paper)"
-    assert grid(figure2(**shown._asdict())) == [["Image", *OWN[:3]], list(OWN[3:])]
+    assert grid(contours.figure(shown)) == [["Image", *OWN[:3]], list(OWN[3:])]
 
 
 def unsigned(sweep):
@@ -515,7 +485,7 @@ def test_other_images_than_those_scored_are_refused(study, small_busi, tmp_path)
     for file in moved.rglob("*_mask.png"):
         Image.fromarray(np.roll(np.asarray(Image.open(file).convert("L")), 3, axis=0)).save(file)
     remedy = r"name the folder of the sweep's images with --data-root"
-    told = rf"image \w+ \(\d+\) in {moved} is not the one that sweep study was scored on: Teacher has Dice 0\.\d+ there"
+    told = r"image \w+ \(\d+\) is not the one that sweep study was scored on: Teacher has Dice 0\.\d+"
     with pytest.raises(InputError, match=rf"{told} and 1\.000000 by its record; {remedy}"):
         load(sweep, tmp_path, root=moved)
 
@@ -536,7 +506,7 @@ def test_a_score_that_was_changed_is_refused(study, tmp_path):
 def test_predictions_of_another_size_are_refused(study, tmp_path):
     sweep = study()
     half = changed(sweep, params=[{**params, "image_size": "16"} for params in sweep.runs["params"]])
-    with pytest.raises(InputError, match=r"Teacher is 16 pixels wide there and the prediction 32; name the folder"):
+    with pytest.raises(InputError, match=r"Teacher is 16 pixels wide and the prediction 32; name the folder"):
         load(half, tmp_path)
 
 

@@ -16,7 +16,8 @@ from test_mirror import begin, make_cell
 from test_tables import rates, sweep_of
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import contours, figures
+from kdsweep.results.figures import command as figures
+from kdsweep.results.figures import examples, style
 from kdsweep.store import sweep_file
 from kdsweep.tracking import mirror, reader
 
@@ -57,11 +58,11 @@ def shown(number=1):
     mask[8:20, 8:20] = 1
     predictions = {"Student": np.roll(mask, 2, axis=0).astype(bool)}
     image = np.full((32, 32, 3), 90, np.uint8)
-    return contours.Shown(image, mask, predictions, {}, {"Student": 0.8}, f"caption {number}", "Sweep study")
+    return examples.Example(image, mask, predictions, {}, {"Student": 0.8}, f"caption {number}", "Sweep study")
 
 
 def test_each_figure_is_written_three_times_and_logged(call, monkeypatch, capsys):
-    monkeypatch.setattr(contours, "load", lambda *_, **__: [shown()])
+    monkeypatch.setattr(examples, "load", lambda *_, **__: [shown()])
     code, files, logged = call(sweep_of(splits=(0,)), "all")
     assert code == 0
     names = [name for name in figures.FIGURES if name not in ("capacity", "tuning")]  # of other sweeps
@@ -89,9 +90,9 @@ def test_equal_figures_are_equal_files():
         figure.subplots().bar([1, 2], [3, height])
         return figure
 
-    for suffix in figures.FORMATS:
-        assert figures.render(bars(4), suffix) == figures.render(bars(4), suffix)
-        assert figures.render(bars(4), suffix) != figures.render(bars(5), suffix)
+    for suffix in style.FORMATS:
+        assert style.render(bars(4), suffix) == style.render(bars(4), suffix)
+        assert style.render(bars(4), suffix) != style.render(bars(5), suffix)
 
 
 def test_several_images_and_settings_have_files_of_their_own(call, monkeypatch):
@@ -101,7 +102,7 @@ def test_several_images_and_settings_have_files_of_their_own(call, monkeypatch):
         asked.append((set(sweep.runs.loc[sweep.runs["role"] == "distilled", "notation"]), count))
         return [shown(1), shown(2)]
 
-    monkeypatch.setattr(contours, "load", load)
+    monkeypatch.setattr(examples, "load", load)
     sweep = rates({"1": 0.0, "2": 0.0}, splits=(0,), notations=("Teacher", "Student", "L_MSE"))
     _, files, _ = call(sweep, "figure2", "--count", "2")
     names = [name for name in files if name.endswith(".png")]
@@ -120,7 +121,7 @@ def test_a_quick_check_says_so_in_the_figure():
 
 
 def test_a_figure_that_cannot_be_drawn_leaves_the_others(call, monkeypatch, capsys):
-    monkeypatch.setattr(contours, "load", lambda *_, **__: (_ for _ in ()).throw(InputError("images are gone")))
+    monkeypatch.setattr(examples, "load", lambda *_, **__: (_ for _ in ()).throw(InputError("images are gone")))
     code, files, _ = call(sweep_of(("Teacher", "L_MSE"), splits=(0,)), "all")  # no Student
     assert code == 1
     assert {name.split(".")[0] for name in files} == {"effects", "curves"}
@@ -140,7 +141,7 @@ def test_settings_that_cannot_be_drawn_leave_the_others(call, capsys):
 
 def test_options_of_figure2_reach_it(call, monkeypatch):
     asked = {}
-    monkeypatch.setattr(contours, "load", lambda *_, **options: asked.update(options) or [shown()])
+    monkeypatch.setattr(examples, "load", lambda *_, **options: asked.update(options) or [shown()])
     words = ("--models", "Student,L_MSE", "--split", "2", "--seed", "1", "--image", "a", "--image", "b")
     call(sweep_of(splits=(0,)), "figure2", *words, "--data-root", "moved")
     assert asked["models"] == ["Student", "L_MSE"]
@@ -179,7 +180,7 @@ def test_a_data_set_of_ones_own_is_taken_from_the_command(tmp_path, monkeypatch,
     (tmp_path / "own_scans.py").write_text("class Clinic:\n    def __init__(self, root):\n        self.root = root\n")
     monkeypatch.syspath_prepend(tmp_path)
     asked = {}
-    monkeypatch.setattr(contours, "load", lambda *_, **options: asked.update(options) or [shown()])
+    monkeypatch.setattr(examples, "load", lambda *_, **options: asked.update(options) or [shown()])
     words = ("data=clinic", "data.root=here", f"hydra.searchpath=[file://{tmp_path / 'conf'}]")
     call(sweep_of(splits=(0,)), "figure2", *words)
     assert type(asked["source"]).__name__ == "Clinic"

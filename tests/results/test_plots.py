@@ -14,7 +14,8 @@ from matplotlib.text import Annotation, Text
 from test_tables import dice_all, dice_of, interval_of, sweep_of, with_dice, with_status
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import dsc, paper, plots
+from kdsweep.results import dsc, paper
+from kdsweep.results.figures import curves, effects, pairs, style
 
 HEADINGS = ["Logits", "Hidden", "Hidden-Regressor"]
 LONG = "; ".join(f"failed: split {split} seed 0, {split} seed 1" for split in range(6))
@@ -58,10 +59,10 @@ MEANS |= {cell: 72.0 + number for number, cell in enumerate(paper.CELLS)}
 SHIFTS = {0: -1.0, 1: 0.25, 2: 1.5}
 
 
-def drawn(*, scores=None, effects=None):
+def drawn(*, scores=None, main=None):
     scores = table_of(MEANS, splits=SHIFTS) if scores is None else scores
-    effects = effects_of() if effects is None else effects
-    return plots.effects_plot(scores=scores, effects=effects, title="A sweep")
+    main = effects_of() if main is None else main
+    return effects.figure(scores, main, title="A sweep")
 
 
 def said(axes):
@@ -221,7 +222,7 @@ def test_without_student_there_are_no_paired_intervals(missing):
 
 def test_a_row_with_a_gap_tells_its_reason_in_place_of_marks():
     left = drawn(scores=table_of(MEANS, splits=SHIFTS, gaps={"H_KLD": "failed: split 1", "L_MSE": LONG})).axes[0]
-    told = {text.get_text(): text.get_position()[1] for text in left.texts if text.get_color() == plots.GRAY}
+    told = {text.get_text(): text.get_position()[1] for text in left.texts if text.get_color() == style.GRAY}
     rows = [text.get_text() for text in left.get_yticklabels()]
     assert told["failed: split 1"] == rows.index("H_KLD")
     (short,) = set(told) - {"failed: split 1"}
@@ -235,7 +236,7 @@ def test_a_row_with_a_gap_tells_its_reason_in_place_of_marks():
 def test_nothing_but_gaps_is_a_figure_of_reasons():
     names = [*paper.BASELINES, *paper.CELLS]
     scores = table_of(dict.fromkeys(names, 50.0), gaps=dict.fromkeys(names, "not run"))
-    figure = drawn(scores=scores, effects=effects_of(**{f"row{row}": "needs L_MSE (not run)" for row in range(6)}))
+    figure = drawn(scores=scores, main=effects_of(**{f"row{row}": "needs L_MSE (not run)" for row in range(6)}))
     assert said(figure.axes[0]) == ["not run"] * 12
     assert [" ".join(text.split()) for text in said(figure.axes[1])] == ["needs L_MSE (not run)"] * 5
     assert figure.axes[0].get_xlim() == (0, 100)
@@ -244,7 +245,7 @@ def test_nothing_but_gaps_is_a_figure_of_reasons():
 
 
 def test_main_effects_with_interval_and_p_after_holm():
-    right = drawn(effects=effects_of(row1="needs H_MSE (not run)")).axes[1]
+    right = drawn(main=effects_of(row1="needs H_MSE (not run)")).axes[1]
     assert [text.get_text() for text in right.get_yticklabels()] == effects_of()["effect"].tolist()[:5]
     (line,) = [line for line in right.lines if line.get_marker() == "o"]
     np.testing.assert_array_equal(line.get_xdata(), [0.1, np.nan, 0.3, 1.5, -2.5])
@@ -262,7 +263,7 @@ def test_several_seeds_give_intervals_of_methods_too_thin_beside_those_of_the_ne
     scores["student_methods_high_points"] = scores["student_high_points"] + 2
     main = main.assign(methods_low_points=main["low_points"] - 1, methods_high_points=main["high_points"] + 1)
     main = main.assign(p_methods_holm=[1.0, 0.7, 0.09, 0.04, 0.5, 0.5])
-    figure = drawn(scores=scores, effects=main)
+    figure = drawn(scores=scores, main=main)
     left, right, beside = figure.axes
     own, wide = spans(left, 0, of=2), spans(left, 1, of=2)
     assert wide == [pytest.approx((low - 1.5, high + 2, y)) for low, high, y in own]
@@ -270,7 +271,7 @@ def test_several_seeds_give_intervals_of_methods_too_thin_beside_those_of_the_ne
     assert widths[0] > widths[1]
     ends = [line for line in left.lines if line.get_marker() == "|"]
     assert sorted(ends[0].get_xdata()) == pytest.approx(sorted(x for low, high, _ in wide for x in (low, high)))
-    assert "the same of methods (networks trained anew)" in legend(beside)
+    assert "the same of methods (other trainings)" in legend(beside)
     assert spans(right, 1, of=2)[0] == pytest.approx((-1.9, 3.1, 0))
     at = {text.get_position()[1]: text.get_text() for text in right.texts if not isinstance(text, Annotation)}
     assert at == {0: "1.0000", 1: "0.7000", 2: "0.0900", 3: "0.0400", 4: "0.5000"}
@@ -299,11 +300,11 @@ def test_scores_without_a_cell_are_refused():
 
 
 def test_a_panel_per_notation_holds_a_line_per_split_and_seed():
-    curves = curves_of(splits=(0, 1), seeds=(3, 7)).sample(frac=1, random_state=1)  # in no order
-    curves = pd.concat([curves, curves.assign(metric="val/loss", value=7.0)])
-    figure = plots.curves_plot(curves=curves, title="A sweep")
+    frame = curves_of(splits=(0, 1), seeds=(3, 7)).sample(frac=1, random_state=1)  # in no order
+    frame = pd.concat([frame, frame.assign(metric="val/loss", value=7.0)])
+    figure = curves.figure(frame, title="A sweep")
     axes = panels(figure)["L_KLD"]
-    own = [line for line in axes.lines if line.get_color() != plots.LIGHT]
+    own = [line for line in axes.lines if line.get_color() != style.LIGHT]
     assert [line.get_xdata().tolist() for line in own] == [[1, 2, 3, 4]] * 4
     starts = [line.get_ydata()[0] for line in own]
     assert starts == pytest.approx([0.2031, 0.2071, 0.2131, 0.2171])
@@ -315,45 +316,45 @@ def test_a_panel_per_notation_holds_a_line_per_split_and_seed():
 
 def test_the_students_curves_lie_in_gray_behind_the_cells_only():
     names = ("Student", "Teacher", "L_MSE", "AT_MAE")
-    figure = plots.curves_plot(curves=curves_of(names), title="A sweep")
+    figure = curves.figure(curves_of(names), title="A sweep")
     behind = {
-        name: [line for line in axes.lines if line.get_color() == plots.LIGHT] for name, axes in panels(figure).items()
+        name: [line for line in axes.lines if line.get_color() == style.LIGHT] for name, axes in panels(figure).items()
     }
     assert {name: len(found) for name, found in behind.items()} == {"L_MSE": 2, "Student": 0, "Teacher": 0, "AT_MAE": 2}
     assert behind["L_MSE"][1].get_ydata().tolist() == pytest.approx([0.0101, 0.0102, 0.0103, 0.0104])
     assert behind["L_MSE"][0].get_zorder() < panels(figure)["L_MSE"].lines[-1].get_zorder()
     assert figure.legends[0].get_texts()[-1].get_text().startswith("Student")
-    without = plots.curves_plot(curves=curves_of(("L_MSE", "Teacher")), title="A sweep")
+    without = curves.figure(curves_of(("L_MSE", "Teacher")), title="A sweep")
     assert [text.get_text() for text in without.legends[0].get_texts()] == ["split 0", "split 1"]
 
 
 def test_the_papers_cells_keep_their_places_and_the_others_follow():
     names = ("Teacher_WAug", "HReg_KLD_WAug", "Student", "L_KLD", "Teacher", "AT_MAE_WAug")
-    figure = plots.curves_plot(curves=curves_of(names), title="A sweep")
+    figure = curves.figure(curves_of(names), title="A sweep")
     shown = panels(figure)
     assert len(shown) == len(figure.axes)
     assert list(shown) == [*paper.CELLS, "Student", "Teacher", "Teacher_WAug", "AT_MAE_WAug"]
     empty = {name for name, axes in shown.items() if said(axes) == ["no curve"]}
     assert empty == set(paper.CELLS) - {"HReg_KLD_WAug", "L_KLD"}
-    one = panels(plots.curves_plot(curves=curves_of(("L_KLD", "Student")), title="A sweep"))
+    one = panels(curves.figure(curves_of(("L_KLD", "Student")), title="A sweep"))
     assert list(one) == ["L_KLD", "Student"]
 
 
 def test_nan_leaves_a_hole_and_a_point_alone_is_marked():
-    curves = curves_of(("L_MSE",), splits=(0,), epochs=6)
-    curves.loc[[1, 3], "value"] = np.nan
-    (line,) = panels(plots.curves_plot(curves=curves, title="A sweep"))["L_MSE"].lines
+    frame = curves_of(("L_MSE",), splits=(0,), epochs=6)
+    frame.loc[[1, 3], "value"] = np.nan
+    (line,) = panels(curves.figure(frame, title="A sweep"))["L_MSE"].lines
     assert np.isnan(line.get_ydata()).tolist() == [False, True, False, True, False, False]
     assert list(line.get_markevery()) == [True, False, True, False, False, False]
 
 
 def test_a_metric_that_no_run_has_is_refused_with_those_there_are():
     with pytest.raises(InputError, match=r"^metric=val/x: no run has a value of it; other metrics: val/dice$"):
-        plots.curves_plot(curves=curves_of(), title="A sweep", metric="val/x")
+        curves.figure(curves_of(), title="A sweep", metric="val/x")
     for nothing in (curves_of().iloc[:0], curves_of().assign(value=np.nan)):
         with pytest.raises(InputError, match=r"^metric=val/dice: no run has a value of it; other metrics: none$"):
-            plots.curves_plot(curves=nothing, title="A sweep")
-    other = plots.curves_plot(curves=curves_of().assign(metric="val/loss"), title="A sweep", metric="val/loss")
+            curves.figure(nothing, title="A sweep")
+    other = curves.figure(curves_of().assign(metric="val/loss"), title="A sweep", metric="val/loss")
     assert other.axes[0].get_ylabel() == "val/loss"
 
 
@@ -362,10 +363,10 @@ def test_a_metric_that_no_run_has_is_refused_with_those_there_are():
 
 def test_paired_holds_each_image_beside_students_of_the_same_place():
     sweep = with_status(sweep_of(splits=(0, 1), seeds=(0,)), "L_KLD", 1, "FAILED")
-    pairs = plots.paired(sweep)
-    assert list(pairs) == ["notation", "split", "seed", "image", "dice_ours", "dice_baseline"]
-    assert list(dict.fromkeys(pairs["notation"])) == [cell for cell in paper.CELLS if cell != "L_KLD"]
-    own = pairs[pairs["notation"] == "H_MSE"]
+    found = pairs.paired(sweep)
+    assert list(found) == ["notation", "split", "seed", "image", "dice_ours", "dice_baseline"]
+    assert list(dict.fromkeys(found["notation"])) == [cell for cell in paper.CELLS if cell != "L_KLD"]
+    own = found[found["notation"] == "H_MSE"]
     np.testing.assert_array_equal(own["dice_ours"], dice_all("H_MSE", (0, 1)))
     np.testing.assert_array_equal(own["dice_baseline"], dice_all("Student", (0, 1)))
     assert own["split"].tolist() == [0] * 12 + [1] * 12
@@ -374,19 +375,19 @@ def test_paired_holds_each_image_beside_students_of_the_same_place():
         sweep_of(("Teacher", "L_MSE")),
         sweep_of(("Student",)),
     ):
-        none = plots.paired(lacking)
+        none = pairs.paired(lacking)
         assert none.empty
-        assert list(none) == list(pairs)
+        assert list(none) == list(found)
 
 
 def test_paired_refuses_different_images():
     with pytest.raises(InputError, match=r"H_MSE and Student were scored on different images"):
-        plots.paired(with_dice(sweep_of(splits=(0,)), "H_MSE", 0, [0.5] * 13))
+        pairs.paired(with_dice(sweep_of(splits=(0,)), "H_MSE", 0, [0.5] * 13))
 
 
 def test_a_mark_per_image_with_a_shape_per_split():
-    pairs = pd.concat([pairs_of(0.1, -0.2), pairs_of(0.3, split=1), pairs_of(0.0, notation="AT_MAE")])
-    figure = plots.pairs_plot(pairs=pairs.assign(dice_baseline=[0.5, 0.4, 0.3, 0.2]), title="A sweep")
+    frame = pd.concat([pairs_of(0.1, -0.2), pairs_of(0.3, split=1), pairs_of(0.0, notation="AT_MAE")])
+    figure = pairs.figure(frame.assign(dice_baseline=[0.5, 0.4, 0.3, 0.2]), title="A sweep")
     shown = panels(figure)
     assert list(shown) == ["L_MSE", "AT_MAE"]
     first, second = [artist for artist in shown["L_MSE"].collections if isinstance(artist, PathCollection)]
@@ -407,13 +408,13 @@ def test_a_mark_per_image_with_a_shape_per_split():
     ],
 )
 def test_better_worse_equal_and_the_mean_are_counted(differences, told):
-    (axes,) = plots.pairs_plot(pairs=pairs_of(*differences), title="A sweep").axes
+    (axes,) = pairs.figure(pairs_of(*differences), title="A sweep").axes
     assert axes.get_title(loc="left") == f"L_MSE\n{told}"
 
 
 def test_no_pairs_are_refused():
     with pytest.raises(InputError, match=r"^nothing to compare: no cell and Student are both finished"):
-        plots.pairs_plot(pairs=pairs_of().iloc[:0], title="A sweep")
+        pairs.figure(pairs_of().iloc[:0], title="A sweep")
 
 
 # ---- all of them ---------------------------------------------------------------------------------------------------
@@ -426,19 +427,19 @@ CASES = {
     "own cells, six splits": lambda: drawn(scores=table_of(MEANS | dict.fromkeys(OWN, 75.5), splits=SIX)),
     "one cell": lambda: drawn(scores=table_of({"Student": 70.0, "L_KLD": 71.0})),
     "long gaps": lambda: drawn(
-        scores=table_of(MEANS, gaps={"L_MSE": LONG, "H_KLD": LONG}), effects=effects_of(row0=LONG, row1=LONG)
+        scores=table_of(MEANS, gaps={"L_MSE": LONG, "H_KLD": LONG}), main=effects_of(row0=LONG, row1=LONG)
     ),
     "close baselines": lambda: drawn(scores=table_of(MEANS | CLOSE)),
     "far baselines": lambda: drawn(scores=table_of(MEANS | {"Student": 1.0})),
-    "curves": lambda: plots.curves_plot(
-        curves=curves_of(("Student", *paper.CELLS, *OWN), splits=range(6), seeds=(0, 1)), title="long title " * 20
+    "curves": lambda: curves.figure(
+        curves_of(("Student", *paper.CELLS, *OWN), splits=range(6), seeds=(0, 1)), title="long title " * 20
     ),
-    "one curve": lambda: plots.curves_plot(curves=curves_of(("AT_MAE_WAug",), splits=(0,)), title="A sweep"),
-    "pairs": lambda: plots.pairs_plot(
-        pairs=pd.concat([pairs_of(*[0.1] * 120, *[0.0] * 120, notation=name) for name in (*paper.CELLS, *OWN)]),
+    "one curve": lambda: curves.figure(curves_of(("AT_MAE_WAug",), splits=(0,)), title="A sweep"),
+    "pairs": lambda: pairs.figure(
+        pd.concat([pairs_of(*[0.1] * 120, *[0.0] * 120, notation=name) for name in (*paper.CELLS, *OWN)]),
         title="A sweep",
     ),
-    "one pair": lambda: plots.pairs_plot(pairs=pairs_of(0.1), title="A sweep"),
+    "one pair": lambda: pairs.figure(pairs_of(0.1), title="A sweep"),
 }
 
 
@@ -463,8 +464,8 @@ def test_global_settings_neither_change_nor_count():
     before = dict(mpl.rcParams)
     figures = [
         drawn(),
-        plots.curves_plot(curves=curves_of(), title="A"),
-        plots.pairs_plot(pairs=pairs_of(0.1), title="A"),
+        curves.figure(curves_of(), title="A"),
+        pairs.figure(pairs_of(0.1), title="A"),
     ]
     assert dict(mpl.rcParams) == before
     assert not plt.get_fignums()
@@ -473,4 +474,4 @@ def test_global_settings_neither_change_nor_count():
         assert overlaps(drawn()) == (set(), set())
         figures[1].savefig(io.BytesIO(), format="svg")
         sizes = {text.get_fontsize() for axes in panels(figures[1]).values() for text in axes.get_xticklabels()}
-    assert sizes == {plots.FONT}
+    assert sizes == {style.FONT}

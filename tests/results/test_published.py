@@ -9,7 +9,8 @@ import pytest
 from test_tables import dice_all, sweep_of, with_status
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import dsc, figures, frame, published, tables
+from kdsweep.results import dsc, frame, published, tables
+from kdsweep.results.figures import command as figures
 
 NAMES = ("Teacher", "Student", "L_MSE", "H_MSE")
 COMMAND = "python -m kdsweep -m path=none,L data.root=/home/someone/busi 'split.group=\"/tmp/a b/groups.csv\"'"

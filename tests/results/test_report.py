@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from test_tables import FakeSweep, fingerprint, rates, sweep_of, with_status
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import contours, costs, effects, figures, formats, report, stats, summary, tables
+from kdsweep.results import costs, effects, formats, report, stats, summary, tables
+from kdsweep.results.figures import command as figures
+from kdsweep.results.figures import examples
 from kdsweep.results.frame import variants
 from kdsweep.results.stats import NAN
 from kdsweep.tracking import mirror, reader
@@ -118,7 +120,7 @@ def shown(sweep, **_):
     mask = np.zeros((32, 32), np.uint8)
     mask[8:20, 8:20] = 1
     image = np.full((32, 32, 3), 90, np.uint8)
-    return [contours.Shown(image, mask, {"Student": mask > 0}, {}, {"Student": 0.8}, "caption", sweep.name)]
+    return [examples.Example(image, mask, {"Student": mask > 0}, {}, {"Student": 0.8}, "caption", sweep.name)]
 
 
 @pytest.fixture
@@ -132,7 +134,7 @@ def call(monkeypatch, tmp_path):
 
     monkeypatch.setattr(reader, "attach", attached)
     monkeypatch.setattr(reader, "read_curves", curves_of)
-    monkeypatch.setattr(contours, "load", shown)
+    monkeypatch.setattr(examples, "load", shown)
     # the bootstrap takes seconds
     monkeypatch.setattr(stats, "clustered_interval", lambda rows: (-1.0, 1.0) if len(rows) else (NAN, NAN))
     monkeypatch.setattr(costs, "measure", lambda *_, **__: pytest.fail("measured"))
@@ -325,7 +327,7 @@ def test_what_cannot_be_made_leaves_the_rest(call, monkeypatch, capsys):
     def load(*_, **__):
         raise InputError(f"data.root={ROOT}: no <images> there")
 
-    monkeypatch.setattr(contours, "load", load)
+    monkeypatch.setattr(examples, "load", load)
     code, page, _ = call(stored(sweep_of(("Teacher", "L_MSE"), splits=(0,))), "--with-images", draws=True)
     assert code == 0
     check_document(page)

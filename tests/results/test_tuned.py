@@ -7,7 +7,8 @@ import pytest
 from test_tables import sweep_of
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import plots, tuned
+from kdsweep.results import tuned
+from kdsweep.results.figures import tuning
 from kdsweep.tuning import book
 
 
@@ -69,10 +70,10 @@ def test_seconds_of_several_splits_are_a_mean(trials):
 
 
 def test_a_figure_has_a_panel_for_each_method(trials):
-    figure = plots.tuning_plot(progress=tuned.best_by_seconds(trials), title="A title")
+    figure = tuning.figure(tuned.best_by_seconds(trials), title="A title")
     assert [axes.get_title(loc="left") for axes in figure.axes if axes.axison] == ["A", "B"]
     with pytest.raises(InputError, match="no trial of this sweep has ended yet"):
-        plots.tuning_plot(progress=tuned.best_by_seconds(trials.iloc[:0]), title="A title")
+        tuning.figure(tuned.best_by_seconds(trials.iloc[:0]), title="A title")
 
 
 def test_a_method_that_stays_as_configured_is_not_tested(trials):

@@ -2,38 +2,33 @@
 
 Usage: ``python -m kdsweep figures figure2|effects|curves|pairs|capacity|tuning|all [--sweep NAME] [--out DIR] [Hydra
 overrides]``. Hydra overrides, such as ``data=busi data.root=DIR``, may say which sweep is meant and where its images
-lie. ``--published FILE ...`` draws those of FROM_SCORES from files of ``publish`` instead.
+are. ``--published FILE ...`` draws those of FROM_SCORES from files of ``publish`` instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import importlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
-import matplotlib as mpl
-import pandas as pd
+from matplotlib.figure import Figure
 
 from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError, command
-from kdsweep.core.files import write_bytes
 from kdsweep.core.options import add_published, add_sweep
 from kdsweep.data import run_data, sources
-from kdsweep.results import contours, dsc, effects, panels, plots, published, tables, tuned
+from kdsweep.results import published, tables, tuned
+from kdsweep.results.figures import contours, examples, style
 from kdsweep.results.frame import known_values, variants
 from kdsweep.tracking import reader
+from kdsweep.tracking.reader import Sweep
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from kdsweep.tracking.reader import Sweep
-
-FIGURES = {
+FIGURES = {  # each but figure2 has a module of its name
     "figure2": "contours of all models on test images",
     "effects": "test DSC of each cell, and the main effects",
     "curves": "validation Dice over the epochs",
@@ -42,18 +37,11 @@ FIGURES = {
     "tuning": "best validation Dice against the seconds that a method's trials took",
 }
 FROM_SCORES = ("effects", "pairs", "capacity")  # the others need images, curves or Optuna's studies
-# Arguments of savefig by format. Dates are left out, so that equal figures are equal files.
-FORMATS: dict[str, dict[str, Any]] = {
-    "png": {"dpi": 200},
-    "pdf": {"metadata": {"CreationDate": None}},
-    "svg": {"metadata": {"Date": None}},
-}
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "kdsweep", "pdf.fonttype": 42}  # text stays text
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The models and images that ``figure2`` shows; see ``contours.load``."""
+    """The models and images that ``figure2`` shows; see ``examples.load``."""
 
     split: int | None = None
     seed: int | None = None
@@ -69,7 +57,7 @@ def draw(which: str, sweep: Sweep, *, store: Path, uri: str | None, choice: Choi
 
     Args:
         which: a key of FIGURES.
-        sweep: as ``tracking.read_sweep`` gives it.
+        sweep: as ``reader.read_sweep`` returns it.
         store: folder of the runs.
         uri: of the MLflow server or database, or None for the file in the store.
         choice: for figure2.
@@ -77,47 +65,23 @@ def draw(which: str, sweep: Sweep, *, store: Path, uri: str | None, choice: Choi
     Raises:
         InputError: the sweep lacks what some figures need; raised after the others are drawn.
     """
-    if which == "capacity":  # its points are the variants
-        yield which, plots.capacity_plot(table=_capacity(sweep), title=heading(which, sweep, label=""))
-        return
+    parts = {"": sweep} if which == "capacity" else variants(sweep)  # its points are the variants
     failed = []
-    for label, part in variants(sweep).items():
+    for label, part in parts.items():
         name = f"{which}-{slug(label)}" if label else which
         try:
-            if which == "figure2":
-                yield from _contours(part, name=name, label=label, store=store, uri=uri, choice=choice)
-            else:
-                yield name, _plot(which, part, title=heading(which, part, label=label), store=store, uri=uri)
+            if which != "figure2":
+                module = importlib.import_module(f"kdsweep.results.figures.{which}")
+                yield name, module.of_sweep(part, title=heading(which, part, label=label), store=store, uri=uri)
+                continue
+            shown = examples.load(part, store=store, uri=uri, **vars(choice))
+            for number, one in enumerate(shown, start=1):
+                one = one._replace(title=f"{one.title}, {label}" if label else one.title)
+                yield f"{name}-{number}" if len(shown) > 1 else name, contours.figure(one)
         except InputError as error:
             failed.append(f"{label}: {error}" if label else str(error))
     if failed:
         raise InputError("; ".join(failed))
-
-
-def _contours(
-    sweep: Sweep, *, name: str, label: str, store: Path, uri: str | None, choice: Choice
-) -> Iterator[tuple[str, Figure]]:
-    shown = contours.load(sweep, store=store, uri=uri, **vars(choice))
-    for number, one in enumerate(shown, start=1):
-        one = one._replace(title=f"{one.title}, {label}" if label else one.title)
-        yield f"{name}-{number}" if len(shown) > 1 else name, panels.figure2(**one._asdict())
-
-
-def _capacity(sweep: Sweep) -> pd.DataFrame:
-    from kdsweep.results import capacity  # loads torch: seconds that the other figures need not wait for
-
-    return capacity.capacity(sweep, scores=dsc.table4(sweep))
-
-
-def _plot(which: str, sweep: Sweep, *, title: str, store: Path, uri: str | None) -> Figure:
-    if which == "effects":
-        return plots.effects_plot(scores=dsc.table4(sweep), effects=effects.effects(sweep), title=title)
-    if which == "tuning":
-        trials = tuned.read(sweep, store=store, uri=uri).trials
-        return plots.tuning_plot(progress=tuned.best_by_seconds(trials), title=title)
-    if which == "curves":
-        return plots.curves_plot(curves=reader.read_curves(sweep, store=store, uri=uri), title=title)
-    return plots.pairs_plot(pairs=plots.paired(sweep), title=title)
 
 
 def heading(which: str, sweep: Sweep, *, label: str) -> str:
@@ -133,37 +97,13 @@ def slug(label: str) -> str:
     return re.sub(r"[^\w.=-]+", "_", label)
 
 
-def render(figure: Figure, suffix: str) -> bytes:
-    """Return the bytes of a figure as one of FORMATS; equal figures give equal bytes."""
-    stream = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(stream, format=suffix, **FORMATS[suffix])
-    return stream.getvalue()
-
-
-def write(figure: Figure, *, out_dir: Path, name: str) -> list[Path]:
-    """Write NAME.png, .pdf and .svg.
-
-    Raises:
-        InputError: the folder cannot be written to.
-    """
-    files = [out_dir / f"{name}.{suffix}" for suffix in FORMATS]
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            write_bytes(file, render(figure, file.suffix[1:]))
-    except OSError as error:
-        raise InputError(f"--out {out_dir}: cannot write there ({error.strerror})") from error
-    return files
-
-
 class Location(NamedTuple):
     """The place of a sweep.
 
     Attributes:
         store: folder of the runs.
         uri: of the MLflow server or database, or None for the file in the store.
-        sweep: its name; None takes the one last asked for.
+        sweep: its name; None takes the last one.
         root: folder of its images, if they were moved.
         source: its data set, if that is a user's own class.
     """
@@ -184,9 +124,9 @@ def parse_place(parser: argparse.ArgumentParser) -> None:
 
 def find_place(options: argparse.Namespace) -> Location:
     """Return the place of the sweep that the options of ``parse_place`` name."""
-    own = options.store or Path("multirun"), options.tracking_uri, options.sweep, options.data_root
+    by_options = options.store or Path("multirun"), options.tracking_uri, options.sweep, options.data_root
     if not options.overrides:
-        return Location(*own)
+        return Location(*by_options)
     cfg = composition.compose_config(options.overrides)  # unchecked: a table needs no folder of images
     typed = {word.lstrip("+").partition("=")[0] for word in options.overrides}
     root = Path(str(cfg.data.root)) if "data.root" in typed else None
@@ -221,22 +161,21 @@ def make(
     out_dir = out_dir or place.store / "figures"
     choice = replace(choice, root=place.root, source=place.source)
     failed = []
-    for name in suited(sweep, store=place.store, from_scores=bool(files)) if which == "all" else [which]:
+    for name in _applicable(sweep, store=place.store, from_scores=bool(files)) if which == "all" else [which]:
         try:
             for file_name, figure in draw(name, sweep, store=place.store, uri=place.uri, choice=choice):
-                drawn = write(figure, out_dir=out_dir, name=file_name)
-                told = f"wrote {out_dir / file_name}.{', .'.join(FORMATS)}"
+                written = style.write(figure, out_dir=out_dir, name=file_name)
+                line = f"wrote {out_dir / file_name}.{', .'.join(style.FORMATS)}"
                 if not files:
-                    told += f"; {reader.attach(sweep, drawn, folder='figures', store=place.store, uri=place.uri)}"
-                sys.stdout.write(f"{told}\n")
+                    line += f"; {reader.attach(sweep, written, folder='figures', store=place.store, uri=place.uri)}"
+                sys.stdout.write(f"{line}\n")
         except InputError as error:
             failed.append(str(error) if which == name else f"{name}: {error}")
     if failed:
         raise InputError("; ".join(failed))
 
 
-def suited(sweep: Sweep, *, store: Path, from_scores: bool) -> list[str]:
-    """Return those of FIGURES that suit a sweep; ``from_scores``: of published files, not of a store."""
+def _applicable(sweep: Sweep, *, store: Path, from_scores: bool) -> list[str]:
     has = {"capacity": tables.has_students(sweep), "tuning": not from_scores and tuned.is_tuned(sweep, store=store)}
     return [name for name in (FROM_SCORES if from_scores else FIGURES) if has.get(name, True)]
 
@@ -250,14 +189,12 @@ def main(argv: list[str] | None = None) -> None:
     parse_place(parser)
     add_published(parser)
     parser.add_argument("--out", type=Path, help="folder for the files (STORE/figures)")
-    own = parser.add_argument_group("figure2")
-    own.add_argument("--models", help="notations, comma between them (the paper's figure)")
-    own.add_argument("--split", type=int, help="index of the random split (the first with most models finished)")
-    own.add_argument("--seed", type=int, help="of the cells (likewise)")
-    own.add_argument("--count", type=int, default=1, help="how many test images, at even quantiles of Dice (1: median)")
-    own.add_argument("--image", action="append", help="id of a test image instead; may be repeated")
+    of_figure2 = parser.add_argument_group("figure2")
+    of_figure2.add_argument("--models", type=lambda text: text.split(","), help="notations, comma between them")
+    of_figure2.add_argument("--split", type=int, help="index of the random split (the first with most models finished)")
+    of_figure2.add_argument("--seed", type=int, help="of the cells (likewise)")
+    of_figure2.add_argument("--count", type=int, default=1, help="number of test images, at even quantiles of Dice (1)")
+    of_figure2.add_argument("--image", action="append", help="id of a test image instead; may be repeated")
     options = parser.parse_intermixed_args(argv)
-    models = options.models.split(",") if options.models else None
-    choice = Choice(options.split, options.seed, models, options.count, options.image)
-    place = find_place(options)
-    make(options.figure, place=place, out_dir=options.out, choice=choice, files=options.published)
+    choice = Choice(options.split, options.seed, options.models, options.count, options.image)
+    make(options.figure, place=find_place(options), out_dir=options.out, choice=choice, files=options.published)
