@@ -1,11 +1,12 @@
 """Show how good a Student of which size gets, with and without distillation: Dice against parameters and latency.
 
-A sweep over Students (``+experiment=capacity``) has the scores; parameters, MACs and latency are measured here when the
-table is made.
+A sweep over Students (``+experiment=capacity``) has the scores; parameters, MACs and latency are measured, once on a
+machine.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -25,12 +26,13 @@ OF_SCORES = ["gap", "mean_dice_percent", "std_dice_percent", VALIDATION]
 TO_STUDENT = ["difference_points", "low_points", "high_points", "p", "p_holm", "p_methods", "p_methods_holm"]
 
 
-def capacity(sweep: Sweep, *, scores: pd.DataFrame, repeats: int = REPEATS) -> pd.DataFrame:
+def capacity(sweep: Sweep, *, scores: pd.DataFrame, store: Path | None = None, repeats: int = REPEATS) -> pd.DataFrame:
     """Return a row per Student and model: its cost, Dice (%), difference to the plain Student of that size (points).
 
     Args:
         sweep: its runs record their networks.
         scores: Table 4 of the sweep, column settings first.
+        store: folder of the runs, which keeps what was measured.
         repeats: timed forward passes of each network.
 
     Returns:
@@ -49,7 +51,7 @@ def capacity(sweep: Sweep, *, scores: pd.DataFrame, repeats: int = REPEATS) -> p
     rows = []
     for row in scores[~scores["notation"].str.startswith("Teacher")].to_dict("records"):
         network = networks[row["settings"]]
-        cost = costs.measure(network, repeats=repeats)
+        cost = costs.measure(network, store=store, repeats=repeats)
         own = {name: row[name] for name in OF_SCORES} | {name: row[f"student_{name}"] for name in TO_STUDENT}
         place = {"settings": row["settings"], "notation": row["notation"], "encoder": network.encoder}
         rows.append({**place, "image_size": network.image_size, **{name: cost[name] for name in MEASURED}, **own})

@@ -1,24 +1,20 @@
 """The content of Table 5: costs of Teacher, Student and best cell on this machine, beside published figures.
 
-All costs are measured when the table is made; only the published figures are constants.
+All costs are measured, once on a machine (``evaluation.costs``); only the published figures are constants.
 """
 
 from __future__ import annotations
 
 import json
-import platform
-import re
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 
-from kdsweep.core.device import Compute, placed, usable_cores
-from kdsweep.evaluation import latency
+from kdsweep.core.device import usable_cores
+from kdsweep.evaluation.costs import Network, cpu_name, measure
 from kdsweep.evaluation.latency import REPEATS, WARM_UP
-from kdsweep.models import unet
 from kdsweep.results import formats
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import VALIDATION, known_values
@@ -33,14 +29,6 @@ TIMINGS = {"cpu_1_thread": "CPU, 1 thread (ms)", "cpu_all_threads": "CPU, all th
 COUNTS = ["image_size", "parameters", "macs"]
 COLUMNS = [f"{name}_{part}_ms" for name in TIMINGS for part in ("median", "p95")] + ["file_mb", "mean_dice_percent"]
 COLUMNS += ["published_parameters_millions", "published_gflops", "published_dice_percent"]
-
-
-class Network(NamedTuple):
-    """The options that decide the cost of a network."""
-
-    encoder: str
-    decoder_channels: tuple[int, ...]
-    image_size: int
 
 
 def table5(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = REPEATS) -> pd.DataFrame:
@@ -74,7 +62,7 @@ def table5(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = RE
             "published_dice_percent": scores["paper_mean_dice_percent"].get(notation, NAN),
             "source": f"{SOURCE}, text and Table 4",
         }
-        cost = {"image_size": network.image_size, **measure(network, repeats=repeats)} if network else {}
+        cost = {"image_size": network.image_size, **measure(network, store=store, repeats=repeats)} if network else {}
         rows.append(row | cost)
     for name, figures in PUBLISHED.items():
         row = {f"published_{key}": value for key, value in figures._asdict().items()}
@@ -107,35 +95,6 @@ def _file_mb(runs: pd.DataFrame, *, store: Path) -> float:
         for file in store.glob(f"{parent}/*-{run['fingerprint'][:10]}/{name}.safetensors"):
             return file.stat().st_size / 1e6
     return NAN
-
-
-@cache
-def measure(network: Network, *, repeats: int) -> dict[str, float]:
-    """Measure parameters, MACs and latency of one image in fp32, by column; without CUDA its columns are left out.
-
-    Equal networks, as Student and distilled student are, are measured once: all tables and figures of a page agree.
-    """
-    channels, size = list(network.decoder_channels), network.image_size
-    built = unet.freeze(unet.unet(encoder=network.encoder, decoder_channels=channels, weights="none", seed=0))
-    macs = unet.count_macs(built, image_size=size)
-    found: dict[str, float] = {"parameters": unet.count_parameters(built), "macs": macs}
-    kinds = [("cpu_1_thread", "cpu", 1), ("cpu_all_threads", "cpu", usable_cores())]
-    kinds += [("cuda", "cuda", torch.get_num_threads())] if torch.cuda.is_available() else []
-    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    for name, device_name, threads in kinds:
-        device = torch.device(device_name)
-        placed(built, Compute(device=device, precision="fp32"))
-        image = noise.to(device).to(memory_format=torch.channels_last)
-        timed = latency.time_ms(built, image, device=device, threads=threads, repeats=repeats)
-        found[f"{name}_median_ms"], found[f"{name}_p95_ms"] = timed
-    return found
-
-
-def cpu_name() -> str:
-    """Return the name of the processor, as far as the system gives it."""
-    file = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", file.read_text(encoding="utf-8"), re.M) if file.is_file() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _latency(median: float, slow: float) -> str:

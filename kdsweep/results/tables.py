@@ -148,7 +148,7 @@ def _of_table5(asked: Asked) -> Made:
 def _of_capacity(asked: Asked) -> Made:
     from kdsweep.results import capacity  # loads torch
 
-    table = capacity.capacity(asked.sweep, scores=dsc.table4(asked.sweep, test=asked.test))
+    table = capacity.capacity(asked.sweep, scores=dsc.table4(asked.sweep, test=asked.test), store=asked.store)
     notes = [*footnotes.provenance(asked.sweep), *capacity.notes(table)]
     return Made(HEADINGS[asked.which], table.assign(test=asked.test), capacity.format_capacity(table), notes)
 

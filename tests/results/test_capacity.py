@@ -33,7 +33,7 @@ def sweep():
 def table(sweep, monkeypatch):
     by_encoder = dict(STUDENTS.values())
 
-    def measure(network, *, repeats):
+    def measure(network, *, repeats, **_):
         cost = by_encoder[network.encoder]
         return {"parameters": int(1e6 * cost), "cpu_1_thread_median_ms": 10 / cost, **COST}
 

@@ -13,7 +13,6 @@ from test_tables import ALL, FakeSweep, changed, run_row, score_rows, sweep_of, 
 from torch import nn
 
 from kdsweep.core.device import usable_cores
-from kdsweep.evaluation import latency
 from kdsweep.models import unet
 from kdsweep.results import costs, dsc, paper
 
@@ -80,24 +79,6 @@ def table(sweep, store):
     return made(sweep, store)[0]
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Forward passes of 1, 2, 3 ... ms, whatever they take, and how they were made."""
-    state = {"now": 0.0, "calls": 0, "threads": []}
-
-    def now(device):
-        state["calls"] += 1
-        if state["calls"] % 2 == 0:
-            state["now"] += state["calls"] / 2 / 1000
-            state["threads"].append(torch.get_num_threads())
-            assert torch.is_inference_mode_enabled()
-        return state["now"]
-
-    monkeypatch.setattr(latency, "_now_s", now)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return state
-
-
 # ---- what is measured ----------------------------------------------------------------------------------------------
 
 
@@ -138,43 +119,10 @@ def test_files_are_weighed_where_they_lie(sweep, table, tmp_path):
     assert costs.table5(sweep, store=tmp_path, scores=dsc.table4(sweep), repeats=1)["file_mb"].isna().all()
 
 
-def test_latency_is_median_and_95th_percentile_after_warm_up(clock):
-    network = costs.Network("mobilenetv3_small_trimmed", (16, 16, 8, 8, 8), 32)
-    before, warm = torch.get_num_threads(), costs.WARM_UP
-    found = costs.measure(network, repeats=21)
-    assert found["cpu_1_thread_median_ms"] == pytest.approx(warm + 11)
-    assert found["cpu_1_thread_p95_ms"] == pytest.approx(warm + 20)
-    assert found["cpu_all_threads_median_ms"] == pytest.approx(2 * warm + 21 + 11)
-    assert clock["threads"] == [1] * (warm + 21) + [usable_cores()] * (warm + 21)
-    assert torch.get_num_threads() == before
-    assert "cuda_median_ms" not in found
-
-
-def test_networks_are_timed_in_eval_mode_and_channels_last(clock, monkeypatch):
-    seen = []
-
-    def forward(self, images):
-        seen.append((self.training, images.shape, images.is_contiguous(memory_format=torch.channels_last)))
-
-    monkeypatch.setattr(unet, "count_macs", lambda network, image_size: 1)
-    monkeypatch.setattr(unet.UNet, "forward", forward)
-    costs.measure(costs.Network("mobilenetv3_small_trimmed", (16, 16, 8, 8, 8), 64), repeats=1)
-    assert set(seen) == {(False, (1, 3, 64, 64), True)}
-
-
-def test_equal_networks_are_measured_once(clock):
-    network = costs.Network("mobilenetv3_small_trimmed", (16, 16, 8, 8, 8), 96)
-    first = costs.measure(network, repeats=2)
-    timed = len(clock["threads"])
-    assert timed > 0
-    assert costs.measure(costs.Network(*network), repeats=2) == first
-    assert len(clock["threads"]) == timed
-
-
 def test_every_cost_is_a_measured_one(sweep, store, monkeypatch):
     order = {"resnet18": 1, "mobilenetv3_small_trimmed": 2}
 
-    def measure(network, *, repeats):
+    def measure(network, *, repeats, **_):
         assert repeats == 7
         return {name: 100.0 * order[network.encoder] + i for i, name in enumerate(names)}
 

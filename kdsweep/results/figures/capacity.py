@@ -22,12 +22,12 @@ COSTS = {  # panels: front, column of the table, unit
     "parameters (M)": ("parameters", "parameters", 1e6),
     "latency of one image (ms, CPU, 1 thread)": ("latency", "cpu_1_thread_median_ms", 1),
 }
-TICK = 1.12  # smallest ratio of two costs whose labels do not meet
+LABEL = 0.09  # the share of the axis that a label takes
 
 
 def of_sweep(sweep: Sweep, *, title: str, store: Path, uri: str | None) -> Figure:
     """Draw the scores of a sweep over Students; latency is measured here."""
-    return figure(capacity.capacity(sweep, scores=dsc.table4(sweep)), title=title)
+    return figure(capacity.capacity(sweep, scores=dsc.table4(sweep), store=store), title=title)
 
 
 def figure(table: pd.DataFrame, *, title: str) -> Figure:
@@ -57,7 +57,8 @@ def figure(table: pd.DataFrame, *, title: str) -> Figure:
         return {"color": look.color, "linestyle": look.line, "marker": look.marker, "markersize": 4, "linewidth": 1}
 
     def draw(axes: Axes, label: str, rows: pd.DataFrame) -> None:
-        axes.set(xscale="log", title="", xlabel=label)
+        axes.set(xscale="log", xlabel=label)
+        axes.set_title("", loc="left")
         front = rows[rows["on_front"]]
         step: dict[str, Any] = {"color": LIGHT, "linewidth": 4, "zorder": 1, "solid_capstyle": "butt"}
         axes.step(front["cost"], front["mean_dice_percent"], where="post", **step)
@@ -78,7 +79,8 @@ def figure(table: pd.DataFrame, *, title: str) -> Figure:
 def _apart(costs: pd.Series) -> list[float]:
     """Return the costs whose labels have room on a logarithmic axis."""
     ticks: list[float] = []
+    apart = (costs.max() / costs.min()) ** LABEL
     for cost in np.unique(costs):
-        if not ticks or cost > TICK * ticks[-1]:
+        if not ticks or cost > apart * ticks[-1]:
             ticks.append(float(cost))
     return ticks
