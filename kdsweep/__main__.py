@@ -22,10 +22,7 @@ from kdsweep.core.errors import TRACEBACK, CellError, InputError, command, one_l
 WORDS = {
     "status": ("kdsweep.sweep.status:main", "how far a sweep is: done, running, failed, waiting, time left"),
     "tables": ("kdsweep.results.tables:main", "the paper's tables, effects, settings, seeds"),
-    "figures": (
-        "kdsweep.results.figures.command:main",
-        "contours, effects, learning curves, each image against Student",
-    ),
+    "figures": ("kdsweep.results.figures.command:main", "contours, effects, curves, each image against Student"),
     "report": ("kdsweep.results.report:main", "all of that as one HTML file"),
     "predict": ("kdsweep.export.predict:main", "masks of one's own images"),
     "export": ("kdsweep.export.onnx_file:main", "a trained network as one ONNX file"),

@@ -269,7 +269,7 @@ MUTANTS = [
     ),
     Mutant(
         "of two runs of a name the first begun one predicts",
-        "export/predict.py",
+        "export/model.py",
         "return (finished or begun)[0]",
         "return begun[0]",
         "tests/export/test_predict.py -k name",
@@ -760,7 +760,7 @@ MUTANTS = [
     # export
     Mutant(
         "damaged weights are used",
-        "export/predict.py",
+        "export/model.py",
         "if not cell_folder.check_file(folder, file.name):",
         "if False:",
         "tests/export",
@@ -982,13 +982,13 @@ MUTANTS = [
     Mutant(
         "study: int8 is calibrated on test images",
         "export/quantize.py",
-        'part="train", count=count)',
-        'part="test", count=count)',
+        'split_images(model, "train", ',
+        'split_images(model, "test", ',
         "tests/export/test_quantize.py",
     ),
     Mutant(
         "study: the best network is that of the test images",
-        "export/predict.py",
+        "export/model.py",
         'sort_values(["val_dice", *PLACE], ascending=False)',
         "sort_values(PLACE)",
         "tests/export/test_card.py",

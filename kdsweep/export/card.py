@@ -17,7 +17,7 @@ from kdsweep import __version__
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import without_folders
 from kdsweep.export import predict
-from kdsweep.export.predict import Model
+from kdsweep.export.model import Model
 from kdsweep.models.unet import count_macs, count_parameters
 from kdsweep.store import cell_folder
 
@@ -33,25 +33,27 @@ LOW = 0.5  # Dice below which the card counts an image
 
 
 def card(model: Model, content: bytes, *, name: str) -> str:
-    """Return the model card in Markdown.
+    """Return the model card of a finished run's network in Markdown.
 
     Args:
-        model: the network of a finished run.
+        model: the network.
         content: its ONNX file.
         name: of that file.
 
     Raises:
         InputError: the run's record is damaged.
     """
-    record, split = cell_folder.read(model.folder), cell_folder.read_split(model.folder)
-    params, tags = record.params, record.tags
-    node = "teacher" if model.tags["role"] == "teacher" else "student"
-    weights, data = str(params.get(f"{node}.weights")), str(params.get("data.name"))
+    record, split, params = cell_folder.read(model.folder), cell_folder.read_split(model.folder), model.params
+    weights = str(params.get("teacher.weights" if model.tags["role"] == "teacher" else "student.weights"))
+    data = str(params.get("data.name"))
+    try:
+        scores = pd.read_csv(model.folder / "test_scores.csv", dtype={"image": str, "label": str})
+    except (OSError, ValueError) as error:
+        raise InputError(f"--run {model.folder}: test_scores.csv is damaged") from error
     text = resources.files("kdsweep.export").joinpath("card.md.j2").read_text(encoding="utf-8")
     template = jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return template.render(
-        **{key: model.tags[key] for key in ("notation", "split", "seed", "role")},
-        fingerprint=model.tags["fingerprint"][:16],
+        **model.tags | {"fingerprint": model.tags["fingerprint"][:16]},
         parameters=count_parameters(model.network),
         macs=count_macs(model.network, image_size=model.image_size),
         encoder=model.encoder,
@@ -62,47 +64,28 @@ def card(model: Model, content: bytes, *, name: str) -> str:
         threshold=predict.THRESHOLD,
         source=SOURCES.get(data, data),
         counts=", ".join(f"{len(ids)} images for {part}" for part, ids in split.items()),
-        protocol=without_folders(tags["kdsweep.split_protocol"]),  # a card goes to others
-        data_digest=tags["kdsweep.data"][:16],
+        protocol=without_folders(record.tags["kdsweep.split_protocol"]),  # a card goes to others
+        data_digest=record.tags["kdsweep.data"][:16],
         weights=WEIGHTS.get(weights, Path(weights).name),
         params=params,
         best_epoch=record.values.get("best_epoch", float("nan")),
         val_dice=record.values.get("best/val_dice", float("nan")),
-        **_of_scores(model.folder),
+        scores=_table(scores),
+        dice=scores["dice"],
+        limit=LOW,
     )
-
-
-def _of_scores(folder: Path) -> dict[str, object]:
-    """Return what the card tells of a run's test images."""
-    try:
-        scores = pd.read_csv(folder / "test_scores.csv", dtype={"image": str, "label": str})
-    except (OSError, ValueError) as error:
-        raise InputError(f"--run {folder}: test_scores.csv is damaged") from error
-    return {
-        "scores": _table(scores),
-        "low": int((scores["dice"] < LOW).sum()),
-        "empty": int((scores["dice"] == 0).sum()),
-        "count": len(scores),
-        "limit": LOW,
-        "worst": scores["dice"].quantile(0.05),
-    }
 
 
 def _table(scores: pd.DataFrame) -> str:
     """Return test scores in Markdown: of all images, then by label where they have one."""
     groups = {"all test images": scores}
-    if "label" in scores and scores["label"].notna().any():
+    if "label" in scores:
         groups |= {str(label): part for label, part in scores.groupby("label")}
     rows = []
     for name, part in groups.items():
-        row: dict[str, object] = {"images": name, "n": len(part)}
+        row = {"images": name, "n": str(len(part))}
         for key, title in SCORES.items():
             if key in part:
                 row[title] = f"{100 * part[key].mean():.2f} ± {100 * part[key].std():.2f}"
         rows.append(row | ({"HD95 (pixels)": f"{part['hd95_px'].mean():.1f}"} if "hd95_px" in part else {}))
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
-
-
-def card_file(onnx_file: Path) -> Path:
-    """Return the place of the card beside an ONNX file."""
-    return onnx_file.with_suffix(".md")

@@ -10,12 +10,9 @@ import argparse
 import contextlib
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
 
 from kdsweep.config import composition, identity
 from kdsweep.config.grid import run_folder
@@ -30,32 +27,19 @@ from kdsweep.data.images import load_images
 from kdsweep.data.loaders import EvalPart, eval_part
 from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.evaluation import scoring
-from kdsweep.export import predict
+from kdsweep.export.model import load_model
 from kdsweep.store import cell_folder
 from kdsweep.tracking import reader
 from kdsweep.tracking.reader import EXTERNAL, Sweep
 
 
-def finished_folders(sweep: Sweep, store: Path) -> dict[str, Path]:
-    """Return the folders of a sweep's finished cells and Teachers, by the ids of their MLflow runs.
-
-    Raises:
-        InputError: none is finished.
-    """
-    runs = sweep.runs[sweep.runs["status"] == "FINISHED"].drop_duplicates("run_id")
-    found = {str(run["run_id"]): run_folder(store, run) for run in runs.to_dict("records")}
-    if not found:
-        raise InputError(f"sweep {sweep.name} has no finished run yet; its command goes on")
-    return found
-
-
 def score_sweep(
     sweep: Sweep, *, source: sources.Source, store: Path, uri: str | None, device: str, allow_empty_masks: bool = False
 ) -> tuple[int, list[str]]:
-    """Score every finished network of a sweep on another data set; what was scored before is not computed again.
+    """Score every finished network of a sweep on another data set; those with scores are not computed again.
 
     Args:
-        sweep: as ``tracking.read_sweep`` gives it.
+        sweep: as ``reader.read_sweep`` returns it.
         source: the other data set, all of whose images are scored.
         store: folder of the runs.
         uri: of the MLflow server or database, or None for the file in the store.
@@ -63,14 +47,17 @@ def score_sweep(
         allow_empty_masks: take images without a lesion.
 
     Returns:
-        How many networks were scored now, and a line for each that could not be.
+        The number of networks scored now, and a line for each that could not be.
 
     Raises:
-        InputError: the data set cannot be read, or holds images of the sweep's own.
+        InputError: no run is finished, or the data set cannot be read or holds images of the sweep's.
     """
+    runs = sweep.runs[sweep.runs["status"] == "FINISHED"].drop_duplicates("run_id")
+    if runs.empty:
+        raise InputError(f"sweep {sweep.name} has no finished run yet; its command resumes it")
+    folders = {str(run["run_id"]): run_folder(store, run) for run in runs.to_dict("records")}
     listed = sources.listing(source)
-    folders = finished_folders(sweep, store)
-    _refuse_own_images(sweep, source, listed.entries, store=store)
+    _refuse_shared_images(sweep, source, listed.entries, store=store)
     name = f"{source.name}-{listed.digest[:8]}.csv"
 
     @lru_cache(maxsize=1)
@@ -90,50 +77,43 @@ def score_sweep(
     count, problems = 0, []
     for run_id, folder in track(folders.items(), what="scoring", unit="network", total=len(folders)):
         try:
-            file, is_new = _score(folder, name, part, device=device)
-            count += is_new
-            reader.keep_external(file, run_id=run_id, store=store, uri=uri)
+            count += _score(folder, folder / EXTERNAL / name, part, device=device)
+            reader.keep_external(folder / EXTERNAL / name, run_id=run_id, store=store, uri=uri)
         except (InputError, OSError) as error:
             problems.append(f"{folder.name}: {one_line(error)}")
     return count, problems
 
 
-def _score(folder: Path, name: str, part: Any, *, device: str) -> tuple[Path, bool]:
-    """Return the file of a network's scores, and whether it was computed now."""
-    file = folder / EXTERNAL / name
-    if file.is_file():
-        return file, False
+def _score(folder: Path, file: Path, part: Callable[[int], EvalPart], *, device: str) -> bool:
+    """Write the file of a network's scores; return whether it was computed now."""
     with contextlib.ExitStack() as stack:
-        if not cell_folder.hold(stack, folder):
-            raise InputError("another process is at it; the same command goes on")
-        if file.is_file():  # by that process
-            return file, False
-        model = predict.load_model(folder)
+        if not file.is_file() and not cell_folder.hold(stack, folder):
+            raise InputError("another process is at it; the same command scores what is left")
+        if file.is_file():  # perhaps by that process
+            return False
+        model = load_model(folder)
         on = find_device(device)
         compute = Compute(device=on, precision=usable_precision(model.precision, on))
         compute.prepare()
-        params = cell_folder.read(folder).params
         images = part(model.image_size)
         predictions = scoring.predict(model.network.to(compute.device), images, compute=compute)
-        tolerance = float(params.get("scores.nsd_tolerance_px", 2.0))  # runs before NSD recorded none
-        table = scoring.score(predictions, images, nsd_tolerance_px=tolerance)
+        tolerance_px = float(model.params.get("scores.nsd_tolerance_px", 2.0))  # runs before NSD recorded none
         file.parent.mkdir(exist_ok=True)
-        write_text(file, table.to_csv(index=False))
-    return file, True
+        write_text(file, scoring.score(predictions, images, nsd_tolerance_px=tolerance_px).to_csv(index=False))
+    return True
 
 
-def _refuse_own_images(sweep: Sweep, source: sources.Source, entries: list[sources.Entry], *, store: Path) -> None:
+def _refuse_shared_images(sweep: Sweep, source: sources.Source, entries: list[sources.Entry], *, store: Path) -> None:
     """Raise InputError if images of the data set are among those that the sweep was trained on, pixel by pixel."""
-    known = sweep.runs[sweep.runs["params"].map(bool)]
-    if known.empty:
+    params = next(filter(None, sweep.runs["params"]), None)
+    if params is None:
         return
     try:
-        own = run_data.source(known["params"].iloc[0], store=store).entries()
-        theirs = _digests(own)
+        trained = _digests(run_data.source(params, store=store).entries())
     except (InputError, OSError, ValueError) as error:
         sys.stdout.write(f"not checked for images of the sweep's own data, which cannot be read: {one_line(error)}\n")
         return
-    shared = [image for digest, image in _digests(entries).items() if digest in theirs]
+    shared = [image for digest, image in _digests(entries).items() if digest in trained]
     if shared:
         raise InputError(
             f"data={source.name}: {len(shared)} of {len(entries)} images are also in the data that the sweep was "
@@ -141,23 +121,14 @@ def _refuse_own_images(sweep: Sweep, source: sources.Source, entries: list[sourc
         )
 
 
-def _digests(entries: Iterable[sources.Entry]) -> Mapping[str, str]:
+def _digests(entries: Iterable[sources.Entry]) -> dict[str, str]:
     """Return ids by the SHA-256 of decoded pixels: the same image in another file format counts as the same."""
-    found = {}
+    digests = {}
     for entry in entries:
         with contextlib.suppress(ValueError):  # named when the images are loaded
             pixels = read_gray_or_color(entry.image_file)
-            found[hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()] = entry.id
-    return found
-
-
-def means(sweep: Sweep, name: str) -> str:
-    """Return a line per network kind with its mean external Dice, for the end of the command."""
-    own = sweep.external[sweep.external["data_set"] == name].merge(
-        sweep.runs[["fingerprint", "notation"]].drop_duplicates()
-    )
-    dice: pd.Series = 100 * own.groupby("notation")["dice"].mean().sort_values(ascending=False)
-    return "\n".join(f"  {notation:20} Dice {value:5.2f} %" for notation, value in dice.items())
+            digests[hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()] = entry.id
+    return digests
 
 
 @command
@@ -170,20 +141,17 @@ def main(argv: list[str] | None = None) -> int:
     add_sweep(parser)
     options = parser.parse_intermixed_args(argv)
     settings = composition.compose(options.overrides)
-    source, listing = identity.source(settings), identity.listing(settings)
-    sweep = reader.read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
-    count, problems = score_sweep(
-        sweep,
-        source=source,
-        store=options.store,
-        uri=options.tracking_uri,
-        device=settings.device,
-        allow_empty_masks=bool(settings.data.allow_empty_masks),
-    )
-    name = f"{source.name}-{listing.digest[:8]}"
+    source, where = identity.source(settings), {"store": options.store, "uri": options.tracking_uri}
+    sweep = reader.read_sweep(**where, name=options.sweep)
+    empty = bool(settings.data.allow_empty_masks)
+    count, problems = score_sweep(sweep, source=source, **where, device=settings.device, allow_empty_masks=empty)
     sys.stdout.write(f"scored {plural(count, 'network')} now; mean over images, splits and seeds:\n")
-    sweep = reader.read_sweep(store=options.store, uri=options.tracking_uri, name=sweep.name)
-    sys.stdout.write(means(sweep, name) + "\n")
+    sweep = reader.read_sweep(**where, name=sweep.name)
+    notations = sweep.runs[["fingerprint", "notation"]].drop_duplicates()
+    name = f"{source.name}-{identity.listing(settings).digest[:8]}"
+    scores = sweep.external[sweep.external["data_set"] == name].merge(notations)
+    for notation, dice in scores.groupby("notation")["dice"].mean().sort_values(ascending=False).items():
+        sys.stdout.write(f"  {notation:20} Dice {100 * dice:5.2f} %\n")
     sys.stdout.write(f"compared with the sweep's own test images: tables external --sweep {sweep.name}\n")
     for problem in problems:
         sys.stderr.write(f"kdsweep: error: {problem}\n")

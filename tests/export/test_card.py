@@ -11,8 +11,8 @@ from test_predict import finish
 
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_json
-from kdsweep.export import card, predict
-from kdsweep.export import onnx as export
+from kdsweep.export import card, onnx_file
+from kdsweep.export import model as models
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.tracking import mirror
 from kdsweep.training.outcome import PREDICTIONS, SCORES
@@ -35,7 +35,7 @@ def cell(tmp_path_factory):
 
 
 def test_the_card_says_what_the_folder_holds(cell):
-    told = card.card(predict.load_model(cell.folder), b"content", name="student.onnx")
+    told = card.card(models.load_model(cell.folder), b"content", name="student.onnx")
     assert told.startswith("# L_MSE_WAug: lesions in ultrasound images, 0.82 M parameters\n")
     assert hashlib.sha256(b"content").hexdigest() in told
     rows = [re.sub(" +", " ", line) for line in told.splitlines() if line.startswith("| ")]
@@ -56,7 +56,7 @@ def test_a_damaged_record_is_named(cell, tmp_path):
     copy = shutil.copytree(cell.folder, tmp_path / "copy")
     (copy / SCORES).unlink()
     with pytest.raises(InputError, match=r"test_scores.csv is damaged"):
-        card.card(predict.load_model(copy), b"", name="student.onnx")
+        card.card(models.load_model(copy), b"", name="student.onnx")
 
 
 def test_best_is_the_run_with_the_highest_validation_dice_of_the_best_cell(empty_store, tmp_path, capsys):
@@ -73,12 +73,12 @@ def test_best_is_the_run_with_the_highest_validation_dice_of_the_best_cell(empty
         values = {"test/dice": test_dice, "best/val_dice": dice[key], "best_epoch": 1}
         cell_folder.write_finished(cell.folder, values=values, files=["student.safetensors"])
         tracker.sync(cell_folder.read(cell.folder), sweep="study")
-    found = predict.find_folder("best", store=store, uri=None)
+    found = models.find_folder("best", store=store, uri=None)
     assert found.resolve() == cells["mse", 1].folder.resolve()
-    assert predict.find_folder("best/study", store=store, uri=None) == found
+    assert models.find_folder("best/study", store=store, uri=None) == found
     out = tmp_path / "model" / "student.onnx"
-    assert export.main(["--run", "best", "--store", str(store), "--out", str(out)]) == 0
+    assert onnx_file.main(["--run", "best", "--store", str(store), "--out", str(out)]) == 0
     assert "and its card student.md" in capsys.readouterr().out
-    assert card.card_file(out).read_text(encoding="utf-8").startswith("# L_MSE_WAug")
+    assert out.with_suffix(".md").read_text(encoding="utf-8").startswith("# L_MSE_WAug")
     with pytest.raises(InputError, match="sweep=none is not in this store"):
-        predict.find_folder("best/none", store=store, uri=None)
+        models.find_folder("best/none", store=store, uri=None)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,10 @@ from kdsweep.core.errors import InputError
 from kdsweep.data import sources
 from kdsweep.data.images import load_images, read_entry, resize_mask
 from kdsweep.data.loaders import EvalPart
-from kdsweep.evaluation import latency, scoring
-from kdsweep.export import onnx as export
-from kdsweep.export import predict
-from kdsweep.results import costs
+from kdsweep.evaluation import scoring
+from kdsweep.evaluation.costs import cpu_name
+from kdsweep.export import model as models
+from kdsweep.export import onnx_file, predict
 from kdsweep.store import cell_folder, checkpoint
 from kdsweep.training import build
 
@@ -55,7 +54,7 @@ def of_busi(small_busi, tmp_path_factory) -> tuple[Cell, float]:
     chosen = [images.ids.index(image_id) for image_id in ids]
     pictures, masks = (torch.from_numpy(array[chosen]) for array in (images.eval_images, images.eval_masks))
     part = EvalPart(ids, [images.labels[i] for i in chosen], pictures, masks[:, None])
-    predictions = scoring.predict(predict.load_model(cell.folder).network, part, compute=CPU)
+    predictions = scoring.predict(models.load_model(cell.folder).network, part, compute=CPU)
     dice = float(scoring.score(predictions, part, nsd_tolerance_px=2.0)["dice"].mean())
     retest(cell.folder, dice)
     return cell, dice
@@ -64,7 +63,7 @@ def of_busi(small_busi, tmp_path_factory) -> tuple[Cell, float]:
 @pytest.fixture(scope="module")
 def exported(cell) -> Path:
     file = cell.store / "new" / "student.onnx"
-    assert export.main(["--run", "Student/split0", "--store", str(cell.store), "--out", str(file)]) == 0
+    assert onnx_file.main(["--run", "Student/split0", "--store", str(cell.store), "--out", str(file)]) == 0
     return file
 
 
@@ -76,7 +75,7 @@ def content(exported) -> bytes:
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_a_batch_of_any_size_gives_the_networks_probabilities(cell, exported, batch):
     session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
-    model = predict.load_model(cell.folder)
+    model = models.load_model(cell.folder)
     images = torch.cat([predict.prepare(noise(70, 90, 3, seed=i), image_size=SIZE) for i in range(batch)])
     (found,) = session.run(["probabilities"], {"images": images.numpy()})
     with torch.no_grad():
@@ -105,7 +104,9 @@ def test_the_file_says_where_it_is_from_and_how_images_are_prepared(cell, export
     }
     assert "subtract the mean (0.485, 0.456, 0.406), divide by the standard deviation (0.229, 0.224, 0.225)" in steps
     assert any(step.startswith(f"resize the whole image to {SIZE} x {SIZE}") for step in steps)
-    assert str(Path(export.__file__).parent.parent).encode() not in exported.read_bytes()  # no paths of this computer
+    assert (
+        str(Path(onnx_file.__file__).parent.parent).encode() not in exported.read_bytes()
+    )  # no paths of this computer
     assert sorted(file.name for file in exported.parent.iterdir()) == ["student.md", "student.onnx"]
 
 
@@ -117,22 +118,22 @@ def test_the_preprocessing_that_it_tells_is_the_one_that_is_done():
 
 
 def test_it_tells_parity_and_latency(cell, content, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "to_onnx", lambda _: content)
+    monkeypatch.setattr(onnx_file, "to_onnx", lambda _: content)
     (tmp_path / "images").mkdir()
     Image.fromarray(noise(91, 77)).save(tmp_path / "images" / "a.png")
     out = tmp_path / "a.onnx"
     threads = torch.get_num_threads()
     call = ["--run", str(cell.folder), "--out", str(out), "--images", str(tmp_path / "images")]
-    assert export.main(call) == 0
+    assert onnx_file.main(call) == 0
     first, latency, last = capsys.readouterr().out.splitlines()
     name = "Student split 0 seed 0 (mobilenetv3_small_trimmed, 64 x 64)"
     assert first == f"{name} to ONNX opset 18: {out}"
-    assert latency.startswith(f"one image on one thread of {costs.cpu_name()}, median of 50: ONNX Runtime ")
+    assert latency.startswith(f"one image on one thread of {cpu_name()}, median of 50: ONNX Runtime ")
     assert last.startswith(f"wrote {out} (")
     assert last.endswith(f"on 1 images of {tmp_path / 'images'}, allowed 1e-04")
     assert torch.get_num_threads() == threads
     (tmp_path / "images" / "b.png").touch()
-    assert export.main(call) == 1
+    assert onnx_file.main(call) == 1
     assert "b.png is not a readable image" in capsys.readouterr().err
 
 
@@ -142,11 +143,11 @@ def test_it_tells_parity_and_latency(cell, content, tmp_path, monkeypatch, capsy
 @pytest.fixture
 def made(content, tmp_path, monkeypatch, capsys):
     """Calls the command with the export done already; its lines, or the one with which it ends."""
-    monkeypatch.setattr(export, "to_onnx", lambda _: content)
+    monkeypatch.setattr(onnx_file, "to_onnx", lambda _: content)
 
     def make(folder: Path, *arguments: object) -> list[str]:
         words = ["--run", folder, "--store", tmp_path / "store", "--out", tmp_path / "a.onnx", *arguments]
-        code = export.main([str(word) for word in words])
+        code = onnx_file.main([str(word) for word in words])
         printed = capsys.readouterr()
         assert printed.err.count("\n") == code
         return (printed.err or printed.out).splitlines()
@@ -155,7 +156,7 @@ def made(content, tmp_path, monkeypatch, capsys):
 
 
 def test_both_cells_have_the_network_of_the_exported_file(cell, of_busi):
-    ours, theirs = (predict.load_model(one.folder).network.state_dict() for one in (cell, of_busi[0]))
+    ours, theirs = (models.load_model(one.folder).network.state_dict() for one in (cell, of_busi[0]))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
@@ -169,10 +170,10 @@ def test_by_default_it_compares_on_the_runs_test_images_and_reproduces_their_dic
 
 def test_the_test_images_are_those_of_the_split(of_busi, small_busi, tmp_path):
     cell, _ = of_busi
-    found = export.run_inputs(predict.load_model(cell.folder), store=tmp_path, data_root=None)
+    images, masks, _ = models.split_images(models.load_model(cell.folder), "test", store=tmp_path, data_root=None)
     entries = {entry.id: entry for entry in sources.Busi(small_busi).entries()}
     ids = json.loads((cell.folder / "split.json").read_text())["test"]
-    for image_id, image, mask in zip(ids, found.images, found.masks, strict=True):
+    for image_id, image, mask in zip(ids, images, masks, strict=True):
         picture, truth = read_entry(entries[image_id])
         torch.testing.assert_close(image, predict.prepare(picture, image_size=SIZE), rtol=0, atol=0)
         np.testing.assert_array_equal(mask[0].numpy(), resize_mask(truth, SIZE))
@@ -201,12 +202,12 @@ def test_a_mean_dice_worked_out_by_hand(of_busi, tmp_path):
     retest(folder, 0.75)
     found = np.array([[0.6, 0.5], [0.9, 0.1]], np.float32).reshape(2, 1, 1, 2)  # lesion, none; lesion, none
     masks = torch.tensor([[1, 1], [1, 0]]).reshape(2, 1, 1, 2)  # Dice 2/3 and 1
-    told = export.compare_dice(predict.load_model(folder), found, masks)
+    told = onnx_file.compare_dice(models.load_model(folder), found, masks)
     assert told.startswith("WARNING: mean Dice 0.8333 there, but recorded 0.7500 ")
-    model = predict.load_model(folder)
+    model = models.load_model(folder)
     (folder / "finished.json").write_text("{}")
     with pytest.raises(InputError, match=r"finished\.json is damaged"):
-        export.compare_dice(model, found, masks)
+        onnx_file.compare_dice(model, found, masks)
 
 
 def test_images_that_were_moved_are_found_by_their_new_folder(of_busi, small_busi, made, tmp_path):
@@ -216,9 +217,9 @@ def test_images_that_were_moved_are_found_by_their_new_folder(of_busi, small_bus
     (folder / "cell.json").write_text(text.replace(str(small_busi), "/gone"))
     told, _, _, last = made(folder)
     why = "the run's test images cannot be read: data.root=/gone: no such folder; give the folder that holds the images"
-    instead = "compared on 4 phantoms and 4 images of noise instead (--data-root DIR names images that were moved)"
+    instead = "compared on 4 phantoms instead (--data-root DIR names images that were moved)"
     assert told == f"{why}; {instead}"
-    assert last.endswith(" on 4 phantoms and 4 images of noise, allowed 1e-04")
+    assert last.endswith(" on 4 phantoms, allowed 1e-04")
     assert made(folder, "--data-root", small_busi)[-1].endswith(f"mean Dice {dice:.4f} there, recorded {dice:.4f}")
 
 
@@ -246,7 +247,7 @@ def test_test_images_that_cannot_be_had_are_told_with_the_reason(of_busi, made, 
     first, _, _, last = made(folder)
     assert first.startswith("the run's test images cannot be read: ")
     assert told in first
-    assert "4 phantoms and 4 images of noise" in last
+    assert "4 phantoms" in last
 
 
 def test_phantoms_are_read_from_the_runs_own_store_or_drawn_anew(cell, made, tmp_path):
@@ -255,10 +256,6 @@ def test_phantoms_are_read_from_the_runs_own_store_or_drawn_anew(cell, made, tmp
     assert "on the run's 1 test images (phantom), allowed 1e-04; " in made(folder)[-1]
     assert [entry.name for entry in (tmp_path / "elsewhere").iterdir()] == ["cells"]
     assert not (tmp_path / "store").exists()
-    model = predict.load_model(cell.folder)
-    assert export.find_store(model, named=tmp_path) == cell.store.resolve()
-    loose = shutil.copytree(cell.folder, tmp_path / "loose")
-    assert export.find_store(predict.load_model(loose), named=tmp_path) == tmp_path
 
 
 # ---- what differs --------------------------------------------------------------------------------------------------
@@ -279,7 +276,7 @@ class Constant:
 def test_a_file_that_computes_something_else_is_not_written(cell, made, tmp_path, monkeypatch, value):
     out = tmp_path / "a.onnx"
     out.write_text("an older one")
-    monkeypatch.setattr(export, "open_session", lambda _: Constant(value))
+    monkeypatch.setattr(onnx_file, "open_session", lambda _: Constant(value))
     told = made(cell.folder)[-1]
     assert "not written, probabilities of ONNX Runtime and PyTorch differ by up to" in told
     assert told.endswith("on the run's 1 test images (phantom); allowed are 1e-04")
@@ -291,37 +288,24 @@ def test_the_largest_difference_worked_out_by_hand():
         return images[:, :1]
 
     images = [torch.tensor([0.2, 0.45]).expand(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.6)]
-    found = export.onnx_probabilities(Constant(0.5), images)
+    found = onnx_file.onnx_probabilities(Constant(0.5), images)
     assert found.shape == (2, 1, 2, 2)
-    assert export.largest_difference(found, network, images) == pytest.approx(0.3)
+    assert onnx_file.largest_difference(found, network, images) == pytest.approx(0.3)
     found[1, 0, 1, 1] = np.nan
-    assert export.largest_difference(found, network, images) == np.inf
-
-
-def test_phantoms_and_noise_are_the_same_each_time():
-    first, again = (export.drawn_inputs(SIZE).images for _ in range(2))
-    assert [tuple(images.shape) for images in first] == [(1, 3, SIZE, SIZE)] * 8
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-def test_durations_are_told_as_median_and_95th_percentile(monkeypatch):
-    durations_s = [9.0] * latency.WARM_UP + [number / 1000 for number in range(1, latency.REPEATS + 1)]
-    ticks = iter(tick for duration_s in durations_s for tick in (0.0, duration_s))
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: next(ticks))
-    assert latency.time_ms(lambda: None, device=torch.device("cpu"), threads=1) == pytest.approx((25.5, 47.55))
+    assert onnx_file.largest_difference(found, network, images) == np.inf
 
 
 def test_a_missing_package_bad_weights_and_a_bad_place_are_told_in_one_line(
     cell, content, tmp_path, monkeypatch, capsys
 ):
     def refused(*arguments: object) -> str:
-        assert export.main([str(argument) for argument in arguments]) == 1
+        assert onnx_file.main([str(argument) for argument in arguments]) == 1
         printed = capsys.readouterr().err
         assert printed.startswith("kdsweep: error: ")
         assert printed.count("\n") == 1
         return printed
 
-    monkeypatch.setattr(export, "to_onnx", lambda _: content)
+    monkeypatch.setattr(onnx_file, "to_onnx", lambda _: content)
     assert "is a folder" in refused("--run", cell.folder, "--out", tmp_path)
     (tmp_path / "file").touch()
     assert "cannot write there" in refused("--run", cell.folder, "--out", tmp_path / "file" / "a.onnx")

@@ -19,6 +19,7 @@ from kdsweep.data.images import resize_image
 from kdsweep.data.loaders import EvalPart
 from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.evaluation import scoring
+from kdsweep.export import model as models
 from kdsweep.export import predict
 from kdsweep.models.weights import read_weights
 from kdsweep.store import cell_folder, checkpoint
@@ -51,8 +52,8 @@ def cell(tmp_path_factory) -> Cell:
 
 
 @pytest.fixture(scope="module")
-def model(cell) -> predict.Model:
-    found = predict.load_model(cell.folder)
+def model(cell) -> models.Model:
+    found = models.load_model(cell.folder)
     placed(found.network, CPU)
     return found
 
@@ -302,7 +303,7 @@ def test_results_of_images_of_one_stem_do_not_meet(tmp_path):
 
 
 def find(run: object, store: Path) -> Path:
-    return predict.find_folder(str(run), store=store, uri=None)
+    return models.find_folder(str(run), store=store, uri=None)
 
 
 def test_a_run_is_found_by_folder_and_by_name(cell):
@@ -332,7 +333,7 @@ def test_a_name_means_the_finished_run_and_two_of_them_are_not_guessed_between(c
     for folder in (finished, other):
         (folder / cell_folder.FINISHED).unlink()
     with pytest.raises(InputError, match="not finished"):
-        predict.load_model(find("Student/split0", tmp_path))
+        models.load_model(find("Student/split0", tmp_path))
 
 
 def test_a_run_is_found_by_its_id_in_mlflow(cell, empty_store, tmp_path):
@@ -363,7 +364,7 @@ def test_asking_for_an_id_creates_no_store(tmp_path):
 
 def test_a_teacher_is_loaded_as_one(tmp_path):
     teacher = finish(tmp_path, "path=L", teacher=True)
-    model = predict.load_model(find(f"{teacher.notation}/split0", tmp_path))
+    model = models.load_model(find(f"{teacher.notation}/split0", tmp_path))
     assert (model.encoder, model.network.training) == ("resnet18", False)
     stored = read_weights(teacher.folder / "teacher.safetensors")
     torch.testing.assert_close(model.network.state_dict(), stored, rtol=0, atol=0)
@@ -387,9 +388,9 @@ def test_what_is_damaged_is_refused_and_left_as_it_is(cell, images, tmp_path, ca
     about = json.loads((folder / cell_folder.CELL).read_text())
     del about["tags"]["kdsweep.notation"]
     (folder / cell_folder.CELL).write_text(json.dumps(about))
-    assert "cell.json is damaged (KeyError)" in refused(capsys, *call)
+    assert "cell.json is damaged" in refused(capsys, *call)
     (folder / cell_folder.CELL).write_text("{")
-    assert "cell.json is damaged (JSONDecodeError)" in refused(capsys, *call)
+    assert "cell.json is damaged" in refused(capsys, *call)
 
 
 def test_weights_of_another_network_are_refused(cell, tmp_path):
@@ -398,10 +399,10 @@ def test_weights_of_another_network_are_refused(cell, tmp_path):
     about["params"]["student.decoder_channels"] = [32, 32, 16, 16, 16]
     (folder / cell_folder.CELL).write_text(json.dumps(about))
     with pytest.raises(InputError, match="belongs to another network"):
-        predict.load_model(folder)
+        models.load_model(folder)
 
 
 def test_loading_writes_nothing(cell):
     before = {file: file.stat().st_mtime_ns for file in cell.folder.rglob("*")}
-    predict.load_model(cell.folder)
+    models.load_model(cell.folder)
     assert {file: file.stat().st_mtime_ns for file in cell.folder.rglob("*")} == before

@@ -9,13 +9,12 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import ttest_rel
-from test_predict import SIZE, finish
+from test_predict import finish
 
 from kdsweep.core.errors import InputError
 from kdsweep.evaluation import metrics
-from kdsweep.export import onnx as export
-from kdsweep.export import predict, quantize
-from kdsweep.results import dsc
+from kdsweep.export import model as models
+from kdsweep.export import onnx_file, quantize
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.tracking import mirror, reader
 from kdsweep.training.outcome import PREDICTIONS
@@ -42,7 +41,7 @@ def sweep(store):
 
 @pytest.fixture(scope="module")
 def model(store):
-    return predict.load_model(predict.find_folder("Student/split0", store=store, uri=None))
+    return models.load_model(models.find_folder("Student/split0", store=store, uri=None))
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +54,10 @@ def test_the_file_is_in_integers_and_close_to_the_network(model, store, forms):
     kinds = {onnx.TensorProto.DataType.Name(own.data_type) for own in onnx.load_from_string(content).graph.initializer}
     assert {"INT8", "UINT8"} <= kinds
     assert cost["int8_mb"] < 0.5 * cost["fp32_mb"]
-    images = export.run_inputs(model, store=store, data_root=None, part="train", count=4).images
-    found = export.onnx_probabilities(export.open_session(content), images)
+    images, _, _ = models.split_images(model, "train", store=store, data_root=None, count=4)
+    found = onnx_file.onnx_probabilities(onnx_file.open_session(content), images)
     with torch.no_grad():
-        expected = np.concatenate([export.Probabilities(model.network)(image).numpy() for image in images])
+        expected = np.concatenate([onnx_file.Probabilities(model.network)(image).numpy() for image in images])
     assert 0 < np.abs(found - expected).max() < 0.1
 
 
@@ -87,8 +86,8 @@ def test_processors_without_vnni_compute_the_same(model, store, forms, monkeypat
     quantize_static = quantization.quantize_static
     eight_bits = lambda *args, **options: quantize_static(*args, **{**options, "reduce_range": False})  # noqa: E731
     monkeypatch.setattr(quantization, "quantize_static", eight_bits)
-    images = export.run_inputs(model, store=store, data_root=None, part="train", count=4).images
-    sums = [without_vnni(weights) for weights in convolutions(quantize.to_int8(export.to_onnx(model), images))]
+    images, _, _ = models.split_images(model, "train", store=store, data_root=None, count=4)
+    sums = [without_vnni(weights) for weights in convolutions(quantize.to_int8(onnx_file.to_onnx(model), images))]
     assert any((saturating < exact).any() for saturating, exact in sums)
 
 
@@ -96,7 +95,7 @@ def test_the_ranges_are_those_of_training_images_alone(model, store, monkeypatch
     seen = []
     monkeypatch.setattr(quantize, "to_int8", lambda content, images: seen.extend(images) or content)
     quantize.compare_forms(model, store=store, data_root=None, count=3)
-    every = export.run_inputs(model, store=store, data_root=None, part="train").images
+    every, _, _ = models.split_images(model, "train", store=store, data_root=None)
     assert len(every) == len(cell_folder.read_split(model.folder)["train"])
     assert all(torch.equal(one, every[number * len(every) // 3]) for number, one in enumerate(seen))
     assert len(seen) == 3
@@ -104,14 +103,14 @@ def test_the_ranges_are_those_of_training_images_alone(model, store, monkeypatch
 
 def test_dice_is_that_of_each_form_on_the_test_images(model, store, forms):
     content, scores, _ = forms
-    inputs = export.run_inputs(model, store=store, data_root=None)
+    images, masks, _ = models.split_images(model, "test", store=store, data_root=None)
     assert scores["image"].tolist() == cell_folder.read_split(model.folder)["test"]
-    for name, file in {"fp32": export.to_onnx(model), "int8": content}.items():
-        found = export.onnx_probabilities(export.open_session(file), inputs.images)
-        mask, prediction = inputs.masks.bool().numpy(), found > 0.5
+    for name, file in {"fp32": onnx_file.to_onnx(model), "int8": content}.items():
+        found = onnx_file.onnx_probabilities(onnx_file.open_session(file), images)
+        mask, prediction = masks.bool().numpy(), found > 0.5
         dice = 2 * (mask & prediction).sum(axis=(1, 2, 3)) / (mask.sum(axis=(1, 2, 3)) + prediction.sum(axis=(1, 2, 3)))
         assert scores[name].tolist() == pytest.approx(dice.tolist(), abs=1e-6)
-    assert metrics.overlap(prediction=inputs.masks.bool(), mask=inputs.masks)["dice"].mean() == 1
+    assert metrics.overlap(prediction=masks.bool(), mask=masks)["dice"].mean() == 1
 
 
 def test_the_numbers_of_the_table():
@@ -151,7 +150,7 @@ def test_the_command(store, tmp_path, capsys):
     onnx.checker.check_model(onnx.load(next(tmp_path.glob("Student*.int8.onnx"))))
 
 
-def test_of_a_sweep_over_sizes_only_the_best_settings_are_taken(sweep, store):
+def test_of_a_sweep_over_sizes_only_the_best_settings_are_taken(sweep):
     parts = [
         sweep.runs.assign(variant=[{"student": name}] * 2, fingerprint=sweep.runs["fingerprint"] + name, val_dice=dice)
         for name, dice in (("small", 0.9), ("large", 0.8))
@@ -161,8 +160,7 @@ def test_of_a_sweep_over_sizes_only_the_best_settings_are_taken(sweep, store):
         [sweep.scores.assign(fingerprint=sweep.scores["fingerprint"] + name) for name in ("small", "large")]
     )
     varied = replace(sweep, runs=runs, scores=scores, varied=("student",))
-    part, ranking = dsc.best_variant(varied, dsc.table4(varied))
-    chosen = quantize.chosen_runs(part, ranking, store=store, models=None)
+    chosen = quantize.chosen_runs(varied, models=None)
     assert chosen["notation"].tolist() == ["Student", "L_MSE_WAug"]
     assert set(chosen["fingerprint"].str[64:]) == {"small"}
 
@@ -171,7 +169,6 @@ def test_what_is_refused(sweep, store, capsys, tmp_path):
     with pytest.raises(
         InputError, match=r"--models H_MSE: sweep study has no finished run of it; it has L_MSE_WAug, Student"
     ):
-        quantize.chosen_runs(sweep, dsc.table4(sweep), store=store, models=["H_MSE"])
+        quantize.chosen_runs(sweep, models=["H_MSE"])
     assert quantize.main(["--store", str(store), "--out", str(tmp_path), "--calibrate", "0"]) == 1
     assert "--calibrate 0: must be at least 1 image" in capsys.readouterr().err
-    assert SIZE == 64

@@ -15,8 +15,8 @@ from test_predict import SIZE, finish, noise
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.data import phantom
-from kdsweep.export import onnx as export
-from kdsweep.export import predict
+from kdsweep.export import model as models
+from kdsweep.export import onnx_file, predict
 from kdsweep.store import cell_folder
 from kdsweep.tracking import mirror
 from kdsweep.training.outcome import PREDICTIONS, SCORES
@@ -36,7 +36,7 @@ def cell(empty_store, tmp_path_factory) -> Cell:
 
 @pytest.fixture(scope="module")
 def content(cell) -> bytes:
-    return export.to_onnx(predict.load_model(cell.folder))
+    return onnx_file.to_onnx(models.load_model(cell.folder))
 
 
 @pytest.fixture
@@ -48,10 +48,10 @@ def client(cell) -> mlflow.MlflowClient:
 @pytest.fixture
 def call(cell, content, tmp_path, monkeypatch):
     """Exports and registers by the command, with the export done already."""
-    monkeypatch.setattr(export, "to_onnx", lambda _: content)
+    monkeypatch.setattr(onnx_file, "to_onnx", lambda _: content)
 
     def export_and_register(name: str, *more: str) -> int:
-        return export.main(["--run", str(cell.folder), "--out", str(tmp_path / "a.onnx"), "--register", name, *more])
+        return onnx_file.main(["--run", str(cell.folder), "--out", str(tmp_path / "a.onnx"), "--register", name, *more])
 
     return export_and_register
 
@@ -61,7 +61,7 @@ def run_of(client, cell: Cell):
     return run
 
 
-def probabilities(model: predict.Model, images: torch.Tensor) -> np.ndarray:
+def probabilities(model: models.Model, images: torch.Tensor) -> np.ndarray:
     with torch.no_grad():
         return torch.sigmoid(model.network(images).logits).numpy()
 
@@ -84,7 +84,7 @@ def test_what_is_registered_is_loaded_as_the_printed_line_says(cell, client, cal
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", re.search(r"MLFLOW_TRACKING_URI=(\S+)", told)[1])
     loaded = mlflow.pyfunc.load_model(re.search(r'load_model\("(.+)"\)', told)[1])
-    model = predict.load_model(cell.folder)
+    model = models.load_model(cell.folder)
     images = torch.cat([predict.prepare(noise(70, 90, 3, seed=i), image_size=SIZE) for i in range(3)])
     found = loaded.predict({"images": images.numpy()})["probabilities"]
     np.testing.assert_allclose(found, probabilities(model, images), rtol=0, atol=1e-4)
@@ -124,11 +124,11 @@ def test_the_example_is_a_phantom(cell, client, call):
 
 
 def test_a_model_that_comes_back_changed_leaves_no_version(cell, client, content):
-    model = predict.load_model(cell.folder)
+    model = models.load_model(cell.folder)
     for weights in model.network.parameters():
         weights.data.zero_()
     with pytest.raises(InputError, match=r"--register changed: not registered, what MLflow loads differs by .*1e-04"):
-        export.register(model, content, name="changed", store=cell.store, uri=None)
+        onnx_file.register(model, content, name="changed", store=cell.store, uri=None)
     assert client.search_registered_models("name = 'changed'") == []
     assert {logged.status for logged in client.search_logged_models(["1"])} <= {"READY"}
 
@@ -162,9 +162,9 @@ def test_a_run_that_mlflow_does_not_have_and_a_bad_name_are_told_in_one_line(
     assert told.endswith(
         f"tracking.uri=sqlite:///{broken}: the store does not open: (sqlite3.DatabaseError) file is not a database\n"
     )
-    model = predict.load_model(cell.folder)
+    model = models.load_model(cell.folder)
     with pytest.raises(InputError, match=rf"--register {NAME}: .* has no mlflow\.db; name the run's MLflow with"):
-        export.register(model, content, name=NAME, store=tmp_path, uri=None)
+        onnx_file.register(model, content, name=NAME, store=tmp_path, uri=None)
 
 
 def test_a_registered_model_is_found_again_in_a_store_that_was_moved(cell, client, call, tmp_path):

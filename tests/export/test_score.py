@@ -12,7 +12,8 @@ from test_predict import SIZE, finish
 from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError
 from kdsweep.evaluation import scoring
-from kdsweep.export import predict, score
+from kdsweep.export import model as models
+from kdsweep.export import score
 from kdsweep.results import external, tables
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.tracking import mirror, reader
@@ -56,14 +57,14 @@ def test_every_network_is_scored_once_and_the_table_comes_out(finished, small_bu
     (file,) = (cells[0].folder / "external").iterdir()
     kept = pd.read_csv(file)
     assert len(kept) == 25
-    model = predict.load_model(cells[0].folder)
+    model = models.load_model(cells[0].folder)
     images = score.load_images(source, load_size=SIZE, image_size=SIZE)
     part = score.eval_part(images, list(range(25)))
     compute = score.Compute(device=score.find_device("cpu"), precision="fp32")
     expected = scoring.score(scoring.predict(model.network, part, compute=compute), part, nsd_tolerance_px=2.0)
     assert kept["dice"].tolist() == pytest.approx(expected["dice"].tolist(), abs=1e-9)
 
-    monkeypatch.setattr(predict, "load_model", lambda _: pytest.fail("nothing is computed twice"))
+    monkeypatch.setattr(score, "load_model", lambda _: pytest.fail("nothing is computed twice"))
     assert score.main(arguments) == 0
     assert "2 networks, 0 to score" in capsys.readouterr().out
 
