@@ -32,14 +32,16 @@ def time_step_s(
     A step is that of a training: backward pass outside of autocast, fused Adam on CUDA, new gradients each time. A
     batch that does not fit into the memory is halved.
     """
-    try:
-        return _time_step_s(network, image_size=image_size, compute=compute, images=images, forward_only=forward_only)
-    except Exception as error:
-        if images == 1 or not is_out_of_memory(error):
-            raise
-    give_back_memory()
-    half = images // 2
-    return time_step_s(network, image_size=image_size, compute=compute, images=half, forward_only=forward_only)
+    while True:
+        try:
+            return _time_step_s(
+                network, image_size=image_size, compute=compute, images=images, forward_only=forward_only
+            )
+        except Exception as error:
+            if images == 1 or not is_out_of_memory(error):
+                raise
+        give_back_memory()
+        images //= 2
 
 
 def _time_step_s(network: UNet, *, image_size: int, compute: Compute, images: int, forward_only: bool) -> StepTime:
@@ -71,14 +73,9 @@ def _time_step_s(network: UNet, *, image_size: int, compute: Compute, images: in
 def time_ms(
     forward: Callable[..., object], *args: object, device: torch.device, threads: int, repeats: int = REPEATS
 ) -> tuple[float, float]:
-    """Return median and 95th percentile of the duration of a call in milliseconds, after WARM_UP calls.
+    """Return median and 95th percentile of a call's duration in milliseconds, after WARM_UP calls.
 
-    Args:
-        forward: the function to call.
-        args: its arguments.
-        device: the device that it computes on.
-        threads: PyTorch's CPU threads meanwhile.
-        repeats: number of timed calls.
+    The function computes on the device, with so many CPU threads of PyTorch.
     """
     before, durations = torch.get_num_threads(), []
     torch.set_num_threads(threads)

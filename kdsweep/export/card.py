@@ -33,12 +33,7 @@ LOW = 0.5  # Dice below which the card counts an image
 
 
 def card(model: Model, content: bytes, *, name: str) -> str:
-    """Return the model card of a finished run's network in Markdown.
-
-    Args:
-        model: the network.
-        content: its ONNX file.
-        name: of that file.
+    """Return the model card of a network in Markdown; content and name are those of its ONNX file.
 
     Raises:
         InputError: the run's record is damaged.

@@ -66,13 +66,9 @@ def parse_run(parser: argparse.ArgumentParser) -> None:
 
 
 def find_folder(run: str, *, store: Path, uri: str | None) -> Path:
-    """Return the folder of a run.
+    """Return the folder of a run, from the folder itself, its name, the id of its MLflow run, or best.
 
-    Args:
-        run: the folder itself, ``NOTATION/splitK`` or ``NOTATION/splitK/seedS``, the id of an MLflow run, ``best``
-            or ``best/SWEEP`` (see ``best_folder``).
-        store: folder of the runs.
-        uri: of the MLflow server or database, or None for the file in the store.
+    Names are ``NOTATION/splitK`` and ``NOTATION/splitK/seedS``; ``best`` and ``best/SWEEP`` are ``best_folder``'s.
 
     Raises:
         InputError: there is no such run, or several.

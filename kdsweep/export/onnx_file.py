@@ -142,12 +142,6 @@ def find_inputs(
 ) -> tuple[list[Tensor], Tensor | None, str]:
     """Return a folder's images, else the run's test images, else phantoms (and print that these are used).
 
-    Args:
-        model: the network whose input they become.
-        images: the folder.
-        store: has the run's phantoms.
-        data_root: folder of the run's images, if they were moved.
-
     Returns:
         The images, each (1, 3, S, S) and normalized; masks (N, 1, S, S) in {0, 1} of test images; their name in the
         printed lines.
@@ -188,11 +182,7 @@ def largest_difference(found: np.ndarray, network: nn.Module, images: list[Tenso
 
 
 def compare_dice(model: Model, found: np.ndarray, masks: Tensor) -> str:
-    """Return a sentence: the mean Dice of probabilities (N, 1, S, S) and the one that the run recorded.
-
-    Raises:
-        InputError: the record is damaged.
-    """
+    """Return a sentence: the mean Dice of probabilities (N, 1, S, S) and the one that the run recorded."""
     try:
         recorded = float((read_json(model.folder / cell_folder.FINISHED) or {})["values"]["test/dice"])
     except (DamagedError, KeyError, TypeError) as error:
@@ -222,7 +212,7 @@ def make(model: Model, *, out: Path, images: list[Tensor], masks: Tensor | None,
     """Export, compare, write file and card, and report it in three lines; return the content of the file.
 
     Raises:
-        InputError: the runtimes differ by more than TOLERANCE (nothing is written), or the file cannot be written.
+        InputError: the runtimes differ by more than TOLERANCE; nothing is written.
     """
     sys.stdout.write(f"{model} to ONNX opset {OPSET}: {out}\n")
     sys.stdout.flush()
@@ -244,8 +234,6 @@ def make(model: Model, *, out: Path, images: list[Tensor], masks: Tensor | None,
         with_card = f"and its card {card_file.name}"
     except InputError as error:
         with_card = f"without a card ({one_line(error)})"
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
     agree = f"probabilities differ from PyTorch's by at most {difference:.1e} on {where}, allowed {TOLERANCE:.0e}"
     sys.stdout.write(f"wrote {out} ({len(content) / 1e6:.1f} MB) {with_card}; {agree}{scored}\n")
     return content

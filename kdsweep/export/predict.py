@@ -167,10 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.write(f"{model}: {len(files)} images of {images} on {device}\n")
     sys.stdout.flush()
     compute = Compute(device=device, precision=usable_precision(model.precision, device))
-    try:
-        failed = predict_folder(model, files, out=out, compute=compute)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
+    failed = predict_folder(model, files, out=out, compute=compute)
     done = f"wrote masks and overlays of {len(files) - failed} of {len(files)} images and {TABLE} to {out}"
     sys.stdout.write(f"{done}; failed: {failed}; other files skipped: {others}\n")
     return int(failed > 0)

@@ -38,14 +38,6 @@ def score_sweep(
 ) -> tuple[int, list[str]]:
     """Score every finished network of a sweep on another data set; those with scores are not computed again.
 
-    Args:
-        sweep: as ``reader.read_sweep`` returns it.
-        source: the other data set, all of whose images are scored.
-        store: folder of the runs.
-        uri: of the MLflow server or database, or None for the file in the store.
-        device: as the configuration has it, such as ``auto``.
-        allow_empty_masks: take images without a lesion.
-
     Returns:
         The number of networks scored now, and a line for each that could not be.
 

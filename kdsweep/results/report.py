@@ -29,7 +29,7 @@ from kdsweep.core.progress import duration
 from kdsweep.results import formats, tables
 from kdsweep.results.figures import command as figures
 from kdsweep.results.figures import style
-from kdsweep.results.figures.command import FIGURES, Choice, Location
+from kdsweep.results.figures.command import FIGURES, Location
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import known_values
 from kdsweep.results.paper import BASELINES, CELLS
@@ -155,9 +155,7 @@ def make_table(which: str, sweep: Sweep, *, store: Path, uri: str | None = None,
 def make_figures(which: str, sweep: Sweep, *, place: Location, hide: Callable[[str], str]) -> Figures:
     """Draw one of FIGURES: photographs as PNG, the others as SVG."""
     heading = FIGURES[which][0].upper() + FIGURES[which][1:]
-    drawn = figures.draw(
-        which, sweep, store=place.store, uri=place.uri, choice=Choice(root=place.root, source=place.source)
-    )
+    drawn = figures.draw(which, sweep, place=place)
     pictures: list[Picture] = []
     try:
         for name, figure in drawn:

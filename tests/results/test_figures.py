@@ -98,7 +98,7 @@ def test_equal_figures_are_equal_files():
 def test_several_images_and_settings_have_files_of_their_own(call, monkeypatch):
     asked = []
 
-    def load(sweep, *, count, **_):
+    def load(sweep, *_, count, **__):
         asked.append((set(sweep.runs.loc[sweep.runs["role"] == "distilled", "notation"]), count))
         return [shown(1), shown(2)]
 

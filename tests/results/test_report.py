@@ -116,7 +116,7 @@ def small(which, **_):
     return tables.Made(which, text, text, ["a note"])
 
 
-def shown(sweep, **_):
+def shown(sweep, *_, **__):
     mask = np.zeros((32, 32), np.uint8)
     mask[8:20, 8:20] = 1
     image = np.full((32, 32, 3), 90, np.uint8)

@@ -31,11 +31,7 @@ def of_sweep(sweep: Sweep, *, title: str, store: Path, uri: str | None) -> Figur
 
 
 def figure(table: pd.DataFrame, *, title: str) -> Figure:
-    """Draw a line per model.
-
-    Args:
-        table: as ``capacity.capacity`` returns it.
-        title: of the figure.
+    """Draw what ``capacity.capacity`` returns: a line per model.
 
     Raises:
         InputError: no row has a score.

@@ -12,9 +12,8 @@ import importlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -39,28 +38,28 @@ FIGURES = {  # each but figure2 has a module of its name
 FROM_SCORES = ("effects", "pairs", "capacity")  # the others need images, curves or Optuna's studies
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The models and images that ``figure2`` shows; see ``examples.load``."""
+class Location(NamedTuple):
+    """The place of a sweep.
 
-    split: int | None = None
-    seed: int | None = None
-    models: list[str] | None = None
-    count: int = 1
-    ids: list[str] | None = None
-    root: Path | None = None
+    Attributes:
+        store: folder of the runs.
+        uri: of the MLflow server or database, or None for the file in the store.
+        sweep: its name; None takes the last one.
+        root: folder of its images, if they were moved.
+        source: its data set, if that is a user's own class.
+    """
+
+    store: Path
+    uri: str | None
+    sweep: str | None
+    root: Path | None
     source: sources.Source | None = None
 
 
-def draw(which: str, sweep: Sweep, *, store: Path, uri: str | None, choice: Choice) -> Iterator[tuple[str, Figure]]:
+def draw(which: str, sweep: Sweep, *, place: Location, **choice: Any) -> Iterator[tuple[str, Figure]]:
     """Draw one of FIGURES and name its file; yield several if it shows several images or settings.
 
-    Args:
-        which: a key of FIGURES.
-        sweep: as ``reader.read_sweep`` returns it.
-        store: folder of the runs.
-        uri: of the MLflow server or database, or None for the file in the store.
-        choice: for figure2.
+    The choice of models and images for figure2 is that of ``examples.load``.
 
     Raises:
         InputError: the sweep lacks what some figures need; raised after the others are drawn.
@@ -72,9 +71,10 @@ def draw(which: str, sweep: Sweep, *, store: Path, uri: str | None, choice: Choi
         try:
             if which != "figure2":
                 module = importlib.import_module(f"kdsweep.results.figures.{which}")
-                yield name, module.of_sweep(part, title=heading(which, part, label=label), store=store, uri=uri)
+                title = heading(which, part, label=label)
+                yield name, module.of_sweep(part, title=title, store=place.store, uri=place.uri)
                 continue
-            shown = examples.load(part, store=store, uri=uri, **vars(choice))
+            shown = examples.load(part, place.store, place.uri, root=place.root, source=place.source, **choice)
             for number, one in enumerate(shown, start=1):
                 one = one._replace(title=f"{one.title}, {label}" if label else one.title)
                 yield f"{name}-{number}" if len(shown) > 1 else name, contours.figure(one)
@@ -95,24 +95,6 @@ def heading(which: str, sweep: Sweep, *, label: str) -> str:
 def slug(label: str) -> str:
     """Turn a label into a part of a file's name."""
     return re.sub(r"[^\w.=-]+", "_", label)
-
-
-class Location(NamedTuple):
-    """The place of a sweep.
-
-    Attributes:
-        store: folder of the runs.
-        uri: of the MLflow server or database, or None for the file in the store.
-        sweep: its name; None takes the last one.
-        root: folder of its images, if they were moved.
-        source: its data set, if that is a user's own class.
-    """
-
-    store: Path
-    uri: str | None
-    sweep: str | None
-    root: Path | None
-    source: sources.Source | None = None
 
 
 def parse_place(parser: argparse.ArgumentParser) -> None:
@@ -140,17 +122,15 @@ def find_place(options: argparse.Namespace) -> Location:
     )
 
 
-def make(
-    which: str, *, place: Location, out_dir: Path | None, choice: Choice, files: Sequence[Path] | None = None
-) -> None:
+def make(which: str, *, place: Location, out: Path | None, files: Sequence[Path] | None = None, **choice: Any) -> None:
     """Draw, write and log one figure or all; a figure that cannot be drawn does not stop the others.
 
     Args:
         which: a key of FIGURES or all.
         place: of the sweep.
-        out_dir: folder of the figures; None is STORE/figures.
-        choice: for figure2.
+        out: folder of the figures; None is STORE/figures.
         files: of ``publish``, to draw from instead of a store; nothing is logged then.
+        choice: for figure2.
 
     Raises:
         InputError: there is no such sweep, or it lacks what a figure needs.
@@ -158,14 +138,13 @@ def make(
     if files and which not in (*FROM_SCORES, "all"):
         raise InputError(f"--published: {which} needs the store; --store names it")
     sweep = published.read(files) if files else reader.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
-    out_dir = out_dir or place.store / "figures"
-    choice = replace(choice, root=place.root, source=place.source)
+    out = out or place.store / "figures"
     failed = []
     for name in _applicable(sweep, store=place.store, from_scores=bool(files)) if which == "all" else [which]:
         try:
-            for file_name, figure in draw(name, sweep, store=place.store, uri=place.uri, choice=choice):
-                written = style.write(figure, out_dir=out_dir, name=file_name)
-                line = f"wrote {out_dir / file_name}.{', .'.join(style.FORMATS)}"
+            for file_name, figure in draw(name, sweep, place=place, **choice):
+                written = style.write(figure, out / file_name)
+                line = f"wrote {out / file_name}.{', .'.join(style.FORMATS)}"
                 if not files:
                     line += f"; {reader.attach(sweep, written, folder='figures', store=place.store, uri=place.uri)}"
                 sys.stdout.write(f"{line}\n")
@@ -196,5 +175,6 @@ def main(argv: list[str] | None = None) -> None:
     of_figure2.add_argument("--count", type=int, default=1, help="number of test images, at even quantiles of Dice (1)")
     of_figure2.add_argument("--image", action="append", help="id of a test image instead; may be repeated")
     options = parser.parse_intermixed_args(argv)
-    choice = Choice(options.split, options.seed, options.models, options.count, options.image)
-    make(options.figure, place=find_place(options), out_dir=options.out, choice=choice, files=options.published)
+    choice = {key: getattr(options, key) for key in ("models", "split", "seed", "count")}
+    place = find_place(options)
+    make(options.figure, place=place, out=options.out, files=options.published, ids=options.image, **choice)

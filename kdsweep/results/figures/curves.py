@@ -29,12 +29,7 @@ def of_sweep(sweep: Sweep, *, title: str, store: Path, uri: str | None) -> Figur
 
 
 def figure(curves: pd.DataFrame, *, title: str, metric: str = "val/dice") -> Figure:
-    """Draw the curves; all 12 cells have a panel if two or more of them have a curve.
-
-    Args:
-        curves: columns notation, split, seed, metric, epoch, value; NaN leaves a hole.
-        title: of the figure.
-        metric: the one that is drawn.
+    """Draw a metric of the frame that ``reader.read_curves`` returns; all 12 cells have a panel if two have a curve.
 
     Raises:
         InputError: no run has a value of the metric.
@@ -62,13 +57,7 @@ def before_student(
 ) -> Figure:
     """Draw a panel per notation with a line per split, Student's in light gray behind those of each cell.
 
-    Args:
-        frame: columns notation and split, and those that ``line`` takes.
-        line: draws rows of one notation and split on an axes, with a line's arguments.
-        names: of the panels.
-        title: of the figure.
-        labels: of x and y.
-        handles: more of the legend.
+    ``line`` draws the rows of one notation and split on an axes, with the arguments of a line.
     """
     looks = style.looks_of(frame["split"])
     student = frame[frame["notation"] == "Student"]

@@ -33,12 +33,7 @@ def of_sweep(sweep: Sweep, *, title: str, store: Path, uri: str | None) -> Figur
 
 
 def figure(scores: pd.DataFrame, main: pd.DataFrame, *, title: str) -> Figure:
-    """Draw a row per cell on the left, a row per main effect on the right.
-
-    Args:
-        scores: as ``dsc.table4`` returns it (percent, percentage points); without Student there are no intervals.
-        main: as ``effects.effects`` returns it (percentage points).
-        title: of the figure.
+    """Draw a row per cell of Table 4 on the left, a row per main effect on the right.
 
     Raises:
         InputError: scores has no row of a cell.

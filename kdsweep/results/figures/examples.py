@@ -1,6 +1,6 @@
 """Choose and check what Figure 2 of the paper shows: the models, the images, and what each model predicted there.
 
-Images come from the data set and are checked against the recorded scores: MLflow holds predictions, never images.
+MLflow holds predictions, never images: these come from the data set, which must be byte for byte the recorded one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.data import run_data, sources
 from kdsweep.results.figures.contours import PATH_ROWS
 from kdsweep.results.frame import placed_runs, scored_images
-from kdsweep.results.paper import BASELINES, CELLS, LOSSES
+from kdsweep.results.paper import BASELINES, CELLS
 from kdsweep.results.stats import PLACE
 from kdsweep.store import checkpoint
 from kdsweep.tracking import artifacts, database
@@ -26,7 +26,6 @@ from kdsweep.tracking.reader import Sweep
 
 STATUS = {"missing": "not run", "KILLED": "interrupted"}  # others by their own name
 PREDICTIONS = "test_predictions.npz"
-TOLERANCE = 1e-6  # of Dice, between the recorded one and that with the mask of the data set
 
 
 class Example(NamedTuple):
@@ -55,15 +54,8 @@ class Example(NamedTuple):
 
 
 def notations(sweep: Sweep) -> list[str]:
-    """Return all models that a figure may show: the paper's in its order, then a user's cells by path and loss."""
-    losses = list(LOSSES)
-
-    def order(notation: str) -> tuple[str, int, str]:
-        path, _, loss = notation.partition("_")
-        name = loss.removesuffix("_WAug")
-        return path, losses.index(name) if name in losses else len(losses), loss
-
-    return [*BASELINES, *CELLS, *sorted(set(sweep.runs["notation"]).difference(BASELINES, CELLS), key=order)]
+    """Return all models that a figure may show: the paper's in its order, then a user's cells by name."""
+    return [*BASELINES, *CELLS, *sorted(set(sweep.runs["notation"]).difference(BASELINES, CELLS))]
 
 
 def default_models(sweep: Sweep) -> list[str]:
@@ -81,9 +73,6 @@ def models_of(sweep: Sweep, *, split: int, seed: int) -> tuple[pd.DataFrame, dic
     """Return the finished run of each notation in a split and seed, in order, and why each other notation has none.
 
     A Teacher is the one that the cells there learn from.
-
-    Raises:
-        InputError: the sweep is empty, mixes options, or holds two results for one cell.
     """
     runs = placed_runs(sweep)
     here = runs[(runs["split"] == split) & (runs["seed"] == seed)]
@@ -154,9 +143,9 @@ def choose(dice: pd.DataFrame, *, count: int, ids: list[str] | None, where: str)
 
 def load(
     sweep: Sweep,
-    *,
     store: Path,
     uri: str | None,
+    *,
     split: int | None = None,
     seed: int | None = None,
     models: list[str] | None = None,
@@ -174,7 +163,7 @@ def load(
         split: index of the random split; None takes the first in which most models are finished.
         seed: of the cells; None as for split.
         models: notations; None takes the rows of the paper's figure.
-        count: how many images ``choose`` takes.
+        count: number of images that ``choose`` takes.
         ids: images chosen by hand instead.
         root: folder of the images, if they were moved since the sweep ran.
         source: the data set, if it is not one of kdsweep's.
@@ -199,7 +188,7 @@ def load(
     chosen = choose(dice, count=count, ids=ids, where=where)
     masks = {str(name): _predictions(run, list(chosen), store=store, uri=uri) for name, run in finished.iterrows()}
     images = _images(source, list(chosen), finished=finished, sweep=sweep.name, store=store, root=root)
-    examples = [
+    return [
         Example(
             image=images[image].image,
             mask=images[image].mask,
@@ -211,9 +200,6 @@ def load(
         )
         for image, why in chosen.items()
     ]
-    for image, example in zip(chosen, examples, strict=True):
-        _refuse_other_masks(example, what=f"image {image}", sweep=sweep.name)
-    return examples
 
 
 def _dice(finished: pd.DataFrame, *, scores: pd.DataFrame, where: str) -> pd.DataFrame:
@@ -269,20 +255,3 @@ def _images(
         what = f"the images in {folder} are not those that sweep {sweep} was trained and scored on"
         raise InputError(f"{what}: other files or other bytes; {remedy}")
     return images
-
-
-def _refuse_other_masks(example: Example, *, what: str, sweep: str) -> None:
-    """Raise InputError unless the mask gives each prediction its recorded Dice."""
-    for name, prediction in example.predictions.items():
-        if prediction.shape != example.mask.shape:
-            difference = f"is {example.mask.shape[0]} pixels wide and the prediction {prediction.shape[0]}"
-        else:
-            total = prediction.sum() + example.mask.sum()
-            dice = 2 * (prediction & (example.mask > 0)).sum() / total if total else 1.0
-            if abs(dice - example.dice[name]) <= TOLERANCE:
-                continue
-            difference = f"has Dice {dice:.6f} and {example.dice[name]:.6f} by its record"
-        raise InputError(
-            f"{what} is not the one that sweep {sweep} was scored on: {name} {difference}; name the folder of the "
-            "sweep's images with --data-root, or run the sweep again"
-        )

@@ -49,11 +49,7 @@ def paired(sweep: Sweep) -> pd.DataFrame:
 
 
 def figure(pairs: pd.DataFrame, *, title: str) -> Figure:
-    """Draw a panel per cell, a mark per test image.
-
-    Args:
-        pairs: as ``paired`` returns it.
-        title: of the figure.
+    """Draw what ``paired`` returns: a panel per cell, a mark per test image.
 
     Raises:
         InputError: there is no pair.

@@ -19,7 +19,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_bytes
 from kdsweep.results.paper import CELLS
 
@@ -114,7 +113,7 @@ def panels(
         handles: of the legend.
         by: the column of the names.
         height: inches of a panel.
-        sharex: False gives each panel an x of its own.
+        sharex: whether all panels have one x.
     """
     across = min(ACROSS, len(names))
     down = -(-len(names) // across)
@@ -143,17 +142,9 @@ def render(figure: Figure, suffix: str) -> bytes:
     return stream.getvalue()
 
 
-def write(figure: Figure, *, out_dir: Path, name: str) -> list[Path]:
-    """Write NAME.png, .pdf and .svg.
-
-    Raises:
-        InputError: the folder cannot be written to.
-    """
-    files = [out_dir / f"{name}.{suffix}" for suffix in FORMATS]
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            write_bytes(file, render(figure, file.suffix[1:]))
-    except OSError as error:
-        raise InputError(f"--out {out_dir}: cannot write there ({error.strerror})") from error
+def write(figure: Figure, stem: Path) -> list[Path]:
+    """Write STEM.png, .pdf and .svg."""
+    files = [stem.with_name(f"{stem.name}.{suffix}") for suffix in FORMATS]
+    for file in files:
+        write_bytes(file, render(figure, file.suffix[1:]))
     return files

@@ -24,11 +24,7 @@ def of_sweep(sweep: Sweep, *, title: str, store: Path, uri: str | None) -> Figur
 
 
 def figure(progress: pd.DataFrame, *, title: str) -> Figure:
-    """Draw a panel per method, a line per split; a thin line marks the seconds at which the cheapest method ends.
-
-    Args:
-        progress: as ``tuned.best_by_seconds`` returns it.
-        title: of the figure.
+    """Draw what ``tuned.best_by_seconds`` returns; a thin line marks the seconds at which the cheapest method ends.
 
     Raises:
         InputError: there are no trials.
