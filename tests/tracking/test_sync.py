@@ -36,6 +36,7 @@ def mirrored(store: Path, sweeps: dict[str, list[Cell]], *, uri: str | None = No
 @pytest.fixture(autouse=True)
 def quick_passes(monkeypatch):
     monkeypatch.setattr(sync, "PASS_EVERY_S", 0.2)
+    monkeypatch.setattr(sync, "SELDOM_S", 1.0)  # on a busy machine a pass of 1.5 s would be followed by 30 s of rest
     yield
     sync.close_all()
 
