@@ -27,8 +27,9 @@ from typing import Any
 import optuna
 
 from kdsweep.core.files import write_json
+from kdsweep.store import sweep_file
 from kdsweep.tracking import reader
-from kdsweep.tuning import book, space
+from kdsweep.tuning import space
 from kdsweep.tuning.study import read_studies, read_trials
 
 METHODS = (
@@ -66,9 +67,9 @@ def tuned(store: Path, common: list[str], *, trials: int, more: list[str]) -> di
     options = [*as_configured, f"hydra.sweeper.trials={trials}", f"hydra.sweeper.round={trials}", *more]
     whole = timed("-m", "+experiment=tuned", *SWEPT, *common, *options, f"store={store}")
     name = "phantom-quick"
-    found = read_trials(read_studies(book.read(store, name), name)).query("role != 'teacher'")
+    found = read_trials(read_studies(store, name)).query("role != 'teacher'")
     chosen = found[found["is_chosen"]].set_index("notation")["value"]
-    sweep = reader.read_sweep(store=store, uri=None, name=f"{name}{book.TUNED}")
+    sweep = reader.read_sweep(store=store, uri=None, name=f"{name}{sweep_file.TUNED}")
     students = sweep.runs[sweep.runs["role"] != "teacher"]
     return {
         **whole,

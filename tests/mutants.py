@@ -797,8 +797,8 @@ MUTANTS = [
     Mutant(
         "tuning: earlier rounds are forgotten",
         "tuning/pruning.py",
-        "return is_earlier or ",
-        "return ",
+        "if other.number // size < trial.number // size\n            or ",
+        "if ",
         "tests/tuning/test_pruning.py",
     ),
     Mutant(
@@ -825,7 +825,7 @@ MUTANTS = [
     Mutant(
         "tuning: Students learn from the Teacher as configured",
         "sweep/tuner.py",
-        "method.teacher = _teacher_overrides(method.job, teachers)",
+        "method.teacher = _teacher_overrides(method.job, methods)",
         "method.teacher = []",
         "tests/sweep/test_tuner.py -k 'chosen_teacher'",
     ),

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "store": {"core", "config"},
     "distill": {"core", "models", "data"},
     "evaluation": {"core", "data", "models", "config"},
-    "tuning": {"core", "config"},
+    "tuning": {"core", "config", "store"},
     "tracking": {"core", "config", "store"},
     "training": BELOW_TRAINING,
     "results": BELOW_TRAINING | {"tracking", "tuning"},

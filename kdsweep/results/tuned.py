@@ -17,7 +17,7 @@ from kdsweep.results.footnotes import of_comparisons
 from kdsweep.results.frame import gaps, placed_runs, scored_images
 from kdsweep.results.paper import BASELINES, CELLS
 from kdsweep.results.stats import NAN, adjusted, compare, pair, unknown
-from kdsweep.tuning import book
+from kdsweep.store import sweep_file
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
@@ -40,8 +40,8 @@ class Tuning:
 
 def is_tuned(sweep: Sweep, *, store: Path) -> bool:
     """Return whether a sweep is one with chosen settings."""
-    name = book.as_configured(store, sweep.name)
-    return sweep.name != name and bool(book.read(store, name))
+    name = sweep_file.as_configured(store, sweep.name)
+    return sweep.name != name and sweep_file.read(store, name).storage is not None
 
 
 def read(sweep: Sweep, *, store: Path, uri: str | None) -> Tuning:
@@ -58,17 +58,16 @@ def read(sweep: Sweep, *, store: Path, uri: str | None) -> Tuning:
     from kdsweep.tracking.reader import read_sweep
     from kdsweep.tuning.study import read_studies, read_trials
 
-    name = book.as_configured(store, sweep.name)
-    storage = book.read(store, name)
-    if not storage:
+    name = sweep_file.as_configured(store, sweep.name)
+    if sweep_file.read(store, name).storage is None:
         raise InputError(f"sweep {name} was not tuned: `python -m kdsweep -m +experiment=tuned`")
-    other = name if sweep.name != name else f"{name}{book.TUNED}"
+    other = name if sweep.name != name else f"{name}{sweep_file.TUNED}"
     try:
         second = read_sweep(store=store, uri=uri, name=other)
     except InputError as error:
         raise InputError(f"{error}; the same command goes on with the tuning") from error
     configured, chosen = (second, sweep) if sweep.name != name else (sweep, second)
-    return Tuning(configured, chosen, read_trials(read_studies(storage, name)))
+    return Tuning(configured, chosen, read_trials(read_studies(store, name)))
 
 
 def tuned(tuning: Tuning, *, test: str = "ttest") -> pd.DataFrame:

@@ -16,6 +16,7 @@ from kdsweep.core.files import DamagedError, below, read_json, remove_parts, wri
 from kdsweep.store.cell_folder import LOCK
 
 SWEEPS = "sweeps"
+TUNED = "-tuned"  # behind the name of a sweep, the one with the chosen settings
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class SweepFile:
     varied: list[str] = field(default_factory=list)  # those, and all others in which cells of such a command differ
     tuned: list[str] = field(default_factory=list)  # keys set by tuning, for each method and split separately
     commands: list[str] = field(default_factory=list)  # as they can be typed again, the latest at the end
+    storage: str | None = None  # address of the database of its trials, empty for that in the store; None: not tuned
 
 
 def parse(content: dict[str, Any]) -> SweepFile:
@@ -63,7 +65,7 @@ def read(store: Path, sweep: str) -> SweepFile:
         InputError: the file is damaged.
     """
     try:
-        content = read_json(file_of(store, sweep), *SweepFile.__annotations__)
+        content = read_json(file_of(store, sweep), *(SweepFile.__annotations__.keys() - {"storage"}))
     except DamagedError as error:
         remedy = "move it away and run the commands of this sweep again: finished cells are not run again"
         raise InputError(f"{error}; {remedy}") from error
@@ -80,8 +82,9 @@ def add(
     varied: Sequence[str] = (),
     tuned: Sequence[str] = (),
     command: str = "",
+    storage: str | None = None,
 ) -> None:
-    """Add cells, Teachers, keys and a command to the file of a sweep, as ``SweepFile`` names them.
+    """Add cells, Teachers, keys, a command and a storage to the file of a sweep, as ``SweepFile`` names them.
 
     A cell that is requested again with replaced images, under another name of its data, or under a later results
     version replaces the old one.
@@ -109,6 +112,7 @@ def add(
             varied=list(dict.fromkeys([*before.varied, *varied])),
             tuned=list(dict.fromkeys([*before.tuned, *tuned])),
             commands=[line for line in before.commands if line != command] + ([command] if command else []),
+            storage=before.storage if storage is None else storage,
         )
         write_json(file, asdict(content))
 
@@ -116,6 +120,16 @@ def add(
 def file_of(store: Path, sweep: str) -> Path:
     """Return the file of a sweep."""
     return below(store / SWEEPS, f"{sweep}.json")
+
+
+def tuning_lock(store: Path, sweep: str) -> Path:
+    """Return the file that a command locks while it tunes a sweep."""
+    return below(store / SWEEPS, f"{sweep}.lock")
+
+
+def as_configured(store: Path, sweep: str) -> str:
+    """Return the name under which a sweep was tuned; ``sweep`` may be the one with the chosen settings."""
+    return sweep if read(store, sweep).storage is not None else sweep.removesuffix(TUNED)
 
 
 def sweeps(store: Path) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError, command
-from kdsweep.core.files import write_text
+from kdsweep.core.files import is_locked, write_text
 from kdsweep.core.options import folder
 from kdsweep.core.progress import duration, epoch_s, left_s, plural
 from kdsweep.store import cell_folder, sweep_file
@@ -20,7 +20,6 @@ from kdsweep.store.cell_folder import Record
 from kdsweep.store.sweep_file import Request
 from kdsweep.sweep.executors import slurm
 from kdsweep.sweep.executors.slurm import Task
-from kdsweep.tuning import book
 
 STATES = {
     "FINISHED": "done",
@@ -189,22 +188,20 @@ def tuning(store: Path, sweep: str, *, trials_file: Path | None = None) -> str:
     Raises:
         InputError: the file cannot be written.
     """
-    from kdsweep.tuning.study import one_row_each, planned, read_studies, read_trials  # optuna: others do without
+    from kdsweep.tuning.study import one_row_each, read_studies, read_trials  # optuna: others do without
 
-    studies = read_studies(book.read(store, sweep), sweep)
-    trials, wanted = read_trials(studies), planned(studies)
-    states = Counter(trials["state"])
-    words = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
-    counts = ", ".join(f"{states[state]} {word}" for state, word in words.items() if states[state])
-    line = f"tuning of sweep {sweep}: {len(trials)} of {wanted} trials ended{f': {counts}' if counts else ''}"
-    if len(trials) < wanted:
-        held = book.is_held(store, sweep)
-        line += "; a round is being trained" if held else "; nothing is running, the same command goes on"
+    studies = read_studies(store, sweep)
+    trials, planned = read_trials(studies), sum(study.user_attrs["trials"] for study in studies)
+    states, names = Counter(trials["state"]), {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+    counts = ", ".join(f"{states[state]} {name}" for state, name in names.items() if states[state])
+    line = f"tuning of sweep {sweep}: {len(trials)} of {planned} trials ended{f': {counts}' if counts else ''}"
+    if len(trials) < planned:
+        is_held = is_locked(sweep_file.tuning_lock(store, sweep))
+        line += "; a round is being trained" if is_held else "; nothing is running, the same command goes on"
     rows: list[tuple[str, ...]] = [("tuned", "trials", "best val/dice", "of trial")]
     for (notation, split), own in trials.groupby(["notation", "split"]):
-        best = own[own["is_chosen"]]
-        dice, number = (f"{best['value'].iloc[0]:.3f}", str(best["number"].iloc[0])) if len(best) else ("", "")
-        rows.append((f"{notation} split {split}", str(len(own)), dice, number))
+        best = [(f"{row.value:.3f}", str(row.number)) for row in own[own["is_chosen"]].itertuples()]
+        rows.append((f"{notation} split {split}", str(len(own)), *(best or [("", "")])[0]))
     lines = [line, "", *_align(rows), ""]
     if trials_file:
         try:
@@ -224,18 +221,18 @@ def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> 
     Raises:
         InputError: there is no such sweep, or it has no trials to be written.
     """
-    tuned, started = book.sweeps(store), sweep_file.sweeps(store)
-    names = [*(name for name in tuned if name not in started), *started]
+    names = sweep_file.sweeps(store)
     if not names:
         raise InputError(f"--store {store}: no sweep was started in it yet")
     if sweep is not None and sweep not in names:
         raise InputError(f"--sweep {sweep}: not in this store; it holds: {', '.join(sorted(names))}")
-    name = sweep or next((name for name in tuned if book.is_held(store, name)), names[-1])
-    base = book.as_configured(store, name)
-    if trials_file and base not in tuned:
+    name = sweep or names[-1]
+    base = sweep_file.as_configured(store, name)
+    is_tuned = sweep_file.read(store, base).storage is not None
+    if trials_file and not is_tuned:
         remedy = f"sweep {base} was not tuned: `python -m kdsweep -m +experiment=tuned`"
         raise InputError(f"--trials {trials_file}: {remedy}")
-    text = tuning(store, base, trials_file=trials_file) if base in tuned else ""
+    text = tuning(store, base, trials_file=trials_file) if is_tuned else ""
     try:
         tasks = slurm.queued(request.folder(store) for request in sweep_file.read(store, name).requests.values())
         problem = ""

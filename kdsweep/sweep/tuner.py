@@ -1,8 +1,8 @@
 """Tune every method of a sweep with the same number of trials, then train and test what was chosen.
 
-The jobs of the sweep are the methods as they are configured. Each has a study of its own on each split (tuning/). All
-trials of a round are trained side by side, and are not tested. Then the sweep is run twice by the launcher: as it is
-configured, under its own name, and with the chosen settings, under that name with ``-tuned`` behind it.
+The jobs of the sweep are the methods as they are configured. Each has its study on each split (tuning/). All trials of
+a round are trained side by side, and are not tested. Then the launcher runs the sweep twice: as it is configured, under
+its name, and with the chosen settings, under that name with ``-tuned`` behind it.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import contextlib
 import logging
 import math
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from hydra.core.utils import JobReturn, configure_log, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep.config import identity
 from kdsweep.config.composition import Composed, Composer
 from kdsweep.core import databases
 from kdsweep.core.errors import InputError
@@ -33,24 +32,16 @@ from kdsweep.sweep import estimate, launcher, plan
 from kdsweep.sweep.estimate import Preview
 from kdsweep.sweep.executors import worker
 from kdsweep.sweep.executors.executor import Result, Work, run
-from kdsweep.sweep.launcher import job_return
-from kdsweep.sweep.methods import Options, check_jobs
 from kdsweep.sweep.plan import Job
 from kdsweep.tracking.database import store_uri
-from kdsweep.tuning import book, pruning, space, tune
-from kdsweep.tuning.study import Study, read_studies, read_trials
-from kdsweep.tuning.tune import Method, Trial, key_of, methods_of
+from kdsweep.tuning import pruning, space, study, tune
+from kdsweep.tuning.tune import Method, Options, Trial, key_of
 
 log = logging.getLogger(__name__)
 
 
 class Tuner(Launcher):
-    """Runs the jobs of a sweep through a launcher, tuned.
-
-    Args:
-        launcher: trains the groups.
-        options: of the sweeper.
-    """
+    """Runs the jobs of a sweep through a launcher, tuned by the options of the sweeper."""
 
     def __init__(self, launcher: launcher.LockstepLauncher, options: Options) -> None:
         self.launcher, self.options = launcher, options
@@ -60,48 +51,83 @@ class Tuner(Launcher):
         """Leave it to the other launcher, which Hydra has set up."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Tune the methods that these jobs are, and run the jobs as they are configured and as they are chosen.
-
-        Returns:
-            One per run job: first those of the sweep as configured, then those that are tuned.
+        """Tune the methods that these jobs are, and run the jobs as they are configured, then as they are chosen.
 
         Raises:
             InputError: before anything is trained, if the space, the storage or the jobs are not fit for it.
         """
-        launcher = self.launcher
         setup_globals()
-        configure_log(launcher.config.hydra.hydra_logging, launcher.config.hydra.verbose)
-        jobs = self._jobs(job_overrides)
-        waits = bool(getattr(launcher.executor, "wait", True))
-        check_jobs(jobs, whole=self.space, waits=waits, read=self._jobs)
+        configure_log(self.launcher.config.hydra.hydra_logging, self.launcher.config.hydra.verbose)
+        if not getattr(self.launcher.executor, "wait", True):
+            raise InputError("hydra.launcher.wait=false: the next trials depend on those before; leave it out")
+        jobs = self._read(job_overrides)
+        store, sweep = jobs[0].cell.store, jobs[0].settings.sweep_name
+        tune.check(jobs, whole=self.space, read=self._read)
         self._check_storage(jobs)
-        book.check_name(jobs[0].cell.store, jobs[0].settings.sweep_name)
-        students, teachers = methods_of(jobs, whole=self.space)
-        methods = [method for method in [*teachers, *students] if method.space]
-        if launcher.plan:
-            with launcher.executor_open():
-                sys.stdout.write(self._overview(students, methods, self._preview(jobs)) + "\n")
-            return [job_return(job.overrides, math.nan) for job in jobs]
-        launcher.executor.check(jobs)
-        with self._held(jobs[0]):
-            self._open(methods)
-            if any(method.study.ended < self.options.trials for method in methods):
-                with launcher.executor_open():
-                    self._tune(students, teachers, self._preview(jobs))
-        returns = launcher.launch([*job_overrides, *self._chosen(jobs, students, teachers)], initial_job_idx)
-        self._remove_checkpoints(methods)
+        methods = tune.methods_of(jobs, self.space)
+        tuned = [method for method in methods.values() if method.space]
+        if self.launcher.plan:
+            with self.launcher.executor_open():
+                sys.stdout.write(self._overview(tuned, self._preview(jobs)) + "\n")
+            return [launcher.job_return(job.overrides, math.nan) for job in jobs]
+        self.launcher.executor.check(jobs)
+        with _held(store, sweep):
+            self._open(tuned, store, sweep)
+            if any(study.ended(method.study) < self.options.trials for method in tuned):
+                with self.launcher.executor_open():
+                    self._tune(methods, tuned, self._preview(jobs))
+        returns = self.launcher.launch([*job_overrides, *self._chosen(jobs, methods)], initial_job_idx)
+        _remove_checkpoints(store, tuned)
         return returns
 
-    def _tune(self, students: list[Method], teachers: list[Method], preview: Preview) -> None:
-        """Bring all studies to their number of trials: of the Teachers first, for the others learn from the chosen."""
-        tuned = [method for method in students if method.space]
-        log.info("%s", self._describe([*teachers, *tuned], preview))
-        self._run(teachers, preview)
+    def _open(self, tuned: list[Method], store: Path, sweep: str) -> None:
+        """Open the studies, and note where they are: the database in the store moves with it."""
+        pruning.make(self.options.pruner)
+        storage = study.open_storage(self._storage(store))
         for method in tuned:
-            method.teacher = _teacher_overrides(method.job, teachers)
-            if method.role == "distilled":  # with more trials another Teacher may have been chosen since
-                method.study.settle({"Teacher": " ".join(method.teacher) or "as configured"})
-        self._run(tuned, preview)
+            method.open(storage, self.options)
+        address = "" if self.options.storage is None else storage.url
+        sweep_file.add(store, sweep, cells=[], teachers=[], storage=address)
+
+    def _tune(self, methods: Mapping[str, Method], tuned: list[Method], preview: Preview) -> None:
+        """Bring all studies to their number of trials: of the Teachers first, for the others learn from the chosen."""
+        log.info("%s", self._describe(tuned, preview))
+        shared: Any = {"read": self._read, "train": partial(self._train, preview=preview)}
+        tune.run([method for method in tuned if method.role == "teacher"], self.options, **shared)
+        for method in (own for own in tuned if own.role == "distilled"):
+            method.teacher = _teacher_overrides(method.job, methods)
+            # With more trials another Teacher may have been chosen since.
+            study.settle(method.study, {"Teacher": " ".join(method.teacher) or "as configured"})
+        tune.run([method for method in tuned if method.role != "teacher"], self.options, **shared)
+
+    def _train(self, trials: list[Trial], preview: Preview) -> Iterator[tuple[Trial, Result]]:
+        """Train the trials of a round; yield each with its validation Dice or its error as its group ends."""
+        groups = tune.groups_of(trials, largest=min(plan.LARGEST, -(-len(trials) // preview.places)))
+        executor, works = self.launcher.executor, {self._work(group, preview): group for group in groups}
+        jobs = [trial.job for trial in trials]
+        first = launcher.teacher_works(jobs, preview) if executor.at_once(preview) > 1 else []
+        executor.queued(jobs)  # those that an earlier command has left in a queue are waited for
+        for work, results in run(executor, list(works), before=first):
+            by_folder = {cell.folder: result for cell, result in zip(work.cells, results, strict=True)}
+            for trial in works[work]:
+                if isinstance(result := by_folder[trial.job.cell.folder], InputError):
+                    raise result
+                yield trial, result
+
+    def _work(self, group: list[Trial], preview: Preview) -> Work:
+        jobs = {trial.job.cell.folder: trial.job for trial in group}  # trials with equal values share a cell
+        trials = {
+            folder: [(own.method.name, own.number) for own in group if own.job.cell.folder == folder] for folder in jobs
+        }
+        first = group[0].job
+        ending = pruning.Pruning(self._storage(first.cell.store), self.options.pruner, trials)
+        return Work(
+            partial(worker.train_trials, pruning=ending),
+            list(jobs.values()),
+            preview.devices[first.settings.device],
+            cells=[job.cell for job in jobs.values()],
+            is_requested=False,
+        )
 
     # ---- jobs and storage ------------------------------------------------------------------------------------------
 
@@ -109,229 +135,119 @@ class Tuner(Launcher):
     def _composer(self) -> Composer:
         return Composer(self.launcher.hydra_context.config_loader, self.launcher.config)
 
-    def _jobs(self, overrides: Sequence[Sequence[str]]) -> list[Job]:
+    def _read(self, overrides: Sequence[Sequence[str]]) -> list[Job]:
         """Return the jobs of these overrides, which they keep: a plan's jobs have none of the keys that are tuned."""
         jobs = plan.read_jobs(Composed(self._composer, overrides, first=0))
         return [replace(job, overrides=list(own)) for job, own in zip(jobs, overrides, strict=True)]
 
     def _preview(self, jobs: list[Job]) -> Preview:
-        unique = plan.unique(jobs)
-        return self.launcher.executor.preview(list(plan.kinds(unique)), times=True)
+        return self.launcher.executor.preview(list(plan.kinds(plan.unique(jobs))), times=True)
 
-    @contextlib.contextmanager
-    def _held(self, first: Job) -> Iterator[None]:
-        """Keep other commands from tuning the same sweep."""
-        lock = book.lock(first.cell.store, first.settings.sweep_name)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"sweep_name={first.settings.sweep_name} is being tuned by another command; "
-                "python -m kdsweep status shows how far it is"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def _storage(self, first: Job) -> str:
-        """Return the address of Optuna's database."""
+    def _storage(self, store: Path) -> str:
         option = self.options.storage
-        return databases.absolute(option) if option else book.default_storage(first.cell.store)
+        return databases.absolute(option) if option else study.default_storage(store)
 
     def _check_storage(self, jobs: list[Job]) -> None:
         """Raise InputError if trials and runs would be kept in one database: both packages call a table the same."""
-        storage = self._storage(jobs[0])
-        for job in jobs:
-            uri = store_uri(job.cell.store, job.settings.tracking.uri)
+        storage = self._storage(jobs[0].cell.store)
+        for uri in {store_uri(job.cell.store, job.settings.tracking.uri) for job in jobs}:
             if databases.database_of(uri) == databases.database_of(storage):
                 keys = f"hydra.sweeper.storage={databases.shown(storage)} and tracking.uri={databases.shown(uri)}"
                 raise InputError(f"{keys} are one database: MLflow and Optuna need one each; give another storage")
 
-    def _open(self, methods: list[Method]) -> None:
-        """Open the studies and ask for their first trials: a wrong option ends it before anything is trained."""
-        options, first = self.options, methods[0].job
-        sweep, storage = first.settings.sweep_name, pruning.open_storage(self._storage(first))
-        for method in methods:
-            pruning.make(options.pruner, epochs=method.epochs, round_size=options.round)
-            params, cell = identity.params(method.job.settings), method.cell
-            about = {"sweep": sweep, "notation": cell.notation, "split": cell.split, "role": method.role}
-            method.study = Study(
-                storage=storage,
-                name=method.name,
-                space=method.space,
-                defaults={key: params.get(key) for key in method.space},
-                fixed={
-                    "round": str(options.round),
-                    "sampler": str(dict(options.sampler)),
-                    "pruner": str(dict(options.pruner)),
-                    "seed": str(method.seed),
-                },
-                about={**about, "trials": options.trials, "epochs": method.epochs},
-            )
-            method.study.ask(options.sampler, count=min(options.round, options.trials))
-        book.write(first.cell.store, sweep, storage=storage.url)
-
     # ---- text ------------------------------------------------------------------------------------------------------
 
-    def _describe(self, methods: list[Method], preview: Preview) -> str:
-        """Return one line on what will be tuned."""
-        first, options = methods[0].job.settings, self.options
-        trials, done = len(methods) * options.trials, self._ended(methods)
-        names = len({method.cell.notation for method in methods})
-        line = f"tuning {plural(names, 'method')} on {plural(len({own.cell.split for own in methods}), 'split')}: "
-        line += f"{trials} trials, {options.trials} of each, {done} of them done"
-        pruner = str(options.pruner.get("_target_", "successive halving")).rpartition(".")[2]
-        line += f"; rounds of {options.round}, pruner {pruner}; {first.train.epochs} epochs at most"
-        line += f"; {estimate.describe_data(first)}"
+    def _describe(self, tuned: list[Method], preview: Preview) -> str:
+        """Return one line on what will be tuned; a plan opens no study, so the storage is read."""
+        settings, count, names = tuned[0].job.settings, self.options.trials, {method.name for method in tuned}
+        studies = study.read_studies(tuned[0].job.cell.store, settings.sweep_name)
+        trials, done = len(tuned) * count, sum(study.ended(own) for own in studies if own.study_name in names)
+        notations, splits = ({getattr(own.job.cell, key) for own in tuned} for key in ("notation", "split"))
+        line = f"tuning {plural(len(notations), 'method')} on {plural(len(splits), 'split')}: {trials} trials, "
+        line += f"{count} of each, {done} of them done; rounds of {self.options.round}, "
+        line += f"{settings.train.epochs} epochs at most; {estimate.describe_data(settings)}"
         if preview.timed_on:
-            longest_s = self._device_s(methods, preview) * (trials - done) / trials / preview.places
+            longest_s = self._device_s(tuned, preview) * max(0, trials - done) / trials / preview.places
             line += f"; device {preview.timed_on}; at most about {duration(longest_s)} without pruning"
-        return f"{line}; profile={first.profile}; sweep {first.sweep_name}, then {first.sweep_name}{book.TUNED}"
+        sweep = settings.sweep_name
+        return f"{line}; profile={settings.profile}; sweep {sweep}, then {sweep}{sweep_file.TUNED}"
 
-    def _ended(self, methods: list[Method]) -> int:
-        """Return how many trials of these methods have ended; a plan opens no study, so the storage is read."""
-        first = methods[0].job
-        storage = book.read(first.cell.store, first.settings.sweep_name)
-        if not storage:
-            return 0
-        names = {method.name for method in methods}
-        studies = [own for own in read_studies(storage, first.settings.sweep_name) if own.study_name in names]
-        counts = read_trials(studies)[["notation", "split"]].value_counts()
-        return int(counts.clip(upper=self.options.trials).sum())
-
-    def _device_s(self, methods: list[Method], preview: Preview) -> float:
+    def _device_s(self, tuned: list[Method], preview: Preview) -> float:
         """Return the seconds of all trials on one device if none is pruned, with Teachers that are not tuned."""
-        trials, rounds = self.options.trials, -(-self.options.trials // self.options.round)
+        rounds = -(-self.options.trials // self.options.round)
+        distilled = [method for method in tuned if method.role == "distilled"]
+        views = {(own.job.cell.split, estimate.forward_of(own.job)) for own in distilled}
+        works = [(rounds * len(views) * max(own.epochs for own in tuned), preview.forward_epoch_s)]
         epoch_s = {"teacher": preview.teacher_epoch_s}
-        own = [(trials * one.epochs, epoch_s.get(one.role, preview.student_epoch_s)) for one in methods]
-        distilled = [one for one in methods if one.role == "distilled"]
-        views = {(one.cell.split, estimate.forward_of(one.job)) for one in distilled}
-        shared = (rounds * len(views) * max(one.epochs for one in methods), preview.forward_epoch_s)
-        is_tuned = any(one.role == "teacher" for one in methods)
-        teachers_s = 0.0 if is_tuned else estimate.teachers_s([one.job for one in distilled], preview)
-        return left_s([[*own, shared]]) + teachers_s
+        works += [(self.options.trials * own.epochs, epoch_s.get(own.role, preview.student_epoch_s)) for own in tuned]
+        has_teachers = any(method.role == "teacher" for method in tuned)
+        as_configured = [] if has_teachers else [method.job for method in distilled]
+        return left_s([works]) + estimate.teachers_s(as_configured, preview)
 
-    def _overview(self, students: list[Method], methods: list[Method], preview: Preview) -> str:
+    def _overview(self, tuned: list[Method], preview: Preview) -> str:
         """Return what would be tuned, a line per method."""
-        lines = [self._describe(methods, preview)]
-        for own in methods:
-            values = "; ".join(f"{key}: {values}" for key, values in space.in_words(own.space).items())
-            lines.append(f"{own.cell.notation} split {own.cell.split}: {values}")
-        idle = dict.fromkeys(own.cell.notation for own in students if not own.space)
-        lines += [f"{', '.join(idle)}: nothing of the space is used, so nothing is tuned"] if idle else []
-        cells = len({own.job.cell.notation for own in students})
-        after = f"then {plural(cells, 'method')} as configured and as chosen, with each seed, tested once"
-        hours = self._device_s(methods, preview) / 3600
+        lines = [self._describe(tuned, preview)]
+        for method in tuned:
+            values = "; ".join(f"{key}: {text}" for key, text in space.in_words(method.space).items())
+            lines.append(f"{method.job.cell.notation} split {method.job.cell.split}: {values}")
+        after = "then each method as configured and as chosen, with each seed, tested once"
+        hours = self._device_s(tuned, preview) / 3600
         lines.append(f"{after}; at most {hours:.2g} device hours of trials without pruning; nothing was started")
         return "\n".join(lines)
 
-    # ---- rounds ----------------------------------------------------------------------------------------------------
-
-    def _run(self, methods: list[Method], preview: Preview) -> None:
-        """Bring studies to their number of trials, round by round: ask, train all trials in lockstep, tell."""
-        started_s, done, options = time.monotonic(), 0, self.options
-        counts = [*range(options.round, options.trials, options.round), options.trials]
-        for number, count in enumerate(counts, start=1):
-            ask = partial(tune.ask, sampler=options.sampler, count=count, read=self._jobs)
-            trials = [trial for method in methods for trial in ask(method)]
-            if not trials:
-                continue
-            groups = tune.groups_of(trials, largest=min(plan.LARGEST, -(-len(trials) // preview.places)))
-            log.info(
-                "round %d of %d: %d trials of %d %s in %s", number, len(counts), len(trials), len(methods),
-                "study" if len(methods) == 1 else "studies", plural(len(groups), "lockstep group"),
-            )  # fmt: skip
-            for trial, result in self._train(groups, preview):
-                trial.method.study.tell(trial.number, result, seconds=cell_folder.read(trial.cell.folder).seconds)
-            done += 1
-            states = [trial.method.study.trials[trial.number].state.name for trial in trials]
-            about_s = left_s([[(len(counts) - number, (time.monotonic() - started_s) / done)]])
-            log.info(
-                "round %d of %d done: %d pruned, %d failed, about %s left",
-                number, len(counts), states.count("PRUNED"), states.count("FAIL"), duration(about_s),
-            )  # fmt: skip
-
-    def _train(self, groups: list[list[Trial]], preview: Preview) -> Iterator[tuple[Trial, Result]]:
-        """Train the trials of a round; yield each with its validation Dice or its error as its group ends."""
-        executor, works = self.launcher.executor, {self._work(group, preview): group for group in groups}
-        first = []
-        if executor.machines or preview.places > 1:
-            distilled = [trial.job for group in groups for trial in group if trial.method.role == "distilled"]
-            first = launcher.teacher_works(distilled, preview)
-        executor.queued([replace(trial.job, cell=trial.cell) for trials in groups for trial in trials])  # waited for
-        for work, results in run(executor, list(works), before=first):
-            by_folder = {cell.folder: result for cell, result in zip(work.cells, results, strict=True)}
-            for trial in works[work]:
-                if isinstance(result := by_folder[trial.cell.folder], InputError):
-                    raise result
-                yield trial, result
-
-    def _work(self, group: list[Trial], preview: Preview) -> Work:
-        first, unique = group[0], {trial.cell.folder: trial for trial in group}
-        pruning = tune.pruning_of(group, storage=self._storage(first.job), options=self.options.pruner)
-        return Work(
-            partial(worker.train_trials, pruning=pruning, role=first.method.role),
-            [trial.job for trial in unique.values()],
-            preview.devices.get(first.job.settings.device) or next(iter(preview.devices.values())),
-            cells=[trial.cell for trial in unique.values()],
-            is_requested=False,
-        )
-
     # ---- afterwards ------------------------------------------------------------------------------------------------
 
-    def _chosen(self, jobs: list[Job], students: list[Method], teachers: list[Method]) -> list[list[str]]:
+    def _chosen(self, jobs: list[Job], methods: Mapping[str, Method]) -> list[list[str]]:
         """Return the overrides of the jobs with the chosen settings."""
-        by_key = {key_of(method.cell): method for method in students}
-        tuned = []
+        words = []
         for job in jobs:
-            method = by_key[key_of(job.cell)]
-            if method.space and method.study.best() is None:
-                log.error("%s: none of its trials came to its end, so nothing is chosen", method.cell.title)
+            method = methods[key_of(job.cell)]
+            if method.space and study.best_of(method.study) is None:
+                log.error("%s: none of its trials came to its end, so nothing is chosen", job.cell.title)
                 continue
-            kept = [override for override in job.overrides if not override.lstrip("+").startswith("sweep_name=")]
-            chosen = method.chosen_overrides()
+            chosen = method.chosen()
             log.info("%s: chosen %s", job.cell.title, ", ".join(chosen) or "the configured settings")
-            name = f"sweep_name={job.settings.sweep_name}{book.TUNED}"
-            tuned.append([*kept, *_teacher_overrides(job, teachers), *chosen, name])
-        return tuned
-
-    def _remove_checkpoints(self, methods: list[Method]) -> None:
-        """Remove the checkpoints of trials that no sweep has asked for: their curves are in the studies."""
-        store = methods[0].cell.store
-        try:
-            requested = sweep_file.folders(store)
-        except InputError as error:  # of a sweep that may have requested these trials
-            log.warning("the checkpoints of trials are kept: %s", error)
-            return
-        known = [own.user_attrs for method in methods for own in method.study.trials]
-        folders = {store / attrs["folder"] for attrs in known if "folder" in attrs}
-        for folder in (own for own in folders - requested if not cell_folder.is_held(own)):
-            for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS):
-                (folder / name).unlink(missing_ok=True)
+            kept = [word for word in job.overrides if not word.lstrip("+").startswith("sweep_name=")]
+            name = f"sweep_name={job.settings.sweep_name}{sweep_file.TUNED}"
+            words.append([*kept, *_teacher_overrides(job, methods), *chosen, name])
+        return words
 
 
 def tuned(of: Launcher | None, tuning: Mapping[str, Any]) -> Launcher:
-    """Return a launcher that tunes its jobs before it runs them through another one.
-
-    Args:
-        of: one of launcher.py.
-        tuning: fields of ``Options``, as Hydra gives them.
+    """Return a launcher that tunes its jobs before it runs them through another one; ``tuning``: fields of ``Options``.
 
     Raises:
-        InputError: the launcher trains no groups, or an option is wrong.
+        InputError: the other launcher trains no groups, or an option is wrong.
     """
     if not isinstance(of, launcher.LockstepLauncher):
         raise InputError("hydra.sweeper.search needs hydra/launcher=lockstep, lockstep_slurm or lockstep_ray")
-    plain: dict[str, Any] = {
-        key: OmegaConf.to_container(own) if OmegaConf.is_config(own) else own for key, own in tuning.items()
-    }
-    return Tuner(of, Options(**{key: own for key, own in plain.items() if own is not None}))
+    plain: Any = OmegaConf.to_container(OmegaConf.create(dict(tuning)))
+    return Tuner(of, Options(**{key: value for key, value in plain.items() if value is not None}))
 
 
-def _teacher_overrides(job: Job, teachers: list[Method]) -> list[str]:
+@contextlib.contextmanager
+def _held(store: Path, sweep: str) -> Iterator[None]:
+    """Keep other commands from tuning the same sweep."""
+    file = sweep_file.tuning_lock(store, sweep)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(file, timeout=0, thread_local=False))
+        except Timeout:
+            status = "python -m kdsweep status shows how far it is"
+            raise InputError(f"sweep_name={sweep} is being tuned by another command; {status}") from None
+        yield
+
+
+def _remove_checkpoints(store: Path, tuned: list[Method]) -> None:
+    """Remove the checkpoints of trials that no sweep has requested: their curves are in the studies."""
+    attrs = [own.user_attrs for method in tuned for own in study.trials_of(method.study)]
+    folders = {store / own["folder"] for own in attrs if "folder" in own} - sweep_file.folders(store)
+    for folder in (own for own in folders if not cell_folder.is_held(own)):
+        for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _teacher_overrides(job: Job, methods: Mapping[str, Method]) -> list[str]:
     """Return the chosen settings of the Teacher that a job learns from; none for one that is not tuned."""
-    if job.cell.teacher is None:
-        return []
-    own = next((teacher for teacher in teachers if key_of(teacher.cell) == key_of(job.cell.teacher)), None)
-    return own.chosen_overrides() if own is not None else []
+    return methods[key_of(job.cell.teacher)].chosen() if job.cell.teacher is not None else []

@@ -11,7 +11,7 @@ import json
 import os
 import sqlite3
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -113,7 +113,7 @@ class Tracker:
             run = runs[0] if runs else self.client.create_run(self.experiment_id, run_name=sweep, tags=tags)
             self._parents[sweep] = str(run.info.run_id)
         parent, content = self._parents[sweep], sweep_file.read(self.store, sweep)
-        self.client.log_dict(parent, asdict(content), SWEEP_FILE)
+        self.client.log_dict(parent, asdict(replace(content, storage=None)), SWEEP_FILE)  # it may have a password
         self.client.set_tag(parent, "mlflow.note.content", _note(sweep, content))  # what the UI shows about a run
         self.client.set_terminated(parent, "FINISHED")  # it computes nothing; its end is the last request
         return parent

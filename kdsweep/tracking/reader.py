@@ -94,6 +94,8 @@ def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
     parents = {run.data.tags["kdsweep.sweep"]: run for run in tagged if run.data.tags["kdsweep.role"] == "sweep"}
     name, content = _find_sweep(tracker, name, runs=runs, parents=parents)
     cells = [row for _, row in sorted(content.requests.items()) if row.role != "teacher"]
+    if not cells:
+        raise InputError(f"sweep={name} requests no cells yet; `python -m kdsweep status` shows how far it is")
     is_begun = any((row.folder(tracker.store) / cell_folder.CELL).is_file() for row in cells)
     if is_begun and runs.keys().isdisjoint(row.fingerprint for row in cells):
         raise InputError(f"sweep={name} is in {tracker.store}, but not in MLflow at {tracker.uri}; {database.REBUILD}")

@@ -51,21 +51,18 @@ def run_group(jobs: list[Job]) -> list[float | Exception]:
     return [_value(outcome, "test/dice") for outcome in outcomes]
 
 
-def run_trials(jobs: list[Job], *, pruning: runner.Pruning, role: str) -> list[float | Exception]:
+def run_trials(jobs: list[Job], *, pruning: runner.Pruning) -> list[float | Exception]:
     """Train trials together, from their checkpoints on, until each has had its last epoch or is pruned.
 
     Nothing is tested: what is chosen among the trials is tested afterwards, from its checkpoint.
 
     Args:
-        jobs: of different cells that can share their batches.
+        jobs: of different cells or Teachers that can share their batches.
         pruning: of these trials.
-        role: ``teacher`` for trials of the Teachers of these jobs, else those of the Students.
 
     Returns:
         The validation Dice of each trial's best epoch, or the error that ended it.
     """
-    if role == TEACHER:
-        jobs = [Job(job.settings, job.cell.teacher) for job in jobs if job.cell.teacher is not None]
     with contextlib.ExitStack() as held:
         for cell in sorted(
             (job.cell for job in jobs), key=lambda cell: cell.folder

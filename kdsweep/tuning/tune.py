@@ -1,117 +1,144 @@
-"""One round of tuning: ask the studies of all methods for trials, group those that train in lockstep.
+"""Tuning round by round: ask the studies of all methods for trials, have them trained in lockstep, tell how they end.
 
 Runs without torch; the launcher trains the groups, and the process of each reports and prunes (pruning.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
 
 from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.config.identity import Job
-from kdsweep.tuning import space
-from kdsweep.tuning.pruning import Pruning
-from kdsweep.tuning.study import Study
+from kdsweep.core import progress
+from kdsweep.core.errors import InputError
+from kdsweep.core.progress import duration, plural
+from kdsweep.store import cell_folder, sweep_file
+from kdsweep.tuning import space, study
 
-Reader = Callable[[Sequence[Sequence[str]]], Sequence[Job]]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the sweeper beyond the jobs; see conf/experiment/tuned.yaml.
+
+    Attributes:
+        search: the keys that are tuned, and their values.
+        trials: of each method on each split, the configured settings among them.
+        round: how many of them are trained side by side; what a round has shown guides the sampler in the next.
+        sampler: ``_target_`` and arguments of one of Optuna's; empty for TPE.
+        pruner: the same of a pruner; empty for ``pruning.LockstepHalving``.
+        storage: address of Optuna's database; None for a SQLite file in the store.
+    """
+
+    search: Mapping[str, Any]
+    trials: int = 16
+    round: int = 8
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+    pruner: Mapping[str, Any] = field(default_factory=dict)
+    storage: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in ("trials", "round") and value < 1:
+                raise InputError(f"hydra.sweeper.{name}={value} is not allowed: it must be at least 1")
+            if name in ("search", "sampler", "pruner") and not isinstance(value, Mapping):
+                raise InputError(f"hydra.sweeper.{name}={value} is not allowed: it must be {{KEY: VALUE, ...}}")
 
 
 @dataclass(eq=False)
 class Method:
-    """One method on one split: a job of the sweep as it is configured, and its study.
+    """One method on one split.
 
     Attributes:
-        job: of the sweep, the first one of the method, by whose seed the trials are trained.
-        role: ``distilled``, ``baseline`` or ``teacher``.
+        job: the first one of the method as it is configured; its cell is what the trials train, maybe a Teacher.
         space: the part of the search space that it uses.
         teacher: overrides by which its trials learn from the chosen Teacher.
-        study: of the trials, once the storage is open.
+        study: of its trials, once the storage is open.
     """
 
     job: Any
-    role: str
     space: space.Space
     teacher: list[str] = field(default_factory=list)
-    study: Study = field(init=False)
+    study: optuna.Study = field(init=False)
 
     @property
-    def cell(self) -> Cell:
-        """Return the cell as it is configured: that of the job, or its Teacher."""
-        return cell_of(self.job, self.role)
+    def role(self) -> str:
+        """Return the role of its cell."""
+        return str(self.job.cell.role)
 
     @property
     def name(self) -> str:
         """Return the name of its study."""
-        cell = self.cell
-        return f"{self.job.settings.sweep_name}/{cell.notation}/split{cell.split}/{key_of(cell)[:8]}"
+        return f"{self.job.settings.sweep_name}/{self.job.cell.run_name}/{key_of(self.job.cell)[:8]}"
 
     @property
     def epochs(self) -> int:
         """Return the epochs of a complete trial."""
         settings = self.job.settings
-        return settings.teacher_epochs if self.role == "teacher" else settings.train.epochs
+        return int(settings.teacher_epochs if self.role == "teacher" else settings.train.epochs)
 
-    @property
-    def seed(self) -> int:
-        """Return the seed of the batches of its trials."""
-        return self.job.settings.teacher.seed if self.role == "teacher" else self.job.settings.seed
+    def open(self, storage: RDBStorage, options: Options) -> None:
+        """Open the study and ask for its first trials: a wrong option ends the command before anything is trained."""
+        cell = self.job.cell
+        with study.using(storage.url):
+            self.study = optuna.create_study(
+                storage=storage, study_name=self.name, direction="maximize", load_if_exists=True
+            )
+        fixed = {name: str(getattr(options, name)) for name in ("round", "sampler", "pruner")}
+        study.settle(self.study, {"space": space.in_words(self.space), **fixed, "seed": str(cell.seed)})
+        about = {"sweep": self.job.settings.sweep_name, "notation": cell.notation, "split": cell.split}
+        about |= {"role": cell.role, "trials": options.trials, "epochs": self.epochs, "opened": time.time()}
+        for key, value in about.items():
+            self.study.set_user_attr(key, value)
+        self.ask(options, min(options.round, options.trials))
 
-    def chosen_overrides(self) -> list[str]:
+    def ask(self, options: Options, count: int) -> list[FrozenTrial]:
+        """Ask for trials until there are so many; return those that are RUNNING."""
+        params = identity.params(self.job.settings)
+        configured = {key: params[key] for key, own in self.space.items() if space.contains(own, params.get(key))}
+        return study.ask(self.study, self.space, configured=configured, sampler=options.sampler, count=count)
+
+    def chosen(self) -> list[str]:
         """Return the overrides of the chosen trial; none if nothing is tuned or no trial is complete."""
-        best = self.study.best() if self.space else None
-        return [] if best is None else overrides_of(best.number, best.params)
+        best = study.best_of(self.study) if self.space else None
+        return [] if best is None else overrides_of(best)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial that has not ended.
-
-    Attributes:
-        method: that it belongs to.
-        number: in its study.
-        job: that trains it; the title of its cell, or of the Teacher, has the values of the trial.
-    """
+    """A trial that has not ended; trials with equal ``batches`` can share theirs."""
 
     method: Method
     number: int
-    job: Any
-
-    @property
-    def cell(self) -> Cell:
-        """Return the cell that is trained."""
-        return cell_of(self.job, self.method.role)
+    job: Any  # its cell's title has the values of the trial
+    batches: str
 
 
-def methods_of(jobs: Sequence[Job], *, whole: space.Space) -> tuple[list[Method], list[Method]]:
-    """Return the Students and the Teachers of jobs, each once for all its seeds; of the Teachers those to be tuned.
+Read = Callable[[Sequence[Sequence[str]]], Sequence[Any]]  # returns the jobs of these overrides
+Train = Callable[[list[Trial]], Iterable[tuple[Trial, float | Exception]]]  # validation Dice of each, or its error
 
-    Args:
-        jobs: as they are configured.
-        whole: the search space.
-    """
-    students: dict[str, Method] = {}
-    teachers: dict[str, Method] = {}
+
+def methods_of(jobs: Sequence[Job], whole: space.Space) -> dict[str, Method]:
+    """Return the Students and Teachers of jobs by ``key_of``, each once for all its seeds, Teachers first."""
+    methods: dict[str, Method] = {}
     for job in jobs:
-        params = identity.params(job.settings)
-        for role in roles(job):
-            method = Method(job, role, space.used(whole, role=role, params=params))
-            (teachers if role == "teacher" else students).setdefault(key_of(method.cell), method)
-    return list(students.values()), [method for method in teachers.values() if method.space]
-
-
-def roles(job: Job) -> list[str]:
-    """Return the role of a job's Student, and ``teacher`` if it has one."""
-    return [job.cell.role, *(["teacher"] if job.cell.teacher is not None else [])]
-
-
-def cell_of(job: Job, role: str) -> Cell:
-    """Return the cell of a job, or for the role ``teacher`` its Teacher."""
-    cell = job.cell.teacher if role == "teacher" else job.cell
-    assert cell is not None
-    return cell
+        for cell in (own for own in (job.cell.teacher, job.cell) if own is not None):
+            used = space.used(whole, role=cell.role, params=identity.params(job.settings))
+            methods.setdefault(key_of(cell), Method(replace(job, cell=cell), used))
+    return dict(sorted(methods.items(), key=lambda pair: pair[1].role != "teacher"))
 
 
 def key_of(cell: Cell) -> str:
@@ -120,71 +147,96 @@ def key_of(cell: Cell) -> str:
     return grid.digest([cell.role, cell.notation, cell.split, cell.settings, evidence])
 
 
-def overrides_of(number: int, values: Mapping[str, Any]) -> list[str]:
+def overrides_of(trial: FrozenTrial) -> list[str]:
     """Return the values of a trial as overrides; none of trial 0, whose settings may be outside the space."""
-    typed = [f"{key}={value!r}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()]
-    return typed if number else []
+    return [f"{key}={value}" for key, value in trial.params.items()] if trial.number else []
 
 
-def ask(method: Method, *, sampler: Mapping[str, Any], count: int, read: Reader) -> list[Trial]:
-    """Return the trials of a method up to a number that have not ended.
+# ---- checks --------------------------------------------------------------------------------------------------------
 
-    Args:
-        method: its study is asked for those that it lacks.
-        sampler: for ``Study.ask``.
-        count: of the trials.
-        read: reads jobs from their overrides.
-    """
-    running = method.study.ask(sampler, count=count)
-    jobs = read([[*method.job.overrides, *method.teacher, *overrides_of(own.number, own.params)] for own in running])
-    trials = []
-    for own, job in zip(running, jobs, strict=True):
-        trial = Trial(method, own.number, _named(job, own.params, role=method.role))
-        folder = trial.cell.folder.relative_to(trial.cell.store)
-        batches = identity.batches_key(job.settings, seed=method.seed)
-        method.study.annotate(own.number, {"folder": str(folder), "batches": batches})
-        trials.append(trial)
+
+def check(jobs: Sequence[Job], *, whole: space.Space, read: Read) -> None:
+    """Raise InputError if these jobs, as they are configured, cannot be tuned fairly."""
+    for name in ("store", "sweep_name"):
+        if len(several := {getattr(job.settings, name) for job in jobs}) > 1:
+            raise InputError(f"{name}={','.join(sorted(several))}: one command tunes one sweep; give one value")
+    _check_name(jobs[0].cell.store, jobs[0].settings.sweep_name)
+    for job in jobs:
+        for name in ("train", "teacher") if job.cell.teacher is not None else ("train",):
+            if (monitor := getattr(job.settings, name).monitor) != "dice":
+                raise InputError(f"{name}.monitor={monitor}: all methods are chosen by one measure; give dice")
+        if (patience := job.settings.train.patience) < job.settings.train.epochs:
+            why = "a method would be stopped by its own curve, so that budgets differ"
+            raise InputError(f"train.patience={patience}: {why}; give train.patience=${{train.epochs}}")
+    if not whole:
+        raise InputError(f"{space.KEY}: all of its keys are null, so nothing is tuned; give one its values")
+    methods = methods_of(jobs, whole).values()
+    words = {word.lstrip("+") for job in jobs for word in job.overrides}
+    for key, values in whole.items():
+        if sum(word.startswith(f"{key}=") for word in words) > 1:
+            raise InputError(f"{space.KEY}: {key} is swept by the command too; tune it or sweep it")
+        user = next((method.job for method in methods if key in method.space), None)
+        if user is None:
+            names = ", ".join(dict.fromkeys(job.cell.notation for job in jobs))
+            raise InputError(f"{space.KEY}: {key} is used by none of {names}; {space.KEY}.{key}=null leaves it out")
+        read([[*user.overrides, f"{key}={value}"] for value in space.ends(values)])  # raises if one is not allowed
+
+
+def _check_name(store: Path, sweep: str) -> None:
+    """Refuse to tune two sweeps of which one has the name of the other's sweep with the chosen settings."""
+    for other in (sweep.removesuffix(sweep_file.TUNED), f"{sweep}{sweep_file.TUNED}"):
+        if other != sweep and sweep_file.read(store, other).storage is not None:
+            why = f"this store holds the tuning of {other}, and {max(sweep, other, key=len)} would be two sweeps"
+            raise InputError(f"sweep_name={sweep}: {why}; give another name")
+
+
+# ---- rounds --------------------------------------------------------------------------------------------------------
+
+
+def run(methods: Sequence[Method], options: Options, *, read: Read, train: Train) -> None:
+    """Bring studies to their number of trials, round by round: ask, train all trials in lockstep, tell."""
+    started_s, done = time.monotonic(), 0
+    counts = [*range(options.round, options.trials, options.round), options.trials]
+    for number, count in enumerate(counts, start=1):
+        trials = [trial for method in methods for trial in ask(method, options, count, read)]
+        if not trials:
+            continue
+        log.info("round %d of %d: %s", number, len(counts), plural(len(trials), "trial"))
+        for trial, result in train(trials):
+            seconds = cell_folder.read(trial.job.cell.folder).seconds
+            study.tell(trial.method.study, trial.number, result, seconds=seconds)
+        done += 1
+        states = Counter(study.trials_of(own.method.study)[own.number].state.name for own in trials)
+        ends = f"{states['PRUNED']} pruned, {states['FAIL']} failed"
+        left_s = progress.left_s([[(len(counts) - number, (time.monotonic() - started_s) / done)]])
+        log.info("round %d of %d done: %s, about %s left", number, len(counts), ends, duration(left_s))
+
+
+def ask(method: Method, options: Options, count: int, read: Read) -> list[Trial]:
+    """Return the trials of a method up to a number that have not ended; its study is asked for those that it lacks."""
+    running, trials = method.ask(options, count), []
+    words = [[*method.job.overrides, *method.teacher, *overrides_of(own)] for own in running]
+    for own, job in zip(running, read(words), strict=True):
+        cell = job.cell.teacher if method.role == "teacher" else job.cell
+        titled = replace(cell, variant={key: f"{value}" for key, value in own.params.items()})
+        batches, folder = identity.batches_key(job.settings, seed=cell.seed), cell.folder.relative_to(cell.store)
+        study.annotate(method.study, own.number, folder=str(folder), batches=batches)
+        trials.append(Trial(method, own.number, replace(job, cell=titled), batches))
     return trials
 
 
-def _named(job: Job, values: Mapping[str, Any], *, role: str) -> Job:
-    """Return a job whose title has the values of its trial."""
-    named = replace(cell_of(job, role), variant={key: f"{value}" for key, value in values.items()})
-    return replace(job, cell=replace(job.cell, teacher=named) if role == "teacher" else named)
-
-
 def groups_of(trials: Sequence[Trial], *, largest: int) -> list[list[Trial]]:
-    """Form lockstep groups of trials that can share every batch; those of a study stay together.
+    """Form lockstep groups of trials that can share every batch; those of a study stay together, however many."""
 
-    Args:
-        trials: of a round.
-        largest: trials of several studies in a group, at most.
-    """
+    def likeness(trial: Trial) -> tuple[str, str, str]:
+        return trial.batches, trial.method.job.cell.evidence.get("teacher", ""), trial.method.name
+
     groups: list[list[Trial]] = []
-    keys = [identity.batches_key(trial.job.settings, seed=trial.method.seed) for trial in trials]
-    for members in grid.group_by(keys):
-        studies: dict[Method, list[Trial]] = {}
-        for position in members:
-            studies.setdefault(trials[position].method, []).append(trials[position])
-        group: list[Trial] = []
-        for part in sorted(studies.values(), key=lambda part: part[0].job.cell.evidence.get("teacher", "")):
-            if group and len(group) + len(part) > largest:
-                groups.append(group)
-                group = []
-            group = [*group, *part]
-        groups.append(group)
+    for _, part in itertools.groupby(sorted(trials, key=likeness), likeness):
+        members = list(part)
+        last = groups[-1] if groups and groups[-1][0].batches == members[0].batches else None
+        if last is not None and len(last) + len(members) <= largest:
+            last += members
+        else:
+            groups.append(members)
     return groups
-
-
-def pruning_of(group: Sequence[Trial], *, storage: str, options: Mapping[str, Any]) -> Pruning:
-    """Return the pruning of a group; trials with equal values share a cell.
-
-    Args:
-        group: that is trained in lockstep.
-        storage: address of Optuna's database.
-        options: of the pruner.
-    """
-    trials: dict[Any, list[tuple[str, int]]] = {}
-    for trial in group:
-        trials.setdefault(trial.cell.folder, []).append((trial.method.name, trial.number))
-    return Pruning(storage=storage, options=options, trials=trials)

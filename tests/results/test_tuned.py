@@ -9,7 +9,7 @@ from test_tables import sweep_of
 from kdsweep.core.errors import InputError
 from kdsweep.results import tuned
 from kdsweep.results.figures import tuning
-from kdsweep.tuning import book
+from kdsweep.store import sweep_file
 
 
 def trial(notation, number, dice, *, size=2, seconds=1.0, **about):
@@ -98,13 +98,9 @@ def test_a_method_that_stays_as_configured_is_not_tested(trials):
 
 
 def test_a_sweep_may_be_named_as_one_with_chosen_settings(tmp_path):
-    book.write(tmp_path, "busi-tuned", storage="sqlite://")
-    assert book.as_configured(tmp_path, "busi-tuned") == "busi-tuned"
-    assert book.as_configured(tmp_path, "busi-tuned-tuned") == "busi-tuned"
+    sweep_file.add(tmp_path, "busi-tuned", cells=[], teachers=[], storage="sqlite://")
+    assert sweep_file.as_configured(tmp_path, "busi-tuned") == "busi-tuned"
+    assert sweep_file.as_configured(tmp_path, "busi-tuned-tuned") == "busi-tuned"
     sweep = sweep_of(("Teacher", "Student"))
     assert not tuned.is_tuned(replace(sweep, name="busi-tuned"), store=tmp_path)
     assert tuned.is_tuned(replace(sweep, name="busi-tuned-tuned"), store=tmp_path)
-    book.check_name(tmp_path, "busi-tuned")
-    for name in ("busi", "busi-tuned-tuned"):  # of one of the two, the sweep with the chosen settings is the other
-        with pytest.raises(InputError, match=f"^sweep_name={name}: this store holds the tuning of busi-tuned, and"):
-            book.check_name(tmp_path, name)

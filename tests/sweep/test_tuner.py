@@ -34,9 +34,8 @@ from kdsweep.store import cell_folder, checkpoint, sweep_file
 from kdsweep.sweep import estimate, launcher, status, tuner
 from kdsweep.tracking import reader
 from kdsweep.training import build, group, loop, runner
-from kdsweep.tuning import book
 from kdsweep.tuning.pruning import Pruning
-from kdsweep.tuning.study import read_studies, read_trials
+from kdsweep.tuning.study import default_storage, read_studies, read_trials
 
 SEARCH = {
     "train": {"lr": {"log": [3e-4, 1e-2]}},
@@ -117,7 +116,7 @@ def doomed(root: Path, store: Path, steps: int) -> None:
 
 def trials(store: Path) -> pd.DataFrame:
     """Return the trials of the sweep in a store, without what depends on time."""
-    found = read_trials(read_studies(book.read(store, "busi-quick"), "busi-quick"))
+    found = read_trials(read_studies(store, "busi-quick"))
     return found.drop(columns="seconds").sort_values(["notation", "number"], ignore_index=True)
 
 
@@ -232,7 +231,7 @@ def study_of(settings, *, count=0):
     """Return the study in the store of these settings, with so many trials at least."""
     store = identity.cell(settings).store
     store.mkdir(parents=True, exist_ok=True)
-    storage = book.default_storage(store)
+    storage = default_storage(store)
     study = optuna.create_study(storage=storage, study_name="study", direction="maximize", load_if_exists=True)
     study.set_user_attr("round", "8")
     study.set_user_attr("epochs", 6)
@@ -247,8 +246,8 @@ def run_trials(configs, *, pruner=None, storage=None):
     states = [trial.state for trial in study_of(configs[0], count=len(jobs)).trials]
     running = {number: job for number, job in enumerate(jobs) if not states[number].is_finished()}
     trials = {job.cell.folder: [("study", number)] for number, job in running.items()}
-    pruning = Pruning(storage or book.default_storage(jobs[0].cell.store), pruner or {}, trials)
-    results = group.run_trials(list(running.values()), pruning=pruning, role="baseline")
+    pruning = Pruning(storage or default_storage(jobs[0].cell.store), pruner or {}, trials)
+    results = group.run_trials(list(running.values()), pruning=pruning)
     return dict(zip(running, results, strict=True))
 
 
@@ -267,6 +266,9 @@ def test_other_trials_never_change_a_trials_own_curve(small_busi, tmp_path):
     assert [curve(cfg) for cfg in together] == [curve(cfg) for cfg in reversed(backwards)]
     assert curve(together[1]) == curve(alone)[: len(curve(together[1]))]
     assert sorted(len(curve(cfg)) for cfg in together) != [6, 6, 6]  # one at least was pruned
+    seconds = cell_folder.read(identity.cell(alone).folder).seconds
+    assert len(seconds) == len(curve(alone)) == 6
+    assert all(own > 0 for own in seconds)
 
 
 def test_a_trial_that_fails_counts_as_failed_and_the_others_go_on(small_busi, tmp_path):
@@ -325,14 +327,6 @@ def test_a_storage_that_fails_ends_the_group_and_no_trial(small_busi, tmp_path):
     assert [trial.state.name for trial in study_of(configs[0]).trials] == ["RUNNING"] * 2
 
 
-def test_seconds_are_kept_with_each_epoch(small_busi, tmp_path):
-    cfg = config(small_busi, tmp_path, 1e-3)
-    run_trials([cfg])
-    seconds = cell_folder.read(identity.cell(cfg).folder).seconds
-    assert len(seconds) == len(curve(cfg)) == 6
-    assert all(own > 0 for own in seconds)
-
-
 # --- killed and resumed
 
 
@@ -360,7 +354,7 @@ def test_a_tuning_that_has_ended_does_nothing_more_than_read(small_busi, unbroke
 
 
 def test_a_second_command_on_the_same_sweep_is_refused(small_busi, unbroken):
-    with book.lock(unbroken, "busi-quick"), pytest.raises(InputError, match="busi-quick is being tuned by another"):
+    with tuner._held(unbroken, "busi-quick"), pytest.raises(InputError, match="busi-quick is being tuned by another"):
         tune(small_busi, unbroken)
 
 
@@ -440,7 +434,7 @@ def test_the_status_writes_the_trials(unbroken, tmp_path, capsys):
         assert (row["epochs"], row["val_dice_percent"]) == (len(trial["dice"]), pytest.approx(100 * max(trial["dice"])))
         assert row[["kd.weight", "teacher.lr", "train.lr"]].dropna().to_dict() == trial["params"]
 
-    studies = read_studies(book.read(unbroken, "busi-quick"), "busi-quick")
+    studies = read_studies(unbroken, "busi-quick")
     assert written["seconds"].sum() == pytest.approx(read_trials(studies)["seconds"].map(sum).sum())
     assert (written["seconds"] > 0).all()
 
@@ -489,39 +483,34 @@ def test_methods_of_unlike_epochs_learn_from_one_teacher(small_busi, tmp_path):
 # --- bad input
 
 
-@pytest.mark.parametrize(
-    ("options", "words", "told"),
-    [
-        (
-            {"search": {"train.lx": [1, 2]}},
-            [],
-            "train.lx is not a key of the configuration; train has: ",
-        ),
+def test_bad_input_is_refused_before_anything_begins(small_busi, tmp_path):
+    one_measure = ".monitor=loss: all methods are chosen by one measure; give dice"
+    cases = [
+        ({"search": {"train.lx": [1, 2]}}, [], "train.lx is not a key of the configuration; train has: "),
         (
             {"search": {"kd.weight": {"range": [0.1, 1.5]}}},
             [],
-            "kd.weight=1.5 is not allowed: it must be a number from 0",
+            "kd.weight=1.5 is not allowed: it must be a number",
         ),
-        ({"search": {"train.lr": {"log": [0, 1]}}}, [], "a log range begins above 0"),
+        ({"search": {"train.lr": {"log": [0, 1]}}}, [], "must be a list of unlike values, or .*from above 0"),
         ({"search": {"kd.ratio": [1, 2]}}, [], "kd.ratio is used by none of Student, L_KLD_WAug"),
         ({"search": {"kd.ratio": None}}, [], "hydra.sweeper.search: all of its keys are null"),
         ({"trials": 0}, [], "hydra.sweeper.trials=0 is not allowed: it must be at least 1"),
         ({"round": 0}, [], "hydra.sweeper.round=0 is not allowed"),
         ({"pruner": "median"}, [], "hydra.sweeper.pruner=median is not allowed: it must be {KEY: VALUE"),
         ({}, ["hydra.sweeper.budget={steps: 9}"], "hydra.sweeper.budget"),
-        ({}, ["train.monitor=loss"], "train.monitor=loss: all methods are chosen by one measure; give dice"),
-        ({}, ["teacher.monitor=loss"], "teacher.monitor=loss: all methods are chosen by one measure; give dice"),
+        ({}, ["train.monitor=loss"], f"train{one_measure}"),
+        ({}, ["teacher.monitor=loss"], f"teacher{one_measure}"),
         ({}, ["train.patience=3"], "train.patience=3: a method would be stopped by its own curve"),
-    ],
-)
-def test_bad_input_is_told_before_anything_begins(small_busi, tmp_path, options, words, told):
-    common = [*QUICK, f"data.root={small_busi}", f"store={tmp_path / 'store'}", *words]
-    with pytest.raises((InputError, ConfigCompositionException)) as error:
-        launch(METHODS, common, executor=Never(), **{**OPTIONS, **options})
-    message = user_message(error.value)
-    assert re.search(told, message), message
-    assert "\n" not in message
-    assert not (tmp_path / "store" / "cells").exists()
+    ]
+    for options, words, expected in cases:
+        common = [*QUICK, f"data.root={small_busi}", f"store={tmp_path / 'store'}", *words]
+        with pytest.raises((InputError, ConfigCompositionException)) as error:
+            launch(METHODS, common, executor=Never(), **{**OPTIONS, **options})
+        message = user_message(error.value)
+        assert re.search(expected, message), message
+        assert "\n" not in message
+        assert not (tmp_path / "store" / "cells").exists(), expected
 
 
 def test_a_key_that_is_swept_and_searched_is_refused(small_busi, tmp_path):
@@ -530,10 +519,13 @@ def test_a_key_that_is_swept_and_searched_is_refused(small_busi, tmp_path):
         launch(jobs, [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"], executor=Never(), **OPTIONS)
 
 
-def test_the_name_of_anothers_chosen_settings_is_refused(small_busi, tmp_path):
-    book.write(tmp_path, "busi-quick-tuned", storage="sqlite://")
-    with pytest.raises(InputError, match="sweep_name=busi-quick: this store holds the tuning of busi-quick-tuned"):
-        launch(METHODS, [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"], executor=Never(), **OPTIONS)
+@pytest.mark.parametrize("name", ["busi-quick", "busi-quick-tuned-tuned"])
+def test_the_name_of_anothers_chosen_settings_is_refused(small_busi, tmp_path, name):
+    """Of one of the two, the sweep with the chosen settings is the other."""
+    sweep_file.add(tmp_path, "busi-quick-tuned", cells=[], teachers=[], storage="sqlite://")
+    common = [*QUICK, f"data.root={small_busi}", f"store={tmp_path}", f"sweep_name={name}"]
+    with pytest.raises(InputError, match=f"^sweep_name={name}: this store holds the tuning of busi-quick-tuned, and"):
+        launch(METHODS, common, executor=Never(), **OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -566,7 +558,7 @@ def test_students_that_learned_from_another_teacher_are_refused(unbroken, small_
     """With more trials another Teacher may be chosen: its Students' trials are not those of before."""
     store = tmp_path / "store"
     shutil.copytree(unbroken, store)
-    studies = read_studies(book.read(store, "busi-quick"), "busi-quick")
+    studies = read_studies(store, "busi-quick")
     own = next(study for study in studies if study.user_attrs["notation"] == "L_KLD_WAug")
     own.set_user_attr("Teacher", "teacher.lr=0.5")
     with pytest.raises(InputError, match=r"has trials with another Teacher \(teacher\.lr=0\.5, now "):
@@ -574,7 +566,7 @@ def test_students_that_learned_from_another_teacher_are_refused(unbroken, small_
 
 
 def test_the_status_is_that_of_the_tuning_that_runs(unbroken):
-    with book.lock(unbroken, "busi-quick"):
+    with tuner._held(unbroken, "busi-quick"):
         assert status.make(store=unbroken, sweep=None).startswith("tuning of sweep busi-quick: 12 of 12")
 
 

@@ -1,5 +1,7 @@
 """The search space: what may stand there, and which method uses what."""
 
+import re
+
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -25,30 +27,30 @@ def test_a_range_is_even_and_int_gives_whole_numbers():
     assert found["path.kd_path.inner_channels"] == IntDistribution(8, 64)
 
 
-@pytest.mark.parametrize(
-    ("search", "told"),
-    [
-        ({"train.lr": {"log": [0, 1e-2]}}, "train.lr=.* a log range begins above 0"),
-        ({"train.lr": {"log": [1e-2, 1e-4]}}, "the first number must be the smaller one"),
-        ({"train.lr": {"log": [1e-2, 1e-4, 1]}}, r"log takes two numbers, \[LOW, HIGH\]"),
-        ({"train.lr": {"log": ["a", "b"]}}, "log takes two numbers"),
-        ({"kd.weight": {"range": [True, 2]}}, "range takes two numbers"),
-        ({"train.batch_size": {"int": [8, 16.5]}}, "int takes two whole numbers"),
-        ({"train.lr": {"log": [1e-4, 1e-2], "range": [0, 1]}}, "it must be a list of values, {log"),
-        ({"train.lr": 1e-3}, "train.lr=0.001 is not allowed: it must be a list of values"),
-        ({"train.lr": []}, "must be a list of values"),
-        ({"train.lr": [1, 2], "train": {"lr": [1, 2]}}, "train.lr stands there twice"),
-        ({"kd.temperature": [1, 1]}, "a value stands there twice"),
-        ({"train.epochs": [5, 10]}, "train.epochs is not to be tuned: it is equal for all trials"),
-        ({"seed": [0, 1]}, "seed is not to be tuned"),
-        ({"path": ["L", "H"]}, "path is not to be tuned"),
-        ({"data.load_size": [64, 128]}, "data.load_size is not to be tuned"),
-    ],
-)
-def test_what_is_no_space_is_told_in_one_line(search, told):
-    with pytest.raises(InputError, match=f"hydra.sweeper.search: .*{told}") as error:
-        space.read(search)
-    assert "\n" not in str(error.value)
+def test_values_of_no_form_and_keys_that_must_be_equal_are_refused_in_one_line():
+    forms = (
+        {"train.lr": {"log": [0, 1e-2]}},
+        {"train.lr": {"log": [1e-2, 1e-4]}},
+        {"train.lr": {"log": [1e-4, 1e-2, 1]}},
+        {"train.lr": {"log": ["a", "b"]}},
+        {"train.lr": {"log": [1e-4, 1e-2], "range": [0, 1]}},
+        {"train.batch_size": {"int": [8, 16.5]}},
+        {"train.lr": 1e-3},
+        {"train.lr": []},
+        {"train.lr": [[1], [2]]},
+        {"kd.temperature": [1, 1]},
+    )
+    cases = [
+        (search, "=.* is not allowed: it must be a list of unlike values, or .*log.*range.*int") for search in forms
+    ]
+    fixed = {"train.epochs": [5, 10], "seed": [0, 1], "path": ["L", "H"], "data.load_size": [64, 128]}
+    cases += [({key: values}, " is not to be tuned: it is equal for all trials") for key, values in fixed.items()]
+    cases += [({"train.lr": [1, 2], "train": {"lr": [1, 2]}}, " is there twice, nested and joined by dots")]
+    for search, message in cases:
+        with pytest.raises(InputError) as error:
+            space.read(search)
+        assert re.match(f"hydra.sweeper.search: {next(iter(search))}{message}", str(error.value)), search
+        assert "\n" not in str(error.value)
 
 
 def test_a_method_has_the_keys_that_it_uses():
@@ -73,7 +75,7 @@ def test_a_method_has_the_keys_that_it_uses():
 
 def test_ends_and_words():
     found = space.read({"train.lr": {"log": [1e-4, 1e-2]}, "kd.temperature": [1, 2, 4]})
-    assert space.ends(found) == {"train.lr": [1e-4, 1e-2], "kd.temperature": [1, 2, 4]}
+    assert [space.ends(own) for own in found.values()] == [[1e-4, 1e-2], [1, 2, 4]]
     assert space.in_words(found) == {"train.lr": "log 0.0001 to 0.01", "kd.temperature": "1, 2, 4"}
     assert space.contains(found["train.lr"], 1e-2)
     assert not space.contains(found["train.lr"], 0.1)

@@ -78,7 +78,7 @@ class LockstepSweeper(BasicSweeper):
 
 @dataclass
 class LockstepSweeperConf(BasicSweeperConf):
-    """As Hydra's basic sweeper, further grids, and what is tuned (each option of that: kdsweep/sweep/methods.py)."""
+    """As Hydra's basic sweeper, further grids, and what is tuned (each option of that: kdsweep/tuning/tune.py)."""
 
     _target_: str = "hydra_plugins.kdsweep_lockstep.LockstepSweeper"
     _recursive_: bool = False

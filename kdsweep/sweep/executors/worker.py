@@ -173,11 +173,11 @@ def train_cells(jobs: list[Job]) -> list[Result]:
     return group.run_group(jobs)
 
 
-def train_trials(jobs: list[Job], *, pruning: Pruning, role: str) -> list[Result]:
+def train_trials(jobs: list[Job], *, pruning: Pruning) -> list[Result]:
     """Train the trials of a group."""
     from kdsweep.training import group
 
-    return group.run_trials(jobs, pruning=pruning, role=role)
+    return group.run_trials(jobs, pruning=pruning)
 
 
 def train_teachers(jobs: list[Job]) -> list[float]:
