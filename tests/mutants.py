@@ -790,8 +790,8 @@ MUTANTS = [
     Mutant(
         "tuning: trials that reached later epochs before a break are asked about again",
         "tuning/pruning.py",
-        "if own.reported == epochs < own.epochs:",
-        "if own.reported >= epochs:",
+        "if trial.reported == epochs < trial.epochs:",
+        "if trial.reported >= epochs:",
         "tests/tuning/test_pruning.py",
     ),
     Mutant(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from kdsweep.config.grid import variant_label
@@ -25,17 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A sweep as it was configured, the same with what was chosen, and the trials between them.
-
-    Attributes:
-        configured: runs and scores of the sweep.
-        chosen: of the sweep with the chosen settings.
-        trials: as ``tuning.study.read_trials`` gives them.
-    """
+    """A sweep as it was configured, the same with what was chosen, and the trials between them."""
 
     configured: Sweep
     chosen: Sweep
-    trials: pd.DataFrame
+    trials: pd.DataFrame  # of ``tuning.study.read_trials``
 
 
 def is_tuned(sweep: Sweep, *, store: Path) -> bool:
@@ -45,12 +38,7 @@ def is_tuned(sweep: Sweep, *, store: Path) -> bool:
 
 
 def read(sweep: Sweep, *, store: Path, uri: str | None) -> Tuning:
-    """Read what belongs to a tuned sweep.
-
-    Args:
-        sweep: as it was configured, or with the chosen settings.
-        store: folder of the runs.
-        uri: of the MLflow server or database, or None for the file in the store.
+    """Read what belongs to a tuned sweep, which is the one as configured or the one with the chosen settings.
 
     Raises:
         InputError: the sweep was not tuned, or not to its end.
@@ -113,13 +101,13 @@ def _tried(trials: pd.DataFrame) -> dict[str, object]:
     if trials.empty:
         return {"chosen": "", "trials": pd.NA, "pruned": NAN, "failed": NAN, "seconds": NAN, "val_dice_percent": NAN}
     best = trials[trials["is_chosen"]].sort_values("split")
-    words = [
+    settings = [
         f"split {split}: {'as configured' if number == 0 else variant_label(_rounded(params))}"
         for split, number, params in zip(best["split"], best["number"], best["params"], strict=True)
     ]
     seconds = trials["seconds"].map(sum).groupby(trials["split"]).sum()
     return {
-        "chosen": "; ".join(words),
+        "chosen": "; ".join(settings),
         "trials": len(trials),
         "pruned": (trials["state"] == "PRUNED").mean(),
         "failed": (trials["state"] == "FAIL").mean(),
@@ -134,20 +122,15 @@ def _rounded(params: dict[str, object]) -> dict[str, str]:
 
 def _at(reached: pd.DataFrame, *, seconds: float) -> dict[str, float]:
     """Return the best validation Dice (%) of a method after so many seconds, the mean over its splits."""
-    parts = [
-        own.loc[own["seconds"] <= seconds, "best_dice"].max() for _, own in reached.groupby("split")
-    ]  # NaN before its first epoch has ended
-    return {"equal_dice_percent": 100 * float(np.mean(parts)) if parts else NAN}
+    best = reached[reached["seconds"] <= seconds].groupby("split")["best_dice"].max()
+    return {"equal_dice_percent": 100 * best.reindex(reached["split"].unique()).mean(skipna=False)}
 
 
 def best_by_seconds(trials: pd.DataFrame) -> pd.DataFrame:
     """Return how good a method's trials became as they were trained.
 
-    The trials of a round go on side by side, epoch by epoch; their seconds add up, each with its Teacher's forwards as
-    if it had been alone, so that the count does not depend on which others shared them.
-
-    Args:
-        trials: as ``tuning.study.read_trials`` gives them.
+    The trials of a round advance side by side, epoch by epoch; their seconds add up, each with its Teacher's forwards
+    as if it had been alone, so that the count does not depend on which others shared them.
 
     Returns:
         A row per method, split, round and epoch: notation, split, seconds (so far), best_dice (so far, a fraction).

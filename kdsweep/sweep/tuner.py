@@ -94,7 +94,7 @@ class Tuner(Launcher):
         log.info("%s", self._describe(tuned, preview))
         shared: Any = {"read": self._read, "train": partial(self._train, preview=preview)}
         tune.run([method for method in tuned if method.role == "teacher"], self.options, **shared)
-        for method in (own for own in tuned if own.role == "distilled"):
+        for method in (each for each in tuned if each.role == "distilled"):
             method.teacher = _teacher_overrides(method.job, methods)
             # With more trials another Teacher may have been chosen since.
             study.settle(method.study, {"Teacher": " ".join(method.teacher) or "as configured"})
@@ -105,7 +105,7 @@ class Tuner(Launcher):
         groups = tune.groups_of(trials, largest=min(plan.LARGEST, -(-len(trials) // preview.places)))
         executor, works = self.launcher.executor, {self._work(group, preview): group for group in groups}
         jobs = [trial.job for trial in trials]
-        first = launcher.teacher_works(jobs, preview) if executor.at_once(preview) > 1 else []
+        first = launcher.teacher_works(jobs, preview) if executor.machines or preview.places > 1 else []
         executor.queued(jobs)  # those that an earlier command has left in a queue are waited for
         for work, results in run(executor, list(works), before=first):
             by_folder = {cell.folder: result for cell, result in zip(work.cells, results, strict=True)}
@@ -116,9 +116,9 @@ class Tuner(Launcher):
 
     def _work(self, group: list[Trial], preview: Preview) -> Work:
         jobs = {trial.job.cell.folder: trial.job for trial in group}  # trials with equal values share a cell
-        trials = {
-            folder: [(own.method.name, own.number) for own in group if own.job.cell.folder == folder] for folder in jobs
-        }
+        trials: dict[Path, list[tuple[str, int]]] = {folder: [] for folder in jobs}
+        for trial in group:
+            trials[trial.job.cell.folder].append((trial.method.name, trial.number))
         first = group[0].job
         ending = pruning.Pruning(self._storage(first.cell.store), self.options.pruner, trials)
         return Work(
@@ -138,7 +138,7 @@ class Tuner(Launcher):
     def _read(self, overrides: Sequence[Sequence[str]]) -> list[Job]:
         """Return the jobs of these overrides, which they keep: a plan's jobs have none of the keys that are tuned."""
         jobs = plan.read_jobs(Composed(self._composer, overrides, first=0))
-        return [replace(job, overrides=list(own)) for job, own in zip(jobs, overrides, strict=True)]
+        return [replace(job, overrides=list(typed)) for job, typed in zip(jobs, overrides, strict=True)]
 
     def _preview(self, jobs: list[Job]) -> Preview:
         return self.launcher.executor.preview(list(plan.kinds(plan.unique(jobs))), times=True)
@@ -161,8 +161,8 @@ class Tuner(Launcher):
         """Return one line on what will be tuned; a plan opens no study, so the storage is read."""
         settings, count, names = tuned[0].job.settings, self.options.trials, {method.name for method in tuned}
         studies = study.read_studies(tuned[0].job.cell.store, settings.sweep_name)
-        trials, done = len(tuned) * count, sum(study.ended(own) for own in studies if own.study_name in names)
-        notations, splits = ({getattr(own.job.cell, key) for own in tuned} for key in ("notation", "split"))
+        trials, done = len(tuned) * count, sum(study.ended(each) for each in studies if each.study_name in names)
+        notations, splits = ({getattr(method.job.cell, key) for method in tuned} for key in ("notation", "split"))
         line = f"tuning {plural(len(notations), 'method')} on {plural(len(splits), 'split')}: {trials} trials, "
         line += f"{count} of each, {done} of them done; rounds of {self.options.round}, "
         line += f"{settings.train.epochs} epochs at most; {estimate.describe_data(settings)}"
@@ -176,10 +176,11 @@ class Tuner(Launcher):
         """Return the seconds of all trials on one device if none is pruned, with Teachers that are not tuned."""
         rounds = -(-self.options.trials // self.options.round)
         distilled = [method for method in tuned if method.role == "distilled"]
-        views = {(own.job.cell.split, estimate.forward_of(own.job)) for own in distilled}
-        works = [(rounds * len(views) * max(own.epochs for own in tuned), preview.forward_epoch_s)]
+        views = {(each.job.cell.split, estimate.forward_of(each.job)) for each in distilled}
+        works = [(rounds * len(views) * max(method.epochs for method in tuned), preview.forward_epoch_s)]
         epoch_s = {"teacher": preview.teacher_epoch_s}
-        works += [(self.options.trials * own.epochs, epoch_s.get(own.role, preview.student_epoch_s)) for own in tuned]
+        for method in tuned:
+            works.append((self.options.trials * method.epochs, epoch_s.get(method.role, preview.student_epoch_s)))
         has_teachers = any(method.role == "teacher" for method in tuned)
         as_configured = [] if has_teachers else [method.job for method in distilled]
         return left_s([works]) + estimate.teachers_s(as_configured, preview)
@@ -199,18 +200,18 @@ class Tuner(Launcher):
 
     def _chosen(self, jobs: list[Job], methods: Mapping[str, Method]) -> list[list[str]]:
         """Return the overrides of the jobs with the chosen settings."""
-        words = []
+        chosen = []
         for job in jobs:
             method = methods[key_of(job.cell)]
             if method.space and study.best_of(method.study) is None:
                 log.error("%s: none of its trials came to its end, so nothing is chosen", job.cell.title)
                 continue
-            chosen = method.chosen()
-            log.info("%s: chosen %s", job.cell.title, ", ".join(chosen) or "the configured settings")
-            kept = [word for word in job.overrides if not word.lstrip("+").startswith("sweep_name=")]
+            values = method.chosen()
+            log.info("%s: chosen %s", job.cell.title, ", ".join(values) or "the configured settings")
+            kept = [override for override in job.overrides if not override.lstrip("+").startswith("sweep_name=")]
             name = f"sweep_name={job.settings.sweep_name}{sweep_file.TUNED}"
-            words.append([*kept, *_teacher_overrides(job, methods), *chosen, name])
-        return words
+            chosen.append([*kept, *_teacher_overrides(job, methods), *values, name])
+        return chosen
 
 
 def tuned(of: Launcher | None, tuning: Mapping[str, Any]) -> Launcher:
@@ -241,10 +242,10 @@ def _held(store: Path, sweep: str) -> Iterator[None]:
 
 def _remove_checkpoints(store: Path, tuned: list[Method]) -> None:
     """Remove the checkpoints of trials that no sweep has requested: their curves are in the studies."""
-    attrs = [own.user_attrs for method in tuned for own in study.trials_of(method.study)]
-    folders = {store / own["folder"] for own in attrs if "folder" in own} - sweep_file.folders(store)
-    for folder in (own for own in folders if not cell_folder.is_held(own)):
-        for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS):
+    trials = [trial for method in tuned for trial in study.trials_of(method.study)]
+    folders = {store / trial.user_attrs["folder"] for trial in trials} - sweep_file.folders(store)
+    for folder in folders:
+        for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS) if not cell_folder.is_held(folder) else ():
             (folder / name).unlink(missing_ok=True)
 
 

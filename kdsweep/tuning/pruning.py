@@ -46,7 +46,7 @@ class LockstepHalving(BasePruner):
             if other.number // size < trial.number // size
             or other.user_attrs.get("batches") == trial.user_attrs.get("batches")
         ]
-        values = sorted(own.intermediate_values[step] for own in peers if step in own.intermediate_values)
+        values = sorted(peer.intermediate_values[step] for peer in peers if step in peer.intermediate_values)
         return trial.intermediate_values[step] < values[-max(1, len(values) // REDUCTION)]
 
 
@@ -115,15 +115,15 @@ class Pruning:
             }
 
         def after(epochs: int, curves: Mapping[Path, Curve]) -> set[Path]:
-            running = [(own, curves[folder]) for folder in curves for own in opened[folder] if not own.is_pruned]
+            running = [(trial, curves[name]) for name in curves for trial in opened[name] if not trial.is_pruned]
             running.sort(key=lambda pair: pair[0].trial.number)
             with studies.using(self.storage):
-                for own, curve in running:
-                    own.report(curve)
-                for own, curve in running:
+                for trial, curve in running:
+                    trial.report(curve)
+                for trial, curve in running:
                     # What was reported beyond this epoch was asked about before this process began.
-                    if own.reported == epochs < own.epochs:
-                        own.prune(curve)
-            return {folder for folder in curves if all(own.is_pruned for own in opened[folder])}
+                    if trial.reported == epochs < trial.epochs:
+                        trial.prune(curve)
+            return {folder for folder in curves if all(trial.is_pruned for trial in opened[folder])}
 
         return after

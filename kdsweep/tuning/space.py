@@ -19,7 +19,7 @@ FORMS = (
 )
 # What is compared; the arguments of a path or a loss may be tuned.
 COMPARED = ("method", "path", "loss", "teacher_aug")
-# What decides which images a trial sees, how long it is trained and by what it is judged is equal for all trials.
+# What decides which images a trial sees, how long it is trained and by what it is chosen is equal for all trials.
 MEASURES = ("train.epochs", "train.patience", "train.monitor", "teacher.monitor", "scores")
 FIXED = ("split", "seed", "teacher.seed", "profile", "data", "deterministic", *MEASURES)
 
@@ -56,7 +56,7 @@ def _leaves(search: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def _distribution(key: str, values: Any) -> BaseDistribution:
     match values:
-        case [_, *_] if all(isinstance(own, str | int | float) for own in values) and len(set(values)) == len(values):
+        case [_, *_] if all(isinstance(each, str | int | float) for each in values) and len(set(values)) == len(values):
             return CategoricalDistribution(list(values))
         case {"int": [int(low), int(high)], **more} if not more and low < high:
             return IntDistribution(low, high)
@@ -83,7 +83,7 @@ def contains(values: BaseDistribution, value: Any) -> bool:
 def used(space: Space, *, role: str, params: Mapping[str, Any]) -> Space:
     """Return the part of a space that one method uses: a Student without distillation has no ``kd.weight``.
 
-    What a Teacher is trained with is tuned once, as the Teacher's own study: all methods then learn from that one. A
+    What a Teacher is trained with is tuned once, in the Teacher's study: all methods then learn from that one. A
     key of the Teacher that is tuned replaces the Students' (``teacher.schedule`` replaces ``train.schedule``).
 
     Args:
@@ -92,8 +92,8 @@ def used(space: Space, *, role: str, params: Mapping[str, Any]) -> Space:
         params: the method's flat configuration.
     """
     tuned = {**params, **(dict.fromkeys(space, "tuned") if role == "teacher" else {})}
-    used = {key: own for key, own in space.items() if decisions.decides(key, role=role, params=tuned)}
-    return {key: own for key, own in used.items() if role != "distilled" or not grid.is_under(key, ("teacher",))}
+    used = {key: values for key, values in space.items() if decisions.decides(key, role=role, params=tuned)}
+    return {key: used[key] for key in used if role != "distilled" or not grid.is_under(key, ("teacher",))}
 
 
 def in_words(space: Space) -> dict[str, str]:

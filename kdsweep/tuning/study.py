@@ -216,7 +216,7 @@ def read_trials(studies: Sequence[optuna.Study]) -> pd.DataFrame:
     rows: list[list[Any]] = []
     for study in studies:
         attrs, best = study.user_attrs, best_of(study)
-        for trial in (own for own in trials_of(study) if own.state.is_finished()):
+        for trial in (each for each in trials_of(study) if each.state.is_finished()):
             way: list[Any] = [trial.number, trial.number // int(attrs["round"]), trial.state.name]
             way += [best is not None and trial.number == best.number, trial.value, trial.params]
             dice = [value for _, value in sorted(trial.intermediate_values.items())]

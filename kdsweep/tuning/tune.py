@@ -108,7 +108,7 @@ class Method:
     def ask(self, options: Options, count: int) -> list[FrozenTrial]:
         """Ask for trials until there are so many; return those that are RUNNING."""
         params = identity.params(self.job.settings)
-        configured = {key: params[key] for key, own in self.space.items() if space.contains(own, params.get(key))}
+        configured = {key: params[key] for key in self.space if space.contains(self.space[key], params.get(key))}
         return study.ask(self.study, self.space, configured=configured, sampler=options.sampler, count=count)
 
     def chosen(self) -> list[str]:
@@ -135,7 +135,7 @@ def methods_of(jobs: Sequence[Job], whole: space.Space) -> dict[str, Method]:
     """Return the Students and Teachers of jobs by ``key_of``, each once for all its seeds, Teachers first."""
     methods: dict[str, Method] = {}
     for job in jobs:
-        for cell in (own for own in (job.cell.teacher, job.cell) if own is not None):
+        for cell in filter(None, (job.cell.teacher, job.cell)):
             used = space.used(whole, role=cell.role, params=identity.params(job.settings))
             methods.setdefault(key_of(cell), Method(replace(job, cell=cell), used))
     return dict(sorted(methods.items(), key=lambda pair: pair[1].role != "teacher"))
@@ -171,9 +171,9 @@ def check(jobs: Sequence[Job], *, whole: space.Space, read: Read) -> None:
     if not whole:
         raise InputError(f"{space.KEY}: all of its keys are null, so nothing is tuned; give one its values")
     methods = methods_of(jobs, whole).values()
-    words = {word.lstrip("+") for job in jobs for word in job.overrides}
+    overrides = {override.lstrip("+") for job in jobs for override in job.overrides}
     for key, values in whole.items():
-        if sum(word.startswith(f"{key}=") for word in words) > 1:
+        if sum(override.startswith(f"{key}=") for override in overrides) > 1:
             raise InputError(f"{space.KEY}: {key} is swept by the command too; tune it or sweep it")
         user = next((method.job for method in methods if key in method.space), None)
         if user is None:
@@ -206,7 +206,7 @@ def run(methods: Sequence[Method], options: Options, *, read: Read, train: Train
             seconds = cell_folder.read(trial.job.cell.folder).seconds
             study.tell(trial.method.study, trial.number, result, seconds=seconds)
         done += 1
-        states = Counter(study.trials_of(own.method.study)[own.number].state.name for own in trials)
+        states = Counter(study.trials_of(trial.method.study)[trial.number].state.name for trial in trials)
         ends = f"{states['PRUNED']} pruned, {states['FAIL']} failed"
         left_s = progress.left_s([[(len(counts) - number, (time.monotonic() - started_s) / done)]])
         log.info("round %d of %d done: %s, about %s left", number, len(counts), ends, duration(left_s))
@@ -215,13 +215,13 @@ def run(methods: Sequence[Method], options: Options, *, read: Read, train: Train
 def ask(method: Method, options: Options, count: int, read: Read) -> list[Trial]:
     """Return the trials of a method up to a number that have not ended; its study is asked for those that it lacks."""
     running, trials = method.ask(options, count), []
-    words = [[*method.job.overrides, *method.teacher, *overrides_of(own)] for own in running]
-    for own, job in zip(running, read(words), strict=True):
+    jobs = read([[*method.job.overrides, *method.teacher, *overrides_of(trial)] for trial in running])
+    for trial, job in zip(running, jobs, strict=True):
         cell = job.cell.teacher if method.role == "teacher" else job.cell
-        titled = replace(cell, variant={key: f"{value}" for key, value in own.params.items()})
+        titled = replace(cell, variant={key: f"{value}" for key, value in trial.params.items()})
         batches, folder = identity.batches_key(job.settings, seed=cell.seed), cell.folder.relative_to(cell.store)
-        study.annotate(method.study, own.number, folder=str(folder), batches=batches)
-        trials.append(Trial(method, own.number, replace(job, cell=titled), batches))
+        study.annotate(method.study, trial.number, folder=str(folder), batches=batches)
+        trials.append(Trial(method, trial.number, replace(job, cell=titled), batches))
     return trials
 
 

@@ -416,14 +416,10 @@ def test_methods_with_unlike_choices_are_one_table(unbroken):
     assert configured.tuned == ()  # there a second learning rate would be mixed in by mistake
 
 
-def test_the_status_tells_how_many_trials_have_ended(unbroken):
-    text = status.make(store=unbroken, sweep="busi-quick")
+def test_the_status_counts_and_writes_the_trials(unbroken, tmp_path, capsys):
+    text, file = status.make(store=unbroken, sweep="busi-quick"), tmp_path / "trials.csv"
     assert text.startswith("tuning of sweep busi-quick: 12 of 12 trials ended: ")
     assert "Teacher_WAug split 0" in text
-
-
-def test_the_status_writes_the_trials(unbroken, tmp_path, capsys):
-    file = tmp_path / "trials.csv"
     asked = ["--store", str(unbroken), "--trials", str(file)]
     assert status.main([*asked, "--sweep", "busi-quick-tuned"]) == 0
     assert f"wrote 12 trials to {file}" in capsys.readouterr().out
@@ -445,7 +441,9 @@ def test_the_status_writes_the_trials(unbroken, tmp_path, capsys):
     assert f"--trials {tmp_path}: cannot be written" in capsys.readouterr().err
 
 
-def test_a_plan_prices_the_trials_and_begins_nothing(small_busi, tmp_path, capsys):
+def test_a_plan_counts_and_prices_the_trials_and_begins_nothing(small_busi, unbroken, tmp_path, capsys):
+    tune(small_busi, unbroken, plan=True, trials=6)
+    assert "18 trials, 6 of each, 12 of them done" in capsys.readouterr().out
     store = tmp_path / "store"
     tune(small_busi, store, plan=True)
     told = capsys.readouterr().out
@@ -453,11 +451,6 @@ def test_a_plan_prices_the_trials_and_begins_nothing(small_busi, tmp_path, capsy
     assert "L_KLD_WAug split 0: train.lr: log 0.0003 to 0.01; kd.weight: 0.1 to 0.9" in told
     assert "device hours of trials without pruning; nothing was started" in told
     assert not (store / "optuna.db").exists()
-
-
-def test_a_plan_counts_the_trials_that_have_ended(small_busi, unbroken, capsys):
-    tune(small_busi, unbroken, plan=True, trials=6)
-    assert "18 trials, 6 of each, 12 of them done" in capsys.readouterr().out
 
 
 def test_a_plan_prices_teachers_that_are_trained_as_configured(small_busi, tmp_path, capsys):
@@ -585,8 +578,3 @@ def test_a_single_run_does_not_tune(tmp_path):
 def test_a_launcher_that_trains_no_groups_is_refused():
     with pytest.raises(InputError, match="needs hydra/launcher=lockstep"):
         tuner.tuned(None, {"search": SEARCH})
-
-
-def test_optunas_own_reader_opens_the_storage(unbroken):
-    names = optuna.get_all_study_names(f"sqlite:///{unbroken}/optuna.db")
-    assert len(names) == 3
