@@ -82,19 +82,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Pruning:
-    """Reports and prunes the trials of a lockstep group; plain values, since another process receives it.
+    """Reports and prunes the trials of a lockstep group; plain values, since another process receives it."""
 
-    Attributes:
-        storage: address of Optuna's database.
-        options: of the pruner, for ``make``.
-        trials: study and number of the trials that each cell trains, by its folder; equal settings share one.
-        host: machine of the command, the only one that may write to a SQLite file.
-    """
-
-    storage: str
-    options: Mapping[str, Any]
-    trials: Mapping[Path, Sequence[tuple[str, int]]]
-    host: str = field(default_factory=platform.node)
+    storage: str  # address of Optuna's database
+    options: Mapping[str, Any]  # of the pruner, for ``make``
+    trials: Mapping[
+        Path, Sequence[tuple[str, int]]
+    ]  # by folder of a cell its studies and numbers: equal values share it
+    host: str = field(default_factory=platform.node)  # of the command, the only one that may write to a SQLite file
 
     def begin(self) -> Callable[[int, Mapping[Path, Curve]], set[Path]]:
         """See ``training.runner.Pruning``.

@@ -32,23 +32,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the sweeper beyond the jobs; see conf/experiment/tuned.yaml.
+    """Options of the sweeper beyond the jobs; see conf/experiment/tuned.yaml."""
 
-    Attributes:
-        search: the keys that are tuned, and their values.
-        trials: of each method on each split, the configured settings among them.
-        round: how many of them are trained side by side; what a round has shown guides the sampler in the next.
-        sampler: ``_target_`` and arguments of one of Optuna's; empty for TPE.
-        pruner: the same of a pruner; empty for ``pruning.LockstepHalving``.
-        storage: address of Optuna's database; None for a SQLite file in the store.
-    """
-
-    search: Mapping[str, Any]
-    trials: int = 16
-    round: int = 8
-    sampler: Mapping[str, Any] = field(default_factory=dict)
-    pruner: Mapping[str, Any] = field(default_factory=dict)
-    storage: str | None = None
+    search: Mapping[str, Any]  # the keys that are tuned, and their values
+    trials: int = 16  # of each method on each split, the configured settings among them
+    round: int = 8  # trained side by side; what a round has shown guides the sampler in the next
+    sampler: Mapping[str, Any] = field(default_factory=dict)  # ``_target_`` and arguments of Optuna's; empty for TPE
+    pruner: Mapping[str, Any] = field(default_factory=dict)  # the same; empty for ``pruning.LockstepHalving``
+    storage: str | None = None  # address of Optuna's database; None for a SQLite file in the store
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -60,19 +51,12 @@ class Options:
 
 @dataclass(eq=False)
 class Method:
-    """One method on one split.
+    """One method on one split."""
 
-    Attributes:
-        job: the first one of the method as it is configured; its cell is what the trials train, maybe a Teacher.
-        space: the part of the search space that it uses.
-        teacher: overrides by which its trials learn from the chosen Teacher.
-        study: of its trials, once the storage is open.
-    """
-
-    job: Any
-    space: space.Space
-    teacher: list[str] = field(default_factory=list)
-    study: optuna.Study = field(init=False)
+    job: Any  # the first one of the method as it is configured; its cell is what the trials train, maybe a Teacher
+    space: space.Space  # the part of the search space that it uses
+    teacher: list[str] = field(default_factory=list)  # overrides by which its trials learn from the chosen Teacher
+    study: optuna.Study = field(init=False)  # of its trials, once the storage is open
 
     @property
     def role(self) -> str:
