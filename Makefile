@@ -8,7 +8,7 @@ STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutants chaos bench gpu growth lint types table3 table4 table5 effects figure2 figures report model ui trials clean
+.PHONY: help setup demo test mutants chaos bench gpu growth lint types table3 table4 table5 effects figure2 figures report results model ui trials clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick
 
 test: setup ## Run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+results: setup ## Make the tables of results/ of their published scores again; a difference fails
+	$(PY) -m pytest -q tests/results/test_remade.py
 
 mutants: setup ## Plant 113 defects, one at a time; each must make a test fail (an hour; ARGS="--help" for options)
 	$(PY) tests/mutants.py $(ARGS)

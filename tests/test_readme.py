@@ -513,24 +513,6 @@ def test_what_one_seed_had_shown_of_the_methods_is_that_of_its_scores() -> None:
     assert f"{', '.join(named[:-1])} and {named[-1]} points" in page
 
 
-@pytest.mark.parametrize(
-    ("folder", "which"),
-    [
-        *(("study", which) for which in ("table3", "table4", "effects", "strata", "seeds")),
-        ("methods", "table4"),
-        ("methods", "seeds"),
-        ("teacher_size", "table4"),
-        ("teacher_size", "settings"),
-        ("tuned", "table4"),
-    ],
-)
-def test_the_tables_of_results_are_made_of_their_published_scores(folder, which, tmp_path) -> None:
-    files = sorted(map(str, (ROOT / "results" / folder).glob("*.json.gz")))
-    assert tables.main([which, "--published", *files, "--out", str(tmp_path)]) == 0
-    made = pd.read_csv(tmp_path / f"{which}.csv")
-    pd.testing.assert_frame_equal(made, pd.read_csv(ROOT / "results" / folder / f"{which}.csv"))
-
-
 def test_the_table_of_error_rates_is_that_of_its_file() -> None:
     simulated = json.loads((ROOT / "benchmarks" / "error_rates.json").read_text())
     rows = pd.DataFrame(simulated["rows"])
