@@ -41,8 +41,8 @@ from hydra.types import RunMode
 from machine import machine
 
 from kdsweep import conf_dir
-from kdsweep.config import composition, identity
-from kdsweep.config.composition import Composed, Composer
+from kdsweep.config import composition, identity, inputs
+from kdsweep.config.composition import Composed
 from kdsweep.config.grid import Cell
 from kdsweep.config.schema import Settings
 from kdsweep.core.files import write_text
@@ -143,7 +143,7 @@ def stub(cell: Cell, settings: Settings, *, weights: Path) -> None:
         settings: its configuration.
         weights: file that stands for the trained ones; it gets one more name, and takes no more room.
     """
-    split = identity.split_ids(settings)
+    split = inputs.split_ids(settings)
     tags = {
         "kdsweep.profile": settings.profile,
         "kdsweep.device": "cpu",
@@ -184,15 +184,14 @@ class Command:
     """
 
     def __init__(self, words: list[str]) -> None:
-        loader = GlobalHydra.instance().config_loader()
-        self.config = loader.load_configuration("config", words, run_mode=RunMode.MULTIRUN)
+        self.loader = GlobalHydra.instance().config_loader()
+        self.config = self.loader.load_configuration("config", words, run_mode=RunMode.MULTIRUN)
         HydraConfig.instance().set_config(self.config)
-        self.composer = Composer(loader, self.config)
         (self.jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
 
     def compose(self) -> Composed:
         """The configurations of the jobs, as ``launch`` has them."""
-        return Composed(self.composer, self.jobs, first=0)
+        return Composed(self.loader, self.config, self.jobs)
 
 
 def measure(size: int, folder: Path) -> dict[str, Any]:
@@ -204,7 +203,7 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
     words = [*PAPER_GRID, *SIZES[size], *where]
     weights = folder / f"weights{size}"
     weights.write_bytes(bytes(WEIGHTS_BYTES))
-    identity.listing(composition.compose(where))  # the phantoms are made once
+    inputs.listing(composition.compose(where))  # the phantoms are made once
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         sweep = planned(words, clock)
         command(clock, "whole command: --plan, nothing finished", ["-m", "kdsweep", "-m", *words, "--plan"])

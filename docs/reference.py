@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -21,6 +21,17 @@ SHOWN = {  # the file that shows the keys of a group
     "data": "busi", "split": "kfold", "train": "paper", "teacher": "resnext101", "student": "mobilenetv3_small",
     "tracking": "mlflow", "path": "HR", "loss": "kld", "teacher_aug": "weak", "method": "none",
 }  # fmt: skip
+TYPES = {
+    "integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text",
+    "null": "null", "array": "a list", "object": "keys with values",
+}  # fmt: skip
+LIMITS = {
+    "minimum": ">=",
+    "exclusiveMinimum": ">",
+    "maximum": "<=",
+    "exclusiveMaximum": "<",
+    "multipleOf": "multiple of",
+}
 HEAD = """# Configuration
 
 For those who change a setting. At the end you know every group and key, its value and what it may be. Written by
@@ -48,12 +59,27 @@ Values are those of `profile=paper`; other profiles set others (`conf/profile/`,
 def allowed(model: type[BaseModel] = Settings, prefix: str = "") -> dict[str, str]:
     """Return by key what the schema says that its value must be."""
     found: dict[str, str] = {}
+    properties = model.model_json_schema()["properties"]
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
         kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
         nodes = [kind for kind in kinds if issubclass(kind, BaseModel)]
-        found |= allowed(nodes[0], f"{key}.") if nodes else {key: field.description or ""}
+        found |= allowed(nodes[0], f"{key}.") if nodes else {key: in_words(properties[field.alias or name])}
     return found
+
+
+def in_words(values: dict[str, Any]) -> str:
+    """Return a JSON schema of values as text, such as "a number >= 0 <= 1, matched or published"."""
+    if "description" in values:
+        return str(values["description"])
+    if "anyOf" in values:
+        return " or ".join(in_words(each) for each in values["anyOf"])
+    if "enum" in values or "const" in values:
+        *first, last = values.get("enum") or [values["const"]]
+        return f"{', '.join(first)} or {last}" if first else str(last)
+    limits = " ".join(f"{sign} {values[limit]}" for limit, sign in LIMITS.items() if limit in values)
+    count = f"of {values['minItems']}: {in_words(values['items'])}" if "minItems" in values else ""
+    return " ".join(filter(None, [TYPES.get(values.get("type", ""), ""), limits, count]))
 
 
 def lines(file: Path, prefix: str = "") -> list[tuple[str, str, str]]:

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -87,20 +86,18 @@ def train() -> int:
     logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
     os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way
-    typed: list[str] = []
     try:
         arguments = ["hydra.launcher.plan=true" if argument == "--plan" else argument for argument in sys.argv[1:]]
         options, typed = overrides.divide(arguments)
-        typed = overrides.check_typed(options, typed)
         sys.argv[1:] = launcher.as_sweep(options, typed)
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(launcher.train_cell)()
     except Exception as error:
-        return report(error, user_message(error, typed))
+        return report(error, user_message(error))
     return 0
 
 
-def user_message(error: BaseException, overrides: Sequence[str] = ()) -> str:
-    """Return a message that the user can act on, from an exception and its causes; ``overrides`` are the command's."""
+def user_message(error: BaseException) -> str:
+    """Return a message that the user can act on, from an exception and its causes."""
     from kdsweep.config import composition
 
     cause: BaseException | None = error
@@ -109,7 +106,7 @@ def user_message(error: BaseException, overrides: Sequence[str] = ()) -> str:
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     if type(error).__module__.startswith(("hydra", "omegaconf")):
-        return composition.one_line(error, overrides)
+        return composition.one_line(error)
     return one_line(error)
 
 

@@ -49,9 +49,9 @@ MUTANTS = [
     ),
     Mutant(
         "every split is split 0",
-        "config/identity.py",
-        "return splits.random_split(len(entries), index=of.number)",
-        "return splits.random_split(len(entries), index=0)",
+        "config/inputs.py",
+        "return splits.random_split(len(entries), index=node.number), groups",
+        "return splits.random_split(len(entries), index=0), groups",
         FACTORY,
     ),
     Mutant(
@@ -102,7 +102,7 @@ MUTANTS = [
     Mutant("a torn group is taken", "data/splits.py", "if len(parts) > 1\n", "if len(parts) > 3\n", SPLITS),
     Mutant(
         "a file's split is another cell's",
-        "config/identity.py",
+        "config/inputs.py",
         'if settings.split.protocol != "paper":',
         'if settings.split.protocol == "kfold":',
         SPLITS,
@@ -612,9 +612,9 @@ MUTANTS = [
     # configuration
     Mutant(
         "the fingerprint leaves the data out",
-        "config/identity.py",
-        'evidence = {"data": listing(settings).digest}',
-        "evidence = {}",
+        "config/inputs.py",
+        'digests = {"data": listing(settings).digest}',
+        "digests = {}",
         "tests/config",
     ),
     Mutant(
@@ -634,8 +634,8 @@ MUTANTS = [
     Mutant(
         "kd.ratio always counts",
         "config/schema.py",
-        "Decides((DISTILLED,), when=_is_matched)",
-        "Decides((DISTILLED,))",
+        'Decides(when={"kd.weight": ("matched",)})',
+        "Decides()",
         "tests/config",
     ),
     # store

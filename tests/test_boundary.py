@@ -14,7 +14,7 @@ from small import STUDENT
 
 import kdsweep
 from kdsweep.__main__ import WORDS, main
-from kdsweep.config import identity
+from kdsweep.config import inputs
 from kdsweep.core.errors import TRACEBACK
 
 NOBODY = 65534
@@ -100,7 +100,7 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         Path(name).chmod(0o777)
         monkeypatch.setenv("XDG_CACHE_HOME", f"{name}/cache")
         monkeypatch.chdir(name)
-        for cached in (identity._listing, identity._split):  # of relative paths in another test's folder
+        for cached in (inputs._listing, inputs._split):  # of relative paths in another test's folder
             cached.cache_clear()
         yield Path(name)
 

@@ -1,95 +1,56 @@
-"""The configurations of a sweep's jobs, composed once for all that differ in plain values alone."""
+"""The configurations of a sweep's jobs, composed by Hydra and checked, with each error in one line."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import cloudpickle
 import hydra
-from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
 from kdsweep import conf_dir
-from kdsweep.config import messages, overrides, schema, user_code
+from kdsweep.config import decisions, grid, overrides
 from kdsweep.config.grid import is_under
-from kdsweep.config.schema import Settings
+from kdsweep.config.schema import NAME_RULE, Settings, is_name
+from kdsweep.config.user_code import canonical
 from kdsweep.core.errors import InputError
 
-
-class Composer:
-    """Gives each job the configuration that Hydra's ``load_sweep_config`` would, which takes 70 ms: a copy takes 2.
-
-    Args:
-        loader: Hydra's own.
-        config: of the sweep.
-    """
-
-    def __init__(self, loader: ConfigLoader, config: DictConfig) -> None:
-        self._loader, self._config = loader, config
-        self._composed: dict[tuple[str, ...], bytes] = {}  # a pickle is copied faster than a DictConfig
-        self._is_value = cache(self._look_up)
-        self._parse = cache(OverridesParser.create(config_loader=loader).parse_override)
-
-    def compose(self, words: Sequence[str], *, number: int) -> DictConfig:
-        """Compose the configuration of one job.
-
-        Args:
-            words: overrides of the job.
-            number: of the job.
-        """
-        parsed = [self._parse(word) for word in words]
-        changed = {own.key_or_group: own.value() for own in parsed if self._is_plain(own, parsed)}
-        shape = tuple(own.key_or_group if own.key_or_group in changed else str(own.input_line) for own in parsed)
-        if shape not in self._composed:
-            self._composed[shape] = cloudpickle.dumps(self._loader.load_sweep_config(self._config, list(words)))
-        config: DictConfig = cloudpickle.loads(self._composed[shape])
-        for key, value in changed.items():
-            OmegaConf.update(config, key, value)
-        job, own = config.hydra.job, [each for each in parsed if not each.is_hydra_override()]
-        config.hydra.overrides.task = [each.input_line for each in own]
-        job.override_dirname = get_overrides_dirname(own, **job.config.override_dirname)
-        with open_dict(config):
-            job.id = job.num = number
-        return config
-
-    def _is_plain(self, own: Override, among: Sequence[Override]) -> bool:
-        """Return whether an override gives one value to a key that no other override touches, and composes nothing."""
-        key = own.key_or_group
-        if own.type is not OverrideType.CHANGE or not isinstance(own.value(), str | int | float | None):
-            return False
-        others = [other.key_or_group for other in among if other is not own]
-        touched = any(is_under(key, (other,)) or is_under(other, (key,)) for other in others)
-        return not touched and self._is_value(key)
-
-    def _look_up(self, key: str) -> bool:
-        """Return whether a key is that of a value: not of a group of files, nor of a part, nor Hydra's own."""
-        if key.startswith("hydra") or key in self._config.hydra.runtime.choices:
-            return False
-        now = OmegaConf.select(self._config, key)
-        return now is not None and not OmegaConf.is_config(now)
+MESSAGES = {  # of Hydra and OmegaConf
+    r"Missing mandatory value: (\S+)": "{0} is missing: give it on the command line, {0}=...",
+    r"node `([\w.]+)` is not a container": "{0} does not take that value: give its keys one by one, {0}.KEY=...",
+    r"An item is already at '([^']+)'": "+{0} is not allowed: the key exists, so leave + out, {0}=...",
+    r"Additional config directory '(.+)' not found": "--config-dir {0}: no such folder",
+    r"Could not override '(hydra[^']*)'": "{0} has no such key yet: to add one put + before it, +{0}=...",
+}
 
 
 class Composed(Sequence[DictConfig]):
-    """The configurations of all jobs, each composed anew when it is asked for: ten thousand would take 1.6 GB.
+    """The configurations of a sweep's jobs, each composed when it is read: 10,000 would take 1.6 GB.
+
+    Hydra's ``load_sweep_config`` takes 70 ms. Jobs that differ in plain values alone share it: a copy takes 2 ms.
 
     Args:
-        composer: of the sweep.
-        jobs: overrides of each.
-        first: number of the first one.
+        loader: of Hydra.
+        config: of the sweep.
+        jobs: overrides of each job.
     """
 
-    def __init__(self, composer: Composer, jobs: Sequence[Sequence[str]], *, first: int) -> None:
-        self._composer, self._jobs, self._first = composer, jobs, first
+    def __init__(self, loader: ConfigLoader, config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
+        self._loader, self._config, self._jobs = loader, config, jobs
+        self._shared: dict[tuple[str, ...], bytes] = {}  # a pickle is copied faster than a DictConfig
+        self._is_value = cache(self._look_up)
+        self._parse = cache(OverridesParser.create(config_loader=loader).parse_override)
 
     def __len__(self) -> int:
         """Return how many jobs there are."""
@@ -97,7 +58,33 @@ class Composed(Sequence[DictConfig]):
 
     def __getitem__(self, index: Any) -> Any:
         """Compose the configuration of one job."""
-        return self._composer.compose(self._jobs[index], number=self._first + index)
+        job = list(self._jobs[index])
+        parsed = [self._parse(override) for override in job]
+        plain = {each.key_or_group: each.value() for each in parsed if self._is_plain(each, parsed)}
+        shape = tuple(each.key_or_group if each.key_or_group in plain else str(each.input_line) for each in parsed)
+        if shape not in self._shared:
+            self._shared[shape] = cloudpickle.dumps(self._loader.load_sweep_config(self._config, job))
+        config: DictConfig = cloudpickle.loads(self._shared[shape])
+        for key, value in plain.items():
+            OmegaConf.update(config, key, value)
+        config.hydra.overrides.task = [each.input_line for each in parsed if not each.is_hydra_override()]
+        config.hydra.job.override_dirname = "???"  # of another job
+        return config
+
+    def _is_plain(self, override: Override, parsed: Sequence[Override]) -> bool:
+        """Return whether an override gives one value to a key that no other override touches, and composes nothing."""
+        key = override.key_or_group
+        if override.type is not OverrideType.CHANGE or not isinstance(override.value(), str | int | float | None):
+            return False
+        others = [each.key_or_group for each in parsed if each is not override]
+        return self._is_value(key) and not any(is_under(key, (each,)) or is_under(each, (key,)) for each in others)
+
+    def _look_up(self, key: str) -> bool:
+        """Return whether a key has a plain value: it is not a group of files, nor a section, nor of Hydra."""
+        if key.startswith("hydra") or key in self._config.hydra.runtime.choices:
+            return False
+        value = OmegaConf.select(self._config, key)
+        return value is not None and not OmegaConf.is_config(value)
 
 
 def compose(words: Sequence[str]) -> Settings:
@@ -117,31 +104,43 @@ def compose_config(words: Sequence[str]) -> DictConfig:
     """
     checked = overrides.check(words)
     try:
-        return _compose(checked)
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return hydra.compose("config", checked)
     except HydraException as error:
-        raise InputError(one_line(error, checked)) from error
+        raise InputError(one_line(error)) from error
 
 
-def read(cfg: DictConfig) -> Settings:
+def read(config: DictConfig) -> Settings:
     """Check a configuration and return its settings, without Hydra's part, references resolved.
 
     Raises:
         InputError: a value is not allowed, or a key does not exist.
     """
     try:
-        parts = {str(key): cfg[key] for key in cfg if key != "hydra"}
+        nodes = {str(key): config[key] for key in config if key != "hydra"}
         values = {
-            key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-            for key, value in parts.items()
+            key: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+            for key, node in nodes.items()
         }
     except OmegaConfBaseException as error:
-        raise InputError(messages.of_reference(error, cfg)) from error
-    return schema.read(values, source=partial(messages.source_of, cfg))
+        raise InputError(one_line(error)) from error
+    return check(values)
 
 
-def _compose(words: Sequence[str]) -> DictConfig:
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return hydra.compose("config", list(words))
+def check(values: Mapping[str, Any]) -> Settings:
+    """Check nested plain values and return them as settings.
+
+    Raises:
+        InputError: for the first wrong value, in one line with its key, the value and what is allowed.
+    """
+    try:
+        sections = {key: canonical(value) for key, value in values.items() if isinstance(value, Mapping)}
+        settings = Settings.model_validate({**values, **sections})  # a name such as 1e3 is not 1000
+    except ValidationError as error:
+        raise InputError(_message(error, values)) from None
+    for conflict in _conflicts(settings):
+        raise InputError(conflict)
+    return settings
 
 
 def build(values: Mapping[str, Any]) -> Any:
@@ -151,81 +150,116 @@ def build(values: Mapping[str, Any]) -> Any:
         InputError: it does not exist, or does not take these arguments.
     """
     try:
-        return hydra.utils.instantiate(user_code.canonical(dict(values)))
+        return hydra.utils.instantiate(canonical(dict(values)))
     except InstantiationException as error:
-        raise InputError(f"_target_={values['_target_']}: {messages.of_target(error)}") from error
+        cause: BaseException = error  # Hydra wraps the first error in its errors
+        while isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
+        reason = f"{type(cause).__name__}: {_reason(cause).partition(', set env var')[0]}"
+        raise InputError(f"_target_={values['_target_']}: {reason}") from error
 
 
-def check_grid(cfg: DictConfig, words: Sequence[str]) -> None:
-    """Raise InputError if a job's experiment has a grid of which the job is not a cell: Hydra would drop the grid.
-
-    Hydra reads the grid of one experiment, in a multirun.
+def check_grid(config: DictConfig, words: Sequence[str], *, multirun: bool) -> None:
+    """Raise InputError if an experiment has a grid of which the job is not a cell: Hydra would drop the grid.
 
     Args:
-        cfg: configuration of the job, with Hydra's part.
+        config: of the job, with Hydra's part.
         words: overrides of the job.
+        multirun: whether the command has -m: then it has the grid of another experiment.
     """
-    params = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     typed = {word.lstrip("+~").partition("=")[0] for word in words}
     dropped = [key for key in map(str, params) if key.lstrip("+") not in typed]
-    if not dropped:
-        return
-    name = cfg.hydra.runtime.choices.get("experiment")
-    lead = f"+experiment={name}" if name else f"hydra.sweeper.params.{dropped[0]}"
-    if cfg.hydra.mode == RunMode.MULTIRUN:
-        raise InputError(f"{lead} has a grid ({', '.join(dropped)}), and a command runs one: run one command for each")
-    values = " ".join(f"{key}=..." for key in dropped)
-    raise InputError(f"{lead} has a grid ({', '.join(dropped)}): add -m to run it, or choose one cell with {values}")
+    if dropped:
+        name = config.hydra.runtime.choices.get("experiment")
+        lead = f"+experiment={name}" if name else f"hydra.sweeper.params.{dropped[0]}"
+        one_cell = f"add -m to run it, or choose one cell with {' '.join(f'{key}=...' for key in dropped)}"
+        remedy = "run one command for each experiment" if multirun else one_cell
+        raise InputError(f"{lead} has a grid ({', '.join(dropped)}): {remedy}")
 
 
-def one_line(error: BaseException, words: Sequence[str] = ()) -> str:
-    """Return an error of Hydra or OmegaConf in one line, with key, value and remedy.
-
-    Args:
-        error: the exception.
-        words: the overrides, which decide what keys there are.
-    """
-    text = " ".join(str(error).split())
+def one_line(error: BaseException) -> str:
+    """Return an error of Hydra or OmegaConf in one line, with key, value and remedy."""
+    text, cause = _reason(error), error.__cause__ or error
     if isinstance(error, OverrideParseException):
         return overrides.quoting(error.override)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option} is not an option; {group} has: {', '.join(error.options)}"
-    if isinstance(error, OmegaConfBaseException):
-        return messages.of_reference(error)
+    for pattern, message in MESSAGES.items():
+        if match := re.search(pattern, text):
+            return message.format(match[1])
     if match := re.search(r"Could not override '([^']+)'", text):
-        return _no_key(match[1], words)
-    if match := re.search(r"An item is already at '([^']+)'", text):
-        return f"+{match[1]} is not allowed: the key exists, so leave + out, {match[1]}=..."
+        return _no_key(match[1])
     if match := re.search(r"Error merging override (.+)", text):
-        reason = messages.reason(error.__cause__ or error)
-        return f"{match[1]} is not allowed: {reason}"
-    if match := re.search(r"Additional config directory '(.+)' not found", text):
-        return f"--config-dir {match[1]}: no such folder"
-    return text
+        return f"{match[1]} is not allowed: {_reason(cause)}"
+    if not isinstance(error, OmegaConfBaseException):
+        return text
+    if "Recursive interpolation" in text:
+        text = "it refers to itself; give it a value"
+    return f"{error.full_key or error.key} cannot be read: {text}"
 
 
-def _no_key(key: str, words: Sequence[str]) -> str:
-    """Return what a key that does not exist could have been."""
-    if key.startswith("hydra"):
-        return f"{key} has no such key yet: to add one put + before it, +{key}=..."
-    groups = overrides.group_options()
-    try:
-        chosen = [word for word in words if word.partition("=")[0].lstrip("+") in groups.keys() - {key}]
-        node = _compose([word.partition(",")[0] for word in chosen])
-    except (HydraException, OmegaConfBaseException):
-        return f"{key} is not a key of the configuration; see python -m kdsweep --cfg job"
-    parents, name = [], key
-    while "." in name and OmegaConf.is_dict(node.get(name.partition(".")[0])):
-        parent, _, name = name.partition(".")
-        parents.append(f"{parent}.")
-        node = node[parent]
-    if name in node:
+def _reason(error: BaseException) -> str:
+    """Return the message of an error, without OmegaConf's lines on keys and types."""
+    return " ".join(str(error).partition("\n    full_key:")[0].split())
+
+
+def _no_key(key: str) -> str:
+    """Return what a key that does not exist could be."""
+    node = decisions.KEYS.get(key)
+    if node is not None and node.is_node:
         return f"{key} does not take that value: give its keys one by one, {key}.KEY=..."
-    if key in groups:
-        word = next((word for word in words if word.startswith(f"{key}=")), f"{key}=...")
-        return f"{key} is not set by default: put + before it, +{word}"
-    lead, keys = "".join(parents), sorted(map(str, node))
-    near = difflib.get_close_matches(name.partition(".")[0], keys, n=1)
-    hint = f"do you mean {lead}{near[0]}? " if near else ""
-    return f"{key} is not a key of the configuration; {hint}{lead.rstrip('.') or 'it'} has: {', '.join(keys)}"
+    if node is not None or key in overrides.group_options():
+        return f"{key} is not set by default: put + before it, +{key}=..."
+    near = difflib.get_close_matches(key, decisions.KEYS, n=1)
+    hint = f"do you mean {near[0]}? " if near else ""
+    section = key.rpartition(".")[0] if key.rpartition(".")[0] in decisions.KEYS else ""
+    names = [each.rpartition(".")[2] for each in decisions.KEYS if each.rpartition(".")[0] == section]
+    return f"{key} is not a key of the configuration; {hint}{section or 'it'} has: {', '.join(names)}"
+
+
+def _message(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """Return the error of the uppermost key, to which others may refer, as ``teacher.seed`` does to ``seed``."""
+    errors: list[tuple[list[str], Any, str, str]] = []
+    for each in error.errors(include_url=False, include_context=False):
+        path: list[str] = []
+        value: Any = values
+        for part in each["loc"]:
+            if isinstance(value, Mapping):  # else part is an index, or one of several types
+                path, value = [*path, str(part)], value.get(part)
+        rule = re.sub(r"^(Value error, |\w+ should )", "", each["msg"])
+        errors.append((path, value, each["type"], "be keys with values" if "dictionary" in rule else rule))
+    path, value, kind, _ = min(errors, key=lambda each: len(each[0]))
+    key = ".".join(path)
+    if kind == "missing":
+        return f"{key} is missing: give it on the command line, {key}=..."
+    if kind == "extra_forbidden":
+        return _no_key(key)
+    rules = dict.fromkeys(rule for other, *_, rule in errors if other == path)  # one for each allowed type
+    shown = {"None": "null", "True": "true", "False": "false"}.get(str(value), " ".join(str(value).split()))
+    quotes = f"; quotes within quotes make it text: '{key}=\"...\"'" if kind == "string_type" else ""
+    return f"{key}={shown} is not allowed: it must {' or '.join(rules)}{quotes}"
+
+
+def _conflicts(settings: Settings) -> Iterator[str]:
+    """Yield the errors of values that do not go together, and of a user's keys, which have no type in the schema."""
+    for key, value in grid.flatten(settings.plain()).items():
+        if not is_name(key, longest=200):  # MLflow keeps it as a parameter
+            yield f"{key} is not allowed as a key: it must {NAME_RULE}"
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            yield f"{key}={value} is not allowed: it must be finite"
+    split, kd, size = settings.split, settings.kd, settings.data.load_size
+    if split.protocol == "paper" and split.index not in (0, 1, 2):
+        yield f"split.index={split.index} is not allowed: the paper has 0, 1 and 2; split=holdout has more"
+    if split.protocol == "kfold" and split.number >= (split.folds or 0):
+        yield f"split.fold={split.fold} is not allowed: split.folds={split.folds} are counted from 0"
+    if split.protocol == "file" and split.file is None:
+        yield "split.file is missing: give the .csv or .json file on the command line, split.file=..."
+    if kd.lambda_ is not None and kd.weight != settings.method.kd_weight:
+        yield f"kd.weight={kd.weight} and kd.lambda={kd.lambda_:g} are two spellings of one weight: give one of them"
+    if kd.weight == "published" and not settings.method.terms:
+        yield "kd.weight=published is not allowed: path and loss have none; give a number, or a method"
+    if size is not None and size < settings.image_size:
+        yield f"data.load_size={size} is not allowed: image_size={settings.image_size} is cropped from it"

@@ -1,8 +1,8 @@
-"""Derive from the fields of the schema which results each key decides; keys are joined by dots."""
+"""Derive from the markers of the schema which results each key decides; keys are joined by dots."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -11,62 +11,48 @@ from pydantic import BaseModel
 
 from kdsweep.config import grid
 from kdsweep.config.grid import Decides, Params
-from kdsweep.config.schema import KDPathNode, Settings
+from kdsweep.config.schema import Settings
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key of the schema.
-
-    Attributes:
-        decides: the results that it decides.
-        factor: whether it, or a node above it, is a factor of the grid.
-        default: of the schema.
-        is_node: whether it holds other keys, not a value.
-    """
+    """A key of the schema: its markers, its default, and whether it holds other keys, not a value."""
 
     decides: tuple[Decides, ...]
-    factor: bool
     default: Any
     is_node: bool
 
-    def applies(self, role: str, params: Params, *, by: str | None = None) -> bool:
-        """Return whether the key decides the result of a cell, in a way if one is given."""
-        return any(role in (own.roles or ()) and own.by == (by or own.by) and own.when(params) for own in self.decides)
 
-
-def _keys(model: type[BaseModel], prefix: str = "", above: Key | None = None) -> Iterator[tuple[str, Key]]:
+def _keys(model: type[BaseModel], prefix: str = "", above: tuple[Decides, ...] = ()) -> Iterator[tuple[str, Key]]:
     for name, field in model.model_fields.items():
         key, kind = f"{prefix}{field.alias or name}", field.annotation
-        found = [each for each in field.metadata if isinstance(each, Decides)]
-        if above is not None:
-            found = [each if each.roles is not None else replace(each, roles=above.decides[0].roles) for each in found]
-        decided = tuple(found or (above.decides if above is not None else ()))
-        factor = any(each.factor for each in found) or (above is not None and above.factor)
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not KDPathNode:
-            node = Key(decided, factor, field.default, is_node=True)
-            yield key, node
-            yield from _keys(kind, f"{key}.", node)
-        else:
-            yield key, Key(decided, factor, field.default, is_node=False)
+        decided = tuple(each for each in field.metadata if isinstance(each, Decides))
+        if above:
+            roles, factor = above[0].roles, above[0].factor
+            marked = [replace(each, factor=factor or each.factor) for each in decided]
+            decided = tuple(each if each.roles is not None else replace(each, roles=roles) for each in marked) or above
+        node = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        yield key, Key(decided, field.default, is_node=node is not None)
+        if node is not None:
+            yield from _keys(node, f"{key}.", decided)
 
 
-ALL_KEYS = dict(_keys(Settings))
-KEYS = {key: own for key, own in ALL_KEYS.items() if not own.is_node}
-PLACES = tuple((key, name) for key, own in KEYS.items() for each in own.decides for name in each.places)
+KEYS = dict(_keys(Settings))
+LEAVES = {key: each for key, each in KEYS.items() if not each.is_node}
+PLACES = tuple((key, name) for key, each in LEAVES.items() for marker in each.decides for name in marker.places)
 
 
 @cache
-def _related(key: str) -> tuple[Key, ...]:
-    """Return the key of the schema that holds the value of a key, all below it, or the node that a user adds it to."""
-    above = [own for name, own in ALL_KEYS.items() if grid.is_under(key, (name,))]
-    below = [own for name, own in KEYS.items() if name.startswith(f"{key}.")]
-    return tuple(below or above[-1:])
+def _markers(key: str) -> tuple[Decides, ...]:
+    """Return the markers of a key, of all keys below it, or of the node that a user adds it to."""
+    below = [each for name, each in LEAVES.items() if name.startswith(f"{key}.")]
+    above = [each for name, each in KEYS.items() if grid.is_under(key, (name,))]
+    return tuple(marker for each in below or above[-1:] for marker in each.decides)
 
 
 def is_declared(key: str) -> bool:
-    """Return whether a key is one of the schema, not an additional one of a user."""
-    return any(not own.is_node or key in ALL_KEYS for own in _related(key))
+    """Return whether a key is one of the schema, or an argument in it, not one that a user adds to a node."""
+    return key in KEYS or any(grid.is_under(key, (name,)) for name in LEAVES)
 
 
 def decides(key: str, *, role: str, params: Params) -> bool:
@@ -77,44 +63,59 @@ def decides(key: str, *, role: str, params: Params) -> bool:
         role: ``distilled``, ``baseline`` or ``teacher``.
         params: flat configuration of the cell.
     """
-    return not _related(key) or any(own.applies(role, params) for own in _related(key))
+    markers = _markers(key)
+    return not markers or any(each.applies(role, params) for each in markers)
 
 
-def is_local(key: str) -> bool:
-    """Return whether a key decides no result: it is of the machine or the command."""
-    return bool(_related(key)) and not any(own.roles for each in _related(key) for own in each.decides)
+@cache
+def kind(key: str) -> str:
+    """Return the kind of a key.
+
+    Returns:
+        ``local``: of the machine or the command, it decides no result. ``place``: of files, whose content counts.
+        ``name``: a factor by which a cell is named or numbered, such as path or split.index. ``factor``: below such
+        a factor; ``cell.*`` are the factors as MLflow shows them. ``setting``: all others.
+    """
+    markers = _markers(key)
+    if any(grid.is_under(key, (f"{name}.{place}",)) for name, place in PLACES):
+        return "place"
+    if not markers:
+        return "factor" if key.startswith("cell.") else "setting"
+    if not any(each.roles for each in markers):
+        return "local"
+    if all(not each.roles or each.by == "place" for each in markers):
+        return "place"
+    if not all(each.factor for each in markers):
+        return "setting"
+    return "name" if "." not in key or all(each.by == "name" for each in markers) else "factor"
 
 
-def is_neutral(key: str) -> bool:
-    """Return whether a key is local, or names a place of files, whose content alone counts."""
-    related = [own for each in _related(key) for own in each.decides]
-    of_call = any(grid.is_under(key, (f"{name}.{place}",)) for name, place in PLACES)
-    return of_call or (bool(related) and all(not own.roles or own.by == "place" for own in related))
-
-
-def is_factor(key: str) -> bool:
-    """Return whether a key is one of a factor of the grid; ``cell.*`` are the factors as MLflow shows them."""
-    return key.startswith("cell.") or (bool(_related(key)) and all(own.factor for own in _related(key)))
-
-
-def names_cell(key: str) -> bool:
-    """Return whether a key is a factor by which a cell is named or numbered, such as path or split.index."""
-    is_group = "." not in key and is_factor(key)
-    return is_group or (is_factor(key) and all(own.by == "name" for each in _related(key) for own in each.decides))
-
-
-def used_by(role: str, variant: dict[str, str], params: Params) -> dict[str, str]:
+def used_by(role: str, variant: Mapping[str, str], params: Params) -> dict[str, str]:
     """Return the part of a variant that decides a cell's result: the Student alone has no ``kd.weight``."""
     return {key: value for key, value in variant.items() if decides(key, role=role, params=params)}
 
 
 def varied_keys(params: list[dict[str, Any]]) -> list[str]:
-    """Return the keys whose values differ between flat configurations, beyond the factors and neutral ones."""
-    keys = sorted({key for own in params for key in own if not is_factor(key) and not is_neutral(key)})
-    return [key for key in keys if len({str(own.get(key)) for own in params}) > 1]
+    """Return the keys that decide results, are not factors, and differ between flat configurations."""
+    keys = sorted({key for each in params for key in each if kind(key) == "setting"})
+    return [key for key in keys if len({str(each.get(key)) for each in params}) > 1]
 
 
-def settled(settings: Settings) -> dict[str, Any]:
+def deciding(settings: Settings, role: str) -> dict[str, Any]:
+    """Return the values that decide the result of a cell, by key: those that differ from the schema's defaults."""
+    values = _unified(settings)
+    params, decided = grid.flatten(values), {}
+    for key, each in LEAVES.items():
+        section, _, name = key.rpartition(".")
+        value = (values[section] if section else values).get(name, each.default)
+        if value != each.default and any(mark.by == "value" and mark.applies(role, params) for mark in each.decides):
+            decided[key] = value
+    for key, place in PLACES:
+        decided[key] = {name: value for name, value in decided[key].items() if name != place}
+    return decided
+
+
+def _unified(settings: Settings) -> dict[str, Any]:
     """Return plain values of settings in which each choice that can be written in several ways is written in one."""
     values = settings.plain()
     supervised, schedule = settings.teacher_recipe
@@ -130,23 +131,3 @@ def settled(settings: Settings) -> dict[str, Any]:
         if network["weights"] not in ("imagenet", "none"):
             network["weights"] = "file"
     return values
-
-
-def deciding(settings: Settings, role: str) -> dict[str, Any]:
-    """Return the values that decide the result of a cell, by key: those that differ from the schema's defaults."""
-    values = settled(settings)
-    params = grid.flatten(values)
-    found = {}
-    for key, own in KEYS.items():
-        value = _value(values, key, own.default)
-        if value != own.default and own.applies(role, params, by="value"):
-            found[key] = value
-    for key, name in PLACES:
-        found[key] = {argument: own for argument, own in found[key].items() if argument != name}
-    return found
-
-
-def _value(values: dict[str, Any], key: str, default: Any) -> Any:
-    """Return the value of a key in nested values."""
-    section, _, name = key.rpartition(".")
-    return (values[section] if section else values).get(name, default)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,17 +27,17 @@ RESULTS_VERSION = 2
 
 DISTILLED, BASELINE, TEACHER = "distilled", "baseline", "teacher"
 STUDENTS, ROLES = (DISTILLED, BASELINE), (DISTILLED, BASELINE, TEACHER)
-UNSET = ("None", "null", "")  # a key without a value, as values and as MLflow keeps it
 Params = Mapping[str, Any]  # a flat configuration: values or, as MLflow keeps them, strings
 
 
 @dataclass(frozen=True)
 class Decides:
-    """Metadata of a field of the schema: the cells whose results the key decides, and how; with all keys below it.
+    """Metadata of a field of the schema: the cells whose results the key decides, with all keys below it.
 
     Attributes:
         roles: of these cells; () for a key of the machine or the command, None for those of the node above.
-        when: returns whether it does under a flat configuration.
+        when: only if other keys have these values.
+        unless: not if other keys have these values.
         by: how it does: ``value``; ``content`` of what it names; ``name`` of the cell; ``place`` of files whose content
             counts, which is private; ``reference`` by other keys, whose values count.
         places: arguments of a function or class that are ``by="place"``.
@@ -44,10 +45,19 @@ class Decides:
     """
 
     roles: tuple[str, ...] | None = None
-    when: Callable[[Params], bool] = lambda params: True
+    when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unless: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     by: str = "value"
     places: tuple[str, ...] = ()
     factor: bool = False
+
+    def applies(self, role: str, params: Params) -> bool:
+        """Return whether the key decides results of a role under a flat configuration."""
+
+        def hold(values: Mapping[str, tuple[str, ...]]) -> bool:
+            return all(str(params.get(key)) in allowed for key, allowed in values.items())
+
+        return role in (self.roles or ()) and hold(self.when) and not (self.unless and hold(self.unless))
 
 
 @dataclass(frozen=True)
@@ -59,12 +69,11 @@ class Cell:
         notation: the paper's name, such as ``HReg_KLD_WAug``, ``Student``, ``Teacher_WAug``.
         split: number of the split in its protocol: its index, or its fold.
         seed: of initialization, shuffling and views.
-        settings: what the user chose and the result depends on, as plain nested values.
-        evidence: what lies outside the configuration: results version; digests of data, weights files, the Teacher, the
-            user's own code.
-        store: folder that holds all runs.
-        sources: what the user typed for that: folders and files by key, the Teacher's seed.
-        variant: values of the further keys that the sweep varies, as far as they tell this cell from others.
+        settings: the plain nested values that decide the result.
+        evidence: results version, and digests of inputs: data, weights files, the Teacher, the user's code.
+        store: folder of all runs.
+        sources: settings that name the inputs: folders and files by key, the Teacher's seed.
+        variant: values of further keys that the sweep varies, as far as they distinguish this cell from others.
         teacher: of a distilled Student.
     """
 
@@ -97,10 +106,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Return its key within a sweep: its name, and a digest of all that the user chose.
-
-        A later computation with the same key (an image was replaced) replaces it in the sweep.
-        """
+        """Return its key within a sweep: a later cell with the same key (an image was replaced) replaces it."""
         return f"{self.notation}/split{self.split}/seed{self.seed}/{digest([self.settings, self.sources])[:8]}"
 
     @cached_property
@@ -115,19 +121,9 @@ def run_folder(store: Path, run: Mapping[Any, Any]) -> Path:
     return below(parent, f"{run['notation']}-split{run['split']}-seed{run['seed']}-{run['fingerprint'][:10]}")
 
 
-def notation(compared: str, distill_view: str) -> str:
-    """Return the paper's name of a cell (Table 3): ``HReg_KLD`` + ``_WAug`` for a weakly augmented Teacher."""
-    return f"{compared}{weak_suffix(distill_view)}"
-
-
-def teacher_notation(train_view: str) -> str:
-    """Return ``Teacher``, or ``Teacher_WAug`` for one trained on weak views."""
-    return f"Teacher{weak_suffix(train_view)}"
-
-
-def weak_suffix(view: str) -> str:
-    """Return ``_WAug`` for the weak view, as the paper writes it."""
-    return "_WAug" if view == "weak" else ""
+def notation(compared: str, view: str) -> str:
+    """Return the paper's name of a cell or Teacher (Table 3): ``HReg_KLD`` + ``_WAug`` for the Teacher's weak view."""
+    return f"{compared}_WAug" if view == "weak" else compared
 
 
 def is_under(key: str, names: tuple[str, ...]) -> bool:
@@ -154,13 +150,7 @@ def group_by(keys: list[str]) -> list[list[int]]:
 
 
 def divide(group: list[int], *, largest: int, likeness: list[str]) -> list[list[int]]:
-    """Divide a lockstep group into parts of at most ``largest`` members and nearly equal size.
-
-    Args:
-        group: positions of the members.
-        largest: members of a part.
-        likeness: by position, what members of a part should have in common, such as their Teacher.
-    """
+    """Divide positions into parts of at most ``largest`` and nearly equal size, alike ones (by position) together."""
     count = -(-len(group) // largest)
     ordered = sorted(group, key=lambda position: likeness[position])
     bounds = [round(len(group) * part / count) for part in range(count + 1)]
@@ -180,23 +170,12 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def targets(settings: Any) -> list[str]:
     """Return every ``_target_`` in nested settings, sorted: the code that a configuration names."""
-    if isinstance(settings, dict):
-        own = [settings["_target_"]] if isinstance(settings.get("_target_"), str) else []
-        return sorted({*own, *(name for value in settings.values() for name in targets(value))})
-    if isinstance(settings, list):
-        return sorted({name for value in settings for name in targets(value)})
-    return []
+    return sorted(set(re.findall(r'"_target_": "([^"]+)"', json.dumps(settings, ensure_ascii=False))))
 
 
 def without_modules(settings: Any) -> Any:
     """Return nested settings in which a ``_target_`` of this package is its last word alone.
 
-    A class that moves to another module is the same class: what its results are, RESULTS_VERSION says.
+    A class that moves to another module is the same class: RESULTS_VERSION says whether its results are.
     """
-    if isinstance(settings, dict):
-        kept = {key: without_modules(value) for key, value in settings.items()}
-        target = kept.get("_target_")
-        if isinstance(target, str) and target.startswith(f"{PACKAGE}."):
-            kept["_target_"] = target.rpartition(".")[2]
-        return kept
-    return [without_modules(value) for value in settings] if isinstance(settings, list) else settings
+    return json.loads(re.sub(rf'("_target_": "){PACKAGE}\.[^"]*?([^".]+")', r"\1\2", json.dumps(settings)))

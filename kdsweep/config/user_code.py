@@ -1,4 +1,4 @@
-"""A user's own code: the digest of what a configuration names, and the one form of the numbers that it is passed.
+"""A user's code: the digest of all that a configuration names, and the one form of the numbers that it takes.
 
 Pure Python, no torch: a sweep is planned before torch is imported. Equal source gives an equal digest on Python 3.11,
 3.12 and 3.13.
@@ -21,11 +21,13 @@ from kdsweep.config.grid import PACKAGE, digest
 from kdsweep.core.errors import InputError
 
 INSTALLED = {"site-packages", "dist-packages"}
+PYTHON = sysconfig.get_path("stdlib")
 EXACT = 2.0**53  # whole numbers below it are equal as int and float
+FLOATS = ("temperature", "power")  # numbers of shipped losses, as all fingerprints hold them
 
 
 def user_code_digest(targets: list[str]) -> str:
-    """Return the digest of a user's code, or "" if all targets lie in this package.
+    """Return the digest of a user's code, or "" if all targets are in this package.
 
     A changed helper counts as much as a changed loss. Comments, docstrings and layout do not count, nor do installed
     packages. A module that is imported by a computed name (``importlib.import_module``) is not seen.
@@ -34,27 +36,24 @@ def user_code_digest(targets: list[str]) -> str:
         targets: dotted names of functions and classes, as ``_target_`` gives them.
 
     Raises:
-        InputError: a target's module is not found, or is not Python that can be read.
+        InputError: the module of a target does not exist, or is not Python that can be read.
     """
-    own = [target for target in targets if target.partition(".")[0] != PACKAGE]
+    names = [name for target in targets if not target.startswith(f"{PACKAGE}.") for name in _target_modules(target)]
     digests: dict[str, str] = {}
-    waiting = [name for target in own for name in _target_modules(target)]
-    while waiting:
-        name = waiting.pop()
-        if name in digests or (file := _user_file(name)) is None:
-            continue
-        digests[name], imported = _read(name, file, file.stat().st_mtime_ns)
-        waiting += imported
+    while names:
+        name = names.pop()
+        if name not in digests and (file := _user_file(name)) is not None:
+            digests[name], imported = _read(name, file, file.stat().st_mtime_ns)
+            names += imported
     return digest(digests) if digests else ""
 
 
 def _target_modules(target: str) -> list[str]:
-    """The module of a target with the packages that it lies in."""
+    """Return the module of a target and the packages that it is in."""
     parts = target.split(".")
     if len(parts) == 1:
-        raise InputError(
-            f"_target_={target} is not allowed: it must be a function or class with its module, {target}.NAME"
-        )
+        rule = f"a function or class with its module, {target}.NAME"
+        raise InputError(f"_target_={target} is not allowed: it must be {rule}")
     for count in range(len(parts) - 1, 0, -1):
         if _find_spec(".".join(parts[:count])) is not None:
             return [".".join(parts[:end]) for end in range(1, count + 1)]
@@ -63,8 +62,8 @@ def _target_modules(target: str) -> list[str]:
 
 @cache
 def _find_spec(name: str) -> ModuleSpec | None:
-    """Find a module without importing the packages that it lies in, which may take seconds or do something."""
-    parent, _, _ = name.rpartition(".")
+    """Find a module without importing the packages that it is in, which may take seconds or have effects."""
+    parent = name.rpartition(".")[0]
     if not parent:
         try:
             return importlib.util.find_spec(name)
@@ -76,33 +75,25 @@ def _find_spec(name: str) -> ModuleSpec | None:
     return PathFinder.find_spec(name, list(package.submodule_search_locations))
 
 
+@cache
 def _user_file(name: str) -> Path | None:
-    """The file of a module, or None for Python's own modules, installed packages and this package."""
+    """Return the file of a module, or None for modules of Python, installed packages and this package."""
     top = name.partition(".")[0]
-    if top in sys.stdlib_module_names and (shadowed := _shadowed(top)) is not None:
-        raise InputError(
-            f"{shadowed}: {top} is the name of a module of Python, which is taken instead; rename the file"
-        )
-    spec = None if top in sys.stdlib_module_names or top == PACKAGE else _find_spec(name)
+    is_python = top in sys.stdlib_module_names
+    spec = PathFinder.find_spec(top) if is_python else None if top == PACKAGE else _find_spec(name)
     if spec is None or not spec.has_location or spec.origin is None:
         return None
     file = Path(spec.origin)
-    return None if INSTALLED & set(file.parts) else file
-
-
-@cache
-def _shadowed(top: str) -> str | None:
-    """The user's file that has the name of a module of Python."""
-    python = sysconfig.get_path("stdlib")
-    folders = [Path(folder) for folder in ["", *sys.path]]
-    users = [str(each) for each in folders if not each.is_relative_to(python) and not INSTALLED & set(each.parts)]
-    spec = PathFinder.find_spec(top, users)
-    return spec.origin if spec is not None and spec.has_location else None
+    if INSTALLED & set(file.parts) or file.is_relative_to(PYTHON):
+        return None
+    if is_python:
+        raise InputError(f"{file}: {top} is the name of a module of Python, which Python may take; rename the file")
+    return file
 
 
 @cache
 def _read(name: str, file: Path, _: int) -> tuple[str, list[str]]:
-    """Digest of a module's source, and the names of the modules that it may import; a compiled one imports nothing."""
+    """Return the digest of a module and the modules that it may import; a compiled one imports nothing."""
     if file.suffix != ".py":
         return hashlib.sha256(file.read_bytes()).hexdigest(), []
     try:
@@ -115,76 +106,24 @@ def _read(name: str, file: Path, _: int) -> tuple[str, list[str]]:
 
 
 def canonical(value: Any, *, is_float: bool = False) -> Any:
-    """Return nested values of a user's own keys with each number in one form, so that equal numbers are equal text.
-
-    A number is a float where the function or class that it is passed to declares one. Elsewhere a float without a
-    fraction is the whole number: 4.0 is 4.
+    """Return nested values with each number in one form: a float without a fraction is the whole number, 4.0 is 4.
 
     Args:
-        value: dicts, lists and plain values; ``_target_`` in a dict names what takes the others.
-        is_float: whether a number is declared as float.
+        value: dicts, lists and plain values.
+        is_float: whether a whole number is a float instead, as in FLOATS.
     """
     if isinstance(value, dict):
-        target = value.get("_target_")
-        floats = float_arguments(target) if isinstance(target, str) else ()
-        return {key: canonical(inner, is_float=key in floats) for key, inner in value.items()}
+        is_shipped = str(value.get("_target_")).startswith(f"{PACKAGE}.")
+        return {key: canonical(inner, is_float=is_shipped and key in FLOATS) for key, inner in value.items()}
     if isinstance(value, list):
-        return [canonical(inner, is_float=is_float) for inner in value]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < EXACT:
+        return [canonical(inner) for inner in value]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < EXACT or value % 1:
         return value
-    if is_float:
-        return float(value)
-    return int(value) if value == int(value) else value
-
-
-def float_arguments(target: str) -> frozenset[str]:
-    """Return the arguments that a function or class declares as float, by annotation or by default.
-
-    The source is read, not imported: that of a loss imports torch. What a module imports from elsewhere declares none.
-
-    Args:
-        target: its dotted name.
-    """
-    module, _, name = target.rpartition(".")
-    spec = _find_spec(module) if module else None
-    if spec is None or not spec.has_location or not str(spec.origin).endswith(".py"):
-        return frozenset()
-    file = Path(str(spec.origin))
-    return _declared_floats(file, file.stat().st_mtime_ns).get(name, frozenset())
-
-
-@cache
-def _declared_floats(file: Path, _: int) -> dict[str, frozenset[str]]:
-    """Arguments declared as float, by the name of a module's function or class; none if it is not Python."""
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # user_code_digest names the file
-        return {}
-    kinds = (ast.FunctionDef, ast.ClassDef)
-    return {node.name: frozenset(_floats(node)) for node in tree.body if isinstance(node, kinds)}
-
-
-def _floats(node: ast.FunctionDef | ast.ClassDef) -> Iterator[str]:
-    if isinstance(node, ast.ClassDef):  # its constructor's arguments, or the fields of a dataclass
-        for part in node.body:
-            if isinstance(part, ast.FunctionDef) and part.name == "__init__":
-                yield from _floats(part)
-            elif isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
-                yield from [part.target.id] if _is_float(part.annotation, part.value) else []
-        return
-    positional = [*node.args.posonlyargs, *node.args.args]
-    defaults = [*[None] * (len(positional) - len(node.args.defaults)), *node.args.defaults]
-    arguments = zip([*positional, *node.args.kwonlyargs], [*defaults, *node.args.kw_defaults], strict=True)
-    yield from (argument.arg for argument, default in arguments if _is_float(argument.annotation, default))
-
-
-def _is_float(annotation: ast.expr | None, default: ast.expr | None) -> bool:
-    names = {inner.id for inner in ast.walk(annotation) if isinstance(inner, ast.Name)} if annotation else set()
-    return "float" in names or (isinstance(default, ast.Constant) and isinstance(default.value, float))
+    return float(value) if is_float else int(value)
 
 
 def _imports(tree: ast.Module, *, package: str) -> Iterator[str]:
-    """Names of all modules that may be imported: ``from a import b`` may mean the module a.b."""
+    """Yield all modules that may be imported: ``from a import b`` may mean the module a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -211,10 +150,10 @@ def bare(node: Any) -> Any:
             fields["values"] = [value for value in fields["values"] if value != ["Constant", {"value": "''"}]]
         return [type(node).__name__, {name: value for name, value in fields.items() if value not in (None, [])}]
     if isinstance(node, list):
-        return [bare(each) for each in node if not _is_text(each)]
+        statements = [each for each in node if not (isinstance(each, ast.Expr) and _is_text(each.value))]
+        return [bare(each) for each in statements]
     return None if node is None else repr(node)
 
 
-def _is_text(node: Any) -> bool:
-    """Return whether a node is a statement that is a string alone."""
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)

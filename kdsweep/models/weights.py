@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from kdsweep.config.identity import INSTALL, PACKAGE, package_file
+from kdsweep.config.inputs import INSTALL, PACKAGE, package_file
 from kdsweep.core.errors import InputError, reading
 from kdsweep.core.files import file_digest
 

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, inputs
 from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import private_path, write_text
 from kdsweep.core.progress import plural, track
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for the results (one in the user's cache, by data set)")
     options = parser.parse_intermixed_args(argv)
     settings = composition.compose(options.overrides)
-    listing = identity.listing(settings)
+    listing = inputs.listing(settings)
     out = private_path(options.out, "--out", default=f"audit/{settings.data.name}-{listing.digest[:8]}")
     sys.stdout.write(f"data={settings.data.name}: {len(listing.entries)} images are compared; results go to {out}\n")
     if line := ignored_line(listing.ignored):

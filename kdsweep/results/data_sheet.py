@@ -19,7 +19,7 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, inputs
 from kdsweep.config.schema import Settings
 from kdsweep.core.errors import InputError, command
 from kdsweep.core.files import private_path, write_bytes
@@ -129,13 +129,13 @@ def take_account(settings: Settings) -> Account:
     Raises:
         InputError: the data set cannot be listed.
     """
-    listed = identity.listing(settings)
+    listed = inputs.listing(settings)
     split: dict[str, Any] = {}
     try:
-        parts = identity.split_ids(settings)
+        parts = inputs.split_ids(settings)
         split["parts"] = {image_id: part for part, ids in parts.items() for image_id in ids}
-        split["groups"] = identity.image_groups(settings)
-        split["ignored"] = identity.ignored(settings)
+        split["groups"] = inputs.image_groups(settings)
+        split["ignored"] = inputs.ignored(settings)
     except InputError as error:
         split |= {"refused": str(error), "ignored": listed.ignored}
     sizes = (settings.image_size, settings.load_size)
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="contact sheet (one in the user's cache)")
     options = parser.parse_intermixed_args(argv)
     settings = composition.compose(options.overrides)
-    listing = identity.listing(settings)
+    listing = inputs.listing(settings)
     sheet = private_path(options.sheet, "--sheet", default=f"data/{settings.data.name}-{listing.digest[:8]}.png")
     account = take_account(settings)
     sys.stdout.write(text(account))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from kdsweep.config.decisions import decides, is_factor, is_local, is_neutral, used_by
+from kdsweep.config.decisions import decides, kind, used_by
 from kdsweep.config.grid import is_under, variant_label
 from kdsweep.core.errors import InputError
 from kdsweep.results.stats import PLACE
@@ -217,7 +217,7 @@ def _mixed_params(runs: pd.DataFrame, *, besides: tuple[str, ...]) -> list[str]:
     rows = list(zip(known["role"], known["params"], known["notation"], known["split"], strict=True))
     mixed = []
     for key in sorted(set().union(*known["params"])):
-        if is_factor(key) or is_neutral(key) or is_under(key, besides):
+        if kind(key) != "setting" or is_under(key, besides):
             continue
         first: dict[str, str] = {}
         for role, params, notation, split in rows:
@@ -237,7 +237,7 @@ def _refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
         one, other = same["params"].iloc[0], same["params"].iloc[1]
         keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
         role = same["role"].iloc[0]
-        keys = [key for key in keys if not is_local(key) and decides(key, role=role, params=one)]
+        keys = [key for key in keys if kind(key) != "local" and decides(key, role=role, params=one)]
         shown = ", ".join(f"{key}={one.get(key, 'unset')} and {other.get(key, 'unset')}" for key in keys[:3])
         shown = shown or "equal options, so the code, the data or a weights file changed"
         raise InputError(

@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from kdsweep.config.decisions import is_neutral
+from kdsweep.config.decisions import kind
 from kdsweep.core.errors import InputError, command, reading
 from kdsweep.core.files import without_folders, write_bytes
 from kdsweep.core.options import add_seeds, add_sweep
@@ -37,7 +37,7 @@ TABLES = ("scores", "external")
 
 def _is_private(key: str) -> bool:
     """Return whether a key is of the machine; stats is of the tables."""
-    return is_neutral(key) and not key.startswith("stats.")
+    return kind(key) in ("place", "local") and not key.startswith("stats.")
 
 
 def write(sweep: Sweep) -> bytes:

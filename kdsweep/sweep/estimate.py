@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep.config import decisions, grid, identity
+from kdsweep.config import decisions, grid, identity, inputs
 from kdsweep.config.grid import TEACHER, Cell
 from kdsweep.config.schema import Settings
 from kdsweep.core.progress import duration, left_s, plural
@@ -115,15 +115,15 @@ def _describe_time(groups: Sequence[Sequence[Job]], preview: Preview) -> list[st
 
 def describe_data(settings: Settings) -> str:
     """Return the data set with the number of its images, in all and of each label, and of what is ignored."""
-    ignored = sum(len(names) for reason, names in identity.ignored(settings).items() if reason not in QUIET)
-    images = f"data={settings.data.name} with {identity.listing(settings).summary()} at {settings.image_size} pixels"
+    ignored = sum(len(names) for reason, names in inputs.ignored(settings).items() if reason not in QUIET)
+    images = f"data={settings.data.name} with {inputs.listing(settings).summary()} at {settings.image_size} pixels"
     return f"{images}, {ignored} ignored" if ignored else images
 
 
 def ignored_lines(jobs: Sequence[Job]) -> list[str]:
     """Return a line with the first names of what is ignored, for each data set of which something is."""
     kinds = {(str(job.settings.data.source), job.settings.split.group): job.settings for job in jobs}
-    lines = [(settings.data.name, ignored_line(identity.ignored(settings))) for settings in kinds.values()]
+    lines = [(settings.data.name, ignored_line(inputs.ignored(settings))) for settings in kinds.values()]
     return [f"data={name}, ignored: {line}" for name, line in lines if line]
 
 
@@ -221,7 +221,7 @@ def _is_used(key: str, job: Job, configs: Sequence[DictConfig], number: int) -> 
     if not decisions.is_declared(key):
         groups = OmegaConf.select(configs[number], "hydra.runtime.choices") or {}
         return key in groups or f"{{{key}}}" in OmegaConf.to_yaml(configs[number])
-    if decisions.names_cell(key) or decisions.is_neutral(key):  # the Student is path=none with any loss
+    if decisions.kind(key) in ("name", "place", "local"):  # the Student is path=none with any loss
         return True
     params, roles = identity.params(job.settings), [job.cell.role, *([TEACHER] if job.cell.teacher else [])]
     return any(decisions.decides(key, role=role, params=params) for role in roles)

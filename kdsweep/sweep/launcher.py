@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from hydra._internal.utils import get_args_parser
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig, open_dict, read_write
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
 from kdsweep.config import composition, overrides
-from kdsweep.config.composition import Composed, Composer
+from kdsweep.config.composition import Composed
 from kdsweep.core.errors import InputError
 
 # This module is imported whenever Hydra starts (see plugins/): what is heavier comes when it is needed.
@@ -72,10 +72,7 @@ def check_sweep(config: DictConfig, *, is_one_cell: bool) -> None:
         raise InputError(f"hydra/launcher={choice} runs sweeps: add -m, or leave it out")
     if sweeper.get("search"):
         raise InputError("hydra.sweeper.search tunes sweeps: add -m, or leave it out")
-    with read_write(config), open_dict(config):
-        config.hydra.mode = RunMode.RUN
-        composition.check_grid(config, list(config.hydra.overrides.task))
-        config.hydra.mode = RunMode.MULTIRUN
+    composition.check_grid(config, list(config.hydra.overrides.task), multirun=False)
 
 
 class LockstepLauncher(Launcher):
@@ -103,8 +100,7 @@ class LockstepLauncher(Launcher):
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        composer = Composer(self.hydra_context.config_loader, self.config)
-        configs = Composed(composer, job_overrides, first=initial_job_idx)
+        configs = Composed(self.hydra_context.config_loader, self.config, job_overrides)
         jobs = plan.read_jobs(configs)
         gc.freeze()  # they stay to the end: else each collection of garbage would go through all of them again
         if self.plan:

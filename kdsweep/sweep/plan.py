@@ -45,7 +45,7 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
         settings = composition.read(cfg)
         overrides = list(OmegaConf.select(cfg, "hydra.overrides.task") or [])
         choices.append(dict(OmegaConf.select(cfg, "hydra.runtime.choices") or {}))
-        composition.check_grid(cfg, overrides)
+        composition.check_grid(cfg, overrides, multirun=True)
         tuned = tuple(key for key in map(key_of, overrides) if grid.is_under(key, _searched(cfg)))
         kept = [override for override in overrides if key_of(override) not in tuned]
         jobs.append(Job(settings, identity.cell(settings), kept, tuned=tuned))
@@ -113,7 +113,7 @@ def swept_keys(jobs: Sequence[Job]) -> list[str]:
     """
     typed = [{key_of(override): override.partition("=")[2] for override in job.overrides} for job in jobs]
     changed = [key for key in dict.fromkeys(itertools.chain(*typed)) if len({row.get(key) for row in typed}) > 1]
-    keys = [key for key in changed if not (decisions.names_cell(key) or decisions.is_local(key))]
+    keys = [key for key in changed if decisions.kind(key) not in ("name", "local")]
     params = [identity.params(job.settings) for job in jobs] if keys else []
     values = {key: {str(flat[key]) if key in flat else None for flat in params} for key in keys}
     return [key for key in keys if len(values[key]) > 1 or values[key] == {None}]

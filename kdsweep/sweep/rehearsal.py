@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from kdsweep.config import grid, identity
+from kdsweep.config import grid, identity, inputs
 from kdsweep.config.schema import Settings
 from kdsweep.core.device import Compute, find_device, give_back_memory, is_out_of_memory, placed, usable_precision
 from kdsweep.core.errors import InputError, one_line
@@ -103,7 +103,7 @@ def _timed(jobs: Sequence[Job], device: str) -> dict[str, Any]:
         teacher = latency.time_step_s(network, **timed, forward_only=not plan.missing_teachers(jobs))
         del network
     give_back_memory()
-    ids = identity.split_ids(first)
+    ids = inputs.split_ids(first)
     images, validation_images = len(ids["train"]), len(ids["validation"])
     return {
         "timed_on": str(on),

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep.config.composition import Composed, Composer
+from kdsweep.config.composition import Composed
 from kdsweep.core import databases
 from kdsweep.core.errors import InputError
 from kdsweep.core.progress import duration, left_s, plural
@@ -131,13 +131,9 @@ class Tuner(Launcher):
 
     # ---- jobs and storage ------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _composer(self) -> Composer:
-        return Composer(self.launcher.hydra_context.config_loader, self.launcher.config)
-
     def _read(self, overrides: Sequence[Sequence[str]]) -> list[Job]:
         """Return the jobs of these overrides, which they keep: a plan's jobs have none of the keys that are tuned."""
-        jobs = plan.read_jobs(Composed(self._composer, overrides, first=0))
+        jobs = plan.read_jobs(Composed(self.launcher.hydra_context.config_loader, self.launcher.config, overrides))
         return [replace(job, overrides=list(typed)) for job, typed in zip(jobs, overrides, strict=True)]
 
     def _preview(self, jobs: list[Job]) -> Preview:

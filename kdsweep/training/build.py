@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, grid, identity, inputs
 from kdsweep.config.grid import TEACHER, Cell
 from kdsweep.config.schema import KDPathNode, NetworkNode, Settings
 from kdsweep.core.device import Compute, find_device, usable_precision
@@ -78,8 +78,8 @@ def feed(settings: Settings, *, seed: int) -> Feed:
     Raises:
         InputError: the training part cannot be trained on.
     """
-    everything = identity.images(settings)
-    part = identity.split(settings)
+    everything = inputs.images(settings)
+    part = inputs.split(settings)
     check_training_masks(everything, part)
     if settings.train.batch_size > len(part.train):
         raise InputError(
@@ -100,7 +100,7 @@ def feed(settings: Settings, *, seed: int) -> Feed:
     return Feed(
         loader,
         eval_part(everything, part.validation),
-        eval_part(everything, part.test, groups=identity.image_groups(settings)),
+        eval_part(everything, part.test, groups=inputs.image_groups(settings)),
     )
 
 
@@ -144,12 +144,12 @@ def _new_network(node: NetworkNode, *, seed: int, weights: str | None) -> UNet:
 
 
 def _weights(node: NetworkNode) -> str:
-    return IMAGENET + identity.imagenet(node) if node.weights == "imagenet" else node.weights
+    return IMAGENET + inputs.imagenet(node) if node.weights == "imagenet" else node.weights
 
 
 def check_networks(settings: Settings) -> None:
     """Raise InputError if a cell's networks or their weights cannot be had: before anything is trained."""
-    networks = [settings.student, *([settings.teacher] if settings.is_taught else [])]
+    networks = [settings.student, *([settings.teacher] if settings.is_distilled else [])]
     for node in networks:
         _check_network(node.encoder, tuple(node.decoder_channels), _weights(node))
 
@@ -215,7 +215,7 @@ def _take_term(kd: Distillation, settings: Settings) -> None:
 
 def distillation(settings: Settings, *, teacher: str) -> Distillation | None:
     """Build how the configuration's Student is taught by the Teacher of a fingerprint; None for a baseline."""
-    if not settings.is_taught:
+    if not settings.is_distilled:
         return None
     with guard.confined(settings.seed):  # after the Student, from the same seed: paths share its initialization
         terms = _method_terms(settings) if settings.method.terms else {"kd": _term(settings)}
@@ -294,8 +294,8 @@ def tags(settings: Settings) -> dict[str, str]:
         "kdsweep.precision": settings.precision,
         "kdsweep.device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         "kdsweep.split_protocol": settings.split.in_words(),
-        "kdsweep.split_digest": identity.split_digest(settings),
-        "kdsweep.split_images": "/".join(str(len(ids)) for ids in identity.split_ids(settings).values()),
+        "kdsweep.split_digest": grid.digest(inputs.split_ids(settings)),
+        "kdsweep.split_images": "/".join(str(len(ids)) for ids in inputs.split_ids(settings).values()),
         "kdsweep.threads": str(torch.get_num_threads()),
         "kdsweep.torch": torch.__version__,
         "mlflow.source.git.commit": git_commit(),

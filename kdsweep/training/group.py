@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from kdsweep.config import grid, identity
+from kdsweep.config import grid, identity, inputs
 from kdsweep.config.grid import TEACHER, Cell
 from kdsweep.config.identity import Job
 from kdsweep.config.schema import Settings
@@ -220,4 +220,4 @@ def _read(settings: Settings, cell: Cell, compute: Compute) -> UNet | None:
 def describe(settings: Settings, cell: Cell) -> None:
     """Write into the folder of a cell which cell it is."""
     params = identity.params(settings) | identity.factors(settings, role=cell.role)
-    cell_folder.describe(cell, split=identity.split_ids(settings), params=params, tags=build.tags(settings))
+    cell_folder.describe(cell, split=inputs.split_ids(settings), params=params, tags=build.tags(settings))

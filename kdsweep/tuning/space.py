@@ -40,7 +40,7 @@ def read(search: Mapping[str, Any]) -> Space:
             continue
         if key in space:
             raise InputError(f"{KEY}: {key} is there twice, nested and joined by dots")
-        if key in COMPARED or grid.is_under(key, FIXED) or decisions.is_neutral(key):
+        if key in COMPARED or grid.is_under(key, FIXED) or decisions.kind(key) in ("place", "local"):
             raise InputError(f"{KEY}: {key} is not to be tuned: it is equal for all trials; sweep it instead")
         space[key] = _distribution(key, values)
     return space

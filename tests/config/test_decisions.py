@@ -7,6 +7,7 @@ import pytest
 from kdsweep.config import composition, decisions, grid, identity
 from kdsweep.config.grid import ROLES
 
+LOSSES = "kdsweep.distill.losses"
 BASE = ["profile=quick", "weights=none", "data.count=60"]
 
 
@@ -23,8 +24,9 @@ def cells(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_each_key_of_the_schema_says_what_it_decides() -> None:
-    assert all(own.decides for own in decisions.KEYS.values())
-    assert {role for own in decisions.KEYS.values() for each in own.decides for role in each.roles or ()} == set(ROLES)
+    markers = [marker for key in decisions.KEYS.values() for marker in key.decides]
+    assert all(key.decides for key in decisions.KEYS.values())
+    assert {role for marker in markers for role in marker.roles or ()} == set(ROLES)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,11 @@ def test_the_students_keys_decide_nothing_of_the_other_roles() -> None:
 @pytest.mark.parametrize(
     ("key", "params", "expected"),
     [
+        ("kd.temperature", {"loss.logits._target_": f"{LOSSES}.mse", "loss.hidden._target_": f"{LOSSES}.mse"}, False),
+        ("kd.temperature", {"loss.logits._target_": "mine.mae", "loss.hidden._target_": f"{LOSSES}.mse"}, True),
+        ("kd.temperature", {"loss.logits._target_": f"{LOSSES}.kld_pixels"}, True),
+        ("kd.temperature", {"method.name": "kd"}, False),
+        ("train.epochs", {"teacher.epochs": "3"}, True),
         ("kd.align", {"teacher_aug.distill_view": "strong"}, False),
         ("kd.align", {"teacher_aug.distill_view": "weak"}, True),
         ("kd.ratio", {"kd.weight": "0.5"}, False),
@@ -92,15 +99,24 @@ def test_whether_a_key_counts_follows_from_others(key: str, params: dict[str, An
 
 
 def test_the_kinds_of_keys() -> None:
-    keys = [*decisions.KEYS, "data.source.root", "data.source.cache_dir", "data.source.seed", "cell.path"]
-    assert {key for key in keys if decisions.is_neutral(key)} == {
+    keys = [*decisions.LEAVES, "data.source.root", "data.source.cache_dir", "data.source.seed", "cell.path"]
+    kinds = {key: decisions.kind(key) for key in keys}
+    assert {key for key, kind in kinds.items() if kind == "local"} == {
         *("device", "retry_failed", "stats.margin_points", "store", "sweep_name", "tracking.uri", "train.workers"),
-        *("tracking.experiment", "weights", "data.root", "data.source.root", "data.source.cache_dir"),
-        "data.allow_empty_masks",
+        *("tracking.experiment", "data.allow_empty_masks"),
     }
+    places = {"weights", "data.root", "data.source.root", "data.source.cache_dir"}
+    assert {key for key, kind in kinds.items() if kind == "place"} == places
     sections = ("cell", "method", "path", "loss", "teacher_aug", "split", "seed", "teacher.seed")
-    assert all(decisions.is_factor(key) == grid.is_under(key, sections) for key in keys)
+    assert all((kind in ("name", "factor")) == grid.is_under(key, sections) for key, kind in kinds.items())
     for key in ("method", "path", "loss", "teacher_aug", "split", "split.index", "split.fold", "seed"):
-        assert decisions.names_cell(key)
+        assert decisions.kind(key) == "name", key
     for key in ("teacher", "teacher.seed", "kd.weight", "split.group", "path.kd_path.stage", "data.root"):
-        assert not decisions.names_cell(key)
+        assert decisions.kind(key) != "name", key
+
+
+def test_a_users_key_is_not_declared_but_an_argument_is() -> None:
+    for key in ("train", "train.lr", "loss.logits.delta", "path.kd_path.depth"):
+        assert decisions.is_declared(key), key
+    for key in ("mine", "path.zoom", "experiment"):
+        assert not decisions.is_declared(key), key

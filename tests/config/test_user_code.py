@@ -64,8 +64,8 @@ def digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(changed.get(file.stem, source), encoding="utf-8")
         importlib.invalidate_caches()
-        user_code._find_spec.cache_clear()
-        user_code._read.cache_clear()
+        for cached in (user_code._find_spec, user_code._user_file, user_code._read):
+            cached.cache_clear()
         return user_code.user_code_digest([target])
 
     return make

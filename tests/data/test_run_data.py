@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, identity, inputs
 from kdsweep.core.errors import InputError
 from kdsweep.data import run_data, sources
 from kdsweep.data.images import load_images
@@ -24,7 +24,7 @@ def test_the_recorded_configuration_gives_the_same_data_set(small_busi, tmp_path
     params = {key: str(value) for key, value in params.items()} if as_strings else params
     found = run_data.source(params, store=tmp_path)
     assert found == sources.Busi(root=str(small_busi), include_normal=False)
-    assert sources.listing(found).digest == identity.listing(cfg).digest
+    assert sources.listing(found).digest == inputs.listing(cfg).digest
 
 
 def test_images_that_were_moved_are_found_by_their_new_folder(small_busi, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, identity, inputs
 from kdsweep.core.errors import InputError
 from kdsweep.data import splits
 from kdsweep.data.splits import PARTS, Listed
@@ -265,14 +265,14 @@ def test_another_protocol_is_another_cell_and_the_same_images_are_the_same(small
     of = {name: settings(small_busi, f"split={name}") for name in ("s0", "holdout", "kfold")}
     assert len({identity.cell(own).fingerprint for own in of.values()}) == 3
     assert len({identity.cell(own).key for own in of.values()}) == 3
-    parts = identity.split_ids(of["kfold"])
+    parts = inputs.split_ids(of["kfold"])
     file = write_csv(tmp_path / "s.csv", [(image_id, part) for part, ids in parts.items() for image_id in ids])
     sorted_parts = {part: sorted(ids) for part, ids in parts.items()}
-    assert identity.split_ids(settings(small_busi, "split=file", f"split.file={file}")) == sorted_parts
+    assert inputs.split_ids(settings(small_busi, "split=file", f"split.file={file}")) == sorted_parts
 
 
 def test_a_file_that_tears_groups_apart_is_refused_unless_leakage_is_allowed(small_busi, tmp_path):
-    ids = [entry.id for entry in identity.listing(settings(small_busi)).entries]
+    ids = [entry.id for entry in inputs.listing(settings(small_busi)).entries]
     parts = ["train", "train", "val", "test"]
     file = write_csv(tmp_path / "s.csv", [(image_id, parts[number % 4]) for number, image_id in enumerate(ids)])
     groups = tmp_path / "groups.csv"
@@ -282,10 +282,10 @@ def test_a_file_that_tears_groups_apart_is_refused_unless_leakage_is_allowed(sma
         identity.cell(settings(small_busi, *words))
     allowed = settings(small_busi, *words, "split.allow_leakage=true")
     ungrouped = settings(small_busi, *words[:2])  # the same images, but its tables would not tell of the leak
-    assert identity.split_ids(allowed) == identity.split_ids(ungrouped)
+    assert inputs.split_ids(allowed) == inputs.split_ids(ungrouped)
     assert identity.cell(allowed).fingerprint != identity.cell(ungrouped).fingerprint
     assert "although groups are on both sides" in allowed.split.in_words()
-    assert Counter(map(len, identity.split_ids(allowed).values())) == Counter([13, 6, 6])
+    assert Counter(map(len, inputs.split_ids(allowed).values())) == Counter([13, 6, 6])
 
 
 @pytest.mark.parametrize(

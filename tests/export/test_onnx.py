@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_predict import CPU, SIZE, copy, damage, finish, noise
 
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, identity, inputs
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.data import sources
@@ -44,7 +44,7 @@ def of_busi(small_busi, tmp_path_factory) -> tuple[Cell, float]:
     own = ["profile=quick", "path=none", "device=cpu", "data=busi", f"data.root={small_busi}", f"store={store}"]
     cfg = composition.compose(own)
     cell = identity.cell(cfg)
-    cell_folder.describe(cell, split=identity.split_ids(cfg), params=identity.params(cfg), tags=build.tags(cfg))
+    cell_folder.describe(cell, split=inputs.split_ids(cfg), params=identity.params(cfg), tags=build.tags(cfg))
     checkpoint.save_network(cell.folder / "student.safetensors", build.student_network(cfg))
     scores = {"image": cell_folder.read_split(cell.folder)["test"], "dice": 0.5}
     pd.DataFrame(scores).to_csv(cell.folder / "test_scores.csv", index=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, identity, inputs
 from kdsweep.config.grid import Cell
 from kdsweep.core.device import Compute, placed
 from kdsweep.core.errors import InputError
@@ -38,7 +38,7 @@ def finish(store: Path, *overrides: str, teacher: bool = False) -> Cell:
     cell = identity.teacher_cell(cfg) if teacher else identity.cell(cfg)
     network = build.teacher_network(cfg) if teacher else build.student_network(cfg)
     file = f"{'teacher' if teacher else 'student'}.safetensors"
-    cell_folder.describe(cell, split=identity.split_ids(cfg), params=identity.params(cfg), tags=build.tags(cfg))
+    cell_folder.describe(cell, split=inputs.split_ids(cfg), params=identity.params(cfg), tags=build.tags(cfg))
     checkpoint.save_network(cell.folder / file, network)
     scores = {"image": cell_folder.read_split(cell.folder)["test"], "dice": 0.5}
     pd.DataFrame(scores).to_csv(cell.folder / SCORES, index=False)

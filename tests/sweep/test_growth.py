@@ -7,11 +7,11 @@ import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from kdsweep import conf_dir
-from kdsweep.config import composition, identity
-from kdsweep.config.composition import Composer
+from kdsweep.config import composition, inputs
+from kdsweep.config.composition import Composed
 from kdsweep.data import sources
 from kdsweep.results import frame
 from kdsweep.store import cell_folder, sweep_file
@@ -37,11 +37,10 @@ def growth(monkeypatch):
     return importlib.import_module("growth")
 
 
-def slow(loader, config, words: list[str], number: int):
-    """As Hydra composes a job."""
+def slow(loader, config, words: list[str]):
+    """As Hydra composes a job, without what the jobs of a sweep share."""
     composed = loader.load_sweep_config(config, words)
-    with open_dict(composed):
-        composed.hydra.job.id = composed.hydra.job.num = number
+    composed.hydra.job.override_dirname = "???"
     return composed
 
 
@@ -53,11 +52,9 @@ def slow(loader, config, words: list[str], number: int):
     ],
 )
 def test_a_job_is_composed_as_hydra_composes_it(sweep, more):
-    composer = Composer(*sweep)
-    for number, value in enumerate(VALUES):
-        words = [*FIXED, *more, f"seed={number}", f"kd.weight={value}"]
-        expected = slow(*sweep, words, number)
-        composed = composer.compose(words, number=number)
+    jobs = [[*FIXED, *more, f"seed={number}", f"kd.weight={value}"] for number, value in enumerate(VALUES)]
+    for words, composed in zip(jobs, Composed(*sweep, jobs), strict=True):
+        expected = slow(*sweep, words)
         assert OmegaConf.to_yaml(composed) == OmegaConf.to_yaml(expected)
         assert [OmegaConf.is_struct(own) for own in (composed, composed.kd, composed.hydra)] == [True] * 3
         assert OmegaConf.is_readonly(composed.hydra) == OmegaConf.is_readonly(expected.hydra)
@@ -65,8 +62,8 @@ def test_a_job_is_composed_as_hydra_composes_it(sweep, more):
 
 def test_of_two_words_for_one_key_the_later_one_counts_as_with_hydra(sweep):
     words = [*FIXED, "kd.weight=0.3", "++kd.weight=0.9"]
-    composed = Composer(*sweep).compose(words, number=0)
-    assert composed.kd.weight == slow(*sweep, words, 0).kd.weight == 0.9
+    (composed,) = Composed(*sweep, [words])
+    assert composed.kd.weight == slow(*sweep, words).kd.weight == 0.9
 
 
 def test_hydra_composes_once_for_all_values_of_a_key(sweep, monkeypatch):
@@ -74,25 +71,22 @@ def test_hydra_composes_once_for_all_values_of_a_key(sweep, monkeypatch):
     calls = []
     compose = loader.load_sweep_config
     monkeypatch.setattr(loader, "load_sweep_config", lambda *given: calls.append(1) or compose(*given))
-    composer = Composer(loader, config)
-    for number in range(40):
-        path = ("L", "HR")[number % 2]
-        composed = composer.compose([*FIXED, f"path={path}", f"seed={number}"], number=number)
-        assert (composed.seed, composed.path.name, composed.hydra.job.num) == (number, path, number)
+    expected = [(number, ("L", "HR")[number % 2]) for number in range(40)]
+    jobs = [[*FIXED, f"path={path}", f"seed={number}"] for number, path in expected]
+    assert [(each.seed, each.path.name) for each in Composed(loader, config, jobs)] == expected
     assert len(calls) == 2
 
 
 def test_a_changed_copy_leaves_the_next_ones_as_they_were(sweep):
-    composer = Composer(*sweep)
-    composer.compose([*FIXED, "seed=1"], number=0).kd.weight = 0.9
-    assert composer.compose([*FIXED, "seed=2"], number=1).kd.weight == 0.5
+    composed = Composed(*sweep, [[*FIXED, "seed=1"], [*FIXED, "seed=2"]])
+    composed[0].kd.weight = 0.9
+    assert composed[1].kd.weight == 0.5
 
 
 def configs_of(sweep, store: Path, root: Path, count: int) -> list[DictConfig]:
-    composer = Composer(*sweep)
     fixed = [*FIXED, f"store={store}", "data=busi", f"data.root={root}"]
     words = [[*fixed, f"path={path}", f"train.lr=0.{n}1"] for path in ("none", "L") for n in range(1, 1 + count // 2)]
-    return [composer.compose(each, number=number) for number, each in enumerate(words)]
+    return list(Composed(*sweep, words))
 
 
 def jobs_of(*of) -> list[plan.Job]:
@@ -112,7 +106,7 @@ def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
             return inner(*given)
 
         monkeypatch.setattr(owner, name, counted)
-    identity._listing.cache_clear()
+    inputs._listing.cache_clear()
     counts = []
     for number in (8, 16):
         before = dict(calls)

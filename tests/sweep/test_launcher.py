@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from small import STUDENT
 
 from kdsweep.__main__ import user_message
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, identity, inputs
 from kdsweep.core.errors import CellError, InputError
 from kdsweep.core.progress import duration
 from kdsweep.evaluation import latency
@@ -50,7 +50,7 @@ def test_a_plan_times_the_whole_batch_on_cuda_on_the_device_that_is_used(monkeyp
     cfg = composition.compose(["profile=quick", "train.batch_size=64", f"device={device}", "path=none"])
     found = rehearsal.preview([identity.job(cfg)], devices=[device] if device != "cpu" else [])
     assert (timed, found.timed_on) == ([(device, images)], device)
-    ids = identity.split_ids(cfg)
+    ids = inputs.split_ids(cfg)
     assert found.student_epoch_s == pytest.approx(0.1 * len(ids["train"]) + 0.05 * len(ids["validation"]))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdsweep.config import composition, grid, identity
+from kdsweep.config import composition, grid, identity, inputs
 from kdsweep.core.errors import InputError
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.sweep import plan
@@ -101,7 +101,7 @@ def test_cells_of_a_replaced_image_and_of_a_moved_folder_replace_the_earlier_one
     assert list(sweep_file.read(tmp_path, "busi-quick").requests) == [same.cell.key]
     image = next(moved.rglob("*(1).png"))
     Image.fromarray(~np.array(Image.open(image))).save(image)
-    identity._listing.cache_clear()
+    inputs._listing.cache_clear()
     (changed,) = jobs([f"data.root={moved}"])
     request([changed])
     assert changed.cell.fingerprint != same.cell.fingerprint
@@ -134,7 +134,7 @@ def test_a_value_added_later_is_a_variant_too_and_results_stay_the_same_cells(jo
 
 
 def test_a_grid_whose_keys_are_not_typed_would_be_dropped(configs):
-    with pytest.raises(InputError, match=r"^\+experiment=mine has a grid \(seed\), and a command runs one: run one "):
+    with pytest.raises(InputError, match=r"^\+experiment=mine has a grid \(seed\): run one "):
         plan.read_jobs(configs(["path=L"], ["path=H"], grid=("seed",)))
     assert len(plan.read_jobs(configs(["path=L", "seed=0"], ["path=H", "seed=0"], grid=("path", "seed")))) == 2
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, identity, inputs
 from kdsweep.core.device import Compute
 from kdsweep.data.splits import random_split
 from kdsweep.distill import losses
@@ -30,7 +30,7 @@ def weights_of(network):
 @pytest.mark.parametrize("split", [0, 1, 2])
 def test_each_part_of_a_split_gets_its_own_images_and_no_others(compose, split):
     cfg = compose(f"split=s{split}")
-    feed, ids = build.feed(cfg, seed=0), identity.images(cfg).ids
+    feed, ids = build.feed(cfg, seed=0), inputs.images(cfg).ids
     part = random_split(len(ids), index=split)
     assert sorted(feed.train.batches.indices) == sorted(part.train)
     assert feed.validation.ids == [ids[i] for i in part.validation]
@@ -38,7 +38,7 @@ def test_each_part_of_a_split_gets_its_own_images_and_no_others(compose, split):
     trained = {ids[i] for i in feed.train.batches.indices}
     assert not trained & {*feed.validation.ids, *feed.test.ids}
     assert trained | {*feed.validation.ids, *feed.test.ids} == set(ids)
-    written = identity.split_ids(cfg)
+    written = inputs.split_ids(cfg)
     assert set(written["train"]) == trained
     assert written["test"] == feed.test.ids
 
@@ -138,7 +138,7 @@ def test_the_options_of_a_teachers_training_reach_its_learner(compose):
 
 
 def test_the_groups_of_images_reach_their_scores(compose, tmp_path):
-    ids, file = identity.images(compose()).ids, tmp_path / "groups.csv"
+    ids, file = inputs.images(compose()).ids, tmp_path / "groups.csv"
     groups = {image_id: f"patient {number // 2}" for number, image_id in enumerate(ids)}
     file.write_text("id,group\n" + "".join(f"{image_id},{group}\n" for image_id, group in groups.items()))
     for words in (["split=kfold"], ["split=kfold", f"split.group={file}"]):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from small import STUDENT, TEACHER
 
-from kdsweep.config import composition, decisions, identity
+from kdsweep.config import composition, decisions, identity, inputs
 from kdsweep.core.device import Compute, placed
 from kdsweep.core.errors import DeviceError, InputError
 from kdsweep.core.files import write_json
@@ -51,7 +51,7 @@ def teachers_of(*configs):
     """Untrained but frozen Teachers by fingerprint, unlike each other; distillation does not care how good they are."""
     found = {}
     for cfg in configs:
-        if cfg.is_taught:
+        if cfg.is_distilled:
             network = build.teacher_network(cfg).to(memory_format=torch.channels_last)
             with torch.no_grad():  # equal seeds would give Teachers of both views the same weights
                 for parameter in network.parameters():
@@ -585,7 +585,7 @@ def test_batch_larger_than_the_training_set_is_refused(compose):
 
 def test_feed_parts_are_disjoint(compose):
     feed: Feed = feed_of(compose())
-    part = random_split(len(identity.images(compose()).ids), index=0)
+    part = random_split(len(inputs.images(compose()).ids), index=0)
     assert feed.train.image_count == len(part.train)
     assert not set(feed.validation.ids) & set(feed.test.ids)
 

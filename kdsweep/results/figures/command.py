@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, inputs
 from kdsweep.core.errors import InputError, command
 from kdsweep.core.options import add_published, add_sweep
 from kdsweep.data import run_data, sources
@@ -118,7 +118,7 @@ def find_place(options: argparse.Namespace) -> Location:
         options.tracking_uri or cfg.tracking.uri,
         options.sweep or named,
         options.data_root or root,
-        identity.source(composition.read(cfg)) if cfg.data.source._target_ not in run_data.SOURCES else None,
+        inputs.source(composition.read(cfg)) if cfg.data.source._target_ not in run_data.SOURCES else None,
     )
 
 
