@@ -33,7 +33,8 @@ from kdsweep.models import unet
 from kdsweep.models.unet import UNet
 from kdsweep.store import cell_folder, checkpoint
 from kdsweep.training import build, loop
-from kdsweep.training.learner import EpochMeter, Learner
+from kdsweep.training.learner import Learner
+from kdsweep.training.meter import EpochMeter
 
 GRID = [
     [f"path={path}", f"loss={loss}", f"teacher_aug={view}"]
@@ -99,8 +100,7 @@ class Bench:
         """Make new learners on the device."""
         made = [build.learner(settings, identity.cell(settings)) for settings in configs]
         for learner in made:
-            for module in learner.modules().values():
-                placed(module, self.compute)
+            placed(learner.trained, self.compute)
         return made
 
     def step_s(self, learners: list[Learner], precision: str = "fp32") -> float:

@@ -103,18 +103,19 @@ def table4(session: Session, group: str) -> Figures:
     else:
         learners = [build.learner(settings, identity.cell(settings)) for settings in configs]
     for learner in learners:
-        for module in learner.modules().values():
-            placed(module, compute)
-        learner.whole = True
+        placed(learner.trained, compute)
+        learner.can_save = True
         learner.epochs = learner.patience = options.epochs + 2
     ends: list[float] = []
 
-    def ended(epochs: int) -> list[Learner]:
+    def ended(epochs: int) -> None:
         bench.synchronize()
         ends.append(time.monotonic())
-        return learners if len(ends) > 2 and session.left_s() < 2 * (ends[-1] - ends[-2]) else []
+        if len(ends) > 2 and session.left_s() < 2 * (ends[-1] - ends[-2]):
+            for learner in learners:
+                learner.is_pruned = True
 
-    loop.fit(learners, teachers=frozen, feed=build.feed(configs[0], seed=0), compute=compute, prune=ended)
+    loop.fit(learners, teachers=frozen, feed=build.feed(configs[0], seed=0), compute=compute, after=ended)
     if failed := [learner.failure for learner in learners if learner.failure is not None]:
         raise failed[0]
     epoch_s = (ends[-1] - ends[1]) / (len(ends) - 2)  # the first ones warm up

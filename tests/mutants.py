@@ -151,22 +151,22 @@ MUTANTS = [
     ),
     Mutant(
         "NaN in validation is not seen",
-        "training/loop.py",
-        '            learner.check_finite(val, "val")\n',
+        "training/learner.py",
+        '        self.check_finite(val, "validation batch")\n',
         "",
-        f"{LOOP} -k validation_alone",
+        f"{LOOP} -k not_finite",
     ),
     Mutant(
         "a Student is validated in train mode",
         "training/loop.py",
-        "    learner.evaluate()\n",
+        "    learner.trained.eval()\n",
         "",
         f"{LOOP} -k eval_mode",
     ),
     Mutant(
         "a Student is left in eval mode",
         "training/loop.py",
-        "    learner.train()\n    watch.stop()",
+        "    learner.trained.train()\n    watch.stop()",
         "    watch.stop()",
         f"{LOOP} -k eval_mode",
     ),
@@ -284,7 +284,7 @@ MUTANTS = [
     Mutant(
         "of several adapters the last is trained and saved",
         "training/learner.py",
-        'f"kd_path.{name}" if several else "kd_path": term',
+        'f"kd_path.{name}" if len(terms) > 1 else "kd_path": term',
         '"kd_path": term',
         f"{LOOP} -k adapter",
     ),
@@ -391,8 +391,8 @@ MUTANTS = [
     Mutant(
         "the Teacher runs to the Student's stage",
         "training/loop.py",
-        ".update(taught.teacher_stages)",
-        ".update(taught.stages)",
+        ".update(kd.teacher_stages)",
+        ".update(kd.stages)",
         "tests/training/test_loop.py",
     ),
     Mutant(
@@ -483,8 +483,8 @@ MUTANTS = [
     Mutant(
         "weight and 1 - weight exchanged",
         "training/learner.py",
-        'weight * found["kd"] + (1 - weight) * supervised',
-        '(1 - weight) * found["kd"] + weight * supervised',
+        'weight * values["kd"] + (1 - weight) * supervised',
+        '(1 - weight) * values["kd"] + weight * supervised',
         f"{LOOP} -k equation_one",
     ),
     Mutant("the last epoch is tested", "training/outcome.py", "    learner.restore_best()\n", "", LOOP),
@@ -505,8 +505,8 @@ MUTANTS = [
     Mutant(
         "the regressor is not trained",
         "training/learner.py",
-        "return [parameter for module in self.modules().values() for parameter in module.parameters()]",
-        "return list(self.network.parameters())",
+        "torch.optim.Adam(self.trained.parameters(),",
+        "torch.optim.Adam(self.network.parameters(),",
         f"{LOOP} -k reaches_the_student",
     ),
     Mutant(
@@ -519,15 +519,15 @@ MUTANTS = [
     Mutant(
         "means of an epoch not resumed",
         "training/learner.py",
-        '            self.means.load(training["means"])\n',
+        '            self.means.load(training["means"]["steps"], training["means"]["counts"])\n',
         "",
         f"{LOOP} -k goes_on_where",
     ),
     Mutant(
         "gradients pile up",
         "training/loop.py",
-        "        learner.optimizer.zero_grad(set_to_none=True)",
-        "        pass",
+        "    learner.optimizer.zero_grad(set_to_none=True)",
+        "    pass",
         "tests/test_golden.py",
     ),
     Mutant(
@@ -540,7 +540,7 @@ MUTANTS = [
     Mutant(
         "what a user's code changes is not restored",
         "training/guard.py",
-        "            write(before[name])\n",
+        "            SETTINGS[name][1](before[name])\n",
         "            pass\n",
         f"{LOOP} -k changes_what",
     ),
@@ -810,9 +810,9 @@ MUTANTS = [
     ),
     Mutant(
         "tuning: trials are tested",
-        "training/runner.py",
-        "            if pruning is None:\n                values",
-        "            if pruning is None or learner.is_pruned or True:\n                values",
+        "training/group.py",
+        "compute=compute) if pruning is None else end_trial(learner)",
+        "compute=compute)",
         "tests/sweep/test_tuner.py -k 'not_tested_before'",
     ),
     Mutant(
@@ -832,8 +832,8 @@ MUTANTS = [
     Mutant(
         "tuning: after a break nothing is decided again",
         "training/loop.py",
-        "_prune(prune(first), stopped)",
-        "_prune([], stopped)",
+        "    after(first)\n",
+        "",
         "tests/sweep/test_tuner.py -k 'stopped_while_it_decides'",
     ),
     Mutant(
@@ -855,20 +855,20 @@ MUTANTS = [
     Mutant(
         "cuda: a lack of memory counts as a broken device",
         "core/device.py",
-        "return found and not is_out_of_memory(error)",
+        " and not is_out_of_memory(error)",
         "return found",
         DEVICE,
     ),
     Mutant(
         "cuda: whoever sees the error is to blame",
-        "training/loop.py",
+        "training/guard.py",
         "if is_out_of_memory(error) or is_device_error(error):",
         "if is_out_of_memory(error):",
         f"{LOOP} -k failed_device",
     ),
     Mutant(
         "cuda: the state of a broken device is saved",
-        "training/runner.py",
+        "training/group.py",
         "if is_device_error(error):  #",
         "if False:  #",
         f"{LOOP} -k failed_device",
@@ -960,8 +960,8 @@ MUTANTS = [
     Mutant(
         "cuda: a batch is copied to the device for each learner",
         "training/loop.py",
-        "taught, mask = None, batch",
-        "batch = {k: v.cpu().to(v.device) for k, v in batch.items()}\n    taught, mask = None, batch",
+        "mask = batch[f",
+        "batch = {k: v.cpu().to(v.device) for k, v in batch.items()}\n    mask = batch[f",
         "tests/training/test_rehearsal.py",
     ),
     Mutant(

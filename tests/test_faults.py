@@ -25,7 +25,7 @@ from kdsweep.core import signals
 from kdsweep.data import views
 from kdsweep.store import cell_folder, checkpoint
 from kdsweep.store.cell_folder import FINISHED
-from kdsweep.training import group, loop, runner
+from kdsweep.training import group, loop
 from kdsweep.training.learner import Learner
 
 QUICK = [
@@ -187,8 +187,8 @@ def test_a_step_that_takes_too_long_is_given_up_and_taken_again(small_busi, unbr
     monkeypatch.setattr(signals, "GRACE_S", 0.3)
     steps, backward, ended = itertools.count(1), torch.Tensor.backward, []
 
-    def slow(tensor):
-        backward(tensor)
+    def slow(tensor, **options):
+        backward(tensor, **options)
         if next(steps) == 12:
             os.kill(os.getpid(), signal.SIGTERM)
             for _ in range(300):
@@ -276,8 +276,8 @@ def test_a_damaged_checkpoint_is_named_and_an_earlier_one_used(
     assert len(warnings) == len(names)
     for name, line in zip(names, warnings, strict=True):
         assert line.startswith(f"{folder / name}: damaged, its checksum does not fit")
-    goes_on = [record.getMessage() for record in caplog.records if "HReg" in record.getMessage()]
-    assert any("goes on after epoch" in line for line in goes_on) == (len(names) == 1)
+    resumed = [record.getMessage() for record in caplog.records if "HReg" in record.getMessage()]
+    assert any("resumes after epoch" in line for line in resumed) == (len(names) == 1)
     assert contents(tmp_path / "store") == contents(unbroken)
 
 
@@ -296,7 +296,7 @@ def test_a_damaged_score_file_is_named_and_made_again_without_training(
         assert (folder / name).read_text() != text
     else:
         spoil(folder / name)
-    monkeypatch.setattr(runner, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "train_epoch", lambda *_, **__: pytest.fail("trained again"))
     results = group.run_group(jobs_of(small_busi, store))
     assert contents(store) == contents(unbroken)
     assert results == dices
@@ -324,7 +324,7 @@ def test_a_checkpoint_of_another_cell_is_refused(small_busi, unbroken, tmp_path,
     assert [isinstance(result, float) for result in results] == [True, True, False]
     file = folders["Student"] / "checkpoint.pt"
     assert str(results[2]).startswith(f"{file}: not a checkpoint of Student split 0 seed 0 (")
-    assert str(results[2]).endswith("delete it to start anew")
+    assert str(results[2]).endswith("delete it to start again")
 
 
 # --- memory
@@ -346,8 +346,8 @@ class Limit:
             if self.size <= learners:
                 return step(learner, *args)
             if learners == 0 or next(self.calls) % 5 == 4:
-                learner.whole = False  # as the middle of a step leaves it
-                next(iter(learner.parameters())).data.add_(1.0)
+                learner.can_save = False  # as the middle of a step leaves it
+                next(learner.trained.parameters()).data.add_(1.0)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
             return step(learner, *args)
 
@@ -434,14 +434,14 @@ def test_an_error_in_a_teachers_forward_fails_those_that_share_it_with_epoch_and
 
 
 def test_an_error_in_validation_says_so(small_busi, tmp_path, monkeypatch):
-    evaluate, calls = Learner.evaluate, itertools.count(1)
+    validation_values, calls = loop.validation_values, itertools.count(1)
 
-    def broken(learner):
-        evaluate(learner)
+    def broken(learner, *args):
         if next(calls) == 2:
             learner.network.forward = lambda *_: (_ for _ in ()).throw(ValueError("no"))
+        return validation_values(learner, *args)
 
-    monkeypatch.setattr(Learner, "evaluate", broken)
+    monkeypatch.setattr(loop, "validation_values", broken)
     (result,) = group.run_group(jobs_of(small_busi, tmp_path, ["path=none"]))
     assert str(result) == "Student split 0 seed 0: epoch 2, validation, forward: ValueError: no"
 
@@ -500,9 +500,9 @@ def test_a_full_or_read_only_disk_fails_the_cell_and_the_same_command_goes_on(sm
     assert done.returncode == 0, done.stdout + done.stderr
     full, *errors, intact, read_only, status, again, trained, last_intact, last_status = done.stdout.splitlines()
     assert (full, again) == ("exit 1", "exit 0")
-    assert re.fullmatch(r"kdsweep: error: \S+multirun/\S+: No space left on device; .* goes on", errors[-1]), errors
+    assert re.fullmatch(r"kdsweep: error: \S+multirun/\S+: No space left on device; .* resumes", errors[-1]), errors
     assert not any("Traceback" in line for line in errors)
-    assert re.fullmatch(r"kdsweep: error: \S+: Read-only file system; when that is mended .* goes on", read_only)
+    assert re.fullmatch(r"kdsweep: error: \S+: Read-only file system; when that is fixed .* resumes", read_only)
     assert status.startswith("sweep busi-quick: 2 cells: 1 done, 1 failed")
     assert (intact, last_intact, trained) == ("intact", "intact", "1")  # the finished cell is as it was
     assert last_status == "sweep busi-quick: 2 cells: 2 done"

@@ -1,1 +1,1 @@
-"""Foundations of all other rooms: errors, files, signals, logs, progress, the device."""
+"""Foundations of all other packages: errors, files, signals, logs, progress, the device."""

@@ -27,28 +27,24 @@ Module = TypeVar("Module", bound=nn.Module)
 class Compute:
     """Device and precision of the computation.
 
-    Attributes:
-        device: of networks and batches.
-        precision: ``fp32``; ``tf32``, on CUDA alone: products of fp32 numbers with 10 bits of fraction; or ``bf16``:
-            autocast of the forward passes, on the CPU without depthwise convolutions that are trained.
-        deterministic: have CUDA choose algorithms that give the same bits every time, else the fastest ones.
-        eval_batch: images per forward outside training; results do not depend on the Student's batch.
+    The precision is ``fp32``; ``tf32``, on CUDA alone: products of fp32 numbers with 10 bits of fraction; or ``bf16``:
+    autocast of the forward passes, on the CPU without depthwise convolutions that are trained.
     """
 
     device: torch.device
     precision: str
-    deterministic: bool = False
-    eval_batch: int = 16
+    deterministic: bool = False  # CUDA chooses algorithms that give the same bits every time, else the fastest ones
+    eval_batch: int = 16  # images per forward outside training; results do not depend on the Student's batch
 
     @contextmanager
     def autocast(self, precision: str | None = None) -> Iterator[None]:
         """Open the context of every forward pass, in this or another precision."""
-        wanted, before = precision or self.precision, torch.backends.cudnn.allow_tf32
-        _allow_tf32(allowed=wanted == "tf32")
-        is_cpu = self.device.type == "cpu"
-        depthwise = _DepthwiseInFp32() if is_cpu and wanted == "bf16" else nullcontext()
+        precision, before = precision or self.precision, torch.backends.cudnn.allow_tf32
+        is_rounded = precision == "bf16"
+        depthwise = _DepthwiseInFp32() if self.device.type == "cpu" and is_rounded else nullcontext()
+        _allow_tf32(allowed=precision == "tf32")
         try:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=wanted == "bf16"), depthwise:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_rounded), depthwise:
                 yield
         finally:
             _allow_tf32(allowed=before)
@@ -69,18 +65,15 @@ class Compute:
 
 
 class _DepthwiseInFp32(TorchFunctionMode):
-    """Leave depthwise convolutions in fp32 where a backward pass may follow: on the CPU, that of bf16 is slow.
+    """Leave depthwise convolutions in fp32 where a backward pass may follow.
 
-    oneDNN takes 12 to 22 times as long for it as in fp32 at a stride of 2 (96 channels, 5 x 5, 28 x 28, batch 16, one
-    thread without AMX: 43 ms instead of 3), up to 3 times at a stride of 1. Without gradients they run in bf16.
+    On the CPU, oneDNN takes up to 22 times as long for that pass in bf16 as in fp32. Others run in bf16.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Call a function of PyTorch's, with autocast off if it is such a convolution."""
-        options = kwargs or {}
-        if func is not torch.conv2d or not torch.is_grad_enabled():
-            return func(*args, **options)
-        return _conv2d(*args, **options)
+        is_trained = func is torch.conv2d and torch.is_grad_enabled()
+        return (_conv2d if is_trained else func)(*args, **(kwargs or {}))
 
 
 def _conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> Tensor:
@@ -92,13 +85,10 @@ def _conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: An
 
 
 class Stopwatch:
-    """Measure the seconds that a device works on what it is given from now on, until ``stop``.
+    """Measure the seconds of a device's work from now on until ``stop``.
 
     CUDA queues kernels: the host's clock would measure how long it takes to queue them. So events are queued among
     them, and the host waits only where the seconds are read.
-
-    Args:
-        device: of the computation.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -135,10 +125,7 @@ def usable_precision(precision: str, device: torch.device) -> str:
 
 
 def placed(module: Module, compute: Compute) -> Module:
-    """Return the module on the device in channels-last memory, which is faster on CPU and CUDA.
-
-    Every network is placed so, freshly trained or read from a file: the other memory format sums in another order.
-    """
+    """Return the module on the device in channels-last memory, like all: another format sums in another order."""
     return module.to(compute.device).to(memory_format=torch.channels_last)
 
 
@@ -148,16 +135,9 @@ def usable_cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed activations instead of giving them back each step: 1.4 to 2 times faster on CPU.
-
-    Results stay the same bit for bit. Without glibc nothing happens.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(ctypes.c_int(-3), ctypes.c_int(1 << 30))  # M_MMAP_THRESHOLD
-        mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD
+    """Let glibc keep freed activations instead of giving them back each step: 1.4 to 2 times faster on CPU."""
+    _call_glibc("mallopt", -3, 1 << 30)  # M_MMAP_THRESHOLD
+    _call_glibc("mallopt", -1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def give_back_memory() -> None:
@@ -165,49 +145,47 @@ def give_back_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
+    _call_glibc("malloc_trim", 0)
+
+
+def _call_glibc(name: str, *numbers: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*map(ctypes.c_long, numbers))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that the memory of the device or of this machine was too small."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    signs = ["can't allocate memory", "not enough memory", "CUDA error: out of memory"]
-    signs += ["_ALLOC_FAILED", "_ALLOCATION_FAILED"]  # of cuBLAS and cuDNN
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    of_cuda = ("CUDA error: out of memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED")  # the latter of cuBLAS and cuDNN
+    return _says(error, "can't allocate memory", "not enough memory", *of_cuda)
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Return whether an error of CUDA's may have left the device unusable for this process, as a failed assert does.
-
-    Kernels are queued: the error is raised by a later call, not by the one that caused it.
-    """
+    """Return whether an error of CUDA's may have left the device unusable for this process, as a failed assert does."""
     if isinstance(error, DeviceError):
         return True
     while isinstance(error, CellError) and error.__cause__ is not None:
         error = error.__cause__
-    signs = ("CUDA error", "cuDNN error", "CUDNN_STATUS")
-    found = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-    return found and not is_out_of_memory(error)
+    return _says(error, "CUDA error", "cuDNN error", "CUDNN_STATUS") and not is_out_of_memory(error)
+
+
+def _says(error: BaseException, *signs: str) -> bool:
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of a name: ``cpu``, ``cuda``, ``cuda:NUMBER``, or ``auto``, which is CUDA if there is one.
-
-    One of CUDA has its number: the first where the name has none.
+    """Return the device of a name: ``cpu``, ``cuda`` (the first), ``cuda:NUMBER``, or ``auto``: CUDA if there is one.
 
     Raises:
         InputError: the name is not one of these, or the device is absent.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"device={name} is not allowed: it must be auto, cpu, cuda or cuda:NUMBER")
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use device=cpu or auto"
-        )
-    return torch.device(kind, int(number or 0)) if kind == "cuda" else torch.device(name)
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    number, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+    if number >= count:
+        raise InputError(f"device={name}: PyTorch sees {count} CUDA devices; use device=cpu or auto")
+    return torch.device("cuda", number)

@@ -25,7 +25,7 @@ P = ParamSpec("P")
 
 
 class InputError(Exception):
-    """A mistake in the command, the configuration or the data, which the user can mend.
+    """An error in the user's command, configuration or data.
 
     The message is one line that names the file or key, the value and the remedy; the program prints it without a
     traceback and exits with code 1.
@@ -41,7 +41,7 @@ class LostError(CellError):
 
 
 class DeviceError(LostError):
-    """The device computes nothing more in this process; in a fresh one it may."""
+    """The device is unusable in this process; a fresh process may recover it."""
 
 
 def one_line(error: BaseException) -> str:
@@ -53,8 +53,7 @@ def one_line(error: BaseException) -> str:
         return text
     if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
         owner = _owner(Path(os.fsdecode(error.filename))) if isinstance(error, PermissionError) else ""
-        name = error.filename or "the disk"
-        return f"{name}: {error.strerror}{owner}; when that is mended the same command goes on"
+        return f"{error.filename or 'the disk'}: {error.strerror}{owner}; when that is fixed the same command resumes"
     return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
@@ -72,25 +71,18 @@ def _owner(path: Path) -> str:
 
 def portable(error: Exception) -> Exception:
     """Return an error with the same line that survives pickling, which a user's or a library's may not."""
-    kinds = (InputError, DeviceError, LostError)
-    kind = next((kind for kind in kinds if isinstance(error, kind)), CellError)
-    return kind(one_line(error))
+    kinds = (InputError, DeviceError, LostError, CellError)
+    return next((kind for kind in kinds if isinstance(error, kind)), CellError)(one_line(error))
 
 
 @contextlib.contextmanager
 def reading(file: Path | str, *, what: str, remedy: str) -> Iterator[None]:
-    """Turn every error of reading a user's file into one InputError that names the file.
-
-    ``with reading(file, what="a file of publish", remedy="publish writes such files"):`` goes around the reading and
-    around the first look at the content, so that a foreign file is refused in the same way as a damaged one.
+    """Turn every error of reading a user's file, and of a first look at its content, into one InputError.
 
     Args:
         file: its path, behind the option or key that named it if there is one: ``--published scores.json.gz``.
-        what: what the file must be.
-        remedy: what the user can do.
-
-    Raises:
-        InputError: anything went wrong inside; an InputError from inside passes as it is.
+        what: what the file must be, such as ``a file of publish``.
+        remedy: what the user can do, such as ``publish writes such files``.
     """
     try:
         yield
@@ -104,11 +96,7 @@ def reading(file: Path | str, *, what: str, remedy: str) -> Iterator[None]:
 
 
 def command(work: Callable[P, int | None]) -> Callable[P, int]:
-    """Make a function a command: it returns its exit code, and any error ends in one line on stderr.
-
-    This is the only place where the errors of the program and of its subcommands end. A reader of the output that is
-    gone (``| head``) is not an error. With KDSWEEP_TRACEBACK=1 the traceback is shown before the line.
-    """
+    """Make a function a command: it returns its exit code, and any error ends in one line on stderr."""
 
     @functools.wraps(work)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -116,8 +104,12 @@ def command(work: Callable[P, int | None]) -> Callable[P, int]:
         try:
             code = work(*args, **kwargs) or 0
             sys.stdout.flush()  # here a full disk or a closed pipe can still be reported
-        except KeyboardInterrupt as stop:
-            return _report_stop(stop)
+        except signals.Stopped as stop:
+            sys.stderr.write(f"kdsweep: {stop.message()}\n")
+            return stop.exit_code
+        except KeyboardInterrupt:
+            sys.stderr.write("kdsweep: stopped; what is written so far stays\n")
+            return 128 + signal.SIGINT
         except Exception as error:
             return report(error, one_line(error))
         return code
@@ -126,13 +118,18 @@ def command(work: Callable[P, int | None]) -> Callable[P, int]:
 
 
 def report(error: Exception, line: str) -> int:
-    """Write the line of an error that ends the program; return the exit code.
+    """Write the line of an error that ends the program, after its traceback if requested; return the exit code.
 
-    A line that begins with the error's type was not written for the user: it is followed by how to see the traceback.
+    A line that begins with the error's type was not written for the user: it says how to see the traceback. A reader of
+    the output that is gone (``| head``) is not an error.
     """
-    is_gone = _reader_is_gone(error)
-    _flush()
-    if is_gone:
+    is_silent = isinstance(error, BrokenPipeError) and _reader_is_gone()
+    try:
+        sys.stdout.flush()
+    except OSError:  # the rest goes nowhere, and the end of Python does not report it
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    if is_silent:
         return 1
     if os.environ.get(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR")) == "1":
         traceback.print_exception(error)
@@ -142,14 +139,11 @@ def report(error: Exception, line: str) -> int:
     return 1
 
 
-def _report_stop(stop: KeyboardInterrupt) -> int:
-    """Write the line of a stop; return the exit code."""
-    if isinstance(stop, signals.Stopped):
-        line, code = stop.message(), stop.exit_code
-    else:
-        line, code = "stopped; what is written so far stays", 128 + signal.SIGINT
-    sys.stderr.write(f"kdsweep: {line}\n")
-    return code
+def _reader_is_gone() -> bool:
+    poll = select.poll()
+    with contextlib.suppress(OSError):  # the output is not a file
+        poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))  # only errors are reported
 
 
 def _open_streams() -> None:
@@ -163,24 +157,3 @@ def _open_streams() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
             os.environ["PYTHONIOENCODING"] = f"{stream.encoding}:backslashreplace"
-
-
-def _reader_is_gone(error: Exception) -> bool:
-    """Return whether an error is that of writing to a pipe that is not read anymore, as after ``| head``."""
-    if not isinstance(error, BrokenPipeError):
-        return False
-    poll = select.poll()
-    try:
-        poll.register(sys.stdout.fileno(), 0)
-    except OSError:  # the output is no file
-        return False
-    return bool(poll.poll(0))  # whether there is an error, since no event is asked for
-
-
-def _flush() -> None:
-    """Write what is left of the output; if that fails, it goes nowhere, and the end of Python says nothing of it."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())

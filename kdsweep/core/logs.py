@@ -16,9 +16,8 @@ from pathlib import Path
 LOG = "kdsweep.log"
 FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 
-# ``extra`` of a log line: what each of many cells logs to its file appears on the screen as one common line.
-FILE_ONLY = {"place": "file"}
-SCREEN_ONLY = {"place": "screen"}
+# ``extra`` of a log line: each of many cells logs to its file, and one line for all is on the screen.
+FILE_ONLY, SCREEN_ONLY = {"place": "file"}, {"place": "screen"}
 
 _about: ContextVar[Path | None] = ContextVar("about", default=None)
 _open: set[Path] = set()  # folders whose log files are open
@@ -35,13 +34,22 @@ def about(folder: Path) -> Iterator[None]:
 
 
 def to_screen(level: int) -> None:
-    """Have a new process log to the standard output.
-
-    Args:
-        level: of the least important lines.
-    """
+    """Have a new process log lines of at least this level to the standard output."""
     logging.raiseExceptions = False  # a full disk must not turn each line into a traceback
     logging.basicConfig(level=level, stream=sys.stdout, format=FORMAT)
+
+
+class _OneLine(logging.Formatter):
+    """A formatter that drops the tracebacks from another formatter's lines."""
+
+    def __init__(self, inner: logging.Formatter | None) -> None:
+        super().__init__()
+        self.inner = inner or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        record = copy.copy(record)
+        record.exc_info = record.exc_text = None
+        return self.inner.format(record)
 
 
 @contextmanager
@@ -51,14 +59,13 @@ def to_files(folders: Sequence[Path]) -> Iterator[dict[Path, OSError]]:
     Yields:
         The errors of the folders that cannot be written to.
     """
-    root, before, errors = logging.getLogger(), list(_open), dict[Path, OSError]()
+    root, before, errors, files = logging.getLogger(), list(_open), dict[Path, OSError](), []
     screens = [
         (handler, handler.formatter) for handler in root.handlers if not isinstance(handler, logging.FileHandler)
     ]
-    for handler, formatter in screens:
-        handler.setFormatter(_OneLine(formatter or logging.Formatter()))
-        handler.addFilter(_is_for_screen)
-    files = []
+    for screen, formatter in screens:
+        screen.setFormatter(_OneLine(formatter))
+        screen.addFilter(_is_for_screen)
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,9 +78,9 @@ def to_files(folders: Sequence[Path]) -> Iterator[dict[Path, OSError]]:
         for file in files:
             root.removeHandler(file)
             file.close()
-        for handler, formatter in screens:
-            handler.setFormatter(formatter)
-            handler.removeFilter(_is_for_screen)
+        for screen, formatter in screens:
+            screen.setFormatter(formatter)
+            screen.removeFilter(_is_for_screen)
         _open.intersection_update(before)
 
 
@@ -89,16 +96,3 @@ def _file_handler(folder: Path) -> logging.FileHandler:
 
 def _is_for_screen(record: logging.LogRecord) -> bool:
     return getattr(record, "place", "screen") == "screen"
-
-
-class _OneLine(logging.Formatter):
-    """A formatter that drops the tracebacks from another formatter's lines."""
-
-    def __init__(self, inner: logging.Formatter) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def format(self, record: logging.LogRecord) -> str:
-        record = copy.copy(record)
-        record.exc_info = record.exc_text = None
-        return self.inner.format(record)

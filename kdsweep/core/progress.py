@@ -1,24 +1,19 @@
-"""Progress of a training with its time left: a bar on a terminal, a line a minute in a log file."""
+"""Progress with its time left: a bar on a terminal, a line a minute where there is none."""
 
 from __future__ import annotations
 
 import contextlib
 import heapq
 import itertools
-import logging
-import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 LINE_EVERY_S = 60.0
@@ -63,63 +58,40 @@ def plural(count: int, noun: str) -> str:
 
 
 def track(items: Iterable[T], *, what: str, unit: str, total: int) -> Iterator[T]:
-    """Iterate over items with a bar on a terminal, and with a line a minute on stderr where there is none.
+    """Iterate over items, of which there are ``total``; show progress, such as ``scoring: 2 of 8 networks``."""
+    with counted(what, unit=unit, total=total) as count:
+        for item in items:
+            yield item
+            count()
 
-    Args:
-        items: what is done one by one.
-        what: is done with them, such as ``scoring``.
-        unit: name of one.
-        total: how many there are.
+
+@contextlib.contextmanager
+def counted(
+    what: str, *, unit: str, total: int, done: int = 0, write: Callable[[str], object] | None = None
+) -> Iterator[Callable[..., None]]:
+    """Show how many of at most ``total`` are done; each call of the yielded function counts one.
+
+    ``done`` were counted before an interruption. Keywords of the call, such as a Dice, are shown with the count. The
+    line of a minute goes to ``write`` or stderr.
     """
-    if sys.stderr.isatty():
-        yield from tqdm(items, desc=what, unit=unit, total=total, leave=False)
-        return
-    started_s = line_s = time.monotonic()
-    for done, item in enumerate(items):
-        now_s = time.monotonic()
-        if done and now_s - line_s > LINE_EVERY_S:
+    has_bar = sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
+    numbers, started_s = itertools.count(done + 1), time.monotonic()
+    line_s = started_s
+
+    def count(**values: str) -> None:
+        nonlocal line_s
+        number, now_s = next(numbers), time.monotonic()
+        bar.set_postfix(values, refresh=False)
+        bar.update()
+        if not has_bar and now_s - line_s > LINE_EVERY_S:
             line_s = now_s
-            rest_s = left_s([[(total - done, (now_s - started_s) / done)]])
-            sys.stderr.write(f"{what}: {done} of {total} {unit}s, about {duration(rest_s)} left\n")
-        yield item
+            rest_s = left_s([[(total - number, (now_s - started_s) / (number - done))]])
+            shown = "".join(f", {name} {value}" for name, value in values.items())
+            line = f"{what}: {number} of {total} {unit}s{shown}, about {duration(rest_s)} left"
+            write(line) if write else sys.stderr.write(f"{line}\n")
 
-
-class Progress:
-    """A counter of epochs, used as a context manager.
-
-    Args:
-        label: name of what is trained.
-        epochs: the maximum; early stopping may end the training sooner.
-        done: epochs finished before an interruption.
-    """
-
-    def __init__(self, label: str, *, epochs: int, done: int = 0) -> None:
-        self.label, self.epochs, self.done, self.before = label, epochs, done, done
-        self.started_s = self.line_s = time.monotonic()
-        has_bar = sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
-        self._bar = tqdm(total=epochs, initial=done, desc=label, unit="epoch", leave=False, disable=not has_bar)
-        self._context = contextlib.ExitStack()
-
-    def __enter__(self) -> Progress:
-        self._context.enter_context(self._bar)
-        if not self._bar.disable:
-            self._context.enter_context(logging_redirect_tqdm())  # else a log line would cut the bar in two
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._context.__exit__(kind, error, at)
-
-    def update(self, val_dices: list[float]) -> None:
-        """Count one epoch; show the best of val_dices, the Dice (0 to 1) of each network in training."""
-        self.done += 1
-        val_dice = max(val_dices, default=math.nan)
-        self._bar.set_postfix(val_dice=f"{val_dice:.3f}", refresh=False)
-        self._bar.update()
-        now_s = time.monotonic()
-        if self._bar.disable and now_s - self.line_s > LINE_EVERY_S:
-            self.line_s = now_s
-            each_s = (now_s - self.started_s) / (self.done - self.before)
-            most_s = left_s([[(self.epochs - self.done, each_s)]])
-            line = "%s: epoch %d of %d, validation Dice %s%.3f, at most %s left"
-            most = "up to " if len(val_dices) > 1 else ""
-            log.info(line, self.label, self.done, self.epochs, most, val_dice, duration(most_s))
+    with (
+        tqdm(total=total, initial=done, desc=what, unit=unit, leave=False, disable=not has_bar) as bar,
+        logging_redirect_tqdm() if has_bar else contextlib.nullcontext(),  # else a log line would cut the bar in two
+    ):
+        yield count

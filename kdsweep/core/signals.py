@@ -16,35 +16,26 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, *JOB_SIGNALS)
 
 
 class Stopped(KeyboardInterrupt):
-    """The user or the system wants the program to end.
+    """A signal (``number``) that the program should end.
 
-    Args:
-        number: the signal's number.
-
-    Attributes:
-        killed: number of processes that did not end in time, so that some of their work was not saved.
+    ``killed`` counts the processes that did not end in time, so that some of their work was not saved. The exit code is
+    what a shell expects: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number, self.killed = number, 0
+        self.number, self.killed, self.exit_code = number, 0, 128 + number
 
     def message(self) -> str:
         """Return one line that names the signal and says what is saved."""
         saved = "all is saved" if not self.killed else "there was no time to save all, the last checkpoints stay"
-        return f"{self}; {saved}: the same command goes on from here"
-
-    @property
-    def exit_code(self) -> int:
-        """Return the exit code that a shell expects: 130 after Ctrl-C, 143 after SIGTERM."""
-        return 128 + self.number
+        return f"{self}; {saved}: run the same command to resume"
 
 
 def is_stop(error: BaseException) -> bool:
     """Return whether an exception comes from a signal; a user's code may raise KeyboardInterrupt too."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        return isinstance(error, KeyboardInterrupt)
-    return isinstance(error, Stopped)
+    is_installed = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    return isinstance(error, Stopped if is_installed else KeyboardInterrupt)
 
 
 class _State:
@@ -70,19 +61,10 @@ def _handle(number: int, _: FrameType | None) -> None:
         return
     _State.pending, _State.since_s = number, time.monotonic()
     if not _State.deferring:
-        _stop(number)
+        check()
     _State.deferring = False
-    signal.signal(signal.SIGALRM, _handle_alarm)
+    signal.signal(signal.SIGALRM, lambda *_: check())
     signal.setitimer(signal.ITIMER_REAL, GRACE_S)
-
-
-def _handle_alarm(_: int, __: FrameType | None) -> None:
-    check()
-
-
-def _stop(number: int) -> None:
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    raise Stopped(number)
 
 
 @contextmanager
@@ -104,4 +86,5 @@ def pending() -> bool:
 def check() -> None:
     """Raise Stopped if a signal has come; call this where nothing is half done."""
     if _State.pending is not None:
-        _stop(_State.pending)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise Stopped(_State.pending)

@@ -7,6 +7,7 @@ code of a cell runs for the first time after hours.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import torch
 from kdsweep.config import grid, identity, inputs
 from kdsweep.config.schema import Settings
 from kdsweep.core.device import Compute, find_device, give_back_memory, is_out_of_memory, placed, usable_precision
-from kdsweep.core.errors import InputError, one_line
+from kdsweep.core.errors import CellError, InputError, one_line
 from kdsweep.data.loaders import EvalPart, Feed
 from kdsweep.evaluation import latency, scoring
 from kdsweep.models import unet
@@ -28,7 +29,7 @@ from kdsweep.store import cell_folder, checkpoint
 from kdsweep.sweep import plan
 from kdsweep.sweep.estimate import Preview
 from kdsweep.sweep.plan import Job
-from kdsweep.training import build, group, loop, outcome
+from kdsweep.training import build, guard, loop, outcome
 from kdsweep.training.learner import DivergedError, Learner
 
 IMAGES = 2
@@ -67,11 +68,9 @@ def device_names(jobs: Sequence[Job], devices: Sequence[str] = ()) -> dict[str, 
 
 
 def check(jobs: Sequence[Job]) -> None:
-    """Raise InputError for the first of these cells that could not be trained: networks, weights, KD term, images."""
+    """Raise InputError for the first of these cells that could not be trained: networks, weights, images."""
     for job in jobs:
         build.check_networks(job.settings)
-    for job in _kinds(jobs):
-        build.check_term(job.settings)
     for settings in {identity.batches_key(job.settings, seed=0): job.settings for job in reversed(jobs)}.values():
         build.feed(settings, seed=settings.seed)
 
@@ -172,7 +171,7 @@ def _rehearse(jobs: list[Job], compute: Compute) -> None:
             taught = [frozen.teach(learners, views) for views, _ in validation]
             loop.validate(learners, validation, taught, seed=feed.train.step_seed(0, 1), compute=compute)
             for learner in learners:
-                _finish(learner, feed.test, compute)
+                _finish(learner, feed.test, compute, batch=feed.train.batches.batch_size)
     finally:
         logging.disable(before)
 
@@ -190,23 +189,30 @@ def _feed(settings: Settings) -> Feed:
 
 def _learner(job: Job, store: Path, compute: Compute) -> Learner:
     cell = replace(job.cell, store=store)
-    group.describe(job.settings, cell)
+    build.describe(job.settings, cell)
     learner = build.learner(job.settings, cell)
-    for module in learner.modules().values():
-        placed(module, compute)
+    placed(learner.trained, compute)
     return learner
 
 
-def _finish(learner: Learner, part: EvalPart, compute: Compute) -> None:
+def _finish(learner: Learner, part: EvalPart, compute: Compute, *, batch: int) -> None:
     """Test a cell and read its files as later commands do; raise InputError if that or its training fails."""
     if learner.failure is None:
-        with loop.isolated(learner):
+        with guard.isolated(learner):
+            _check_gradient(learner, batch=batch)
             outcome.finish(learner, part=part, compute=compute)
             _read_back(learner, part)
     if learner.failure is not None and not isinstance(learner.failure, DivergedError):
         line = one_line(learner.failure)
         raise InputError(f"the rehearsal before the training fails: {line}") from learner.failure
     shutil.rmtree(learner.folder)  # one at a time: together they may be larger than the temporary disk
+
+
+def _check_gradient(learner: Learner, *, batch: int) -> None:
+    """Raise CellError if the KD term does not reach the Student, as that of a method that compares images, of one."""
+    weight, ratio = float(learner.kd_weight), learner.history[0].get("train/kd_gradient_ratio", math.nan)
+    if 0 < weight < 1 and ratio * (1 - weight) / weight < 1.5e-6:  # 1e-6 stands for zero
+        raise CellError(f"{learner.title}: its KD term has no gradient in batches of {batch} (train.batch_size)")
 
 
 def _read_back(learner: Learner, part: EvalPart) -> None:

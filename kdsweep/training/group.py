@@ -1,6 +1,7 @@
 """A lockstep group from its jobs to its results: cells that share batches, Teachers and a process.
 
-A Teacher is trained once per fingerprint, then read by every cell and later sweep of the store.
+The cells are locked, and their Teachers obtained: each is trained once per fingerprint, then read by every cell and
+later sweep of the store. Then the learners resume, train and are tested, half of them at a time where memory is short.
 """
 
 from __future__ import annotations
@@ -8,216 +9,289 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
-from kdsweep.config import grid, identity, inputs
+from kdsweep.config import grid, identity
 from kdsweep.config.grid import TEACHER, Cell
 from kdsweep.config.identity import Job
-from kdsweep.config.schema import Settings
-from kdsweep.core import logs
-from kdsweep.core.device import Compute, give_back_memory, placed
-from kdsweep.core.errors import CellError, DeviceError, one_line
+from kdsweep.core import logs, signals
+from kdsweep.core.device import Compute, give_back_memory, is_device_error, is_out_of_memory, placed
+from kdsweep.core.errors import CellError, DeviceError, InputError, one_line
+from kdsweep.data.loaders import Feed
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
 from kdsweep.store import cell_folder, checkpoint
-from kdsweep.training import build, outcome, runner
+from kdsweep.training import build
+from kdsweep.training.guard import isolated, log_failure
 from kdsweep.training.learner import Learner
+from kdsweep.training.loop import fit, label_of
+from kdsweep.training.outcome import end_trial, finish, weights_file
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
+
+Values = dict[str, float]
+Outcome = Values | Exception
 Networks = dict[str, UNet | Exception]  # Teachers by fingerprint, or the errors that ended their training
-Outcome = runner.Values | Exception
 
 
-class TeacherError(CellError):
-    """A cell cannot be trained because its Teacher could not."""
+class Pruning(Protocol):
+    """Decides which trials of a group end early; see ``tuning/pruning.py``."""
+
+    def begin(self) -> Callable[[int, Mapping[Path, Sequence[tuple[float, float]]]], set[Path]]:
+        """Return a function that is called at the beginning and after each epoch, and returns the trials that end.
+
+        Its arguments: the number of epochs that all trials have completed; by folder of each trial that has not failed
+        the validation Dice and seconds of its epochs.
+        """
 
 
 def run_group(jobs: list[Job]) -> list[float | Exception]:
-    """Train the cells of these jobs together, from their checkpoints on.
-
-    Args:
-        jobs: of different cells, with equal ``identity.batches_key``.
+    """Train different cells with equal ``identity.batches_key`` together, from their checkpoints on.
 
     Returns:
-        The test Dice of each cell, or the error that ended it. An error of one leaves the others alone. A DeviceError
-        is not the cell's fault: a fresh process resumes the cell.
+        The test Dice of each cell, or the error that ended it. An error of one leaves the others alone.
+
+    Raises:
+        DeviceError: the device failed. A fresh process resumes the cells.
     """
-    by_cell = {job.cell.folder: job for job in jobs}
-    outcomes = _complete([job.cell for job in jobs], lambda cells: _train([by_cell[cell.folder] for cell in cells]))
+    outcomes = _complete(jobs, lambda left: _train(left, obtain_teachers(left)))
     return [_value(outcome, "test/dice") for outcome in outcomes]
 
 
-def run_trials(jobs: list[Job], *, pruning: runner.Pruning) -> list[float | Exception]:
-    """Train trials together, from their checkpoints on, until each has had its last epoch or is pruned.
+def run_trials(jobs: list[Job], *, pruning: Pruning) -> list[float | Exception]:
+    """Train trials, of cells or Teachers, as ``run_group`` does, until each has had its last epoch or is pruned.
 
-    Nothing is tested: what is chosen among the trials is tested afterwards, from its checkpoint.
-
-    Args:
-        jobs: of different cells or Teachers that can share their batches.
-        pruning: of these trials.
+    Nothing is tested: the chosen trial is tested afterwards, from its checkpoint.
 
     Returns:
         The validation Dice of each trial's best epoch, or the error that ended it.
     """
     with contextlib.ExitStack() as held:
-        for cell in sorted(
-            (job.cell for job in jobs), key=lambda cell: cell.folder
-        ):  # no two commands block each other
-            if cell_folder.is_held(cell.folder):
-                _log_waiting([cell])
-            while not cell_folder.hold(held, cell.folder):
+        for job in sorted(jobs, key=lambda job: job.cell.folder):  # so that no two commands block each other
+            if cell_folder.is_held(job.cell.folder):
+                _log_waiting([job])
+            while not cell_folder.hold(held, job.cell.folder):
                 time.sleep(LOOK_EVERY_S)
-        return [_value(outcome, "best/val_dice") for outcome in _train(jobs, pruning=pruning)]
+        return [_value(outcome, "best/val_dice") for outcome in _train(jobs, obtain_teachers(jobs), pruning)]
 
 
-def _complete(cells: list[Cell], train: Callable[[list[Cell]], list[Outcome]]) -> list[Outcome]:
-    """Return the final values of cells, or the errors that ended them; train those that no process has finished.
+def obtain_teachers(jobs: list[Job]) -> Networks:
+    """Return the trained and frozen Teachers of these cells by fingerprint; train those that are missing together."""
+    needed = {cell.fingerprint: replace(job, cell=cell) for job in jobs if (cell := job.cell.teacher) is not None}
+    teachers, networks = list(needed.values()), dict[str, UNet | Exception]()
+    for group in grid.group_by([identity.batches_key(job.settings, seed=job.cell.seed) for job in teachers]):
+        members = [teachers[position] for position in group]
+        for job in members:
+            folder, name = job.cell.folder, weights_file(TEACHER)
+            if cell_folder.read_finished(folder) is not None and not cell_folder.check_file(folder, name):
+                cell_folder.forget_finished(folder, folder / name)
+        for job, outcome in zip(members, _complete(members, _train_teachers), strict=True):
+            networks[job.cell.fingerprint] = outcome if isinstance(outcome, Exception) else _read_teacher(job)
+        give_back_memory()
+    return networks
 
-    Cells that another process computes at the moment are waited for at the end.
-    """
+
+def _train_teachers(jobs: list[Job]) -> list[Outcome]:
+    log.info("%s: not in the store yet, so trained first", ", ".join(job.cell.title for job in jobs))
+    return _train(jobs, {})
+
+
+def _read_teacher(job: Job) -> UNet:
+    log.info("%s: read from %s", job.cell.title, job.cell.folder)
+    network = build.teacher_network(job.settings, weights="none")
+    checkpoint.load_network(job.cell.folder / weights_file(TEACHER), network)
+    return unet.freeze(placed(network, build.compute(job.settings)))
+
+
+def _complete(jobs: list[Job], train: Callable[[list[Job]], list[Outcome]]) -> list[Outcome]:
+    """Return the outcomes of cells; train those that are not finished, wait for those that another process trains."""
     outcomes: dict[Path, Outcome] = {}
-    waits = False
-    while missing := [cell for cell in cells if cell.folder not in outcomes]:
+    is_waiting = False
+    while missing := [job for job in jobs if job.cell.folder not in outcomes]:
         with contextlib.ExitStack() as held:
-            free = []
-            for cell in missing:
-                try:
-                    if not cell_folder.hold(held, cell.folder):
-                        continue
-                    if (finished := cell_folder.read_finished(cell.folder)) is not None:
-                        outcomes[cell.folder] = finished
-                    else:
-                        free.append(cell)
-                except OSError as error:  # a folder that cannot be written to
-                    outcomes[cell.folder] = _failed(cell, error)
-            if free:
-                outcomes |= dict(zip((cell.folder for cell in free), train(free), strict=True))
-        if not free and len(outcomes) < len(cells):
-            if not waits:
-                _log_waiting([cell for cell in cells if cell.folder not in outcomes])
-            waits = True
+            free = [job for job in missing if _is_free(job.cell, held, outcomes)]
+            outcomes |= zip((job.cell.folder for job in free), train(free) if free else [], strict=True)
+        busy = [job for job in missing if job.cell.folder not in outcomes]
+        if busy and not free:
+            if not is_waiting:
+                _log_waiting(busy)
+            is_waiting = True
             time.sleep(LOOK_EVERY_S)
-    return [outcomes[cell.folder] for cell in cells]
+    return [outcomes[job.cell.folder] for job in jobs]
 
 
-def _log_waiting(cells: list[Cell]) -> None:
-    log.info("%s: another command computes it; waiting for that", ", ".join(cell.title for cell in cells))
+def _is_free(cell: Cell, held: contextlib.ExitStack, outcomes: dict[Path, Outcome]) -> bool:
+    """Lock a cell that can be trained now; add the outcome of one that is finished or cannot be written to."""
+    try:
+        if (values := cell_folder.read_finished(cell.folder)) is None:
+            if not cell_folder.hold(held, cell.folder):
+                return False
+            if (values := cell_folder.read_finished(cell.folder)) is None:
+                return True
+        outcomes[cell.folder] = values
+    except OSError as error:
+        outcomes[cell.folder] = _failed(cell, error)
+    return False
+
+
+def _log_waiting(jobs: list[Job]) -> None:
+    log.info("%s: another command computes it; waiting for that", ", ".join(job.cell.title for job in jobs))
 
 
 def _value(outcome: Outcome, name: str) -> float | Exception:
     return outcome if isinstance(outcome, Exception) else outcome[name]
 
 
-def _train(jobs: list[Job], *, pruning: runner.Pruning | None = None) -> list[Outcome]:
-    """Train cells and the Teachers that they need; if the device fails, return how each cell had ended."""
-    first, since_ms = jobs[0], cell_folder.now_ms()
+def _train(jobs: list[Job], networks: Networks, pruning: Pruning | None = None) -> list[Outcome]:
+    """Train cells that share their batches, with these Teachers, as many at a time as fit into memory."""
+    first = jobs[0]
     compute = build.compute(first.settings)
-    compute.prepare()
-    try:
-        frozen = obtain_teachers(jobs)
-        return runner.run_divided(
-            [partial(_make, job.settings, job.cell, frozen) for job in jobs],
-            teachers={name: network for name, network in frozen.items() if not isinstance(network, Exception)},
-            feed=build.feed(first.settings, seed=first.cell.seed),
-            compute=compute,
-            pruning=pruning,
-        )
-    except DeviceError as error:
-        return [_before_loss(job, error, since_ms) for job in jobs]
+    feed = build.feed(first.settings, seed=first.cell.seed)
+    frozen = {name: network for name, network in networks.items() if not isinstance(network, Exception)}
 
-
-def _before_loss(job: Job, lost: DeviceError, since_ms: int) -> Outcome:
-    """Return how a cell had ended before the device failed, from the store; if it had not, that error."""
-    cell, record = job.cell, cell_folder.read(job.cell.folder)
-    if record.status == "FINISHED":
-        return record.values
-    if record.error and record.ended_ms >= since_ms:
-        return CellError(record.error)
-    if cell.teacher is not None:
-        record = cell_folder.read(cell.teacher.folder)
-        if record.error and record.ended_ms >= since_ms:
-            describe(job.settings, cell)
-            return _failed(cell, TeacherError(f"{cell.title}: its Teacher could not be trained: {record.error}"))
-    return lost
-
-
-def _make(settings: Settings, cell: Cell, frozen: Networks) -> Learner | Exception:
-    """Return the learner of a cell, or the error that prevents it."""
-    with logs.about(cell.folder):
+    def train(jobs: list[Job]) -> list[Outcome]:
+        made = [_make(job, networks) for job in jobs]
         try:
-            describe(settings, cell)
-            teacher = frozen.get(cell.evidence.get("teacher", ""))
-            if isinstance(teacher, Exception):
-                raise TeacherError(f"{cell.title}: its Teacher could not be trained: {one_line(teacher)}") from teacher
-            return build.learner(settings, cell)
+            return run(made, teachers=frozen, feed=feed, compute=compute, pruning=pruning)
         except Exception as error:
-            return _failed(cell, error)
+            if not is_out_of_memory(error):
+                raise
+            if len(jobs) == 1:
+                title = jobs[0].cell.title
+                lack = CellError(f"{title}: out of memory on {compute.device}; a smaller train.batch_size helps")
+                lack.__cause__ = error
+                return [_failed(jobs[0].cell, lack)]
+            log.warning("out of memory with %d learners on %s: divided in two", len(jobs), compute.device)
+        del made
+        give_back_memory()
+        half = len(jobs) // 2
+        return train(jobs[:half]) + train(jobs[half:])
+
+    return train(jobs)
+
+
+def _make(job: Job, networks: Networks) -> Learner | Exception:
+    """Return the learner of a cell, or the error that prevents it."""
+    cell = job.cell
+    try:
+        build.describe(job.settings, cell)
+        teacher = networks.get(cell.evidence.get("teacher", ""))
+        if isinstance(teacher, Exception):
+            raise CellError(f"{cell.title}: its Teacher could not be trained: {one_line(teacher)}") from teacher
+        return build.learner(job.settings, cell)
+    except Exception as error:
+        return _failed(cell, error)
 
 
 def _failed(cell: Cell, error: Exception) -> Exception:
-    line = one_line(error)
-    log.error("%s%s", "" if line.startswith(cell.title) else f"{cell.title}: ", line, exc_info=error)
-    cell_folder.write_failed(cell.folder, line)
+    with logs.about(cell.folder):
+        log_failure(cell.title, cell.folder, error)
     return error
 
 
-def obtain_teachers(jobs: list[Job]) -> Networks:
-    """Return the trained and frozen Teachers of these cells by fingerprint; train those that are missing.
+def run(
+    made: Sequence[Learner | Exception],
+    *,
+    teachers: Mapping[str, UNet],
+    feed: Feed,
+    compute: Compute,
+    pruning: Pruning | None = None,
+) -> list[Outcome]:
+    """Train a group from its checkpoints on and test each learner; return its final values or error, in order.
+
+    If Ctrl-C, SIGTERM or a lack of memory ends the training, the learners are saved first.
 
     Args:
-        jobs: of any cells; the Student baseline needs no Teacher. Teachers that can share their batches are trained
-            together.
+        made: learners; errors are passed on.
+        teachers: frozen networks by fingerprint.
+        feed: images of all three parts.
+        compute: device and precision.
+        pruning: of trials, which are not tested: they are saved, and have the values of the validation alone.
     """
-    needed = {cell.fingerprint: Job(job.settings, cell) for job in jobs if (cell := job.cell.teacher) is not None}
-    teachers = list(needed.values())
-    networks: Networks = {}
-    for group in grid.group_by([identity.batches_key(job.settings, seed=job.cell.seed) for job in teachers]):
-        networks |= _obtain([teachers[position] for position in group], build.compute(jobs[0].settings))
-        give_back_memory()
-    return networks
+    learners = [each for each in made if isinstance(each, Learner)]
+    results: dict[Path, Values] = {}
+    leaving = pruning.begin() if pruning is not None else None
+
+    def unsettled() -> list[Learner]:
+        return [each for each in learners if each.failure is None and each.folder not in results]
+
+    def conclude() -> None:
+        for learner in (each for each in unsettled() if each.stopped):
+            with isolated(learner):
+                ended = finish(learner, part=feed.test, compute=compute) if pruning is None else end_trial(learner)
+                results[learner.folder] = ended
+
+    def after(epochs: int) -> None:
+        conclude()
+        if leaving is None:
+            return
+        sound = {each.folder: each for each in learners if each.failure is None}
+        dice = {folder: [row["val/dice"] for row in each.history] for folder, each in sound.items()}
+        curves = {folder: list(zip(dice[folder], each.seconds, strict=True)) for folder, each in sound.items()}
+        for learner in (sound[folder] for folder in leaving(epochs, curves) if not sound[folder].stopped):
+            learner.is_pruned = True
+            log.info("%s: pruned after epoch %d", learner.title, learner.epoch + 1, extra=logs.FILE_ONLY)
+        conclude()
+
+    try:
+        compute.prepare()
+        with signals.deferred():
+            if learners:
+                _begin(learners, feed=feed, compute=compute)
+                fit(learners, teachers=teachers, feed=feed, compute=compute, after=after)
+    except BaseException as error:
+        _settle(unsettled(), error)
+    return [each if isinstance(each, Exception) else each.failure or results[each.folder] for each in made]
 
 
-def _obtain(teachers: list[Job], compute: Compute) -> Networks:
-    """Return Teachers that can share their batches."""
-    networks: Networks = {}
-    settings = {job.cell.folder: job.settings for job in teachers}
-
-    def train(cells: list[Cell]) -> list[Outcome]:
-        log.info("%s: not in the store yet, so trained first", ", ".join(cell.title for cell in cells))
-        first = settings[cells[0].folder]
-        makers: list[runner.Maker] = [partial(_make, settings[cell.folder], cell, {}) for cell in cells]
-        feed = build.feed(first, seed=first.teacher.seed)
-        return runner.run_divided(makers, teachers={}, feed=feed, compute=compute)
-
-    while missing := [job.cell for job in teachers if job.cell.fingerprint not in networks]:
-        read = {cell.fingerprint: _read(settings[cell.folder], cell, compute) for cell in missing}
-        networks |= {name: network for name, network in read.items() if network is not None}
-        missing = [cell for cell in missing if cell.fingerprint not in networks]
-        for cell, end in zip(missing, _complete(missing, train), strict=True):
-            if isinstance(end, Exception):  # those that succeed are read next
-                networks[cell.fingerprint] = end
-    return networks
+def _begin(learners: list[Learner], *, feed: Feed, compute: Compute) -> None:
+    """Place and resume each learner and log how; a group has one line on the screen."""
+    resumed = 0
+    for learner in learners:
+        signals.check()
+        with isolated(learner):
+            line = f"{sum(parameter.numel() for parameter in learner.trained.parameters()) / 1e6:.2f} M parameters"
+            placed(learner.trained, compute)
+            if learner.resume():
+                resumed += 1
+                line = f"resumes after epoch {learner.epoch + 1} and {learner.steps} steps"
+            learner.can_save = True  # not before: a half-read state must not replace its checkpoint
+            log.info("%s: %s", learner.title, line, extra=logs.FILE_ONLY)
+    line = f"at most {max(learner.epochs for learner in learners)} epochs of {len(feed.train)} batches, "
+    line += f"{feed.train.image_count} training images, {compute.device}, {compute.precision}"
+    line += f"; {resumed} resume from checkpoints" if resumed else ""
+    log.info("%s: %s", label_of(learners), line)
 
 
-def _read(settings: Settings, cell: Cell, compute: Compute) -> UNet | None:
-    """Return a Teacher from the store, or None; a damaged one is forgotten."""
-    folder, weights = cell.folder, outcome.weights_file(TEACHER)
-    if cell_folder.read_finished(folder) is None:
-        return None
-    if not cell_folder.check_file(folder, weights):
-        cell_folder.forget_finished(folder, folder / weights)
-        return None
-    log.info("%s: read from %s", cell.title, folder)
-    network = build.teacher_network(settings)
-    checkpoint.load_network(folder / weights, network)
-    return unet.freeze(placed(network, compute))
+def _settle(learners: list[Learner], error: BaseException) -> None:
+    """Fail the learners for an error in what they share; if it ends the training, save them and raise it instead."""
+    if is_device_error(error):  # nothing can be read from it any more: each resumes from its last checkpoint
+        signals.check()
+        raise DeviceError(f"the device failed ({one_line(error)})") from error
+    is_shared = isinstance(error, Exception) and not isinstance(error, InputError) and not is_out_of_memory(error)
+    if signals.pending() or not is_shared:
+        _save(learners)
+        signals.check()
+        raise error
+    for learner in learners:  # of a batch, a Teacher's forward
+        with isolated(learner):
+            raise error
 
 
-def describe(settings: Settings, cell: Cell) -> None:
-    """Write into the folder of a cell which cell it is."""
-    params = identity.params(settings) | identity.factors(settings, role=cell.role)
-    cell_folder.describe(cell, split=inputs.split_ids(settings), params=params, tags=build.tags(settings))
+def _save(learners: list[Learner]) -> None:
+    """Save the learners that no step has left half changed; the others keep their last checkpoint."""
+    for learner in (each for each in learners if each.can_save):
+        with logs.about(learner.folder):
+            try:
+                learner.save()
+                where = learner.epoch + 2, learner.steps
+                log.info("%s: saved in epoch %d after %d steps", learner.title, *where, extra=logs.FILE_ONLY)
+            except Exception as error:
+                log.warning("%s: its last checkpoint stays, this one failed: %s", learner.title, one_line(error))
+    if learners:
+        log.info("%s: %d saved", label_of(learners), sum(each.can_save for each in learners), extra=logs.SCREEN_ONLY)

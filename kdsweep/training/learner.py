@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,15 @@ from kdsweep.distill import losses
 from kdsweep.distill.distillation import Distillation, ViewPair, gradient_ratio, matched_weight
 from kdsweep.models.unet import Outputs, UNet
 from kdsweep.store import cell_folder, checkpoint
-from kdsweep.training.meter import Columns, EpochMeter, not_finite, to_host
+from kdsweep.training.meter import Columns, EpochMeter, weighted_means
 
 log = logging.getLogger(__name__)
 
 RATIO_EVERY = 10  # epochs: to measure the gradients' ratio takes one more backward pass
+OUTCOME = ("epoch", "history", "times_ms", "seconds", "best", "best_loss", "best_epoch")  # attributes in a checkpoint
 
-# By name what the learning rate is multiplied by, of the share of all steps that lies behind. Sources: Loshchilov and
-# Hutter, SGDR, ICLR 2017 (cosine); Chen et al., DeepLab, TPAMI 40, 2018 (poly, power 0.9).
+# By name the factor of the learning rate at a share of all steps. Sources: Loshchilov and Hutter, SGDR, ICLR 2017
+# (cosine); Chen et al., DeepLab, TPAMI 40, 2018 (poly, power 0.9).
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda _: 1.0,
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
@@ -41,100 +41,57 @@ class DivergedError(CellError):
 
 @dataclass
 class Learner:
-    """One network in training, with its own optimizer, early stopping, best checkpoint and run.
+    """One network in training: a Teacher, the Student alone or a distilled Student.
 
-    Attributes:
-        title: its name in messages.
-        role: ``distilled``, ``baseline`` or ``teacher``.
-        network: trained in place.
-        view: the view that it sees in training, ``weak`` or ``strong``.
-        distillation: None for a network that learns from the masks alone.
-        lr: Adam's learning rate, at the start.
-        epochs: the maximum.
-        patience: epochs without improvement of the monitored value after which it stops.
-        folder: of its files.
-        fused: have Adam step all parameters in few kernels: for CUDA, where it matters.
-        supervised: the loss of logits and mask.
-        schedule: how the rate falls to 0 in the course of ``epochs``, see SCHEDULES.
-        monitor: the validation value that decides the best epoch: ``loss`` (KD term included) or ``dice``.
-        nsd_tolerance_px: of the normalized surface Dice of its test images.
-        best_loss: lowest monitored value so far, which is 1 - Dice for ``dice``.
-        best_epoch: the epoch of that value, from 0.
-        best: the state of the modules after that epoch.
-        epoch: number of the last whole epoch.
-        means: of the steps taken in the epoch that has begun.
-        kd_weight: of the KD term now.
-        gradient_ratios: KD to supervised gradient at the encoder, of the epoch's steps in which it was measured.
-        watches: that have measured work of the epoch that has begun, and have not been read.
-        history: values of each whole epoch.
-        times_ms: when each of them ended.
-        seconds: what each of them took: its steps, its validation, and its Teacher's forwards as if it were alone.
-        spent_s: the same of the epoch that has begun, as far as its watches have been read.
-        failure: the error that ended it early.
-        is_pruned: whether it has been ended early as a trial that has no prospects.
-        whole: whether it can be saved: its checkpoint has been read and no step is half done.
-        doing: the part of a step that is running, for messages.
+    A checkpoint holds all of it, so that a resumed learner becomes what it would have become without a break.
     """
 
-    title: str
-    role: str
+    title: str  # in messages
+    role: str  # ``distilled``, ``baseline`` or ``teacher``
     network: UNet
-    view: str
-    distillation: Distillation | None
-    lr: float
-    epochs: int
-    patience: int
+    view: str  # that it sees in training, ``weak`` or ``strong``
+    distillation: Distillation | None  # None for a network that learns from the masks alone
+    lr: float  # Adam's, at the start
+    epochs: int  # the maximum
+    patience: int  # epochs without improvement of the monitored value after which it stops
     folder: Path
-    fused: bool = False
+    fused: bool = False  # Adam steps all parameters in few kernels: for CUDA, where it matters
     supervised: Callable[..., Tensor] = losses.cross_entropy
-    schedule: str = "constant"
-    monitor: str = "loss"
+    schedule: str = "constant"  # how the rate falls in the course of ``epochs``, see SCHEDULES
+    monitor: str = "loss"  # the validation value that decides the best epoch: ``loss`` (KD term included) or ``dice``
     nsd_tolerance_px: float = 2.0
-    best_loss: float = math.inf
+
+    epoch: int = -1  # number of the last complete epoch
+    history: list[dict[str, float]] = field(default_factory=list)  # values of each complete epoch
+    times_ms: list[int] = field(default_factory=list)  # when each of them ended
+    seconds: list[float] = field(default_factory=list)  # of each: its steps, validation and Teacher's forwards if alone
+    best_loss: float = math.inf  # lowest monitored value, which is 1 - Dice for ``dice``
     best_epoch: int = -1
-    best: dict[str, Any] | None = None
-    epoch: int = -1
-    means: EpochMeter = field(default_factory=EpochMeter)
-    gradient_ratios: list[Tensor] = field(default_factory=list)
-    watches: list[Stopwatch] = field(default_factory=list)
-    history: list[dict[str, float]] = field(default_factory=list)
-    times_ms: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    spent_s: float = 0.0
+    best: dict[str, Any] | None = None  # states of the modules after that epoch
+
+    means: EpochMeter = field(default_factory=EpochMeter)  # of the steps of the epoch that has begun
+    gradient_ratios: list[Tensor] = field(default_factory=list)  # KD to supervised, in its steps that measured it
+    watches: list[Stopwatch] = field(default_factory=list)  # of work in it, not read yet
+    spent_s: float = 0.0  # in it, as far as its watches have been read
+
     failure: Exception | None = None
-    is_pruned: bool = False
-    whole: bool = False
-    doing: str = ""
+    is_pruned: bool = False  # ended early as a trial
+    can_save: bool = False  # its checkpoint has been read and no step is half done
+    doing: str = ""  # the part of a step that is running, for messages
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, fused=self.fused or None)
-        fixed = self.distillation.weight if self.distillation else None
-        self.kd_weight: float | Tensor = 0.5 if fixed is None else fixed
-
-    def modules(self) -> dict[str, nn.Module]:
-        """Return the network and, if it is taught, its KD paths."""
         terms = self.distillation.terms if self.distillation else {}
-        several = len(terms) > 1
-        paths = {f"kd_path.{name}" if several else "kd_path": term.kd_path for name, term in terms.items()}
-        return {"network": self.network, **paths}
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of its network."""
-        return next(self.network.parameters()).device
+        paths = {f"kd_path.{name}" if len(terms) > 1 else "kd_path": term.kd_path for name, term in terms.items()}
+        self.modules: dict[str, nn.Module] = {"network": self.network, **paths}
+        self.trained = nn.ModuleList(self.modules.values())
+        self.optimizer = torch.optim.Adam(self.trained.parameters(), lr=self.lr, fused=self.fused or None)
+        fixed = self.distillation.weight if self.distillation else None
+        self.kd_weight: float | Tensor = 0.5 if fixed is None else fixed  # of the KD term now
 
     @property
     def stages(self) -> set[str]:
-        """Return the stages of its network that its losses take."""
+        """Return the stages of the network that its losses take."""
         return {"logits"} | (self.distillation.stages if self.distillation else set())
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return everything that is trained: the parameters of the network and of the KD path."""
-        return [parameter for module in self.modules().values() for parameter in module.parameters()]
-
-    def state_bytes(self) -> int:
-        """Return the approximate size of its checkpoint: weights, best weights, two moments of Adam."""
-        return 4 * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
 
     @property
     def stopped(self) -> bool:
@@ -143,65 +100,46 @@ class Learner:
             return True
         return self.epoch + 1 >= self.epochs or self.epoch - self.best_epoch >= self.patience
 
-    def train(self) -> None:
-        """Put the network and the KD path into training mode."""
-        for module in self.modules().values():
-            module.train()
-
-    def evaluate(self) -> None:
-        """Put the network and the KD path into evaluation mode."""
-        for module in self.modules().values():
-            module.eval()
-
     @property
     def steps(self) -> int:
         """Return the number of batches that it has learned from in the current epoch."""
         return len(self.means.counts)
 
-    def is_due(self, epoch: int) -> bool:
-        """Return whether it trains this epoch next; a resumed learner may be behind or ahead of the others."""
-        return not self.stopped and self.epoch + 1 == epoch
+    def state_bytes(self) -> int:
+        """Return the approximate size of its checkpoint: weights, best weights, two moments of Adam."""
+        return 4 * sum(parameter.numel() * parameter.element_size() for parameter in self.trained.parameters())
 
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        """Mark the learner as half changed; if it is interrupted inside, it is not saved."""
-        self.whole = False
-        yield
-        self.whole = True
+    def set_rate(self, progress: float) -> None:
+        """Set the learning rate of the next step by the share of all steps that have been taken."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * SCHEDULES[self.schedule](progress)
 
-    def terms(self, outputs: Outputs, taught: Outputs | None, views: ViewPair) -> dict[str, Tensor]:
+    def terms(self, outputs: Outputs, teacher_outputs: Outputs | None, views: ViewPair) -> dict[str, Tensor]:
         """Return the loss terms of one batch and their weighted sum ``loss`` (PAPER, Eq. I)."""
         self.doing = "supervised term"
         supervised = self.supervised(logits=outputs.logits, mask=views.student_mask)
-        if self.distillation is None or taught is None:
+        if self.distillation is None or teacher_outputs is None:
             return {"loss": supervised, "supervised": supervised}
         self.doing = "kd term"
-        found = self.distillation.values(student=outputs, teacher=taught, views=views)
+        values = self.distillation.values(student=outputs, teacher=teacher_outputs, views=views)
+        is_first = torch.is_grad_enabled() and self.epoch < 0 and self.steps == 0
+        for name, value in values.items():
+            is_number = isinstance(value, Tensor) and value.numel() == 1
+            if not is_number or (is_first and not value.requires_grad):
+                raise TypeError(f"{name}: the loss must return a tensor of one number that depends on the Student")
         weight = self.kd_weight
-        return {"loss": weight * found["kd"] + (1 - weight) * supervised, **found, "supervised": supervised}
-
-    def read_watches(self) -> float:
-        """Return the seconds of the epoch that has begun; on CUDA the host waits for its last kernel."""
-        self.spent_s += sum(watch.seconds() for watch in self.watches)
-        self.watches = []
-        return self.spent_s
-
-    def set_rate(self, progress: float) -> None:
-        """Set the learning rate of the next step, which depends on the share of all steps that lies behind alone."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * SCHEDULES[self.schedule](progress)
+        return {"loss": weight * values["kd"] + (1 - weight) * supervised, **values, "supervised": supervised}
 
     def backward(self, terms: dict[str, Tensor]) -> None:
         """Compute the gradients of a batch; in some steps, measure how strongly the KD term acts.
 
-        That is in the first step of the first epoch and of every tenth one after it. With a matched weight every step
-        of the first epoch is measured, and sets the weight of the next. With a weight of 0 or 1 there is one term
-        alone, and no ratio.
+        These are the first step of every RATIO_EVERY-th epoch and, for a matched weight, every step of the first epoch,
+        which sets the weight of the next step. With a weight of 0 or 1 there is one term alone, and no ratio.
         """
         kd = self.distillation
         is_matching = kd is not None and kd.weight is None and self.epoch < 0
-        is_measured = self.steps == 0 and (self.epoch + 1) % RATIO_EVERY == 0
-        if kd is None or kd.weight in (0, 1) or not (is_matching or is_measured):
+        is_due = is_matching or (self.steps == 0 and (self.epoch + 1) % RATIO_EVERY == 0)
+        if kd is None or kd.weight in (0, 1) or not is_due:
             terms["loss"].backward()
             return
         terms["loss"].backward(retain_graph=True)
@@ -210,133 +148,142 @@ class Learner:
         if is_matching:
             self.kd_weight = matched_weight(torch.stack(self.gradient_ratios), ratio=kd.ratio)
 
-    def kd_columns(self) -> Columns:
-        """Return what was measured of the KD term in the epoch that has begun, on the device."""
+    def columns(self) -> Columns:
+        """Return what the steps of the epoch that has begun measured, on the device."""
         ratios = {"gradient_ratio": torch.stack(self.gradient_ratios)} if self.gradient_ratios else {}
-        return ratios | ({"kd_weight": self.kd_weight.reshape(1)} if isinstance(self.kd_weight, Tensor) else {})
+        weight = {"kd_weight": self.kd_weight.reshape(1)} if isinstance(self.kd_weight, Tensor) else {}
+        return self.means.columns() | ratios | weight
 
-    def kd_values(self, columns: Columns) -> dict[str, float]:
-        """Return the values of ``kd_columns`` for the history.
+    def values(self, train: Columns, val: Columns, val_counts: Sequence[int]) -> dict[str, float]:
+        """Return an epoch's values for the history, from ``columns`` and those of the validation batches, on the host.
 
-        Args:
-            columns: on the host.
+        Raises:
+            DivergedError: a value is not a finite number.
         """
-        matched = {"train/kd_weight": float(columns["kd_weight"])} if "kd_weight" in columns else {}
-        if "gradient_ratio" not in columns:
-            return matched
-        weight = matched.get("train/kd_weight", self.kd_weight)
-        mean = float(columns["gradient_ratio"].log().mean().exp())
-        return {"train/kd_gradient_ratio": float(weight / (1 - weight) * mean), **matched}
+        measured = {name: train.pop(name) for name in ("gradient_ratio", "kd_weight") if name in train}
+        self.check_finite(train, "step")
+        self.check_finite(val, "validation batch")
+        values = weighted_means(train, self.means.counts, "train/") | weighted_means(val, val_counts, "val/")
+        weight = float(measured.get("kd_weight", self.kd_weight))
+        if "gradient_ratio" in measured:
+            mean = float(measured["gradient_ratio"].log().mean().exp())
+            values["train/kd_gradient_ratio"] = weight / (1 - weight) * mean
+        if "kd_weight" in measured:
+            values["train/kd_weight"] = weight
+        if "train/kd" in values:  # with fixed weights the ratio of the two terms decides the experiment
+            values["train/kd_to_supervised"] = values["train/kd"] / max(values["train/supervised"], 1e-12)
+        return values
 
-    def check_finite(self, columns: Columns, part: str) -> None:
-        """Raise DivergedError if a value is not a finite number.
-
-        Args:
-            columns: values of an epoch's steps, on the host.
-            part: ``train`` or ``val``.
-        """
-        if (bad := not_finite(columns)) is not None:
-            name, value, step = bad
-            where = f"epoch {self.epoch + 2}, {'step' if part == 'train' else 'validation batch'} {step + 1}"
+    def check_finite(self, columns: Columns, batch: str) -> None:
+        """Raise DivergedError if a value on the host is not a finite number."""
+        part = "train" if batch == "step" else "val"
+        bad = {name: ~values.isfinite() for name, values in columns.items()}
+        first = {name: int(flags.nonzero()[0]) for name, flags in bad.items() if flags.any()}
+        if first:  # a weighted sum is not finite if a term of it is: the term says more
+            name = min(first, key=lambda name: (first[name], name == "loss"))
+            where = f"epoch {self.epoch + 2}, {batch} {first[name] + 1}"
+            value = float(columns[name][first[name]])
             raise DivergedError(f"{self.title}: {part}/{name} is {value} in {where}; a lower lr may help")
 
     def end_epoch(self, values: dict[str, float]) -> None:
         """Record an epoch's values, and keep the weights if they are the best so far."""
-        with self.changing():
-            self.epoch += 1
-            self.means = EpochMeter()
-            if "train/kd" in values:  # with fixed weights the ratio of the two terms decides the experiment
-                ratio = values["train/kd"] / max(values["train/supervised"], 1e-12)
-                values = {**values, "train/kd_to_supervised": ratio}
-            self.gradient_ratios = []
-            self.history.append({"epoch": self.epoch, **values})
-            self.times_ms.append(cell_folder.now_ms())
-            self.seconds.append(self.read_watches())
-            self.spent_s = 0.0
-            monitored = values["val/loss"] if self.monitor == "loss" else 1 - values["val/dice"]
-            if monitored < self.best_loss:
-                self.best_loss, self.best_epoch = monitored, self.epoch
-                self._keep_best()
+        self.can_save = False
+        self.epoch += 1
+        self.means, self.gradient_ratios = EpochMeter(), []
+        self.history.append({"epoch": self.epoch, **values})
+        self.times_ms.append(cell_folder.now_ms())
+        self.seconds.append(self.read_watches())
+        self.spent_s = 0.0
+        monitored = values["val/loss"] if self.monitor == "loss" else 1 - values["val/dice"]
+        if monitored < self.best_loss:
+            self.best_loss, self.best_epoch = monitored, self.epoch
+            self._keep_best()
+        self.can_save = True
+
+    def read_watches(self) -> float:
+        """Return the seconds of the epoch that has begun; on CUDA the host waits for its last kernel."""
+        self.spent_s += sum(watch.seconds() for watch in self.watches)
+        self.watches = []
+        return self.spent_s
 
     def _keep_best(self) -> None:
-        now = {name: module.state_dict() for name, module in self.modules().items()}
-        pairs = [(value.detach(), torch.empty_like(value)) for state in now.values() for value in state.values()]
-        for dtype in {value.dtype for value, _ in pairs}:  # those of one type are copied by few kernels
-            values, copies = zip(*(pair for pair in pairs if pair[0].dtype == dtype), strict=True)
+        now = self._states()
+        self.best = {name: {key: torch.empty_like(each) for key, each in state.items()} for name, state in now.items()}
+        pairs = [(self.best[name][key], value) for name, state in now.items() for key, value in state.items()]
+        for dtype in {value.dtype for _, value in pairs}:  # those of one type are copied by few kernels
+            copies, values = zip(*(pair for pair in pairs if pair[1].dtype == dtype), strict=True)
             torch._foreach_copy_(copies, values)
-        kept = iter(pairs)
-        self.best = {name: {key: next(kept)[1] for key in state} for name, state in now.items()}
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        return {name: module.state_dict() for name, module in self.modules.items()}
+
+    def _load_states(self, states: dict[str, dict[str, Any]]) -> None:
+        for name, module in self.modules.items():
+            module.load_state_dict(states[name])
 
     def restore_best(self) -> None:
         """Put the weights of the best epoch back."""
         if self.best is None:
             raise RuntimeError(f"{self.title}: no epoch of it was validated")
-        for name, module in self.modules().items():
-            module.load_state_dict(self.best[name])
+        self._load_states(self.best)
 
     def save(self) -> None:
-        """Write the checkpoint, from which training goes on as if never interrupted, then the progress."""
-        (columns,) = to_host([self.means.columns()], self.device)
-        self.check_finite(columns, "train")  # else what has diverged could never be trained again
+        """Write the checkpoint, from which training resumes as if never interrupted, then the progress."""
+        columns = self.means.columns()
+        # What has diverged is not saved, else it could never be trained again.
+        self.check_finite({name: values.cpu() for name, values in columns.items()}, "step")
         training = {
-            "modules": {name: module.state_dict() for name, module in self.modules().items()},
+            "modules": self._states(),
             "optimizer": self.optimizer.state_dict(),
-            "means": self.means.state(),
+            "means": {"counts": self.means.counts, "steps": columns},
             "gradient_ratios": self.gradient_ratios,
             "kd_weight": self.kd_weight,
             "spent_s": self.read_watches(),
         }
-        self._write({**self._outcome(), "training": training})
+        self._write(training)
 
     def save_outcome(self) -> None:
         """Write a checkpoint of what is needed after training: the best weights (the KD path's too), the history."""
-        self._write({**self._outcome(), "training": None})
+        self._write(None)
 
-    def _outcome(self) -> dict[str, Any]:
-        names = ("epoch", "history", "times_ms", "seconds", "best", "best_loss", "best_epoch")
-        return {name: getattr(self, name) for name in names}
-
-    def _write(self, state: dict[str, Any]) -> None:
-        checkpoint.save_state(self.folder / checkpoint.CHECKPOINT, state)
+    def _write(self, training: dict[str, Any] | None) -> None:
+        state = {name: getattr(self, name) for name in OUTCOME}
+        checkpoint.save_state(self.folder / checkpoint.CHECKPOINT, {**state, "training": training})
         cell_folder.write_progress(
             self.folder, epochs=self.epochs, history=self.history, times_ms=self.times_ms, seconds=self.seconds
         )
 
     def resume(self) -> bool:
-        """Go on from the last checkpoint, or from the one before if it is damaged; return whether there was one.
+        """Read the last checkpoint, or the one before if it is damaged; return whether there was one.
 
         Raises:
             CellError: the checkpoint belongs to another cell.
         """
         remove_parts(self.folder)
-        for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS):
-            file = self.folder / name
+        for file in (self.folder / checkpoint.CHECKPOINT, self.folder / checkpoint.PREVIOUS):
             try:
-                state = checkpoint.load_state(file, self.device)  # what is restored is combined with what is new
+                device = next(self.network.parameters()).device
+                state = checkpoint.load_state(file, device)  # what is restored is combined with what is new
             except FileNotFoundError:
                 continue
             except DamagedError as error:
-                log.warning("%s; %s goes on from an earlier checkpoint, or anew", error, self.title)
+                log.warning("%s; %s resumes from an earlier checkpoint, or starts again", error, self.title)
                 continue
             try:
                 self._load(state)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 text = " ".join(str(error).split())[:200]
-                raise CellError(
-                    f"{file}: not a checkpoint of {self.title} ({text}); delete it to start anew"
-                ) from error
+                message = f"{file}: not a checkpoint of {self.title} ({text}); delete it to start again"
+                raise CellError(message) from error
             return True
         return False
 
     def _load(self, state: dict[str, Any]) -> None:
-        state = {"seconds": [], **state}  # the first checkpoints had none
-        for name in self._outcome():
+        for name in OUTCOME:
             setattr(self, name, state[name])
         if (training := state["training"]) is not None:
-            for name, module in self.modules().items():
-                module.load_state_dict(training["modules"][name])
+            self._load_states(training["modules"])
             self.optimizer.load_state_dict(training["optimizer"])
-            self.means.load(training["means"])
-            self.gradient_ratios = list(training.get("gradient_ratios", []))
-            self.kd_weight = training.get("kd_weight", self.kd_weight)
-            self.spent_s = training.get("spent_s", 0.0)
+            self.means.load(training["means"]["steps"], training["means"]["counts"])
+            for name in ("gradient_ratios", "kd_weight", "spent_s"):
+                setattr(self, name, training[name])

@@ -8,48 +8,35 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kdsweep.core import logs, signals
-from kdsweep.core.device import Compute, Stopwatch, is_device_error, is_out_of_memory
-from kdsweep.core.errors import CellError, one_line
-from kdsweep.core.progress import Progress
+from kdsweep.core import signals
+from kdsweep.core.device import Compute, Stopwatch
+from kdsweep.core.progress import counted
 from kdsweep.data.loaders import Feed
 from kdsweep.data.views import normalize
 from kdsweep.distill.distillation import TeacherForward, ViewPair
 from kdsweep.evaluation import metrics, scoring
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs, UNet
-from kdsweep.store import cell_folder
 from kdsweep.training import guard
-from kdsweep.training.checkpoint_schedule import CheckpointSchedule
 from kdsweep.training.learner import Learner
-from kdsweep.training.meter import EpochMeter, to_host, weighted_means
+from kdsweep.training.meter import EpochMeter, to_host
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
-
-
-class StepError(CellError):
-    """An error inside a training step; the message names the epoch, step and term."""
+Forwards = dict[TeacherForward, Outputs]
 
 
 class FrozenTeachers:
-    """The frozen Teachers of a group, and the only place where a Teacher's forward is called.
+    """The frozen Teachers of a group by fingerprint; a Teacher's forward is called here alone.
 
-    On two CPU cores 93 % of a Teacher's forward is convolution at the rate of a plain matrix product (224 x 224, batch
-    16: 3.5 s, in bf16 1.7 s): folding its batch norms gains 3 %, torch.compile nothing in bf16, for 40 s of compiling.
-    What pays is bf16, channels-last memory (3.5 s instead of 3.6) and few forwards. Weights are kept in the precision
-    that they compute in: autocast would round frozen ones anew at each forward.
-
-    Args:
-        teachers: by name.
-        compute: device and precision.
+    Weights are kept in the precision that they compute in: autocast would round frozen ones at each forward.
     """
 
     def __init__(self, teachers: Mapping[str, UNet], compute: Compute) -> None:
@@ -60,17 +47,14 @@ class FrozenTeachers:
             if network.training or any(parameter.requires_grad for parameter in network.parameters()):
                 raise ValueError(f"Teacher {name} is not frozen in eval mode")
 
-    def teach(self, learners: list[Learner], images: Mapping[str, Tensor]) -> dict[TeacherForward, Outputs]:
+    def teach(self, learners: list[Learner], images: Mapping[str, Tensor]) -> Forwards:
         """Run each forward that these learners need once, no further than the last stage that one of them takes.
 
-        Args:
-            learners: those still in training.
-            images: normalized images (N, 3, H, W) by view.
+        ``images`` are normalized ones (N, 3, H, W) by view.
         """
         needed: dict[TeacherForward, set[str]] = {}
-        for learner in learners:
-            if (taught := learner.distillation) is not None:
-                needed.setdefault(taught.forward, set()).update(taught.teacher_stages)
+        for kd in (learner.distillation for learner in learners if learner.distillation):
+            needed.setdefault(kd.forward, set()).update(kd.teacher_stages)
         with torch.inference_mode():
             return {forward: self._forward(forward, images, stages) for forward, stages in needed.items()}
 
@@ -87,83 +71,75 @@ class FrozenTeachers:
         return outputs
 
 
+class CheckpointSchedule:
+    """When learners are saved: as often as takes at most a share of the time since the start."""
+
+    def __init__(self, share: float = 0.05) -> None:
+        self.share, self.started_s = share, time.monotonic()
+        self.spent_s = self.saved_bytes = 0.0
+        self.saved_s: dict[Path, float] = {}
+
+    def next(self, learners: list[Learner]) -> Learner | None:
+        """Return the learner that was saved longest ago if there is time for a checkpoint, else None."""
+        stalest = min(learners, key=lambda learner: self.saved_s.get(learner.folder, 0.0), default=None)
+        if stalest is None:
+            return None
+        rate = self.saved_bytes / self.spent_s if self.spent_s else 2e8  # bytes per second; a guess before the first
+        expected_s = stalest.state_bytes() / rate
+        return stalest if self.spent_s + expected_s <= self.share * (time.monotonic() - self.started_s) else None
+
+    def save(self, learner: Learner) -> None:
+        """Write a learner's checkpoint and count its time."""
+        start_s = time.monotonic()
+        learner.save()
+        self.saved_s[learner.folder] = time.monotonic()
+        self.spent_s += self.saved_s[learner.folder] - start_s
+        self.saved_bytes += learner.state_bytes()
+
+
 def fit(
     learners: list[Learner],
     *,
     teachers: Mapping[str, UNet],
     feed: Feed,
     compute: Compute,
-    stopped: Callable[[Learner], None] = lambda _: None,
-    prune: Callable[[int], list[Learner]] = lambda _: [],
+    after: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Train a group until every learner has stopped.
 
-    A learner that fails, for example with a loss that is not finite, is left out from then on; the others go on
+    A learner that fails, for example with a loss that is not finite, is left out from then on; the others continue
     unchanged. A resumed learner joins at the first batch that it has not seen.
 
     Args:
         learners: trained in place; each becomes what it would have become alone.
-        teachers: frozen networks by the names that the learners' forwards use.
+        teachers: frozen networks by fingerprint.
         feed: training and validation images.
         compute: device and precision.
-        stopped: called with each learner that has had its last epoch.
-        prune: called at the beginning and after each epoch, with the number of epochs that all learners have completed;
-            those that it returns have had their last epoch.
+        after: called at the beginning and after each epoch, with the number of epochs that all learners have completed.
     """
+    most, label = max(learner.epochs for learner in learners), label_of(learners)
+    first = min((learner.epoch + 1 for learner in learners if not learner.stopped), default=most)
+    after(first)
+    active = [learner for learner in learners if not learner.stopped]
+    if not active:
+        return
     frozen, schedule = FrozenTeachers(teachers, compute), CheckpointSchedule()
     validation = list(scoring.eval_batches(feed.validation, compute))  # uploaded and normalized once, for all
-    taught = [frozen.teach(learners, views) for views, _ in validation]
-    first = min(learner.epoch for learner in learners) + 1
-    most = max(learner.epochs for learner in learners)
-    label = label_of(learners)
-    _prune(prune(first), stopped)
-    with Progress(label, epochs=most, done=first) as progress:
+    forwards = [frozen.teach(active, views) for views, _ in validation]
+    with counted(label, unit="epoch", total=most, done=first, write=log.info) as count:
         for epoch in range(first, most):
-            due = [learner for learner in learners if learner.is_due(epoch)]
-            if not due and all(learner.stopped for learner in learners):
+            if all(learner.stopped for learner in active):
                 break
+            due = [learner for learner in active if not learner.stopped and learner.epoch + 1 == epoch]
             train_epoch(due, epoch, frozen=frozen, feed=feed, compute=compute, schedule=schedule)
             # The number after those of the steps: validation draws what no step does, alone and in a group the same.
             seed = feed.train.step_seed(epoch, len(feed.train))
-            validate(due, validation, taught, seed=seed, compute=compute)
-            for learner in (own for own in due if own.failure is None and own.stopped):
-                stopped(learner)
-            _prune(prune(epoch + 1), stopped)
-            progress.update([learner.history[-1]["val/dice"] for learner in due if learner.history])
+            validate(due, validation, forwards, seed=seed, compute=compute)
+            after(epoch + 1)
+            dices = [learner.history[-1]["val/dice"] for learner in due if learner.history]
+            count(val_dice=f"{max(dices, default=0.0):.3f}")
     share = schedule.spent_s / (time.monotonic() - schedule.started_s)
     log.info("%s: checkpoints took %.1f s, %.1f %% of the time", label, schedule.spent_s, 100 * share)
-
-
-def _prune(learners: list[Learner], stopped: Callable[[Learner], None]) -> None:
-    for learner in (own for own in learners if not own.stopped):
-        learner.is_pruned = True
-        log.info("%s: pruned after epoch %d", learner.title, learner.epoch + 1, extra=logs.FILE_ONLY)
-        stopped(learner)
-
-
-@contextmanager
-def isolated(learner: Learner) -> Iterator[None]:
-    """Let an error inside end this learner, with the traceback in its log, and not its group.
-
-    What is passed on: a lack of memory, since fewer learners at a time may fit; and the loss of the device, of which
-    another learner may be the cause.
-    """
-    with logs.about(learner.folder):
-        try:
-            yield
-        except Exception as error:
-            if is_out_of_memory(error) or is_device_error(error):
-                raise
-            fail(learner, error)
-
-
-def fail(learner: Learner, error: Exception) -> None:
-    """End a learner early, and log and record the error."""
-    learner.failure = error
-    line = one_line(error)
-    lead = "" if line.startswith(learner.title) else f"{learner.title}: "
-    log.error("%s%s; traceback in %s", lead, line, learner.folder, exc_info=error)
-    cell_folder.write_failed(learner.folder, line)
 
 
 def train_epoch(
@@ -177,103 +153,63 @@ def train_epoch(
 ) -> None:
     """Train all learners on one pass over the training images; with a schedule, write checkpoints in between.
 
-    The Students step one after the other, which on two CPU cores is the fastest way (224 x 224, batch 16): stacked
-    under torch.func.vmap they take 1.7 to 3.7 times as long, torch.compile gains nothing (455 ms a step instead of
-    450, for 60 s of compiling), a fused Adam under 1 %. CUDA graphs are not tried: no device was at hand to measure.
+    The Students step one after the other: stacked under torch.func.vmap they take longer, torch.compile gains nothing.
     """
-    first = min((learner.steps for learner in learners), default=0)
-    batches = enumerate(feed.train.epoch(epoch, first=first), start=first)
-    number = first
-    while any(learner.failure is None for learner in learners):
-        with _shared(f"epoch {epoch + 1}, step {number + 1}, data"):
-            number, batch = next(batches, (number, None))
+    number = min((learner.steps for learner in learners), default=0)
+    batches = feed.train.epoch(epoch, first=number)
+    while active := [learner for learner in learners if learner.failure is None]:
+        step = f"step {number + 1}"
+        with guard.shared(f"epoch {epoch + 1}, {step}, data"):
+            batch = next(batches, None)
         if batch is None:
             return
-        active = [learner for learner in learners if learner.failure is None and learner.steps == number]
+        active = [learner for learner in active if learner.steps == number]
         on_device = {name: values.to(compute.device, non_blocking=True) for name, values in batch.items()}
-        images = {view: normalize(on_device[view]) for view in _views(active)}
-        with _shared(f"epoch {epoch + 1}, step {number + 1}, Teacher's forward"):
-            teacher_outputs = frozen.teach(active, images)
+        views = {learner.view for learner in active}
+        views |= {learner.distillation.forward.view for learner in active if learner.distillation}
+        images = {view: normalize(on_device[view]) for view in views}
+        with guard.shared(f"epoch {epoch + 1}, {step}, Teacher's forward"):
+            forwards = frozen.teach(active, images)
         for learner in active:
             signals.check()
-            with _turn(learner, f"step {number + 1}", seed=feed.train.step_seed(epoch, number)):
+            with guard.turn(learner, step, seed=feed.train.step_seed(epoch, number)):
                 watch = Stopwatch(compute.device)
                 learner.set_rate((epoch + number / len(feed.train)) / learner.epochs)
-                _step(learner, on_device, images, teacher_outputs, compute)
+                _step(learner, on_device, images, forwards, compute)
                 watch.stop()
-                learner.watches.append(watch)
-                if learner.distillation is not None:
-                    learner.watches.append(frozen.watches[learner.distillation.forward])
+                of_teacher = [frozen.watches[learner.distillation.forward]] if learner.distillation else []
+                learner.watches += [watch, *of_teacher]
         number += 1
-        if schedule is not None and (turn := schedule.next([own for own in active if own.failure is None])) is not None:
-            with isolated(turn):
-                schedule.save(turn)
+        if schedule and (next_saved := schedule.next([each for each in active if each.failure is None])) is not None:
+            with guard.isolated(next_saved):
+                schedule.save(next_saved)
         signals.check()
 
 
-@contextmanager
-def _shared(where: str) -> Iterator[None]:
-    """Add to an error in shared work where it came up, in one line even if it is from a loader's process."""
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        line = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else one_line(error)
-        raise StepError(f"{where}: {line}") from error
-
-
-def _views(learners: list[Learner]) -> set[str]:
-    """Return the views that these learners need."""
-    return {learner.view for learner in learners} | {
-        learner.distillation.forward.view for learner in learners if learner.distillation
-    }
-
-
-def _step(
-    learner: Learner, batch: Batch, images: Batch, teacher_outputs: dict[TeacherForward, Outputs], compute: Compute
-) -> None:
-    taught, mask = None, batch[f"{learner.view}_mask"][:, None]
-    views = ViewPair(theta=None, student_mask=mask, teacher_mask=mask)
+def _step(learner: Learner, batch: Batch, images: Batch, forwards: Forwards, compute: Compute) -> None:
+    mask = batch[f"{learner.view}_mask"][:, None]
+    views, teacher_outputs = ViewPair(theta=None, student_mask=mask, teacher_mask=mask), None
     if (kd := learner.distillation) is not None:
-        taught = teacher_outputs[kd.forward]
+        teacher_outputs = forwards[kd.forward]
         if kd.forward.view != learner.view:
             views = ViewPair(batch["theta"], student_mask=mask, teacher_mask=batch[f"{kd.forward.view}_mask"][:, None])
-    with learner.changing():
-        learner.doing = "forward"
-        with compute.autocast():
-            outputs = learner.network(images[learner.view], learner.stages)
-            terms = learner.terms(outputs, taught, views)
-        learner.doing = "backward"
-        learner.backward(terms)
-        learner.optimizer.step()
-        learner.optimizer.zero_grad(set_to_none=True)  # now: a group holds the gradients of one learner at a time
-        learner.means.add(terms, len(batch["theta"]))
-
-
-@contextmanager
-def _turn(learner: Learner, where: str, *, seed: int) -> Iterator[None]:
-    """Open a learner's turn: neither the others nor an interruption change what it draws, and it changes nothing else.
-
-    An error inside ends the learner alone, and names where in the training it came up.
-    """
-    epoch = learner.epoch + 2
-    with isolated(learner):
-        try:
-            with guard.confined(seed):
-                yield
-                learner.doing = "afterwards"
-        except Exception as error:
-            if is_out_of_memory(error) or isinstance(error, CellError):
-                raise
-            place = f"epoch {epoch}, {where}, {learner.doing}"
-            raise StepError(f"{learner.title}: {place}: {one_line(error)}") from error
+    learner.can_save = False
+    learner.doing = "forward"
+    with compute.autocast():
+        outputs = learner.network(images[learner.view], learner.stages)
+        terms = learner.terms(outputs, teacher_outputs, views)
+    learner.doing = "backward"
+    learner.backward(terms)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)  # now: a group holds the gradients of one learner at a time
+    learner.means.add(terms, len(batch["theta"]))
+    learner.can_save = True
 
 
 def validate(
     learners: list[Learner],
     validation: list[tuple[Batch, Tensor]],
-    taught: list[dict[TeacherForward, Outputs]],
+    forwards: list[Forwards],
     *,
     seed: int,
     compute: Compute,
@@ -283,41 +219,35 @@ def validate(
     The forwards of all learners are queued before the values of all are read: the host waits once.
     """
     validated = []
-    for learner in (own for own in learners if own.failure is None):
+    for learner in (each for each in learners if each.failure is None):
         signals.check()
-        with _turn(learner, "validation", seed=seed):
-            validated.append((learner, validation_values(learner, validation, taught, compute)))
+        with guard.turn(learner, "validation", seed=seed):
+            validated.append((learner, validation_values(learner, validation, forwards, compute)))
     validated = [(learner, means) for learner, means in validated if learner.failure is None]
-    parts = [(learner.means.columns(), means.columns(), learner.kd_columns()) for learner, means in validated]
-    with _shared("validation"):
-        columns = iter(to_host([own for part in parts for own in part], compute.device))
+    with guard.shared("validation"):
+        parts = [columns for learner, means in validated for columns in (learner.columns(), means.columns())]
+        columns = iter(to_host(parts, compute.device))
     for learner, means in validated:
-        train, val, kd = (next(columns) for _ in range(3))
-        with _turn(learner, "validation", seed=seed):
-            learner.check_finite(train, "train")
-            learner.check_finite(val, "val")
-            values = weighted_means(train, learner.means.counts, "train/") | weighted_means(val, means.counts, "val/")
-            learner.end_epoch(values | learner.kd_values(kd))
+        train, val = next(columns), next(columns)
+        with guard.turn(learner, "validation", seed=seed):
+            learner.end_epoch(learner.values(train, val, means.counts))
 
 
 def validation_values(
-    learner: Learner,
-    validation: list[tuple[Batch, Tensor]],
-    taught: list[dict[TeacherForward, Outputs]],
-    compute: Compute,
+    learner: Learner, validation: list[tuple[Batch, Tensor]], forwards: list[Forwards], compute: Compute
 ) -> EpochMeter:
     """Return the values of a learner over the validation images, on the device."""
     watch, means, kd = Stopwatch(compute.device), EpochMeter(), learner.distillation
-    learner.evaluate()
+    learner.trained.eval()
     with torch.no_grad(), compute.autocast():
-        for (views, mask), teacher_outputs in zip(validation, taught, strict=True):
+        for (views, mask), teacher_outputs in zip(validation, forwards, strict=True):
             learner.doing = "forward"
             outputs = learner.network(views["strong"], learner.stages)
             same = ViewPair(theta=None, student_mask=mask, teacher_mask=mask)
             terms = learner.terms(outputs, teacher_outputs[kd.forward] if kd else None, same)
             dice = metrics.mean_dice(logits=outputs.logits, mask=mask)
             means.add({**terms, "dice": dice}, len(mask))
-    learner.train()
+    learner.trained.train()
     watch.stop()
     learner.watches.append(watch)
     return means
@@ -327,6 +257,6 @@ def label_of(learners: list[Learner]) -> str:
     """Return a group's name, such as ``13 Students of split 0 seed 0``, or the title of a single learner."""
     if len(learners) == 1:
         return learners[0].title
-    places = {learner.title.partition(" ")[2].partition(" (")[0] for learner in learners}
+    of = sorted({learner.title.partition(" ")[2].partition(" (")[0] for learner in learners})
     kind = "Teachers" if all(learner.title.startswith("Teacher") for learner in learners) else "Students"
-    return f"{len(learners)} {kind} of {', '.join(sorted(places))}"
+    return f"{len(learners)} {kind} of {', '.join(of)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import statistics
 
 import pandas as pd
@@ -14,7 +16,14 @@ from kdsweep.evaluation.scoring import predict, score
 from kdsweep.store import cell_folder, checkpoint
 from kdsweep.training.learner import Learner
 
+log = logging.getLogger(__name__)
+
 SCORES, PREDICTIONS, HISTORY = "test_scores.csv", "test_predictions.npz", "history.csv"
+
+
+def weights_file(role: str) -> str:
+    """Return the name of the file of a finished cell's weights."""
+    return f"{'teacher' if role == 'teacher' else 'student'}.safetensors"
 
 
 def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, float]:
@@ -37,12 +46,9 @@ def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, f
     write_text(folder / SCORES, table.to_csv(index=False))
     (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
     cell_folder.write_finished(folder, values=values, files=[weights, HISTORY, PREDICTIONS, SCORES, "split.json"])
+    dice = f"test Dice {values['test/dice']:.4f} ± {values['test/dice_std']:.4f} over {len(part.ids)} images"
+    log.info("%s: %s (best epoch %d of %d)", learner.title, dice, learner.best_epoch + 1, learner.epoch + 1)
     return values
-
-
-def weights_file(role: str) -> str:
-    """Return the name of the file of a finished cell's weights."""
-    return f"{'teacher' if role == 'teacher' else 'student'}.safetensors"
 
 
 def _final_values(learner: Learner, table: pd.DataFrame, part: EvalPart) -> dict[str, float]:
@@ -57,3 +63,9 @@ def _final_values(learner: Learner, table: pd.DataFrame, part: EvalPart) -> dict
     if "train/kd_weight" in trained[-1]:
         values["kd/weight"] = trained[-1]["train/kd_weight"]
     return values
+
+
+def end_trial(learner: Learner) -> dict[str, float]:
+    """Save a trial that has had its last epoch; return the validation Dice of its best one."""
+    learner.save() if learner.is_pruned else learner.save_outcome()
+    return {"best/val_dice": learner.history[learner.best_epoch]["val/dice"] if learner.history else math.nan}

@@ -167,7 +167,7 @@ def test_a_target_that_cannot_be_is_named(
             ["profile=quick", "data.count=12", f"store={tmp_path}", f"loss.logits._target_={target}"]
         )
         identity.cell(cfg)
-        build.check_term(cfg)
+        build.distillation(cfg, teacher="")
     assert str(caught.value).startswith(expected.format(folder=tmp_path))
     assert "HYDRA_FULL_ERROR" not in str(caught.value)
 
@@ -175,7 +175,7 @@ def test_a_target_that_cannot_be_is_named(
 def test_an_argument_that_a_path_does_not_take_is_named() -> None:
     cfg = composition.compose(["profile=quick", "path=H", "+path.kd_path.foo=3"])
     with pytest.raises(InputError, match=r"^_target_=kdsweep\.distill\.paths\.Hidden: TypeError: .* argument 'foo'$"):
-        build.check_term(cfg)
+        build.distillation(cfg, teacher="")
 
 
 # --- options and overrides in any order

@@ -19,8 +19,8 @@ def test_without_a_terminal_there_is_a_line_a_minute_with_the_time_left(capsys, 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     assert list(progress.track(iter("abcdefgh"), what="scoring", unit="network", total=8)) == list("abcdefgh")
     assert capsys.readouterr().err.splitlines() == [
-        "scoring: 2 of 8 networks, about 4 min left",  # 75 s for two
-        "scoring: 5 of 8 networks, about 2 min left",  # 150 s for five, so 90
+        "scoring: 3 of 8 networks, about 2 min left",  # 75 s for three
+        "scoring: 6 of 8 networks, about 50 s left",  # 150 s for six
     ]
 
 

@@ -141,7 +141,7 @@ def test_a_machine_that_dies_in_the_midst_changes_no_score(undisturbed, small_bu
         printed = done(process, tmp_path)
     finally:
         cluster.shutdown()
-    assert any("goes on after epoch" in file.read_text() for file in store.glob("cells/*/kdsweep.log"))
+    assert any("resumes after epoch" in file.read_text() for file in store.glob("cells/*/kdsweep.log"))
     assert scores(store) == scores(undisturbed)
     assert "4 of 4 cells done" in printed
     assert [run[1:] for run in runs_of(mirror.store_uri(store, None)).values()] == [("FINISHED", list(range(12)))] * 2

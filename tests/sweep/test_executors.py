@@ -234,7 +234,7 @@ def test_a_stop_ends_a_process_which_the_signals_of_a_job_do_not_reach(tmp_path)
 def test_a_process_that_does_not_end_in_time_is_killed_and_not_called_saved(monkeypatch, tmp_path, make_work):
     monkeypatch.setattr(worker, "STOP_WITHIN_S", 0.5)
     machine, stop = local.Local(), signals.Stopped(signal.SIGTERM)
-    end = "the same command goes on from here"
+    end = "run the same command to resume"
     assert stop.message() == f"stopped by SIGTERM; all is saved: {end}"
     future = machine.submit(make_work("a", call=sleep_long))
     until_exists(tmp_path / "begun")

@@ -141,6 +141,43 @@ def of_trained(*, student, teacher, valid):
     return (student - teacher).square().mean() * float("nan")
 
 
+def two_numbers(*, student, teacher, valid):
+    return torch.stack([student.mean(), teacher.mean()])
+
+
+def no_tensor(*, student, teacher, valid):
+    return float(student.detach().mean())
+
+
+def no_student(*, student, teacher, valid):
+    return teacher.mean()
+
+
+def wrong_names(*, ours, theirs):
+    return ours.mean()
+
+
+BAD = {
+    "H_KLD_WAug split 0 seed 0: epoch 1, step 1, kd term: TypeError: kd: the loss must return a tensor of one number": [
+        ["path=H", *loss_of(name)] for name in ("two_numbers", "no_tensor", "no_student")
+    ],
+    "unexpected keyword argument": [["path=H", *loss_of("wrong_names")]],
+    f"_target_={__name__}.absent: ModuleNotFoundError: ": [["path=H", *loss_of("absent")]],
+    "SPKD_WAug split 0 seed 0: its KD term has no gradient in batches of 1 (train.batch_size)": [
+        ["method=spkd", "train.batch_size=1"]
+    ],
+}
+
+
+@pytest.mark.parametrize(("expected", "cells"), BAD.items())
+def test_a_loss_that_gives_no_term_is_refused(compose, expected, cells):
+    for cell in cells:
+        with pytest.raises(InputError) as caught:
+            rehearse(compose("path=H", "loss=mse"), compose(*cell))
+        assert expected in str(caught.value), cell
+        assert "\n" not in str(caught.value)
+
+
 def test_a_path_whose_state_cannot_be_read_back_is_refused(compose):
     bad = compose("path=H", "loss=mse", f"path.kd_path._target_={__name__}.Keeping")
     with pytest.raises(InputError, match=r"^the rehearsal before the training fails: H_MSE_WAug split 0 seed 0: "):
@@ -208,8 +245,12 @@ def test_code_that_changes_what_all_cells_share_is_refused(
     before = {name: read() for name, (read, _) in guard.SETTINGS.items()}
     cfg = compose("path=H", f"++loss.hidden._target_={tmp_path.name}.loss", "~loss.hidden.temperature")
     with pytest.raises(InputError) as caught:
-        rehearsal.check([compose("path=none"), cfg])
-    assert str(caught.value).startswith(f"path=H loss=kld: {expected}")
+        rehearse(compose("path=none"), cfg)
+    where = (
+        "path=H loss=kld" if at_call == "pass" else "the rehearsal before the training fails: H_KLD_WAug split 0 seed 0"
+    )
+    assert str(caught.value).startswith(f"{where}: ")
+    assert f": {expected}" in str(caught.value)
     assert {name: read() for name, (read, _) in guard.SETTINGS.items()} == before
 
 

@@ -378,7 +378,7 @@ def test_a_signal_saves_the_cells_closes_their_runs_and_ends_all_processes(endle
     assert time.monotonic() - start < 20  # 10 s for the checkpoints, on a machine that does other things too
     assert endless.returncode == code, errors
     name = signal.Signals(number).name
-    assert errors.splitlines() == [f"kdsweep: stopped by {name}; all is saved: the same command goes on from here"]
+    assert errors.splitlines() == [f"kdsweep: stopped by {name}; all is saved: run the same command to resume"]
     saved = [cell_folder.read(folder) for folder in (tmp_path / "multirun" / "cells").iterdir()]
     assert [record.status for record in saved] == ["KILLED", "KILLED"]
     logs = [(record.folder / "kdsweep.log").read_text().splitlines()[-1] for record in saved]

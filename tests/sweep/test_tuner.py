@@ -33,7 +33,7 @@ from kdsweep.results import dsc, tables
 from kdsweep.store import cell_folder, checkpoint, sweep_file
 from kdsweep.sweep import estimate, launcher, status, tuner
 from kdsweep.tracking import reader
-from kdsweep.training import build, group, loop, runner
+from kdsweep.training import build, group, loop
 from kdsweep.tuning.pruning import Pruning
 from kdsweep.tuning.study import default_storage, read_studies, read_trials
 
@@ -214,7 +214,7 @@ def test_a_trial_is_not_tested_before_the_choice(small_busi, tmp_path, monkeypat
     def refuse(*_, **__):
         raise AssertionError("a test score was computed")
 
-    monkeypatch.setattr(runner, "finish", refuse)
+    monkeypatch.setattr(group, "finish", refuse)
     configs = [config(small_busi, tmp_path, lr) for lr in (1e-3, 3e-3)]
     assert all(isinstance(own, float) for own in run_trials(configs).values())
 

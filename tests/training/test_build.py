@@ -8,7 +8,6 @@ from kdsweep.core.device import Compute
 from kdsweep.data.splits import random_split
 from kdsweep.distill import losses
 from kdsweep.models import unet
-from kdsweep.sweep import plan, rehearsal
 from kdsweep.training import build, loop
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32")
@@ -150,55 +149,3 @@ def test_a_frozen_teacher_is_in_eval_mode_without_gradients(compose):
     network = unet.freeze(build.teacher_network(compose("path=L")))
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
-
-
-# ---- the check of a KD term before the training ----------------------------------------------------------------------
-
-
-def two_numbers(*, student, teacher, valid):
-    return torch.stack([student.mean(), teacher.mean()])
-
-
-def no_student(*, student, teacher, valid):
-    return teacher.mean()
-
-
-def wrong_names(*, ours, theirs):
-    return ours.mean()
-
-
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        ("two_numbers", "must return a tensor of one number"),
-        ("no_student", "that depends on the Student"),
-        ("wrong_names", "unexpected keyword argument"),
-    ],
-)
-def test_a_loss_that_gives_no_term_is_refused_before_training(compose, loss, expected):
-    cfg = compose("path=H", f"++loss.hidden._target_={__name__}.{loss}", "~loss.hidden.temperature")
-    with pytest.raises(build.InputError, match="path=H loss=kld gives no KD term: ") as caught:
-        build.check_term(cfg)
-    assert expected in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_loss_that_is_absent_is_refused_before_training(compose):
-    cfg = compose("path=H", f"++loss.hidden._target_={__name__}.absent", "~loss.hidden.temperature")
-    with pytest.raises(build.InputError, match=rf"^_target_={__name__}\.absent: ModuleNotFoundError: [^\n]*$"):
-        build.check_term(cfg)
-
-
-@pytest.mark.parametrize("path", ["L", "H", "HR", "none"])
-@pytest.mark.parametrize("loss", ["mse", "kld"])
-def test_the_papers_paths_and_losses_pass_the_check(compose, path, loss):
-    before = torch.get_rng_state()
-    build.check_term(compose(f"path={path}", f"loss={loss}"))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_bad_loss_behind_good_ones_of_the_same_networks_is_found(compose):
-    bad = compose("path=H", f"++loss.hidden._target_={__name__}.two_numbers", "~loss.hidden.temperature")
-    jobs = [plan.Job(own, identity.cell(own)) for own in (compose("path=L"), compose("path=H", "loss=mse"), bad)]
-    with pytest.raises(build.InputError, match="path=H loss=kld gives no KD term: "):
-        rehearsal.check(plan.kinds(jobs))

@@ -10,7 +10,6 @@ import torch
 from kdsweep.core.device import Compute, find_device, is_device_error, is_out_of_memory, usable_precision
 from kdsweep.core.errors import CellError, DeviceError, InputError, one_line
 from kdsweep.training import build
-from kdsweep.training.loop import StepError
 
 ASSERT = """CUDA error: device-side assert triggered
 CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
@@ -100,7 +99,7 @@ def test_an_error_that_may_have_broken_the_device_is_known_below_what_names_its_
     error = RuntimeError(text)
     assert is_device_error(error)
     assert not is_out_of_memory(error)
-    named = StepError("H_MSE_WAug: epoch 1, step 2, kd term: ...")
+    named = CellError("H_MSE_WAug: epoch 1, step 2, kd term: ...")
     named.__cause__ = error
     assert is_device_error(named)
     assert is_device_error(DeviceError("the device failed"))
@@ -127,8 +126,8 @@ def test_fewer_processes_prepare_batches_where_shared_memory_is_short(monkeypatc
         assert build._affordable(4, batch_bytes) == build._affordable(4, batch_bytes) == 1
     build._affordable.cache_clear()
     assert [record.getMessage() for record in caplog.records] == [
-        "train.workers=4: /dev/shm has no room for their batches of 26 MB, 1 prepares them; a smaller batch or more "
-        "room helps, in a container --shm-size"
+        "train.workers=4: /dev/shm has no room for their batches of 26 MB, 1 of them work; a smaller batch or "
+        "more room helps, in a container --shm-size"
     ]
 
 

@@ -184,7 +184,7 @@ def learner_of(network, kd, folder):
     for module in (network, *(term.kd_path for term in (kd.terms.values() if kd else ()))):
         on_device(module)
     own = Learner(title, role, network, view="strong", distillation=kd, folder=folder, **trained)
-    own.train()
+    own.trained.train()
     return own
 
 
@@ -218,8 +218,7 @@ def rehearse(chosen, folder, precision):
 
         with (
             mock.patch.multiple(loop, _step=strict(loop._step), validation_values=strict(loop.validation_values)),
-            mock.patch.multiple(loop, weighted_means=lambda *_: {}),  # host tensors without values
-            mock.patch.multiple(Learner, check_finite=mock.DEFAULT, kd_values=lambda *_: {}, end_epoch=mock.DEFAULT),
+            mock.patch.multiple(Learner, values=mock.DEFAULT, end_epoch=mock.DEFAULT),  # host tensors without values
         ):
             feed = Feed(Epoch(), part, part)
             loop.train_epoch(learners, 0, frozen=frozen, feed=feed, compute=compute)
@@ -247,9 +246,9 @@ def test_every_comparison_trains_on_cuda_without_waiting(configs, tmp_path, prec
     for own in found.learners:
         assert own.steps == 1
         assert len(own.watches) == (3 if own.distillation else 2)  # step, validation, Teacher: not read yet
-        terms = own.means.steps[0]
+        terms = own.means.columns()
         assert {(value.dtype, value.device) for value in terms.values()} == {(torch.float32, CUDA)}
-        assert {parameter.dtype for parameter in own.parameters()} == {torch.float32}
+        assert {parameter.dtype for parameter in own.trained.parameters()} == {torch.float32}
         state = own.optimizer.state_dict()["state"]
         assert state  # Adam has stepped
         assert {value.device for moments in state.values() for value in moments.values()} == {CUDA}

@@ -38,10 +38,9 @@ def learner_on(where, cfg, folder):
     learner = build.learner(cfg, identity.cell(cfg))
     learner.folder = folder
     write_json(folder / "split.json", {})
-    for module in learner.modules().values():
-        module.to(where, memory_format=torch.channels_last)
+    learner.trained.to(where, memory_format=torch.channels_last)
     learner.__post_init__()  # the optimizer holds the parameters of the device
-    learner.train()
+    learner.trained.train()
     return learner
 
 
@@ -71,9 +70,9 @@ def test_a_resume_in_mid_epoch_goes_on_on_the_learners_device(compose, tmp_path,
     resumed.optimizer.step = lambda: None  # its fused kernel needs a device that computes
     step(resumed, cfg, META)
     assert resumed.steps == 2
-    columns = [resumed.means.columns(), resumed.kd_columns(), *resumed.best.values()]
+    columns = [resumed.columns(), *resumed.best.values()]
     assert {value.device for own in columns for value in own.values()} == {META}
-    assert ("kd_weight" in resumed.kd_columns()) == ("kd.weight=matched" in cell)
+    assert ("kd_weight" in resumed.columns()) == ("kd.weight=matched" in cell)
 
 
 def test_values_of_all_types_reach_the_host_in_one_copy_and_unchanged(monkeypatch):
