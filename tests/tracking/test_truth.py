@@ -7,21 +7,24 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import optuna
 import pytest
+from filelock import FileLock
 from sqlalchemy.exc import DatabaseError
 from test_mirror import begin, client_of, end, in_another_process, make_cell
 
 from kdsweep.config import grid
 from kdsweep.core import databases
 from kdsweep.core.errors import InputError, one_line
+from kdsweep.core.files import is_locked
 from kdsweep.results import tables
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.sweep import status
 from kdsweep.tracking import artifacts, database, mirror, reader, sync
-from kdsweep.tuning import book
+from kdsweep.tuning import study
 
 NAMES = ["x%20y", "a%25b?c", "a#b", "a b", "it's", "größer 漢", '"q"', "%(here)s", "100%", "[x]"]
 SCORES = [0.5, 0.75] * 3
@@ -75,7 +78,7 @@ def test_a_store_may_have_any_name_and_nothing_is_written_elsewhere(tmp_path, em
         shutil.copytree(empty_store, store, dirs_exist_ok=True)
     log_sweep(store)
     assert scores_of(store) == SCORES
-    optuna.create_study(storage=book.default_storage(store), study_name="study")
+    optuna.create_study(storage=study.default_storage(store), study_name="study")
     assert [folder.name for folder in tmp_path.iterdir()] == [name]
     assert {"mlflow.db", "optuna.db", "artifacts", "cells", "teachers"} <= {file.name for file in store.iterdir()}
     for run in client_of(store).search_runs(["1"], "tags.`kdsweep.role` = 'distilled'"):  # as MLflow itself finds it
@@ -227,30 +230,20 @@ def test_tables_of_an_earlier_results_version_come_out(store, monkeypatch, capsy
     assert reader.read_sweep(store=store, uri=None, name="sweep").runs["status"].tolist() == ["missing"] * 2
 
 
-RECORDS = {
-    "sweeps/sweep.json": "run the commands of this sweep again",
-    "tuning/sweep.json": "run the command that tunes sweep again",
-}
-
-
 @pytest.mark.parametrize("content", [GARBAGE, b"", b"[]", b"{}", b'{"requests": '])
-@pytest.mark.parametrize("name", RECORDS)
-def test_a_damaged_record_of_a_sweep_is_named_and_never_overwritten(store, name, content, capsys):
+def test_a_damaged_record_of_a_sweep_is_named_and_never_overwritten(store, content, capsys):
     cell = make_cell(store=store)
     sweep_file.add(store, "sweep", cells=[cell], teachers=[])
-    file = store / name
-    file.parent.mkdir(exist_ok=True)
+    file = store / "sweeps" / "sweep.json"
     file.write_bytes(content)
     assert status.main(["--store", str(store)]) == 1
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.startswith(f"kdsweep: error: {file} is damaged; ")
-    assert RECORDS[name] in told.err
-    writes = {
-        "sweeps": lambda: sweep_file.add(store, "sweep", cells=[cell], teachers=[]),
-        "tuning": lambda: book.write(store, "sweep", storage="sqlite://"),
-    }
-    assert error_of(writes[file.parent.name]).startswith(f"{file} is damaged")
+    assert "run the commands of this sweep again" in told.err
+    for storage in (None, ""):  # of the sweep, of its tuning
+        write = partial(sweep_file.add, store, "sweep", cells=[cell], teachers=[], storage=storage)
+        assert error_of(write).startswith(f"{file} is damaged")
     assert file.read_bytes() == content
 
 
@@ -279,11 +272,14 @@ def test_a_copy_that_cannot_be_written_to_logs_nothing_and_says_so(store, tmp_pa
 
 
 def test_the_trials_of_a_moved_store_move_with_it(tmp_path):
-    book.write(tmp_path / "old", "sweep", storage=book.default_storage(tmp_path / "old"))
-    (tmp_path / "old").rename(tmp_path / "new")
-    assert book.read(tmp_path / "new", "sweep") == f"sqlite:///{tmp_path}/new/optuna.db"
-    book.write(tmp_path / "new", "sweep", storage="sqlite:////elsewhere/own.db")
-    assert book.read(tmp_path / "new", "sweep") == "sqlite:////elsewhere/own.db"
+    old, new = tmp_path / "old", tmp_path / "new"
+    sweep_file.add(old, "sweep", cells=[], teachers=[], storage="")
+    storage = study.open_storage(study.default_storage(old))
+    trials = optuna.create_study(storage=storage, study_name="a study")
+    for key, value in {"sweep": "sweep", "notation": "Student", "split": 0, "opened": 1.0}.items():
+        trials.set_user_attr(key, value)
+    old.rename(new)
+    assert [each.study_name for each in study.read_studies(new, "sweep")] == ["a study"]
 
 
 @contextlib.contextmanager
@@ -307,14 +303,14 @@ def test_another_users_store_can_be_read_and_what_cannot_be_written_names_its_ow
         begin(running)
         cell_folder.hold(held, running.folder)
         sweep_file.add(store, "sweep", cells=[running], teachers=[])
-        tuned = book.lock(store, "sweep")
+        tuned = FileLock(sweep_file.tuning_lock(store, "sweep"))
         tuned.acquire()
         table = ["table3", "--store", str(store), "--sweep", "sweep"]
         assert tables.main([*table, "--out", str(tmp_path)]) == 0  # nobody may not import what this imports
         before = files_of(store)
         capsys.readouterr()
         with as_nobody():
-            assert book.is_held(store, "sweep")
+            assert is_locked(sweep_file.tuning_lock(store, "sweep"))
             assert status.main(["--store", str(store)]) == 0
             assert "2 done, 1 running" in capsys.readouterr().out
             assert tables.main(table) == 0
