@@ -56,7 +56,7 @@ def rates(trials: int, **design: float) -> dict[str, float]:
         rows, truth = draw(rng, **design)
         of_networks = stats.compare(rows.assign(points=rows["points"] - truth), test="ttest")
         shifted = rows.assign(points=rows["points"] + EFFECT)
-        mean, spread = rows["points"].mean(), stats.methods_spread(stats.components(rows))
+        mean, spread = rows["points"].mean(), stats.components(rows).spread()
         naive = stats.Spread(float(rows["points"].std() / np.sqrt(len(rows))), len(rows) - 1)
         found.append(
             {

@@ -46,7 +46,8 @@ from kdsweep.config.composition import Composed
 from kdsweep.config.grid import Cell
 from kdsweep.config.schema import Settings
 from kdsweep.core.files import write_text
-from kdsweep.results import tables
+from kdsweep.results.table import Options
+from kdsweep.results.tables import command as tables
 from kdsweep.store import cell_folder, checkpoint
 from kdsweep.sweep import estimate, launcher, plan
 from kdsweep.sweep.estimate import Preview
@@ -278,7 +279,8 @@ def read_back(store: Path, clock: Clock) -> None:
         sweep = reader.read_sweep(store=store, uri=None, name=None)
     for which in ("table3", "table4", "effects"):
         with clock.step(f"make {which}"):
-            tables.make(which=which, sweep=sweep, store=store, out_dir=store / "tables", test="ttest")
+            table = tables.make(which, sweep, Options(store))
+            tables.write(table, name=which, sweep=sweep, out=store / "tables")
 
 
 # ---- report --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from kdsweep.core.errors import TRACEBACK, CellError, InputError, command, one_l
 # By word: the function of the subcommand, imported when it runs (help and errors must come fast), and its line of help.
 WORDS = {
     "status": ("kdsweep.sweep.status:main", "how far a sweep is: done, running, failed, waiting, time left"),
-    "tables": ("kdsweep.results.tables:main", "the paper's tables, effects, settings, seeds"),
+    "tables": ("kdsweep.results.tables.command:main", "the paper's tables, effects, settings, seeds"),
     "figures": ("kdsweep.results.figures.command:main", "contours, effects, curves, each image against Student"),
     "report": ("kdsweep.results.report:main", "all of that as one HTML file"),
     "predict": ("kdsweep.export.predict:main", "masks of one's own images"),

@@ -30,7 +30,7 @@ from pathlib import Path
 from mlflow.entities import Run, ViewType
 
 from kdsweep.core.files import file_digest
-from kdsweep.results import tables
+from kdsweep.results.tables import command as tables
 from kdsweep.tracking import mirror
 
 GRID = ["path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong", "profile=quick", "device=cpu"]

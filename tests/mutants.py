@@ -262,9 +262,9 @@ MUTANTS = [
     ),
     Mutant(
         "the scores of two external sets are mixed",
-        "results/external.py",
-        "scored_images(runs=runs, scores=part)",
-        "scored_images(runs=runs, scores=sweep.external)",
+        "results/tables/external.py",
+        "scored_images(runs=scores.runs, scores=part)",
+        "scored_images(runs=scores.runs, scores=scores.sweep.external)",
         "tests/export/test_score.py",
     ),
     Mutant(
@@ -376,8 +376,8 @@ MUTANTS = [
     # methods
     Mutant(
         "the paper's gaps beside methods alone",
-        "results/dsc.py",
-        "return others if others and cells.isdisjoint(CELLS) else [*CELLS, *others]",
+        "results/paper.py",
+        "return others if others and set(notations).isdisjoint(CELLS) else [*CELLS, *others]",
         "return [*CELLS, *others]",
         "tests/results/test_tables.py",
     ),
@@ -731,28 +731,28 @@ MUTANTS = [
     ),
     Mutant(
         "Table 5 picks by test Dice",
-        "results/dsc.py",
+        "results/tables/table4.py",
         "sort_values(VALIDATION, ascending=False)",
         'sort_values("mean_dice_percent", ascending=False)',
         "tests/results/test_costs.py tests/results/test_tables.py",
     ),
     Mutant(
         "different images mix",
-        "results/frame.py",
+        "results/mixing.py",
         '        _refuse_two(sweep.runs, "data_digest", what=f"sweep {sweep.name} mixes different images of one name")\n',
         "",
         "tests/results/test_tables.py",
     ),
     Mutant(
         "an effect with its sign turned",
-        "results/effects.py",
+        "results/tables/effects.py",
         "for sign in (1, -1))",
         "for sign in (-1, 1))",
         "tests/results/test_effects.py",
     ),
     Mutant(
         "strata of two images lie beside each other",
-        "results/strata.py",
+        "results/tables/strata.py",
         '.rank(method="first")',
         '.rank(method="first", ascending=False)',
         "tests/results/test_strata.py",
@@ -838,7 +838,7 @@ MUTANTS = [
     ),
     Mutant(
         "tuning: pruned trials cost nothing",
-        "results/tuned.py",
+        "results/tables/tuned.py",
         'spent_s += sum(seconds[epoch] for seconds in here["seconds"])',
         'spent_s += sum(seconds[epoch] for seconds in here["seconds"][here["state"] != "PRUNED"])',
         "tests/results/test_tuned.py",
@@ -995,7 +995,7 @@ MUTANTS = [
     ),
     Mutant(
         "study: an equally good network that costs more is on the front",
-        "results/capacity.py",
+        "results/tables/capacity.py",
         "((cost < own) | (gain > best))",
         "((cost < own) & (gain > best))",
         "tests/results/test_capacity.py",

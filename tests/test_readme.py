@@ -16,7 +16,9 @@ from commands import kdsweep
 from small import TEACHER
 
 from kdsweep.__main__ import WORDS
-from kdsweep.results import comparisons, dsc, effects, formats, paper, published, stats, tables
+from kdsweep.results import formats, paper, published, stats
+from kdsweep.results.tables import effects, table4
+from kdsweep.results.tables.seeds import repeatability_points
 from kdsweep.store import cell_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,7 +208,7 @@ def test_the_table_of_the_results_is_that_of_their_file() -> None:
 
 def test_the_sentences_of_the_results_are_those_of_their_files() -> None:
     seeds, cells = result("seeds"), result("table4").set_index("notation")
-    limit = comparisons.repeatability_points(seeds)
+    limit = repeatability_points(seeds)
     wanted = [f"less than {limit:.2f} points in 95 % of cases"]
     wanted.append(f"{limit / sqrt(6):.2f} points for the mean of six cells")
     for _, row in seeds.iterrows():
@@ -285,7 +287,7 @@ def rows_of(table: pd.DataFrame) -> list[str]:
 def of_seed_0() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Table 4 and the effects of the study with its first seed alone."""
     sweep = published.read([ROOT / "results" / "study" / "seed0.json.gz"])
-    return dsc.table4(sweep).set_index("notation"), effects.effects(sweep).set_index("effect")
+    return table4.numbers(sweep).set_index("notation"), effects.numbers(sweep).set_index("effect")
 
 
 def test_the_studys_table_is_that_of_its_file() -> None:
@@ -299,7 +301,7 @@ def test_the_studys_sentences_are_those_of_its_files() -> None:
     cells, found = study("table4").set_index("notation"), study("effects").set_index("effect")
     taught, teacher, main = cells.loc[list(paper.CELLS)], cells.loc["Teacher"], found[found["kind"] == "main"]
     best = cells.loc["HReg_MSE"]
-    limit = comparisons.repeatability_points(study("seeds"))
+    limit = repeatability_points(study("seeds"))
     seeds = study("seeds").set_index("notation")
     by_seed, gain = seeds.loc["H_MSE_WAug"], seeds.loc["HReg_MSE"]
     gains = [gain[f"mean_dice_percent_seed{n}"] - seeds.loc["Student", f"mean_dice_percent_seed{n}"] for n in range(3)]
@@ -446,9 +448,8 @@ def test_the_table_of_sizes_is_that_of_its_file() -> None:
 def test_the_sizes_of_the_teacher_are_those_of_their_files() -> None:
     page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
     folder = ROOT / "results" / "teacher_size"
-    table = tables.made(
-        "table4", sweep=published.read([folder / "scores.json.gz"]), store=folder, test="ttest"
-    ).table.set_index(["settings", "notation"])["mean_dice_percent"]
+    table = table4.numbers(published.read([folder / "scores.json.gz"]))
+    table = table.set_index(["settings", "notation"])["mean_dice_percent"]
     for name, millions in (("efficientnet_lite0", "5.20"), ("efficientnet_lite2", "6.70")):
         teacher, cell = (table[f"teacher={name}", model] for model in ("Teacher_WAug", "HReg_MSE_WAug"))
         assert f"| {name} | {millions} | {teacher:.2f} | {cell:.2f} |" in page
@@ -459,7 +460,7 @@ def test_the_sizes_of_the_teacher_are_those_of_their_files() -> None:
 
 
 def test_the_scores_of_sizes_are_those_published() -> None:
-    made = dsc.table4(published.read([ROOT / "results" / "capacity" / "scores.json.gz"]))
+    made = table4.numbers(published.read([ROOT / "results" / "capacity" / "scores.json.gz"]))
     key = ["settings", "notation"]
     found = pd.read_csv(ROOT / "results" / "capacity" / "capacity.csv").set_index(key).sort_index()
     made = made[~made["notation"].str.startswith("Teacher")].set_index(key).sort_index()
@@ -503,7 +504,7 @@ def test_the_table_of_the_methods_is_that_of_its_file() -> None:
 
 
 def test_what_one_seed_had_shown_of_the_methods_is_that_of_its_scores() -> None:
-    alone = dsc.table4(published.read([ROOT / "results" / "methods" / "seed0.json.gz"]))
+    alone = table4.numbers(published.read([ROOT / "results" / "methods" / "seed0.json.gz"]))
     better = alone[alone["student_p_holm"] < 0.05].sort_values("student_difference_points", ascending=False)
     named = [
         f"{row['notation'].removesuffix('_WAug')} {row['student_difference_points']:+.2f}"

@@ -107,12 +107,12 @@ def best_folder(*, store: Path, uri: str | None, name: str | None) -> Path:
     Raises:
         InputError: there is no sweep, or no distilled student of it is finished.
     """
-    from kdsweep.results import costs, dsc  # with mlflow: seconds that names and folders need not wait for
+    from kdsweep.results.tables import table4  # with mlflow: seconds that names and folders need not wait for
     from kdsweep.tracking import reader
 
     all_variants = reader.read_sweep(store=store, uri=uri, name=name)
-    sweep, scores = dsc.best_variant(all_variants, dsc.table4(all_variants))
-    ranked = costs.whole_cells(scores)
+    sweep, scores = table4.best_variant(all_variants, table4.numbers(all_variants))
+    ranked = table4.ranked(scores)["notation"].tolist()
     if not ranked:
         raise InputError(f"--run {BEST}: no distilled student of sweep {sweep.name} is finished on all its splits")
     runs = sweep.runs[sweep.runs["notation"] == ranked[0]].sort_values(["val_dice", *PLACE], ascending=False)

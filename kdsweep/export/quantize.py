@@ -28,9 +28,11 @@ from kdsweep.evaluation import latency, metrics
 from kdsweep.evaluation.costs import cpu_name
 from kdsweep.export import onnx_file, predict
 from kdsweep.export.model import Model, load_model, split_images
-from kdsweep.results import costs, dsc, formats, tables
+from kdsweep.results.formats import number
 from kdsweep.results.frame import placed_runs, scored_images
 from kdsweep.results.stats import OF_IMAGE, PLACE, compare, pair
+from kdsweep.results.table import MODEL, Column, Table, with_interval
+from kdsweep.results.tables import table4
 from kdsweep.store import cell_folder
 
 if TYPE_CHECKING:
@@ -107,9 +109,9 @@ def chosen_runs(sweep: Sweep, *, models: list[str] | None) -> pd.DataFrame:
     Raises:
         InputError: a model has no finished run.
     """
-    sweep, ranking = dsc.best_variant(sweep, dsc.table4(sweep))
+    sweep, ranking = table4.best_variant(sweep, table4.numbers(sweep))
     if models is None:
-        best = costs.whole_cells(ranking)
+        best = table4.ranked(ranking)["notation"].tolist()
         if not best:
             raise InputError(f"sweep {sweep.name} has no distilled student that is finished; --models names others")
         models = ["Student", best[0]]
@@ -153,23 +155,17 @@ def quantized(scores: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def format_quantized(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the strings of the table."""
-
-    def difference(prefix: str) -> list[str]:
-        columns = table.reindex(columns=[f"{prefix}_{key}" for key in DIFFERENCE[:3]])
-        return [
-            formats.DASH if pd.isna(mean) else f"{formats.points(mean)} ({formats.interval(low=low, high=high)})"
-            for mean, low, high in columns.itertuples(index=False)
-        ]
-
-    def numbers(heading: str, suffix: str) -> dict[str, Any]:
-        return {f"{heading} {title}": table[f"{form}_{suffix}"].map(formats.number) for form, title in FORMS.items()}
-
-    columns = {"Model": table["notation"], **numbers("DSC %", "dice_percent")}
-    columns["int8 - float32, points"] = difference("int8")
-    columns |= {f"to Student, {title}": difference(f"student_{form}") for form, title in FORMS.items()}
-    return pd.DataFrame(columns | numbers("MB", "mb") | numbers("ms", "ms"))
+COLUMNS = [
+    MODEL,
+    *(Column(f"{form}_dice_percent", f"DSC % {title}", number) for form, title in FORMS.items()),
+    Column(tuple(f"int8_{part}" for part in DIFFERENCE[:3]), "int8 - float32, points", with_interval),
+    *(
+        Column(tuple(f"student_{form}_{part}" for part in DIFFERENCE[:3]), f"to Student, {title}", with_interval)
+        for form, title in FORMS.items()
+    ),
+    *(Column(f"{form}_mb", f"MB {title}", number) for form, title in FORMS.items()),
+    *(Column(f"{form}_ms", f"ms {title}", number) for form, title in FORMS.items()),
+]
 
 
 def notes(*, sweep: Sweep, runs: int, count: int) -> list[str]:
@@ -202,7 +198,8 @@ def make(sweep: Sweep, *, store: Path, models: list[str] | None, data_root: Path
     images = scored_images(runs=runs, scores=sweep.scores)  # with groups and sizes of the splits
     table = quantized(pd.concat(scores).merge(images, on=["fingerprint", "image"]), pd.DataFrame(costs_of))
     lines = notes(sweep=sweep, runs=len(runs), count=count)
-    text = tables.to_markdown(title="Quantized. Students in 8-bit integers", text=format_quantized(table), notes=lines)
+    heading = "Quantized. Students in 8-bit integers"
+    text = Table(heading, table, COLUMNS, notes=lines).markdown(heading)
     write_text(out / "quantized.md", text)
     write_text(out / "quantized.csv", table.assign(sweep=sweep.name).to_csv(index=False))
     return f"{text}\nwrote {out / 'quantized'}.md, .csv and {plural(len(runs), 'ONNX file')}\n"

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -40,8 +41,8 @@ def audit(entries: list[Entry], out: Path) -> str:
     """
 
     def progress(steps: Iterable[int], name: str) -> Iterable[int]:
-        own = list(steps)
-        return track(own, what=name, unit="step", total=len(own))
+        listed = list(steps)
+        return track(listed, what=name, unit="step", total=len(listed))
 
     try:
         images = [_gray(entries[number]) for number in progress(range(len(entries)), "reading images")]
@@ -64,10 +65,11 @@ def audit(entries: list[Entry], out: Path) -> str:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
     kinds = Counter(pair.kind for pair in pairs)
     mixed = [own for own in groups if len({entries[number].label for number in own}) > 1]
+    listed = "; ".join(", ".join(entries[number].id for number in own) for own in mixed)
     lines = [
         f"{plural(len(entries), 'image')}: {plural(len(groups), 'group')} of {sum(map(len, groups))} images that show "
         f"the same frame or neighboring views; pairs: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
-        *([f"{plural(len(mixed), 'group')} with more than one label: {_listed(mixed, entries)}"] if mixed else []),
+        *([f"{plural(len(mixed), 'group')} with more than one label: {listed}"] if mixed else []),
         f"wrote {out / 'groups.csv'}, pairs.csv and {plural(sheets, 'contact sheet')}; look at them: an image that "
         "does not belong gets a group name of its own in groups.csv",
         f"to keep groups together: split=kfold split.group={out / 'groups.csv'}",
@@ -77,10 +79,6 @@ def audit(entries: list[Entry], out: Path) -> str:
 
 def _gray(entry: Entry) -> np.ndarray:
     return np.asarray(cv2.cvtColor(read_gray_or_color(entry.image_file), cv2.COLOR_RGB2GRAY))
-
-
-def _listed(groups: list[list[int]], entries: list[Entry]) -> str:
-    return "; ".join(", ".join(entries[number].id for number in own) for own in groups)
 
 
 def _write_sheets(
@@ -111,19 +109,18 @@ def _write_sheets(
 def _row(title: str, own: list[int], images: list[np.ndarray], entries: list[Entry]) -> np.ndarray:
     """Return a row of thumbnails (THUMB_PX + 40, W) uint8 with the title above and ids below."""
     canvas = np.full((THUMB_PX + 40, IMAGES_A_ROW * (THUMB_PX + 4)), 255, np.uint8)
-    _write(canvas, title, (4, 14))
+    write = partial(
+        cv2.putText, canvas, fontFace=cv2.FONT_HERSHEY_SIMPLEX, fontScale=0.42, color=0, lineType=cv2.LINE_AA
+    )
+    write(title, org=(4, 14))
     for place, number in enumerate(own):
         image = images[number]
         scale = THUMB_PX / max(image.shape)
         height, width = (max(1, round(side * scale)) for side in image.shape)
         left = place * (THUMB_PX + 4)
         canvas[20 : 20 + height, left : left + width] = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-        _write(canvas, entries[number].id, (left + 2, THUMB_PX + 34))
+        write(entries[number].id, org=(left + 2, THUMB_PX + 34))
     return canvas
-
-
-def _write(canvas: np.ndarray, text: str, at: tuple[int, int]) -> None:
-    cv2.putText(canvas, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 0, 1, cv2.LINE_AA)
 
 
 @command

@@ -1,17 +1,18 @@
-"""The runs of a sweep, checked for mixed options and placed by split and seed; their scores and gaps."""
+"""The scores of a sweep, arranged: runs by split and seed, tested images, gaps, settings; refuses mixed options."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from kdsweep.config.decisions import decides, kind, used_by
-from kdsweep.config.grid import is_under, variant_label
+from kdsweep.config.decisions import used_by
+from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError
+from kdsweep.results.mixing import refuse_conflicts, refuse_mixing
+from kdsweep.results.paper import in_order
 from kdsweep.results.stats import PLACE
 
 if TYPE_CHECKING:
@@ -19,10 +20,45 @@ if TYPE_CHECKING:
 
 KEY_OF_MARGIN, MARGIN_POINTS = "stats.margin_points", 2.0
 VALIDATION = "mean_val_dice_percent"  # a column of Table 4
-# What runs from before these keys were there did, which is their default.
-ADDED = {"kd.lambda": "None", "teacher.monitor": "loss", "teacher.epochs": "None"}
 NOT_RUN = "not run"
-REMEDY = "add sweep_name=NAME to the command whose results belong in one table; finished cells are not run again"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a sweep without further keys, or of one setting of a sweep that varies some.
+
+    Attributes:
+        sweep: the runs and scores as recorded.
+        runs: as ``placed_runs`` returns them.
+        images: a row per finished run and test image, as ``scored_images`` returns them.
+    """
+
+    sweep: Sweep
+    runs: pd.DataFrame
+    images: pd.DataFrame
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> Scores:
+        """Arrange a sweep.
+
+        Raises:
+            InputError: the sweep is empty or mixed, or the scores of a run are incomplete.
+        """
+        runs = placed_runs(sweep)
+        return cls(sweep, runs, scored_images(runs=runs, scores=sweep.scores))
+
+    @property
+    def notations(self) -> list[str]:
+        """The notations of the runs: baselines, the paper's cells, others."""
+        return in_order(set(self.runs["notation"]))
+
+    def gaps(self, notations: list[str]) -> dict[str, str]:
+        """Return why each notation has no number, or ""."""
+        return gaps(runs=self.runs, scored=self.images, notations=notations)
+
+    def complete(self, why: dict[str, str]) -> pd.DataFrame:
+        """Return the images of the notations without a gap."""
+        return self.images[self.images["notation"].map(why) == ""]
 
 
 def variants(sweep: Sweep) -> dict[str, Sweep]:
@@ -34,56 +70,51 @@ def variants(sweep: Sweep) -> dict[str, Sweep]:
     Raises:
         InputError: the sweep is empty, or mixes options that determine results and that it does not vary.
     """
-    _refuse_mixing(sweep)
+    refuse_mixing(sweep)
     runs = sweep.runs.assign(variant=pd.Series(_variants(sweep), index=sweep.runs.index, dtype=object))
     is_teacher = runs["role"] == "teacher"
-    found = {variant_label(variant): variant for variant in runs.loc[~is_teacher, "variant"]}
-    whole = {
+    by_label = {variant_label(variant): variant for variant in runs.loc[~is_teacher, "variant"]}
+    complete = {  # the Student alone may use a part of the keys; it serves all settings that contain this part
         label: variant
-        for label, variant in found.items()
-        if not any(variant.items() < other.items() for other in found.values())
+        for label, variant in by_label.items()
+        if not any(variant.items() < other.items() for other in by_label.values())
     }
     parts = {}
-    for label in sorted(whole, key=lambda label: [_rank(value) for value in whole[label].values()]):
-        serves = runs["variant"].map(partial(_is_part, whole=whole[label])).astype(bool)
-        here = runs[~is_teacher & serves]
-        teachers = runs[is_teacher & runs["fingerprint"].isin(here["teacher"])]
-        parts[label] = replace(sweep, runs=pd.concat([here, teachers], ignore_index=True), varied=())
+    for label in sorted(complete, key=lambda label: [_rank(value) for value in complete[label].values()]):
+        setting = complete[label].items()
+        serves = pd.Series([variant.items() <= setting for variant in runs["variant"]], index=runs.index, dtype=bool)
+        cells = runs[~is_teacher & serves]
+        teachers = runs[is_teacher & runs["fingerprint"].isin(cells["teacher"])]
+        parts[label] = replace(sweep, runs=pd.concat([cells, teachers], ignore_index=True), varied=())
     return parts if len(parts) > 1 else {"": replace(sweep, varied=())}
 
 
-def each_variant(sweep: Sweep, make: Callable[[Sweep], pd.DataFrame]) -> pd.DataFrame:
+def each_variant(sweep: Sweep, make: Callable[[Scores], pd.DataFrame]) -> pd.DataFrame:
     """Make a table of each variant and stack them, with a first column ``settings`` if there are several.
 
-    With several, rows that no variant asked for are left out.
+    With several, rows that no variant requested are left out.
     """
     parts = variants(sweep)
-    if len(parts) == 1:
-        return make(*parts.values())
-    tables = [make(part) for part in parts.values()]
+    tables = [make(Scores.of(part)) for part in parts.values()]
+    if len(tables) == 1:
+        return tables[0]
     for label, table in zip(parts, tables, strict=True):
         table.insert(0, "settings", label)
-    whole = pd.concat(tables, ignore_index=True)
-    if "notation" in whole:
-        asked = whole.loc[whole["gap"] != NOT_RUN, "notation"]
-        whole = whole[whole["notation"].isin(asked)].reset_index(drop=True)
-    return whole
+    stacked = pd.concat(tables, ignore_index=True)
+    if "notation" in stacked:
+        requested = stacked.loc[stacked["gap"] != NOT_RUN, "notation"]
+        stacked = stacked[stacked["notation"].isin(requested)].reset_index(drop=True)
+    return stacked
 
 
 def _variants(sweep: Sweep) -> list[dict[str, str]]:
-    """Return the variant of each run; a run that was asked for alone gets the values of its params."""
-    keys = list(dict.fromkeys(key for variant in sweep.runs["variant"] for key in variant))
-    found = []
-    for given, params, role in zip(sweep.runs["variant"], sweep.runs["params"], sweep.runs["role"], strict=True):
-        known = params | given
-        found.append(
-            used_by(role, {key: known[key] for key in keys if key in known}, params) if role != "teacher" else {}
-        )
+    keys = dict.fromkeys(key for variant in sweep.runs["variant"] for key in variant)
+    found: list[dict[str, str]] = []
+    for variant, params, role in zip(sweep.runs["variant"], sweep.runs["params"], sweep.runs["role"], strict=True):
+        values = params | variant
+        values = {key: values[key] for key in keys if key in values}
+        found.append({} if role == "teacher" else used_by(role, values, params))
     return found
-
-
-def _is_part(variant: dict[str, str], *, whole: dict[str, str]) -> bool:
-    return variant.items() <= whole.items()
 
 
 def _rank(value: str) -> tuple[bool, float, str]:
@@ -124,14 +155,14 @@ def placed_runs(sweep: Sweep) -> pd.DataFrame:
     Raises:
         InputError: the sweep is empty, mixes options that determine results, or holds two results for one cell.
     """
-    _refuse_mixing(sweep)
+    refuse_mixing(sweep)
     is_teacher = sweep.runs["role"] == "teacher"
     teachers = sweep.runs[is_teacher]
     links = sweep.runs[["teacher", *PLACE]].rename(columns={"teacher": "fingerprint"})
     alone = teachers.loc[~teachers["fingerprint"].isin(links["fingerprint"]), ["fingerprint", *PLACE]]
     places = pd.concat([links, alone]).drop_duplicates()
     runs = pd.concat([sweep.runs[~is_teacher], teachers.drop(columns=PLACE).merge(places)], ignore_index=True)
-    _refuse_conflicts(runs, sweep=sweep.name)
+    refuse_conflicts(runs, sweep=sweep.name)
     return runs
 
 
@@ -164,85 +195,10 @@ def _test_to_train(tags: dict[str, str]) -> float:
     return test / train
 
 
-def known_values(runs: pd.DataFrame, key: str) -> list[str]:
-    """Return the sorted distinct known values of a column."""
-    return sorted(set(runs[key]) - {""})  # a run that never started has no known value
-
-
 def margin_of(sweep: Sweep) -> float:
     """Return ``stats.margin_points`` of the run begun last; the default for runs that recorded none."""
     known = sweep.runs[sweep.runs["params"].map(lambda params: KEY_OF_MARGIN in params).astype(bool)]
     return float(known.sort_values("started_ms")["params"].iloc[-1][KEY_OF_MARGIN]) if len(known) else MARGIN_POINTS
-
-
-def _refuse_mixing(sweep: Sweep) -> None:
-    if sweep.runs.empty:
-        raise InputError(f"sweep {sweep.name} has no runs: start with `python -m kdsweep -m +experiment=table4`")
-    for key in ("profile", "data", "results_version"):
-        values = [f"{key}={value}" for value in known_values(sweep.runs, key)]
-        if len(values) > 1:
-            raise InputError(f"sweep {sweep.name} mixes {' and '.join(values)}: {REMEDY}")
-    protocols = known_values(sweep.runs, "split_protocol")
-    if len(protocols) > 1 and not any(key.startswith("split.") for key in sweep.varied):
-        raise InputError(f"sweep {sweep.name} mixes splits ({' and '.join(protocols)}): {REMEDY}")
-    if not sweep.varied:  # else each value's runs are checked as a part of their own
-        _refuse_two(sweep.runs, "data_digest", what=f"sweep {sweep.name} mixes different images of one name")
-        for notation, runs in sweep.runs.groupby("notation"):  # a user's loss is in its own cells alone
-            _refuse_two(runs, "user_code", what=f"sweep {sweep.name} mixes two states of your own code in {notation}")
-    mixed = _mixed_params(sweep.runs, besides=sweep.varied + sweep.tuned)
-    if mixed:
-        raise InputError(f"sweep {sweep.name} mixes {', '.join(mixed[:3])}: {REMEDY}")
-
-
-def _refuse_two(runs: pd.DataFrame, digest: str, *, what: str) -> None:
-    known = runs[runs[digest] != ""].sort_values(["notation", *PLACE]).drop_duplicates(digest)
-    if len(known) > 1:
-        roots = [params.get("data.root") for params in known["params"]]
-        where = [
-            f"{value[:8]} ({notation} split {split}{f', data.root={root}' if root and digest == 'data_digest' else ''})"
-            for value, notation, split, root in zip(
-                known[digest], known["notation"], known["split"], roots, strict=True
-            )
-        ]
-        raise InputError(f"{what}: digests {' and '.join(where[:2])}: {REMEDY}")
-
-
-def _mixed_params(runs: pd.DataFrame, *, besides: tuple[str, ...]) -> list[str]:
-    """List params that should have one value, such as ``KEY=1 (L_MSE split 0) and KEY=2 (Student split 0)``.
-
-    Teachers are left out: their params are those of the cell that first trained them.
-    """
-    known = runs[(runs["role"] != "teacher") & runs["params"].map(bool)]  # no params: the run never started
-    known = known.sort_values(["role", "notation", *PLACE, "fingerprint"], ascending=[False, *[True] * 4])
-    rows = list(zip(known["role"], known["params"], known["notation"], known["split"], strict=True))
-    mixed = []
-    for key in sorted(set().union(*known["params"])):
-        if kind(key) != "setting" or is_under(key, besides):
-            continue
-        first: dict[str, str] = {}
-        for role, params, notation, split in rows:
-            if decides(key, role=role, params=params):
-                first.setdefault(params.get(key, ADDED.get(key, "unset")), f"({notation} split {split})")
-        if len(first) > 1:
-            mixed.append(" and ".join([f"{key}={value} {where}" for value, where in first.items()][:2]))
-    return mixed
-
-
-def _refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
-    finished = runs[runs["status"] == "FINISHED"].sort_values("fingerprint")
-    counts = finished.groupby(["notation", *PLACE])["fingerprint"].nunique()
-    for notation, split, seed in counts.index[counts > 1]:
-        cell = (finished["notation"] == notation) & (finished["split"] == split) & (finished["seed"] == seed)
-        same = finished[cell]
-        one, other = same["params"].iloc[0], same["params"].iloc[1]
-        keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
-        role = same["role"].iloc[0]
-        keys = [key for key in keys if kind(key) != "local" and decides(key, role=role, params=one)]
-        shown = ", ".join(f"{key}={one.get(key, 'unset')} and {other.get(key, 'unset')}" for key in keys[:3])
-        shown = shown or "equal options, so the code, the data or a weights file changed"
-        raise InputError(
-            f"sweep {sweep} has two different finished runs of {notation} split {split} seed {seed} ({shown}): {REMEDY}"
-        )
 
 
 def gaps(*, runs: pd.DataFrame, scored: pd.DataFrame, notations: list[str]) -> dict[str, str]:

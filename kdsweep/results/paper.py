@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ PAPER: dict[str, tuple[float, float, float, float]] = {
     "HReg_KLD": (79.00, 20.37, 0.2132, 0.0021),
     "HReg_KLD_WAug": (79.31, 19.33, 0.1247, 0.0068),
 }
+PAPER_COLUMNS = ["paper_mean_dice_percent", "paper_std_dice_percent", "paper_p_teacher", "paper_p_student"]
 BASELINES = ("Teacher", "Teacher_WAug", "Student")
 # The levels of each of the 12 cells, in the paper's order; no two factors share the name of a level.
 LEVELS = {
@@ -31,6 +33,25 @@ LEVELS = {
     for path, loss, aug in product(("L", "H", "HReg"), ("MSE", "KLD"), ("strong", "weak"))
 }
 CELLS = tuple(LEVELS)
+
+
+def in_order(notations: Iterable[str]) -> list[str]:
+    """Return the different notations in the order of all tables: baselines, the paper's cells, others by name."""
+    listed = (*BASELINES, *CELLS)
+    return sorted(set(notations), key=lambda name: (listed.index(name), "") if name in listed else (len(listed), name))
+
+
+def cell_notations(notations: Iterable[str]) -> list[str]:
+    """Return a table's distilled Students: the paper's 12 unless others alone were requested, then the others."""
+    others = in_order(set(notations).difference(BASELINES, CELLS))
+    return others if others and set(notations).isdisjoint(CELLS) else [*CELLS, *others]
+
+
+def students(notations: Iterable[str]) -> list[str]:
+    """Return distilled Students in order, the baseline Student last."""
+    return sorted(in_order(set(notations) - {"Teacher", "Teacher_WAug"}), key=lambda name: name == "Student")
+
+
 REPRESENTATIONS = {"L": "Logits", "H": "Hidden", "HReg": "Hidden-Regressor"}
 LOSSES = {"MSE": "mean squared error", "KLD": "Kullback-Leibler divergence"}
 # The setting of the paper's experiments (conf/profile/paper.yaml), by the params of our runs.

@@ -1,9 +1,8 @@
 """Publish a sweep's runs and per-image scores as one file, and read such files as a sweep again.
 
-Usage: ``python -m kdsweep publish --out FILE.json.gz``, then ``python -m kdsweep tables table4 --published
-FILE.json.gz ...``. The file holds what the tables need and nothing else: no image, no mask, no weights, no path of a
-machine. So a table of a paper can be made anew by whoever has its scores, and the parts of a sweep that was trained on
-several machines become one table.
+The file holds runs and scores of images by their ids, nothing else: no image, no mask, no weights, no path of a
+machine. ``tables`` and ``figures`` read it with ``--published``; the parts of a sweep that was trained on several
+machines become one table.
 """
 
 from __future__ import annotations
@@ -35,17 +34,15 @@ TAGS = re.compile(r"kdsweep\.(split_images|precision|threads|torch|hardware)|mlf
 TABLES = ("scores", "external")
 
 
-def _is_private(key: str) -> bool:
-    """Return whether a key is of the machine; stats is of the tables."""
-    return kind(key) in ("place", "local") and not key.startswith("stats.")
-
-
 def write(sweep: Sweep) -> bytes:
     """Return the content of a file with the runs and scores of a sweep; equal sweeps give equal bytes."""
     runs = sweep.runs.sort_values(["role", "notation", "split", "seed", "fingerprint"])
     records = []
     for run in runs.to_dict("records"):
-        params = {key: value for key, value in run["params"].items() if not _is_private(key)}
+        shared = [
+            key for key in run["params"] if kind(key) not in ("place", "local") or key.startswith("stats.")
+        ]  # not the machine's
+        params = {key: run["params"][key] for key in shared}
         tags = {key: value for key, value in run["tags"].items() if TAGS.fullmatch(key)}
         known = {key: value for key, value in run.items() if key != "run_id" and value == value}  # without NaN
         records.append(without_folders({**known, "params": params, "tags": tags}))

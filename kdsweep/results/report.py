@@ -12,7 +12,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,15 +25,18 @@ from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError, command, one_line
 from kdsweep.core.files import write_text
 from kdsweep.core.progress import duration
-from kdsweep.results import formats, tables
+from kdsweep.results import formats
 from kdsweep.results.figures import command as figures
 from kdsweep.results.figures import style
 from kdsweep.results.figures.command import FIGURES, Location
 from kdsweep.results.formats import DASH
-from kdsweep.results.frame import known_values
-from kdsweep.results.paper import BASELINES, CELLS
+from kdsweep.results.mixing import known_values
+from kdsweep.results.notes import QUICK
+from kdsweep.results.paper import in_order
 from kdsweep.results.stats import PLACE, TESTS
 from kdsweep.results.summary import STATUS, counts, listed, summarize
+from kdsweep.results.table import Options
+from kdsweep.results.tables import command as tables
 from kdsweep.tracking import mirror, reader
 
 if TYPE_CHECKING:
@@ -44,8 +46,8 @@ if TYPE_CHECKING:
 
 LOCAL_UI = "http://127.0.0.1:5000"  # what `make ui` serves
 FOLDERS = ("store", "data.root", "data.source.root", "data.source.cache_dir")
+MEASURED = ("table5", "capacity")  # tables
 PHANTOMS = "kdsweep.data.Phantoms"
-ROW_NAMES = ("Model", "Notation", "Effect")  # columns that name their row
 # A path from the root, the home folder or a drive, or the address of a file; not a part of an address or of a tag. It
 # ends at the suffix of an image, whose name may be a patient's, else at the next space.
 START = r"(?:\b(?:file|sqlite):/+|(?<![\w/:.<#&])(?:~?/|[A-Za-z]:\\))(?=[\w.])"
@@ -53,35 +55,23 @@ REST = r"(?:[^\n'\"<>:;]*?\.(?:png|jpe?g|bmp|tiff?|xlsx)\b|[^\s'\"<>,:;)]*)"
 WEIGHTS = re.compile(r"[^\\/]+\.(?:pt|pth|ckpt|bin|safetensors|onnx)$")
 
 
-class Table(NamedTuple):
-    """A table as the page shows it; if it could not be made, it has no rows and its gap says why."""
+class Part(NamedTuple):
+    """A table or a figure as the page shows it; if it could not be made, its gap says why.
+
+    Attributes:
+        name: of the table or figure.
+        heading: above it.
+        body: HTML.
+        notes: below a table.
+        lead: sentences on what the numbers of a table support.
+        gap: why it is not there, or not all of it.
+    """
 
     name: str
     heading: str
-    columns: list[str]
-    rows: list[list[str]]
-    numeric: list[bool]
-    row_name: int
-    notes: list[str]
-    lead: list[str]
-    gap: str = ""
-
-
-class Picture(NamedTuple):
-    """A figure as the page shows it: inline SVG, or the source of an image."""
-
-    name: str
-    alt: str
-    svg: Markup = Markup()
-    source: Markup = Markup()
-
-
-class Figures(NamedTuple):
-    """One of FIGURES, a picture for each of the sweep's settings; its gap says why there are none, or not all."""
-
-    name: str
-    heading: str
-    pictures: list[Picture]
+    body: Markup = Markup()
+    notes: tuple[str, ...] = ()
+    lead: tuple[str, ...] = ()
     gap: str = ""
 
 
@@ -139,61 +129,48 @@ def _gap(error: Exception) -> str:
     return one_line(error).rstrip(".")
 
 
-def make_table(which: str, sweep: Sweep, *, store: Path, uri: str | None = None, test: str) -> Table:
-    """Make one of tables.TABLES; sentences on what the data support lead, the other notes are below."""
+def make_table(which: str, sweep: Sweep, *, options: Options, hide: Callable[[str], str]) -> Part:
+    """Make one of TABLES; sentences on what the data support lead, the notes are below."""
+    heading = tables.module_of(which).HEADING
     try:
-        heading, table, text, notes = tables.made(which, sweep=sweep, store=store, uri=uri, test=test)
+        table = tables.make(which, sweep, options)
     except (InputError, OSError) as error:
-        return Table(which, which.capitalize().replace("Table", "Table "), [], [], [], 0, [], [], _gap(error))
-    lead = tables.sentences(which, table)
-    columns = list(map(str, text))
-    numeric = [all(re.match(rf"[-+<{DASH}\d]", value) for value in text[name]) for name in columns]
-    row_name = next((place for place, name in enumerate(columns) if name in ROW_NAMES), 0)
-    return Table(which, heading, columns, text.to_numpy().tolist(), numeric, row_name, notes[len(lead) :], lead)
+        return Part(which, heading, gap=_gap(error))
+    return Part(which, heading, Markup(hide(table.html())), tuple(table.notes), tuple(table.lead))
 
 
-def make_figures(which: str, sweep: Sweep, *, place: Location, hide: Callable[[str], str]) -> Figures:
-    """Draw one of FIGURES: photographs as PNG, the others as SVG."""
+def make_figures(which: str, sweep: Sweep, *, place: Location, hide: Callable[[str], str]) -> Part:
+    """Draw one of FIGURES, a picture for each of the sweep's settings: photographs as PNG, the others as SVG."""
     heading = FIGURES[which][0].upper() + FIGURES[which][1:]
-    drawn = figures.draw(which, sweep, place=place)
-    pictures: list[Picture] = []
+    body, gap = Markup(), ""
     try:
-        for name, figure in drawn:
-            alt = f"{heading}. Sweep {sweep.name}{name.removeprefix(which).replace('-', ', ', 1)}"
-            if which == "figure2":
-                coded = base64.b64encode(style.render(figure, "png")).decode()
-                pictures.append(Picture(name, alt, source=Markup(f"data:image/png;base64,{coded}")))
-            else:
-                pictures.append(Picture(name, alt, svg=inline_svg(figure, prefix=name, hide=hide)))
+        for name, figure in figures.draw(which, sweep, place=place):
+            alt = hide(f"{heading}. Sweep {sweep.name}{name.removeprefix(which).replace('-', ', ', 1)}")
+            body += Markup('<figure><img src="{}" alt="{}"></figure>\n').format(
+                _data_uri(which, figure, hide=hide), alt
+            )
     except (InputError, OSError) as error:
-        return Figures(which, heading, pictures, _gap(error))
-    return Figures(which, heading, pictures)
+        gap = _gap(error)
+    return Part(which, heading, body, gap=gap)
 
 
-def inline_svg(figure: Figure, *, prefix: str, hide: Callable[[str], str]) -> Markup:
-    """Return a figure as an SVG element whose ids are unique on the page and whose text stays text."""
+def _data_uri(which: str, figure: Figure, *, hide: Callable[[str], str]) -> str:
+    if which == "figure2":
+        return f"data:image/png;base64,{base64.b64encode(style.render(figure, 'png')).decode()}"
     svg = hide(style.render(figure, "svg").decode())
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S)
-    own = figures.slug(prefix).replace("=", "-")
-
-    def in_tag(match: re.Match[str]) -> str:
-        tag = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{own}-", match[0])
-        return re.sub(r'\s(width|height)="[^"]*"', "", tag) if tag.startswith("<svg") else tag  # the page has its own
-
-    return Markup(re.sub(r"<[^>]+>", in_tag, svg))  # within tags alone: the text may be anything
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
 # ---- every cell ----------------------------------------------------------------------------------------------------
 
 
-def cell_rows(sweep: Sweep, *, place: Location, ui: str) -> list[dict[str, Any]]:
+def cell_rows(sweep: Sweep, *, ui: str) -> list[dict[str, Any]]:
     """Return a row per run that was asked for and per Teacher, in the order of Table 4."""
     measures = [name for name in ("dice", "hd95_px", "nsd") if name in sweep.scores]
     scored = sweep.scores.groupby("fingerprint")[measures].mean()
-    names = [*BASELINES, *CELLS]
-    order = {name: number for number, name in enumerate([*names, *sorted(set(sweep.runs["notation"]) - set(names))])}
+    order = {name: number for number, name in enumerate(in_order(set(sweep.runs["notation"])))}
     rows: list[dict[str, Any]] = []
-    for index, run in zip(sweep.runs.index, sweep.runs.to_dict("records"), strict=True):
+    for run in sweep.runs.to_dict("records"):
         score = scored.loc[run["fingerprint"]] if run["fingerprint"] in scored.index else {}
         page_ = f"{ui}/#/experiments/{sweep.experiment_id}/runs/{run['run_id']}?{mirror.UI_TRAINING}"
         rows.append(
@@ -205,7 +182,7 @@ def cell_rows(sweep: Sweep, *, place: Location, ui: str) -> list[dict[str, Any]]
                 "hd95": formats.number(score.get("hd95_px", float("nan"))),
                 "nsd": formats.number(100 * score.get("nsd", float("nan"))),
                 "strength": formats.number(run["kd_gradient_ratio"], ".3g"),
-                "epochs": _epochs(replace(sweep, runs=sweep.runs.loc[[index]]), place=place),
+                "epochs": formats.number(run.get("epochs", float("nan")), ".0f"),
                 "time": duration((run["ended_ms"] - run["started_ms"]) / 1000) if run["ended_ms"] else DASH,
                 "link": page_ if run["run_id"] else "",
                 "error": run["tags"].get(mirror.ERROR, ""),
@@ -214,29 +191,17 @@ def cell_rows(sweep: Sweep, *, place: Location, ui: str) -> list[dict[str, Any]]
     return sorted(rows, key=lambda row: (order[row["notation"]], row["settings"], row["split"], row["seed"]))
 
 
-def _epochs(run: Sweep, *, place: Location) -> str:
-    """Return how many epochs a run was trained; ``run`` is a sweep of this run alone."""
-    try:
-        curves = reader.read_curves(run, store=place.store, uri=place.uri)
-    except InputError:
-        return DASH
-    return DASH if curves.empty else str(int(curves["epoch"].max()) + 1)
-
-
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
 def banners(sweep: Sweep) -> list[str]:
     """Return the warnings that a reader must see before any number."""
-    told_ = []
-    if "quick" in known_values(sweep.runs, "profile"):
-        told_.append("A check of the machinery, not a result.")
-    cells = sweep.runs[sweep.runs["role"] != "teacher"]
-    if (sweep.runs["status"] != "FINISHED").any():
-        told_.append(
-            f"Not all is there: {counts(cells)}. What needs a missing cell is a gap, never a mean over fewer runs."
-        )
-    return told_
+    done = counts(sweep.runs[sweep.runs["role"] != "teacher"])
+    missing = f"Not all is there: {done}. What needs a missing cell is a gap, never a mean over fewer runs."
+    return [
+        *([QUICK] if "quick" in known_values(sweep.runs, "profile") else []),
+        *([missing] if (sweep.runs["status"] != "FINISHED").any() else []),
+    ]
 
 
 def commands(sweep: Sweep, *, place: Location, wanted: Wanted) -> list[str]:
@@ -245,39 +210,37 @@ def commands(sweep: Sweep, *, place: Location, wanted: Wanted) -> list[str]:
     where += "" if place.store == Path("multirun") else " --store STORE"
     where += " --tracking-uri URI" if place.uri else ""
     test = "" if wanted.test == "ttest" else f" --test {wanted.test}"
-    own = "".join(f" {option}" for option, on in _switches(wanted).items() if on)
+    switches = " --with-images" * wanted.with_images + " --no-costs" * (not wanted.with_costs)
     return [
-        *(f"python -m kdsweep tables {which}{where}{test}" for which in tables.suited(sweep, store=place.store)),
+        *(f"python -m kdsweep tables {which}{where}{test}" for which in tables.applicable(sweep, store=place.store)),
         f"python -m kdsweep figures all{where}",
-        f"python -m kdsweep report{where}{test}{own}",
+        f"python -m kdsweep report{where}{test}{switches}",
     ]
-
-
-def _switches(wanted: Wanted) -> dict[str, bool]:
-    return {"--with-images": wanted.with_images, "--no-costs": not wanted.with_costs}
 
 
 def collect(sweep: Sweep, *, place: Location, wanted: Wanted, hide: Callable[[str], str]) -> dict[str, Any]:
     """Collect all that the page shows, by the names in its template."""
-    names = [which for which in tables.suited(sweep, store=place.store) if wanted.with_costs or which != "table5"]
+    left_out = () if wanted.with_costs else MEASURED
+    names = [which for which in tables.applicable(sweep, store=place.store) if which not in left_out]
     drawn = [which for which in FIGURES if which != "figure2" or wanted.with_images or is_synthetic(sweep)]
     needed = {"tuning": "tuned", "capacity": "capacity"}  # the table of what a figure shows
     drawn = [which for which in drawn if needed.get(which, "table3") in names]
-    made: dict[str, Table] = {}
-    pictures: dict[str, Figures] = {}
+    made: dict[str, Part] = {}
+    options = Options(place.store, wanted.test, place.uri)
+    pictures: dict[str, Part] = {}
     with tqdm(total=len(names) + len(drawn) + 1, leave=False, disable=not sys.stderr.isatty()) as bar:
         for which in names:
             bar.set_description(which)
             if which == "table5":
                 tqdm.write("measuring networks for Table 5", file=sys.stdout)
-            made[which] = make_table(which, sweep, store=place.store, uri=place.uri, test=wanted.test)
+            made[which] = make_table(which, sweep, options=options, hide=hide)
             bar.update()
         for which in drawn:
             bar.set_description(which)
             pictures[which] = make_figures(which, sweep, place=place, hide=hide)
             bar.update()
         bar.set_description("cells")
-        rows = cell_rows(sweep, place=place, ui=wanted.ui)
+        rows = cell_rows(sweep, ui=wanted.ui)
     return {
         "sweep": sweep.name,
         "data": listed(known_values(sweep.runs, "data")),

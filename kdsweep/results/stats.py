@@ -1,12 +1,11 @@
-"""Paired statistics of Dice: differences, p-values, Holm's correction, intervals, and what a design can show.
+"""Paired statistics of Dice: differences, p-values, Holm's correction, intervals, power.
 
-Scores are frames with one row per run and image (columns fingerprint, notation, split, seed, teacher, image, dice).
-Differences are frames with one row per (split, seed, image) and a column points (percentage points). Both may name the
-group of each image, such as its patient, in a column group: images of one group count as one cluster; and in a column
-test_to_train how many images its split tests for each that it trains on.
+Scores have a row per run and image (columns fingerprint, notation, split, seed, teacher, image, dice), differences one
+per (split, seed, image) and a column points (percentage points). Both may have a column group, such as the patient:
+images of one group count as one cluster; and a column test_to_train, the test images of a split per training image.
 
-Two questions are told apart (docs/statistics.md): do *these networks* differ, as trained, on other images; and do
-*these methods*, so that networks trained anew would differ too.
+There are two questions (docs/statistics.md): do *these networks* differ, as trained, on other images; and do *these
+methods*, so that newly trained networks would differ too.
 """
 
 from __future__ import annotations
@@ -75,9 +74,6 @@ class Spread(NamedTuple):
         return float((t.ppf(1 - ALPHA / 2, self.freedom) + t.ppf(POWER, self.freedom)) * self.error)
 
 
-UNKNOWN = Spread(NAN, NAN)
-
-
 # ---- pairs ---------------------------------------------------------------------------------------------------------
 
 
@@ -142,14 +138,12 @@ def compare(differences: pd.DataFrame, *, test: str) -> dict[str, object]:
         p, p_methods, p_runs (Nadeau and Bengio's); n_images, the number of different images.
     """
     rows = over_seeds(differences)
-    mean = rows["points"].mean()
-    networks, parts = networks_spread(rows), components(differences)
-    methods, images = methods_spread(parts), images_spread(parts)
-    low, high = clustered_interval(rows)
+    mean, parts = rows["points"].mean(), components(differences)
+    methods = parts.spread()
     half = methods.half_width()
-    of_networks = (mean, low, high, networks_p(rows, test=test))
+    of_networks = (mean, *clustered_interval(rows), networks_p(rows, test=test))
     of_methods = (mean - half, mean + half, methods.p(mean), corrected_p(differences))
-    detectable = [spread.detectable for spread in (networks, methods, images)]
+    detectable = [spread.detectable for spread in (networks_spread(rows), methods, parts.images_spread())]
     measured = dict(zip(MEASURED, (*of_networks, *of_methods, *detectable), strict=True))
     return {**measured, "n_images": rows["image"].nunique()}
 
@@ -172,7 +166,7 @@ def networks_spread(rows: pd.DataFrame) -> Spread:
     deviations = (rows["points"] - rows["points"].mean()).groupby(_clusters(rows)).sum()
     count = len(deviations)
     if count < 2:
-        return UNKNOWN
+        return Spread(NAN, NAN)
     return Spread(float(np.sqrt(count / (count - 1) * (deviations**2).sum()) / len(rows)), count - 1)
 
 
@@ -225,21 +219,21 @@ def _resamples(count: int) -> list[np.ndarray]:
 
 
 class Components(NamedTuple):
-    """Parts of the variance of a mean difference (points squared).
+    """Parts of the variance of a mean difference (points squared); NaN with one seed.
 
     Attributes:
-        images: of the mean over seeds, as for these networks, with G - 1 degrees of freedom.
-        images_freedom: G - 1.
-        runs: what the means of the trainings of one split show, images in common.
+        images: of the mean over seeds, as for these networks.
+        images_freedom: number of clusters minus 1.
+        runs: of the means of the trainings of one split, images in common.
         runs_freedom: number of trainings minus number of splits.
-        noise: the part of ``images`` and of ``runs`` that is each image's own noise in each training.
+        noise: the part of ``images`` and of ``runs`` that is each image's noise in each training.
     """
 
-    images: float
-    images_freedom: float
-    runs: float
-    runs_freedom: float
-    noise: float
+    images: float = NAN
+    images_freedom: float = NAN
+    runs: float = NAN
+    runs_freedom: float = NAN
+    noise: float = NAN
 
     def spread(self) -> Spread:
         """Return the spread of the mean, trainings and images both random; freedom by Satterthwaite.
@@ -251,9 +245,13 @@ class Components(NamedTuple):
         parts = self.images**2 / self.images_freedom + self.runs**2 / self.runs_freedom
         return Spread(float(np.sqrt(variance)), float(variance**2 / parts) if parts else NAN)
 
+    def images_spread(self) -> Spread:
+        """Return the spread that would remain with any number of seeds: that of the images."""
+        return Spread(float(np.sqrt(max(self.images - self.noise, 0.0))), self.images_freedom)
 
-def components(differences: pd.DataFrame) -> Components | None:
-    """Estimate the parts of the variance of a mean difference by their mean squares; None without several seeds.
+
+def components(differences: pd.DataFrame) -> Components:
+    """Estimate the parts of the variance of a mean difference by their mean squares.
 
     Images of one group share one cluster in the images' part. The noise is estimated image by image: where a group
     shares it, too little is taken off, and the spread is stated too large.
@@ -263,7 +261,7 @@ def components(differences: pd.DataFrame) -> Components | None:
     An approximate distribution of estimates of variance components, Biometrics Bulletin 2, 1946.
     """
     if differences["seed"].nunique() == 1:
-        return None
+        return Components()
     rows = over_seeds(differences)
     images = networks_spread(rows)
     between = within = runs_freedom = noise_freedom = 0.0
@@ -277,7 +275,7 @@ def components(differences: pd.DataFrame) -> Components | None:
         runs_freedom += seeds - 1
         noise_freedom += (seeds - 1) * (count - 1)
     if not runs_freedom or not noise_freedom or np.isnan(images.error):
-        return None
+        return Components()
     shares = [(len(table) / len(rows)) ** 2 / table.shape[1] for table in tables]
     per_image = sum(share / len(table) for share, table in zip(shares, tables, strict=True))
     return Components(
@@ -287,18 +285,6 @@ def components(differences: pd.DataFrame) -> Components | None:
         runs_freedom=runs_freedom,
         noise=within / noise_freedom * per_image,
     )
-
-
-def methods_spread(parts: Components | None) -> Spread:
-    """Return the spread of the mean difference over other images and other trainings; unknown with one seed."""
-    return UNKNOWN if parts is None else parts.spread()
-
-
-def images_spread(parts: Components | None) -> Spread:
-    """Return what would remain of the spread with any number of seeds: the images' own; unknown with one seed."""
-    if parts is None:
-        return UNKNOWN
-    return Spread(float(np.sqrt(max(parts.images - parts.noise, 0.0))), parts.images_freedom)
 
 
 def corrected_p(differences: pd.DataFrame) -> float:
@@ -321,18 +307,13 @@ def corrected_p(differences: pd.DataFrame) -> float:
 def non_inferiority(differences: pd.DataFrame, *, margin_points: float) -> dict[str, float]:
     """Return whether ours may be worse by the margin at most: one-sided, these networks and these methods.
 
-    Args:
-        differences: ours minus the reference; columns split, seed, image, points.
-        margin_points: the largest loss that does not matter, positive.
-
-    Returns:
-        bound_points and methods_bound_points: lower ends of the one-sided 95 % intervals; p_non_inferior and
-        p_methods_non_inferior of "worse by the margin or more"; p_inferior of "worse by the margin at most". Source:
-        Piaggio et al., CONSORT for noninferiority and equivalence trials, JAMA 308, 2012.
+    Keys bound_points and methods_bound_points: lower ends of the one-sided 95 % intervals; p_non_inferior and
+    p_methods_non_inferior of "worse by the margin or more"; p_inferior of "worse by the margin at most". Source:
+    Piaggio et al., CONSORT for noninferiority and equivalence trials, JAMA 308, 2012.
     """
     rows = over_seeds(differences)
     mean = rows["points"].mean()
-    networks, methods = networks_spread(rows), methods_spread(components(differences))
+    networks, methods = networks_spread(rows), components(differences).spread()
     return {
         "bound_points": mean - networks.half_width(1 - 2 * ALPHA),
         "p_non_inferior": networks.p(mean + margin_points, alternative="greater"),

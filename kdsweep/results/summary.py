@@ -15,8 +15,8 @@ from kdsweep.config.decisions import decides
 from kdsweep.config.grid import variant_label
 from kdsweep.core.progress import duration, plural
 from kdsweep.results.formats import DASH
-from kdsweep.results.frame import known_values
-from kdsweep.results.paper import BASELINES, CELLS
+from kdsweep.results.mixing import known_values
+from kdsweep.results.paper import BASELINES, in_order
 from kdsweep.tracking import artifacts
 
 if TYPE_CHECKING:
@@ -130,8 +130,7 @@ def counts(runs: pd.DataFrame) -> str:
 
 
 def _factors(notations: set[str]) -> str:
-    paper = [name for name in CELLS if name in notations]
-    cells = [*paper, *sorted(notations.difference(paper, BASELINES))]
+    cells = in_order(notations.difference(BASELINES))
     if not cells:
         return "none: only the Student, without distillation"
     parts = [name.removesuffix("_WAug").partition("_") for name in cells]

@@ -15,6 +15,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.evaluation import metrics
 from kdsweep.export import model as models
 from kdsweep.export import onnx_file, quantize
+from kdsweep.results.table import Table
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.tracking import mirror, reader
 from kdsweep.training.outcome import PREDICTIONS
@@ -134,7 +135,7 @@ def test_the_numbers_of_the_table():
         assert table.loc["L_MSE", f"student_{name}_difference_points"] == pytest.approx(expected)
         assert table.loc["L_MSE", f"student_{name}_p"] == pytest.approx(ttest_rel(cell[name], student[name]).pvalue)
     assert table.loc["L_MSE", "int8_mb"] == 2
-    text = quantize.format_quantized(table.reset_index()).set_index("Model")
+    text = Table("Quantized", table.reset_index(), quantize.COLUMNS).text().set_index("Model")
     assert text.loc["Student", "to Student, int8"] == "\N{EN DASH}"
     assert text.loc["L_MSE", "MB int8"] == "2.00"
 

@@ -14,7 +14,8 @@ from kdsweep.core.errors import InputError
 from kdsweep.evaluation import scoring
 from kdsweep.export import model as models
 from kdsweep.export import score
-from kdsweep.results import external, tables
+from kdsweep.results.tables import command as tables
+from kdsweep.results.tables import external
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.tracking import mirror, reader
 from kdsweep.training.outcome import PREDICTIONS, SCORES
@@ -70,7 +71,7 @@ def test_every_network_is_scored_once_and_the_table_comes_out(finished, small_bu
 
     assert tables.main(["external", "--store", str(store)]) == 0
     assert "External. Test DSC on other data sets" in capsys.readouterr().out
-    assert "external" in tables.suited(reader.read_sweep(store=store, uri=None, name=None), store=store), (
+    assert "external" in tables.applicable(reader.read_sweep(store=store, uri=None, name=None), store=store), (
         "the report shows it"
     )
     row = pd.read_csv(store / "tables" / "external.csv").iloc[0]
@@ -112,8 +113,8 @@ def test_without_scores_the_table_says_how_to_make_them(finished):
     store, _ = finished
     sweep = replace(reader.read_sweep(store=store, uri=None, name=None), external=pd.DataFrame())
     with pytest.raises(InputError, match="python -m kdsweep score --sweep study"):
-        external.external(sweep)
-    assert "external" not in tables.suited(sweep, store=store)
+        external.numbers(sweep)
+    assert "external" not in tables.applicable(sweep, store=store)
 
 
 def test_each_data_set_is_compared_by_its_own_images(finished):
@@ -123,7 +124,7 @@ def test_each_data_set_is_compared_by_its_own_images(finished):
         images = [f"{name} image {number}" for number in range(len(dice))]
         table = pd.DataFrame({"image": images, "dice": dice, "data_set": name})
         parts += [table.assign(fingerprint=cell.fingerprint) for cell in cells]
-    table = external.external(replace(sweep, external=pd.concat(parts))).set_index("data_set")
+    table = external.numbers(replace(sweep, external=pd.concat(parts))).set_index("data_set")
     assert table["external_dice_percent"].to_dict() == pytest.approx({"clinic-1": 20, "other-2": 65})
     assert table["n_external"].to_dict() == {"clinic-1": 3, "other-2": 4}
     assert (table["drop_points"] + table["internal_dice_percent"]).tolist() == pytest.approx([20, 65])

@@ -1,15 +1,18 @@
 """Students of several sizes: fronts by hand, costs of the right network, differences to the Student of that size."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_tables import run_row, score_rows, sweep_of
+from test_tables import run_row, score_rows, shown, sweep_of
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import capacity, costs, dsc, tables
+from kdsweep.evaluation import costs
 from kdsweep.results.figures import capacity as drawing
 from kdsweep.results.figures import style
+from kdsweep.results.table import Options
+from kdsweep.results.tables import capacity, table4
 
 STUDENTS = {"large": ("resnet18", 3.0), "small": ("mobilenetv3_small_trimmed", 1.0)}
 COST = {"macs": 5, "cpu_1_thread_p95_ms": 9.0}
@@ -38,7 +41,7 @@ def table(sweep, monkeypatch):
         return {"parameters": int(1e6 * cost), "cpu_1_thread_median_ms": 10 / cost, **COST}
 
     monkeypatch.setattr(costs, "measure", measure)
-    return tables.made("capacity", sweep=sweep, store=None, test="ttest").table
+    return capacity.make(sweep, Options(Path())).frame
 
 
 def test_each_row_has_the_cost_of_its_student_and_the_difference_to_the_plain_one(table):
@@ -84,12 +87,11 @@ def test_a_sweep_with_one_student_is_refused():
     one = sweep_of(("Student", "L_MSE"))
     one = replace(one, runs=one.runs.assign(params=[params] * len(one.runs)))
     with pytest.raises(InputError, match=r"has one Student: student=NAME,NAME compares several"):
-        capacity.capacity(one, scores=dsc.table4(one))
-    assert not tables.has_students(one)
+        capacity.numbers(one, scores=table4.numbers(one))
+    assert not capacity.applies(one)
 
 
 def test_the_text(table):
-    text = capacity.format_capacity(table)
+    text = shown(capacity, table)
     assert text["Parameters (M)"].tolist() == ["1.00", "1.00", "3.00", "3.00"]
     assert text["Pareto front"].iloc[1] == "parameters and latency"
-    assert len(capacity.notes(table)) == 3

@@ -17,11 +17,16 @@ from test_tables import (
     rates,
     run_row,
     score_rows,
+    shown,
     sweep_of,
+    written,
 )
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import comparisons, stats, tables
+from kdsweep.results import notes as footnotes
+from kdsweep.results import stats
+from kdsweep.results.tables import command as tables
+from kdsweep.results.tables import seeds, settings
 
 CELLS = ("L_MSE", "H_KLD_WAug")
 
@@ -59,7 +64,7 @@ def of_seeds(means, splits=(0, 1)):
 @pytest.mark.parametrize(("test", "reference"), [("ttest", ttest_rel), ("wilcoxon", wilcoxon)])
 def test_each_cell_and_all_together_are_paired_over_the_same_images(test, reference):
     sweep = aligned()
-    table = comparisons.settings(sweep, test=test)
+    table = settings.numbers(sweep, test=test)
     assert table["notation"].tolist() == [*CELLS, "all cells"]  # the Student is one run for both: nothing to compare
     assert set(zip(table["settings"], table["against"], strict=True)) == {("kd.align=warp", "kd.align=none")}
     pairs = {name: (scores_of(sweep, name, "warp"), scores_of(sweep, name, "none")) for name in CELLS}
@@ -77,25 +82,25 @@ def test_each_cell_and_all_together_are_paired_over_the_same_images(test, refere
 
 
 def test_what_a_varied_key_changes_is_told():
-    line, methods = comparisons.told_settings(comparisons.settings(aligned()))
+    line, methods = settings.sentences(settings.numbers(aligned()))
     assert methods == "kd.align=warp against kd.align=none, these methods: not known, that takes several seeds."
     assert line.startswith("kd.align=warp against kd.align=none, these networks: a difference is shown (+")
     assert "points over all cells, 95 % interval +" in line
     assert "; single cells that differ: L_MSE by +" in line
-    line, _ = comparisons.told_settings(comparisons.settings(aligned(shift=0.0, noise=0.05)))
+    line, _ = settings.sentences(settings.numbers(aligned(shift=0.0, noise=0.05)))
     assert ": no difference is shown (" in line
     assert line.endswith("no single cell differs.")
 
 
 def test_a_student_that_the_key_concerns_has_a_row_and_is_no_cell():
-    table = comparisons.settings(rates({"1": 0.0, "2": -0.1}, notations=("Teacher", "Student", "L_MSE")))
+    table = settings.numbers(rates({"1": 0.0, "2": -0.1}, notations=("Teacher", "Student", "L_MSE")))
     assert table["notation"].tolist() == ["L_MSE", "Student", "all cells"]
     assert table["difference_points"].tolist() == pytest.approx([-10, -10, -10])
     assert set(table["settings"]) == {"train.lr=2"}
 
 
 def test_each_value_stands_against_the_first():
-    table = comparisons.settings(rates({"1": 0.0, "2": 0.1, "10": 0.3}, notations=("Teacher", "L_MSE")))
+    table = settings.numbers(rates({"1": 0.0, "2": 0.1, "10": 0.3}, notations=("Teacher", "L_MSE")))
     assert table["settings"].tolist() == ["train.lr=2"] * 2 + ["train.lr=10"] * 2
     assert table["difference_points"].tolist() == pytest.approx([10, 10, 30, 30])
 
@@ -104,40 +109,40 @@ def test_a_missing_run_is_a_gap_and_all_cells_are_never_fewer():
     sweep = aligned()
     gone = sweep.runs["fingerprint"] == f"{fingerprint('L_MSE', 1)}-warp"
     sweep = replace(sweep, runs=sweep.runs.assign(status=sweep.runs["status"].mask(gone, "FAILED")))
-    table = comparisons.settings(sweep).set_index("notation")
+    table = settings.numbers(sweep).set_index("notation")
     assert table["gap"].tolist() == ["failed: split 1", "", "needs L_MSE"]
     assert np.isnan(table.loc["all cells", "difference_points"])
-    text = comparisons.format_settings(table.reset_index())
+    text = shown(settings, table.reset_index())
     assert text["DSC %"].tolist()[0] == f"{DASH} (failed: split 1)"
     assert text["n images"].tolist() == [DASH, "36", DASH]
-    line, _ = comparisons.told_settings(table.reset_index())
-    assert "not known over all cells, it needs L_MSE" in line
+    line, _ = settings.sentences(table.reset_index())
+    assert "unknown over all cells, it needs L_MSE" in line
 
 
 def test_a_cell_that_one_setting_alone_asked_for_is_a_gap():
     sweep = aligned()
     gone = sweep.runs["fingerprint"].str.startswith("L_MSE-") & sweep.runs["fingerprint"].str.endswith("-warp")
-    table = comparisons.settings(replace(sweep, runs=sweep.runs[~gone])).set_index("notation")
+    table = settings.numbers(replace(sweep, runs=sweep.runs[~gone])).set_index("notation")
     assert table["gap"].to_dict() == {"L_MSE": "not run", "H_KLD_WAug": "", "all cells": "needs L_MSE"}
 
 
 def test_a_sweep_without_further_keys_has_nothing_to_compare(tmp_path):
     with pytest.raises(InputError, match=r"sweep study varies no key beyond its factors"):
-        comparisons.settings(sweep_of())
-    assert tables.suited(sweep_of(), store=Path()) == ["table3", "table4", "table5", "effects"]
-    assert tables.suited(aligned(), store=Path()) == ["table3", "table4", "table5", "effects", "settings"]
+        settings.numbers(sweep_of())
+    assert tables.applicable(sweep_of(), store=Path()) == ["effects", "table3", "table4", "table5"]
+    assert tables.applicable(aligned(), store=Path()) == ["effects", "settings", "table3", "table4", "table5"]
     mixed = replace(aligned(), varied=())
-    assert "settings" not in tables.suited(
+    assert "settings" not in tables.applicable(
         replace(mixed, runs=mixed.runs.assign(variant=[{}] * len(mixed.runs))), store=Path()
     )
 
 
 def test_the_table_of_settings_is_written(tmp_path):
-    tables.make(which="settings", sweep=aligned(), store=tmp_path, out_dir=tmp_path, test="ttest")
-    written = pd.read_csv(tmp_path / "settings.csv").set_index("notation")
+    written("settings", aligned(), tmp_path)
+    back = pd.read_csv(tmp_path / "settings.csv").set_index("notation")
     ours, base = (np.concatenate([scores_of(aligned(), "L_MSE", setting)]) for setting in ("warp", "none"))
-    assert written.loc["L_MSE", "difference_points"] == pytest.approx(100 * (ours - base).mean())
-    assert written.loc["L_MSE", "test"] == "ttest"
+    assert back.loc["L_MSE", "difference_points"] == pytest.approx(100 * (ours - base).mean())
+    assert back.loc["L_MSE", "test"] == "ttest"
     assert "against kd.align=none, these networks: a difference is shown" in (tmp_path / "settings.md").read_text(
         encoding="utf-8"
     )
@@ -147,7 +152,7 @@ def test_the_table_of_settings_is_written(tmp_path):
 
 
 def test_spread_between_seeds_by_hand():
-    table = comparisons.seeds(of_seeds({"L_MSE": (60, 62, 64), "H_KLD": (70, 71, 72)}))
+    table = seeds.numbers(of_seeds({"L_MSE": (60, 62, 64), "H_KLD": (70, 71, 72)}))
     assert table["notation"].tolist() == ["H_KLD", "L_MSE"]  # the best first
     assert table[[f"mean_dice_percent_seed{seed}" for seed in range(3)]].to_numpy().tolist() == [
         pytest.approx([70, 71, 72]),
@@ -157,11 +162,11 @@ def test_spread_between_seeds_by_hand():
     assert table["std_dice_percent_seeds"].tolist() == pytest.approx([1, 2])
     assert table["to_best_points"].tolist() == pytest.approx([0, -9])
     # s^2 = (1 + 4) / 2; 1.96 sqrt(2) sqrt(2.5) = 4.3827
-    assert comparisons.repeatability_points(table) == pytest.approx(4.3827, abs=1e-4)
+    assert seeds.repeatability_points(table) == pytest.approx(4.3827, abs=1e-4)
 
 
 def test_a_seeds_mean_is_over_the_images_of_all_splits():
-    table = comparisons.seeds(sweep_of(("Teacher", "L_MSE", "Student"), seeds=(0, 1))).set_index("notation")
+    table = seeds.numbers(sweep_of(("Teacher", "L_MSE", "Student"), seeds=(0, 1))).set_index("notation")
     assert table.loc["L_MSE", "mean_dice_percent_seed0"] == pytest.approx(100 * dice_all("L_MSE").mean())
     by_hand = np.mean([100 * dice_of("L_MSE", split, 1).mean() for split in range(3)])
     assert table.loc["L_MSE", "mean_dice_percent_seed1"] == pytest.approx(by_hand)
@@ -169,8 +174,8 @@ def test_a_seeds_mean_is_over_the_images_of_all_splits():
 
 
 def test_what_seeds_tell_about_cells():
-    near = comparisons.seeds(of_seeds({"L_MSE": (60, 62, 64), "H_KLD": (61, 61.5, 65), "Student": (40, 42, 44)}))
-    lines = comparisons.told_seeds(near)
+    near = seeds.numbers(of_seeds({"L_MSE": (60, 62, 64), "H_KLD": (61, 61.5, 65), "Student": (40, 42, 44)}))
+    lines = seeds.sentences(near)
     # s^2 = (4 + 4.75 + 4) / 3
     assert lines[0].startswith("Two trainings of one cell with other seeds differ by less than 5.71 points in 95 %")
     assert "2.06 points, the standard deviation between 3 seeds, pooled over 3 models" in lines[0]
@@ -182,30 +187,30 @@ def test_a_cell_without_one_of_the_seeds_is_a_gap():
     sweep = of_seeds({"L_MSE": (60, 62), "H_KLD": (70, 71)})
     gone = (sweep.runs["notation"] == "H_KLD") & (sweep.runs["seed"] == 1) & (sweep.runs["split"] == 1)
     sweep = replace(sweep, runs=sweep.runs.assign(status=sweep.runs["status"].mask(gone, "KILLED")))
-    table = comparisons.seeds(sweep)
+    table = seeds.numbers(sweep)
     assert table["notation"].tolist() == ["L_MSE", "H_KLD"]
     assert table["gap"].tolist() == ["", "killed: split 1 seed 1"]
     assert table.loc[1, ["mean_dice_percent_seed0", "mean_dice_percent", "to_best_points"]].isna().all()
-    assert f"{DASH} (killed: split 1 seed 1)" in comparisons.format_seeds(table)["DSC % of seed 0, 1"].tolist()
-    assert "H_KLD (killed: split 1 seed 1)" in comparisons.notes_seeds(table=table)[-1]
+    assert f"{DASH} (killed: split 1 seed 1)" in shown(seeds, table)["DSC % of seed 0, 1"].tolist()
+    assert "H_KLD (killed: split 1 seed 1)" in footnotes.gaps(table)[0]
 
 
 def test_seeds_of_each_setting_stand_for_themselves():
-    table = comparisons.seeds(rates({"1": 0.0, "2": 0.1}, notations=("Teacher", "L_MSE"), seeds=(0, 1)))
+    table = seeds.numbers(rates({"1": 0.0, "2": 0.1}, notations=("Teacher", "L_MSE"), seeds=(0, 1)))
     assert table["settings"].tolist() == ["train.lr=1", "train.lr=2"]
     assert table["to_best_points"].tolist() == [0, 0]
-    assert [line.partition(": ")[0] for line in comparisons.told_seeds(table)] == ["With train.lr=1", "With train.lr=2"]
+    assert [line.partition(": ")[0] for line in seeds.sentences(table)] == ["With train.lr=1", "With train.lr=2"]
 
 
 def test_one_seed_has_no_spread():
     with pytest.raises(InputError, match=r"sweep study has one seed, so no spread: run its cells with seed=0,1,2"):
-        comparisons.seeds(sweep_of())
+        seeds.numbers(sweep_of())
 
 
 def test_the_table_of_seeds_is_written(tmp_path):
     sweep = of_seeds({"L_MSE": (60, 62, 64), "H_KLD": (70, 71, 72)})
-    assert tables.suited(sweep, store=Path()) == ["table3", "table4", "table5", "effects", "seeds"]
-    text = tables.make(which="seeds", sweep=sweep, store=tmp_path, out_dir=tmp_path, test="ttest")
+    assert tables.applicable(sweep, store=Path()) == ["effects", "seeds", "table3", "table4", "table5"]
+    text = written("seeds", sweep, tmp_path)
     assert "| H_KLD   | 70.00 / 71.00 / 72.00 " in text
     assert "Two trainings of one cell with other seeds differ by less than 4.38 points" in text
     assert pd.read_csv(tmp_path / "seeds.csv")["std_dice_percent_seeds"].tolist() == pytest.approx([1, 2])

@@ -9,12 +9,14 @@ import pandas as pd
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from test_tables import ALL, FakeSweep, changed, run_row, score_rows, sweep_of, with_status, without
+from test_tables import ALL, FakeSweep, changed, run_row, score_rows, shown, sweep_of, with_status, without
 from torch import nn
 
 from kdsweep.core.device import usable_cores
+from kdsweep.evaluation import costs
 from kdsweep.models import unet
-from kdsweep.results import costs, dsc, paper
+from kdsweep.results import paper
+from kdsweep.results.tables import table4, table5
 
 DASH = "\N{EN DASH}"
 QUICK = {
@@ -33,8 +35,8 @@ def quick(sweep):
 
 
 def made(sweep, store, repeats=3):
-    scores = dsc.table4(sweep)
-    return costs.table5(sweep, store=store, scores=scores, repeats=repeats), scores
+    scores = table4.numbers(sweep)
+    return table5.numbers(sweep, store=store, scores=scores, repeats=repeats), scores
 
 
 def row(table, kind):
@@ -105,7 +107,7 @@ def test_macs_are_those_of_the_convolutions(table, kind, group):
 
 
 def test_dice_and_the_papers_stand_beside(sweep, table):
-    scores = dsc.table4(sweep).set_index("notation")
+    scores = table4.numbers(sweep).set_index("notation")
     for kind, notation in {"teacher": "Teacher", "student": "Student", "best cell": ALL[-1]}.items():
         assert row(table, kind)["mean_dice_percent"] == scores.loc[notation, "mean_dice_percent"]
         assert row(table, kind)["published_dice_percent"] == paper.PAPER[notation][0]
@@ -116,7 +118,7 @@ def test_dice_and_the_papers_stand_beside(sweep, table):
 
 def test_files_are_weighed_where_they_lie(sweep, table, tmp_path):
     assert table["file_mb"].tolist()[:3] == [0.005, 0.002, 0.002]
-    assert costs.table5(sweep, store=tmp_path, scores=dsc.table4(sweep), repeats=1)["file_mb"].isna().all()
+    assert table5.numbers(sweep, store=tmp_path, scores=table4.numbers(sweep), repeats=1)["file_mb"].isna().all()
 
 
 def test_every_cost_is_a_measured_one(sweep, store, monkeypatch):
@@ -126,7 +128,7 @@ def test_every_cost_is_a_measured_one(sweep, store, monkeypatch):
         assert repeats == 7
         return {name: 100.0 * order[network.encoder] + i for i, name in enumerate(names)}
 
-    names = ["parameters", "macs", *(f"{name}_{part}_ms" for name in costs.TIMINGS for part in ("median", "p95"))]
+    names = ["parameters", "macs", *(f"{name}_{part}_ms" for name in table5.TIMINGS for part in ("median", "p95"))]
     monkeypatch.setattr(costs, "measure", measure)
     table, _ = made(sweep, store, repeats=7)
     for i, name in enumerate(names):
@@ -134,9 +136,10 @@ def test_every_cost_is_a_measured_one(sweep, store, monkeypatch):
         assert table[name][3:].isna().all()
 
 
-def test_no_cost_is_typed_in():
+@pytest.mark.parametrize("module", [costs, table5], ids=lambda module: module.__name__.rpartition(".")[2])
+def test_no_cost_is_typed_in(module):
     """Every number beside the published ones is an index, a unit, a percentile or a count of passes."""
-    source = Path(costs.__file__).read_text(encoding="utf-8")
+    source = Path(module.__file__).read_text(encoding="utf-8")
     exempt = ("PUBLISHED", "PAPER_PARAMETERS_MILLIONS")
     body = [
         node
@@ -156,7 +159,7 @@ def test_no_cost_is_typed_in():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_is_timed_where_there_is_one(table):
     assert (table["cuda_median_ms"][:3] > 0).all()
-    assert "CUDA (ms)" in costs.format_table5(table)
+    assert "CUDA (ms)" in shown(table5, table)
 
 
 # ---- the best cell, gaps -------------------------------------------------------------------------------------------
@@ -167,9 +170,9 @@ def test_the_best_is_a_whole_cell_and_the_first_name_of_equals(sweep):
     dice = [99.0, 98.0, 97.0, 80.0, 80.0, float("nan"), 70.0]
     gap = ["", "", "", "", "", "failed: split 1", ""]
     scores = pd.DataFrame({"notation": names, "mean_val_dice_percent": dice, "gap": gap})
-    assert costs.whole_cells(scores) == ["H_MSE", "L_KLD", "mine_KLD"]
+    assert table4.ranked(scores)["notation"].tolist() == ["H_MSE", "L_KLD", "mine_KLD"]
     failed = with_status(sweep, ALL[-1], 1, "FAILED")
-    assert costs.whole_cells(dsc.table4(failed))[0] == ALL[-2]
+    assert table4.ranked(table4.numbers(failed))["notation"].iloc[0] == ALL[-2]
 
 
 def test_no_student_is_a_gap_with_its_reason(sweep, tmp_path):
@@ -178,8 +181,8 @@ def test_no_student_is_a_gap_with_its_reason(sweep, tmp_path):
     student = row(table, "student")
     assert student["gap"] == "not run"
     assert student[["parameters", "macs", "cpu_1_thread_median_ms", "mean_dice_percent"]].isna().all()
-    assert costs.format_table5(table).set_index("Model").loc["Student", "DSC %"] == f"{DASH} (not run)"
-    assert "Gaps: Student (not run)." in costs.notes(sweep=sweep, table=table, scores=scores)
+    assert shown(table5, table).set_index("Model").loc["Student", "DSC %"] == f"{DASH} (not run)"
+    assert "Gaps: Student (not run)." in table5.own_notes(sweep=sweep, table=table, scores=scores)
 
 
 def test_an_unfinished_teacher_has_costs_and_no_dice(sweep, tmp_path):
@@ -193,10 +196,10 @@ def test_no_finished_cell_is_a_gap(tmp_path):
     sweep = quick(sweep_of(("Teacher", "Student"), splits=(0,)))
     table, scores = made(sweep, tmp_path)
     assert row(table, "best cell")["gap"] == "no finished cell"
-    text = costs.format_table5(table).set_index("Model")
+    text = shown(table5, table).set_index("Model")
     assert text.loc["best cell", "DSC %"] == f"{DASH} (no finished cell)"
     assert text.loc["best cell", "Parameters (M)"] == text.loc["best cell", "CPU, 1 thread (ms)"] == DASH
-    assert not any("is chosen by" in note for note in costs.notes(sweep=sweep, table=table, scores=scores))
+    assert not any("Best cell" in note for note in table5.own_notes(sweep=sweep, table=table, scores=scores))
 
 
 def test_a_run_that_never_started_tells_of_no_network(tmp_path):
@@ -225,7 +228,7 @@ def test_text_of_known_numbers(table):
         cpu_1_thread_p95_ms=[450.0, 12.0, *table["cpu_1_thread_p95_ms"][2:]],
         cuda_median_ms=float("nan"),
     )
-    text = costs.format_table5(known).set_index("Model")
+    text = shown(table5, known).set_index("Model")
     assert "CUDA (ms)" not in text
     teacher = text.loc["Teacher"]
     assert teacher[["Parameters (M)", "MACs (G)", "CPU, 1 thread (ms)"]].tolist() == ["95.76", "20.47", "412.3 (450.0)"]
@@ -233,18 +236,18 @@ def test_text_of_known_numbers(table):
     assert text.loc[f"{ALL[-1]} (best cell)", "Parameters (M)"] == "0.82"
     other = text.loc["dual-teacher Attention U-Net"]
     assert other.tolist() == [*[DASH] * 6, "2.2", "16.59", "88.4"]
-    with_cuda = costs.format_table5(known.assign(cuda_median_ms=1.5, cuda_p95_ms=2.0))
+    with_cuda = shown(table5, known.assign(cuda_median_ms=1.5, cuda_p95_ms=2.0))
     assert with_cuda["CUDA (ms)"].tolist() == ["1.50 (2.00)"] * len(table)
     assert all(isinstance(value, str) for value in text.to_numpy().ravel())
 
 
 def test_notes_tell_machine_conditions_and_sources(sweep, table):
-    told = "\n".join(costs.notes(sweep=sweep, table=table, scores=dsc.table4(sweep), repeats=3))
+    told = "\n".join(table5.own_notes(sweep=sweep, table=table, scores=table4.numbers(sweep), repeats=3))
     for part in (
         *(costs.cpu_name(), f"1 thread and {usable_cores()} threads", torch.__version__, "64 x 64"),
         *("batch of 1", "3 forward passes after 5", "profile quick, data busi", "not a result"),
         *(
-            "The best of 12 finished cells is chosen by its mean DSC on the validation images",
+            "Best cell: chosen of 12 finished ones by its mean DSC on the validation images",
             "10.36922/aih.3509",
             "10.7507/1001-5515.202311054",
         ),

@@ -15,6 +15,7 @@ from test_tables import (
     interval_of,
     run_row,
     score_rows,
+    shown,
     sweep_of,
     with_dice,
     with_status,
@@ -22,7 +23,8 @@ from test_tables import (
 )
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import effects, paper, stats
+from kdsweep.results import paper, stats
+from kdsweep.results.tables import effects
 
 COLUMNS = [
     "effect",
@@ -96,7 +98,7 @@ def sweep():
 
 @pytest.fixture(scope="module")
 def table(sweep):
-    return effects.effects(sweep)
+    return effects.numbers(sweep)
 
 
 # ---- the numbers ---------------------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def test_main_effects_are_those_of_hand_written_means(sweep, table, effect, plus
     assert got["difference_points"] == pytest.approx(points.mean())
     assert got["p"] == pytest.approx(ttest_1samp(points, 0).pvalue, rel=1e-6)
     assert got[["low_points", "high_points"]].tolist() == pytest.approx(interval_of(points))
-    by_ranks = row(effects.effects(sweep, test="wilcoxon"), effect)
+    by_ranks = row(effects.numbers(sweep, test="wilcoxon"), effect)
     assert by_ranks["p"] == pytest.approx(wilcoxon(points).pvalue, rel=1e-6)
 
 
@@ -158,7 +160,7 @@ def test_the_path_contrasts_add_up(table):
 
 def test_two_images_by_hand():
     """One cell leads by 12 and 24 points: 1/6 of it per factor of six cells a side, 1/4 per path of four."""
-    got = effects.effects(two_images(H_KLD_WAug=(12, 24))).set_index("effect")["difference_points"]
+    got = effects.numbers(two_images(H_KLD_WAug=(12, 24))).set_index("effect")["difference_points"]
     expected = {"H - L": 4.5, "HReg - L": 0, "HReg - H": -4.5, "KLD - MSE": 3, "weak - strong": 3}
     expected |= {"(KLD - MSE) x (weak - strong)": 3, "(H - L) x (KLD - MSE)": 4.5, "(HReg - H) x (weak - strong)": -4.5}
     for effect, points in expected.items():
@@ -167,7 +169,7 @@ def test_two_images_by_hand():
 
 def test_p_of_two_images_by_hand():
     """Contrasts 2 and 4 points: mean 3, standard error 1, t = 3; with one degree of freedom p = 2 atan(1/t) / pi."""
-    got = row(effects.effects(two_images(L_KLD=(12, 24))), "KLD - MSE")
+    got = row(effects.numbers(two_images(L_KLD=(12, 24))), "KLD - MSE")
     assert got["p"] == pytest.approx(2 * np.arctan(1 / 3) / np.pi)
 
 
@@ -183,7 +185,7 @@ def test_additive_scores_have_no_interaction():
         for loss in ("MSE", "KLD"):
             sweep = with_dice(sweep, f"{path}_{loss}", 0, additive(path, loss, aug=0))
             sweep = with_dice(sweep, f"{path}_{loss}_WAug", 0, additive(path, loss, aug=1))
-    table = effects.effects(sweep)
+    table = effects.numbers(sweep)
     interactions = table[table["kind"] == "interaction"]
     assert interactions["difference_points"].tolist() == pytest.approx([0] * 7, abs=1e-12)
     assert interactions["p"].tolist() == [1] * 7
@@ -195,15 +197,15 @@ def test_additive_scores_have_no_interaction():
 
 
 def test_signs():
-    better = effects.effects(two_images(**dict.fromkeys(KLD, (1, 2))))
+    better = effects.numbers(two_images(**dict.fromkeys(KLD, (1, 2))))
     assert row(better, "KLD - MSE")["difference_points"] == pytest.approx(1.5)
-    worse = effects.effects(two_images(**dict.fromkeys(WEAK, (-1, -2))))
+    worse = effects.numbers(two_images(**dict.fromkeys(WEAK, (-1, -2))))
     assert row(worse, "weak - strong")["difference_points"] == pytest.approx(-1.5)
 
 
 def test_order_of_the_records_changes_no_digit(sweep, table):
     shuffled = replace(sweep, runs=sweep.runs.sample(frac=1, random_state=1), scores=sweep.scores[::-1])
-    pd.testing.assert_frame_equal(effects.effects(shuffled), table, check_exact=True)
+    pd.testing.assert_frame_equal(effects.numbers(shuffled), table, check_exact=True)
 
 
 def test_other_cells_change_no_number_and_are_named(sweep, table):
@@ -215,15 +217,15 @@ def test_other_cells_change_no_number_and_are_named(sweep, table):
     more = FakeSweep(
         "study", pd.concat([sweep.runs, pd.DataFrame(own)], ignore_index=True), pd.concat([sweep.scores, *scores])
     )
-    pd.testing.assert_frame_equal(effects.effects(more), table, check_exact=True)
+    pd.testing.assert_frame_equal(effects.numbers(more), table, check_exact=True)
     left_out = "Left out, not of the 12 cells: Mine_KLD, Student, Teacher, Teacher_WAug."
-    assert left_out in effects.notes(sweep=more, table=table, test="ttest")
-    bare = effects.notes(sweep=sweep_of(paper.CELLS), table=table, test="ttest")
+    assert left_out in effects.own_notes(sweep=more, table=table, test="ttest")
+    bare = effects.own_notes(sweep=sweep_of(paper.CELLS), table=table, test="ttest")
     assert not any("Left out" in note for note in bare)
 
 
 def test_one_split():
-    table = effects.effects(sweep_of(splits=(1,)))
+    table = effects.numbers(sweep_of(splits=(1,)))
     points = mean_of(*KLD, dice=lambda cell: dice_of(cell, 1)) - mean_of(*MSE, dice=lambda cell: dice_of(cell, 1))
     got = row(table, "KLD - MSE")
     assert (got["n_images"], got["difference_points"]) == (12, pytest.approx(points.mean()))
@@ -235,7 +237,7 @@ def test_an_image_that_several_splits_and_seeds_test_is_one_cluster():
     sweep = replace(
         sweep, scores=sweep.scores.assign(image=sweep.scores["image"].str.replace(r"split\d ", "", regex=True))
     )
-    got = row(effects.effects(sweep), "H - L")
+    got = row(effects.numbers(sweep), "H - L")
     places = [(split, seed) for split in (0, 1) for seed in (0, 7)]
     points = np.array(
         [
@@ -252,7 +254,7 @@ def test_an_image_that_several_splits_and_seeds_test_is_one_cluster():
 
 def test_a_gap_leaves_only_what_does_not_need_the_cell(sweep, table):
     gappy = with_status(sweep, "HReg_KLD", 1, "FAILED")
-    got = effects.effects(gappy)
+    got = effects.numbers(gappy)
     whole = ["H - L", "(H - L) x (KLD - MSE)", "(H - L) x (weak - strong)"]
     assert got.loc[got["gap"] == "", "effect"].tolist() == whole
     numbers = COLUMNS[3:7]
@@ -263,26 +265,26 @@ def test_a_gap_leaves_only_what_does_not_need_the_cell(sweep, table):
     assert set(rest["gap"]) == {"needs HReg_KLD (failed: split 1)"}
     assert rest[[*numbers, "p_holm", "n_images"]].isna().all(axis=None)
     assert row(got, "H - L")["p_holm"] == row(got, "H - L")["p"]  # alone in its family
-    notes = effects.notes(sweep=gappy, table=got, test="ttest")
+    notes = effects.own_notes(sweep=gappy, table=got, test="ttest")
     assert "over the 1 main effects and, apart from them, the 2 interactions" in " ".join(notes)
     assert "KLD - MSE: needs HReg_KLD (failed: split 1)" in notes[-1]
     sentences = effects.sentences(got)
-    assert "HReg against L is not known, it needs HReg_KLD (failed: split 1)" in sentences[0]
+    assert "HReg against L is unknown, it needs HReg_KLD (failed: split 1)" in sentences[0]
     assert sentences[0].startswith("Path, these networks: H scores")
-    assert sentences[2] == "Loss, these networks: KLD against MSE is not known, it needs HReg_KLD (failed: split 1)."
+    assert sentences[2] == "Loss, these networks: KLD against MSE is unknown, it needs HReg_KLD (failed: split 1)."
 
 
 def test_several_gaps_are_named_by_reason(sweep):
-    got = effects.effects(without(without(with_status(sweep, "H_MSE", 0, "missing"), "L_MSE"), "L_KLD"))
+    got = effects.numbers(without(without(with_status(sweep, "H_MSE", 0, "missing"), "L_MSE"), "L_KLD"))
     assert row(got, "H - L")["gap"] == "needs L_MSE, L_KLD (not run); H_MSE (missing: split 0)"
     assert row(got, "HReg - H")["gap"] == "needs H_MSE (missing: split 0)"
 
 
 def test_nothing_finished_is_all_gaps():
     sweep = changed(sweep_of(), status="missing")
-    got = effects.effects(replace(sweep, scores=sweep.scores.iloc[:0]))
+    got = effects.numbers(replace(sweep, scores=sweep.scores.iloc[:0]))
     assert (got["gap"] != "").all()
-    text = effects.format_effects(got)
+    text = shown(effects, got)
     assert set(text["networks: p (Holm)"]) == set(text["n images"]) == set(text["networks: 95 % interval"]) == {DASH}
     assert text["DSC points"].str.startswith(f"{DASH} (needs ").all()
     assert len(effects.sentences(got)) == 6
@@ -291,16 +293,16 @@ def test_nothing_finished_is_all_gaps():
 def test_different_images_are_refused(sweep):
     message = r"^L_KLD and HReg_KLD were scored on different images: the first is split1 image11 of split 1 seed 0; run"
     with pytest.raises(InputError, match=message):
-        effects.effects(with_dice(sweep, "L_KLD", 1, dice_of("L_KLD", 1)[:11]))
+        effects.numbers(with_dice(sweep, "L_KLD", 1, dice_of("L_KLD", 1)[:11]))
 
 
 def test_a_mixed_sweep_is_refused(sweep):
     with pytest.raises(InputError, match="mixes data=busi and data=udiat"):
-        effects.effects(changed(sweep, data=["udiat"] + ["busi"] * (len(sweep.runs) - 1)))
+        effects.numbers(changed(sweep, data=["udiat"] + ["busi"] * (len(sweep.runs) - 1)))
 
 
 def test_a_lead_equal_in_all_images_has_no_p():
-    table = effects.effects(two_images(**dict.fromkeys(KLD, (1, 1))))
+    table = effects.numbers(two_images(**dict.fromkeys(KLD, (1, 1))))
     assert np.isnan(row(table, "KLD - MSE")["p"])
     assert (
         effects.sentences(table)[2]
@@ -311,7 +313,7 @@ def test_a_lead_equal_in_all_images_has_no_p():
 
 def test_a_single_image_has_no_p():
     sweep = sweep_of(paper.CELLS, splits=(0,))
-    table = effects.effects(replace(sweep, scores=sweep.scores[sweep.scores["image"] == "split0 image00"]))
+    table = effects.numbers(replace(sweep, scores=sweep.scores[sweep.scores["image"] == "split0 image00"]))
     assert table["p"].isna().all()
     assert table["n_images"].tolist() == [1] * 12
     assert all("allow no test" in sentence for sentence in effects.sentences(table)[::2])
@@ -321,7 +323,7 @@ def test_a_single_image_has_no_p():
 
 
 def test_strings(table):
-    text = effects.format_effects(table)
+    text = shown(effects, table)
     assert text["Effect"].tolist() == table["effect"].tolist()
     difference = mean_of(*KLD) - mean_of(*MSE)
     got = text.set_index("Effect").loc["KLD - MSE"]
@@ -382,7 +384,7 @@ def test_a_cross_over_has_no_main_effect_but_depends():
     for cell in paper.CELLS:
         sign = 1 if (cell in KLD) == (cell in WEAK) else -1
         sweep = with_dice(sweep, cell, 0, 0.5 + sign * lead + (cell in KLD) * noise)
-    table = effects.effects(sweep)
+    table = effects.numbers(sweep)
     assert row(table, "(KLD - MSE) x (weak - strong)")["difference_points"] == pytest.approx(200 * lead.mean())
     _, _, loss, _, augmentation, _ = effects.sentences(table)
     assert loss.startswith("Loss, these networks: no difference between KLD and MSE is shown")
@@ -394,17 +396,17 @@ def test_a_cross_over_has_no_main_effect_but_depends():
 
 @pytest.mark.parametrize("test", sorted(stats.TESTS))
 def test_notes(sweep, table, test):
-    notes = effects.notes(sweep=sweep, table=table, test=test)
+    notes = effects.own_notes(sweep=sweep, table=table, test=test)
     assert notes[0].startswith("Networks: do these networks, as trained, differ on other images?")
     assert stats.TEST_NAMES[test] in notes[0]
     assert "an image that several splits test is one cluster" in notes[0]
-    assert notes[1].startswith("Methods: whether networks trained anew would differ too is not known")
+    assert notes[1].startswith("Methods: whether newly trained networks would differ too is unknown")
     assert "over the 5 main effects and, apart from them, the 7 interactions" in " ".join(notes)
-    assert any(note.startswith("With 80 % power this design shows differences from ") for note in notes)
+    assert any(note.startswith("Power: with 80 % this design shows differences from ") for note in notes)
     assert "half the difference of the two simple effects" in notes[-2]
     assert notes[-1] == "Left out, not of the 12 cells: Student, Teacher, Teacher_WAug."
 
 
 def test_of_many_cells_that_are_not_there_the_first_are_named():
-    table = effects.effects(sweep_of(("Teacher", "Student", "L_MSE")))
+    table = effects.numbers(sweep_of(("Teacher", "Student", "L_MSE")))
     assert row(table, "H - L")["gap"] == "needs L_MSE_WAug, L_KLD, L_KLD_WAug and 4 more (not run)"

@@ -14,8 +14,9 @@ from matplotlib.text import Annotation, Text
 from test_tables import dice_all, dice_of, interval_of, sweep_of, with_dice, with_status
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import dsc, paper
+from kdsweep.results import paper
 from kdsweep.results.figures import curves, effects, pairs, style
+from kdsweep.results.tables import table4
 
 HEADINGS = ["Logits", "Hidden", "Hidden-Regressor"]
 LONG = "; ".join(f"failed: split {split} seed 0, {split} seed 1" for split in range(6))
@@ -282,7 +283,7 @@ def test_several_seeds_give_intervals_of_methods_too_thin_beside_those_of_the_ne
 
 def test_the_numbers_of_a_whole_sweep_reach_the_figure():
     sweep = sweep_of()
-    left = drawn(scores=dsc.table4(sweep)).axes[0]
+    left = drawn(scores=table4.numbers(sweep)).axes[0]
     mean = 100 * dice_all("H_KLD_WAug").mean()
     assert points(left, "weak")["H_KLD_WAug"] == pytest.approx(mean)
     assert points(left, "split 2")["H_KLD_WAug"] == pytest.approx(100 * dice_of("H_KLD_WAug", 2).mean())

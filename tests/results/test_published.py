@@ -9,8 +9,10 @@ import pytest
 from test_tables import dice_all, sweep_of, with_status
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import dsc, frame, published, tables
+from kdsweep.results import frame, published
 from kdsweep.results.figures import command as figures
+from kdsweep.results.tables import command as tables
+from kdsweep.results.tables import table4
 
 NAMES = ("Teacher", "Student", "L_MSE", "H_MSE")
 COMMAND = "python -m kdsweep -m path=none,L data.root=/home/someone/busi 'split.group=\"/tmp/a b/groups.csv\"'"
@@ -45,15 +47,15 @@ def part(sweep, keep, file):
 
 def test_the_tables_of_a_published_sweep_are_its_own(sweep, file):
     found = published.read([file])
-    pd.testing.assert_frame_equal(dsc.table4(found), dsc.table4(sweep))
-    ours = dsc.table4(found).set_index("notation").loc["L_MSE", "mean_dice_percent"]
+    pd.testing.assert_frame_equal(table4.numbers(found), table4.numbers(sweep))
+    ours = table4.numbers(found).set_index("notation").loc["L_MSE", "mean_dice_percent"]
     by_hand = [
         100 * sweep.scores.loc[sweep.scores["fingerprint"] == f"L_MSE-{k}-{s}", "dice"].mean()
         for k in range(3)
         for s in (0, 1)
     ]
     assert ours == pytest.approx(sum(by_hand) / 6, abs=1e-9)
-    assert len(dice_all("L_MSE")) == dsc.table4(found).set_index("notation").loc["L_MSE", "n_images"]
+    assert len(dice_all("L_MSE")) == table4.numbers(found).set_index("notation").loc["L_MSE", "n_images"]
 
 
 def test_no_folder_and_no_name_of_a_user_is_in_the_file(file):
@@ -80,11 +82,11 @@ def test_equal_sweeps_give_equal_files(sweep):
 def test_parts_from_several_machines_are_one_sweep(sweep, tmp_path):
     first = part(sweep, sweep.runs["seed"] == 0, tmp_path / "0.json.gz")
     rest = part(with_status(sweep, "L_MSE", 0, "FAILED"), sweep.runs["seed"] >= 0, tmp_path / "1.json.gz")
-    alone = dsc.table4(published.read([rest])).set_index("notation")
+    alone = table4.numbers(published.read([rest])).set_index("notation")
     assert alone.loc["L_MSE", "gap"] == "failed: split 0 seed 0"
     whole = published.read([rest, first])
     assert len(whole.runs) == len(sweep.runs)
-    pd.testing.assert_frame_equal(dsc.table4(whole), dsc.table4(sweep))
+    pd.testing.assert_frame_equal(table4.numbers(whole), table4.numbers(sweep))
 
 
 def test_files_of_two_sweeps_and_other_files_are_refused(sweep, file, tmp_path):
@@ -160,7 +162,7 @@ def test_the_seeds_that_are_done_can_be_seen_before_the_others(sweep, file, tmp_
     assert tables.main([*call, "--seeds", "1"]) == 0
     assert "seeds: 1 (1), " in capsys.readouterr().out
     found = pd.read_csv(tmp_path / "table4.csv")["mean_dice_percent"]
-    alone = dsc.table4(sweep_of(NAMES, seeds=(1,)))["mean_dice_percent"]
+    alone = table4.numbers(sweep_of(NAMES, seeds=(1,)))["mean_dice_percent"]
     pd.testing.assert_series_equal(found, alone)
     assert tables.main([*call, "--seeds", "1,5"]) == 1
     assert capsys.readouterr().err == "kdsweep: error: --seeds 5: not in sweep study; it has 0, 1\n"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kdsweep.results import costs, tables
+from kdsweep.evaluation import costs
+from kdsweep.results.tables import command as tables
 
 RESULTS = Path(__file__).parents[2] / "results"
 # Not made of scores alone: Table 5 and int8 are measured, tuning's tables need its trials.

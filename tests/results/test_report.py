@@ -1,5 +1,6 @@
 """The HTML page of a sweep: complete in itself, escaped, its numbers those of the tables, what is missing told."""
 
+import base64
 import itertools
 import re
 import shutil
@@ -16,11 +17,14 @@ from matplotlib.figure import Figure
 from test_tables import FakeSweep, fingerprint, rates, sweep_of, with_status
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import costs, effects, formats, report, stats, summary, tables
+from kdsweep.evaluation import costs
+from kdsweep.results import formats, report, stats, summary
 from kdsweep.results.figures import command as figures
 from kdsweep.results.figures import examples
 from kdsweep.results.frame import variants
 from kdsweep.results.stats import NAN
+from kdsweep.results.table import Column, Options, Table
+from kdsweep.results.tables import command as tables
 from kdsweep.tracking import mirror, reader
 
 DASH = formats.DASH
@@ -56,6 +60,8 @@ def stored(sweep, *, params=None, tags=None, **columns):
         started_ms=[1_000_000 if own else 0 for own in sweep.runs["params"]],
         ended_ms=[1_090_000 if own else 0 for own in sweep.runs["params"]],
         trivial_dice=0.1,
+        epochs=[3.0 if own else np.nan for own in sweep.runs["params"]],
+        best_epoch=[1.0 if own else np.nan for own in sweep.runs["params"]],
     )
     return Stored(sweep.name, runs.assign(**columns), sweep.scores, sweep.varied, sweep.commands)
 
@@ -93,6 +99,11 @@ class Page(HTMLParser):
     def all(self, tag, attribute=None):
         return [attrs if attribute is None else attrs.get(attribute) for name, attrs in self.elements if name == tag]
 
+    def images(self, kind):
+        """The content of the pictures of a kind, svg+xml or png."""
+        start = f"data:image/{kind};base64,"
+        return [base64.b64decode(source[len(start) :]) for source in self.all("img", "src") if source.startswith(start)]
+
     def fact(self, name):
         return re.search(rf"\n{re.escape(name)}\n(.*)\n", self.text)[1]
 
@@ -110,10 +121,10 @@ def outline(which, sweep, **_):
         yield f"{which}-{label}" if label else which, figure
 
 
-def small(which, **_):
+def small(which, *_):
     """In place of the real tables."""
     text = pd.DataFrame({"Effect": ["a"], "DSC %": ["1.00"]})
-    return tables.Made(which, text, text, ["a note"])
+    return Table(which, text, [Column(name, name) for name in text], notes=["a note"])
 
 
 def shown(sweep, *_, **__):
@@ -141,8 +152,7 @@ def call(monkeypatch, tmp_path):
 
     def run(sweep, *words, costs=False, draws=False, counts=False):
         if not (draws or counts or costs):
-            monkeypatch.setattr(tables, "made", small)
-            monkeypatch.setattr(effects, "sentences", lambda _: [])
+            monkeypatch.setattr(tables, "make", small)
         if not draws:
             monkeypatch.setattr(figures, "draw", outline)
         monkeypatch.setattr(reader, "read_sweep", lambda **_: sweep)
@@ -161,7 +171,9 @@ def check_document(page):
     """What holds for every page."""
     assert page.open == []
     assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in page.elements}
-    assert all(source.startswith("data:image/png;base64,") for source in page.all("img", "src"))
+    assert all(
+        source.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,")) for source in page.all("img", "src")
+    )
     assert all(attrs.get("alt") for attrs in page.all("img"))
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
     assert [name for name, count in Counter(ids).items() if count > 1] == []
@@ -190,8 +202,8 @@ def test_the_page_is_complete_in_itself(call, capsys):
     code, page, logged = call(stored(sweep_of(splits=(0, 1))), draws=True)
     assert code == 0
     check_document(page)
-    assert len(page.all("svg")) == 3
-    assert "HReg_KLD_WAug" in page.text.split("Each test image against Student")[1]  # text of the figures
+    assert len(page.images("svg+xml")) == 3
+    assert all(b"HReg_KLD_WAug" in picture for picture in page.images("svg+xml"))
     assert logged == [("report", "r.html")]
     done = capsys.readouterr()
     assert re.search(r"^wrote \S+r\.html \(\d\.\d MB\); logged$", done.out.splitlines()[-1])
@@ -205,13 +217,24 @@ def test_numbers_are_the_strings_of_the_tables(call):
     _, page, _ = call(sweep, "--test", "wilcoxon", counts=True)
     check_document(page)
     for which in ("table3", "table4", "effects", "strata", "external"):
-        made = tables.made(which, sweep=sweep, store=Path(), test="wilcoxon")
-        assert list(made.text) in page.rows
-        for row in made.text.to_numpy().tolist():
+        made = tables.make(which, sweep, Options(Path(), "wilcoxon"))
+        assert list(made.text()) in page.rows
+        for row in made.text().to_numpy().tolist():
             assert row in page.rows
         for note in made.notes:
             assert note.replace("`", "") in page.text
     assert "--test wilcoxon" in page.text
+
+
+def test_the_page_begins_with_the_answer(call):
+    _, page, _ = call(stored(sweep_of(splits=(0, 1))), counts=True)
+    headings = ["The answer", "Table 4.", "Which choice mattered", "Tables", "What was run", "Every cell"]
+    places = [page.text.rindex(f"\n{heading}") for heading in headings]
+    assert places == sorted(places)
+    answer = page.text[places[0] : places[1]]
+    for words in ("has the highest validation Dice: test DSC", "It differs from Student by", "Of 12 cells"):
+        assert words in answer
+    assert [attrs.get("class") for attrs in page.all("tr")].count("best") == 1
 
 
 def test_what_was_run_is_read_from_the_runs(call):
@@ -319,7 +342,6 @@ def test_methods_alone_have_no_factors(call):
     code, page, _ = call(stored(sweep, notation=names), draws=True)
     assert code == 0
     check_document(page)
-    assert "How the methods compare" in page.text
     assert "Which choice mattered" not in page.text
 
 
@@ -331,7 +353,7 @@ def test_what_cannot_be_made_leaves_the_rest(call, monkeypatch, capsys):
     code, page, _ = call(stored(sweep_of(("Teacher", "L_MSE"), splits=(0,))), "--with-images", draws=True)
     assert code == 0
     check_document(page)
-    assert len(page.all("svg")) == 2
+    assert len(page.images("svg+xml")) == 2
     assert "is not here: data.root=[path]: no <images> there." in page.text
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"kdsweep: figures: figure2 is not in the report: data.root={ROOT}: no <images> there"
@@ -364,16 +386,16 @@ def test_a_store_or_a_file_that_is_not_there_is_an_error(call, tmp_path, monkeyp
 def test_images_are_shown_only_where_they_may_be(call):
     real = stored(sweep_of(FEW, splits=(0,)))
     _, page, _ = call(real)
-    assert page.all("img") == []
+    assert page.images("png") == []
     assert "it shows images of the data set busi, which may be of patients" in page.text
     _, page, _ = call(real, "--with-images")
-    assert len(page.all("img")) == 1
+    assert len(page.images("png")) == 1
     assert "--with-images" in page.text
     phantoms = {"data.source._target_": report.PHANTOMS}
     _, page, _ = call(stored(sweep_of(FEW, splits=(0,)), params=phantoms, data="phantom"))
-    assert len(page.all("img")) == 1
+    assert len(page.images("png")) == 1
     _, page, _ = call(stored(sweep_of(FEW, splits=(0,)), data="phantom"))  # so named, but made of someone's files
-    assert page.all("img") == []
+    assert page.images("png") == []
 
 
 def test_names_and_settings_are_text(call):
@@ -382,7 +404,8 @@ def test_names_and_settings_are_text(call):
     check_document(page)
     assert f"Knowledge distillation sweep {name}" in page.text
     assert page.fact("Device").startswith("<img src=http://x>")
-    assert page.text.count("<script>alert") >= 4  # also in the figures
+    assert page.text.count("<script>alert") >= 2
+    assert all(b"<script" not in picture for picture in page.images("svg+xml"))
     assert """--sweep '<script>alert("x")</script> id="y" & `z`'""" in page.text
 
 
@@ -393,7 +416,7 @@ def test_folders_of_the_computer_are_not_named(call, tmp_path):
     weights = sweep.runs["weights"].mask(is_teacher, "/home/jane/weights/a.pt (SHA-256 0123456789)")
     sweep = replace(sweep, runs=sweep.runs.assign(weights=weights))
     _, page, _ = call(sweep)
-    everything = page.text + repr(page.elements)
+    everything = page.text + repr(page.elements) + str(page.images("svg+xml"))
     for private in ("jane", "clinic", str(tmp_path), str(Path.home()) + "/"):
         assert private not in everything
     assert page.fact("Teacher") == "large; weights: [path]a.pt (SHA-256 0123456789)"
@@ -425,9 +448,8 @@ def test_several_settings_are_told_apart(call):
     code, page, _ = call(sweep, counts=True)
     assert code == 0
     check_document(page)
-    assert len(page.all("svg")) == 6
-    labels = [attrs["aria-label"] for attrs in page.all("div") if attrs.get("role") == "img"]
-    assert sum(label.endswith(", train.lr=2") for label in labels) == 3
+    assert len(page.images("svg+xml")) == 6
+    assert sum(label.endswith(", train.lr=2") for label in page.all("img", "alt")) == 3
     assert page.fact("Settings") == "train.lr=1; train.lr=2"
     assert page.fact("Learning rate") == "Student 1, 2, Teacher 0.0002"
     assert Counter(row[1] for row in cells_of(page)) == {"train.lr=1": 3, "train.lr=2": 3, DASH: 1}
@@ -439,20 +461,6 @@ def test_the_page_has_the_commands_of_the_sweep_without_folders(call):
     assert code == 0
     assert "python -m kdsweep -m path=L 'data.root=[path]' student.weights=[path]small.pt" in page.text
     assert "jane" not in page.text
-
-
-def test_ids_of_figures_do_not_meet():
-    def drawn():
-        figure = Figure(figsize=(2, 2))
-        figure.subplots().plot([1, 2], [1, 2], marker="o", label="a")
-        figure.text(0, 0, 'id="figure_1" href="#a"')
-        return figure
-
-    one, two = (report.inline_svg(drawn(), prefix=name, hide=str) for name in ("one", "two-train.lr=1"))
-    ids = [set(re.findall(r'<[^>]*\sid="([^"]+)"', svg)) for svg in (one, two)]
-    assert ids[0].isdisjoint(ids[1])
-    assert len(ids[0]) == len(ids[1]) > 5
-    assert 'id="figure_1" href="#a"' in one  # the text
 
 
 def test_networks_are_measured_unless_told_not_to(call, monkeypatch, capsys):

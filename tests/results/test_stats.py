@@ -197,7 +197,7 @@ def test_a_mixed_model_finds_the_same_spread():
     rows = trainings(splits=1, seeds=8, images=60, run_sd=6, image_sd=15, noise_sd=10)
     variances = {"image": "0 + C(image)", "training": "0 + C(seed)"}
     fit = MixedLM.from_formula("points ~ 1", rows, groups=np.zeros(len(rows)), vc_formula=variances).fit()
-    assert stats.methods_spread(stats.components(rows)).error == pytest.approx(fit.bse_fe.iloc[0], rel=0.03)
+    assert stats.components(rows).spread().error == pytest.approx(fit.bse_fe.iloc[0], rel=0.03)
 
 
 def test_the_spread_between_trainings_is_in_the_p_of_methods_alone():
@@ -226,7 +226,7 @@ def test_nadeau_and_bengio_by_hand():
 def test_a_true_null_is_rejected_about_as_often_as_is_said(run_sd):
     """The table of docs/statistics.md has more trials; these bounds hold for a rate of 3 to 7 % in 400 of them."""
     trials = [trainings(run_sd=run_sd, image_sd=12, noise_sd=18, rng=seed) for seed in range(400)]
-    found = [stats.methods_spread(stats.components(rows)).p(stats.over_seeds(rows)["points"].mean()) for rows in trials]
+    found = [stats.components(rows).spread().p(stats.over_seeds(rows)["points"].mean()) for rows in trials]
     assert 0.01 <= np.mean(np.array(found) < 0.05) <= 0.10
 
 

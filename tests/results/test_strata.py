@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
-from test_tables import DASH, dice_all, sweep_of, with_status
+from test_tables import DASH, dice_all, shown, sweep_of, with_status, written
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import stats, strata, tables
+from kdsweep.results import stats
+from kdsweep.results.tables import command as tables
+from kdsweep.results.tables import strata
 
 NAMES = ("Teacher", "Student", "L_MSE", "H_MSE")
 
@@ -36,7 +38,7 @@ def test_members_of_each_stratum():
 
 
 def test_each_model_is_compared_with_student_on_the_images_of_the_stratum():
-    table = strata.strata(known(sweep_of(NAMES)))
+    table = strata.numbers(known(sweep_of(NAMES)))
     got = table[(table["stratum"] == "malignant")].set_index("notation")
     ours, student = (100 * dice_all(name)[1::2] for name in ("L_MSE", "Student"))
     assert got.loc["L_MSE", "mean_dice_percent"] == pytest.approx(ours.mean())
@@ -52,21 +54,21 @@ def test_each_model_is_compared_with_student_on_the_images_of_the_stratum():
 
 
 def test_a_missing_run_is_a_gap_in_every_stratum():
-    table = strata.strata(known(with_status(sweep_of(NAMES), "L_MSE", 1, "FAILED")))
+    table = strata.numbers(known(with_status(sweep_of(NAMES), "L_MSE", 1, "FAILED")))
     assert set(table.loc[table["notation"] == "L_MSE", "gap"]) == {"failed: split 1"}
-    text = strata.format_strata(table).set_index("Model").loc["L_MSE"]
+    text = shown(strata, table).set_index("Model").loc["L_MSE"]
     assert set(text["DSC %"]) == {f"{DASH} (failed: split 1)"}
 
 
 def test_scores_without_labels_and_areas_have_no_strata():
     sweep = sweep_of(NAMES)
     with pytest.raises(InputError, match="sweep study: its scores name neither labels nor the areas"):
-        strata.strata(replace(sweep, scores=sweep.scores.drop(columns="label")))
-    assert "strata" not in tables.suited(sweep, store=Path())
+        strata.numbers(replace(sweep, scores=sweep.scores.drop(columns="label")))
+    assert "strata" not in tables.applicable(sweep, store=Path())
 
 
 def test_the_table_of_strata_is_written(tmp_path):
-    tables.make(which="strata", sweep=known(sweep_of(NAMES)), store=tmp_path, out_dir=tmp_path, test="ttest")
+    written("strata", known(sweep_of(NAMES)), tmp_path)
     text = (tmp_path / "strata.md").read_text(encoding="utf-8")
     assert "| label malignant" in text
     assert "over the KD cells of each stratum" in text

@@ -1,6 +1,7 @@
 """Tables 3 and 4 from scores made here: every printed number is computed a second time, by hand or by SciPy."""
 
 import csv
+import re
 import sys
 import types
 import warnings
@@ -15,7 +16,13 @@ from scipy.stats import t as student_t
 
 from kdsweep.config import composition, decisions, identity
 from kdsweep.core.errors import InputError
-from kdsweep.results import dsc, effects, footnotes, paper, stats, tables
+from kdsweep.results import notes as footnotes
+from kdsweep.results import paper, stats
+from kdsweep.results.formats import number, or_gap, p
+from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table
+from kdsweep.results.tables import command as tables
+from kdsweep.results.tables import effects, table3
+from kdsweep.results.tables import table4 as four
 
 DASH = "\N{EN DASH}"
 REMEDY = "add sweep_name=NAME to the command whose results belong in one table; finished cells are not run again"
@@ -141,6 +148,16 @@ def changed(sweep, **columns):
     return replace(sweep, runs=sweep.runs.assign(**columns))
 
 
+def shown(module, frame):
+    """The strings of all columns of a table."""
+    return Table("", frame, module.columns(frame) if hasattr(module, "columns") else module.COLUMNS).text()
+
+
+def below(*, sweep, table):
+    """The notes on runs, gaps and the paper's numbers, as Tables 3 and 4 have them."""
+    return [*footnotes.provenance(sweep), *footnotes.gaps(table), footnotes.paper(sweep)]
+
+
 def row(table, notation):
     return table.set_index("notation").loc[notation]
 
@@ -152,7 +169,7 @@ def sweep():
 
 @pytest.fixture(scope="module")
 def table4(sweep):
-    return dsc.table4(sweep)
+    return four.numbers(sweep)
 
 
 # ---- the paper's numbers -------------------------------------------------------------------------------------------
@@ -183,7 +200,7 @@ def test_table4_rows_means_and_deviations(table4):
 
 
 def test_table4_shows_each_splits_mean_and_the_distance_to_the_paper(sweep, table4):
-    text = dsc.format_table4(table4).set_index("Model")
+    text = shown(four, table4).set_index("Model")
     for notation in ALL:
         means = [100 * np.mean(dice_of(notation, split, 0)) for split in range(3)]
         got = row(table4, notation)
@@ -193,7 +210,7 @@ def test_table4_shows_each_splits_mean_and_the_distance_to_the_paper(sweep, tabl
     assert row(table4, "L_MSE")["difference_to_paper_points"] == pytest.approx(distance)
     assert text.loc["L_MSE", "DSC points to paper"] == f"{distance:+.2f}"
     assert text.loc["Teacher_WAug", "DSC points to paper"] == DASH  # the paper does not tell of one
-    gap = dsc.format_table4(dsc.table4(with_status(sweep, "L_MSE", 1, "FAILED"))).set_index("Model")
+    gap = shown(four, four.numbers(with_status(sweep, "L_MSE", 1, "FAILED"))).set_index("Model")
     assert gap.loc["L_MSE", "DSC % of split 0, 1, 2"] == gap.loc["L_MSE", "DSC points to paper"] == DASH
 
 
@@ -202,25 +219,25 @@ def test_table4_tells_how_long_each_row_was_trained(sweep):
     is_student = sweep.runs["notation"] == "Student"
     epochs = np.where(is_student, 40.0 + sweep.runs["split"], 100.0)
     longer = changed(sweep, epochs=epochs, best_epoch=epochs - 31, params=params)
-    table = dsc.table4(with_status(longer, "L_MSE", 1, "FAILED"))
+    table = four.numbers(with_status(longer, "L_MSE", 1, "FAILED"))
     assert row(table, "Student")[["mean_epochs", "mean_best_epoch"]].tolist() == [41, 11]
-    text = dsc.format_table4(table).set_index("Model")["Best epoch"]
+    text = shown(four, table).set_index("Model")["Best epoch"]
     assert (text["Student"], text["H_KLD"], text["L_MSE"]) == ("11 of 41", "70 of 100", DASH)
     ended = "41 of 44 runs were ended by train.epochs, not by early stopping: they might have got better."
     failed = with_status(longer, "L_MSE", 1, "FAILED")
-    assert ended in footnotes.of_table4(sweep=failed, table=table, test="ttest")
+    assert ended in four.own_notes(sweep=failed, table=table, test="ttest")
     early = changed(longer, epochs=99.0)
-    assert not any("early stopping" in note for note in footnotes.of_table4(sweep=early, table=table, test="ttest"))
+    assert not any("early stopping" in note for note in four.own_notes(sweep=early, table=table, test="ttest"))
 
 
 def test_a_single_split_has_no_spread_and_no_column_for_it():
-    text = dsc.format_table4(dsc.table4(sweep_of(splits=(1,))))
+    text = shown(four, four.numbers(sweep_of(splits=(1,))))
     assert not any(column.startswith("DSC % of split") for column in text)
 
 
 @pytest.mark.parametrize(("test", "reference"), [("ttest", ttest_rel), ("wilcoxon", wilcoxon)])
 def test_table4_p_values_are_those_of_hand_aligned_arrays(sweep, test, reference):
-    table = dsc.table4(sweep, test=test)
+    table = four.numbers(sweep, test=test)
     for cell in paper.CELLS:
         teacher = "Teacher_WAug" if cell.endswith("_WAug") else "Teacher"
         got = row(table, cell)
@@ -240,7 +257,7 @@ def test_the_teacher_is_the_one_of_the_fingerprint_not_of_the_name(sweep):
     runs = sweep.runs.copy()
     crossed = runs["notation"] == "L_KLD_WAug"
     runs.loc[crossed, "teacher"] = [fingerprint("Teacher", split) for split in runs.loc[crossed, "split"]]
-    got = row(dsc.table4(replace(sweep, runs=runs)), "L_KLD_WAug")["teacher_p"]
+    got = row(four.numbers(replace(sweep, runs=runs)), "L_KLD_WAug")["teacher_p"]
     assert got == pytest.approx(ttest_rel(dice_all("L_KLD_WAug"), dice_all("Teacher")).pvalue)
     assert got != pytest.approx(ttest_rel(dice_all("L_KLD_WAug"), dice_all("Teacher_WAug")).pvalue)
 
@@ -265,18 +282,18 @@ def test_difference_to_student_and_its_interval(table4):
 
 
 def test_the_papers_figures_stand_beside(table4):
-    got = row(table4, "HReg_KLD_WAug")[dsc.PAPER_COLUMNS]
+    got = row(table4, "HReg_KLD_WAug")[paper.PAPER_COLUMNS]
     assert got.tolist() == [79.31, 19.33, 0.1247, 0.0068]
-    assert row(table4, "Teacher_WAug")[dsc.PAPER_COLUMNS].isna().all()
+    assert row(table4, "Teacher_WAug")[paper.PAPER_COLUMNS].isna().all()
 
 
 def test_order_of_the_records_changes_no_digit(sweep, table4):
     shuffled = replace(
         sweep, runs=sweep.runs.sample(frac=1, random_state=1), scores=sweep.scores.sample(frac=1, random_state=2)
     )
-    pd.testing.assert_frame_equal(dsc.table4(shuffled), table4, check_exact=True)
-    pd.testing.assert_frame_equal(dsc.table3(shuffled), dsc.table3(sweep), check_exact=True)
-    assert footnotes.of_scores(sweep=shuffled, table=table4) == footnotes.of_scores(sweep=sweep, table=table4)
+    pd.testing.assert_frame_equal(four.numbers(shuffled), table4, check_exact=True)
+    pd.testing.assert_frame_equal(table3.numbers(shuffled), table3.numbers(sweep), check_exact=True)
+    assert below(sweep=shuffled, table=table4) == below(sweep=sweep, table=table4)
 
 
 def test_same_image_in_two_splits_and_seeds_is_paired_within_each():
@@ -286,12 +303,12 @@ def test_same_image_in_two_splits_and_seeds_is_paired_within_each():
     places = [(split, seed) for split in (0, 1) for seed in (0, 7)]
     ours, student = (np.array([dice_of(name, *place) for place in places]) for name in ("L_MSE", "Student"))
     of_splits = (ours - student).reshape(2, 2, IMAGES).mean(axis=1)  # seeds averaged within split and image
-    got = row(dsc.table4(sweep), "L_MSE")
+    got = row(four.numbers(sweep), "L_MSE")
     assert got["student_difference_points"] == pytest.approx(100 * of_splits.mean())
     # As many rows per image: clusters are its means over the splits.
     assert got["student_p"] == pytest.approx(ttest_1samp(of_splits.mean(axis=0), 0).pvalue)
     assert got["n_images"] == 12
-    assert "48 over all of them, 12 different" in footnotes.of_scores(sweep=sweep, table=dsc.table4(sweep))[0]
+    assert "48 over all of them, 12 different" in below(sweep=sweep, table=four.numbers(sweep))[0]
 
 
 def test_different_images_are_refused(sweep):
@@ -299,10 +316,10 @@ def test_different_images_are_refused(sweep):
     with pytest.raises(
         InputError, match=r"H_MSE and Teacher were scored on different images.*split1 image12 of split 1"
     ):
-        dsc.table4(one_more)
+        four.numbers(one_more)
     one_less = with_dice(sweep, "Student", 2, [0.5] * (IMAGES - 1))
     with pytest.raises(InputError, match=r"and Student were scored on different images: 1 without"):
-        dsc.table4(one_less)
+        four.numbers(one_less)
 
 
 def test_equal_to_student_is_p_one_and_no_difference(sweep):
@@ -310,7 +327,7 @@ def test_equal_to_student_is_p_one_and_no_difference(sweep):
         sweep = with_dice(sweep, "H_KLD", split, dice_of("Student", split))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = row(dsc.table4(sweep), "H_KLD")
+        got = row(four.numbers(sweep), "H_KLD")
     assert got["student_p"] == 1.0
     assert (got["student_low_points"], got["student_high_points"]) == (0.0, 0.0)
 
@@ -319,7 +336,7 @@ def test_a_single_image_has_a_mean_and_nothing_else():
     sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,))
     for notation in ("Student", "Teacher", "L_MSE"):
         sweep = with_dice(sweep, notation, 0, [0.5])
-    text = dsc.format_table4(dsc.table4(sweep)).set_index("Model").loc["L_MSE"]
+    text = shown(four, four.numbers(sweep)).set_index("Model").loc["L_MSE"]
     assert text["DSC %"] == f"50.00 ± {DASH}"
     assert (
         text[["Teacher, networks: p", "networks: p", "networks: p (Holm)", "networks: 95 % interval"]] == DASH
@@ -333,7 +350,7 @@ def test_a_teacher_with_a_seed_of_its_own_serves_every_seed_of_the_cells():
     cells = runs["role"] == "distilled"
     runs.loc[cells, "teacher"] = [fingerprint("Teacher", split) for split in runs.loc[cells, "split"]]
     scores = pd.concat([sweep.scores, *(score_rows("Teacher", split) for split in (0, 1))], ignore_index=True)
-    table = dsc.table4(replace(sweep, runs=runs, scores=scores))
+    table = four.numbers(replace(sweep, runs=runs, scores=scores))
     ours, student = (
         np.concatenate([(dice_of(name, split, 3) + dice_of(name, split, 7)) / 2 for split in (0, 1)])
         for name in ("L_MSE", "Student")
@@ -355,21 +372,21 @@ def test_a_teacher_with_a_seed_of_its_own_serves_every_seed_of_the_cells():
 )
 def test_an_unfinished_split_is_a_gap_in_both_tables(sweep, status, word):
     partial = with_status(sweep, "H_KLD_WAug", 1, status)
-    three, four = dsc.table3(partial), dsc.table4(partial)
-    for table in (three, four):
+    first, second = table3.numbers(partial), four.numbers(partial)
+    for table in (first, second):
         assert row(table, "H_KLD_WAug")["gap"] == f"{word}: split 1"
         assert np.isnan(row(table, "H_KLD_WAug")["mean_dice_percent"])
         assert (table["gap"] != "").sum() == 1
-    numbers = row(four, "H_KLD_WAug").drop(["gap", "margin_points", *dsc.PAPER_COLUMNS])
+    numbers = row(second, "H_KLD_WAug").drop(["gap", "margin_points", *paper.PAPER_COLUMNS])
     assert numbers.isna().all()
-    text = dsc.format_table3(three).set_index("Notation").loc["H_KLD_WAug"]
+    text = shown(table3, first).set_index("Notation").loc["H_KLD_WAug"]
     assert text["DSC % (ours)"] == f"{DASH} ({word}: split 1)"
     assert text["DSC % (paper)"] == "78.50"
-    assert any(f"H_KLD_WAug ({word}: split 1)" in note for note in footnotes.of_scores(sweep=partial, table=four))
+    assert any(f"H_KLD_WAug ({word}: split 1)" in note for note in below(sweep=partial, table=second))
 
 
 def test_the_holm_family_shrinks_with_a_gap(sweep):
-    table = dsc.table4(with_status(sweep, "H_KLD_WAug", 1, "FAILED")).set_index("notation").loc[list(paper.CELLS)]
+    table = four.numbers(with_status(sweep, "H_KLD_WAug", 1, "FAILED")).set_index("notation").loc[list(paper.CELLS)]
     smallest = table["student_p"].idxmin()
     assert table["student_p"].notna().sum() == 11
     assert table.loc[smallest, "student_p_holm"] == pytest.approx(11 * table.loc[smallest, "student_p"])
@@ -377,27 +394,27 @@ def test_the_holm_family_shrinks_with_a_gap(sweep):
 
 def test_several_reasons_are_all_named(sweep):
     partial = with_status(with_status(sweep, "L_MSE", 1, "missing"), "L_MSE", 2, "missing")
-    assert row(dsc.table3(partial), "L_MSE")["gap"] == "missing: split 1, 2"
+    assert row(table3.numbers(partial), "L_MSE")["gap"] == "missing: split 1, 2"
     partial = with_status(partial, "L_MSE", 0, "FAILED")
-    assert row(dsc.table3(partial), "L_MSE")["gap"] == "failed: split 0; missing: split 1, 2"
+    assert row(table3.numbers(partial), "L_MSE")["gap"] == "failed: split 0; missing: split 1, 2"
 
 
 def test_asked_for_on_fewer_splits_than_another_is_a_gap(sweep):
     for split in (1, 2):
         sweep = without(sweep, "L_KLD", split=split)
-    for table in (dsc.table3(sweep), dsc.table4(sweep)):
+    for table in (table3.numbers(sweep), four.numbers(sweep)):
         assert row(table, "L_KLD")["gap"] == "not asked: split 1, 2"
         assert np.isnan(row(table, "L_KLD")["mean_dice_percent"])
 
 
 def test_never_asked_for_is_not_run(sweep):
-    table = dsc.table3(without(sweep, "HReg_MSE"))
+    table = table3.numbers(without(sweep, "HReg_MSE"))
     assert row(table, "HReg_MSE")["gap"] == "not run"
     assert len(table) == 12
 
 
 def test_one_split_only_is_whole_when_nothing_else_was_asked():
-    table = dsc.table3(sweep_of(splits=(2,)))
+    table = table3.numbers(sweep_of(splits=(2,)))
     assert (table["gap"] == "").all()
     assert row(table, "L_MSE")["mean_dice_percent"] == pytest.approx(100 * dice_of("L_MSE", 2).mean())
 
@@ -405,20 +422,20 @@ def test_one_split_only_is_whole_when_nothing_else_was_asked():
 def test_seeds_count_as_asked_too():
     sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,), seeds=(0, 7))
     fewer = replace(sweep, runs=sweep.runs[sweep.runs["fingerprint"] != fingerprint("L_MSE", 0, 7)])
-    assert row(dsc.table3(fewer), "L_MSE")["gap"] == "not asked: split 0 seed 7"
+    assert row(table3.numbers(fewer), "L_MSE")["gap"] == "not asked: split 0 seed 7"
 
 
 def test_a_teacher_that_no_run_has_needed_yet_is_not_trained():
     """Cells ask for their Teachers, and of those that have not begun nobody knows which that will be."""
     sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,))
     later = pd.DataFrame([run_row("L_MSE", 1, status="missing", teacher="", params={})])
-    gap = row(dsc.table4(replace(sweep, runs=pd.concat([sweep.runs, later]))), "Teacher")["gap"]
+    gap = row(four.numbers(replace(sweep, runs=pd.concat([sweep.runs, later]))), "Teacher")["gap"]
     assert gap == "not trained: split 1"
 
 
 def test_finished_without_scores_is_a_gap(sweep):
     partial = replace(sweep, scores=sweep.scores[sweep.scores["fingerprint"] != fingerprint("L_MSE", 0)])
-    assert row(dsc.table3(partial), "L_MSE")["gap"] == "no scores: split 0"
+    assert row(table3.numbers(partial), "L_MSE")["gap"] == "no scores: split 0"
 
 
 def test_nothing_finished_is_all_gaps(sweep):
@@ -426,26 +443,26 @@ def test_nothing_finished_is_all_gaps(sweep):
         status="missing", profile="", data="", weights="", device="", teacher=""
     )
     empty = replace(sweep, runs=runs, scores=sweep.scores.iloc[:0].astype(object))
-    table = dsc.table4(empty)
+    table = four.numbers(empty)
     assert set(table["gap"].iloc[2:]) == {"missing: split 0, 1, 2"}
     assert set(table["gap"].iloc[:2]) == {"not run"}
-    text = dsc.format_table4(table)
+    text = shown(four, table)
     assert set(text["networks: p"]) == set(text["n images"]) == {DASH}
-    assert footnotes.of_scores(sweep=empty, table=table)
+    assert below(sweep=empty, table=table)
 
 
 def test_without_student_its_columns_are_gaps_and_a_note_names_the_command(sweep):
     partial = with_status(sweep, "Student", 2, "FAILED")
-    table = dsc.table4(partial)
+    table = four.numbers(partial)
     assert table[["student_p", "student_p_holm", "student_low_points"]].isna().all(axis=None)
     assert np.isnan(row(table, "Student")["teacher_p"])
     assert row(table, "L_MSE")["teacher_p"] == pytest.approx(ttest_rel(dice_all("L_MSE"), dice_all("Teacher")).pvalue)
-    notes = footnotes.of_table4(sweep=partial, table=table, test="ttest")
-    assert notes[-1].endswith("before its baseline is finished: the command of the sweep goes on with it.")
+    notes = four.own_notes(sweep=partial, table=table, test="ttest")
+    assert notes[-1].endswith("before its baseline is finished: the command of the sweep resumes it.")
     never = without(sweep, "Student")
-    notes = footnotes.of_table4(sweep=never, table=dsc.table4(never), test="ttest")
+    notes = four.own_notes(sweep=never, table=four.numbers(never), test="ttest")
     assert notes[-1].endswith("run it with `python -m kdsweep -m path=none sweep_name=study`.")
-    whole = footnotes.of_table4(sweep=sweep, table=dsc.table4(sweep), test="ttest")
+    whole = four.own_notes(sweep=sweep, table=four.numbers(sweep), test="ttest")
     assert not any("path=none" in note for note in whole)
 
 
@@ -454,12 +471,12 @@ def test_the_command_for_student_is_that_of_the_sweep_with_another_path(sweep):
     typed = replace(
         sweep, commands=("python -m kdsweep path=L", f"python -m kdsweep path=L,H {words} sweep_name=study")
     )
-    assert footnotes.student_command(typed) == f"python -m kdsweep {words} path=none sweep_name=study"
-    assert footnotes.student_command(sweep) == "python -m kdsweep -m path=none sweep_name=study"
+    assert four.student_command(typed) == f"python -m kdsweep {words} path=none sweep_name=study"
+    assert four.student_command(sweep) == "python -m kdsweep -m path=none sweep_name=study"
 
 
 def test_without_its_own_teacher_only_that_column_is_a_gap(sweep):
-    table = dsc.table4(with_status(sweep, "Teacher_WAug", 1, "FAILED"))
+    table = four.numbers(with_status(sweep, "Teacher_WAug", 1, "FAILED"))
     for cell in paper.CELLS:
         assert np.isnan(row(table, cell)["teacher_p"]) == cell.endswith("_WAug")
         assert not np.isnan(row(table, cell)["student_p"])
@@ -467,7 +484,7 @@ def test_without_its_own_teacher_only_that_column_is_a_gap(sweep):
 
 def test_scores_of_a_failed_teacher_are_not_used(sweep):
     failed = replace(with_status(sweep, "Teacher", 1, "FAILED"), scores=sweep.scores)
-    assert np.isnan(row(dsc.table4(failed), "L_MSE")["teacher_p"])
+    assert np.isnan(row(four.numbers(failed), "L_MSE")["teacher_p"])
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -477,7 +494,7 @@ def test_scores_of_a_failed_teacher_are_not_used(sweep):
     ("key", "value", "both"),
     [("profile", "quick", "profile=paper and profile=quick"), ("data", "phantom", "data=busi and data=phantom")],
 )
-@pytest.mark.parametrize("make", [dsc.table3, dsc.table4])
+@pytest.mark.parametrize("make", [table3.numbers, four.numbers])
 def test_mixing_is_refused(sweep, make, key, value, both):
     runs = sweep.runs.copy()
     runs.loc[runs["notation"] == "L_MSE", key] = value
@@ -496,7 +513,7 @@ def runs_of(sweep, notation, splits=(0, 1, 2)):
     return (sweep.runs["notation"] == notation) & sweep.runs["split"].isin(splits)
 
 
-@pytest.mark.parametrize("make", [dsc.table3, dsc.table4])
+@pytest.mark.parametrize("make", [table3.numbers, four.numbers])
 def test_a_student_of_other_epochs_is_refused(sweep, make):
     """The second command changed train.epochs, and both landed in DATA-PROFILE."""
     student = sweep.runs["role"] == "baseline"
@@ -512,7 +529,7 @@ def test_one_cell_of_other_options_is_refused_and_three_keys_are_named(sweep):
     options = {"views.shift": "0.1", "train.lr": "0.5", "precision": "bf16", "image_size": "64"}
     mixed = with_params(sweep, runs_of(sweep, "H_MSE", [2]), options)
     with pytest.raises(InputError) as caught:
-        dsc.table4(mixed)
+        four.numbers(mixed)
     message = str(caught.value)
     keys = {"image_size": ("unset", "64"), "precision": ("unset", "bf16"), "train.lr": ("0.0001", "0.5")}
     shown = [f"{key}={one} (HReg_KLD split 0) and {key}={other} (H_MSE split 2)" for key, (one, other) in keys.items()]
@@ -529,42 +546,42 @@ def test_one_cell_of_other_options_is_refused_and_three_keys_are_named(sweep):
 )
 def test_what_determines_no_result_and_the_factors_may_differ(sweep, table4, key):
     mixed = with_params(with_params(sweep, runs_of(sweep, "Student"), {key: "a"}), runs_of(sweep, "H_MSE"), {key: "b"})
-    pd.testing.assert_frame_equal(dsc.table4(mixed), table4)
+    pd.testing.assert_frame_equal(four.numbers(mixed), table4)
 
 
 @pytest.mark.parametrize("key", ["data.roots", "path_length", "train.workers_seed", "weights_decay", "teacher_seed"])
 def test_a_key_that_only_begins_like_those_may_not(sweep, key):
     with pytest.raises(InputError, match=f"mixes {key}=unset .* and {key}=1|mixes {key}=1 .* and {key}=unset"):
-        dsc.table3(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "1"}))
+        table3.numbers(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "1"}))
 
 
 @pytest.mark.parametrize("key", ["teacher.monitor", "teacher.epochs", "kd.lambda"])
 def test_a_key_that_older_runs_have_not_had_its_default_there(sweep, table4, key):
     default = identity.params(composition.compose(["profile=quick"]))
     newer = with_params(sweep, runs_of(sweep, "H_MSE"), {key: str(default[key])})
-    pd.testing.assert_frame_equal(dsc.table4(newer), table4)
+    pd.testing.assert_frame_equal(four.numbers(newer), table4)
     with pytest.raises(InputError, match=f"mixes {key}="):
-        dsc.table4(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "another"}))
+        four.numbers(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "another"}))
 
 
 def test_a_teacher_option_concerns_the_cells_only(sweep, table4):
     options = {"teacher.encoder": "resnet18", "kd.weight": "0.9"}
     for role in ("baseline", "teacher"):
         other = with_params(sweep, sweep.runs["role"] == role, options)
-        pd.testing.assert_frame_equal(dsc.table4(other), table4)
+        pd.testing.assert_frame_equal(four.numbers(other), table4)
     cells = with_params(sweep, sweep.runs["role"] == "distilled", options)
-    pd.testing.assert_frame_equal(dsc.table4(cells), table4)
+    pd.testing.assert_frame_equal(four.numbers(cells), table4)
     for key, one, other in (("teacher.encoder", "resnet18", "resnet34"), ("kd.weight", "0.9", "0.1")):
         mixed = with_params(cells, runs_of(cells, "HReg_KLD", [0]), {key: other})
         with pytest.raises(InputError) as caught:
-            dsc.table4(mixed)
+            four.numbers(mixed)
         both = f"{key}={other} (HReg_KLD split 0) and {key}={one} (HReg_KLD split 1)"
         assert str(caught.value) == f"sweep study mixes {both}: {REMEDY}"
 
 
 def test_a_run_that_never_started_has_no_options_to_mix(sweep):
     partial = with_params(sweep, sweep.runs["status"] == "FINISHED", {"train.epochs": "12"})
-    assert row(dsc.table3(with_status(partial, "L_MSE", 1, "missing")), "L_MSE")["gap"] == "missing: split 1"
+    assert row(table3.numbers(with_status(partial, "L_MSE", 1, "missing")), "L_MSE")["gap"] == "missing: split 1"
 
 
 def test_the_configurations_of_table4_do_not_mix(sweep, table4):
@@ -582,7 +599,7 @@ def test_the_configurations_of_table4_do_not_mix(sweep, table4):
     real = [params(name, split) for name, split in zip(runs["notation"], runs["split"], strict=True)]
     teachers = sweep.runs[sweep.runs["role"] == "teacher"].assign(params=[real[0]] * 6)
     runs = pd.concat([runs.assign(params=real), teachers])
-    pd.testing.assert_frame_equal(dsc.table4(replace(sweep, runs=runs)), table4)
+    pd.testing.assert_frame_equal(four.numbers(replace(sweep, runs=runs)), table4)
     student = {split: params("Student", split, "train.epochs=2", "teacher=resnet34") for split in (0, 1, 2)}
     is_student = runs["role"] == "baseline"
     other = [
@@ -590,7 +607,7 @@ def test_the_configurations_of_table4_do_not_mix(sweep, table4):
         for chosen, split, old in zip(is_student, runs["split"], runs["params"], strict=True)
     ]
     with pytest.raises(InputError) as caught:
-        dsc.table4(replace(sweep, runs=runs.assign(params=other)))
+        four.numbers(replace(sweep, runs=runs.assign(params=other)))
     both = "train.epochs=12 (HReg_KLD split 0) and train.epochs=2 (Student split 0)"
     assert str(caught.value) == f"sweep study mixes {both}: {REMEDY}"
 
@@ -604,7 +621,7 @@ def rival(sweep, status):
     return replace(sweep, runs=runs, scores=pd.concat([sweep.scores, scores]) if status == "FINISHED" else sweep.scores)
 
 
-@pytest.mark.parametrize("make", [dsc.table3, dsc.table4])
+@pytest.mark.parametrize("make", [table3.numbers, four.numbers])
 def test_two_different_results_of_one_cell_are_refused(sweep, make):
     with pytest.raises(InputError) as caught:
         make(rival(sweep, "FINISHED"))
@@ -616,7 +633,7 @@ def test_two_different_results_of_one_cell_are_refused(sweep, make):
     assert message.endswith(f"): {REMEDY}")
 
 
-@pytest.mark.parametrize("make", [dsc.table3, dsc.table4, effects.effects])
+@pytest.mark.parametrize("make", [table3.numbers, four.numbers, effects.numbers])
 def test_different_images_under_one_name_are_refused(sweep, make):
     """Student on one site, a cell on another: equal ids, other images."""
     other = sweep.runs["notation"] == "L_KLD"
@@ -635,12 +652,12 @@ def test_different_images_under_one_name_are_refused(sweep, make):
 
 def test_two_states_of_a_users_code_are_refused_within_a_cell_and_not_between_cells(sweep):
     own = sweep.runs["notation"] == "L_KLD"
-    dsc.table4(changed(sweep, user_code=np.where(own, "c" * 64, "")))
+    four.numbers(changed(sweep, user_code=np.where(own, "c" * 64, "")))
     first = own & (sweep.runs["split"] == 0)
     with pytest.raises(
         InputError, match=r"mixes two states of your own code in L_KLD: digests cccccccc .L_KLD split 0. and dddddddd"
     ):
-        dsc.table4(changed(sweep, user_code=np.where(first, "c" * 64, np.where(own, "d" * 64, ""))))
+        four.numbers(changed(sweep, user_code=np.where(first, "c" * 64, np.where(own, "d" * 64, ""))))
 
 
 def test_two_teachers_of_one_place_are_refused(sweep):
@@ -651,11 +668,11 @@ def test_two_teachers_of_one_place_are_refused(sweep):
     params = {"train.lr": "0.01", "split": "0", "path.name": "L", "loss.name": "mse", "kd.weight": "0.9", "store": "b"}
     runs = pd.concat([runs, pd.DataFrame([run_row("Teacher", 0, fingerprint="zz", params=params)])], ignore_index=True)
     with pytest.raises(InputError, match=r"runs of Teacher split 0 seed 0 \(equal options, so the code"):
-        dsc.table4(replace(sweep, runs=runs))
+        four.numbers(replace(sweep, runs=runs))
 
 
 def test_a_second_unfinished_run_of_a_cell_is_a_gap(sweep):
-    assert row(dsc.table3(rival(sweep, "FAILED")), "L_KLD")["gap"] == "failed: split 1"
+    assert row(table3.numbers(rival(sweep, "FAILED")), "L_KLD")["gap"] == "failed: split 1"
 
 
 @pytest.mark.parametrize("dice", [[0.5] * (IMAGES - 1) + [np.nan], None])
@@ -663,19 +680,19 @@ def test_a_score_that_is_no_number_or_comes_twice_is_refused(sweep, dice):
     double = replace(sweep, scores=pd.concat([sweep.scores, score_rows("H_MSE", 0)]))
     broken = double if dice is None else with_dice(sweep, "H_MSE", 0, dice)
     with pytest.raises(InputError, match="H_MSE split 0"):
-        dsc.table3(broken)
+        table3.numbers(broken)
 
 
 def test_an_empty_sweep_is_refused(sweep):
     with pytest.raises(InputError, match="sweep study has no runs"):
-        dsc.table3(replace(sweep, runs=sweep.runs.iloc[:0]))
+        table3.numbers(replace(sweep, runs=sweep.runs.iloc[:0]))
 
 
 # ---- Table 3, a user's own cells, text -----------------------------------------------------------------------------
 
 
 def test_table3_factors_and_means(sweep):
-    table = dsc.table3(sweep)
+    table = table3.numbers(sweep)
     assert table["notation"].tolist() == list(paper.CELLS)
     assert table["representation"].tolist() == ["Logits"] * 4 + ["Hidden"] * 4 + ["Hidden-Regressor"] * 4
     assert table["loss"].tolist() == (["mean squared error"] * 2 + ["Kullback-Leibler divergence"] * 2) * 3
@@ -688,11 +705,11 @@ def test_a_cell_of_ones_own_loss_comes_after_the_papers(sweep):
     own = [run_row("L_MSE", split, notation="L_COS_WAug", fingerprint=f"own{split}") for split in (0, 1, 2)]
     scores = [score_rows("L_MSE", split).assign(fingerprint=f"own{split}") for split in (0, 1, 2)]
     sweep = replace(sweep, runs=pd.concat([sweep.runs, pd.DataFrame(own)]), scores=pd.concat([sweep.scores, *scores]))
-    last = dsc.table3(sweep).iloc[-1]
+    last = table3.numbers(sweep).iloc[-1]
     assert last[["representation", "loss", "teacher_augmentation"]].tolist() == ["Logits", "COS", "weak"]
     assert last["mean_dice_percent"] == pytest.approx(100 * dice_all("L_MSE").mean())
     assert np.isnan(last["paper_mean_dice_percent"])
-    cells = dsc.table4(sweep).iloc[3:]
+    cells = four.numbers(sweep).iloc[3:]
     assert len(cells) == 13
     assert cells["student_p_holm"].min() == pytest.approx(13 * cells["student_p"].min())
 
@@ -704,16 +721,16 @@ def test_methods_alone_leave_the_papers_cells_out_and_beside_one_of_them_all_are
             sweep, runs=sweep.runs.replace({"notation": {"H_KLD_WAug": "AT_WAug", "L_KLD_WAug": "CWD_WAug"}})
         )
 
-    alone = dsc.table4(made())
+    alone = four.numbers(made())
     assert alone["notation"].tolist() == [*paper.BASELINES, "AT_WAug", "CWD_WAug"]
     assert (alone["gap"] == "").all()
-    assert dsc.table4(made("L_MSE"))["notation"].tolist() == [
+    assert four.numbers(made("L_MSE"))["notation"].tolist() == [
         *paper.BASELINES,
         *paper.CELLS,
         "AT_WAug",
         "CWD_WAug",
     ]
-    text = dsc.format_table3(dsc.table3(made()))
+    text = shown(table3, table3.numbers(made()))
     assert text["KD representation"].tolist() == ["AT", "CWD"]
     assert text["KD loss"].tolist() == [DASH] * 2
 
@@ -722,7 +739,7 @@ def test_the_printed_numbers():
     sweep = sweep_of(("Student", "Teacher", "L_MSE"), splits=(0,))
     for notation, dice in {"Student": [0.1, 0.2, 0.3], "Teacher": [0.8, 0.9, 1.0], "L_MSE": [0.6, 0.8, 1.0]}.items():
         sweep = with_dice(sweep, notation, 0, dice)
-    text = dsc.format_table4(dsc.table4(sweep)).set_index("Model")
+    text = shown(four, four.numbers(sweep)).set_index("Model")
     assert text.loc["Teacher", "DSC %"] == "90.00 ± 10.00"
     assert text.loc["L_MSE", "DSC %"] == "80.00 ± 20.00"
     # differences to Student 0.5, 0.6, 0.7: t = 0.6 sqrt(3) / 0.1 with 2 degrees of freedom, p = 1 - sqrt(108 / 110)
@@ -743,7 +760,7 @@ def test_non_inferiority_to_its_own_teacher(sweep):
         noise = 0.004 * np.sin(np.arange(IMAGES) + split)
         sweep = with_dice(sweep, "H_MSE", split, dice_of("Teacher", split) - 0.01 + noise)
         sweep = with_dice(sweep, "HReg_MSE", split, dice_of("Teacher", split) - 0.04 + noise)
-    table = dsc.table4(sweep)
+    table = four.numbers(sweep)
     assert (row(table, "H_MSE")["teacher_verdict"], row(table, "HReg_MSE")["teacher_verdict"]) == (
         "non-inferior",
         "inferior",
@@ -751,8 +768,8 @@ def test_non_inferiority_to_its_own_teacher(sweep):
     family = table.loc[table["notation"].isin(paper.CELLS), "teacher_p_non_inferior"]
     adjusted = table.loc[table["notation"].isin(paper.CELLS), "teacher_p_non_inferior_holm"]
     assert adjusted.tolist() == pytest.approx(stats.holm(family).tolist())
-    assert row(dsc.table4(sweep, margin_points=5.0), "HReg_MSE")["teacher_verdict"] == "non-inferior"
-    wide = dsc.table4(with_dice(sweep, "H_MSE", 0, dice_of("Teacher", 0) + np.linspace(-0.4, 0.4, IMAGES)))
+    assert row(four.numbers(sweep, margin_points=5.0), "HReg_MSE")["teacher_verdict"] == "non-inferior"
+    wide = four.numbers(with_dice(sweep, "H_MSE", 0, dice_of("Teacher", 0) + np.linspace(-0.4, 0.4, IMAGES)))
     assert row(wide, "H_MSE")["teacher_verdict"] == "open"
     assert row(table, "Teacher")["teacher_verdict"] is None
 
@@ -761,32 +778,32 @@ def test_the_margin_is_the_sweeps_own_unless_the_table_is_given_one(sweep):
     margins = ["1.5", "3.5", *["2.5"] * (len(sweep.runs) - 2)]  # that of the run begun last counts
     params = [own | {"stats.margin_points": each} for own, each in zip(sweep.runs["params"], margins, strict=True)]
     asked = changed(sweep, params=params, started_ms=[5, 9, *[7] * (len(sweep.runs) - 2)])
-    table = dsc.table4(asked)
+    table = four.numbers(asked)
     assert set(table["margin_points"]) == {3.5}
-    assert "at most 3.5 points worse than Teacher" in dsc.format_table4(table)
-    given = dsc.table4(asked, margin_points=1.0)
-    notes = " ".join(footnotes.of_table4(sweep=asked, table=given, test="ttest"))
+    assert "at most 3.5 points worse than Teacher" in shown(four, table)
+    given = four.numbers(asked, margin_points=1.0)
+    notes = " ".join(four.own_notes(sweep=asked, table=given, test="ttest"))
     assert "at most 1 points worse than its Teacher, chosen for this table" in notes
-    assert "chosen for this table" not in " ".join(footnotes.of_table4(sweep=asked, table=table, test="ttest"))
+    assert "chosen for this table" not in " ".join(four.own_notes(sweep=asked, table=table, test="ttest"))
 
 
 def test_several_seeds_answer_on_the_methods_too():
-    table = dsc.table4(sweep_of(("Student", "Teacher", "L_MSE"), seeds=(0, 1, 2)))
-    text = dsc.format_table4(table).set_index("Model").loc["L_MSE"]
+    table = four.numbers(sweep_of(("Student", "Teacher", "L_MSE"), seeds=(0, 1, 2)))
+    text = shown(four, table).set_index("Model").loc["L_MSE"]
     for heading in ("methods: p", "methods: p (Holm)", "methods: p (Nadeau-Bengio)", "methods: 95 % interval"):
         assert text[heading] != DASH
     assert "Teacher, methods: p" in text
-    one = dsc.format_table4(dsc.table4(sweep_of(("Student", "Teacher", "L_MSE"))))
+    one = shown(four, four.numbers(sweep_of(("Student", "Teacher", "L_MSE"))))
     assert [name for name in one if "methods: p" in name and "Nadeau" not in name] == []
 
 
 def test_a_tiny_p_is_not_printed_as_zero(table4):
-    text = dsc.format_table4(table4.assign(student_p=1e-7))
+    text = shown(four, table4.assign(student_p=1e-7))
     assert set(text["networks: p"]) == {"<0.0001"}
 
 
 def test_footnotes_say_what_made_the_numbers(sweep, table4):
-    notes = footnotes.of_scores(sweep=sweep, table=table4)
+    notes = below(sweep=sweep, table=table4)
     assert notes[0] == (
         "profile paper, data busi, weights imagenet, device cuda; splits: 3, seeds: 1 (0), "
         "test images: 36 over all of them, 36 different."
@@ -795,19 +812,17 @@ def test_footnotes_say_what_made_the_numbers(sweep, table4):
     for teachers, words in (("tf32", ", precision tf32; "), ("bf16", ", precision tf32 (Teacher's forward bf16); ")):
         own = computed | {"kd.teacher_precision": teachers}
         params = [params | own for params in sweep.runs["params"]]
-        (first, *_) = footnotes.of_scores(sweep=replace(sweep, runs=sweep.runs.assign(params=params)), table=table4)
+        (first, *_) = below(sweep=replace(sweep, runs=sweep.runs.assign(params=params)), table=table4)
         assert f"device cuda{words}splits: 3" in first
     assert "Behboodi, Brooks, Rivaz 2025" in notes[-1]
     assert "10.36922/aih.3509" in notes[-1]
     assert "UDIAT, not busi" in notes[-1]
     assert not any("Gaps" in note or "machinery" in note for note in notes)
-    assert "UDIAT" not in footnotes.of_scores(sweep=changed(sweep, data="udiat"), table=table4)[-1]
-    assert "A check of the machinery, not a result." in footnotes.of_scores(
-        sweep=changed(sweep, profile="quick"), table=table4
-    )
+    assert "UDIAT" not in below(sweep=changed(sweep, data="udiat"), table=table4)[-1]
+    assert "A check of the machinery, not a result." in below(sweep=changed(sweep, profile="quick"), table=table4)
     assert (
         "weights imagenet and none (Student) and imagenet (Teacher)"
-        in footnotes.of_scores(sweep=mixed_weights(sweep), table=table4)[0]
+        in below(sweep=mixed_weights(sweep), table=table4)[0]
     )
 
 
@@ -815,16 +830,94 @@ def mixed_weights(sweep):
     return changed(sweep, weights=sweep.runs["weights"].mask(sweep.runs["role"] == "baseline", "none"))
 
 
+# ---- renderers -----------------------------------------------------------------------------------------------------
+
+MEAN = Column(("mean", "gap"), "DSC % of the test images", or_gap(number), narrow=True)
+SMALL = Table(
+    "Table 9. A_B",
+    pd.DataFrame(
+        {"notation": ["L_MSE", "<H>"], "mean": [81.5, float("nan")], "p": [1e-5, 0.5], "gap": ["", "not run"]}
+    ),
+    [SETTINGS, MODEL, MEAN, Column("p", "p (Holm)", p), Column("p", "p", p, narrow=True, full=False, needs="p")],
+    lead=["L_MSE is 100 % of `x_y`."],
+    notes=["Holm, of each kind: all rows.", "Paper: none."],
+    best=0,
+)
+
+
+def test_markdown_and_csv_have_the_full_view_and_the_screen_the_narrow_one():
+    assert list(SMALL.text()) == ["Model", "DSC % of the test images", "p (Holm)"]  # the frame has no settings
+    assert list(SMALL.text(narrow=True)) == ["Model", "DSC % of the test images", "p"]
+    lines = SMALL.markdown("T").splitlines()
+    assert lines[0] == "T"
+    assert lines[4].split("|")[1:4] == [" L_MSE   ", " 81.50                      ", " <0.0001    "]
+    assert f"{DASH} (not run)" in lines[5]
+    assert lines[7:] == ["- L_MSE is 100 % of `x_y`.", "- Holm, of each kind: all rows.", "- Paper: none."]
+    alone = replace(SMALL, frame=SMALL.frame.assign(p=float("nan")))
+    assert "p" not in alone.text(narrow=True)
+
+
+@pytest.mark.parametrize("width", [100, 60, 28])
+def test_the_screen_keeps_to_its_width_and_marks_the_best(width):
+    text = SMALL.screen("T", width=width, last=["notes in t.md: Holm, Paper", "wrote t.md"])
+    assert max(map(len, text.splitlines())) <= width
+    assert re.search(r"^L_MSE \* +81\.50 +<0\.0001$", text, re.M)
+    assert text.endswith("wrote t.md\n")
+    assert "p (Holm)" not in text
+    assert "(Holm)" in SMALL.screen("T", width=width, wide=True)
+    assert SMALL.subjects() == "Holm, Paper"
+
+
 def test_latex_escapes_what_latex_would_read():
-    text = pd.DataFrame({"DSC %": ["81.50 ± 18.40", f"{DASH} (not run)"], "p": ["<0.0001", "L_MSE"]})
-    latex = tables.to_latex(title="A_B", text=text, notes=["100 % of `x_y`"])
-    assert r"DSC \% & p \\" in latex
-    assert r"81.50 $\pm$ 18.40 & $<$0.0001 \\" in latex
-    assert r"-- (not run) & L\_MSE \\" in latex
+    latex = replace(SMALL, frame=SMALL.frame.assign(mean=["81.50 ± 18.40", ""]).astype({"mean": object}))
+    latex = replace(latex, columns=[MODEL, replace(MEAN, format=or_gap(str)), *SMALL.columns[3:]]).latex("A_B")
+    assert r"L\_MSE & 81.50 $\pm$ 18.40 & $<$0.0001 \\" in latex
+    assert r"$<$H> & -- (not run) & 0.5000 \\" in latex
     assert r"\caption{A\_B}" in latex
     assert r"100 \% of x\_y" in latex
     assert latex.count("{table}") == 2
     assert latex.isascii()
+
+
+def test_html_is_escaped_aligned_and_names_the_rows():
+    lines = SMALL.html().splitlines()
+    assert lines[1] == '<caption class="unseen">Table 9. A_B</caption>'
+    assert lines[2].count('<th scope="col" class="number">') == 2
+    cells = '<th scope="row">L_MSE</th><td class="number">81.50</td><td class="number">&lt;0.0001</td>'
+    assert lines[4] == f'<tr class="best">{cells}</tr>'
+    assert lines[5].startswith('<tr><th scope="row">&lt;H&gt;</th>')
+
+
+def test_a_module_in_the_folder_is_a_table_without_a_list_to_edit(asked, monkeypatch, tmp_path, capsys):
+    new = types.ModuleType("kdsweep.results.tables.new")
+    new.make = lambda *_: SMALL
+    monkeypatch.setitem(sys.modules, new.__name__, new)
+    monkeypatch.setattr(tables, "TABLES", (*tables.TABLES, "new"))
+    files = {file.stem for file in Path(tables.__file__).parent.glob("*.py")} - {"__init__", "command"}
+    assert set(tables.TABLES) == files | {"new"}
+    assert tables.main(["new", "--out", str(tmp_path)]) == 0
+    assert "L_MSE is 100 %" in capsys.readouterr().out
+
+
+def test_a_terminal_gets_the_answer(asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert tables.main(["table4", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert {"Model", "DSC", "%", "points", "to", "Student", "verdict"} <= set(lines[2].split())
+    assert sum(" * " in line for line in lines) == 1
+    text = " ".join(lines)
+    assert " has the highest validation Dice: test DSC" in text
+    assert "It differs from Student by +" in text
+    assert "--wide shows all columns; notes in table4.md: " in text
+    assert tables.main(["table4", "--out", str(tmp_path), "--wide"]) == 0
+    assert "p Student (paper)" in " ".join(capsys.readouterr().out.split())
+
+
+def written(name, sweep, out):
+    """Write a table's files; return the Markdown."""
+    return tables.write(tables.make(name, sweep, Options(out)), name=name, sweep=sweep, out=out)
 
 
 # ---- files and the command -----------------------------------------------------------------------------------------
@@ -961,7 +1054,7 @@ def rates(changes, key="train.lr", **options):
 
 def test_a_swept_key_gives_each_of_its_values_rows_of_its_own():
     sweep = rates({"0.001": 0.0, "0.0001": -0.1})
-    table = dsc.table4(sweep)
+    table = four.numbers(sweep)
     assert list(dict.fromkeys(table["settings"])) == ["train.lr=0.0001", "train.lr=0.001"]
     for label, shift in {"train.lr=0.001": 0, "train.lr=0.0001": -10}.items():
         part = table[table["settings"] == label].set_index("notation")
@@ -976,7 +1069,7 @@ def test_a_swept_key_gives_each_of_its_values_rows_of_its_own():
 
 def test_holm_counts_the_cells_of_all_settings():
     sweep = rates({"1": 0.0, "2": -0.01})
-    table = dsc.table4(sweep)
+    table = four.numbers(sweep)
     cells = table[~table["notation"].isin(paper.BASELINES)]
     assert cells["student_p"].notna().sum() == 24
     pd.testing.assert_series_equal(cells["student_p_holm"], stats.holm(cells["student_p"]), check_names=False)
@@ -988,7 +1081,7 @@ def test_a_key_that_the_student_does_not_use_leaves_one_student_for_all():
     keep = students["fingerprint"].str.endswith("0.5")  # the same cell, computed once
     sweep = replace(sweep, runs=sweep.runs.drop(students[~keep].index))
     sweep = replace(sweep, scores=sweep.scores[sweep.scores["fingerprint"].isin(sweep.runs["fingerprint"])])
-    table = dsc.table4(sweep).set_index(["settings", "notation"])
+    table = four.numbers(sweep).set_index(["settings", "notation"])
     for label, shift in {"kd.weight=0.5": 0.0, "kd.weight=0.9": 5.0}.items():
         student = 100 * dice_all("Student").mean()
         assert table.loc[(label, "Student"), "mean_dice_percent"] == pytest.approx(student)
@@ -1000,29 +1093,29 @@ def test_gaps_of_a_setting_are_told_with_it_and_rows_that_none_asked_for_are_lef
     sweep = rates({"1": 0.0, "2": 0.0}, notations=("Teacher", "Student", "L_MSE", "H_KLD"))
     gone = (sweep.runs["notation"] == "H_KLD") & sweep.runs["fingerprint"].str.endswith("-2")
     sweep = replace(sweep, runs=sweep.runs[~gone])
-    table = dsc.table3(sweep)
+    table = table3.numbers(sweep)
     assert list(zip(table["settings"], table["notation"], table["gap"], strict=True)) == [
         ("train.lr=1", "L_MSE", ""),
         ("train.lr=1", "H_KLD", ""),
         ("train.lr=2", "L_MSE", ""),
         ("train.lr=2", "H_KLD", "not run"),
     ]
-    notes = " ".join(footnotes.of_scores(sweep=sweep, table=table))
+    notes = " ".join(below(sweep=sweep, table=table))
     assert "H_KLD with train.lr=2 (not run)" in notes
     assert "Each of the 2 settings stands for itself: train.lr=1; train.lr=2." in notes
-    assert dsc.format_table3(table).columns[0] == "Settings"
+    assert shown(table3, table).columns[0] == "Settings"
 
 
 def test_what_differs_within_a_setting_or_was_not_swept_is_mixing():
     sweep = rates({"1": 0.0, "2": 0.0})
     with pytest.raises(InputError, match=r"mixes train\.lr=1 .* and train\.lr=2"):
-        dsc.table4(replace(sweep, varied=()))
+        four.numbers(replace(sweep, varied=()))
     params = [params | {"train.epochs": str(i % 2)} for i, params in enumerate(sweep.runs["params"])]
     with pytest.raises(InputError, match=r"mixes train\.epochs=\d .* and train\.epochs="):
-        dsc.table4(changed(sweep, params=params))
+        four.numbers(changed(sweep, params=params))
     both = replace(sweep, varied=("train.lr", "train.epochs"))
     with pytest.raises(InputError, match=r"mixes train\.epochs=\d .* and train\.epochs="):
-        dsc.table4(changed(both, params=params))
+        four.numbers(changed(both, params=params))
 
 
 def test_a_value_that_was_asked_for_alone_is_a_row_too():
@@ -1030,27 +1123,27 @@ def test_a_value_that_was_asked_for_alone_is_a_row_too():
     sweep = rates({"1": 0.0, "2": 0.0, "10": 0.0})
     alone = [params["train.lr"] == "10" for params in sweep.runs["params"]]
     sweep = changed(sweep, variant=sweep.runs["variant"].mask(alone, {}))
-    labels = dsc.table4(sweep)["settings"]
+    labels = four.numbers(sweep)["settings"]
     assert list(dict.fromkeys(labels)) == ["train.lr=1", "train.lr=2", "train.lr=10"]
 
 
 def test_effects_and_sentences_stand_for_each_setting():
     sweep = rates({"1": 0.0, "2": 0.0})
-    table = effects.effects(sweep)
-    one = effects.effects(sweep_of())
+    table = effects.numbers(sweep)
+    one = effects.numbers(sweep_of())
     for _, part in table.groupby("settings"):
         pd.testing.assert_frame_equal(part.drop(columns="settings").reset_index(drop=True), one)
     lines = effects.sentences(table)
     assert [line.partition(": ")[0] for line in lines] == ["With train.lr=1"] * 6 + ["With train.lr=2"] * 6
     assert lines[0].removeprefix("With train.lr=1: ") == effects.sentences(one)[0]
-    assert "over the 5 main effects" in " ".join(effects.notes(sweep=sweep, table=table, test="ttest"))
+    assert "over the 5 main effects" in " ".join(effects.own_notes(sweep=sweep, table=table, test="ttest"))
 
 
 def test_table5_is_of_the_settings_with_the_best_cell():
     """By its validation Dice: the other one is the better on the test images."""
     sweep = rates({"1": 0.1, "2": 0.0})
     sweep = changed(sweep, val_dice=[float(params["train.lr"]) / 10 for params in sweep.runs["params"]])
-    part, table = dsc.best_variant(sweep, dsc.table4(sweep))
+    part, table = four.best_variant(sweep, four.numbers(sweep))
     assert set(table["notation"]) == set(ALL)
     assert set(part.runs.loc[part.runs["role"] != "teacher", "params"].map(lambda params: params["train.lr"])) == {"2"}
 
@@ -1058,8 +1151,8 @@ def test_table5_is_of_the_settings_with_the_best_cell():
 def test_a_single_split_is_said_to_show_no_spread():
     for splits, told in (((0,), True), ((0, 1), False)):
         sweep = sweep_of(splits=splits)
-        notes = footnotes.of_table4(sweep=sweep, table=dsc.table4(sweep), test="ttest")
-        assert ("One split: how much the scores spread between splits is not known." in notes) == told
+        notes = four.own_notes(sweep=sweep, table=four.numbers(sweep), test="ttest")
+        assert ("One split: how much the scores spread between splits is unknown." in notes) == told
 
 
 # ---- splits
@@ -1083,10 +1176,10 @@ def test_two_protocols_in_one_sweep_are_refused_unless_it_varies_them():
     sweep = divided(sweep_of(["Teacher", "Student", "L_MSE"]), "the paper's random splits, by image")
     mixed = divided(sweep, "held out at random, by image", where=sweep.runs["notation"] == "L_MSE")
     with pytest.raises(InputError, match=r"mixes splits \(held out at random, by image and the paper's random splits"):
-        dsc.table4(mixed)
+        four.numbers(mixed)
     by_image = sweep.runs.assign(variant=[{"split.group": "None"}] * len(sweep.runs))
     varied = replace(sweep, runs=by_image, varied=("split.group",))
-    assert "L_MSE" in set(dsc.table4(varied)["notation"])
+    assert "L_MSE" in set(four.numbers(varied)["notation"])
 
 
 @pytest.mark.parametrize(("recorded", "ratio"), [({}, 0.20 / 0.64), ({"kdsweep.split_images": "60/10/30"}, 0.5)])
@@ -1094,7 +1187,7 @@ def test_the_corrected_test_knows_how_many_images_a_split_trains_on(recorded, ra
     sweep = sweep_of(["Student", "L_MSE"])
     is_student = sweep.runs["notation"] == "Student"  # of an earlier version, which recorded nothing
     runs = sweep.runs.assign(tags=[{} if own else recorded for own in is_student])
-    row = dsc.table4(replace(sweep, runs=runs)).set_index("notation").loc["L_MSE"]
+    row = four.numbers(replace(sweep, runs=runs)).set_index("notation").loc["L_MSE"]
     means = [np.mean(dice_of("L_MSE", split)) - np.mean(dice_of("Student", split)) for split in range(3)]
     t = np.mean(means) / np.sqrt((1 / 3 + ratio) * np.var(means, ddof=1))
     assert row["student_p_runs"] == pytest.approx(2 * student_t.sf(abs(t), 2))
@@ -1106,8 +1199,8 @@ def test_images_of_one_group_are_one_cluster_of_table4():
     copies = [
         sweep.scores.assign(image=sweep.scores["image"] + f" view {k}", group=sweep.scores["image"]) for k in range(3)
     ]
-    grouped = dsc.table4(replace(sweep, scores=pd.concat(copies, ignore_index=True))).set_index("notation")
-    single = dsc.table4(sweep).set_index("notation")
+    grouped = four.numbers(replace(sweep, scores=pd.concat(copies, ignore_index=True))).set_index("notation")
+    single = four.numbers(sweep).set_index("notation")
     for column in ("student_p", "student_difference_points", "teacher_bound_points"):
         assert grouped.loc["L_MSE", column] == pytest.approx(single.loc["L_MSE", column])
     assert grouped.loc["L_MSE", "n_images"] == 3 * single.loc["L_MSE", "n_images"]

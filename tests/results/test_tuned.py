@@ -7,8 +7,8 @@ import pytest
 from test_tables import sweep_of
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import tuned
 from kdsweep.results.figures import tuning
+from kdsweep.results.tables import tuned
 from kdsweep.store import sweep_file
 
 
@@ -86,12 +86,12 @@ def test_a_method_that_stays_as_configured_is_not_tested(trials):
     for table in (runs, scores):
         table["fingerprint"] = table["fingerprint"].str.replace("L_MSE", "L_MSE-of-another-rate")
     tuning = tuned.Tuning(before, replace(before, runs=runs, scores=scores), trials)
-    table = tuned.tuned(tuning).set_index("notation")
+    table = tuned.numbers(tuning).set_index("notation")
     assert table.loc["Student", "difference_points"] == 0
     assert table.loc["Student", ["p", "p_holm", "p_methods", "detectable_points"]].isna().all()
     assert table.loc["L_MSE", "p_holm"] == table.loc["L_MSE", "p"]  # a family of one
     assert table.loc["L_MSE", "difference_points"] < 0
-    told = tuned.notes(tuning=tuning, table=table.reset_index(), test="ttest")
+    told = tuned.own_notes(tuning=tuning, table=table.reset_index(), test="ttest")
     assert any(note.startswith("A difference of 0 without p") for note in told)
     assert not any("differences from 0.0 points" in note for note in told)
     assert [line[:11] for line in tuned.sentences(table.reset_index())] == ["L_MSE tuned"]
@@ -102,5 +102,5 @@ def test_a_sweep_may_be_named_as_one_with_chosen_settings(tmp_path):
     assert sweep_file.as_configured(tmp_path, "busi-tuned") == "busi-tuned"
     assert sweep_file.as_configured(tmp_path, "busi-tuned-tuned") == "busi-tuned"
     sweep = sweep_of(("Teacher", "Student"))
-    assert not tuned.is_tuned(replace(sweep, name="busi-tuned"), store=tmp_path)
-    assert tuned.is_tuned(replace(sweep, name="busi-tuned-tuned"), store=tmp_path)
+    assert not tuned.applies(replace(sweep, name="busi-tuned"), store=tmp_path)
+    assert tuned.applies(replace(sweep, name="busi-tuned-tuned"), store=tmp_path)

@@ -15,7 +15,7 @@ from test_slurm import OPTIONS
 from test_sync import runs_of
 
 from kdsweep.core.files import file_digest, read_json
-from kdsweep.results import tables
+from kdsweep.results.tables import command as tables
 from kdsweep.store import cell_folder
 from kdsweep.sweep.executors.slurm import NOTE, Task, queued
 from kdsweep.tracking import mirror

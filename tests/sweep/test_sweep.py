@@ -18,7 +18,8 @@ from commands import kdsweep, running
 from PIL import Image
 from small import STUDENT, TEACHER
 
-from kdsweep.results import dsc, tables
+from kdsweep.results.tables import command as tables
+from kdsweep.results.tables import table4
 from kdsweep.store import cell_folder
 from kdsweep.tracking import mirror, reader
 
@@ -314,7 +315,7 @@ def test_a_learning_rate_sweep_is_one_group(small_busi, tmp_path):
     assert "2 cells: 2 to run, 0 finished; 1 lockstep group" in done.stdout.splitlines()[0]
     assert "Student split 0 seed 0 (train.lr=0.001): test Dice" in done.stdout  # by the process that trained it
     sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
-    table = dsc.table4(sweep)
+    table = table4.numbers(sweep)
     assert list(table["settings"]) == ["train.lr=0.0003", "train.lr=0.001"]
     assert set(table["notation"]) == {"Student"}
     logs = [file.read_text() for file in tmp_path.glob("multirun/cells/*/kdsweep.log")]
@@ -505,7 +506,7 @@ def test_two_data_folders_of_one_command_are_two_rows(small_busi, database, tmp_
     assert "2 cells: 2 done" in told
     assert f"Student split 0 seed 0 (data.root={other})" in told
     sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
-    table = dsc.table4(sweep)
+    table = table4.numbers(sweep)
     own = table[table["notation"] == "Student"]
     assert sorted(own["settings"]) == sorted([f"data.root={small_busi}", f"data.root={other}"])
     assert own["mean_dice_percent"].nunique() == 2

@@ -29,7 +29,9 @@ from kdsweep import conf_dir
 from kdsweep.__main__ import user_message
 from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError, LostError
-from kdsweep.results import dsc, tables
+from kdsweep.results.table import Options
+from kdsweep.results.tables import command as tables
+from kdsweep.results.tables import table4
 from kdsweep.store import cell_folder, checkpoint, sweep_file
 from kdsweep.sweep import estimate, launcher, status, tuner
 from kdsweep.tracking import reader
@@ -382,7 +384,7 @@ def test_a_group_whose_process_dies_goes_on_in_halves(small_busi, empty_store, t
 
 def test_the_table_says_what_tuning_changed(unbroken, tmp_path):
     sweep = reader.read_sweep(store=unbroken, uri=None, name="busi-quick")
-    text = tables.make(which="tuned", sweep=sweep, store=unbroken, out_dir=tmp_path, test="ttest")
+    text = tables.write(tables.make("tuned", sweep, Options(unbroken)), name="tuned", sweep=sweep, out=tmp_path)
     found = pd.read_csv(tmp_path / "tuned.csv").set_index("notation")
     assert list(found.index) == ["Teacher_WAug", "Student", "L_KLD_WAug"]
     assert list(found["trials"]) == [4, 4, 4]
@@ -407,10 +409,10 @@ def test_methods_with_unlike_choices_are_one_table(unbroken):
         {**own, "train.lr": "0.5"} if here else own for own, here in zip(sweep.runs["params"], is_student, strict=True)
     ]
     unlike = replace(sweep, runs=sweep.runs.assign(params=params))
-    table = dsc.table4(unlike)
+    table = table4.numbers(unlike)
     assert "settings" not in table
     with pytest.raises(InputError, match=r"mixes train\.lr="):
-        dsc.table4(replace(unlike, tuned=()))
+        table4.numbers(replace(unlike, tuned=()))
     assert list(table.loc[table["gap"] == "", "notation"]) == ["Teacher_WAug", "Student", "L_KLD_WAug"]
     configured = reader.read_sweep(store=unbroken, uri=None, name="busi-quick")
     assert configured.tuned == ()  # there a second learning rate would be mixed in by mistake

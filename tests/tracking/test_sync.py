@@ -20,7 +20,7 @@ from test_mirror import begin, client_of, end, in_another_process, make_cell, st
 
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
-from kdsweep.results import tables
+from kdsweep.results.tables import command as tables
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.tracking import mirror, reader, sync
 

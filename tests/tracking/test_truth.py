@@ -20,7 +20,7 @@ from kdsweep.config import grid
 from kdsweep.core import databases
 from kdsweep.core.errors import InputError, one_line
 from kdsweep.core.files import is_locked
-from kdsweep.results import tables
+from kdsweep.results.tables import command as tables
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.sweep import status
 from kdsweep.tracking import artifacts, database, mirror, reader, sync

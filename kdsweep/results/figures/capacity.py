@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import capacity, dsc
 from kdsweep.results.figures import style
 from kdsweep.results.figures.style import LIGHT, SPLITS, Look
-from kdsweep.results.paper import BASELINES
+from kdsweep.results.paper import BASELINES, in_order
+from kdsweep.results.tables import capacity, table4
 from kdsweep.tracking.reader import Sweep
 
 COSTS = {  # panels: front, column of the table, unit
@@ -26,12 +26,12 @@ LABEL = 0.09  # the share of the axis that a label takes
 
 
 def of_sweep(sweep: Sweep, *, title: str, store: Path, uri: str | None) -> Figure:
-    """Draw the scores of a sweep over Students; latency is measured here."""
-    return figure(capacity.capacity(sweep, scores=dsc.table4(sweep), store=store), title=title)
+    """Draw the scores of a sweep over Students; latency is measured once on a machine."""
+    return figure(capacity.numbers(sweep, scores=table4.numbers(sweep), store=store), title=title)
 
 
 def figure(table: pd.DataFrame, *, title: str) -> Figure:
-    """Draw what ``capacity.capacity`` returns: a line per model.
+    """Draw what ``capacity.numbers`` returns: a line per model.
 
     Raises:
         InputError: no row has a score.
@@ -44,7 +44,7 @@ def figure(table: pd.DataFrame, *, title: str) -> Figure:
         for label, (front, column, unit) in COSTS.items()
     ).sort_values("cost")
     there = set(table["notation"])
-    cells = style.in_order(there.difference(BASELINES))
+    cells = in_order(there.difference(BASELINES))
     looks = {"Student": Look("black", "o")} if "Student" in there else {}
     looks |= {cell: SPLITS[number % len(SPLITS)] for number, cell in enumerate(cells)}
 

@@ -21,9 +21,11 @@ from kdsweep.config import composition, inputs
 from kdsweep.core.errors import InputError, command
 from kdsweep.core.options import add_published, add_sweep
 from kdsweep.data import run_data, sources
-from kdsweep.results import published, tables, tuned
+from kdsweep.results import published
 from kdsweep.results.figures import contours, examples, style
-from kdsweep.results.frame import known_values, variants
+from kdsweep.results.frame import variants
+from kdsweep.results.mixing import known_values
+from kdsweep.results.tables import tuned
 from kdsweep.tracking import reader
 from kdsweep.tracking.reader import Sweep
 
@@ -155,7 +157,9 @@ def make(which: str, *, place: Location, out: Path | None, files: Sequence[Path]
 
 
 def _applicable(sweep: Sweep, *, store: Path, from_scores: bool) -> list[str]:
-    has = {"capacity": tables.has_students(sweep), "tuning": not from_scores and tuned.is_tuned(sweep, store=store)}
+    from kdsweep.results.tables import capacity  # loads torch: seconds that --help need not wait for
+
+    has = {"capacity": capacity.applies(sweep), "tuning": not from_scores and tuned.applies(sweep, store)}
     return [name for name in (FROM_SCORES if from_scores else FIGURES) if has.get(name, True)]
 
 

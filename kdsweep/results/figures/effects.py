@@ -17,11 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import dsc, effects, formats
-from kdsweep.results.dsc import SPLIT_MEAN
+from kdsweep.results import formats
 from kdsweep.results.figures import style
 from kdsweep.results.figures.style import AUGMENTATIONS, BASELINE_LINES, DARK, FONT, GRAY
-from kdsweep.results.paper import BASELINES, LEVELS, REPRESENTATIONS
+from kdsweep.results.paper import BASELINES, LEVELS, REPRESENTATIONS, in_order
+from kdsweep.results.tables import effects, table4
+from kdsweep.results.tables.table4 import SPLIT_MEAN
 from kdsweep.tracking.reader import Sweep
 
 ROW = 0.235  # inches
@@ -29,7 +30,7 @@ ROW = 0.235  # inches
 
 def of_sweep(sweep: Sweep, *, title: str, store: Path, uri: str | None) -> Figure:
     """Draw the scores of a sweep."""
-    return figure(dsc.table4(sweep), effects.effects(sweep), title=title)
+    return figure(table4.numbers(sweep), effects.numbers(sweep), title=title)
 
 
 def figure(scores: pd.DataFrame, main: pd.DataFrame, *, title: str) -> Figure:
@@ -40,11 +41,11 @@ def figure(scores: pd.DataFrame, main: pd.DataFrame, *, title: str) -> Figure:
     """
     table = scores.set_index("notation")
     rows: list[str] = []
-    for cell in style.in_order(set(table.index).difference(BASELINES)):
+    for cell in in_order(set(table.index).difference(BASELINES)):
         heading = _heading(cell)
         rows += [cell] if heading in rows else [heading, cell]
     if not rows:
-        raise InputError("scores: no row is a cell's; give the whole table that dsc.table4 makes of a sweep")
+        raise InputError("scores: no row is a cell's; give the whole table that table4.numbers makes of a sweep")
     drawn = style.page(title, height=max(3.9, 1.2 + ROW * len(rows)))
     grid = drawn.add_gridspec(2, 2, width_ratios=(1.75, 1), height_ratios=(1.0, 0.85))
     left, right, below = (drawn.add_subplot(place) for place in (grid[:, 0], grid[0, 1], grid[1, 1]))

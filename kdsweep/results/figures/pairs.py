@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kdsweep.core.errors import InputError
-from kdsweep.results.dsc import cell_notations
 from kdsweep.results.figures import style
 from kdsweep.results.figures.style import ACROSS, FONT, GRAY, WIDTH
 from kdsweep.results.frame import gaps, placed_runs, scored_images
+from kdsweep.results.paper import cell_notations, in_order
 from kdsweep.results.stats import PLACE, pair
 from kdsweep.tracking.reader import Sweep
 
@@ -36,7 +36,7 @@ def paired(sweep: Sweep) -> pd.DataFrame:
     Raises:
         InputError: the sweep is empty or mixed, or two were scored on different images.
     """
-    runs, cells = placed_runs(sweep), cell_notations(sweep)
+    runs, cells = placed_runs(sweep), cell_notations(sweep.runs["notation"])
     scored = scored_images(runs=runs, scores=sweep.scores)
     why = gaps(runs=runs, scored=scored, notations=cells)
     student = scored[scored["notation"] == "Student"]  # with a gap it lacks a place of every cell that has none
@@ -56,7 +56,7 @@ def figure(pairs: pd.DataFrame, *, title: str) -> Figure:
     """
     if pairs.empty:
         raise InputError("nothing to compare: no cell and Student are both finished on all splits and seeds asked for")
-    looks, names = style.looks_of(pairs["split"]), style.in_order(pairs["notation"])
+    looks, names = style.looks_of(pairs["split"]), in_order(pairs["notation"])
 
     def draw(axes: Axes, name: str, rows: pd.DataFrame) -> None:
         axes.axline((0, 0), (1, 1), color=GRAY, linewidth=0.7, zorder=1)

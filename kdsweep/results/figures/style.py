@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kdsweep.core.files import write_bytes
-from kdsweep.results.paper import CELLS
 
 WIDTH, FONT = 7.0, 7.0  # inches, a page's text; points
 ACROSS = 4  # panels in a row: as many as the paper has cells of one path
@@ -61,12 +60,6 @@ SPLITS = (  # the last in gray; more splits than these begin again
 def looks_of(splits: Iterable[Any]) -> dict[Any, Look]:
     """Return a look for each split."""
     return {split: SPLITS[index % len(SPLITS)] for index, split in enumerate(sorted(set(splits)))}
-
-
-def in_order(notations: Iterable[str]) -> list[str]:
-    """Return the paper's cells in its order, then the others by name."""
-    there = set(notations)
-    return [*(cell for cell in CELLS if cell in there), *sorted(there.difference(CELLS))]
 
 
 def page(title: str, *, height: float) -> Figure:

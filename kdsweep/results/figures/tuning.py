@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import tuned
 from kdsweep.results.figures import style
 from kdsweep.results.figures.curves import ORDER, before_student
-from kdsweep.results.paper import BASELINES
+from kdsweep.results.paper import BASELINES, in_order
+from kdsweep.results.tables import tuned
 from kdsweep.tracking.reader import Sweep
 
 
@@ -32,7 +32,7 @@ def figure(progress: pd.DataFrame, *, title: str) -> Figure:
     if progress.empty:
         raise InputError("no trial of this sweep has ended yet")
     there = set(progress["notation"])
-    names = [*style.in_order(there.difference(BASELINES)), *(name for name in ORDER if name in there)]
+    names = [*in_order(there.difference(BASELINES)), *(name for name in ORDER if name in there)]
     mark: dict[str, Any] = {"color": style.GRAY, "linewidth": 0.6, "linestyle": ":"}
     equal_s = tuned.equal_seconds(progress)
 

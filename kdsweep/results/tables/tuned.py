@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,15 +12,18 @@ import pandas as pd
 from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError
 from kdsweep.core.progress import duration
-from kdsweep.results import formats
-from kdsweep.results.footnotes import of_comparisons
-from kdsweep.results.frame import gaps, placed_runs, scored_images
-from kdsweep.results.paper import BASELINES, CELLS
+from kdsweep.results import notes
+from kdsweep.results.formats import DASH, ONE_SEED, number, on_methods, or_gap, points
+from kdsweep.results.frame import Scores
 from kdsweep.results.stats import NAN, adjusted, compare, pair, unknown
+from kdsweep.results.table import MODEL, Column, Options, Table, brief, differences
 from kdsweep.store import sweep_file
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
+
+
+HEADING = "Tuned. Each method as configured and as chosen, with equal budgets"
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,37 @@ class Tuning:
     trials: pd.DataFrame  # of ``tuning.study.read_trials``
 
 
-def is_tuned(sweep: Sweep, *, store: Path) -> bool:
+def applies(sweep: Sweep, store: Path) -> bool:
     """Return whether a sweep is one with chosen settings."""
     name = sweep_file.as_configured(store, sweep.name)
     return sweep.name != name and sweep_file.read(store, name).storage is not None
+
+
+def make(sweep: Sweep, options: Options) -> Table:
+    """Make the table."""
+    tuning = read(sweep, store=options.store, uri=options.uri)
+    frame = numbers(tuning, test=options.test)
+    below = [*notes.provenance(tuning.chosen), *own_notes(tuning=tuning, table=frame, test=options.test)]
+    return Table(HEADING, frame.assign(test=options.test), columns(frame), sentences(frame), below)
+
+
+def columns(frame: pd.DataFrame) -> list[Column]:
+    """Return the columns."""
+    equal = duration(frame["equal_seconds"].iloc[0])
+    return [
+        MODEL,
+        Column("configured_dice_percent", "DSC % as configured", number, narrow=True),
+        Column("chosen_dice_percent", "DSC % tuned", number, narrow=True),
+        *brief("", "points (95 % interval)"),
+        Column(("difference_points", "gap"), "Difference, points", or_gap(points)),
+        *differences(),
+        Column("chosen", "Chosen", lambda chosen: chosen or DASH),
+        Column("trials", "Trials", partial(number, form="d")),
+        Column("pruned", "pruned %", lambda share: number(100 * share, ".0f")),
+        Column("seconds", "Training", lambda seconds: DASH if pd.isna(seconds) else duration(seconds)),
+        Column("val_dice_percent", "validation DSC %", number),
+        Column("equal_dice_percent", f"validation DSC % at {equal}", number),
+    ]
 
 
 def read(sweep: Sweep, *, store: Path, uri: str | None) -> Tuning:
@@ -58,7 +89,7 @@ def read(sweep: Sweep, *, store: Path, uri: str | None) -> Tuning:
     return Tuning(configured, chosen, read_trials(read_studies(store, name)))
 
 
-def tuned(tuning: Tuning, *, test: str = "ttest") -> pd.DataFrame:
+def numbers(tuning: Tuning, *, test: str = "ttest") -> pd.DataFrame:
     """Return test Dice (%) of each method as configured and as chosen, the paired difference, and its trials.
 
     Returns:
@@ -68,19 +99,16 @@ def tuned(tuning: Tuning, *, test: str = "ttest") -> pd.DataFrame:
         val_dice_percent (of the chosen trial) and equal_dice_percent (best validation Dice of the trials up to
         equal_seconds, when the cheapest method has ended), means over splits.
     """
-    sides = {"configured": tuning.configured, "chosen": tuning.chosen}
-    runs = {name: placed_runs(sweep) for name, sweep in sides.items()}
-    scored = {name: scored_images(runs=runs[name], scores=sweep.scores) for name, sweep in sides.items()}
-    asked = set(runs["configured"]["notation"])
-    names = [name for name in [*BASELINES, *CELLS, *sorted(asked.difference(BASELINES, CELLS))] if name in asked]
-    why = {name: gaps(runs=runs[name], scored=scored[name], notations=names) for name in sides}
+    sides = {"configured": Scores.of(tuning.configured), "chosen": Scores.of(tuning.chosen)}
+    names = sides["configured"].notations
+    why = {name: scores.gaps(names) for name, scores in sides.items()}
     progress = best_by_seconds(tuning.trials)
     equal_s = equal_seconds(progress)
     rows = []
     for notation in names:
-        before, after = (scored[name][scored[name]["notation"] == notation] for name in sides)
+        before, after = (scores.images[scores.images["notation"] == notation] for scores in sides.values())
         gap = why["configured"][notation] or why["chosen"][notation]
-        row = {"notation": notation}
+        row: dict[str, object] = {"notation": notation}
         for name, part in (("configured", before), ("chosen", after)):
             row[f"{name}_dice_percent"] = NAN if gap else 100 * part.groupby(["split", "image"])["dice"].mean().mean()
         if gap:
@@ -152,31 +180,11 @@ def equal_seconds(progress: pd.DataFrame) -> float:
     return float(progress.groupby(["notation", "split"])["seconds"].max().min()) if len(progress) else NAN
 
 
-def format_tuned(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the strings of the table."""
-    equal_s = table["equal_seconds"].iloc[0]
-    pairs = zip(table["difference_points"].map(formats.points), table["gap"], strict=True)
-    columns = {
-        "Model": table["notation"],
-        "DSC % as configured": table["configured_dice_percent"].map(formats.number),
-        "DSC % tuned": table["chosen_dice_percent"].map(formats.number),
-        "Difference, points": [formats.or_gap(shown, gap) for shown, gap in pairs],
-        **formats.tested(table),
-        "Chosen": table["chosen"].replace("", formats.DASH),
-        "Trials": [formats.number(count, "d") for count in table["trials"]],
-        "pruned %": (100 * table["pruned"]).map(lambda share: formats.number(share, ".0f")),
-        "Training": [formats.DASH if pd.isna(s) else duration(s) for s in table["seconds"]],
-        "validation DSC %": table["val_dice_percent"].map(formats.number),
-        f"validation DSC % at {duration(equal_s)}": table["equal_dice_percent"].map(formats.number),
-    }
-    return pd.DataFrame(columns)
-
-
 def sentences(table: pd.DataFrame) -> list[str]:
     """Return what the table supports: of each method whether tuning is shown to change it, and the order at the end."""
     known = table[table["p_methods_holm"].notna()]
-    told = [formats.on_methods(row, f"{row['notation']} tuned") for _, row in known.iterrows()]
-    told = told or [f"Whether tuning changes a method beyond these networks: {formats.ONE_SEED}."]
+    told = [on_methods(row, f"{row['notation']} tuned") for _, row in known.iterrows()]
+    told = told or [f"Whether tuning changes a method beyond these networks: {ONE_SEED}."]
     known = table.dropna(subset="equal_dice_percent")
     if known.empty:
         return told
@@ -186,7 +194,7 @@ def sentences(table: pd.DataFrame) -> list[str]:
     return [*told, f"With {seconds} of training for the trials of each method on a split, {best}; this is no test."]
 
 
-def notes(*, tuning: Tuning, table: pd.DataFrame, test: str) -> list[str]:
+def own_notes(*, tuning: Tuning, table: pd.DataFrame, test: str) -> list[str]:
     """Return the footnotes of the table."""
     trials = tuning.trials
     counts = trials.groupby(["notation", "split"]).size()
@@ -200,5 +208,5 @@ def notes(*, tuning: Tuning, table: pd.DataFrame, test: str) -> list[str]:
         "Training: seconds of all trials of a split, each with its Teacher's forwards as if it had been alone.",
         *([f"{failed} trials failed and count as trials."] if failed else []),
         *(["A difference of 0 without p: the settings as configured were chosen, the networks are the same."] * same),
-        *of_comparisons(table, test=test, families="over all methods with other settings"),
+        *notes.differences(table, test=test, families="over all methods with other settings"),
     ]

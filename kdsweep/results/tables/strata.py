@@ -8,50 +8,72 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from kdsweep.core.errors import InputError
-from kdsweep.results import formats
-from kdsweep.results.footnotes import of_comparisons
-from kdsweep.results.frame import each_variant, gaps, placed_runs, scored_images
-from kdsweep.results.paper import BASELINES, CELLS
+from kdsweep.results import notes
+from kdsweep.results.formats import number, points
+from kdsweep.results.frame import Scores, each_variant
+from kdsweep.results.paper import BASELINES
 from kdsweep.results.stats import NAN, adjusted, compare, pair, unknown
+from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table, brief, differences, estimate
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kdsweep.tracking.reader import Sweep
 
+HEADING = "Strata. Test DSC by label and by size of the lesion"
 SIZES = ("small", "medium", "large")
+COLUMNS = [
+    SETTINGS,
+    Column(("kind", "stratum"), "Images", "{} {}".format, narrow=True),
+    MODEL,
+    estimate("mean_dice_percent", "DSC %", narrow=True),
+    Column("mean_nsd_percent", "NSD %", number),
+    *brief("", "points to Student (95 % interval)"),
+    Column("difference_points", "to Student", points),
+    *differences(),
+]
 
 
-def strata(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
+def applies(sweep: Sweep, store: Path) -> bool:
+    """Return whether the scores name the areas of lesions."""
+    return "lesion_px" in sweep.scores
+
+
+def make(sweep: Sweep, options: Options) -> Table:
+    """Make the table."""
+    frame = numbers(sweep, test=options.test)
+    below = [
+        *notes.provenance(sweep),
+        "Strata: looked at one by one. A difference that is shown in one and not in another is not shown to differ "
+        "between them. Lesion size: area of the ground truth in pixels of image_size, in three equal parts.",
+        *notes.differences(frame, test=options.test, families="over the KD cells of each stratum"),
+    ]
+    return Table(HEADING, frame.assign(test=options.test), COLUMNS, notes=below)
+
+
+def numbers(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
     """Return Dice and NSD (%) of each model within each stratum, and its paired difference to Student there.
 
     Strata: the labels that the data set has, and three equal parts of the different test images by the area of their
     ground truth.
 
-    Args:
-        sweep: its runs and scores.
-        test: of TESTS.
-
-    Returns:
-        A row per stratum and model with the columns of ``stats.compare``; Holm's family is the KD cells of a stratum.
-        A sweep that varies further keys gives this for each of their values, below each other, column settings first.
+    There is a row per stratum and model with the columns of ``stats.compare``; Holm's family is the KD cells of a
+    stratum.
 
     Raises:
         InputError: the sweep is empty or mixed, or its scores name neither labels nor areas.
     """
-    return each_variant(sweep, partial(_strata, test=test))
+    return each_variant(sweep, partial(_numbers, test=test))
 
 
-def _strata(sweep: Sweep, *, test: str) -> pd.DataFrame:
-    runs = placed_runs(sweep)
-    scored = scored_images(runs=runs, scores=sweep.scores)
-    if "nsd" in sweep.scores:
-        scored = scored.merge(sweep.scores[["fingerprint", "image", "nsd"]])
-    asked = set(runs["notation"])
-    names = [*BASELINES, *CELLS, *sorted(asked.difference(BASELINES, CELLS))]
-    why = gaps(runs=runs, scored=scored, notations=[name for name in names if name in asked])
-    whole = scored[scored["notation"].map(why) == ""]
+def _numbers(scores: Scores, *, test: str) -> pd.DataFrame:
+    why = scores.gaps(scores.notations)
+    complete = scores.complete(why)
+    if "nsd" in scores.sweep.scores:
+        complete = complete.merge(scores.sweep.scores[["fingerprint", "image", "nsd"]])
     rows = []
-    for (kind, stratum), images in members(sweep, images=set(scored["image"])).items():
-        part = whole[whole["image"].isin(images)]
+    for (kind, stratum), images in members(scores.sweep, images=set(scores.images["image"])).items():
+        part = complete[complete["image"].isin(images)]
         student = part[part["notation"] == "Student"]
         for name, gap in why.items():
             ours = part[part["notation"] == name]
@@ -88,27 +110,3 @@ def members(sweep: Sweep, *, images: set[str]) -> dict[tuple[str, str], list[str
     if not found:
         raise InputError(f"sweep {sweep.name}: its scores name neither labels nor the areas of lesions")
     return found
-
-
-def format_strata(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the strings of the table of strata."""
-    means = zip(table["mean_dice_percent"].map(formats.number), table["gap"], strict=True)
-    columns = {
-        **({"Settings": table["settings"]} if "settings" in table else {}),
-        "Images": table["kind"] + " " + table["stratum"],
-        "Model": table["notation"],
-        "DSC %": [formats.or_gap(shown, gap) for shown, gap in means],
-        "NSD %": table["mean_nsd_percent"].map(formats.number),
-        "to Student": table["difference_points"].map(formats.points),
-        **formats.tested(table),
-    }
-    return pd.DataFrame(columns)
-
-
-def notes(*, table: pd.DataFrame, test: str) -> list[str]:
-    """Return the footnotes of the table of strata."""
-    return [
-        "Strata are looked at one by one: a difference that is shown in one and not in another is not shown to differ "
-        "between them. Lesion size: area of the ground truth in pixels of image_size, in three equal parts.",
-        *of_comparisons(table, test=test, families="over the KD cells of each stratum"),
-    ]

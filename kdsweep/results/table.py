@@ -1,0 +1,233 @@
+"""A table as data (numbers, columns, sentences, notes) and how it is written: screen, Markdown, CSV, LaTeX, HTML."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
+
+from kdsweep.results.formats import DASH, interval, number, or_gap, p, points
+
+MARK = "*"  # behind the name of the best cell
+LEAST = 8  # characters of a column that is wrapped
+GAP = 2  # blanks between columns, which tabulate adds to a heading too
+
+
+@dataclass(frozen=True)
+class Options:
+    """The user's choices for tables.
+
+    Attributes:
+        store: folder of the runs.
+        test: of ``stats.TESTS``.
+        uri: of the MLflow server or database, or None for the file in the store.
+        margin_points: of non-inferiority; None for the sweep's.
+    """
+
+    store: Path
+    test: str = "ttest"
+    uri: str | None = None
+    margin_points: float | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of strings.
+
+    Attributes:
+        key: column of the frame, or several; a frame without them has no such column.
+        heading: of the column.
+        format: makes the string of the values of key.
+        narrow: whether it is in the narrow view, on the screen.
+        full: whether it is in the files and the full view.
+        needs: column of the frame; if that has no value, this column is left out.
+    """
+
+    key: str | tuple[str, ...]
+    heading: str
+    format: Callable[..., str] = str
+    narrow: bool = False
+    full: bool = True
+    needs: str = ""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the columns of the frame that it shows."""
+        return (self.key,) if isinstance(self.key, str) else self.key
+
+    def is_shown(self, frame: pd.DataFrame, *, narrow: bool) -> bool:
+        """Return whether a view of a frame has this column."""
+        there = set(self.keys) <= set(frame) and (not self.needs or frame[self.needs].notna().any())
+        return bool(there and (self.narrow if narrow else self.full))
+
+    def strings(self, frame: pd.DataFrame) -> list[str]:
+        """Return the strings, one a row."""
+        return [self.format(*values) for values in zip(*(frame[key] for key in self.keys), strict=True)]
+
+    def is_numeric(self, frame: pd.DataFrame) -> bool:
+        """Return whether it shows numbers, which are aligned on the right."""
+        return all(is_numeric_dtype(frame[key]) for key in self.keys if key != "gap")
+
+
+SETTINGS = Column("settings", "Settings", narrow=True)
+MODEL = Column("notation", "Model", narrow=True)
+
+
+def estimate(key: str, heading: str, **options: Any) -> Column:
+    """Return a column of a number with two decimals, or the reason for its gap."""
+    return Column((key, "gap"), heading, or_gap(number), **options)
+
+
+def with_interval(mean: float, low: float, high: float) -> str:
+    """Format a difference and its interval, such as ``+1.20 (-0.30 to +2.70)``."""
+    return DASH if pd.isna(mean) else f"{points(mean)} ({interval(low, high)})"
+
+
+def differences(prefix: str = "") -> list[Column]:
+    """Return the columns of paired differences: intervals and p of both questions, number of images.
+
+    Args:
+        prefix: of the frame's columns, which are those of ``stats.compare`` and ``stats.adjusted``.
+    """
+    low, high = f"{prefix}low_points", f"{prefix}high_points"
+    methods = (f"{prefix}methods_low_points", f"{prefix}methods_high_points")
+    return [
+        Column((low, high), "networks: 95 % interval", interval),
+        *p_values(prefix),
+        Column(methods, "methods: 95 % interval", interval, needs=f"{prefix}p_methods"),
+        Column("n_images", "n images", partial(number, form="d")),
+    ]
+
+
+def p_values(prefix: str = "", *, of: str = "") -> list[Column]:
+    """Return the columns of p-values of both questions; those of methods where there are several seeds.
+
+    Args:
+        prefix: of the frame's columns.
+        of: the heading begins with it.
+    """
+    names = {"p_methods": "methods: p", "p_methods_holm": "methods: p (Holm)", "p_runs": "methods: p (Nadeau-Bengio)"}
+    return [
+        Column(f"{prefix}p", f"{of}networks: p", p),
+        Column(f"{prefix}p_holm", f"{of}networks: p (Holm)", p),
+        *(Column(prefix + key, of + heading, p, needs=prefix + key) for key, heading in names.items()),
+    ]
+
+
+def brief(prefix: str, heading: str) -> list[Column]:
+    """Return the narrow view of paired differences: mean with interval of these networks, corrected p."""
+    keys = (f"{prefix}difference_points", f"{prefix}low_points", f"{prefix}high_points")
+    return [
+        Column(keys, heading, with_interval, narrow=True, full=False),
+        Column(f"{prefix}p_holm", "p (Holm)", p, narrow=True, full=False),
+        Column(f"{prefix}p_methods_holm", "p methods", p, narrow=True, full=False, needs=f"{prefix}p_methods_holm"),
+    ]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        heading: such as ``Table 3. The distillation experiments``.
+        frame: the numbers; a column gap with the reason why a row has none.
+        columns: of strings.
+        lead: sentences on what the numbers support.
+        notes: what the numbers are; each begins with its subject and a colon.
+        best: the row that is marked, as a position, or None.
+    """
+
+    heading: str
+    frame: pd.DataFrame
+    columns: Sequence[Column]
+    lead: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    best: int | None = None
+
+    def shown(self, *, narrow: bool = False) -> list[Column]:
+        """Return the columns of the full or the narrow view."""
+        return [column for column in self.columns if column.is_shown(self.frame, narrow=narrow)]
+
+    def text(self, *, narrow: bool = False) -> pd.DataFrame:
+        """Return the strings of the full or the narrow view."""
+        return pd.DataFrame({column.heading: column.strings(self.frame) for column in self.shown(narrow=narrow)})
+
+    def markdown(self, title: str) -> str:
+        """Return a title line, the full table, sentences and notes."""
+        body = self.text().to_markdown(index=False, disable_numparse=True)
+        return "\n".join([title, "", body, "", *(f"- {line}" for line in (*self.lead, *self.notes)), ""])
+
+    def latex(self, title: str) -> str:
+        """Return a table environment for a document with the booktabs package, sentences and notes as lines below."""
+        body = self.text().map(_tex).rename(columns=_tex).to_latex(index=False, escape=False).rstrip()
+        lines = ["% needs \\usepackage{booktabs}", r"\begin{table}", rf"\caption{{{_tex(title)}}}", body]
+        below = [rf"\par\footnotesize {_tex(line)}" for line in (*self.lead, *self.notes)]
+        return "\n".join([*lines, *below, r"\end{table}", ""])
+
+    def screen(self, title: str, *, width: int, wide: bool = False, last: Sequence[str] = ()) -> str:
+        """Return title, table, sentences and last lines for a terminal.
+
+        Args:
+            title: above the table.
+            width: of the terminal in characters; the narrow view and all sentences keep to it.
+            wide: the full view, as wide as it is.
+            last: lines below the sentences.
+        """
+        columns = self.shown(narrow=not wide)
+        names, cells = [column.heading for column in columns], [column.strings(self.frame) for column in columns]
+        if self.best is not None:
+            cells[names.index(MODEL.heading)][self.best] += f" {MARK}"
+        words = [max(map(len, name.split())) + GAP for name in names]
+        widths = [max(word, *map(len, strings)) for word, strings in zip(words, cells, strict=True)]
+        while not wide and sum(widths) + GAP * (len(widths) - 1) > width and max(widths) > LEAST:
+            widths[widths.index(max(widths))] -= 1  # the widest columns are wrapped
+        body = pd.DataFrame(zip(*cells, strict=True)).to_markdown(
+            index=False,
+            headers=["\n".join(textwrap.wrap(name, size - GAP)) for name, size in zip(names, widths, strict=True)],
+            tablefmt="simple",
+            disable_numparse=True,
+            colalign=["right" if column.is_numeric(self.frame) else "left" for column in columns],
+            maxcolwidths=widths,
+        )
+        sentences = "\n".join(textwrap.fill(line, width) for line in self.lead)
+        below = "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in last)
+        return "\n\n".join(part for part in (title, body, sentences, below) if part) + "\n"
+
+    def subjects(self) -> str:
+        """Return what the notes are about, such as ``Networks, Methods, Holm``."""
+        heads = [note.partition(":")[0].partition(",")[0] for note in self.notes if ":" in note]
+        return ", ".join(dict.fromkeys(head for head in heads if len(head) <= 30))
+
+    def html(self) -> str:
+        """Return a table element; the best row has the class best."""
+        columns = self.shown()
+        named = next((column for column in columns if column.heading in ("Model", "Notation", "Effect")), columns[0])
+        kinds = ["number" if column.is_numeric(self.frame) else "" for column in columns]
+        heads = [
+            f'<th scope="col" class="{kind}">{escape(column.heading)}</th>'
+            for column, kind in zip(columns, kinds, strict=True)
+        ]
+        caption = f'<caption class="unseen">{escape(self.heading)}</caption>'
+        lines = ["<table>", caption, f"<thead><tr>{''.join(heads)}</tr></thead>", "<tbody>"]
+        for position, row in enumerate(zip(*(column.strings(self.frame) for column in columns), strict=True)):
+            cells = []
+            for column, kind, value in zip(columns, kinds, row, strict=True):
+                start = '<th scope="row"' if column is named else f'<td class="{kind}{" long" * (len(value) > 24)}"'
+                cells.append(f"{start}>{escape(value)}</{start[1:3]}>")
+            lines.append(f'<tr class="{"best" if position == self.best else ""}">{"".join(cells)}</tr>')
+        return "\n".join([*lines, "</tbody>", "</table>"]).replace(' class=""', "")
+
+
+def _tex(string: str) -> str:
+    escaped = re.sub(r"([_%&#$])", r"\\\1", string)
+    for sign, symbol in {"±": r"$\pm$", DASH: "--", "<": "$<$", "`": ""}.items():
+        escaped = escaped.replace(sign, symbol)
+    return escaped

@@ -1,0 +1,122 @@
+"""Settings: each value of the further keys that a sweep varies against the first, paired over the test images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from kdsweep.core.errors import InputError
+from kdsweep.results import notes
+from kdsweep.results.formats import ONE_SEED, after_holm, interval, number, on_methods, points
+from kdsweep.results.frame import Scores, variants
+from kdsweep.results.paper import students
+from kdsweep.results.stats import ALPHA, NAN, OF_IMAGE, PLACE, adjusted, compare, pair, unknown
+from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table, brief, differences, estimate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kdsweep.tracking.reader import Sweep
+
+HEADING = "Settings. What the varied keys change"
+ALL = "all cells"
+COLUMNS = [
+    SETTINGS,
+    Column("against", "Against", narrow=True),
+    MODEL,
+    estimate("mean_dice_percent", "DSC %", narrow=True),
+    Column("against_mean_dice_percent", "DSC % against", number),
+    *brief("", "points (95 % interval)"),
+    Column("difference_points", "DSC points", points),
+    *differences(),
+]
+
+
+def applies(sweep: Sweep, store: Path) -> bool:
+    """Return whether a sweep varies further keys and mixes no options."""
+    try:
+        return len(variants(sweep)) > 1
+    except InputError:  # mixed: each table says so
+        return False
+
+
+def make(sweep: Sweep, options: Options) -> Table:
+    """Make the table."""
+    frame = numbers(sweep, test=options.test)
+    families = f"over the rows of single cells and, apart from them, over those of {ALL}"
+    below = [*notes.provenance(sweep), *notes.differences(frame, test=options.test, families=families)]
+    return Table(HEADING, frame.assign(test=options.test), COLUMNS, sentences(frame), below)
+
+
+def numbers(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
+    """Compare settings: a row per cell, and one for all cells together (the mean over the cells for each image).
+
+    Columns are mean Dice (%) at both settings and those of ``stats.compare`` (positive where ``settings`` is better);
+    Holm's family is the rows of single cells and, apart from them, those of all cells. A row without a run that it
+    needs has no numbers, and its gap says why; a run that the keys do not affect, as ``kd.align`` does not affect the
+    Student baseline, has no row.
+
+    Raises:
+        InputError: the sweep is empty, mixed, or varies no further key.
+    """
+    parts = {label: Scores.of(part) for label, part in variants(sweep).items()}
+    if len(parts) < 2:
+        raise InputError(f"sweep {sweep.name} varies no key beyond its factors: give one values, kd.align=warp,none")
+    (first, base), *others = parts.items()
+    rows = [
+        {"settings": label, "against": first} | row for label, part in others for row in _against(part, base, test=test)
+    ]
+    table = pd.DataFrame(rows)
+    return adjusted(table, family=table["notation"] == ALL).astype({"n_images": "Int64"})
+
+
+def _against(ours: Scores, base: Scores, *, test: str) -> list[dict[str, Any]]:
+    def differs(name: str) -> bool:
+        one, other = (set(part.runs.loc[part.runs["notation"] == name, "fingerprint"]) for part in (ours, base))
+        return one != other
+
+    names = [name for name in students([*ours.notations, *base.notations]) if differs(name)]
+    why, base_why = ours.gaps(names), base.gaps(names)
+    why = {name: why[name] or base_why[name] for name in names}
+    rows = [{"notation": name} | _compared(ours, base, [name], gap=gap, test=test) for name, gap in why.items()]
+    cells = [name for name in names if name != "Student"]
+    missing = [name for name in cells if why[name]]
+    gap = f"needs {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}" if missing else ""
+    return [*rows, {"notation": ALL} | _compared(ours, base, cells, gap=gap, test=test)] if cells else rows
+
+
+def _compared(ours: Scores, base: Scores, names: list[str], *, gap: str, test: str) -> dict[str, Any]:
+    if gap:
+        return {"mean_dice_percent": NAN, "against_mean_dice_percent": NAN} | unknown(gap=gap)
+    sides = [[part.images[part.images["notation"] == name] for part in (ours, base)] for name in names]
+    pairs = pd.concat(pair(ours=one, baseline=other) for one, other in sides)
+    pairs = pairs.groupby([*PLACE, "image", *OF_IMAGE], as_index=False)[["dice_ours", "dice_baseline", "points"]].mean()
+    mean, against = 100 * pairs[["dice_ours", "dice_baseline"]].mean()
+    means = {"mean_dice_percent": mean, "against_mean_dice_percent": against}
+    return means | compare(pairs, test=test) | {"gap": ""}
+
+
+def sentences(table: pd.DataFrame) -> list[str]:
+    """Return the result of each setting over all cells, and which single cells differ at 5 % after Holm."""
+    lines = []
+    for (label, first), rows in table.groupby(["settings", "against"], sort=False):
+        cells = rows[(rows["notation"] != ALL) & (rows["p_holm"] < ALPHA)]
+        differ = [f"{row['notation']} by {row['difference_points']:+.2f}" for _, row in cells.iterrows()]
+        single = f"single cells that differ: {', '.join(differ)}" if differ else "no single cell differs"
+        together = [row for _, row in rows[rows["notation"] == ALL].iterrows()]
+        lines.append(f"{label} against {first}, these networks: {'; '.join([*map(_together, together), single])}.")
+        tested = [on_methods(row, "over all cells") for row in together if pd.notna(row["p_methods"])]
+        lines.append(f"{label} against {first}, these methods: {'; '.join(tested) or ONE_SEED}.")
+    return lines
+
+
+def _together(row: pd.Series) -> str:
+    if row["gap"]:
+        return f"unknown over all cells, it {row['gap']}"
+    if pd.isna(row["p_holm"]):
+        return f"{row['difference_points']:+.2f} points over all cells, but these scores allow no test"
+    shown = "a difference is shown" if row["p_holm"] < ALPHA else "no difference is shown"
+    bounds = interval(row["low_points"], row["high_points"])
+    difference = f"{row['difference_points']:+.2f} points over all cells, 95 % interval {bounds}"
+    return f"{shown} ({difference}, {after_holm(row['p_holm'])})"

@@ -1,0 +1,59 @@
+"""Table 3: the experiments by factor, their mean test Dice, the paper's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from kdsweep.results import notes
+from kdsweep.results.formats import DASH, number
+from kdsweep.results.frame import Scores, each_variant
+from kdsweep.results.paper import LOSSES, PAPER, REPRESENTATIONS, cell_notations
+from kdsweep.results.stats import NAN
+from kdsweep.results.table import SETTINGS, Column, Options, Table, estimate
+
+if TYPE_CHECKING:
+    from kdsweep.tracking.reader import Sweep
+
+HEADING = "Table 3. The distillation experiments"
+COLUMNS = [
+    SETTINGS,
+    Column("representation", "KD representation", narrow=True),
+    Column("notation", "Notation", narrow=True),
+    Column("loss", "KD loss", lambda loss: loss or DASH),
+    Column("teacher_augmentation", "Teacher augmentation"),
+    estimate("mean_dice_percent", "DSC % (ours)", narrow=True),
+    Column("paper_mean_dice_percent", "DSC % (paper)", number, narrow=True),
+]
+
+
+def make(sweep: Sweep, options: Options) -> Table:
+    """Make the table."""
+    frame = numbers(sweep)
+    below = [*notes.provenance(sweep), *notes.gaps(frame), notes.paper(sweep)]
+    return Table(HEADING, frame, COLUMNS, notes=below)
+
+
+def numbers(sweep: Sweep) -> pd.DataFrame:
+    """Return a row per cell and setting: factors, mean Dice over the test images of all splits (%), the paper's."""
+    return each_variant(sweep, _numbers)
+
+
+def _numbers(scores: Scores) -> pd.DataFrame:
+    why = scores.gaps(cell_notations(scores.notations))
+    complete = scores.complete(why)
+    rows = []
+    for notation, gap in why.items():
+        path, _, loss = notation.removesuffix("_WAug").partition("_")
+        row = {
+            "representation": REPRESENTATIONS.get(path, path),
+            "notation": notation,
+            "loss": LOSSES.get(loss, loss),
+            "teacher_augmentation": "weak" if notation.endswith("_WAug") else "strong",
+            "gap": gap,
+            "mean_dice_percent": 100 * complete.loc[complete["notation"] == notation, "dice"].mean(),
+            "paper_mean_dice_percent": PAPER[notation][0] if notation in PAPER else NAN,
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
