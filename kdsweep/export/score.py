@@ -133,14 +133,18 @@ def main(argv: list[str] | None = None) -> int:
     add_sweep(parser)
     options = parser.parse_intermixed_args(argv)
     settings = composition.compose(options.overrides)
-    source, where = inputs.source(settings), {"store": options.store, "uri": options.tracking_uri}
+    source, digest = (
+        inputs.source(settings),
+        inputs.listing(settings).digest,
+    )  # a data set that is absent is named first
+    where = {"store": options.store, "uri": options.tracking_uri}
     sweep = reader.read_sweep(**where, name=options.sweep)
     empty = bool(settings.data.allow_empty_masks)
     count, problems = score_sweep(sweep, source=source, **where, device=settings.device, allow_empty_masks=empty)
     sys.stdout.write(f"scored {plural(count, 'network')} now; mean over images, splits and seeds:\n")
     sweep = reader.read_sweep(**where, name=sweep.name)
     notations = sweep.runs[["fingerprint", "notation"]].drop_duplicates()
-    name = f"{source.name}-{inputs.listing(settings).digest[:8]}"
+    name = f"{source.name}-{digest[:8]}"
     scores = sweep.external[sweep.external["data_set"] == name].merge(notations)
     for notation, dice in scores.groupby("notation")["dice"].mean().sort_values(ascending=False).items():
         sys.stdout.write(f"  {notation:20} Dice {100 * dice:5.2f} %\n")

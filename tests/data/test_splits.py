@@ -293,9 +293,9 @@ def test_a_file_that_tears_groups_apart_is_refused_unless_leakage_is_allowed(sma
     [
         (("split=s0", "split.index=3"), "split.index=3 is not allowed: the paper has 0, 1 and 2"),
         (("split=kfold", "split.fold=5"), "split.fold=5 is not allowed: split.folds=5 are counted from 0"),
-        (("split=kfold", "split.folds=1"), "split.folds=1 is not allowed: it must be a whole number >= 2"),
+        (("split=kfold", "split.folds=1"), "split.folds=1 is not allowed: it must be greater than or equal to 2"),
         (("split=file",), "split.file is missing"),
-        (("split=1",), "split=1 is not an option; the paper's random splits are s0, s1 and s2, so split=s1"),
+        (("split=1",), "split=1 is not an option; split has: file, holdout, kfold, s0, s1, s2"),
         (("split=kfold", "split.folds=10"), "split.folds=10 is not allowed: the data set has 9 malignant images"),
     ],
 )

@@ -381,8 +381,8 @@ def test_a_method_has_a_name_and_a_cell_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["method=at", "path=L"], "method=at brings paths and losses of its own: leave path out"),
-        (["method=at", "loss=mse"], "method=at brings paths and losses of its own: leave loss out"),
+        (["method=at", "path=L"], "method=at brings its paths and losses: leave path out"),
+        (["method=at", "loss=mse"], "method=at brings its paths and losses: leave loss out"),
         (["kd.weight=0.9", "kd.lambda=3"], "kd.weight=0.9 and kd.lambda=3 are two spellings of one weight: give one"),
         (["kd.weight=published"], "kd.weight=published is not allowed: path and loss have none"),
         (["method=at", "method.terms.group2.weight=-1"], "method.terms.group2.weight=-1 is not allowed"),

@@ -481,7 +481,7 @@ def test_methods_of_unlike_epochs_learn_from_one_teacher(small_busi, tmp_path):
 def test_bad_input_is_refused_before_anything_begins(small_busi, tmp_path):
     one_measure = ".monitor=loss: all methods are chosen by one measure; give dice"
     cases = [
-        ({"search": {"train.lx": [1, 2]}}, [], "train.lx is not a key of the configuration; train has: "),
+        ({"search": {"train.lx": [1, 2]}}, [], "train.lx is not a key of the configuration; do you mean train.lr"),
         (
             {"search": {"kd.weight": {"range": [0.1, 1.5]}}},
             [],

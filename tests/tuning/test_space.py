@@ -58,7 +58,7 @@ def test_a_method_has_the_keys_that_it_uses():
     whole = space.read({key: [1, 2] for key in keys})
     plain = {"teacher_aug.distill_view": "weak", "path.representation": "logits"}
     kld = {**plain, "loss.logits._target_": "kdsweep.distill.losses.kld", "loss.logits.temperature": 1}
-    mse = {**plain, "loss.logits._target_": "kdsweep.distill.losses.mse"}
+    mse = {**plain, **dict.fromkeys(("loss.logits._target_", "loss.hidden._target_"), "kdsweep.distill.losses.mse")}
 
     def used(role, params):
         return set(space.used(whole, role=role, params=params))
