@@ -43,12 +43,16 @@ def _listing(data: Any) -> sources.Listing:
 
 def images(settings: Settings) -> Images:
     """Return the data set in memory."""
-    empty = bool(settings.data.allow_empty_masks)
-    return _images(source(settings), settings.load_size, settings.image_size, empty)
+    return _images(
+        source(settings),
+        load_size=settings.load_size,
+        image_size=settings.image_size,
+        allow_empty_masks=bool(settings.data.allow_empty_masks),
+    )
 
 
 @lru_cache(maxsize=2)
-def _images(data: Any, load_size: int, image_size: int, allow_empty_masks: bool) -> Images:  # noqa: FBT001
+def _images(data: Any, *, load_size: int, image_size: int, allow_empty_masks: bool) -> Images:
     return load_images(data, load_size=load_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
 
 

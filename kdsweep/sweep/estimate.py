@@ -1,4 +1,4 @@
-"""What is said before a sweep runs, without torch: what it computes, the time at most, changes, idle overrides."""
+"""Describe a sweep before it runs, without torch: its cells, the time at most, changes, overrides without effect."""
 
 from __future__ import annotations
 

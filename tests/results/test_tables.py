@@ -912,7 +912,13 @@ def test_a_terminal_gets_the_answer(asked, tmp_path, monkeypatch, capsys):
     assert "It differs from Student by +" in text
     assert "--wide shows all columns; notes in table4.md: " in text
     assert tables.main(["table4", "--out", str(tmp_path), "--wide"]) == 0
-    assert capsys.readouterr().out.count("(paper)") > text.count("(paper)")  # headings are wrapped: by their last line
+    wide = capsys.readouterr().out
+    (header,) = [line for line in (tmp_path / "table4.md").read_text().splitlines() if line.startswith("| Model")]
+    headings = [heading.strip() for heading in header.strip("|").split("|")]
+    (rule,) = [line for line in wide.splitlines() if re.fullmatch("[- ]+", line)]
+    assert len(rule.split()) == len(headings)  # a column each
+    assert set(" ".join(headings).split()) <= set(wide.split())  # headings are wrapped
+    assert "p Student (paper)" in headings
 
 
 def written(name, sweep, out):
