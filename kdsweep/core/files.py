@@ -45,7 +45,10 @@ def complete_file(file: Path) -> Iterator[BinaryIO]:
             scratch.chmod(stat.S_IMODE(target.stat().st_mode))
         scratch.replace(target)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error  # a full disk does not name the file
+        # A full disk does not name the file; of a parent that is a file mkdir says that it exists.
+        if isinstance(error, FileExistsError):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(file)) from error
+        raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
