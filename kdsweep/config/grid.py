@@ -70,7 +70,7 @@ class Cell:
         split: number of the split in its protocol: its index, or its fold.
         seed: of initialization, shuffling and views.
         settings: the plain nested values that decide the result.
-        evidence: results version, and digests of inputs: data, weights files, the Teacher, the user's code.
+        input_digests: results version, and digests of inputs: data, weights files, the Teacher, the user's code.
         store: folder of all runs.
         sources: settings that name the inputs: folders and files by key, the Teacher's seed.
         variant: values of further keys that the sweep varies, as far as they distinguish this cell from others.
@@ -82,7 +82,7 @@ class Cell:
     split: int
     seed: int
     settings: dict[str, Any]
-    evidence: dict[str, str]
+    input_digests: dict[str, str]
     store: Path = field(compare=False)
     sources: dict[str, str] = field(default_factory=dict, compare=False)
     variant: dict[str, str] = field(default_factory=dict, compare=False)
@@ -91,7 +91,7 @@ class Cell:
     @cached_property
     def fingerprint(self) -> str:
         """Return the fingerprint: equal ones mean the same result, so it is computed once."""
-        return digest([self.role, self.notation, self.split, self.seed, self.settings, self.evidence])
+        return digest([self.role, self.notation, self.split, self.seed, self.settings, self.input_digests])
 
     @property
     def run_name(self) -> str:

@@ -58,22 +58,22 @@ def teacher_cell(settings: Settings) -> Cell:
 def _cell(settings: Settings, role: str, notation: str, *, teacher: Cell | None = None) -> Cell:
     decided = decisions.deciding(settings, role)
     name, network = ("teacher", settings.teacher) if role == TEACHER else ("student", settings.student)
-    evidence = inputs.image_digests(settings) | inputs.weights_digests(name, network)
+    input_digests = inputs.image_digests(settings) | inputs.weights_digests(name, network)
     sources = {"data.root": str(settings.data.root or ""), f"{name}.weights": network.weights}
-    if "split" in evidence:
+    if "split" in input_digests:
         sources["split"] = settings.split.in_words()
     if teacher is not None:
-        evidence["teacher"] = teacher.fingerprint
+        input_digests["teacher"] = teacher.fingerprint
         sources |= {"teacher.seed": str(teacher.seed), "teacher.weights": settings.teacher.weights}
     if code := user_code.user_code_digest(grid.targets(decided)):
-        evidence["user_code"] = code
+        input_digests["user_code"] = code
     return Cell(
         role=role,
         notation=notation,
         split=settings.split.number,
         seed=settings.teacher.seed if role == TEACHER else settings.seed,
         settings=grid.without_modules(decided),
-        evidence=evidence | {"results_version": str(grid.RESULTS_VERSION)},
+        input_digests=input_digests | {"results_version": str(grid.RESULTS_VERSION)},
         store=Path(settings.store).absolute(),
         sources=sources,
         teacher=teacher,

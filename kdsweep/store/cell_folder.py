@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 CELL, PROGRESS, FAILED, FINISHED, LOCK = "cell.json", "progress.json", "failed.json", "finished.json", ".lock"
 SPLIT, PARTS = "split.json", ("train", "validation", "test")
 KEYS = {  # of each record; without them it is damaged
-    CELL: ("tags", "params", "started_ms", "settings", "evidence"),
+    CELL: ("tags", "params", "started_ms", "settings"),
     PROGRESS: ("epochs", "history", "times_ms", "seconds"),
     FAILED: ("error", "time_ms"),
     FINISHED: ("values", "sha256", "time_ms"),
@@ -88,7 +88,7 @@ def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any],
 
     ``params`` is the flat resolved configuration; ``tags`` are those of its run besides those made from the cell.
     """
-    folder, inputs = cell.folder, cell.evidence
+    folder, inputs = cell.folder, cell.input_digests
     of_cell = {
         **{name: str(getattr(cell, name)) for name in ("notation", "role", "split", "seed", "fingerprint")},
         "weights": inputs.get(f"{'teacher' if cell.role == 'teacher' else 'student'}_weights", ""),
@@ -98,7 +98,7 @@ def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any],
         "tags": tags | {f"kdsweep.{name}": value for name, value in of_cell.items()},
         "started_ms": (_read(folder / CELL) or {}).get("started_ms", now_ms()),
         "settings": cell.settings,
-        "evidence": inputs,
+        "input_digests": inputs,
         "params": params,
     }
     write_json(folder / SPLIT, split)

@@ -75,7 +75,7 @@ def _members(groups: Sequence[Sequence[Job]]) -> list[Job]:
 def forward_of(job: Job) -> tuple[str, str, str]:
     """Return which Teacher forward a cell learns from; jobs with equal ones share it."""
     view, precision = job.settings.teacher_aug.distill_view, job.settings.kd.teacher_precision
-    return job.cell.evidence["teacher"], view, precision
+    return job.cell.input_digests["teacher"], view, precision
 
 
 def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: Preview | None) -> str:
@@ -181,7 +181,7 @@ def log_changes(jobs: Sequence[Job]) -> None:
 
 def _difference(before: dict[str, Any], cell: Cell) -> str:
     """Return as text what differs between an earlier cell of the same name and this one."""
-    inputs, version = before["evidence"], str(grid.RESULTS_VERSION)
+    inputs, version = before.get("input_digests", {}), str(grid.RESULTS_VERSION)
     if inputs.get("results_version", "0") != version:  # the first ones had none
         old_version = inputs.get("results_version", "0")
         remedy = "their tables, report and predictions can still be made"
@@ -191,7 +191,7 @@ def _difference(before: dict[str, Any], cell: Cell) -> str:
     changes = [f"{key} ({old.get(key, 'unset')} -> {new.get(key, 'unset')})" for key in keys]
     names = {"user_code": "your own code", "data": "the images", "student_weights": "the file of student.weights"}
     names |= {"split": "the images of the split's parts", "groups": "the groups of split.group"}
-    changes += [name for key, name in names.items() if inputs.get(key) != cell.evidence.get(key)]
+    changes += [name for key, name in names.items() if inputs.get(key) != cell.input_digests.get(key)]
     return f"since then this has changed: {_few(changes or ['its Teacher'], 4)}"
 
 

@@ -205,7 +205,7 @@ def form_groups(
     # What another command computes, or has left in a queue, is a group apart: that waits, and the others need not.
     taken = [(cell_folder.is_held(job.cell.folder), job.cell.folder in apart) for job in jobs]
     keys = [f"{key} {of}" for key, of in zip(keys, taken, strict=True)]
-    likeness = [job.cell.evidence.get("teacher", "") for job in jobs]
+    likeness = [job.cell.input_digests.get("teacher", "") for job in jobs]
     counts = Counter(job.settings.device for job in jobs)
     groups = []
     for members in grid.group_by(keys):

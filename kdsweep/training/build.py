@@ -198,7 +198,7 @@ def learner(settings: Settings, cell: Cell) -> Learner:
         role=cell.role,
         network=teacher_network(settings) if is_teacher else student_network(settings),
         view=settings.teacher_aug.train_view if is_teacher else "strong",
-        distillation=None if is_teacher else distillation(settings, teacher=cell.evidence.get("teacher", "")),
+        distillation=None if is_teacher else distillation(settings, teacher=cell.input_digests.get("teacher", "")),
         lr=settings.teacher.lr if is_teacher else settings.train.lr,
         supervised=SUPERVISED[recipe[0]],
         schedule=recipe[1],

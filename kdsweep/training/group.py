@@ -180,7 +180,7 @@ def _make(job: Job, networks: Networks) -> Learner | Exception:
     cell = job.cell
     try:
         build.describe(job.settings, cell)
-        teacher = networks.get(cell.evidence.get("teacher", ""))
+        teacher = networks.get(cell.input_digests.get("teacher", ""))
         if isinstance(teacher, Exception):
             raise CellError(f"{cell.title}: its Teacher could not be trained: {one_line(teacher)}") from teacher
         return build.learner(job.settings, cell)

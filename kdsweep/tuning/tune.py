@@ -127,8 +127,8 @@ def methods_of(jobs: Sequence[Job], whole: space.Space) -> dict[str, Method]:
 
 def key_of(cell: Cell) -> str:
     """Return what the seeds of one method on one split share."""
-    evidence = {key: value for key, value in cell.evidence.items() if key != "teacher"}
-    return grid.digest([cell.role, cell.notation, cell.split, cell.settings, evidence])
+    input_digests = {key: value for key, value in cell.input_digests.items() if key != "teacher"}
+    return grid.digest([cell.role, cell.notation, cell.split, cell.settings, input_digests])
 
 
 def overrides_of(trial: FrozenTrial) -> list[str]:
@@ -213,7 +213,7 @@ def groups_of(trials: Sequence[Trial], *, largest: int) -> list[list[Trial]]:
     """Form lockstep groups of trials that can share every batch; those of a study stay together, however many."""
 
     def likeness(trial: Trial) -> tuple[str, str, str]:
-        return trial.batches, trial.method.job.cell.evidence.get("teacher", ""), trial.method.name
+        return trial.batches, trial.method.job.cell.input_digests.get("teacher", ""), trial.method.name
 
     groups: list[list[Trial]] = []
     for _, part in itertools.groupby(sorted(trials, key=likeness), likeness):

@@ -185,7 +185,7 @@ def test_the_reason_for_a_new_cell_is_the_key_that_changed(jobs, caplog: pytest.
     earlier.mkdir()
     loss = {**job.cell.settings["loss.logits"], "temperature": 1}  # as int: an older record
     settings = {**job.cell.settings, "loss.logits": loss}
-    record = {"tags": {}, "started_ms": 0, "params": {}, "settings": settings, "evidence": job.cell.evidence}
+    record = {"tags": {}, "started_ms": 0, "params": {}, "settings": settings, "input_digests": job.cell.input_digests}
     (earlier / "cell.json").write_text(json.dumps(record))
     with caplog.at_level(logging.INFO):
         estimate.log_changes([job])

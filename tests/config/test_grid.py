@@ -19,7 +19,7 @@ CELL = Cell(
     split=0,
     seed=0,
     settings={"lr": 1e-4, "kd": {"weight": 0.5, "align": "warp"}, "sizes": [256, 128]},
-    evidence={"data": "aaaa", "user_code": "bbbb"},
+    input_digests={"data": "aaaa", "user_code": "bbbb"},
     store=Path("runs"),
 )
 
@@ -63,7 +63,7 @@ INGREDIENTS: dict[str, Any] = {
     "split": 1,
     "seed": 1,
     "settings": {**CELL.settings, "lr": 1e-3},
-    "evidence": {**CELL.evidence, "user_code": "cccc"},
+    "input_digests": {**CELL.input_digests, "user_code": "cccc"},
 }
 
 
@@ -73,7 +73,7 @@ def test_every_ingredient_changes_the_fingerprint(name: str) -> None:
 
 
 def test_no_ingredient_is_left_out_of_the_test_above() -> None:
-    held = {"store", "sources", "variant", "teacher"}  # evidence and settings hold all but the first
+    held = {"store", "sources", "variant", "teacher"}  # input_digests and settings hold all but the first
     assert {*INGREDIENTS, *held} == {own.name for own in fields(CELL)}
 
 
@@ -95,8 +95,8 @@ def test_no_cell_has_a_folder_out_of_its_store(notation: str) -> None:
         grid.run_folder(Path("store"), run)
 
 
-def test_new_evidence_makes_a_new_fingerprint_for_the_same_place() -> None:
-    later = replace(CELL, evidence={"data": "changed", "user_code": "bbbb"})
+def test_new_input_digests_make_a_new_fingerprint_for_the_same_key() -> None:
+    later = replace(CELL, input_digests={"data": "changed", "user_code": "bbbb"})
     assert later.key == CELL.key
     assert later.fingerprint != CELL.fingerprint
     assert later.folder != CELL.folder

@@ -257,7 +257,7 @@ def settings(small_busi, *words):
 def test_the_papers_splits_have_the_fingerprints_of_their_index_alone(small_busi):
     cells = [identity.cell(settings(small_busi, f"split=s{index}")) for index in range(3)]
     assert [cell.split for cell in cells] == [0, 1, 2]
-    assert all("split" not in cell.evidence for cell in cells)
+    assert all("split" not in cell.input_digests for cell in cells)
     assert [cell.run_name for cell in cells] == [f"L_KLD_WAug/split{index}" for index in range(3)]
 
 

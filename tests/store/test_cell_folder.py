@@ -57,8 +57,8 @@ def test_a_failure_is_forgotten_once_the_cell_is_trained_again_or_finished(tmp_p
 # --- damaged records: (file, status then, what is logged)
 
 
-def make_cell(store, notation="L_MSE", evidence="a") -> Cell:
-    return Cell("distilled", notation, 0, 0, {"lr": 1}, {"data": evidence}, store)
+def make_cell(store, notation="L_MSE", input_digests="a") -> Cell:
+    return Cell("distilled", notation, 0, 0, {"lr": 1}, {"data": input_digests}, store)
 
 
 def begin(cell: Cell) -> None:
@@ -119,7 +119,7 @@ def test_an_error_is_recorded_without_the_path_of_this_machine(tmp_path):
 
 @pytest.mark.parametrize("other", ["L_MSE-split0-seed0-deep", "L_MSE-split0-seed01", "xL_MSE-split0-seed0", "L_MSE"])
 def test_a_predecessor_has_the_same_name_and_not_a_similar_one(tmp_path, other):
-    cell, before = make_cell(tmp_path), make_cell(tmp_path, evidence="b")
+    cell, before = make_cell(tmp_path), make_cell(tmp_path, input_digests="b")
     begin(before)
     similar = before.folder.with_name(f"{other}-{before.fingerprint[:10]}")
     before.folder.rename(similar)
@@ -143,15 +143,15 @@ def test_a_cell_that_is_resumed_began_when_it_first_did_and_ends_when_it_is_fini
 
 
 def test_of_several_predecessors_the_latest_is_compared_with(tmp_path):
-    for number, evidence in enumerate("bcd"):
-        before = make_cell(tmp_path, evidence=evidence)
+    for number, input_digests in enumerate("bcd"):
+        before = make_cell(tmp_path, input_digests=input_digests)
         begin(before)
         moment = [30, 10, 20][number]  # the names of their folders are in another order than they were written in
         os.utime(before.folder / cell_folder.CELL, (moment, moment))
     cell = make_cell(tmp_path)
-    assert cell_folder.read_predecessor(cell, besides=set())["evidence"] == {"data": "b"}
-    others = {make_cell(tmp_path, evidence="b").folder}
-    assert cell_folder.read_predecessor(cell, besides=others)["evidence"] == {"data": "d"}
+    assert cell_folder.read_predecessor(cell, besides=set())["input_digests"] == {"data": "b"}
+    others = {make_cell(tmp_path, input_digests="b").folder}
+    assert cell_folder.read_predecessor(cell, besides=others)["input_digests"] == {"data": "d"}
 
 
 def test_one_process_at_a_time_computes_a_cell(tmp_path):

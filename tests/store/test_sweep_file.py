@@ -9,9 +9,11 @@ from kdsweep.config.grid import Cell
 from kdsweep.store import sweep_file
 
 
-def make_cell(notation="L_MSE", split=0, evidence="a", variant=None, **settings) -> Cell:
+def make_cell(notation="L_MSE", split=0, input_digests="a", variant=None, **settings) -> Cell:
     role = {"Student": "baseline", "Teacher": "teacher"}.get(notation, "distilled")
-    return Cell(role, notation, split, 0, settings or {"lr": 1}, {"data": evidence}, store=None, variant=variant or {})
+    return Cell(
+        role, notation, split, 0, settings or {"lr": 1}, {"data": input_digests}, store=None, variant=variant or {}
+    )
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def ask(tmp_path):
 
 
 def test_a_replaced_image_replaces_the_cell(ask):
-    old, other, new = make_cell(), make_cell("H_MSE"), make_cell(evidence="b")
+    old, other, new = make_cell(), make_cell("H_MSE"), make_cell(input_digests="b")
     ask(old, other)
     assert ask(new) == {new.fingerprint, other.fingerprint}
 

@@ -248,7 +248,7 @@ def test_what_changed_outside_the_settings_is_named(jobs, caplog):
         ("groups", "the groups of split.group"),
         ("teacher", "its Teacher"),
     ):
-        changed = replace(old.cell, evidence={**old.cell.evidence, key: "another"})
+        changed = replace(old.cell, input_digests={**old.cell.input_digests, key: "another"})
         assert changes(caplog, [replace(old, cell=changed)]) == [f"{CHANGED}changed: {name}"]
 
 

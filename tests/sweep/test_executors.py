@@ -50,7 +50,7 @@ class Job:
 def make_work(tmp_path):
     def make(*names: str, call=len, devices=("cpu",)) -> Work:
         shared = {"role": "baseline", "split": 0, "seed": 0, "settings": {}, "store": tmp_path}
-        cells = [Cell(notation=name, evidence={"of": name}, **shared) for name in names]
+        cells = [Cell(notation=name, input_digests={"of": name}, **shared) for name in names]
         jobs = [Job(Settings(name=name), cell, [f"name={name}"]) for name, cell in zip(names, cells, strict=True)]
         return Work(call, jobs, list(devices), cells)
 

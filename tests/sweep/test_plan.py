@@ -184,7 +184,7 @@ def test_two_devices_share_a_group_and_each_part_has_one_teacher(jobs):
     first, second = plan.form_groups(cells, devices={"cpu": ["one", "two"]})
     assert {len(first), len(second)} == {3}
     for group in (first, second):
-        assert len({job.cell.evidence["teacher"] for job in group}) == 1
+        assert len({job.cell.input_digests["teacher"] for job in group}) == 1
     assert {job.cell.fingerprint for job in first + second} == {job.cell.fingerprint for job in cells}
     splits = jobs(*([f"path={path}", f"split=s{split}"] for split in (0, 1) for path in ("L", "H", "HR")))
     assert sizes(splits, "one", "two") == [3, 3]  # they keep both devices busy, undivided

@@ -26,9 +26,9 @@ def store(empty_store, tmp_path_factory) -> Path:
     return Path(shutil.copytree(empty_store, tmp_path_factory.mktemp("tracking") / "store"))
 
 
-def make_cell(notation="L_MSE", split=0, evidence="a", store=Path("store"), **settings) -> Cell:
+def make_cell(notation="L_MSE", split=0, input_digests="a", store=Path("store"), **settings) -> Cell:
     role = {"Student": "baseline", "Teacher": "teacher"}.get(notation, "distilled")
-    return Cell(role, notation, split, 0, settings or {"lr": 1}, {"data": evidence}, store)
+    return Cell(role, notation, split, 0, settings or {"lr": 1}, {"data": input_digests}, store)
 
 
 def in_another_process() -> None:
@@ -100,8 +100,8 @@ def test_the_last_sweep_is_the_last_one_with_a_finished_cell(tmp_path):
 
 
 def test_what_a_network_began_with_is_named_by_file_and_digest(store, tmp_path):
-    evidence = {"student_weights": "0123456789abcdef"}
-    cell = replace(make_cell(), evidence=evidence, store=tmp_path)
+    input_digests = {"student_weights": "0123456789abcdef"}
+    cell = replace(make_cell(), input_digests=input_digests, store=tmp_path)
     tracker = mirror.Tracker(store=store, uri=None)
     ask(store, "weights", [cell])
     begin(cell)
@@ -134,7 +134,9 @@ def test_the_parent_run_says_what_the_sweep_is(store, tmp_path):
 def test_a_server_without_the_store_gives_the_same_sweep(tmp_path, empty_store):
     store = Path(shutil.copytree(empty_store, tmp_path / "store"))
     tracker, teacher = mirror.Tracker(store=store, uri=None), make_cell("Teacher", store=store)
-    learned = replace(make_cell(store=store), evidence={"teacher": teacher.fingerprint}, variant={"kd.weight": "1"})
+    learned = replace(
+        make_cell(store=store), input_digests={"teacher": teacher.fingerprint}, variant={"kd.weight": "1"}
+    )
     sweeps = {"older": [make_cell("H_MSE", store=store)], "sweep": [learned, make_cell("Student", store=store)]}
     for name, cells in sweeps.items():
         sweep_file.add(
@@ -386,7 +388,7 @@ def test_what_was_asked_for_and_is_not_there_is_missing(store):
 def test_a_teacher_comes_with_the_cells_that_it_taught(store, tmp_path):
     tracker, teacher = mirror.Tracker(store=store, uri=None), make_cell("Teacher", lr=12)
     finish(tracker, teacher, "first", tmp_path, [0.9])
-    cell = replace(make_cell(lr=12), evidence={"teacher": teacher.fingerprint})
+    cell = replace(make_cell(lr=12), input_digests={"teacher": teacher.fingerprint})
     ask(store, "second", [cell])
     finish(tracker, cell, "second", tmp_path, [0.8])
     sweep = reader.read_sweep(store=store, uri=None, name="second")

@@ -40,7 +40,7 @@ def log_sweep(store: Path) -> None:
     """A command's bookkeeping for a sweep of two cells and their Teacher, all finished; type it again to repair."""
     teacher = make_cell("Teacher", store=store)
     cells = [make_cell(name, store=store) for name in ("L_MSE", "H_MSE")]
-    cells = [replace(cell, evidence={"teacher": teacher.fingerprint}) for cell in cells]
+    cells = [replace(cell, input_digests={"teacher": teacher.fingerprint}) for cell in cells]
     for cell in [teacher, *cells]:
         if not (cell.folder / cell_folder.FINISHED).exists():
             end(cell, [0.5, 0.75])
@@ -216,7 +216,9 @@ def test_a_sweep_that_mlflow_lacks_is_told_apart_from_one_that_was_never_request
 
 def test_tables_of_an_earlier_results_version_come_out(store, monkeypatch, capsys):
     """The cells of the sweep are other ones now, and are computed again."""
-    cells = [replace(make_cell(name, store=store), evidence={"results_version": "0"}) for name in ("L_MSE", "Student")]
+    cells = [
+        replace(make_cell(name, store=store), input_digests={"results_version": "0"}) for name in ("L_MSE", "Student")
+    ]
     sweep_file.add(store, "sweep", cells=cells, teachers=[])
     for cell in cells:
         mirror.Tracker(store=store, uri=None).sync(end(cell, [0.5, 0.75]), sweep="sweep")
@@ -224,7 +226,7 @@ def test_tables_of_an_earlier_results_version_come_out(store, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "62.5" in printed
     assert "Computed by an earlier kdsweep, results version 0 (this one: " in printed
-    newer = [replace(cell, evidence={"results_version": "1"}) for cell in cells]
+    newer = [replace(cell, input_digests={"results_version": "1"}) for cell in cells]
     monkeypatch.setattr(grid, "RESULTS_VERSION", grid.RESULTS_VERSION + 1)
     sweep_file.add(store, "sweep", cells=newer, teachers=[])
     assert reader.read_sweep(store=store, uri=None, name="sweep").runs["status"].tolist() == ["missing"] * 2
