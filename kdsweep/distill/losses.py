@@ -23,6 +23,10 @@ def cross_entropy(*, logits: Tensor, mask: Tensor) -> Tensor:
     Args:
         logits: (N, 1, H, W), one per pixel, before activation.
         mask: (N, 1, H, W), ground truth in {0, 1}.
+
+    Example:
+        >>> cross_entropy(logits=torch.zeros(1, 1, 2, 2), mask=torch.ones(1, 1, 2, 2))  # -log(1/2)
+        tensor(0.6931)
     """
     return F.binary_cross_entropy_with_logits(logits.float(), mask.float())
 
@@ -36,6 +40,11 @@ def cross_entropy_and_dice(*, logits: Tensor, mask: Tensor) -> Tensor:
     Args:
         logits: (N, 1, H, W), one per pixel, before activation.
         mask: (N, 1, H, W), ground truth in {0, 1}.
+
+    Example:
+        >>> logits, mask = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+        >>> cross_entropy_and_dice(logits=logits, mask=mask)  # log 2 + 1 - 2 * 2 / (2 + 4)
+        tensor(1.0265)
     """
     dice: Tensor = DICE(logits.float(), mask.float())
     return cross_entropy(logits=logits, mask=mask) + dice
@@ -48,6 +57,11 @@ def mse(*, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
         student: (N, C, H, W).
         teacher: (N, C, H, W).
         valid: (N, 1, H, W) bool.
+
+    Example:
+        >>> ones = torch.ones(1, 1, 1, 2)
+        >>> mse(student=3 * ones, teacher=ones, valid=ones > 0)  # (3 - 1)^2
+        tensor(4.)
     """
     squared = (student.float() - teacher.float()).square()
     return torch.where(valid, squared, 0.0).sum() / (valid.sum() * student.shape[1]).clamp(min=1)
@@ -65,6 +79,11 @@ def kld_pixels(*, student: Tensor, teacher: Tensor, valid: Tensor, temperature: 
         teacher: (N, 1, H, W) logits, P.
         valid: (N, 1, H, W) bool.
         temperature: T > 0.
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 3.0).log()
+        >>> kld_pixels(student=student, teacher=teacher, valid=student == 0)  # 3/4 log(3/2) + 1/4 log(1/2)
+        tensor(0.1308)
     """
     z_student, z_teacher = student.float() / temperature, teacher.float() / temperature
     p = torch.sigmoid(z_teacher)
@@ -85,6 +104,11 @@ def kld_positions(*, student: Tensor, teacher: Tensor, valid: Tensor, temperatur
         teacher: (N, C, H, W).
         valid: (N, 1, H, W) bool; other positions have probability 0 in both distributions.
         temperature: T > 0.
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 1, 1, 2), torch.tensor([[[[3.0, 1.0]]]]).log()
+        >>> kld_positions(student=student, teacher=teacher, valid=student == 0)  # 3/4 log(3/2) + 1/4 log(1/2)
+        tensor(0.1308)
     """
     inside = valid.flatten(2)
     lowest = torch.finfo(torch.float32).min  # finite: an image without any valid position contributes 0, not NaN

@@ -104,9 +104,9 @@ def test_the_command_writes_groups_that_a_split_takes(folder, tmp_path, capsys):
     assert "1 group with more than one label: benign (1), malignant (1)" in told
     assert f"split=kfold split.group={out / 'groups.csv'}" in told
     ids = [entry.id for entry in sources.Busi(folder).entries()]
-    from kdsweep.data import splits
+    from kdsweep.data import split_files
 
-    groups = dict(zip(ids, splits.read_groups(ids, str(out / "groups.csv"), root=None).names, strict=True))
+    groups = dict(zip(ids, split_files.read_groups(ids, str(out / "groups.csv"), root=None).names, strict=True))
     assert groups["benign (1)"] == groups["malignant (1)"] == "g001"
     assert len(set(groups.values())) == 3
     sheet = cv2.imread(str(out / "sheet-1.png"), cv2.IMREAD_GRAYSCALE)

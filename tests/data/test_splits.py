@@ -8,7 +8,7 @@ import pytest
 
 from kdsweep.config import composition, identity, inputs
 from kdsweep.core.errors import InputError
-from kdsweep.data import splits
+from kdsweep.data import split_files, splits
 from kdsweep.data.splits import PARTS, Listed
 
 IDS = [f"p{number // 3:02d}_{number:03d}" for number in range(60)]  # 20 patients of 3 images
@@ -113,30 +113,30 @@ PARTED = [(image_id, ("train", "val", "test")[number % 3]) for number, image_id 
 
 
 def test_a_csv_is_taken_as_it_is(tmp_path):
-    found = splits.from_file(BY_IMAGE, write_csv(tmp_path / "s.csv", PARTED), fold=0)
+    found = split_files.read_split(BY_IMAGE, write_csv(tmp_path / "s.csv", PARTED), fold=0)
     assert [found.train, found.validation, found.test] == [list(range(start, 60, 3)) for start in range(3)]
 
 
 def test_ids_are_the_same_in_each_form_of_unicode(tmp_path):
     listed = Listed([f"cafe\u0301{number}" for number in range(3)], ["unknown"] * 3)
     rows = [(f"caf\u00e9{number}", part) for number, part in enumerate(("train", "val", "test"))]
-    assert splits.from_file(listed, write_csv(tmp_path / "s.csv", rows), fold=0).test == [2]
+    assert split_files.read_split(listed, write_csv(tmp_path / "s.csv", rows), fold=0).test == [2]
 
 
 def test_nnunets_val_is_scored_and_validation_comes_from_train(tmp_path):
     file = tmp_path / "splits_final.json"
     folds = [{"train": IDS[:48], "val": IDS[48:]}, {"train": IDS[12:], "val": IDS[:12]}]
     file.write_text(json.dumps(folds), encoding="utf-8")
-    found = splits.from_file(BY_PATIENT, file, fold=1)
+    found = split_files.read_split(BY_PATIENT, file, fold=1)
     assert found.test == list(range(12))
     assert sorted(found.train + found.validation) == list(range(12, 60))
     assert len(found.validation) == pytest.approx(0.2 * 48, abs=3)
     assert splits.leaking_groups(BY_PATIENT, found) == {}
     folds[0] = {"train": IDS[:40], "val": IDS[40:50], "test": IDS[50:]}
     file.write_text(json.dumps(folds), encoding="utf-8")
-    assert splits.from_file(BY_IMAGE, file, fold=0).validation == list(range(40, 50))
+    assert split_files.read_split(BY_IMAGE, file, fold=0).validation == list(range(40, 50))
     with pytest.raises(InputError, match=r"split.fold=2 is not allowed: .* has 2 folds"):
-        splits.from_file(BY_IMAGE, file, fold=2)
+        split_files.read_split(BY_IMAGE, file, fold=2)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_nnunets_val_is_scored_and_validation_comes_from_train(tmp_path):
 )
 def test_a_wrong_csv_is_one_line(tmp_path, rows, line):
     with pytest.raises(InputError, match=f"split.file=.*{line}") as caught:
-        splits.from_file(BY_IMAGE, write_csv(tmp_path / "s.csv", rows), fold=0)
+        split_files.read_split(BY_IMAGE, write_csv(tmp_path / "s.csv", rows), fold=0)
     assert "\n" not in str(caught.value)
 
 
@@ -160,30 +160,27 @@ def test_a_wrong_csv_is_one_line(tmp_path, rows, line):
     [
         ("s.csv", "image,fold\na,1\n", "needs the columns id and part, it has image, fold"),
         ("s.csv", "", "needs the columns id and part, it has no row"),
-        ("s.csv", "id,part\n" + "x" * 200_000, "is not CSV: field larger than field limit"),
-        ("s.csv", b"id,part\ncaf\xe9,train\n", "cannot be read: .* save it in UTF-8"),
-        ("s.json", "{", "is not JSON"),
-        ("s.json", "[" * 100_000, "is not JSON"),
-        ("s.json", "null", "expected a list of folds as nnU-Net writes it"),
-        ("s.json", '{"train": []}', "expected a list of folds as nnU-Net writes it"),
-        ("s.json", '[{"train": null, "val": []}]', "fold 0: train is null; it must be a list of image ids"),
-        ("s.json", '[{"train": [], "val": {"a": 1}}]', 'fold 0: val is {"a": 1}; it must be a list of image ids'),
-        ("s.json", '[{"train": "p00_000", "val": []}]', 'fold 0: train is "p00_000"; it must be a list'),
-        (
-            "s.json",
-            '[{"train": [["p00_000"]], "val": []}]',
-            r'fold 0: train holds \["p00_000"\]; an image id is a text',
-        ),
-        ("s.json", '[{"train": [null], "val": []}]', "fold 0: train holds null; an image id is a text"),
-        ("s.json", '[{"train": [], "val": [], "tests": []}]', "fold 0 has the key 'tests'; it may have train, val"),
-        ("absent.csv", None, "cannot be read: No such file"),
+        ("s.csv", "id,part\n" + "x" * 200_000, r"is not CSV \(Error: field larger than field limit"),
+        ("s.csv", b"id,part\ncaf\xe9,train\n", "is not text in UTF-8 .* save it in UTF-8"),
+        ("s.json", "{", "its content: Invalid JSON"),
+        ("s.json", "[" * 100_000, "its content: Invalid JSON"),
+        ("s.json", "null", "its content: Input should be a valid array; expected nnU-Net's list of folds"),
+        ("s.json", '{"train": []}', "its content: Input should be a valid array; expected nnU-Net's list of folds"),
+        ("s.json", '[{"train": null, "val": []}]', "0.train: Input should be a valid array"),
+        ("s.json", '[{"train": [], "val": {"a": 1}}]', "0.val: Input should be a valid array"),
+        ("s.json", '[{"train": "p00_000", "val": []}]', "0.train: Input should be a valid array"),
+        ("s.json", '[{"train": [["p00_000"]], "val": []}]', "0.train.0: Input should be a valid string"),
+        ("s.json", '[{"train": [null], "val": []}]', "0.train.0: Input should be a valid string"),
+        ("s.json", '[{"train": [true], "val": []}]', "0.train.0: Input should be a valid string"),
+        ("s.json", '[{"train": [], "val": [], "tests": []}]', "0.tests: Extra inputs are not permitted"),
+        ("absent.csv", None, r"cannot be read \(No such file"),
     ],
 )
 def test_a_file_that_is_no_split_is_one_line(tmp_path, name, text, line):
     if text is not None:
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=line) as caught:
-        splits.from_file(BY_IMAGE, tmp_path / name, fold=0)
+        split_files.read_split(BY_IMAGE, tmp_path / name, fold=0)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -192,24 +189,24 @@ def test_a_file_that_is_no_split_is_one_line(tmp_path, name, text, line):
 
 
 def test_groups_come_from_a_pattern_a_file_or_a_column_beside_the_images(tmp_path):
-    assert splits.read_groups(IDS, r"(?P<patient>p\d+)_.*", root=None) == (PATIENTS, [])
+    assert split_files.read_groups(IDS, r"(?P<patient>p\d+)_.*", root=None) == (PATIENTS, [])
     groups = tmp_path / "groups.csv"
     groups.write_text("image,group\n" + "".join(f"{i},{g}\n" for i, g in zip(IDS, PATIENTS, strict=True)))
-    assert splits.read_groups(IDS, str(groups), root=None) == (PATIENTS, [])
+    assert split_files.read_groups(IDS, str(groups), root=None) == (PATIENTS, [])
     (tmp_path / "beside").mkdir()
     beside = tmp_path / "beside" / "manifest.csv"
     beside.write_text("file,woman\n" + "".join(f"benign/{i}.png,{g}\n" for i, g in zip(IDS, PATIENTS, strict=True)))
-    assert splits.read_groups(IDS, "woman", root=beside.parent) == (PATIENTS, [])
+    assert split_files.read_groups(IDS, "woman", root=beside.parent) == (PATIENTS, [])
 
 
 @pytest.mark.parametrize(
     ("group", "line"),
     [
-        (r"(?P<patient>q\d+)_.*", r"does not match 60 images \(p00_000, .*, \.\.\.\); it must match each whole id"),
-        ("(unclosed", "is no regular expression"),
+        (r"(?P<patient>q\d+)_.*", r"does not match 60 images \(p00_000, .*, \.\.\.\); it must match each complete id"),
+        ("(unclosed", "is not a regular expression"),
         (r"(?:p\d+)_.*", "which part is the group"),
         ("woman", "no CSV file in .* has a column of this name"),
-        ("absent.csv", "cannot be read: No such file"),
+        ("absent.csv", r"cannot be read \(No such file"),
         ("few.csv", r"59 images .* of the data set have no group in"),
         ("other.csv", r"needs the columns id \(or image, or file\) and group, it has id, patient"),
     ],
@@ -219,7 +216,7 @@ def test_groups_that_are_not_there_are_one_line(tmp_path, monkeypatch, group, li
     Path("few.csv").write_text(f"id,group\n{IDS[0]},x\n")
     Path("other.csv").write_text(f"id,patient\n{IDS[0]},x\n")
     with pytest.raises(InputError, match=line):
-        splits.read_groups(IDS, group, root=tmp_path / "empty")
+        split_files.read_groups(IDS, group, root=tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
@@ -240,10 +237,10 @@ def test_a_row_of_the_groups_file_names_one_image_and_each_image_has_one_group(t
     file = tmp_path / "groups.csv"
     file.write_text(f"id,group\n{rows}\n", encoding="utf-8")
     if not isinstance(expected, str):
-        assert splits.read_groups(ids, str(file), root=None) == expected
+        assert split_files.read_groups(ids, str(file), root=None) == expected
         return
     with pytest.raises(InputError) as caught:
-        splits.read_groups(ids, str(file), root=None)
+        split_files.read_groups(ids, str(file), root=None)
     assert f"split.group={file}: {file} {expected}" in str(caught.value)
 
 

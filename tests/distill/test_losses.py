@@ -1,5 +1,7 @@
 """Losses: values worked out by hand, direction, reduction, and that nothing flows into the Teacher."""
 
+import doctest
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
-from kdsweep.distill import losses, paths
+from kdsweep.distill import losses, methods, paths, relations
 from kdsweep.distill.distillation import Distillation, TeacherForward, Term, ViewPair
 from kdsweep.models import unet
 from kdsweep.training.learner import Learner
@@ -115,6 +117,20 @@ def test_kld_positions_at_temperature_two_by_hand() -> None:
     expected = 2**2 * (4 / 7 * math.log((4 / 7) / (1 / 4)) + 3 / 7 * math.log((1 / 7) / (1 / 4)))
     value = losses.kld_positions(student=student.float(), teacher=teacher, valid=everywhere(teacher), temperature=2.0)
     assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_public_loss_has_an_example_that_holds() -> None:
+    functions = [
+        (function, vars(module))
+        for module in (losses, methods, relations)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and not name.startswith("_") and name != "in_single_precision"
+    ]
+    assert len(functions) == 16
+    for function, module_globals in functions:
+        (example,) = doctest.DocTestFinder().find(function, globs=module_globals)
+        assert example.examples, function
+        assert doctest.DocTestRunner().run(example).failed == 0, function
 
 
 # ---- against other definitions -------------------------------------------------------------------------------------

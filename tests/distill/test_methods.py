@@ -15,17 +15,17 @@ from kdsweep import conf_dir
 from kdsweep.config import composition, identity, overrides
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
-from kdsweep.distill import losses, methods, paths
+from kdsweep.distill import losses, methods, paths, relations
 from kdsweep.distill.distillation import Distillation, TeacherForward, Term, ViewPair, warp
 from kdsweep.models import unet
 from kdsweep.models.unet import Outputs
 from kdsweep.training import build
 
 METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml") if file.stem != "none")
-OF_MASKS = [methods.intra_class_variation, methods.region_affinity]
+OF_MASKS = [relations.intra_class_variation, relations.region_affinity]
 LOSSES: list[Callable[..., Tensor]] = [
     *(methods.attention, methods.importance, methods.standardized, methods.intra_class_relation, methods.squared_sum),
-    *(methods.hierarchical_context, methods.pairwise, methods.cross_image, methods.batch_similarity, *OF_MASKS),
+    *(methods.hierarchical_context, relations.pairwise, relations.cross_image, relations.batch_similarity, *OF_MASKS),
 ]
 NAMES = [loss.__name__ for loss in LOSSES]
 
@@ -67,12 +67,12 @@ def test_attention_is_torchdistills_of_the_authors_code() -> None:
 
 def test_batch_similarity_is_torchdistills_but_for_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows are divided by their L1 norm; the paper's equation and the authors' code have the L2 norm."""
-    maps = given(methods.batch_similarity)
+    maps = given(relations.batch_similarity)
     theirs = mid_level.SPKDLoss("m", "m", reduction="batchmean")
     io = [{"m": {"output": maps[name]}} for name in ("student", "teacher")]
-    assert methods.batch_similarity(**maps).item() != pytest.approx(theirs(*io).item(), rel=1e-3)
+    assert relations.batch_similarity(**maps).item() != pytest.approx(theirs(*io).item(), rel=1e-3)
     monkeypatch.setattr(mid_level, "normalize", lambda gram, _: F.normalize(gram, p=2, dim=1))
-    assert methods.batch_similarity(**maps).item() == pytest.approx(theirs(*io).item(), rel=1e-5)
+    assert relations.batch_similarity(**maps).item() == pytest.approx(theirs(*io).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [3, 6, 9])
@@ -130,12 +130,12 @@ def test_pairwise_by_hand() -> None:
     # Nodes of 2 x 2: the Student's two are (3, 0) and (0, 2), cosine 0; the Teacher's are alike, cosine 1.
     student = torch.tensor([[[[3.0, 1, 0, 0], [0, 2, 0, 0]], [[0, 0, 1, 2], [0, 0, 0, 0]]]])
     teacher = torch.ones(1, 5, 2, 4)
-    found = methods.pairwise(student=student, teacher=teacher, valid=everywhere(student))
+    found = relations.pairwise(student=student, teacher=teacher, valid=everywhere(student))
     assert found.item() == pytest.approx((0 + 1 + 1 + 0) / 4)
 
 
 def test_cross_image_is_the_mean_over_pairs_of_images_of_pytorchs_divergence() -> None:
-    maps = given(methods.cross_image, count=2)
+    maps = given(relations.cross_image, count=2)
     units = {name: F.normalize(maps[name].flatten(2), dim=1) for name in ("student", "teacher")}
     terms = []
     for one in range(2):
@@ -143,7 +143,7 @@ def test_cross_image_is_the_mean_over_pairs_of_images_of_pytorchs_divergence() -
             ours, theirs = (units[name][one].T @ units[name][other] / 0.1 for name in ("student", "teacher"))
             terms.append(F.kl_div(ours.log_softmax(dim=1), theirs.softmax(dim=1), reduction="batchmean"))
     expected = torch.stack(terms).mean().item()
-    assert methods.cross_image(**maps).item() == pytest.approx(expected, rel=1e-4)
+    assert relations.cross_image(**maps).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_intra_class_variation_by_hand() -> None:
@@ -151,7 +151,7 @@ def test_intra_class_variation_by_hand() -> None:
     student = torch.tensor([[[[1.0, 0.0, 2.0, 2.0]], [[0.0, 1.0, 0.0, 0.0]]]])
     teacher = torch.tensor([[[[1.0, 1.0, 3.0, 3.0]], [[1.0, 1.0, 0.0, 0.0]]]])
     mask = torch.tensor([[[[1.0, 1.0, 0.0, 0.0]]]])
-    found = methods.intra_class_variation(
+    found = relations.intra_class_variation(
         student=student, teacher=teacher, valid=everywhere(student), student_mask=mask, teacher_mask=mask
     )
     cosine = 1 / 2**0.5  # of (1, 0) and of (0, 1) to their mean (0.5, 0.5)
@@ -163,11 +163,11 @@ def test_region_affinity_by_hand_and_an_image_without_lesion_does_not_count() ->
     teacher = torch.ones(1, 3, 1, 4)  # and the Teacher's are alike
     mask = torch.tensor([[[[1.0, 1.0, 0.0, 0.0]]]])
     masks = {"student_mask": mask, "teacher_mask": mask}
-    one = methods.region_affinity(student=student, teacher=teacher, valid=everywhere(student), **masks)
+    one = relations.region_affinity(student=student, teacher=teacher, valid=everywhere(student), **masks)
     assert one.item() == pytest.approx(1.0)
     both = {name: torch.cat([own, torch.zeros_like(own)]) for name, own in masks.items()}
     student, teacher = torch.cat([student, student]), torch.cat([teacher, teacher])
-    two = methods.region_affinity(student=student, teacher=teacher, valid=everywhere(student), **both)
+    two = relations.region_affinity(student=student, teacher=teacher, valid=everywhere(student), **both)
     assert two.item() == pytest.approx(1.0)
 
 
@@ -182,7 +182,7 @@ def test_a_batch_of_one_class_alone_is_defined(loss: Callable[..., Tensor], fill
     assert value.isfinite()
     assert arguments["student"].grad is not None
     assert arguments["student"].grad.isfinite().all()
-    if loss is methods.region_affinity:
+    if loss is relations.region_affinity:
         assert value == 0
 
 
@@ -234,7 +234,7 @@ def test_without_a_valid_position_it_is_finite(loss: Callable[..., Tensor]) -> N
 def test_a_batch_of_one_is_defined(loss: Callable[..., Tensor]) -> None:
     value = loss(**given(loss, count=1))
     assert value.isfinite()
-    assert value.item() == pytest.approx(0, abs=1e-9) if loss is methods.batch_similarity else value.item() > 0
+    assert value.item() == pytest.approx(0, abs=1e-9) if loss is relations.batch_similarity else value.item() > 0
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=NAMES)
