@@ -180,14 +180,22 @@ def members(session: int) -> list[int]:
 
 
 def workers(pid: int) -> list[int]:
-    """Children of a launcher that compute; Python's resource tracker, another child, does not."""
-    found = []
+    """Processes of a launcher that compute: the children of its server."""
+    computing = []
+    for server in children(pid):
+        with contextlib.suppress(OSError):
+            if b"forkserver" in Path(f"/proc/{server}/cmdline").read_bytes():
+                computing += children(server)
+    return computing
+
+
+def children(pid: int) -> list[int]:
+    """Children of all threads of a process."""
+    numbers = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
-            for child in file.read_text().split():
-                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found.append(int(child))
-    return found
+            numbers += [int(number) for number in file.read_text().split()]
+    return numbers
 
 
 def catches_signals(pid: int) -> bool:

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,8 +24,20 @@ from typing import Any
 
 import pytest
 
+from kdsweep.sweep.executors import worker
+
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["preloaded", "commands"])
+start = worker.start_server
+
+
+def start_server() -> None:
+    """Start the server of the test process, for commands and for the groups that a test trains itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # it does not get this process's path otherwise
+        start()
+
+
+worker.PRELOAD, worker.start_server = ["preloaded", "commands"], start_server
 
 
 def kdsweep(*arguments: str, cwd: Path, timeout: float = 570) -> subprocess.CompletedProcess[str]:
@@ -63,9 +76,7 @@ def process(target: Callable[..., None], *args: Any) -> BaseProcess:
 
 def _server() -> str:
     """Address of the server, which is started if there is none yet."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # it does not get this process's path otherwise
-        forkserver.ensure_running()
+    worker.start_server()
     return forkserver._forkserver._forkserver_address
 
 
@@ -85,6 +96,7 @@ def _be(arguments: tuple[str, ...], cwd: Path, environment: Mapping[str, str], o
     """Be the command: this process was forked for it."""
     assert "preloaded" in sys.modules  # the server says nothing of an error in what it imports
     _inherit(environment, output)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, worker.BLOCKED)
     os.chdir(cwd)
     sys.path.insert(0, str(cwd))  # as ``python -m`` does
     sys.argv = ["kdsweep", *arguments]
@@ -92,7 +104,6 @@ def _be(arguments: tuple[str, ...], cwd: Path, environment: Mapping[str, str], o
     forkserver._forkserver._forkserver_address = server
     forkserver._forkserver.ensure_running = lambda: None
     from kdsweep import __main__
-    from kdsweep.sweep.executors import worker
 
     def process_of(target: Callable[..., None], args: tuple[Any, ...]) -> BaseProcess:
         return SERVER.Process(target=_work, args=(dict(os.environ), output, target, args))
@@ -101,6 +112,7 @@ def _be(arguments: tuple[str, ...], cwd: Path, environment: Mapping[str, str], o
     worker.multiprocessing = SimpleNamespace(
         get_context=lambda _: context, parent_process=multiprocessing.parent_process
     )
+    worker.start_server = lambda: None
     try:
         sys.exit(__main__.main())
     finally:

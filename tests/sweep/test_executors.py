@@ -4,10 +4,13 @@ import io
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -408,10 +411,13 @@ def test_a_group_whose_device_is_lost_moves_to_another_and_fails_if_there_is_non
 
 @pytest.mark.slow
 def test_processes_share_the_threads_of_the_cpu(make_work, monkeypatch):
+    forkserver._forkserver._stop()  # its processes have its environment
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(worker, "PRELOAD", [])
     assert results_of(local.Local(), make_work("a", call=report)) == [["a on auto with 2"]]
     works = [make_work(name, call=report, devices=["cpu", "cpu"]) for name in "ab"]
     assert results_of(local.Local(processes=2), *works) == [["a on cpu with 1"], ["b on cpu with 1"]]
+    forkserver._forkserver._stop()
     with pytest.raises(InputError, match=r"hydra\.launcher\.processes=0 is not allowed"):
         local.Local(processes=0)
 
@@ -437,3 +443,28 @@ def test_a_work_waits_as_long_as_another_command_computes_its_cells(make_work, m
 def test_one_by_one_is_in_this_process(make_work):
     works = [make_work(name, call=lambda _: [os.getpid()]) for name in "ab"]
     assert results_of(local.InProcess(), *works) == [[str(os.getpid())]] * 2
+
+
+IMPORTS_OF_THE_SERVER = """
+import importlib, sys
+
+def note(frame, event, _):
+    if event == "call" and frame.f_code.co_filename.endswith("torch/cuda/__init__.py"):
+        assert frame.f_code.co_name not in ("is_available", "device_count", "_lazy_init"), "CUDA was asked for devices"
+
+sys.setprofile(note)
+from kdsweep.sweep.executors import worker
+for name in worker.PRELOAD:
+    importlib.import_module(name)
+import torch
+if "check" in sys.argv:
+    torch.cuda.is_available()
+"""
+
+
+@pytest.mark.slow
+def test_the_server_imports_torch_and_leaves_cuda_alone():
+    """CUDA does not survive a fork: nothing that the server imports may ask for devices."""
+    for words, code in (([], 0), (["check"], 1)):
+        done = subprocess.run([sys.executable, "-c", IMPORTS_OF_THE_SERVER, *words], capture_output=True, check=False)
+        assert done.returncode == code, done.stderr.decode()

@@ -71,9 +71,7 @@ class Executor:
             jobs: that stand for all that wait.
             times: whether to time steps even if this machine trains none of the cells.
         """
-        from kdsweep.sweep import rehearsal
-
-        call = partial(rehearsal.preview, elsewhere=self.machines, times=times)
+        call = partial(worker.preview, elsewhere=self.machines, times=times)
         result: Preview = worker.Processes().call(call, jobs)
         return result
 

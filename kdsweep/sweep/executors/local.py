@@ -39,11 +39,14 @@ class Local(Executor):
         self._running: dict[Results, str] = {}  # their devices
         self._lost: set[str] = set()
 
+    def check(self, jobs: Sequence[Job]) -> None:
+        """See ``Executor``; if any cell waits, the server of processes imports what they need in the meantime."""
+        if jobs:
+            worker.start_server()
+
     def preview(self, jobs: list[Job], *, times: bool) -> Preview:
         """See ``Executor``; steps are always timed."""
-        from kdsweep.sweep import rehearsal
-
-        result: Preview = self._processes.call(partial(rehearsal.preview, devices=self._names), jobs)
+        result: Preview = self._processes.call(partial(worker.preview, devices=self._names), jobs)
         return result
 
     def submit(self, work: Work) -> Results | None:

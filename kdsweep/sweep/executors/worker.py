@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import math
@@ -14,7 +15,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from multiprocessing import util
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,14 +29,40 @@ from kdsweep.core.files import write_text
 
 if TYPE_CHECKING:
     from kdsweep.config.identity import Job
+    from kdsweep.sweep import plan
+    from kdsweep.sweep.estimate import Preview
     from kdsweep.sweep.executors.executor import Result, Work
     from kdsweep.tuning.pruning import Pruning
 
 log = logging.getLogger(__name__)
 
 STOP_WITHIN_S = 10.0
+# Imported once, by the server that processes are forked from: 9 s of a CPU. They must not touch CUDA, which does not
+# survive a fork. The second is imported by the first step of an optimizer.
+PRELOAD = ["kdsweep.sweep.rehearsal", "torch._dynamo"]
+# The server and its processes are born with these blocked: SLURM's, which the process above passes on, and the one that
+# would end the server where it is sent to a group of processes.
+BLOCKED = (*signals.JOB_SIGNALS, signal.SIGTERM)
 IDENTITY = ".identity"
 REMEDY = "put store, data and environment on a file system that all machines share, under the same name"
+
+
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """Block the signals in what is started inside."""
+    resource_tracker.ensure_running()  # it would unblock them again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_server() -> None:
+    """Start the server that processes are forked from, which takes its time to import; return at once."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    with _blocked():
+        forkserver.ensure_running()
 
 
 class Processes:
@@ -54,19 +82,15 @@ class Processes:
             InputError: raised by the function.
             CellError: any other error of the function; LostError if the process died.
         """
-        context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+        start_server()
+        context = multiprocessing.get_context("forkserver")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_main, args=(sender, logging.getLogger().level, function, args))
         with self._lock:
             if self._is_closed:
                 raise CellError("the command has ended")
-            # The signals that SLURM sends to a job stay blocked in the process: the one above passes them on.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.JOB_SIGNALS)
-            try:
-                process.start()
-                self._running.add(process)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            process.start()
+            self._running.add(process)
         sender.close()
         try:
             value = receiver.recv()
@@ -104,11 +128,13 @@ def _ending(code: int | None) -> str:
 
 def _main(sender: Connection, level: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Be the process."""
+    gc.freeze()  # the imports: else each collection goes through them
     signals.install()
     logs.to_screen(level)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     code = 1
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         try:
             value = function(*args)
         except Exception as error:
@@ -164,6 +190,13 @@ def _write_settings(job: Job) -> None:
 
 
 # --- functions of works; torch is imported here, the process that submits has none
+
+
+def preview(jobs: list[plan.Job], **options: Any) -> Preview:
+    """Check cells with their real networks, see ``rehearsal.preview``."""
+    from kdsweep.sweep import rehearsal
+
+    return rehearsal.preview(jobs, **options)
 
 
 def train_cells(jobs: list[Job]) -> list[Result]:
