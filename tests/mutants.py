@@ -918,7 +918,7 @@ MUTANTS = [
     Mutant(
         "executors: SLURM's signals reach the process of a group",
         "sweep/executors/worker.py",
-        "signal.pthread_sigmask(signal.SIG_BLOCK, signals.JOB_SIGNALS)",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)",
         "signal.pthread_sigmask(signal.SIG_BLOCK, [])",
         EXECUTORS,
     ),
