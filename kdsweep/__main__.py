@@ -11,45 +11,23 @@ import logging
 import os
 import re
 import sys
-from importlib import import_module
 from pathlib import Path
 
-from kdsweep import conf_dir
+from kdsweep import cli, conf_dir
 from kdsweep.core.errors import TRACEBACK, CellError, InputError, command, one_line, report
-
-# By word: the function of the subcommand, imported when it runs (help and errors must come fast), and its line of help.
-WORDS = {
-    "status": ("kdsweep.sweep.status:main", "how far a sweep is: done, running, failed, waiting, time left"),
-    "tables": ("kdsweep.results.tables.command:main", "the paper's tables, effects, settings, seeds"),
-    "figures": ("kdsweep.results.figures.command:main", "contours, effects, curves, each image against Student"),
-    "report": ("kdsweep.results.report:main", "all of that as one HTML file"),
-    "predict": ("kdsweep.export.predict:main", "masks of one's own images"),
-    "export": ("kdsweep.export.onnx_file:main", "a trained network as one ONNX file"),
-    "quantize": ("kdsweep.export.quantize:main", "Students in 8-bit integers: Dice, size, latency before and after"),
-    "score": ("kdsweep.export.score:main", "finished networks on another data set, without retraining"),
-    "publish": ("kdsweep.results.published:main", "runs and per-image scores as one file, of which tables can be made"),
-    "data": ("kdsweep.results.data_sheet:main", "what a data set holds: counts, faults, ignored files, contact sheet"),
-    "audit": ("kdsweep.results.audit:main", "near-duplicates of a data set, as groups for its splits"),
-    "models": ("kdsweep.training.build:print_models", "parameters, MACs and hidden shapes of the networks"),
-}
 
 
 @command
 def main() -> int:
     """Run a subcommand or train cells, as ``python -m kdsweep`` and as the console script ``kdsweep``."""
     _prepare_process()
-    first, *rest = sys.argv[1:] or [""]
-    if first in WORDS:
-        module, _, function = WORDS[first][0].partition(":")
-        return int(getattr(import_module(module), function)(rest))
+    words, first = cli.app.commands, "".join(sys.argv[1:2])
+    if first in (*words, "--help", "-h", "--version") or cli.COMPLETE in os.environ:
+        return cli.main(sys.argv[1:])
     if re.fullmatch(r"[a-z]\w*", first):
-        near = difflib.get_close_matches(first, WORDS, n=1)
-        hint = f"do you mean {near[0]}?" if near else f"it must be one of {', '.join(WORDS)}, or overrides KEY=VALUE"
+        near = difflib.get_close_matches(first, words, n=1)
+        hint = f"do you mean {near[0]}?" if near else f"it must be one of {', '.join(words)}, or overrides KEY=VALUE"
         raise InputError(f"{first} is not a word of this command; {hint}")
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        listed = "\n".join(f"  {word:8} {what}" for word, (_, what) in WORDS.items())
-        sys.stdout.write(f"python -m kdsweep WORD [--help]\n{listed}\n\nWithout a word it trains cells:\n\n")
-        sys.stdout.flush()
     return train()
 
 

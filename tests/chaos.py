@@ -29,8 +29,8 @@ from pathlib import Path
 
 from mlflow.entities import Run, ViewType
 
+from kdsweep import cli
 from kdsweep.core.files import file_digest
-from kdsweep.results.tables import command as tables
 from kdsweep.tracking import mirror
 
 GRID = ["path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong", "profile=quick", "device=cpu"]
@@ -334,7 +334,7 @@ def contents(store: Path) -> Contents:
 def _tables(store: Path) -> Iterator[tuple[str, str]]:
     for which in ("table3", "table4"):
         with contextlib.redirect_stdout(io.StringIO()):
-            code = tables.main([which, "--store", str(store)])
+            code = cli.main(["tables", which, "--store", str(store)])
         file = store / "tables" / f"{which}.csv"
         yield f"{which}.csv", file_digest(file) if code == 0 else f"exit code {code}"
 

@@ -13,7 +13,8 @@ import pytest
 from small import STUDENT
 
 import kdsweep
-from kdsweep.__main__ import WORDS, main
+from kdsweep import cli
+from kdsweep.__main__ import main
 from kdsweep.config import inputs
 from kdsweep.core.errors import TRACEBACK
 
@@ -85,10 +86,7 @@ def unprivileged() -> Iterator[None]:
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["kdsweep", *words])
-    try:
-        return main()
-    except SystemExit as end:  # argparse's
-        return int(end.code)
+    return main()
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +132,7 @@ def test_a_data_set_without_its_folder_asks_for_it(word, monkeypatch, capsys) ->
     assert capsys.readouterr().err == line
 
 
-@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("word", cli.app.commands)
 def test_without_arguments_a_subcommand_says_what_it_needs(word, monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code = run(monkeypatch, word)
@@ -142,7 +140,7 @@ def test_without_arguments_a_subcommand_says_what_it_needs(word, monkeypatch, ca
     if word in ("models", "data"):  # of the default configuration
         assert (code, shown) == (0, "")
     elif code == 2:
-        assert "the following arguments are required" in shown
+        assert re.match("kdsweep: error: missing (option|argument) [^\n]*\n$", shown), shown
     else:
         assert re.fullmatch(r"kdsweep: error: .*multirun.*\n", shown), shown
         assert code == 1

@@ -1,7 +1,6 @@
 """conf/ is found however the package is started, and the wheel carries what it needs."""
 
 import os
-import pkgutil
 import subprocess
 import sys
 import zipfile
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kdsweep.__main__ import WORDS
+import kdsweep
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,15 +106,29 @@ def test_models_command_prints_both_networks(tmp_path):
         assert part in done.stdout
 
 
-def test_the_help_shows_the_words_above_hydras_page(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "kdsweep", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    words, _, hydra = done.stdout.partition("Without a word it trains cells:")
+def test_help_shows_the_words_and_hydras_page_the_configuration(tmp_path):
+    def run(*words):
+        command = [sys.executable, "-m", "kdsweep", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    words = run("--help")
     for word in ("status", "tables", "figures", "report", "predict", "export", "models"):
         assert f"\n  {word} " in words
-        assert callable(pkgutil.resolve_name(WORDS[word][0]))
-    assert "== Configuration groups ==" in hydra
+    assert "`python -m kdsweep -m --help` lists" in " ".join(words.split())
+    assert "== Configuration groups ==" in run("-m", "--help")
+    assert run("--version") == f"kdsweep, version {kdsweep.__version__}\n"
+
+
+def test_a_shell_completes_words_and_options(tmp_path):
+    def complete(*words, **environment):
+        command = [sys.executable, "-m", "kdsweep", *words]
+        env = {**os.environ, **environment}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False).stdout
+
+    assert "complete -o nosort -F _kdsweep_completion kdsweep" in complete(_KDSWEEP_COMPLETE="bash_source")
+    for words, number, expected in (("kdsweep ta", "1", "tables"), ("kdsweep tables --publ", "2", "--published")):
+        done = complete(_KDSWEEP_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=number)
+        assert done == f"plain,{expected}\n"
 
 
 @pytest.mark.parametrize(

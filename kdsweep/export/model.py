@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import glob
 import re
 import tempfile
@@ -17,7 +16,6 @@ from torch import Tensor
 from kdsweep.config.grid import run_folder
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import DamagedError, read_json
-from kdsweep.core.options import add_store
 from kdsweep.data import run_data
 from kdsweep.data.views import normalize
 from kdsweep.models import unet
@@ -55,14 +53,6 @@ class Model:
         """Return the name for messages, such as ``Student split 0 seed 0 (mobilenetv3_small_trimmed, 224 x 224)``."""
         notation, split, seed = (self.tags[key] for key in TAGS[:3])
         return f"{notation} split {split} seed {seed} ({self.encoder}, {self.image_size} x {self.image_size})"
-
-
-def parse_run(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a run."""
-    parser.add_argument(
-        "--run", required=True, help="NOTATION/splitK as in the tables, a folder, an MLflow run id, or best"
-    )
-    add_store(parser)
 
 
 def find_folder(run: str, *, store: Path, uri: str | None) -> Path:

@@ -1,13 +1,10 @@
 """Export the network of a finished run as one ONNX file that says how to prepare images for it.
 
-Usage: ``python -m kdsweep export --run RUN --out student.onnx [--store DIR] [--data-root DIR] [--register
-NAME]``; RUN as for predict. The file is written only if ONNX Runtime computes from it what PyTorch computes, by default
-on the run's test images.
+The file is written only if ONNX Runtime computes from it what PyTorch computes, by default on the run's test images.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 import warnings
@@ -19,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdsweep.core.errors import InputError, command, one_line
+from kdsweep.core.errors import InputError, one_line
 from kdsweep.core.files import DamagedError, read_json, write_bytes, write_text
 from kdsweep.data import phantom
 from kdsweep.data.images import IMAGENET_MEAN, IMAGENET_STD
@@ -28,7 +25,7 @@ from kdsweep.evaluation import latency, metrics
 from kdsweep.evaluation.costs import cpu_name
 from kdsweep.export import predict
 from kdsweep.export.card import card
-from kdsweep.export.model import Model, find_folder, load_model, parse_run, split_images
+from kdsweep.export.model import Model, find_folder, load_model, split_images
 from kdsweep.models.unet import UNet
 from kdsweep.store import cell_folder
 
@@ -239,7 +236,7 @@ def make(model: Model, *, out: Path, images: list[Tensor], masks: Tensor | None,
     return content
 
 
-def register(model: Model, content: bytes, *, name: str, store: Path, uri: str | None) -> None:
+def register_model(model: Model, content: bytes, *, name: str, store: Path, uri: str | None) -> None:
     """Make an ONNX file the next version of a model in MLflow's registry, and print in one line how to load it.
 
     Raises:
@@ -269,26 +266,26 @@ def register(model: Model, content: bytes, *, name: str, store: Path, uri: str |
     sys.stdout.write(f"registered {name} version {version}; to load it: {address} and {call}\n")
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Export one network."""
-    parser = argparse.ArgumentParser(prog="python -m kdsweep export", description="A trained network as ONNX.")
-    parse_run(parser)
-    parser.add_argument("--out", type=Path, required=True, help="ONNX file; one that is there is replaced")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--images", type=Path, help="folder of images to compare on (the run's test images)")
-    where.add_argument("--data-root", type=Path, help="where the run's images are now (where they were then)")
-    parser.add_argument(
-        "--register", metavar="NAME", help="make it the next version of this model in MLflow's registry"
-    )
-    options = parser.parse_args(argv)
+def export(
+    *,
+    run: str,
+    out: Path,
+    store: Path,
+    uri: str | None = None,
+    images: Path | None = None,
+    data_root: Path | None = None,
+    register: str | None = None,
+) -> None:
+    """Export one network, and register it in MLflow under a name."""
     check_installed()
-    model = load_model(find_folder(options.run, store=options.store, uri=options.tracking_uri))
-    if options.out.is_dir():
-        raise InputError(f"--out {options.out}: is a folder; give a file such as {options.out / 'student.onnx'}")
+    if images and data_root:
+        raise InputError(f"--images {images}: not together with --data-root; leave out one of them")
+    model = load_model(find_folder(run, store=store, uri=uri))
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; give a file such as {out / 'student.onnx'}")
     folder = model.folder.resolve()
-    store = folder.parents[1] if folder.parent.name in ("cells", "teachers") else options.store
-    images, masks, name = find_inputs(model, images=options.images, store=store, data_root=options.data_root)
-    content = make(model, out=options.out, images=images, masks=masks, where=name)
-    if options.register is not None:
-        register(model, content, name=options.register, store=store, uri=options.tracking_uri)
+    store = folder.parents[1] if folder.parent.name in ("cells", "teachers") else store
+    inputs, masks, where = find_inputs(model, images=images, store=store, data_root=data_root)
+    content = make(model, out=out, images=inputs, masks=masks, where=where)
+    if register is not None:
+        register_model(model, content, name=register, store=store, uri=uri)

@@ -1,13 +1,7 @@
-"""Predict masks of a user's images with the network of a finished run.
-
-Usage: ``python -m kdsweep predict --run RUN --images FOLDER --out FOLDER [--store DIR] [--device cpu]
-[--overwrite]``. RUN is a cell's name as in the tables (``HReg_KLD_WAug/split0``), its folder, the id of its MLflow run,
-or ``best``.
-"""
+"""Predict masks of a user's images with the network of a finished run."""
 
 from __future__ import annotations
 
-import argparse
 import errno
 import io
 import re
@@ -24,14 +18,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from kdsweep.core.device import Compute, find_device, is_device_error, placed, usable_precision
-from kdsweep.core.errors import InputError, command
+from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_bytes, write_text
 from kdsweep.core.progress import track
 from kdsweep.data import folders
 from kdsweep.data.images import resize_image
 from kdsweep.data.pixels import FileError, naming, read_gray_or_color
 from kdsweep.data.views import normalize
-from kdsweep.export.model import Model, find_folder, load_model, parse_run
+from kdsweep.export.model import Model, find_folder, load_model
 from kdsweep.models.unet import UNet
 
 THRESHOLD = 0.5  # a pixel is lesion if its probability is above: as in testing
@@ -149,24 +143,24 @@ def check_out(out: Path, *, images: Path, overwrite: bool) -> None:
         raise InputError(f"--out {out}: not empty; give another folder, or --overwrite to replace files of equal name")
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
+def predict(
+    *,
+    run: str,
+    images: Path,
+    out: Path,
+    store: Path,
+    uri: str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> int:
     """Predict a folder and report it in two lines; return 1 after a line on stderr for each image that failed."""
-    parser = argparse.ArgumentParser(prog="python -m kdsweep predict", description="Masks of one's own images.")
-    parse_run(parser)
-    parser.add_argument("--images", type=Path, required=True, help="folder of images of any size and mode")
-    parser.add_argument("--out", type=Path, required=True, help="folder for masks, overlays and the table")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:NUMBER or auto (cpu)")
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
-    options = parser.parse_args(argv)
-    images, out = options.images, options.out
-    check_out(out, images=images, overwrite=options.overwrite)
-    model = load_model(find_folder(options.run, store=options.store, uri=options.tracking_uri))
+    check_out(out, images=images, overwrite=overwrite)
+    model = load_model(find_folder(run, store=store, uri=uri))
     files, others = list_images(images)
-    device = find_device(options.device)
-    sys.stdout.write(f"{model}: {len(files)} images of {images} on {device}\n")
+    on = find_device(device)
+    sys.stdout.write(f"{model}: {len(files)} images of {images} on {on}\n")
     sys.stdout.flush()
-    compute = Compute(device=device, precision=usable_precision(model.precision, device))
+    compute = Compute(device=on, precision=usable_precision(model.precision, on))
     failed = predict_folder(model, files, out=out, compute=compute)
     done = f"wrote masks and overlays of {len(files) - failed} of {len(files)} images and {TABLE} to {out}"
     sys.stdout.write(f"{done}; failed: {failed}; other files skipped: {others}\n")

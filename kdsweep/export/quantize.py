@@ -1,13 +1,11 @@
 """Quantize exported Students to 8-bit integers, and compare Dice, file size and latency before and after.
 
-Usage: ``python -m kdsweep quantize [--sweep NAME] [--models Student,HReg_MSE_WAug] --out DIR``. Static quantization by
-ONNX Runtime: weights and activations, whose ranges are read off images of each run's training part. Each network is
-then scored on its own test images, in both forms, by the same runtime.
+Static quantization by ONNX Runtime: weights and activations, whose ranges are read off images of each run's training
+part. Each network is then scored on its own test images, in both forms, by the same runtime.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from functools import partial
@@ -20,9 +18,8 @@ import torch
 from torch import Tensor
 
 from kdsweep.config.grid import run_folder
-from kdsweep.core.errors import InputError, command
+from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_bytes, write_text
-from kdsweep.core.options import add_sweep
 from kdsweep.core.progress import plural, track
 from kdsweep.evaluation import latency, metrics
 from kdsweep.evaluation.costs import cpu_name
@@ -38,7 +35,7 @@ from kdsweep.store import cell_folder
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
 
-CALIBRATION = 64  # images
+HEADING = "Quantized. Students in 8-bit integers"
 FORMS = {"fp32": "float32", "int8": "int8"}
 DIFFERENCE = ("difference_points", "low_points", "high_points", "p")
 
@@ -183,46 +180,35 @@ def notes(*, sweep: Sweep, runs: int, count: int) -> list[str]:
     ]
 
 
-def make(sweep: Sweep, *, store: Path, models: list[str] | None, data_root: Path | None, count: int, out: Path) -> str:
-    """Quantize the runs of these models, write their files and the table, and return the table in Markdown."""
-    runs = chosen_runs(sweep, models=models)
-    sys.stdout.write(f"{plural(len(runs), 'network')} of sweep {sweep.name} to 8-bit integers in {out}\n")
+def quantize(
+    *,
+    store: Path,
+    out: Path,
+    calibrate: int,
+    uri: str | None = None,
+    sweep: str | None = None,
+    models: list[str] | None = None,
+    data_root: Path | None = None,
+) -> None:
+    """Quantize the runs of these models, calibrated on so many images; write files and table, and print the table."""
+    onnx_file.check_installed()
+    from kdsweep.tracking.reader import read_sweep  # loads mlflow: seconds that a missing package need not wait for
+
+    whole = read_sweep(store=store, uri=uri, name=sweep)
+    runs = chosen_runs(whole, models=models)
+    sys.stdout.write(f"{plural(len(runs), 'network')} of sweep {whole.name} to 8-bit integers in {out}\n")
     sys.stdout.flush()
     scores, costs_of = [], []
     for run in track(runs.to_dict("records"), what="quantizing", unit="network", total=len(runs)):
         folder = run_folder(store, run)
-        small, dice, cost = compare_forms(load_model(folder), store=store, data_root=data_root, count=count)
+        small, dice, cost = compare_forms(load_model(folder), store=store, data_root=data_root, count=calibrate)
         write_bytes(out / f"{folder.name}.int8.onnx", small)
         scores.append(dice.assign(fingerprint=run["fingerprint"]))
         costs_of.append({"notation": run["notation"], **cost})
-    images = scored_images(runs=runs, scores=sweep.scores)  # with groups and sizes of the splits
-    table = quantized(pd.concat(scores).merge(images, on=["fingerprint", "image"]), pd.DataFrame(costs_of))
-    lines = notes(sweep=sweep, runs=len(runs), count=count)
-    heading = "Quantized. Students in 8-bit integers"
-    text = Table(heading, table, COLUMNS, notes=lines).markdown(heading)
+    images = scored_images(runs=runs, scores=whole.scores)  # with groups and sizes of the splits
+    frame = quantized(pd.concat(scores).merge(images, on=["fingerprint", "image"]), pd.DataFrame(costs_of))
+    table = Table(HEADING, frame, COLUMNS, notes=notes(sweep=whole, runs=len(runs), count=calibrate))
+    text = table.markdown(HEADING)
     write_text(out / "quantized.md", text)
-    write_text(out / "quantized.csv", table.assign(sweep=sweep.name).to_csv(index=False))
-    return f"{text}\nwrote {out / 'quantized'}.md, .csv and {plural(len(runs), 'ONNX file')}\n"
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Quantize Students of a sweep."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kdsweep quantize", description="Students in 8-bit integers, and what that costs in Dice."
-    )
-    add_sweep(parser)
-    parser.add_argument("--models", help="notations, comma between them (Student and the best distilled student)")
-    parser.add_argument("--calibrate", type=int, default=CALIBRATION, help=f"training images ({CALIBRATION})")
-    parser.add_argument("--data-root", type=Path, help="where the sweep's images are now (where they were then)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the ONNX files and the table")
-    options = parser.parse_args(argv)
-    onnx_file.check_installed()
-    if options.calibrate < 1:
-        raise InputError(f"--calibrate {options.calibrate}: must be at least 1 image")
-    from kdsweep.tracking.reader import read_sweep  # loads mlflow: seconds that --help need not wait for
-
-    sweep = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
-    models, root = options.models.split(",") if options.models else None, options.data_root
-    table = make(sweep, store=options.store, models=models, data_root=root, count=options.calibrate, out=options.out)
-    sys.stdout.write(table)
+    write_text(out / "quantized.csv", frame.assign(sweep=whole.name).to_csv(index=False))
+    sys.stdout.write(f"{text}\nwrote {out / 'quantized'}.md, .csv and {plural(len(runs), 'ONNX file')}\n")

@@ -6,20 +6,18 @@ Nothing is trained. Each network's scores are kept in its folder and logged to i
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from kdsweep.config import composition, inputs
 from kdsweep.config.grid import run_folder
 from kdsweep.core.device import Compute, find_device, usable_precision
-from kdsweep.core.errors import InputError, command, one_line
+from kdsweep.core.errors import InputError, one_line
 from kdsweep.core.files import write_text
-from kdsweep.core.options import add_sweep
 from kdsweep.core.progress import plural, track
 from kdsweep.data import run_data, sources
 from kdsweep.data.folders import ignored_line
@@ -123,32 +121,22 @@ def _digests(entries: Iterable[sources.Entry]) -> dict[str, str]:
     return digests
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
+def score(overrides: Sequence[str], *, store: Path, uri: str | None = None, sweep: str | None = None) -> int:
     """Score a sweep on another data set; return 1 after a line on stderr for each network that could not be scored."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kdsweep score", description="Finished networks on another data set, without retraining."
-    )
-    parser.add_argument("overrides", nargs="+", help="the data set: data=folder data.root=/path, and device=...")
-    add_sweep(parser)
-    options = parser.parse_intermixed_args(argv)
-    settings = composition.compose(options.overrides)
-    source, digest = (
-        inputs.source(settings),
-        inputs.listing(settings).digest,
-    )  # a data set that is absent is named first
-    where = {"store": options.store, "uri": options.tracking_uri}
-    sweep = reader.read_sweep(**where, name=options.sweep)
+    settings = composition.compose(overrides)
+    source, digest = inputs.source(settings), inputs.listing(settings).digest  # names an absent data set first
+    scored = reader.read_sweep(store=store, uri=uri, name=sweep)
     empty = bool(settings.data.allow_empty_masks)
-    count, problems = score_sweep(sweep, source=source, **where, device=settings.device, allow_empty_masks=empty)
+    count, problems = score_sweep(
+        scored, source=source, store=store, uri=uri, device=settings.device, allow_empty_masks=empty
+    )
     sys.stdout.write(f"scored {plural(count, 'network')} now; mean over images, splits and seeds:\n")
-    sweep = reader.read_sweep(**where, name=sweep.name)
-    notations = sweep.runs[["fingerprint", "notation"]].drop_duplicates()
-    name = f"{source.name}-{digest[:8]}"
-    scores = sweep.external[sweep.external["data_set"] == name].merge(notations)
+    scored = reader.read_sweep(store=store, uri=uri, name=scored.name)
+    notations = scored.runs[["fingerprint", "notation"]].drop_duplicates()
+    scores = scored.external[scored.external["data_set"] == f"{source.name}-{digest[:8]}"].merge(notations)
     for notation, dice in scores.groupby("notation")["dice"].mean().sort_values(ascending=False).items():
         sys.stdout.write(f"  {notation:20} Dice {100 * dice:5.2f} %\n")
-    sys.stdout.write(f"compared with the sweep's own test images: tables external --sweep {sweep.name}\n")
+    sys.stdout.write(f"compared with the sweep's own test images: tables external --sweep {scored.name}\n")
     for problem in problems:
         sys.stderr.write(f"kdsweep: error: {problem}\n")
     return int(bool(problems))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
@@ -186,9 +185,3 @@ def summary(*, teacher: UNet, student: UNet, image_size: int) -> str:
         encoder = network.name.removeprefix("u-")
         lines.append(f"| {label} | {encoder} | {parameters:,} | {macs / 1e9:.2f} G | {shape} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    from kdsweep.training.build import print_models
-
-    sys.exit(print_models(sys.argv[1:]))

@@ -5,10 +5,9 @@ It writes groups.csv (``split.group=groups.csv`` keeps each group on one side), 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from kdsweep.config import composition, inputs
-from kdsweep.core.errors import InputError, command
+from kdsweep.core.errors import InputError
 from kdsweep.core.files import private_path, write_text
 from kdsweep.core.progress import plural, track
 from kdsweep.data import duplicates
@@ -28,7 +27,7 @@ from kdsweep.data.sources import Entry
 THUMB_PX, ROWS_A_SHEET, IMAGES_A_ROW = 160, 12, 8
 
 
-def audit(entries: list[Entry], out: Path) -> str:
+def write(entries: list[Entry], out: Path) -> str:
     """Find the near-duplicates among a data set's images and write what was found; return a summary.
 
     Args:
@@ -123,20 +122,13 @@ def _row(title: str, own: list[int], images: list[np.ndarray], entries: list[Ent
     return canvas
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
+def audit(overrides: Sequence[str], *, out: Path | None = None) -> None:
     """Audit the data set that overrides name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kdsweep audit", description="Near-duplicates of a data set, as groups for its splits."
-    )
-    parser.add_argument("overrides", nargs="+", help="the data set: data=busi data.root=/path/to/BUSI")
-    parser.add_argument("--out", type=Path, help="folder for the results (one in the user's cache, by data set)")
-    options = parser.parse_intermixed_args(argv)
-    settings = composition.compose(options.overrides)
+    settings = composition.compose(overrides)
     listing = inputs.listing(settings)
-    out = private_path(options.out, "--out", default=f"audit/{settings.data.name}-{listing.digest[:8]}")
+    out = private_path(out, "--out", default=f"audit/{settings.data.name}-{listing.digest[:8]}")
     sys.stdout.write(f"data={settings.data.name}: {len(listing.entries)} images are compared; results go to {out}\n")
     if line := ignored_line(listing.ignored):
         sys.stdout.write(f"data={settings.data.name}, ignored: {line}\n")
     sys.stdout.flush()
-    sys.stdout.write(audit(listing.entries, out))
+    sys.stdout.write(write(listing.entries, out))

@@ -6,10 +6,9 @@ tell most: doubtful ones, the smallest and the largest lesions, then some at ran
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from kdsweep.config import composition, inputs
 from kdsweep.config.schema import Settings
-from kdsweep.core.errors import InputError, command
+from kdsweep.core.errors import InputError
 from kdsweep.core.files import private_path, write_bytes
 from kdsweep.core.progress import plural
 from kdsweep.data.account import Account, measure, text
@@ -144,18 +143,11 @@ def take_account(settings: Settings) -> Account:
     return Account(name, listed.entries, measured, image_size=settings.image_size, split=protocol, **split)
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
+def check(overrides: Sequence[str], *, sheet: Path | None = None) -> int:
     """Print the account of the data set that overrides name; return 1 if it cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kdsweep data", description="What a data set holds: counts, sizes, faults, a contact sheet."
-    )
-    parser.add_argument("overrides", nargs="*", help="the data set: data=busi data.root=/path/to/BUSI, and split=...")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="contact sheet (one in the user's cache)")
-    options = parser.parse_intermixed_args(argv)
-    settings = composition.compose(options.overrides)
+    settings = composition.compose(overrides)
     listing = inputs.listing(settings)
-    sheet = private_path(options.sheet, "--sheet", default=f"data/{settings.data.name}-{listing.digest[:8]}.png")
+    sheet = private_path(sheet, "--sheet", default=f"data/{settings.data.name}-{listing.digest[:8]}.png")
     account = take_account(settings)
     sys.stdout.write(text(account))
     sys.stdout.flush()

@@ -7,7 +7,6 @@ machines become one table.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import io
 import json
@@ -20,9 +19,8 @@ from typing import Any
 import pandas as pd
 
 from kdsweep.config.decisions import kind
-from kdsweep.core.errors import InputError, command, reading
+from kdsweep.core.errors import InputError, reading
 from kdsweep.core.files import without_folders, write_bytes
-from kdsweep.core.options import add_seeds, add_sweep
 from kdsweep.core.progress import plural
 from kdsweep.results.frame import of_seeds
 from kdsweep.tracking.reader import Sweep, read_scores, read_sweep
@@ -68,14 +66,25 @@ def _csv(table: pd.DataFrame) -> str:
 
 
 def read(files: Sequence[Path]) -> Sweep:
-    """Read published files as one sweep; a run that is in several counts once, a finished one before others.
+    """Read published files, or folders of them, as one sweep; of a run in several files a finished one counts.
 
     Raises:
         InputError: a file is missing or not such a file, or they are of sweeps with other names.
     """
+    files = [file for path in files for file in _files(path)]
     parts = [_content(file) for file in files]
     with reading(f"--published {' '.join(map(str, files))}", what=WHAT, remedy=REMEDY):
         return _joined(parts, files)
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the published files of a folder, or the file itself."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.json.gz"))
+    if not files:
+        raise InputError(f"--published {path}: no file in this folder ends in .json.gz; {REMEDY}")
+    return files
 
 
 def _joined(parts: list[dict[str, Any]], files: Sequence[Path]) -> Sweep:
@@ -123,27 +132,18 @@ def _table(parts: list[str]) -> pd.DataFrame:
     return whole.drop_duplicates(key, ignore_index=True)
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Publish a sweep."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kdsweep publish", description="A sweep's runs and per-image scores as one file for others."
-    )
-    add_sweep(parser)
-    add_seeds(parser)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="file, such as scores.json.gz; one that is there is replaced"
-    )
-    options = parser.parse_args(argv)
-    whole = read_sweep(store=options.store, uri=options.tracking_uri, name=options.sweep)
-    sweep = of_seeds(whole, options.seeds)
-    content = write(sweep)
+def publish(
+    *, store: Path, out: Path, uri: str | None = None, sweep: str | None = None, seeds: Sequence[int] | None = None
+) -> None:
+    """Write a sweep's file, of these seeds or of all."""
+    published = of_seeds(read_sweep(store=store, uri=uri, name=sweep), seeds)
+    content = write(published)
     try:
-        write_bytes(options.out, content)
+        write_bytes(out, content)
     except OSError as error:
-        raise InputError(f"--out {options.out}: cannot write there ({error.strerror})") from error
-    done = int((sweep.runs["status"] == "FINISHED").sum())
+        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
+    done = int((published.runs["status"] == "FINISHED").sum())
     sys.stdout.write(
-        f"wrote {options.out} ({len(content) / 1e6:.2f} MB): sweep {sweep.name}, {plural(done, 'finished run')}, "
-        f"{plural(len(sweep.scores), 'score')} of test images by their ids\n"
+        f"wrote {out} ({len(content) / 1e6:.2f} MB): sweep {published.name}, {plural(done, 'finished run')}, "
+        f"{plural(len(published.scores), 'score')} of test images by their ids\n"
     )

@@ -1,12 +1,10 @@
 """Write a sweep as one self-contained HTML page: what was run, effects, tables, figures, every cell.
 
-Usage: ``python -m kdsweep report [--sweep NAME] [--out FILE] [--with-images] [--no-costs] [Hydra overrides]``.
 The page loads nothing from anywhere and names no folder of the computer it was made on.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import re
 import shlex
@@ -22,18 +20,18 @@ from markupsafe import Markup, escape
 from tqdm import tqdm
 
 from kdsweep.config.grid import variant_label
-from kdsweep.core.errors import InputError, command, one_line
+from kdsweep.core.errors import InputError, one_line
 from kdsweep.core.files import write_text
 from kdsweep.core.progress import duration
 from kdsweep.results import formats
+from kdsweep.results.figures import FIGURES, style
 from kdsweep.results.figures import command as figures
-from kdsweep.results.figures import style
-from kdsweep.results.figures.command import FIGURES, Location
+from kdsweep.results.figures.command import Location
 from kdsweep.results.formats import DASH
 from kdsweep.results.mixing import known_values
 from kdsweep.results.notes import QUICK
 from kdsweep.results.paper import in_order
-from kdsweep.results.stats import PLACE, TESTS
+from kdsweep.results.stats import PLACE
 from kdsweep.results.summary import STATUS, counts, listed, summarize
 from kdsweep.results.table import Options
 from kdsweep.results.tables import command as tables
@@ -139,12 +137,12 @@ def make_table(which: str, sweep: Sweep, *, options: Options, hide: Callable[[st
     return Part(which, heading, Markup(hide(table.html())), tuple(table.notes), tuple(table.lead))
 
 
-def make_figures(which: str, sweep: Sweep, *, place: Location, hide: Callable[[str], str]) -> Part:
+def make_figures(which: str, sweep: Sweep, *, location: Location, hide: Callable[[str], str]) -> Part:
     """Draw one of FIGURES, a picture for each of the sweep's settings: photographs as PNG, the others as SVG."""
     heading = FIGURES[which][0].upper() + FIGURES[which][1:]
     body, gap = Markup(), ""
     try:
-        for name, figure in figures.draw(which, sweep, place=place):
+        for name, figure in figures.draw(which, sweep, location=location):
             alt = hide(f"{heading}. Sweep {sweep.name}{name.removeprefix(which).replace('-', ', ', 1)}")
             body += Markup('<figure><img src="{}" alt="{}"></figure>\n').format(
                 _data_uri(which, figure, hide=hide), alt
@@ -204,29 +202,29 @@ def banners(sweep: Sweep) -> list[str]:
     ]
 
 
-def commands(sweep: Sweep, *, place: Location, wanted: Wanted) -> list[str]:
+def commands(sweep: Sweep, *, location: Location, wanted: Wanted) -> list[str]:
     """Return the commands that make tables, figures and this page; STORE and URI hide the names of this computer."""
     where = f" --sweep {shlex.quote(sweep.name)}"
-    where += "" if place.store == Path("multirun") else " --store STORE"
-    where += " --tracking-uri URI" if place.uri else ""
+    where += "" if location.store == Path("multirun") else " --store STORE"
+    where += " --tracking-uri URI" if location.uri else ""
     test = "" if wanted.test == "ttest" else f" --test {wanted.test}"
     switches = " --with-images" * wanted.with_images + " --no-costs" * (not wanted.with_costs)
     return [
-        *(f"python -m kdsweep tables {which}{where}{test}" for which in tables.applicable(sweep, store=place.store)),
+        *(f"python -m kdsweep tables {which}{where}{test}" for which in tables.applicable(sweep, store=location.store)),
         f"python -m kdsweep figures all{where}",
         f"python -m kdsweep report{where}{test}{switches}",
     ]
 
 
-def collect(sweep: Sweep, *, place: Location, wanted: Wanted, hide: Callable[[str], str]) -> dict[str, Any]:
+def collect(sweep: Sweep, *, location: Location, wanted: Wanted, hide: Callable[[str], str]) -> dict[str, Any]:
     """Collect all that the page shows, by the names in its template."""
     left_out = () if wanted.with_costs else MEASURED
-    names = [which for which in tables.applicable(sweep, store=place.store) if which not in left_out]
+    names = [which for which in tables.applicable(sweep, store=location.store) if which not in left_out]
     drawn = [which for which in FIGURES if which != "figure2" or wanted.with_images or is_synthetic(sweep)]
     needed = {"tuning": "tuned", "capacity": "capacity"}  # the table of what a figure shows
     drawn = [which for which in drawn if needed.get(which, "table3") in names]
     made: dict[str, Part] = {}
-    options = Options(place.store, wanted.test, place.uri)
+    options = Options(location.store, wanted.test, location.uri)
     pictures: dict[str, Part] = {}
     with tqdm(total=len(names) + len(drawn) + 1, leave=False, disable=not sys.stderr.isatty()) as bar:
         for which in names:
@@ -237,7 +235,7 @@ def collect(sweep: Sweep, *, place: Location, wanted: Wanted, hide: Callable[[st
             bar.update()
         for which in drawn:
             bar.set_description(which)
-            pictures[which] = make_figures(which, sweep, place=place, hide=hide)
+            pictures[which] = make_figures(which, sweep, location=location, hide=hide)
             bar.update()
         bar.set_description("cells")
         rows = cell_rows(sweep, ui=wanted.ui)
@@ -245,14 +243,14 @@ def collect(sweep: Sweep, *, place: Location, wanted: Wanted, hide: Callable[[st
         "sweep": sweep.name,
         "data": listed(known_values(sweep.runs, "data")),
         "banners": banners(sweep),
-        "facts": summarize(sweep, store=place.store, uri=place.uri),
+        "facts": summarize(sweep, store=location.store, uri=location.uri),
         "tables": made,
         "figures": pictures,
         "cells": rows,
         "has_settings": any(row["settings"] != DASH for row in rows),
         "ui": wanted.ui,
         "asked_by": list(sweep.commands),
-        "commands": commands(sweep, place=place, wanted=wanted),
+        "commands": commands(sweep, location=location, wanted=wanted),
     }
 
 
@@ -284,19 +282,27 @@ def failures(content: dict[str, Any]) -> list[str]:
     return [f"{kind}: {part.name} is not in the report: {part.gap}" for kind, part in parts]
 
 
-def make(*, place: Location, out: Path | None, wanted: Wanted) -> None:
+def make(
+    *,
+    location: Location,
+    out: Path | None = None,
+    ui: str | None = None,
+    test: str = "ttest",
+    with_images: bool = False,
+    with_costs: bool = True,
+) -> None:
     """Write the page of a sweep, log it, and print where it is; a part that cannot be made is reported and left out.
 
     Raises:
         InputError: there is no such sweep, or the file cannot be written.
     """
-    wanted = wanted._replace(ui=ui_address(wanted.ui, uri=place.uri))
-    sweep = reader.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
-    file = out or place.store / "reports" / f"{figures.slug(sweep.name)}.html"
+    wanted = Wanted(ui_address(ui, uri=location.uri), test, with_images, with_costs)
+    sweep = reader.read_sweep(store=location.store, uri=location.uri, name=location.sweep)
+    file = out or location.store / "reports" / f"{figures.slug(sweep.name)}.html"
     if file.is_dir():
         raise InputError(f"--out {file}: is a folder; give a file such as {file / 'report.html'}")
-    hide = hider(sweep, store=place.store)
-    content = collect(sweep, place=place, wanted=wanted, hide=hide)
+    hide = hider(sweep, store=location.store)
+    content = collect(sweep, location=location, wanted=wanted, hide=hide)
     html = page(content, hide=hide)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -305,20 +311,5 @@ def make(*, place: Location, out: Path | None, wanted: Wanted) -> None:
         raise InputError(f"--out {file}: cannot write there ({error.strerror})") from error
     for line in failures(content):
         sys.stderr.write(f"kdsweep: {line}\n")
-    logged = reader.attach(sweep, [file], folder="report", store=place.store, uri=place.uri)
+    logged = reader.attach(sweep, [file], folder="report", store=location.store, uri=location.uri)
     sys.stdout.write(f"wrote {file} ({len(html.encode()) / 1e6:.1f} MB); {logged}\n")
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Make the report."""
-    parser = argparse.ArgumentParser(prog="python -m kdsweep report", description="A sweep as one HTML page.")
-    figures.parse_place(parser)
-    parser.add_argument("--out", type=Path, help="the file (STORE/reports/SWEEP.html); one that is there is replaced")
-    parser.add_argument("--ui", default="", help=f"address of MLflow's pages (the tracking URI, or {LOCAL_UI})")
-    parser.add_argument("--test", choices=sorted(TESTS), default="ttest", help="test of the tables (ttest)")
-    parser.add_argument("--with-images", action="store_true", help="show Figure 2 of images that are no phantoms too")
-    parser.add_argument("--no-costs", action="store_true", help="leave out Table 5, which is measured (half a minute)")
-    options = parser.parse_intermixed_args(argv)
-    wanted = Wanted(options.ui, options.test, options.with_images, not options.no_costs)
-    make(place=figures.find_place(options), out=options.out, wanted=wanted)

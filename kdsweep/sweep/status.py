@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdsweep.config.grid import variant_label
-from kdsweep.core.errors import InputError, command
+from kdsweep.core.errors import InputError
 from kdsweep.core.files import is_locked, write_text
-from kdsweep.core.options import folder
 from kdsweep.core.progress import duration, epoch_s, left_s, plural
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.store.cell_folder import Record
@@ -240,14 +237,3 @@ def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> 
         tasks, problem = {}, f"\nSLURM's queue is not known here: {error}\n"
     rows = read_rows(store, name, tasks=tasks)
     return text + (report(name, rows, now_ms=cell_folder.now_ms()) + problem if rows else "")
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Print how far a sweep is."""
-    parser = argparse.ArgumentParser(prog="python -m kdsweep status", description="How far a sweep is.")
-    parser.add_argument("--store", type=folder, default=Path("multirun"), help="folder of the runs (multirun)")
-    parser.add_argument("--sweep", help="name of the sweep (the one last asked for)")
-    parser.add_argument("--trials", type=Path, metavar="FILE.csv", help="write the trials of its tuning there too")
-    options = parser.parse_args(argv)
-    sys.stdout.write(make(store=options.store, sweep=options.sweep, trials_file=options.trials))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import subprocess
-import sys
+from collections.abc import Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import cast
@@ -17,7 +16,7 @@ from kdsweep.config import composition, grid, identity, inputs
 from kdsweep.config.grid import TEACHER, Cell
 from kdsweep.config.schema import KDPathNode, NetworkNode, Settings
 from kdsweep.core.device import Compute, find_device, usable_precision
-from kdsweep.core.errors import InputError, command
+from kdsweep.core.errors import InputError
 from kdsweep.data.loaders import Feed, TrainLoader, affordable_workers, eval_part
 from kdsweep.data.splits import check_training_masks
 from kdsweep.data.views import Strengths, Views
@@ -244,12 +243,8 @@ def git_commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-@command
-def print_models(argv: list[str]) -> None:
-    """Print parameters, MACs and hidden shapes of the configured networks."""
-    parser = argparse.ArgumentParser(prog="python -m kdsweep models", description="What the networks consist of.")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as teacher=resnet34 image_size=128")
-    overrides = parser.parse_intermixed_args(argv).overrides
+def summary(overrides: Sequence[str]) -> str:
+    """Return parameters, MACs and hidden shapes of the networks that overrides configure."""
     settings = composition.compose(overrides)
     student, teacher = student_network(settings, weights="none"), teacher_network(settings, weights="none")
-    sys.stdout.write(unet.summary(teacher=teacher, student=student, image_size=settings.image_size) + "\n")
+    return unet.summary(teacher=teacher, student=student, image_size=settings.image_size)

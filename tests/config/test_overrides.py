@@ -8,11 +8,10 @@ from typing import Any
 import hydra
 import pytest
 
-from kdsweep import conf_dir
+from kdsweep import cli, conf_dir
 from kdsweep.__main__ import user_message
 from kdsweep.config import composition, identity, overrides, user_code
 from kdsweep.core.errors import InputError
-from kdsweep.results import audit
 from kdsweep.training import build
 
 
@@ -202,14 +201,11 @@ def test_an_option_that_does_not_exist_is_named() -> None:
 
 @pytest.mark.parametrize("command", ["score", "audit"])
 def test_commands_take_options_between_overrides(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    from kdsweep.export import score
-
     seen: list[Any] = []
     monkeypatch.setattr(composition, "compose", lambda words: seen.append(words) or raise_(InputError("seen")))
     option = {"score": "--store", "audit": "--out"}[command]
-    main = {"score": score.main, "audit": audit.main}[command]
-    assert main(["data=folder", option, "somewhere", "data.root=X"]) == 1
-    assert seen == [["data=folder", "data.root=X"]]
+    assert cli.main([command, "data=folder", option, "somewhere", "data.root=X"]) == 1
+    assert seen == [("data=folder", "data.root=X")]
 
 
 def raise_(error: Exception) -> None:

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
+from kdsweep import cli
 from kdsweep.core import files
 from kdsweep.core.errors import InputError
 from kdsweep.data import duplicates, phantom, sources
@@ -98,7 +99,7 @@ def folder(frames, tmp_path):
 
 def test_the_command_writes_groups_that_a_split_takes(folder, tmp_path, capsys):
     out = tmp_path / "out"
-    assert audit.main(["data=busi", f"data.root={folder}", "--out", str(out)]) == 0
+    assert cli.main(["audit", "data=busi", f"data.root={folder}", "--out", str(out)]) == 0
     told = capsys.readouterr().out
     assert "4 images: 1 group of 2 images that show the same frame" in told
     assert "1 group with more than one label: benign (1), malignant (1)" in told
@@ -115,14 +116,14 @@ def test_the_command_writes_groups_that_a_split_takes(folder, tmp_path, capsys):
 
 
 def test_no_patients_picture_is_written_into_the_checkout(folder, capsys):
-    assert audit.main(["data=busi", f"data.root={folder}", "--out", str(files.CHECKOUT / "audit")]) == 1
+    assert cli.main(["audit", "data=busi", f"data.root={folder}", "--out", str(files.CHECKOUT / "audit")]) == 1
     assert "is in kdsweep's checkout" in capsys.readouterr().err
     assert not (files.CHECKOUT / "audit").exists()
 
 
 def test_an_unreadable_image_is_one_line(folder, tmp_path, capsys):
     (folder / "benign" / "benign (2).png").write_bytes(b"none")
-    assert audit.main(["data=busi", f"data.root={folder}", "--out", str(tmp_path / "out")]) == 1
+    assert cli.main(["audit", "data=busi", f"data.root={folder}", "--out", str(tmp_path / "out")]) == 1
     assert "benign (2).png" in capsys.readouterr().err
 
 
@@ -136,4 +137,4 @@ def test_the_known_duplicates_of_busi_are_found(real_data):
     found = {(pair.first, pair.second) for pair in duplicates.find_pairs(images, ["any"] * len(ids))}
     assert found == {(0, 1), (2, 3), (4, 5)}
     with pytest.raises(InputError):
-        audit.audit([sources.Entry("gone", "any", real_data / "absent.png", ())], real_data)
+        audit.write([sources.Entry("gone", "any", real_data / "absent.png", ())], real_data)

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from test_predict import finish
 
+from kdsweep import cli
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_json
-from kdsweep.export import card, onnx_file
+from kdsweep.export import card
 from kdsweep.export import model as models
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.tracking import mirror
@@ -77,7 +78,7 @@ def test_best_is_the_run_with_the_highest_validation_dice_of_the_best_cell(empty
     assert found.resolve() == cells["mse", 1].folder.resolve()
     assert models.find_folder("best/study", store=store, uri=None) == found
     out = tmp_path / "model" / "student.onnx"
-    assert onnx_file.main(["--run", "best", "--store", str(store), "--out", str(out)]) == 0
+    assert cli.main(["export", "--run", "best", "--store", str(store), "--out", str(out)]) == 0
     assert "and its card student.md" in capsys.readouterr().out
     assert out.with_suffix(".md").read_text(encoding="utf-8").startswith("# L_MSE_WAug")
     with pytest.raises(InputError, match="sweep=none is not in this store"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kdsweep import cli
 from kdsweep.config import composition, identity, inputs
 from kdsweep.config.grid import Cell
 from kdsweep.core.device import Compute, placed
@@ -63,7 +64,7 @@ def noise(*shape: int, seed=0) -> np.ndarray:
 
 
 def run(*arguments: object) -> int:
-    return predict.main([str(argument) for argument in arguments])
+    return cli.main(["predict", *map(str, arguments)])
 
 
 def refused(capsys, *arguments: object) -> str:

@@ -11,6 +11,7 @@ import torch
 from scipy.stats import ttest_rel
 from test_predict import finish
 
+from kdsweep import cli
 from kdsweep.core.errors import InputError
 from kdsweep.evaluation import metrics
 from kdsweep.export import model as models
@@ -142,7 +143,7 @@ def test_the_numbers_of_the_table():
 
 def test_the_command(store, tmp_path, capsys):
     arguments = ["--store", str(store), "--models", "Student,L_MSE_WAug", "--calibrate", "3", "--out", str(tmp_path)]
-    assert quantize.main(arguments) == 0
+    assert cli.main(["quantize", *arguments]) == 0
     told = capsys.readouterr().out
     assert "2 networks of sweep study to 8-bit integers" in told
     table = pd.read_csv(tmp_path / "quantized.csv").set_index("notation")
@@ -171,5 +172,5 @@ def test_what_is_refused(sweep, store, capsys, tmp_path):
         InputError, match=r"--models H_MSE: sweep study has no finished run of it; it has L_MSE_WAug, Student"
     ):
         quantize.chosen_runs(sweep, models=["H_MSE"])
-    assert quantize.main(["--store", str(store), "--out", str(tmp_path), "--calibrate", "0"]) == 1
-    assert "--calibrate 0: must be at least 1 image" in capsys.readouterr().err
+    assert cli.main(["quantize", "--store", str(store), "--out", str(tmp_path), "--calibrate", "0"]) == 2
+    assert "--calibrate: 0 is not in the range x>=1" in capsys.readouterr().err

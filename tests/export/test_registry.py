@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_predict import SIZE, finish, noise
 
+from kdsweep import cli
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.data import phantom
@@ -51,7 +52,8 @@ def call(cell, content, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "to_onnx", lambda _: content)
 
     def export_and_register(name: str, *more: str) -> int:
-        return onnx_file.main(["--run", str(cell.folder), "--out", str(tmp_path / "a.onnx"), "--register", name, *more])
+        words = ["--run", str(cell.folder), "--out", str(tmp_path / "a.onnx"), "--register", name]
+        return cli.main(["export", *words, *more])
 
     return export_and_register
 
@@ -128,7 +130,7 @@ def test_a_model_that_comes_back_changed_leaves_no_version(cell, client, content
     for weights in model.network.parameters():
         weights.data.zero_()
     with pytest.raises(InputError, match=r"--register changed: not registered, what MLflow loads differs by .*1e-04"):
-        onnx_file.register(model, content, name="changed", store=cell.store, uri=None)
+        onnx_file.register_model(model, content, name="changed", store=cell.store, uri=None)
     assert client.search_registered_models("name = 'changed'") == []
     assert {logged.status for logged in client.search_logged_models(["1"])} <= {"READY"}
 
@@ -164,7 +166,7 @@ def test_a_run_that_mlflow_does_not_have_and_a_bad_name_are_told_in_one_line(
     )
     model = models.load_model(cell.folder)
     with pytest.raises(InputError, match=rf"--register {NAME}: .* has no mlflow\.db; name the run's MLflow with"):
-        onnx_file.register(model, content, name=NAME, store=tmp_path, uri=None)
+        onnx_file.register_model(model, content, name=NAME, store=tmp_path, uri=None)
 
 
 def test_a_registered_model_is_found_again_in_a_store_that_was_moved(cell, client, call, tmp_path):

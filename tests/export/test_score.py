@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import ttest_ind
 from test_predict import SIZE, finish
 
+from kdsweep import cli
 from kdsweep.config import composition, inputs
 from kdsweep.core.errors import InputError
 from kdsweep.evaluation import scoring
@@ -49,7 +50,7 @@ def arguments(finished, small_busi):
 
 def test_every_network_is_scored_once_and_the_table_comes_out(finished, small_busi, arguments, capsys, monkeypatch):
     store, cells = finished
-    assert score.main(arguments) == 0
+    assert cli.main(["score", *arguments]) == 0
     told = capsys.readouterr().out
     assert "sweep study: 2 networks, 2 to score on data=busi with 25 images" in told
     assert "scored 2 networks now" in told
@@ -66,10 +67,10 @@ def test_every_network_is_scored_once_and_the_table_comes_out(finished, small_bu
     assert kept["dice"].tolist() == pytest.approx(expected["dice"].tolist(), abs=1e-9)
 
     monkeypatch.setattr(score, "load_model", lambda _: pytest.fail("nothing is computed twice"))
-    assert score.main(arguments) == 0
+    assert cli.main(["score", *arguments]) == 0
     assert "2 networks, 0 to score" in capsys.readouterr().out
 
-    assert tables.main(["external", "--store", str(store)]) == 0
+    assert cli.main(["tables", "external", "--store", str(store)]) == 0
     assert "External. Test DSC on other data sets" in capsys.readouterr().out
     assert "external" in tables.applicable(reader.read_sweep(store=store, uri=None, name=None), store=store), (
         "the report shows it"
@@ -91,21 +92,21 @@ def test_a_network_that_cannot_be_read_leaves_the_others(finished, arguments, tm
     content = file.read_bytes()
     file.write_bytes(content[:-1])
     try:
-        assert score.main(arguments) == 1
+        assert cli.main(["score", *arguments]) == 1
     finally:
         file.write_bytes(content)
     told = capsys.readouterr()
     assert "missing or damaged" in told.err
     assert (cells[0].folder / "external").is_dir()
     assert not (cells[1].folder / "external").exists()
-    assert score.main(arguments) == 0  # the same command goes on
+    assert cli.main(["score", *arguments]) == 0  # the same command goes on
     assert "2 networks, 1 to score" in capsys.readouterr().out
 
 
 def test_the_sweeps_own_images_are_refused(finished, capsys):
     store, _ = finished
     words = ["profile=quick", "data=phantom", "data.count=5", f"store={store}"]
-    assert score.main([*words, "--store", str(store)]) == 1
+    assert cli.main(["score", *words, "--store", str(store)]) == 1
     assert "5 of 5 images are also in the data that the sweep was trained on" in capsys.readouterr().err
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kdsweep import cli
 from kdsweep.core.files import CHECKOUT
 from kdsweep.data import account as accounts
 from kdsweep.data.account import Account, Measured
@@ -44,7 +45,7 @@ def root(tmp_path):
 
 def command(capsys, *words):
     """Exit code, standard output and standard error of the command."""
-    code = data_sheet.main(list(words))
+    code = cli.main(["data", *words])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 

@@ -1,6 +1,5 @@
 """The command that draws figures: which sweep, which files, what is logged, what it refuses."""
 
-import argparse
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from PIL import Image
 from test_mirror import begin, make_cell
 from test_tables import rates, sweep_of
 
+from kdsweep import cli
 from kdsweep.core.errors import InputError
 from kdsweep.results.figures import command as figures
 from kdsweep.results.figures import examples, style
@@ -47,7 +47,7 @@ def call(monkeypatch, tmp_path):
 
     def run(sweep, *words):
         monkeypatch.setattr(reader, "read_sweep", lambda **_: sweep)
-        code = figures.main([*words, "--out", str(tmp_path / "out"), "--store", str(tmp_path)])
+        code = cli.main(["figures", *words, "--out", str(tmp_path / "out"), "--store", str(tmp_path)])
         return code, sorted(file.name for file in (tmp_path / "out").glob("*")), logged.files
 
     return run
@@ -145,31 +145,19 @@ def test_options_of_figure2_reach_it(call, monkeypatch):
     words = ("--models", "Student,L_MSE", "--split", "2", "--seed", "1", "--image", "a", "--image", "b")
     call(sweep_of(splits=(0,)), "figure2", *words, "--data-root", "moved")
     assert asked["models"] == ["Student", "L_MSE"]
-    assert (asked["split"], asked["seed"], asked["ids"], asked["root"]) == (2, 1, ["a", "b"], Path("moved"))
-
-
-def place_of(*words):
-    parser = argparse.ArgumentParser()
-    figures.parse_place(parser)
-    return figures.find_place(parser.parse_intermixed_args(list(words)))
+    assert (asked["split"], asked["seed"], asked["ids"], asked["root"]) == (2, 1, ("a", "b"), Path("moved"))
 
 
 def test_overrides_say_which_sweep_is_meant():
-    assert place_of() == (Path("multirun"), None, None, None, None)
-    assert place_of("--store", "s", "--sweep", "x", "--data-root", "d") == (Path("s"), None, "x", Path("d"), None)
-    assert place_of("store=elsewhere") == (Path("elsewhere"), None, None, None, None)
-    assert place_of("data=busi", "data.root=r", "profile=quick") == (
-        Path("multirun"),
-        None,
-        "busi-quick",
-        Path("r"),
-        None,
-    )
-    assert place_of("profile=quick", "tracking.uri=http://127.0.0.1:9", "--sweep", "own") == (
-        *(Path("multirun"), "http://127.0.0.1:9", "own", None, None),
-    )
+    locate, multirun, uri = figures.locate, Path("multirun"), "http://127.0.0.1:9"
+    assert locate([]) == (multirun, None, None, None, None)
+    assert locate([], store=Path("s"), sweep="x", data_root=Path("d")) == (Path("s"), None, "x", Path("d"), None)
+    assert locate(["store=elsewhere"]) == (Path("elsewhere"), None, None, None, None)
+    busi = ["data=busi", "data.root=r", "profile=quick"]
+    assert locate(busi) == (multirun, None, "busi-quick", Path("r"), None)
+    assert locate(["profile=quick", f"tracking.uri={uri}"], sweep="tried") == (multirun, uri, "tried", None, None)
     with pytest.raises(InputError, match="profil"):
-        place_of("profil=quick")
+        locate(["profil=quick"])
 
 
 def test_a_data_set_of_ones_own_is_taken_from_the_command(tmp_path, monkeypatch, call):

@@ -8,10 +8,9 @@ import pandas as pd
 import pytest
 from test_tables import dice_all, sweep_of, with_status
 
+from kdsweep import cli
 from kdsweep.core.errors import InputError
 from kdsweep.results import frame, published
-from kdsweep.results.figures import command as figures
-from kdsweep.results.tables import command as tables
 from kdsweep.results.tables import table4
 
 NAMES = ("Teacher", "Student", "L_MSE", "H_MSE")
@@ -116,7 +115,7 @@ FOREIGN = {
 def test_a_foreign_file_is_refused_by_name(tmp_path, capsys, kind):
     file = tmp_path / "scores.json.gz"
     file.write_bytes(FOREIGN[kind])
-    assert tables.main(["table4", "--published", str(file)]) == 1
+    assert cli.main(["tables", "table4", "--published", str(file)]) == 1
     line = capsys.readouterr().err
     assert line.startswith(f"kdsweep: error: --published {file}: is not a file of format 1 that publish has written (")
     assert line.endswith("; publish writes such files\n")
@@ -132,19 +131,19 @@ def test_a_file_whose_compression_a_browser_has_undone_is_read(sweep, file, tmp_
 
 
 def test_the_command_makes_a_table_of_published_files(file, tmp_path, capsys):
-    assert tables.main(["table4", "--published", str(file), "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(["tables", "table4", "--published", str(file), "--out", str(tmp_path / "out")]) == 0
     assert "L_MSE" in capsys.readouterr().out
     assert (tmp_path / "out" / "table4.csv").is_file()
-    assert tables.main(["table5", "--published", str(file)]) == 1
+    assert cli.main(["tables", "table5", "--published", str(file)]) == 1
     assert "--published: table5 needs the store" in capsys.readouterr().err
 
 
 def test_the_command_draws_figures_of_published_files(file, tmp_path, capsys):
-    assert figures.main(["all", "--published", str(file), "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(["figures", "all", "--published", str(file), "--out", str(tmp_path / "out")]) == 0
     assert {drawn.name for drawn in (tmp_path / "out").glob("*.png")} == {"effects.png", "pairs.png"}
     assert "MLflow" not in capsys.readouterr().out, "there is no run to log them to"
     for which in ("figure2", "curves", "tuning"):
-        assert figures.main([which, "--published", str(file)]) == 1
+        assert cli.main(["figures", which, "--published", str(file)]) == 1
         assert f"--published: {which} needs the store" in capsys.readouterr().err
 
 
@@ -157,14 +156,14 @@ def test_unfinished_runs_of_another_state_are_kept(sweep, tmp_path):
 def test_the_seeds_that_are_done_can_be_seen_before_the_others(sweep, file, tmp_path, capsys):
     file.write_bytes(published.write(with_status(sweep, "L_MSE", 2, "RUNNING")))
     call = ["table4", "--published", str(file), "--out", str(tmp_path)]
-    assert tables.main(call) == 0
+    assert cli.main(["tables", *call]) == 0
     assert "L_MSE (running: split 2 seed 0)" in capsys.readouterr().out
-    assert tables.main([*call, "--seeds", "1"]) == 0
+    assert cli.main(["tables", *call, "--seeds", "1"]) == 0
     assert "seeds: 1 (1), " in capsys.readouterr().out
     found = pd.read_csv(tmp_path / "table4.csv")["mean_dice_percent"]
     alone = table4.numbers(sweep_of(NAMES, seeds=(1,)))["mean_dice_percent"]
     pd.testing.assert_series_equal(found, alone)
-    assert tables.main([*call, "--seeds", "1,5"]) == 1
+    assert cli.main(["tables", *call, "--seeds", "1,5"]) == 1
     assert capsys.readouterr().err == "kdsweep: error: --seeds 5: not in sweep study; it has 0, 1\n"
 
 

@@ -16,6 +16,7 @@ import pytest
 from matplotlib.figure import Figure
 from test_tables import FakeSweep, fingerprint, rates, sweep_of, with_status
 
+from kdsweep import cli
 from kdsweep.core.errors import InputError
 from kdsweep.evaluation import costs
 from kdsweep.results import formats, report, stats, summary
@@ -158,7 +159,7 @@ def call(monkeypatch, tmp_path):
         monkeypatch.setattr(reader, "read_sweep", lambda **_: sweep)
         out = tmp_path / "out" / "r.html"
         words = (*words, "--out", str(out), "--store", str(tmp_path), *([] if costs else ["--no-costs"]))
-        code = report.main(list(words))
+        code = cli.main(["report", *words])
         return code, Page(out.read_text(encoding="utf-8")) if out.is_file() else None, logged
 
     return run
@@ -370,7 +371,7 @@ def test_a_mixed_sweep_still_shows_its_cells(call, capsys):
 
 
 def test_a_store_or_a_file_that_is_not_there_is_an_error(call, tmp_path, monkeypatch, capsys):
-    assert report.main(["--store", str(tmp_path / "none")]) == 1
+    assert cli.main(["report", "--store", str(tmp_path / "none")]) == 1
     assert "no mlflow.db in it" in capsys.readouterr().err
     (tmp_path / "out").write_text("a file")
     code, _, logged = call(stored(sweep_of(FEW, splits=(0,))))

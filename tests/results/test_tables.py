@@ -14,6 +14,7 @@ import pytest
 from scipy.stats import bootstrap, ttest_1samp, ttest_rel, wilcoxon
 from scipy.stats import t as student_t
 
+from kdsweep import cli
 from kdsweep.config import composition, decisions, identity
 from kdsweep.core.errors import InputError
 from kdsweep.results import notes as footnotes
@@ -895,14 +896,14 @@ def test_a_module_in_the_folder_is_a_table_without_a_list_to_edit(asked, monkeyp
     monkeypatch.setattr(tables, "TABLES", (*tables.TABLES, "new"))
     files = {file.stem for file in Path(tables.__file__).parent.glob("*.py")} - {"__init__", "command"}
     assert set(tables.TABLES) == files | {"new"}
-    assert tables.main(["new", "--out", str(tmp_path)]) == 0
+    tables.show("new", store=tmp_path)
     assert "L_MSE is 100 %" in capsys.readouterr().out
 
 
 def test_a_terminal_gets_the_answer(asked, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "100")
-    assert tables.main(["table4", "--out", str(tmp_path)]) == 0
+    assert cli.main(["tables", "table4", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert {"Model", "DSC", "%", "points", "to", "Student", "verdict"} <= set(lines[2].split())
@@ -911,7 +912,7 @@ def test_a_terminal_gets_the_answer(asked, tmp_path, monkeypatch, capsys):
     assert " has the highest validation Dice: test DSC" in text
     assert "It differs from Student by +" in text
     assert "--wide shows all columns; notes in table4.md: " in text
-    assert tables.main(["table4", "--out", str(tmp_path), "--wide"]) == 0
+    assert cli.main(["tables", "table4", "--out", str(tmp_path), "--wide"]) == 0
     wide = capsys.readouterr().out
     (header,) = [line for line in (tmp_path / "table4.md").read_text().splitlines() if line.startswith("| Model")]
     headings = [heading.strip() for heading in header.strip("|").split("|")]
@@ -949,7 +950,7 @@ def asked(sweep, monkeypatch):
 @pytest.mark.parametrize("which", ["table3", "table4"])
 def test_the_command_prints_and_writes(asked, sweep, tmp_path, capsys, which):
     store = tmp_path / "store"
-    assert tables.main([which, "--store", str(store)]) == 0
+    assert cli.main(["tables", which, "--store", str(store)]) == 0
     assert asked == [(store, None, None)]
     printed = capsys.readouterr().out
     written = store / "tables"
@@ -965,7 +966,7 @@ def test_the_command_prints_and_writes(asked, sweep, tmp_path, capsys, which):
 
 
 def test_the_csv_reads_back_unrounded(asked, sweep, table4, tmp_path):
-    assert tables.main(["table4", "--out", str(tmp_path)]) == 0
+    assert cli.main(["tables", "table4", "--out", str(tmp_path)]) == 0
     with (tmp_path / "table4.csv").open(encoding="utf-8", newline="") as file:
         back = list(csv.DictReader(file))  # pandas' own reader may differ in the last digit
     numbers = table4.select_dtypes("float").columns
@@ -980,7 +981,7 @@ def test_the_csv_reads_back_unrounded(asked, sweep, table4, tmp_path):
 def test_options_reach_their_place(asked, tmp_path, capsys):
     uri, out = "http://localhost:5000", tmp_path / "a" / "b"
     command = ["table4", "--tracking-uri", uri, "--sweep", "study", "--out", str(out), "--test", "wilcoxon"]
-    assert tables.main(command) == 0
+    assert cli.main(["tables", *command]) == 0
     assert asked == [(Path("multirun"), uri, "study")]
     back = pd.read_csv(out / "table4.csv").set_index("notation")
     expected = wilcoxon(dice_all("L_MSE"), dice_all("Student")).pvalue
@@ -990,7 +991,7 @@ def test_options_reach_their_place(asked, tmp_path, capsys):
 
 
 def test_an_input_error_is_one_line_and_code_one(asked, tmp_path, capsys):
-    assert tables.main(["table3", "--sweep", "nowhere", "--out", str(tmp_path)]) == 1
+    assert cli.main(["tables", "table3", "--sweep", "nowhere", "--out", str(tmp_path)]) == 1
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "kdsweep: error: no sweep nowhere in this store\n")
     assert not list(tmp_path.iterdir())
@@ -999,19 +1000,17 @@ def test_an_input_error_is_one_line_and_code_one(asked, tmp_path, capsys):
 def test_a_folder_that_cannot_be_written_is_one_line(asked, tmp_path, capsys):
     blocked = Path(tmp_path / "file")
     blocked.write_text("")
-    assert tables.main(["table3", "--out", str(blocked)]) == 1
+    assert cli.main(["tables", "table3", "--out", str(blocked)]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"kdsweep: error: --out {blocked}: ")
     assert error.count("\n") == 1
 
 
 def test_an_unknown_table_names_the_choices(asked, capsys):
-    with pytest.raises(SystemExit) as stop:
-        tables.main(["table9"])
-    assert stop.value.code == 2
+    assert cli.main(["tables", "table9"]) == 2
     error = capsys.readouterr().err
-    assert "table9" in error
-    assert "table3" in error
+    assert error.startswith("kdsweep: error: TABLE: table9 is not one of capacity, effects, ")
+    assert error.endswith("; python -m kdsweep tables --help shows its options\n")
     assert "table4" in error
 
 

@@ -14,8 +14,8 @@ from small import STUDENT, TEACHER
 from test_slurm import OPTIONS
 from test_sync import runs_of
 
+from kdsweep import cli
 from kdsweep.core.files import file_digest, read_json
-from kdsweep.results.tables import command as tables
 from kdsweep.store import cell_folder
 from kdsweep.sweep.executors.slurm import NOTE, Task, queued
 from kdsweep.tracking import mirror
@@ -77,7 +77,7 @@ def test_a_sweep_whose_command_is_killed_and_whose_job_is_preempted_ends_as_if_n
     assert "submitted as job" not in again
     assert re.search(r"Requeued job \d+", "".join(file.read_text() for file in store.glob("slurm/*.out")))
     assert scores(store) == scores(undisturbed)
-    assert tables.main(["table4", "--store", str(store)]) == 0
+    assert cli.main(["tables", "table4", "--store", str(store)]) == 0
 
 
 @pytest.mark.slurm
@@ -108,7 +108,7 @@ def test_slurm_itself_with_mlflow_on_postgresql(undisturbed, small_busi, tmp_pat
         found = runs_of(uri)
         assert {status for _, status, _ in found.values()} == {"FINISHED"}
         assert all(steps == list(range(len(steps))) for _, _, steps in found.values())
-        assert tables.main(["table4", "--store", str(store), "--tracking-uri", uri]) == 0
+        assert cli.main(["tables", "table4", "--store", str(store), "--tracking-uri", uri]) == 0
 
 
 def _queued(store: Path, environment: dict[str, str]) -> dict[Path, Task]:
@@ -146,5 +146,5 @@ def test_a_machine_that_dies_in_the_midst_changes_no_score(undisturbed, small_bu
     assert "4 of 4 cells done" in printed
     assert [run[1:] for run in runs_of(mirror.store_uri(store, None)).values()] == [("FINISHED", list(range(12)))] * 2
     for where in (store, undisturbed):
-        assert tables.main(["table4", "--store", str(where)]) == 0
+        assert cli.main(["tables", "table4", "--store", str(where)]) == 0
     assert (store / "tables" / "table4.csv").read_text() == (undisturbed / "tables" / "table4.csv").read_text()

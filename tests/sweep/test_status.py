@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kdsweep import cli
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.core.progress import epoch_s
@@ -261,23 +262,23 @@ def test_the_sweep_last_asked_for_is_told_unless_another_is_named(tmp_path, caps
     finish(finished)
     ask(tmp_path, "b-last", finished, asked_s=200)
     ask(tmp_path, "c-first", make_cell(tmp_path, "L_KLD"), asked_s=100)
-    assert status.main(["--store", str(tmp_path)]) == 0
+    assert cli.main(["status", "--store", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("sweep b-last: 1 cell: 1 done\n")
-    assert status.main(["--store", str(tmp_path), "--sweep", "c-first"]) == 0
+    assert cli.main(["status", "--store", str(tmp_path), "--sweep", "c-first"]) == 0
     assert capsys.readouterr().out.startswith("sweep c-first: 1 cell: 0 done, 1 waiting; nothing is running")
 
 
 def test_an_unknown_sweep_and_an_empty_store_are_told_in_one_line(tmp_path, capsys):
     with pytest.raises(InputError, match="no sweep was started"):
         status.make(store=tmp_path / "nowhere", sweep="any")
-    assert status.main(["--store", str(tmp_path)]) == 1
+    assert cli.main(["status", "--store", str(tmp_path)]) == 1
     printed = capsys.readouterr()
     error = f"kdsweep: error: --store {tmp_path}: no sweep was started in it yet\n"
     assert (printed.out, printed.err) == ("", error)
     assert list(tmp_path.iterdir()) == []  # asking does not create one
     ask(tmp_path, "b", make_cell(tmp_path), asked_s=100)
     ask(tmp_path, "a", make_cell(tmp_path), asked_s=200)
-    assert status.main(["--store", str(tmp_path), "--sweep", "X"]) == 1
+    assert cli.main(["status", "--store", str(tmp_path), "--sweep", "X"]) == 1
     error = "kdsweep: error: --sweep X: not in this store; it holds: a, b\n"
     assert capsys.readouterr().err == error
 
@@ -285,7 +286,7 @@ def test_an_unknown_sweep_and_an_empty_store_are_told_in_one_line(tmp_path, caps
 def test_a_store_of_the_home_folder_is_found_where_the_shell_leaves_its_tilde(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     ask(tmp_path / "runs", "study", make_cell(tmp_path / "runs"), asked_s=100)
-    assert status.main(["--store=~/runs"]) == 0
+    assert cli.main(["status", "--store=~/runs"]) == 0
     assert capsys.readouterr().out.startswith("sweep study: 1 cell")
 
 
@@ -302,7 +303,7 @@ def test_a_damaged_cell_of_a_store_that_cannot_be_written_to_is_to_be_done_again
 
     monkeypatch.setattr(Path, "unlink", refuse)
     monkeypatch.setattr(cell_folder, "FileLock", refuse)
-    assert status.main(["--store", str(tmp_path)]) == 0
+    assert cli.main(["status", "--store", str(tmp_path)]) == 0
     assert "1 cell: 0 done, 1 interrupted; nothing is running" in capsys.readouterr().out
     assert (cell.folder / "finished.json").exists()
 

@@ -18,7 +18,7 @@ from commands import kdsweep, running
 from PIL import Image
 from small import STUDENT, TEACHER
 
-from kdsweep.results.tables import command as tables
+from kdsweep import cli
 from kdsweep.results.tables import table4
 from kdsweep.store import cell_folder
 from kdsweep.tracking import mirror, reader
@@ -138,7 +138,7 @@ def test_tables_come_out_with_every_row(swept, capsys):
     cwd, _ = swept
     store = cwd / "multirun"
     for which, rows in (("table3", 12), ("table4", 15), ("effects", 12), ("table5", 9)):
-        assert tables.main([which, "--store", str(store)]) == 0
+        assert cli.main(["tables", which, "--store", str(store)]) == 0
         printed = capsys.readouterr().out
         assert "not a result" in printed
         table = pd.read_csv(store / "tables" / f"{which}.csv")

@@ -25,7 +25,7 @@ from hydra.errors import ConfigCompositionException
 from hydra.types import HydraContext, RunMode
 from small import STUDENT, TEACHER
 
-from kdsweep import conf_dir
+from kdsweep import cli, conf_dir
 from kdsweep.__main__ import user_message
 from kdsweep.config import composition, identity
 from kdsweep.core.errors import InputError, LostError
@@ -423,7 +423,7 @@ def test_the_status_counts_and_writes_the_trials(unbroken, tmp_path, capsys):
     assert text.startswith("tuning of sweep busi-quick: 12 of 12 trials ended: ")
     assert "Teacher_WAug split 0" in text
     asked = ["--store", str(unbroken), "--trials", str(file)]
-    assert status.main([*asked, "--sweep", "busi-quick-tuned"]) == 0
+    assert cli.main(["status", *asked, "--sweep", "busi-quick-tuned"]) == 0
     assert f"wrote 12 trials to {file}" in capsys.readouterr().out
     written = pd.read_csv(file).set_index(["notation", "number"])
     for _, trial in trials(unbroken).iterrows():
@@ -437,9 +437,9 @@ def test_the_status_counts_and_writes_the_trials(unbroken, tmp_path, capsys):
     assert (written["seconds"] > 0).all()
 
     sweep_file.add(store := tmp_path / "store", "untuned", cells=[], teachers=[])
-    assert status.main(["--store", str(store), "--trials", str(file)]) == 1
+    assert cli.main(["status", "--store", str(store), "--trials", str(file)]) == 1
     assert f"--trials {file}: sweep untuned was not tuned" in capsys.readouterr().err
-    assert status.main(["--store", str(unbroken), "--trials", str(tmp_path)]) == 1
+    assert cli.main(["status", "--store", str(unbroken), "--trials", str(tmp_path)]) == 1
     assert f"--trials {tmp_path}: cannot be written" in capsys.readouterr().err
 
 

@@ -18,9 +18,9 @@ from servers import free_port, postgres, serving, until
 from small import STUDENT, TEACHER
 from test_mirror import begin, client_of, end, in_another_process, make_cell, steps_of
 
+from kdsweep import cli
 from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
-from kdsweep.results.tables import command as tables
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.tracking import mirror, reader, sync
 
@@ -347,7 +347,7 @@ def test_a_command_trains_while_the_server_is_down_and_the_next_one_logs_all_of_
             for name in ("val/loss", "val/dice", "train/loss"):
                 points = client.get_metric_history(run.info.run_id, name)
                 assert [point.step for point in points] == [0, 1]
-        assert tables.main(["table4", "--store", str(store), "--tracking-uri", uri]) == 0
+        assert cli.main(["tables", "table4", "--store", str(store), "--tracking-uri", uri]) == 0
     assert {file: file.read_bytes() for file in trained} == trained
 
 
@@ -404,5 +404,5 @@ def test_a_server_that_never_answers_costs_less_than_ten_seconds_in_all(tmp_path
 
 
 def test_tables_say_so_when_the_server_does_not_answer(tmp_path, capsys):
-    assert tables.main(["table3", "--store", str(tmp_path), "--tracking-uri", "http://127.0.0.1:9"]) == 1
+    assert cli.main(["tables", "table3", "--store", str(tmp_path), "--tracking-uri", "http://127.0.0.1:9"]) == 1
     assert capsys.readouterr().err.startswith("kdsweep: error: --tracking-uri http://127.0.0.1:9 does not answer: ")

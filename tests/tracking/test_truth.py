@@ -16,13 +16,12 @@ from filelock import FileLock
 from sqlalchemy.exc import DatabaseError
 from test_mirror import begin, client_of, end, in_another_process, make_cell
 
+from kdsweep import cli
 from kdsweep.config import grid
 from kdsweep.core import databases
 from kdsweep.core.errors import InputError, one_line
 from kdsweep.core.files import is_locked
-from kdsweep.results.tables import command as tables
 from kdsweep.store import cell_folder, sweep_file
-from kdsweep.sweep import status
 from kdsweep.tracking import artifacts, database, mirror, reader, sync
 from kdsweep.tuning import study
 
@@ -164,7 +163,7 @@ def test_a_damaged_database_names_the_remedy_and_is_not_overwritten(store, tmp_p
     file = spoiled / "mlflow.db"
     damage(file)
     left = file.read_bytes() if file.exists() else b""
-    assert tables.main(["table3", "--store", str(spoiled), "--sweep", "sweep"]) == 1
+    assert cli.main(["tables", "table3", "--store", str(spoiled), "--sweep", "sweep"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("kdsweep: error: ")
     assert told.count("\n") == 1
@@ -222,7 +221,7 @@ def test_tables_of_an_earlier_results_version_come_out(store, monkeypatch, capsy
     sweep_file.add(store, "sweep", cells=cells, teachers=[])
     for cell in cells:
         mirror.Tracker(store=store, uri=None).sync(end(cell, [0.5, 0.75]), sweep="sweep")
-    assert tables.main(["table4", "--store", str(store)]) == 0
+    assert cli.main(["tables", "table4", "--store", str(store)]) == 0
     printed = capsys.readouterr().out
     assert "62.5" in printed
     assert "Computed by an earlier kdsweep, results version 0 (this one: " in printed
@@ -238,7 +237,7 @@ def test_a_damaged_record_of_a_sweep_is_named_and_never_overwritten(store, conte
     sweep_file.add(store, "sweep", cells=[cell], teachers=[])
     file = store / "sweeps" / "sweep.json"
     file.write_bytes(content)
-    assert status.main(["--store", str(store)]) == 1
+    assert cli.main(["status", "--store", str(store)]) == 1
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.startswith(f"kdsweep: error: {file} is damaged; ")
@@ -308,14 +307,14 @@ def test_another_users_store_can_be_read_and_what_cannot_be_written_names_its_ow
         tuned = FileLock(sweep_file.tuning_lock(store, "sweep"))
         tuned.acquire()
         table = ["table3", "--store", str(store), "--sweep", "sweep"]
-        assert tables.main([*table, "--out", str(tmp_path)]) == 0  # nobody may not import what this imports
+        assert cli.main(["tables", *table, "--out", str(tmp_path)]) == 0  # nobody may not import what this imports
         before = files_of(store)
         capsys.readouterr()
         with as_nobody():
             assert is_locked(sweep_file.tuning_lock(store, "sweep"))
-            assert status.main(["--store", str(store)]) == 0
+            assert cli.main(["status", "--store", str(store)]) == 0
             assert "2 done, 1 running" in capsys.readouterr().out
-            assert tables.main(table) == 0
+            assert cli.main(["tables", *table]) == 0
             told = capsys.readouterr()
             sweep = reader.read_sweep(store=store, uri=None, name="sweep")
             assert reader.attach(sweep, [Path(__file__)], folder="x", store=store, uri=None).startswith("not logged")

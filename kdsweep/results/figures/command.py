@@ -1,13 +1,10 @@
 """Draw the figures of a sweep, from what MLflow holds, as PNG, PDF and SVG.
 
-Usage: ``python -m kdsweep figures figure2|effects|curves|pairs|capacity|tuning|all [--sweep NAME] [--out DIR] [Hydra
-overrides]``. Hydra overrides, such as ``data=busi data.root=DIR``, may say which sweep is meant and where its images
-are. ``--published FILE ...`` draws those of FROM_SCORES from files of ``publish`` instead.
+Published files are enough for those of FROM_SCORES.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import re
 import sys
@@ -18,25 +15,16 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from kdsweep.config import composition, inputs
-from kdsweep.core.errors import InputError, command
-from kdsweep.core.options import add_published, add_sweep
+from kdsweep.core.errors import InputError
 from kdsweep.data import run_data, sources
-from kdsweep.results import published
-from kdsweep.results.figures import contours, examples, style
+from kdsweep.results.figures import FIGURES, contours, examples, style
 from kdsweep.results.frame import variants
 from kdsweep.results.mixing import known_values
+from kdsweep.results.published import read as read_published
 from kdsweep.results.tables import tuned
 from kdsweep.tracking import reader
 from kdsweep.tracking.reader import Sweep
 
-FIGURES = {  # each but figure2 has a module of its name
-    "figure2": "contours of all models on test images",
-    "effects": "test DSC of each cell, and the main effects",
-    "curves": "validation Dice over the epochs",
-    "pairs": "each test image against Student",
-    "capacity": "test DSC of Students of several sizes against parameters and latency",
-    "tuning": "best validation Dice against the seconds that a method's trials took",
-}
 FROM_SCORES = ("effects", "pairs", "capacity")  # the others need images, curves or Optuna's studies
 
 
@@ -58,7 +46,7 @@ class Location(NamedTuple):
     source: sources.Source | None = None
 
 
-def draw(which: str, sweep: Sweep, *, place: Location, **choice: Any) -> Iterator[tuple[str, Figure]]:
+def draw(which: str, sweep: Sweep, *, location: Location, **choice: Any) -> Iterator[tuple[str, Figure]]:
     """Draw one of FIGURES and name its file; yield several if it shows several images or settings.
 
     The choice of models and images for figure2 is that of ``examples.load``.
@@ -74,9 +62,11 @@ def draw(which: str, sweep: Sweep, *, place: Location, **choice: Any) -> Iterato
             if which != "figure2":
                 module = importlib.import_module(f"kdsweep.results.figures.{which}")
                 title = heading(which, part, label=label)
-                yield name, module.of_sweep(part, title=title, store=place.store, uri=place.uri)
+                yield name, module.of_sweep(part, title=title, store=location.store, uri=location.uri)
                 continue
-            shown = examples.load(part, place.store, place.uri, root=place.root, source=place.source, **choice)
+            shown = examples.load(
+                part, location.store, location.uri, root=location.root, source=location.source, **choice
+            )
             for number, one in enumerate(shown, start=1):
                 one = one._replace(title=f"{one.title}, {label}" if label else one.title)
                 yield f"{name}-{number}" if len(shown) > 1 else name, contours.figure(one)
@@ -99,56 +89,63 @@ def slug(label: str) -> str:
     return re.sub(r"[^\w.=-]+", "_", label)
 
 
-def parse_place(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a sweep."""
-    add_sweep(parser, default=None)
-    parser.add_argument("--data-root", type=Path, help="folder of the sweep's images, if they were moved")
-    parser.add_argument("overrides", nargs="*", help="or Hydra overrides of the sweep: data=busi data.root=DIR")
-
-
-def find_place(options: argparse.Namespace) -> Location:
-    """Return the place of the sweep that the options of ``parse_place`` name."""
-    by_options = options.store or Path("multirun"), options.tracking_uri, options.sweep, options.data_root
-    if not options.overrides:
-        return Location(*by_options)
-    cfg = composition.compose_config(options.overrides)  # unchecked: a table needs no folder of images
-    typed = {word.lstrip("+").partition("=")[0] for word in options.overrides}
+def locate(
+    overrides: Sequence[str],
+    *,
+    store: Path | None = None,
+    uri: str | None = None,
+    sweep: str | None = None,
+    data_root: Path | None = None,
+) -> Location:
+    """Return the location of a sweep that options, or Hydra overrides such as ``data=busi data.root=DIR``, name."""
+    if not overrides:
+        return Location(store or Path("multirun"), uri, sweep, data_root)
+    cfg = composition.compose_config(overrides)  # unchecked: a table needs no folder of images
+    typed = {word.lstrip("+").partition("=")[0] for word in overrides}
     root = Path(str(cfg.data.root)) if "data.root" in typed else None
     named = cfg.sweep_name if typed - {"store", "tracking.uri", "data.root"} else None
     return Location(
-        options.store or Path(cfg.store),
-        options.tracking_uri or cfg.tracking.uri,
-        options.sweep or named,
-        options.data_root or root,
+        store or Path(cfg.store),
+        uri or cfg.tracking.uri,
+        sweep or named,
+        data_root or root,
         inputs.source(composition.read(cfg)) if cfg.data.source._target_ not in run_data.SOURCES else None,
     )
 
 
-def make(which: str, *, place: Location, out: Path | None, files: Sequence[Path] | None = None, **choice: Any) -> None:
+def make(
+    which: str, *, location: Location, out: Path | None = None, published: Sequence[Path] = (), **choice: Any
+) -> None:
     """Draw, write and log one figure or all; a figure that cannot be drawn does not stop the others.
 
     Args:
         which: a key of FIGURES or all.
-        place: of the sweep.
+        location: of the sweep.
         out: folder of the figures; None is STORE/figures.
-        files: of ``publish``, to draw from instead of a store; nothing is logged then.
+        published: files to draw from instead of a store; nothing is logged then.
         choice: for figure2.
 
     Raises:
         InputError: there is no such sweep, or it lacks what a figure needs.
     """
-    if files and which not in (*FROM_SCORES, "all"):
+    if published and which not in (*FROM_SCORES, "all"):
         raise InputError(f"--published: {which} needs the store; --store names it")
-    sweep = published.read(files) if files else reader.read_sweep(store=place.store, uri=place.uri, name=place.sweep)
-    out = out or place.store / "figures"
+    sweep = (
+        read_published(published)
+        if published
+        else reader.read_sweep(store=location.store, uri=location.uri, name=location.sweep)
+    )
+    out = out or location.store / "figures"
     failed = []
-    for name in _applicable(sweep, store=place.store, from_scores=bool(files)) if which == "all" else [which]:
+    for name in _applicable(sweep, store=location.store, from_scores=bool(published)) if which == "all" else [which]:
         try:
-            for file_name, figure in draw(name, sweep, place=place, **choice):
+            for file_name, figure in draw(name, sweep, location=location, **choice):
                 written = style.write(figure, out / file_name)
                 line = f"wrote {out / file_name}.{', .'.join(style.FORMATS)}"
-                if not files:
-                    line += f"; {reader.attach(sweep, written, folder='figures', store=place.store, uri=place.uri)}"
+                if not published:
+                    line += (
+                        f"; {reader.attach(sweep, written, folder='figures', store=location.store, uri=location.uri)}"
+                    )
                 sys.stdout.write(f"{line}\n")
         except InputError as error:
             failed.append(str(error) if which == name else f"{name}: {error}")
@@ -161,24 +158,3 @@ def _applicable(sweep: Sweep, *, store: Path, from_scores: bool) -> list[str]:
 
     has = {"capacity": capacity.applies(sweep), "tuning": not from_scores and tuned.applies(sweep, store)}
     return [name for name in (FROM_SCORES if from_scores else FIGURES) if has.get(name, True)]
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Draw one figure or all."""
-    shows = "; ".join(f"{name}: {what}" for name, what in FIGURES.items())
-    parser = argparse.ArgumentParser(prog="python -m kdsweep figures", description=f"Figures of a sweep. {shows}.")
-    parser.add_argument("figure", choices=[*FIGURES, "all"])
-    parse_place(parser)
-    add_published(parser)
-    parser.add_argument("--out", type=Path, help="folder for the files (STORE/figures)")
-    of_figure2 = parser.add_argument_group("figure2")
-    of_figure2.add_argument("--models", type=lambda text: text.split(","), help="notations, comma between them")
-    of_figure2.add_argument("--split", type=int, help="index of the random split (the first with most models finished)")
-    of_figure2.add_argument("--seed", type=int, help="of the cells (likewise)")
-    of_figure2.add_argument("--count", type=int, default=1, help="number of test images, at even quantiles of Dice (1)")
-    of_figure2.add_argument("--image", action="append", help="id of a test image instead; may be repeated")
-    options = parser.parse_intermixed_args(argv)
-    choice = {key: getattr(options, key) for key in ("models", "split", "seed", "count")}
-    place = find_place(options)
-    make(options.figure, place=place, out=options.out, files=options.published, ids=options.image, **choice)
