@@ -6,12 +6,13 @@ PY := $(VENV)/bin/python
 ARGS ?=
 STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
 READY := $(VENV)/.ready
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutants chaos bench gpu growth lint types table3 table4 table5 effects figure2 figures report results model ui trials clean
+.PHONY: help setup demo test test-all mutants chaos bench gpu growth lint types table3 table4 table5 effects figure2 figures report results model ui trials clean
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'ARGS="..." passes Hydra overrides to demo, table3, table4, figure2, figures and report'
 
 setup: $(READY) ## Make .venv with everything that runs and tests need (about 6 GB)
@@ -27,8 +28,11 @@ demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick
 	@$(PY) -m kdsweep tables table3 --store $(STORE)
 	@$(PY) -m kdsweep tables table4 --store $(STORE)
 
-test: setup ## Run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+test: setup ## Run the tests that need seconds each
+	$(PYTEST) -m 'not slow and not slurm'
+
+test-all: setup ## Run all tests, also those with servers, clusters, browsers, installs, simulations
+	$(PYTEST)
 
 results: setup ## Make the tables of results/ of their published scores again; a difference fails
 	$(PY) -m pytest -q tests/results/test_remade.py

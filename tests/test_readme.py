@@ -25,8 +25,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory, small_busi, empty_store):
@@ -51,6 +49,7 @@ def test_there_is_a_recipe_for_loss_path_method_and_data_set():
     assert len(COMMANDS) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "notation"),
     [

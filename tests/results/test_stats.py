@@ -222,6 +222,7 @@ def test_nadeau_and_bengio_by_hand():
     assert np.isnan(stats.corrected_p(rows[rows["split"] == 0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run_sd", [0.0, 3.0, 6.4])
 def test_a_true_null_is_rejected_about_as_often_as_is_said(run_sd):
     """The table of docs/statistics.md has more trials; these bounds hold for a rate of 3 to 7 % in 400 of them."""

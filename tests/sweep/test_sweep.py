@@ -23,8 +23,6 @@ from kdsweep.results.tables import table4
 from kdsweep.store import cell_folder
 from kdsweep.tracking import mirror, reader
 
-pytestmark = pytest.mark.slow
-
 QUICK = ["profile=quick", "data=busi", "train.batch_size=8", "train.epochs=2", *TEACHER, *STUDENT]
 GRID = ["-m", "path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong"]
 
@@ -148,6 +146,7 @@ def test_tables_come_out_with_every_row(swept, capsys):
         assert (store / "tables" / f"{which}.tex").stat().st_size > 500
 
 
+@pytest.mark.slow
 def test_the_same_command_finds_everything_finished_and_needs_no_torch(swept, small_busi):
     """The import of torch alone would take longer than the answer may."""
     cwd, _ = swept
@@ -371,6 +370,7 @@ def endless(small_busi, database, tmp_path):
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_the_cells_closes_their_runs_and_ends_all_processes(endless, tmp_path, number, code):
     processes = descendants(endless.pid)
@@ -395,6 +395,7 @@ def test_a_signal_saves_the_cells_closes_their_runs_and_ends_all_processes(endle
     assert all_gone(processes)
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_leaves_no_process_behind(endless, tmp_path):
     processes = descendants(endless.pid)
     assert len(processes) >= 3  # the server, a group, Python's tracker of resources
