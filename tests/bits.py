@@ -49,23 +49,23 @@ def of_file(file: Path) -> str:
 def of_views() -> dict[str, str]:
     """Digests of both views of four phantoms."""
     strengths = Strengths(shift=0.06, scale=0.1, rotate_deg=45, noise_std=(0.01, 0.03), dropout=0.01, probability=0.5)
-    views, found = Views(image_size=64, strengths=strengths), {}
+    views, digests = Views(image_size=64, strengths=strengths), {}
     for number, item in enumerate(phantom.cohort(count=4, seed=0)):
         image, mask = np.repeat(item.image[..., None], 3, axis=2), item.mask.astype(np.uint8)
         drawn = views.render(image=image, mask=mask, seed=[0, 0, 1, number])
         theta = sampling_theta(drawn.matrix, image_size=64)
-        found[f"views of phantom {number}"] = digest(*(own.tobytes() for own in (*drawn, theta)))
-    return found
+        digests[f"views of phantom {number}"] = digest(*(each.tobytes() for each in (*drawn, theta)))
+    return digests
 
 
 def of_cells(store: Path) -> dict[str, dict[str, str]]:
     """Digests of the files of all cells and Teachers in a store."""
-    found = {}
+    digests = {}
     for folder in sorted(path for part in ("cells", "teachers") for path in (store / part).iterdir()):
         name, _, fingerprint = folder.name.rpartition("-")
         files = sorted(file for file in folder.iterdir() if file.suffix in KINDS)
-        found[name] = {"fingerprint": fingerprint, **{file.name: of_file(file) for file in files}}
-    return found
+        digests[name] = {"fingerprint": fingerprint, **{file.name: of_file(file) for file in files}}
+    return digests
 
 
 if __name__ == "__main__":

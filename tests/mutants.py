@@ -514,14 +514,14 @@ MUTANTS = [
         "training/learner.py",
         '            self.optimizer.load_state_dict(training["optimizer"])\n',
         "",
-        f"{LOOP} -k goes_on_where",
+        f"{LOOP} -k resumes_where",
     ),
     Mutant(
         "means of an epoch not resumed",
         "training/learner.py",
         '            self.means.load(training["means"]["steps"], training["means"]["counts"])\n',
         "",
-        f"{LOOP} -k goes_on_where",
+        f"{LOOP} -k resumes_where",
     ),
     Mutant(
         "gradients pile up",
@@ -811,8 +811,8 @@ MUTANTS = [
     Mutant(
         "tuning: trials are tested",
         "training/group.py",
-        "compute=compute) if pruning is None else end_trial(learner)",
-        "compute=compute)",
+        "learner.result = end_trial(learner) if is_trial else finish(",
+        "learner.result = finish(",
         "tests/sweep/test_tuner.py -k 'not_tested_before'",
     ),
     Mutant(

@@ -1,7 +1,7 @@
 """Equal settings give the results that were recorded: whoever changes them raises RESULTS_VERSION.
 
 Seven cells (every path with every loss, half of them with each Teacher, and the Student), the methods and both Teachers
-are trained for two epochs of two steps on synthetic images. To record anew, after RESULTS_VERSION was raised:
+are trained for two epochs of two steps on synthetic images. To record them again, after RESULTS_VERSION was raised:
 
     KDSWEEP_RECORD=1 python -m pytest tests/test_golden.py
 
@@ -41,14 +41,14 @@ def train(images: Path, store: Path) -> dict[str, dict[str, float]]:
     fixed += ["train.epochs=2", "train.batch_size=8", "train.workers=0", "train.lr=1e-4", "teacher.lr=1e-4"]
     views = ["weak", "strong"]
     settings = [composition.compose([*fixed, *cell, f"teacher_aug={views[n % 2]}"]) for n, cell in enumerate(GRID)]
-    results = group.run_group([identity.job(own) for own in settings])
+    results = group.run_group([identity.job(each) for each in settings])
     assert [result for result in results if isinstance(result, Exception)] == []
-    own = [identity.cell(each) for each in settings]
-    teachers = {cell.teacher.notation: cell.teacher for cell in own if cell.teacher is not None}
-    return {cell.notation: told(cell) for cell in [*own, *teachers.values()]}
+    cells = [identity.cell(each) for each in settings]
+    teachers = {cell.teacher.notation: cell.teacher for cell in cells if cell.teacher is not None}
+    return {cell.notation: values_of(cell) for cell in [*cells, *teachers.values()]}
 
 
-def told(cell: Cell) -> dict[str, float]:
+def values_of(cell: Cell) -> dict[str, float]:
     record = cell_folder.read(cell.folder)
     last = record.history[-1]
     return {
@@ -62,18 +62,18 @@ def told(cell: Cell) -> dict[str, float]:
 
 
 def test_results_are_those_recorded_for_this_results_version(small_busi: Path, tmp_path: Path) -> None:
-    found = train(small_busi, tmp_path)
+    trained = train(small_busi, tmp_path)
     if os.environ.get("KDSWEEP_RECORD"):
-        RECORDED.write_text(json.dumps({"results_version": grid.RESULTS_VERSION, "cells": found}, indent=1) + "\n")
+        RECORDED.write_text(json.dumps({"results_version": grid.RESULTS_VERSION, "cells": trained}, indent=1) + "\n")
     recorded = json.loads(RECORDED.read_text())
-    assert recorded["results_version"] == grid.RESULTS_VERSION, "record these results anew, see above"
-    assert found.keys() == recorded["cells"].keys()
-    assert len(found) == len(GRID) + 2
+    assert recorded["results_version"] == grid.RESULTS_VERSION, "record these results again, see above"
+    assert trained.keys() == recorded["cells"].keys()
+    assert len(trained) == len(GRID) + 2
     off = []
     for name, values in recorded["cells"].items():
         for key, value in values.items():
             is_method = "_" not in name.removesuffix("_WAug") and name.partition("_")[0] not in ("Student", "Teacher")
             bound = DICE if key.endswith("dice") else OF_METHODS if is_method else LOSS
-            if found[name].get(key) != pytest.approx(value, **bound):
-                off.append(f"{name} {key}: {found[name].get(key)} instead of {value}")
-    assert not off, f"the results changed: raise RESULTS_VERSION (kdsweep/config/grid.py) and record anew; {off}"
+            if trained[name].get(key) != pytest.approx(value, **bound):
+                off.append(f"{name} {key}: {trained[name].get(key)} instead of {value}")
+    assert not off, f"the results changed: raise RESULTS_VERSION (kdsweep/config/grid.py) and record again; {off}"

@@ -14,11 +14,7 @@ LOCAL = (None, "", "127.0.0.1", "::1")
 
 
 def sqlite_url(file: Path) -> str:
-    """Return the URL of a SQLite file, whatever characters its path has.
-
-    Raises:
-        InputError: the installed SQLAlchemy has no URL for this path.
-    """
+    """Return the URL of a SQLite file; raise InputError if the installed SQLAlchemy has none for this path."""
     # With a driver in its scheme, MLflow does not make a folder of the quoted name.
     quoted = URL.create("sqlite+pysqlite", database=str(file)).render_as_string()
     for url in (f"sqlite:///{file}", quoted):

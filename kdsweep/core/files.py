@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from kdsweep.core.errors import InputError, one_line
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-WHOLE_PATH = re.compile(r"(?<![^\s='\"(])[/~](?:[^/\s]*/)*([^/\s]+)")  # its last name is the group
+COMPLETE_PATH = re.compile(r"(?<![^\s='\"(])[/~](?:[^/\s]*/)*([^/\s]+)")  # its last name is the group
 
 
 @contextlib.contextmanager
@@ -101,11 +101,7 @@ def read_json(file: Path, *keys: str) -> dict[str, Any] | None:
 
 
 def below(store: Path, *names: str) -> Path:
-    """Return a path below a store.
-
-    Raises:
-        InputError: the names lead out of the store.
-    """
+    """Return a path below a store; raise InputError if the names lead out of it."""
     path = store.joinpath(*names)
     if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(store)):
         raise InputError(f"{'/'.join(names)} is outside of the store {store}; rename it")
@@ -128,7 +124,7 @@ def without_folders(value: Any) -> Any:
     """Return plain nested values in whose texts a complete path is its last name alone."""
     if isinstance(value, dict):
         return {key: without_folders(entry) for key, entry in value.items()}
-    return WHOLE_PATH.sub(r"\1", value) if isinstance(value, str) else value
+    return COMPLETE_PATH.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def private_path(path: Path | None, option: str, *, default: str) -> Path:

@@ -9,7 +9,7 @@ import copy
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -59,39 +59,36 @@ def to_files(folders: Sequence[Path]) -> Iterator[dict[Path, OSError]]:
     Yields:
         The errors of the folders that cannot be written to.
     """
-    root, before, errors, files = logging.getLogger(), list(_open), dict[Path, OSError](), []
-    screens = [
-        (handler, handler.formatter) for handler in root.handlers if not isinstance(handler, logging.FileHandler)
-    ]
-    for screen, formatter in screens:
-        screen.setFormatter(_OneLine(formatter))
-        screen.addFilter(_is_for_screen)
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            files.append(_file_handler(folder))
-        except OSError as error:
-            errors[folder] = error
-    try:
+    errors: dict[Path, OSError] = {}
+    with ExitStack() as stack:
+        for screen in logging.getLogger().handlers:
+            if not isinstance(screen, logging.FileHandler):
+                stack.callback(screen.setFormatter, screen.formatter)
+                stack.callback(screen.removeFilter, _is_for_screen)
+                screen.setFormatter(_OneLine(screen.formatter))
+                screen.addFilter(_is_for_screen)
+        for folder in folders:
+            try:
+                stack.enter_context(_log_file(folder))
+            except OSError as error:
+                errors[folder] = error
         yield errors
-    finally:
-        for file in files:
-            root.removeHandler(file)
-            file.close()
-        for screen, formatter in screens:
-            screen.setFormatter(formatter)
-            screen.removeFilter(_is_for_screen)
-        _open.intersection_update(before)
 
 
-def _file_handler(folder: Path) -> logging.FileHandler:
-    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
+@contextmanager
+def _log_file(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    cell, handler = folder.resolve(), logging.FileHandler(folder / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter(FORMAT))
-    cell = folder.resolve()
     handler.addFilter(lambda record: _about.get() in (None, cell) and getattr(record, "place", "file") == "file")
     _open.add(cell)
     logging.getLogger().addHandler(handler)
-    return handler
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+        _open.discard(cell)
 
 
 def _is_for_screen(record: logging.LogRecord) -> bool:

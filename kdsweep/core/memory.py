@@ -1,4 +1,4 @@
-"""Memory that this process may still take: of the machine, of its container, under its own limit."""
+"""Memory that this process may still take: of the machine, of its container, and under its limit of address space."""
 
 from __future__ import annotations
 

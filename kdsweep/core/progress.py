@@ -86,8 +86,8 @@ def counted(
         if not has_bar and now_s - line_s > LINE_EVERY_S:
             line_s = now_s
             rest_s = left_s([[(total - number, (now_s - started_s) / (number - done))]])
-            shown = "".join(f", {name} {value}" for name, value in values.items())
-            line = f"{what}: {number} of {total} {unit}s{shown}, about {duration(rest_s)} left"
+            details = "".join(f", {name} {value}" for name, value in values.items())
+            line = f"{what}: {number} of {total} {unit}s{details}, about {duration(rest_s)} left"
             write(line) if write else sys.stderr.write(f"{line}\n")
 
     with (

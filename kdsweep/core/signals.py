@@ -1,4 +1,4 @@
-"""Signals that stop the program: at once or, during a training step, as soon as nothing is half done."""
+"""Signals that stop the program: at once or, during a training step, after it."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 import os
 
-# Before the import of albumentations, which asks a package index for a newer version of itself.
+# Before the import of albumentations, which looks in a package index for a newer version of itself.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 from kdsweep.data.sources import Busi, Entry, Folder, Phantoms, Source, Udiat

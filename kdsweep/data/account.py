@@ -88,7 +88,10 @@ class Account:
             "nearly black image": lambda image: image.brightest <= DIM,
         }
         readable = {number: image for number, image in enumerate(self.measured) if image.height}
-        return {reason: [n for n, image in readable.items() if holds(image)] for reason, holds in applies.items()}
+        return {
+            reason: [n for n, image in readable.items() if is_doubtful(image)]
+            for reason, is_doubtful in applies.items()
+        }
 
 
 def measure(entries: Sequence[Entry], *, sizes: Sequence[int], allow_empty_masks: bool) -> list[Measured]:

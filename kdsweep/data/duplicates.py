@@ -22,7 +22,7 @@ RATIO = 0.8  # Lowe's: the best match must be closer than this share of the seco
 INLIERS = 24  # matches that agree on one similarity transform of a scale between 1 / SCALE and SCALE
 SCALE = 2.0
 INLIER_PX = 5.0
-# Matches that lie in few of the cells of an image, or along a line, are a burnt-in text and a maker's mark.
+# Matches in few of the cells of an image, or along a line, are a burnt-in text or a logo.
 CELLS, OCCUPIED = 8, 8  # along the shorter side; the fewest with a match
 NARROW = 0.04  # of the shorter side: the least standard deviation of the matches' places across their long direction
 SIDE, BACKGROUND_PX = 32, 6.0  # of the small copies of neighboring views, and the blur that is taken off as background
@@ -100,7 +100,7 @@ def describe(image: np.ndarray) -> Features:
 def propose(
     features: Sequence[Features], *, progress: Callable[[Iterable[int], str], Iterable[int]]
 ) -> set[tuple[int, int]]:
-    """Propose pairs: for each image the PROPOSALS others whose features are nearest to its own most often."""
+    """Propose pairs: for each image the PROPOSALS others whose features are nearest to its features most often."""
     full = [number for number, image in enumerate(features) if len(image.descriptors)]
     if len(full) < 2:
         return set()
@@ -123,7 +123,7 @@ def propose(
 def agreeing(one: Features, other: Features) -> int:
     """Return how many matches of two images agree on one similarity transform (rotation, scale up to 2, shift).
 
-    0 if they lie in few places of the image or along a line: a shared burnt-in text does not make the same frame.
+    0 if they are in few places of the image or along a line: a shared burnt-in text does not make the same frame.
     """
     if min(len(one.descriptors), len(other.descriptors)) < 2:
         return 0

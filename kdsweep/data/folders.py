@@ -57,7 +57,7 @@ def refuse_unprintable(name: str, what: str) -> None:
 
 
 def _is_control(letter: str) -> bool:
-    return unicodedata.category(letter) in ("Cc", "Cs")  # Cs: Python's stand-in for a byte that is not UTF-8
+    return unicodedata.category(letter) in ("Cc", "Cs")  # Cs: how Python holds a byte that is not UTF-8
 
 
 class Inventory:
@@ -75,7 +75,7 @@ class Inventory:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(str(root)).expanduser()  # a folder called 2024 arrives as a number
         if not self.root.is_dir():
-            raise InputError(f"data.root={root}: no such folder; give the folder that holds the images")
+            raise InputError(f"data.root={root}: no such folder; name the folder that holds the images")
         refuse_unprintable(str(self.root), "data.root")
         self.files: list[Path] = []
         self.folders: list[Path] = []
@@ -121,18 +121,14 @@ class Inventory:
         return file
 
     def images(self, folder: Path) -> list[Path]:
-        """Return the images in a folder and note them as used.
-
-        Raises:
-            InputError: there are none, two have one name, or a name is not text.
-        """
+        """Return the images in a folder and note them as used; raise InputError for none or doubtful names."""
         inside = [file for file in self.files if file.parent == folder]
         images = [file for file in inside if is_image(file)]
         if not images:
             below = [file for file in self.files if folder in file.parents]
             there = f"; it has {several([self.name(file) for file in inside or below])}" if below else ""
             where = printable(str(folder))
-            raise InputError(f"{where}: no images found{there}; they must be directly in it, {COMMON}")
+            raise InputError(f"{where}: no images{there}; they must be directly in it, {COMMON}")
         names: dict[str, Path] = {}
         for file in images:
             refuse_unprintable(str(file.relative_to(self.root)), f"data.root={self.root}:")
@@ -165,7 +161,7 @@ class Inventory:
             self._refuse_incomplete(names, layout)
         if len(complete) > 1:
             sets = several([self.name(parent) + "/" for parent in complete])
-            remedy = f"give one of them, such as data.root={printable(str(complete[0]))}"
+            remedy = f"name one of them, such as data.root={printable(str(complete[0]))}"
             raise InputError(f"data.root={self.root} holds more than one data set: {sets}; {remedy}")
         by_name = [children[complete[0]][name] for name in names]
         if double := next((folders for folders in by_name if len(folders) > 1), None):
@@ -180,7 +176,7 @@ class Inventory:
         where = f"next to {', '.join(others[:SHOWN])}" if others else "in it"
         remedy = f"expected {layout}"
         if self.root.name.lower() in names:
-            remedy = f"give the folder above, data.root={self.root.parent}"
+            remedy = f"name the folder above, data.root={self.root.parent}"
         raise InputError(f"data.root={self.root}: no folder {missing}/ {where}; {remedy}")
 
     def close(self, read: Sequence[Path]) -> Ignored:

@@ -120,11 +120,7 @@ def _load(image: np.ndarray, mask: np.ndarray, *, load_size: int, image_size: in
 
 
 def _report(name: str, warnings: dict[str, list[str]], *, image_size: int) -> None:
-    """Log one line for each kind of warning about a data set, from its kinds by image id.
-
-    Raises:
-        InputError: more than half of the masks are full.
-    """
+    """Log a line for each kind of warning, from the kinds by image id; raise InputError if most masks are full."""
     extra = FILE_ONLY if multiprocessing.parent_process() else None  # the screen has the line of the parent's check
     for kind, text in WARNINGS.items():
         if not (ids := [image_id for image_id, kinds in warnings.items() if kind in kinds]):

@@ -8,7 +8,7 @@ from pathlib import Path
 from kdsweep.core.errors import InputError
 from kdsweep.data.folders import folded, is_image, several
 
-REMEDY = "correct it, or move it elsewhere: the labels are then unknown"
+REMEDY = "correct it, or move it elsewhere: then there are no labels"
 
 
 def read_labels(sheet: Path, stems: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -62,9 +62,9 @@ class EpochBatches:
         batch_size: images in a batch.
         seed: of the order.
         split_index: of the split.
-        last_batch: what becomes of images that do not fill a batch at the end of an epoch. ``smaller``: a batch of
-            their own; ``drop``: they are left out of this epoch; ``fill``: the epoch's first images come a second time,
-            so that all batches have one shape.
+        last_batch: what becomes of images that do not fill a batch at the end of an epoch. ``smaller``: one
+            smaller batch; ``drop``: they are left out of this epoch; ``fill``: the epoch's first images come a second
+            time, so that all batches have one shape.
     """
 
     def __init__(
@@ -97,36 +97,19 @@ class TrainLoader:
 
     Args:
         images: the data set.
-        indices: of the training part.
         views: draws the two views.
-        seed: of the cell.
-        split_index: of the split.
-        batch_size: images in a batch.
+        batches: which images are drawn, and with which seed.
         workers: processes that prepare batches; 0 prepares them in this one. The batches are the same either way.
-        pinned: put batches into memory from which a GPU reads while the processor goes on.
-        last_batch: ``smaller``, ``drop`` or ``fill``, see ``EpochBatches``.
+        pinned: put batches into memory from which a GPU reads while the processor continues.
     """
 
     def __init__(
-        self,
-        images: Images,
-        *,
-        indices: list[int],
-        views: Views,
-        seed: int,
-        split_index: int,
-        batch_size: int,
-        workers: int,
-        pinned: bool = False,
-        last_batch: str = "smaller",
+        self, images: Images, *, views: Views, batches: EpochBatches, workers: int, pinned: bool = False
     ) -> None:
-        self.batches = EpochBatches(
-            indices, batch_size=batch_size, seed=seed, split_index=split_index, last_batch=last_batch
-        )
-        self.image_count = len(indices)
+        self.batches, self.image_count = batches, len(batches.indices)
         self.loader = DataLoader(
-            TrainViews(images, views=views, seed=seed, split_index=split_index),
-            batch_sampler=self.batches,
+            TrainViews(images, views=views, seed=batches.seed, split_index=batches.split_index),
+            batch_sampler=batches,
             num_workers=workers,
             prefetch_factor=PREFETCHED if workers else None,
             pin_memory=pinned,
@@ -165,7 +148,7 @@ class EvalPart:
     Attributes:
         ids: N ids.
         labels: N labels.
-        groups: N groups, such as patients; None where they are unknown.
+        groups: N groups, such as patients; None if the data set has none.
         images: (N, S, S, 3) uint8.
         masks: (N, 1, S, S) uint8 in {0, 1}.
     """

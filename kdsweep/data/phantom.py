@@ -35,7 +35,7 @@ class Phantom:
         id: Unique name within a cohort, such as ``benign (1)``.
         label: ``benign`` or ``malignant``.
         image: Gray levels, (H, W) uint8.
-        mask: The drawn lesion border, filled; (H, W) uint8 in {0, 1}. A shadow is no part of it.
+        mask: The drawn lesion border, filled; (H, W) uint8 in {0, 1}. A shadow is not part of it.
     """
 
     id: str
@@ -60,7 +60,7 @@ def cohort(*, count: int, seed: int) -> Iterator[Phantom]:
         InputError: `count` is below 1.
     """
     if count < 1:
-        raise InputError(f"data.count is {count}: it must be a whole number of phantoms, 1 or more")
+        raise InputError(f"data.count is {count}: it must be a number of phantoms, 1 or more")
     part, total = _MALIGNANT_SHARE
 
     def malignant_before(index: int) -> int:
@@ -129,7 +129,7 @@ def _loss_behind(rng: np.random.Generator, lesion: Lesion) -> Array:
         through_db = float(rng.choice([-6, -2, 5], p=[0.45, 0.35, 0.2]))
     path = np.cumsum(lesion.mask, axis=0, dtype=np.float32) / (2 * lesion.radius_px)
     path = cv2.GaussianBlur(path, (0, 0), sigmaX=2 + 0.1 * lesion.radius_px, sigmaY=2)
-    # Within the lesion half the loss counts: its contrast is drawn separately and would be lost in its own shadow.
+    # Within the lesion half the loss counts: its contrast is drawn separately and would be lost in its shadow.
     share = 0.5 + 0.5 * smooth_step(lesion.outside_px, 2 + 0.15 * lesion.radius_px)
     return np.asarray(through_db * np.minimum(path, 1.4) * share, dtype=np.float32)
 

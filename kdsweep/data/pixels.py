@@ -54,15 +54,15 @@ def _reason(error: Exception) -> str:
 
 def _upright(file: Path) -> Image.Image:
     """Return the decoded picture of a file as a viewer shows it, turned as its EXIF orientation says."""
-    # Pillow maps a TIFF opened by name into memory, where it confuses the sides of one that lies on its side.
+    # Pillow maps a TIFF opened by name into memory, where it confuses the sides of a picture that is rotated.
     with file.open("rb") as stream, Image.open(stream) as picture:
         pages = getattr(picture, "n_frames", 1)
         if pages > 1 and picture.format != "MPO":  # a camera's JPEG with a preview: the first is the photograph
-            raise DoubtError(f"holds {pages} pages or frames; save one of them as a file of its own")
+            raise DoubtError(f"holds {pages} pages or frames; save one of them as a separate file")
         if picture.format == "PPM" and picture.mode == "I":  # 16 bits, as the format has at most
             return picture.convert("I;16")
         if picture.mode in ("F", "I"):
-            raise DoubtError("has pixels of 32 bits, whose range is not known; save it with 8 or 16 bits")
+            raise DoubtError("has pixels of 32 bits, of unknown range; save it with 8 or 16 bits")
         return ImageOps.exif_transpose(picture)
 
 
@@ -106,11 +106,7 @@ def read_mask(file: Path) -> np.ndarray:
 
 
 def _mask_colors(picture: Image.Image) -> np.ndarray:
-    """Return the visible colors (H, W, 3) uint8 of a mask.
-
-    Raises:
-        DoubtError: transparency or a palette hides a shape.
-    """
+    """Return the visible colors (H, W, 3) uint8 of a mask; raise DoubtError if some of its shape is hidden."""
     stored, colors, alpha = np.asarray(picture), _visible(picture), _varying_alpha(picture)
     if _varies(stored) and not _varies(colors):
         raise DoubtError(f"has pixels that differ but show one color (palette or transparency); {AS_MASK}, opaque")

@@ -1,4 +1,4 @@
-"""The test images of a finished run, found again through the configuration that the run recorded."""
+"""The test images of a finished run, by the configuration that the run recorded."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) 
 
     Args:
         params: the flat configuration that the run recorded, as values or, as MLflow keeps them, as strings.
-        store: folder of the runs, where phantoms lie.
+        store: folder of the runs, where phantoms are.
         root: folder of the images, if they have moved since.
 
     Raises:
-        InputError: the data set is not one of kdsweep's own.
+        InputError: the data set is not one of kdsweep's.
     """
     prefix = "data.source."
     values = {key.removeprefix(prefix): value for key, value in params.items() if key.startswith(prefix)}
     name = values.pop("_target_", "none recorded")
     if name not in SOURCES:
-        remedy = "give your own with the command: data=NAME data.root=DIR hydra.searchpath=[file://FOLDER]"
-        raise InputError(f"data.source={name}: only {', '.join(SOURCES)} are found again from a run; {remedy}")
+        remedy = "name the data set with the command: data=NAME data.root=DIR hydra.searchpath=[file://FOLDER]"
+        raise InputError(f"data.source={name}: only {', '.join(SOURCES)} can be read again from a run; {remedy}")
     arguments = {key: _value(value) for key, value in values.items() if key not in ("root", "cache_dir")}
     if "root" in values:
         arguments["root"] = str(root or values["root"])
@@ -56,11 +56,7 @@ def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) 
 
 
 def scored(of: sources.Source, ids: Iterable[str], *, image_size: int) -> dict[str, Scored]:
-    """Read images of a data set by id, at the size (S pixels) at which they are scored.
-
-    Raises:
-        InputError: an image is missing or cannot be read.
-    """
+    """Read images of a data set by id, at the size (S pixels) at which they are scored, or raise InputError."""
     entries = {entry.id: entry for entry in of.entries()}
     scored = {}
     for image_id in ids:

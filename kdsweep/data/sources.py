@@ -12,6 +12,7 @@ import logging
 import re
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,8 +60,23 @@ class Source(Protocol):
         """Return all images, or raise InputError."""
 
 
+class _InFolder(ABC):
+    """A data set in a folder, all of whose files are used or ignored with a reason."""
+
+    @abstractmethod
+    def _contents(self) -> Contents: ...
+
+    def entries(self) -> list[Entry]:
+        """Return the images with their masks."""
+        return self._contents().entries
+
+    def ignored(self) -> Ignored:
+        """Return names of what is not used, by reason."""
+        return self._contents().ignored
+
+
 @dataclass(frozen=True)
-class Udiat:
+class Udiat(_InFolder):
     """UDIAT, "Dataset B" (Yap et al. 2017): ``original/000001.png`` and ``GT/000001.png``, also some folders deeper.
 
     Labels come from DatasetB.xlsx (columns Image, Type); without it they are ``unknown``.
@@ -68,14 +84,6 @@ class Udiat:
 
     root: str | Path
     name: str = "udiat"
-
-    def entries(self) -> list[Entry]:
-        """Return the images of the folder ``original`` with the mask of equal name in ``GT``."""
-        return self._contents().entries
-
-    def ignored(self) -> Ignored:
-        """Return names of what is not used, by reason."""
-        return self._contents().ignored
 
     def _contents(self) -> Contents:
         inventory = Inventory(self.root)
@@ -99,8 +107,8 @@ class Udiat:
 
 
 @dataclass(frozen=True)
-class Busi:
-    """BUSI (Al-Dhabyani et al. 2020): ``benign/benign (1).png`` with ``_mask.png``, ``_mask_1.png``, ... beside it.
+class Busi(_InFolder):
+    """BUSI (Al-Dhabyani et al. 2020): ``benign/benign (1).png`` with ``_mask.png``, ``_mask_1.png``, ...
 
     Args:
         root: folder that holds ``benign`` and ``malignant``, also some folders deeper.
@@ -110,14 +118,6 @@ class Busi:
     root: str | Path
     include_normal: bool = False
     name: str = "busi"
-
-    def entries(self) -> list[Entry]:
-        """Return the images of each class folder with all their masks."""
-        return self._contents().entries
-
-    def ignored(self) -> Ignored:
-        """Return names of what is not used, by reason."""
-        return self._contents().ignored
 
     def _contents(self) -> Contents:
         inventory = Inventory(self.root)
@@ -148,19 +148,11 @@ def _class_images(inventory: Inventory, folders: dict[str, Path]) -> list[Entry]
 
 
 @dataclass(frozen=True)
-class Folder:
+class Folder(_InFolder):
     """A plain folder: ``images/`` and ``masks/`` by equal name. Any image format that Pillow reads."""
 
     root: str | Path
     name: str = "folder"
-
-    def entries(self) -> list[Entry]:
-        """Return the images of ``images/`` with the mask of equal name in ``masks/``."""
-        return self._contents().entries
-
-    def ignored(self) -> Ignored:
-        """Return names of what is not used, by reason."""
-        return self._contents().ignored
 
     def _contents(self) -> Contents:
         inventory = Inventory(self.root)

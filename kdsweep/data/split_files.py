@@ -152,7 +152,7 @@ def _file_with(column: str, root: Path | None) -> Path:
     matches = [file for file in files if (rows := _read_csv(file, "split.group")) and column in rows[0]]
     if len(matches) != 1:
         where = f"{len(matches)} CSV files in {root} have" if matches else f"no CSV file in {root} has"
-        remedy = "give a regular expression with a bracket, such as '(?P<patient>\\d+)_.*', or FILE.csv"
+        remedy = "use a regular expression with a bracket, such as '(?P<patient>\\d+)_.*', or FILE.csv"
         raise InputError(f"split.group={column}: {where} a column of this name; {remedy}")
     return matches[0]
 

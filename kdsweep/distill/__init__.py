@@ -9,7 +9,7 @@ __all__ = ["KDPath"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import KDPath only when it is asked for: it loads torch."""
+    """Import KDPath at its first use: it loads torch."""
     if name != "KDPath":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from kdsweep.distill.paths import KDPath

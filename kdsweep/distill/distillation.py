@@ -49,7 +49,7 @@ class Term:
 
     Attributes:
         kd_path: selects the tensors to compare.
-        loss: of the compared maps, see losses.py. One with arguments ``student_mask`` and ``teacher_mask`` is given the
+        loss: of the compared maps, see losses.py. One with arguments ``student_mask`` and ``teacher_mask`` gets the
             masks in the frame and at the size of the maps.
         stages: of the Student, that the path takes; of the Teacher too unless the path says others.
         share: of the KD term, which is the sum of share times loss.
@@ -166,7 +166,7 @@ def warp(maps: Tensor, *, theta: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The warped maps (N, C, h, w) by bilinear sampling, and where they are valid: (N, 1, h, w) bool, False where
-        a position's center lies outside the weak frame.
+        a position's center is outside the weak frame.
     """
     with torch.autocast(maps.device.type, enabled=False):  # bf16 coordinates would miss by up to a pixel
         grid = F.affine_grid(theta, [len(maps), 1, *maps.shape[2:]], align_corners=False)

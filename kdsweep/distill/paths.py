@@ -19,7 +19,7 @@ class KDPath(nn.Module, ABC):
 
     Attributes:
         stages: the stages of the Student that the path takes, such as ``encoder.5``; neither network runs further than
-            somebody needs. None: those of the configuration's ``representation``.
+            a cell needs. None: those of the configuration's ``representation``.
         teacher_stages: those of the Teacher; None: the same.
     """
 
@@ -113,7 +113,7 @@ class HiddenRegressor(KDPath):
 
 
 class Stage(KDPath):
-    """The maps of one stage as they are, the Student's through an adapter if asked for.
+    """The maps of one stage as they are, the Student's through an adapter if ``adapter`` is set.
 
     Args:
         student_channels: channels of the Student's stage.
@@ -125,7 +125,7 @@ class Stage(KDPath):
         resize: bring the Student's maps to the size of the Teacher's, bilinearly.
 
     Raises:
-        InputError: the stages have maps of unequal size, and ``resize`` is not asked for.
+        InputError: the stages have maps of unequal size, and ``resize`` is not set.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Stage(KDPath):
         return outputs[self.teacher_stage]
 
     def student_map(self, outputs: Outputs) -> Tensor:
-        """Return the Student's maps, adapted and resized if asked for."""
+        """Return the Student's maps, adapted and resized as configured."""
         maps: Tensor = self.adapter(outputs[self.student_stage])
         if self.scale != 1:
             maps = F.interpolate(maps.float(), scale_factor=self.scale, mode="bilinear", align_corners=False)

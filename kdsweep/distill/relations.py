@@ -81,7 +81,7 @@ def batch_similarity(*, student: Tensor, teacher: Tensor, valid: Tensor) -> Tens
     """Squared difference of the batch's row-normalized Gram matrices, over N^2 (SPKD).
 
     Source: Tung and Mori, Similarity-preserving knowledge distillation, ICCV 2019. A batch of one image has nothing to
-    compare and gives 0.
+    compare: 0.
 
     Args:
         student: (N, C, h, w).

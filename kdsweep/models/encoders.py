@@ -37,9 +37,9 @@ class TrimmedMobileNetV3Small(_Encoder):
     """MobileNetV3-small-100 without its last 1 x 1 convolution and without the last of its three stride-32 blocks.
 
     The paper's Student has a "modified MobileNetV3-small-100" encoder and 0.82 M parameters in all; the stock U-Net
-    has 3.6 M, of which most sit in the stride-32 stage and the decoder it asks for. timm's plain variant is taken
-    because it pads symmetrically: its 7 x 7 cells lie over the ResNeXt Teacher's, those of the ``tf_`` variant lie
-    almost one cell beside them.
+    has 3.6 M, of which most are in the stride-32 stage and the decoder that it requires. timm's plain variant is taken
+    because it pads symmetrically: its 7 x 7 cells cover the same pixels as the ResNeXt Teacher's, those of the
+    ``tf_`` variant are shifted by almost one cell.
     """
 
     removed_prefixes = ("blocks.4.2.", "blocks.5.")
@@ -126,11 +126,7 @@ smp.encoders.encoders["mobilenetv3_small_trimmed"] = {
 
 
 def check_encoder(name: str) -> None:
-    """Make an encoder available to smp if it is one of ours.
-
-    Raises:
-        InputError: nobody knows it, or EfficientNet-Lite0 has not so many blocks.
-    """
+    """Make an encoder of this module available to smp; raise InputError for an unknown one."""
     slim = SlimEfficientNetLite0.NAME.fullmatch(name)
     if slim is not None:
         width, blocks = int(slim[1]) / 100, tuple(map(int, slim[2]))
@@ -147,4 +143,4 @@ def check_encoder(name: str) -> None:
         params = {"width": width, "blocks": blocks}
         smp.encoders.encoders[name] = {"encoder": SlimEfficientNetLite0, "params": params, "pretrained_settings": {}}
     elif name not in smp.encoders.encoders and not name.startswith("tu-"):
-        raise InputError(f"encoder={name} is not known to segmentation-models-pytorch; see smp.encoders")
+        raise InputError(f"encoder={name} is not an encoder of segmentation-models-pytorch; see smp.encoders")

@@ -52,7 +52,7 @@ class UNet(smp.Unet):
         classifier: timm's name of the network that the encoder was cut from, where it may be needed; else empty.
 
     Raises:
-        InputError: the encoder is not known.
+        InputError: unknown encoder.
     """
 
     def __init__(self, encoder_name: str, **options: Any) -> None:
@@ -105,7 +105,7 @@ def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) 
     """Build a network; equal arguments give equal initial weights whatever else has drawn random numbers.
 
     Args:
-        encoder: a name known to smp, or one of ``models.encoders``.
+        encoder: a name of smp's, or one of ``models.encoders``.
         decoder_channels: output channels of the five decoder blocks, deepest first.
         weights: ``none``, a file (see ``load_weights``), or ``imagenet:`` and a source (see ``imagenet_file``).
         seed: of the random initialization.
@@ -146,7 +146,7 @@ def freeze(network: UNet) -> UNet:
 def in_bfloat16(network: UNet) -> UNet:
     """Return a frozen network with the weights of its convolutions in bf16, as autocast rounds them.
 
-    Under autocast it computes the same bits as the given one, with which it shares all other tensors: batch norms keep
+    Under autocast it computes the same bits as the original, with which it shares all other tensors: batch norms keep
     fp32, in which autocast uses them.
     """
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}

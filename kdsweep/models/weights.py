@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Parts of a classification network outside its encoder; ignored when a whole classifier's weights are offered.
+# Parts of a classification network outside its encoder; ignored when a complete classifier's weights are offered.
 CLASSIFIER_PREFIXES = ("fc.", "classifier.", "conv_head.", "norm_head.", "last_linear.", "bn2.")
 
 # Where a training checkpoint keeps the state dict: Lightning and timm, the tutorials of PyTorch, torchvision, nnU-Net.
@@ -48,13 +48,13 @@ def imagenet_file(source: str) -> Path:
         digest = file.stem.rpartition("-")[2] if file is not None else ""
         if file is None or not file_digest(file).startswith(digest):
             raise InputError(f"weights=imagenet: {source} is missing or damaged; {INSTALL}")
-        _tell(f"of the installed package {source.removeprefix(PACKAGE).partition('/')[0]}")
+        _log_source(f"of the installed package {source.removeprefix(PACKAGE).partition('/')[0]}")
         return file
     return _hub_file(source)
 
 
 @cache
-def _tell(where: str) -> None:
+def _log_source(where: str) -> None:
     """Say once where ImageNet weights are from, however many networks begin with them."""
     log.info("ImageNet weights: %s", where)
 
@@ -75,23 +75,23 @@ def _hub_file(source: str) -> Path:
     where = {"repo_id": repository, "filename": "model.safetensors", "revision": revision}
     try:
         file = Path(huggingface_hub.hf_hub_download(**where, local_files_only=True))
-        _tell(f"{repository} of the local cache")
+        _log_source(f"{repository} of the local cache")
         return file
     except LocalEntryNotFoundError:
         log.info("fetching ImageNet weights from the hub: %s", repository)
-    huggingface_hub.logging.set_verbosity_error()  # our one line stands for its messages about retries
+    huggingface_hub.logging.set_verbosity_error()  # our one line replaces its messages about retries
     try:
         return Path(huggingface_hub.hf_hub_download(**where))
     except Exception as error:  # the hub's client raises many kinds: network, proxy, disk, missing entry
         raise InputError(
             f"weights=imagenet: {repository}/model.safetensors could not be fetched "
-            f"({type(error).__name__}); connect to the network, give a file of it with weights=FILE per network "
+            f"({type(error).__name__}); connect to the network, name a file of it with weights=FILE per network "
             "(teacher.weights=FILE student.weights=FILE), or train from scratch with weights=none"
         ) from error
 
 
 def load_weights(network: UNet, file: Path, *, label: str) -> None:
-    """Load a whole network's state, or the ImageNet classifier that its encoder was cut from.
+    """Load a complete network's state, or the ImageNet classifier that its encoder was cut from.
 
     A classifier with other names for the same tensors in the same order, as the packages have them, is taken by order.
     An encoder with fewer channels gets evenly chosen ones of it. A prefix that all names share is left out, such as
@@ -107,11 +107,11 @@ def load_weights(network: UNet, file: Path, *, label: str) -> None:
         raise InputError(
             f"{label}: the file {file} belongs to another network than {network.name}: {wrong[0]}"
             f" ({len(wrong)} such tensors){_names(expected=target.state_dict(), offered=state)}; "
-            "give weights of that encoder, or weights=none"
+            "take weights of that encoder, or weights=none"
         )
     for key, value in state.items():
         if value.is_floating_point() and not value.float().isfinite().all():
-            raise InputError(f"{label}: {key} of the file {file} holds NaN or infinity; give others, or weights=none")
+            raise InputError(f"{label}: {key} of the file {file} holds NaN or infinity; take others, or weights=none")
     nn.Module.load_state_dict(target, state, strict=False)
 
 
@@ -148,8 +148,8 @@ def _names(*, expected: dict[str, Tensor], offered: dict[str, Tensor]) -> str:
 def _thinned(state: dict[str, Tensor], *, shapes: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a wide network's tensors with evenly spaced channels of them, as many as a narrow one has.
 
-    Equal widths give equal channels, so that what one layer keeps is what the next one expects (uniform selection:
-    Xu et al., Initializing models with larger ones, ICLR 2024, arXiv 2311.18823, section 3).
+    Equal widths keep the same channels, so that a layer's outputs fit the next one's inputs (uniform selection: Xu et
+    al., Initializing models with larger ones, ICLR 2024, arXiv 2311.18823, section 3).
     """
     for key in state.keys() & shapes.keys():
         for dim, (count, of) in enumerate(zip(shapes[key].shape, state[key].shape, strict=False)):

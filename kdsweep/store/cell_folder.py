@@ -1,4 +1,4 @@
-"""The folder of a cell: its record, its lock and its marker, from which MLflow's runs and the status are made.
+"""The folder of a cell: its record, its lock and its marker, of which MLflow's runs and the status are made.
 
 The folder alone says what the cell is and how far it is trained. So a store can be moved, a tracking server can be
 down, and a process can be killed without warning.
@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from kdsweep.config.grid import Cell
+from kdsweep.config.grid import TEACHER, Cell
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import DamagedError, file_digest, is_locked, read_json, write_json
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 CELL, PROGRESS, FAILED, FINISHED, LOCK = "cell.json", "progress.json", "failed.json", "finished.json", ".lock"
 SPLIT, PARTS = "split.json", ("train", "validation", "test")
+SCORES, PREDICTIONS, HISTORY = "test_scores.csv", "test_predictions.npz", "history.csv"
 KEYS = {  # of each record; without them it is damaged
     CELL: ("tags", "params", "started_ms", "settings"),
     PROGRESS: ("epochs", "history", "times_ms", "seconds"),
@@ -50,6 +51,11 @@ class Record:
     error: str = ""  # of a failed cell, in one line
     values: dict[str, float] = field(default_factory=dict)  # the final ones of a finished cell
     ended_ms: int = 0  # when it failed or was finished
+
+
+def weights_file(role: str) -> str:
+    """Return the name of the file of a finished cell's weights."""
+    return f"{'teacher' if role == TEACHER else 'student'}.safetensors"
 
 
 def now_ms() -> int:
@@ -86,7 +92,7 @@ def is_held(folder: Path) -> bool:
 def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any], tags: dict[str, str]) -> None:
     """Write the description of a cell before it is trained, with the image ids of its split; remove a failure.
 
-    ``params`` is the flat resolved configuration; ``tags`` are those of its run besides those made from the cell.
+    ``params`` is the flat resolved configuration; ``tags`` are those of its run that do not follow from the cell.
     """
     folder, inputs = cell.folder, cell.input_digests
     of_cell = {
@@ -156,7 +162,7 @@ def read_finished(folder: Path) -> dict[str, float] | None:
     if marker == {}:
         return None
     damaged = [name for name in (FINISHED, CELL, PROGRESS) if _read(folder / name) is None]
-    files = [] if marker is None else [name for name in marker["sha256"] if name != "teacher.safetensors"]
+    files = [] if marker is None else [name for name in marker["sha256"] if name != weights_file(TEACHER)]
     damaged += [name for name in files if not check_file(folder, name)]
     if damaged or marker is None:
         forget_finished(folder, folder / damaged[0])
@@ -182,27 +188,23 @@ def check_file(folder: Path, name: str) -> bool:
 
 
 def read_split(folder: Path) -> dict[str, list[str]]:
-    """Return the image ids of the three parts (train, validation, test) that a cell was trained and tested with.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
+    """Return the image ids of a cell's parts: train, validation, test; raise InputError if the file is damaged."""
     split = _read(folder / SPLIT) or {}
     if not all(isinstance(split.get(part), list) for part in PARTS):
         raise InputError(f"{folder / SPLIT} is missing or damaged; the command of its sweep writes it again")
     return split
 
 
-def read_predecessor(cell: Cell, *, besides: set[Path]) -> dict[str, Any] | None:
+def read_predecessor(cell: Cell, *, excluded: set[Path]) -> dict[str, Any] | None:
     """Read the description of the latest other cell of the same name, split and seed, if this one was never begun.
 
-    Folders in ``besides`` are left out.
+    Folders in ``excluded`` are left out.
     """
     if (cell.folder / CELL).exists():
         return None
     name, _, digits = cell.folder.name.rpartition("-")
     alike = cell.folder.parent.glob(f"{glob.escape(name)}-{'?' * len(digits)}/{CELL}")
-    begun = [file for file in alike if file.parent not in besides]
+    begun = [file for file in alike if file.parent not in excluded]
     return _read(max(begun, key=lambda file: file.stat().st_mtime_ns)) if begun else None
 
 
@@ -224,20 +226,20 @@ def epochs(folder: Path) -> int:
 
 def read(folder: Path) -> Record:
     """Read the record of a cell; its folder need not exist."""
-    values = read_finished(folder)
-    for file in (folder / CELL, folder / PROGRESS):
-        if _read(file) is None:
-            log.warning("%s is damaged; the same command writes it again", file)
+    is_finished = read_finished(folder) is not None
+    records = {name: _read(folder / name) for name in KEYS}
+    for name in (CELL, PROGRESS):
+        if records[name] is None:
+            log.warning("%s is damaged; the same command writes it again", folder / name)
     end: dict[str, Any] = {}
-    if values is not None:
-        status, end = "FINISHED", _read(folder / FINISHED) or {}
-    elif (folder / FAILED).exists():
-        lost = {"error": f"{folder / FAILED} is damaged; the same command tries the cell again"}
-        status, end = "FAILED", _read(folder / FAILED) or lost
-    elif (folder / CELL).exists():
+    if is_finished:
+        status, end = "FINISHED", records[FINISHED] or {}
+    elif records[FAILED] != {}:
+        damaged = {"error": f"{folder / FAILED} is damaged; the same command tries the cell again"}
+        status, end = "FAILED", records[FAILED] or damaged
+    elif records[CELL] != {}:
         status = "RUNNING" if is_held(folder) else "KILLED"
     else:
         status = "WAITING"
-    state = {**(_read(folder / CELL) or {}), **(_read(folder / PROGRESS) or {}), **end}
-    state["ended_ms"] = end.get("time_ms", 0)
+    state = {**(records[CELL] or {}), **(records[PROGRESS] or {}), **end, "ended_ms": end.get("time_ms", 0)}
     return Record(folder, status, **{key: value for key, value in state.items() if key in Record.__annotations__})

@@ -27,7 +27,7 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 def save_state(file: Path, state: dict[str, Any]) -> None:
     """Write nested tensors and plain values, readable without running code from the file (``torch.load`` reads it).
 
-    The file ends with the SHA-256 of all bytes before. The checkpoint that it replaces is kept beside it.
+    The file ends with the SHA-256 of all bytes before. The checkpoint that it replaces is kept as PREVIOUS.
     """
     import torch
 

@@ -29,7 +29,7 @@ class Request:
     seed: int
     fingerprint: str
     version: int  # results version of the command that requested it
-    variant: dict[str, str]  # values of the swept keys, as far as they tell it from others of its name
+    variant: dict[str, str]  # values of the swept keys, as far as they distinguish it from others of its name
 
     def folder(self, store: Path) -> Path:
         """Return the folder of the cell."""
@@ -59,11 +59,7 @@ def parse(content: dict[str, Any]) -> SweepFile:
 
 
 def read(store: Path, sweep: str) -> SweepFile:
-    """Return what a sweep requests; without a file nothing.
-
-    Raises:
-        InputError: the file is damaged.
-    """
+    """Return what a sweep requests, nothing without a file; raise InputError if the file is damaged."""
     try:
         content = read_json(file_of(store, sweep), *(SweepFile.__annotations__.keys() - {"storage"}))
     except DamagedError as error:
@@ -94,20 +90,8 @@ def add(
     with FileLock(file.parent / LOCK):
         remove_parts(file.parent)
         before = read(store, sweep)
-        new = {}
-        for cell in [*teachers, *cells]:
-            # A cell that is requested alone keeps the variant that it had among others.
-            variant = cell.variant or (before.requests[cell.key].variant if cell.key in before.requests else {})
-            about = cell.role, cell.notation, cell.split, cell.seed, cell.fingerprint
-            new[cell.key] = Request(*about, grid.RESULTS_VERSION, variant)
-        fingerprints, names = ({getattr(row, of) for row in new.values()} for of in ("fingerprint", "name"))
-        kept = {
-            key: row
-            for key, row in before.requests.items()
-            if row.fingerprint not in fingerprints and not (row.version < grid.RESULTS_VERSION and row.name in names)
-        }
         content = SweepFile(
-            requests=kept | new,
+            requests=_merge(before.requests, [*teachers, *cells]),
             swept=list(dict.fromkeys([*before.swept, *swept])),
             varied=list(dict.fromkeys([*before.varied, *varied])),
             tuned=list(dict.fromkeys([*before.tuned, *tuned])),
@@ -115,6 +99,23 @@ def add(
             storage=before.storage if storage is None else storage,
         )
         write_json(file, asdict(content))
+
+
+def _merge(before: dict[str, Request], cells: Sequence[Cell]) -> dict[str, Request]:
+    """Return the requests of a sweep with those of further cells, less those that they replace."""
+    new = {}
+    for cell in cells:
+        # A cell that is requested alone keeps the variant that it had among others.
+        variant = cell.variant or (before[cell.key].variant if cell.key in before else {})
+        about = cell.role, cell.notation, cell.split, cell.seed, cell.fingerprint
+        new[cell.key] = Request(*about, grid.RESULTS_VERSION, variant)
+    fingerprints, names = ({getattr(row, of) for row in new.values()} for of in ("fingerprint", "name"))
+    kept = {
+        key: row
+        for key, row in before.items()
+        if row.fingerprint not in fingerprints and not (row.version < grid.RESULTS_VERSION and row.name in names)
+    }
+    return kept | new
 
 
 def file_of(store: Path, sweep: str) -> Path:

@@ -170,7 +170,7 @@ def log_changes(jobs: Sequence[Job]) -> None:
     new: dict[str, list[Job]] = {}
     for job in plan.waiting(jobs):
         # Others of the name of a tuned cell are its study's trials.
-        before = None if job.tuned else cell_folder.read_predecessor(job.cell, besides=requested)
+        before = None if job.tuned else cell_folder.read_predecessor(job.cell, excluded=requested)
         if before is not None:
             new.setdefault(_difference(before, job.cell), []).append(job)
     for difference, members in new.items():

@@ -1,4 +1,4 @@
-"""All of MLflow: where it lies, what is written there, and how it is kept in step with the cells' folders."""
+"""All of MLflow: its address, the runs that are written there, and how they are kept equal to the cells' folders."""
 
 import logging
 import os

@@ -15,17 +15,12 @@ from kdsweep.core.errors import InputError
 from kdsweep.store import cell_folder
 from kdsweep.tracking.database import artifact_file, line, store_uri
 
-SCORES = "test_scores.csv"
 MISSING = "RESOURCE_DOES_NOT_EXIST"  # code of MLflow's error
 EXTERNAL = "external"  # folder of the scores on other data sets, among a run's artifacts and in a cell's folder
 
 
 def read(run: Mapping[Any, Any], name: str, *, store: Path, uri: str | None) -> bytes:
-    """Return the content of a file of a finished run, one of ``Sweep.runs``.
-
-    Raises:
-        InputError: neither the cell's folder nor MLflow has it.
-    """
+    """Return a file of one of ``Sweep.runs``; raise InputError if neither the cell's folder nor MLflow has it."""
     return read_proved(MlflowClient(tracking_uri=store_uri(store, uri)), store, run, name)[0]
 
 

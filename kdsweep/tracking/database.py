@@ -33,16 +33,21 @@ PATHS = (
 )
 
 
-class TrackingError(Exception):
-    """The store does not answer now; it may later."""
+class TrackingError(InputError):
+    """MLflow does not answer now (for the reason ``why``); it may later."""
+
+    def __init__(self, store: Path, uri: str | None, why: str) -> None:
+        self.why = why
+        place = f"--tracking-uri {uri} does" if uri else f"--store {store}: its MLflow store does"
+        super().__init__(f"{place} not answer: {why}")
 
 
 class DamageError(InputError):
     """The database in a store is damaged; the message names the remedy."""
 
     def __init__(self, store: Path, error: BaseException) -> None:
-        what = f"{store / DATABASE} does not open or is damaged ({line(error)})"
-        super().__init__(f"{what}; move it away and {REBUILD}")
+        problem = f"{store / DATABASE} does not open or is damaged ({line(error)})"
+        super().__init__(f"{problem}; move it away and {REBUILD}")
 
 
 @contextlib.contextmanager
@@ -50,14 +55,14 @@ def answering(store: Path, uri: str | None) -> Iterator[None]:
     """Raise MLflow's errors as DamageError if the store's database is damaged, as TrackingError if they may pass."""
     try:
         yield
-    except (InputError, TrackingError):
+    except InputError:
         raise
     except Exception as error:
         text = str(error)
         if uri is None and any(sign in text for sign in DAMAGE):
             raise DamageError(store, error) from error
         if (uri or "").startswith("http") or any(sign in text for sign in PASSING):
-            raise TrackingError(line(error)) from error
+            raise TrackingError(store, uri, line(error)) from error
         raise
 
 
@@ -71,11 +76,11 @@ def line(error: BaseException) -> str:
 @contextlib.contextmanager
 def exclusive(store: Path) -> Iterator[None]:
     """Hold the lock on this store's MLflow, so that one process writes at a time; a dead process frees it."""
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         try:
-            held.enter_context(FileLock(store / ".mlflow.lock").acquire(timeout=60))
+            stack.enter_context(FileLock(store / ".mlflow.lock").acquire(timeout=60))
         except Timeout as error:
-            raise TrackingError("another process has been at it for a minute") from error
+            raise TrackingError(store, None, "another process has been at it for a minute") from error
         except OSError:  # a store that can only be read
             pass
         yield
@@ -112,7 +117,7 @@ def check_location(client: MlflowClient, run_id: str, store: Path, uri: str | No
     location = client.get_run(run_id).info.artifact_uri
     if uri is None and not location.startswith(f"{artifacts_uri(store)}/"):
         copied = f"{store} cannot be written to, and its artifacts still belong in the store that it was copied from"
-        raise InputError(f"{copied}, {location}; log from there, or from a copy that can be written to")
+        raise InputError(f"{copied}, {location}; log from that one, or from a copy that can be written to")
 
 
 def follow_move(store: Path, experiment: str) -> None:

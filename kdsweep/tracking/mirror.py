@@ -25,7 +25,7 @@ from kdsweep.core.databases import sqlite_url
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import DamagedError, read_json, remove_parts, write_json
 from kdsweep.store import sweep_file
-from kdsweep.store.cell_folder import Record
+from kdsweep.store.cell_folder import PREDICTIONS, SCORES, SPLIT, Record
 from kdsweep.store.sweep_file import SweepFile
 from kdsweep.tracking import database
 from kdsweep.tracking.database import exclusive, line, store_uri
@@ -37,7 +37,7 @@ MIRROR = "mlflow.json"  # of a cell's folder: what is logged, by the id of the e
 SWEEP_FILE = "sweep.json"  # artifact of a parent run
 UI_TRAINING = "workflowType=machine_learning"  # else MLflow's pages open on prompts and traces
 ERROR = "kdsweep.error"
-ARTIFACTS = ("test_scores.csv", "test_predictions.npz", "split.json")
+ARTIFACTS = (SCORES, PREDICTIONS, SPLIT)
 SOURCE = {"mlflow.source.name": "python -m kdsweep", "mlflow.source.type": "LOCAL"}  # the UI's column Source
 MOST_PARAMS, MOST_METRICS, MOST_DIGITS = 100, 1000, 36  # that MLflow takes in one call, and of a digest
 
@@ -141,7 +141,7 @@ class Tracker:
         return logged.run_id
 
     def _logged(self, record: Record) -> Logged | None:
-        """Return what the folder of a cell says of its run; None if MLflow says something else."""
+        """Return the logged part of a cell as its folder records it; None if MLflow has another status."""
         logged = read(record.folder).get(self.id)
         if logged and self._statuses.get(logged.run_id) != logged.status:  # another process may have logged since
             self._statuses.update((run.info.run_id, run.info.status) for run in self._runs_of(record))
@@ -237,7 +237,7 @@ def _make_database(store: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, Logged]:
-    """Return what each MLflow experiment has of a cell, by the experiment's id."""
+    """Return the logged part of a cell in each MLflow experiment, by the experiment's id."""
     try:
         return {key: Logged(**entry) for key, entry in (read_json(folder / MIRROR) or {}).items()}
     except (DamagedError, TypeError):
@@ -250,7 +250,7 @@ def _is_equal(one: dict[str, float], other: dict[str, float]) -> bool:
 
 
 def _data_set(record: Record) -> list[DatasetInput]:
-    """Return what MLflow's column Dataset shows of a record: name, digest, folder; empty if it does not say."""
+    """Return the entry of MLflow's column Dataset: name, digest, folder; empty if the record has none."""
     digest, name = record.tags.get("kdsweep.data", ""), record.params.get("data.name")
     if not digest or not name:
         return []

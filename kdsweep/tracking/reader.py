@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
 from pathlib import Path
@@ -17,10 +16,11 @@ from mlflow.entities import Run, RunData
 
 from kdsweep.core.errors import InputError
 from kdsweep.store import cell_folder, sweep_file
+from kdsweep.store.cell_folder import SCORES
 from kdsweep.store.sweep_file import Request, SweepFile
 from kdsweep.tracking import artifacts, database
-from kdsweep.tracking.artifacts import EXTERNAL, SCORES
-from kdsweep.tracking.database import check_location, exclusive, line, store_uri
+from kdsweep.tracking.artifacts import EXTERNAL
+from kdsweep.tracking.database import answering, check_location, exclusive, line, store_uri
 from kdsweep.tracking.mirror import SWEEP_FILE, Tracker
 
 SCORED = "kdsweep.external"  # tag with the names of those files
@@ -72,19 +72,8 @@ def read_sweep(*, store: Path, uri: str | None, name: str | None) -> Sweep:
     if uri is None and not database.has_database(store):
         remedy = database.REBUILD if sweep_file.sweeps(store) else "run a sweep first, or name its folder"
         raise InputError(f"--store {store}: no {database.DATABASE} in it, or an empty one; {remedy}")
-    with _answering(store, uri):
+    with answering(store, uri):
         return _read_sweep(Tracker(store=store, uri=uri), name)
-
-
-@contextlib.contextmanager
-def _answering(store: Path, uri: str | None) -> Iterator[None]:
-    """Raise InputError if MLflow does not answer."""
-    try:
-        with database.answering(store, uri):
-            yield
-    except database.TrackingError as error:
-        what = f"--tracking-uri {uri} does not answer" if uri else f"--store {store}: its MLflow store does not answer"
-        raise InputError(f"{what}: {error}") from error
 
 
 def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
@@ -118,11 +107,7 @@ def _read_sweep(tracker: Tracker, name: str | None) -> Sweep:
 def _find_sweep(
     tracker: Tracker, name: str | None, *, runs: Mapping[str, Run], parents: Mapping[str, Run]
 ) -> tuple[str, SweepFile]:
-    """Return a sweep's name and file, for None of the last one with a finished cell, else of the last one.
-
-    Raises:
-        InputError: there is no such sweep.
-    """
+    """Return a sweep's name and file, for None of the last one with a finished cell, else of the last one."""
     in_store = sweep_file.sweeps(tracker.store)
     latest = sorted(parents, key=lambda sweep: parents[sweep].info.end_time or 0)  # which is that of the last request
     existing = list(dict.fromkeys([*latest, *in_store]))
@@ -215,15 +200,11 @@ def _external(tracker: Tracker, rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def read_curves(sweep: Sweep, *, store: Path, uri: str | None, metric: str = "val/dice") -> pd.DataFrame:
-    """Read a metric by epoch of a sweep's begun runs: columns notation, split, seed, metric, epoch, value.
-
-    Raises:
-        InputError: the store does not answer.
-    """
+    """Read a metric of a sweep's begun runs: columns notation, split, seed, metric, epoch, value."""
     client = MlflowClient(tracking_uri=store_uri(store, uri))
     rows = []
     for run in sweep.runs[sweep.runs["run_id"] != ""].to_dict("records"):
-        with _answering(store, uri):
+        with answering(store, uri):
             points = client.get_metric_history(run["run_id"], metric)
         cell = [run[key] for key in ("notation", "split", "seed")]
         rows += [[*cell, metric, point.step, point.value] for point in points]
@@ -248,12 +229,8 @@ def attach(sweep: Sweep, files: Sequence[Path], *, folder: str, store: Path, uri
 
 
 def keep_external(file: Path, *, run_id: str, store: Path, uri: str | None) -> None:
-    """Log the scores of a run on another data set, unless they are there already.
-
-    Raises:
-        InputError: the store does not answer.
-    """
-    with _answering(store, uri), exclusive(store):
+    """Log the scores of a run on another data set, once; raise InputError if MLflow does not answer."""
+    with answering(store, uri), exclusive(store):
         client = MlflowClient(tracking_uri=store_uri(store, uri))
         logged = client.get_run(run_id).data.tags.get(SCORED, "").split()
         if file.name not in logged:

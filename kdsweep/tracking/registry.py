@@ -32,12 +32,11 @@ def register_onnx(
 ) -> int:
     """Log a model under the finished run of its cell and register it as a new version; return the version's number.
 
-    The logged model must give, for an example (arrays by input name; the first dimension is the batch), the expected
-    arrays (by output name) up to a tolerance. The metadata names the fingerprint of its cell. A registered model of
-    that name is made if there is none.
+    The logged model must return, for an example (arrays by input name, the batch first), the expected arrays (by output
+    name) up to a tolerance. The metadata names the fingerprint of its cell. A missing registered model is made.
 
     Raises:
-        InputError: there is no such run, MLflow does not take the model, or gives back another one.
+        InputError: there is no such run, MLflow does not take the model, or returns another one.
     """
     address, fingerprint = store_uri(store, uri), metadata["kdsweep.fingerprint"]
     if uri is None and not has_database(store):
@@ -45,18 +44,16 @@ def register_onnx(
     is_finished = f"tags.`kdsweep.fingerprint` = '{fingerprint}' and attributes.status = 'FINISHED'"
     try:
         if not (runs := Tracker(store=store, uri=uri).search(is_finished)):
-            raise InputError(
-                f"--register {name}: {address} has no finished run of this cell (fingerprint {fingerprint[:10]}); the "
-                "sweep's command writes it there, or name the MLflow that has it with --tracking-uri"
-            )
+            remedy = "the sweep's command writes it there, or name the MLflow that has it with --tracking-uri"
+            problem = f"{address} has no finished run of this cell (fingerprint {fingerprint[:10]})"
+            raise InputError(f"--register {name}: {problem}; {remedy}")
         with exclusive(store), _new_model(address, runs[0], tags=metadata) as model:
             check_location(MlflowClient(), runs[0].info.run_id, store, uri)
             _log_onnx(proto, example, expected, metadata=metadata, model=model)
-            loaded = mlflow.pyfunc.load_model(model.model_uri).predict(example)
-            difference = max(float(np.abs(loaded[key] - values).max()) for key, values in expected.items())
+            difference = _difference(model.model_uri, example, expected)
             if not difference <= tolerance:
-                what = f"what MLflow loads differs by {difference:.1e} from what was logged"
-                raise InputError(f"--register {name}: not registered, {what}; allowed are {tolerance:.0e}")
+                problem = f"the model that MLflow loads differs by {difference:.1e} from the one that was logged"
+                raise InputError(f"--register {name}: not registered, {problem}; allowed are {tolerance:.0e}")
             return int(mlflow.register_model(model.model_uri, name, tags=metadata).version)
     except InputError:
         raise
@@ -81,6 +78,12 @@ def _new_model(uri: str, run: Run, *, tags: dict[str, str]) -> Iterator[LoggedMo
             raise
     finally:
         mlflow.set_tracking_uri(before)
+
+
+def _difference(uri: str, example: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Return by how much a logged model's output for an example differs at most from the expected one."""
+    loaded = mlflow.pyfunc.load_model(uri).predict(example)
+    return max(float(np.abs(loaded[key] - values).max()) for key, values in expected.items())
 
 
 def _log_onnx(

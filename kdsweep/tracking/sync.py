@@ -1,7 +1,7 @@
 """Keep MLflow up to date with the cells' folders during the training, which never waits for it.
 
-The same pass over the folders logs a running training, what a server missed while it was down, and what an earlier,
-killed command had not logged.
+The same pass over the folders logs a running training, the epochs that a server missed while it was down, and those
+that an earlier, killed command had not logged.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class Sync:
                 work()
         except TrackingError as error:
             if self._answers:
-                what = "does not answer: training goes on, the runs are logged when it does"
-                log.warning("MLflow at %s %s (%s)", self.where, what, error)
+                status = "does not answer: training continues, the runs are logged when it does"
+                log.warning("MLflow at %s %s (%s)", self.where, status, error.why)
             self.tracker, self._answers = None, False
             return False
         if not self._answers:
@@ -136,15 +136,15 @@ class Sync:
                         self._log(folder, partial(tracker.sync, record, sweep=sweep))
                     self._logged[folder] = versions[folder]
 
-    def _log(self, what: str | Path, call: Callable[[], object]) -> None:
-        """Call it; report and skip what MLflow will never take."""
+    def _log(self, name: str | Path, call: Callable[[], object]) -> None:
+        """Call it; log and skip an error that a later pass would meet again."""
         try:
             with answering(self.store, self.uri):
                 call()
         except (TrackingError, DamageError):
             raise
         except Exception as error:
-            log.warning("%s: MLflow refuses what is to be logged: %s", what, line(error))
+            log.warning("%s: MLflow refuses the entry: %s", name, line(error))
 
 
 def close_all() -> None:

@@ -17,7 +17,7 @@ from kdsweep.config.grid import TEACHER, Cell
 from kdsweep.config.schema import KDPathNode, NetworkNode, Settings
 from kdsweep.core.device import Compute, find_device, usable_precision
 from kdsweep.core.errors import InputError
-from kdsweep.data.loaders import Feed, TrainLoader, affordable_workers, eval_part
+from kdsweep.data.loaders import EpochBatches, Feed, TrainLoader, affordable_workers, eval_part
 from kdsweep.data.splits import check_training_masks
 from kdsweep.data.views import Strengths, Views
 from kdsweep.distill import losses
@@ -54,31 +54,29 @@ def compute(settings: Settings) -> Compute:
 
 
 def feed(settings: Settings, *, seed: int) -> Feed:
-    """Return the three parts of the cell's split; seed decides order and views of the training part.
-
-    Raises:
-        InputError: the training part cannot be trained on.
-    """
+    """Return the parts of a cell's split, views drawn by seed; raise InputError if they cannot be trained on."""
     everything, part, batch = inputs.images(settings), inputs.split(settings), settings.train.batch_size
     check_training_masks(everything, part)
     if batch > len(part.train):
         raise InputError(f"train.batch_size={batch} is larger than the training set of {len(part.train)} images")
     strengths = Strengths(**settings.views.plain() | {"noise_std": tuple(settings.views.noise_std)})
-    loader = TrainLoader(
-        everything,
+    batches = EpochBatches(
         indices=part.train,
-        views=Views(image_size=settings.image_size, strengths=strengths),
+        batch_size=batch,
         seed=seed,
         split_index=settings.split.number,
-        batch_size=batch,
-        workers=_workers(settings),
-        pinned=find_device(settings.device).type == "cuda",
         last_batch=settings.train.last_batch,
     )
     return Feed(
-        loader,
-        eval_part(everything, part.validation),
-        eval_part(everything, part.test, groups=inputs.image_groups(settings)),
+        train=TrainLoader(
+            everything,
+            views=Views(image_size=settings.image_size, strengths=strengths),
+            batches=batches,
+            workers=_workers(settings),
+            pinned=find_device(settings.device).type == "cuda",
+        ),
+        validation=eval_part(everything, part.validation),
+        test=eval_part(everything, part.test, groups=inputs.image_groups(settings)),
     )
 
 

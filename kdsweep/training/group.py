@@ -24,11 +24,12 @@ from kdsweep.data.loaders import Feed
 from kdsweep.models import unet
 from kdsweep.models.unet import UNet
 from kdsweep.store import cell_folder, checkpoint
+from kdsweep.store.cell_folder import weights_file
 from kdsweep.training import build
 from kdsweep.training.guard import isolated, log_failure
 from kdsweep.training.learner import Learner
 from kdsweep.training.loop import fit, label_of
-from kdsweep.training.outcome import end_trial, finish, weights_file
+from kdsweep.training.outcome import end_trial, finish
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +38,16 @@ LOOK_EVERY_S = 1.0
 Values = dict[str, float]
 Outcome = Values | Exception
 Networks = dict[str, UNet | Exception]  # Teachers by fingerprint, or the errors that ended their training
+# Returns the folders of the trials that end, from the number of epochs that all have completed and, by folder of each
+# trial that has not failed, the validation Dice and seconds of its epochs.
+Decide = Callable[[int, Mapping[Path, Sequence[tuple[float, float]]]], set[Path]]
 
 
 class Pruning(Protocol):
     """Decides which trials of a group end early; see ``tuning/pruning.py``."""
 
-    def begin(self) -> Callable[[int, Mapping[Path, Sequence[tuple[float, float]]]], set[Path]]:
-        """Return a function that is called at the beginning and after each epoch, and returns the trials that end.
-
-        Its arguments: the number of epochs that all trials have completed; by folder of each trial that has not failed
-        the validation Dice and seconds of its epochs.
-        """
+    def begin(self) -> Decide:
+        """Return the function that is called at the beginning and after each epoch."""
 
 
 def run_group(jobs: list[Job]) -> list[float | Exception]:
@@ -59,7 +59,7 @@ def run_group(jobs: list[Job]) -> list[float | Exception]:
     Raises:
         DeviceError: the device failed. A fresh process resumes the cells.
     """
-    outcomes = _complete(jobs, lambda left: _train(left, obtain_teachers(left)))
+    outcomes = _complete(jobs, lambda missing: _train(missing, obtain_teachers(missing)))
     return [_value(outcome, "test/dice") for outcome in outcomes]
 
 
@@ -71,11 +71,11 @@ def run_trials(jobs: list[Job], *, pruning: Pruning) -> list[float | Exception]:
     Returns:
         The validation Dice of each trial's best epoch, or the error that ended it.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
         for job in sorted(jobs, key=lambda job: job.cell.folder):  # so that no two commands block each other
             if cell_folder.is_held(job.cell.folder):
                 _log_waiting([job])
-            while not cell_folder.hold(held, job.cell.folder):
+            while not cell_folder.hold(locks, job.cell.folder):
                 time.sleep(LOOK_EVERY_S)
         return [_value(outcome, "best/val_dice") for outcome in _train(jobs, obtain_teachers(jobs), pruning)]
 
@@ -110,11 +110,10 @@ def _read_teacher(job: Job) -> UNet:
 
 def _complete(jobs: list[Job], train: Callable[[list[Job]], list[Outcome]]) -> list[Outcome]:
     """Return the outcomes of cells; train those that are not finished, wait for those that another process trains."""
-    outcomes: dict[Path, Outcome] = {}
-    is_waiting = False
+    outcomes, is_waiting = dict[Path, Outcome](), False
     while missing := [job for job in jobs if job.cell.folder not in outcomes]:
-        with contextlib.ExitStack() as held:
-            free = [job for job in missing if _is_free(job.cell, held, outcomes)]
+        with contextlib.ExitStack() as locks:
+            free = [job for job in missing if _is_free(job.cell, locks, outcomes)]
             outcomes |= zip((job.cell.folder for job in free), train(free) if free else [], strict=True)
         busy = [job for job in missing if job.cell.folder not in outcomes]
         if busy and not free:
@@ -125,11 +124,11 @@ def _complete(jobs: list[Job], train: Callable[[list[Job]], list[Outcome]]) -> l
     return [outcomes[job.cell.folder] for job in jobs]
 
 
-def _is_free(cell: Cell, held: contextlib.ExitStack, outcomes: dict[Path, Outcome]) -> bool:
+def _is_free(cell: Cell, locks: contextlib.ExitStack, outcomes: dict[Path, Outcome]) -> bool:
     """Lock a cell that can be trained now; add the outcome of one that is finished or cannot be written to."""
     try:
         if (values := cell_folder.read_finished(cell.folder)) is None:
-            if not cell_folder.hold(held, cell.folder):
+            if not cell_folder.hold(locks, cell.folder):
                 return False
             if (values := cell_folder.read_finished(cell.folder)) is None:
                 return True
@@ -162,8 +161,8 @@ def _train(jobs: list[Job], networks: Networks, pruning: Pruning | None = None) 
             if not is_out_of_memory(error):
                 raise
             if len(jobs) == 1:
-                title = jobs[0].cell.title
-                lack = CellError(f"{title}: out of memory on {compute.device}; a smaller train.batch_size helps")
+                remedy = "a smaller train.batch_size helps"
+                lack = CellError(f"{jobs[0].cell.title}: out of memory on {compute.device}; {remedy}")
                 lack.__cause__ = error
                 return [_failed(jobs[0].cell, lack)]
             log.warning("out of memory with %d learners on %s: divided in two", len(jobs), compute.device)
@@ -204,39 +203,24 @@ def run(
 ) -> list[Outcome]:
     """Train a group from its checkpoints on and test each learner; return its final values or error, in order.
 
-    If Ctrl-C, SIGTERM or a lack of memory ends the training, the learners are saved first.
-
-    Args:
-        made: learners; errors are passed on.
-        teachers: frozen networks by fingerprint.
-        feed: images of all three parts.
-        compute: device and precision.
-        pruning: of trials, which are not tested: they are saved, and have the values of the validation alone.
+    If Ctrl-C, SIGTERM or a lack of memory ends the training, the learners are saved first. Errors in ``made`` are
+    passed on. ``teachers`` are frozen networks by fingerprint. With ``pruning`` the learners are trials, which are
+    saved and not tested: they have the values of the validation alone.
     """
     learners = [each for each in made if isinstance(each, Learner)]
-    results: dict[Path, Values] = {}
-    leaving = pruning.begin() if pruning is not None else None
+    decide = pruning.begin() if pruning is not None else None
 
-    def unsettled() -> list[Learner]:
-        return [each for each in learners if each.failure is None and each.folder not in results]
-
-    def conclude() -> None:
-        for learner in (each for each in unsettled() if each.stopped):
+    def end_stopped() -> None:
+        for learner in (each for each in _unfinished(learners) if each.stopped):
             with isolated(learner):
-                ended = finish(learner, part=feed.test, compute=compute) if pruning is None else end_trial(learner)
-                results[learner.folder] = ended
+                is_trial = pruning is not None
+                learner.result = end_trial(learner) if is_trial else finish(learner, part=feed.test, compute=compute)
 
     def after(epochs: int) -> None:
-        conclude()
-        if leaving is None:
-            return
-        sound = {each.folder: each for each in learners if each.failure is None}
-        dice = {folder: [row["val/dice"] for row in each.history] for folder, each in sound.items()}
-        curves = {folder: list(zip(dice[folder], each.seconds, strict=True)) for folder, each in sound.items()}
-        for learner in (sound[folder] for folder in leaving(epochs, curves) if not sound[folder].stopped):
-            learner.is_pruned = True
-            log.info("%s: pruned after epoch %d", learner.title, learner.epoch + 1, extra=logs.FILE_ONLY)
-        conclude()
+        end_stopped()
+        if decide is not None:
+            _prune(learners, decide, epochs)
+            end_stopped()
 
     try:
         compute.prepare()
@@ -245,8 +229,22 @@ def run(
                 _begin(learners, feed=feed, compute=compute)
                 fit(learners, teachers=teachers, feed=feed, compute=compute, after=after)
     except BaseException as error:
-        _settle(unsettled(), error)
-    return [each if isinstance(each, Exception) else each.failure or results[each.folder] for each in made]
+        _settle(_unfinished(learners), error)
+    return [each if isinstance(each, Exception) else each.failure or each.result for each in made]
+
+
+def _unfinished(learners: list[Learner]) -> list[Learner]:
+    return [each for each in learners if each.failure is None and not each.result]
+
+
+def _prune(learners: list[Learner], decide: Decide, epochs: int) -> None:
+    """Stop the trials that the pruner ends after so many epochs."""
+    sound = {each.folder: each for each in learners if each.failure is None}
+    dice = {folder: [row["val/dice"] for row in each.history] for folder, each in sound.items()}
+    curves = {folder: list(zip(dice[folder], each.seconds, strict=True)) for folder, each in sound.items()}
+    for learner in (sound[folder] for folder in decide(epochs, curves) if not sound[folder].stopped):
+        learner.is_pruned = True
+        log.info("%s: pruned after epoch %d", learner.title, learner.epoch + 1, extra=logs.FILE_ONLY)
 
 
 def _begin(learners: list[Learner], *, feed: Feed, compute: Compute) -> None:

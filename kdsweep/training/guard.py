@@ -33,7 +33,7 @@ class SharedStateError(InputError):
 
 
 def _set_default_device(device: torch.device) -> None:
-    # None stands for the CPU: with a device of any name PyTorch intercepts each call that makes a tensor.
+    # None means the CPU: with a device of any name PyTorch intercepts each call that makes a tensor.
     torch.set_default_device(None if device.type == "cpu" else device)
 
 

@@ -75,6 +75,7 @@ class Learner:
     spent_s: float = 0.0  # in it, as far as its watches have been read
 
     failure: Exception | None = None
+    result: dict[str, float] = field(default_factory=dict)  # final values of one that has stopped and was tested
     is_pruned: bool = False  # ended early as a trial
     can_save: bool = False  # its checkpoint has been read and no step is half done
     doing: str = ""  # the part of a step that is running, for messages
@@ -92,6 +93,11 @@ class Learner:
     def stages(self) -> set[str]:
         """Return the stages of the network that its losses take."""
         return {"logits"} | (self.distillation.stages if self.distillation else set())
+
+    @property
+    def views(self) -> set[str]:
+        """Return the views of an image that a step takes, its Teacher's among them."""
+        return {self.view} | ({self.distillation.forward.view} if self.distillation else set())
 
     @property
     def stopped(self) -> bool:

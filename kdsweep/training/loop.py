@@ -105,17 +105,11 @@ def fit(
     compute: Compute,
     after: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Train a group until every learner has stopped.
+    """Train a group until every learner has stopped; each becomes what it would have become alone.
 
-    A learner that fails, for example with a loss that is not finite, is left out from then on; the others continue
-    unchanged. A resumed learner joins at the first batch that it has not seen.
-
-    Args:
-        learners: trained in place; each becomes what it would have become alone.
-        teachers: frozen networks by fingerprint.
-        feed: training and validation images.
-        compute: device and precision.
-        after: called at the beginning and after each epoch, with the number of epochs that all learners have completed.
+    A learner that fails is left out from then on, and the others continue unchanged. A resumed learner joins at the
+    first batch that it has not seen. ``teachers`` are frozen networks by fingerprint; ``after`` is called at the
+    beginning and after each epoch, with the number of epochs that all learners have completed.
     """
     most, label = max(learner.epochs for learner in learners), label_of(learners)
     first = min((learner.epoch + 1 for learner in learners if not learner.stopped), default=most)
@@ -165,9 +159,7 @@ def train_epoch(
             return
         active = [learner for learner in active if learner.steps == number]
         on_device = {name: values.to(compute.device, non_blocking=True) for name, values in batch.items()}
-        views = {learner.view for learner in active}
-        views |= {learner.distillation.forward.view for learner in active if learner.distillation}
-        images = {view: normalize(on_device[view]) for view in views}
+        images = {view: normalize(on_device[view]) for view in set[str]().union(*(learner.views for learner in active))}
         with guard.shared(f"epoch {epoch + 1}, {step}, Teacher's forward"):
             forwards = frozen.teach(active, images)
         for learner in active:

@@ -14,16 +14,10 @@ from kdsweep.data.loaders import EvalPart
 from kdsweep.evaluation import metrics
 from kdsweep.evaluation.scoring import predict, score
 from kdsweep.store import cell_folder, checkpoint
+from kdsweep.store.cell_folder import HISTORY, PREDICTIONS, SCORES, SPLIT, weights_file
 from kdsweep.training.learner import Learner
 
 log = logging.getLogger(__name__)
-
-SCORES, PREDICTIONS, HISTORY = "test_scores.csv", "test_predictions.npz", "history.csv"
-
-
-def weights_file(role: str) -> str:
-    """Return the name of the file of a finished cell's weights."""
-    return f"{'teacher' if role == 'teacher' else 'student'}.safetensors"
 
 
 def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, float]:
@@ -45,7 +39,7 @@ def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, f
     checkpoint.save_predictions(folder / PREDICTIONS, predictions[:, 0].numpy(), ids=part.ids)
     write_text(folder / SCORES, table.to_csv(index=False))
     (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
-    cell_folder.write_finished(folder, values=values, files=[weights, HISTORY, PREDICTIONS, SCORES, "split.json"])
+    cell_folder.write_finished(folder, values=values, files=[weights, HISTORY, PREDICTIONS, SCORES, SPLIT])
     dice = f"test Dice {values['test/dice']:.4f} ± {values['test/dice_std']:.4f} over {len(part.ids)} images"
     log.info("%s: %s (best epoch %d of %d)", learner.title, dice, learner.best_epoch + 1, learner.epoch + 1)
     return values

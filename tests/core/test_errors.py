@@ -156,7 +156,7 @@ def test_reading_names_the_file_what_it_must_be_and_the_remedy(read, why) -> Non
 
 
 @pytest.mark.parametrize("error", [InputError("train: is empty"), MemoryError()])
-def test_reading_leaves_errors_of_its_own_words(error) -> None:
+def test_reading_leaves_errors_that_are_written_for_the_user(error) -> None:
     with pytest.raises(type(error)) as caught, reading("f", what="x", remedy="y"):
         raise error
     assert caught.value is error

@@ -1,4 +1,4 @@
-"""Long work says how far it is, also where there is no terminal."""
+"""Long work shows its progress, on a terminal and without one."""
 
 import sys
 
@@ -28,16 +28,16 @@ def test_without_a_terminal_there_is_a_line_a_minute_with_the_time_left(capsys, 
 def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(progress.track("ab", what="scoring", unit="network", total=2)) == ["a", "b"]
-    told = capsys.readouterr().err
-    assert "scoring:" in told
-    assert "left" not in told
+    printed = capsys.readouterr().err
+    assert "scoring:" in printed
+    assert "left" not in printed
 
 
 def test_groups_begin_where_one_has_ended_first():
     groups = [[(10, 6.0)], [(1, 10.0), (2, 5.0)], [(1, 30.0)], [(1, 5.0)]]  # 60, 20, 30 and 5 s
     assert progress.left_s(groups) == 115.0
-    assert progress.left_s(groups, places=2) == 60.0  # 60 beside 20 + 30 + 5
-    assert progress.left_s(groups[::-1], places=2) == 85.0  # 5 + 20 + 60 beside 30
+    assert progress.left_s(groups, places=2) == 60.0  # 60 while 20 + 30 + 5
+    assert progress.left_s(groups[::-1], places=2) == 85.0  # 5 + 20 + 60 while 30
     assert progress.left_s([], places=3) == 0.0
 
 

@@ -1,4 +1,4 @@
-"""Near-duplicates: what shows the same frame is found, what merely looks alike or shares a text is not."""
+"""Near-duplicates: images of the same frame are paired, those that look alike or share a text are not."""
 
 import cv2
 import numpy as np
@@ -28,8 +28,8 @@ def with_calipers(image: np.ndarray) -> np.ndarray:
 
 
 def kinds_of(images, labels=None):
-    found = duplicates.find_pairs(images, labels or ["benign"] * len(images))
-    return {(pair.first, pair.second): pair.kind for pair in found}
+    pairs = duplicates.find_pairs(images, labels or ["benign"] * len(images))
+    return {(pair.first, pair.second): pair.kind for pair in pairs}
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def folder(frames, tmp_path):
 def test_the_command_writes_groups_that_a_split_takes(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["audit", "data=busi", f"data.root={folder}", "--out", str(out)]) == 0
-    told = capsys.readouterr().out
-    assert "4 images: 1 group of 2 images that show the same frame" in told
-    assert "1 group with more than one label: benign (1), malignant (1)" in told
-    assert f"split=kfold split.group={out / 'groups.csv'}" in told
+    printed = capsys.readouterr().out
+    assert "4 images: 1 group of 2 images that show the same frame" in printed
+    assert "1 group with more than one label: benign (1), malignant (1)" in printed
+    assert f"split=kfold split.group={out / 'groups.csv'}" in printed
     ids = [entry.id for entry in sources.Busi(folder).entries()]
     from kdsweep.data import split_files
 
@@ -127,14 +127,14 @@ def test_an_unreadable_image_is_one_line(folder, tmp_path, capsys):
     assert "benign (2).png" in capsys.readouterr().err
 
 
-def test_the_known_duplicates_of_busi_are_found(real_data):
+def test_duplicates_of_busi_are_detected(real_data):
     """Those across classes that its description names (docs/data.md), and a text that many images share joins none."""
-    known = [("benign (433)", "malignant (145)"), ("benign (399)", "malignant (93)"), ("benign (164)", "benign (85)")]
+    same = [("benign (433)", "malignant (145)"), ("benign (399)", "malignant (93)"), ("benign (164)", "benign (85)")]
     apart = ["benign (205)", "malignant (110)", "benign (1)", "benign (134)"]  # RT AXILLA, LEFT BREAST
     entries = {entry.id: entry for entry in sources.Busi(real_data / "busi573").entries()}
-    ids = [*(image_id for pair in known for image_id in pair), *apart]
+    ids = [*(image_id for pair in same for image_id in pair), *apart]
     images = [audit._gray(entries[image_id]) for image_id in ids]
-    found = {(pair.first, pair.second) for pair in duplicates.find_pairs(images, ["any"] * len(ids))}
-    assert found == {(0, 1), (2, 3), (4, 5)}
+    pairs = {(pair.first, pair.second) for pair in duplicates.find_pairs(images, ["any"] * len(ids))}
+    assert pairs == {(0, 1), (2, 3), (4, 5)}
     with pytest.raises(InputError):
         audit.write([sources.Entry("gone", "any", real_data / "absent.png", ())], real_data)

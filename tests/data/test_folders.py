@@ -36,10 +36,10 @@ def make(root: Path, *names: str | bytes) -> Path:
 
 
 def spreadsheet(file: Path, rows: list[tuple[object, object]]) -> None:
-    book = openpyxl.Workbook()
+    workbook = openpyxl.Workbook()
     for row in (("Image", "Type"), *rows):
-        book.active.append(row)
-    book.save(file)
+        workbook.active.append(row)
+    workbook.save(file)
 
 
 def refusal(source: sources.Source) -> str:
@@ -92,12 +92,12 @@ DOUBTFUL = {
     "no image format": (
         Folder,
         ["images/0.dcm", "masks/0.png"],
-        "ROOT/images: no images found; it has 1 (images/0.dcm); they must be",
+        "ROOT/images: no images; it has 1 (images/0.dcm); they must be",
     ),
-    "images in subfolders": (Folder, ["images/a/0.png", "masks/a/0.png"], "no images found; it has 1 (images/a/0.png)"),
+    "images in subfolders": (Folder, ["images/a/0.png", "masks/a/0.png"], "no images; it has 1 (images/a/0.png)"),
     "malignant alone": (Busi, BUSI[2:], "no folder benign/ next to malignant/; expected benign/*.png and malignant/"),
     "benign alone": (Busi, BUSI[:2], "no folder malignant/ next to benign/"),
-    "benign without images": (Busi, [*BUSI[2:], "benign/notes.txt"], "benign: no images found"),
+    "benign without images": (Busi, [*BUSI[2:], "benign/notes.txt"], "benign: no images"),
     "name in Latin-1": (Folder, [*FOLDER, LATIN_1], r"'images/caf\xe9.png' has bytes that are not UTF-8"),
     "folder in Latin-1": (
         Folder,
@@ -179,9 +179,9 @@ def test_a_line_on_ignored_files_has_counts_and_the_first_names(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "names", "inner"), [(Folder, FOLDER, "images"), (Busi, BUSI, "benign")])
-def test_a_root_that_is_one_folder_too_deep_is_told_so(tmp_path, source, names, inner):
+def test_a_root_that_is_one_folder_too_deep_is_named(tmp_path, source, names, inner):
     make(tmp_path, *names)
-    assert refusal(source(tmp_path / inner)).endswith(f"; give the folder above, data.root={tmp_path}")
+    assert refusal(source(tmp_path / inner)).endswith(f"; name the folder above, data.root={tmp_path}")
 
 
 def test_a_folder_that_cannot_be_read_and_names_that_cannot_be_printed_are_ignored_by_name(tmp_path, monkeypatch):
@@ -230,10 +230,10 @@ NFC, NFD = (unicodedata.normalize(form, "\u00e9") for form in ("NFC", "NFD"))
 @pytest.mark.parametrize(("image", "mask"), [(NFC, NFD), (NFD, NFC), ("Scan", "scan"), ("a", "A")])
 def test_image_and_mask_belong_together_whatever_the_form_of_their_letters(tmp_path, image, mask):
     make(tmp_path, *FOLDER, f"images/{image}.png", f"masks/{mask}.PNG")
-    (entry,) = [own for own in Folder(tmp_path).entries() if own.id == image]
+    (entry,) = [each for each in Folder(tmp_path).entries() if each.id == image]
     assert entry.mask_files == (tmp_path / "masks" / f"{mask}.PNG",)
     make(tmp_path, *BUSI, f"benign/{image}.png", f"benign/{mask}_Mask.png", f"benign/{mask}_mask_1.png")
-    (entry,) = [own for own in Busi(tmp_path).entries() if own.id == image]
+    (entry,) = [each for each in Busi(tmp_path).entries() if each.id == image]
     assert {file.name for file in entry.mask_files} == {f"{mask}_Mask.png", f"{mask}_mask_1.png"}
 
 
@@ -264,10 +264,10 @@ def test_labels_are_never_unknown_beside_a_spreadsheet(tmp_path, rows, expected)
     message = refusal(Udiat(tmp_path))
     assert message.startswith(str(tmp_path / "DatasetB.xlsx"))
     assert expected in message
-    assert message.endswith("correct it, or move it elsewhere: the labels are then unknown")
+    assert message.endswith("correct it, or move it elsewhere: then there are no labels")
 
 
-def test_rows_without_an_image_are_named_and_a_spreadsheet_elsewhere_is_found(tmp_path):
+def test_rows_without_an_image_are_named_and_a_spreadsheet_elsewhere_is_read(tmp_path):
     make(tmp_path, *(f"Dataset B/BUS/{name}" for name in UDIAT))
     spreadsheet(tmp_path / "datasetb.XLSX", [*LABELS, (163, "Benign")])
     listed = sources.listing(Udiat(tmp_path))

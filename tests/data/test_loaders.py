@@ -1,4 +1,4 @@
-"""Training batches depend on (seed, split, epoch, image id) alone; whole images come in order."""
+"""Training batches depend on (seed, split, epoch, image id) alone; complete images come in order."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdsweep.data.images import Images
-from kdsweep.data.loaders import TrainLoader, eval_part
+from kdsweep.data.loaders import EpochBatches, TrainLoader, eval_part
 from kdsweep.data.views import Strengths, Views
 
 IMAGE_SIZE, LOAD_SIZE, COUNT = 64, 73, 10
@@ -20,7 +20,7 @@ Batch = dict[str, Tensor]
 
 
 def images_of(ids: list[str]) -> Images:
-    """Random pictures, each determined by its id; the whole picture's level at 0, 0 is its number."""
+    """Random pictures, each determined by its id; the complete picture's level at 0, 0 is its number."""
     pictures, masks, small_pictures, small_masks = [], [], [], []
     for image_id in ids:
         rng = np.random.default_rng(list(image_id.encode()))
@@ -30,7 +30,7 @@ def images_of(ids: list[str]) -> Images:
         small_masks.append(masks[-1][:IMAGE_SIZE, :IMAGE_SIZE])
     labels = ["benign" if int(image_id[-1]) % 2 else "malignant" for image_id in ids]
     arrays = map(np.stack, (pictures, masks, small_pictures, small_masks))
-    return Images("mine", ids, labels, *arrays, digest="")
+    return Images("random", ids, labels, *arrays, digest="")
 
 
 IDS = [f"image {number}" for number in range(COUNT)]
@@ -50,13 +50,9 @@ def loader(
 ) -> TrainLoader:
     return TrainLoader(
         images,
-        indices=indices,
         views=Views(image_size=IMAGE_SIZE, strengths=strengths),
-        seed=seed,
-        split_index=split_index,
-        batch_size=batch_size,
+        batches=EpochBatches(indices, batch_size=batch_size, seed=seed, split_index=split_index, last_batch=last_batch),
         workers=workers,
-        last_batch=last_batch,
     )
 
 
@@ -73,15 +69,15 @@ def equal(first: list[Batch], second: list[Batch]) -> bool:
 
 
 def views_of_ids(images: Images, indices: list[int], batches: list[Batch]) -> dict[str, Batch]:
-    """What each image id was rendered as, found by looking for the weak view in its picture."""
-    found = {}
+    """What each image id was rendered as, by the place of the weak view in its picture."""
+    rows = {}
     rows = [
         {name: values[row] for name, values in batch.items()} for batch in batches for row in range(len(batch["weak"]))
     ]
     for row in rows:
         (owner,) = [index for index in indices if _contains(images.images[index], row["weak"].numpy())]
-        found[images.ids[owner]] = row
-    return found
+        rows[images.ids[owner]] = row
+    return rows
 
 
 def _contains(picture: np.ndarray, crop: np.ndarray) -> bool:
@@ -124,10 +120,10 @@ def test_a_last_batch_is_kept_dropped_or_filled(last_batch, sizes) -> None:
     batches = epoch(made, 4)
     assert [len(batch["weak"]) for batch in batches] == sizes
     assert len(made) == len(sizes)
-    whole = epoch(loader(), 4)
-    assert equal(batches[:2], whole[:2])  # the order and the views are those of every kind
+    complete = epoch(loader(), 4)
+    assert equal(batches[:2], complete[:2])  # the order and the views are those of every kind
     if last_batch == "fill":  # the epoch's first images, seen as they were the first time
-        assert torch.equal(batches[2]["strong"], torch.cat([whole[2]["strong"], whole[0]["strong"][:2]]))
+        assert torch.equal(batches[2]["strong"], torch.cat([complete[2]["strong"], complete[0]["strong"][:2]]))
     assert equal(list(made.epoch(4, first=1)), batches[1:])
     even = loader(indices=TRAIN[:6], last_batch=last_batch)
     assert [len(batch["weak"]) for batch in epoch(even, 0)] == [3, 3]
@@ -176,7 +172,7 @@ def test_views_of_an_image_do_not_depend_on_the_other_images() -> None:
         assert equal([view], [everywhere[name]]), name
 
 
-def test_two_images_with_the_same_pixels_get_views_of_their_own() -> None:
+def test_two_images_with_the_same_pixels_get_different_views() -> None:
     twins = replace(IMAGES, images=np.repeat(IMAGES.images[:1], COUNT, axis=0))
     batch = next(iter(loader(twins, indices=[0, 1], batch_size=2).epoch(0)))
     assert not torch.equal(batch["strong"][0], batch["strong"][1])
@@ -189,7 +185,7 @@ def test_without_strengths_both_views_are_the_same_crop() -> None:
         assert torch.allclose(batch["theta"], torch.eye(3)[:2].expand(len(batch["theta"]), 2, 3), atol=1e-6)
 
 
-def test_evaluation_parts_keep_the_order_they_are_asked_in() -> None:
+def test_evaluation_parts_keep_the_requested_order() -> None:
     part = eval_part(IMAGES, [7, 0, 4])
     assert part.ids == ["image 7", "image 0", "image 4"]
     assert part.labels == ["benign", "malignant", "malignant"]
@@ -200,7 +196,7 @@ def test_evaluation_parts_keep_the_order_they_are_asked_in() -> None:
         assert np.array_equal(part.masks[place, 0], IMAGES.eval_masks[index])
 
 
-def test_evaluation_batches_join_to_the_whole_part() -> None:
+def test_evaluation_batches_join_to_the_complete_part() -> None:
     part = eval_part(IMAGES, list(range(COUNT)))
     batches = list(part.batches(4))
     assert [len(images) for images, _ in batches] == [4, 4, 2]

@@ -13,19 +13,19 @@ def hundred() -> list[Phantom]:
     return list(cohort(count=100, seed=0))
 
 
-def _behind_minus_beside(item: Phantom) -> float:
-    """Mean gray behind the lesion less that beside it at the same depth; NaN where there is no room to measure."""
+def _step_behind(item: Phantom) -> float:
+    """Mean gray behind the lesion less that next to it at the same depth; NaN where there is no room to measure."""
     rows, columns = (np.nonzero(item.mask.any(axis=axis))[0] for axis in (1, 0))
     top, left, right = rows[-1] + 6, columns[0], columns[-1]
     strip = item.image[top : top + 60].astype(float)
     span = right - left
     middle = strip[:, left + span // 4 : right - span // 4 + 1]
-    beside = np.hstack(
+    next_to = np.hstack(
         [strip[:, max(left - span, 0) : max(left - span // 8, 0)], strip[:, right + span // 8 :][:, :span]]
     )
-    if strip.shape[0] < 15 or beside.shape[1] < 10:
+    if strip.shape[0] < 15 or next_to.shape[1] < 10:
         return float("nan")
-    return float(middle.mean() - beside.mean())
+    return float(middle.mean() - next_to.mean())
 
 
 def test_same_arguments_give_the_same_bits() -> None:
@@ -36,12 +36,12 @@ def test_same_arguments_give_the_same_bits() -> None:
 
 
 def test_a_phantom_does_not_depend_on_those_made_before() -> None:
-    whole = list(cohort(count=6, seed=1))
+    cohort_of_six = list(cohort(count=6, seed=1))
     for index in (4, 0):
-        alone = phantom(seed=1, index=index, label=whole[index].label)
-        assert np.array_equal(alone.image, whole[index].image)
-        assert np.array_equal(alone.mask, whole[index].mask)
-    assert [item.id for item in cohort(count=3, seed=1)] == [item.id for item in whole[:3]]
+        alone = phantom(seed=1, index=index, label=cohort_of_six[index].label)
+        assert np.array_equal(alone.image, cohort_of_six[index].image)
+        assert np.array_equal(alone.mask, cohort_of_six[index].mask)
+    assert [item.id for item in cohort(count=3, seed=1)] == [item.id for item in cohort_of_six[:3]]
 
 
 def test_thread_count_changes_nothing() -> None:
@@ -142,14 +142,14 @@ def test_image_darkens_with_depth(hundred: list[Phantom]) -> None:
 
 
 def test_malignant_lesions_cast_shadows(hundred: list[Phantom]) -> None:
-    steps = [_behind_minus_beside(item) for item in hundred if item.label == "malignant"]
+    steps = [_step_behind(item) for item in hundred if item.label == "malignant"]
     assert np.count_nonzero(np.isfinite(steps)) > 20
     assert np.nanmean(steps) < -8
 
 
 def test_cysts_enhance_what_lies_behind(hundred: list[Phantom]) -> None:
     cysts = [item for item in hundred if item.label == "benign" and item.image[item.mask == 1].mean() < 15]
-    steps = [_behind_minus_beside(item) for item in cysts]
+    steps = [_step_behind(item) for item in cysts]
     assert np.count_nonzero(np.isfinite(steps)) >= 8
     assert np.nanmean(steps) > 15
 

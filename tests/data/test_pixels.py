@@ -32,7 +32,7 @@ def saved(picture: Image.Image, file: Path, **options: object) -> Path:
 
 
 def levels(inside: int, outside: int = 0, other: int | None = None, dtype: type = np.uint8) -> Image.Image:
-    """A gray mask; a second shape has a value of its own if there is one."""
+    """A gray mask; a second shape may have another value."""
     values = np.where(MASK, inside, outside)
     return Image.fromarray((values if other is None else np.where(OTHER, other, values)).astype(dtype))
 
@@ -286,9 +286,7 @@ def test_a_file_of_too_many_pixels_is_named_with_their_number(tmp_path, monkeypa
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_pixels_of_32_bits_are_refused(tmp_path: Path, kind: type) -> None:
     file = saved(Image.fromarray(gray().astype(kind)), tmp_path / "deep.tif")
-    with pytest.raises(
-        FileError, match=r"deep\.tif has pixels of 32 bits, whose range is not known; save it with 8 or"
-    ):
+    with pytest.raises(FileError, match=r"deep\.tif has pixels of 32 bits, of unknown range; save it with 8 or"):
         read_gray_or_color(file)
 
 

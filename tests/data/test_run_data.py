@@ -1,4 +1,4 @@
-"""The images of a finished run: found again from its recorded configuration, and nothing else is made from it."""
+"""The images of a finished run: read again by its recorded configuration, from which nothing else is made."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +22,12 @@ def test_the_recorded_configuration_gives_the_same_data_set(small_busi, tmp_path
     cfg = composition.compose(["data=busi", f"data.root={small_busi}"])
     params = identity.params(cfg)
     params = {key: str(value) for key, value in params.items()} if as_strings else params
-    found = run_data.source(params, store=tmp_path)
-    assert found == sources.Busi(root=str(small_busi), include_normal=False)
-    assert sources.listing(found).digest == inputs.listing(cfg).digest
+    data_set = run_data.source(params, store=tmp_path)
+    assert data_set == sources.Busi(root=str(small_busi), include_normal=False)
+    assert sources.listing(data_set).digest == inputs.listing(cfg).digest
 
 
-def test_images_that_were_moved_are_found_by_their_new_folder(small_busi, tmp_path):
+def test_images_that_were_moved_are_read_from_their_new_folder(small_busi, tmp_path):
     params = recorded(sources.Busi(root="/gone"), name="Busi")
     assert run_data.source(params, store=tmp_path, root=small_busi) == sources.Busi(root=str(small_busi))
     with pytest.raises(InputError, match=r"data\.root=/gone: no such folder"):
@@ -42,9 +42,9 @@ def test_phantoms_lie_in_the_store_wherever_it_is_now(tmp_path):
 def test_images_are_as_they_were_scored(small_busi):
     source = sources.Busi(small_busi)
     images = load_images(source, load_size=37, image_size=32)
-    found = run_data.scored(source, images.ids[3:5], image_size=32)
-    assert list(found) == images.ids[3:5]
-    for number, one in zip((3, 4), found.values(), strict=True):
+    scored = run_data.scored(source, images.ids[3:5], image_size=32)
+    assert list(scored) == images.ids[3:5]
+    for number, one in zip((3, 4), scored.values(), strict=True):
         np.testing.assert_array_equal(one.image, images.eval_images[number])
         np.testing.assert_array_equal(one.mask, images.eval_masks[number])
 
@@ -60,7 +60,7 @@ def test_nothing_is_imported_by_the_word_of_a_record(target, tmp_path):
         run_data.source({"data.source._target_": target, "data.source.root": "x"}, store=tmp_path)
 
 
-def test_options_of_another_version_are_told(tmp_path):
+def test_options_of_another_version_are_one_line(tmp_path):
     params = {"data.source._target_": "kdsweep.data.Folder", "data.source.root": "x", "data.source.depth": "2"}
     with pytest.raises(InputError, match="recorded other options than it has now"):
         run_data.source(params, store=Path(tmp_path))

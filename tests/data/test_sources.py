@@ -68,17 +68,17 @@ def error_of(source: sources.Source, *, image_size: int = 32) -> str:
 
 
 def write_labels(file: Path, rows: list[tuple[object, ...]], header: tuple[str, ...] = ("Image", "Type")) -> None:
-    book = openpyxl.Workbook()
+    workbook = openpyxl.Workbook()
     for row in (header, *rows):
-        book.active.append(row)
-    book.save(file)
+        workbook.active.append(row)
+    workbook.save(file)
 
 
 # --- UDIAT
 
 
 @pytest.mark.parametrize("below", [".", "BUS", "Dataset B/BUS"])
-def test_udiat_is_found_at_the_root_and_one_or_two_folders_deeper(tmp_path: Path, below: str) -> None:
+def test_udiat_is_read_at_the_root_and_one_or_two_folders_deeper(tmp_path: Path, below: str) -> None:
     udiat_data(tmp_path / below)
     entries = sources.Udiat(tmp_path).entries()
     assert [entry.id for entry in entries] == ["000001", "000002", "000010"]
@@ -88,7 +88,7 @@ def test_udiat_is_found_at_the_root_and_one_or_two_folders_deeper(tmp_path: Path
         assert np.array_equal(mask, MASK)
 
 
-def test_udiat_folders_are_found_in_any_case(tmp_path: Path) -> None:
+def test_udiat_folders_are_read_in_any_case(tmp_path: Path) -> None:
     udiat_data(tmp_path)
     (tmp_path / "original").rename(tmp_path / "Original")
     (tmp_path / "GT").rename(tmp_path / "gt")
@@ -116,8 +116,8 @@ def test_udiat_spreadsheet_without_the_expected_columns_is_named(tmp_path: Path)
     assert "Type" in message
 
 
-def test_hidden_files_beside_the_images_are_not_images(tmp_path: Path) -> None:
-    """Archives packed on a Mac unpack to ._000001.png beside 000001.png."""
+def test_hidden_files_next_to_the_images_are_not_images(tmp_path: Path) -> None:
+    """Archives packed on a Mac unpack to ._000001.png next to 000001.png."""
     udiat_data(tmp_path)
     (tmp_path / "original" / "._000001.png").write_bytes(b"\0\5\x16\7")
     assert load(sources.Udiat(tmp_path)).ids == ["000001", "000002", "000010"]
@@ -145,7 +145,7 @@ def test_busi_unites_the_masks_of_an_image_whatever_their_modes(tmp_path: Path) 
     assert np.array_equal(read_entry(two)[1], MASK)
 
 
-def test_busi_leaves_normal_images_out_unless_asked_for(tmp_path: Path) -> None:
+def test_busi_leaves_normal_images_out_by_default(tmp_path: Path) -> None:
     busi_data(tmp_path)
     assert load(sources.Busi(tmp_path)).labels == ["benign", "malignant"]
     everything = load(sources.Busi(tmp_path, include_normal=True), allow_empty_masks=True)
@@ -199,7 +199,7 @@ def test_folder_pairs_equal_stems_and_ignores_other_files(tmp_path: Path) -> Non
     save(MASK, tmp_path / "masks" / "patient b.png")
     save(gray(2), tmp_path / "images" / "a.bmp")
     save(MASK, tmp_path / "masks" / "a.tif")
-    save(MASK, tmp_path / "masks" / "nobody.png")
+    save(MASK, tmp_path / "masks" / "alone.png")
     (tmp_path / "images" / "notes.txt").write_text("not an image")
     images = load(sources.Folder(tmp_path))
     assert (images.ids, images.labels) == (["a", "patient b"], ["unknown", "unknown"])
@@ -271,7 +271,7 @@ def test_a_mask_of_another_size_is_named_with_both_sizes(tmp_path: Path) -> None
     assert "50 x 40" in message
 
 
-def test_of_many_bad_files_the_first_ten_and_the_count_are_given(tmp_path: Path) -> None:
+def test_of_many_bad_files_the_first_ten_are_named_and_all_counted(tmp_path: Path) -> None:
     folder_data(tmp_path, count=14)
     bad = [tmp_path / "images" / f"{number:02d}.png" for number in range(12)]
     for file in bad:
@@ -292,8 +292,8 @@ def test_training_masks_that_are_all_empty_are_refused() -> None:
     masks = np.zeros((6, 8, 8), np.uint8)
     masks[5, 2:4, 2:4] = 1
     pixels = np.zeros((6, 8, 8, 3), np.uint8)
-    images = Images("mine", list("abcdef"), ["unknown"] * 6, pixels, masks, pixels, masks, "")
-    with pytest.raises(InputError, match="data=mine: all 4 training masks are empty"):
+    images = Images("six", list("abcdef"), ["unknown"] * 6, pixels, masks, pixels, masks, "")
+    with pytest.raises(InputError, match="data=six: all 4 training masks are empty"):
         check_training_masks(images, Split(train=[0, 1, 2, 3], validation=[4], test=[5]))
     check_training_masks(images, Split(train=[5, 1, 2, 3], validation=[4], test=[0]))
 
@@ -307,7 +307,7 @@ def phantoms(cache_dir: Path, count: int = 4, seed: int = 0) -> sources.Phantoms
 
 @pytest.fixture(scope="module")
 def phantom_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache in which four phantoms have been made, beside what a killed process left of its own."""
+    """A cache in which four phantoms have been made, and what a killed process left."""
     cache = tmp_path_factory.mktemp("phantoms")
     (cache / ".making-killed" / "benign").mkdir(parents=True)
     (cache / ".making-killed" / "benign" / "benign (1).png").write_bytes(b"half")
@@ -330,7 +330,7 @@ def test_phantoms_are_the_same_wherever_they_are_made(phantom_cache: Path, tmp_p
     assert first.masks.any(axis=(1, 2)).all()
 
 
-def test_phantoms_of_another_count_or_seed_lie_in_their_own_folder(tmp_path: Path) -> None:
+def test_phantoms_of_another_count_or_seed_are_in_another_folder(tmp_path: Path) -> None:
     sources = [phantoms(tmp_path, count=1), phantoms(tmp_path, count=2), phantoms(tmp_path, count=1, seed=1)]
     roots = [source.entries()[0].image_file.parents[1] for source in sources]
     assert len(set(roots)) == 3
@@ -346,8 +346,8 @@ def test_phantoms_that_two_want_at_once_are_made_once(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(phantom, "cohort", slow_cohort)
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: phantoms(tmp_path, count=1).entries(), range(2)))
-    assert found[0] == found[1]
+        listed = list(pool.map(lambda _: phantoms(tmp_path, count=1).entries(), range(2)))
+    assert listed[0] == listed[1]
     assert len(made) == 1
 
 

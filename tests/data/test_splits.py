@@ -40,7 +40,7 @@ def test_each_image_is_tested_once_in_k_folds():
         assert sorted(number for split in folds for number in split.test) == list(range(60))
 
 
-def test_known_labels_have_equal_shares_in_all_parts():
+def test_labels_have_equal_shares_in_all_parts():
     for split in drawn(BY_IMAGE):
         for part in PARTS:
             numbers = getattr(split, part)
@@ -59,9 +59,9 @@ def test_no_patient_is_on_two_sides():
 
 def test_indices_are_different_splits_and_equal_ones_are_equal():
     for listed in (BY_IMAGE, BY_PATIENT):
-        found = [splits.holdout(listed, index=index) for index in range(3)]
-        assert len({tuple(split.test) for split in found}) == 3
-        assert splits.holdout(listed, index=1) == found[1]
+        drawn_splits = [splits.holdout(listed, index=index) for index in range(3)]
+        assert len({tuple(split.test) for split in drawn_splits}) == 3
+        assert splits.holdout(listed, index=1) == drawn_splits[1]
     assert splits.holdout(BY_IMAGE, index=0).test != splits.random_split(60, index=0).test
 
 
@@ -113,8 +113,8 @@ PARTED = [(image_id, ("train", "val", "test")[number % 3]) for number, image_id 
 
 
 def test_a_csv_is_taken_as_it_is(tmp_path):
-    found = split_files.read_split(BY_IMAGE, write_csv(tmp_path / "s.csv", PARTED), fold=0)
-    assert [found.train, found.validation, found.test] == [list(range(start, 60, 3)) for start in range(3)]
+    split = split_files.read_split(BY_IMAGE, write_csv(tmp_path / "s.csv", PARTED), fold=0)
+    assert [split.train, split.validation, split.test] == [list(range(start, 60, 3)) for start in range(3)]
 
 
 def test_ids_are_the_same_in_each_form_of_unicode(tmp_path):
@@ -127,11 +127,11 @@ def test_nnunets_val_is_scored_and_validation_comes_from_train(tmp_path):
     file = tmp_path / "splits_final.json"
     folds = [{"train": IDS[:48], "val": IDS[48:]}, {"train": IDS[12:], "val": IDS[:12]}]
     file.write_text(json.dumps(folds), encoding="utf-8")
-    found = split_files.read_split(BY_PATIENT, file, fold=1)
-    assert found.test == list(range(12))
-    assert sorted(found.train + found.validation) == list(range(12, 60))
-    assert len(found.validation) == pytest.approx(0.2 * 48, abs=3)
-    assert splits.leaking_groups(BY_PATIENT, found) == {}
+    split = split_files.read_split(BY_PATIENT, file, fold=1)
+    assert split.test == list(range(12))
+    assert sorted(split.train + split.validation) == list(range(12, 60))
+    assert len(split.validation) == pytest.approx(0.2 * 48, abs=3)
+    assert splits.leaking_groups(BY_PATIENT, split) == {}
     folds[0] = {"train": IDS[:40], "val": IDS[40:50], "test": IDS[50:]}
     file.write_text(json.dumps(folds), encoding="utf-8")
     assert split_files.read_split(BY_IMAGE, file, fold=0).validation == list(range(40, 50))
@@ -188,15 +188,15 @@ def test_a_file_that_is_no_split_is_one_line(tmp_path, name, text, line):
 # ---- groups
 
 
-def test_groups_come_from_a_pattern_a_file_or_a_column_beside_the_images(tmp_path):
+def test_groups_come_from_a_pattern_a_file_or_a_column_next_to_the_images(tmp_path):
     assert split_files.read_groups(IDS, r"(?P<patient>p\d+)_.*", root=None) == (PATIENTS, [])
     groups = tmp_path / "groups.csv"
     groups.write_text("image,group\n" + "".join(f"{i},{g}\n" for i, g in zip(IDS, PATIENTS, strict=True)))
     assert split_files.read_groups(IDS, str(groups), root=None) == (PATIENTS, [])
-    (tmp_path / "beside").mkdir()
-    beside = tmp_path / "beside" / "manifest.csv"
-    beside.write_text("file,woman\n" + "".join(f"benign/{i}.png,{g}\n" for i, g in zip(IDS, PATIENTS, strict=True)))
-    assert split_files.read_groups(IDS, "woman", root=beside.parent) == (PATIENTS, [])
+    (tmp_path / "manifest").mkdir()
+    manifest = tmp_path / "manifest" / "manifest.csv"
+    manifest.write_text("file,woman\n" + "".join(f"benign/{i}.png,{g}\n" for i, g in zip(IDS, PATIENTS, strict=True)))
+    assert split_files.read_groups(IDS, "woman", root=manifest.parent) == (PATIENTS, [])
 
 
 @pytest.mark.parametrize(
@@ -260,15 +260,15 @@ def test_the_papers_splits_have_the_fingerprints_of_their_index_alone(small_busi
 
 def test_another_protocol_is_another_cell_and_the_same_images_are_the_same(small_busi, tmp_path):
     of = {name: settings(small_busi, f"split={name}") for name in ("s0", "holdout", "kfold")}
-    assert len({identity.cell(own).fingerprint for own in of.values()}) == 3
-    assert len({identity.cell(own).key for own in of.values()}) == 3
+    assert len({identity.cell(each).fingerprint for each in of.values()}) == 3
+    assert len({identity.cell(each).key for each in of.values()}) == 3
     parts = inputs.split_ids(of["kfold"])
     file = write_csv(tmp_path / "s.csv", [(image_id, part) for part, ids in parts.items() for image_id in ids])
     sorted_parts = {part: sorted(ids) for part, ids in parts.items()}
     assert inputs.split_ids(settings(small_busi, "split=file", f"split.file={file}")) == sorted_parts
 
 
-def test_a_file_that_tears_groups_apart_is_refused_unless_leakage_is_allowed(small_busi, tmp_path):
+def test_a_file_that_divides_groups_is_refused_unless_leakage_is_allowed(small_busi, tmp_path):
     ids = [entry.id for entry in inputs.listing(settings(small_busi)).entries]
     parts = ["train", "train", "val", "test"]
     file = write_csv(tmp_path / "s.csv", [(image_id, parts[number % 4]) for number, image_id in enumerate(ids)])
@@ -278,7 +278,7 @@ def test_a_file_that_tears_groups_apart_is_refused_unless_leakage_is_allowed(sma
     with pytest.raises(InputError, match=r"puts images of \d+ groups .* the first is 1 \(benign.*allow_leakage=true"):
         identity.cell(settings(small_busi, *words))
     allowed = settings(small_busi, *words, "split.allow_leakage=true")
-    ungrouped = settings(small_busi, *words[:2])  # the same images, but its tables would not tell of the leak
+    ungrouped = settings(small_busi, *words[:2])  # the same images, but its tables would not mention the leak
     assert inputs.split_ids(allowed) == inputs.split_ids(ungrouped)
     assert identity.cell(allowed).fingerprint != identity.cell(ungrouped).fingerprint
     assert "although groups are on both sides" in allowed.split.in_words()

@@ -1,4 +1,4 @@
-"""Views: seeded draws, masks, and the warp between the views against Albumentations' own."""
+"""Views: seeded draws, masks, and the warp between the views against Albumentations' warp."""
 
 import math
 from dataclasses import replace
@@ -56,7 +56,7 @@ def maps_of(image: np.ndarray) -> Tensor:
 
 
 def source_of_cells(matrix: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the center of each strong cell (row, column) lies in the weak frame, in pixels: x and y."""
+    """Where the center of each strong cell (row, column) is in the weak frame, in pixels: x and y."""
     centers = (np.arange(cells) + 0.5) * SIZE / cells - 0.5
     x, y = np.meshgrid(centers, centers)
     inverse = np.linalg.inv(matrix)
@@ -65,7 +65,7 @@ def source_of_cells(matrix: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndar
 
 
 def outside_by(matrix: np.ndarray, cells: int) -> np.ndarray:
-    """How far (pixels) each strong cell's source lies outside the weak frame; negative inside."""
+    """How far (pixels) each strong cell's source is outside the weak frame; negative inside."""
     x, y = source_of_cells(matrix, cells)
     middle = (SIZE - 1) / 2
     return np.maximum(np.abs(x - middle), np.abs(y - middle)) - SIZE / 2
@@ -99,10 +99,10 @@ def test_rendering_leaves_the_image_and_the_global_random_state_alone() -> None:
 def test_without_the_strong_transforms_both_views_are_the_same_crop() -> None:
     never = Strengths(shift=0.3, scale=0.2, rotate_deg=45, noise_std=(0.1, 0.2), dropout=0.5, probability=0.0)
     for seed in range(20):
-        found = render(never, seed, image=noise_image())
-        assert np.array_equal(found.strong, found.weak)
-        assert np.array_equal(found.strong_mask, found.weak_mask)
-        assert np.array_equal(found.matrix, np.eye(3))
+        rendering = render(never, seed, image=noise_image())
+        assert np.array_equal(rendering.strong, rendering.weak)
+        assert np.array_equal(rendering.strong_mask, rendering.weak_mask)
+        assert np.array_equal(rendering.matrix, np.eye(3))
 
 
 def test_the_weak_view_is_a_random_crop_of_image_and_mask_alike() -> None:
@@ -134,9 +134,9 @@ def test_the_three_strong_transforms_are_drawn_independently() -> None:
     gray, empty = np.full((36, 36, 3), 128, dtype=np.uint8), np.zeros((36, 36), dtype=np.uint8)
     counts: dict[tuple[bool, bool, bool], int] = {}
     for seed in range(300):
-        found = drawn.render(image=gray, mask=empty, seed=[seed])
-        center = found.strong[8:24, 8:24, 0]  # always covered, so a 0 is a dropped pixel and not the frame
-        moved = not np.array_equal(found.matrix, np.eye(3))
+        rendering = drawn.render(image=gray, mask=empty, seed=[seed])
+        center = rendering.strong[8:24, 8:24, 0]  # always covered, so a 0 is a dropped pixel and not the frame
+        moved = not np.array_equal(rendering.matrix, np.eye(3))
         noisy, dropped = bool(np.any((center != 128) & (center != 0))), bool(np.any(center == 0))
         counts[moved, noisy, dropped] = counts.get((moved, noisy, dropped), 0) + 1
     assert len(counts) == 8
@@ -146,14 +146,14 @@ def test_the_three_strong_transforms_are_drawn_independently() -> None:
 
 def test_noise_keeps_a_gray_image_gray_and_dropout_zeroes_its_share() -> None:
     noise = Strengths(shift=0, scale=0, rotate_deg=0, noise_std=(0.05, 0.05), dropout=0.0, probability=1.0)
-    found = render(noise, 0, image=np.full((70, 70, 3), 128, dtype=np.uint8)).strong.astype(float)
-    assert np.array_equal(found[..., 0], found[..., 1])
-    assert np.array_equal(found[..., 0], found[..., 2])
-    assert found[..., 0].std() == pytest.approx(0.05 * 255, rel=0.05)
+    rendering = render(noise, 0, image=np.full((70, 70, 3), 128, dtype=np.uint8)).strong.astype(float)
+    assert np.array_equal(rendering[..., 0], rendering[..., 1])
+    assert np.array_equal(rendering[..., 0], rendering[..., 2])
+    assert rendering[..., 0].std() == pytest.approx(0.05 * 255, rel=0.05)
     dropout = Strengths(shift=0, scale=0, rotate_deg=0, noise_std=(0.0, 0.0), dropout=0.1, probability=1.0)
-    found = render(dropout, 0, image=np.full((70, 70, 3), 128, dtype=np.uint8)).strong
-    assert set(np.unique(found)) == {0, 128}
-    assert np.mean(found == 0) == pytest.approx(0.1, abs=0.02)
+    rendering = render(dropout, 0, image=np.full((70, 70, 3), 128, dtype=np.uint8)).strong
+    assert set(np.unique(rendering)) == {0, 128}
+    assert np.mean(rendering == 0) == pytest.approx(0.1, abs=0.02)
     both = Views(image_size=SIZE, strengths=replace(dropout, noise_std=(0.05, 0.05)))
     drawn = both.render(image=noise_image(), mask=disc_mask(), seed=[0])
     assert np.array_equal(drawn.strong_mask, drawn.weak_mask), "a pixel that is dropped or noisy is lesion all the same"
@@ -181,25 +181,25 @@ def test_the_affine_stays_within_its_ranges_and_scales_both_axes_apart() -> None
 @pytest.mark.parametrize("strengths", [PAPER, GEOMETRY])
 def test_masks_stay_zero_and_one(strengths: Strengths) -> None:
     for seed in range(20):
-        found = render(strengths, seed)
-        for mask in (found.weak_mask, found.strong_mask):
+        rendering = render(strengths, seed)
+        for mask in (rendering.weak_mask, rendering.strong_mask):
             assert mask.dtype == np.uint8
             assert mask.shape == (SIZE, SIZE)
             assert set(np.unique(mask)) <= {0, 1}
-        for image in (found.weak, found.strong):
+        for image in (rendering.weak, rendering.strong):
             assert image.dtype == np.uint8
             assert image.shape == (SIZE, SIZE, 3)
 
 
 def test_the_strong_mask_is_the_weak_mask_warped() -> None:
     for seed in range(20):
-        found = render(GEOMETRY, seed)
-        warped, valid = warp(maps_of(found.weak_mask), theta=theta_of(found.matrix))
-        ours, theirs = ((warped > 0.5) & valid)[0, 0].numpy(), found.strong_mask == 1
-        assert (ours & theirs).sum() / (ours | theirs).sum() > 0.93
+        rendering = render(GEOMETRY, seed)
+        warped, valid = warp(maps_of(rendering.weak_mask), theta=theta_of(rendering.matrix))
+        warped_mask, strong_mask = ((warped > 0.5) & valid)[0, 0].numpy(), rendering.strong_mask == 1
+        assert (warped_mask & strong_mask).sum() / (warped_mask | strong_mask).sum() > 0.93
         if seed < 5:
-            still = found.weak_mask == 1
-            assert (still & theirs).sum() / (still | theirs).sum() < 0.9, "the mask must have moved"
+            still = rendering.weak_mask == 1
+            assert (still & strong_mask).sum() / (still | strong_mask).sum() < 0.9, "the mask must have moved"
 
 
 # ---- the matrix ----------------------------------------------------------------------------------------------------
@@ -207,14 +207,14 @@ def test_the_strong_mask_is_the_weak_mask_warped() -> None:
 
 def test_the_matrix_is_the_one_that_albumentations_applied() -> None:
     for seed in SEEDS:
-        found = render(GEOMETRY, seed, image=noise_image())
-        again = cv2.warpAffine(found.weak, found.matrix[:2], (SIZE, SIZE), flags=cv2.INTER_LINEAR)
-        assert np.array_equal(again, found.strong)
-        assert found.matrix.dtype == np.float64
-        assert not np.array_equal(found.strong, found.weak)
+        rendering = render(GEOMETRY, seed, image=noise_image())
+        again = cv2.warpAffine(rendering.weak, rendering.matrix[:2], (SIZE, SIZE), flags=cv2.INTER_LINEAR)
+        assert np.array_equal(again, rendering.strong)
+        assert rendering.matrix.dtype == np.float64
+        assert not np.array_equal(rendering.strong, rendering.weak)
 
 
-# ---- the warp against Albumentations' own --------------------------------------------------------------------------
+# ---- the warp against Albumentations' warp ----------------------------------------------------------------------
 
 
 def interior(valid: Tensor, margin: int = 3) -> Tensor:
@@ -223,34 +223,34 @@ def interior(valid: Tensor, margin: int = 3) -> Tensor:
     return F.max_pool2d(hollow, 2 * margin + 1, stride=1) == 0
 
 
-def errors(warped: Tensor, found: Rendering, inside: Tensor) -> Tensor:
+def errors(warped: Tensor, rendering: Rendering, inside: Tensor) -> Tensor:
     """Gray levels between a warped weak view and Albumentations' strong one."""
-    return (warped - maps_of(found.strong))[inside].abs()
+    return (warped - maps_of(rendering.strong))[inside].abs()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_warp_is_albumentations_warp_to_the_gray_level(seed: int) -> None:
-    found = render(GEOMETRY, seed)
-    warped, valid = warp(maps_of(found.weak), theta=theta_of(found.matrix))
+    rendering = render(GEOMETRY, seed)
+    warped, valid = warp(maps_of(rendering.weak), theta=theta_of(rendering.matrix))
     inside = interior(valid)
     assert inside.float().mean() > 0.3
-    error = errors(warped, found, inside)
-    assert error.mean() < 0.3  # Albumentations rounds to whole gray levels: 0.25 on average, 0.5 at most
+    error = errors(warped, rendering, inside)
+    assert error.mean() < 0.3  # Albumentations rounds to integer gray levels: 0.25 on average, 0.5 at most
     assert error.max() < 0.6
-    unwarped = errors(maps_of(found.weak), found, inside)
+    unwarped = errors(maps_of(rendering.weak), rendering, inside)
     assert unwarped.mean() > 20, "the views must differ"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("grid_corners", "sample_corners"), [(True, True), (True, False), (False, True)])
 def test_another_corner_convention_would_be_seen(seed: int, grid_corners: bool, sample_corners: bool) -> None:
-    found = render(GEOMETRY, seed)
-    weak, theta = maps_of(found.weak), theta_of(found.matrix)
+    rendering = render(GEOMETRY, seed)
+    weak, theta = maps_of(rendering.weak), theta_of(rendering.matrix)
     _, valid = warp(weak, theta=theta)
     grid = F.affine_grid(theta, [1, 1, SIZE, SIZE], align_corners=grid_corners)
     warped = F.grid_sample(weak, grid, padding_mode="border", align_corners=sample_corners)
     limit = 1.5 if grid_corners and sample_corners else 5  # both wrong: the translation alone is off, by 1 / SIZE of it
-    assert errors(warped, found, interior(valid)).max() > limit
+    assert errors(warped, rendering, interior(valid)).max() > limit
 
 
 def ramp_case(matrix: np.ndarray, *, cells: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
@@ -261,7 +261,7 @@ def ramp_case(matrix: np.ndarray, *, cells: int) -> tuple[Tensor, np.ndarray, np
 
     weak_x, weak_y = source_of_cells(np.eye(3), cells)
     x, y = source_of_cells(matrix, cells)
-    outermost = weak_x.max()  # beyond the outermost centers the map goes on flat
+    outermost = weak_x.max()  # beyond the outermost centers the map continues flat
     inside = (np.minimum(x, y) >= weak_x.min()) & (np.maximum(x, y) <= outermost)
     return torch.from_numpy(ramp(weak_x, weak_y)).float()[None, None], ramp(x, y), inside
 
@@ -278,7 +278,7 @@ def test_one_theta_serves_maps_of_any_resolution(seed: int, cells: int) -> None:
     assert warped[0, 0].numpy()[inside] == pytest.approx(expected[inside], abs=1e-3)
 
 
-def test_warp_moves_every_channel_and_image_by_its_own_theta() -> None:
+def test_warp_moves_every_channel_and_image_by_its_theta() -> None:
     matrices = [render(GEOMETRY, seed).matrix for seed in (0, 1)]
     maps = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0))
     together, valid = warp(maps, theta=torch.cat([theta_of(matrix) for matrix in matrices]))
@@ -307,7 +307,7 @@ def test_valid_is_false_exactly_where_the_source_lies_outside(seed: int, cells: 
     matrix = render(GEOMETRY, seed).matrix
     _, valid = warp(torch.zeros(1, 1, cells, cells), theta=theta_of(matrix))
     outside = outside_by(matrix, cells)
-    clear = np.abs(outside) > 1e-3  # what lies on the border itself may fall either way
+    clear = np.abs(outside) > 1e-3  # what is on the border itself may fall either way
     assert clear.mean() > 0.99
     assert np.array_equal(valid[0, 0].numpy()[clear], outside[clear] < 0)
     assert valid.any()
@@ -316,11 +316,11 @@ def test_valid_is_false_exactly_where_the_source_lies_outside(seed: int, cells: 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_albumentations_covers_what_is_valid(seed: int) -> None:
-    found = render(GEOMETRY, seed, image=np.full((SIZE, SIZE, 3), 255, dtype=np.uint8))
-    _, valid = warp(maps_of(found.weak), theta=theta_of(found.matrix))
-    # The edge's own pixels blend with the black outside: leave those within one pixel of it out.
-    outside = outside_by(found.matrix, SIZE)
-    strong, clear = found.strong[..., 0], np.abs(outside) > 1.5
+    rendering = render(GEOMETRY, seed, image=np.full((SIZE, SIZE, 3), 255, dtype=np.uint8))
+    _, valid = warp(maps_of(rendering.weak), theta=theta_of(rendering.matrix))
+    # The edge's pixels blend with the black outside: leave those within one pixel of it out.
+    outside = outside_by(rendering.matrix, SIZE)
+    strong, clear = rendering.strong[..., 0], np.abs(outside) > 1.5
     assert (strong[clear & valid[0, 0].numpy()] == 255).all()
     assert (strong[clear & ~valid[0, 0].numpy()] == 0).all()
     assert (clear & ~valid[0, 0].numpy()).sum() > 50
@@ -352,8 +352,8 @@ def test_sampling_theta_by_hand() -> None:
 
 
 def test_bf16_autocast_does_not_blur_coordinates() -> None:
-    found = render(GEOMETRY, 0)
-    weak, theta = maps_of(found.weak), theta_of(found.matrix)
+    rendering = render(GEOMETRY, 0)
+    weak, theta = maps_of(rendering.weak), theta_of(rendering.matrix)
     warped, valid = warp(weak, theta=theta)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         warped_bf16, valid_bf16 = warp(weak, theta=theta)
@@ -370,13 +370,13 @@ def test_bf16_autocast_does_not_blur_coordinates() -> None:
 def test_normalize_by_hand_in_channels_last_memory() -> None:
     images = torch.zeros(2, 4, 5, 3, dtype=torch.uint8)
     images[0, 1, 2] = torch.tensor([255, 128, 0])
-    found = views.normalize(images)
-    assert found.shape == (2, 3, 4, 5)
-    assert found.dtype == torch.float32
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    normalized = views.normalize(images)
+    assert normalized.shape == (2, 3, 4, 5)
+    assert normalized.dtype == torch.float32
+    assert normalized.is_contiguous(memory_format=torch.channels_last)
     expected = [(1 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (0 - 0.406) / 0.225]
-    assert found[0, :, 1, 2].tolist() == pytest.approx(expected, rel=1e-5)
-    assert found[1, :, 0, 0].tolist() == pytest.approx([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rel=1e-5)
+    assert normalized[0, :, 1, 2].tolist() == pytest.approx(expected, rel=1e-5)
+    assert normalized[1, :, 0, 0].tolist() == pytest.approx([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rel=1e-5)
 
 
 def test_id_number_is_the_start_of_the_ids_sha256() -> None:

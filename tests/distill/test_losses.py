@@ -68,8 +68,8 @@ def test_cross_entropy_and_dice_by_hand() -> None:
     logits = row(0.0, math.log(3), -math.log(3), math.log(3))
     mask = row(1, 1, 0, 0)
     dice = 2 * (0.5 + 0.75) / ((0.5 + 0.75 + 0.25 + 0.75) + 2)
-    found = losses.cross_entropy_and_dice(logits=logits, mask=mask)
-    assert float(found - losses.cross_entropy(logits=logits, mask=mask)) == pytest.approx(1 - dice, abs=1e-6)
+    value = losses.cross_entropy_and_dice(logits=logits, mask=mask)
+    assert float(value - losses.cross_entropy(logits=logits, mask=mask)) == pytest.approx(1 - dice, abs=1e-6)
 
 
 def test_mse_by_hand_is_the_mean_over_channels_and_valid_pixels() -> None:
@@ -85,7 +85,7 @@ def test_kld_pixels_by_hand_is_teacher_against_student() -> None:
     teacher, student = row(math.log(0.9 / 0.1)), row(math.log(0.2 / 0.8))
     forward = 0.9 * math.log(0.9 / 0.2) + 0.1 * math.log(0.1 / 0.8)
     backward = 0.2 * math.log(0.2 / 0.9) + 0.8 * math.log(0.8 / 0.1)
-    assert abs(forward - backward) > 0.1, "the case must tell the directions apart"
+    assert abs(forward - backward) > 0.1, "the case must distinguish the directions"
     valid = everywhere(teacher)
     assert losses.kld_pixels(student=student, teacher=teacher, valid=valid).item() == pytest.approx(forward, rel=1e-5)
     assert losses.kld_pixels(student=teacher, teacher=student, valid=valid).item() == pytest.approx(backward, rel=1e-5)
@@ -103,11 +103,11 @@ def test_kld_positions_by_hand_is_teacher_against_student() -> None:
     teacher, student = row(*map(math.log, (0.7, 0.1, 0.1, 0.1))), row(5.0, 5.0, 5.0, 5.0)  # the student is uniform
     forward = 0.7 * math.log(0.7 / 0.25) + 3 * 0.1 * math.log(0.1 / 0.25)
     backward = 0.25 * math.log(0.25 / 0.7) + 3 * 0.25 * math.log(0.25 / 0.1)
-    assert abs(forward - backward) > 0.01, "the case must tell the directions apart"
+    assert abs(forward - backward) > 0.01, "the case must distinguish the directions"
     valid = everywhere(teacher)
-    found = losses.kld_positions(student=student, teacher=teacher, valid=valid).item()
+    value = losses.kld_positions(student=student, teacher=teacher, valid=valid).item()
     swapped = losses.kld_positions(student=teacher, teacher=student, valid=valid).item()
-    assert found == pytest.approx(forward, rel=1e-5)
+    assert value == pytest.approx(forward, rel=1e-5)
     assert swapped == pytest.approx(backward, rel=1e-5)
 
 
@@ -140,8 +140,8 @@ def test_every_public_loss_has_an_example_that_holds() -> None:
 def test_kld_pixels_is_torch_distributions_bernoulli_divergence(temperature: float) -> None:
     student, teacher = draw(2, 1, 8, 8, seed=0), draw(2, 1, 8, 8, seed=1)
     p, q = Bernoulli(logits=teacher / temperature), Bernoulli(logits=student / temperature)
-    found = losses.kld_pixels(student=student, teacher=teacher, valid=everywhere(student), temperature=temperature)
-    assert found.item() == pytest.approx(temperature**2 * kl_divergence(p, q).mean().item(), rel=1e-5)
+    value = losses.kld_pixels(student=student, teacher=teacher, valid=everywhere(student), temperature=temperature)
+    assert value.item() == pytest.approx(temperature**2 * kl_divergence(p, q).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -151,8 +151,8 @@ def test_kld_positions_is_channel_wise_distillation(temperature: float) -> None:
     p, q = (np.exp(maps.double().numpy().reshape(2 * 5, 24) / temperature) for maps in (teacher, student))
     p, q = p / p.sum(axis=1, keepdims=True), q / q.sum(axis=1, keepdims=True)
     expected = temperature**2 * (p * np.log(p / q)).sum() / (2 * 5)
-    found = losses.kld_positions(student=student, teacher=teacher, valid=everywhere(student), temperature=temperature)
-    assert found.item() == pytest.approx(expected, rel=1e-5)
+    value = losses.kld_positions(student=student, teacher=teacher, valid=everywhere(student), temperature=temperature)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_kld_positions_ignores_a_channels_offset_but_kld_pixels_and_mse_do_not() -> None:
@@ -190,10 +190,10 @@ def test_large_temperatures_leave_the_gradient_of_kld_pixels_as_it_is() -> None:
     student, teacher = draw(2, 1, 4, 4, seed=10), draw(2, 1, 4, 4, seed=11)
     limit = (student - teacher) / 4 / student.numel()  # T (s(z/T) - s(t/T)) goes to (z - t) / 4
     for temperature in (50.0, 500.0):
-        found = gradient(
+        slope = gradient(
             losses.kld_pixels, student=student, teacher=teacher, valid=everywhere(student), temperature=temperature
         )
-        torch.testing.assert_close(found, limit, rtol=0.01, atol=1e-4 * limit.abs().max().item())
+        torch.testing.assert_close(slope, limit, rtol=0.01, atol=1e-4 * limit.abs().max().item())
 
 
 def test_large_temperatures_leave_the_gradient_of_kld_positions_as_it_is() -> None:
@@ -201,10 +201,10 @@ def test_large_temperatures_leave_the_gradient_of_kld_positions_as_it_is() -> No
     difference = student - teacher
     limit = (difference - difference.mean(dim=(2, 3), keepdim=True)) / 16 / (2 * 3)
     for temperature in (200.0, 1000.0):
-        found = gradient(
+        slope = gradient(
             losses.kld_positions, student=student, teacher=teacher, valid=everywhere(student), temperature=temperature
         )
-        torch.testing.assert_close(found, limit, rtol=0.05, atol=0.03 * limit.abs().max().item())
+        torch.testing.assert_close(slope, limit, rtol=0.05, atol=0.03 * limit.abs().max().item())
 
 
 @pytest.mark.parametrize("loss", KD_LOSSES)
@@ -272,11 +272,11 @@ def test_extreme_logits_stay_finite(temperature: float) -> None:
     teacher, student = row(80.0, -80.0, 80.0, -80.0), row(-80.0, 80.0, 80.0, -80.0)
     arguments = {"teacher": teacher, "valid": everywhere(teacher), "temperature": temperature}
     # two of four pixels are sure and wrong: each costs the difference of the logits
-    found = losses.kld_pixels(student=student, **arguments)
-    assert found.item() == pytest.approx(temperature**2 * (2 * 80 / temperature) / 4, rel=1e-5)
-    # both agree on the third position; the teacher's other half of the mass lies where the student has none
-    found = losses.kld_positions(student=student, **arguments)
-    assert found.item() == pytest.approx(temperature**2 * 0.5 * 160 / temperature, rel=1e-5)
+    value = losses.kld_pixels(student=student, **arguments)
+    assert value.item() == pytest.approx(temperature**2 * (2 * 80 / temperature) / 4, rel=1e-5)
+    # both agree on the third position; the teacher's other half of the mass is where the student has none
+    value = losses.kld_positions(student=student, **arguments)
+    assert value.item() == pytest.approx(temperature**2 * 0.5 * 160 / temperature, rel=1e-5)
     for loss in KLD_LOSSES:
         assert torch.isfinite(gradient(loss, student=student, **arguments)).all()
 
@@ -295,17 +295,17 @@ def test_bf16_maps_are_compared_in_fp32(loss: Callable[..., Tensor]) -> None:
     student, teacher = (maps_for(loss, seed=seed).bfloat16() for seed in (24, 25))
     valid = everywhere(student)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = loss(student=student, teacher=teacher, valid=valid)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, loss(student=student.float(), teacher=teacher.float(), valid=valid))
+        value = loss(student=student, teacher=teacher, valid=valid)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, loss(student=student.float(), teacher=teacher.float(), valid=valid))
 
 
 def test_bf16_logits_are_supervised_in_fp32() -> None:
     logits, mask = draw(2, 1, 4, 4, seed=26).bfloat16(), draw(2, 1, 4, 4, seed=27) > 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = losses.cross_entropy(logits=logits, mask=mask)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, losses.cross_entropy(logits=logits.float(), mask=mask))
+        value = losses.cross_entropy(logits=logits, mask=mask)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, losses.cross_entropy(logits=logits.float(), mask=mask))
 
 
 # ---- the Teacher is only read --------------------------------------------------------------------------------------
@@ -359,11 +359,11 @@ def test_a_training_step_moves_the_student_and_leaves_the_teacher(
     stem = learner.network.encoder.conv_stem.weight.clone()
     images = {view: draw(2, 3, 64, 64, seed=seed, spread=1.0) for view, seed in (("weak", 28), ("strong", 29))}
 
-    taught = frozen.teach([learner], images)[WEAK]
-    assert not kd_path.teacher_map(taught).requires_grad
+    teacher_outputs = frozen.teach([learner], images)[WEAK]
+    assert not kd_path.teacher_map(teacher_outputs).requires_grad
     theta = torch.tensor([[[0.9, 0.1, 0.05], [-0.1, 0.9, 0.0]]]).repeat(2, 1, 1)
     mask = torch.zeros(2, 1, 64, 64)
-    terms = learner.terms(learner.network(images["strong"]), taught, ViewPair(theta, mask, mask))
+    terms = learner.terms(learner.network(images["strong"]), teacher_outputs, ViewPair(theta, mask, mask))
     assert set(terms) == {"loss", "kd", "supervised"}
     terms["loss"].backward()
     learner.optimizer.step()
@@ -380,8 +380,8 @@ def test_a_teachers_outputs_have_no_graph_even_where_its_input_has_one(frozen: F
         kd_path = small_path(name)
         forward = TeacherForward("Teacher", view="strong", precision="fp32")
         distillation = SimpleNamespace(teacher_stages=kd_path.stages, forward=forward)
-        taught = frozen.teach([SimpleNamespace(distillation=distillation)], images)  # type: ignore[list-item]
-        assert not kd_path.teacher_map(taught[forward]).requires_grad
+        forwards = frozen.teach([SimpleNamespace(distillation=distillation)], images)  # type: ignore[list-item]
+        assert not kd_path.teacher_map(forwards[forward]).requires_grad
 
 
 def test_a_teacher_that_is_not_frozen_is_refused(frozen: FrozenTeachers) -> None:

@@ -38,7 +38,7 @@ def everywhere(maps: Tensor) -> Tensor:
     return torch.ones_like(maps[:, :1], dtype=torch.bool)
 
 
-def given(loss: Callable[..., Tensor], *, count: int = 3, seed: int = 0) -> dict[str, Tensor]:
+def arguments_of(loss: Callable[..., Tensor], *, count: int = 3, seed: int = 0) -> dict[str, Tensor]:
     channels = 1 if loss is methods.intra_class_relation else 4
     maps = {name: draw(count, channels, 6, 6, seed=seed + k) for k, name in enumerate(("student", "teacher"))}
     mask = torch.zeros(count, 1, 6, 6)
@@ -58,43 +58,44 @@ def distiller(kind: type, *, student: Tensor, teacher: Tensor, **arguments: Any)
 
 
 def test_attention_is_torchdistills_of_the_authors_code() -> None:
-    maps = given(methods.attention)
+    maps = arguments_of(methods.attention)
     pair = {"pair": {"teacher": {"path": "m", "io": "output"}, "student": {"path": "m", "io": "output"}}}
-    theirs = mid_level.ATLoss(pair, mode="code")
-    expected = theirs({"m": {"output": maps["student"]}}, {"m": {"output": maps["teacher"]}})
+    reference = mid_level.ATLoss(pair, mode="code")
+    expected = reference({"m": {"output": maps["student"]}}, {"m": {"output": maps["teacher"]}})
     assert methods.attention(**maps).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_batch_similarity_is_torchdistills_but_for_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows are divided by their L1 norm; the paper's equation and the authors' code have the L2 norm."""
-    maps = given(relations.batch_similarity)
-    theirs = mid_level.SPKDLoss("m", "m", reduction="batchmean")
+    maps = arguments_of(relations.batch_similarity)
+    reference = mid_level.SPKDLoss("m", "m", reduction="batchmean")
     io = [{"m": {"output": maps[name]}} for name in ("student", "teacher")]
-    assert relations.batch_similarity(**maps).item() != pytest.approx(theirs(*io).item(), rel=1e-3)
+    assert relations.batch_similarity(**maps).item() != pytest.approx(reference(*io).item(), rel=1e-3)
     monkeypatch.setattr(mid_level, "normalize", lambda gram, _: F.normalize(gram, p=2, dim=1))
-    assert relations.batch_similarity(**maps).item() == pytest.approx(theirs(*io).item(), rel=1e-5)
+    assert relations.batch_similarity(**maps).item() == pytest.approx(reference(*io).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [3, 6, 9])
 def test_hierarchical_context_is_torchdistills(size: int) -> None:
     student, teacher = draw(2, 3, size, size, seed=1), draw(2, 3, size, size, seed=2)
-    theirs = mid_level.HierarchicalContextLoss("m", "output", "m", "output", reduction="mean", output_sizes=[4, 2, 1])
-    expected = theirs({"m": {"output": (student, None)}}, {"m": {"output": teacher}})
-    found = methods.hierarchical_context(student=student, teacher=teacher, valid=everywhere(student))
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    io = ("m", "output", "m", "output")
+    reference = mid_level.HierarchicalContextLoss(*io, reduction="mean", output_sizes=[4, 2, 1])
+    expected = reference({"m": {"output": (student, None)}}, {"m": {"output": teacher}})
+    value = methods.hierarchical_context(student=student, teacher=teacher, valid=everywhere(student))
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_intra_class_relation_is_torchdistills_of_the_two_classes(temperature: float) -> None:
-    maps = given(methods.intra_class_relation)
+    maps = arguments_of(methods.intra_class_relation)
     # softmax of (0, z) is (1 - s(z), s(z)); a row for each pixel, as DIST's authors have it for segmentation
     pairs = [
         torch.stack([torch.zeros_like(maps[name]), maps[name]], dim=-1).reshape(-1, 2)
         for name in ("student", "teacher")
     ]
     expected = distiller(mid_level.DISTLoss, student=pairs[0], teacher=pairs[1], beta=0.0, gamma=1.0, tau=temperature)
-    found = methods.intra_class_relation(**maps, temperature=temperature)
-    assert found.item() == pytest.approx(expected, rel=1e-4)
+    value = methods.intra_class_relation(**maps, temperature=temperature)
+    assert value.item() == pytest.approx(expected, rel=1e-4)
 
 
 # ---- by hand -------------------------------------------------------------------------------------------------------
@@ -114,34 +115,34 @@ def test_standardized_is_one_minus_pearson_for_many_positions() -> None:
     rows = [maps.transpose(0, 1).reshape(2, -1) for maps in (student, teacher)]
     correlations = [torch.corrcoef(torch.stack([rows[0][c], rows[1][c]]))[0, 1] for c in range(2)]
     expected = 1 - float(torch.stack(correlations).mean())
-    found = methods.standardized(student=student, teacher=teacher, valid=everywhere(student)).item()
-    assert found == pytest.approx(expected * (4 * 400 - 1) / (4 * 400), rel=1e-4)
+    value = methods.standardized(student=student, teacher=teacher, valid=everywhere(student)).item()
+    assert value == pytest.approx(expected * (4 * 400 - 1) / (4 * 400), rel=1e-4)
     scaled = methods.standardized(student=3 * student + 7, teacher=teacher, valid=everywhere(student)).item()
-    assert scaled == pytest.approx(found, rel=1e-4)
+    assert scaled == pytest.approx(value, rel=1e-4)
 
 
 def test_squared_sum_by_hand_is_over_all_but_images() -> None:
     student = torch.tensor([[[[1.0, 2.0]]], [[[0.0, 0.0]]]])
-    found = methods.squared_sum(student=student, teacher=torch.zeros(2, 1, 1, 2), valid=everywhere(student))
-    assert found.item() == pytest.approx((1 + 4) / 2)
+    value = methods.squared_sum(student=student, teacher=torch.zeros(2, 1, 1, 2), valid=everywhere(student))
+    assert value.item() == pytest.approx((1 + 4) / 2)
 
 
 def test_pairwise_by_hand() -> None:
     # Nodes of 2 x 2: the Student's two are (3, 0) and (0, 2), cosine 0; the Teacher's are alike, cosine 1.
     student = torch.tensor([[[[3.0, 1, 0, 0], [0, 2, 0, 0]], [[0, 0, 1, 2], [0, 0, 0, 0]]]])
     teacher = torch.ones(1, 5, 2, 4)
-    found = relations.pairwise(student=student, teacher=teacher, valid=everywhere(student))
-    assert found.item() == pytest.approx((0 + 1 + 1 + 0) / 4)
+    value = relations.pairwise(student=student, teacher=teacher, valid=everywhere(student))
+    assert value.item() == pytest.approx((0 + 1 + 1 + 0) / 4)
 
 
 def test_cross_image_is_the_mean_over_pairs_of_images_of_pytorchs_divergence() -> None:
-    maps = given(relations.cross_image, count=2)
+    maps = arguments_of(relations.cross_image, count=2)
     units = {name: F.normalize(maps[name].flatten(2), dim=1) for name in ("student", "teacher")}
     terms = []
     for one in range(2):
         for other in range(2):
-            ours, theirs = (units[name][one].T @ units[name][other] / 0.1 for name in ("student", "teacher"))
-            terms.append(F.kl_div(ours.log_softmax(dim=1), theirs.softmax(dim=1), reduction="batchmean"))
+            q, p = (units[name][one].T @ units[name][other] / 0.1 for name in ("student", "teacher"))
+            terms.append(F.kl_div(q.log_softmax(dim=1), p.softmax(dim=1), reduction="batchmean"))
     expected = torch.stack(terms).mean().item()
     assert relations.cross_image(**maps).item() == pytest.approx(expected, rel=1e-4)
 
@@ -151,11 +152,11 @@ def test_intra_class_variation_by_hand() -> None:
     student = torch.tensor([[[[1.0, 0.0, 2.0, 2.0]], [[0.0, 1.0, 0.0, 0.0]]]])
     teacher = torch.tensor([[[[1.0, 1.0, 3.0, 3.0]], [[1.0, 1.0, 0.0, 0.0]]]])
     mask = torch.tensor([[[[1.0, 1.0, 0.0, 0.0]]]])
-    found = relations.intra_class_variation(
+    value = relations.intra_class_variation(
         student=student, teacher=teacher, valid=everywhere(student), student_mask=mask, teacher_mask=mask
     )
     cosine = 1 / 2**0.5  # of (1, 0) and of (0, 1) to their mean (0.5, 0.5)
-    assert found.item() == pytest.approx(2 * (1 - cosine) ** 2 / 4, rel=1e-5)
+    assert value.item() == pytest.approx(2 * (1 - cosine) ** 2 / 4, rel=1e-5)
 
 
 def test_region_affinity_by_hand_and_an_image_without_lesion_does_not_count() -> None:
@@ -165,7 +166,7 @@ def test_region_affinity_by_hand_and_an_image_without_lesion_does_not_count() ->
     masks = {"student_mask": mask, "teacher_mask": mask}
     one = relations.region_affinity(student=student, teacher=teacher, valid=everywhere(student), **masks)
     assert one.item() == pytest.approx(1.0)
-    both = {name: torch.cat([own, torch.zeros_like(own)]) for name, own in masks.items()}
+    both = {name: torch.cat([each, torch.zeros_like(each)]) for name, each in masks.items()}
     student, teacher = torch.cat([student, student]), torch.cat([teacher, teacher])
     two = relations.region_affinity(student=student, teacher=teacher, valid=everywhere(student), **both)
     assert two.item() == pytest.approx(1.0)
@@ -174,7 +175,7 @@ def test_region_affinity_by_hand_and_an_image_without_lesion_does_not_count() ->
 @pytest.mark.parametrize("loss", OF_MASKS)
 @pytest.mark.parametrize("fill", [0.0, 1.0])
 def test_a_batch_of_one_class_alone_is_defined(loss: Callable[..., Tensor], fill: float) -> None:
-    arguments = given(loss)
+    arguments = arguments_of(loss)
     arguments["student"].requires_grad_()
     arguments |= {name: torch.full((3, 1, 6, 6), fill) for name in ("student_mask", "teacher_mask")}
     value = loss(**arguments)
@@ -191,7 +192,7 @@ def test_a_batch_of_one_class_alone_is_defined(loss: Callable[..., Tensor], fill
 
 @pytest.mark.parametrize("loss", LOSSES, ids=NAMES)
 def test_it_is_zero_at_equality_and_above_elsewhere(loss: Callable[..., Tensor]) -> None:
-    arguments = given(loss)
+    arguments = arguments_of(loss)
     assert loss(**arguments).item() > 1e-4
     assert loss(**{**arguments, "student": arguments["teacher"]}).item() == pytest.approx(0, abs=1e-5)
 
@@ -199,30 +200,29 @@ def test_it_is_zero_at_equality_and_above_elsewhere(loss: Callable[..., Tensor])
 @pytest.mark.parametrize("loss", LOSSES, ids=NAMES)
 def test_the_gradient_is_that_of_finite_differences_and_none_goes_to_the_teacher(loss: Callable[..., Tensor]) -> None:
     bare = inspect.unwrap(loss)  # in double precision
-    arguments = {
-        name: value.double() if value.is_floating_point() else value for name, value in given(loss, count=2).items()
-    }
+    maps = arguments_of(loss, count=2)
+    arguments = {name: value.double() if value.is_floating_point() else value for name, value in maps.items()}
     student = arguments.pop("student").requires_grad_()
     assert torch.autograd.gradcheck(lambda maps: bare(student=maps, **arguments), (student,), atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=NAMES)
 def test_what_lies_outside_the_valid_region_makes_no_difference(loss: Callable[..., Tensor]) -> None:
-    arguments = given(loss)
+    arguments = arguments_of(loss)
     valid = arguments["valid"].clone()
     valid[..., 4:] = False
     clean = loss(**{**arguments, "valid": valid})
     spoilt = {}
     for name in ("student", "teacher"):
         spoilt[name] = torch.where(valid, arguments[name], 100 * draw(*arguments[name].shape, seed=9))
-    found = loss(**{**arguments, **spoilt, "valid": valid})
-    assert found.item() == pytest.approx(clean.item(), rel=1e-5)
+    value = loss(**{**arguments, **spoilt, "valid": valid})
+    assert value.item() == pytest.approx(clean.item(), rel=1e-5)
     assert clean.item() != pytest.approx(loss(**arguments).item(), rel=1e-3), "the region must matter"
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=NAMES)
 def test_without_a_valid_position_it_is_finite(loss: Callable[..., Tensor]) -> None:
-    arguments = given(loss)
+    arguments = arguments_of(loss)
     student = arguments["student"].requires_grad_()
     value = loss(**{**arguments, "valid": torch.zeros_like(arguments["valid"])})
     value.backward()
@@ -232,24 +232,24 @@ def test_without_a_valid_position_it_is_finite(loss: Callable[..., Tensor]) -> N
 
 @pytest.mark.parametrize("loss", LOSSES, ids=NAMES)
 def test_a_batch_of_one_is_defined(loss: Callable[..., Tensor]) -> None:
-    value = loss(**given(loss, count=1))
+    value = loss(**arguments_of(loss, count=1))
     assert value.isfinite()
     assert value.item() == pytest.approx(0, abs=1e-9) if loss is relations.batch_similarity else value.item() > 0
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=NAMES)
 def test_under_autocast_it_is_computed_in_single_precision(loss: Callable[..., Tensor]) -> None:
-    arguments = given(loss)
+    arguments = arguments_of(loss)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = loss(**arguments)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, loss(**arguments))
+        value = loss(**arguments)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, loss(**arguments))
 
 
 # ---- paths ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_stage_is_taken_as_it_is_adapted_and_resized_if_asked_for() -> None:
+def test_a_stage_is_taken_as_it_is_and_adapted_and_resized_as_configured() -> None:
     outputs = Outputs({"encoder.4": draw(2, 6, 8, 8, seed=1), "encoder.5": draw(2, 12, 4, 4, seed=2)})
     plain = paths.Stage(student_channels=6, teacher_channels=6, stage="encoder.4")
     assert plain.stages == ("encoder.4",)
@@ -266,7 +266,7 @@ def test_a_stage_is_taken_as_it_is_adapted_and_resized_if_asked_for() -> None:
     torch.testing.assert_close(both.student_map(outputs), halved, rtol=1e-4, atol=1e-5)
 
 
-def test_stages_of_unequal_size_are_refused_unless_resizing_is_asked_for() -> None:
+def test_stages_of_unequal_size_are_refused_without_resizing() -> None:
     with pytest.raises(InputError, match=r"stage=decoder.1 and teacher_stage=encoder.5 have maps of unequal size: add"):
         paths.Stage(student_channels=1, teacher_channels=1, stage="decoder.1", teacher_stage="encoder.5")
     paths.Stage(student_channels=1, teacher_channels=1, stage="decoder.1", teacher_stage="encoder.4")
@@ -283,7 +283,7 @@ def test_the_generator_sees_a_quarter_of_the_positions_and_in_evaluation_always_
     for _ in range(2):
         kd_path.eval().student_map(outputs)
     kept = [(maps != 0).any(dim=1) for maps in seen]
-    assert [float(own.float().mean()) for own in kept] == pytest.approx([0.25] * 4, abs=0.03)
+    assert [float(each.float().mean()) for each in kept] == pytest.approx([0.25] * 4, abs=0.03)
     assert not torch.equal(kept[0], kept[1])
     assert torch.equal(kept[2], kept[3])
     weights = 2 * (9 * 5 * 5 + 5) + 3 * 5
@@ -306,11 +306,11 @@ def test_masks_come_in_the_frame_and_at_the_size_of_the_maps() -> None:
     theta = torch.tensor([[[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]])  # a quarter of the frame to the left
     path = paths.Stage(student_channels=4, teacher_channels=4, stage="decoder.3")
     for align in (True, False):
-        taught = Distillation(
-            {"own": Term(path, loss, path.stages)}, 0.5, TeacherForward("T", view="weak", precision="fp32"), align
+        distillation = Distillation(
+            {"kd": Term(path, loss, path.stages)}, 0.5, TeacherForward("T", view="weak", precision="fp32"), align
         )
         strong = torch.roll(weak, -16, dims=3)
-        taught.values(student=maps, teacher=maps, views=ViewPair(theta, strong, weak))
+        distillation.values(student=maps, teacher=maps, views=ViewPair(theta, strong, weak))
         expected = (warp(weak.float(), theta=theta)[0] >= 0.5).float() if align else weak.float()
         assert torch.equal(seen["teacher_mask"], expected[..., ::4, ::4])
         assert torch.equal(seen["student_mask"], strong.float()[..., ::4, ::4])
@@ -324,12 +324,12 @@ def test_the_kd_term_is_the_weighted_sum_of_its_comparisons() -> None:
         "near": Term(paths.Logits(), losses.mse, ("logits",), share=0.75),
         "far": Term(paths.Logits(), losses.kld_pixels, ("logits",), share=0.25),
     }
-    taught = Distillation(terms, 0.5, TeacherForward("T", view="strong", precision="fp32"), align=True)
-    found = taught.values(student=maps[0], teacher=maps[1], views=ViewPair(None, mask, mask))
+    distillation = Distillation(terms, 0.5, TeacherForward("T", view="strong", precision="fp32"), align=True)
+    values = distillation.values(student=maps[0], teacher=maps[1], views=ViewPair(None, mask, mask))
     alone = {"student": maps[0].logits, "teacher": maps[1].logits, "valid": everywhere(mask)}
-    assert found["kd.near"].item() == pytest.approx(losses.mse(**alone).item())
-    assert found["kd.far"].item() == pytest.approx(losses.kld_pixels(**alone).item())
-    assert found["kd"].item() == pytest.approx(0.75 * found["kd.near"].item() + 0.25 * found["kd.far"].item())
+    assert values["kd.near"].item() == pytest.approx(losses.mse(**alone).item())
+    assert values["kd.far"].item() == pytest.approx(losses.kld_pixels(**alone).item())
+    assert values["kd"].item() == pytest.approx(0.75 * values["kd.near"].item() + 0.25 * values["kd.far"].item())
 
 
 # ---- configurations ------------------------------------------------------------------------------------------------
@@ -346,10 +346,10 @@ def test_a_method_says_its_source_and_can_be_built(name: str) -> None:
     assert "eight" in " ".join(head), "the source of the weight"
     assert any(year in head[0] for year in map(str, range(2014, 2026)))
     cfg = composition.compose([f"method={name}", "profile=quick", "train.batch_size=4"])
-    taught = build.distillation(cfg, teacher="T")
-    assert taught is not None
-    assert sum(term.share for term in taught.terms.values()) == pytest.approx(1)
-    assert "_" not in cfg.method.notation  # path and loss of the paper's cells are told by it
+    distillation = build.distillation(cfg, teacher="T")
+    assert distillation is not None
+    assert sum(term.share for term in distillation.terms.values()) == pytest.approx(1)
+    assert "_" not in cfg.method.notation  # path and loss of the paper's cells are recognized by it
 
 
 def test_there_are_the_methods_that_the_documentation_lists() -> None:
@@ -369,7 +369,7 @@ def test_the_weights_are_those_published_beside_a_supervised_one() -> None:
     assert cell("path=L", "kd.lambda=1") == cell("path=L")
 
 
-def test_a_method_has_a_name_and_a_cell_of_its_own() -> None:
+def test_a_method_has_another_name_and_another_cell() -> None:
     assert [cell("method=cwd", f"teacher_aug={view}").notation for view in ("weak", "strong")] == ["CWD_WAug", "CWD"]
     assert cell("method=cwd", "path=none") == cell("method=cwd") == cell("method=cwd", "kd.temperature=7")
     assert cell("method=cwd") != cell("method=cwd", "method.terms.logits.loss.temperature=1")
@@ -379,7 +379,7 @@ def test_a_method_has_a_name_and_a_cell_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "line"),
     [
         (["method=at", "path=L"], "method=at brings its paths and losses: leave path out"),
         (["method=at", "loss=mse"], "method=at brings its paths and losses: leave loss out"),
@@ -392,10 +392,10 @@ def test_a_method_has_a_name_and_a_cell_of_its_own() -> None:
         ),
     ],
 )
-def test_what_a_method_cannot_have_is_told_in_one_line(words: list[str], told: str) -> None:
+def test_an_impossible_method_is_one_line(words: list[str], line: str) -> None:
     with pytest.raises(InputError) as caught:
         cell(*words)
-    assert told in str(caught.value)
+    assert line in str(caught.value)
 
 
 def test_a_sweep_may_have_methods_beside_the_papers_cells() -> None:

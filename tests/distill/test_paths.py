@@ -49,12 +49,12 @@ def test_l_compares_the_logits_before_any_activation(student: Outputs, teacher: 
 
 
 def test_h_is_the_mean_over_channels(student: Outputs, teacher: Outputs) -> None:
-    for found, theirs in (
+    for mean, outputs_of in (
         (paths.Hidden().student_map(student), student),
         (paths.Hidden().teacher_map(teacher), teacher),
     ):
-        total = sum(theirs.hidden[:, channel] for channel in range(theirs.hidden.shape[1]))
-        torch.testing.assert_close(found[:, 0], total / theirs.hidden.shape[1], rtol=1e-4, atol=1e-6)
+        total = sum(outputs_of.hidden[:, channel] for channel in range(outputs_of.hidden.shape[1]))
+        torch.testing.assert_close(mean[:, 0], total / outputs_of.hidden.shape[1], rtol=1e-4, atol=1e-6)
 
 
 def test_hr_leaves_the_teachers_map_as_it_is(teacher: Outputs) -> None:
@@ -66,9 +66,9 @@ def test_hr_is_two_convolutions_each_followed_by_a_relu(student: Outputs) -> Non
     first, second = (module for module in kd_path.modules() if isinstance(module, torch.nn.Conv2d))
     inner = torch.einsum("oi,nihw->nohw", first.weight[:, :, 0, 0], student.hidden) + first.bias[:, None, None]
     outer = torch.einsum("oi,nihw->nohw", second.weight[:, :, 0, 0], inner.relu()) + second.bias[:, None, None]
-    found = kd_path.student_map(student)
-    torch.testing.assert_close(found, outer.relu(), rtol=1e-4, atol=1e-5)
-    assert found.min() == 0
+    mapped = kd_path.student_map(student)
+    torch.testing.assert_close(mapped, outer.relu(), rtol=1e-4, atol=1e-5)
+    assert mapped.min() == 0
     assert outer.min() < 0, "the last ReLU must have something to do"
     assert (inner < 0).any(), "the first ReLU must have something to do"
 
@@ -115,7 +115,7 @@ def test_a_regressor_changes_neither_the_student_built_before_nor_after_it() -> 
 
 
 @pytest.mark.parametrize("name", ["L", "H", "HR"])
-def test_the_loss_gets_each_networks_map_under_its_own_name(student: Outputs, teacher: Outputs, name: str) -> None:
+def test_the_loss_gets_each_networks_map_by_name(student: Outputs, teacher: Outputs, name: str) -> None:
     kd_path, seen = make_path(name), {}
 
     def loss(**arguments: Any) -> Tensor:
@@ -123,8 +123,8 @@ def test_the_loss_gets_each_networks_map_under_its_own_name(student: Outputs, te
         return torch.zeros(())
 
     forward = TeacherForward("Teacher", view="strong", precision="fp32")
-    taught = Distillation({"kd": Term(kd_path, loss, kd_path.stages)}, weight=0.5, forward=forward, align=True)
-    taught.values(student=student, teacher=teacher, views=ViewPair(None, MASK, MASK))
+    distillation = Distillation({"kd": Term(kd_path, loss, kd_path.stages)}, weight=0.5, forward=forward, align=True)
+    distillation.values(student=student, teacher=teacher, views=ViewPair(None, MASK, MASK))
     assert torch.equal(seen["student"], kd_path.student_map(student))
     assert torch.equal(seen["teacher"], kd_path.teacher_map(teacher))
     assert seen["valid"].shape == (2, 1, *seen["teacher"].shape[2:])
@@ -143,8 +143,9 @@ def test_a_weak_teachers_map_is_warped_if_and_only_if_it_shall_be(
 
     theta = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]).expand(2, 2, 3)
     forward = TeacherForward("Teacher", view="weak", precision="fp32")
-    taught = Distillation({"kd": Term(paths.Logits(), loss, ("logits",))}, weight=0.5, forward=forward, align=align)
-    taught.values(student=student, teacher=teacher, views=ViewPair(theta, MASK, MASK))
+    terms = {"kd": Term(paths.Logits(), loss, ("logits",))}
+    distillation = Distillation(terms, weight=0.5, forward=forward, align=align)
+    distillation.values(student=student, teacher=teacher, views=ViewPair(theta, MASK, MASK))
     warped, valid = warp(teacher.logits, theta=theta)
     assert torch.equal(seen["teacher"], warped if align else teacher.logits)
     assert torch.equal(seen["valid"], valid if align else torch.ones_like(valid))

@@ -217,7 +217,7 @@ def test_images_that_were_moved_are_found_by_their_new_folder(of_busi, small_bus
     text = (folder / "cell.json").read_text()
     (folder / "cell.json").write_text(text.replace(str(small_busi), "/gone"))
     told, _, _, last = made(folder)
-    why = "the run's test images cannot be read: data.root=/gone: no such folder; give the folder that holds the images"
+    why = "the run's test images cannot be read: data.root=/gone: no such folder; name the folder that holds the images"
     instead = "compared on 4 phantoms instead (--data-root DIR names images that were moved)"
     assert told == f"{why}; {instead}"
     assert last.endswith(" on 4 phantoms, allowed 1e-04")

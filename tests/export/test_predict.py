@@ -189,7 +189,7 @@ def test_images_that_fail_are_named_and_the_others_done(cell, images, tmp_path, 
         "empty.tif is not a readable image (its content is of no image format; save it again or leave it out)",
         "large.png is not a readable image (Image size (16000 pixels) exceeds limit of 15998 pixels, could be "
         "decompression bomb DOS attack; save it with fewer pixels)",
-        "many.tif holds 2 pages or frames; save one of them as a file of its own",
+        "many.tif holds 2 pages or frames; save one of them as a separate file",
         f"{'n' * 249}.png: its name is too long for {'n' * 249}_overlay.png in {out}; shorten it",
         "sc\\xe9n.png is not a readable image (its name is not in UTF-8; rename it)",
     ]

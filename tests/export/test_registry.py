@@ -129,7 +129,9 @@ def test_a_model_that_comes_back_changed_leaves_no_version(cell, client, content
     model = models.load_model(cell.folder)
     for weights in model.network.parameters():
         weights.data.zero_()
-    with pytest.raises(InputError, match=r"--register changed: not registered, what MLflow loads differs by .*1e-04"):
+    with pytest.raises(
+        InputError, match=r"--register changed: not registered, the model that MLflow loads differs by .*1e-04"
+    ):
         onnx_file.register_model(model, content, name="changed", store=cell.store, uri=None)
     assert client.search_registered_models("name = 'changed'") == []
     assert {logged.status for logged in client.search_logged_models(["1"])} <= {"READY"}

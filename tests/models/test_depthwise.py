@@ -39,8 +39,8 @@ def train(network, context, seed=0):
         logits = network(images).logits
     network.zero_grad()
     nn.functional.binary_cross_entropy_with_logits(logits.float(), mask).backward()
-    assert all(own.grad is not None and own.grad.isfinite().all() for own in network.parameters())
-    return logits.detach().float(), torch.cat([own.grad.flatten() for own in network.parameters()])
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in network.parameters())
+    return logits.detach().float(), torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -49,10 +49,10 @@ def test_trained_depthwise_convolutions_alone_stay_in_fp32(encoder):
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             is_depthwise = module.groups == module.in_channels > 1
-            module.register_forward_hook(lambda *call, own=types[is_depthwise]: own.append(call[-1].dtype))
+            module.register_forward_hook(lambda *call, dtypes=types[is_depthwise]: dtypes.append(call[-1].dtype))
     train(network, BF16)
-    assert [set(own) for own in types.values()] == [{torch.float32}, {torch.bfloat16}]
-    assert all(own.grad.any() for own in network.parameters())
+    assert [set(dtypes) for dtypes in types.values()] == [{torch.float32}, {torch.bfloat16}]
+    assert all(parameter.grad.any() for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -95,8 +95,8 @@ def test_fp32_and_what_is_not_trained_keep_their_bits(encoder):
 def test_convolutions_of_any_code_are_recognized_by_their_weights(channels, groups, dtype, expected):
     weight = torch.ones(8, channels // groups, 3, 3, dtype=dtype, requires_grad=True)
     with BF16():
-        found = nn.functional.conv2d(input=torch.ones(2, channels, 8, 8), weight=weight, padding=1, groups=groups)
-    assert found.dtype == expected
+        convolved = nn.functional.conv2d(input=torch.ones(2, channels, 8, 8), weight=weight, padding=1, groups=groups)
+    assert convolved.dtype == expected
     assert not torch.overrides._get_current_function_mode_stack()
-    found.sum().backward()
+    convolved.sum().backward()
     assert weight.grad.dtype == dtype

@@ -26,37 +26,37 @@ def test_the_ladders_students_have_the_size_of_their_name_and_begin_with_imagene
     stem = renamed(cfg.student, "tf_efficientnet_lite0").conv_stem.weight
     assert torch.equal(network.encoder.conv_stem.weight, stem)
     maps = network.eval()(torch.zeros(1, 3, 64, 64), [f"encoder.{number}" for number in range(1, 6)])
-    assert [own.shape[2] for own in maps.values()] == [32, 16, 8, 4, 2]
-    assert [own.shape[1] for own in maps.values()] == network.encoder.out_channels[1:]
+    assert [each.shape[2] for each in maps.values()] == [32, 16, 8, 4, 2]
+    assert [each.shape[1] for each in maps.values()] == network.encoder.out_channels[1:]
 
 
-def test_the_whole_network_is_timms():
-    own, whole = built("efficientnet_lite0_w100_b1223341").encoder, timm.create_model("tf_efficientnet_lite0")
+def test_the_complete_network_is_timms():
+    slim, complete = built("efficientnet_lite0_w100_b1223341").encoder, timm.create_model("tf_efficientnet_lite0")
     gone = ("conv_head.", "bn2.", "classifier.")
-    shapes = {key: value.shape for key, value in whole.state_dict().items() if not key.startswith(gone)}
-    assert {key: value.shape for key, value in own.state_dict().items()} == shapes
-    own.load_state_dict({key: value for key, value in whole.state_dict().items() if not key.startswith(gone)})
+    shapes = {key: value.shape for key, value in complete.state_dict().items() if not key.startswith(gone)}
+    assert {key: value.shape for key, value in slim.state_dict().items()} == shapes
+    slim.load_state_dict({key: value for key, value in complete.state_dict().items() if not key.startswith(gone)})
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        expected = whole.eval().blocks(whole.bn1(whole.conv_stem(images)))
-        assert torch.equal(own.eval()(images)[-1], expected)
+        expected = complete.eval().blocks(complete.bn1(complete.conv_stem(images)))
+        assert torch.equal(slim.eval()(images)[-1], expected)
 
 
 def test_a_narrow_network_begins_with_the_same_evenly_chosen_channels_in_each_layer():
     cfg = composition.compose(["student=efficientnet_lite0_200k", "weights=imagenet", "path=none"])
-    network, whole = build.student_network(cfg), renamed(cfg.student, "tf_efficientnet_lite0")
-    own, wide = network.encoder.blocks[1][0], whole.blocks[1][0]
+    network, complete = build.student_network(cfg), renamed(cfg.student, "tf_efficientnet_lite0")
+    narrow, wide = network.encoder.blocks[1][0], complete.blocks[1][0]
 
     def kept(count, of):
         return [number * of // count for number in range(count)]
 
-    outer = kept(own.conv_pw.in_channels, wide.conv_pw.in_channels)
-    inner = kept(own.conv_pw.out_channels, wide.conv_pw.out_channels)
+    outer = kept(narrow.conv_pw.in_channels, wide.conv_pw.in_channels)
+    inner = kept(narrow.conv_pw.out_channels, wide.conv_pw.out_channels)
     assert len(inner) < wide.conv_pw.out_channels
-    assert torch.equal(own.conv_pw.weight, wide.conv_pw.weight[inner][:, outer])
-    assert torch.equal(own.bn1.running_var, wide.bn1.running_var[inner])
-    assert torch.equal(own.conv_dw.weight, wide.conv_dw.weight[inner])
-    assert torch.equal(own.conv_pwl.weight[:, 0], wide.conv_pwl.weight[kept(own.conv_pwl.out_channels, 24), 0])
+    assert torch.equal(narrow.conv_pw.weight, wide.conv_pw.weight[inner][:, outer])
+    assert torch.equal(narrow.bn1.running_var, wide.bn1.running_var[inner])
+    assert torch.equal(narrow.conv_dw.weight, wide.conv_dw.weight[inner])
+    assert torch.equal(narrow.conv_pwl.weight[:, 0], wide.conv_pwl.weight[kept(narrow.conv_pwl.out_channels, 24), 0])
 
 
 @pytest.mark.parametrize("name", ["w100_b1223342", "w100_b0223341", "w05_b1223341", "w101_b1223341"])
@@ -66,5 +66,5 @@ def test_a_network_with_more_blocks_than_there_are_or_another_width_is_refused(n
 
 
 def test_an_unknown_encoder_is_refused():
-    with pytest.raises(InputError, match="encoder=resnet1 is not known to segmentation-models-pytorch"):
+    with pytest.raises(InputError, match="encoder=resnet1 is not an encoder of segmentation-models-pytorch"):
         encoders.check_encoder("resnet1")

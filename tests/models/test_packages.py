@@ -28,11 +28,11 @@ def cfg():
 
 
 def renamed(node, classifier):
-    """The whole classifier with the package's weights."""
+    """The complete classifier with the package's weights."""
     file = weights.imagenet_file(inputs.imagenet(node))
     network = timm.create_model(classifier, pretrained=False).eval()
-    own = network.state_dict()
-    network.load_state_dict(dict(zip(own, weights.read_weights(file).values(), strict=True)))
+    names = network.state_dict()
+    network.load_state_dict(dict(zip(names, weights.read_weights(file).values(), strict=True)))
     return network
 
 
@@ -63,34 +63,34 @@ def test_photographs_are_recognized_with_the_tensors_in_this_order_and_these_sta
 
 
 def test_the_students_encoder_is_the_classifiers_up_to_the_first_block_of_its_sixth_stage(cfg):
-    network, whole = build.student_network(cfg).eval(), renamed(cfg.student, "tf_efficientnet_lite0")
+    network, complete = build.student_network(cfg).eval(), renamed(cfg.student, "tf_efficientnet_lite0")
     assert unet.count_parameters(network) == 817_425
     assert unet.count_parameters(network.encoder) == 584_448
     pixels = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
     stages = [f"encoder.{number}" for number in range(1, 6)]
     with torch.no_grad():
-        found = network(normalize(pixels), stages)
-        maps = whole.bn1(whole.conv_stem((pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5))
+        maps_by_stage = network(normalize(pixels), stages)
+        maps = complete.bn1(complete.conv_stem((pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5))
         expected = []
-        for blocks in (*whole.blocks[:4], whole.blocks[4][:1], whole.blocks[5][:1]):
+        for blocks in (*complete.blocks[:4], complete.blocks[4][:1], complete.blocks[5][:1]):
             maps = blocks(maps)
             expected.append(maps)
-    for stage, wanted in zip(stages, [expected[number] for number in (0, 1, 2, 4, 5)], strict=True):
-        torch.testing.assert_close(found[stage], wanted, rtol=1e-3, atol=1e-3)
-    assert [found[stage].shape[1] for stage in stages] == [16, 24, 40, 112, 192]
-    assert [found[stage].shape[2] for stage in stages] == [32, 16, 8, 4, 2]
+    for stage, reference in zip(stages, [expected[number] for number in (0, 1, 2, 4, 5)], strict=True):
+        torch.testing.assert_close(maps_by_stage[stage], reference, rtol=1e-3, atol=1e-3)
+    assert [maps_by_stage[stage].shape[1] for stage in stages] == [16, 24, 40, 112, 192]
+    assert [maps_by_stage[stage].shape[2] for stage in stages] == [32, 16, 8, 4, 2]
 
 
 @pytest.mark.parametrize(("name", "millions"), [("efficientnet_lite0", 5.20), ("efficientnet_lite2", 6.70)])
 def test_the_teachers_encoder_gives_the_maps_of_the_classifier(name, millions):
     cfg = composition.compose([f"teacher={name}", "image_size=64"])
-    network, whole = build.teacher_network(cfg).eval(), renamed(cfg.teacher, f"tf_{name}")
+    network, complete = build.teacher_network(cfg).eval(), renamed(cfg.teacher, f"tf_{name}")
     assert unet.count_parameters(network) == pytest.approx(millions * 1e6, rel=1e-3)
     pixels = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
     with torch.no_grad():
-        found = network(normalize(pixels), {"encoder.5"})["encoder.5"]
-        wanted = whole.blocks(whole.bn1(whole.conv_stem((pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)))
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+        hidden = network(normalize(pixels), {"encoder.5"})["encoder.5"]
+        reference = complete.blocks(complete.bn1(complete.conv_stem((pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)))
+    torch.testing.assert_close(hidden, reference, rtol=1e-3, atol=1e-3)
 
 
 def test_other_networks_get_their_images_as_they_are(cfg):
@@ -98,7 +98,7 @@ def test_other_networks_get_their_images_as_they_are(cfg):
     assert network.classifier == ""
     assert not [name for name, _ in network.named_buffers() if name.startswith("input_")]
     wrapped = build.student_network(cfg)
-    assert not [name for name in wrapped.state_dict() if name.startswith("input_")]  # as smp's own
+    assert not [name for name in wrapped.state_dict() if name.startswith("input_")]  # as smp's
 
 
 def test_a_package_comes_before_the_hub_and_the_run_says_which(cfg, caplog, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_package_comes_before_the_hub_and_the_run_says_which(cfg, caplog, monk
     node = SimpleNamespace(**names, imagenet="timm/some@1234")
     source = inputs.imagenet(node)
     assert source == f"package:{node.imagenet_package}"
-    weights._tell.cache_clear()
+    weights._log_source.cache_clear()
     with caplog.at_level(logging.INFO):
         file = weights.imagenet_file(source)
         weights.imagenet_file(source)

@@ -57,7 +57,7 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def scrambled(network: nn.Module, seed: int = 99) -> dict[str, Tensor]:
-    """A state dict with a random value of its own in every tensor, running means and counters included."""
+    """A state dict with another random value in every tensor, running means and counters included."""
     generator = torch.Generator().manual_seed(seed)
     return {
         key: torch.randn(value.shape, generator=generator)
@@ -192,7 +192,7 @@ def test_every_stage_has_the_channels_and_the_size_that_are_said_beforehand(enco
         (["decoder.2", "encoder.3"], ["layer1", "layer2", "layer3", "layer4", "blocks.0", "blocks.1"]),
     ],
 )
-def test_a_network_runs_no_further_than_the_last_stage_that_is_asked_for(stages: list[str], ran: list[str]) -> None:
+def test_a_network_runs_no_further_than_the_last_requested_stage(stages: list[str], ran: list[str]) -> None:
     network = build("resnet18").eval()
     seen: list[str] = []
     parts = {name: getattr(network.encoder, name) for name in ("layer1", "layer2", "layer3", "layer4")}
@@ -204,8 +204,8 @@ def test_a_network_runs_no_further_than_the_last_stage_that_is_asked_for(stages:
         outputs = network(images(), stages)
         assert set(outputs) == set(stages)
         assert seen == ran
-        whole = network(images(), STAGES)
-    assert all(torch.equal(maps, whole[name]) for name, maps in outputs.items())
+        complete = network(images(), STAGES)
+    assert all(torch.equal(maps, complete[name]) for name, maps in outputs.items())
 
 
 def test_the_teachers_hidden_map_is_not_negative_and_the_students_is_signed() -> None:
@@ -272,11 +272,11 @@ def test_imagenet_weights_reach_every_tensor_of_the_students_encoder(tmp_path: P
     network = build("mobilenetv3_small_trimmed")
     decoder = copy_of(network.decoder.state_dict())
     load_weights(network, tmp_path / "model.safetensors", label="weights")
-    own = network.encoder.state_dict()
-    assert len(own) == 212
-    assert all(torch.equal(value, state[key]) for key, value in own.items())
+    encoder_state = network.encoder.state_dict()
+    assert len(encoder_state) == 212
+    assert all(torch.equal(value, state[key]) for key, value in encoder_state.items())
     assert equal(decoder, network.decoder.state_dict())
-    dropped = {key.split(".")[0] for key in state.keys() - own.keys()}
+    dropped = {key.split(".")[0] for key in state.keys() - encoder_state.keys()}
     assert dropped == {"blocks", "conv_head", "classifier"}
 
 
@@ -285,13 +285,13 @@ def test_imagenet_weights_reach_every_tensor_of_a_resnet(tmp_path: Path) -> None
     assert "fc.weight" in state
     torch.save(state, tmp_path / "resnet18.pt")
     network = build("resnet18", weights=str(tmp_path / "resnet18.pt"))
-    own = network.encoder.state_dict()
-    assert own.keys() == {key for key in state if not key.startswith("fc.")}
-    assert all(torch.equal(value, state[key]) for key, value in own.items())
+    encoder_state = network.encoder.state_dict()
+    assert encoder_state.keys() == {key for key in state if not key.startswith("fc.")}
+    assert all(torch.equal(value, state[key]) for key, value in encoder_state.items())
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_whole_networks_state_is_loaded_whole(tmp_path: Path, nested: bool) -> None:
+def test_a_complete_networks_state_is_loaded_completely(tmp_path: Path, nested: bool) -> None:
     state = scrambled(build("resnet18"))
     torch.save({"state_dict": state} if nested else state, tmp_path / "unet.pt")
     assert equal(state, build("resnet18", weights=str(tmp_path / "unet.pt")).state_dict())
@@ -307,16 +307,16 @@ def test_counters_of_old_files_may_be_missing(tmp_path: Path) -> None:
 # ---- weights that are refused --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("offered", "wanted"), [("resnet34", "resnet18"), ("resnet18", "resnet34")])
-@pytest.mark.parametrize("whole", [False, True])
-def test_weights_of_another_encoder_are_refused(tmp_path: Path, offered: str, wanted: str, whole: bool) -> None:
+@pytest.mark.parametrize(("offered", "encoder"), [("resnet34", "resnet18"), ("resnet18", "resnet34")])
+@pytest.mark.parametrize("is_network", [False, True])
+def test_weights_of_another_encoder_are_refused(tmp_path: Path, offered: str, encoder: str, is_network: bool) -> None:
     file = tmp_path / "weights.pt"
-    torch.save(scrambled(build(offered)) if whole else resnet_state(offered), file)
-    network = build(wanted)
+    torch.save(scrambled(build(offered)) if is_network else resnet_state(offered), file)
+    network = build(encoder)
     before = copy_of(network.state_dict())
     with pytest.raises(InputError) as error:
         load_weights(network, file, label=f"weights={file}")
-    one_line(error, file, wanted)
+    one_line(error, file, encoder)
     assert equal(before, network.state_dict()), "nothing was loaded"
 
 
@@ -342,10 +342,10 @@ def test_junk_is_refused(tmp_path: Path, name: str, seed: int) -> None:
 
 def test_truncated_files_are_refused(tmp_path: Path) -> None:
     state = resnet_state()
-    save_file(state, tmp_path / "whole.safetensors")
-    torch.save(state, tmp_path / "whole.pt")
+    save_file(state, tmp_path / "complete.safetensors")
+    torch.save(state, tmp_path / "complete.pt")
     for suffix in (".safetensors", ".pt"):
-        content = (tmp_path / "whole").with_suffix(suffix).read_bytes()
+        content = (tmp_path / "complete").with_suffix(suffix).read_bytes()
         for share in (0.999, 0.5, 0.00001):
             file = (tmp_path / "part").with_suffix(suffix)
             file.write_bytes(content[: int(share * len(content))])
@@ -388,7 +388,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         build("resnet18", weights=str(tmp_path / "absent.pt"))
     one_line(error, tmp_path / "absent.pt", "no such file", "none")
     with pytest.raises(InputError):
-        build("resnet18", weights=str(tmp_path))  # a folder is no file
+        build("resnet18", weights=str(tmp_path))  # a folder is not a file
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     [[torch.zeros(2)], {"epoch": 3}, {"state_dict": [torch.zeros(2)]}, {0: torch.zeros(2)}, torch.zeros(2)],
     ids=["list", "numbers", "nested list", "unnamed", "tensor"],
 )
-def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
+def test_other_content_than_a_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(InputError) as error:
         build("resnet18", weights=str(tmp_path / "weights.pt"))
@@ -410,10 +410,10 @@ class Hub:
     """Stands in for hf_hub_download: a cache and a network that have the file or have not."""
 
     def __init__(self, *, cached: Path | None = None, online: Path | None = None) -> None:
-        self.cached, self.online, self.asked = cached, online, []
+        self.cached, self.online, self.requests = cached, online, []
 
     def __call__(self, *, repo_id: str, filename: str, revision: str, local_files_only: bool = False) -> str:
-        self.asked.append((repo_id, filename, local_files_only))
+        self.requests.append((repo_id, filename, local_files_only))
         assert revision
         if local_files_only and self.cached is None:
             raise LocalEntryNotFoundError("not in the cache")
@@ -430,7 +430,7 @@ def student_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quiet_hub() -> Any:
-    """The code under test turns the hub's own log down; put it back."""
+    """The code under test turns the hub's log down; put it back."""
     level = huggingface_hub.logging.get_verbosity()
     yield
     huggingface_hub.logging.set_verbosity(level)
@@ -445,7 +445,7 @@ def test_cached_imagenet_weights_need_no_network(monkeypatch: pytest.MonkeyPatch
     hub = install(monkeypatch, Hub(cached=student_file))
     network = build("mobilenetv3_small_trimmed", weights=f"imagenet:{MOBILENET}@main")
     assert torch.equal(network.encoder.conv_stem.weight, mobilenet_state()["conv_stem.weight"])
-    assert hub.asked == [(MOBILENET, "model.safetensors", True)]
+    assert hub.requests == [(MOBILENET, "model.safetensors", True)]
 
 
 def test_imagenet_weights_are_fetched_once_the_cache_has_none(
@@ -455,7 +455,7 @@ def test_imagenet_weights_are_fetched_once_the_cache_has_none(
     with caplog.at_level(logging.INFO, logger="kdsweep"):
         network = build("mobilenetv3_small_trimmed", weights=f"imagenet:{MOBILENET}@main")
     assert torch.equal(network.encoder.conv_stem.weight, mobilenet_state()["conv_stem.weight"])
-    assert [local for _, _, local in hub.asked] == [True, False]
+    assert [local for _, _, local in hub.requests] == [True, False]
     assert MOBILENET in caplog.text
 
 
@@ -469,8 +469,8 @@ def test_without_a_network_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["resnext101", "resnext50", "resnet101", "resnet34", "resnet18"])
 def test_the_configured_imagenet_weights_are_those_that_smp_knows(name: str) -> None:
     node = composition.compose([f"teacher={name}"]).teacher
-    known = smp.encoders.encoders[node.encoder]["pretrained_settings"]["imagenet"]
-    assert node.imagenet == f"{known['repo_id']}@{known['revision']}"
+    pretrained = smp.encoders.encoders[node.encoder]["pretrained_settings"]["imagenet"]
+    assert node.imagenet == f"{pretrained['repo_id']}@{pretrained['revision']}"
 
 
 def test_the_students_imagenet_weights_are_those_that_timm_knows() -> None:
@@ -479,10 +479,10 @@ def test_the_students_imagenet_weights_are_those_that_timm_knows() -> None:
     assert re.fullmatch(r"[0-9a-f]{40}", revision)  # a branch may move
 
 
-def test_weights_none_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_none_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = install(monkeypatch, Hub())
     build("mobilenetv3_small_trimmed", weights="none")
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def test_an_encoder_without_imagenet_weights_says_so() -> None:

@@ -1,4 +1,4 @@
-"""What a run's folder tells: a finished cell counts only as long as it is what was written."""
+"""The record in a cell's folder: a finished cell counts only as long as it is what was written."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and come back as they were."""
+"""Files appear complete or not at all, and come back as they were."""
 
 import hashlib
 import json
@@ -72,8 +72,8 @@ def test_predictions_come_back_by_id(tmp_path):
     checkpoint.save_predictions(tmp_path / "p.npz", masks, ids=["b", "a", "c d"])
     back = checkpoint.load_predictions(tmp_path / "p.npz")
     assert list(back) == ["b", "a", "c d"]
-    for mask, own in zip(masks, back.values(), strict=True):
-        assert np.array_equal(mask, own)
+    for mask, restored in zip(masks, back.values(), strict=True):
+        assert np.array_equal(mask, restored)
 
 
 def test_a_network_comes_back_bit_for_bit_whatever_its_memory_format(tmp_path):

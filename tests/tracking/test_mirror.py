@@ -41,7 +41,7 @@ def ask(store: Path, sweep: str, cells: list[Cell], **more) -> None:
 
 
 def begin(cell: Cell, epochs: int = 3, params=PARAMS) -> cell_folder.Record:
-    """What the folder of a cell in training tells."""
+    """The record of a cell in training."""
     cell_folder.describe(cell, split={}, params=params, tags=TAGS)
     history = [{"epoch": epoch, "train/loss": 1.0 / (epoch + 1), "val/loss": 0.5} for epoch in range(epochs)]
     times_ms = [1_000_000 + 1000 * epoch for epoch in range(epochs)]
@@ -50,7 +50,7 @@ def begin(cell: Cell, epochs: int = 3, params=PARAMS) -> cell_folder.Record:
 
 
 def end(cell: Cell, dice: list[float]) -> cell_folder.Record:
-    """What the folder of a finished cell tells."""
+    """The record of a finished cell."""
     begin(cell)
     images = [f"{i:06d}" for i in range(len(dice))]
     frame = pd.DataFrame({"image": images, "label": "benign", "dice": dice})
@@ -106,11 +106,11 @@ def test_what_a_network_began_with_is_named_by_file_and_digest(store, tmp_path):
     ask(store, "weights", [cell])
     begin(cell)
     described = json.loads((cell.folder / cell_folder.CELL).read_text())
-    described["params"] |= {"weights": "none", "student.weights": "mine.pt"}
+    described["params"] |= {"weights": "none", "student.weights": "start.pt"}
     (cell.folder / cell_folder.CELL).write_text(json.dumps(described))
     tracker.sync(cell_folder.read(cell.folder), sweep="weights")
     (row,) = reader.read_sweep(store=store, uri=None, name="weights").runs.to_dict("records")
-    assert row["weights"] == "mine.pt (SHA-256 0123456789)"
+    assert row["weights"] == "start.pt (SHA-256 0123456789)"
 
 
 def test_the_parent_run_says_what_the_sweep_is(store, tmp_path):
@@ -162,15 +162,15 @@ def client_of(store: Path) -> mirror.MlflowClient:
 
 def runs_of(store: Path, cell: Cell) -> dict[str, str]:
     """Statuses of a cell's runs, by their ids."""
-    found = mirror.Tracker(store=store, uri=None).search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
-    return {run.info.run_id: run.info.status for run in found}
+    runs = mirror.Tracker(store=store, uri=None).search(f"tags.`kdsweep.fingerprint` = '{cell.fingerprint}'")
+    return {run.info.run_id: run.info.status for run in runs}
 
 
 def steps_of(store: Path, run_id: str, key: str = "train/loss") -> list[int]:
     return sorted(point.step for point in client_of(store).get_metric_history(run_id, key))
 
 
-def test_every_epoch_is_kept_once_however_often_it_is_told(store, tmp_path):
+def test_every_epoch_is_kept_once_however_often_it_is_logged(store, tmp_path):
     cell = replace(make_cell(lr=7), store=tmp_path)
     first = mirror.Tracker(store=store, uri=None)
     for epochs in (1, 2, 2):
@@ -248,13 +248,13 @@ def test_killed_after_any_change_or_without_its_answer_a_cell_gets_one_run_with_
 
 
 def test_two_commands_that_looked_before_a_cell_was_begun_open_one_run(store, tmp_path):
-    known, fresh = (replace(make_cell(lr=lr), store=tmp_path) for lr in (25, 26))
+    earlier, fresh = (replace(make_cell(lr=lr), store=tmp_path) for lr in (25, 26))
     both = [mirror.Tracker(store=store, uri=None) for _ in range(2)]
     for tracker in both:
-        tracker.sync(end(known, [0.5]), sweep="both")
+        tracker.sync(end(earlier, [0.5]), sweep="both")
     assert len({tracker.sync(end(fresh, [0.25]), sweep="both") for tracker in both}) == 1
-    found = both[0].search(f"tags.`kdsweep.fingerprint` = '{fresh.fingerprint}'")
-    assert len(found) == 1
+    runs = both[0].search(f"tags.`kdsweep.fingerprint` = '{fresh.fingerprint}'")
+    assert len(runs) == 1
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("{"), lambda file: file.write_text("[]")])
@@ -327,7 +327,7 @@ def test_a_finished_cell_has_one_finished_run_also_after_it_was_computed_again(s
     cell = replace(make_cell(lr=22), store=tmp_path)
     first = mirror.Tracker(store=store, uri=None).sync(end(cell, [0.5]), sweep="twice")
     tracker = mirror.Tracker(store=store, uri=None)
-    assert tracker.sync(begin(cell, 1), sweep="twice") == first  # until it is finished the old scores stand
+    assert tracker.sync(begin(cell, 1), sweep="twice") == first  # until it is finished the old scores count
     assert tracker.sync(end(cell, [0.5]), sweep="twice") == first  # the same scores: nothing to add
     second = tracker.sync(end(cell, [0.75]), sweep="twice")
     assert second != first
@@ -337,17 +337,17 @@ def test_a_finished_cell_has_one_finished_run_also_after_it_was_computed_again(s
 def test_two_stores_on_one_server_share_the_run_of_a_cell_with_equal_scores(store, tmp_path):
     uri, cell = mirror.store_uri(store, None), make_cell(lr=23)
     cells = [replace(cell, store=tmp_path / name) for name in ("one", "other")]
-    trackers = [mirror.Tracker(store=own.store, uri=uri) for own in cells]
+    trackers = [mirror.Tracker(store=cell.store, uri=uri) for cell in cells]
     first = trackers[0].sync(end(cells[0], [0.5]), sweep="shared")
-    trackers[1].sync(begin(cells[1], 1), sweep="shared")  # in training it has a run of its own
+    trackers[1].sync(begin(cells[1], 1), sweep="shared")  # in training it has another run
     assert len(runs_of(store, cell)) == 2
     assert trackers[1].sync(end(cells[1], [0.5]), sweep="shared") == first
-    for own in cells:  # of later commands
-        assert mirror.Tracker(store=own.store, uri=uri).sync(cell_folder.read(own.folder), sweep="shared") == first
+    for cell in cells:  # of later commands
+        assert mirror.Tracker(store=cell.store, uri=uri).sync(cell_folder.read(cell.folder), sweep="shared") == first
     assert runs_of(store, cell) == {first: "FINISHED"}
 
 
-def test_a_failed_cell_has_its_error_beside_its_status_and_may_go_on(store, tmp_path):
+def test_a_failed_cell_has_its_error_with_its_status_and_may_be_resumed(store, tmp_path):
     cell = replace(make_cell(lr=23), store=tmp_path)
     tracker = mirror.Tracker(store=store, uri=None)
     begin(cell, 1)
@@ -368,16 +368,16 @@ def test_of_several_runs_of_a_cell_the_finished_one_counts(store, tmp_path):
     ask(store, "counts", [cell])
     run_id = finish(tracker, cell, "counts", tmp_path, [0.25, 0.75])
     client = client_of(store)
-    known = client.get_run(run_id)
+    logged = client.get_run(run_id)
     for moved_ms in (-1, 1):
-        begun = known.info.start_time + 1_000_000 * moved_ms
-        other = client.create_run(known.info.experiment_id, start_time=begun, tags=known.data.tags)
+        begun = logged.info.start_time + 1_000_000 * moved_ms
+        other = client.create_run(logged.info.experiment_id, start_time=begun, tags=logged.data.tags)
         client.set_terminated(other.info.run_id, "KILLED")
     (row,) = reader.read_sweep(store=store, uri=None, name="counts").runs.to_dict("records")
     assert (row["run_id"], row["status"]) == (run_id, "FINISHED")
 
 
-def test_what_was_asked_for_and_is_not_there_is_missing(store):
+def test_a_requested_cell_without_a_run_is_missing(store):
     ask(store, "gaps", [make_cell(split=2, lr=5), make_cell("Student", split=1, lr=5)])
     runs = reader.read_sweep(store=store, uri=None, name="gaps").runs.set_index("notation")
     assert runs["status"].tolist() == ["missing", "missing"]
@@ -385,7 +385,7 @@ def test_what_was_asked_for_and_is_not_there_is_missing(store):
     assert runs.loc["Student", ["split", "role"]].tolist() == [1, "baseline"]
 
 
-def test_a_teacher_comes_with_the_cells_that_it_taught(store, tmp_path):
+def test_a_teacher_comes_with_the_cells_that_learned_from_it(store, tmp_path):
     tracker, teacher = mirror.Tracker(store=store, uri=None), make_cell("Teacher", lr=12)
     finish(tracker, teacher, "first", tmp_path, [0.9])
     cell = replace(make_cell(lr=12), input_digests={"teacher": teacher.fingerprint})
@@ -397,7 +397,7 @@ def test_a_teacher_comes_with_the_cells_that_it_taught(store, tmp_path):
 
 
 def test_no_call_holds_more_than_an_mlflow_server_takes(store, tmp_path, monkeypatch):
-    """The SQLite store takes any number; a server applies MLflow's own limits, so they are applied here."""
+    """The SQLite store takes any number; a server applies MLflow's limits, so they are applied here."""
     send = mirror.MlflowClient.log_batch
 
     def limited(client, run_id, metrics=(), params=(), tags=()):
@@ -418,9 +418,9 @@ def test_no_call_holds_more_than_an_mlflow_server_takes(store, tmp_path, monkeyp
     assert {row["fingerprint"] for row in requested} == {cell.fingerprint for cell in cells}
 
 
-def test_an_unknown_sweep_and_a_missing_store_are_told_in_one_line(store, tmp_path):
-    ask(store, "known", [make_cell(lr=16)])
-    with pytest.raises(InputError, match=r"sweep=nonsense is not in this store; it holds: .*known"):
+def test_an_unknown_sweep_and_a_missing_store_are_one_line(store, tmp_path):
+    ask(store, "earlier", [make_cell(lr=16)])
+    with pytest.raises(InputError, match=r"sweep=nonsense is not in this store; it holds: .*earlier"):
         reader.read_sweep(store=store, uri=None, name="nonsense")
     with pytest.raises(InputError, match=r"no mlflow\.db in it"):
         reader.read_sweep(store=tmp_path, uri=None, name=None)

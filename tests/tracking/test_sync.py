@@ -55,18 +55,18 @@ def runs_of(uri: str) -> dict[str, tuple[str, str, list[int]]]:
     client = mirror.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("kdsweep")
     runs = client.search_runs([experiment.experiment_id], "tags.`kdsweep.role` = 'distilled'")
-    found = {}
+    logged = {}
     for run in runs:
         fingerprint, run_id = run.data.tags["kdsweep.fingerprint"], run.info.run_id
-        assert fingerprint not in found
+        assert fingerprint not in logged
         steps = sorted(point.step for point in client.get_metric_history(run_id, "val/loss"))
-        found[fingerprint] = run_id, run.info.status, steps
-    return found
+        logged[fingerprint] = run_id, run.info.status, steps
+    return logged
 
 
-def test_a_training_is_seen_while_it_goes_on_and_closed_by_what_its_folder_says(store):
+def test_a_training_is_seen_while_it_runs_and_closed_as_its_folder_records(store):
     done, failed, killed = cells = some_cells(store, 3)
-    own = mirrored(store, {"sweep": cells})
+    opened = mirrored(store, {"sweep": cells})
     uri = mirror.store_uri(store, None)
     with contextlib.ExitStack() as held:
         for cell in cells:
@@ -77,7 +77,7 @@ def test_a_training_is_seen_while_it_goes_on_and_closed_by_what_its_folder_says(
         cell_folder.write_failed(failed.folder, "it broke")
         end(done, [0.5])
         assert until(lambda: {run[1] for run in runs_of(uri).values()} == {"RUNNING", "FAILED", "FINISHED"})
-    own.close()
+    opened.close()
     statuses = {fingerprint: run[1:] for fingerprint, run in runs_of(uri).items()}
     assert statuses == {
         done.fingerprint: ("FINISHED", [0, 1, 2]),
@@ -94,9 +94,9 @@ def test_a_command_that_trains_nothing_leaves_no_parent_run(store):
     tracker = mirror.Tracker(store=store, uri=None)
     assert tracker.search("") == []
     assert reader.read_sweep(store=store, uri=None, name="sweep").runs["status"].tolist() == ["missing"] * 2
-    own = mirrored(store, {"sweep": cells, "other": cells[1:]})
+    opened = mirrored(store, {"sweep": cells, "other": cells[1:]})
     end(cells[0], [0.5])
-    own.close()
+    opened.close()
     assert sorted(run.info.run_name for run in tracker.search("")) == ["L_MSE/split0", "sweep"]
 
 
@@ -111,8 +111,8 @@ def test_what_a_killed_command_left_unsaid_is_logged_at_the_next_start(store):
     cells = some_cells(store)
     end(cells[0], [0.25])  # killed between the scores and MLflow
     begin(cells[1], 2)
-    own = mirrored(store, {"sweep": cells})
-    own.close()
+    opened = mirrored(store, {"sweep": cells})
+    opened.close()
     sweep = reader.read_sweep(store=store, uri=None, name="sweep")
     assert sorted(sweep.runs["status"]) == ["FINISHED", "KILLED"]
     assert sweep.scores["dice"].tolist() == [0.25]
@@ -125,8 +125,8 @@ def test_two_mirrors_of_one_cell_open_one_run(store):
         begin(cell, epochs)
         time.sleep(0.5)
     end(cell, [0.5])
-    for own in both:
-        own.close()
+    for opened in both:
+        opened.close()
     (run,) = runs_of(mirror.store_uri(store, None)).values()
     assert run[1:] == ("FINISHED", [0, 1, 2])
     assert steps_of(store, run[0], "test/dice") == [0]
@@ -145,12 +145,12 @@ def test_a_database_that_another_process_locks_is_written_to_later(store, caplog
     release = threading.Timer(12, lambda: (other.execute("ROLLBACK"), other.close()))
     release.start()
     start = time.monotonic()
-    own = mirrored(store, {"sweep": cells})
+    opened = mirrored(store, {"sweep": cells})
     assert time.monotonic() - start < 11  # the start does not wait for the other one
     end(cells[1], [0.75])
-    own.close()
+    opened.close()
     release.join()
-    assert re.search(r"training goes on, .* \(.*database is locked\)$", caplog.messages[0])
+    assert re.search(r"training continues, .* \(.*database is locked\)$", caplog.messages[0])
     sweep = reader.read_sweep(store=store, uri=None, name="sweep")
     assert sorted(sweep.scores["dice"]) == [0.25, 0.75]
 
@@ -196,7 +196,7 @@ def test_a_process_killed_while_it_makes_the_database_spoils_nothing(tmp_path):
     assert left == set()
 
 
-def test_a_database_that_cannot_be_opened_is_told_before_anything_is_trained(tmp_path):
+def test_a_database_that_cannot_be_opened_is_refused_before_anything_is_trained(tmp_path):
     (tmp_path / "mlflow.db").write_text("this is not a database, however long it may be" * 100)
     with pytest.raises(InputError, match=r"mlflow\.db does not open or is damaged \(.*not a database\); move it"):
         mirrored(tmp_path, {"sweep": some_cells(tmp_path)})
@@ -225,13 +225,13 @@ def test_a_moved_store_keeps_its_scores_and_takes_new_ones(store, tmp_path):
     mirrored(moved, {"sweep": cells}).close()
     assert len(reader.read_sweep(store=moved, uri=None, name="sweep").scores) == 5
     assert not store.exists()
-    for run_id, *_ in runs_of(mirror.store_uri(moved, None)).values():  # MLflow's own interface finds them too
+    for run_id, *_ in runs_of(mirror.store_uri(moved, None)).values():  # MLflow's interface reads them too
         place = client_of(moved).get_run(run_id).info.artifact_uri
         assert place == (moved / "artifacts" / run_id / "artifacts").as_uri()
         assert Path(client_of(moved).download_artifacts(run_id, "test_scores.csv")).is_file()
 
 
-def test_a_copy_and_its_original_go_on_apart(store, tmp_path):
+def test_a_copy_and_its_original_are_logged_apart(store, tmp_path):
     finished_sweep(store)
     before = sorted((store / "artifacts").iterdir())
     copy = Path(shutil.copytree(store, tmp_path / "copy"))
@@ -255,7 +255,7 @@ def server_folder(empty_store, tmp_path_factory) -> Path:
 @contextlib.contextmanager
 def slow(port: int, seconds: float):
     """A port that passes everything on to another one, each answer late by so many seconds."""
-    own = socket.create_server(("127.0.0.1", 0))
+    relay = socket.create_server(("127.0.0.1", 0))
 
     def pump(source: socket.socket, target: socket.socket, wait_s: float) -> None:
         with contextlib.suppress(OSError):
@@ -268,18 +268,18 @@ def slow(port: int, seconds: float):
     def accept() -> None:
         with contextlib.suppress(OSError):
             while True:
-                near = own.accept()[0]
+                near = relay.accept()[0]
                 far = socket.create_connection(("127.0.0.1", port))
                 threading.Thread(target=pump, args=(near, far, 0.0), daemon=True).start()
                 threading.Thread(target=pump, args=(far, near, seconds), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
-    yield own.getsockname()[1]
-    own.close()
+    yield relay.getsockname()[1]
+    relay.close()
 
 
 @pytest.mark.slow
-def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_nobody_waits(
+def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_no_training_waits(
     server_folder, tmp_path, tmp_path_factory, monkeypatch, caplog
 ):
     caplog.set_level("INFO")
@@ -287,10 +287,10 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
     uri = f"http://127.0.0.1:{port}"
     cells = some_cells(tmp_path, 3)
     waited = time.monotonic()
-    own = mirrored(tmp_path, {"sweep": cells}, uri=uri)  # down at the start
+    opened = mirrored(tmp_path, {"sweep": cells}, uri=uri)  # down at the start
     waited = time.monotonic() - waited
     end(cells[0], [0.25])
-    assert "does not answer: training goes on" in caplog.text
+    assert "does not answer: training continues" in caplog.text
     assert caplog.text.count("does not answer") == 1
     with serving(server_folder, port):
         assert until(lambda: "answers again" in caplog.text, 60)
@@ -299,7 +299,7 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
     begin(cells[1], 2)  # it died midway
     end(cells[2], [0.75])
     start = time.monotonic()
-    own.close()
+    opened.close()
     waited += time.monotonic() - start
     assert waited < 10
     assert "cells are not in MLflow" in caplog.text
@@ -312,8 +312,8 @@ def test_a_server_that_is_down_dies_comes_back_and_is_slow_gets_everything_and_n
         end(cells[1], [0.5])
         last = mirrored(tmp_path, {"sweep": cells}, uri=uri, trains=False)
         last.close()
-        found = runs_of(uri)
-        assert [found[cell.fingerprint][1:] for cell in cells] == [("FINISHED", [0, 1, 2])] * 3
+        logged = runs_of(uri)
+        assert [logged[cell.fingerprint][1:] for cell in cells] == [("FINISHED", [0, 1, 2])] * 3
         scratch = tmp_path_factory.mktemp("scratch")
         monkeypatch.setattr(tempfile, "tempdir", str(scratch))
         sweep = reader.read_sweep(store=tmp_path, uri=uri, name="sweep")
@@ -353,16 +353,16 @@ def test_a_command_trains_while_the_server_is_down_and_the_next_one_logs_all_of_
 
 def log_five(store: Path, uri: str, number: int) -> None:
     """Train five cells, as it were; the first worker trains the Teacher of all too."""
-    own = [make_cell(store=store, lr=10 * number + each) for each in range(5)]
+    cells = [make_cell(store=store, lr=10 * number + each) for each in range(5)]
     teacher = make_cell("Teacher", store=store)
     sync.PASS_EVERY_S = 0.1
     sync.SERVER_WAIT_S = 120  # all is to be logged here, however slow the machine; another test has the limit
-    mirrored(store, {"sweep": [teacher, *own]}, uri=uri)
+    mirrored(store, {"sweep": [teacher, *cells]}, uri=uri)
     for epochs in (1, 2):
-        for cell in own:
+        for cell in cells:
             begin(cell, epochs)
         time.sleep(0.5)
-    for cell in own:
+    for cell in cells:
         end(cell, [0.25, 0.75])
     if number == 0:
         end(teacher, [0.5])
@@ -372,7 +372,7 @@ def log_five(store: Path, uri: str, number: int) -> None:
 
 @pytest.mark.slow
 def test_many_workers_log_to_one_server_on_postgresql_and_nothing_is_lost(tmp_path):
-    """Four processes with cells of their own and a Teacher that all share, on a database that is made by the first."""
+    """Four processes with different cells and a Teacher that all share, on a database that is made by the first."""
     port = free_port()
     uri, store = f"http://127.0.0.1:{port}", tmp_path / "store"
     with postgres() as backend, serving(tmp_path, port, backend=backend):
@@ -382,8 +382,8 @@ def test_many_workers_log_to_one_server_on_postgresql_and_nothing_is_lost(tmp_pa
         for worker in workers:
             worker.join(300)
         assert [worker.exitcode for worker in workers] == [0] * 4
-        found = runs_of(uri)
-        assert [run[1:] for run in found.values()] == [("FINISHED", [0, 1, 2])] * 20
+        logged = runs_of(uri)
+        assert [run[1:] for run in logged.values()] == [("FINISHED", [0, 1, 2])] * 20
         sweep = reader.read_sweep(store=store, uri=uri, name="sweep")
         assert (sweep.runs["status"] == "FINISHED").all()
         assert len(sweep.scores) == 40
@@ -395,9 +395,9 @@ def test_a_server_that_never_answers_costs_less_than_ten_seconds_in_all(tmp_path
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         cells = some_cells(tmp_path, 2)
         start = time.monotonic()
-        own = mirrored(tmp_path, {"sweep": cells}, uri=uri)
+        opened = mirrored(tmp_path, {"sweep": cells}, uri=uri)
         end(cells[0], [0.25])
-        own.close()
+        opened.close()
         assert time.monotonic() - start < 10
     assert f"1 cells are not in MLflow at {uri} yet" in caplog.text
     assert cell_folder.read_finished(cells[0].folder)["test/dice"] == 0.25

@@ -81,8 +81,8 @@ def test_a_store_may_have_any_name_and_nothing_is_written_elsewhere(tmp_path, em
     assert [folder.name for folder in tmp_path.iterdir()] == [name]
     assert {"mlflow.db", "optuna.db", "artifacts", "cells", "teachers"} <= {file.name for file in store.iterdir()}
     for run in client_of(store).search_runs(["1"], "tags.`kdsweep.role` = 'distilled'"):  # as MLflow itself finds it
-        found = client_of(store).download_artifacts(run.info.run_id, artifacts.SCORES, str(store))
-        assert Path(found).read_text() == "image,label,dice\n000000,benign,0.5\n000001,benign,0.75\n"
+        downloaded = client_of(store).download_artifacts(run.info.run_id, cell_folder.SCORES, str(store))
+        assert Path(downloaded).read_text() == "image,label,dice\n000000,benign,0.5\n000001,benign,0.75\n"
 
 
 def test_a_path_for_which_there_is_no_address_is_refused(monkeypatch):
@@ -115,7 +115,7 @@ def empty(file: Path) -> None:
 def test_damaged_artifacts_cost_no_score_and_the_same_command_repairs_them(store, damage):
     log_sweep(store)
     before = files_of(store / "artifacts")
-    for file in (store / "artifacts").rglob(artifacts.SCORES):
+    for file in (store / "artifacts").rglob(cell_folder.SCORES):
         damage(file)
     shutil.rmtree(next((store / "artifacts").iterdir()))
     assert scores_of(store) == SCORES
@@ -131,23 +131,23 @@ def test_without_the_folders_a_damaged_artifact_is_named_with_the_remedy(store, 
     for name in ("cells", "teachers"):
         shutil.rmtree(store / name)
     assert scores_of(store) == SCORES
-    file = next((store / "artifacts").rglob(artifacts.SCORES))
+    file = next((store / "artifacts").rglob(cell_folder.SCORES))
     damage(file)
     message = error_of(lambda: scores_of(store))
     assert message.startswith(f"{file} of ")
     assert "run the command of its sweep again" in message
 
 
-def test_a_teacher_is_found_by_the_row_of_a_cell_of_another_seed(store):
+def test_a_teacher_is_read_by_the_row_of_a_cell_of_another_seed(store):
     log_sweep(store)
     runs = reader.read_sweep(store=store, uri=None, name="sweep").runs.to_dict("records")
     teacher = next(run for run in runs if run["role"] == "distilled") | {"role": "teacher", "notation": "Teacher"}
     cell = make_cell("Teacher", store=store)
     shutil.rmtree(store / "artifacts")
     read = artifacts.read(
-        {**teacher, "seed": 7, "fingerprint": cell.fingerprint}, artifacts.SCORES, store=store, uri=None
+        {**teacher, "seed": 7, "fingerprint": cell.fingerprint}, cell_folder.SCORES, store=store, uri=None
     )
-    assert read == (cell.folder / artifacts.SCORES).read_bytes()
+    assert read == (cell.folder / cell_folder.SCORES).read_bytes()
 
 
 def spoil_the_middle(file: Path) -> None:
@@ -164,12 +164,12 @@ def test_a_damaged_database_names_the_remedy_and_is_not_overwritten(store, tmp_p
     damage(file)
     left = file.read_bytes() if file.exists() else b""
     assert cli.main(["tables", "table3", "--store", str(spoiled), "--sweep", "sweep"]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("kdsweep: error: ")
-    assert told.count("\n") == 1
-    assert "logged again from the folders of the cells" in told
+    printed = capsys.readouterr().err
+    assert printed.startswith("kdsweep: error: ")
+    assert printed.count("\n") == 1
+    assert "logged again from the folders of the cells" in printed
     if left:  # a command that trains says it before, or logs it where it shows later; it never overwrites the file
-        assert f"{file} does not open or is damaged" in told
+        assert f"{file} does not open or is damaged" in printed
         refused = ""
         try:
             log_sweep(spoiled)
@@ -205,7 +205,7 @@ def test_without_its_database_a_store_is_logged_again_by_the_same_command(store,
     assert scores_of(again) == SCORES
 
 
-def test_a_sweep_that_mlflow_lacks_is_told_apart_from_one_that_was_never_requested(store):
+def test_a_sweep_that_mlflow_lacks_is_another_error_than_one_that_was_never_begun(store):
     cell = make_cell(store=store)
     sweep_file.add(store, "sweep", cells=[cell], teachers=[])
     assert reader.read_sweep(store=store, uri=None, name="sweep").runs["status"].tolist() == ["missing"]
@@ -238,10 +238,10 @@ def test_a_damaged_record_of_a_sweep_is_named_and_never_overwritten(store, conte
     file = store / "sweeps" / "sweep.json"
     file.write_bytes(content)
     assert cli.main(["status", "--store", str(store)]) == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith(f"kdsweep: error: {file} is damaged; ")
-    assert "run the commands of this sweep again" in told.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"kdsweep: error: {file} is damaged; ")
+    assert "run the commands of this sweep again" in printed.err
     for storage in (None, ""):  # of the sweep, of its tuning
         write = partial(sweep_file.add, store, "sweep", cells=[cell], teachers=[], storage=storage)
         assert error_of(write).startswith(f"{file} is damaged")
@@ -260,10 +260,10 @@ def test_a_copy_that_cannot_be_written_to_logs_nothing_and_says_so(store, tmp_pa
     assert sweep.scores["dice"].tolist() == SCORES
     figure = tmp_path / "figure.png"
     figure.write_bytes(b"figure")
-    told = reader.attach(sweep, [figure], folder="figures", store=copy, uri=None)
-    assert told.startswith(f"not logged to MLflow: {copy} cannot be written to, ")
-    own = {"run_id": sweep.runs["run_id"].iloc[0], "store": copy, "uri": None}
-    assert error_of(lambda: reader.keep_external(figure, **own)).startswith(f"{copy} cannot be written to")
+    sentence = reader.attach(sweep, [figure], folder="figures", store=copy, uri=None)
+    assert sentence.startswith(f"not logged to MLflow: {copy} cannot be written to, ")
+    run = {"run_id": sweep.runs["run_id"].iloc[0], "store": copy, "uri": None}
+    assert error_of(lambda: reader.keep_external(figure, **run)).startswith(f"{copy} cannot be written to")
     assert files_of(store) == before
     monkeypatch.undo()
     in_another_process()
@@ -284,7 +284,7 @@ def test_the_trials_of_a_moved_store_move_with_it(tmp_path):
 
 
 @contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
+def as_another_user() -> Iterator[None]:
     """Be a user without rights, as long as the context is open."""
     os.setresuid(65534, 65534, 0)
     try:
@@ -297,8 +297,8 @@ def as_nobody() -> Iterator[None]:
 def test_another_users_store_can_be_read_and_what_cannot_be_written_names_its_owner(empty_store, capsys, tmp_path):
     with tempfile.TemporaryDirectory(prefix="kdsweep-shared-") as folder, contextlib.ExitStack() as held:
         store = Path(shutil.copytree(empty_store, Path(folder) / "store"))
-        for own in (Path(folder), store):  # pytest's folders are closed to others
-            own.chmod(0o755)
+        for each in (Path(folder), store):  # pytest's folders are closed to others
+            each.chmod(0o755)
         log_sweep(store)
         running = make_cell("H_KLD", store=store)
         begin(running)
@@ -307,24 +307,26 @@ def test_another_users_store_can_be_read_and_what_cannot_be_written_names_its_ow
         tuned = FileLock(sweep_file.tuning_lock(store, "sweep"))
         tuned.acquire()
         table = ["table3", "--store", str(store), "--sweep", "sweep"]
-        assert cli.main(["tables", *table, "--out", str(tmp_path)]) == 0  # nobody may not import what this imports
+        assert (
+            cli.main(["tables", *table, "--out", str(tmp_path)]) == 0
+        )  # the other user may not import what this imports
         before = files_of(store)
         capsys.readouterr()
-        with as_nobody():
+        with as_another_user():
             assert is_locked(sweep_file.tuning_lock(store, "sweep"))
             assert cli.main(["status", "--store", str(store)]) == 0
             assert "2 done, 1 running" in capsys.readouterr().out
             assert cli.main(["tables", *table]) == 0
-            told = capsys.readouterr()
+            printed = capsys.readouterr()
             sweep = reader.read_sweep(store=store, uri=None, name="sweep")
             assert reader.attach(sweep, [Path(__file__)], folder="x", store=store, uri=None).startswith("not logged")
             with pytest.raises(PermissionError) as refused:
                 sweep_file.add(store, "sweep", cells=[running], teachers=[])
             line = one_line(refused.value)
         tuned.release()
-        assert "62.5" in told.out
-        assert told.out.endswith(f"not written to {store}/tables (Permission denied); --out names another folder\n")
-        assert told.err == ""
+        assert "62.5" in printed.out
+        assert printed.out.endswith(f"not written to {store}/tables (Permission denied); --out names another folder\n")
+        assert printed.err == ""
         assert f"{store / 'sweeps'}" in line
         assert "belongs to root: to share it, root types chmod -R g+w, and umask 002 before" in line
         assert files_of(store) == before
@@ -363,6 +365,6 @@ def test_a_password_is_never_shown():
 
 def test_a_run_of_mlflow_cannot_lead_out_of_the_store(store):
     run = {"role": "distilled", "notation": "../../evil", "split": 0, "seed": 0, "fingerprint": "f" * 64, "run_id": "a"}
-    assert "outside of the store" in error_of(lambda: artifacts.read(run, artifacts.SCORES, store=store, uri=None))
+    assert "outside of the store" in error_of(lambda: artifacts.read(run, cell_folder.SCORES, store=store, uri=None))
     assert "outside of the store" in error_of(lambda: sweep_file.read(store, "../../evil"))
     assert database.artifact_file(store, "a", "b") == store / "artifacts" / "a" / "artifacts" / "b"

@@ -16,9 +16,7 @@ from test_mirror import PARAMS, begin, end, make_cell
 from kdsweep.store import sweep_file
 from kdsweep.tracking import mirror
 
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +26,14 @@ def study(tmp_path_factory) -> tuple[Path, str, dict[str, str]]:
     student, cell = (make_cell(name, store=store) for name in ("Student", "L_MSE"))
     tracker = mirror.Tracker(store=store, uri=None)
     sweep_file.add(store, "study", cells=[student, cell, make_cell("H_KLD", store=store)], teachers=[])
-    for own, dice, path in ((student, 0.25, "none"), (cell, 0.75, "L")):
-        record = end(own, [dice])
+    for each, dice, path in ((student, 0.25, "none"), (cell, 0.75, "L")):
+        record = end(each, [dice])
         tracker.sync(replace(record, params={**PARAMS, "cell.path": path}), sweep="study")
     tracker.sync(begin(make_cell("H_KLD", store=store), 2), sweep="study")
     (store / "mlflow.db").rename(store / "server.db")
     client = mirror.MlflowClient(tracking_uri=f"sqlite:///{store / 'server.db'}")
-    found = client.search_runs([tracker.experiment_id])
-    runs = {run.info.run_name: run.info.run_id for run in found}
+    listed = client.search_runs([tracker.experiment_id])
+    runs = {run.info.run_name: run.info.run_id for run in listed}
     return store, tracker.experiment_id, runs
 
 
@@ -50,15 +48,15 @@ def seen(url: str, profile: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome on the PATH")
-def test_runs_are_found_and_compared_in_a_browser(study, tmp_path):
+def test_runs_are_listed_and_compared_in_a_browser(study, tmp_path):
     store, experiment, runs = study
     port = free_port()
     training = "workflowType=machine_learning"
     with serving(store, port):
         pages = f"http://127.0.0.1:{port}/#"
         best_first = "orderByKey=" + quote("metrics.`test/dice`", safe="") + "&orderByAsc=false"
-        wanted = "searchFilter=" + quote('tags.`kdsweep.split` = "0"')
-        listed = seen(f"{pages}/experiments/{experiment}/runs?{wanted}&{best_first}&{training}", tmp_path / "browser")
+        filtered = "searchFilter=" + quote('tags.`kdsweep.split` = "0"')
+        listed = seen(f"{pages}/experiments/{experiment}/runs?{filtered}&{best_first}&{training}", tmp_path / "browser")
         assert "Student/split0" in listed
         assert listed.index("L_MSE/split0") < listed.index("Student/split0")
         two = quote(json.dumps([runs["Student/split0"], runs["L_MSE/split0"]]))

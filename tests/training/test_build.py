@@ -27,7 +27,7 @@ def weights_of(network):
 
 
 @pytest.mark.parametrize("split", [0, 1, 2])
-def test_each_part_of_a_split_gets_its_own_images_and_no_others(compose, split):
+def test_each_part_of_a_split_gets_its_images_and_no_others(compose, split):
     cfg = compose(f"split=s{split}")
     feed, ids = build.feed(cfg, seed=0), inputs.images(cfg).ids
     part = random_split(len(ids), index=split)
@@ -46,7 +46,7 @@ def test_each_split_has_another_test_part(compose):
     assert len({tuple(build.feed(compose(f"split=s{split}"), seed=0).test.ids) for split in range(3)}) == 3
 
 
-def test_a_students_weights_follow_its_seed_and_a_teachers_its_own(compose):
+def test_the_weights_of_a_student_and_of_a_teacher_follow_their_seeds(compose):
     base, other = compose("path=L", "seed=0"), compose("path=L", "seed=1", "teacher.seed=0")
     assert torch.equal(weights_of(build.student_network(base)), weights_of(build.student_network(base)))
     assert not torch.equal(weights_of(build.student_network(base)), weights_of(build.student_network(other)))
@@ -55,7 +55,7 @@ def test_a_students_weights_follow_its_seed_and_a_teachers_its_own(compose):
     assert not torch.equal(weights_of(build.teacher_network(base)), weights_of(build.teacher_network(another)))
 
 
-def test_a_teacher_is_trained_at_its_own_rate_and_a_student_at_its_own(compose):
+def test_a_teacher_and_a_student_are_trained_at_their_rates(compose):
     cfg = compose("path=L", "teacher.lr=1e-3", "train.lr=1e-5")
     teacher = build.learner(cfg, identity.teacher_cell(cfg))
     student = build.learner(cfg, identity.cell(cfg))
@@ -88,7 +88,7 @@ def test_a_network_sees_image_and_mask_of_one_view(compose, view):
     learner, feed = build.learner(cfg, identity.teacher_cell(cfg)), build.feed(cfg, seed=0)
     seen = []
     terms, forward = learner.terms, learner.network.forward
-    learner.terms = lambda *given: seen.append(("mask", given[-1].student_mask.clone())) or terms(*given)
+    learner.terms = lambda *arguments: seen.append(("mask", arguments[-1].student_mask.clone())) or terms(*arguments)
     learner.network.forward = lambda images, stages: seen.append(("image", images.clone())) or forward(images, stages)
     loop.train_epoch([learner], 0, frozen=loop.FrozenTeachers({}, CPU), feed=feed, compute=CPU)
     batches = list(feed.train.epoch(0))
@@ -121,12 +121,12 @@ def test_the_options_of_training_reach_the_learner(compose):
 
 
 def test_the_options_of_a_teachers_training_reach_its_learner(compose):
-    """Those of its own where it has them, else those of the Student."""
+    """Those of ``teacher`` where they are set, else those of the Student."""
     logits, mask = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2, 1, 8, 8)
-    given = ["train.epochs=7", "train.patience=3", "train.supervised=bce_dice", "train.schedule=cosine"]
-    own = ["teacher.epochs=5", "teacher.monitor=dice", "teacher.supervised=bce", "teacher.schedule=poly"]
+    common = ["train.epochs=7", "train.patience=3", "train.supervised=bce_dice", "train.schedule=cosine"]
+    of_teacher = ["teacher.epochs=5", "teacher.monitor=dice", "teacher.supervised=bce", "teacher.schedule=poly"]
     expected = [(7, "loss", losses.cross_entropy_and_dice, "cosine"), (5, "dice", losses.cross_entropy, "poly")]
-    for words, (epochs, monitor, supervised, schedule) in zip((given, [*given, *own]), expected, strict=True):
+    for words, (epochs, monitor, supervised, schedule) in zip((common, [*common, *of_teacher]), expected, strict=True):
         cfg = compose("path=L", *words)
         teacher = build.learner(cfg, identity.teacher_cell(cfg))
         student = build.learner(cfg, identity.cell(cfg))

@@ -33,26 +33,26 @@ def flags():
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def test_a_process_computes_on_its_own_device_alone(flags, monkeypatch):
+def test_a_process_computes_on_one_device_alone(flags, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     Compute(torch.device("cuda:1"), "fp32").prepare()
     Compute(torch.device("cpu"), "fp32").prepare()
-    assert [str(own) for own in chosen] == ["cuda:1"]
+    assert [str(device) for device in chosen] == ["cuda:1"]
 
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_tf32_is_used_where_it_is_asked_for_and_nowhere_else(flags, precision, before):
+def test_tf32_is_used_where_it_is_configured_and_nowhere_else(flags, precision, before):
     compute = Compute(torch.device("cpu"), precision)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = before
     with compute.autocast():
         assert flags() == (precision == "tf32",) * 2
         assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
     assert flags() == (before, before)
-    with pytest.raises(ValueError, match="mine"), compute.autocast("tf32"):
+    with pytest.raises(ValueError, match="the cause"), compute.autocast("tf32"):
         assert flags() == (True, True)
-        raise ValueError("mine")
+        raise ValueError("the cause")
     assert flags() == (before, before)
     compute.prepare()
     assert flags() == (precision == "tf32",) * 2  # for backward passes
@@ -61,11 +61,11 @@ def test_tf32_is_used_where_it_is_asked_for_and_nowhere_else(flags, precision, b
 def test_tf32_is_refused_on_a_cpu_and_read_there_as_fp32(small_busi, tmp_path):
     from kdsweep.config import composition
 
-    given = ["profile=quick", "data=busi", f"data.root={small_busi}", f"store={tmp_path}", "device=cpu"]
+    overrides = ["profile=quick", "data=busi", f"data.root={small_busi}", f"store={tmp_path}", "device=cpu"]
     with pytest.raises(InputError, match="precision=tf32 needs a CUDA device, and device=cpu is cpu; use fp32 or bf16"):
-        build.compute(composition.compose([*given, "precision=tf32"]))
+        build.compute(composition.compose([*overrides, "precision=tf32"]))
     with pytest.raises(InputError, match=r"kd\.teacher_precision=tf32 needs a CUDA device"):
-        build.compute(composition.compose([*given, "kd.teacher_precision=tf32"]))
+        build.compute(composition.compose([*overrides, "kd.teacher_precision=tf32"]))
     assert usable_precision("tf32", torch.device("cpu")) == "fp32"  # a network that was tested in it is used here
     assert usable_precision("tf32", torch.device("cuda:0")) == "tf32"
     assert usable_precision("bf16", torch.device("cpu")) == "bf16"
@@ -81,7 +81,7 @@ def test_tf32_is_refused_on_a_cpu_and_read_there_as_fp32(small_busi, tmp_path):
         "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate",
     ],
 )
-def test_a_lack_of_memory_is_known_by_all_its_names(text):
+def test_a_lack_of_memory_is_recognized_by_all_its_names(text):
     assert is_out_of_memory(RuntimeError(text))
     assert not is_device_error(RuntimeError(text))
 
@@ -95,7 +95,7 @@ def test_a_lack_of_memory_is_known_by_all_its_names(text):
         "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
     ],
 )
-def test_an_error_that_may_have_broken_the_device_is_known_below_what_names_its_place(text):
+def test_an_error_that_may_have_broken_the_device_is_recognized_inside_a_cell_error(text):
     error = RuntimeError(text)
     assert is_device_error(error)
     assert not is_out_of_memory(error)
@@ -120,7 +120,7 @@ def test_fewer_processes_prepare_batches_where_shared_memory_is_short(monkeypatc
     assert affordable_workers(4, batch_bytes=batch_bytes // 4, folder=tmp_path) == 4
     assert affordable_workers(4, batch_bytes=batch_bytes // 3, folder=tmp_path) == 2
     assert affordable_workers(4, batch_bytes=batch_bytes, folder=tmp_path / "absent") == 4  # not on Linux
-    monkeypatch.setattr(build, "affordable_workers", lambda wanted, batch_bytes: min(wanted, 1))
+    monkeypatch.setattr(build, "affordable_workers", lambda requested, batch_bytes: min(requested, 1))
     build._affordable.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert build._affordable(4, batch_bytes) == build._affordable(4, batch_bytes) == 1
@@ -146,5 +146,5 @@ def test_each_precision_is_what_it_says_on_cuda(precision, least, most):
     maps, weight = torch.randn(8, 64, 32, 32), torch.randn(64, 64, 3, 3)
     exact = torch.nn.functional.conv2d(maps.double(), weight.double())
     with Compute(torch.device("cuda:0"), precision).autocast():
-        found = torch.nn.functional.conv2d(maps.cuda(), weight.cuda()).double().cpu()
-    assert least < float((found - exact).norm() / exact.norm()) < most
+        rounded = torch.nn.functional.conv2d(maps.cuda(), weight.cuda()).double().cpu()
+    assert least < float((rounded - exact).norm() / exact.norm()) < most

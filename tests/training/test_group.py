@@ -73,7 +73,7 @@ class Unbuildable(Hidden):
         raise ValueError("no such path")
 
 
-def test_a_broken_loss_ends_its_own_cell_and_leaves_the_others_bit_for_bit(compose, tmp_path, caplog):
+def test_a_broken_loss_ends_one_cell_and_leaves_the_others_bit_for_bit(compose, tmp_path, caplog):
     good = [compose("path=L"), compose("path=H", "loss=mse"), compose("path=none")]
     bad = compose("path=H", f"++loss.hidden._target_={__name__}.broken", "~loss.hidden.temperature")
     first, failure, *others = run(good[0], bad, *good[1:])
@@ -87,7 +87,8 @@ def test_a_broken_loss_ends_its_own_cell_and_leaves_the_others_bit_for_bit(compo
 
     before = [weights(cfg) for cfg in good]
     again = [
-        compose(*(own.split()), f"store={tmp_path / 'alone'}") for own in ("path=L", "path=H loss=mse", "path=none")
+        compose(*(overrides.split()), f"store={tmp_path / 'alone'}")
+        for overrides in ("path=L", "path=H loss=mse", "path=none")
     ]
     run(*again)
     assert [weights(cfg) for cfg in again] == before
@@ -122,7 +123,7 @@ def with_teachers_of(other, cfg):
     return cfg
 
 
-def test_the_teachers_precision_is_the_cells_own(compose, tmp_path):
+def test_each_cell_chooses_the_precision_of_its_teacher(compose, tmp_path):
     both = [compose("path=L", f"kd.teacher_precision={precision}") for precision in ("fp32", "bf16")]
     assert len({identity.teacher_cell(cfg).fingerprint for cfg in both}) == 1
     run(*both)
@@ -147,5 +148,5 @@ def test_teachers_of_a_group_are_trained_together_and_equal_those_trained_alone(
 def test_workers_and_their_number_make_no_difference(compose, tmp_path):
     for workers in (0, 2):
         run(compose("path=HR", f"train.workers={workers}", f"store={tmp_path / str(workers)}"))
-    found = {weights(compose("path=HR", f"store={tmp_path / str(workers)}")) for workers in (0, 2)}
-    assert len(found) == 1
+    trained = {weights(compose("path=HR", f"store={tmp_path / str(workers)}")) for workers in (0, 2)}
+    assert len(trained) == 1

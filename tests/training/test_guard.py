@@ -36,9 +36,9 @@ def test_a_setting_that_is_changed_is_named_and_restored(name, change, raises):
         change()
         assert guard._settings() != before
         if raises:
-            raise KeyError("its own error")
+            raise KeyError("its error")
     assert guard._settings() == before
-    assert ("its own error" if raises else name) in str(caught.value)
+    assert ("its error" if raises else name) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -75,7 +75,7 @@ def seed_all():
     torch.manual_seed(5)
 
 
-def test_all_three_generators_follow_the_seed_and_go_on_outside_as_if_nothing_had_been_drawn():
+def test_all_three_generators_follow_the_seed_and_continue_outside_as_if_nothing_had_been_drawn():
     seed_all()
     expected = [draws(), draws()]
     seed_all()

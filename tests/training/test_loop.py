@@ -48,15 +48,15 @@ def compose(small_busi, tmp_path):
 
 def teachers_of(*configs):
     """Untrained but frozen Teachers by fingerprint, unlike each other; distillation does not care how good they are."""
-    found = {}
+    teachers = {}
     for cfg in configs:
         if cfg.is_distilled:
             network = build.teacher_network(cfg).to(memory_format=torch.channels_last)
             with torch.no_grad():  # equal seeds would give Teachers of both views the same weights
                 for parameter in network.parameters():
                     parameter.mul_(1.0 if cfg.teacher_aug.train_view == "weak" else 1.1)
-            found[identity.teacher_cell(cfg).fingerprint] = unet.freeze(network)
-    return found
+            teachers[identity.teacher_cell(cfg).fingerprint] = unet.freeze(network)
+    return teachers
 
 
 def make_learner(cfg, folder):
@@ -99,8 +99,8 @@ def test_a_group_of_five_equals_five_solo_runs_bit_for_bit(compose, tmp_path):
         lockstep.run([alone], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
         assert_same(state_of(alone), state_of(group[i]))
         assert alone.history == group[i].history
-        ours, theirs = (tmp_path / f"{kind}{i}" / "test_scores.csv" for kind in ("group", "alone"))
-        assert ours.read_bytes() == theirs.read_bytes()
+        together, alone_scores = (tmp_path / f"{kind}{i}" / "test_scores.csv" for kind in ("group", "alone"))
+        assert together.read_bytes() == alone_scores.read_bytes()
     finals = [cell_folder.read(learner.folder).values["test/dice"] for learner in group]
     assert len({round(value, 12) for value in finals}) == 5  # different trainings
     assert {"train/kd.affinity_low", "val/kd.logits"} <= group[3].history[0].keys()
@@ -159,15 +159,15 @@ def test_a_failed_device_ends_the_group_and_fails_no_cell(compose, tmp_path, mon
     learners = [make_learner(cfg, tmp_path / str(number)) for number, cfg in enumerate(configs)]
     lockstep._begin(learners, feed=feed_of(configs[0]), compute=CPU)
     for learner in learners:
-        learner.save()  # at the start: they go on from here
-    own = learners[1].network.forward
+        learner.save()  # at the start: they resume from here
+    forward = learners[1].network.forward
     calls = []
 
     def breaks(*args):
         calls.append(0)
         if len(calls) > 2:
             raise torch.AcceleratorError(ASSERT)
-        return own(*args)
+        return forward(*args)
 
     monkeypatch.setattr(learners[1].network, "forward", breaks)
     where = "epoch 1, step 3, forward: AcceleratorError: CUDA error: device-side assert triggered"
@@ -232,13 +232,13 @@ def test_each_image_weighs_alike_in_the_means_of_an_epoch(compose, tmp_path):
     learner, seen = make_learner(cfg, tmp_path), {"train": [], "val": []}
     terms = learner.terms
 
-    def watched(outputs, taught, views):
-        found = terms(outputs, taught, views)
-        values = {name: value.item() for name, value in found.items()}
+    def watched(outputs, teacher_outputs, views):
+        values_by_term = terms(outputs, teacher_outputs, views)
+        values = {name: value.item() for name, value in values_by_term.items()}
         if not torch.is_grad_enabled():
             values["dice"] = mean_dice(logits=outputs.logits, mask=views.student_mask).item()
         seen["train" if torch.is_grad_enabled() else "val"].append((len(views.student_mask), values))
-        return found
+        return values_by_term
 
     learner.terms = watched
     compute = Compute(device=torch.device("cpu"), precision="fp32", eval_batch=3)
@@ -296,13 +296,13 @@ def test_align_none_compares_the_maps_as_they_are(compose, tmp_path):
 def test_the_best_epoch_is_tested_not_the_last(compose, tmp_path):
     cfg = compose("path=none", "train.epochs=4", "scores.nsd_tolerance_px=5")
     learner = make_learner(cfg, tmp_path)
-    told, end_epoch, states = iter([0.5, 0.4, 0.6, 0.7]), learner.end_epoch, []
+    losses, end_epoch, states = iter([0.5, 0.4, 0.6, 0.7]), learner.end_epoch, []
 
-    def end_with_told_loss(values):
+    def end_with_next_loss(values):
         states.append({name: value.clone() for name, value in learner.network.state_dict().items()})
-        end_epoch({**values, "val/loss": next(told)})
+        end_epoch({**values, "val/loss": next(losses)})
 
-    learner.end_epoch = end_with_told_loss
+    learner.end_epoch = end_with_next_loss
     (final,) = lockstep.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
     assert final["best_epoch"] == 1
     assert_same(learner.network.state_dict(), states[1])
@@ -348,9 +348,9 @@ def test_early_stopping_waits_for_patience_epochs_without_a_better_value(
 
 
 def test_a_teacher_is_the_same_whatever_its_students_monitor(compose):
-    own = [compose("path=L", f"train.monitor={monitor}") for monitor in ("loss", "dice")]
-    assert len({identity.cell(cfg).fingerprint for cfg in own}) == 2
-    assert len({identity.teacher_cell(cfg).fingerprint for cfg in own}) == 1
+    configs = [compose("path=L", f"train.monitor={monitor}") for monitor in ("loss", "dice")]
+    assert len({identity.cell(cfg).fingerprint for cfg in configs}) == 2
+    assert len({identity.teacher_cell(cfg).fingerprint for cfg in configs}) == 1
 
 
 def test_one_stopped_learner_does_not_stop_the_group(compose, tmp_path):
@@ -385,7 +385,7 @@ def test_a_value_that_is_not_finite_ends_the_learner_with_term_and_step(compose,
 def test_a_student_is_validated_and_tested_in_eval_mode_and_trained_in_train_mode(compose, tmp_path):
     learner, modes = make_learner(compose("path=none"), tmp_path), []
     forward = learner.network.forward
-    learner.network.forward = lambda *given: modes.append(learner.network.training) or forward(*given)
+    learner.network.forward = lambda *arguments: modes.append(learner.network.training) or forward(*arguments)
     lockstep.run([learner], teachers={}, feed=feed_of(compose()), compute=CPU)
     assert modes == [True, True, True, False, True, True, True, False, False]  # 2 epochs of 3 steps, then the test
 
@@ -396,15 +396,17 @@ def test_the_gradient_ratio_is_that_of_two_separate_backward_passes(compose, tmp
     terms = learner.terms
 
     def measured(*arguments):
-        found = terms(*arguments)
+        measured_terms = terms(*arguments)
         if learner.steps == 0 and torch.is_grad_enabled():
             encoder = list(learner.network.encoder.parameters())
             norms = [
-                torch.cat([part.flatten() for part in torch.autograd.grad(found[name], encoder, retain_graph=True)])
+                torch.cat(
+                    [part.flatten() for part in torch.autograd.grad(measured_terms[name], encoder, retain_graph=True)]
+                )
                 for name in ("kd", "supervised")
             ]
             ratios.append(float(norms[0].double().norm() / norms[1].double().norm()))
-        return found
+        return measured_terms
 
     learner.terms = measured
     loop.fit([learner], teachers=teachers_of(cfg), feed=feed_of(cfg), compute=CPU)
@@ -445,7 +447,7 @@ def test_a_matched_weight_balances_the_first_epoch_and_is_kept(compose, tmp_path
 
 
 @pytest.mark.parametrize("weight", ["0.5", "matched"])
-def test_a_training_goes_on_where_it_was_interrupted_and_measures_every_tenth_epoch(compose, tmp_path, weight):
+def test_a_training_resumes_where_it_was_interrupted_and_measures_every_tenth_epoch(compose, tmp_path, weight):
     recipe = ["train.schedule=cosine", "train.supervised=bce_dice"]
     cfg = compose("path=HR", f"kd.weight={weight}", "train.epochs=21", "train.patience=99", *recipe)
     frozen, feed = teachers_of(cfg), feed_of(cfg)
@@ -472,11 +474,11 @@ def test_a_training_goes_on_where_it_was_interrupted_and_measures_every_tenth_ep
     assert_same(state_of(again), state_of(unbroken))
 
 
-def test_a_matched_weight_goes_on_where_it_was_interrupted(compose, tmp_path):
+def test_a_matched_weight_resumes_where_it_was_interrupted(compose, tmp_path):
     cfg = compose("method=reviewkd", "kd.weight=matched")  # which has several adapters
-    whole, part = make_learner(cfg, tmp_path / "whole"), make_learner(cfg, tmp_path / "part")
+    unbroken, part = make_learner(cfg, tmp_path / "unbroken"), make_learner(cfg, tmp_path / "part")
     frozen, feed = teachers_of(cfg), feed_of(cfg)
-    lockstep.run([whole], teachers=frozen, feed=feed, compute=CPU)
+    lockstep.run([unbroken], teachers=frozen, feed=feed, compute=CPU)
 
     class Stop(BaseException):
         pass
@@ -493,8 +495,8 @@ def test_a_matched_weight_goes_on_where_it_was_interrupted(compose, tmp_path):
     part.save()
     again = make_learner(cfg, tmp_path / "part")
     lockstep.run([again], teachers=frozen, feed=feed_of(cfg), compute=CPU)
-    assert_same(state_of(again), state_of(whole))
-    assert again.history == whole.history
+    assert_same(state_of(again), state_of(unbroken))
+    assert again.history == unbroken.history
 
 
 def test_what_has_diverged_does_not_take_the_place_of_a_good_checkpoint(compose, tmp_path):
@@ -550,8 +552,8 @@ def test_a_teacher_read_from_the_store_teaches_as_the_one_just_trained(compose, 
     assert not read.training
     images = torch.randn(3, 3, 64, 64).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        theirs = read(images)
-        assert all(torch.equal(maps, theirs[stage]) for stage, maps in trained(images).items())
+        read_maps = read(images)
+        assert all(torch.equal(maps, read_maps[stage]) for stage, maps in trained(images).items())
     strides = [tuple(network.encoder.layer4[0].conv1.weight.stride()) for network in (trained, read)]
     assert strides[0] == strides[1]
 
@@ -577,9 +579,9 @@ def test_a_cell_trains_on_cuda_close_to_the_cpu(compose, tmp_path, precision):
 @needs_cuda
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_group_equals_solo_runs_on_cuda(compose, tmp_path, deterministic):
-    """Exactly if asked for; else kernels that sum in varying order may move the validation loss of 4 steps by 1 %.
+    """Exactly if configured; else kernels that sum in varying order may move the validation loss of 4 steps by 1 %.
 
-    Adam turns a gradient's sign into a whole step, so that rounding of gradients near zero can move single weights by
+    Adam turns a gradient's sign into a full step, so that rounding of gradients near zero can move single weights by
     twice the learning rate in each step: weights are no measure, the loss over all validation images is.
     """
     names = [*("path=HR", "path=L"), "path=none"]
@@ -622,8 +624,8 @@ def test_no_step_makes_the_host_wait_for_the_device(compose, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "poly"])
-def test_the_learning_rate_falls_as_pytorchs_own_schedules_have_it(compose, tmp_path, schedule, monkeypatch):
-    """At the start of each epoch; within an epoch it goes on falling, step by step."""
+def test_the_learning_rate_falls_as_in_pytorchs_schedules(compose, tmp_path, schedule, monkeypatch):
+    """At the start of each epoch; within an epoch it keeps falling, step by step."""
     cfg = compose("path=none", "train.epochs=4", "train.patience=9", f"train.schedule={schedule}", "train.lr=0.01")
     learner, feed, rates = make_learner(cfg, tmp_path), feed_of(cfg), []
     step = learner.optimizer.step
@@ -632,7 +634,7 @@ def test_the_learning_rate_falls_as_pytorchs_own_schedules_have_it(compose, tmp_
     )
     loop.fit([learner], teachers={}, feed=feed, compute=CPU)
     other = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
-    wanted = {
+    reference = {
         "constant": lambda: torch.optim.lr_scheduler.ConstantLR(other, factor=1.0),
         "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(other, T_max=4),
         "poly": lambda: torch.optim.lr_scheduler.PolynomialLR(other, total_iters=4, power=0.9),
@@ -641,28 +643,28 @@ def test_the_learning_rate_falls_as_pytorchs_own_schedules_have_it(compose, tmp_
     for _ in range(4):
         starts.append(other.param_groups[0]["lr"])
         other.step()
-        wanted.step()
+        reference.step()
     per_epoch = len(feed.train)
     assert rates[::per_epoch] == pytest.approx(starts)
     falls = [later < earlier for earlier, later in itertools.pairwise(rates)]
     assert set(falls) == {schedule != "constant"}
 
 
-def test_a_recipe_is_the_students_and_unless_it_has_its_own_the_teachers(compose):
+def test_a_recipe_is_the_students_and_unless_it_has_another_the_teachers(compose):
     plain, tuned = compose("path=L"), compose("path=L", "train.schedule=cosine", "train.supervised=bce_dice")
     teacher, student = identity.teacher_cell(tuned), identity.cell(tuned)
     for cell, keys in ((student, ("train", "teacher")), (teacher, ("teacher",))):
         assert {cell.settings[f"{key}.schedule"] for key in keys} == {"cosine"}
         assert {cell.settings[f"{key}.supervised"] for key in keys} == {"bce_dice"}
     assert not {"train.schedule", "train.supervised"} & identity.cell(plain).settings.keys()  # defaults do not count
-    own = compose("path=L", "train.schedule=cosine", "teacher.schedule=constant", "teacher.supervised=bce")
-    assert identity.teacher_cell(own).fingerprint == identity.teacher_cell(plain).fingerprint
-    assert identity.cell(own).fingerprint != identity.cell(plain).fingerprint
-    learner = build.learner(own, identity.teacher_cell(own))
-    assert (learner.schedule, build.learner(own, identity.cell(own)).schedule) == ("constant", "cosine")
+    separate = compose("path=L", "train.schedule=cosine", "teacher.schedule=constant", "teacher.supervised=bce")
+    assert identity.teacher_cell(separate).fingerprint == identity.teacher_cell(plain).fingerprint
+    assert identity.cell(separate).fingerprint != identity.cell(plain).fingerprint
+    learner = build.learner(separate, identity.teacher_cell(separate))
+    assert (learner.schedule, build.learner(separate, identity.cell(separate)).schedule) == ("constant", "cosine")
     swept = {"train.schedule": "cosine"}
     assert decisions.used_by("teacher", swept, identity.params(tuned)) == swept
-    assert decisions.used_by("teacher", swept, identity.params(own)) == {}
+    assert decisions.used_by("teacher", swept, identity.params(separate)) == {}
 
 
 # ---- a user's loss in a group ----------------------------------------------------------------------------------------
@@ -753,7 +755,7 @@ def test_what_a_loss_draws_in_steps_and_in_validation_is_the_same_alone_and_agai
     assert len({learner.history[0]["val/kd"] for learner in group}) == 3
 
 
-def test_a_loss_that_spoils_what_it_is_given_leaves_the_batch_and_the_teachers_maps_as_they_were():
+def test_a_loss_that_spoils_its_arguments_leaves_the_batch_and_the_teachers_maps_as_they_were():
     def spoiling(*, student, teacher, valid, student_mask, teacher_mask):
         for tensor in (teacher, student_mask, teacher_mask):
             tensor.mul_(0).sub_(7)
@@ -765,8 +767,8 @@ def test_a_loss_that_spoils_what_it_is_given_leaves_the_batch_and_the_teachers_m
     shared = [maps["teacher"], masks, theta := torch.eye(2, 3).repeat(2, 1, 1)]
     before = [tensor.clone() for tensor in shared]
     term = Term(Logits(), spoiling, ("logits",))
-    for own in (theta, None):
-        views = ViewPair(own, student_mask=masks, teacher_mask=masks)
+    for each_theta in (theta, None):
+        views = ViewPair(each_theta, student_mask=masks, teacher_mask=masks)
         student, teacher = (Outputs(logits=maps[name]) for name in ("student", "teacher"))
         assert float(term.value(student=student, teacher=teacher, views=views, align=True)) > 0
         assert all(map(torch.equal, shared, before))

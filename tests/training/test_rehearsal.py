@@ -50,32 +50,32 @@ def gradients(root):
         elif node not in seen:
             seen.add(node)
             stack += [(node, True), *((other, False) for other, _ in node.next_functions if other is not None)]
-    held, found = {root.grad_fn: {0: torch.ones_like(root)}}, {}
+    held, by_leaf = {root.grad_fn: {0: torch.ones_like(root)}}, {}
     for node in reversed(order):
-        given = held.pop(node, {})
+        incoming = held.pop(node, {})
         if hasattr(node, "variable"):
-            found[id(node.variable)] = (node.variable, given[0])
+            by_leaf[id(node.variable)] = (node.variable, incoming[0])
             continue
-        made = node(*(given.get(position) for position in range(len(node._input_metadata))))
-        for (other, position), own in zip(
+        made = node(*(incoming.get(position) for position in range(len(node._input_metadata))))
+        for (other, position), gradient in zip(
             node.next_functions, made if isinstance(made, tuple) else (made,), strict=True
         ):
-            if other is not None and own is not None:
+            if other is not None and gradient is not None:
                 place = held.setdefault(other, {})
-                place[position] = place[position] + own if position in place else own
-    return found
+                place[position] = place[position] + gradient if position in place else gradient
+    return by_leaf
 
 
 def backward(root, retain_graph=False):
     with torch.no_grad():
-        for leaf, own in gradients(root).values():
-            leaf.grad = own if leaf.grad is None else leaf.grad + own
+        for leaf, gradient in gradients(root).values():
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
 
 
 def grad(root, parameters, **_):
     with torch.no_grad():
-        found = gradients(root)
-        return tuple(found[id(own)][1] if id(own) in found else torch.zeros_like(own) for own in parameters)
+        by_leaf = gradients(root)
+        return tuple(by_leaf[id(each)][1] if id(each) in by_leaf else torch.zeros_like(each) for each in parameters)
 
 
 class Watch(TorchDispatchMode):
@@ -96,7 +96,7 @@ class Watch(TorchDispatchMode):
         if name in ("_to_copy", "to") and result is not args[0]:
             self.copied.append(args[0])
         if name in ("_to_copy", "copy_"):
-            ends = {own.device.type for own in (*args[:2], result) if isinstance(own, torch.Tensor)}
+            ends = {tensor.device.type for tensor in (*args[:2], result) if isinstance(tensor, torch.Tensor)}
             if len(ends) > 1 and result.device.type == "cpu":
                 self.to_host.append(tuple(result.shape))
             if len(ends) > 1 and self.strict:
@@ -106,8 +106,8 @@ class Watch(TorchDispatchMode):
 
 def on_device(module):
     """Replace a module's tensors, as ``device.placed`` would: ``Module.to`` does not take fake ones."""
-    for own in module.modules():
-        for kind in (own._parameters, own._buffers):
+    for each in module.modules():
+        for kind in (each._parameters, each._buffers):
             for name, old in kind.items():
                 if old is None:
                     continue
@@ -173,8 +173,8 @@ def configs():
         for cell in CELLS
     ]
     strong = {"teacher_aug": composition.compose([*quick, "path=L", "loss=mse", "teacher_aug=strong"]).teacher_aug}
-    found = {(position, "weak"): cfg for position, cfg in enumerate(cells)}
-    return found | {(position, "strong"): cfg.model_copy(update=strong) for position, cfg in enumerate(cells)}
+    kinds = {(position, "weak"): cfg for position, cfg in enumerate(cells)}
+    return kinds | {(position, "strong"): cfg.model_copy(update=strong) for position, cfg in enumerate(cells)}
 
 
 def learner_of(network, kd, folder):
@@ -183,9 +183,9 @@ def learner_of(network, kd, folder):
     title = f"learner {folder.name}"
     for module in (network, *(term.kd_path for term in (kd.terms.values() if kd else ()))):
         on_device(module)
-    own = Learner(title, role, network, view="strong", distillation=kd, folder=folder, **trained)
-    own.trained.train()
-    return own
+    learner = Learner(title, role, network, view="strong", distillation=kd, folder=folder, **trained)
+    learner.trained.train()
+    return learner
 
 
 def rehearse(chosen, folder, precision):
@@ -203,7 +203,7 @@ def rehearse(chosen, folder, precision):
         images, masks = torch.zeros(3, SIZE, SIZE, 3, dtype=torch.uint8), torch.zeros(3, 1, SIZE, SIZE)
         part = EvalPart(["a", "b", "c"], ["x"] * 3, images, masks)
         validation = list(scoring.eval_batches(part, compute))
-        taught = [frozen.teach(learners, own) for own, _ in validation]
+        forwards = [frozen.teach(learners, views) for views, _ in validation]
         watch.copied.clear()
 
         def strict(function):
@@ -223,11 +223,13 @@ def rehearse(chosen, folder, precision):
             feed = Feed(Epoch(), part, part)
             loop.train_epoch(learners, 0, frozen=frozen, feed=feed, compute=compute)
             watch.to_host.clear()
-            loop.validate(learners, validation, taught, seed=0, compute=compute)
+            loop.validate(learners, validation, forwards, seed=0, compute=compute)
             waits = list(watch.to_host)
         predicted = scoring.predict(learners[0].network, part, compute=compute)
         assert (tuple(predicted.shape), predicted.device.type) == ((3, 1, SIZE, SIZE), "cpu")
-        frozen_ids = {id(own) for network in (teacher, *frozen._rounded.values()) for own in network.parameters()}
+        frozen_ids = {
+            id(parameter) for network in (teacher, *frozen._rounded.values()) for parameter in network.parameters()
+        }
         recast = [tensor for tensor in watch.copied if id(tensor) in frozen_ids]
     return SimpleNamespace(learners=learners, watch=watch, recast=recast, waits=waits)
 
@@ -236,20 +238,20 @@ def rehearse(chosen, folder, precision):
 def test_every_comparison_trains_on_cuda_without_waiting(configs, tmp_path, precision, first):
     order = ("weak", "strong", "weak")[first:]
     chosen = [configs[number, order[number % 2]] for number in range(len(CELLS))]
-    found = rehearse(chosen, tmp_path, precision)
-    assert [str(own.failure) for own in found.learners if own.failure is not None] == []
-    assert found.watch.types == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
+    rehearsed = rehearse(chosen, tmp_path, precision)
+    assert [str(learner.failure) for learner in rehearsed.learners if learner.failure is not None] == []
+    assert rehearsed.watch.types == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
     if precision == "fp32":  # in bf16 PyTorch asks the device whether cuDNN takes it, and hears no
-        assert found.watch.layouts == []  # all convolutions in channels-last memory
-    assert found.recast == []  # Teachers are kept in the precision that they compute in
-    assert len(found.waits) == 1  # in validation, for the values of all learners
-    for own in found.learners:
-        assert own.steps == 1
-        assert len(own.watches) == (3 if own.distillation else 2)  # step, validation, Teacher: not read yet
-        terms = own.means.columns()
+        assert rehearsed.watch.layouts == []  # all convolutions in channels-last memory
+    assert rehearsed.recast == []  # Teachers are kept in the precision that they compute in
+    assert len(rehearsed.waits) == 1  # in validation, for the values of all learners
+    for learner in rehearsed.learners:
+        assert learner.steps == 1
+        assert len(learner.watches) == (3 if learner.distillation else 2)  # step, validation, Teacher: not read yet
+        terms = learner.means.columns()
         assert {(value.dtype, value.device) for value in terms.values()} == {(torch.float32, CUDA)}
-        assert {parameter.dtype for parameter in own.trained.parameters()} == {torch.float32}
-        state = own.optimizer.state_dict()["state"]
+        assert {parameter.dtype for parameter in learner.trained.parameters()} == {torch.float32}
+        state = learner.optimizer.state_dict()["state"]
         assert state  # Adam has stepped
         assert {value.device for moments in state.values() for value in moments.values()} == {CUDA}
 

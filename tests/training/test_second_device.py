@@ -50,13 +50,13 @@ def step(learner, cfg, where):
     masks = {f"{view}_mask": torch.ones(6, size, size, dtype=torch.uint8, device=where) for view in images}
     teacher = unet.freeze(build.teacher_network(cfg)).to(where)
     name = learner.distillation.forward.teacher if learner.distillation else ""
-    taught = loop.FrozenTeachers({name: teacher}, compute).teach([learner], images)
-    loop._step(learner, {**masks, "theta": torch.eye(2, 3, device=where).repeat(6, 1, 1)}, images, taught, compute)
+    forwards = loop.FrozenTeachers({name: teacher}, compute).teach([learner], images)
+    loop._step(learner, {**masks, "theta": torch.eye(2, 3, device=where).repeat(6, 1, 1)}, images, forwards, compute)
 
 
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")  # of what is restored on the host
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell[0])
-def test_a_resume_in_mid_epoch_goes_on_on_the_learners_device(compose, tmp_path, monkeypatch, cell):
+def test_a_resume_in_mid_epoch_continues_on_the_learners_device(compose, tmp_path, monkeypatch, cell):
     cfg = compose(*cell)
     saved = learner_on(CPU, cfg, tmp_path / "cell")
     step(saved, cfg, CPU)
@@ -71,27 +71,27 @@ def test_a_resume_in_mid_epoch_goes_on_on_the_learners_device(compose, tmp_path,
     step(resumed, cfg, META)
     assert resumed.steps == 2
     columns = [resumed.columns(), *resumed.best.values()]
-    assert {value.device for own in columns for value in own.values()} == {META}
+    assert {value.device for part in columns for value in part.values()} == {META}
     assert ("kd_weight" in resumed.columns()) == ("kd.weight=matched" in cell)
 
 
 def test_values_of_all_types_reach_the_host_in_one_copy_and_unchanged(monkeypatch):
     meters = [EpochMeter() for _ in range(3)]
     values = {"loss": torch.tensor([0.1]), "kd": torch.tensor(1 / 3).bfloat16(), "dice": torch.tensor(0.7).double()}
-    for position, own in enumerate(meters[:2]):
+    for position, each in enumerate(meters[:2]):
         for count in range(2 + position):
-            own.add(values, count + 1)
+            each.add(values, count + 1)
     copies, cpu = [], torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda own: copies.append(own.shape) or cpu(own))
-    columns = meter.to_host([own.columns() for own in meters], CPU)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda each: copies.append(each.shape) or cpu(each))
+    columns = meter.to_host([each.columns() for each in meters], CPU)
     assert len(copies) == 1
-    assert [own.keys() for own in columns] == [values.keys(), values.keys(), {}.keys()]
-    for own, read in zip(meters, columns, strict=True):
+    assert [each.keys() for each in columns] == [values.keys(), values.keys(), {}.keys()]
+    for each, read in zip(meters, columns, strict=True):
         for name, column in read.items():
-            assert torch.equal(column, values[name].reshape(1).expand(len(own.counts)))
+            assert torch.equal(column, values[name].reshape(1).expand(len(each.counts)))
             assert column.dtype == values[name].dtype
-    found = meter.weighted_means(columns[0], meters[0].counts, "val/")
-    assert found == pytest.approx({f"val/{name}": float(value) for name, value in values.items()})
+    means = meter.weighted_means(columns[0], meters[0].counts, "val/")
+    assert means == pytest.approx({f"val/{name}": float(value) for name, value in values.items()})
     assert meter.to_host([{}], CPU) == [{}]
 
 
