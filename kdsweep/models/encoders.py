@@ -17,18 +17,10 @@ DEPTH = 5  # stages of an encoder: strides 2 to 32
 
 
 class _Encoder(nn.Module, EncoderMixin):
-    """An encoder of DEPTH stages, as smp's decoder needs it.
+    """An encoder of DEPTH stages, as smp's decoder needs it, from the channels of the maps at strides 2 to 32."""
 
-    Args:
-        channels: of the maps at strides 2 to 32.
-        depth: smp's; only DEPTH is possible.
-        output_stride: smp's; only 32 is possible.
-    """
-
-    def __init__(self, channels: list[int], *, depth: int, output_stride: int) -> None:
+    def __init__(self, channels: list[int]) -> None:
         super().__init__()
-        if depth != DEPTH or output_stride != 32:
-            raise ValueError(f"the trimmed encoder has depth {DEPTH} and stride 32, got {depth} and {output_stride}")
         self._depth, self._in_channels, self._output_stride = DEPTH, 3, 32
         self._out_channels = [3, *channels]
 
@@ -44,8 +36,8 @@ class TrimmedMobileNetV3Small(_Encoder):
 
     removed_prefixes = ("blocks.4.2.", "blocks.5.")
 
-    def __init__(self, depth: int = DEPTH, output_stride: int = 32, **_: object) -> None:
-        super().__init__([16, 16, 24, 48, 96], depth=depth, output_stride=output_stride)
+    def __init__(self, **_: object) -> None:
+        super().__init__([16, 16, 24, 48, 96])
         full = timm.create_model("mobilenetv3_small_100", pretrained=False)
         full.prune_intermediate_layers([5], extra_blocks=True)
         self.conv_stem, self.bn1, self.blocks = full.conv_stem, full.bn1, full.blocks
@@ -70,12 +62,10 @@ class SlimEfficientNetLite0(_Encoder):
     Args:
         width: share of each stage's channels, rounded to a multiple of 8 as timm does; the stem keeps its 32.
         blocks: kept of each of its seven stages, at most STAGES; the last may have none.
-        depth: smp's.
-        output_stride: smp's.
     """
 
     classifier = "tf_efficientnet_lite0"
-    NAME = re.compile(r"efficientnet_lite0_w(\d{2,3})_b(\d{7})")
+    NAME = re.compile(r"efficientnet_lite0_w([1-9]\d|100)_b(1[12][12][1-3][1-3][1-4][01])")  # up to STAGES
     STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks of the complete network
     # The stages of timm's EfficientNet-Lite (Tan, Le 2019, arXiv 1905.11946, Table 1, without squeeze-and-excitation).
     BLOCKS = (
@@ -88,9 +78,7 @@ class SlimEfficientNetLite0(_Encoder):
         "ir_r{}_k3_s1_e6_c320",
     )
 
-    def __init__(
-        self, width: float, blocks: tuple[int, ...], depth: int = DEPTH, output_stride: int = 32, **_: object
-    ) -> None:
+    def __init__(self, width: float, blocks: tuple[int, ...], **_: object) -> None:
         kept = [[block.format(count)] for block, count in zip(self.BLOCKS, blocks, strict=True) if count]
         complete = efficientnet.EfficientNet(
             block_args=efficientnet.decode_arch_def(kept, fix_first_last=True),
@@ -103,7 +91,7 @@ class SlimEfficientNetLite0(_Encoder):
             norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
         )
         widths = [efficientnet.round_channels(scale, width) for scale in (16, 24, 40, 112, 320 if blocks[6] else 192)]
-        super().__init__(widths, depth=depth, output_stride=output_stride)
+        super().__init__(widths)
         self.conv_stem, self.bn1, self.blocks = complete.conv_stem, complete.bn1, complete.blocks
         self.is_narrow = width < 1
         gone = [(stage, block) for stage, count in enumerate(blocks) for block in range(count, self.STAGES[stage])]
@@ -127,20 +115,13 @@ smp.encoders.encoders["mobilenetv3_small_trimmed"] = {
 
 def check_encoder(name: str) -> None:
     """Make an encoder of this module available to smp; raise InputError for an unknown one."""
-    slim = SlimEfficientNetLite0.NAME.fullmatch(name)
-    if slim is not None:
-        width, blocks = int(slim[1]) / 100, tuple(map(int, slim[2]))
-        lowest = [1] * (len(blocks) - 1) + [0]
-        fits = [
-            low <= count <= most for low, count, most in zip(lowest, blocks, SlimEfficientNetLite0.STAGES, strict=True)
-        ]
-        if not 0.1 <= width <= 1 or not all(fits):
-            most = "".join(map(str, SlimEfficientNetLite0.STAGES))
-            raise InputError(
-                f"encoder={name}: EfficientNet-Lite0 is efficientnet_lite0_wWIDTH_bBLOCKS with a width of 10 to 100 "
-                f"percent and, of its seven stages, 1111110 to {most} blocks"
-            )
-        params = {"width": width, "blocks": blocks}
+    if slim := SlimEfficientNetLite0.NAME.fullmatch(name):
+        params = {"width": int(slim[1]) / 100, "blocks": tuple(map(int, slim[2]))}
         smp.encoders.encoders[name] = {"encoder": SlimEfficientNetLite0, "params": params, "pretrained_settings": {}}
+    elif name.startswith("efficientnet_lite0_w"):
+        raise InputError(
+            f"encoder={name}: EfficientNet-Lite0 is efficientnet_lite0_wWIDTH_bBLOCKS with a width of 10 to 100 "
+            "percent and, of its seven stages, 1111110 to 1223341 blocks"
+        )
     elif name not in smp.encoders.encoders and not name.startswith("tu-"):
         raise InputError(f"encoder={name} is not an encoder of segmentation-models-pytorch; see smp.encoders")

@@ -56,7 +56,7 @@ DOUBTFUL = {
     "two sets": (
         Folder,
         [f"{part}/{name}" for part in ("a", "b") for name in FOLDER],
-        "more than one data set: 2 (a/, b/); give one",
+        "more than one data set: 2 (a/, b/); name one",
     ),
     "two sets, remedy": (Folder, [f"{part}/{name}" for part in ("a", "b") for name in FOLDER], "data.root=ROOT/a"),
     "two sets of UDIAT": (Udiat, [f"{part}/{name}" for part in ("a", "b") for name in UDIAT], "2 (a/, b/)"),
@@ -259,7 +259,7 @@ def test_a_row_names_its_image_by_number_stem_or_file(tmp_path, form):
         ([("case 1", "Benign")], "has no label for 2 (000001, 000002) of 2 images"),
     ],
 )
-def test_labels_are_never_unknown_beside_a_spreadsheet(tmp_path, rows, expected):
+def test_labels_are_never_unknown_with_a_spreadsheet(tmp_path, rows, expected):
     spreadsheet(make(tmp_path, *UDIAT) / "DatasetB.xlsx", rows)
     message = refusal(Udiat(tmp_path))
     assert message.startswith(str(tmp_path / "DatasetB.xlsx"))

@@ -176,8 +176,3 @@ def test_contrast_varies_from_clear_to_barely_visible(hundred: list[Phantom]) ->
 def test_bad_count_is_refused_at_the_call(count: int) -> None:
     with pytest.raises(InputError, match=rf"^data\.count is {count}: [^\n]*1 or more$"):
         cohort(count=count, seed=0)
-
-
-def test_unknown_label_is_refused() -> None:
-    with pytest.raises(ValueError, match="normal"):
-        phantom(seed=0, index=0, label="normal")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kdsweep.config import composition
 from kdsweep.config.schema import STAGES
 from kdsweep.core.errors import InputError
-from kdsweep.models import encoders, unet
+from kdsweep.models import unet
 from kdsweep.models.weights import imagenet_file, load_weights, read_weights
 from kdsweep.training.build import teacher_network
 
@@ -242,17 +242,6 @@ def test_building_a_network_leaves_the_global_random_state_alone() -> None:
     torch.manual_seed(3)
     student(seed=7)
     assert torch.equal(torch.randn(5), expected)
-
-
-def test_an_unknown_encoder_is_refused() -> None:
-    with pytest.raises(InputError) as error:
-        build("resnet17")
-    one_line(error, "encoder=resnet17")
-
-
-def test_the_trimmed_encoder_has_one_depth() -> None:
-    with pytest.raises(ValueError, match="depth 5"):
-        encoders.TrimmedMobileNetV3Small(depth=4)
 
 
 # ---- weights that fit ----------------------------------------------------------------------------------------------
