@@ -70,7 +70,7 @@ def of_cells(store: Path) -> dict[str, dict[str, str]]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="kdsweep-bits-") as cwd:
-        for words in COMMANDS:
-            subprocess.run([sys.executable, "-m", "kdsweep", "-m", *FIXED, *words], cwd=cwd, check=True)
+        for overrides in COMMANDS:
+            subprocess.run([sys.executable, "-m", "kdsweep", "-m", *FIXED, *overrides], cwd=cwd, check=True)
         digests = of_views() | of_cells(Path(cwd) / "store")
     Path(sys.argv[1]).write_text(json.dumps(digests, indent=1) + "\n")

@@ -28,7 +28,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _table(file: Path) -> dict[str, str]:
-    return {words[0]: words[1] for line in file.read_text().splitlines() if len(words := line.split()) > 1}
+    return {fields[0]: fields[1] for line in file.read_text().splitlines() if len(fields := line.split()) > 1}
 
 
 def _of_groups(root: Path) -> Iterator[int]:

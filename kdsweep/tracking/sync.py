@@ -30,17 +30,11 @@ _opened: list[Sync] = []
 
 
 class Sync:
-    """A thread that logs what is new in the folders of cells to one experiment (see ``mirror.Tracker``).
+    """A thread that logs news of cells' folders to one experiment at ``uri``, for None in the store's SQLite file.
 
-    Args:
-        store: folder of the runs.
-        uri: of an MLflow server or database, or None for the SQLite file in the store.
-        experiment: its name.
-        sweeps: by name the folders of the cells and Teachers that each sweep requests.
-        trains: whether cells are to be trained; the command must then not wait long at its end.
-
-    Raises:
-        InputError: the store cannot be opened, now or later.
+    ``sweeps`` holds by name the folders of the cells and Teachers that each sweep requests. If cells are trained
+    (``trains``), the end of the command does not wait long. A store that cannot be opened, now or later, is an
+    InputError.
     """
 
     def __init__(

@@ -53,11 +53,8 @@ class Pruning(Protocol):
 def run_group(jobs: list[Job]) -> list[float | Exception]:
     """Train different cells with equal ``identity.batches_key`` together, from their checkpoints on.
 
-    Returns:
-        The test Dice of each cell, or the error that ended it. An error of one leaves the others alone.
-
-    Raises:
-        DeviceError: the device failed. A fresh process resumes the cells.
+    Returns the test Dice of each cell, or the error that ended it, which leaves the others alone. Raises DeviceError if
+    the device failed; a fresh process resumes the cells.
     """
     outcomes = _complete(jobs, lambda missing: _train(missing, obtain_teachers(missing)))
     return [_value(outcome, "test/dice") for outcome in outcomes]
@@ -66,10 +63,8 @@ def run_group(jobs: list[Job]) -> list[float | Exception]:
 def run_trials(jobs: list[Job], *, pruning: Pruning) -> list[float | Exception]:
     """Train trials, of cells or Teachers, as ``run_group`` does, until each has had its last epoch or is pruned.
 
-    Nothing is tested: the chosen trial is tested afterwards, from its checkpoint.
-
-    Returns:
-        The validation Dice of each trial's best epoch, or the error that ended it.
+    Returns the validation Dice of each trial's best epoch, or the error that ended it. Nothing is tested: the chosen
+    trial is tested afterwards, from its checkpoint.
     """
     with contextlib.ExitStack() as locks:
         for job in sorted(jobs, key=lambda job: job.cell.folder):  # so that no two commands block each other

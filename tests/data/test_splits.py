@@ -247,8 +247,8 @@ def test_a_row_of_the_groups_file_names_one_image_and_each_image_has_one_group(t
 # ---- as configured
 
 
-def settings(small_busi, *words):
-    return composition.compose(["data=busi", f"data.root={small_busi}", "profile=quick", *words])
+def settings(small_busi, *overrides):
+    return composition.compose(["data=busi", f"data.root={small_busi}", "profile=quick", *overrides])
 
 
 def test_the_papers_splits_have_the_fingerprints_of_their_index_alone(small_busi):
@@ -274,11 +274,11 @@ def test_a_file_that_divides_groups_is_refused_unless_leakage_is_allowed(small_b
     file = write_csv(tmp_path / "s.csv", [(image_id, parts[number % 4]) for number, image_id in enumerate(ids)])
     groups = tmp_path / "groups.csv"
     groups.write_text("id,group\n" + "".join(f"{image_id},{number // 2}\n" for number, image_id in enumerate(ids)))
-    words = ("split=file", f"split.file={file}", f"split.group={groups}")
+    overrides = ("split=file", f"split.file={file}", f"split.group={groups}")
     with pytest.raises(InputError, match=r"puts images of \d+ groups .* the first is 1 \(benign.*allow_leakage=true"):
-        identity.cell(settings(small_busi, *words))
-    allowed = settings(small_busi, *words, "split.allow_leakage=true")
-    ungrouped = settings(small_busi, *words[:2])  # the same images, but its tables would not mention the leak
+        identity.cell(settings(small_busi, *overrides))
+    allowed = settings(small_busi, *overrides, "split.allow_leakage=true")
+    ungrouped = settings(small_busi, *overrides[:2])  # the same images, but its tables would not mention the leak
     assert inputs.split_ids(allowed) == inputs.split_ids(ungrouped)
     assert identity.cell(allowed).fingerprint != identity.cell(ungrouped).fingerprint
     assert "although groups are on both sides" in allowed.split.in_words()
@@ -286,7 +286,7 @@ def test_a_file_that_divides_groups_is_refused_unless_leakage_is_allowed(small_b
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("overrides", "line"),
     [
         (("split=s0", "split.index=3"), "split.index=3 is not allowed: the paper has 0, 1 and 2"),
         (("split=kfold", "split.fold=5"), "split.fold=5 is not allowed: split.folds=5 are counted from 0"),
@@ -296,6 +296,6 @@ def test_a_file_that_divides_groups_is_refused_unless_leakage_is_allowed(small_b
         (("split=kfold", "split.folds=10"), "split.folds=10 is not allowed: the data set has 9 malignant images"),
     ],
 )
-def test_wrong_splits_are_one_line(small_busi, words, line):
+def test_wrong_splits_are_one_line(small_busi, overrides, line):
     with pytest.raises(InputError, match=line):
-        identity.cell(settings(small_busi, *words))
+        identity.cell(settings(small_busi, *overrides))

@@ -335,8 +335,8 @@ def test_the_kd_term_is_the_weighted_sum_of_its_comparisons() -> None:
 # ---- configurations ------------------------------------------------------------------------------------------------
 
 
-def cell(*words: str) -> Cell:
-    return identity.cell(composition.compose([*words, "profile=quick"]))
+def cell(*typed: str) -> Cell:
+    return identity.cell(composition.compose([*typed, "profile=quick"]))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -379,7 +379,7 @@ def test_a_method_has_another_name_and_another_cell() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("typed", "line"),
     [
         (["method=at", "path=L"], "method=at brings its paths and losses: leave path out"),
         (["method=at", "loss=mse"], "method=at brings its paths and losses: leave loss out"),
@@ -392,9 +392,9 @@ def test_a_method_has_another_name_and_another_cell() -> None:
         ),
     ],
 )
-def test_an_impossible_method_is_one_line(words: list[str], line: str) -> None:
+def test_an_impossible_method_is_one_line(typed: list[str], line: str) -> None:
     with pytest.raises(InputError) as caught:
-        cell(*words)
+        cell(*typed)
     assert line in str(caught.value)
 
 

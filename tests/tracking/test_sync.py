@@ -226,8 +226,8 @@ def test_a_moved_store_keeps_its_scores_and_takes_new_ones(store, tmp_path):
     assert len(reader.read_sweep(store=moved, uri=None, name="sweep").scores) == 5
     assert not store.exists()
     for run_id, *_ in runs_of(mirror.store_uri(moved, None)).values():  # MLflow's interface reads them too
-        place = client_of(moved).get_run(run_id).info.artifact_uri
-        assert place == (moved / "artifacts" / run_id / "artifacts").as_uri()
+        location = client_of(moved).get_run(run_id).info.artifact_uri
+        assert location == (moved / "artifacts" / run_id / "artifacts").as_uri()
         assert Path(client_of(moved).download_artifacts(run_id, "test_scores.csv")).is_file()
 
 
@@ -328,15 +328,15 @@ def test_a_command_trains_while_the_server_is_down_and_the_next_one_logs_all_of_
     server = shutil.copytree(empty_store, tmp_path / "server")
     port, store = free_port(), tmp_path / "multirun"
     uri = f"http://127.0.0.1:{port}"
-    words = ["-m", "path=none,L", "loss=mse", "profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu"]
-    words += ["train.epochs=2", "train.batch_size=8", f"tracking.uri={uri}", *STUDENT, *TEACHER]
-    first = kdsweep(*words, cwd=tmp_path)
+    overrides = ["-m", "path=none,L", "loss=mse", "profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu"]
+    overrides += ["train.epochs=2", "train.batch_size=8", f"tracking.uri={uri}", *STUDENT, *TEACHER]
+    first = kdsweep(*overrides, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     trained = {file: file.read_bytes() for file in store.glob("*/*/*.safetensors")}
     assert len(trained) == 3
     with serving(server, port):
         for _ in range(2):
-            again = kdsweep(*words, cwd=tmp_path)
+            again = kdsweep(*overrides, cwd=tmp_path)
             assert again.returncode == 0, again.stderr
         client = mirror.MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name("kdsweep")

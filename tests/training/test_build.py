@@ -126,8 +126,10 @@ def test_the_options_of_a_teachers_training_reach_its_learner(compose):
     common = ["train.epochs=7", "train.patience=3", "train.supervised=bce_dice", "train.schedule=cosine"]
     of_teacher = ["teacher.epochs=5", "teacher.monitor=dice", "teacher.supervised=bce", "teacher.schedule=poly"]
     expected = [(7, "loss", losses.cross_entropy_and_dice, "cosine"), (5, "dice", losses.cross_entropy, "poly")]
-    for words, (epochs, monitor, supervised, schedule) in zip((common, [*common, *of_teacher]), expected, strict=True):
-        cfg = compose("path=L", *words)
+    for overrides, (epochs, monitor, supervised, schedule) in zip(
+        (common, [*common, *of_teacher]), expected, strict=True
+    ):
+        cfg = compose("path=L", *overrides)
         teacher = build.learner(cfg, identity.teacher_cell(cfg))
         student = build.learner(cfg, identity.cell(cfg))
         assert (teacher.epochs, teacher.patience, teacher.monitor, teacher.schedule) == (epochs, 3, monitor, schedule)
@@ -140,9 +142,9 @@ def test_the_groups_of_images_reach_their_scores(compose, tmp_path):
     ids, file = inputs.images(compose()).ids, tmp_path / "groups.csv"
     groups = {image_id: f"patient {number // 2}" for number, image_id in enumerate(ids)}
     file.write_text("id,group\n" + "".join(f"{image_id},{group}\n" for image_id, group in groups.items()))
-    for words in (["split=kfold"], ["split=kfold", f"split.group={file}"]):
-        part = build.feed(compose(*words), seed=0).test
-        assert part.groups == ([groups[image_id] for image_id in part.ids] if len(words) > 1 else None)
+    for overrides in (["split=kfold"], ["split=kfold", f"split.group={file}"]):
+        part = build.feed(compose(*overrides), seed=0).test
+        assert part.groups == ([groups[image_id] for image_id in part.ids] if len(overrides) > 1 else None)
 
 
 def test_a_frozen_teacher_is_in_eval_mode_without_gradients(compose):

@@ -31,8 +31,10 @@ QUICK = [
 @pytest.fixture
 def compose(small_busi, empty_store, tmp_path):
     def make(*overrides):
-        chosen = {word.partition("=")[0] for word in overrides}
-        fixed = [word for word in (*QUICK, f"store={tmp_path / 'store'}") if word.partition("=")[0] not in chosen]
+        chosen = {override.partition("=")[0] for override in overrides}
+        fixed = [
+            override for override in (*QUICK, f"store={tmp_path / 'store'}") if override.partition("=")[0] not in chosen
+        ]
         cfg = composition.compose([*fixed, f"data.root={small_busi}", *overrides])
         if not Path(cfg.store).exists():
             shutil.copytree(empty_store, cfg.store)
@@ -129,8 +131,8 @@ def test_each_cell_chooses_the_precision_of_its_teacher(compose, tmp_path):
     run(*both)
     assert weights(both[0]) != weights(both[1])
     for precision, together in zip(("fp32", "bf16"), both, strict=True):
-        words = ["path=L", f"kd.teacher_precision={precision}", f"store={tmp_path / precision}"]
-        alone = with_teachers_of(together, compose(*words))
+        overrides = ["path=L", f"kd.teacher_precision={precision}", f"store={tmp_path / precision}"]
+        alone = with_teachers_of(together, compose(*overrides))
         run(alone)
         assert weights(alone) == weights(together)
 

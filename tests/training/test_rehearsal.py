@@ -61,8 +61,8 @@ def gradients(root):
             node.next_functions, made if isinstance(made, tuple) else (made,), strict=True
         ):
             if other is not None and gradient is not None:
-                place = held.setdefault(other, {})
-                place[position] = place[position] + gradient if position in place else gradient
+                sums = held.setdefault(other, {})
+                sums[position] = sums[position] + gradient if position in sums else gradient
     return by_leaf
 
 
@@ -269,10 +269,10 @@ def uses_a_host_tensor(*, student, teacher, valid):
 
 
 @pytest.mark.parametrize(
-    ("loss", "words"),
+    ("loss", "line"),
     [(reads_a_value, "DataDependent"), (makes_a_host_tensor, "the host waits"), (uses_a_host_tensor, "device")],
 )
-def test_the_rehearsal_finds_who_waits_and_who_is_on_the_wrong_device(configs, tmp_path, loss, words):
+def test_the_rehearsal_names_a_loss_that_waits_or_is_on_the_wrong_device(configs, tmp_path, loss, line):
     with mock.patch("kdsweep.distill.losses.mse", loss):
         failure = str(rehearse([configs[0, "weak"]], tmp_path, "fp32").learners[0].failure)
-    assert words in failure
+    assert line in failure
