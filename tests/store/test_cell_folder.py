@@ -123,9 +123,9 @@ def test_a_predecessor_has_the_same_name_and_not_a_similar_one(tmp_path, other):
     begin(before)
     similar = before.folder.with_name(f"{other}-{before.fingerprint[:10]}")
     before.folder.rename(similar)
-    assert cell_folder.read_predecessor(cell, besides=set()) is None
+    assert cell_folder.read_predecessor(cell, excluded=set()) is None
     similar.rename(before.folder)
-    assert cell_folder.read_predecessor(cell, besides=set())["params"] == {"a": 1}
+    assert cell_folder.read_predecessor(cell, excluded=set())["params"] == {"a": 1}
 
 
 def test_a_cell_that_is_resumed_began_when_it_first_did_and_ends_when_it_is_finished(tmp_path, monkeypatch):
@@ -149,9 +149,9 @@ def test_of_several_predecessors_the_latest_is_compared_with(tmp_path):
         moment = [30, 10, 20][number]  # the names of their folders are in another order than they were written in
         os.utime(before.folder / cell_folder.CELL, (moment, moment))
     cell = make_cell(tmp_path)
-    assert cell_folder.read_predecessor(cell, besides=set())["input_digests"] == {"data": "b"}
+    assert cell_folder.read_predecessor(cell, excluded=set())["input_digests"] == {"data": "b"}
     others = {make_cell(tmp_path, input_digests="b").folder}
-    assert cell_folder.read_predecessor(cell, besides=others)["input_digests"] == {"data": "d"}
+    assert cell_folder.read_predecessor(cell, excluded=others)["input_digests"] == {"data": "d"}
 
 
 def test_one_process_at_a_time_computes_a_cell(tmp_path):
