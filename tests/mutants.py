@@ -1003,7 +1003,7 @@ MUTANTS = [
     Mutant(
         "study: published scores name folders",
         "core/files.py",
-        'return WHOLE_PATH.sub(r"\\1", value) if isinstance(value, str) else value',
+        'return COMPLETE_PATH.sub(r"\\1", value) if isinstance(value, str) else value',
         "return value",
         "tests/results/test_published.py",
     ),

@@ -70,14 +70,14 @@ def equal(first: list[Batch], second: list[Batch]) -> bool:
 
 def views_of_ids(images: Images, indices: list[int], batches: list[Batch]) -> dict[str, Batch]:
     """What each image id was rendered as, by the place of the weak view in its picture."""
-    rows = {}
+    by_id = {}
     rows = [
         {name: values[row] for name, values in batch.items()} for batch in batches for row in range(len(batch["weak"]))
     ]
     for row in rows:
         (owner,) = [index for index in indices if _contains(images.images[index], row["weak"].numpy())]
-        rows[images.ids[owner]] = row
-    return rows
+        by_id[images.ids[owner]] = row
+    return by_id
 
 
 def _contains(picture: np.ndarray, crop: np.ndarray) -> bool:
