@@ -337,13 +337,13 @@ def test_a_finished_cell_has_one_finished_run_also_after_it_was_computed_again(s
 def test_two_stores_on_one_server_share_the_run_of_a_cell_with_equal_scores(store, tmp_path):
     uri, cell = mirror.store_uri(store, None), make_cell(lr=23)
     cells = [replace(cell, store=tmp_path / name) for name in ("one", "other")]
-    trackers = [mirror.Tracker(store=cell.store, uri=uri) for cell in cells]
+    trackers = [mirror.Tracker(store=each.store, uri=uri) for each in cells]
     first = trackers[0].sync(end(cells[0], [0.5]), sweep="shared")
     trackers[1].sync(begin(cells[1], 1), sweep="shared")  # in training it has another run
     assert len(runs_of(store, cell)) == 2
     assert trackers[1].sync(end(cells[1], [0.5]), sweep="shared") == first
-    for cell in cells:  # of later commands
-        assert mirror.Tracker(store=cell.store, uri=uri).sync(cell_folder.read(cell.folder), sweep="shared") == first
+    for each in cells:  # of later commands
+        assert mirror.Tracker(store=each.store, uri=uri).sync(cell_folder.read(each.folder), sweep="shared") == first
     assert runs_of(store, cell) == {first: "FINISHED"}
 
 
