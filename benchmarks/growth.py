@@ -39,10 +39,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from machine import machine
+from omegaconf import DictConfig
 
 from kdsweep import conf_dir
 from kdsweep.config import composition, identity, inputs
-from kdsweep.config.composition import Composed
+from kdsweep.config.composition import compose_jobs
 from kdsweep.config.grid import Cell
 from kdsweep.config.schema import Settings
 from kdsweep.core.files import write_text
@@ -190,9 +191,9 @@ class Command:
         HydraConfig.instance().set_config(self.config)
         (self.jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
 
-    def compose(self) -> Composed:
+    def compose(self) -> Iterator[DictConfig]:
         """The configurations of the jobs, as ``launch`` has them."""
-        return Composed(self.loader, self.config, self.jobs)
+        return compose_jobs(self.loader, self.config, self.jobs)
 
 
 def measure(size: int, folder: Path) -> dict[str, Any]:

@@ -25,13 +25,6 @@ TYPES = {
     "integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text",
     "null": "null", "array": "a list", "object": "keys with values",
 }  # fmt: skip
-LIMITS = {
-    "minimum": ">=",
-    "exclusiveMinimum": ">",
-    "maximum": "<=",
-    "exclusiveMaximum": "<",
-    "multipleOf": "multiple of",
-}
 HEAD = """# Configuration
 
 For those who change a setting. At the end you know every group and key, its value and what it may be. Written by
@@ -69,7 +62,7 @@ def allowed(model: type[BaseModel] = Settings, prefix: str = "") -> dict[str, st
 
 
 def in_words(values: dict[str, Any]) -> str:
-    """Return a JSON schema of values as text, such as "a number >= 0 <= 1, matched or published"."""
+    """Return a JSON schema of values as text, such as "a number from 0 to 1 or matched or published"."""
     if "description" in values:
         return str(values["description"])
     if "anyOf" in values:
@@ -77,9 +70,16 @@ def in_words(values: dict[str, Any]) -> str:
     if "enum" in values or "const" in values:
         *first, last = values.get("enum") or [values["const"]]
         return f"{', '.join(first)} or {last}" if first else str(last)
-    limits = " ".join(f"{sign} {values[limit]}" for limit, sign in LIMITS.items() if limit in values)
-    count = f"of {values['minItems']}: {in_words(values['items'])}" if "minItems" in values else ""
-    return " ".join(filter(None, [TYPES.get(values.get("type", ""), ""), limits, count]))
+    text = TYPES.get(values.get("type", ""), "")
+    if "maximum" in values:
+        text += f" from {values['minimum']} to {values['maximum']}"
+    elif "minimum" in values:
+        text += f" of at least {values['minimum']}"
+    if "exclusiveMinimum" in values:
+        text += f" above {values['exclusiveMinimum']}"
+    if "multipleOf" in values:
+        text += f" that {values['multipleOf']} divides"
+    return f"{text} of {values['minItems']}: {in_words(values['items'])}" if "minItems" in values else text
 
 
 def lines(file: Path, prefix: str = "") -> list[tuple[str, str, str]]:

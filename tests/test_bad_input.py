@@ -34,7 +34,8 @@ def refusal(*overrides: str) -> str:
     """The line that a configuration is refused with, by the checks that a job goes through before its training."""
     with pytest.raises(Exception) as caught:
         jobs = plan.read_jobs([composition.compose_config(["profile=quick", "device=cpu", *overrides])])
-        rehearsal.device_names(jobs)
+        for job in jobs:
+            build.devices(job.settings)
         rehearsal.check(jobs)
     message = user_message(caught.value)
     assert "\n" not in message
@@ -51,7 +52,7 @@ def refusal(*overrides: str) -> str:
         ("train.lr=-1", "greater than 0"),
         ("train.patience=0", "greater than or equal to 1"),
         ("train.batch_size=many", "valid integer"),
-        ("kd.weight=1.5", "less than or equal to 1"),
+        ("kd.weight=1.5", "a number from 0 to 1"),
         ("image_size=100", "multiple of 32"),
         ("device=gpu", "auto, cpu, cuda"),
         ("device=cpu:1", "auto, cpu, cuda"),

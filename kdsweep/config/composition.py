@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import cloudpickle
@@ -35,74 +35,64 @@ MESSAGES = {  # of Hydra and OmegaConf
 }
 
 
-class Composed(Sequence[DictConfig]):
-    """The configurations of a sweep's jobs, each composed when it is read: 10,000 would take 1.6 GB.
+def compose_jobs(loader: ConfigLoader, config: DictConfig, jobs: Sequence[Sequence[str]]) -> Iterator[DictConfig]:
+    """Yield the configuration of each job of a sweep, from its overrides: 10,000 at a time would take 1.6 GB.
 
     Hydra's ``load_sweep_config`` takes 70 ms. Jobs that differ in plain values alone share it: a copy takes 2 ms.
-
-    Args:
-        loader: of Hydra.
-        config: of the sweep.
-        jobs: overrides of each job.
     """
-
-    def __init__(self, loader: ConfigLoader, config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
-        self._loader, self._config, self._jobs = loader, config, jobs
-        self._shared: dict[tuple[str, ...], bytes] = {}  # a pickle is copied faster than a DictConfig
-        self._is_value = cache(self._look_up)
-        self._parse = cache(OverridesParser.create(config_loader=loader).parse_override)
-
-    def __len__(self) -> int:
-        """Return how many jobs there are."""
-        return len(self._jobs)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Compose the configuration of one job."""
-        job = list(self._jobs[index])
-        parsed = [self._parse(override) for override in job]
-        plain = {each.key_or_group: each.value() for each in parsed if self._is_plain(each, parsed)}
+    shared: dict[tuple[str, ...], bytes] = {}  # a pickle is copied faster than a DictConfig
+    has_value = cache(partial(_has_value, config))
+    parse = cache(OverridesParser.create(config_loader=loader).parse_override)
+    for job in jobs:
+        parsed = [parse(override) for override in job]
+        plain = {
+            each.key_or_group: each.value()
+            for each in parsed
+            if has_value(each.key_or_group) and _is_plain(each, parsed)
+        }
         shape = tuple(each.key_or_group if each.key_or_group in plain else str(each.input_line) for each in parsed)
-        if shape not in self._shared:
-            self._shared[shape] = cloudpickle.dumps(self._loader.load_sweep_config(self._config, job))
-        config: DictConfig = cloudpickle.loads(self._shared[shape])
+        if shape not in shared:
+            shared[shape] = cloudpickle.dumps(loader.load_sweep_config(config, list(job)))
+        composed: DictConfig = cloudpickle.loads(shared[shape])
         for key, value in plain.items():
-            OmegaConf.update(config, key, value)
-        config.hydra.overrides.task = [each.input_line for each in parsed if not each.is_hydra_override()]
-        config.hydra.job.override_dirname = "???"  # of another job
-        return config
-
-    def _is_plain(self, override: Override, parsed: Sequence[Override]) -> bool:
-        """Return whether an override gives one value to a key that no other override touches, and composes nothing."""
-        key = override.key_or_group
-        if override.type is not OverrideType.CHANGE or not isinstance(override.value(), str | int | float | None):
-            return False
-        others = [each.key_or_group for each in parsed if each is not override]
-        return self._is_value(key) and not any(is_under(key, (each,)) or is_under(each, (key,)) for each in others)
-
-    def _look_up(self, key: str) -> bool:
-        """Return whether a key has a plain value: it is not a group of files, nor a section, nor of Hydra."""
-        if key.startswith("hydra") or key in self._config.hydra.runtime.choices:
-            return False
-        value = OmegaConf.select(self._config, key)
-        return value is not None and not OmegaConf.is_config(value)
+            OmegaConf.update(composed, key, value)
+        composed.hydra.overrides.task = [each.input_line for each in parsed if not each.is_hydra_override()]
+        composed.hydra.job.override_dirname = "???"  # of another job
+        yield composed
 
 
-def compose(words: Sequence[str]) -> Settings:
+def _has_value(config: DictConfig, key: str) -> bool:
+    """Return whether a key has a plain value: it is not a group of files, nor a section, nor of Hydra."""
+    if key.startswith("hydra") or key in config.hydra.runtime.choices:
+        return False
+    value = OmegaConf.select(config, key)
+    return value is not None and not OmegaConf.is_config(value)
+
+
+def _is_plain(override: Override, parsed: Sequence[Override]) -> bool:
+    """Return whether an override gives one value to a key that no other override of the job touches."""
+    if override.type is not OverrideType.CHANGE or not isinstance(override.value(), str | int | float | None):
+        return False
+    key, others = override.key_or_group, [each.key_or_group for each in parsed if each is not override]
+    return not any(is_under(key, (each,)) or is_under(each, (key,)) for each in others)
+
+
+def compose(typed: Sequence[str]) -> Settings:
     """Return the settings of one cell from overrides, outside of a Hydra run.
 
     Raises:
         InputError: an override is wrong, or a value is not allowed.
     """
-    return read(compose_config(words))
+    return read(compose_config(typed))
 
 
-def compose_config(words: Sequence[str]) -> DictConfig:
+def compose_config(typed: Sequence[str]) -> DictConfig:
     """Compose the configuration of one cell from overrides as Hydra does, unchecked.
 
     Raises:
         InputError: an override is wrong.
     """
-    checked = overrides.check(words)
+    checked = overrides.check(typed)
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return hydra.compose("config", checked)
@@ -159,17 +149,14 @@ def build(values: Mapping[str, Any]) -> Any:
         raise InputError(f"_target_={values['_target_']}: {reason}") from error
 
 
-def check_grid(config: DictConfig, words: Sequence[str], *, multirun: bool) -> None:
+def check_grid(config: DictConfig, typed: Sequence[str], *, multirun: bool) -> None:
     """Raise InputError if an experiment has a grid of which the job is not a cell: Hydra would drop the grid.
 
-    Args:
-        config: of the job, with Hydra's part.
-        words: overrides of the job.
-        multirun: whether the command has -m: then it has the grid of another experiment.
+    ``typed`` are the overrides of the job. A command with -m (``multirun``) has the grid of another experiment.
     """
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    typed = {word.lstrip("+~").partition("=")[0] for word in words}
-    dropped = [key for key in map(str, params) if key.lstrip("+") not in typed]
+    keys = {override.lstrip("+~").partition("=")[0] for override in typed}
+    dropped = [key for key in map(str, params) if key.lstrip("+") not in keys]
     if dropped:
         name = config.hydra.runtime.choices.get("experiment")
         lead = f"+experiment={name}" if name else f"hydra.sweeper.params.{dropped[0]}"

@@ -16,11 +16,11 @@ from kdsweep.config.schema import Settings
 
 @dataclass(frozen=True)
 class Key:
-    """A key of the schema: its markers, its default, and whether it holds other keys, not a value."""
+    """A key of the schema."""
 
     decides: tuple[Decides, ...]
     default: Any
-    is_node: bool
+    is_node: bool  # it holds other keys, not a value
 
 
 def _keys(model: type[BaseModel], prefix: str = "", above: tuple[Decides, ...] = ()) -> Iterator[tuple[str, Key]]:
@@ -58,10 +58,7 @@ def is_declared(key: str) -> bool:
 def decides(key: str, *, role: str, params: Params) -> bool:
     """Return whether a key, or one below it, decides the results of a role; yes for a key of another version's.
 
-    Args:
-        key: of the configuration.
-        role: ``distilled``, ``baseline`` or ``teacher``.
-        params: flat configuration of the cell.
+    ``params`` is the flat configuration of a cell.
     """
     markers = _markers(key)
     return not markers or any(each.applies(role, params) for each in markers)
@@ -108,7 +105,7 @@ def deciding(settings: Settings, role: str) -> dict[str, Any]:
     for key, each in LEAVES.items():
         section, _, name = key.rpartition(".")
         value = (values[section] if section else values).get(name, each.default)
-        if value != each.default and any(mark.by == "value" and mark.applies(role, params) for mark in each.decides):
+        if value != each.default and any(of.by == "value" and of.applies(role, params) for of in each.decides):
             decided[key] = value
     for key, place in PLACES:
         decided[key] = {name: value for name, value in decided[key].items() if name != place}

@@ -21,8 +21,7 @@ PACKAGE = "kdsweep"
 
 # Raise it by one whenever equal settings, data and seeds give other weights or scores than before: another
 # augmentation, loss, initialization, order of training images, optimizer, metric, or a new default that no setting
-# names. Every finished cell is computed again then. tests/test_golden.py notices such a change and is recorded anew
-# with it. What only moves, renames, logs, speeds up or reports does not raise it.
+# names. Every finished cell is computed again then. tests/test_golden.py notices such a change and is recorded again.
 RESULTS_VERSION = 2
 
 DISTILLED, BASELINE, TEACHER = "distilled", "baseline", "teacher"
@@ -34,22 +33,16 @@ Params = Mapping[str, Any]  # a flat configuration: values or, as MLflow keeps t
 class Decides:
     """Metadata of a field of the schema: the cells whose results the key decides, with all keys below it.
 
-    Attributes:
-        roles: of these cells; () for a key of the machine or the command, None for those of the node above.
-        when: only if other keys have these values.
-        unless: not if other keys have these values.
-        by: how it does: ``value``; ``content`` of what it names; ``name`` of the cell; ``place`` of files whose content
-            counts, which is private; ``reference`` by other keys, whose values count.
-        places: arguments of a function or class that are ``by="place"``.
-        factor: it is a factor of the grid, whose values are compared.
+    It does so ``by`` its value; the content of what it names; the name of the cell; the place of files whose content
+    counts, which is private; or a reference, by other keys, whose values count.
     """
 
-    roles: tuple[str, ...] | None = None
-    when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    unless: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    roles: tuple[str, ...] | None = None  # () for a key of the machine or the command, None for those of the node above
+    when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # only if other keys have these values
+    unless: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # not if other keys have these values
     by: str = "value"
-    places: tuple[str, ...] = ()
-    factor: bool = False
+    places: tuple[str, ...] = ()  # arguments of a function or class that are by="place"
+    factor: bool = False  # of the grid, whose values are compared
 
     def applies(self, role: str, params: Params) -> bool:
         """Return whether the key decides results of a role under a flat configuration."""
@@ -64,29 +57,19 @@ class Decides:
 class Cell:
     """One training with its result: one Hydra job, one MLflow run, one folder. Teachers are cells of role ``teacher``.
 
-    Attributes:
-        role: ``distilled``, ``baseline`` (the Student alone) or ``teacher``.
-        notation: the paper's name, such as ``HReg_KLD_WAug``, ``Student``, ``Teacher_WAug``.
-        split: number of the split in its protocol: its index, or its fold.
-        seed: of initialization, shuffling and views.
-        settings: the plain nested values that decide the result.
-        input_digests: results version, and digests of inputs: data, weights files, the Teacher, the user's code.
-        store: folder of all runs.
-        sources: settings that name the inputs: folders and files by key, the Teacher's seed.
-        variant: values of further keys that the sweep varies, as far as they distinguish this cell from others.
-        teacher: of a distilled Student.
+    ``variant`` has values of further keys that the sweep varies, as far as they distinguish this cell from others.
     """
 
-    role: str
-    notation: str
-    split: int
-    seed: int
-    settings: dict[str, Any]
-    input_digests: dict[str, str]
-    store: Path = field(compare=False)
-    sources: dict[str, str] = field(default_factory=dict, compare=False)
+    role: str  # distilled, baseline (the Student alone) or teacher
+    notation: str  # the paper's name, such as HReg_KLD_WAug, Student, Teacher_WAug
+    split: int  # number of the split in its protocol: its index, or its fold
+    seed: int  # of initialization, shuffling and views
+    settings: dict[str, Any]  # the values that decide the result
+    input_digests: dict[str, str]  # of data, weights files, the Teacher, the user's code; and the results version
+    store: Path = field(compare=False)  # folder of all runs
+    sources: dict[str, str] = field(default_factory=dict, compare=False)  # settings that name the inputs
     variant: dict[str, str] = field(default_factory=dict, compare=False)
-    teacher: Cell | None = field(default=None, compare=False)
+    teacher: Cell | None = field(default=None, compare=False)  # of a distilled Student
 
     @cached_property
     def fingerprint(self) -> str:
@@ -116,7 +99,7 @@ class Cell:
 
 
 def run_folder(store: Path, run: Mapping[Any, Any]) -> Path:
-    """Return the folder of a cell of which role, notation, split, seed and fingerprint are known."""
+    """Return the folder of a cell from its role, notation, split, seed and fingerprint."""
     parent = store / ("teachers" if run["role"] == "teacher" else "cells")
     return below(parent, f"{run['notation']}-split{run['split']}-seed{run['seed']}-{run['fingerprint'][:10]}")
 

@@ -20,17 +20,20 @@ BATCHES = ("data", "image_size", "views", "precision", "deterministic", "train.b
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A cell to be computed: the launcher sends jobs to the processes that train.
-
-    Attributes:
-        settings: checked configuration of the cell.
-        cell: that the settings describe, with its variant.
-        overrides: of the job, as they are typed.
-    """
+    """A cell to be computed: the launcher sends jobs to the processes that train."""
 
     settings: Settings
-    cell: Cell
-    overrides: list[str] = field(default_factory=list)
+    cell: Cell  # that the settings describe, with its variant
+    overrides: list[str] = field(default_factory=list)  # as they are typed
+    finished: dict[str, float] | None = None  # final values of the cell, if the store holds them
+    begun: int = 0  # epochs that its checkpoint holds
+    tuned: tuple[str, ...] = ()  # keys of which tuning has set the values
+    used: tuple[str, ...] = ()  # keys of overrides which the schema does not have and which have an effect
+
+    @property
+    def epochs_left(self) -> int:
+        """Return how many epochs are left if no early stop ends it sooner."""
+        return max(0, self.settings.train.epochs - self.begun)
 
 
 def job(settings: Settings) -> Job:

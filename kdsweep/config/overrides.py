@@ -41,10 +41,7 @@ def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def check(overrides: Sequence[str], *, multirun: bool = False, folders: Sequence[Path] = ()) -> list[str]:
     """Return overrides with the home folder for the ~ of KEY=~/folder, which a shell leaves as it is.
 
-    Args:
-        overrides: as they are typed.
-        multirun: whether a key may have several values.
-        folders: further folders of configuration files (``--config-dir``).
+    With ``multirun`` a key may have several values; ``folders`` hold further configuration files (``--config-dir``).
 
     Raises:
         InputError: one cannot be read, or Hydra would drop a part of it.

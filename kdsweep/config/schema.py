@@ -44,21 +44,18 @@ AS_TEXT = BeforeValidator(lambda value: str(value) if type(value) is int else va
 STAGES = (*(f"encoder.{n}" for n in range(1, 6)), *(f"decoder.{n}" for n in range(1, 6)), "logits")
 
 Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Odd = Annotated[Count, _rule(lambda number: number % 2, "be odd")]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Index = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+SHARES = "a number from 0 to 1"
+Share = Annotated[float, _rule(lambda number: 0 <= number <= 1, f"be {SHARES}"), Field(description=SHARES)]
 Stage = Annotated[str, _rule(STAGES.__contains__, "be encoder.1 to encoder.5, decoder.1 to decoder.5, or logits")]
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, AS_TEXT, _rule(is_name, NAME_RULE)]
 SweepName = Annotated[str, AS_TEXT, _rule(partial(is_name, longest=200), NAME_RULE)]
-Widths = Annotated[list[Count], Field(min_length=5, max_length=5)]
 Range = Annotated[list[Share], Field(min_length=2, max_length=2), _rule(lambda pair: pair == sorted(pair), "ascend")]
-DEVICES = "auto, cpu, cuda or cuda:NUMBER"
-Device = Annotated[
-    str, _rule(re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch, f"be {DEVICES}"), Field(description=DEVICES)
-]
+DEVICES, DEVICE = "auto, cpu, cuda or cuda:NUMBER", re.compile(r"auto|cpu|cuda(:\d+)?")
+Device = Annotated[str, _rule(DEVICE.fullmatch, f"be {DEVICES}"), Field(description=DEVICES)]
 Folder = Annotated[Text, AS_TEXT, _rule(lambda name: name[0] != "~", "not begin with ~: write ${oc.env:HOME}")]
 View = Literal["weak", "strong"]
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -85,7 +82,7 @@ class KDPathNode(Node, extra="allow"):
     stage: Stage | None = "encoder.5"
     teacher_stage: Stage | None = None
     inner_channels: Count | None = None
-    kernel_size: Odd | None = None
+    kernel_size: Annotated[Count, _rule(lambda number: number % 2, "be odd")] | None = None
 
 
 class PathNode(Node, extra="allow"):
@@ -122,14 +119,10 @@ class MethodNode(Node):
     kd_weight: Annotated[Share | Literal["published"], REFERENCE]
     terms: dict[str, TermNode]
 
-    @property
-    def total(self) -> float:
-        """Return the sum of the published weights of all comparisons."""
-        return sum(term.weight for term in self.terms.values())
-
     def shares(self) -> dict[str, float]:
         """Return each comparison's share of the KD term: its published weight over the sum of all."""
-        return {name: term.weight / self.total for name, term in self.terms.items()}
+        total = sum(term.weight for term in self.terms.values())
+        return {name: term.weight / total for name, term in self.terms.items()}
 
 
 class TeacherAugNode(Node):
@@ -143,7 +136,7 @@ class NetworkNode(Node):
     """``student`` and ``teacher``: a U-Net and its weights."""
 
     encoder: Text
-    decoder_channels: Widths
+    decoder_channels: Annotated[list[Count], Field(min_length=5, max_length=5)]
     weights: Text  # imagenet, none or a file
     imagenet: Annotated[Text | None, CONTENT] = None
     imagenet_package: Annotated[Text | None, CONTENT] = None
@@ -173,7 +166,7 @@ class TrainNode(Node):
     )
     schedule: Annotated[Schedule, Decides(STUDENTS), Decides((TEACHER,), when={"teacher.schedule": UNSET})] = "constant"
     last_batch: Literal["smaller", "drop", "fill"] = "smaller"
-    workers: Annotated[Literal["auto"] | Whole, LOCAL]
+    workers: Annotated[Literal["auto"] | Index, LOCAL]
 
 
 class KDNode(Node):
@@ -202,9 +195,9 @@ class SplitNode(Node):
     """``split``: which images are for training, validation and test; each protocol has its keys (conf/split/)."""
 
     protocol: Literal["paper", "holdout", "kfold", "file"]
-    index: Annotated[Whole | None, Decides(unless={"split.protocol": ("kfold",)}, by="name")] = None
+    index: Annotated[Index | None, Decides(unless={"split.protocol": ("kfold",)}, by="name")] = None
     folds: Annotated[Annotated[int, Field(ge=2)] | None, Decides(unless=DRAWN, by="content")] = None
-    fold: Annotated[Whole | None, Decides(unless=DRAWN, by="name")] = None
+    fold: Annotated[Index | None, Decides(unless=DRAWN, by="name")] = None
     file: Annotated[Text | None, Decides(unless=NO_FILE, by="content")] = None
     group: Annotated[Text | None, Decides(unless={"split.protocol": ("paper",)}, by="content")] = None
     allow_leakage: Annotated[bool, Decides(unless=NO_FILE, by="content")] = False
@@ -309,11 +302,12 @@ class Settings(Node):
     def kd_weight(self) -> float | None:
         """Return the weight w of the KD term, with 1 - w of the supervised one; None if it is to be matched.
 
-        ``kd.lambda`` L is the weight beside a supervised 1: with Adam, whose steps do not depend on the loss's scale,
-        that is L / (1 + L). A method's published weights are the same with L = their sum / the supervised one.
+        ``kd.lambda`` L with a supervised 1 is w = L / (1 + L): Adam's steps do not depend on the loss's scale. A
+        method's published weights are the same with L = their sum / the supervised one.
         """
         if self.kd.lambda_ is not None:
             return self.kd.lambda_ / (1 + self.kd.lambda_)
         if self.kd.weight == "published":
-            return self.method.total / (self.method.supervised + self.method.total)
+            total = sum(term.weight for term in self.method.terms.values())
+            return total / (self.method.supervised + total)
         return None if self.kd.weight == "matched" else float(self.kd.weight)

@@ -30,10 +30,8 @@ def user_code_digest(targets: list[str]) -> str:
     """Return the digest of a user's code, or "" if all targets are in this package.
 
     A changed helper counts as much as a changed loss. Comments, docstrings and layout do not count, nor do installed
-    packages. A module that is imported by a computed name (``importlib.import_module``) is not seen.
-
-    Args:
-        targets: dotted names of functions and classes, as ``_target_`` gives them.
+    packages. A module that is imported by a computed name (``importlib.import_module``) is not seen. ``targets`` are
+    dotted names of functions and classes, as ``_target_`` gives them.
 
     Raises:
         InputError: the module of a target does not exist, or is not Python that can be read.
@@ -108,9 +106,7 @@ def _read(name: str, file: Path, _: int) -> tuple[str, list[str]]:
 def canonical(value: Any, *, is_float: bool = False) -> Any:
     """Return nested values with each number in one form: a float without a fraction is the whole number, 4.0 is 4.
 
-    Args:
-        value: dicts, lists and plain values.
-        is_float: whether a whole number is a float instead, as in FLOATS.
+    With ``is_float`` a whole number is a float instead, as in FLOATS.
     """
     if isinstance(value, dict):
         is_shipped = str(value.get("_target_")).startswith(f"{PACKAGE}.")

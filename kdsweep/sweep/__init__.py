@@ -1,1 +1,1 @@
-"""A whole sweep: its plan, its preview, the executors that run it, and its progress."""
+"""A sweep: its plan, its preview, the executors that run it, and its progress."""

@@ -7,18 +7,18 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from kdsweep.config import decisions, grid, identity, inputs
 from kdsweep.config.grid import TEACHER, Cell
+from kdsweep.config.identity import Job
 from kdsweep.config.schema import Settings
 from kdsweep.core.progress import duration, left_s, plural
 from kdsweep.data.folders import QUIET, ignored_line
 from kdsweep.store import cell_folder
 from kdsweep.sweep import plan
-from kdsweep.sweep.plan import Job, key_of
+from kdsweep.sweep.plan import key_of
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +64,8 @@ def teachers_s(jobs: Sequence[Job], preview: Preview, *, places: int = 1) -> flo
 
 def longest_s(groups: Sequence[Sequence[Job]], preview: Preview, *, places: int = 1) -> float:
     """Return the seconds until groups have ended on so many devices, Teachers first."""
-    jobs, seconds = _members(groups), [[(1, group_s(group, preview))] for group in groups]
+    jobs, seconds = list(chain(*groups)), [[(1, group_s(group, preview))] for group in groups]
     return teachers_s(jobs, preview, places=places) + left_s(seconds, places=places)
-
-
-def _members(groups: Sequence[Sequence[Job]]) -> list[Job]:
-    return [job for group in groups for job in group]
 
 
 def forward_of(job: Job) -> tuple[str, str, str]:
@@ -83,7 +79,7 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
 
     ``jobs`` are all of the sweep, ``groups`` those that wait, as they are trained together.
     """
-    unique, waiting = plan.unique(jobs), _members(groups)
+    unique, waiting = plan.unique(jobs), list(chain(*groups))
     first, begun = unique[0].settings, sum(job.begun > 0 for job in waiting)
     repeats = f" ({len(jobs) - len(unique)} repeated jobs are the same cell)" if len(jobs) > len(unique) else ""
     resumed = f", {begun} of them from a checkpoint" if begun else ""
@@ -95,22 +91,22 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         parts.append(f"{', '.join(counts)} to train")
     parts.append(describe_data(first))
     if preview is not None:
-        parts += _describe_time(groups, preview)
+        parts.append(_describe_time(groups, preview))
     return "; ".join([*parts, f"profile={first.profile}", f"sweep {first.sweep_name}"])
 
 
-def _describe_time(groups: Sequence[Sequence[Job]], preview: Preview) -> list[str]:
+def _describe_time(groups: Sequence[Sequence[Job]], preview: Preview) -> str:
     """Return the devices and, if a step was timed, the longest that groups can take on them."""
-    names = list(dict.fromkeys(name for names in preview.devices.values() for name in names))
+    names = list(dict.fromkeys(chain(*preview.devices.values())))
     where, places, slowdown = f"device {', '.join(names)}", preview.places, 1.0
     if preview.threads and names == [preview.timed_on]:  # processes on one CPU, each with its part of the threads
         threads = max(1, preview.threads // places)
         slowdown = preview.threads / threads
         where += f" with {plural(threads, 'thread')}" + (f" in each of {places} processes" if places > 1 else "")
     if not preview.timed_on:
-        return [where]
+        return where
     longest = duration(slowdown * longest_s(groups, preview, places=places))
-    return [where, f"at most about {longest} if no early stop ends a cell sooner"]
+    return f"{where}; at most about {longest} if no early stop ends a cell sooner"
 
 
 def describe_data(settings: Settings) -> str:
@@ -139,7 +135,7 @@ def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         where = f"split {first.split.number} seed {first.seed} on {devices}"
         size, time = plural(len(group), "cell"), duration(group_s(group, preview))
         lines.append(f"group {number}: {size}, {where}, {time}: {listed}")
-    waiting = _members(groups)
+    waiting = list(chain(*groups))
     if teachers := [cell.title for cell, _ in plan.missing_teachers(waiting)]:
         lines.append(f"Teachers first, {duration(teachers_s(waiting, preview))}: {', '.join(teachers)}")
     hours = longest_s(groups, preview) / 3600
@@ -199,28 +195,21 @@ def _few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
-def log_idle(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
-    """Log one line that names the overrides which no cell uses.
-
-    The jobs' configurations may refer to keys that the settings do not hold.
-    """
+def log_idle(jobs: Sequence[Job]) -> None:
+    """Log one line that names the overrides which no cell uses."""
     idle = {key_of(override): override for job in jobs for override in job.overrides}
-    for number, job in enumerate(jobs):
-        idle = {key: override for key, override in idle.items() if not _is_used(key, job, configs, number)}
+    for job in jobs:
+        idle = {key: override for key, override in idle.items() if not _is_used(key, job)}
         if not idle:
             return
     cells = _few(list(dict.fromkeys(job.cell.notation for job in jobs)))
     log.warning("%s: used by no cell of this command (%s), so without effect", ", ".join(idle.values()), cells)
 
 
-def _is_used(key: str, job: Job, configs: Sequence[DictConfig], number: int) -> bool:
-    """Return whether a key has an effect on a cell or its Teacher.
-
-    A group of files has, such as experiment; a user's key has if another one refers to it.
-    """
+def _is_used(key: str, job: Job) -> bool:
+    """Return whether a key has an effect on a cell or its Teacher."""
     if not decisions.is_declared(key):
-        groups = OmegaConf.select(configs[number], "hydra.runtime.choices") or {}
-        return key in groups or f"{{{key}}}" in OmegaConf.to_yaml(configs[number])
+        return key in job.used
     if decisions.kind(key) in ("name", "place", "local"):  # the Student is path=none with any loss
         return True
     params, roles = identity.params(job.settings), [job.cell.role, *([TEACHER] if job.cell.teacher else [])]

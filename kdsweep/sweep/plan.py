@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
-from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from kdsweep.config import composition, decisions, grid, identity
 from kdsweep.config.grid import TEACHER, Cell
+from kdsweep.config.identity import Job
 from kdsweep.config.schema import Settings
 from kdsweep.store import cell_folder, sweep_file
 
 LARGEST = 60  # cells in a group: more gain nothing (README, Lockstep), but each keeps a log open and Adam's state
 FORMS = ("log", "range", "int")  # of the values of a tuned key, below it
 
-
-@dataclass(frozen=True, eq=False)
-class Job(identity.Job):
-    """A job of a sweep, with the state of its cell in the store."""
-
-    finished: dict[str, float] | None = None  # final values
-    begun: int = 0  # epochs that its checkpoint holds
-    tuned: tuple[str, ...] = ()  # keys of which tuning has set the values
-
-    @property
-    def epochs_left(self) -> int:
-        """Return how many epochs are left if no early stop ends it sooner."""
-        return max(0, self.settings.train.epochs - self.begun)
-
-
 # ---- jobs and their names --------------------------------------------------------------------------------------------
 
 
-def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
+def read_jobs(configs: Iterable[DictConfig]) -> list[Job]:
     """Check all configurations of a command and return the jobs of their cells; raise the first InputError."""
     jobs, choices = [], []
     for cfg in configs:
@@ -48,7 +34,10 @@ def read_jobs(configs: Sequence[DictConfig]) -> list[Job]:
         composition.check_grid(cfg, overrides, multirun=True)
         tuned = tuple(key for key in map(key_of, overrides) if grid.is_under(key, _searched(cfg)))
         kept = [override for override in overrides if key_of(override) not in tuned]
-        jobs.append(Job(settings, identity.cell(settings), kept, tuned=tuned))
+        # Groups of files have an effect, such as experiment; a user's key has if another one refers to it.
+        keys = [key for key in map(key_of, kept) if not decisions.is_declared(key)]
+        used = tuple(key for key in keys if key in choices[-1] or f"{{{key}}}" in OmegaConf.to_yaml(cfg))
+        jobs.append(Job(settings, identity.cell(settings), kept, tuned=tuned, used=used))
     return read_states(name_variants(jobs, choices))
 
 
@@ -79,9 +68,9 @@ def name_variants(jobs: Sequence[Job], choices: Sequence[dict[str, str]]) -> lis
     A key that an earlier command of the sweep varied counts too, so that a value can be added to its list later. One
     whose values all give the same cell does not. ``choices`` are each job's options of the groups of files.
     """
-    sweeps: dict[tuple[Path, str], list[Job]] = {}
+    sweeps: dict[tuple[Path, str], list[Job]] = defaultdict(list)
     for job in jobs:
-        sweeps.setdefault((job.cell.store, job.settings.sweep_name), []).append(job)
+        sweeps[job.cell.store, job.settings.sweep_name].append(job)
     keys = {sweep: [*swept_keys(members), *sweep_file.read(*sweep).swept] for sweep, members in sweeps.items()}
     if not any(keys.values()):
         return list(jobs)
@@ -123,7 +112,7 @@ def swept_keys(jobs: Sequence[Job]) -> list[str]:
 
 
 def kinds(jobs: Sequence[Job]) -> list[Job]:
-    """Return jobs that stand for all others in the checks where torch is: one for each batches, one for each kind."""
+    """Return jobs that represent all others in the checks with torch: one for each batches, one for each kind."""
     first: dict[str, Job] = {}
     for job in jobs:
         for key in (identity.batches_key(job.settings, seed=0), kind_key(job.settings)):
@@ -151,30 +140,24 @@ def watch(jobs: Sequence[Job], *, command: str = "") -> None:
     """Write what each sweep requests, finished or not, to its file, and keep MLflow up to date with the folders."""
     from kdsweep.tracking import sync  # with mlflow, which the processes that train do not need
 
-    mirrors: dict[tuple[Path, str | None, str], dict[str, list[Job]]] = {}
+    mirrors: dict[tuple[Path, str | None, str], dict[str, list[Job]]] = defaultdict(lambda: defaultdict(list))
     for job in jobs:
         tracked = job.settings.tracking
-        sweeps = mirrors.setdefault((job.cell.store, tracked.uri, tracked.experiment), {})
-        sweeps.setdefault(job.settings.sweep_name, []).append(job)
+        mirrors[job.cell.store, tracked.uri, tracked.experiment][job.settings.sweep_name].append(job)
     for (store, uri, experiment), sweeps in mirrors.items():
-        folders = {}
-        for sweep, members in sweeps.items():
-            cells, frozen = [job.cell for job in unique(members)], [cell for cell, _ in teachers(members)]
-            folders[sweep] = [cell.folder for cell in [*frozen, *cells]]
-            swept = swept_keys(members)
-            more = decisions.varied_keys([identity.params(job.settings) for job in members]) if swept else []
-            sweep_file.add(
-                store,
-                sweep,
-                cells=cells,
-                teachers=frozen,
-                swept=swept,
-                varied=swept + more,
-                tuned=list(dict.fromkeys(key for job in members for key in job.tuned)),
-                command=command,
-            )
+        folders = {name: _request(store, name, members, command) for name, members in sweeps.items()}
         trains = any(waiting(members) for members in sweeps.values())
         sync.Sync(store=store, uri=uri, experiment=experiment, sweeps=folders, trains=trains)
+
+
+def _request(store: Path, sweep: str, jobs: list[Job], command: str) -> list[Path]:
+    """Add the cells of jobs and their Teachers to the file of a sweep; return their folders."""
+    cells, frozen, swept = [job.cell for job in unique(jobs)], [cell for cell, _ in teachers(jobs)], swept_keys(jobs)
+    more = decisions.varied_keys([identity.params(job.settings) for job in jobs]) if swept else []
+    tuned = list(dict.fromkeys(key for job in jobs for key in job.tuned))
+    varied: Any = {"swept": swept, "varied": swept + more, "tuned": tuned}
+    sweep_file.add(store, sweep, cells=cells, teachers=frozen, **varied, command=command)
+    return [cell.folder for cell in [*frozen, *cells]]
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------
@@ -195,16 +178,14 @@ def form_groups(
 ) -> list[list[Job]]:
     """Form lockstep groups: jobs that can share every batch, divided where they would leave devices idle.
 
-    Args:
-        jobs: each of another cell.
-        devices: where groups can run at the same time, by the value of ``device``.
-        largest: so many at most in a group, however few devices there are; None for LARGEST.
-        apart: folders of cells that are in a queue already, and so in other groups.
+    ``devices`` are those where groups can run at the same time, by the value of ``device``. A group has at most
+    ``largest`` cells, by default LARGEST. Cells of the folders ``apart`` are in a queue already.
     """
-    keys = [identity.batches_key(job.settings, seed=job.settings.seed) for job in jobs]
-    # What another command computes, or has left in a queue, is a group apart: that waits, and the others need not.
-    taken = [(cell_folder.is_held(job.cell.folder), job.cell.folder in apart) for job in jobs]
-    keys = [f"{key} {of}" for key, of in zip(keys, taken, strict=True)]
+    keys = []
+    for job in jobs:
+        # What another command computes, or has left in a queue, is a group apart: that waits, and the others need not.
+        state = f"{cell_folder.is_held(job.cell.folder)} {job.cell.folder in apart}"
+        keys.append(f"{identity.batches_key(job.settings, seed=job.settings.seed)} {state}")
     likeness = [job.cell.input_digests.get("teacher", "") for job in jobs]
     counts = Counter(job.settings.device for job in jobs)
     groups = []

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from kdsweep.config import grid, identity, inputs
+from kdsweep.config.identity import Job
 from kdsweep.config.schema import Settings
 from kdsweep.core.device import Compute, find_device, give_back_memory, is_out_of_memory, placed, usable_precision
 from kdsweep.core.errors import CellError, InputError, one_line
@@ -28,7 +29,6 @@ from kdsweep.models import unet
 from kdsweep.store import cell_folder, checkpoint
 from kdsweep.sweep import plan
 from kdsweep.sweep.estimate import Preview
-from kdsweep.sweep.plan import Job
 from kdsweep.training import build, guard, loop, outcome
 from kdsweep.training.learner import DivergedError, Learner
 
@@ -36,13 +36,10 @@ IMAGES = 2
 
 
 def preview(jobs: Sequence[Job], *, devices: Sequence[str] = (), elsewhere: str = "", times: bool = True) -> Preview:
-    """Check and rehearse cells that wait to be trained, and time one step of the first one's networks.
+    """Check and rehearse cells that represent all that wait; if ``times``, time a step of the first one's networks.
 
-    Args:
-        jobs: that stand for all that wait.
-        devices: of this machine to train on; by default those that the configurations name.
-        elsewhere: name of the machines that train instead; their devices cannot be seen from here.
-        times: whether to time a step.
+    They train on these devices of this machine, by default those that the configurations name, or on the machines
+    ``elsewhere``, whose devices cannot be seen from here.
 
     Raises:
         InputError: one of the cells cannot be trained.
@@ -51,7 +48,9 @@ def preview(jobs: Sequence[Job], *, devices: Sequence[str] = (), elsewhere: str 
         names, device = {job.settings.device: [elsewhere] for job in jobs}, "auto"
         jobs = [replace(job, settings=job.settings.model_copy(update={"device": device})) for job in jobs]
     else:
-        names = device_names(jobs, devices)
+        for name in devices:
+            find_device(name)
+        names = {job.settings.device: list(devices) or build.devices(job.settings) for job in jobs}
         device = names[jobs[0].settings.device][0]
         for job in jobs:
             build.compute(job.settings)
@@ -60,24 +59,12 @@ def preview(jobs: Sequence[Job], *, devices: Sequence[str] = (), elsewhere: str 
     return Preview(names, **(_timed(jobs, device) if times else {}))
 
 
-def device_names(jobs: Sequence[Job], devices: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Return the devices that groups can be spread over, by the value of ``device``; InputError if one is absent."""
-    for name in devices:
-        find_device(name)
-    return {job.settings.device: list(devices) or build.devices(job.settings) for job in jobs}
-
-
 def check(jobs: Sequence[Job]) -> None:
     """Raise InputError for the first of these cells that could not be trained: networks, weights, images."""
     for job in jobs:
         build.check_networks(job.settings)
     for settings in {identity.batches_key(job.settings, seed=0): job.settings for job in reversed(jobs)}.values():
         build.feed(settings, seed=settings.seed)
-
-
-def _kinds(jobs: Sequence[Job]) -> list[Job]:
-    """Return the first job of each kind, see ``plan.kind_key``."""
-    return list({plan.kind_key(job.settings): job for job in reversed(jobs)}.values())[::-1]
 
 
 def _compute(settings: Settings, device: str) -> Compute:
@@ -124,7 +111,8 @@ def rehearse(jobs: Sequence[Job], device: str) -> None:
     Raises:
         InputError: a cell fails.
     """
-    kinds = [replace(job, settings=_reduced(job.settings)) for job in _kinds(jobs)]
+    first = {plan.kind_key(job.settings): job for job in reversed(jobs)}
+    kinds = [replace(job, settings=_reduced(job.settings)) for job in reversed(first.values())]
     for positions in grid.group_by([identity.batches_key(job.settings, seed=job.settings.seed) for job in kinds]):
         _in_memory([kinds[position] for position in positions], _compute(kinds[positions[0]].settings, device))
     give_back_memory()
@@ -168,8 +156,8 @@ def _rehearse(jobs: list[Job], compute: Compute) -> None:
             learners = [_learner(job, Path(store), compute) for job in jobs]
             loop.train_epoch(learners, 0, frozen=frozen, feed=feed, compute=compute)
             validation = list(scoring.eval_batches(feed.validation, compute))
-            taught = [frozen.teach(learners, views) for views, _ in validation]
-            loop.validate(learners, validation, taught, seed=feed.train.step_seed(0, 1), compute=compute)
+            maps = [frozen.teach(learners, views) for views, _ in validation]
+            loop.validate(learners, validation, maps, seed=feed.train.step_seed(0, 1), compute=compute)
             for learner in learners:
                 _finish(learner, feed.test, compute, batch=feed.train.batches.batch_size)
     finally:
@@ -211,7 +199,7 @@ def _finish(learner: Learner, part: EvalPart, compute: Compute, *, batch: int) -
 def _check_gradient(learner: Learner, *, batch: int) -> None:
     """Raise CellError if the KD term does not reach the Student, as that of a method that compares images, of one."""
     weight, ratio = float(learner.kd_weight), learner.history[0].get("train/kd_gradient_ratio", math.nan)
-    if 0 < weight < 1 and ratio * (1 - weight) / weight < 1.5e-6:  # 1e-6 stands for zero
+    if 0 < weight < 1 and ratio * (1 - weight) / weight < 1.5e-6:  # 1e-6 is recorded for zero
         raise CellError(f"{learner.title}: its KD term has no gradient in batches of {batch} (train.batch_size)")
 
 

@@ -77,7 +77,7 @@ def outlook(rows: Sequence[Row]) -> str:
         if "QUEUED" in statuses:
             return "; nothing is running yet, SLURM has what is queued"
         finished = all(row.record.status == "FINISHED" for row in cells)
-        return "" if finished else "; nothing is running, the same command goes on"
+        return "" if finished else "; nothing is running, the same command resumes"
     left = [_left_s(kind) for kind in (teachers, cells)]
     seconds = sum(each or 0.0 for each in left)
     return f"; {'at least' if None in left else 'about'} {duration(seconds)} left" if seconds else ""
@@ -194,11 +194,11 @@ def tuning(store: Path, sweep: str, *, trials_file: Path | None = None) -> str:
     line = f"tuning of sweep {sweep}: {len(trials)} of {planned} trials ended{f': {counts}' if counts else ''}"
     if len(trials) < planned:
         is_held = is_locked(sweep_file.tuning_lock(store, sweep))
-        line += "; a round is being trained" if is_held else "; nothing is running, the same command goes on"
+        line += "; a round is being trained" if is_held else "; nothing is running, the same command resumes"
     rows: list[tuple[str, ...]] = [("tuned", "trials", "best val/dice", "of trial")]
-    for (notation, split), own in trials.groupby(["notation", "split"]):
-        best = [(f"{row.value:.3f}", str(row.number)) for row in own[own["is_chosen"]].itertuples()]
-        rows.append((f"{notation} split {split}", str(len(own)), *(best or [("", "")])[0]))
+    for (notation, split), rows_of in trials.groupby(["notation", "split"]):
+        best = [(f"{row.value:.3f}", str(row.number)) for row in rows_of[rows_of["is_chosen"]].itertuples()]
+        rows.append((f"{notation} split {split}", str(len(rows_of)), *(best or [("", "")])[0]))
     lines = [line, "", *_align(rows), ""]
     if trials_file:
         try:
@@ -234,6 +234,6 @@ def make(*, store: Path, sweep: str | None, trials_file: Path | None = None) -> 
         tasks = slurm.queued(request.folder(store) for request in sweep_file.read(store, name).requests.values())
         problem = ""
     except slurm.QueueError as error:
-        tasks, problem = {}, f"\nSLURM's queue is not known here: {error}\n"
+        tasks, problem = {}, f"\nSLURM's queue cannot be read: {error}\n"
     rows = read_rows(store, name, tasks=tasks)
     return text + (report(name, rows, now_ms=cell_folder.now_ms()) + problem if rows else "")

@@ -11,6 +11,8 @@ import contextlib
 import logging
 import math
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +25,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from kdsweep.config.composition import Composed
+from kdsweep.config.identity import Job
 from kdsweep.core import databases
 from kdsweep.core.errors import InputError
 from kdsweep.core.progress import duration, left_s, plural
@@ -32,7 +34,6 @@ from kdsweep.sweep import estimate, launcher, plan
 from kdsweep.sweep.estimate import Preview
 from kdsweep.sweep.executors import worker
 from kdsweep.sweep.executors.executor import Result, Work, run
-from kdsweep.sweep.plan import Job
 from kdsweep.tracking.database import store_uri
 from kdsweep.tuning import pruning, space, study, tune
 from kdsweep.tuning.tune import Method, Options, Trial, key_of
@@ -58,23 +59,23 @@ class Tuner(Launcher):
         """
         setup_globals()
         configure_log(self.launcher.config.hydra.hydra_logging, self.launcher.config.hydra.verbose)
-        if not getattr(self.launcher.executor, "wait", True):
+        if not self.launcher.executor.wait:
             raise InputError("hydra.launcher.wait=false: the next trials depend on those before; leave it out")
         jobs = self._read(job_overrides)
         store, sweep = jobs[0].cell.store, jobs[0].settings.sweep_name
-        tune.check(jobs, whole=self.space, read=self._read)
+        tune.check(jobs, space=self.space, read=self._read)
         self._check_storage(jobs)
         methods = tune.methods_of(jobs, self.space)
         tuned = [method for method in methods.values() if method.space]
         if self.launcher.plan:
-            with self.launcher.executor_open():
+            with self.launcher.executor:
                 sys.stdout.write(self._overview(tuned, self._preview(jobs)) + "\n")
             return [launcher.job_return(job.overrides, math.nan) for job in jobs]
         self.launcher.executor.check(jobs)
         with _held(store, sweep):
             self._open(tuned, store, sweep)
             if any(study.ended(method.study) < self.options.trials for method in tuned):
-                with self.launcher.executor_open():
+                with self.launcher.executor:
                     self._tune(methods, tuned, self._preview(jobs))
         returns = self.launcher.launch([*job_overrides, *self._chosen(jobs, methods)], initial_job_idx)
         _remove_checkpoints(store, tuned)
@@ -92,22 +93,39 @@ class Tuner(Launcher):
     def _tune(self, methods: Mapping[str, Method], tuned: list[Method], preview: Preview) -> None:
         """Bring all studies to their number of trials: of the Teachers first, for the others learn from the chosen."""
         log.info("%s", self._describe(tuned, preview))
-        shared: Any = {"read": self._read, "train": partial(self._train, preview=preview)}
-        tune.run([method for method in tuned if method.role == "teacher"], self.options, **shared)
+        self._run([method for method in tuned if method.role == "teacher"], preview)
         for method in (each for each in tuned if each.role == "distilled"):
             method.teacher = _teacher_overrides(method.job, methods)
             # With more trials another Teacher may have been chosen since.
             study.settle(method.study, {"Teacher": " ".join(method.teacher) or "as configured"})
-        tune.run([method for method in tuned if method.role != "teacher"], self.options, **shared)
+        self._run([method for method in tuned if method.role != "teacher"], preview)
+
+    def _run(self, methods: list[Method], preview: Preview) -> None:
+        """Bring studies to their number of trials, round by round, the trials of each in lockstep."""
+        started_s, done = time.monotonic(), 0
+        counts = [*range(self.options.round, self.options.trials, self.options.round), self.options.trials]
+        for number, count in enumerate(counts, start=1):
+            trials = [trial for method in methods for trial in method.trials(self.options, count, self._read)]
+            if not trials:
+                continue
+            log.info("round %d of %d: %s", number, len(counts), plural(len(trials), "trial"))
+            for trial, result in self._train(trials, preview):
+                seconds = cell_folder.read(trial.job.cell.folder).seconds
+                study.tell(trial.method.study, trial.number, result, seconds=seconds)
+            done += 1
+            states = Counter(study.trials_of(trial.method.study)[trial.number].state.name for trial in trials)
+            ends = f"{states['PRUNED']} pruned, {states['FAIL']} failed"
+            rest_s = left_s([[(len(counts) - number, (time.monotonic() - started_s) / done)]])
+            log.info("round %d of %d done: %s, about %s left", number, len(counts), ends, duration(rest_s))
 
     def _train(self, trials: list[Trial], preview: Preview) -> Iterator[tuple[Trial, Result]]:
         """Train the trials of a round; yield each with its validation Dice or its error as its group ends."""
         groups = tune.groups_of(trials, largest=min(plan.LARGEST, -(-len(trials) // preview.places)))
         executor, works = self.launcher.executor, {self._work(group, preview): group for group in groups}
         jobs = [trial.job for trial in trials]
-        first = launcher.teacher_works(jobs, preview) if executor.machines or preview.places > 1 else []
+        before = launcher.teacher_works(jobs, preview) if executor.machines or preview.places > 1 else []
         executor.queued(jobs)  # those that an earlier command has left in a queue are waited for
-        for work, results in run(executor, list(works), before=first):
+        for work, results in run(executor, list(works), before=before):
             by_folder = {cell.folder: result for cell, result in zip(work.cells, results, strict=True)}
             for trial in works[work]:
                 if isinstance(result := by_folder[trial.job.cell.folder], InputError):
@@ -119,21 +137,16 @@ class Tuner(Launcher):
         trials: dict[Path, list[tuple[str, int]]] = {folder: [] for folder in jobs}
         for trial in group:
             trials[trial.job.cell.folder].append((trial.method.name, trial.number))
-        first = group[0].job
-        ending = pruning.Pruning(self._storage(first.cell.store), self.options.pruner, trials)
-        return Work(
-            partial(worker.train_trials, pruning=ending),
-            list(jobs.values()),
-            preview.devices[first.settings.device],
-            cells=[job.cell for job in jobs.values()],
-            is_requested=False,
-        )
+        settings, cells = group[0].job.settings, [job.cell for job in jobs.values()]
+        ending = pruning.Pruning(self._storage(cells[0].store), self.options.pruner, trials)
+        call = partial(worker.train_trials, pruning=ending)
+        return Work(call, list(jobs.values()), preview.devices[settings.device], cells, is_requested=False)
 
     # ---- jobs and storage ------------------------------------------------------------------------------------------
 
     def _read(self, overrides: Sequence[Sequence[str]]) -> list[Job]:
         """Return the jobs of these overrides, which they keep: a plan's jobs have none of the keys that are tuned."""
-        jobs = plan.read_jobs(Composed(self.launcher.hydra_context.config_loader, self.launcher.config, overrides))
+        jobs = self.launcher.read(overrides)
         return [replace(job, overrides=list(typed)) for job, typed in zip(jobs, overrides, strict=True)]
 
     def _preview(self, jobs: list[Job]) -> Preview:
@@ -185,7 +198,7 @@ class Tuner(Launcher):
         """Return what would be tuned, a line per method."""
         lines = [self._describe(tuned, preview)]
         for method in tuned:
-            values = "; ".join(f"{key}: {text}" for key, text in space.in_words(method.space).items())
+            values = "; ".join(f"{key}: {space.in_words(values)}" for key, values in method.space.items())
             lines.append(f"{method.job.cell.notation} split {method.job.cell.split}: {values}")
         after = "then each method as configured and as chosen, with each seed, tested once"
         hours = self._device_s(tuned, preview) / 3600
@@ -227,12 +240,12 @@ def _held(store: Path, sweep: str) -> Iterator[None]:
     """Keep other commands from tuning the same sweep."""
     file = sweep_file.tuning_lock(store, sweep)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(FileLock(file, timeout=0, thread_local=False))
-        except Timeout:
-            status = "python -m kdsweep status shows how far it is"
-            raise InputError(f"sweep_name={sweep} is being tuned by another command; {status}") from None
+    try:
+        held = FileLock(file, thread_local=False).acquire(timeout=0)
+    except Timeout:
+        status = "python -m kdsweep status shows how far it is"
+        raise InputError(f"sweep_name={sweep} is being tuned by another command; {status}") from None
+    with held:
         yield
 
 

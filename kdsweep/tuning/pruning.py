@@ -1,7 +1,7 @@
 """End trials of a lockstep group early: report each epoch to Optuna's storage, then ask its pruner.
 
-All trials of a study in a group reach an epoch together. All report it before the pruner is asked about the first, and
-it is asked in the order of their numbers, so no answer depends on which trial was faster. A pruned trial has that
+All trials of a study in a group reach an epoch together. All report it before the pruner decides about the first, and
+it decides in the order of their numbers, so no answer depends on which trial was faster. A pruned trial has that
 state in the storage at once; a process that resumes reports the epochs that the storage lacks, and asks from there.
 """
 
@@ -30,8 +30,8 @@ class LockstepHalving(BasePruner):
     """Successive halving of trials side by side: the best third after a sixth of the epochs, of these after half.
 
     Algorithm 1 of Jamieson and Talwalkar 2016. ``optuna.pruners.SuccessiveHalvingPruner`` compares a trial with those
-    that were asked about before it; this one with all that have reached the epoch: those of its group, which have
-    equal ``batches``, and those of earlier rounds. Its answers follow from the reported values alone.
+    decided before it; this one with all that have reached the epoch: those of its group, which have equal
+    ``batches``, and those of earlier rounds. Its answers follow from the reported values alone.
     """
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
@@ -86,9 +86,7 @@ class Pruning:
 
     storage: str  # address of Optuna's database
     options: Mapping[str, Any]  # of the pruner, for ``make``
-    trials: Mapping[
-        Path, Sequence[tuple[str, int]]
-    ]  # by folder of a cell its studies and numbers: equal values share it
+    trials: Mapping[Path, Sequence[tuple[str, int]]]  # by folder of a cell its studies and numbers: equal values share
     host: str = field(default_factory=platform.node)  # of the command, the only one that may write to a SQLite file
 
     def begin(self) -> Callable[[int, Mapping[Path, Curve]], set[Path]]:
@@ -116,7 +114,7 @@ class Pruning:
                 for trial, curve in running:
                     trial.report(curve)
                 for trial, curve in running:
-                    # What was reported beyond this epoch was asked about before this process began.
+                    # What was reported beyond this epoch was decided before this process began.
                     if trial.reported == epochs < trial.epochs:
                         trial.prune(curve)
             return {folder for folder in curves if all(trial.is_pruned for trial in opened[folder])}

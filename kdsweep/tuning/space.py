@@ -25,11 +25,9 @@ FIXED = ("split", "seed", "teacher.seed", "profile", "data", "deterministic", *M
 
 
 def read(search: Mapping[str, Any]) -> Space:
-    """Return the distributions of a search space, by key.
+    """Return the distributions of a search space, such as ``{"train.lr": {"log": [1e-4, 1e-2]}}``, by key.
 
-    Args:
-        search: of the sweeper, keys nested or joined by dots, such as ``{"train.lr": {"log": [1e-4, 1e-2]}}``; a key
-            without values (null) is not tuned.
+    Keys are nested or joined by dots; one without values (null) is not tuned.
 
     Raises:
         InputError: a key must not be tuned, or its values are of no form.
@@ -85,23 +83,15 @@ def used(space: Space, *, role: str, params: Mapping[str, Any]) -> Space:
 
     What a Teacher is trained with is tuned once, in the Teacher's study: all methods then learn from that one. A
     key of the Teacher that is tuned replaces the Students' (``teacher.schedule`` replaces ``train.schedule``).
-
-    Args:
-        space: for all methods.
-        role: ``distilled``, ``baseline`` or ``teacher``.
-        params: the method's flat configuration.
+    ``params`` is the method's flat configuration.
     """
     tuned = {**params, **(dict.fromkeys(space, "tuned") if role == "teacher" else {})}
     used = {key: values for key, values in space.items() if decisions.decides(key, role=role, params=tuned)}
     return {key: used[key] for key in used if role != "distilled" or not grid.is_under(key, ("teacher",))}
 
 
-def in_words(space: Space) -> dict[str, str]:
-    """Return a space as text, for a study's storage and for messages: ``{"train.lr": "log 0.0001 to 0.01"}``."""
-    return {key: _in_words(values) for key, values in space.items()}
-
-
-def _in_words(values: BaseDistribution) -> str:
+def in_words(values: BaseDistribution) -> str:
+    """Return a distribution as text, for a study's storage and for messages, such as ``log 0.0001 to 0.01``."""
     if isinstance(values, CategoricalDistribution):
         return ", ".join(map(str, values.choices))
     low, high = ends(values)

@@ -1,7 +1,7 @@
 """Studies in Optuna's storage: the trials of one method on one split, the choice among them, and their readers.
 
-A trial is in the storage, RUNNING, from the moment it is asked for until it has ended. A command that was killed finds
-there which trials it asked for and what they have reported, and their checkpoints in the folders of their cells.
+A trial is in the storage, RUNNING, from its first value until it has ended. A command that was killed finds its trials
+there and what they have reported, and their checkpoints in the folders of their cells.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def open_storage(storage: str) -> RDBStorage:
 
 
 def make(options: Mapping[str, Any], *, key: str) -> Any:
-    """Return the sampler or pruner of Optuna that options, ``_target_`` and arguments, name.
+    """Return the sampler or pruner of Optuna that the options of a key, ``_target_`` and arguments, name.
 
     Raises:
-        InputError: there is no such class, or it does not take these arguments; ``key`` is that of the options.
+        InputError: there is no such class, or it does not take these arguments.
     """
     try:
         with warnings.catch_warnings():
@@ -105,14 +105,8 @@ def ask(
 ) -> list[FrozenTrial]:
     """Ask for trials until there are so many; return those that are RUNNING.
 
-    A trial that a killed command has half asked for gets the values that it would have had.
-
-    Args:
-        study: of a method.
-        space: of the keys that the method uses.
-        configured: values of trial 0: those of the configuration that are in the space.
-        sampler: ``_target_`` and arguments of one of Optuna's; by default TPE with seed 0.
-        count: of the trials.
+    A trial of which a killed command has drawn some values gets those that it would have had. Trial 0 has the
+    configured values that are in the space. The sampler is one of Optuna's by ``_target_``, by default TPE.
 
     Raises:
         InputError: there is no such sampler, or it cannot draw from this space.
@@ -134,7 +128,7 @@ def ask(
             raise
         except Exception as error:  # of the sampler, such as a range where it takes lists
             raise InputError(f"{SAMPLER}: {one_line(error)}") from error
-    study.sampler = optuna.samplers.RandomSampler()  # some samplers do not let a trial be told
+    study.sampler = optuna.samplers.RandomSampler()  # some samplers do not let a trial end
     return [trial for trial in trials_of(study)[:count] if trial.state is TrialState.RUNNING]
 
 
@@ -195,13 +189,11 @@ def read_studies(store: Path, sweep: str) -> list[optuna.Study]:
         return []
     opened = open_storage(storage or default_storage(store))
     with using(opened.url):
-        names = optuna.get_all_study_names(opened)
-        attrs = {name: optuna.load_study(study_name=name, storage=opened).user_attrs for name in names}
+        studies = [optuna.load_study(study_name=name, storage=opened) for name in optuna.get_all_study_names(opened)]
         # The last attribute that is set is "opened": a study without it was begun by a command that was killed.
-        names = [name for name in names if attrs[name].get("sweep") == sweep and "opened" in attrs[name]]
-        names.sort(key=lambda name: float(attrs[name]["opened"]))
-        latest = {(attrs[name]["notation"], attrs[name]["split"]): name for name in names}
-        return [optuna.load_study(study_name=name, storage=opened) for name in latest.values()]
+        begun = [(study.user_attrs, study) for study in studies if "opened" in study.user_attrs]
+        begun.sort(key=lambda pair: float(pair[0]["opened"]))
+        return list({(of["notation"], of["split"]): study for of, study in begun if of["sweep"] == sweep}.values())
 
 
 def read_trials(studies: Sequence[optuna.Study]) -> pd.DataFrame:

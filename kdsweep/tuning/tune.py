@@ -1,17 +1,11 @@
-"""Tuning round by round: ask the studies of all methods for trials, have them trained in lockstep, tell how they end.
-
-Runs without torch; the launcher trains the groups, and the process of each reports and prunes (pruning.py).
-"""
+"""The methods of a sweep that are tuned, each with its study and trials; the launcher trains them (sweep/tuner.py)."""
 
 from __future__ import annotations
 
 import itertools
-import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -21,13 +15,12 @@ from optuna.trial import FrozenTrial
 from kdsweep.config import grid, identity
 from kdsweep.config.grid import Cell
 from kdsweep.config.identity import Job
-from kdsweep.core import progress
 from kdsweep.core.errors import InputError
-from kdsweep.core.progress import duration, plural
-from kdsweep.store import cell_folder, sweep_file
-from kdsweep.tuning import space, study
+from kdsweep.tuning import space as spaces
+from kdsweep.tuning import study
+from kdsweep.tuning.space import Space
 
-log = logging.getLogger(__name__)
+Read = Callable[[Sequence[Sequence[str]]], Sequence[Job]]  # returns the jobs of these overrides
 
 
 @dataclass(frozen=True)
@@ -53,15 +46,15 @@ class Options:
 class Method:
     """One method on one split."""
 
-    job: Any  # the first one of the method as it is configured; its cell is what the trials train, maybe a Teacher
-    space: space.Space  # the part of the search space that it uses
+    job: Job  # the first one of the method as it is configured; its cell is what the trials train, maybe a Teacher
+    space: Space  # the part of the search space that it uses
     teacher: list[str] = field(default_factory=list)  # overrides by which its trials learn from the chosen Teacher
     study: optuna.Study = field(init=False)  # of its trials, once the storage is open
 
     @property
     def role(self) -> str:
         """Return the role of its cell."""
-        return str(self.job.cell.role)
+        return self.job.cell.role
 
     @property
     def name(self) -> str:
@@ -72,7 +65,7 @@ class Method:
     def epochs(self) -> int:
         """Return the epochs of a complete trial."""
         settings = self.job.settings
-        return int(settings.teacher_epochs if self.role == "teacher" else settings.train.epochs)
+        return settings.teacher_epochs if self.role == "teacher" else settings.train.epochs
 
     def open(self, storage: RDBStorage, options: Options) -> None:
         """Open the study and ask for its first trials: a wrong option ends the command before anything is trained."""
@@ -81,19 +74,31 @@ class Method:
             self.study = optuna.create_study(
                 storage=storage, study_name=self.name, direction="maximize", load_if_exists=True
             )
-        fixed = {name: str(getattr(options, name)) for name in ("round", "sampler", "pruner")}
-        study.settle(self.study, {"space": space.in_words(self.space), **fixed, "seed": str(cell.seed)})
+        fixed: dict[str, Any] = {"space": {key: spaces.in_words(values) for key, values in self.space.items()}}
+        fixed |= {name: str(getattr(options, name)) for name in ("round", "sampler", "pruner")}
+        study.settle(self.study, fixed | {"seed": str(cell.seed)})
         about = {"sweep": self.job.settings.sweep_name, "notation": cell.notation, "split": cell.split}
         about |= {"role": cell.role, "trials": options.trials, "epochs": self.epochs, "opened": time.time()}
         for key, value in about.items():
             self.study.set_user_attr(key, value)
-        self.ask(options, min(options.round, options.trials))
+        self._ask(options, min(options.round, options.trials))
 
-    def ask(self, options: Options, count: int) -> list[FrozenTrial]:
-        """Ask for trials until there are so many; return those that are RUNNING."""
+    def _ask(self, options: Options, count: int) -> list[FrozenTrial]:
         params = identity.params(self.job.settings)
-        configured = {key: params[key] for key in self.space if space.contains(self.space[key], params.get(key))}
+        configured = {key: params[key] for key in self.space if spaces.contains(self.space[key], params.get(key))}
         return study.ask(self.study, self.space, configured=configured, sampler=options.sampler, count=count)
+
+    def trials(self, options: Options, count: int, read: Read) -> list[Trial]:
+        """Return the trials up to a number that have not ended, those that the study lacks included."""
+        running, trials = self._ask(options, count), []
+        jobs = read([[*self.job.overrides, *self.teacher, *overrides_of(trial)] for trial in running])
+        for trial, job in zip(running, jobs, strict=True):
+            cell = job.cell.teacher if self.role == "teacher" and job.cell.teacher is not None else job.cell
+            batches, folder = identity.batches_key(job.settings, seed=cell.seed), cell.folder.relative_to(cell.store)
+            study.annotate(self.study, trial.number, folder=str(folder), batches=batches)
+            titled = replace(cell, variant={key: f"{value}" for key, value in trial.params.items()})
+            trials.append(Trial(self, trial.number, replace(job, cell=titled), batches))
+        return trials
 
     def chosen(self) -> list[str]:
         """Return the overrides of the chosen trial; none if nothing is tuned or no trial is complete."""
@@ -107,28 +112,24 @@ class Trial:
 
     method: Method
     number: int
-    job: Any  # its cell's title has the values of the trial
+    job: Job  # its cell's title has the values of the trial
     batches: str
 
 
-Read = Callable[[Sequence[Sequence[str]]], Sequence[Any]]  # returns the jobs of these overrides
-Train = Callable[[list[Trial]], Iterable[tuple[Trial, float | Exception]]]  # validation Dice of each, or its error
-
-
-def methods_of(jobs: Sequence[Job], whole: space.Space) -> dict[str, Method]:
+def methods_of(jobs: Sequence[Job], space: Space) -> dict[str, Method]:
     """Return the Students and Teachers of jobs by ``key_of``, each once for all its seeds, Teachers first."""
     methods: dict[str, Method] = {}
     for job in jobs:
         for cell in filter(None, (job.cell.teacher, job.cell)):
-            used = space.used(whole, role=cell.role, params=identity.params(job.settings))
+            used = spaces.used(space, role=cell.role, params=identity.params(job.settings))
             methods.setdefault(key_of(cell), Method(replace(job, cell=cell), used))
     return dict(sorted(methods.items(), key=lambda pair: pair[1].role != "teacher"))
 
 
 def key_of(cell: Cell) -> str:
     """Return what the seeds of one method on one split share."""
-    input_digests = {key: value for key, value in cell.input_digests.items() if key != "teacher"}
-    return grid.digest([cell.role, cell.notation, cell.split, cell.settings, input_digests])
+    inputs = {key: value for key, value in cell.input_digests.items() if key != "teacher"}
+    return grid.digest([cell.role, cell.notation, cell.split, cell.settings, inputs])
 
 
 def overrides_of(trial: FrozenTrial) -> list[str]:
@@ -136,77 +137,30 @@ def overrides_of(trial: FrozenTrial) -> list[str]:
     return [f"{key}={value}" for key, value in trial.params.items()] if trial.number else []
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------
-
-
-def check(jobs: Sequence[Job], *, whole: space.Space, read: Read) -> None:
+def check(jobs: Sequence[Job], *, space: Space, read: Read) -> None:
     """Raise InputError if these jobs, as they are configured, cannot be tuned fairly."""
     for name in ("store", "sweep_name"):
         if len(several := {getattr(job.settings, name) for job in jobs}) > 1:
             raise InputError(f"{name}={','.join(sorted(several))}: one command tunes one sweep; give one value")
-    _check_name(jobs[0].cell.store, jobs[0].settings.sweep_name)
-    for job in jobs:
-        for name in ("train", "teacher") if job.cell.teacher is not None else ("train",):
-            if (monitor := getattr(job.settings, name).monitor) != "dice":
+    for settings in (job.settings for job in jobs):
+        for name in ("train", "teacher") if settings.is_distilled else ("train",):
+            if (monitor := getattr(settings, name).monitor) != "dice":
                 raise InputError(f"{name}.monitor={monitor}: all methods are chosen by one measure; give dice")
-        if (patience := job.settings.train.patience) < job.settings.train.epochs:
-            why = "a method would be stopped by its own curve, so that budgets differ"
-            raise InputError(f"train.patience={patience}: {why}; give train.patience=${{train.epochs}}")
-    if not whole:
-        raise InputError(f"{space.KEY}: all of its keys are null, so nothing is tuned; give one its values")
-    methods = methods_of(jobs, whole).values()
+        if settings.train.patience < settings.train.epochs:
+            why = "a method would be stopped by its curve, so that budgets differ"
+            raise InputError(f"train.patience={settings.train.patience}: {why}; give train.patience=${{train.epochs}}")
+    if not space:
+        raise InputError(f"{spaces.KEY}: all of its keys are null, so nothing is tuned; give one its values")
+    methods = methods_of(jobs, space).values()
     overrides = {override.lstrip("+") for job in jobs for override in job.overrides}
-    for key, values in whole.items():
+    for key, values in space.items():
         if sum(override.startswith(f"{key}=") for override in overrides) > 1:
-            raise InputError(f"{space.KEY}: {key} is swept by the command too; tune it or sweep it")
+            raise InputError(f"{spaces.KEY}: {key} is swept by the command too; tune it or sweep it")
         user = next((method.job for method in methods if key in method.space), None)
         if user is None:
             names = ", ".join(dict.fromkeys(job.cell.notation for job in jobs))
-            raise InputError(f"{space.KEY}: {key} is used by none of {names}; {space.KEY}.{key}=null leaves it out")
-        read([[*user.overrides, f"{key}={value}"] for value in space.ends(values)])  # raises if one is not allowed
-
-
-def _check_name(store: Path, sweep: str) -> None:
-    """Refuse to tune two sweeps of which one has the name of the other's sweep with the chosen settings."""
-    for other in (sweep.removesuffix(sweep_file.TUNED), f"{sweep}{sweep_file.TUNED}"):
-        if other != sweep and sweep_file.read(store, other).storage is not None:
-            why = f"this store holds the tuning of {other}, and {max(sweep, other, key=len)} would be two sweeps"
-            raise InputError(f"sweep_name={sweep}: {why}; give another name")
-
-
-# ---- rounds --------------------------------------------------------------------------------------------------------
-
-
-def run(methods: Sequence[Method], options: Options, *, read: Read, train: Train) -> None:
-    """Bring studies to their number of trials, round by round: ask, train all trials in lockstep, tell."""
-    started_s, done = time.monotonic(), 0
-    counts = [*range(options.round, options.trials, options.round), options.trials]
-    for number, count in enumerate(counts, start=1):
-        trials = [trial for method in methods for trial in ask(method, options, count, read)]
-        if not trials:
-            continue
-        log.info("round %d of %d: %s", number, len(counts), plural(len(trials), "trial"))
-        for trial, result in train(trials):
-            seconds = cell_folder.read(trial.job.cell.folder).seconds
-            study.tell(trial.method.study, trial.number, result, seconds=seconds)
-        done += 1
-        states = Counter(study.trials_of(trial.method.study)[trial.number].state.name for trial in trials)
-        ends = f"{states['PRUNED']} pruned, {states['FAIL']} failed"
-        left_s = progress.left_s([[(len(counts) - number, (time.monotonic() - started_s) / done)]])
-        log.info("round %d of %d done: %s, about %s left", number, len(counts), ends, duration(left_s))
-
-
-def ask(method: Method, options: Options, count: int, read: Read) -> list[Trial]:
-    """Return the trials of a method up to a number that have not ended; its study is asked for those that it lacks."""
-    running, trials = method.ask(options, count), []
-    jobs = read([[*method.job.overrides, *method.teacher, *overrides_of(trial)] for trial in running])
-    for trial, job in zip(running, jobs, strict=True):
-        cell = job.cell.teacher if method.role == "teacher" else job.cell
-        titled = replace(cell, variant={key: f"{value}" for key, value in trial.params.items()})
-        batches, folder = identity.batches_key(job.settings, seed=cell.seed), cell.folder.relative_to(cell.store)
-        study.annotate(method.study, trial.number, folder=str(folder), batches=batches)
-        trials.append(Trial(method, trial.number, replace(job, cell=titled), batches))
-    return trials
+            raise InputError(f"{spaces.KEY}: {key} is used by none of {names}; {spaces.KEY}.{key}=null leaves it out")
+        read([[*user.overrides, f"{key}={value}"] for value in spaces.ends(values)])  # raises if one is not allowed
 
 
 def groups_of(trials: Sequence[Trial], *, largest: int) -> list[list[Trial]]:

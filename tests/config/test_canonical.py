@@ -62,13 +62,13 @@ def cell(store: Path):
 
 def test_the_fingerprints_of_shipped_configurations_are_those_that_were_recorded(store: Path, images: Path) -> None:
     """A change here computes finished cells again. To record on purpose: KDSWEEP_RECORD=1."""
-    found = {}
+    fingerprints = {}
     for words in SHIPPED:
         student: Cell = identity.cell(compose(f"{words} data=folder data.root={images}", store))
-        found[words] = [each.fingerprint[:16] if each else "" for each in (student, student.teacher)]
+        fingerprints[words] = [each.fingerprint[:16] if each else "" for each in (student, student.teacher)]
     if os.environ.get("KDSWEEP_RECORD"):
-        RECORDED.write_text(json.dumps(found, indent=1) + "\n")
-    assert found == json.loads(RECORDED.read_text())
+        RECORDED.write_text(json.dumps(fingerprints, indent=1) + "\n")
+    assert fingerprints == json.loads(RECORDED.read_text())
 
 
 @pytest.mark.parametrize(
@@ -102,21 +102,21 @@ def test_a_default_that_is_typed_is_the_same_cell(cell) -> None:
     typed = ["+path.kd_path.stage=encoder.5", "train.last_batch=smaller", "train.schedule=constant"]
     typed += ["train.supervised=bce", "teacher.monitor=loss", "kd.align=warp", "kd.weight=0.5"]
     for word in typed:
-        own = cell(f"path=HR {word}")
-        assert (own.fingerprint, own.teacher.fingerprint) == (usual.fingerprint, usual.teacher.fingerprint), word
+        each = cell(f"path=HR {word}")
+        assert (each.fingerprint, each.teacher.fingerprint) == (usual.fingerprint, usual.teacher.fingerprint), word
 
 
 def test_a_file_of_weights_counts_by_its_content(cell, tmp_path: Path) -> None:
     file, copy = tmp_path / "one.safetensors", tmp_path / "copy.safetensors"
-    for own in (file, copy):
-        own.write_bytes(b"some weights")
-    one, same = (cell(f"student.weights={own} teacher.weights={own}") for own in (file, copy))
+    for each in (file, copy):
+        each.write_bytes(b"some weights")
+    one, same = (cell(f"student.weights={each} teacher.weights={each}") for each in (file, copy))
     assert (one.fingerprint, one.teacher.fingerprint) == (same.fingerprint, same.teacher.fingerprint)
     file.write_bytes(b"other weights")
     other = cell(f"student.weights={file}")
-    taught = cell(f"teacher.weights={file}")
-    assert len({own.fingerprint for own in (one, other, taught)}) == 3
-    assert one.teacher.fingerprint != taught.teacher.fingerprint != other.teacher.fingerprint
+    retrained = cell(f"teacher.weights={file}")
+    assert len({each.fingerprint for each in (one, other, retrained)}) == 3
+    assert one.teacher.fingerprint != retrained.teacher.fingerprint != other.teacher.fingerprint
 
 
 def test_other_numbers_are_other_cells(cell) -> None:
@@ -130,7 +130,7 @@ def test_what_is_not_a_number_is_refused_in_keys_of_the_user_too(cell, value: st
         cell(f"loss.logits.temperature={value}")
 
 
-def test_a_number_without_a_fraction_is_whole() -> None:
+def test_a_number_without_a_fraction_is_an_integer() -> None:
     node = {"_target_": "absent_module.loss", "delta": 1.0, "huge": 1e300, "on": True, "inner": {"x": [0.0, -2.0, 0.5]}}
     expected = node | {"delta": 1, "inner": {"x": [0, -2, 0.5]}}
     assert repr(user_code.canonical(node)) == repr(expected)
@@ -144,7 +144,7 @@ def test_a_number_without_a_fraction_is_whole() -> None:
 
 @pytest.fixture
 def jobs(small_busi: Path, tmp_path: Path):
-    """Jobs of one command line, which Hydra tells each job with its own overrides."""
+    """Jobs of one command line, of which Hydra gives each its overrides."""
 
     def make(*each: str) -> list[plan.Job]:
         configs = []
@@ -161,10 +161,10 @@ def jobs(small_busi: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("values", [("train.lr=1e-4", "train.lr=0.0001"), ("kd.temperature=1", "kd.temperature=1.0")])
 def test_two_spellings_in_one_sweep_are_one_cell_without_a_variant(jobs, values: tuple[str, str]) -> None:
-    own = jobs(*values)
-    assert len(plan.unique(own)) == 1
-    assert [job.cell.title for job in own] == ["L_KLD_WAug split 0 seed 0"] * 2
-    assert plan.swept_keys(own) == []
+    made = jobs(*values)
+    assert len(plan.unique(made)) == 1
+    assert [job.cell.title for job in made] == ["L_KLD_WAug split 0 seed 0"] * 2
+    assert plan.swept_keys(made) == []
 
 
 def test_a_value_in_another_spelling_later_is_the_same_variant(jobs) -> None:

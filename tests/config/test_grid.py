@@ -74,7 +74,7 @@ def test_every_ingredient_changes_the_fingerprint(name: str) -> None:
 
 def test_no_ingredient_is_left_out_of_the_test_above() -> None:
     held = {"store", "sources", "variant", "teacher"}  # input_digests and settings hold all but the first
-    assert {*INGREDIENTS, *held} == {own.name for own in fields(CELL)}
+    assert {*INGREDIENTS, *held} == {each.name for each in fields(CELL)}
 
 
 def test_a_deep_setting_changes_the_fingerprint() -> None:
@@ -116,7 +116,7 @@ def test_digest_does_not_depend_on_the_order_of_keys(value: Any) -> None:
 
 
 @given(first=PLAIN, second=PLAIN)
-def test_digest_tells_different_values_apart(first: Any, second: Any) -> None:
+def test_digest_distinguishes_different_values(first: Any, second: Any) -> None:
     if first != second:
         assert grid.digest(first) != grid.digest(second)
 
@@ -130,7 +130,7 @@ def test_digest_depends_on_the_order_of_a_list_and_refuses_nan() -> None:
 # --- targets
 
 
-def test_targets_are_found_at_any_depth_once_and_sorted() -> None:
+def test_targets_are_listed_at_any_depth_once_and_sorted() -> None:
     settings = {
         "path": {"_target_": "b.B", "inner": {"_target_": "a.A"}},
         "losses": [{"_target_": "c.C"}, {"_target_": "a.A"}, "d.D"],

@@ -59,7 +59,7 @@ def test_every_group_takes_one_option(group: str) -> None:
             overrides.check(words, multirun=True)
 
 
-def test_a_key_that_is_given_twice_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_that_is_typed_twice_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     cfg = composition.compose(["train.lr=1", "seed=1", "seed=1", "train.lr=2"])
     assert cfg.train.lr == 2
     assert capsys.readouterr().err == "kdsweep: train.lr=1 and train.lr=2 give train.lr twice: the last one counts\n"
@@ -129,7 +129,7 @@ def test_a_quoted_name_is_text() -> None:
 
 
 def test_the_message_of_a_command_is_that_of_a_configuration() -> None:
-    """Hydra's own exceptions, as the command gets them."""
+    """Hydra's exceptions, as the command gets them."""
     for words in (["train.lrr=1"], ["experiment=mine"], ["loss=foo"]):
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"), pytest.raises(Exception) as caught:
             hydra.compose("config", ["profile=quick", *words])
@@ -188,10 +188,10 @@ def test_an_argument_that_a_path_does_not_take_is_named() -> None:
         "path=L,H loss=mse --config-dir=my/conf --multirun",
     ],
 )
-def test_options_may_stand_between_overrides(words: str) -> None:
-    options, found = overrides.divide(words.split())
-    assert found == ["path=L,H", "loss=mse"]
-    assert [*options, *found] == [*(word for word in words.split() if word not in found), *found]
+def test_options_may_be_between_overrides(words: str) -> None:
+    options, typed = overrides.divide(words.split())
+    assert typed == ["path=L,H", "loss=mse"]
+    assert [*options, *typed] == [*(word for word in words.split() if word not in typed), *typed]
 
 
 def test_an_option_that_does_not_exist_is_named() -> None:

@@ -162,7 +162,7 @@ def test_a_bad_value_is_refused_with_key_and_value(defaults: dict[str, Any], key
     [
         ("train.epochs", 0, "be greater than or equal to 1"),
         ("train.epochs", 1.5, "be a valid integer"),
-        ("kd.weight", 2, "be less than or equal to 1 or be 'matched' or 'published'"),
+        ("kd.weight", 2, "be a number from 0 to 1 or be 'matched' or 'published'"),
         ("train.monitor", "Dice", "be 'loss' or 'dice'"),
         ("views.noise_std", [0.2, 0.1], "ascend"),
         ("kd", 5, "be keys with values"),

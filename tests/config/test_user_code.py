@@ -1,4 +1,4 @@
-"""The digest of a user's own code: what is reached counts, how it is written does not, on each Python version."""
+"""The digest of a user's code: what is reached counts, how it is written does not, on each Python version."""
 
 import ast
 import importlib
@@ -71,7 +71,7 @@ def digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
     return make
 
 
-def test_the_packages_own_code_has_no_digest() -> None:
+def test_the_packages_code_has_no_digest() -> None:
     assert user_code.user_code_digest(["kdsweep.distill.losses.mse", "kdsweep.distill.paths.Logits"]) == ""
 
 
@@ -81,7 +81,7 @@ def test_the_packages_own_code_has_no_digest() -> None:
         ("own_losses.mae", "own_losses", "math.pi", "math.e"),
         ("own_losses.mae", "own_helpers", "FACTOR = 1", "FACTOR = 1000"),  # a helper in another module
         ("own_paths.Attention", "own_base", "power = 1", "power = 3"),  # the class that a path inherits
-        ("own_package.losses.loss", "__init__", "WEIGHT = 1", "WEIGHT = 2"),  # a package runs its own code
+        ("own_package.losses.loss", "__init__", "WEIGHT = 1", "WEIGHT = 2"),  # a package runs its code
         ("own_package.losses.loss", "tools", "a = 1", "a = 2"),  # a relative import
         ("own_package.losses.loss", "deep", "depth = late", "depth = -late"),
         ("own_package.losses.loss", "late", "late = 1", "late = 2"),  # a relative import from the package above
@@ -92,14 +92,14 @@ def test_all_that_is_imported_counts(digest: Callable[..., str], target: str, fi
     assert digest(target, **{file: source.replace(old, new)}) != digest(target)
 
 
-def test_comments_docstrings_layout_and_modules_beside_it_do_not_count(digest: Callable[..., str]) -> None:
+def test_comments_docstrings_layout_and_modules_next_to_it_do_not_count(digest: Callable[..., str]) -> None:
     before = digest("own_losses.mae")
     dressed = FILES["own_losses.py"].replace("def mae(x):\n", 'def mae(\n    x\n):\n    """Text."""\n    # why\n\n')
     assert digest("own_losses.mae", own_losses=f'"""What it is."""\n{dressed}', unrelated="a = 2\n") == before
 
 
 @pytest.mark.parametrize("target", ["no_such_module.mae", "own_missing.loss"])
-def test_a_target_without_a_module_is_told_in_one_line(target: str) -> None:
+def test_a_target_without_a_module_is_named_in_one_line(target: str) -> None:
     with pytest.raises(InputError, match=rf"^_target_={target}: there is no module {target.partition('.')[0]}; start"):
         user_code.user_code_digest([target])
 
@@ -121,9 +121,9 @@ def test_the_bare_source_is_the_recorded_one() -> None:
 
 @pytest.mark.parametrize("python", ["python3.11", "python3.12", "python3.13", "python3.14"])
 def test_each_python_gives_the_recorded_digest(python: str, tmp_path: Path) -> None:
-    """The modules of the digest import nothing but Python's own, so any Python can run them."""
-    found = shutil.which(python)
-    if found is None or subprocess.run([found, "--version"], capture_output=True, check=False).returncode:
+    """The modules of the digest import nothing but the standard library, so any Python can run them."""
+    executable = shutil.which(python)
+    if executable is None or subprocess.run([executable, "--version"], capture_output=True, check=False).returncode:
         pytest.skip(f"{python} is not on this machine")
     (tmp_path / "source.txt").write_text(SOURCE, encoding="utf-8")
     package = Path(user_code.__file__).parent.parent.parent
@@ -131,6 +131,6 @@ def test_each_python_gives_the_recorded_digest(python: str, tmp_path: Path) -> N
         "import sys; import ast; from pathlib import Path; from kdsweep.config import user_code as u; "
         "print(u.digest(u.bare(ast.parse(Path(sys.argv[1]).read_bytes()))))"
     )
-    command = [found, "-B", "-c", code, str(tmp_path / "source.txt")]
+    command = [executable, "-B", "-c", code, str(tmp_path / "source.txt")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=package)
     assert done.stdout.strip() == RECORDED

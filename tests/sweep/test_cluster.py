@@ -97,17 +97,19 @@ def test_slurm_itself_with_mlflow_on_postgresql(undisturbed, small_busi, tmp_pat
         first.kill()
         first.wait()
         status = [sys.executable, "-m", "kdsweep", "status"]
-        told = subprocess.run(status, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
-        assert re.search(r"Student split 0 seed 0 +running .* \d+_\d RUNNING", told), told
+        printed = subprocess.run(
+            status, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        assert re.search(r"Student split 0 seed 0 +running .* \d+_\d RUNNING", printed), printed
         jobs = sorted(job_id for job_id, _ in _queued(store, environment).values())
         subprocess.run(["scancel", "--signal=USR2", jobs[0]], env=environment, check=True)
         subprocess.run(["scontrol", "requeue", jobs[-1]], env=environment, check=True)
         again = done(start(*words, cwd=tmp_path, env=environment), tmp_path)
         assert "cells are in the queue already" in again
         assert scores(store) == scores(undisturbed)
-        found = runs_of(uri)
-        assert {status for _, status, _ in found.values()} == {"FINISHED"}
-        assert all(steps == list(range(len(steps))) for _, _, steps in found.values())
+        runs = runs_of(uri)
+        assert {status for _, status, _ in runs.values()} == {"FINISHED"}
+        assert all(steps == list(range(len(steps))) for _, _, steps in runs.values())
         assert cli.main(["tables", "table4", "--store", str(store), "--tracking-uri", uri]) == 0
 
 
@@ -129,14 +131,14 @@ def test_a_machine_that_dies_in_the_midst_changes_no_score(undisturbed, small_bu
 
     store = tmp_path / "multirun"
     # Loopback, but not 127.0.0.1: Ray replaces that in an address by the network's.
-    own = {"node_ip_address": "127.0.0.2", "object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **own})
+    options = {"node_ip_address": "127.0.0.2", "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **options})
     try:
-        doomed = cluster.add_node(num_cpus=1, **own)
+        doomed = cluster.add_node(num_cpus=1, **options)
         words = ["hydra/launcher=lockstep_ray", f"hydra.launcher.address={cluster.address}", "hydra.launcher.gpus=0"]
         process = start(*words, f"data.root={small_busi}", "train.epochs=12", cwd=tmp_path)
         assert until(lambda: any(epochs(store).values()) or process.poll(), 200), (tmp_path / "printed").read_text()
-        cluster.add_node(num_cpus=1, **own)
+        cluster.add_node(num_cpus=1, **options)
         cluster.remove_node(doomed, allow_graceful=False)
         printed = done(process, tmp_path)
     finally:

@@ -13,6 +13,7 @@ from kdsweep.config import composition, grid
 from kdsweep.store import cell_folder
 from kdsweep.sweep import estimate, launcher, plan, rehearsal
 from kdsweep.sweep.executors import local
+from kdsweep.sweep.executors.executor import Executor
 
 EPOCHS = {"student_epoch_s": 16.0, "teacher_epoch_s": 160.0, "forward_epoch_s": 64.0}  # of 16 images
 PREVIEW = estimate.Preview({"cpu": ["cpu"]}, timed_on="cpu", **EPOCHS)
@@ -166,10 +167,8 @@ def test_jobs_that_run_one_after_the_other_run_on_one_device(jobs, monkeypatch):
     assert "; device cuda:0; at most about 2 min if" in describe(cells, cells[:1], cells[1:], preview=preview)
 
 
-class LeavingQueue:
+class LeavingQueue(Executor):
     """An executor with one cell in its queue, and one that left it, finished, after the jobs were read."""
-
-    largest = None
 
     def __init__(self, left: plan.Job, queued: plan.Job) -> None:
         self.left, self.in_queue = left, queued.cell.folder
@@ -278,6 +277,6 @@ def test_a_key_that_no_cell_uses_is_named_once(configs, caplog, typed, idle):
     values = [(override.partition("=")[0], override.partition("=")[2].split(",")) for override in typed.split()]
     made = configs(*itertools.product(*([f"{key}={value}" for value in several] for key, several in values)))
     with caplog.at_level(logging.WARNING):
-        estimate.log_idle(plan.read_jobs(made), made)
+        estimate.log_idle(plan.read_jobs(made))
     lines = [line.partition(": used by no cell of this command (")[0] for line in caplog.messages]
     assert lines == ([idle] if idle else [])

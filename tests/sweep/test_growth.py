@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kdsweep import conf_dir
 from kdsweep.config import composition, inputs
-from kdsweep.config.composition import Composed
+from kdsweep.config.composition import compose_jobs
 from kdsweep.data import sources
 from kdsweep.results import frame
 from kdsweep.store import cell_folder, sweep_file
@@ -53,16 +53,16 @@ def slow(loader, config, words: list[str]):
 )
 def test_a_job_is_composed_as_hydra_composes_it(sweep, more):
     jobs = [[*FIXED, *more, f"seed={number}", f"kd.weight={value}"] for number, value in enumerate(VALUES)]
-    for words, composed in zip(jobs, Composed(*sweep, jobs), strict=True):
+    for words, composed in zip(jobs, compose_jobs(*sweep, jobs), strict=True):
         expected = slow(*sweep, words)
         assert OmegaConf.to_yaml(composed) == OmegaConf.to_yaml(expected)
-        assert [OmegaConf.is_struct(own) for own in (composed, composed.kd, composed.hydra)] == [True] * 3
+        assert [OmegaConf.is_struct(node) for node in (composed, composed.kd, composed.hydra)] == [True] * 3
         assert OmegaConf.is_readonly(composed.hydra) == OmegaConf.is_readonly(expected.hydra)
 
 
 def test_of_two_words_for_one_key_the_later_one_counts_as_with_hydra(sweep):
     words = [*FIXED, "kd.weight=0.3", "++kd.weight=0.9"]
-    (composed,) = Composed(*sweep, [words])
+    (composed,) = compose_jobs(*sweep, [words])
     assert composed.kd.weight == slow(*sweep, words).kd.weight == 0.9
 
 
@@ -70,23 +70,23 @@ def test_hydra_composes_once_for_all_values_of_a_key(sweep, monkeypatch):
     loader, config = sweep
     calls = []
     compose = loader.load_sweep_config
-    monkeypatch.setattr(loader, "load_sweep_config", lambda *given: calls.append(1) or compose(*given))
+    monkeypatch.setattr(loader, "load_sweep_config", lambda *args: calls.append(1) or compose(*args))
     expected = [(number, ("L", "HR")[number % 2]) for number in range(40)]
     jobs = [[*FIXED, f"path={path}", f"seed={number}"] for number, path in expected]
-    assert [(each.seed, each.path.name) for each in Composed(loader, config, jobs)] == expected
+    assert [(each.seed, each.path.name) for each in compose_jobs(loader, config, jobs)] == expected
     assert len(calls) == 2
 
 
 def test_a_changed_copy_leaves_the_next_ones_as_they_were(sweep):
-    composed = Composed(*sweep, [[*FIXED, "seed=1"], [*FIXED, "seed=2"]])
-    composed[0].kd.weight = 0.9
-    assert composed[1].kd.weight == 0.5
+    composed = compose_jobs(*sweep, [[*FIXED, "seed=1"], [*FIXED, "seed=2"]])
+    next(composed).kd.weight = 0.9
+    assert next(composed).kd.weight == 0.5
 
 
 def configs_of(sweep, store: Path, root: Path, count: int) -> list[DictConfig]:
     fixed = [*FIXED, f"store={store}", "data=busi", f"data.root={root}"]
     words = [[*fixed, f"path={path}", f"train.lr=0.{n}1"] for path in ("none", "L") for n in range(1, 1 + count // 2)]
-    return list(Composed(*sweep, words))
+    return list(compose_jobs(*sweep, words))
 
 
 def jobs_of(*of) -> list[plan.Job]:
@@ -101,9 +101,9 @@ def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
     for owner, name in ((sources, "listing"), (composition, "read"), (cell_folder, "read_finished")):
         inner = getattr(owner, name)
 
-        def counted(*given, inner=inner, name=name):
+        def counted(*args, inner=inner, name=name):
             calls[name] += 1
-            return inner(*given)
+            return inner(*args)
 
         monkeypatch.setattr(owner, name, counted)
     inputs._listing.cache_clear()

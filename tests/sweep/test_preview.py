@@ -1,4 +1,4 @@
-"""The checks before a sweep: which cells stand for others, and the rehearsal of all that a training does."""
+"""The checks before a sweep: which cells represent others, and the rehearsal of all that a training does."""
 
 import os
 import sys
@@ -72,7 +72,7 @@ def test_each_of_these_is_checked(compose, options):
 
 
 @pytest.mark.parametrize("options", ONE_FOR_ALL.values(), ids=ONE_FOR_ALL.keys())
-def test_the_first_of_these_stands_for_all(compose, options):
+def test_the_first_of_these_represents_all(compose, options):
     jobs = [compose("path=H", *option.split()) for option in options]
     assert plan.kinds(jobs) == jobs[:1]
 
@@ -153,7 +153,7 @@ def no_student(*, student, teacher, valid):
     return teacher.mean()
 
 
-def wrong_names(*, ours, theirs):
+def wrong_names(*, ours, others):
     return ours.mean()
 
 

@@ -19,11 +19,11 @@ DEFAULTS = {key: value for key, value in vars(RayConf()).items() if key not in (
 
 def cluster_of(*machines: tuple[str, dict[str, float]]):
     """A stand-in for ray that knows these machines' resources."""
-    own = [
+    nodes = [
         {"Alive": True, "NodeManagerHostname": name, "Resources": {"CPU": 4.0, **resources}}
         for name, resources in machines
     ]
-    return lambda: SimpleNamespace(nodes=lambda: own)
+    return lambda: SimpleNamespace(nodes=lambda: nodes)
 
 
 def test_options_out_of_range_are_refused():
@@ -42,7 +42,7 @@ def test_sqlite_is_refused_if_the_machines_are_several(tmp_path, monkeypatch):
         engine.check([job])
 
 
-def test_what_no_machine_has_is_told_instead_of_waited_for(monkeypatch):
+def test_what_no_machine_has_is_named_and_not_waited_for(monkeypatch):
     engine = OnRay(**DEFAULTS | {"gpus": 1, "cpus": 2})
     monkeypatch.setattr(engine, "_connect", cluster_of(("one", {"GPU": 1.0})))
     engine.check([])
@@ -57,7 +57,7 @@ def test_the_extra_is_named_where_ray_is_missing(monkeypatch):
         OnRay(**DEFAULTS).check([SimpleNamespace(cell=make_cell())])
 
 
-def test_a_cluster_that_does_not_answer_is_told_with_what_may_be_missing(monkeypatch):
+def test_a_cluster_that_does_not_answer_is_named_with_what_may_be_missing(monkeypatch):
     def refuse(**_):
         raise ConnectionError("Failed to connect\nto Ray cluster at host:1")
 
@@ -85,25 +85,25 @@ class ActorDiedError(Exception):
 
 @pytest.fixture
 def ray(monkeypatch):
-    """A stand-in for Ray whose tasks are lost, and what it was asked to do."""
-    asked = SimpleNamespace(tasks=[], cancelled=[], ended=False)
+    """A stand-in for Ray whose tasks are lost, and the calls of it."""
+    calls = SimpleNamespace(tasks=[], cancelled=[], ended=False)
 
     def submit(remote_work):
-        asked.tasks.append(Reference(remote_work))
-        return asked.tasks[-1]
+        calls.tasks.append(Reference(remote_work))
+        return calls.tasks[-1]
 
     ray = SimpleNamespace(
         remote=lambda **_: lambda _: SimpleNamespace(remote=submit),
         is_initialized=lambda: True,
-        cancel=asked.cancelled.append,
+        cancel=calls.cancelled.append,
         wait=lambda tasks, **_: (tasks[1:], tasks[:1]),
-        shutdown=lambda: setattr(asked, "ended", True),
+        shutdown=lambda: setattr(calls, "ended", True),
     )
     monkeypatch.setitem(sys.modules, "ray", ray)
-    return asked
+    return calls
 
 
-def test_a_task_that_ray_has_given_up_goes_on_in_halves(ray, tmp_path):
+def test_a_task_that_ray_has_abandoned_resumes_in_halves(ray, tmp_path):
     cells = [make_cell(store=tmp_path, lr=number) for number in range(2)]
     work = Work(len, [None, None], [], cells)
     ((_, results),) = run(OnRay(**DEFAULTS | {"gpus": 0}), [work])

@@ -1,4 +1,4 @@
-"""Groups as array jobs: what sbatch is given, what is in the queue, what is refused, what travels."""
+"""Groups as array jobs: what sbatch gets, what is in the queue, what is refused, what travels."""
 
 import os
 import pickle
@@ -23,7 +23,7 @@ from kdsweep.sweep.executors.slurm import ArrayJob, QueueError, Slurm
 
 DEFAULTS = {key: value for key, value in vars(SlurmConf()).items() if key not in ("_target_", "executor", "plan")}
 
-# --- what sbatch is given, by a stand-in for it
+# --- what sbatch gets, by a stand-in for it
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_groups_are_one_array_that_depends_on_that_of_the_teachers(commands, som
     assert notes == ["11", "21_0", "21_0", "21_1"]
 
 
-def test_srun_is_given_the_cpus_too_and_no_gpu_is_none_at_all(commands, some):
+def test_srun_gets_the_cpus_too_and_no_gpu_is_none_at_all(commands, some):
     submitted(executor(gpus_per_node=0, cpus_per_task=3, wait=False), work_of(some.cells[0]))
     (script,) = (some.store / "slurm").glob("11_*.sh")
     assert " --cpus-per-task=3 " in script.read_text().splitlines()[-1]
@@ -230,7 +230,7 @@ def test_without_sbatch_or_a_server_nothing_is_submitted(commands, some, monkeyp
         executor().check([])
 
 
-def test_nothing_of_a_cluster_is_imported_unless_it_is_asked_for():
+def test_nothing_of_a_cluster_is_imported_unless_it_is_used():
     imports = (
         "from kdsweep.sweep import launcher, plan, status; "
         "from kdsweep.sweep.executors import executor, local, ray, slurm, worker; "

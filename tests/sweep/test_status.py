@@ -49,7 +49,7 @@ def hold():
         yield lambda cell: held.enter_context(cell_folder.lock(cell.folder))
 
 
-def tell(store: Path, *, cells=(), teachers=(), tasks=None) -> list[str]:
+def report(store: Path, *, cells=(), teachers=(), tasks=None) -> list[str]:
     """Lines of the report on a sweep of these cells."""
     sweep_file.add(store, "study", cells=list(cells), teachers=list(teachers))
     return status.report("study", status.read_rows(store, "study", tasks=tasks or {}), now_ms=NOW_MS).splitlines()
@@ -57,11 +57,11 @@ def tell(store: Path, *, cells=(), teachers=(), tasks=None) -> list[str]:
 
 def row(lines: list[str], name: str) -> list[str]:
     """Columns of the only row of a cell, its name left out."""
-    (found,) = [line for line in lines if line.startswith(f"{name} ")]
-    return [column.strip() for column in found.removeprefix(name).split("  ") if column]
+    (line,) = [line for line in lines if line.startswith(f"{name} ")]
+    return [column.strip() for column in line.removeprefix(name).split("  ") if column]
 
 
-def test_a_cell_of_each_state_is_told_and_counted(tmp_path, hold):
+def test_a_cell_of_each_state_is_shown_and_counted(tmp_path, hold):
     waiting, running, interrupted, failed, finished = cells = [
         make_cell(tmp_path, name) for name in ("H_KLD", "L_KLD", "L_MSE", "H_MSE", "Student")
     ]
@@ -72,7 +72,7 @@ def test_a_cell_of_each_state_is_told_and_counted(tmp_path, hold):
     cell_folder.write_failed(failed.folder, "train/loss is nan\nin epoch 4")
     (failed.folder / "kdsweep.log").touch()
     finish(finished)
-    lines = tell(tmp_path, cells=cells)
+    lines = report(tmp_path, cells=cells)
     counts = "1 done, 1 running, 1 failed, 1 interrupted, 1 waiting"
     # two at a time: 48 epochs of 50 s, then 59, next to 60 of the one that was not begun
     assert lines[0] == f"sweep study: 5 cells: {counts}; about 89 min left"
@@ -100,7 +100,7 @@ def test_what_slurm_has_is_queued_or_running_as_its_job(tmp_path, hold):
     begin(preempted)
     begin(running)
     tasks = {cell.folder: (f"7_{number}", "PENDING") for number, cell in enumerate(cells[:2])}
-    lines = tell(tmp_path, cells=cells, tasks=tasks)
+    lines = report(tmp_path, cells=cells, tasks=tasks)
     assert lines[0] == (
         "sweep study: 4 cells: 0 done, 2 queued, 1 interrupted, 1 waiting; "
         "nothing is running yet, SLURM has what is queued"
@@ -109,7 +109,7 @@ def test_what_slurm_has_is_queued_or_running_as_its_job(tmp_path, hold):
     assert row(lines, "H_KLD split 0 seed 0") == ["queued", "7_0 PENDING"]
     assert row(lines, "L_KLD split 0 seed 0") == ["queued", "epoch 12 of 60", "0.512", "7_1 PENDING"]
     hold(running)
-    lines = tell(tmp_path, cells=cells, tasks=tasks | {running.folder: ("7_2", "RUNNING")})
+    lines = report(tmp_path, cells=cells, tasks=tasks | {running.folder: ("7_2", "RUNNING")})
     assert row(lines, "L_MSE split 0 seed 0")[-1] == "7_2 RUNNING"
     assert "2 queued, 1 waiting; about " in lines[0]
     assert row(lines, "H_MSE split 0 seed 0") == ["waiting"]
@@ -122,34 +122,34 @@ def test_a_queue_that_does_not_answer_is_said_below(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     lines = status.make(store=tmp_path, sweep=None).splitlines()
     assert lines[0].startswith("sweep study: 1 cell: 0 done, 1 waiting;")
-    assert lines[-1].startswith("SLURM's queue is not known here: squeue: ")
+    assert lines[-1].startswith("SLURM's queue cannot be read: squeue: ")
 
 
-def test_cells_that_a_swept_key_tells_apart_are_named_by_it(tmp_path):
-    own = [replace(make_cell(tmp_path, lr=lr), variant={"train.lr": str(lr)}) for lr in (1, 2)]
-    finish(own[0])
-    sweep_file.add(tmp_path, "study", cells=own, teachers=[], swept=["train.lr"])
+def test_cells_that_a_swept_key_distinguishes_are_named_by_it(tmp_path):
+    cells = [replace(make_cell(tmp_path, lr=lr), variant={"train.lr": str(lr)}) for lr in (1, 2)]
+    finish(cells[0])
+    sweep_file.add(tmp_path, "study", cells=cells, teachers=[], swept=["train.lr"])
     lines = status.make(store=tmp_path, sweep=None).splitlines()
     assert row(lines, "L_MSE split 0 seed 0 (train.lr=1)") == ["78.12"]
     assert row(lines, "L_MSE split 0 seed 0 (train.lr=2)") == ["waiting"]
 
 
-def test_teachers_have_a_line_of_their_own_and_come_first(tmp_path, hold):
+def test_teachers_have_a_line_and_come_first(tmp_path, hold):
     done, running, cell = (make_cell(tmp_path, name) for name in ("Teacher", "Teacher_WAug", "H_KLD"))
     finish(done, dice=0.9)
     begin(running)
     hold(running)
-    lines = tell(tmp_path, cells=[cell], teachers=[done, running])
+    lines = report(tmp_path, cells=[cell], teachers=[done, running])
     assert lines[:2] == ["sweep study: 1 cell: 0 done, 1 waiting; at least 40 min left", "Teachers: 1 done, 1 running"]
     assert [line.split("  ")[0] for line in lines[4:6]] == [running.title, cell.title]
     assert row(lines, done.title) == ["90.00"]
 
 
-def test_the_order_is_split_seed_notation_and_like_names_are_told_apart(tmp_path):
+def test_the_order_is_split_seed_notation_and_like_names_are_distinguished(tmp_path):
     cells = [make_cell(tmp_path, name, split) for split in (10, 2) for name in ("L_MSE", "H_MSE")]
     cells += [make_cell(tmp_path, "L_KLD", 2, lr=lr) for lr in (1, 2)]
     twins = sorted(f"L_KLD split 2 seed 0 ({cell.key[-8:]})" for cell in cells[-2:])
-    rows = [line.split("  ")[0] for line in tell(tmp_path, cells=cells)[3:]]
+    rows = [line.split("  ")[0] for line in report(tmp_path, cells=cells)[3:]]
     names = ["L_MSE split 2 seed 0", "H_MSE split 10 seed 0", "L_MSE split 10 seed 0"]
     assert rows == ["H_MSE split 2 seed 0", *twins, *names]
 
@@ -157,37 +157,37 @@ def test_the_order_is_split_seed_notation_and_like_names_are_told_apart(tmp_path
 def test_many_that_wait_are_one_row(tmp_path, hold):
     names = ("HReg_MSE", "H_MSE", "L_KLD", "L_MSE", "Student")
     cells = [make_cell(tmp_path, name, split) for split in (0, 1) for name in names]
-    rows = [line.split("  ") for line in tell(tmp_path, cells=cells)[3:]]
+    rows = [line.split("  ") for line in report(tmp_path, cells=cells)[3:]]
     assert [(name, words[-1]) for name, *words in rows] == [
         ("5 cells split 0 seed 0", "waiting"),
         ("5 cells split 1 seed 0", "waiting"),
     ]
     begin(cells[0])
     hold(cells[0])
-    rows = [line.split("  ")[0] for line in tell(tmp_path, cells=cells)[3:]]
+    rows = [line.split("  ")[0] for line in report(tmp_path, cells=cells)[3:]]
     assert rows == [*(f"{name} split 0 seed 0" for name in names), "5 cells split 1 seed 0"]
     first, second = ("7_1", ""), ("7_2", "")
     tasks = {cell.folder: second if number < 8 else first for number, cell in enumerate(cells[5:], start=5)}
-    queued = tell(tmp_path, cells=cells, tasks=tasks)[-5:]
+    queued = report(tmp_path, cells=cells, tasks=tasks)[-5:]
     assert [line.split()[-1] for line in queued] == ["7_2"] * 3 + ["7_1"] * 2  # of two jobs, so too few of each
 
 
 def test_nothing_running_is_said_unless_all_is_done(tmp_path):
     cells = [make_cell(tmp_path, name) for name in ("H_KLD", "L_KLD")]
     finish(cells[0])
-    first, *_ = tell(tmp_path, cells=cells)
-    assert first == "sweep study: 2 cells: 1 done, 1 waiting; nothing is running, the same command goes on"
+    first, *_ = report(tmp_path, cells=cells)
+    assert first == "sweep study: 2 cells: 1 done, 1 waiting; nothing is running, the same command resumes"
     finish(cells[1])
-    lines = tell(tmp_path, cells=cells)
+    lines = report(tmp_path, cells=cells)
     assert lines[0] == "sweep study: 2 cells: 2 done"
     assert not any("not finished" in line for line in lines)
 
 
-def test_a_failed_cell_without_a_log_of_its_own_names_none(tmp_path):
+def test_a_failed_cell_without_a_log_names_none(tmp_path):
     teacher = make_cell(tmp_path, "Teacher")
     begin(teacher)
     cell_folder.write_failed(teacher.folder, "disk full")
-    lines = tell(tmp_path, cells=[make_cell(tmp_path)], teachers=[teacher])
+    lines = report(tmp_path, cells=[make_cell(tmp_path)], teachers=[teacher])
     assert lines[1] == "Teachers: 0 done, 1 failed"
     assert "    disk full" in lines
 
@@ -235,7 +235,7 @@ def test_the_time_left(tmp_path, hold, rows, left):
         if does == RUNS:
             hold(cells[-1])
     teachers = [cell for cell in cells if cell.role == "teacher"]
-    line = tell(tmp_path, cells=[cell for cell in cells if cell not in teachers], teachers=teachers)[0]
+    line = report(tmp_path, cells=[cell for cell in cells if cell not in teachers], teachers=teachers)[0]
     assert line.endswith(f"; {left} left" if left else ": 0 done, 1 running")
 
 
@@ -252,23 +252,23 @@ def test_the_pace_is_the_median_of_the_last_ten_epochs(tmp_path):
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def ask(store: Path, name: str, cell: Cell, *, asked_s: int) -> None:
+def request(store: Path, name: str, cell: Cell, *, time_s: int) -> None:
     sweep_file.add(store, name, cells=[cell], teachers=[])
-    os.utime(store / "sweeps" / f"{name}.json", (asked_s, asked_s))
+    os.utime(store / "sweeps" / f"{name}.json", (time_s, time_s))
 
 
-def test_the_sweep_last_asked_for_is_told_unless_another_is_named(tmp_path, capsys):
+def test_the_latest_sweep_is_shown_unless_another_is_named(tmp_path, capsys):
     finished = make_cell(tmp_path, "H_KLD")
     finish(finished)
-    ask(tmp_path, "b-last", finished, asked_s=200)
-    ask(tmp_path, "c-first", make_cell(tmp_path, "L_KLD"), asked_s=100)
+    request(tmp_path, "b-last", finished, time_s=200)
+    request(tmp_path, "c-first", make_cell(tmp_path, "L_KLD"), time_s=100)
     assert cli.main(["status", "--store", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("sweep b-last: 1 cell: 1 done\n")
     assert cli.main(["status", "--store", str(tmp_path), "--sweep", "c-first"]) == 0
     assert capsys.readouterr().out.startswith("sweep c-first: 1 cell: 0 done, 1 waiting; nothing is running")
 
 
-def test_an_unknown_sweep_and_an_empty_store_are_told_in_one_line(tmp_path, capsys):
+def test_an_unknown_sweep_and_an_empty_store_are_refused_in_one_line(tmp_path, capsys):
     with pytest.raises(InputError, match="no sweep was started"):
         status.make(store=tmp_path / "nowhere", sweep="any")
     assert cli.main(["status", "--store", str(tmp_path)]) == 1
@@ -276,16 +276,16 @@ def test_an_unknown_sweep_and_an_empty_store_are_told_in_one_line(tmp_path, caps
     error = f"kdsweep: error: --store {tmp_path}: no sweep was started in it yet\n"
     assert (printed.out, printed.err) == ("", error)
     assert list(tmp_path.iterdir()) == []  # asking does not create one
-    ask(tmp_path, "b", make_cell(tmp_path), asked_s=100)
-    ask(tmp_path, "a", make_cell(tmp_path), asked_s=200)
+    request(tmp_path, "b", make_cell(tmp_path), time_s=100)
+    request(tmp_path, "a", make_cell(tmp_path), time_s=200)
     assert cli.main(["status", "--store", str(tmp_path), "--sweep", "X"]) == 1
     error = "kdsweep: error: --sweep X: not in this store; it holds: a, b\n"
     assert capsys.readouterr().err == error
 
 
-def test_a_store_of_the_home_folder_is_found_where_the_shell_leaves_its_tilde(tmp_path, monkeypatch, capsys):
+def test_a_store_of_the_home_folder_is_read_where_the_shell_leaves_its_tilde(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    ask(tmp_path / "runs", "study", make_cell(tmp_path / "runs"), asked_s=100)
+    request(tmp_path / "runs", "study", make_cell(tmp_path / "runs"), time_s=100)
     assert cli.main(["status", "--store=~/runs"]) == 0
     assert capsys.readouterr().out.startswith("sweep study: 1 cell")
 

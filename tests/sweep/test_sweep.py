@@ -1,4 +1,4 @@
-"""The whole grid as its user runs it: one command, then the tables."""
+"""The grid as its user runs it: one command, then the tables."""
 
 import json
 import os
@@ -28,7 +28,7 @@ GRID = ["-m", "path=none,L,H,HR", "loss=mse,kld", "teacher_aug=weak,strong"]
 
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A process of its own, which shares no imports with others."""
+    """A fresh process, which shares no imports with others."""
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=570, check=False)
 
@@ -62,12 +62,12 @@ def test_the_command_is_kept_with_the_sweep(swept):
     assert sweep.commands == (shlex.join(["python", "-m", "kdsweep", *done.args[3:]]),)
 
 
-def test_the_screen_has_one_line_for_a_group_and_each_log_its_own(swept):
+def test_the_screen_has_one_line_for_a_group_and_each_log_too(swept):
     cwd, done = swept
-    told = [line for line in done.stdout.splitlines() if " training images" in line]
-    assert len(told) == 2  # of the two Teachers, and of the 13 that share their batches
-    assert "2 Teachers of split 0 seed 0: at most " in told[0]
-    assert "13 Students of split 0 seed 0: at most " in told[1]
+    lines = [line for line in done.stdout.splitlines() if " training images" in line]
+    assert len(lines) == 2  # of the two Teachers, and of the 13 that share their batches
+    assert "2 Teachers of split 0 seed 0: at most " in lines[0]
+    assert "13 Students of split 0 seed 0: at most " in lines[1]
     for log in (cwd / "multirun" / "cells").glob("*/kdsweep.log"):
         cell = [line for line in log.read_text().splitlines() if " M parameters" in line and "Teacher" not in line]
         assert len(cell) == 1
@@ -84,8 +84,8 @@ def test_every_cell_has_its_folder_with_its_files(swept):
         of_masks = ["dice", "iou", "precision", "sensitivity", "hd95_px", "nsd"]
         assert list(table) == ["image", "label", "lesion_px", *of_masks]
         assert marker["test/dice"] == pytest.approx(table["dice"].mean())
-        wanted = {"config.yaml", "overrides.yaml", "kdsweep.log", "checkpoint.pt", "student.safetensors"}
-        assert wanted <= {path.name for path in folder.iterdir()}
+        expected = {"config.yaml", "overrides.yaml", "kdsweep.log", "checkpoint.pt", "student.safetensors"}
+        assert expected <= {path.name for path in folder.iterdir()}
         parts = json.loads((folder / "split.json").read_text())
         assert sorted(parts["test"]) == sorted(table["image"])
     teachers = sorted(folder.name.split("-")[0] for folder in (cwd / "multirun" / "teachers").iterdir())
@@ -110,8 +110,8 @@ def test_mlflow_holds_one_finished_run_per_cell_with_all_names(swept):
         tags, role = run.data.tags, run.data.tags["kdsweep.role"]
         assert tags["mlflow.parentRunId"] in parents
         assert run.info.run_name == f"{tags['kdsweep.notation']}/split0"
-        wanted = {"notation", "role", "split", "sweep", "profile", "fingerprint"}
-        assert {f"kdsweep.{name}" for name in wanted} | {"mlflow.source.git.commit"} <= tags.keys()
+        expected = {"notation", "role", "split", "sweep", "profile", "fingerprint"}
+        assert {f"kdsweep.{name}" for name in expected} | {"mlflow.source.git.commit"} <= tags.keys()
         names = {"train/loss", "train/supervised", "val/loss", "val/dice"} | (
             {"train/kd"} if role == "distilled" else set()
         )
@@ -176,13 +176,13 @@ def test_another_sweep_counts_the_finished_cells_without_running_them(swept, sma
 
 @pytest.mark.usefixtures("database")
 def test_a_failing_cell_leaves_the_others_and_says_where_its_traceback_is(small_busi, tmp_path):
-    (tmp_path / "own.py").write_text(
+    (tmp_path / "user_loss.py").write_text(
         "def broken(*, student, teacher, valid):\n"
         "    if len(student) > 2:  # the check before the training passes\n"
         "        raise RuntimeError('my loss broke')\n"
         "    return (student - teacher).square().mean()\n"
     )
-    overrides = [*QUICK, f"data.root={small_busi}", "teacher_aug=weak", "++loss.hidden._target_=own.broken"]
+    overrides = [*QUICK, f"data.root={small_busi}", "teacher_aug=weak", "++loss.hidden._target_=user_loss.broken"]
     overrides += ["~loss.hidden.temperature", "path=H,L"]
     done = kdsweep("-m", *overrides, cwd=tmp_path)
     assert done.returncode == 1
@@ -258,7 +258,7 @@ def test_a_lost_process_costs_the_cell_that_is_to_blame_and_no_bit_of_the_others
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("database")
 def test_an_assert_on_the_device_costs_the_cell_that_is_to_blame_alone(small_busi, tmp_path):
-    (tmp_path / "own.py").write_text(
+    (tmp_path / "user_loss.py").write_text(
         "import torch\n"
         "def loss(*, student, teacher, valid):\n"
         "    far = 9 if len(student) > 2 and student.is_cuda else 0\n"
@@ -266,7 +266,7 @@ def test_an_assert_on_the_device_costs_the_cell_that_is_to_blame_alone(small_bus
         "    return (student - teacher).square().mean() * one\n"
     )
     overrides = [*QUICK, f"data.root={small_busi}", "teacher_aug=weak", "path=H,L,none", "loss=mse", "device=cuda"]
-    done = python("-m", "kdsweep", "-m", *overrides, "++loss.hidden._target_=own.loss", cwd=tmp_path)
+    done = python("-m", "kdsweep", "-m", *overrides, "++loss.hidden._target_=user_loss.loss", cwd=tmp_path)
     assert done.returncode == 1
     assert "device-side assert triggered" in done.stdout
     sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
@@ -361,7 +361,7 @@ def until_epochs(store: Path, number: int) -> None:
 
 @pytest.fixture
 def endless(small_busi, database, tmp_path):
-    """A sweep that has trained its first epochs and goes on."""
+    """A sweep that has trained its first epochs and continues."""
     command = [sys.executable, "-m", "kdsweep", *ENDLESS, f"data.root={small_busi}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes) as process:
@@ -404,7 +404,7 @@ def test_a_killed_launcher_leaves_no_process_behind(endless, tmp_path):
 
 
 @pytest.mark.usefixtures("database")
-def test_a_sweep_in_training_has_a_status_and_a_killed_group_goes_on_in_halves(small_busi, tmp_path):
+def test_a_sweep_in_training_has_a_status_and_a_killed_group_resumes_in_halves(small_busi, tmp_path):
     with running(*ENDLESS, f"data.root={small_busi}", cwd=tmp_path) as command:
         # Before a cell's first epochs are in its history its pace is unknown, and the text says "at least".
         until_epochs(tmp_path / "multirun", 3)
@@ -429,7 +429,7 @@ def test_a_sweep_in_training_has_a_status_and_a_killed_group_goes_on_in_halves(s
 
 
 @pytest.mark.usefixtures("database")
-def test_an_interrupt_closes_the_run_as_killed_and_says_how_to_go_on(small_busi, tmp_path):
+def test_an_interrupt_closes_the_run_as_killed_and_says_how_to_resume(small_busi, tmp_path):
     with running(
         "path=none", *QUICK, "train.epochs=500", "train.patience=500", f"data.root={small_busi}", cwd=tmp_path
     ) as command:
@@ -455,9 +455,9 @@ def test_two_sweeps_at_once_compute_each_cell_and_each_teacher_once(swept, small
         both = [one.result(300), other.result(300)]
     outputs = [done.stdout + done.stderr for done in both]
     assert [done.returncode for done in both] == [0, 0], outputs
-    told = "".join(outputs)
+    lines = "".join(outputs)
     for name in ("Student", "L_KLD_WAug", "H_KLD_WAug", "HReg_KLD_WAug", "Teacher_WAug"):
-        assert told.count(f"{name} split 0 seed 0: test Dice") == 1, outputs
+        assert lines.count(f"{name} split 0 seed 0: test Dice") == 1, outputs
     alone, shared = files_of(cwd / "multirun", *RESULTS), files_of(cwd / "shared", *RESULTS)
     assert len(shared) == 5 * 4
     assert shared == {name: alone[name] for name in shared}
@@ -470,7 +470,7 @@ def test_two_sweeps_at_once_compute_each_cell_and_each_teacher_once(swept, small
 @pytest.mark.usefixtures("database")
 def test_what_fails_is_tried_once_or_with_retry_failed_twice(small_busi, tmp_path):
     """The loss fails at its first call of each process but the third."""
-    (tmp_path / "own.py").write_text(
+    (tmp_path / "user_loss.py").write_text(
         "from pathlib import Path\n"
         "def flaky(*, student, teacher, valid):\n"
         "    file = Path('tries')\n"
@@ -483,7 +483,7 @@ def test_what_fails_is_tried_once_or_with_retry_failed_twice(small_busi, tmp_pat
         "flaky.called = False\n"
     )
     overrides = ["-m", *QUICK, f"data.root={small_busi}", "path=H,none", "teacher_aug=weak"]
-    overrides += ["++loss.hidden._target_=own.flaky", "~loss.hidden.temperature"]
+    overrides += ["++loss.hidden._target_=user_loss.flaky", "~loss.hidden.temperature"]
     once = kdsweep(*overrides, cwd=tmp_path)
     assert once.returncode == 1
     assert (tmp_path / "tries").read_text() == "x"
@@ -499,7 +499,7 @@ def test_what_fails_is_tried_once_or_with_retry_failed_twice(small_busi, tmp_pat
 
 @pytest.mark.usefixtures("database")
 def test_two_data_folders_of_one_command_are_two_rows(small_busi, database, tmp_path):
-    """Neither the status nor a table loses one of two cells that only the images tell apart."""
+    """Neither the status nor a table loses one of two cells that only the images distinguish."""
     other = shutil.copytree(small_busi, tmp_path / "site-b")
     for mask in other.rglob("*_mask.png"):
         Image.fromarray(~np.array(Image.open(mask))).save(mask)
@@ -507,14 +507,14 @@ def test_two_data_folders_of_one_command_are_two_rows(small_busi, database, tmp_
     done = kdsweep("-m", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 2 cells done" in done.stdout
-    told = kdsweep("status", cwd=tmp_path).stdout
-    assert "2 cells: 2 done" in told
-    assert f"Student split 0 seed 0 (data.root={other})" in told
+    printed = kdsweep("status", cwd=tmp_path).stdout
+    assert "2 cells: 2 done" in printed
+    assert f"Student split 0 seed 0 (data.root={other})" in printed
     sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     table = table4.numbers(sweep)
-    own = table[table["notation"] == "Student"]
-    assert sorted(own["settings"]) == sorted([f"data.root={small_busi}", f"data.root={other}"])
-    assert own["mean_dice_percent"].nunique() == 2
+    students = table[table["notation"] == "Student"]
+    assert sorted(students["settings"]) == sorted([f"data.root={small_busi}", f"data.root={other}"])
+    assert students["mean_dice_percent"].nunique() == 2
 
 
 @pytest.mark.usefixtures("database")

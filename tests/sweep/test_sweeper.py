@@ -1,4 +1,4 @@
-"""The jobs of a sweep: those of its grid, then those of the further grids beside it."""
+"""The jobs of a sweep: those of its grid, then those of the further grids."""
 
 from types import SimpleNamespace
 
@@ -14,8 +14,8 @@ GRID = ["path=none,L", "seed=0,1", "store=here"]
 
 
 def sweeper_class():
-    """As Hydra finds it: it loads its plugins anew whenever it looks for them."""
-    return next(own for own in Plugins.instance().discover(Sweeper) if own.__name__ == "LockstepSweeper")
+    """As Hydra has it: it loads its plugins again whenever it looks for them."""
+    return next(each for each in Plugins.instance().discover(Sweeper) if each.__name__ == "LockstepSweeper")
 
 
 def jobs(*also, words=GRID, batch=None):
@@ -25,35 +25,35 @@ def jobs(*also, words=GRID, batch=None):
     return [job for batch in batches for job in batch], batches
 
 
-def test_a_further_grid_replaces_its_own_words_and_keeps_the_others():
-    found, _ = jobs("method=cwd,at path=none seed=0")
-    assert found[:4] == [
+def test_a_further_grid_replaces_its_keys_and_keeps_the_others():
+    made, _ = jobs("method=cwd,at path=none seed=0")
+    assert made[:4] == [
         ["path=none", "seed=0", "store=here"],
         ["path=none", "seed=1", "store=here"],
         ["path=L", "seed=0", "store=here"],
         ["path=L", "seed=1", "store=here"],
     ]
-    assert found[4:] == [
+    assert made[4:] == [
         ["store=here", "method=cwd", "path=none", "seed=0"],
         ["store=here", "method=at", "path=none", "seed=0"],
     ]
 
 
-def test_without_further_grids_it_is_hydras_own():
-    found, batches = jobs()
-    assert [found] == sweeper_class().__base__.split_arguments(OverridesParser.create().parse_overrides(GRID), None)
-    assert batches == [found]
+def test_without_further_grids_it_is_that_of_hydra():
+    made, batches = jobs()
+    assert [made] == sweeper_class().__base__.split_arguments(OverridesParser.create().parse_overrides(GRID), None)
+    assert batches == [made]
 
 
 def test_batches_are_filled_over_all_grids():
-    found, batches = jobs("path=H", batch=4)
+    made, batches = jobs("path=H", batch=4)
     assert [len(batch) for batch in batches] == [4, 2]
-    assert found[4:] == [["seed=0", "store=here", "path=H"], ["seed=1", "store=here", "path=H"]]
+    assert made[4:] == [["seed=0", "store=here", "path=H"], ["seed=1", "store=here", "path=H"]]
 
 
 def test_words_are_divided_as_a_shell_does():
-    found, _ = jobs("data.root='my images'", words=["path=L"])
-    assert found == [["path=L"], ["path=L", "data.root=my\\ images"]]  # as Hydra writes a blank
+    made, _ = jobs("data.root='my images'", words=["path=L"])
+    assert made == [["path=L"], ["path=L", "data.root=my\\ images"]]  # as Hydra writes a blank
 
 
 def test_words_that_are_none_are_refused():

@@ -34,6 +34,7 @@ from kdsweep.results.tables import command as tables
 from kdsweep.results.tables import table4
 from kdsweep.store import cell_folder, checkpoint, sweep_file
 from kdsweep.sweep import estimate, launcher, status, tuner
+from kdsweep.sweep.executors.executor import Executor
 from kdsweep.tracking import reader
 from kdsweep.training import build, group, loop
 from kdsweep.tuning.pruning import Pruning
@@ -50,34 +51,20 @@ OPTIONS = {"search": SEARCH, "trials": 4, "round": 2}
 NO_PRUNING = {"_target_": "optuna.pruners.NopPruner"}
 
 
-class Inline:
+class Inline(Executor):
     """An executor that does works in this process, one after the other."""
-
-    largest, machines, has_dependencies = None, "", False
-
-    def check(self, jobs):
-        pass
 
     def preview(self, jobs, *, times):
         return estimate.Preview({job.settings.device: ["cpu"] for job in jobs}, timed_on="cpu")
-
-    def queued(self, jobs):
-        return set()
 
     def submit(self, work):
         future = Future()
         future.set_result(work.call(work.jobs))
         return future
 
-    def look(self):
-        pass
-
-    def close(self, error):
-        pass
-
 
 class Never(Inline):
-    """An executor of which nothing may be asked."""
+    """An executor that must not be used."""
 
     def preview(self, jobs, *, times):
         raise AssertionError("something was begun")
@@ -87,12 +74,13 @@ def launch(jobs, common=(), *, executor=None, plan=False, **options):
     """Run jobs through a tuner as Hydra's multirun would, in this process."""
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        common = ["+experiment=tuned", "hydra.sweeper.params=null", *common]  # the jobs are those given here
+        common = ["+experiment=tuned", "hydra.sweeper.params=null", *common]  # the jobs are those of the call
         config = loader.load_configuration("config", common, run_mode=RunMode.MULTIRUN)
         JobRuntime.instance().set("name", "kdsweep")
-        own = launcher.LockstepLauncher(executor or Inline(), plan=plan)
-        own.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=launcher.train_cell, config=config)
-        return tuner.Tuner(own, tuner.Options(**options)).launch([[*common, *job] for job in jobs], 0)
+        lockstep = launcher.LockstepLauncher(executor or Inline(), plan=plan)
+        hydra_context = HydraContext(loader, Callbacks())
+        lockstep.setup(hydra_context=hydra_context, task_function=launcher.train_cell, config=config)
+        return tuner.Tuner(lockstep, tuner.Options(**options)).launch([[*common, *job] for job in jobs], 0)
 
 
 def tune(root: Path, store: Path, **options) -> None:
@@ -118,8 +106,8 @@ def doomed(root: Path, store: Path, steps: int) -> None:
 
 def trials(store: Path) -> pd.DataFrame:
     """Return the trials of the sweep in a store, without what depends on time."""
-    found = read_trials(read_studies(store, "busi-quick"))
-    return found.drop(columns="seconds").sort_values(["notation", "number"], ignore_index=True)
+    rows = read_trials(read_studies(store, "busi-quick"))
+    return rows.drop(columns="seconds").sort_values(["notation", "number"], ignore_index=True)
 
 
 def scores(store: Path) -> dict[str, str]:
@@ -142,28 +130,28 @@ def unbroken(small_busi, empty_store, tmp_path_factory):
 
 
 def test_every_method_has_the_same_number_of_trials_the_first_as_configured(unbroken):
-    found = trials(unbroken)
-    assert dict(found.groupby("notation").size()) == {"L_KLD_WAug": 4, "Student": 4, "Teacher_WAug": 4}
-    first = found[found["number"] == 0].set_index("notation")["params"]
+    rows = trials(unbroken)
+    assert dict(rows.groupby("notation").size()) == {"L_KLD_WAug": 4, "Student": 4, "Teacher_WAug": 4}
+    first = rows[rows["number"] == 0].set_index("notation")["params"]
     assert first["Student"] == {"train.lr": 1e-3}
     assert first["L_KLD_WAug"] == {"train.lr": 1e-3, "kd.weight": 0.5}
     assert first["Teacher_WAug"] == {"teacher.lr": 1e-3}
 
 
 def test_a_trial_is_pruned_at_a_rung_or_has_all_epochs(unbroken):
-    found = trials(unbroken)
-    lengths = found["dice"].map(len)
-    assert set(lengths[found["state"] == "COMPLETE"]) == {6}
-    assert set(lengths[found["state"] == "PRUNED"]) <= {1, 3}  # a sixth of six epochs, and half of them
-    assert (found["state"] == "PRUNED").any()
+    rows = trials(unbroken)
+    lengths = rows["dice"].map(len)
+    assert set(lengths[rows["state"] == "COMPLETE"]) == {6}
+    assert set(lengths[rows["state"] == "PRUNED"]) <= {1, 3}  # a sixth of six epochs, and half of them
+    assert (rows["state"] == "PRUNED").any()
 
 
 def test_the_choice_is_the_best_validation_dice_and_its_scores_are_of_the_same_training(unbroken):
-    found = trials(unbroken)
+    rows = trials(unbroken)
     sweep = reader.read_sweep(store=unbroken, uri=None, name="busi-quick-tuned")
-    for notation, own in found.groupby("notation"):
-        chosen = own[own["is_chosen"]].iloc[0]
-        ended = own[own["state"] == "COMPLETE"]
+    for notation, members in rows.groupby("notation"):
+        chosen = members[members["is_chosen"]].iloc[0]
+        ended = members[members["state"] == "COMPLETE"]
         assert chosen["value"] == ended["value"].max()
         run = sweep.runs[sweep.runs["notation"] == notation].iloc[0]
         assert run["val_dice"] == chosen["value"] == max(chosen["dice"])
@@ -171,16 +159,16 @@ def test_the_choice_is_the_best_validation_dice_and_its_scores_are_of_the_same_t
             assert float(run["params"][key]) == value
 
 
-def test_each_split_has_its_own_choice_and_each_seed_is_trained_with_it(small_busi, empty_store, tmp_path):
+def test_each_split_has_its_choice_and_each_seed_is_trained_with_it(small_busi, empty_store, tmp_path):
     store = tmp_path / "store"
     shutil.copytree(empty_store, store)
     jobs = [["path=none", f"split=s{split}", f"seed={seed}"] for split in (0, 1) for seed in (0, 1)]
     options = {"search": {"train": {"lr": [1e-4, 1e-2]}}, "sampler": {"_target_": "optuna.samplers.GridSampler"}}
     common = [*QUICK, "train.epochs=2", f"data.root={small_busi}", f"store={store}"]
     launch(jobs, common, **options, trials=3, round=3, pruner={"_target_": "optuna.pruners.NopPruner"})
-    found = trials(store)
-    assert dict(found.groupby("split").size()) == {0: 3, 1: 3}, "as many trials, however many seeds there are"
-    chosen = found[found["is_chosen"]].set_index("split")["params"]
+    rows = trials(store)
+    assert dict(rows.groupby("split").size()) == {0: 3, 1: 3}, "as many trials, however many seeds there are"
+    chosen = rows[rows["is_chosen"]].set_index("split")["params"]
     for name in ("busi-quick", "busi-quick-tuned"):
         runs = reader.read_sweep(store=store, uri=None, name=name).runs
         assert sorted(zip(runs["split"], runs["seed"], strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -191,18 +179,18 @@ def test_each_split_has_its_own_choice_and_each_seed_is_trained_with_it(small_bu
 
 
 def test_only_what_was_chosen_or_configured_was_tested(unbroken):
-    asked = sweep_file.folders(unbroken)
+    requested = sweep_file.folders(unbroken)
     assert sweep_file.sweeps(unbroken) == ["busi-quick", "busi-quick-tuned"]
     tested = {file.parent for part in ("cells", "teachers") for file in (unbroken / part).rglob("test_scores.csv")}
-    assert tested <= asked
-    others = {folder.parent for folder in unbroken.rglob("cell.json")} - asked
+    assert tested <= requested
+    others = {folder.parent for folder in unbroken.rglob("cell.json")} - requested
     assert others  # trials that were not chosen
     assert not any((folder / checkpoint.CHECKPOINT).exists() for folder in others)
 
 
 def test_distilled_trials_learn_from_the_chosen_teacher(unbroken):
-    found = trials(unbroken)
-    chosen = found[(found["notation"] == "Teacher_WAug") & found["is_chosen"]].iloc[0]["params"]["teacher.lr"]
+    rows = trials(unbroken)
+    chosen = rows[(rows["notation"] == "Teacher_WAug") & rows["is_chosen"]].iloc[0]["params"]["teacher.lr"]
     cells = [json.loads(file.read_text()) for file in (unbroken / "cells").glob("L_KLD*/cell.json")]
     configured = {(1e-3,), (chosen,)}
     assert {(cell["params"]["teacher.lr"],) for cell in cells} <= configured
@@ -218,7 +206,7 @@ def test_a_trial_is_not_tested_before_the_choice(small_busi, tmp_path, monkeypat
 
     monkeypatch.setattr(group, "finish", refuse)
     configs = [config(small_busi, tmp_path, lr) for lr in (1e-3, 3e-3)]
-    assert all(isinstance(own, float) for own in run_trials(configs).values())
+    assert all(isinstance(each, float) for each in run_trials(configs).values())
 
 
 # --- one group
@@ -257,7 +245,7 @@ def curve(cfg):
     return [row["val/dice"] for row in cell_folder.read(identity.cell(cfg).folder).history]
 
 
-def test_other_trials_never_change_a_trials_own_curve(small_busi, tmp_path):
+def test_other_trials_never_change_a_trials_curve(small_busi, tmp_path):
     rates = (1e-3, 3e-3, 1e-2)
     together = [config(small_busi, tmp_path / "a", lr) for lr in rates]
     backwards = [config(small_busi, tmp_path / "b", lr) for lr in reversed(rates)]
@@ -270,10 +258,10 @@ def test_other_trials_never_change_a_trials_own_curve(small_busi, tmp_path):
     assert sorted(len(curve(cfg)) for cfg in together) != [6, 6, 6]  # one at least was pruned
     seconds = cell_folder.read(identity.cell(alone).folder).seconds
     assert len(seconds) == len(curve(alone)) == 6
-    assert all(own > 0 for own in seconds)
+    assert all(each > 0 for each in seconds)
 
 
-def test_a_trial_that_fails_counts_as_failed_and_the_others_go_on(small_busi, tmp_path):
+def test_a_trial_that_fails_counts_as_failed_and_the_others_continue(small_busi, tmp_path):
     configs = [config(small_busi, tmp_path, lr) for lr in (1e-3, 1e38, 3e-3)]
     first, failed, last = run_trials(configs).values()
     assert isinstance(first, float)
@@ -303,7 +291,7 @@ def test_a_group_that_was_stopped_resumes_from_what_the_storage_and_the_checkpoi
             run_trials(broken)
     for number, value in run_trials(broken).items():
         assert value == results[number]
-    ends = [[(own.state, own.intermediate_values) for own in study_of(of[0]).trials] for of in (unbroken, broken)]
+    ends = [[(each.state, each.intermediate_values) for each in study_of(of[0]).trials] for of in (unbroken, broken)]
     assert ends[0] == ends[1]
     assert [curve(settings) for settings in broken] == [curve(settings) for settings in unbroken]
 
@@ -360,7 +348,7 @@ def test_a_second_command_on_the_same_sweep_is_refused(small_busi, unbroken):
         tune(small_busi, unbroken)
 
 
-def test_a_group_whose_process_dies_goes_on_in_halves(small_busi, empty_store, tmp_path):
+def test_a_group_whose_process_dies_resumes_in_halves(small_busi, empty_store, tmp_path):
     class Dying(Inline):
         has_died = False
 
@@ -374,9 +362,9 @@ def test_a_group_whose_process_dies_goes_on_in_halves(small_busi, empty_store, t
     store = tmp_path / "store"
     shutil.copytree(empty_store, store)
     tune(small_busi, store, executor=Dying())
-    found = trials(store)
-    assert len(found) == 12
-    assert "FAIL" not in set(found["state"])
+    rows = trials(store)
+    assert len(rows) == 12
+    assert "FAIL" not in set(rows["state"])
 
 
 # --- what is shown
@@ -385,18 +373,18 @@ def test_a_group_whose_process_dies_goes_on_in_halves(small_busi, empty_store, t
 def test_the_table_says_what_tuning_changed(unbroken, tmp_path):
     sweep = reader.read_sweep(store=unbroken, uri=None, name="busi-quick")
     text = tables.write(tables.make("tuned", sweep, Options(unbroken)), name="tuned", sweep=sweep, out=tmp_path)
-    found = pd.read_csv(tmp_path / "tuned.csv").set_index("notation")
-    assert list(found.index) == ["Teacher_WAug", "Student", "L_KLD_WAug"]
-    assert list(found["trials"]) == [4, 4, 4]
+    rows = pd.read_csv(tmp_path / "tuned.csv").set_index("notation")
+    assert list(rows.index) == ["Teacher_WAug", "Student", "L_KLD_WAug"]
+    assert list(rows["trials"]) == [4, 4, 4]
     before, after = (
         reader.read_sweep(store=unbroken, uri=None, name=name).scores for name in ("busi-quick", "busi-quick-tuned")
     )
     for name, side in (("configured", before), ("chosen", after)):
         mean = 100 * side.groupby("fingerprint")["dice"].mean()
-        assert all(any(abs(mean - value) < 1e-9) for value in found[f"{name}_dice_percent"])
+        assert all(any(abs(mean - value) < 1e-9) for value in rows[f"{name}_dice_percent"])
     assert "tuned.md" in text
     assert "not known, that takes several seeds" in text
-    assert "split 0: " in found.loc["Student", "chosen"] or "as configured" in found.loc["Student", "chosen"]
+    assert "split 0: " in rows.loc["Student", "chosen"] or "as configured" in rows.loc["Student", "chosen"]
 
 
 def test_methods_with_unlike_choices_are_one_table(unbroken):
@@ -406,7 +394,8 @@ def test_methods_with_unlike_choices_are_one_table(unbroken):
     assert "train.lr" in sweep.tuned
     is_student = sweep.runs["notation"] == "Student"
     params = [
-        {**own, "train.lr": "0.5"} if here else own for own, here in zip(sweep.runs["params"], is_student, strict=True)
+        {**each, "train.lr": "0.5"} if here else each
+        for each, here in zip(sweep.runs["params"], is_student, strict=True)
     ]
     unlike = replace(sweep, runs=sweep.runs.assign(params=params))
     table = table4.numbers(unlike)
@@ -422,8 +411,8 @@ def test_the_status_counts_and_writes_the_trials(unbroken, tmp_path, capsys):
     text, file = status.make(store=unbroken, sweep="busi-quick"), tmp_path / "trials.csv"
     assert text.startswith("tuning of sweep busi-quick: 12 of 12 trials ended: ")
     assert "Teacher_WAug split 0" in text
-    asked = ["--store", str(unbroken), "--trials", str(file)]
-    assert cli.main(["status", *asked, "--sweep", "busi-quick-tuned"]) == 0
+    arguments = ["--store", str(unbroken), "--trials", str(file)]
+    assert cli.main(["status", *arguments, "--sweep", "busi-quick-tuned"]) == 0
     assert f"wrote 12 trials to {file}" in capsys.readouterr().out
     written = pd.read_csv(file).set_index(["notation", "number"])
     for _, trial in trials(unbroken).iterrows():
@@ -448,10 +437,10 @@ def test_a_plan_counts_and_prices_the_trials_and_begins_nothing(small_busi, unbr
     assert "18 trials, 6 of each, 12 of them done" in capsys.readouterr().out
     store = tmp_path / "store"
     tune(small_busi, store, plan=True)
-    told = capsys.readouterr().out
-    assert "tuning 3 methods on 1 split: 12 trials, 4 of each" in told
-    assert "L_KLD_WAug split 0: train.lr: log 0.0003 to 0.01; kd.weight: 0.1 to 0.9" in told
-    assert "device hours of trials without pruning; nothing was started" in told
+    printed = capsys.readouterr().out
+    assert "tuning 3 methods on 1 split: 12 trials, 4 of each" in printed
+    assert "L_KLD_WAug split 0: train.lr: log 0.0003 to 0.01; kd.weight: 0.1 to 0.9" in printed
+    assert "device hours of trials without pruning; nothing was started" in printed
     assert not (store / "optuna.db").exists()
 
 
@@ -465,14 +454,14 @@ def test_a_plan_prices_teachers_that_are_trained_as_configured(small_busi, tmp_p
 
 def test_methods_of_unlike_epochs_learn_from_one_teacher(small_busi, tmp_path):
     common = [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"]
-    own = [
+    configs = [
         composition.compose([*METHODS[1], *common, f"train.epochs={epochs}", "teacher.epochs=3", "train.patience=9"])
         for epochs in (4, 9)
     ]
-    assert len({identity.teacher_cell(cfg).fingerprint for cfg in own}) == 1
-    assert build.learner(own[0], identity.teacher_cell(own[0])).epochs == 3
+    assert len({identity.teacher_cell(cfg).fingerprint for cfg in configs}) == 1
+    assert build.learner(configs[0], identity.teacher_cell(configs[0])).epochs == 3
     unset = composition.compose([*METHODS[1], *common, "train.epochs=3", "train.patience=9"])
-    assert identity.teacher_cell(unset).fingerprint == identity.teacher_cell(own[0]).fingerprint
+    assert identity.teacher_cell(unset).fingerprint == identity.teacher_cell(configs[0]).fingerprint
 
 
 # --- bad input
@@ -496,7 +485,7 @@ def test_bad_input_is_refused_before_anything_begins(small_busi, tmp_path):
         ({}, ["hydra.sweeper.budget={steps: 9}"], "hydra.sweeper.budget"),
         ({}, ["train.monitor=loss"], f"train{one_measure}"),
         ({}, ["teacher.monitor=loss"], f"teacher{one_measure}"),
-        ({}, ["train.patience=3"], "train.patience=3: a method would be stopped by its own curve"),
+        ({}, ["train.patience=3"], "train.patience=3: a method would be stopped by its curve"),
     ]
     for options, words, expected in cases:
         common = [*QUICK, f"data.root={small_busi}", f"store={tmp_path / 'store'}", *words]
@@ -512,15 +501,6 @@ def test_a_key_that_is_swept_and_searched_is_refused(small_busi, tmp_path):
     jobs = [[*METHODS[0], f"train.lr={lr}"] for lr in (1e-3, 1e-4)]
     with pytest.raises(InputError, match=r"train\.lr is swept by the command too"):
         launch(jobs, [*QUICK, f"data.root={small_busi}", f"store={tmp_path}"], executor=Never(), **OPTIONS)
-
-
-@pytest.mark.parametrize("name", ["busi-quick", "busi-quick-tuned-tuned"])
-def test_the_name_of_anothers_chosen_settings_is_refused(small_busi, tmp_path, name):
-    """Of one of the two, the sweep with the chosen settings is the other."""
-    sweep_file.add(tmp_path, "busi-quick-tuned", cells=[], teachers=[], storage="sqlite://")
-    common = [*QUICK, f"data.root={small_busi}", f"store={tmp_path}", f"sweep_name={name}"]
-    with pytest.raises(InputError, match=f"^sweep_name={name}: this store holds the tuning of busi-quick-tuned, and"):
-        launch(METHODS, common, executor=Never(), **OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -554,8 +534,8 @@ def test_students_that_learned_from_another_teacher_are_refused(unbroken, small_
     store = tmp_path / "store"
     shutil.copytree(unbroken, store)
     studies = read_studies(store, "busi-quick")
-    own = next(study for study in studies if study.user_attrs["notation"] == "L_KLD_WAug")
-    own.set_user_attr("Teacher", "teacher.lr=0.5")
+    distilled = next(study for study in studies if study.user_attrs["notation"] == "L_KLD_WAug")
+    distilled.set_user_attr("Teacher", "teacher.lr=0.5")
     with pytest.raises(InputError, match=r"has trials with another Teacher \(teacher\.lr=0\.5, now "):
         tune(small_busi, store, trials=6)
 

@@ -49,7 +49,7 @@ class Studies:
 
     def pruning(self, trials):
         """Of {folder's name: (study, number)}."""
-        return Pruning(self.storage, self.options, {Path(folder): [own] for folder, own in trials.items()})
+        return Pruning(self.storage, self.options, {Path(folder): [values] for folder, values in trials.items()})
 
     def train(self, values, *, name="study", first=0, last=EPOCHS, stop=None):
         """Train the trials of these curves in a group from an epoch to another; leave it after one as if killed."""
@@ -73,20 +73,20 @@ def rows(values, epochs):
     return {Path(str(number)): [(dice, 1.0) for dice in curve[:epochs]] for number, curve in values.items()}
 
 
-def by_hand(found):
+def by_hand(rising):
     """Of nine trials three continue after epoch 3 (a sixth), and one of these after epoch 9 (half)."""
-    after_3 = sorted(found, key=lambda number: -found[number][2])
-    after_9 = sorted(after_3[:3], key=lambda number: -found[number][8])
+    after_3 = sorted(rising, key=lambda number: -rising[number][2])
+    after_9 = sorted(after_3[:3], key=lambda number: -rising[number][8])
     return dict.fromkeys(after_3[3:], 3) | dict.fromkeys(after_9[1:], 9)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_by_default_the_best_third_continues_at_each_rung(tmp_path, seed):
-    found = curves(seed=seed)
+    rising = curves(seed=seed)
     studies = Studies(tmp_path)
     studies.ask(9)
-    studies.train(found)
-    assert studies.pruned() == by_hand(found)
+    studies.train(rising)
+    assert studies.pruned() == by_hand(rising)
     assert sum(len(trial.intermediate_values) for trial in studies.study().trials) == EPOCHS * 9 / 3
 
 
@@ -99,13 +99,13 @@ def test_small_rounds_keep_their_best_trial(tmp_path):
 
 @pytest.mark.parametrize("options", PRUNERS.values(), ids=PRUNERS)
 def test_the_answers_do_not_depend_on_the_order_of_the_trials(tmp_path, options):
-    found, ends = curves(), []
-    numbers = list(found)
+    rising, ends = curves(), []
+    numbers = list(rising)
     for name in ("sorted", "shuffled"):
         (tmp_path / name).mkdir()
         studies = Studies(tmp_path / name, options=options)
         studies.ask(9)
-        studies.train({number: found[number] for number in numbers})
+        studies.train({number: rising[number] for number in numbers})
         ends.append(studies.pruned())
         random.Random(1).shuffle(numbers)
     assert ends[0] == ends[1]
@@ -123,37 +123,37 @@ def unbroken(request, tmp_path_factory):
 @pytest.mark.parametrize(("stop", "resumed"), [(3, 1), (9, 9), (12, 4)])
 def test_a_resumed_group_decides_as_an_unbroken_one_and_reports_nothing_twice(tmp_path, unbroken, stop, resumed):
     """Killed after an epoch, resumed from checkpoints of an earlier one."""
-    found, (options, ends) = curves(), unbroken
+    rising, (options, ends) = curves(), unbroken
     studies = Studies(tmp_path, options=options)
     studies.ask(9)
-    studies.train(found, stop=stop)
-    left = {number: curve for number, curve in found.items() if number not in studies.pruned()}
+    studies.train(rising, stop=stop)
+    left = {number: curve for number, curve in rising.items() if number not in studies.pruned()}
     studies.train({number: (0.0,) * stop + curve[stop:] for number, curve in left.items()}, first=resumed)
     assert studies.ends() == ends
 
 
 def test_a_group_killed_between_its_decisions_makes_the_others(tmp_path, monkeypatch):
-    found = curves()
+    rising = curves()
     studies = Studies(tmp_path)
     studies.ask(9)
-    tell, told = optuna.Study.tell, []
+    tell, ended = optuna.Study.tell, []
 
     def dying(*args, **options):
-        if len(told) == 2:
+        if len(ended) == 2:
             raise KeyboardInterrupt
-        told.append(tell(*args, **options))
+        ended.append(tell(*args, **options))
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(optuna.Study, "tell", dying)
-        studies.train(found)
+        studies.train(rising)
     assert len(studies.pruned()) == 2
-    studies.train({number: curve for number, curve in found.items() if number not in studies.pruned()}, first=3)
-    assert studies.pruned() == by_hand(found)
+    studies.train({number: curve for number, curve in rising.items() if number not in studies.pruned()}, first=3)
+    assert studies.pruned() == by_hand(rising)
 
 
 def test_a_group_killed_between_its_reports_makes_the_others(tmp_path, monkeypatch):
     """Among those that reported before the kill, the best ones, a third would be fewer."""
-    found = dict(enumerate(reversed(curves().values())))
+    rising = dict(enumerate(reversed(curves().values())))
     studies = Studies(tmp_path)
     studies.ask(9)
     report = optuna.Trial.report
@@ -165,9 +165,9 @@ def test_a_group_killed_between_its_reports_makes_the_others(tmp_path, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(optuna.Trial, "report", dying)
-        studies.train(found)
-    studies.train(found, first=2)
-    assert studies.pruned() == by_hand(found)
+        studies.train(rising)
+    studies.train(rising, first=2)
+    assert studies.pruned() == by_hand(rising)
 
 
 def test_a_trial_that_another_process_pruned_leaves_at_once(tmp_path):
@@ -180,68 +180,68 @@ def test_a_trial_that_another_process_pruned_leaves_at_once(tmp_path):
 
 def test_trials_of_earlier_rounds_count_and_of_this_one_those_with_equal_batches(tmp_path):
     """The best of its group is pruned if earlier trials were better, and not if others of its round are."""
-    found = curves()
+    rising = curves()
     studies = Studies(tmp_path, size=3)
     studies.ask(3, batches="c")
-    studies.train({number: found[8 - number] for number in range(3)})
+    studies.train({number: rising[8 - number] for number in range(3)})
     studies.ask(1, batches="a")
     studies.ask(2, batches="b")
-    studies.train({4: found[8], 5: found[7]})
+    studies.train({4: rising[8], 5: rising[7]})
     assert studies.pruned()[5] == 3
     assert 4 not in studies.pruned()
-    studies.train({3: found[1]})
+    studies.train({3: rising[1]})
     assert studies.pruned()[3] == 3
     (tmp_path / "alone").mkdir()
     alone = Studies(tmp_path / "alone", size=6)
     alone.ask(2, batches="a")
     alone.ask(1, batches="b")
-    alone.train({0: found[8], 1: found[7]})
-    alone.train({2: found[1]})
+    alone.train({0: rising[8], 1: rising[7]})
+    alone.train({2: rising[1]})
     assert 2 not in alone.pruned()
 
 
 def test_studies_of_a_group_are_compared_apart(tmp_path):
     """The worst trial of a good method continues next to the best of a bad one, as it would alone."""
-    studies, found = Studies(tmp_path, size=6), {"good": curves(6, seed=1), "bad": curves(6, seed=2)}
-    for name in found:
+    studies, rising = Studies(tmp_path, size=6), {"good": curves(6, seed=1), "bad": curves(6, seed=2)}
+    for name in rising:
         studies.ask(6, name=name)
-    values = {f"good{number}": [0.1 + value for value in curve] for number, curve in found["good"].items()}
-    values |= {f"bad{number}": [0.1 * value for value in curve] for number, curve in found["bad"].items()}
-    after = studies.pruning({f"{name}{n}": (name, n) for name in found for n in range(6)}).begin()
+    values = {f"good{number}": [0.1 + value for value in curve] for number, curve in rising["good"].items()}
+    values |= {f"bad{number}": [0.1 * value for value in curve] for number, curve in rising["bad"].items()}
+    after = studies.pruning({f"{name}{n}": (name, n) for name in rising for n in range(6)}).begin()
     for epochs in range(1, EPOCHS + 1):
         for folder in after(epochs, rows(values, epochs)):
             values.pop(str(folder), None)
-    for name, own in found.items():
+    for name, curve in rising.items():
         (tmp_path / name).mkdir()
         alone = Studies(tmp_path / name, size=6)
         alone.ask(6)
-        alone.train(own)
+        alone.train(curve)
         assert alone.pruned() == studies.pruned(name) != {}
 
 
 def test_the_median_pruner_compares_with_complete_trials_as_in_optuna(tmp_path):
     """Those of the same round are not complete before the end, so the first round is not pruned."""
-    found = curves()
+    rising = curves()
     studies = Studies(tmp_path, options=MEDIAN)
     studies.ask(9)
-    studies.train(found)
+    studies.train(rising)
     assert studies.pruned() == {}
-    for number in found:
-        studies.study().tell(number, max(found[number]))
+    for number in rising:
+        studies.study().tell(number, max(rising[number]))
     studies.ask(1)
-    studies.train({9: found[1]})
-    medians = [np.median([curve[step - 1] for curve in found.values()]) for step in (4, 5)]
-    assert max(found[1][:4]) < medians[0]
+    studies.train({9: rising[1]})
+    medians = [np.median([curve[step - 1] for curve in rising.values()]) for step in (4, 5)]
+    assert max(rising[1][:4]) < medians[0]
     assert studies.pruned() == {9: 4}
 
 
 def test_equal_settings_are_trained_once_and_leave_when_both_trials_are_pruned(tmp_path):
-    studies, found = Studies(tmp_path, size=4), curves(3)
+    studies, rising = Studies(tmp_path, size=4), curves(3)
     studies.ask(4)
     trials = {Path("0"): [("study", 0), ("study", 3)], Path("1"): [("study", 1)], Path("2"): [("study", 2)]}
     after = Pruning(studies.storage, {}, trials).begin()
-    assert [after(epochs, rows(found, epochs)) for epochs in (1, 2)] == [set(), set()]
-    assert after(3, rows(found, 3)) == {Path("0"), Path("1")}
+    assert [after(epochs, rows(rising, epochs)) for epochs in (1, 2)] == [set(), set()]
+    assert after(3, rows(rising, 3)) == {Path("0"), Path("1")}
     assert studies.pruned() == {0: 3, 1: 3, 3: 3}
 
 

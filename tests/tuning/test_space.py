@@ -1,4 +1,4 @@
-"""The search space: what may stand there, and which method uses what."""
+"""The search space: its forms, and which method uses what."""
 
 import re
 
@@ -22,9 +22,9 @@ def test_a_key_without_values_is_not_tuned():
 
 
 def test_a_range_is_even_and_int_gives_whole_numbers():
-    found = space.read({"kd.weight": {"range": [0.1, 1]}, "path.kd_path.inner_channels": {"int": [8, 64]}})
-    assert found["kd.weight"] == FloatDistribution(0.1, 1.0)
-    assert found["path.kd_path.inner_channels"] == IntDistribution(8, 64)
+    made = space.read({"kd.weight": {"range": [0.1, 1]}, "path.kd_path.inner_channels": {"int": [8, 64]}})
+    assert made["kd.weight"] == FloatDistribution(0.1, 1.0)
+    assert made["path.kd_path.inner_channels"] == IntDistribution(8, 64)
 
 
 def test_values_of_no_form_and_keys_that_must_be_equal_are_refused_in_one_line():
@@ -55,17 +55,17 @@ def test_values_of_no_form_and_keys_that_must_be_equal_are_refused_in_one_line()
 
 def test_a_method_has_the_keys_that_it_uses():
     keys = ("train.lr", "teacher.lr", "kd.weight", "kd.temperature", "student.weights")
-    whole = space.read({key: [1, 2] for key in keys})
+    everything = space.read({key: [1, 2] for key in keys})
     plain = {"teacher_aug.distill_view": "weak", "path.representation": "logits"}
     kld = {**plain, "loss.logits._target_": "kdsweep.distill.losses.kld", "loss.logits.temperature": 1}
     mse = {**plain, **dict.fromkeys(("loss.logits._target_", "loss.hidden._target_"), "kdsweep.distill.losses.mse")}
 
     def used(role, params):
-        return set(space.used(whole, role=role, params=params))
+        return set(space.used(everything, role=role, params=params))
 
     assert used("baseline", kld) == {"train.lr", "student.weights"}
     assert used("teacher", kld) == {"teacher.lr"}
-    # A Teacher's settings are chosen once, in its own study, and all methods learn from that Teacher.
+    # A Teacher's settings are chosen once, in its study, and all methods learn from that Teacher.
     assert used("distilled", kld) == {"train.lr", "kd.weight", "kd.temperature", "student.weights"}
     recipes = space.read({"train": {"schedule": ["constant", "poly"]}, "teacher": {"schedule": ["constant", "poly"]}})
     assert set(space.used(recipes, role="teacher", params=kld)) == {"teacher.schedule"}
@@ -74,10 +74,10 @@ def test_a_method_has_the_keys_that_it_uses():
 
 
 def test_ends_and_words():
-    found = space.read({"train.lr": {"log": [1e-4, 1e-2]}, "kd.temperature": [1, 2, 4]})
-    assert [space.ends(own) for own in found.values()] == [[1e-4, 1e-2], [1, 2, 4]]
-    assert space.in_words(found) == {"train.lr": "log 0.0001 to 0.01", "kd.temperature": "1, 2, 4"}
-    assert space.contains(found["train.lr"], 1e-2)
-    assert not space.contains(found["train.lr"], 0.1)
-    assert not space.contains(found["train.lr"], "matched")
-    assert not space.contains(found["kd.temperature"], 3)
+    made = space.read({"train.lr": {"log": [1e-4, 1e-2]}, "kd.temperature": [1, 2, 4]})
+    assert [space.ends(values) for values in made.values()] == [[1e-4, 1e-2], [1, 2, 4]]
+    assert [space.in_words(values) for values in made.values()] == ["log 0.0001 to 0.01", "1, 2, 4"]
+    assert space.contains(made["train.lr"], 1e-2)
+    assert not space.contains(made["train.lr"], 0.1)
+    assert not space.contains(made["train.lr"], "matched")
+    assert not space.contains(made["kd.temperature"], 3)

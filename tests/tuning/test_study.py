@@ -1,4 +1,4 @@
-"""Studies: what is asked for follows from what has ended; what is kept; what is chosen."""
+"""Studies: the trials that follow from those that have ended; what is kept; what is chosen."""
 
 import optuna
 import pytest
@@ -83,7 +83,7 @@ def test_a_killed_command_asks_for_the_same_trials(tmp_path, sampler, stop_after
 
 
 @pytest.mark.parametrize("writes", range(0, 13, 2))
-def test_a_trial_that_was_half_asked_for_gets_the_same_values(tmp_path, monkeypatch, writes):
+def test_a_trial_that_was_half_drawn_gets_the_same_values(tmp_path, monkeypatch, writes):
     """Killed at each of the first writes to the storage: a trial, then its three values, one after the other."""
     unbroken = Study(tmp_path, name="unbroken")
     unbroken.ask(4, TPE)
@@ -115,9 +115,9 @@ def test_trial_0_has_the_configured_settings_that_are_in_the_space(tmp_path):
 
 
 def test_values_are_in_the_space_and_differ(tmp_path):
-    own = Study(tmp_path)
-    drawn = [params for _, params in own.ask(8)[1:]]
-    assert all(space.contains(own.space[key], value) for params in drawn for key, value in params.items())
+    tuned = Study(tmp_path)
+    drawn = [params for _, params in tuned.ask(8)[1:]]
+    assert all(space.contains(tuned.space[key], value) for params in drawn for key, value in params.items())
     assert len({params["train.lr"] for params in drawn}) == len({params["kd.weight"] for params in drawn}) == 7
 
 
@@ -129,26 +129,26 @@ def test_methods_with_equal_keys_get_equal_first_values(tmp_path):
 
 
 def test_tpe_learns_from_what_has_ended(tmp_path):
-    own = Study(tmp_path)
-    own.run(TPE, rounds=6)
-    errors = [abs(params["train.lr"] - 1e-3) for params in own.values]
+    tuned = Study(tmp_path)
+    tuned.run(TPE, rounds=6)
+    errors = [abs(params["train.lr"] - 1e-3) for params in tuned.values]
     assert sum(errors[12:]) < sum(errors[:12])
 
 
 def test_qmc_covers_a_range_evenly(tmp_path):
     """Eight points of a Sobol sequence: two in each quarter of a range (Sobol 1967); of seed, not of chance."""
-    own = Study(tmp_path, search={"kd.weight": {"range": [0.0, 1.0]}}, defaults={"kd.weight": 0.5})
-    own.ask(1, QMC)
-    tell(own.study, 0, 0.5, seconds=[])  # the sequence begins when a trial is complete
-    drawn = [params["kd.weight"] for _, params in own.ask(9, QMC)]
+    tuned = Study(tmp_path, search={"kd.weight": {"range": [0.0, 1.0]}}, defaults={"kd.weight": 0.5})
+    tuned.ask(1, QMC)
+    tell(tuned.study, 0, 0.5, seconds=[])  # the sequence begins when a trial is complete
+    drawn = [params["kd.weight"] for _, params in tuned.ask(9, QMC)]
     assert [sum(low <= value < low + 0.25 for value in drawn) for low in (0, 0.25, 0.5, 0.75)] == [2, 2, 2, 2]
 
 
 def test_the_grid_is_covered(tmp_path):
-    own = Study(tmp_path, search=LISTS)
-    assert len({tuple(sorted(params.items())) for _, params in own.ask(5, GRID)}) == 4
-    for number in range(5):  # Optuna's own would stop a loop that is not there
-        tell(own.study, number, 0.5, seconds=[])
+    tuned = Study(tmp_path, search=LISTS)
+    assert len({tuple(sorted(params.items())) for _, params in tuned.ask(5, GRID)}) == 4
+    for number in range(5):  # Optuna's sampler would stop a loop that is not there
+        tell(tuned.study, number, 0.5, seconds=[])
 
 
 @pytest.mark.parametrize(
@@ -168,11 +168,11 @@ def test_a_sampler_that_cannot_be_used_is_refused_in_one_line(tmp_path, sampler,
 
 
 def test_trials_made_with_other_settings_are_refused(tmp_path):
-    own = Study(tmp_path).study
-    settle(own, {"round": "4"})
-    settle(own, {"round": "4", "seed": "0"})
+    tuned = Study(tmp_path).study
+    settle(tuned, {"round": "4"})
+    settle(tuned, {"round": "4", "seed": "0"})
     with pytest.raises(InputError, match=r"has trials with another round \(4, now 8\); give another sweep_name"):
-        settle(own, {"round": "8"})
+        settle(tuned, {"round": "8"})
 
 
 def test_a_storage_that_cannot_be_opened_is_one_line(tmp_path):
@@ -182,16 +182,16 @@ def test_a_storage_that_cannot_be_opened_is_one_line(tmp_path):
 
 
 def test_the_first_of_the_best_complete_trials_is_chosen(tmp_path):
-    own = Study(tmp_path)
-    own.ask(5)
-    own.report(1, 0.9)
-    own.study.tell(1, state=TrialState.PRUNED)
+    tuned = Study(tmp_path)
+    tuned.ask(5)
+    tuned.report(1, 0.9)
+    tuned.study.tell(1, state=TrialState.PRUNED)
     for number, outcome in enumerate([0.5, 0.9, 0.7, 0.7, RuntimeError("a loss that is not a number")]):
-        tell(own.study, number, outcome, seconds=[])
-    found = trials_of(own.study)
-    assert [trial.state.name for trial in found] == ["COMPLETE", "PRUNED", "COMPLETE", "COMPLETE", "FAIL"]
-    assert found[4].user_attrs["error"] == "a loss that is not a number"
-    best = best_of(own.study)
+        tell(tuned.study, number, outcome, seconds=[])
+    trials = trials_of(tuned.study)
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "COMPLETE", "COMPLETE", "FAIL"]
+    assert trials[4].user_attrs["error"] == "a loss that is not a number"
+    best = best_of(tuned.study)
     assert best is not None
     assert best.number == 2
 
@@ -199,22 +199,22 @@ def test_the_first_of_the_best_complete_trials_is_chosen(tmp_path):
 def test_the_trials_of_a_sweep_can_be_read(tmp_path):
     assert read_studies(tmp_path, "sweep") == []
     sweep_file.add(tmp_path, "sweep", cells=[], teachers=[], storage="")
-    own = Study(tmp_path)
-    own.open(opened=1)
-    own.ask(6)
-    annotate(own.study, 5, folder="of the last one, which is in training")
+    tuned = Study(tmp_path)
+    tuned.open(opened=1)
+    tuned.ask(6)
+    annotate(tuned.study, 5, folder="of the last one, which is in training")
     for number in range(5):
-        own.report(number, 0.1, 0.4)
-        tell(own.study, number, 0.4, seconds=[1.5, 2.5])
+        tuned.report(number, 0.1, 0.4)
+        tell(tuned.study, number, 0.4, seconds=[1.5, 2.5])
     Study(tmp_path, name="of another sweep").open(opened=2, sweep="other")
-    found = read_trials(read_studies(tmp_path, "sweep"))
-    assert list(found["round"]) == [0, 0, 0, 0, 1]
-    assert set(found["state"]) == {"COMPLETE"}
-    assert list(found["is_chosen"]) == [True, *[False] * 4]
-    assert found["dice"][0] == [0.1, 0.4]
-    assert found["seconds"][0] == [1.5, 2.5]
-    assert set(found["notation"]) == {"L_KLD"}
-    assert list(one_row_each(found)["val_dice_percent"]) == [40.0] * 5
+    trials = read_trials(read_studies(tmp_path, "sweep"))
+    assert list(trials["round"]) == [0, 0, 0, 0, 1]
+    assert set(trials["state"]) == {"COMPLETE"}
+    assert list(trials["is_chosen"]) == [True, *[False] * 4]
+    assert trials["dice"][0] == [0.1, 0.4]
+    assert trials["seconds"][0] == [1.5, 2.5]
+    assert set(trials["notation"]) == {"L_KLD"}
+    assert list(one_row_each(trials)["val_dice_percent"]) == [40.0] * 5
     assert read_trials([]).empty
 
 
@@ -223,7 +223,7 @@ def test_of_several_studies_of_a_method_that_used_last_counts(tmp_path):
     first, second = Study(tmp_path, name="first"), Study(tmp_path, name="second")
     first.open(opened=1)
     second.open(opened=2)
-    assert [own.study_name for own in read_studies(tmp_path, "sweep")] == ["second"]
+    assert [tuned.study_name for tuned in read_studies(tmp_path, "sweep")] == ["second"]
     first.open(opened=3)
     Study(tmp_path, name="of a command killed while it opened it").study.set_user_attr("sweep", "sweep")
-    assert [own.study_name for own in read_studies(tmp_path, "sweep")] == ["first"]
+    assert [tuned.study_name for tuned in read_studies(tmp_path, "sweep")] == ["first"]

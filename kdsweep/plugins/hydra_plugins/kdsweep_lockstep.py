@@ -65,7 +65,7 @@ class LockstepSweeper(BasicSweeper):
             try:
                 further = parse(shlex.split(line))
             except ValueError as error:
-                raise InputError(f"hydra.sweeper.also: {line}: {error}; its words are those of a shell") from error
+                raise InputError(f"hydra.sweeper.also: {line}: {error}; it is split as a shell does") from error
             keys = {override.key_or_group for override in further}
             grids.append([*(override for override in overrides if override.key_or_group not in keys), *further])
         jobs = [job for grid in grids for batch in BasicSweeper.split_arguments(grid, None) for job in batch]
@@ -113,7 +113,7 @@ class LockstepConf(OneByOneConf):
 
 @dataclass
 class SlurmConf(OneByOneConf):
-    """Options of ``hydra/launcher=lockstep_slurm``, with the names of Hydra's own submitit launcher."""
+    """Options of ``hydra/launcher=lockstep_slurm``, with the names of Hydra's submitit launcher."""
 
     executor: str = "kdsweep.sweep.executors.slurm.Slurm"
     largest: int | None = None  # cells in a group, at most

@@ -17,9 +17,9 @@ from kdsweep.core.progress import plural
 from kdsweep.store import cell_folder
 from kdsweep.sweep.executors import worker
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # status, which must be quick, imports this module
+    from kdsweep.config.identity import Job
     from kdsweep.sweep.estimate import Preview
-    from kdsweep.sweep.plan import Job
 
 log = logging.getLogger(__name__)
 
@@ -31,45 +31,36 @@ Results = Future[list[Result]]  # of a work, to come
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """The work of one process: a function and the jobs of a lockstep group.
+    """The work of one process: a function and the jobs of a lockstep group, which are pickled."""
 
-    Attributes:
-        call: the function, which returns a result or an error for each job; picklable, as the jobs are.
-        jobs: its argument.
-        devices: names of the devices of this machine where it can run, one several times for as many processes.
-        cells: of each job the cell or the Teacher that is computed.
-        is_requested: whether the cells are those of a sweep; trials are not, and are not logged to MLflow.
-    """
-
-    call: Callable[[list[Any]], list[Any]]
+    call: Callable[[list[Any]], list[Any]]  # returns a result or an error for each job
     jobs: list[Job]
-    devices: list[str]
-    cells: list[Cell]
-    is_requested: bool = True
+    devices: list[str]  # of this machine where it can run, one several times for as many processes
+    cells: list[Cell]  # of each job the cell or the Teacher that is computed
+    is_requested: bool = True  # the cells are those of a sweep; trials are not, and are not logged to MLflow
 
 
 class Executor:
-    """Computes works, several at once if it can.
+    """Computes works, several at once if it can; closed at the end of a ``with`` block."""
 
-    Attributes:
-        largest: the most cells in a group; None for ``plan.LARGEST``.
-        machines: name of the machines of a cluster that compute; empty for this one.
-        has_dependencies: whether a submitted work waits by itself for the Teachers of its cells.
-    """
+    largest: int | None = None  # cells in a group at most; None for plan.LARGEST
+    machines = ""  # name of the machines of a cluster that compute; empty for this one
+    has_dependencies = False  # a submitted work waits by itself for the Teachers of its cells
+    wait = True  # for results
 
-    largest: int | None = None
-    machines = ""
-    has_dependencies = False
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(error)
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Raise InputError if these cells cannot be computed as they are configured."""
 
     def preview(self, jobs: list[Job], *, times: bool) -> Preview:
-        """Check cells with their real networks.
+        """Check cells, which represent all that wait, with their real networks.
 
-        Args:
-            jobs: that stand for all that wait.
-            times: whether to time steps even if this machine trains none of the cells.
+        ``times`` says whether to time steps even if this machine trains none of the cells.
         """
         call = partial(worker.preview, elsewhere=self.machines, times=times)
         result: Preview = worker.Processes().call(call, jobs)
@@ -102,12 +93,15 @@ def run(executor: Executor, works: Sequence[Work], *, before: Sequence[Work] = (
     checkpoints in two halves, down to single cells. A cell whose process is lost when it is alone fails; the others
     finish. ``works`` begin in their order, after ``before``: Teachers that they need, which are not yielded.
     """
+    if before and not executor.has_dependencies:
+        for _ in run(executor, before):
+            pass
+        before = ()
     results: dict[Work, dict[Path, Result]] = {work: {} for work in [*before, *works]}
     origins = {work: work for work in results}  # by part
     backlog, pending, is_waiting = list(results), dict[Results, tuple[Work, int]](), False
     while backlog or pending:
-        has_teachers = executor.has_dependencies or all(len(results[work]) == len(work.cells) for work in before)
-        for part in [part for part in backlog if has_teachers or origins[part] in before]:
+        for part in list(backlog):
             since_ms = cell_folder.now_ms()
             if (future := executor.submit(part)) is not None:
                 pending[future] = part, since_ms

@@ -9,17 +9,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from kdsweep.config.identity import Job
 from kdsweep.core.errors import CellError, DeviceError
 from kdsweep.core.signals import Stopped
 from kdsweep.store import cell_folder
+from kdsweep.sweep.estimate import Preview
 from kdsweep.sweep.executors import worker
 from kdsweep.sweep.executors.executor import Executor, Result, Results, Work, check_least
-
-if TYPE_CHECKING:
-    from kdsweep.sweep.estimate import Preview
-    from kdsweep.sweep.plan import Job
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +54,7 @@ class Local(Executor):
             lost: Results = Future()
             lost.set_exception(CellError(f"{', '.join(work.devices)} does not compute any more"))
             return lost
-        self._running = {future: device for future, device in self._running.items() if not future.done()}
-        busy = Counter(self._running.values())
+        busy = Counter(device for future, device in self._running.items() if not future.done())
         device = next((name for name in names if busy[name] < names.count(name)), None)
         if device is None or _is_elsewhere(work):
             return None
@@ -67,12 +64,11 @@ class Local(Executor):
 
     def _compute(self, work: Work, device: str) -> list[Result]:
         """Compute a work on a device; this is a thread."""
-        moved = work
         if len(work.devices) > 1:
             jobs = [replace(job, settings=job.settings.model_copy(update={"device": device})) for job in work.jobs]
-            moved = replace(work, jobs=jobs)
+            work = replace(work, jobs=jobs)
         try:
-            results: list[Result] = self._processes.call(compute_on, moved, device)
+            results: list[Result] = self._processes.call(compute_on, work, device)
         except DeviceError as error:
             self._lost.add(device)
             if set(work.devices) - self._lost:
@@ -101,19 +97,16 @@ def compute_on(work: Work, device: str) -> list[Any]:
     Raises:
         DeviceError: the device does not compute.
     """
+    import torch
+
     if len(work.devices) > 1:
         os.environ["TQDM_DISABLE"] = "1"  # the progress bar would overwrite that of another process
     if (share := work.devices.count(device)) > 1:
-        import torch
-
         torch.set_num_threads(max(1, torch.get_num_threads() // share))
-    if device != "cpu":
-        import torch
-
-        try:
-            torch.ones(8, device=device).sum().item()
-        except Exception as error:
-            raise DeviceError(f"{device} does not compute any more") from error
+    try:
+        torch.ones(8, device=device).sum().item()
+    except Exception as error:
+        raise DeviceError(f"{device} does not compute any more") from error
     return worker.compute(work)
 
 
@@ -125,9 +118,7 @@ class InProcess(Executor):
 
     def preview(self, jobs: list[Job], *, times: bool) -> Preview:
         """See ``Executor``; steps are always timed."""
-        from kdsweep.sweep import rehearsal
-
-        result = rehearsal.preview(jobs)
+        result = worker.preview(jobs)
         return replace(result, devices={device: names[:1] for device, names in result.devices.items()})
 
     def submit(self, work: Work) -> Results | None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from kdsweep.config.identity import Job
 from kdsweep.core import signals
 from kdsweep.core.errors import InputError
 from kdsweep.sweep.executors.executor import Executor, Results, Work, check_least, check_tracking
 from kdsweep.sweep.executors.worker import RemoteWork
-
-if TYPE_CHECKING:
-    from kdsweep.sweep.plan import Job
 
 STOP_WITHIN_S = 12.0  # a little longer than a process gets
 
@@ -22,10 +20,7 @@ class OnRay(Executor):
     """The executor that hands each group to a Ray cluster as a task.
 
     Ray starts a task where its GPUs, CPUs and memory are free, and again elsewhere if its machine or process dies; the
-    task then resumes from its checkpoints.
-
-    Args:
-        options: of ``hydra/launcher=lockstep_ray``, by name; the plugin's RayConf describes each.
+    task then resumes from its checkpoints. The plugin's RayConf describes each option.
     """
 
     def __init__(self, **options: Any) -> None:

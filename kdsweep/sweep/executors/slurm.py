@@ -30,7 +30,7 @@ from kdsweep.sweep.executors.executor import Executor, Result, Results, Work, ch
 if TYPE_CHECKING:
     import submitit
 
-    from kdsweep.sweep.plan import Job
+    from kdsweep.config.identity import Job
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +57,7 @@ class Slurm(Executor):
     """The executor that submits: each group is one job of an array, which depends on an array of Teachers.
 
     Jobs run on without the command that submitted them; one that is preempted or reaches its time limit saves its
-    cells and is put into the queue again.
-
-    Args:
-        options: of ``hydra/launcher=lockstep_slurm``, by name; the plugin's SlurmConf describes each.
+    cells and is put into the queue again. The plugin's SlurmConf describes each option.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -69,12 +66,12 @@ class Slurm(Executor):
             raise InputError(f"hydra.launcher.cluster={self.cluster} is not allowed: it must be slurm or local")
         least = dict.fromkeys(("cpus_per_task", "mem_gb", "array_parallelism", "largest"), 1)
         check_least(options, least | {"gpus_per_node": 0, "max_num_timeout": 0, "timeout_min": 5})
-        gpus, self._cpus = options["gpus_per_node"], options["cpus_per_task"]
-        chosen = {name: options[name] for name in ("partition", "account", "qos", "constraint") if options[name]}
+        gpus, self._cpus, partition = options["gpus_per_node"], options["cpus_per_task"], options["partition"]
         where = "SLURM" if self.cluster == "slurm" else "local jobs"
-        where += f" partition {options['partition']}" if options["partition"] else ""
+        where += f" partition {partition}" if partition else ""
         self.machines = f"{where}, {gpus} GPU and {self._cpus} CPUs per group"
         self.has_dependencies = self.cluster == "slurm"
+        chosen = {name: options[name] for name in ("partition", "account", "qos", "constraint") if options[name]}
         self._timeouts = {f"{self.cluster}_max_num_timeout": options["max_num_timeout"]}
         self._parameters = {
             "name": "kdsweep",
@@ -114,12 +111,12 @@ class Slurm(Executor):
 
     def submit(self, work: Work) -> Results | None:
         """See ``Executor``; what an earlier command has in the queue is left to that, what was cancelled has failed."""
-        future: Results = Future()
         tasks = {self._ahead[cell.folder] for cell in work.cells if cell.folder in self._ahead}
         if self.wait and any(state not in ENDED for _, state in tasks):
             return None
         for cell in work.cells:
             self._ahead.pop(cell.folder, None)
+        future: Results = Future()
         values = [cell_folder.read_finished(cell.folder) for cell in work.cells if work.is_requested and tasks]
         if tasks and not self.wait:
             future.set_result([math.nan] * len(work.jobs))

@@ -29,7 +29,6 @@ from kdsweep.core.files import write_text
 
 if TYPE_CHECKING:
     from kdsweep.config.identity import Job
-    from kdsweep.sweep import plan
     from kdsweep.sweep.estimate import Preview
     from kdsweep.sweep.executors.executor import Result, Work
     from kdsweep.tuning.pruning import Pruning
@@ -127,7 +126,6 @@ def _ending(code: int | None) -> str:
 
 
 def _main(sender: Connection, level: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Be the process."""
     gc.freeze()  # the imports: else each collection goes through them
     signals.install()
     logs.to_screen(level)
@@ -189,11 +187,11 @@ def _write_settings(job: Job) -> None:
     write_text(job.cell.folder / "overrides.yaml", yaml.safe_dump(list(job.overrides), allow_unicode=True))
 
 
-# --- functions of works; torch is imported here, the process that submits has none
+# --- what a process calls; torch is imported here, the process that submits has none
 
 
-def preview(jobs: list[plan.Job], **options: Any) -> Preview:
-    """Check cells with their real networks, see ``rehearsal.preview``."""
+def preview(jobs: list[Job], **options: Any) -> Preview:
+    """Check and rehearse cells (rehearsal.py)."""
     from kdsweep.sweep import rehearsal
 
     return rehearsal.preview(jobs, **options)
@@ -225,14 +223,10 @@ def train_teachers(jobs: list[Job]) -> list[float]:
 
 
 class RemoteWork:
-    """A work to be done on another machine; the call returns its results, or its error for each of its jobs.
+    """A work for another machine; the call returns its results, or its error for each of its jobs.
 
-    Both machines must see the same store, images, code and environment under the same paths, which the other one checks
-    by a file in the store and by the cells' fingerprints.
-
-    Args:
-        work: what to compute.
-        threads: number of CPU threads; another number gives other sums, so the machine must not choose it.
+    Both machines must see the same store, images, code and environment under the same paths: checked by a file in the
+    store and by the cells' fingerprints. Another number of CPU threads gives other sums: the machine must not choose.
     """
 
     def __init__(self, work: Work, *, threads: int) -> None:
