@@ -110,8 +110,8 @@ MUTANTS = [
     Mutant(
         "images of a group are clusters each",
         "results/stats.py",
-        'return rows["group"] if "group" in rows else rows["image"]',
-        'return rows["image"]',
+        'groupby(["split", "image", "group"])[["points"]].mean().reset_index()',
+        'groupby(["split", "image"])[["points"]].mean().reset_index().assign(group=lambda rows: rows["image"])',
         RESULTS,
     ),
     Mutant(
@@ -277,8 +277,8 @@ MUTANTS = [
     Mutant(
         "the margin is that of the run begun first",
         "results/frame.py",
-        "iloc[-1][KEY_OF_MARGIN]",
-        "iloc[0][KEY_OF_MARGIN]",
+        "recorded[-1][KEY_OF_MARGIN]",
+        "recorded[0][KEY_OF_MARGIN]",
         "tests/results/test_tables.py -k margin",
     ),
     Mutant(
@@ -697,11 +697,17 @@ MUTANTS = [
         "tests/tracking/test_sync.py",
     ),
     # results
-    Mutant("pairs of fewer runs", "results/stats.py", "if not asked or not asked <= there:", "if not asked:", RESULTS),
+    Mutant(
+        "pairs of fewer runs",
+        "results/stats.py",
+        "if not places or not places <= baseline_places:",
+        "if not places:",
+        RESULTS,
+    ),
     Mutant(
         "images of two splits count twice",
         "results/stats.py",
-        ".groupby(_clusters(rows)).sum()",
+        '.groupby(rows["group"]).sum()',
         ".groupby(level=0).sum()",
         RESULTS,
     ),
@@ -725,8 +731,8 @@ MUTANTS = [
     Mutant(
         "other trainings make a difference surer",
         "results/stats.py",
-        "max(self.runs - self.noise, 0.0)",
-        "self.runs - self.noise",
+        "max(self.runs.error**2 - self.noise, 0.0)",
+        "self.runs.error**2 - self.noise",
         RESULTS,
     ),
     Mutant(
@@ -739,8 +745,8 @@ MUTANTS = [
     Mutant(
         "different images mix",
         "results/mixing.py",
-        '        _refuse_two(sweep.runs, "data_digest", what=f"sweep {sweep.name} mixes different images of one name")\n',
-        "",
+        '_refuse_several(_digests(sweep.runs, "data_digest")',
+        '_refuse_several(_digests(sweep.runs.head(1), "data_digest")',
         "tests/results/test_tables.py",
     ),
     Mutant(
@@ -839,8 +845,8 @@ MUTANTS = [
     Mutant(
         "tuning: pruned trials cost nothing",
         "results/tables/tuned.py",
-        'spent_s += sum(seconds[epoch] for seconds in here["seconds"])',
-        'spent_s += sum(seconds[epoch] for seconds in here["seconds"][here["state"] != "PRUNED"])',
+        'trials[[*place, "round", "seconds", "dice"]]',
+        'trials.loc[trials["state"] != "PRUNED", [*place, "round", "seconds", "dice"]]',
         "tests/results/test_tuned.py",
     ),
     # cuda
@@ -996,8 +1002,8 @@ MUTANTS = [
     Mutant(
         "study: an equally good network that costs more is on the front",
         "results/tables/capacity.py",
-        "((cost < own) | (gain > best))",
-        "((cost < own) & (gain > best))",
+        "((cost < its_cost) | (gain > its_gain))",
+        "((cost < its_cost) & (gain > its_gain))",
         "tests/results/test_capacity.py",
     ),
     Mutant(

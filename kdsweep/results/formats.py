@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pandas as pd
 
 from kdsweep.results.stats import ALPHA
 
 DASH = "\N{EN DASH}"
-ONE_SEED = "not known, that takes several seeds"
 
 
 def number(value: float, form: str = ".2f") -> str:
@@ -34,8 +33,7 @@ def p(value: float) -> str:
 
 def after_holm(value: float) -> str:
     """Format a corrected p-value for a sentence."""
-    shown = p(value)
-    return f"p {shown.replace('<', '< ') if shown.startswith('<') else '= ' + shown} after Holm"
+    return f"p {'< 0.0001' if value < 0.0001 else '= ' + p(value)} after Holm"
 
 
 def interval(low: float, high: float) -> str:
@@ -43,13 +41,22 @@ def interval(low: float, high: float) -> str:
     return DASH if pd.isna(low) else f"{low:+.2f} to {high:+.2f}"
 
 
+def with_interval(mean: float, low: float, high: float) -> str:
+    """Format a difference and its interval, such as ``+1.20 (-0.30 to +2.70)``."""
+    return DASH if pd.isna(mean) else f"{points(mean)} ({interval(low, high)})"
+
+
 def or_gap(show: Callable[..., str]) -> Callable[..., str]:
     """Return a format of values and a gap: shows the values, or a dash and the reason for the gap."""
     return lambda *values: f"{DASH} ({values[-1]})" if values[-1] else show(*values[:-1])
 
 
-def on_methods(row: pd.Series, subject: str) -> str:
-    """Return what a row of paired differences says of the methods, for a sentence."""
-    bounds = interval(row["methods_low_points"], row["methods_high_points"])
-    shown = "a difference is shown" if row["p_methods_holm"] < ALPHA else "no difference is shown"
-    return f"{subject}: {shown} (95 % interval {bounds} points, {after_holm(row['p_methods_holm'])})"
+def on_methods(rows: pd.DataFrame, subjects: Iterable[str]) -> str:
+    """Return what rows of paired differences say of the methods, for a sentence; subjects are the names of the rows."""
+    parts = []
+    for subject, (_, row) in zip(subjects, rows.iterrows(), strict=True):
+        if pd.notna(row["p_methods"]):
+            shown = "a difference is shown" if row["p_methods_holm"] < ALPHA else "no difference is shown"
+            bounds = interval(row["methods_low_points"], row["methods_high_points"])
+            parts.append(f"{subject}: {shown} (95 % interval {bounds} points, {after_holm(row['p_methods_holm'])})")
+    return "; ".join(parts) or "unknown, that takes several seeds"

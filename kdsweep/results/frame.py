@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 import pandas as pd
 
 from kdsweep.config.decisions import used_by
 from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError
-from kdsweep.results.mixing import refuse_conflicts, refuse_mixing
+from kdsweep.results.mixing import rank, refuse_conflicts, refuse_mixing
 from kdsweep.results.paper import in_order
 from kdsweep.results.stats import PLACE
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
 
+P = ParamSpec("P")
 KEY_OF_MARGIN, MARGIN_POINTS = "stats.margin_points", 2.0
 VALIDATION = "mean_val_dice_percent"  # a column of Table 4
 NOT_RUN = "not run"
+PAPER_RATIO = 0.20 / 0.64  # test images per training image
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,14 @@ class Scores:
         """Return the images of the notations without a gap."""
         return self.images[self.images["notation"].map(why) == ""]
 
+    def of_teachers(self, cells: pd.DataFrame) -> pd.DataFrame:
+        """Return the images of the Teachers that these cells learnt from."""
+        links = cells[["teacher", *PLACE]].drop_duplicates().rename(columns={"teacher": "fingerprint"})
+        return self.images.drop(columns="teacher").merge(links)
+
+
+# ---- settings ------------------------------------------------------------------------------------------------------
+
 
 def variants(sweep: Sweep) -> dict[str, Sweep]:
     """Split a sweep by the values of the further keys that it varies, each part with its Students and Teachers.
@@ -71,58 +82,51 @@ def variants(sweep: Sweep) -> dict[str, Sweep]:
         InputError: the sweep is empty, or mixes options that determine results and that it does not vary.
     """
     refuse_mixing(sweep)
-    runs = sweep.runs.assign(variant=pd.Series(_variants(sweep), index=sweep.runs.index, dtype=object))
-    is_teacher = runs["role"] == "teacher"
-    by_label = {variant_label(variant): variant for variant in runs.loc[~is_teacher, "variant"]}
+    is_teacher = sweep.runs["role"] == "teacher"
+    cells, teachers = sweep.runs[~is_teacher], sweep.runs[is_teacher]
+    keys = list(dict.fromkeys(key for variant in sweep.runs["variant"] for key in variant))
+    settings = [_setting(keys, *run) for run in zip(cells["role"], cells["variant"], cells["params"], strict=True)]
+    different = {variant_label(setting): setting for setting in settings}
     complete = {  # the Student alone may use a part of the keys; it serves all settings that contain this part
-        label: variant
-        for label, variant in by_label.items()
-        if not any(variant.items() < other.items() for other in by_label.values())
+        label: setting
+        for label, setting in different.items()
+        if not any(setting.items() < other.items() for other in different.values())
     }
+    if len(complete) < 2:
+        return {"": replace(sweep, varied=())}
     parts = {}
-    for label in sorted(complete, key=lambda label: [_rank(value) for value in complete[label].values()]):
-        setting = complete[label].items()
-        serves = pd.Series([variant.items() <= setting for variant in runs["variant"]], index=runs.index, dtype=bool)
-        cells = runs[~is_teacher & serves]
-        teachers = runs[is_teacher & runs["fingerprint"].isin(cells["teacher"])]
-        parts[label] = replace(sweep, runs=pd.concat([cells, teachers], ignore_index=True), varied=())
-    return parts if len(parts) > 1 else {"": replace(sweep, varied=())}
+    for label, setting in sorted(complete.items(), key=lambda each: [rank(value) for value in each[1].values()]):
+        chosen = cells[[each.items() <= setting.items() for each in settings]]
+        used = teachers[teachers["fingerprint"].isin(chosen["teacher"])]
+        parts[label] = replace(sweep, runs=pd.concat([chosen, used], ignore_index=True), varied=())
+    return parts
 
 
-def each_variant(sweep: Sweep, make: Callable[[Scores], pd.DataFrame]) -> pd.DataFrame:
-    """Make a table of each variant and stack them, with a first column ``settings`` if there are several.
+def _setting(keys: list[str], role: str, variant: dict[str, str], params: dict[str, str]) -> dict[str, str]:
+    """Return the values of these keys that decide a cell's result."""
+    values = params | variant
+    return used_by(role, {key: values[key] for key in keys if key in values}, params)
 
-    With several, rows that no variant requested are left out.
+
+def each_variant(make: Callable[Concatenate[Scores, P], pd.DataFrame]) -> Callable[Concatenate[Sweep, P], pd.DataFrame]:
+    """Let a function that makes a table of scores make one of a sweep: its variants one after the other.
+
+    With several variants ``settings`` is the first column, and rows that no variant requested are left out. It raises
+    InputError if the sweep is empty or mixed, or the scores of a run are incomplete.
     """
-    parts = variants(sweep)
-    tables = [make(Scores.of(part)) for part in parts.values()]
-    if len(tables) == 1:
-        return tables[0]
-    for label, table in zip(parts, tables, strict=True):
-        table.insert(0, "settings", label)
-    stacked = pd.concat(tables, ignore_index=True)
-    if "notation" in stacked:
-        requested = stacked.loc[stacked["gap"] != NOT_RUN, "notation"]
-        stacked = stacked[stacked["notation"].isin(requested)].reset_index(drop=True)
-    return stacked
 
+    @wraps(make)
+    def numbers(sweep: Sweep, *args: P.args, **kwargs: P.kwargs) -> pd.DataFrame:
+        tables = {label: make(Scores.of(part), *args, **kwargs) for label, part in variants(sweep).items()}
+        if len(tables) == 1:
+            return tables[""]
+        stacked = pd.concat(tables, names=["settings"]).reset_index("settings").reset_index(drop=True)
+        if "notation" in stacked:
+            requested = stacked.loc[stacked["gap"] != NOT_RUN, "notation"]
+            stacked = stacked[stacked["notation"].isin(requested)].reset_index(drop=True)
+        return stacked
 
-def _variants(sweep: Sweep) -> list[dict[str, str]]:
-    keys = dict.fromkeys(key for variant in sweep.runs["variant"] for key in variant)
-    found: list[dict[str, str]] = []
-    for variant, params, role in zip(sweep.runs["variant"], sweep.runs["params"], sweep.runs["role"], strict=True):
-        values = params | variant
-        values = {key: values[key] for key in keys if key in values}
-        found.append({} if role == "teacher" else used_by(role, values, params))
-    return found
-
-
-def _rank(value: str) -> tuple[bool, float, str]:
-    """Return a sort key that puts numbers, by size, before words."""
-    try:
-        return False, float(value), value
-    except ValueError:
-        return True, 0.0, value
+    return numbers
 
 
 def of_seeds(sweep: Sweep, seeds: Sequence[int] | None) -> Sweep:
@@ -134,17 +138,20 @@ def of_seeds(sweep: Sweep, seeds: Sequence[int] | None) -> Sweep:
     if seeds is None:
         return sweep
     runs = sweep.runs
-    by_own_seed = (runs["role"] != "teacher") | ~runs["fingerprint"].isin(runs["teacher"])
-    there = sorted(set(runs.loc[by_own_seed, "seed"]))
-    if unknown := [seed for seed in seeds if seed not in there]:
-        raise InputError(f"--seeds {unknown[0]}: not in sweep {sweep.name}; it has {', '.join(map(str, there))}")
-    kept = by_own_seed & runs["seed"].isin(seeds)
+    has_seed = (runs["role"] != "teacher") | ~runs["fingerprint"].isin(runs["teacher"])  # else that of its cells
+    existing = sorted(set(runs.loc[has_seed, "seed"]))
+    if missing := [seed for seed in seeds if seed not in existing]:
+        raise InputError(f"--seeds {missing[0]}: not in sweep {sweep.name}; it has {', '.join(map(str, existing))}")
+    kept = has_seed & runs["seed"].isin(seeds)
     runs = runs[kept | runs["fingerprint"].isin(runs.loc[kept, "teacher"])].reset_index(drop=True)
     scores, external = (
         table[table["fingerprint"].isin(runs["fingerprint"])].reset_index(drop=True) if len(table) else table
         for table in (sweep.scores, sweep.external)
     )
     return replace(sweep, runs=runs, scores=scores, external=external)
+
+
+# ---- runs and images -----------------------------------------------------------------------------------------------
 
 
 def placed_runs(sweep: Sweep) -> pd.DataFrame:
@@ -156,14 +163,18 @@ def placed_runs(sweep: Sweep) -> pd.DataFrame:
         InputError: the sweep is empty, mixes options that determine results, or holds two results for one cell.
     """
     refuse_mixing(sweep)
-    is_teacher = sweep.runs["role"] == "teacher"
-    teachers = sweep.runs[is_teacher]
-    links = sweep.runs[["teacher", *PLACE]].rename(columns={"teacher": "fingerprint"})
-    alone = teachers.loc[~teachers["fingerprint"].isin(links["fingerprint"]), ["fingerprint", *PLACE]]
-    places = pd.concat([links, alone]).drop_duplicates()
-    runs = pd.concat([sweep.runs[~is_teacher], teachers.drop(columns=PLACE).merge(places)], ignore_index=True)
+    runs = place_teachers(sweep.runs)
     refuse_conflicts(runs, sweep=sweep.name)
     return runs
+
+
+def place_teachers(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return runs with each Teacher in every (split, seed) whose cells learn from it, else in that of its training."""
+    is_teacher = runs["role"] == "teacher"
+    links = runs[["teacher", *PLACE]].rename(columns={"teacher": "fingerprint"})
+    alone = runs.loc[is_teacher & ~runs["fingerprint"].isin(links["fingerprint"]), ["fingerprint", *PLACE]]
+    places = pd.concat([links, alone]).drop_duplicates()
+    return pd.concat([runs[~is_teacher], runs[is_teacher].drop(columns=PLACE).merge(places)], ignore_index=True)
 
 
 def scored_images(*, runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
@@ -173,13 +184,12 @@ def scored_images(*, runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     image in the split; the paper's shares where no run of the split recorded it.
     """
     finished = runs[runs["status"] == "FINISHED"]
-    known = pd.Series([_test_to_train(tags) for tags in finished["tags"]], index=finished.index, dtype=float)
-    ratio = known.groupby(finished["split"]).transform("max").fillna(0.20 / 0.64)
-    finished = finished.assign(test_to_train=ratio)  # one for all runs of a split: they are paired by it
-    groups = scores["group"].fillna(scores["image"]) if "group" in scores else scores["image"]
-    scores = scores.assign(group=groups)
+    recorded = finished["tags"].map(_test_to_train).astype(float).groupby(finished["split"])
+    finished = finished.assign(test_to_train=recorded.transform("max").fillna(PAPER_RATIO))  # all runs are paired by it
+    group = scores["group"].fillna(scores["image"]) if "group" in scores else scores["image"]
+    scores = scores[["fingerprint", "image", "dice"]].assign(group=group)
     columns = ["fingerprint", "notation", *PLACE, "teacher", "test_to_train"]
-    scored = finished[columns].merge(scores[["fingerprint", "image", "group", "dice"]])
+    scored = finished[columns].merge(scores)
     broken = scored[scored["dice"].isna() | scored.duplicated(["fingerprint", *PLACE, "image"])]
     if not broken.empty:
         first = broken.iloc[0]
@@ -195,33 +205,29 @@ def _test_to_train(tags: dict[str, str]) -> float:
     return test / train
 
 
-def margin_of(sweep: Sweep) -> float:
-    """Return ``stats.margin_points`` of the run begun last; the default for runs that recorded none."""
-    known = sweep.runs[sweep.runs["params"].map(lambda params: KEY_OF_MARGIN in params).astype(bool)]
-    return float(known.sort_values("started_ms")["params"].iloc[-1][KEY_OF_MARGIN]) if len(known) else MARGIN_POINTS
-
-
 def gaps(*, runs: pd.DataFrame, scored: pd.DataFrame, notations: list[str]) -> dict[str, str]:
-    """Return why each row has no number, or "": it needs every (split, seed) that any run of the sweep asked for.
+    """Return why each row has no number, or "": it needs every (split, seed) that any run of the sweep requests.
 
     A mean over fewer splits than its neighbor's would compare different images, so there is none.
     """
-    asked = sorted(set(zip(runs["split"], runs["seed"], strict=True)))
-    empty = (runs["status"] == "FINISHED") & ~runs["fingerprint"].isin(scored["fingerprint"])
-    runs = runs.assign(status=runs["status"].mask(empty, "no scores"))
-    return {name: _gap(runs[runs["notation"] == name], asked=asked) for name in notations}
+    is_empty = (runs["status"] == "FINISHED") & ~runs["fingerprint"].isin(scored["fingerprint"])
+    runs = runs.assign(status=runs["status"].mask(is_empty, "no scores").str.lower())
+    requested = runs[PLACE].drop_duplicates().sort_values(PLACE).astype(int)
+    seeds = " seed " + requested["seed"].astype(str) if requested["seed"].nunique() > 1 else ""
+    requested = requested.assign(name=requested["split"].astype(str) + seeds)
+    return {name: _gap(runs[runs["notation"] == name], requested=requested) for name in notations}
 
 
-def _gap(runs: pd.DataFrame, *, asked: list[tuple[int, int]]) -> str:
+def _gap(runs: pd.DataFrame, *, requested: pd.DataFrame) -> str:
     if runs.empty:
         return NOT_RUN
-    states: dict[tuple[int, int], set[str]] = {}
-    for split, seed, status in zip(runs["split"], runs["seed"], runs["status"], strict=True):
-        states.setdefault((split, seed), set()).add(status)
-    places: dict[str, list[str]] = {}
-    unasked = "not trained" if (runs["role"] == "teacher").all() else "not asked"
-    several_seeds = len({seed for _, seed in asked}) > 1
-    for split, seed in asked:
-        for status in sorted(states.get((split, seed), {unasked}) - {"FINISHED"}):
-            places.setdefault(status.lower(), []).append(f"{split} seed {seed}" if several_seeds else f"{split}")
-    return "; ".join(f"{status}: split {', '.join(where)}" for status, where in sorted(places.items()))
+    absent = "not trained" if (runs["role"] == "teacher").all() else "not asked"
+    states = requested.merge(runs[[*PLACE, "status"]].drop_duplicates(), how="left").fillna({"status": absent})
+    by_state = states[states["status"] != "finished"].groupby("status")["name"]
+    return "; ".join(f"{state}: split {', '.join(names)}" for state, names in by_state)
+
+
+def margin_of(sweep: Sweep) -> float:
+    """Return ``stats.margin_points`` of the run begun last; the default for runs that recorded none."""
+    recorded = [params for params in sweep.runs.sort_values("started_ms")["params"] if KEY_OF_MARGIN in params]
+    return float(recorded[-1][KEY_OF_MARGIN]) if recorded else MARGIN_POINTS

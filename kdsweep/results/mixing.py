@@ -20,8 +20,16 @@ ADDED = {"kd.lambda": "None", "teacher.monitor": "loss", "teacher.epochs": "None
 
 
 def known_values(runs: pd.DataFrame, key: str) -> list[str]:
-    """Return the sorted distinct known values of a column."""
-    return sorted(set(runs[key]) - {""})  # a run that never started has no known value
+    """Return the sorted distinct values of a column; "" is the value of a run that never started."""
+    return sorted(set(runs[key]) - {""})
+
+
+def rank(value: str) -> tuple[bool, float, str]:
+    """Return a sort key that puts numbers, by size, before words."""
+    try:
+        return False, float(value), value
+    except ValueError:
+        return True, 0.0, value
 
 
 def refuse_mixing(sweep: Sweep) -> None:
@@ -32,46 +40,46 @@ def refuse_mixing(sweep: Sweep) -> None:
     """
     if sweep.runs.empty:
         raise InputError(f"sweep {sweep.name} has no runs: start with `python -m kdsweep -m +experiment=table4`")
+    mixes = f"sweep {sweep.name} mixes"
     for key in ("profile", "data", "results_version"):
-        values = [f"{key}={value}" for value in known_values(sweep.runs, key)]
-        if len(values) > 1:
-            raise InputError(f"sweep {sweep.name} mixes {' and '.join(values)}: {REMEDY}")
-    protocols = known_values(sweep.runs, "split_protocol")
-    if len(protocols) > 1 and not any(key.startswith("split.") for key in sweep.varied):
-        raise InputError(f"sweep {sweep.name} mixes splits ({' and '.join(protocols)}): {REMEDY}")
-    if not sweep.varied:  # else each value's runs are checked as a part of their own
-        _refuse_two(sweep.runs, "data_digest", what=f"sweep {sweep.name} mixes different images of one name")
+        _refuse_several([f"{key}={value}" for value in known_values(sweep.runs, key)], what=mixes)
+    if not any(key.startswith("split.") for key in sweep.varied):
+        protocols = known_values(sweep.runs, "split_protocol")
+        if len(protocols) > 1:
+            raise InputError(f"{mixes} splits ({' and '.join(protocols)}): {REMEDY}")
+    if not sweep.varied:  # else each value's runs are checked as a part
+        _refuse_several(_digests(sweep.runs, "data_digest"), what=f"{mixes} different images of one name: digests")
         for notation, runs in sweep.runs.groupby("notation"):  # a user's loss is in its own cells alone
-            _refuse_two(runs, "user_code", what=f"sweep {sweep.name} mixes two states of your own code in {notation}")
-    mixed = _mixed_params(sweep.runs, besides=sweep.varied + sweep.tuned)
-    if mixed:
-        raise InputError(f"sweep {sweep.name} mixes {', '.join(mixed[:3])}: {REMEDY}")
+            what = f"{mixes} two states of your own code in {notation}: digests"
+            _refuse_several(_digests(runs, "user_code"), what=what)
+    if mixed := _mixed_params(sweep.runs, except_for=sweep.varied + sweep.tuned):
+        raise InputError(f"{mixes} {', '.join(mixed[:3])}: {REMEDY}")
 
 
-def _refuse_two(runs: pd.DataFrame, digest: str, *, what: str) -> None:
-    known = runs[runs[digest] != ""].sort_values(["notation", *PLACE]).drop_duplicates(digest)
-    if len(known) > 1:
-        roots = [params.get("data.root") for params in known["params"]]
-        where = [
-            f"{value[:8]} ({notation} split {split}{f', data.root={root}' if root and digest == 'data_digest' else ''})"
-            for value, notation, split, root in zip(
-                known[digest], known["notation"], known["split"], roots, strict=True
-            )
-        ]
-        raise InputError(f"{what}: digests {' and '.join(where[:2])}: {REMEDY}")
+def _refuse_several(values: list[str], *, what: str) -> None:
+    if len(values) > 1:
+        raise InputError(f"{what} {' and '.join(values)}: {REMEDY}")
 
 
-def _mixed_params(runs: pd.DataFrame, *, besides: tuple[str, ...]) -> list[str]:
+def _digests(runs: pd.DataFrame, key: str) -> list[str]:
+    """Return up to two distinct digests of a column, each with the first cell that has it."""
+    first = runs[runs[key] != ""].sort_values(["notation", *PLACE]).drop_duplicates(key).head(2)
+    roots = [params.get("data.root") if key == "data_digest" else None for params in first["params"]]
+    cells = zip(first[key], first["notation"], first["split"], roots, strict=True)
+    return [f"{value[:8]} ({name} split {k}{f', data.root={root}' if root else ''})" for value, name, k, root in cells]
+
+
+def _mixed_params(runs: pd.DataFrame, *, except_for: tuple[str, ...]) -> list[str]:
     """List params that should have one value, such as ``KEY=1 (L_MSE split 0) and KEY=2 (Student split 0)``.
 
     Teachers are left out: their params are those of the cell that first trained them.
     """
-    known = runs[(runs["role"] != "teacher") & runs["params"].map(bool)]  # no params: the run never started
-    known = known.sort_values(["role", "notation", *PLACE, "fingerprint"], ascending=[False, *[True] * 4])
-    rows = list(zip(known["role"], known["params"], known["notation"], known["split"], strict=True))
+    begun = runs[(runs["role"] != "teacher") & runs["params"].map(bool)]
+    begun = begun.sort_values(["role", "notation", *PLACE, "fingerprint"], ascending=[False, *[True] * 4])
+    rows = list(zip(begun["role"], begun["params"], begun["notation"], begun["split"], strict=True))
     mixed = []
-    for key in sorted(set().union(*known["params"])):
-        if kind(key) != "setting" or is_under(key, besides):
+    for key in sorted(set().union(*begun["params"])):
+        if kind(key) != "setting" or is_under(key, except_for):
             continue
         first: dict[str, str] = {}
         for role, params, notation, split in rows:
@@ -88,14 +96,12 @@ def refuse_conflicts(runs: pd.DataFrame, *, sweep: str) -> None:
     Raises:
         InputError: naming the cell and the keys that differ.
     """
-    finished = runs[runs["status"] == "FINISHED"].sort_values("fingerprint")
-    counts = finished.groupby(["notation", *PLACE])["fingerprint"].nunique()
-    for notation, split, seed in counts.index[counts > 1]:
-        cell = (finished["notation"] == notation) & (finished["split"] == split) & (finished["seed"] == seed)
-        same = finished[cell]
-        one, other = same["params"].iloc[0], same["params"].iloc[1]
+    finished = runs[runs["status"] == "FINISHED"].sort_values("fingerprint").drop_duplicates(["fingerprint", *PLACE])
+    rivals = finished[finished.duplicated(["notation", *PLACE], keep=False)]
+    for (notation, split, seed), cell in rivals.groupby(["notation", *PLACE]):
+        one, other, *_ = cell["params"]
         keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
-        role = same["role"].iloc[0]
+        role = cell["role"].iloc[0]
         keys = [key for key in keys if kind(key) != "local" and decides(key, role=role, params=one)]
         shown = ", ".join(f"{key}={one.get(key, 'unset')} and {other.get(key, 'unset')}" for key in keys[:3])
         shown = shown or "equal options, so the code, the data or a weights file changed"

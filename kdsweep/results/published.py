@@ -35,15 +35,6 @@ TABLES = ("scores", "external")
 def write(sweep: Sweep) -> bytes:
     """Return the content of a file with the runs and scores of a sweep; equal sweeps give equal bytes."""
     runs = sweep.runs.sort_values(["role", "notation", "split", "seed", "fingerprint"])
-    records = []
-    for run in runs.to_dict("records"):
-        shared = [
-            key for key in run["params"] if kind(key) not in ("place", "local") or key.startswith("stats.")
-        ]  # not the machine's
-        params = {key: run["params"][key] for key in shared}
-        tags = {key: value for key, value in run["tags"].items() if TAGS.fullmatch(key)}
-        known = {key: value for key, value in run.items() if key != "run_id" and value == value}  # without NaN
-        records.append(without_folders({**known, "params": params, "tags": tags}))
     content = {
         "format": FORMAT,
         "name": sweep.name,
@@ -51,18 +42,32 @@ def write(sweep: Sweep) -> bytes:
         "tuned": sweep.tuned,
         "commands": [without_folders(command) for command in sweep.commands],
         "columns": [str(column) for column in runs],
-        "runs": records,
+        "runs": [_record(run) for run in runs.to_dict("records")],
         **{name: _csv(getattr(sweep, name)) for name in TABLES},
     }
     return gzip.compress(json.dumps(content, indent=0).encode(), mtime=0)
 
 
+def _record(run: dict[Any, Any]) -> dict[str, Any]:
+    """Return what is published of a run: no NaN, and nothing of the machine that trained it."""
+    shared = [key for key in run["params"] if kind(key) not in ("place", "local") or key.startswith("stats.")]
+    values = {key: value for key, value in run.items() if key != "run_id" and value == value}
+    values["params"] = {key: run["params"][key] for key in shared}
+    values["tags"] = {key: value for key, value in run["tags"].items() if TAGS.fullmatch(key)}
+    published: dict[str, Any] = without_folders(values)
+    return published
+
+
 def _csv(table: pd.DataFrame) -> str:
-    order = [column for column in ("data_set", "fingerprint", "image") if column in table]
     if table.empty:
         return ""
     exact = table.assign(dice=[repr(float(value)) for value in table["dice"]])  # the statistics are of it, to the digit
-    return exact.sort_values(order).to_csv(index=False, float_format="%.6g")
+    return exact.sort_values(_keys(table)).to_csv(index=False, float_format="%.6g")
+
+
+def _keys(table: pd.DataFrame) -> list[str]:
+    """Return the columns that identify a row of scores."""
+    return [column for column in ("data_set", "fingerprint", "image") if column in table]
 
 
 def read(files: Sequence[Path]) -> Sweep:
@@ -87,32 +92,6 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _joined(parts: list[dict[str, Any]], files: Sequence[Path]) -> Sweep:
-    """Return the contents of files as one sweep."""
-    names = {part["name"]: file for part, file in zip(parts, files, strict=True)}
-    if len(names) > 1:
-        of = " and ".join(f"{file} of sweep {name}" for name, file in list(names.items())[:2])
-        raise InputError(f"--published: {of}; give files of one sweep")
-    columns = dict.fromkeys(column for part in parts for column in part["columns"])
-    runs = pd.DataFrame([run for part in parts for run in part["runs"]], columns=list(columns))
-    runs = runs.assign(done=runs["status"] == "FINISHED").sort_values("done", ascending=False, kind="stable")
-    runs = runs.drop_duplicates("fingerprint").drop(columns="done").assign(run_id="")
-    scores, external = (_table([part[name] for part in parts]) for name in TABLES)
-
-    def joined(key: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(value for part in parts for value in part[key]))
-
-    return Sweep(
-        parts[0]["name"],
-        runs.reset_index(drop=True),
-        scores,
-        varied=joined("varied"),
-        tuned=joined("tuned"),
-        commands=joined("commands"),
-        external=external,
-    )
-
-
 def _content(file: Path) -> dict[str, Any]:
     """Return what ``write`` has put into a file, of which a browser may have undone the compression."""
     with reading(f"--published {file}", what=WHAT, remedy=REMEDY):
@@ -123,13 +102,26 @@ def _content(file: Path) -> dict[str, Any]:
         return content
 
 
+def _joined(parts: list[dict[str, Any]], files: Sequence[Path]) -> Sweep:
+    """Return the contents of files as one sweep."""
+    names = {part["name"]: file for part, file in zip(parts, files, strict=True)}
+    if len(names) > 1:
+        of = " and ".join(f"{file} of sweep {name}" for name, file in list(names.items())[:2])
+        raise InputError(f"--published: {of}; give files of one sweep")
+    lists = ("columns", "runs", "varied", "commands", "tuned")
+    columns, records, *keys = ([value for part in parts for value in part[key]] for key in lists)
+    runs = pd.DataFrame(records, columns=list(dict.fromkeys(columns)))
+    runs = runs.assign(done=runs["status"] == "FINISHED").sort_values("done", ascending=False, kind="stable")
+    runs = runs.drop_duplicates("fingerprint", ignore_index=True).drop(columns="done").assign(run_id="")
+    scores, external = (_table([part[name] for part in parts]) for name in TABLES)
+    varied, commands, tuned = (tuple(dict.fromkeys(values)) for values in keys)
+    return Sweep(parts[0]["name"], runs, scores, varied, commands, tuned=tuned, external=external)
+
+
 def _table(parts: list[str]) -> pd.DataFrame:
     tables = [read_scores(io.StringIO(part)) for part in parts if part]
-    if not tables:
-        return pd.DataFrame(columns=["fingerprint", "image", "dice"])
-    whole = pd.concat(tables, ignore_index=True)
-    key = [column for column in ("data_set", "fingerprint", "image") if column in whole]
-    return whole.drop_duplicates(key, ignore_index=True)
+    table = pd.concat(tables or [pd.DataFrame(columns=["fingerprint", "image", "dice"])], ignore_index=True)
+    return table.drop_duplicates(_keys(table), ignore_index=True)
 
 
 def publish(

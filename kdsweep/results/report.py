@@ -243,7 +243,7 @@ def collect(sweep: Sweep, *, location: Location, wanted: Wanted, hide: Callable[
         "sweep": sweep.name,
         "data": listed(known_values(sweep.runs, "data")),
         "banners": banners(sweep),
-        "facts": summarize(sweep, store=location.store, uri=location.uri),
+        "facts": summarize(sweep),
         "tables": made,
         "figures": pictures,
         "cells": rows,

@@ -1,8 +1,8 @@
 """Paired statistics of Dice: differences, p-values, Holm's correction, intervals, power.
 
 Scores have a row per run and image (columns fingerprint, notation, split, seed, teacher, image, dice), differences one
-per (split, seed, image) and a column points (percentage points). Both may have a column group, such as the patient:
-images of one group count as one cluster; and a column test_to_train, the test images of a split per training image.
+per (split, seed, image) and a column points (percentage points). Both have a column group, such as the patient: images
+of one group count as one cluster; and a column test_to_train, the test images of a split per training image.
 
 There are two questions (docs/statistics.md): do *these networks* differ, as trained, on other images; and do *these
 methods*, so that newly trained networks would differ too.
@@ -22,7 +22,7 @@ from kdsweep.core.errors import InputError
 
 NAN = float("nan")
 PLACE = ["split", "seed"]
-OF_IMAGE = ("group", "test_to_train")  # columns that are the same in all runs of a split
+OF_IMAGE = ["group", "test_to_train"]  # columns that are the same in all runs of a split
 TEST_NAMES = {
     "ttest": "paired two-sided t-test, clustered by image or its group",
     "wilcoxon": "two-sided Wilcoxon signed-rank test",
@@ -31,27 +31,19 @@ TESTS = tuple(TEST_NAMES)
 RESAMPLES = 9999
 ALPHA = 0.05
 POWER = 0.8
-MEASURED = (
-    "difference_points",
-    "low_points",
-    "high_points",
-    "p",
-    "methods_low_points",
-    "methods_high_points",
-    "p_methods",
-    "p_runs",
-    "detectable_points",
-    "methods_detectable_points",
-    "images_detectable_points",
-)  # what ``compare`` measures, beside n_images
+MEASURED = (  # what ``compare`` measures, besides n_images
+    *("difference_points", "low_points", "high_points", "p"),
+    *("methods_low_points", "methods_high_points", "p_methods", "p_runs"),
+    *("detectable_points", "methods_detectable_points", "images_detectable_points"),
+)
 EQUAL = 1e-10  # points: smaller ones are rounding
 
 
 class Spread(NamedTuple):
-    """The standard error of a mean difference (points) and its degrees of freedom; NaN where they are not known."""
+    """The standard error of a mean difference (points) and its degrees of freedom; NaN where they are unknown."""
 
-    error: float
-    freedom: float
+    error: float = NAN
+    freedom: float = NAN
 
     def p(self, mean: float, *, alternative: str = "two-sided") -> float:
         """Return the p of a t-test of this mean against 0; ``greater`` for the one-sided one. NaN without spread."""
@@ -74,13 +66,13 @@ class Spread(NamedTuple):
         return float((t.ppf(1 - ALPHA / 2, self.freedom) + t.ppf(POWER, self.freedom)) * self.error)
 
 
-# ---- pairs ---------------------------------------------------------------------------------------------------------
+def satterthwaite(variance: float, *parts: Spread) -> Spread:
+    """Return the spread of a variance that is estimated from these parts; NaN degrees of freedom if all are 0.
 
-
-def own_teachers(*, ours: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
-    """Return the scores of the Teachers that these cells learnt from."""
-    links = ours[["teacher", *PLACE]].drop_duplicates().rename(columns={"teacher": "fingerprint"})
-    return scored.drop(columns="teacher").merge(links)
+    Source: Satterthwaite, An approximate distribution of estimates of variance components, Biometrics Bulletin 2, 1946.
+    """
+    terms = sum(part.error**4 / part.freedom for part in parts)
+    return Spread(float(np.sqrt(variance)), float(variance**2 / terms) if terms else NAN)
 
 
 def pair(*, ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
@@ -92,11 +84,11 @@ def pair(*, ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InputError: both were scored, but on different images.
     """
-    asked, there = (set(zip(frame["split"], frame["seed"], strict=True)) for frame in (ours, baseline))
-    own = [*PLACE, "image", *(column for column in OF_IMAGE if column in ours and column in baseline)]
-    both = ours.merge(baseline, on=own, how="outer", suffixes=("_ours", "_baseline"), indicator=True)
+    places, baseline_places = (set(zip(frame["split"], frame["seed"], strict=True)) for frame in (ours, baseline))
+    keys = [*PLACE, "image", *OF_IMAGE]
+    both = ours.merge(baseline, on=keys, how="outer", suffixes=("_ours", "_baseline"), indicator=True)
     both["points"] = 100 * (both["dice_ours"] - both["dice_baseline"])
-    if not asked or not asked <= there:
+    if not places or not places <= baseline_places:
         return both.iloc[:0]
     alone = both[both["_merge"] != "both"]
     if not alone.empty:
@@ -110,33 +102,25 @@ def pair(*, ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_seeds(differences: pd.DataFrame) -> pd.DataFrame:
-    """Average the seeds within each (split, image): columns split, image, group (the image, if none), points."""
-    if "group" not in differences:
-        differences = differences.assign(group=differences["image"])
+    """Average the seeds within each (split, image): columns split, image, group, points."""
     return differences.groupby(["split", "image", "group"])[["points"]].mean().reset_index()
-
-
-def _clusters(rows: pd.DataFrame) -> pd.Series:
-    """Return what counts as independent: the group of each row, or its image where no groups are known."""
-    return rows["group"] if "group" in rows else rows["image"]
-
-
-# ---- both questions ------------------------------------------------------------------------------------------------
 
 
 def compare(differences: pd.DataFrame, *, test: str) -> dict[str, object]:
     """Answer both questions on a paired mean difference.
 
     Args:
-        differences: columns split, seed, image, test_to_train, points.
+        differences: columns split, seed, image, group, test_to_train, points.
         test: of TESTS, for these networks; these methods are always compared by the t-test.
 
     Returns:
-        Points (NaN if unknown): the mean, low_points and high_points (95 % bootstrap interval, these networks),
-        methods_low_points and methods_high_points (95 %, these methods), detectable_points and
-        methods_detectable_points (at 80 % power), images_detectable_points (the same for any number of seeds);
-        p, p_methods, p_runs (Nadeau and Bengio's); n_images, the number of different images.
+        Points: the mean, low_points and high_points (95 % bootstrap interval, these networks), methods_low_points and
+        methods_high_points (95 %, these methods), detectable_points and methods_detectable_points (at 80 % power),
+        images_detectable_points (the same for any number of seeds); p, p_methods, p_runs (Nadeau and Bengio's);
+        n_images, the number of different images. NaN what is unknown; all of it without differences.
     """
+    if differences.empty:
+        return {**dict.fromkeys(MEASURED, NAN), "n_images": pd.NA}
     rows = over_seeds(differences)
     mean, parts = rows["points"].mean(), components(differences)
     methods = parts.spread()
@@ -148,14 +132,6 @@ def compare(differences: pd.DataFrame, *, test: str) -> dict[str, object]:
     return {**measured, "n_images": rows["image"].nunique()}
 
 
-def unknown(*, gap: str) -> dict[str, object]:
-    """Return the keys of ``compare`` without numbers, for a row that has a gap."""
-    return {**dict.fromkeys(MEASURED, NAN), "n_images": pd.NA, "gap": gap}
-
-
-# ---- these networks ------------------------------------------------------------------------------------------------
-
-
 def networks_spread(rows: pd.DataFrame) -> Spread:
     """Return the spread of the mean over rows (split, image, group, points), groups as clusters.
 
@@ -163,10 +139,10 @@ def networks_spread(rows: pd.DataFrame) -> Spread:
     freedom. With one row per group it is that of the paired t-test. Source: Cameron and Miller, A practitioner's guide
     to cluster-robust inference, J. Human Resources 50, 2015, equation 11, for a mean.
     """
-    deviations = (rows["points"] - rows["points"].mean()).groupby(_clusters(rows)).sum()
+    deviations = (rows["points"] - rows["points"].mean()).groupby(rows["group"]).sum()
     count = len(deviations)
     if count < 2:
-        return Spread(NAN, NAN)
+        return Spread()
     return Spread(float(np.sqrt(count / (count - 1) * (deviations**2).sum()) / len(rows)), count - 1)
 
 
@@ -175,33 +151,29 @@ def networks_p(rows: pd.DataFrame, *, test: str) -> float:
 
     NaN for fewer than 2 groups, and for a t-test whose differences are all equal but not 0: no spread, no t.
     """
-    points = rows["points"].to_numpy()
-    if _clusters(rows).nunique() < 2:
+    if rows["group"].nunique() < 2:
         return NAN
-    if np.abs(points).max() < EQUAL:
+    if rows["points"].abs().max() < EQUAL:
         return 1.0
     if test == "wilcoxon":
-        return float(wilcoxon(rows.groupby(_clusters(rows))["points"].mean()).pvalue)
-    return networks_spread(rows).p(points.mean())
+        return float(wilcoxon(rows.groupby("group")["points"].mean()).pvalue)
+    return networks_spread(rows).p(rows["points"].mean())
 
 
 def clustered_interval(rows: pd.DataFrame) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval (BCa, seeded) of the mean over rows (group, points), groups drawn whole.
+    """Return the 95 % bootstrap interval (BCa, seeded) of the mean over rows (group, points), groups drawn together.
 
     In points; NaN for fewer than 2 groups.
     """
-    clusters = rows.groupby(_clusters(rows), sort=True)["points"].agg(["sum", "size"]).to_numpy(dtype=float)
-    sums, sizes = clusters.T
+    sums, sizes = rows.groupby("group")["points"].agg(["sum", "size"]).to_numpy(dtype=float).T
     if len(sums) < 2:
         return NAN, NAN
     if np.ptp(rows["points"]) < EQUAL:  # BCa divides by the spread
         return (float(rows["points"].iloc[0]),) * 2
-    drawn = [sums[part].sum(axis=-1) / sizes[part].sum(axis=-1) for part in _resamples(len(sums))]
-    known = SimpleNamespace(bootstrap_distribution=np.concatenate(drawn))
-    interval = bootstrap(
-        (sums, sizes), _ratio, paired=True, n_resamples=0, bootstrap_result=known, vectorized=True
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    drawn = np.concatenate([_ratio(sums[part], sizes[part]) for part in _resamples(len(sums))])
+    drawn_before = SimpleNamespace(bootstrap_distribution=drawn)
+    result = bootstrap((sums, sizes), _ratio, paired=True, n_resamples=0, bootstrap_result=drawn_before)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def _ratio(sums: np.ndarray, sizes: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -215,24 +187,18 @@ def _resamples(count: int) -> list[np.ndarray]:
     return np.array_split(drawn, -(-drawn.size // 10**6))  # in parts that fit the cache of a processor
 
 
-# ---- these methods -------------------------------------------------------------------------------------------------
-
-
 class Components(NamedTuple):
-    """Parts of the variance of a mean difference (points squared); NaN with one seed.
+    """Parts of the variance of a mean difference; NaN with one seed.
 
     Attributes:
         images: of the mean over seeds, as for these networks.
-        images_freedom: number of clusters minus 1.
-        runs: of the means of the trainings of one split, images in common.
-        runs_freedom: number of trainings minus number of splits.
-        noise: the part of ``images`` and of ``runs`` that is each image's noise in each training.
+        runs: of the means of the trainings of one split, images in common; one degree of freedom per training, less
+            one per split.
+        noise: the variance (points squared) that is each image's noise in each training, in ``images`` and ``runs``.
     """
 
-    images: float = NAN
-    images_freedom: float = NAN
-    runs: float = NAN
-    runs_freedom: float = NAN
+    images: Spread = Spread()
+    runs: Spread = Spread()
     noise: float = NAN
 
     def spread(self) -> Spread:
@@ -241,13 +207,12 @@ class Components(NamedTuple):
         The noise is in two of the parts, so one is taken off. The images' part is the least, which is that of these
         networks: trainings cannot take variance away, only their estimate of a few can fall below the noise.
         """
-        variance = self.images + max(self.runs - self.noise, 0.0)
-        parts = self.images**2 / self.images_freedom + self.runs**2 / self.runs_freedom
-        return Spread(float(np.sqrt(variance)), float(variance**2 / parts) if parts else NAN)
+        variance = self.images.error**2 + max(self.runs.error**2 - self.noise, 0.0)
+        return satterthwaite(variance, self.images, self.runs)
 
     def images_spread(self) -> Spread:
         """Return the spread that would remain with any number of seeds: that of the images."""
-        return Spread(float(np.sqrt(max(self.images - self.noise, 0.0))), self.images_freedom)
+        return Spread(float(np.sqrt(max(self.images.error**2 - self.noise, 0.0))), self.images.freedom)
 
 
 def components(differences: pd.DataFrame) -> Components:
@@ -257,34 +222,23 @@ def components(differences: pd.DataFrame) -> Components:
     shares it, too little is taken off, and the spread is stated too large.
 
     The model, for image i of split s, training k: points = mean + image_i + training_sk + noise_ski. Source: Searle,
-    Casella, McCulloch, Variance components, 1992, section 4.3 (ANOVA estimators); degrees of freedom: Satterthwaite,
-    An approximate distribution of estimates of variance components, Biometrics Bulletin 2, 1946.
+    Casella, McCulloch, Variance components, 1992, section 4.3 (ANOVA estimators).
     """
-    if differences["seed"].nunique() == 1:
-        return Components()
-    rows = over_seeds(differences)
-    images = networks_spread(rows)
-    between = within = runs_freedom = noise_freedom = 0.0
-    tables = [table.pivot(index="image", columns="seed", values="points") for _, table in differences.groupby("split")]
-    for table in tables:
-        count, seeds = table.shape
-        means = table.mean()
-        left = table - table.mean(axis=1).to_numpy()[:, None] - (means - means.mean())
-        between += ((means - means.mean()) ** 2).sum()
-        within += (left**2).to_numpy().sum()
-        runs_freedom += seeds - 1
-        noise_freedom += (seeds - 1) * (count - 1)
+    count = differences.groupby("split")[["image", "seed"]].nunique()
+    runs_freedom = (count["seed"] - 1).sum()
+    noise_freedom = ((count["seed"] - 1) * (count["image"] - 1)).sum()
+    images = networks_spread(over_seeds(differences))
     if not runs_freedom or not noise_freedom or np.isnan(images.error):
         return Components()
-    shares = [(len(table) / len(rows)) ** 2 / table.shape[1] for table in tables]
-    per_image = sum(share / len(table) for share, table in zip(shares, tables, strict=True))
-    return Components(
-        images=images.error**2,
-        images_freedom=images.freedom,
-        runs=between / runs_freedom * sum(shares),
-        runs_freedom=runs_freedom,
-        noise=within / noise_freedom * per_image,
-    )
+    keys = (["split"], ["split", "image"], PLACE)
+    of_split, of_image, of_run = (differences.groupby(key)["points"].transform("mean") for key in keys)
+    within = ((differences["points"] - of_image - of_run + of_split) ** 2).sum()
+    means = differences.groupby(PLACE)["points"].mean()
+    between = ((means - means.groupby("split").transform("mean")) ** 2).sum()
+    shares = (count["image"] / count["image"].sum()) ** 2 / count["seed"]
+    runs = between / runs_freedom * shares.sum()
+    noise = within / noise_freedom * (shares / count["image"]).sum()
+    return Components(images, Spread(float(np.sqrt(runs)), runs_freedom), noise)
 
 
 def corrected_p(differences: pd.DataFrame) -> float:
@@ -297,11 +251,8 @@ def corrected_p(differences: pd.DataFrame) -> float:
     means, ratios = (differences.groupby(PLACE)[column].mean() for column in ("points", "test_to_train"))
     if len(means) < 2:
         return NAN
-    error = float(np.sqrt((1 / len(means) + ratios.mean()) * means.var(ddof=1)))
-    return Spread(error, len(means) - 1).p(means.mean())
-
-
-# ---- non-inferiority -----------------------------------------------------------------------------------------------
+    error = np.sqrt((1 / len(means) + ratios.mean()) * means.var(ddof=1))
+    return Spread(float(error), len(means) - 1).p(means.mean())
 
 
 def non_inferiority(differences: pd.DataFrame, *, margin_points: float) -> dict[str, float]:
@@ -323,9 +274,6 @@ def non_inferiority(differences: pd.DataFrame, *, margin_points: float) -> dict[
     }
 
 
-# ---- families ------------------------------------------------------------------------------------------------------
-
-
 def holm(p_values: pd.Series) -> pd.Series:
     """Return step-down adjusted p-values of one family; NaN stays NaN and does not count in the family.
 
@@ -338,8 +286,10 @@ def holm(p_values: pd.Series) -> pd.Series:
 
 
 def adjusted(table: pd.DataFrame, *, family: pd.Series) -> pd.DataFrame:
-    """Return a table with p_holm behind p and p_methods_holm behind p_methods, a family for each value of a series."""
+    """Return a table with p_holm after p and p_methods_holm after p_methods, a family for each value of a series.
+
+    Rows without a family are not adjusted.
+    """
     for column in ("p", "p_methods"):
-        parts = pd.concat([holm(part) for _, part in table.groupby(family)[column]])
-        table.insert(list(table).index(column) + 1, f"{column}_holm", parts)
+        table.insert(list(table).index(column) + 1, f"{column}_holm", table.groupby(family)[column].transform(holm))
     return table

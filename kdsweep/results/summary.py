@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -15,9 +13,8 @@ from kdsweep.config.decisions import decides
 from kdsweep.config.grid import variant_label
 from kdsweep.core.progress import duration, plural
 from kdsweep.results.formats import DASH
-from kdsweep.results.mixing import known_values
+from kdsweep.results.mixing import known_values, rank
 from kdsweep.results.paper import BASELINES, in_order
-from kdsweep.tracking import artifacts
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
@@ -25,21 +22,14 @@ if TYPE_CHECKING:
 STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "interrupted", "RUNNING": "running"}
 
 
-def summarize(sweep: Sweep, *, store: Path, uri: str | None) -> dict[str, str]:
-    """Summarize what was run, by heading; a dash if the runs do not record it, all values where they differ.
-
-    Args:
-        sweep: as ``tracking.read_sweep`` gives it.
-        store: folder of the runs.
-        uri: of the MLflow server or database, or None for the file in the store.
-    """
+def summarize(sweep: Sweep) -> dict[str, str]:
+    """Summarize what was run, by heading; a dash if the runs do not record it, all values where they differ."""
     runs = sweep.runs
-    cells = runs[runs["role"] != "teacher"]
-    teachers = runs[runs["role"] == "teacher"]
+    cells, teachers = runs[runs["role"] != "teacher"], runs[runs["role"] == "teacher"]
     settings = dict.fromkeys(variant_label(variant) for variant in runs["variant"] if variant)
     per_split = sweep.scores.groupby("fingerprint")["image"].nunique().rename("images").reset_index()
     tested = runs.merge(per_split).groupby("split")["images"].max()
-    size, patience = _params(sweep, "image_size"), _params(sweep, "train.patience")
+    size, teacher_weights = _params(runs, "image_size"), known_values(teachers, "weights")
     started, ended = (runs.loc[runs[key] > 0, key] for key in ("started_ms", "ended_ms"))
     timed = runs[(runs["started_ms"] > 0) & (runs["ended_ms"] > runs["started_ms"])]
     seconds = (timed["ended_ms"] - timed["started_ms"]).sum() / 1000
@@ -48,24 +38,24 @@ def summarize(sweep: Sweep, *, store: Path, uri: str | None) -> dict[str, str]:
         "Cells": f"{counts(cells)}{f'; Teachers: {counts(teachers)}' if len(teachers) else ''}",
         "Factors": _factors(set(cells["notation"])),
         **({"Settings": "; ".join(settings)} if settings else {}),
-        "Splits and seeds": f"{plural(cells['split'].nunique(), 'split')} ({listed(sorted(set(cells['split'])))}), "
-        f"{plural(cells['seed'].nunique(), 'seed')} ({listed(sorted(set(cells['seed'])))})",
+        "Splits and seeds": f"{_numbered(cells['split'], 'split')}, {_numbered(cells['seed'], 'seed')}",
         "Split protocol": listed(known_values(runs, "split_protocol")),
         "Data": listed(known_values(runs, "data")),
-        "Images": _images(sweep, store=store, uri=uri),
-        "Test images": ", ".join(f"{count} in split {split}" for split, count in tested.items()) or DASH,
+        "Images": _images(runs),
+        "Test images": listed(f"{count} in split {split}" for split, count in tested.items()),
         "Profile": listed(known_values(runs, "profile")),
         "Image size": size if size == DASH else f"{size} pixels, square",
-        "Batch size": _params(sweep, "train.batch_size"),
-        "Epochs at most": f"{_params(sweep, 'train.epochs')}; patience {patience}",
-        "Learning rate": f"Student {_params(sweep, 'train.lr')}, Teacher {_params(sweep, 'teacher.lr')}",
-        "Student": f"{_params(sweep, 'student.encoder')}; weights: {listed(known_values(cells, 'weights'))}",
-        "Teacher": f"{_params(sweep, 'teacher.encoder')}; weights: {_teacher_weights(sweep)}",
-        "KD weight": _params(sweep, "kd.weight"),
-        "Precision": _params(sweep, "precision"),
-        "Device": f"{listed(known_values(runs, 'device'))}; threads: {_tags(sweep, 'kdsweep.threads')}",
-        "PyTorch": _tags(sweep, "kdsweep.torch"),
-        "Code": _code(sweep),
+        "Batch size": _params(runs, "train.batch_size"),
+        "Epochs at most": f"{_params(runs, 'train.epochs')}; patience {_params(runs, 'train.patience')}",
+        "Learning rate": f"Student {_params(runs, 'train.lr')}, Teacher {_params(runs, 'teacher.lr')}",
+        "Student": f"{_params(runs, 'student.encoder')}; weights: {listed(known_values(cells, 'weights'))}",
+        "Teacher": f"{_params(runs, 'teacher.encoder')}; weights: "
+        f"{listed(teacher_weights) if teacher_weights else _params(runs, 'teacher.weights')}",  # before any has a run
+        "KD weight": _params(runs, "kd.weight"),
+        "Precision": _params(runs, "precision"),
+        "Device": f"{listed(known_values(runs, 'device'))}; threads: {_tags(runs, 'kdsweep.threads')}",
+        "PyTorch": _tags(runs, "kdsweep.torch"),
+        "Code": _code(_tags(runs, "mlflow.source.git.commit")),
         "Trained": f"{_time(started.min())} to {_time(ended.max())}",
         "Training time": f"{duration(seconds)}, summed over {plural(len(timed), 'run')} from start to end; cells "
         "trained in one lockstep group overlap, so the sweep itself took less" if len(timed) else DASH,
@@ -73,53 +63,9 @@ def summarize(sweep: Sweep, *, store: Path, uri: str | None) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _images(sweep: Sweep, *, store: Path, uri: str | None) -> str:
-    """Return how many images the data set has: all parts of a finished run's split."""
-    finished = sweep.runs[sweep.runs["status"] == "FINISHED"]
-    for run in finished.head(1).to_dict("records"):
-        try:
-            split = json.loads(artifacts.read(run, "split.json", store=store, uri=uri))
-            return str(sum(map(len, split.values())))
-        except Exception:  # of many kinds: MLflow, files, JSON; the page has more to tell
-            return DASH
-    return DASH
-
-
 def listed(values: Iterable[object]) -> str:
     """Join values with commas; a dash if there are none."""
     return ", ".join(map(str, values)) or DASH
-
-
-def _order(value: Any) -> tuple[float, str]:
-    try:
-        return float(value), str(value)
-    except ValueError:
-        return float("inf"), str(value)
-
-
-def _params(sweep: Sweep, key: str) -> str:
-    """Return the values that a param has in the runs whose role uses it."""
-    rows = zip(sweep.runs["role"], sweep.runs["params"], strict=True)
-    values: set[str] = {params.get(key, "") for role, params in rows if decides(key, role=role, params=params)}
-    return listed(sorted(values - {"", "None"}, key=_order))
-
-
-def _teacher_weights(sweep: Sweep) -> str:
-    """Return what the Teachers began with; as the cells asked for it where the Teachers have no run yet."""
-    known = known_values(sweep.runs[sweep.runs["role"] == "teacher"], "weights")
-    return listed(known) if known else _params(sweep, "teacher.weights")
-
-
-def _tags(sweep: Sweep, key: str) -> str:
-    values: set[str] = {tags.get(key, "") for tags in sweep.runs["tags"]}
-    return listed(sorted(values - {""}, key=_order))
-
-
-def _code(sweep: Sweep) -> str:
-    commits = _tags(sweep, "mlflow.source.git.commit")
-    several = f"{commits.count(',') + 1} states of the code: " if "," in commits else ""
-    changed = " (-dirty: with changes that the commit does not hold)" if "-dirty" in commits else ""
-    return f"{several}{commits}{changed}"
 
 
 def counts(runs: pd.DataFrame) -> str:
@@ -127,6 +73,37 @@ def counts(runs: pd.DataFrame) -> str:
     statuses = runs["status"].map(lambda status: STATUS.get(status, "not run")).value_counts()
     others = "".join(f", {count} {status}" for status, count in statuses.items() if status != "finished")
     return f"{statuses.get('finished', 0)} of {len(runs)} finished{others}"
+
+
+def _numbered(values: pd.Series, noun: str) -> str:
+    return f"{plural(values.nunique(), noun)} ({listed(sorted(set(values)))})"
+
+
+def _images(runs: pd.DataFrame) -> str:
+    """Return how many images the data set has: all parts of a run's split."""
+    sizes = [tags["kdsweep.split_images"] for tags in runs["tags"] if "kdsweep.split_images" in tags]
+    return str(sum(map(int, sizes[0].split("/")))) if sizes else DASH
+
+
+def _params(runs: pd.DataFrame, key: str) -> str:
+    """Return the values that a param has in the runs whose role uses it."""
+    cells = zip(runs["role"], runs["params"], strict=True)
+    return _distinct(params.get(key, "") for role, params in cells if decides(key, role=role, params=params))
+
+
+def _tags(runs: pd.DataFrame, key: str) -> str:
+    return _distinct(tags.get(key, "") for tags in runs["tags"])
+
+
+def _distinct(values: Iterable[str]) -> str:
+    ordered = sorted(set(values) - {"", "None"}, key=rank)
+    return listed(ordered)
+
+
+def _code(commits: str) -> str:
+    several = f"{commits.count(',') + 1} states of the code: " if "," in commits else ""
+    changed = " (-dirty: with changes that the commit does not hold)" if "-dirty" in commits else ""
+    return f"{several}{commits}{changed}"
 
 
 def _factors(notations: set[str]) -> str:
@@ -139,9 +116,9 @@ def _factors(notations: set[str]) -> str:
         "loss": [loss for _, _, loss in parts if loss],
         "Teacher augmentation": ["weak" if name.endswith("_WAug") else "strong" for name in cells],
     }
-    told_ = "; ".join(f"{factor}: {listed(dict.fromkeys(there))}" for factor, there in levels.items() if there)
+    text = "; ".join(f"{factor}: {listed(dict.fromkeys(names))}" for factor, names in levels.items() if names)
     student = ", and Student without distillation" if "Student" in notations else ""
-    return f"{told_} ({plural(len(cells), 'combination')}{student})"
+    return f"{text} ({plural(len(cells), 'combination')}{student})"
 
 
 def _time(ms: float) -> str:

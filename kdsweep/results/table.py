@@ -7,18 +7,31 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from kdsweep.results.formats import DASH, interval, number, or_gap, p, points
+from kdsweep.results.formats import DASH, interval, number, or_gap, p, with_interval
 
 MARK = "*"  # behind the name of the best cell
 LEAST = 8  # characters of a column that is wrapped
 GAP = 2  # blanks between columns, which tabulate adds to a heading too
+LONG = 24  # characters of a cell that may be wrapped in HTML
+HTML = jinja2.Environment(autoescape=True, trim_blocks=True).from_string("""\
+<table>
+<caption class="unseen">{{ caption }}</caption>
+<thead><tr>{% for heading, kind in heads -%}
+<th scope="col"{{ {"class": kind}|xmlattr }}>{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr{{ {"class": "best" if loop.index0 == best else none}|xmlattr }}>{% for tag, attributes, text in row -%}
+<{{ tag }}{{ attributes|xmlattr }}>{{ text }}</{{ tag }}>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table>""")
 
 
 @dataclass(frozen=True)
@@ -86,49 +99,35 @@ def estimate(key: str, heading: str, **options: Any) -> Column:
     return Column((key, "gap"), heading, or_gap(number), **options)
 
 
-def with_interval(mean: float, low: float, high: float) -> str:
-    """Format a difference and its interval, such as ``+1.20 (-0.30 to +2.70)``."""
-    return DASH if pd.isna(mean) else f"{points(mean)} ({interval(low, high)})"
-
-
-def differences(prefix: str = "") -> list[Column]:
-    """Return the columns of paired differences: intervals and p of both questions, number of images.
+def differences(change: Column, *, brief: str, prefix: str = "") -> list[Column]:
+    """Return the columns of paired differences: in the narrow view mean, interval and corrected p.
 
     Args:
+        change: the column of the differences in the full view; intervals and p of both questions follow.
+        brief: heading of mean and interval in the narrow view.
         prefix: of the frame's columns, which are those of ``stats.compare`` and ``stats.adjusted``.
     """
-    low, high = f"{prefix}low_points", f"{prefix}high_points"
-    methods = (f"{prefix}methods_low_points", f"{prefix}methods_high_points")
+    networks, methods = (tuple(f"{prefix}{part}{end}_points" for end in ("low", "high")) for part in ("", "methods_"))
+    narrow = partial(Column, narrow=True, full=False)
     return [
-        Column((low, high), "networks: 95 % interval", interval),
+        narrow((f"{prefix}difference_points", *networks), brief, with_interval),
+        narrow(f"{prefix}p_holm", "p (Holm)", p),
+        narrow(f"{prefix}p_methods_holm", "p methods", p, needs=f"{prefix}p_methods_holm"),
+        change,
+        Column(networks, "networks: 95 % interval", interval),
         *p_values(prefix),
         Column(methods, "methods: 95 % interval", interval, needs=f"{prefix}p_methods"),
         Column("n_images", "n images", partial(number, form="d")),
     ]
 
 
-def p_values(prefix: str = "", *, of: str = "") -> list[Column]:
-    """Return the columns of p-values of both questions; those of methods where there are several seeds.
-
-    Args:
-        prefix: of the frame's columns.
-        of: the heading begins with it.
-    """
+def p_values(prefix: str, *, of: str = "") -> list[Column]:
+    """Return the columns of p-values, those of methods where there are several seeds; headings begin with ``of``."""
     names = {"p_methods": "methods: p", "p_methods_holm": "methods: p (Holm)", "p_runs": "methods: p (Nadeau-Bengio)"}
     return [
         Column(f"{prefix}p", f"{of}networks: p", p),
         Column(f"{prefix}p_holm", f"{of}networks: p (Holm)", p),
         *(Column(prefix + key, of + heading, p, needs=prefix + key) for key, heading in names.items()),
-    ]
-
-
-def brief(prefix: str, heading: str) -> list[Column]:
-    """Return the narrow view of paired differences: mean with interval of these networks, corrected p."""
-    keys = (f"{prefix}difference_points", f"{prefix}low_points", f"{prefix}high_points")
-    return [
-        Column(keys, heading, with_interval, narrow=True, full=False),
-        Column(f"{prefix}p_holm", "p (Holm)", p, narrow=True, full=False),
-        Column(f"{prefix}p_methods_holm", "p methods", p, narrow=True, full=False, needs=f"{prefix}p_methods_holm"),
     ]
 
 
@@ -207,23 +206,25 @@ class Table:
         return ", ".join(dict.fromkeys(head for head in heads if len(head) <= 30))
 
     def html(self) -> str:
-        """Return a table element; the best row has the class best."""
+        """Return a table element; the best row has the class best, cells of numbers their exact value as data-value."""
         columns = self.shown()
         named = next((column for column in columns if column.heading in ("Model", "Notation", "Effect")), columns[0])
-        kinds = ["number" if column.is_numeric(self.frame) else "" for column in columns]
-        heads = [
-            f'<th scope="col" class="{kind}">{escape(column.heading)}</th>'
-            for column, kind in zip(columns, kinds, strict=True)
-        ]
-        caption = f'<caption class="unseen">{escape(self.heading)}</caption>'
-        lines = ["<table>", caption, f"<thead><tr>{''.join(heads)}</tr></thead>", "<tbody>"]
-        for position, row in enumerate(zip(*(column.strings(self.frame) for column in columns), strict=True)):
-            cells = []
-            for column, kind, value in zip(columns, kinds, row, strict=True):
-                start = '<th scope="row"' if column is named else f'<td class="{kind}{" long" * (len(value) > 24)}"'
-                cells.append(f"{start}>{escape(value)}</{start[1:3]}>")
-            lines.append(f'<tr class="{"best" if position == self.best else ""}">{"".join(cells)}</tr>')
-        return "\n".join([*lines, "</tbody>", "</table>"]).replace(' class=""', "")
+        cells = [self._names(column) if column is named else self._values(column) for column in columns]
+        heads = [(column.heading, "number" if column.is_numeric(self.frame) else None) for column in columns]
+        return HTML.render(caption=self.heading, heads=heads, rows=zip(*cells, strict=True), best=self.best)
+
+    def _names(self, column: Column) -> list[tuple[str, dict[str, Any], str]]:
+        return [("th", {"scope": "row"}, string) for string in column.strings(self.frame)]
+
+    def _values(self, column: Column) -> list[tuple[str, dict[str, Any], str]]:
+        """Return tag, attributes and text of each cell; of several numbers in a cell the value is the first."""
+        strings, values = column.strings(self.frame), self.frame[column.keys[0]]
+        if not column.is_numeric(self.frame):
+            return [("td", {}, string) for string in strings]
+        kinds = ["number long" if len(string) > LONG else "number" for string in strings]
+        exact = [None if pd.isna(value) else value for value in values]
+        attributes = [{"class": kind, "data-value": value} for kind, value in zip(kinds, exact, strict=True)]
+        return [("td", *each) for each in zip(attributes, strings, strict=True)]
 
 
 def _tex(string: str) -> str:

@@ -25,6 +25,7 @@ from test_tables import (
 from kdsweep.core.errors import InputError
 from kdsweep.results import notes as footnotes
 from kdsweep.results import stats
+from kdsweep.results.table import Options
 from kdsweep.results.tables import command as tables
 from kdsweep.results.tables import seeds, settings
 
@@ -83,9 +84,9 @@ def test_each_cell_and_all_together_are_paired_over_the_same_images(test, refere
 
 def test_what_a_varied_key_changes_is_told():
     line, methods = settings.sentences(settings.numbers(aligned()))
-    assert methods == "kd.align=warp against kd.align=none, these methods: not known, that takes several seeds."
+    assert methods == "kd.align=warp against kd.align=none, these methods: unknown, that takes several seeds."
     assert line.startswith("kd.align=warp against kd.align=none, these networks: a difference is shown (+")
-    assert "points over all cells, 95 % interval +" in line
+    assert ") points over all cells, p " in line
     assert "; single cells that differ: L_MSE by +" in line
     line, _ = settings.sentences(settings.numbers(aligned(shift=0.0, noise=0.05)))
     assert ": no difference is shown (" in line
@@ -204,7 +205,7 @@ def test_seeds_of_each_setting_stand_for_themselves():
 
 def test_one_seed_has_no_spread():
     with pytest.raises(InputError, match=r"sweep study has one seed, so no spread: run its cells with seed=0,1,2"):
-        seeds.numbers(sweep_of())
+        seeds.make(sweep_of(), Options(Path()))
 
 
 def test_the_table_of_seeds_is_written(tmp_path):

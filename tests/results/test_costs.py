@@ -182,7 +182,7 @@ def test_no_student_is_a_gap_with_its_reason(sweep, tmp_path):
     assert student["gap"] == "not run"
     assert student[["parameters", "macs", "cpu_1_thread_median_ms", "mean_dice_percent"]].isna().all()
     assert shown(table5, table).set_index("Model").loc["Student", "DSC %"] == f"{DASH} (not run)"
-    assert "Gaps: Student (not run)." in table5.own_notes(sweep=sweep, table=table, scores=scores)
+    assert "Gaps, never averaged over fewer runs: Student (not run)." in table5.footnotes(sweep, table, scores=scores)
 
 
 def test_an_unfinished_teacher_has_costs_and_no_dice(sweep, tmp_path):
@@ -199,7 +199,7 @@ def test_no_finished_cell_is_a_gap(tmp_path):
     text = shown(table5, table).set_index("Model")
     assert text.loc["best cell", "DSC %"] == f"{DASH} (no finished cell)"
     assert text.loc["best cell", "Parameters (M)"] == text.loc["best cell", "CPU, 1 thread (ms)"] == DASH
-    assert not any("Best cell" in note for note in table5.own_notes(sweep=sweep, table=table, scores=scores))
+    assert not any("Best cell" in note for note in table5.footnotes(sweep, table, scores=scores))
 
 
 def test_a_run_that_never_started_tells_of_no_network(tmp_path):
@@ -242,7 +242,7 @@ def test_text_of_known_numbers(table):
 
 
 def test_notes_tell_machine_conditions_and_sources(sweep, table):
-    told = "\n".join(table5.own_notes(sweep=sweep, table=table, scores=table4.numbers(sweep), repeats=3))
+    told = "\n".join(table5.footnotes(sweep, table, scores=table4.numbers(sweep), repeats=3))
     for part in (
         *(costs.cpu_name(), f"1 thread and {usable_cores()} threads", torch.__version__, "64 x 64"),
         *("batch of 1", "3 forward passes after 5", "profile quick, data busi", "not a result"),

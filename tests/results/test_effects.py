@@ -219,8 +219,8 @@ def test_other_cells_change_no_number_and_are_named(sweep, table):
     )
     pd.testing.assert_frame_equal(effects.numbers(more), table, check_exact=True)
     left_out = "Left out, not of the 12 cells: Mine_KLD, Student, Teacher, Teacher_WAug."
-    assert left_out in effects.own_notes(sweep=more, table=table, test="ttest")
-    bare = effects.own_notes(sweep=sweep_of(paper.CELLS), table=table, test="ttest")
+    assert left_out in effects.footnotes(more, table, test="ttest")
+    bare = effects.footnotes(sweep_of(paper.CELLS), table, test="ttest")
     assert not any("Left out" in note for note in bare)
 
 
@@ -265,9 +265,9 @@ def test_a_gap_leaves_only_what_does_not_need_the_cell(sweep, table):
     assert set(rest["gap"]) == {"needs HReg_KLD (failed: split 1)"}
     assert rest[[*numbers, "p_holm", "n_images"]].isna().all(axis=None)
     assert row(got, "H - L")["p_holm"] == row(got, "H - L")["p"]  # alone in its family
-    notes = effects.own_notes(sweep=gappy, table=got, test="ttest")
+    notes = effects.footnotes(gappy, got, test="ttest")
     assert "over the 1 main effects and, apart from them, the 2 interactions" in " ".join(notes)
-    assert "KLD - MSE: needs HReg_KLD (failed: split 1)" in notes[-1]
+    assert "KLD - MSE (needs HReg_KLD (failed: split 1))" in notes[-1]
     sentences = effects.sentences(got)
     assert "HReg against L is unknown, it needs HReg_KLD (failed: split 1)" in sentences[0]
     assert sentences[0].startswith("Path, these networks: H scores")
@@ -396,7 +396,7 @@ def test_a_cross_over_has_no_main_effect_but_depends():
 
 @pytest.mark.parametrize("test", sorted(stats.TESTS))
 def test_notes(sweep, table, test):
-    notes = effects.own_notes(sweep=sweep, table=table, test=test)
+    notes = effects.footnotes(sweep, table, test=test)
     assert notes[0].startswith("Networks: do these networks, as trained, differ on other images?")
     assert stats.TEST_NAMES[test] in notes[0]
     assert "an image that several splits test is one cluster" in notes[0]

@@ -517,9 +517,8 @@ def test_nothing_overflows_in_a_browser(call, tmp_path):
     assert all(needed[own] <= own for own in widths), needed
 
 
-def test_the_number_of_images_is_that_of_all_parts_of_a_split(tmp_path, monkeypatch):
-    kept = [b'{"train": ["a", "b", "c"], "validation": ["d"], "test": ["e", "f"]}', b"damaged"]
-    monkeypatch.setattr(summary.artifacts, "read", lambda *_, **__: kept.pop(0))
-    own = sweep_of(("Student",), splits=(0,))
-    assert summary._images(own, store=tmp_path, uri=None) == "6"
-    assert summary._images(own, store=tmp_path, uri=None) == "\N{EN DASH}"
+def test_the_number_of_images_is_that_of_all_parts_of_a_split():
+    sweep = stored(sweep_of(("Student",), splits=(0,)))
+    tags = [{**tags, "kdsweep.split_images": "3/1/2"} for tags in sweep.runs["tags"]]
+    assert summary.summarize(replace(sweep, runs=sweep.runs.assign(tags=tags)))["Images"] == "6"
+    assert summary.summarize(sweep)["Images"] == "\N{EN DASH}"

@@ -226,9 +226,9 @@ def test_table4_tells_how_long_each_row_was_trained(sweep):
     assert (text["Student"], text["H_KLD"], text["L_MSE"]) == ("11 of 41", "70 of 100", DASH)
     ended = "41 of 44 runs were ended by train.epochs, not by early stopping: they might have got better."
     failed = with_status(longer, "L_MSE", 1, "FAILED")
-    assert ended in four.own_notes(sweep=failed, table=table, test="ttest")
+    assert ended in four.footnotes(failed, table, test="ttest")
     early = changed(longer, epochs=99.0)
-    assert not any("early stopping" in note for note in four.own_notes(sweep=early, table=table, test="ttest"))
+    assert not any("early stopping" in note for note in four.footnotes(early, table, test="ttest"))
 
 
 def test_a_single_split_has_no_spread_and_no_column_for_it():
@@ -458,12 +458,12 @@ def test_without_student_its_columns_are_gaps_and_a_note_names_the_command(sweep
     assert table[["student_p", "student_p_holm", "student_low_points"]].isna().all(axis=None)
     assert np.isnan(row(table, "Student")["teacher_p"])
     assert row(table, "L_MSE")["teacher_p"] == pytest.approx(ttest_rel(dice_all("L_MSE"), dice_all("Teacher")).pvalue)
-    notes = four.own_notes(sweep=partial, table=table, test="ttest")
+    notes = four.footnotes(partial, table, test="ttest")
     assert notes[-1].endswith("before its baseline is finished: the command of the sweep resumes it.")
     never = without(sweep, "Student")
-    notes = four.own_notes(sweep=never, table=four.numbers(never), test="ttest")
+    notes = four.footnotes(never, four.numbers(never), test="ttest")
     assert notes[-1].endswith("run it with `python -m kdsweep -m path=none sweep_name=study`.")
-    whole = four.own_notes(sweep=sweep, table=four.numbers(sweep), test="ttest")
+    whole = four.footnotes(sweep, four.numbers(sweep), test="ttest")
     assert not any("path=none" in note for note in whole)
 
 
@@ -783,9 +783,9 @@ def test_the_margin_is_the_sweeps_own_unless_the_table_is_given_one(sweep):
     assert set(table["margin_points"]) == {3.5}
     assert "at most 3.5 points worse than Teacher" in shown(four, table)
     given = four.numbers(asked, margin_points=1.0)
-    notes = " ".join(four.own_notes(sweep=asked, table=given, test="ttest"))
+    notes = " ".join(four.footnotes(asked, given, test="ttest"))
     assert "at most 1 points worse than its Teacher, chosen for this table" in notes
-    assert "chosen for this table" not in " ".join(four.own_notes(sweep=asked, table=table, test="ttest"))
+    assert "chosen for this table" not in " ".join(four.footnotes(asked, table, test="ttest"))
 
 
 def test_several_seeds_answer_on_the_methods_too():
@@ -1107,7 +1107,7 @@ def test_gaps_of_a_setting_are_told_with_it_and_rows_that_none_asked_for_are_lef
     ]
     notes = " ".join(below(sweep=sweep, table=table))
     assert "H_KLD with train.lr=2 (not run)" in notes
-    assert "Each of the 2 settings stands for itself: train.lr=1; train.lr=2." in notes
+    assert "Settings: train.lr=1; train.lr=2. Each has its rows" in notes
     assert shown(table3, table).columns[0] == "Settings"
 
 
@@ -1141,7 +1141,7 @@ def test_effects_and_sentences_stand_for_each_setting():
     lines = effects.sentences(table)
     assert [line.partition(": ")[0] for line in lines] == ["With train.lr=1"] * 6 + ["With train.lr=2"] * 6
     assert lines[0].removeprefix("With train.lr=1: ") == effects.sentences(one)[0]
-    assert "over the 5 main effects" in " ".join(effects.own_notes(sweep=sweep, table=table, test="ttest"))
+    assert "over the 5 main effects" in " ".join(effects.footnotes(sweep, table, test="ttest"))
 
 
 def test_table5_is_of_the_settings_with_the_best_cell():
@@ -1156,7 +1156,7 @@ def test_table5_is_of_the_settings_with_the_best_cell():
 def test_a_single_split_is_said_to_show_no_spread():
     for splits, told in (((0,), True), ((0, 1), False)):
         sweep = sweep_of(splits=splits)
-        notes = four.own_notes(sweep=sweep, table=four.numbers(sweep), test="ttest")
+        notes = four.footnotes(sweep, four.numbers(sweep), test="ttest")
         assert ("One split: how much the scores spread between splits is unknown." in notes) == told
 
 

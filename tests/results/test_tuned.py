@@ -91,10 +91,12 @@ def test_a_method_that_stays_as_configured_is_not_tested(trials):
     assert table.loc["Student", ["p", "p_holm", "p_methods", "detectable_points"]].isna().all()
     assert table.loc["L_MSE", "p_holm"] == table.loc["L_MSE", "p"]  # a family of one
     assert table.loc["L_MSE", "difference_points"] < 0
-    told = tuned.own_notes(tuning=tuning, table=table.reset_index(), test="ttest")
+    told = tuned.footnotes(tuning, table.reset_index(), test="ttest")
     assert any(note.startswith("A difference of 0 without p") for note in told)
     assert not any("differences from 0.0 points" in note for note in told)
-    assert [line[:11] for line in tuned.sentences(table.reset_index())] == ["L_MSE tuned"]
+    (line,) = tuned.sentences(table.reset_index())
+    assert line.startswith("These methods: L_MSE tuned: ")
+    assert "Student" not in line
 
 
 def test_a_sweep_may_be_named_as_one_with_chosen_settings(tmp_path):

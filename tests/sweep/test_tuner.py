@@ -383,7 +383,7 @@ def test_the_table_says_what_tuning_changed(unbroken, tmp_path):
         mean = 100 * side.groupby("fingerprint")["dice"].mean()
         assert all(any(abs(mean - value) < 1e-9) for value in rows[f"{name}_dice_percent"])
     assert (tmp_path / "tuned.md").read_text(encoding="utf-8") == text
-    assert "not known, that takes several seeds" in text
+    assert "unknown, that takes several seeds" in text
     assert "split 0: " in rows.loc["Student", "chosen"] or "as configured" in rows.loc["Student", "chosen"]
 
 

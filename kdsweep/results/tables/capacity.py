@@ -16,9 +16,9 @@ from kdsweep.core.errors import InputError
 from kdsweep.evaluation import costs
 from kdsweep.evaluation.latency import REPEATS, WARM_UP
 from kdsweep.results import notes
-from kdsweep.results.formats import DASH, number, p
+from kdsweep.results.formats import DASH, number, p, with_interval
 from kdsweep.results.frame import VALIDATION, variants
-from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table, estimate, with_interval
+from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table, estimate
 from kdsweep.results.tables import table4
 from kdsweep.results.tables.table5 import network_of
 
@@ -32,8 +32,6 @@ COSTS = {"parameters": "parameters", "latency": "cpu_1_thread_median_ms"}  # the
 MEASURED = ["parameters", "macs", "cpu_1_thread_median_ms", "cpu_1_thread_p95_ms"]
 OF_SCORES = ["gap", "mean_dice_percent", "std_dice_percent", VALIDATION]
 TO_STUDENT = ("difference_points", "low_points", "high_points", "p", "p_holm", "p_methods", "p_methods_holm")
-
-
 COLUMNS = [
     SETTINGS,
     MODEL,
@@ -87,24 +85,25 @@ def numbers(sweep: Sweep, *, scores: pd.DataFrame, store: Path | None = None, re
         raise InputError(
             f"sweep {sweep.name} has one Student: student=NAME,NAME compares several (+experiment=capacity)"
         )
-    rows = []
-    for row in scores[~scores["notation"].str.startswith("Teacher")].to_dict("records"):
-        network = networks[row["settings"]]
-        cost = costs.measure(network, store=store, repeats=repeats)
-        own = {name: row[name] for name in OF_SCORES} | {name: row[f"student_{name}"] for name in TO_STUDENT}
-        place = {"settings": row["settings"], "notation": row["notation"], "encoder": network.encoder}
-        rows.append({**place, "image_size": network.image_size, **{name: cost[name] for name in MEASURED}, **own})
-    table = pd.DataFrame(rows).astype({"parameters": "Int64", "macs": "Int64"})
+    cost = pd.DataFrame(
+        {"settings": label, **network._asdict(), **costs.measure(network, store=store, repeats=repeats)}
+        for label, network in networks.items()
+    )
+    of_scores = {name: name for name in OF_SCORES} | {f"student_{name}": name for name in TO_STUDENT}
+    students = scores.loc[~scores["notation"].str.startswith("Teacher"), ["settings", "notation", *of_scores]]
+    table = students.rename(columns=of_scores).merge(cost, on="settings")
+    table = table[["settings", "notation", "encoder", "image_size", *MEASURED, *of_scores.values()]]
     for name, column in COSTS.items():
         table[f"on_{name}_front"] = on_front(table[column].astype(float), table["mean_dice_percent"])
+    table = table.astype({"parameters": "Int64", "macs": "Int64"})
     return table.sort_values(["parameters", "settings"], kind="stable", ignore_index=True)
 
 
 def on_front(cost: pd.Series, gain: pd.Series) -> pd.Series:
     """Return which points of a lower cost and higher gain no other one dominates; a point with NaN is on no front."""
     beaten = [
-        bool(((cost <= own) & (gain >= best) & ((cost < own) | (gain > best))).any())
-        for own, best in zip(cost, gain, strict=True)
+        bool(((cost <= its_cost) & (gain >= its_gain) & ((cost < its_cost) | (gain > its_gain))).any())
+        for its_cost, its_gain in zip(cost, gain, strict=True)
     ]
     return ~pd.Series(beaten, index=cost.index) & gain.notna()
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import combinations
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
 from kdsweep.core.errors import InputError
 from kdsweep.results import notes
-from kdsweep.results.formats import ONE_SEED, after_holm, on_methods, or_gap, points
+from kdsweep.results.formats import after_holm, on_methods, or_gap, points
 from kdsweep.results.frame import Scores, each_variant
 from kdsweep.results.paper import CELLS, LEVELS, cell_notations
-from kdsweep.results.stats import ALPHA, OF_IMAGE, PLACE, adjusted, compare, unknown
-from kdsweep.results.table import SETTINGS, Column, Options, Table, brief, differences
+from kdsweep.results.stats import ALPHA, EQUAL, OF_IMAGE, PLACE, adjusted, compare
+from kdsweep.results.table import SETTINGS, Column, Options, Table, differences
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kdsweep.tracking.reader import Sweep
 
 HEADING = "Factor effects. Which choice mattered"
@@ -28,9 +26,9 @@ COLUMNS = [
     SETTINGS,
     Column("factor", "Factor"),
     Column("effect", "Effect", narrow=True),
-    *brief("", "DSC points (95 % interval)"),
-    Column(("difference_points", "gap"), "DSC points", or_gap(points)),
-    *differences(),
+    *differences(
+        Column(("difference_points", "gap"), "DSC points", or_gap(points)), brief="DSC points (95 % interval)"
+    ),
 ]
 
 
@@ -71,14 +69,12 @@ def applies(sweep: Sweep, store: Path) -> bool:
 def make(sweep: Sweep, options: Options) -> Table:
     """Make the table."""
     frame = numbers(sweep, test=options.test)
-    below = [*notes.provenance(sweep), *own_notes(sweep=sweep, table=frame, test=options.test)]
+    below = [*notes.provenance(sweep), *footnotes(sweep, frame, test=options.test)]
     return Table(HEADING, frame.assign(test=options.test), COLUMNS, sentences(frame), below)
 
 
-# ---- the numbers ---------------------------------------------------------------------------------------------------
-
-
-def numbers(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
+@each_variant
+def numbers(scores: Scores, *, test: str = "ttest") -> pd.DataFrame:
     """Return main effects and two-way interactions in percentage points of Dice, each paired over the test images.
 
     For each image of each (split, seed): its mean Dice over the cells with a positive sign minus that over the cells
@@ -92,10 +88,6 @@ def numbers(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
     Raises:
         InputError: the sweep is empty or mixed, or the cells were scored on different images.
     """
-    return each_variant(sweep, partial(_numbers, test=test))
-
-
-def _numbers(scores: Scores, *, test: str) -> pd.DataFrame:
     why = scores.gaps(list(LEVELS))
     dice = _dice_of_cells(scores.complete(why))
     table = pd.DataFrame([_row(effect, dice=dice, why=why, test=test) for effect in MAIN + INTERACTIONS])
@@ -117,29 +109,26 @@ def _dice_of_cells(images: pd.DataFrame) -> pd.DataFrame:
 
 
 def _row(effect: Effect, *, dice: pd.DataFrame, why: dict[str, str], test: str) -> dict[str, object]:
-    signs = {cell: prod(contrast.sign(levels) for contrast in effect) for cell, levels in LEVELS.items()}
+    signs = pd.Series({cell: prod(contrast.sign(levels) for contrast in effect) for cell, levels in LEVELS.items()})
     names = [f"{contrast.plus} - {contrast.minus}" for contrast in effect]
-    missing: dict[str, list[str]] = {}
-    for cell in (cell for cell, sign in signs.items() if sign and why[cell]):
-        missing.setdefault(why[cell], []).append(cell)
-    row: dict[str, object] = {
+    reasons = pd.Series(why)[signs != 0].loc[lambda reason: reason != ""]
+    needs = "; ".join(f"{_some(list(part.index))} ({gap})" for gap, part in reasons.groupby(reasons, sort=False))
+    rows = pd.DataFrame()
+    if not needs:
+        plus, minus = (dice[signs.index[signs == sign]].mean(axis=1) for sign in (1, -1))
+        rows = (100 * (plus - minus)).rename("points").reset_index()
+    return {
         "effect": names[0] if len(names) == 1 else " x ".join(f"({name})" for name in names),
         "kind": "main" if len(names) == 1 else "interaction",
         "factor": " x ".join(contrast.factor for contrast in effect),
+        **compare(rows, test=test),
+        "gap": f"needs {needs}" if needs else "",
     }
-    if missing:
-        needs = "; ".join(f"{_some(cells)} ({reason})" for reason, cells in missing.items())
-        return row | unknown(gap=f"needs {needs}")
-    plus, minus = (dice[[cell for cell in LEVELS if signs[cell] == sign]].mean(axis=1) for sign in (1, -1))
-    return row | compare((100 * (plus - minus)).rename("points").reset_index(), test=test) | {"gap": ""}
 
 
 def _some(cells: list[str]) -> str:
     more = len(cells) - NAMED
     return ", ".join(cells[:NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-# ---- sentences -----------------------------------------------------------------------------------------------------
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
@@ -158,8 +147,7 @@ def sentences(table: pd.DataFrame) -> list[str]:
             which = ", ".join(f"{row['effect']} {after_holm(row['p_holm'])}" for _, row in rows.iterrows())
             clauses.append(f"the effect depends on the {other} ({which})")
         shown.append(f"{factor.capitalize()}, these networks: {'; '.join(clauses)}.")
-        tested = [on_methods(row, row["effect"]) for _, row in main.iterrows() if pd.notna(row["p_methods"])]
-        shown.append(f"{factor.capitalize()}, these methods: {'; '.join(tested) or ONE_SEED}.")
+        shown.append(f"{factor.capitalize()}, these methods: {on_methods(main, main['effect'])}.")
     return shown
 
 
@@ -171,7 +159,7 @@ def _on_networks(row: pd.Series) -> str:
         return f"{plus} against {minus} is unknown, it {row['gap']}"
     if pd.isna(row["p_holm"]) or pd.isna(low):
         return f"{plus} minus {minus} is {points:+.2f} points, but these scores allow no test"
-    if max(abs(low), abs(high)) < 1e-9:
+    if max(abs(low), abs(high)) < EQUAL:
         return f"no difference between {plus} and {minus} is shown, their means are equal in each image"
     is_open = low <= 0 <= high
     if row["p_holm"] < ALPHA and is_open:  # the two need not agree, above all for a test of ranks
@@ -186,7 +174,7 @@ def _on_networks(row: pd.Series) -> str:
     return f"{shown}; the {interval} {leaves}"
 
 
-def own_notes(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
+def footnotes(sweep: Sweep, table: pd.DataFrame, *, test: str) -> list[str]:
     """Return the notes on the numbers, on cells that are left out, on gaps."""
     some = table[table["settings"] == table["settings"].iloc[0]] if "settings" in table else table
     tested = some.dropna(subset="p")["kind"].value_counts()

@@ -1,24 +1,21 @@
-"""Dice on other data sets (``python -m kdsweep score``) beside that on the sweep's own test images, and the drop."""
+"""Dice on other data sets (``python -m kdsweep score``) next to that on the sweep's test images, and the drop."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from kdsweep.core.errors import InputError
 from kdsweep.results import notes
 from kdsweep.results.formats import interval, number, or_gap, points
-from kdsweep.results.frame import Scores, each_variant, scored_images
-from kdsweep.results.frame import gaps as gaps_of
-from kdsweep.results.stats import NAN, PLACE, Spread, networks_spread, over_seeds
+from kdsweep.results.frame import Scores, each_variant, gaps, scored_images
+from kdsweep.results.stats import NAN, networks_spread, over_seeds, satterthwaite
 from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kdsweep.tracking.reader import Sweep
 
 HEADING = "External. Test DSC on other data sets"
@@ -51,24 +48,21 @@ def make(sweep: Sweep, options: Options) -> Table:
     return Table(HEADING, numbers(sweep), COLUMNS, notes=[*notes.provenance(sweep), *NOTES])
 
 
-def numbers(sweep: Sweep) -> pd.DataFrame:
+@each_variant
+def numbers(scores: Scores) -> pd.DataFrame:
     """Return internal and external Dice (%) of each model, and the drop in points with its 95 % interval.
 
     Raises:
         InputError: no network was scored on another data set.
     """
-    if sweep.external.empty:
-        command = f"python -m kdsweep score --sweep {sweep.name} data=folder data.root=DIR"
-        raise InputError(f"sweep {sweep.name}: nothing was scored on another data set yet: `{command}`")
-    return each_variant(sweep, _numbers)
-
-
-def _numbers(scores: Scores) -> pd.DataFrame:
+    if scores.sweep.external.empty:
+        command = f"python -m kdsweep score --sweep {scores.sweep.name} data=folder data.root=DIR"
+        raise InputError(f"sweep {scores.sweep.name}: nothing was scored on another data set yet: `{command}`")
     rows = []
     internal = scores.gaps(scores.notations)
     for data_set, part in scores.sweep.external.groupby("data_set"):
         outside = scored_images(runs=scores.runs, scores=part)
-        missing = gaps_of(runs=scores.runs, scored=outside, notations=scores.notations)
+        missing = gaps(runs=scores.runs, scored=outside, notations=scores.notations)
         for name in scores.notations:
             gap = internal[name] or missing[name].replace("no scores", "not scored")
             sides = (images[images["notation"] == name] for images in (scores.images, outside))
@@ -84,16 +78,10 @@ def _drop(ours: pd.DataFrame, others: pd.DataFrame) -> dict[str, float]:
     Satterthwaite's degrees of freedom. Source: Welch, The generalization of Student's problem when several different
     population variances are involved, Biometrika 34, 1947.
     """
-    sides = [_rows(frame) for frame in (ours, others)]
+    sides = [over_seeds(side.assign(points=100 * side["dice"])) for side in (ours, others)]
     spreads = [networks_spread(rows) for rows in sides]
     internal, outside = (float(rows["points"].mean()) for rows in sides)
-    variance = sum(spread.error**2 for spread in spreads)
-    parts = sum(spread.error**4 / spread.freedom for spread in spreads)
-    half = Spread(float(np.sqrt(variance)), variance**2 / parts).half_width() if parts > 0 else NAN
+    half = satterthwaite(sum(spread.error**2 for spread in spreads), *spreads).half_width()
     drop = outside - internal
-    numbers = (internal, outside, drop, drop - half, drop + half, float(others["image"].nunique()))
-    return dict(zip(MEASURED, numbers, strict=True))
-
-
-def _rows(scored: pd.DataFrame) -> pd.DataFrame:
-    return over_seeds(scored.assign(points=100 * scored["dice"])[[*PLACE, "image", "group", "points"]])
+    measured = (internal, outside, drop, drop - half, drop + half, float(others["image"].nunique()))
+    return dict(zip(MEASURED, measured, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import sqrt
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -15,8 +16,6 @@ from kdsweep.results.paper import students
 from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kdsweep.tracking.reader import Sweep
 
 HEADING = "Seeds. How much another training would change"
@@ -49,42 +48,42 @@ def _per_seed(frame: pd.DataFrame) -> list[str]:
 
 def applies(sweep: Sweep, store: Path | None = None) -> bool:
     """Return whether a sweep requests its students at several seeds."""
-    return bool(sweep.runs.loc[sweep.runs["role"] != "teacher", "seed"].nunique() > 1)
+    return len(_requested(sweep)) > 1
+
+
+def _requested(sweep: Sweep) -> list[int]:
+    return sorted(set(sweep.runs.loc[sweep.runs["role"] != "teacher", "seed"]))
 
 
 def make(sweep: Sweep, options: Options) -> Table:
-    """Make the table."""
-    frame = numbers(sweep)
-    below = [*notes.provenance(sweep), *NOTES, *notes.gaps(frame)]
-    return Table(HEADING, frame, columns(frame), sentences(frame), below)
-
-
-def numbers(sweep: Sweep) -> pd.DataFrame:
-    """Return a row per cell, the best first: mean Dice over the test images of all splits (%) at each seed.
-
-    Further columns are the mean and the standard deviation (n - 1) of these, and the distance to the best cell (points,
-    at most 0). A cell that is not there at every seed and split has no numbers, and its gap says why.
+    """Make the table.
 
     Raises:
         InputError: the sweep is empty, mixed, or has one seed.
     """
     if not applies(sweep):
         raise InputError(f"sweep {sweep.name} has one seed, so no spread: run its cells with seed=0,1,2")
-    return each_variant(sweep, _numbers)
+    frame = numbers(sweep)
+    below = [*notes.provenance(sweep), *NOTES, *notes.gaps(frame)]
+    return Table(HEADING, frame, columns(frame), sentences(frame), below)
 
 
-def _numbers(scores: Scores) -> pd.DataFrame:
-    names = students(scores.notations)
-    why = scores.gaps(names)
+@each_variant
+def numbers(scores: Scores) -> pd.DataFrame:
+    """Return a row per cell, the best first: mean Dice over the test images of all splits (%) at each seed.
+
+    Further columns are the mean and the standard deviation (n - 1) of these, and the distance to the best cell (points,
+    at most 0). A cell that is not there at every seed and split has no numbers, and its gap says why.
+    """
+    why = scores.gaps(students(scores.notations))
     means = 100 * scores.complete(why).groupby(["notation", "seed"])["dice"].mean().unstack()
-    table = pd.DataFrame({"notation": names, "gap": [why[name] for name in names]})
-    requested = sorted(set(scores.sweep.runs.loc[scores.sweep.runs["role"] != "teacher", "seed"]))
-    by_seed = means.reindex(index=names, columns=requested)
-    for seed in requested:
-        table[f"{OF_SEED}{seed}"] = by_seed[seed].to_numpy()
-    table["mean_dice_percent"] = by_seed.mean(axis=1).to_numpy()
-    table["std_dice_percent_seeds"] = by_seed.std(axis=1, ddof=1).to_numpy()
+    means = means.reindex(index=list(why), columns=_requested(scores.sweep))
+    table = means.add_prefix(OF_SEED).assign(
+        mean_dice_percent=means.mean(axis=1), std_dice_percent_seeds=means.std(axis=1, ddof=1)
+    )
     table["to_best_points"] = table["mean_dice_percent"] - table["mean_dice_percent"].max()
+    table.insert(0, "gap", pd.Series(why))
+    table = table.rename_axis(index="notation", columns=None).reset_index()
     return table.sort_values("mean_dice_percent", ascending=False, ignore_index=True, kind="stable")
 
 
@@ -112,13 +111,17 @@ def sentences(table: pd.DataFrame) -> list[str]:
         f"(repeatability: 1.96 x sqrt 2 x {limit / 1.96 / sqrt(2):.2f} points, the standard deviation between "
         f"{len(seeds)} seeds, pooled over {len(done)} models)."
     ]
-    best, *others = (row for _, row in done.iterrows())
-    if others:
-        ahead = sum(best[name] > others[0][name] for name in seeds)
-        above = f"{-others[0]['to_best_points']:.2f} points above {others[0]['notation']} on average"
-        lines.append(f"{best['notation']} is {above}, and above it in {ahead} of {len(seeds)} seeds.")
-        near = [row["notation"] for row in others if -row["to_best_points"] <= limit]
-        far = [row["notation"] for row in others if -row["to_best_points"] > limit]
-        lines.append(f"No further from it than seeds alone make: {', '.join(near) or 'none'}.")
-        lines.append(f"Further: {', '.join(far) or 'none'}.")
-    return lines
+    best, others = done.iloc[0], done.iloc[1:]
+    if others.empty:
+        return lines
+    second = others.iloc[0]
+    above = f"{-second['to_best_points']:.2f} points above {second['notation']} on average"
+    ahead = (best[seeds] > second[seeds]).sum()
+    is_near = -others["to_best_points"] <= limit
+    near, far = (", ".join(others.loc[part, "notation"]) or "none" for part in (is_near, ~is_near))
+    return [
+        *lines,
+        f"{best['notation']} is {above}, and above it in {ahead} of {len(seeds)} seeds.",
+        f"No further from it than seeds alone make: {near}.",
+        f"Further: {far}.",
+    ]

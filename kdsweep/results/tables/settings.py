@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from kdsweep.core.errors import InputError
 from kdsweep.results import notes
-from kdsweep.results.formats import ONE_SEED, after_holm, interval, number, on_methods, points
+from kdsweep.results.formats import after_holm, number, on_methods, points, with_interval
 from kdsweep.results.frame import Scores, variants
 from kdsweep.results.paper import students
-from kdsweep.results.stats import ALPHA, NAN, OF_IMAGE, PLACE, adjusted, compare, pair, unknown
-from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table, brief, differences, estimate
+from kdsweep.results.stats import ALPHA, NAN, OF_IMAGE, PLACE, adjusted, compare, pair
+from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table, differences, estimate
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kdsweep.tracking.reader import Sweep
 
 HEADING = "Settings. What the varied keys change"
@@ -27,9 +26,7 @@ COLUMNS = [
     MODEL,
     estimate("mean_dice_percent", "DSC %", narrow=True),
     Column("against_mean_dice_percent", "DSC % against", number),
-    *brief("", "points (95 % interval)"),
-    Column("difference_points", "DSC points", points),
-    *differences(),
+    *differences(Column("difference_points", "DSC points", points), brief="points (95 % interval)"),
 ]
 
 
@@ -72,23 +69,26 @@ def numbers(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
 
 
 def _against(ours: Scores, base: Scores, *, test: str) -> list[dict[str, Any]]:
-    def differs(name: str) -> bool:
-        one, other = (set(part.runs.loc[part.runs["notation"] == name, "fingerprint"]) for part in (ours, base))
-        return one != other
+    def fingerprints(scores: Scores, name: str) -> set[str]:
+        return set(scores.runs.loc[scores.runs["notation"] == name, "fingerprint"])
 
-    names = [name for name in students([*ours.notations, *base.notations]) if differs(name)]
-    why, base_why = ours.gaps(names), base.gaps(names)
-    why = {name: why[name] or base_why[name] for name in names}
+    names = students([*ours.notations, *base.notations])
+    names = [name for name in names if fingerprints(ours, name) != fingerprints(base, name)]
+    base_why = base.gaps(names)
+    why = {name: gap or base_why[name] for name, gap in ours.gaps(names).items()}
     rows = [{"notation": name} | _compared(ours, base, [name], gap=gap, test=test) for name, gap in why.items()]
     cells = [name for name in names if name != "Student"]
+    if not cells:
+        return rows
     missing = [name for name in cells if why[name]]
     gap = f"needs {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}" if missing else ""
-    return [*rows, {"notation": ALL} | _compared(ours, base, cells, gap=gap, test=test)] if cells else rows
+    return [*rows, {"notation": ALL} | _compared(ours, base, cells, gap=gap, test=test)]
 
 
 def _compared(ours: Scores, base: Scores, names: list[str], *, gap: str, test: str) -> dict[str, Any]:
     if gap:
-        return {"mean_dice_percent": NAN, "against_mean_dice_percent": NAN} | unknown(gap=gap)
+        means = dict.fromkeys(("mean_dice_percent", "against_mean_dice_percent"), NAN)
+        return means | compare(pd.DataFrame(), test=test) | {"gap": gap}
     sides = [[part.images[part.images["notation"] == name] for part in (ours, base)] for name in names]
     pairs = pd.concat(pair(ours=one, baseline=other) for one, other in sides)
     pairs = pairs.groupby([*PLACE, "image", *OF_IMAGE], as_index=False)[["dice_ours", "dice_baseline", "points"]].mean()
@@ -104,10 +104,11 @@ def sentences(table: pd.DataFrame) -> list[str]:
         cells = rows[(rows["notation"] != ALL) & (rows["p_holm"] < ALPHA)]
         differ = [f"{row['notation']} by {row['difference_points']:+.2f}" for _, row in cells.iterrows()]
         single = f"single cells that differ: {', '.join(differ)}" if differ else "no single cell differs"
-        together = [row for _, row in rows[rows["notation"] == ALL].iterrows()]
-        lines.append(f"{label} against {first}, these networks: {'; '.join([*map(_together, together), single])}.")
-        tested = [on_methods(row, "over all cells") for row in together if pd.notna(row["p_methods"])]
-        lines.append(f"{label} against {first}, these methods: {'; '.join(tested) or ONE_SEED}.")
+        together = rows[rows["notation"] == ALL]
+        clauses = [*(_together(row) for _, row in together.iterrows()), single]
+        lines.append(f"{label} against {first}, these networks: {'; '.join(clauses)}.")
+        methods = on_methods(together, ["over all cells"] * len(together))
+        lines.append(f"{label} against {first}, these methods: {methods}.")
     return lines
 
 
@@ -117,6 +118,5 @@ def _together(row: pd.Series) -> str:
     if pd.isna(row["p_holm"]):
         return f"{row['difference_points']:+.2f} points over all cells, but these scores allow no test"
     shown = "a difference is shown" if row["p_holm"] < ALPHA else "no difference is shown"
-    bounds = interval(row["low_points"], row["high_points"])
-    difference = f"{row['difference_points']:+.2f} points over all cells, 95 % interval {bounds}"
-    return f"{shown} ({difference}, {after_holm(row['p_holm'])})"
+    bounds = with_interval(row["difference_points"], row["low_points"], row["high_points"])
+    return f"{shown} ({bounds} points over all cells, {after_holm(row['p_holm'])})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -12,12 +12,10 @@ from kdsweep.results import notes
 from kdsweep.results.formats import number, points
 from kdsweep.results.frame import Scores, each_variant
 from kdsweep.results.paper import BASELINES
-from kdsweep.results.stats import NAN, adjusted, compare, pair, unknown
-from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table, brief, differences, estimate
+from kdsweep.results.stats import adjusted, compare, pair
+from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table, differences, estimate
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kdsweep.tracking.reader import Sweep
 
 HEADING = "Strata. Test DSC by label and by size of the lesion"
@@ -28,9 +26,7 @@ COLUMNS = [
     MODEL,
     estimate("mean_dice_percent", "DSC %", narrow=True),
     Column("mean_nsd_percent", "NSD %", number),
-    *brief("", "points to Student (95 % interval)"),
-    Column("difference_points", "to Student", points),
-    *differences(),
+    *differences(Column("difference_points", "to Student", points), brief="points to Student (95 % interval)"),
 ]
 
 
@@ -51,7 +47,8 @@ def make(sweep: Sweep, options: Options) -> Table:
     return Table(HEADING, frame.assign(test=options.test), COLUMNS, notes=below)
 
 
-def numbers(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
+@each_variant
+def numbers(scores: Scores, *, test: str = "ttest") -> pd.DataFrame:
     """Return Dice and NSD (%) of each model within each stratum, and its paired difference to Student there.
 
     Strata: the labels that the data set has, and three equal parts of the different test images by the area of their
@@ -63,14 +60,8 @@ def numbers(sweep: Sweep, *, test: str = "ttest") -> pd.DataFrame:
     Raises:
         InputError: the sweep is empty or mixed, or its scores name neither labels nor areas.
     """
-    return each_variant(sweep, partial(_numbers, test=test))
-
-
-def _numbers(scores: Scores, *, test: str) -> pd.DataFrame:
     why = scores.gaps(scores.notations)
-    complete = scores.complete(why)
-    if "nsd" in scores.sweep.scores:
-        complete = complete.merge(scores.sweep.scores[["fingerprint", "image", "nsd"]])
+    complete = scores.complete(why).merge(scores.sweep.scores.reindex(columns=["fingerprint", "image", "nsd"]))
     rows = []
     for (kind, stratum), images in members(scores.sweep, images=set(scores.images["image"])).items():
         part = complete[complete["image"].isin(images)]
@@ -78,15 +69,12 @@ def _numbers(scores: Scores, *, test: str) -> pd.DataFrame:
         for name, gap in why.items():
             ours = part[part["notation"] == name]
             row = {"kind": kind, "stratum": stratum, "notation": name, "mean_dice_percent": 100 * ours["dice"].mean()}
-            row["mean_nsd_percent"] = 100 * ours["nsd"].mean() if "nsd" in ours else NAN
+            row |= {"mean_nsd_percent": 100 * ours["nsd"].mean(), "gap": gap}
             pairs = pair(ours=ours, baseline=student.iloc[:0] if name == "Student" else student)
-            measured = unknown(gap=gap) if gap else {"gap": ""} | compare(pairs, test=test)
-            rows.append(row | measured | {"n_images": ours["image"].nunique() or pd.NA})
+            rows.append(row | compare(pairs, test=test) | {"n_images": ours["image"].nunique() or pd.NA})
     table = pd.DataFrame(rows)
-    is_baseline = table["notation"].isin(BASELINES)
-    table = adjusted(table, family=table["stratum"].where(~is_baseline, "not tried"))
-    table.loc[is_baseline, ["p_holm", "p_methods_holm"]] = NAN
-    return table.astype({"n_images": "Int64"})
+    family = table["stratum"].mask(table["notation"].isin(BASELINES))
+    return adjusted(table, family=family).astype({"n_images": "Int64"})
 
 
 def members(sweep: Sweep, *, images: set[str]) -> dict[tuple[str, str], list[str]]:
@@ -95,18 +83,16 @@ def members(sweep: Sweep, *, images: set[str]) -> dict[tuple[str, str], list[str
     Raises:
         InputError: the scores name neither labels nor areas.
     """
-    known = [name for name in ("label", "lesion_px") if name in sweep.scores]
-    each = sweep.scores[sweep.scores["image"].isin(images)].drop_duplicates("image").set_index("image")[known]
-    found: dict[tuple[str, str], list[str]] = {}
+    each = sweep.scores[sweep.scores["image"].isin(images)].drop_duplicates("image").set_index("image")
+    strata: dict[tuple[str, str], list[str]] = {}
     if "label" in each:
         labels = each["label"].dropna()
-        found |= {("label", str(label)): list(part) for label, part in labels.groupby(labels).groups.items() if label}
+        strata |= {("label", str(label)): list(part) for label, part in labels.groupby(labels).groups.items() if label}
     if "lesion_px" in each and each["lesion_px"].notna().all() and len(each) >= len(SIZES):
         by_size = each["lesion_px"].sort_index().rank(method="first")
         sizes = pd.qcut(by_size, len(SIZES), labels=SIZES)
-        for size in SIZES:
-            area = each["lesion_px"][sizes == size]
-            found["lesion size", f"{size} ({area.min():.0f} to {area.max():.0f} px)"] = list(area.index)
-    if not found:
+        for size, area in each["lesion_px"].groupby(sizes, observed=True):
+            strata["lesion size", f"{size} ({area.min():.0f} to {area.max():.0f} px)"] = list(area.index)
+    if not strata:
         raise InputError(f"sweep {sweep.name}: its scores name neither labels nor the areas of lesions")
-    return found
+    return strata

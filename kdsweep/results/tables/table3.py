@@ -35,25 +35,20 @@ def make(sweep: Sweep, options: Options) -> Table:
     return Table(HEADING, frame, COLUMNS, notes=below)
 
 
-def numbers(sweep: Sweep) -> pd.DataFrame:
+@each_variant
+def numbers(scores: Scores) -> pd.DataFrame:
     """Return a row per cell and setting: factors, mean Dice over the test images of all splits (%), the paper's."""
-    return each_variant(sweep, _numbers)
-
-
-def _numbers(scores: Scores) -> pd.DataFrame:
     why = scores.gaps(cell_notations(scores.notations))
-    complete = scores.complete(why)
-    rows = []
-    for notation, gap in why.items():
-        path, _, loss = notation.removesuffix("_WAug").partition("_")
-        row = {
-            "representation": REPRESENTATIONS.get(path, path),
-            "notation": notation,
-            "loss": LOSSES.get(loss, loss),
-            "teacher_augmentation": "weak" if notation.endswith("_WAug") else "strong",
-            "gap": gap,
-            "mean_dice_percent": 100 * complete.loc[complete["notation"] == notation, "dice"].mean(),
-            "paper_mean_dice_percent": PAPER[notation][0] if notation in PAPER else NAN,
+    means = scores.complete(why).groupby("notation")["dice"].mean()
+    parts = [notation.removesuffix("_WAug").partition("_") for notation in why]
+    return pd.DataFrame(
+        {
+            "representation": [REPRESENTATIONS.get(path, path) for path, _, _ in parts],
+            "notation": list(why),
+            "loss": [LOSSES.get(loss, loss) for _, _, loss in parts],
+            "teacher_augmentation": ["weak" if notation.endswith("_WAug") else "strong" for notation in why],
+            "gap": list(why.values()),
+            "mean_dice_percent": (100 * means.reindex(list(why))).to_numpy(),
+            "paper_mean_dice_percent": [PAPER[notation][0] if notation in PAPER else NAN for notation in why],
         }
-        rows.append(row)
-    return pd.DataFrame(rows)
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,22 +10,12 @@ import numpy as np
 import pandas as pd
 
 from kdsweep.results import notes
-from kdsweep.results.formats import DASH, after_holm, joined, number, or_gap, p, points
+from kdsweep.results.formats import DASH, after_holm, joined, number, or_gap, p, points, with_interval
 from kdsweep.results.frame import VALIDATION, Scores, each_variant, margin_of, variants
 from kdsweep.results.mixing import known_values
 from kdsweep.results.paper import BASELINES, PAPER, PAPER_COLUMNS, cell_notations
-from kdsweep.results.stats import ALPHA, NAN, compare, holm, non_inferiority, own_teachers, pair
-from kdsweep.results.table import (
-    MODEL,
-    SETTINGS,
-    Column,
-    Options,
-    Table,
-    brief,
-    differences,
-    p_values,
-    with_interval,
-)
+from kdsweep.results.stats import ALPHA, NAN, compare, holm, non_inferiority, pair
+from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table, differences, p_values
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
@@ -48,14 +37,13 @@ def columns(frame: pd.DataFrame) -> list[Column]:
     listed = ", ".join(name.removeprefix(SPLIT_MEAN) for name in splits)
     verdict = partial(Column, "teacher_verdict", format=lambda verdict: verdict or DASH)
     ratio = partial(number, form=".3g")
+    to_student = Column("student_difference_points", "to Student", points)
     return [
         SETTINGS,
         MODEL,
         Column(("mean_dice_percent", "std_dice_percent", "gap"), "DSC %", or_gap(with_std), narrow=True),
         Column(splits, f"DSC % of split {listed}", joined),
-        *brief("student_", "points to Student (95 % interval)"),
-        Column("student_difference_points", "to Student", points),
-        *differences("student_"),
+        *differences(to_student, brief="points to Student (95 % interval)", prefix="student_"),
         Column("teacher_difference_points", "to Teacher", points, narrow=True),
         *p_values("teacher_", of="Teacher, "),
         verdict(heading=f"at most {frame['margin_points'].iloc[0]:g} points worse than Teacher"),
@@ -80,7 +68,7 @@ def make(sweep: Sweep, options: Options) -> Table:
     """Make the table."""
     frame = numbers(sweep, test=options.test, margin_points=options.margin_points)
     below = [*notes.provenance(sweep), *notes.gaps(frame), notes.paper(sweep)]
-    below += own_notes(sweep=sweep, table=frame, test=options.test)
+    below += footnotes(sweep, frame, test=options.test)
     best = next(iter(ranked(frame).index), None)
     return Table(HEADING, frame.assign(test=options.test), columns(frame), lead(sweep, frame), below, best)
 
@@ -97,22 +85,18 @@ def numbers(sweep: Sweep, *, test: str = "ttest", margin_points: float | None = 
     default that of the sweep.
     """
     margin = margin_of(sweep) if margin_points is None else margin_points
-    table = each_variant(sweep, partial(_numbers, test=test, margin_points=margin)).assign(margin_points=margin)
+    table = _models(sweep, test=test, margin_points=margin).assign(margin_points=margin)
     is_cell = ~table["notation"].isin(BASELINES)  # the family is the KD cells: no baseline is being tried
-    for column in [str(name) for name in table if re.match(r"(student|teacher)_p(?!_runs)(_|$)", str(name))]:
+    for column in table.filter(regex=r"^(student|teacher)_p(?!_runs)(_|$)"):
         table[f"{column}_holm"] = holm(table[column].where(is_cell))
-    pairs = zip(table["teacher_p_non_inferior_holm"], table["teacher_p_inferior_holm"], strict=True)
-    verdicts = [_verdict(non_inferior, inferior) for non_inferior, inferior in pairs]
-    return table.assign(teacher_verdict=pd.Series(verdicts, index=table.index, dtype=object))
+    non_inferior, inferior = table["teacher_p_non_inferior_holm"], table["teacher_p_inferior_holm"]
+    verdict = pd.Series("open", index=table.index, dtype=object).mask(inferior < ALPHA, "inferior")
+    verdict = verdict.mask(non_inferior < ALPHA, "non-inferior").where(non_inferior.notna(), None)
+    return table.assign(teacher_verdict=verdict)
 
 
-def _verdict(p_non_inferior: float, p_inferior: float) -> str | None:
-    if pd.isna(p_non_inferior):
-        return None
-    return "non-inferior" if p_non_inferior < ALPHA else "inferior" if p_inferior < ALPHA else "open"
-
-
-def _numbers(scores: Scores, *, test: str, margin_points: float) -> pd.DataFrame:
+@each_variant
+def _models(scores: Scores, *, test: str, margin_points: float) -> pd.DataFrame:
     why = scores.gaps([*BASELINES, *cell_notations(scores.notations)])
     complete = scores.complete(why)
     rows = [
@@ -141,22 +125,21 @@ def _compared(
     notation: str, *, scores: Scores, complete: pd.DataFrame, test: str, margin_points: float
 ) -> dict[str, object]:
     """Return the measured numbers of a row."""
-    ours, baseline = complete[complete["notation"] == notation], complete[complete["notation"] == "Student"]
-    if notation == "Student":
-        teacher, baseline = complete[complete["notation"] == "Teacher"], complete.iloc[:0]
-    else:
-        teacher = own_teachers(ours=ours, scored=scores.images)  # none for a Teacher
-    to_teacher = pair(ours=ours, baseline=teacher)
-    against = {
-        "student_": compare(pair(ours=ours, baseline=baseline), test=test),
-        "teacher_": compare(to_teacher, test=test) | non_inferiority(to_teacher, margin_points=margin_points),
-    }
+    of = dict(iter(complete.groupby("notation")))
+    none = complete.iloc[:0]
+    ours, student = of.get(notation, none), of.get("Student", none)
+    teacher = of.get("Teacher", none) if notation == "Student" else scores.of_teachers(ours)  # none for a Teacher
+    to_student = compare(pair(ours=ours, baseline=none if notation == "Student" else student), test=test)
+    pairs = pair(ours=ours, baseline=teacher)
+    to_teacher = compare(pairs, test=test) | non_inferiority(pairs, margin_points=margin_points)
+    del to_student["n_images"], to_teacher["n_images"]
     dice = 100 * ours.groupby(["split", "image"])["dice"].mean()  # of the seeds: not more images than there are
     return {
         "mean_dice_percent": dice.mean(),
         "std_dice_percent": dice.std(ddof=1),
         **{f"{SPLIT_MEAN}{split}": mean for split, mean in dice.groupby("split").mean().items()},
-        **{start + name: value for start, of in against.items() for name, value in of.items() if name != "n_images"},
+        **{f"student_{name}": value for name, value in to_student.items()},
+        **{f"teacher_{name}": value for name, value in to_teacher.items()},
         "n_images": ours["image"].nunique() or pd.NA,
     }
 
@@ -189,21 +172,17 @@ def best_variant(sweep: Sweep, table: pd.DataFrame) -> tuple[Sweep, pd.DataFrame
 def lead(sweep: Sweep, table: pd.DataFrame) -> list[str]:
     """Return the answer in sentences: the best cell by validation, its differences, how many cells differ."""
     lines = [notes.QUICK] if "quick" in known_values(sweep.runs, "profile") else []
-    cells = table[~table["notation"].isin(BASELINES)]
     for _, row in ranked(table).head(1).iterrows():
         setting = f" with {row['settings']}" if "settings" in table else ""
         score = f"test DSC {with_std(row['mean_dice_percent'], row['std_dice_percent'])} %"
         lines.append(f"{row['notation']}{setting} has the highest validation Dice: {score}.")
         lines += filter(None, [_against_student(row), _against_teacher(row)])
-    tested = cells["student_p_holm"].notna().sum()
-    if tested:
-        differ, lower = (_count(cells, sign) for sign in (1, -1))
-        lines.append(f"Of {tested} cells, {differ} score higher than Student and {lower} lower (p < 0.05 after Holm).")
+    tested = table[~table["notation"].isin(BASELINES)].dropna(subset="student_p_holm")
+    if len(tested):
+        shown = tested.loc[tested["student_p_holm"] < ALPHA, "student_difference_points"]
+        counts = f"{(shown > 0).sum()} score higher than Student and {(shown < 0).sum()} lower"
+        lines.append(f"Of {len(tested)} cells, {counts} (p < 0.05 after Holm).")
     return lines
-
-
-def _count(cells: pd.DataFrame, sign: int) -> int:
-    return int(((cells["student_p_holm"] < ALPHA) & (sign * cells["student_difference_points"] > 0)).sum())
 
 
 def _against_student(row: pd.Series) -> str:
@@ -227,9 +206,9 @@ def _against_teacher(row: pd.Series) -> str:
     return f"It differs from its Teacher by {points(row['teacher_difference_points'])} points: {ends[verdict]}."
 
 
-def own_notes(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
+def footnotes(sweep: Sweep, table: pd.DataFrame, *, test: str) -> list[str]:
     """Return the notes on comparisons, training, and the command for a missing Student baseline."""
-    margin = table["margin_points"].iloc[0]
+    margin, ratios = table["margin_points"].iloc[0], table[GRADIENT_RATIO].dropna()
     chosen = "" if margin == margin_of(sweep) else ", chosen for this table and not by the sweep's stats.margin_points"
     families = "over the KD cells, against Student and, apart from that, against Teacher"
     lines = [
@@ -239,7 +218,7 @@ def own_notes(*, sweep: Sweep, table: pd.DataFrame, test: str) -> list[str]:
         "networks, after Holm over the KD cells; inferior: worse by more than that, tested alike; open: neither. "
         "Lower bound: of the one-sided 95 % interval of the difference, percentage points.",
     ]
-    if (ratios := table[GRADIENT_RATIO].dropna()).size:
+    if len(ratios):
         lines.append(
             "KD to supervised gradient: ratio of the norms at the Student's encoder, weights included, of the first "
             "batch of each epoch that measures it, geometric mean up to the best epoch; "
@@ -262,8 +241,8 @@ def _cut_off(runs: pd.DataFrame) -> list[str]:
     if "epochs" not in runs:
         return []
     ended = runs[(runs["status"] == "FINISHED") & runs["params"].map(bool)].drop_duplicates("fingerprint")
-    most = [float(params.get("train.epochs", "nan")) for params in ended["params"]]
-    count = int((ended["epochs"] >= pd.Series(most, index=ended.index, dtype=float)).sum())
+    most = ended["params"].map(lambda params: float(params.get("train.epochs", NAN)))
+    count = int((ended["epochs"] >= most).sum())
     which = f"{count} of {len(ended)} runs were ended by train.epochs, not by early stopping"
     return [f"{which}: they might have got better."] if count else []
 

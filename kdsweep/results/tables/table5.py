@@ -68,7 +68,7 @@ def make(sweep: Sweep, options: Options) -> Table:
     """Make the table, of the setting with the best cell where a sweep has several."""
     part, scores = table4.best_variant(sweep, table4.numbers(sweep))
     frame = numbers(part, store=options.store, scores=scores)
-    return Table(HEADING, frame, COLUMNS, notes=own_notes(sweep=part, table=frame, scores=scores))
+    return Table(HEADING, frame, COLUMNS, notes=footnotes(part, frame, scores=scores))
 
 
 def numbers(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = REPEATS) -> pd.DataFrame:
@@ -86,25 +86,25 @@ def numbers(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = R
     teacher = "Teacher_WAug" if "Teacher_WAug" in names and "Teacher" not in names else "Teacher"
     best = next(iter(table4.ranked(scores)["notation"]), "")
     scores = scores.set_index("notation")
+    runs = sweep.runs.assign(unfinished=sweep.runs["status"] != "FINISHED")
+    runs = runs.sort_values(["unfinished", *PLACE, "fingerprint"])
     rows: list[dict[str, object]] = []
-    ordered = sweep.runs.assign(unfinished=sweep.runs["status"] != "FINISHED")
-    ordered = ordered.sort_values(["unfinished", *PLACE, "fingerprint"])
     for role, notation in {"teacher": teacher, "student": "Student", "cell": best}.items():
-        runs = ordered[ordered["notation"] == notation]
-        network = network_of(runs, group="teacher" if role == "teacher" else "student")
+        trained = runs[runs["notation"] == notation]
+        network = network_of(trained, group="teacher" if role == "teacher" else "student")
+        cost = costs.measure(network, store=store, repeats=repeats) if network else {}
         row: dict[str, object] = {
             "notation": notation or BEST,
             "kind": BEST if role == "cell" else role,
             "gap": scores["gap"].get(notation, "not run") if notation else "no finished cell",
-            "file_mb": _file_mb(runs, store=store),
+            "image_size": network.image_size if network else pd.NA,
+            "file_mb": _file_mb(trained, store=store),
             "mean_dice_percent": scores["mean_dice_percent"].get(notation, NAN),
             "published_parameters_millions": PAPER_PARAMETERS_MILLIONS[role],
             "published_dice_percent": scores["paper_mean_dice_percent"].get(notation, NAN),
             "source": f"{SOURCE}, text and Table 4",
         }
-        if network:
-            row |= {"image_size": network.image_size, **costs.measure(network, store=store, repeats=repeats)}
-        rows.append(row)
+        rows.append(row | cost)
     for name, published in PUBLISHED.items():
         figures = {f"published_{key}": value for key, value in published._asdict().items()}
         rows.append({"notation": name, "kind": "published", "gap": "", "source": published.source, **figures})
@@ -115,11 +115,11 @@ def numbers(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = R
 def network_of(runs: pd.DataFrame, *, group: str) -> costs.Network | None:
     """Return the network of the first run that records it, preferring a finished one (``runs`` has these first)."""
     keys = [f"{group}.encoder", f"{group}.decoder_channels", "image_size"]
-    recorded = [[params[key] for key in keys] for params in runs["params"] if params.keys() >= set(keys)]
-    if not recorded:
-        return None
-    encoder, channels, size = recorded[0]  # MLflow: strings
-    return costs.Network(encoder, tuple(json.loads(channels)), int(size))
+    for params in runs["params"]:
+        if params.keys() >= set(keys):
+            encoder, channels, size = (params[key] for key in keys)  # MLflow: strings
+            return costs.Network(encoder, tuple(json.loads(channels)), int(size))
+    return None
 
 
 def _file_mb(runs: pd.DataFrame, *, store: Path) -> float:
@@ -131,7 +131,7 @@ def _file_mb(runs: pd.DataFrame, *, store: Path) -> float:
     return NAN
 
 
-def own_notes(*, sweep: Sweep, table: pd.DataFrame, scores: pd.DataFrame, repeats: int = REPEATS) -> list[str]:
+def footnotes(sweep: Sweep, table: pd.DataFrame, *, scores: pd.DataFrame, repeats: int = REPEATS) -> list[str]:
     """Return the notes on conditions, choice of the best cell, gaps, sources of published numbers."""
     profile, data = ("".join(known_values(sweep.runs, key)) or DASH for key in ("profile", "data"))
     sizes = " and ".join(f"{size} x {size}" for size in sorted(set(table["image_size"].dropna())))
@@ -146,10 +146,9 @@ def own_notes(*, sweep: Sweep, table: pd.DataFrame, scores: pd.DataFrame, repeat
     lines += [notes.QUICK] if profile == "quick" else []
     if cells := len(table4.ranked(scores)):
         lines.append(f"Best cell: chosen of {cells} finished ones by its mean DSC on the validation images.")
-    missing = [f"{name} ({gap})" for name, gap in zip(table["notation"], table["gap"], strict=True) if gap]
-    lines += [f"Gaps: {'; '.join(missing)}."] if missing else []
-    lines.append(
+    return [
+        *lines,
+        *notes.gaps(table),
         f"Published: {SOURCE} (Teacher: about 96 M; the rows of others as its Table 5 quotes them; one Titan Xp) and "
-        f"{DUAL_TEACHER}. Other networks, hardware, data and splits; FLOPs are not MACs; without latency."
-    )
-    return lines
+        f"{DUAL_TEACHER}. Other networks, hardware, data and splits; FLOPs are not MACs; without latency.",
+    ]

@@ -13,15 +13,14 @@ from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError
 from kdsweep.core.progress import duration
 from kdsweep.results import notes
-from kdsweep.results.formats import DASH, ONE_SEED, number, on_methods, or_gap, points
+from kdsweep.results.formats import DASH, number, on_methods, or_gap, points
 from kdsweep.results.frame import Scores
-from kdsweep.results.stats import NAN, adjusted, compare, pair, unknown
-from kdsweep.results.table import MODEL, Column, Options, Table, brief, differences
+from kdsweep.results.stats import NAN, adjusted, compare, pair
+from kdsweep.results.table import MODEL, Column, Options, Table, differences
 from kdsweep.store import sweep_file
 
 if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
-
 
 HEADING = "Tuned. Each method as configured and as chosen, with equal budgets"
 
@@ -45,20 +44,19 @@ def make(sweep: Sweep, options: Options) -> Table:
     """Make the table."""
     tuning = read(sweep, store=options.store, uri=options.uri)
     frame = numbers(tuning, test=options.test)
-    below = [*notes.provenance(tuning.chosen), *own_notes(tuning=tuning, table=frame, test=options.test)]
+    below = [*notes.provenance(tuning.chosen), *footnotes(tuning, frame, test=options.test)]
     return Table(HEADING, frame.assign(test=options.test), columns(frame), sentences(frame), below)
 
 
 def columns(frame: pd.DataFrame) -> list[Column]:
     """Return the columns."""
     equal = duration(frame["equal_seconds"].iloc[0])
+    change = Column(("difference_points", "gap"), "Difference, points", or_gap(points))
     return [
         MODEL,
         Column("configured_dice_percent", "DSC % as configured", number, narrow=True),
         Column("chosen_dice_percent", "DSC % tuned", number, narrow=True),
-        *brief("", "points (95 % interval)"),
-        Column(("difference_points", "gap"), "Difference, points", or_gap(points)),
-        *differences(),
+        *differences(change, brief="points (95 % interval)"),
         Column("chosen", "Chosen", lambda chosen: chosen or DASH),
         Column("trials", "Trials", partial(number, form="d")),
         Column("pruned", "pruned %", lambda share: number(100 * share, ".0f")),
@@ -84,7 +82,7 @@ def read(sweep: Sweep, *, store: Path, uri: str | None) -> Tuning:
     try:
         second = read_sweep(store=store, uri=uri, name=other)
     except InputError as error:
-        raise InputError(f"{error}; the same command goes on with the tuning") from error
+        raise InputError(f"{error}; the same command resumes the tuning") from error
     configured, chosen = (second, sweep) if sweep.name != name else (sweep, second)
     return Tuning(configured, chosen, read_trials(read_studies(store, name)))
 
@@ -99,29 +97,34 @@ def numbers(tuning: Tuning, *, test: str = "ttest") -> pd.DataFrame:
         val_dice_percent (of the chosen trial) and equal_dice_percent (best validation Dice of the trials up to
         equal_seconds, when the cheapest method has ended), means over splits.
     """
-    sides = {"configured": Scores.of(tuning.configured), "chosen": Scores.of(tuning.chosen)}
-    names = sides["configured"].notations
-    why = {name: scores.gaps(names) for name, scores in sides.items()}
+    configured, chosen = Scores.of(tuning.configured), Scores.of(tuning.chosen)
+    names = configured.notations
+    gaps, chosen_gaps = configured.gaps(names), chosen.gaps(names)
     progress = best_by_seconds(tuning.trials)
     equal_s = equal_seconds(progress)
     rows = []
-    for notation in names:
-        before, after = (scores.images[scores.images["notation"] == notation] for scores in sides.values())
-        gap = why["configured"][notation] or why["chosen"][notation]
-        row: dict[str, object] = {"notation": notation}
-        for name, part in (("configured", before), ("chosen", after)):
-            row[f"{name}_dice_percent"] = NAN if gap else 100 * part.groupby(["split", "image"])["dice"].mean().mean()
-        if gap:
-            measured = unknown(gap=gap)
-        elif set(before["fingerprint"]) == set(after["fingerprint"]):  # the same networks: there is nothing to test
-            measured = unknown(gap="") | {"difference_points": 0.0, "n_images": before["image"].nunique()}
-        else:
-            measured = {"gap": ""} | compare(pair(ours=after, baseline=before), test=test)
-        own = tuning.trials[tuning.trials["notation"] == notation]
-        reached = progress[progress["notation"] == notation]
-        rows.append({**row, **measured, **_tried(own), **_at(reached, seconds=equal_s)})
-    table = adjusted(pd.DataFrame(rows), family=pd.Series("methods", index=range(len(rows))))
+    for name in names:
+        sides = [scores.images[scores.images["notation"] == name] for scores in (configured, chosen)]
+        trials, reached = (table[table["notation"] == name] for table in (tuning.trials, progress))
+        compared = _compared(*sides, gap=gaps[name] or chosen_gaps[name], test=test)
+        rows.append({"notation": name, **compared, **_tried(trials), **_at(reached, seconds=equal_s)})
+    table = pd.DataFrame(rows)
+    table = adjusted(table, family=pd.Series("methods", index=table.index))
     return table.assign(equal_seconds=equal_s).astype({"n_images": "Int64", "trials": "Int64"})
+
+
+def _compared(before: pd.DataFrame, after: pd.DataFrame, *, gap: str, test: str) -> dict[str, object]:
+    """Return Dice (%) of both sides and their difference; networks that are the same are not tested."""
+    is_same = set(before["fingerprint"]) == set(after["fingerprint"])
+    pairs = pd.DataFrame() if gap or is_same else pair(ours=after, baseline=before)
+    row = {
+        f"{side}_dice_percent": NAN if gap else 100 * images.groupby(["split", "image"])["dice"].mean().mean()
+        for side, images in (("configured", before), ("chosen", after))
+    }
+    compared = row | {"gap": gap} | compare(pairs, test=test)
+    if is_same and not gap:
+        compared |= {"difference_points": 0.0, "n_images": before["image"].nunique()}
+    return compared
 
 
 def _tried(trials: pd.DataFrame) -> dict[str, object]:
@@ -133,13 +136,12 @@ def _tried(trials: pd.DataFrame) -> dict[str, object]:
         f"split {split}: {'as configured' if number == 0 else variant_label(_rounded(params))}"
         for split, number, params in zip(best["split"], best["number"], best["params"], strict=True)
     ]
-    seconds = trials["seconds"].map(sum).groupby(trials["split"]).sum()
     return {
         "chosen": "; ".join(settings),
         "trials": len(trials),
         "pruned": (trials["state"] == "PRUNED").mean(),
         "failed": (trials["state"] == "FAIL").mean(),
-        "seconds": seconds.mean(),
+        "seconds": trials["seconds"].map(sum).groupby(trials["split"]).sum().mean(),
         "val_dice_percent": 100 * best["value"].mean(),
     }
 
@@ -157,22 +159,18 @@ def _at(reached: pd.DataFrame, *, seconds: float) -> dict[str, float]:
 def best_by_seconds(trials: pd.DataFrame) -> pd.DataFrame:
     """Return how good a method's trials became as they were trained.
 
-    The trials of a round advance side by side, epoch by epoch; their seconds add up, each with its Teacher's forwards
+    The trials of a round advance together, epoch by epoch; their seconds add up, each with its Teacher's forwards
     as if it had been alone, so that the count does not depend on which others shared them.
 
     Returns:
         A row per method, split, round and epoch: notation, split, seconds (so far), best_dice (so far, a fraction).
     """
-    rows = []
-    for (notation, split), own in trials.groupby(["notation", "split"]):
-        spent_s, best = 0.0, 0.0
-        for _, part in own.groupby("round"):
-            for epoch in range(part["dice"].map(len).max()):
-                here = part[part["dice"].map(len) > epoch]
-                spent_s += sum(seconds[epoch] for seconds in here["seconds"])
-                best = max([best, *(dice[epoch] for dice in here["dice"])])
-                rows.append({"notation": notation, "split": split, "seconds": spent_s, "best_dice": best})
-    return pd.DataFrame(rows, columns=["notation", "split", "seconds", "best_dice"])
+    place = ["notation", "split"]
+    epochs = trials[[*place, "round", "seconds", "dice"]].reset_index(drop=True).explode(["seconds", "dice"]).dropna()
+    epochs = epochs.assign(epoch=epochs.groupby(level=0).cumcount()).astype({"seconds": float, "dice": float})
+    rows = epochs.groupby([*place, "round", "epoch"], as_index=False).agg({"seconds": "sum", "dice": "max"})
+    so_far = rows.groupby(place)
+    return rows[place].assign(seconds=so_far["seconds"].cumsum(), best_dice=so_far["dice"].cummax())
 
 
 def equal_seconds(progress: pd.DataFrame) -> float:
@@ -182,27 +180,24 @@ def equal_seconds(progress: pd.DataFrame) -> float:
 
 def sentences(table: pd.DataFrame) -> list[str]:
     """Return what the table supports: of each method whether tuning is shown to change it, and the order at the end."""
-    known = table[table["p_methods_holm"].notna()]
-    told = [on_methods(row, f"{row['notation']} tuned") for _, row in known.iterrows()]
-    told = told or [f"Whether tuning changes a method beyond these networks: {ONE_SEED}."]
-    known = table.dropna(subset="equal_dice_percent")
-    if known.empty:
-        return told
-    first = known.sort_values("equal_dice_percent", ascending=False).iloc[0]
-    seconds = duration(first["equal_seconds"])
-    best = f"{first['notation']} has the best validation Dice ({first['equal_dice_percent']:.2f} %)"
-    return [*told, f"With {seconds} of training for the trials of each method on a split, {best}; this is no test."]
+    tested = table[table["p_methods_holm"].notna()]
+    lines = [f"These methods: {on_methods(tested, tested['notation'] + ' tuned')}."]
+    for _, first in table.dropna(subset="equal_dice_percent").nlargest(1, "equal_dice_percent").iterrows():
+        seconds = duration(first["equal_seconds"])
+        best = f"{first['notation']} has the best validation Dice ({first['equal_dice_percent']:.2f} %)"
+        lines.append(f"With {seconds} of training for the trials of each method on a split, {best}; this is no test.")
+    return lines
 
 
-def own_notes(*, tuning: Tuning, table: pd.DataFrame, test: str) -> list[str]:
-    """Return the footnotes of the table."""
+def footnotes(tuning: Tuning, table: pd.DataFrame, *, test: str) -> list[str]:
+    """Return the notes on trials, Teachers, seconds and comparisons."""
     trials = tuning.trials
     counts = trials.groupby(["notation", "split"]).size()
     each = f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
     failed = int((trials["state"] == "FAIL").sum())
     same = bool((table["p"].isna() & (table["difference_points"] == 0)).any())
     return [
-        f"{each} trials of each method on each split, chosen by validation Dice alone; the chosen settings were then "
+        f"Trials: {each} of each method on each split, chosen by validation Dice alone; the chosen settings were then "
         "trained with each seed and tested once. As configured: the same, without a choice.",
         "Distilled Students as configured learn from the Teacher as configured, tuned ones from the tuned Teacher.",
         "Training: seconds of all trials of a split, each with its Teacher's forwards as if it had been alone.",
