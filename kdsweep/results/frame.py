@@ -28,17 +28,11 @@ PAPER_RATIO = 0.20 / 0.64  # test images per training image
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a sweep without further keys, or of one setting of a sweep that varies some.
+    """The scores of a sweep without further keys, or of one setting of a sweep that varies some."""
 
-    Attributes:
-        sweep: the runs and scores as recorded.
-        runs: as ``placed_runs`` returns them.
-        images: a row per finished run and test image, as ``scored_images`` returns them.
-    """
-
-    sweep: Sweep
-    runs: pd.DataFrame
-    images: pd.DataFrame
+    sweep: Sweep  # the runs and scores as recorded
+    runs: pd.DataFrame  # as ``placed_runs`` returns them
+    images: pd.DataFrame  # a row per finished run and test image, as ``scored_images`` returns them
 
     @classmethod
     def of(cls, sweep: Sweep) -> Scores:
@@ -221,7 +215,7 @@ def gaps(*, runs: pd.DataFrame, scored: pd.DataFrame, notations: list[str]) -> d
 def _gap(runs: pd.DataFrame, *, requested: pd.DataFrame) -> str:
     if runs.empty:
         return NOT_RUN
-    absent = "not trained" if (runs["role"] == "teacher").all() else "not asked"
+    absent = "not trained" if (runs["role"] == "teacher").all() else "not requested"
     states = requested.merge(runs[[*PLACE, "status"]].drop_duplicates(), how="left").fillna({"status": absent})
     by_state = states[states["status"] != "finished"].groupby("status")["name"]
     return "; ".join(f"{state}: split {', '.join(names)}" for state, names in by_state)

@@ -49,8 +49,8 @@ def refuse_mixing(sweep: Sweep) -> None:
             raise InputError(f"{mixes} splits ({' and '.join(protocols)}): {REMEDY}")
     if not sweep.varied:  # else each value's runs are checked as a part
         _refuse_several(_digests(sweep.runs, "data_digest"), what=f"{mixes} different images of one name: digests")
-        for notation, runs in sweep.runs.groupby("notation"):  # a user's loss is in its own cells alone
-            what = f"{mixes} two states of your own code in {notation}: digests"
+        for notation, runs in sweep.runs.groupby("notation"):  # a user's loss is in the cells that it names
+            what = f"{mixes} two states of your code in {notation}: digests"
             _refuse_several(_digests(runs, "user_code"), what=what)
     if mixed := _mixed_params(sweep.runs, except_for=sweep.varied + sweep.tuned):
         raise InputError(f"{mixes} {', '.join(mixed[:3])}: {REMEDY}")

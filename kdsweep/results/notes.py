@@ -61,7 +61,7 @@ def provenance(sweep: Sweep) -> list[str]:
     if profile == "quick":
         notes.append(QUICK)
     elif other := departures(runs):
-        notes.append(f"A study of its own, not the paper's protocol: {', '.join(other)}.")
+        notes.append(f"Not the protocol of the paper: {', '.join(other)}.")
     if "trivial_dice" in finished and finished["trivial_dice"].notna().any():
         everywhere = finished.drop_duplicates(PLACE)["trivial_dice"].mean()
         notes.append(f"For comparison: lesion predicted everywhere scores {100 * everywhere:.2f} on these images.")

@@ -92,16 +92,6 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _content(file: Path) -> dict[str, Any]:
-    """Return what ``write`` has put into a file, of which a browser may have undone the compression."""
-    with reading(f"--published {file}", what=WHAT, remedy=REMEDY):
-        packed = file.read_bytes()
-        content: dict[str, Any] = json.loads(gzip.decompress(packed) if packed.startswith(GZIP) else packed)
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}")
-        return content
-
-
 def _joined(parts: list[dict[str, Any]], files: Sequence[Path]) -> Sweep:
     """Return the contents of files as one sweep."""
     names = {part["name"]: file for part, file in zip(parts, files, strict=True)}
@@ -116,6 +106,16 @@ def _joined(parts: list[dict[str, Any]], files: Sequence[Path]) -> Sweep:
     scores, external = (_table([part[name] for part in parts]) for name in TABLES)
     varied, commands, tuned = (tuple(dict.fromkeys(values)) for values in keys)
     return Sweep(parts[0]["name"], runs, scores, varied, commands, tuned=tuned, external=external)
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """Return what ``write`` has put into a file, of which a browser may have undone the compression."""
+    with reading(f"--published {file}", what=WHAT, remedy=REMEDY):
+        packed = file.read_bytes()
+        content: dict[str, Any] = json.loads(gzip.decompress(packed) if packed.startswith(GZIP) else packed)
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}")
+        return content
 
 
 def _table(parts: list[str]) -> pd.DataFrame:

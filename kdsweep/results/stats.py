@@ -188,18 +188,11 @@ def _resamples(count: int) -> list[np.ndarray]:
 
 
 class Components(NamedTuple):
-    """Parts of the variance of a mean difference; NaN with one seed.
+    """Parts of the variance of a mean difference; NaN with one seed."""
 
-    Attributes:
-        images: of the mean over seeds, as for these networks.
-        runs: of the means of the trainings of one split, images in common; one degree of freedom per training, less
-            one per split.
-        noise: the variance (points squared) that is each image's noise in each training, in ``images`` and ``runs``.
-    """
-
-    images: Spread = Spread()
-    runs: Spread = Spread()
-    noise: float = NAN
+    images: Spread = Spread()  # of the mean over seeds, as for these networks
+    runs: Spread = Spread()  # of the means of the trainings of one split, images in common
+    noise: float = NAN  # points squared: each image's noise in each training, which is in images and in runs
 
     def spread(self) -> Spread:
         """Return the spread of the mean, trainings and images both random; freedom by Satterthwaite.

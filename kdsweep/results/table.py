@@ -36,40 +36,24 @@ HTML = jinja2.Environment(autoescape=True, trim_blocks=True).from_string("""\
 
 @dataclass(frozen=True)
 class Options:
-    """The user's choices for tables.
+    """The user's choices for tables."""
 
-    Attributes:
-        store: folder of the runs.
-        test: of ``stats.TESTS``.
-        uri: of the MLflow server or database, or None for the file in the store.
-        margin_points: of non-inferiority; None for the sweep's.
-    """
-
-    store: Path
-    test: str = "ttest"
-    uri: str | None = None
-    margin_points: float | None = None
+    store: Path  # folder of the runs
+    test: str = "ttest"  # of ``stats.TESTS``
+    uri: str | None = None  # of the MLflow server or database; None for the file in the store
+    margin_points: float | None = None  # of non-inferiority; None for the sweep's
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of strings.
+    """A column of strings."""
 
-    Attributes:
-        key: column of the frame, or several; a frame without them has no such column.
-        heading: of the column.
-        format: makes the string of the values of key.
-        narrow: whether it is in the narrow view, on the screen.
-        full: whether it is in the files and the full view.
-        needs: column of the frame; if that has no value, this column is left out.
-    """
-
-    key: str | tuple[str, ...]
+    key: str | tuple[str, ...]  # column of the frame, or several; a frame without them has no such column
     heading: str
-    format: Callable[..., str] = str
-    narrow: bool = False
-    full: bool = True
-    needs: str = ""
+    format: Callable[..., str] = str  # makes the string of the values of key
+    narrow: bool = False  # whether it is in the narrow view, on the screen
+    full: bool = True  # whether it is in the files and the full view
+    needs: str = ""  # column of the frame; if that has no value, this column is left out
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -133,23 +117,14 @@ def p_values(prefix: str, *, of: str = "") -> list[Column]:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table."""
 
-    Attributes:
-        heading: such as ``Table 3. The distillation experiments``.
-        frame: the numbers; a column gap with the reason why a row has none.
-        columns: of strings.
-        lead: sentences on what the numbers support.
-        notes: what the numbers are; each begins with its subject and a colon.
-        best: the row that is marked, as a position, or None.
-    """
-
-    heading: str
-    frame: pd.DataFrame
+    heading: str  # such as ``Table 3. The distillation experiments``
+    frame: pd.DataFrame  # the numbers; a column gap with the reason why a row has none
     columns: Sequence[Column]
-    lead: Sequence[str] = ()
-    notes: Sequence[str] = ()
-    best: int | None = None
+    lead: Sequence[str] = ()  # sentences on what the numbers support
+    notes: Sequence[str] = ()  # what the numbers are; each begins with its subject and a colon
+    best: int | None = None  # the position of the row that is marked
 
     def shown(self, *, narrow: bool = False) -> list[Column]:
         """Return the columns of the full or the narrow view."""
@@ -172,13 +147,9 @@ class Table:
         return "\n".join([*lines, *below, r"\end{table}", ""])
 
     def screen(self, title: str, *, width: int, wide: bool = False, last: Sequence[str] = ()) -> str:
-        """Return title, table, sentences and last lines for a terminal.
+        """Return title, table, sentences and last lines for a terminal of this many characters a line.
 
-        Args:
-            title: above the table.
-            width: of the terminal in characters; the narrow view and all sentences keep to it.
-            wide: the full view, as wide as it is.
-            last: lines below the sentences.
+        The narrow view and all sentences keep to its width; the full view (``wide``) is as wide as it is.
         """
         columns = self.shown(narrow=not wide)
         names, cells = [column.heading for column in columns], [column.strings(self.frame) for column in columns]
@@ -209,22 +180,19 @@ class Table:
         """Return a table element; the best row has the class best, cells of numbers their exact value as data-value."""
         columns = self.shown()
         named = next((column for column in columns if column.heading in ("Model", "Notation", "Effect")), columns[0])
-        cells = [self._names(column) if column is named else self._values(column) for column in columns]
+        cells = [self._html_cells(column, tag="th" if column is named else "td") for column in columns]
         heads = [(column.heading, "number" if column.is_numeric(self.frame) else None) for column in columns]
         return HTML.render(caption=self.heading, heads=heads, rows=zip(*cells, strict=True), best=self.best)
 
-    def _names(self, column: Column) -> list[tuple[str, dict[str, Any], str]]:
-        return [("th", {"scope": "row"}, string) for string in column.strings(self.frame)]
-
-    def _values(self, column: Column) -> list[tuple[str, dict[str, Any], str]]:
+    def _html_cells(self, column: Column, *, tag: str) -> list[tuple[str, dict[str, Any], str]]:
         """Return tag, attributes and text of each cell; of several numbers in a cell the value is the first."""
         strings, values = column.strings(self.frame), self.frame[column.keys[0]]
-        if not column.is_numeric(self.frame):
-            return [("td", {}, string) for string in strings]
+        if tag == "th" or not column.is_numeric(self.frame):
+            return [(tag, {"scope": "row" if tag == "th" else None}, string) for string in strings]
         kinds = ["number long" if len(string) > LONG else "number" for string in strings]
         exact = [None if pd.isna(value) else value for value in values]
         attributes = [{"class": kind, "data-value": value} for kind, value in zip(kinds, exact, strict=True)]
-        return [("td", *each) for each in zip(attributes, strings, strict=True)]
+        return [(tag, *each) for each in zip(attributes, strings, strict=True)]
 
 
 def _tex(string: str) -> str:

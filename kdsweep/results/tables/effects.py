@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -32,32 +32,20 @@ COLUMNS = [
 ]
 
 
-class Contrast(NamedTuple):
-    """One level of a factor against another; positive where plus has the higher Dice."""
-
-    factor: str
-    plus: str
-    minus: str
-
-    def sign(self, levels: tuple[str, ...]) -> int:
-        """Return +1 for a cell at the level plus, -1 at minus, 0 at another level of the factor."""
-        return (self.plus in levels) - (self.minus in levels)
-
-
+Contrast = tuple[str, str, str]  # factor, its level that counts as plus, the one that counts as minus
 Effect = tuple[Contrast, ...]  # one contrast: a main effect; two of different factors: an interaction
-
-CONTRASTS = (
-    Contrast("path", plus="H", minus="L"),
-    Contrast("path", plus="HReg", minus="L"),
-    Contrast("path", plus="HReg", minus="H"),
-    Contrast("loss", plus="KLD", minus="MSE"),
-    Contrast("teacher augmentation", plus="weak", minus="strong"),
-)
-FACTORS = tuple(dict.fromkeys(contrast.factor for contrast in CONTRASTS))
+CONTRASTS: list[Contrast] = [
+    ("path", "H", "L"),
+    ("path", "HReg", "L"),
+    ("path", "HReg", "H"),
+    ("loss", "KLD", "MSE"),
+    ("teacher augmentation", "weak", "strong"),
+]
+FACTORS = tuple(dict.fromkeys(factor for factor, _, _ in CONTRASTS))
 MAIN: list[Effect] = [(contrast,) for contrast in CONTRASTS]
 INTERACTIONS: list[Effect] = sorted(
-    ((one, other) for one, other in combinations(CONTRASTS, 2) if one.factor != other.factor),
-    key=lambda effect: [contrast.factor for contrast in effect],
+    ((one, other) for one, other in combinations(CONTRASTS, 2) if one[0] != other[0]),
+    key=lambda effect: [factor for factor, _, _ in effect],
 )
 
 
@@ -109,8 +97,10 @@ def _dice_of_cells(images: pd.DataFrame) -> pd.DataFrame:
 
 
 def _row(effect: Effect, *, dice: pd.DataFrame, why: dict[str, str], test: str) -> dict[str, object]:
-    signs = pd.Series({cell: prod(contrast.sign(levels) for contrast in effect) for cell, levels in LEVELS.items()})
-    names = [f"{contrast.plus} - {contrast.minus}" for contrast in effect]
+    signs = pd.Series(
+        {cell: prod((plus in at) - (minus in at) for _, plus, minus in effect) for cell, at in LEVELS.items()}
+    )
+    names = [f"{plus} - {minus}" for _, plus, minus in effect]
     reasons = pd.Series(why)[signs != 0].loc[lambda reason: reason != ""]
     needs = "; ".join(f"{_some(list(part.index))} ({gap})" for gap, part in reasons.groupby(reasons, sort=False))
     rows = pd.DataFrame()
@@ -120,7 +110,7 @@ def _row(effect: Effect, *, dice: pd.DataFrame, why: dict[str, str], test: str) 
     return {
         "effect": names[0] if len(names) == 1 else " x ".join(f"({name})" for name in names),
         "kind": "main" if len(names) == 1 else "interaction",
-        "factor": " x ".join(contrast.factor for contrast in effect),
+        "factor": " x ".join(factor for factor, _, _ in effect),
         **compare(rows, test=test),
         "gap": f"needs {needs}" if needs else "",
     }

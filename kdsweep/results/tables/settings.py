@@ -31,11 +31,8 @@ COLUMNS = [
 
 
 def applies(sweep: Sweep, store: Path) -> bool:
-    """Return whether a sweep varies further keys and mixes no options."""
-    try:
-        return len(variants(sweep)) > 1
-    except InputError:  # mixed: each table says so
-        return False
+    """Return whether a sweep varies further keys."""
+    return bool(sweep.varied)
 
 
 def make(sweep: Sweep, options: Options) -> Table:
