@@ -185,7 +185,8 @@ def sentences(table: pd.DataFrame) -> list[str]:
     for _, first in table.dropna(subset="equal_dice_percent").nlargest(1, "equal_dice_percent").iterrows():
         seconds = duration(first["equal_seconds"])
         best = f"{first['notation']} has the best validation Dice ({first['equal_dice_percent']:.2f} %)"
-        lines.append(f"With {seconds} of training for the trials of each method on a split, {best}; this is not a test.")
+        each = f"With {seconds} of training for the trials of each method on a split"
+        lines.append(f"{each}, {best}; this is not a test.")
     return lines
 
 
