@@ -129,9 +129,9 @@ def _compared(
     none = complete.iloc[:0]
     ours, student = of.get(notation, none), of.get("Student", none)
     teacher = of.get("Teacher", none) if notation == "Student" else scores.of_teachers(ours)  # none for a Teacher
-    to_student = compare(pair(ours=ours, baseline=none if notation == "Student" else student), test=test)
     pairs = pair(ours=ours, baseline=teacher)
     to_teacher = compare(pairs, test=test) | non_inferiority(pairs, margin_points=margin_points)
+    to_student = compare(pair(ours=ours, baseline=none if notation == "Student" else student), test=test)
     del to_student["n_images"], to_teacher["n_images"]
     dice = 100 * ours.groupby(["split", "image"])["dice"].mean()  # of the seeds: not more images than there are
     return {
