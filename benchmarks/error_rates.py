@@ -44,7 +44,7 @@ def draw(
             truths.append(of_split + rng.normal(0, run_sd))
             points = kept[tested] + truths[-1] + rng.normal(0, TOTAL_SD * np.sqrt(1 - icc), TESTED)
             place = {"split": split, "seed": seed, "test_to_train": 0.20 / 0.64}
-            parts.append(pd.DataFrame(place | {"image": tested, "points": points}))
+            parts.append(pd.DataFrame(place | {"image": tested, "group": tested, "points": points}))
     return pd.concat(parts, ignore_index=True), float(np.mean(truths))
 
 
