@@ -25,14 +25,12 @@ WORDS = {
 }
 # Modules that still have such names; a line goes when its names go.
 LEFT = {
-    "config/schema.py",
     *("export/onnx_file.py", "export/quantize.py"),
     *(
         f"results/{name}.py"
         for name in ("audit", "frame", "mixing", "notes", "published", "report", "stats", "summary")
     ),
     *(f"results/tables/{name}.py" for name in ("capacity", "effects", "strata", "table4", "table5", "tuned")),
-    *("sweep/executors/slurm.py", "sweep/rehearsal.py", "sweep/status.py", "tuning/tune.py"),
 }
 
 

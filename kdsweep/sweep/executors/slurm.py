@@ -88,7 +88,7 @@ class Slurm(Executor):
         self._jobs: dict[Results, submitit.Job[Any]] = {}
         self._ahead: dict[Path, Task] = {}  # by folder what an earlier command submitted
         self._misses: dict[str, int] = {}
-        self._asked_s = -math.inf
+        self._queried_s = -math.inf
 
     def check(self, jobs: Sequence[Job]) -> None:
         """See ``Executor``: MLflow must be a server, and SLURM and submitit must be here."""
@@ -142,12 +142,12 @@ class Slurm(Executor):
                     future.set_result(job.result())
                 except Exception as error:  # of submitit itself: out of time too often, a module that is missing
                     future.set_exception(CellError(f"job {job.job_id}: {_last_line(error)}; log: {job.paths.stderr}"))
-        if time.monotonic() - self._asked_s >= (ASK_EVERY_S if self.cluster == "slurm" else 0.0):
+        if time.monotonic() - self._queried_s >= (ASK_EVERY_S if self.cluster == "slurm" else 0.0):
             self._ask()
 
     def _ask(self) -> None:
         """Ask squeue which jobs have ended without a result."""
-        self._asked_s = time.monotonic()
+        self._queried_s = time.monotonic()
         job_ids = {*(job.job_id for job in self._jobs.values()), *(job_id for job_id, _ in self._ahead.values())}
         try:
             current = states(job_ids, cluster=self.cluster)
