@@ -63,7 +63,7 @@ def train() -> int:
     signals.install()
     logging.raiseExceptions = False  # "kdsweep ... | head" must not turn each later line into a traceback
     os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0"))
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them its own way
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand exceptions on instead of printing them
     try:
         arguments = ["hydra.launcher.plan=true" if argument == "--plan" else argument for argument in sys.argv[1:]]
         options, typed = overrides.divide(arguments)

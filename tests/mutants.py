@@ -1009,8 +1009,8 @@ MUTANTS = [
     Mutant(
         "study: published scores name folders",
         "core/files.py",
-        'return COMPLETE_PATH.sub(r"\\1", value) if isinstance(value, str) else value',
-        "return value",
+        'else COMPLETE_PATH.sub(r"\\1", value)',
+        "else value",
         "tests/results/test_published.py",
     ),
     Mutant(

@@ -1,6 +1,8 @@
 """Every subcommand with every wrong input: one line that names it, by the boundary in ``core.errors``."""
 
+import base64
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -224,14 +226,16 @@ def python(
 
 
 @pytest.mark.slow
-def test_no_command_opens_a_connection_that_its_user_did_not_ask_for(folder) -> None:
+def test_no_command_opens_a_connection_unasked_and_no_page_names_the_machine(folder) -> None:
     record = folder / "connections"
     site = OFFLINE.format(record=str(record))
     python("-c", "import urllib.request as u; u.urlopen('http://example.org')", cwd=folder, site=site)
     assert record.read_text() == "example.org\n", "the guard must see a connection"
     record.unlink()
     without = ("NO_ALBUMENTATIONS_UPDATE", "MLFLOW_DISABLE_TELEMETRY", "HF_HUB_OFFLINE")
-    done = python("-m", "kdsweep", "-m", "seed=0", *TRAINING, cwd=folder, site=site, without=without)
+    store = f"store={folder / 'multirun'}"
+    words = ("-m", "kdsweep", "-m", "seed=0", store, *TRAINING)
+    done = python(*words, cwd=folder, site=site, without=without, USER="jane-doe")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [
         "status",
@@ -245,9 +249,16 @@ def test_no_command_opens_a_connection_that_its_user_did_not_ask_for(folder) -> 
         "score data=phantom data.count=6 data.source.seed=9",
     ]
     code = SUBCOMMANDS.format(lines=lines)
-    done = python("-c", code, cwd=folder, site=site, without=without)
+    done = python("-c", code, cwd=folder, site=site, without=without, USER="jane-doe")
     assert done.returncode == 0, done.stdout + done.stderr
     assert not record.exists(), record.read_text()
+    (page,) = (folder / "multirun" / "reports").glob("*.html")
+    shown = page.read_text(encoding="utf-8")
+    pictures = [base64.b64decode(text).decode() for text in re.findall(r"svg\+xml;base64,([^\"]+)", shown)]
+    records = [json.loads(file.read_text())["params"] for file in folder.glob("multirun/*/*/cell.json")]
+    for text in (shown, *pictures, str(records)):
+        for private in (str(folder), str(Path.home()) + "/", "jane-doe"):
+            assert private not in text, private
 
 
 NAMES = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -213,10 +214,10 @@ class SplitNode(Node):
             "paper": "the paper's random splits",
             "holdout": "held out at random",
             "kfold": f"{self.folds} folds",
-            "file": f"as {self.file} lists them",
+            "file": f"as {Path(str(self.file)).name} lists them",
         }[self.protocol]
         leakage = ", although groups are on both sides (split.allow_leakage)" if self.allow_leakage else ""
-        return f"{drawn}, {f'by group ({self.group})' if self.group else 'by image'}{leakage}"
+        return f"{drawn}, {f'by group ({Path(self.group).name})' if self.group else 'by image'}{leakage}"
 
 
 class DataNode(Node, extra="allow"):

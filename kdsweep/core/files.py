@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 from kdsweep.core.errors import InputError, one_line
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-COMPLETE_PATH = re.compile(r"(?<![^\s='\"(])[/~](?:[^/\s]*/)*([^/\s]+)")  # its last name is the group
+# A path from the root or the home folder inside a text; its last name is the group.
+COMPLETE_PATH = re.compile(r"(?:(?<![^\s='\"(\[])|(?<=file:)|(?<=sqlite:))[/~](?:[^/\s]*/)*([^/\s]+)")
 
 
 @contextlib.contextmanager
@@ -121,10 +122,14 @@ def is_locked(file: Path) -> bool:
 
 
 def without_folders(value: Any) -> Any:
-    """Return plain nested values in whose texts a complete path is its last name alone."""
+    """Return plain nested values in whose texts a complete path is its last name alone: records go to others."""
     if isinstance(value, dict):
         return {key: without_folders(entry) for key, entry in value.items()}
-    return COMPLETE_PATH.sub(r"\1", value) if isinstance(value, str) else value
+    if isinstance(value, list):
+        return [without_folders(entry) for entry in value]
+    if isinstance(value, str):
+        return Path(value).name if value.startswith(("/", "~/")) else COMPLETE_PATH.sub(r"\1", value)
+    return value
 
 
 def private_path(path: Path | None, option: str, *, default: str) -> Path:

@@ -15,7 +15,6 @@ from kdsweep.core.device import Compute, placed, usable_cores
 from kdsweep.core.files import DamagedError, read_json, write_json
 from kdsweep.evaluation import latency
 from kdsweep.evaluation.latency import REPEATS
-from kdsweep.models import unet
 
 FILE = "costs.json"  # in a store
 
@@ -61,6 +60,8 @@ def measure(network: Network, *, store: Path | None = None, repeats: int = REPEA
 
 @cache
 def _measured(network: Network, repeats: int) -> dict[str, float]:
+    from kdsweep.models import unet  # with all encoders: seconds that costs in the store need not wait for
+
     channels, size = list(network.decoder_channels), network.image_size
     built = unet.freeze(unet.unet(encoder=network.encoder, decoder_channels=channels, weights="none", seed=0))
     macs = unet.count_macs(built, image_size=size)

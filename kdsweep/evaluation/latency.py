@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from kdsweep.core.device import Compute, give_back_memory, is_out_of_memory, placed
-from kdsweep.models.unet import UNet
+
+if TYPE_CHECKING:
+    from kdsweep.models.unet import UNet
 
 STEPS, ENOUGH_S = 5, 2.0  # timed steps at most, and seconds after which no further one begins
 WARM_UP_STEPS = {"cpu": 1, "cuda": 3}  # CUDA chooses algorithms and reserves memory in the first ones

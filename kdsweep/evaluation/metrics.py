@@ -92,7 +92,7 @@ def _of_surfaces(
     both = (has_prediction & has_mask).nonzero().flatten()
     if len(both):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # MONAI's own calls use an argument that it deprecates
+            warnings.simplefilter("ignore", FutureWarning)  # MONAI calls itself with an argument that it deprecates
             values[both.numpy()] = measure(prediction[both], mask[both]).flatten().numpy()
     return values
 

@@ -1,4 +1,4 @@
-"""Predictions of whole images by a trained network, and their scores."""
+"""Predictions of complete images by a trained network, and their scores."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from kdsweep.models.unet import UNet
 
 
 def eval_batches(part: EvalPart, compute: Compute) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Yield normalized whole images under both views' names (here they are the same), with their masks."""
+    """Yield normalized complete images under both views' names (here they are the same), with their masks."""
     for images, masks in part.batches(compute.eval_batch):
         ready = normalize(images.to(compute.device))
         yield {"strong": ready, "weak": ready}, masks.to(compute.device)
 
 
 def predict(network: UNet, part: EvalPart, *, compute: Compute) -> Tensor:
-    """Return predictions (N, 1, H, W) bool of whole images on the CPU: probability above 0.5."""
+    """Return predictions (N, 1, H, W) bool of complete images on the CPU: probability above 0.5."""
     network.eval()
     with torch.no_grad(), compute.autocast():
         return torch.cat([(network(views["strong"]).logits > 0).cpu() for views, _ in eval_batches(part, compute)])
@@ -33,7 +33,7 @@ def predict(network: UNet, part: EvalPart, *, compute: Compute) -> Tensor:
 def score(predictions: Tensor, part: EvalPart, *, nsd_tolerance_px: float) -> pd.DataFrame:
     """Return one row per image: image, label, lesion_px (of the ground truth), then the scores of metrics.py.
 
-    Behind the label comes the column group, where groups are known.
+    Behind the label comes the column group, where there are groups.
     """
     scores = metrics.per_image(prediction=predictions, mask=part.masks, nsd_tolerance_px=nsd_tolerance_px)
     about: dict[str, Any] = {"image": part.ids, "label": part.labels}

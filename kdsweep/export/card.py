@@ -1,4 +1,4 @@
-"""The model card beside an exported network: what it is, from what it comes, how well it does, what it is not for.
+"""The model card of an exported network: what it is, from what it comes, how well it does, what it is not for.
 
 After Mitchell et al., Model cards for model reporting, FAT* 2019 (arXiv 1810.03993). All numbers are read from the
 run's folder.
@@ -15,7 +15,6 @@ import pandas as pd
 
 from kdsweep import __version__
 from kdsweep.core.errors import InputError
-from kdsweep.core.files import without_folders
 from kdsweep.export import predict
 from kdsweep.export.model import Model
 from kdsweep.models.unet import count_macs, count_parameters
@@ -59,7 +58,7 @@ def card(model: Model, content: bytes, *, name: str) -> str:
         threshold=predict.THRESHOLD,
         source=SOURCES.get(data, data),
         counts=", ".join(f"{len(ids)} images for {part}" for part, ids in split.items()),
-        protocol=without_folders(record.tags["kdsweep.split_protocol"]),  # a card goes to others
+        protocol=record.tags["kdsweep.split_protocol"],
         data_digest=record.tags["kdsweep.data"][:16],
         weights=WEIGHTS.get(weights, Path(weights).name),
         params=params,

@@ -29,25 +29,15 @@ TAGS = ("notation", "split", "seed", "role", "fingerprint")
 
 @dataclass(frozen=True)
 class Model:
-    """The network of a finished run, and what its folder records about it.
+    """The network of a finished run, and what its folder records about it."""
 
-    Attributes:
-        network: frozen, with the weights that were tested, on the CPU.
-        folder: of the run.
-        params: its flat configuration.
-        tags: of the run, by TAGS.
-        encoder: its name.
-        image_size: S, side in pixels of the images that it takes.
-        precision: ``fp32``, ``tf32`` or ``bf16``, as in its test; on a CPU fp32 stands for tf32.
-    """
-
-    network: UNet
+    network: UNet  # frozen, with the weights that were tested, on the CPU
     folder: Path
-    params: dict[str, Any]
-    tags: dict[str, str]
+    params: dict[str, Any]  # the flat configuration
+    tags: dict[str, str]  # by TAGS
     encoder: str
-    image_size: int
-    precision: str
+    image_size: int  # S, side in pixels of the images that it takes
+    precision: str  # fp32, tf32 or bf16, as in its test; on a CPU fp32 replaces tf32
 
     def __str__(self) -> str:
         """Return the name for messages, such as ``Student split 0 seed 0 (mobilenetv3_small_trimmed, 224 x 224)``."""
@@ -82,10 +72,8 @@ def find_folder(run: str, *, store: Path, uri: str | None) -> Path:
     if not begun:
         raise InputError(f"--run {run}: not in --store {store}")
     if len(finished) > 1:
-        choices = ", ".join(map(str, finished))
-        raise InputError(
-            f"--run {run}: {len(finished)} finished runs have this name; give the folder of one: {choices}"
-        )
+        remedy = f"give the folder of one: {', '.join(map(str, finished))}"
+        raise InputError(f"--run {run}: {len(finished)} finished runs have this name; {remedy}")
     return (finished or begun)[0]
 
 
@@ -150,7 +138,7 @@ def load_model(folder: Path) -> Model:
     network = unet.unet(encoder=encoder, decoder_channels=channels, weights="none", seed=0)
     try:
         checkpoint.load_network(file, network)
-    except Exception as error:  # torch and safetensors have errors of their own
+    except Exception as error:  # torch and safetensors have several kinds
         raise InputError(f"{file}: belongs to another network than {encoder} as this version builds it") from error
     return Model(unet.freeze(network), folder, params, tags, encoder, image_size, precision)
 
@@ -158,14 +146,10 @@ def load_model(folder: Path) -> Model:
 def split_images(
     model: Model, part: str, *, store: Path, data_root: Path | None, count: int | None = None
 ) -> tuple[list[Tensor], Tensor, str]:
-    """Return images of a part of a run's split as they are scored: resized and normalized.
+    """Return images of a part (``train``, ``validation``, ``test``) of a run's split, resized and normalized.
 
-    Args:
-        model: the network of the run.
-        part: ``train``, ``validation`` or ``test``.
-        store: folder of the runs.
-        data_root: folder of the run's images, if they were moved.
-        count: at most so many, evenly chosen; None for all.
+    ``data_root`` is the folder of the run's images, if they were moved; of more than ``count`` images, so many are
+    evenly chosen.
 
     Returns:
         N images (1, 3, S, S), masks (N, 1, S, S) in {0, 1}, and the name of the data set.
@@ -179,7 +163,7 @@ def split_images(
     with tempfile.TemporaryDirectory() as scratch:
         # Phantoms are drawn again where the store has none: another folder stays as it is.
         phantoms = store if (store / "phantoms").is_dir() else Path(scratch)
-        source = run_data.source(model.params, store=phantoms, root=data_root)
+        source = run_data.source(model.params, store=phantoms, root=data_root or cell_folder.data_root(model.folder))
         scored = list(run_data.scored(source, ids, image_size=model.image_size).values())
     masks = torch.from_numpy(np.stack([one.mask for one in scored]))[:, None]
     return [normalize(torch.from_numpy(one.image)[None]) for one in scored], masks, source.name

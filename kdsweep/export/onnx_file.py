@@ -67,7 +67,7 @@ def metadata(model: Model) -> dict[str, str]:
     mean, std = (", ".join(map(str, numbers)) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
     steps = (
         "RGB, a gray image in three equal channels, 16 bit divided by 257",
-        f"resize the whole image to {size} x {size}, aspect ratio not kept: OpenCV INTER_AREA if both sides are at "
+        f"resize the complete image to {size} x {size}, aspect ratio not kept: OpenCV INTER_AREA if both sides are at "
         f"least {size}, else bilinear (INTER_LINEAR); uint8",
         "divide by 255",
         f"subtract the mean ({mean}), divide by the standard deviation ({std})",
@@ -78,7 +78,7 @@ def metadata(model: Model) -> dict[str, str]:
         "encoder": model.encoder,
         "image_size": str(size),
         "preprocessing": "; ".join(steps),
-        "output": "probability of lesion of each pixel; resize bilinearly to the image's own size",
+        "output": "probability of lesion of each pixel; resize bilinearly to the size of the image",
         "threshold": str(predict.THRESHOLD),
     }
     return {f"kdsweep.{key}": value for key, value in about.items()}
@@ -90,7 +90,7 @@ def to_onnx(model: Model) -> bytes:
 
     example = torch.zeros(2, 3, model.image_size, model.image_size)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns about its own parts
+        warnings.simplefilter("ignore")  # the exporter warns about its parts
         program = torch.onnx.export(
             Probabilities(model.network),
             (example,),
@@ -140,8 +140,7 @@ def find_inputs(
     """Return a folder's images, else the run's test images, else phantoms (and print that these are used).
 
     Returns:
-        The images, each (1, 3, S, S) and normalized; masks (N, 1, S, S) in {0, 1} of test images; their name in the
-        printed lines.
+        Normalized images (1, 3, S, S); masks (N, 1, S, S) in {0, 1} of test images; their name in the printed lines.
 
     Raises:
         InputError: a folder that was named does not have the images.
@@ -170,22 +169,22 @@ def phantoms(count: int, *, image_size: int) -> list[Tensor]:
     return [predict.prepare(np.repeat(gray[..., None], 3, axis=2), image_size=image_size) for gray in grays]
 
 
-def largest_difference(found: np.ndarray, network: nn.Module, images: list[Tensor]) -> float:
+def largest_difference(outputs: np.ndarray, network: nn.Module, images: list[Tensor]) -> float:
     """Return the largest difference of probabilities (N, 1, S, S) from PyTorch's on the CPU, infinite if one is NaN."""
     with torch.no_grad():
         expected = np.concatenate([network(one).numpy() for one in images])
-    difference = float(np.abs(found - expected).max())
+    difference = float(np.abs(outputs - expected).max())
     return difference if np.isfinite(difference) else np.inf
 
 
-def compare_dice(model: Model, found: np.ndarray, masks: Tensor) -> str:
+def compare_dice(model: Model, outputs: np.ndarray, masks: Tensor) -> str:
     """Return a sentence: the mean Dice of probabilities (N, 1, S, S) and the one that the run recorded."""
     try:
         recorded = float((read_json(model.folder / cell_folder.FINISHED) or {})["values"]["test/dice"])
     except (DamagedError, KeyError, TypeError) as error:
         file = model.folder / cell_folder.FINISHED
         raise InputError(f"{file} is damaged; the sweep's command tests it again") from error
-    prediction = torch.from_numpy(found > predict.THRESHOLD)
+    prediction = torch.from_numpy(outputs > predict.THRESHOLD)
     dice = float(metrics.overlap(prediction=prediction, mask=masks)["dice"].mean())
     if abs(dice - recorded) <= DICE_TOLERANCE:
         return f"mean Dice {dice:.4f} there, recorded {recorded:.4f}"
@@ -215,14 +214,14 @@ def make(model: Model, *, out: Path, images: list[Tensor], masks: Tensor | None,
     sys.stdout.flush()
     content, network = to_onnx(model), Probabilities(model.network)
     session = open_session(content)
-    found = onnx_probabilities(session, images)
-    difference = largest_difference(found, network, images)
+    outputs = onnx_probabilities(session, images)
+    difference = largest_difference(outputs, network, images)
     if difference > TOLERANCE:
         raise InputError(
             f"--out {out}: not written, probabilities of ONNX Runtime and PyTorch differ by up to {difference:.1e} "
             f"on {where}; allowed are {TOLERANCE:.0e}"
         )
-    scored = "" if masks is None else f"; {compare_dice(model, found, masks)}"
+    scored = "" if masks is None else f"; {compare_dice(model, outputs, masks)}"
     sys.stdout.write(compare_latency(session, network, images[0]) + "\n")
     card_file = out.with_suffix(".md")
     try:

@@ -50,7 +50,7 @@ def list_images(folder: Path) -> tuple[dict[str, Path], int]:
     stems = {file.stem for file in files}
     files = [file for file in files if re.sub(r"_mask(_\d+)?$", "", file.stem) not in stems - {file.stem}]  # BUSI's
     if not files:
-        raise InputError(f"--images {folder}: no images found; expected files ending in {folders.COMMON}")
+        raise InputError(f"--images {folder}: no images in it; expected files ending in {folders.COMMON}")
     taken = Counter(name.lower() for file in files for name in (file.stem, file.name))  # a.png, a.jpg: their names
     named = {file.stem if taken[file.stem.lower()] == 1 else file.name: file for file in files}
     return named, len(entries) - len(files)

@@ -1,7 +1,7 @@
 """Quantize exported Students to 8-bit integers, and compare Dice, file size and latency before and after.
 
 Static quantization by ONNX Runtime: weights and activations, whose ranges are read off images of each run's training
-part. Each network is then scored on its own test images, in both forms, by the same runtime.
+part. Each network is then scored on its test images, in both forms, by the same runtime.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ def quantized(scores: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
 
     rows = []
     for name in scores["notation"].unique():
-        own = scores[scores["notation"] == name]
-        row: dict[str, object] = {"notation": name, "n_images": own["image"].nunique()}
-        row |= {f"{form}_dice_percent": 100 * own[form].mean() for form in FORMS}
+        scored = scores[scores["notation"] == name]
+        row: dict[str, object] = {"notation": name, "n_images": scored["image"].nunique()}
+        row |= {f"{form}_dice_percent": 100 * scored[form].mean() for form in FORMS}
         row |= difference("int8", of(name, "int8"), of(name, "fp32"))
         for form in FORMS if name != "Student" else ():
             row |= difference(f"student_{form}", of(name, form), of("Student", form))
@@ -170,7 +170,7 @@ def notes(*, sweep: Sweep, runs: int, count: int) -> list[str]:
     import onnxruntime
 
     return [
-        f"{plural(runs, 'network')} of sweep {sweep.name}, each on the test images of its own split. Points: paired "
+        f"{plural(runs, 'network')} of sweep {sweep.name}, each on the test images of its split. Points: paired "
         "mean differences with the 95 % interval of these networks, images as clusters, seeds averaged.",
         f"int8: static quantization by ONNX Runtime {onnxruntime.__version__} (QDQ; weights per channel in 7 "
         "bits, so that processors without VNNI compute the same, activations from the smallest to the largest value on "
@@ -194,9 +194,9 @@ def quantize(
     onnx_file.check_installed()
     from kdsweep.tracking.reader import read_sweep  # loads mlflow: seconds that a missing package need not wait for
 
-    whole = read_sweep(store=store, uri=uri, name=sweep)
-    runs = chosen_runs(whole, models=models)
-    sys.stdout.write(f"{plural(len(runs), 'network')} of sweep {whole.name} to 8-bit integers in {out}\n")
+    trained = read_sweep(store=store, uri=uri, name=sweep)
+    runs = chosen_runs(trained, models=models)
+    sys.stdout.write(f"{plural(len(runs), 'network')} of sweep {trained.name} to 8-bit integers in {out}\n")
     sys.stdout.flush()
     scores, costs_of = [], []
     for run in track(runs.to_dict("records"), what="quantizing", unit="network", total=len(runs)):
@@ -205,10 +205,10 @@ def quantize(
         write_bytes(out / f"{folder.name}.int8.onnx", small)
         scores.append(dice.assign(fingerprint=run["fingerprint"]))
         costs_of.append({"notation": run["notation"], **cost})
-    images = scored_images(runs=runs, scores=whole.scores)  # with groups and sizes of the splits
+    images = scored_images(runs=runs, scores=trained.scores)  # with groups and sizes of the splits
     frame = quantized(pd.concat(scores).merge(images, on=["fingerprint", "image"]), pd.DataFrame(costs_of))
-    table = Table(HEADING, frame, COLUMNS, notes=notes(sweep=whole, runs=len(runs), count=calibrate))
+    table = Table(HEADING, frame, COLUMNS, notes=notes(sweep=trained, runs=len(runs), count=calibrate))
     text = table.markdown(HEADING)
     write_text(out / "quantized.md", text)
-    write_text(out / "quantized.csv", frame.assign(sweep=whole.name).to_csv(index=False))
+    write_text(out / "quantized.csv", frame.assign(sweep=trained.name).to_csv(index=False))
     sys.stdout.write(f"{text}\nwrote {out / 'quantized'}.md, .csv and {plural(len(runs), 'ONNX file')}\n")

@@ -1,7 +1,7 @@
 """``python -m kdsweep score --sweep NAME data=NAME data.root=DIR``: finished networks on another data set, as a test.
 
 Nothing is trained. Each network's scores are kept in its folder and logged to its MLflow run under ``external/``;
-``python -m kdsweep tables external`` compares them with the scores on the sweep's own test images.
+``python -m kdsweep tables external`` compares them with the scores on the sweep's test images.
 """
 
 from __future__ import annotations
@@ -95,13 +95,15 @@ def _score(folder: Path, file: Path, part: Callable[[int], EvalPart], *, device:
 
 def _refuse_shared_images(sweep: Sweep, source: sources.Source, entries: list[sources.Entry], *, store: Path) -> None:
     """Raise InputError if images of the data set are among those that the sweep was trained on, pixel by pixel."""
-    params = next(filter(None, sweep.runs["params"]), None)
-    if params is None:
+    started = sweep.runs[sweep.runs["params"].map(bool)]
+    if started.empty:
         return
+    run = started.iloc[0].to_dict()
     try:
-        trained = _digests(run_data.source(params, store=store).entries())
+        root = cell_folder.data_root(run_folder(store, run))
+        trained = _digests(run_data.source(run["params"], store=store, root=root).entries())
     except (InputError, OSError, ValueError) as error:
-        sys.stdout.write(f"not checked for images of the sweep's own data, which cannot be read: {one_line(error)}\n")
+        sys.stdout.write(f"not checked for images of the sweep's data, which cannot be read: {one_line(error)}\n")
         return
     shared = [image for digest, image in _digests(entries).items() if digest in trained]
     if shared:
@@ -136,7 +138,7 @@ def score(overrides: Sequence[str], *, store: Path, uri: str | None = None, swee
     scores = scored.external[scored.external["data_set"] == f"{source.name}-{digest[:8]}"].merge(notations)
     for notation, dice in scores.groupby("notation")["dice"].mean().sort_values(ascending=False).items():
         sys.stdout.write(f"  {notation:20} Dice {100 * dice:5.2f} %\n")
-    sys.stdout.write(f"compared with the sweep's own test images: tables external --sweep {scored.name}\n")
+    sys.stdout.write(f"compared with the sweep's test images: tables external --sweep {scored.name}\n")
     for problem in problems:
         sys.stderr.write(f"kdsweep: error: {problem}\n")
     return int(bool(problems))

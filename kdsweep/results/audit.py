@@ -28,7 +28,7 @@ THUMB_PX, ROWS_A_SHEET, IMAGES_A_ROW = 160, 12, 8
 
 
 def write(entries: list[Entry], out: Path) -> str:
-    """Find the near-duplicates among a data set's images and write what was found; return a summary.
+    """Find the near-duplicates among a data set's images and write them; return a summary.
 
     Args:
         entries: of the data set.
@@ -49,28 +49,28 @@ def write(entries: list[Entry], out: Path) -> str:
         raise InputError(str(error)) from error
     pairs = duplicates.find_pairs(images, [entry.label for entry in entries], progress=progress)
     groups = duplicates.join(len(entries), pairs)
-    names = {number: f"g{rank:03d}" for rank, own in enumerate(groups, start=1) for number in own}
+    names = {number: f"g{rank:03d}" for rank, members in enumerate(groups, start=1) for number in members}
     table = pd.DataFrame({"id": [entry.id for entry in entries]})
     table["group"] = [names.get(number, f"alone-{number:04d}") for number in range(len(entries))]
     table["label"] = [entry.label for entry in entries]
-    found = pd.DataFrame(pairs, columns=["first", "second", "kind", "strength"])
+    listing = pd.DataFrame(pairs, columns=["first", "second", "kind", "strength"])
     for column in ("first", "second"):
-        found[column] = [entries[number].id for number in found[column]]
+        listing[column] = [entries[number].id for number in listing[column]]
     try:
         write_text(out / "groups.csv", table.to_csv(index=False))
-        write_text(out / "pairs.csv", found.round(3).to_csv(index=False))
+        write_text(out / "pairs.csv", listing.round(3).to_csv(index=False))
         sheets = _write_sheets(groups, images, entries, pairs, out)
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
     kinds = Counter(pair.kind for pair in pairs)
-    mixed = [own for own in groups if len({entries[number].label for number in own}) > 1]
-    listed = "; ".join(", ".join(entries[number].id for number in own) for own in mixed)
+    mixed = [members for members in groups if len({entries[number].label for number in members}) > 1]
+    listed = "; ".join(", ".join(entries[number].id for number in members) for members in mixed)
     lines = [
         f"{plural(len(entries), 'image')}: {plural(len(groups), 'group')} of {sum(map(len, groups))} images that show "
         f"the same frame or neighboring views; pairs: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
         *([f"{plural(len(mixed), 'group')} with more than one label: {listed}"] if mixed else []),
         f"wrote {out / 'groups.csv'}, pairs.csv and {plural(sheets, 'contact sheet')}; look at them: an image that "
-        "does not belong gets a group name of its own in groups.csv",
+        "does not belong gets another group name in groups.csv",
         f"to keep groups together: split=kfold split.group={out / 'groups.csv'}",
     ]
     return "\n".join(lines) + "\n"
@@ -93,10 +93,10 @@ def _write_sheets(
         kinds.setdefault(pair.first, set()).add(pair.kind)
         kinds.setdefault(pair.second, set()).add(pair.kind)
     rows = []
-    for rank, own in enumerate(groups, start=1):
-        title = f"g{rank:03d}: {', '.join(sorted(set.union(*(kinds[number] for number in own))))}"
-        for start in range(0, len(own), IMAGES_A_ROW):
-            rows.append(_row(title, own[start : start + IMAGES_A_ROW], images, entries))
+    for rank, members in enumerate(groups, start=1):
+        title = f"g{rank:03d}: {', '.join(sorted(set.union(*(kinds[number] for number in members))))}"
+        for start in range(0, len(members), IMAGES_A_ROW):
+            rows.append(_row(title, members[start : start + IMAGES_A_ROW], images, entries))
     for number, start in enumerate(range(0, len(rows), ROWS_A_SHEET), start=1):
         sheet = np.concatenate(rows[start : start + ROWS_A_SHEET])
         file = out / f"sheet-{number}.png"
@@ -105,14 +105,14 @@ def _write_sheets(
     return -(-len(rows) // ROWS_A_SHEET)
 
 
-def _row(title: str, own: list[int], images: list[np.ndarray], entries: list[Entry]) -> np.ndarray:
+def _row(title: str, members: list[int], images: list[np.ndarray], entries: list[Entry]) -> np.ndarray:
     """Return a row of thumbnails (THUMB_PX + 40, W) uint8 with the title above and ids below."""
     canvas = np.full((THUMB_PX + 40, IMAGES_A_ROW * (THUMB_PX + 4)), 255, np.uint8)
     write = partial(
         cv2.putText, canvas, fontFace=cv2.FONT_HERSHEY_SIMPLEX, fontScale=0.42, color=0, lineType=cv2.LINE_AA
     )
     write(title, org=(4, 14))
-    for place, number in enumerate(own):
+    for place, number in enumerate(members):
         image = images[number]
         scale = THUMB_PX / max(image.shape)
         height, width = (max(1, round(side * scale)) for side in image.shape)

@@ -1,7 +1,7 @@
 """``python -m kdsweep data data=NAME data.root=DIR``: an account of a data set, and a contact sheet of its masks.
 
 The account says whether the images can be used, what is doubtful and what is ignored. The sheet shows the images that
-tell most: doubtful ones, the smallest and the largest lesions, then some at random.
+show most: doubtful ones, the smallest and the largest lesions, then some at random.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """Write a sweep as one self-contained HTML page: what was run, effects, tables, figures, every cell.
 
-The page loads nothing from anywhere and names no folder of the computer it was made on.
+The page loads nothing from anywhere and names no folder of the computer it was made on: runs record none, and an error
+that names one is left to the screen.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import re
 import shlex
 import sys
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,14 +44,8 @@ if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
 
 LOCAL_UI = "http://127.0.0.1:5000"  # what `make ui` serves
-FOLDERS = ("store", "data.root", "data.source.root", "data.source.cache_dir")
 MEASURED = ("table5", "capacity")  # tables
 PHANTOMS = "kdsweep.data.Phantoms"
-# A path from the root, the home folder or a drive, or the address of a file; not a part of an address or of a tag. It
-# ends at the suffix of an image, whose name may be a patient's, else at the next space.
-START = r"(?:\b(?:file|sqlite):/+|(?<![\w/:.<#&])(?:~?/|[A-Za-z]:\\))(?=[\w.])"
-REST = r"(?:[^\n'\"<>:;]*?\.(?:png|jpe?g|bmp|tiff?|xlsx)\b|[^\s'\"<>,:;)]*)"
-WEIGHTS = re.compile(r"[^\\/]+\.(?:pt|pth|ckpt|bin|safetensors|onnx)$")
 
 
 class Part(NamedTuple):
@@ -73,49 +68,29 @@ class Part(NamedTuple):
     gap: str = ""
 
 
-class Wanted(NamedTuple):
-    """The user's choices for the page; ui is the address of MLflow's pages."""
-
-    ui: str
-    test: str = "ttest"
-    with_images: bool = False
-    with_costs: bool = True
-
-
 # ---- privacy -------------------------------------------------------------------------------------------------------
 
 
-def hider(sweep: Sweep, *, store: Path) -> Callable[[str], str]:
-    """Return a function that removes this computer's folders from a text: they may hold a person's name."""
-    found = {str(store.resolve()), str(Path.home()), str(Path.cwd())}
-    values = {(key, text) for params in sweep.runs["params"] for key, text in params.items()}
-    found |= {text for key, text in values if re.match(START, text) or (key in FOLDERS and "/" in text)}
-    known = sorted((path for path in found if len(Path(path).parts) > 1), key=len, reverse=True)
-    a_path = re.compile("|".join(f"{start}{REST}" for start in [*map(re.escape, known), START]))
-    return lambda text: a_path.sub(lambda match: _stand_in(match[0]), text)
-
-
-def _stand_in(path: str) -> str:
-    """Replace a path. The name of a file of weights is kept, since it may tell two settings apart."""
-    name = WEIGHTS.search(path)
-    return f"[path]{name[0]}" if name else "[path]"
+def shown_error(text: str) -> str:
+    """Return an error as the page shows it: one with a path may name a person, so the screen alone shows it."""
+    return "its error names files; status and the command of this page show it" if {"/", "\\"} & set(text) else text
 
 
 def is_synthetic(sweep: Sweep) -> bool:
-    """Return whether the images of a sweep are phantoms, which show nobody."""
+    """Return whether all images of a sweep are phantoms, which no person can be recognized by."""
     sources = {params.get("data.source._target_") for params in sweep.runs["params"] if params}
     return sources == {PHANTOMS} and known_values(sweep.runs, "data") == ["phantom"]
 
 
-def ui_address(given: str | None, *, uri: str | None) -> str:
+def ui_address(typed: str | None, *, uri: str | None) -> str:
     """Return the address of MLflow's pages, without a user's name and password.
 
     Raises:
         InputError: it is not an http address.
     """
-    if given and not re.match(r"https?://[^/\s]", given):
-        raise InputError(f"--ui {given}: must be an address such as {LOCAL_UI}")
-    address = given or (uri if uri and uri.startswith(("http://", "https://")) else LOCAL_UI)
+    if typed and not re.match(r"https?://[^/\s]", typed):
+        raise InputError(f"--ui {typed}: must be an address such as {LOCAL_UI}")
+    address = typed or (uri if uri and uri.startswith(("http://", "https://")) else LOCAL_UI)
     parts = urlsplit(address)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl().rstrip("/")
 
@@ -123,54 +98,47 @@ def ui_address(given: str | None, *, uri: str | None) -> str:
 # ---- tables and figures --------------------------------------------------------------------------------------------
 
 
-def _gap(error: Exception) -> str:
-    return one_line(error).rstrip(".")
-
-
-def make_table(which: str, sweep: Sweep, *, options: Options, hide: Callable[[str], str]) -> Part:
+def make_table(which: str, sweep: Sweep, *, options: Options) -> Part:
     """Make one of TABLES; sentences on what the data support lead, the notes are below."""
     heading = tables.module_of(which).HEADING
     try:
         table = tables.make(which, sweep, options)
     except (InputError, OSError) as error:
-        return Part(which, heading, gap=_gap(error))
-    return Part(which, heading, Markup(hide(table.html())), tuple(table.notes), tuple(table.lead))
+        return Part(which, heading, gap=one_line(error).rstrip("."))
+    return Part(which, heading, Markup(table.html()), tuple(table.notes), tuple(table.lead))
 
 
-def make_figures(which: str, sweep: Sweep, *, location: Location, hide: Callable[[str], str]) -> Part:
+def make_figures(which: str, sweep: Sweep, *, location: Location) -> Part:
     """Draw one of FIGURES, a picture for each of the sweep's settings: photographs as PNG, the others as SVG."""
     heading = FIGURES[which][0].upper() + FIGURES[which][1:]
     body, gap = Markup(), ""
     try:
         for name, figure in figures.draw(which, sweep, location=location):
-            alt = hide(f"{heading}. Sweep {sweep.name}{name.removeprefix(which).replace('-', ', ', 1)}")
-            body += Markup('<figure><img src="{}" alt="{}"></figure>\n').format(
-                _data_uri(which, figure, hide=hide), alt
-            )
+            alt = f"{heading}. Sweep {sweep.name}{name.removeprefix(which).replace('-', ', ', 1)}"
+            body += Markup('<figure><img src="{}" alt="{}"></figure>\n').format(_data_uri(which, figure), alt)
     except (InputError, OSError) as error:
-        gap = _gap(error)
+        gap = one_line(error).rstrip(".")
     return Part(which, heading, body, gap=gap)
 
 
-def _data_uri(which: str, figure: Figure, *, hide: Callable[[str], str]) -> str:
-    if which == "figure2":
-        return f"data:image/png;base64,{base64.b64encode(style.render(figure, 'png')).decode()}"
-    svg = hide(style.render(figure, "svg").decode())
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+def _data_uri(which: str, figure: Figure) -> str:
+    suffix, kind = ("png", "png") if which == "figure2" else ("svg", "svg+xml")
+    return f"data:image/{kind};base64,{base64.b64encode(style.render(figure, suffix)).decode()}"
 
 
 # ---- every cell ----------------------------------------------------------------------------------------------------
 
 
 def cell_rows(sweep: Sweep, *, ui: str) -> list[dict[str, Any]]:
-    """Return a row per run that was asked for and per Teacher, in the order of Table 4."""
+    """Return a row per requested run and per Teacher, in the order of Table 4."""
     measures = [name for name in ("dice", "hd95_px", "nsd") if name in sweep.scores]
     scored = sweep.scores.groupby("fingerprint")[measures].mean()
     order = {name: number for number, name in enumerate(in_order(set(sweep.runs["notation"])))}
     rows: list[dict[str, Any]] = []
     for run in sweep.runs.to_dict("records"):
         score = scored.loc[run["fingerprint"]] if run["fingerprint"] in scored.index else {}
-        page_ = f"{ui}/#/experiments/{sweep.experiment_id}/runs/{run['run_id']}?{mirror.UI_TRAINING}"
+        address = f"{ui}/#/experiments/{sweep.experiment_id}/runs/{run['run_id']}?{mirror.UI_TRAINING}"
+        seconds = (run["ended_ms"] - run["started_ms"]) / 1000 if run["ended_ms"] else None
         rows.append(
             {
                 **{key: run[key] for key in ("notation", *PLACE)},
@@ -181,9 +149,10 @@ def cell_rows(sweep: Sweep, *, ui: str) -> list[dict[str, Any]]:
                 "nsd": formats.number(100 * score.get("nsd", float("nan"))),
                 "strength": formats.number(run["kd_gradient_ratio"], ".3g"),
                 "epochs": formats.number(run.get("epochs", float("nan")), ".0f"),
-                "time": duration((run["ended_ms"] - run["started_ms"]) / 1000) if run["ended_ms"] else DASH,
-                "link": page_ if run["run_id"] else "",
-                "error": run["tags"].get(mirror.ERROR, ""),
+                "seconds": seconds,
+                "time": DASH if seconds is None else duration(seconds),
+                "link": address if run["run_id"] else "",
+                "error": shown_error(run["tags"].get(mirror.ERROR, "")),
             }
         )
     return sorted(rows, key=lambda row: (order[row["notation"]], row["settings"], row["split"], row["seed"]))
@@ -202,43 +171,55 @@ def banners(sweep: Sweep) -> list[str]:
     ]
 
 
-def commands(sweep: Sweep, *, location: Location, wanted: Wanted) -> list[str]:
-    """Return the commands that make tables, figures and this page; STORE and URI hide the names of this computer."""
+def commands(sweep: Sweep, *, location: Location, test: str, switches: str) -> list[str]:
+    """Return the commands that make tables, figures and this page; STORE and URI are for names of this computer."""
     where = f" --sweep {shlex.quote(sweep.name)}"
     where += "" if location.store == Path("multirun") else " --store STORE"
     where += " --tracking-uri URI" if location.uri else ""
-    test = "" if wanted.test == "ttest" else f" --test {wanted.test}"
-    switches = " --with-images" * wanted.with_images + " --no-costs" * (not wanted.with_costs)
+    tested = "" if test == "ttest" else f" --test {test}"
     return [
-        *(f"python -m kdsweep tables {which}{where}{test}" for which in tables.applicable(sweep, store=location.store)),
+        *(
+            f"python -m kdsweep tables {which}{where}{tested}"
+            for which in tables.applicable(sweep, store=location.store)
+        ),
         f"python -m kdsweep figures all{where}",
-        f"python -m kdsweep report{where}{test}{switches}",
+        f"python -m kdsweep report{where}{tested}{switches}",
     ]
 
 
-def collect(sweep: Sweep, *, location: Location, wanted: Wanted, hide: Callable[[str], str]) -> dict[str, Any]:
-    """Collect all that the page shows, by the names in its template."""
-    left_out = () if wanted.with_costs else MEASURED
+def make_parts(
+    sweep: Sweep, *, location: Location, test: str, with_images: bool, with_costs: bool
+) -> tuple[dict[str, Part], dict[str, Part]]:
+    """Make the tables and figures of the page, by name."""
+    left_out = () if with_costs else MEASURED
     names = [which for which in tables.applicable(sweep, store=location.store) if which not in left_out]
-    drawn = [which for which in FIGURES if which != "figure2" or wanted.with_images or is_synthetic(sweep)]
+    drawn = [which for which in FIGURES if which != "figure2" or with_images or is_synthetic(sweep)]
     needed = {"tuning": "tuned", "capacity": "capacity"}  # the table of what a figure shows
     drawn = [which for which in drawn if needed.get(which, "table3") in names]
+    options = Options(location.store, test, location.uri)
     made: dict[str, Part] = {}
-    options = Options(location.store, wanted.test, location.uri)
     pictures: dict[str, Part] = {}
-    with tqdm(total=len(names) + len(drawn) + 1, leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(names) + len(drawn), leave=False, disable=not sys.stderr.isatty()) as bar:
         for which in names:
             bar.set_description(which)
             if which == "table5":
                 tqdm.write("measuring networks for Table 5", file=sys.stdout)
-            made[which] = make_table(which, sweep, options=options, hide=hide)
+            made[which] = make_table(which, sweep, options=options)
             bar.update()
         for which in drawn:
             bar.set_description(which)
-            pictures[which] = make_figures(which, sweep, location=location, hide=hide)
+            pictures[which] = make_figures(which, sweep, location=location)
             bar.update()
-        bar.set_description("cells")
-        rows = cell_rows(sweep, ui=wanted.ui)
+    return made, pictures
+
+
+def collect(
+    sweep: Sweep, *, location: Location, ui: str, test: str, with_images: bool, with_costs: bool
+) -> dict[str, Any]:
+    """Collect all that the page shows, by the names in its template."""
+    made, pictures = make_parts(sweep, location=location, test=test, with_images=with_images, with_costs=with_costs)
+    rows = cell_rows(sweep, ui=ui)
+    switches = " --with-images" * with_images + " --no-costs" * (not with_costs)
     return {
         "sweep": sweep.name,
         "data": listed(known_values(sweep.runs, "data")),
@@ -248,32 +229,30 @@ def collect(sweep: Sweep, *, location: Location, wanted: Wanted, hide: Callable[
         "figures": pictures,
         "cells": rows,
         "has_settings": any(row["settings"] != DASH for row in rows),
-        "ui": wanted.ui,
-        "asked_by": list(sweep.commands),
-        "commands": commands(sweep, location=location, wanted=wanted),
+        "ui": ui,
+        "typed": list(sweep.commands),
+        "commands": commands(sweep, location=location, test=test, switches=switches),
     }
 
 
-def page(content: dict[str, Any], *, hide: Callable[[str], str]) -> str:
-    """Render the HTML of what ``collect`` gives; every value is escaped and without folders of this computer."""
+def page(content: dict[str, Any]) -> str:
+    """Render the HTML of what ``collect`` returns; every value is escaped, and only the page's script may run."""
 
     def code(text: str) -> Markup:
         """Escape text in which backquotes enclose code, as in notes."""
-        parts = [escape(part) for part in hide(text).split("`")]
+        parts = [escape(part) for part in text.split("`")]
         if len(parts) % 2 == 0:
-            return escape(hide(text))
+            return escape(text)
         return Markup("").join(Markup("<code>{}</code>").format(p) if n % 2 else p for n, p in enumerate(parts))
 
+    folder = resources.files("kdsweep.results")
+    source, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.html.j2", "report.js"))
     environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: hide(value) if type(value) is str else value,  # Markup is done already
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["code"] = code
-    source = resources.files("kdsweep.results").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(content)
+    environment.filters |= {"code": code, "shown_error": shown_error}
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.from_string(source).render(content, script=Markup(script), script_digest=digest)
 
 
 def failures(content: dict[str, Any]) -> list[str]:
@@ -296,14 +275,13 @@ def make(
     Raises:
         InputError: there is no such sweep, or the file cannot be written.
     """
-    wanted = Wanted(ui_address(ui, uri=location.uri), test, with_images, with_costs)
+    ui = ui_address(ui, uri=location.uri)
     sweep = reader.read_sweep(store=location.store, uri=location.uri, name=location.sweep)
     file = out or location.store / "reports" / f"{figures.slug(sweep.name)}.html"
     if file.is_dir():
         raise InputError(f"--out {file}: is a folder; give a file such as {file / 'report.html'}")
-    hide = hider(sweep, store=location.store)
-    content = collect(sweep, location=location, wanted=wanted, hide=hide)
-    html = page(content, hide=hide)
+    content = collect(sweep, location=location, ui=ui, test=test, with_images=with_images, with_costs=with_costs)
+    html = page(content)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, html)

@@ -92,7 +92,8 @@ def is_held(folder: Path) -> bool:
 def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any], tags: dict[str, str]) -> None:
     """Write the description of a cell before it is trained, with the image ids of its split; remove a failure.
 
-    ``params`` is the flat resolved configuration; ``tags`` are those of its run that do not follow from the cell.
+    ``params`` is the flat resolved configuration without folders of this machine; ``tags`` are those of its run that do
+    not follow from the cell.
     """
     folder, inputs = cell.folder, cell.input_digests
     of_cell = {
@@ -106,10 +107,17 @@ def describe(cell: Cell, *, split: dict[str, list[str]], params: dict[str, Any],
         "settings": cell.settings,
         "input_digests": inputs,
         "params": params,
+        "data_root": cell.sources.get("data.root", ""),
     }
     write_json(folder / SPLIT, split)
     write_json(folder / CELL, content)
     (folder / FAILED).unlink(missing_ok=True)
+
+
+def data_root(folder: Path) -> Path | None:
+    """Return the folder of the images that a cell was trained on; None if it names none."""
+    root = (_read(folder / CELL) or {}).get("data_root")
+    return Path(root) if root else None
 
 
 def write_progress(

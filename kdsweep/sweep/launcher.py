@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from kdsweep.config import composition, overrides
 from kdsweep.config.identity import Job
 from kdsweep.core.errors import InputError
+from kdsweep.core.files import without_folders
 from kdsweep.core.progress import duration
 from kdsweep.sweep import estimate, plan
 from kdsweep.sweep.estimate import Preview
@@ -204,6 +205,10 @@ def teacher_works(jobs: Sequence[Job], preview: Preview) -> list[Work]:
 
 
 def command_line() -> str:
-    """Return the command as it can be typed again, without passwords: MLflow's tags and the report keep it."""
-    typed = ["python", "-m", "kdsweep", *arguments]
-    return shlex.join(re.sub(r"://[^/\s]+@", "://USER:PASSWORD@", argument) for argument in typed)
+    """Return the command without passwords and folders, since MLflow and the report keep it."""
+    typed = ["python", "-m", "kdsweep"]
+    for argument in arguments:
+        key, equals, value = re.sub(r"://[^/\s]+@", "://USER:PASSWORD@", argument).partition("=")
+        named = ",".join(map(without_folders, value.split(",")))
+        typed.append("store=STORE" if key == "store" and named != value else key + equals + named)
+    return shlex.join(typed)

@@ -16,6 +16,7 @@ from kdsweep.config import composition, decisions, grid, identity
 from kdsweep.config.grid import TEACHER, Cell
 from kdsweep.config.identity import Job
 from kdsweep.config.schema import Settings
+from kdsweep.core.files import without_folders
 from kdsweep.store import cell_folder, sweep_file
 
 LARGEST = 60  # cells in a group: more gain nothing (README, Lockstep), but each keeps a log open and Adam's state
@@ -80,10 +81,22 @@ def name_variants(jobs: Sequence[Job], choices: Sequence[dict[str, str]]) -> lis
         values = options | identity.params(job.settings)
         swept = keys[job.cell.store, job.settings.sweep_name]
         rows.append({key: str(values[key]) for key in swept if values.get(key) is not None})
-        shared[job.cell.fingerprint] = shared.get(job.cell.fingerprint, rows[-1].items()) & rows[-1].items()
+    rows = _with_last_names(rows)
+    for job, row in zip(jobs, rows, strict=True):
+        shared[job.cell.fingerprint] = shared.get(job.cell.fingerprint, row.items()) & row.items()
     return [
         _named(job, {key: value for key, value in row.items() if (key, value) in shared[job.cell.fingerprint]})
         for job, row in zip(jobs, rows, strict=True)
+    ]
+
+
+def _with_last_names(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Return rows in which a path is its last name, where no other value of its key has that name."""
+    names = {item: without_folders(item[1]) for item in {item for row in rows for item in row.items()}}
+    counts = Counter((key, name) for (key, _), name in names.items())
+    return [
+        {key: names[key, value] if counts[key, names[key, value]] == 1 else value for key, value in row.items()}
+        for row in rows
     ]
 
 

@@ -17,6 +17,7 @@ from kdsweep.config.grid import TEACHER, Cell
 from kdsweep.config.schema import KDPathNode, NetworkNode, Settings
 from kdsweep.core.device import Compute, find_device, usable_precision
 from kdsweep.core.errors import InputError
+from kdsweep.core.files import without_folders
 from kdsweep.data.loaders import EpochBatches, Feed, TrainLoader, affordable_workers, eval_part
 from kdsweep.data.splits import check_training_masks
 from kdsweep.data.views import Strengths, Views
@@ -210,7 +211,7 @@ def learner(settings: Settings, cell: Cell) -> Learner:
 
 def describe(settings: Settings, cell: Cell) -> None:
     """Write into the folder of a cell which cell it is."""
-    params = identity.params(settings) | identity.factors(settings, role=cell.role)
+    params = without_folders(identity.params(settings)) | identity.factors(settings, role=cell.role)
     cell_folder.describe(cell, split=inputs.split_ids(settings), params=params, tags=tags(settings))
 
 

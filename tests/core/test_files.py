@@ -91,3 +91,17 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path: Path, monkeypatc
     assert caught.value.filename == str(file)
     assert file.read_bytes() == OLD
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_records_name_files_without_their_folders():
+    texts = {
+        "/data/jane doe/clinic": "clinic",
+        "~/scans": "scans",
+        "as /home/jane/a.csv lists them, by group (/srv/b.csv)": "as a.csv lists them, by group (b.csv)",
+        "sqlite:////home/jane/mlflow.db": "sqlite:mlflow.db",
+        "[file:///home/jane/conf]": "[file:conf]",
+        "51.08 / 43.19, n/a, L_MSE/split0": "51.08 / 43.19, n/a, L_MSE/split0",
+        "http://127.0.0.1:5000/#/experiments/1": "http://127.0.0.1:5000/#/experiments/1",
+    }
+    assert files.without_folders({"values": list(texts)}) == {"values": list(texts.values())}
+    assert files.without_folders({"count": 3, "weights": None}) == {"count": 3, "weights": None}

@@ -28,7 +28,7 @@ def clock(monkeypatch):
     return state
 
 
-def test_durations_are_told_as_median_and_95th_percentile(monkeypatch):
+def test_durations_are_reported_as_median_and_95th_percentile(monkeypatch):
     durations_s = [9.0] * latency.WARM_UP + [number / 1000 for number in range(1, latency.REPEATS + 1)]
     ticks = iter(tick for duration_s in durations_s for tick in (0.0, duration_s))
     monkeypatch.setattr(latency.time, "perf_counter", lambda: next(ticks))
@@ -38,13 +38,13 @@ def test_durations_are_told_as_median_and_95th_percentile(monkeypatch):
 def test_latency_is_median_and_95th_percentile_after_warm_up(clock):
     network = costs.Network("mobilenetv3_small_trimmed", (16, 16, 8, 8, 8), 32)
     before, warm = torch.get_num_threads(), latency.WARM_UP
-    found = costs.measure(network, repeats=21)
-    assert found["cpu_1_thread_median_ms"] == pytest.approx(warm + 11)
-    assert found["cpu_1_thread_p95_ms"] == pytest.approx(warm + 20)
-    assert found["cpu_all_threads_median_ms"] == pytest.approx(2 * warm + 21 + 11)
+    result = costs.measure(network, repeats=21)
+    assert result["cpu_1_thread_median_ms"] == pytest.approx(warm + 11)
+    assert result["cpu_1_thread_p95_ms"] == pytest.approx(warm + 20)
+    assert result["cpu_all_threads_median_ms"] == pytest.approx(2 * warm + 21 + 11)
     assert clock["threads"] == [1] * (warm + 21) + [usable_cores()] * (warm + 21)
     assert torch.get_num_threads() == before
-    assert "cuda_median_ms" not in found
+    assert "cuda_median_ms" not in result
 
 
 def test_networks_are_timed_in_eval_mode_and_channels_last(clock, monkeypatch):

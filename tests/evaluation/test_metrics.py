@@ -63,12 +63,12 @@ def every_pair_hd95_px(prediction: Tensor, mask: Tensor) -> float:
 
 def test_ratios_equal_torchmetrics_image_by_image() -> None:
     prediction, mask = blobs(12, seed=0), blobs(12, seed=1)
-    found = metrics.overlap(prediction=prediction, mask=mask.byte())
-    assert list(found) == list(metrics.RATIOS)
+    result = metrics.overlap(prediction=prediction, mask=mask.byte())
+    assert list(result) == list(metrics.RATIOS)
     for name, function in SECOND_OPINION.items():
         expected = [function(p.int(), m.int()).item() for p, m in zip(prediction, mask, strict=True)]
-        assert found[name].shape == (12,)
-        assert found[name] == pytest.approx(expected, rel=1e-5), name
+        assert result[name].shape == (12,)
+        assert result[name] == pytest.approx(expected, rel=1e-5), name
         assert len(set(expected)) > 6, "the images must differ"
 
 
@@ -88,16 +88,16 @@ def test_hd95_equals_a_second_opinion_image_by_image(
 
 def test_ratios_by_hand() -> None:
     prediction, mask = pixels((0, 0), (0, 1), (0, 2), (0, 3)), pixels((0, 2), (0, 3), (0, 4))
-    found = metrics.overlap(prediction=prediction, mask=mask)  # 2 found, 2 too many, 1 missed
-    assert found["dice"] == pytest.approx([2 * 2 / (4 + 3)])
-    assert found["iou"] == pytest.approx([2 / 5])
-    assert found["precision"] == pytest.approx([2 / 4])
-    assert found["sensitivity"] == pytest.approx([2 / 3])
+    result = metrics.overlap(prediction=prediction, mask=mask)  # 2 found, 2 too many, 1 missed
+    assert result["dice"] == pytest.approx([2 * 2 / (4 + 3)])
+    assert result["iou"] == pytest.approx([2 / 5])
+    assert result["precision"] == pytest.approx([2 / 4])
+    assert result["sensitivity"] == pytest.approx([2 / 3])
 
 
 def test_hd95_of_two_single_pixels_is_their_distance() -> None:
-    found = metrics.hd95_px(prediction=pixels((5, 7), (30, 20)), mask=pixels((5, 7), (30, 20)))
-    assert found == pytest.approx([0])
+    result = metrics.hd95_px(prediction=pixels((5, 7), (30, 20)), mask=pixels((5, 7), (30, 20)))
+    assert result == pytest.approx([0])
     assert metrics.hd95_px(prediction=pixels((5, 7)), mask=pixels((8, 11))) == pytest.approx([math.hypot(3, 4)])
     assert metrics.hd95_px(prediction=pixels((0, 0)), mask=pixels((39, 0))) == pytest.approx([39])
 
@@ -126,8 +126,8 @@ def test_hd95_is_measured_between_edges_not_regions() -> None:
 def test_nsd_by_hand() -> None:
     # Of the large square's 56 edge pixels those 3 at each corner are more than 2 from the other edge; of the small
     # square's 40 none is.
-    found = [metrics.nsd(prediction=square(10, 21), mask=square(8, 23), tolerance_px=px)[0] for px in (1.9, 2, 3)]
-    assert found == pytest.approx([0, (44 + 40) / (56 + 40), 1])
+    result = [metrics.nsd(prediction=square(10, 21), mask=square(8, 23), tolerance_px=px)[0] for px in (1.9, 2, 3)]
+    assert result == pytest.approx([0, (44 + 40) / (56 + 40), 1])
 
 
 # ---- empty sets, as the module's docstring defines them ------------------------------------------------------------
@@ -136,11 +136,11 @@ def test_nsd_by_hand() -> None:
 def test_empty_sets_score_the_worst_and_two_of_them_the_best() -> None:
     empty, some = pixels(), pixels((1, 1), (2, 1))
     prediction, mask = torch.cat([empty, some, empty, some]), torch.cat([some, empty, empty, some])
-    found = metrics.per_image(prediction=prediction, mask=mask.byte(), nsd_tolerance_px=2.0)
-    assert list(found) == list(metrics.SCORES)
+    result = metrics.per_image(prediction=prediction, mask=mask.byte(), nsd_tolerance_px=2.0)
+    assert list(result) == list(metrics.SCORES)
     for name in (*metrics.RATIOS, "nsd"):
-        assert found[name].tolist() == [0, 0, 1, 1], name
-    assert found["hd95_px"] == pytest.approx([50, 50, 0, 0])  # the diagonal of 40 x 30
+        assert result[name].tolist() == [0, 0, 1, 1], name
+    assert result["hd95_px"] == pytest.approx([50, 50, 0, 0])  # the diagonal of 40 x 30
 
 
 def test_images_are_scored_each_on_its_own() -> None:
@@ -183,10 +183,10 @@ def test_mean_dice_is_the_mean_of_the_images_dice() -> None:
     logits[3], mask[3] = -1.0, False
     dice = metrics.overlap(prediction=logits > 0, mask=mask)["dice"]
     assert dice[1:4].tolist() == [0, 0, 1]
-    found = metrics.mean_dice(logits=logits, mask=mask.byte())
-    assert found.item() == pytest.approx(dice.mean(), rel=1e-6)
+    result = metrics.mean_dice(logits=logits, mask=mask.byte())
+    assert result.item() == pytest.approx(dice.mean(), rel=1e-6)
     pooled = metrics.overlap(prediction=(logits > 0).flatten(0, 2)[None, None], mask=mask.flatten(0, 2)[None, None])
-    assert found.item() != pytest.approx(pooled["dice"].item(), rel=1e-3), "images weigh alike, not pixels"
+    assert result.item() != pytest.approx(pooled["dice"].item(), rel=1e-3), "images weigh alike, not pixels"
 
 
 def test_a_logit_of_zero_is_background() -> None:

@@ -23,34 +23,34 @@ DICE = [0.9, 0.4, 0.0, 0.7]
 
 @pytest.fixture(scope="module")
 def cell(tmp_path_factory):
-    own = finish(tmp_path_factory.mktemp("card"), "path=L", "loss=mse")
+    every = finish(tmp_path_factory.mktemp("card"), "path=L", "loss=mse")
     labels = ["benign", "malignant", "malignant", "benign"]
     table = pd.DataFrame({"image": list("abcd"), "label": labels, "dice": DICE, "iou": 0.5, "hd95_px": 3.0})
-    table.to_csv(own.folder / SCORES, index=False)
-    about = json.loads((own.folder / cell_folder.CELL).read_text())
-    about["tags"]["kdsweep.split_protocol"] = "3 folds, by group (/home/someone/audit/groups.csv)"
-    write_json(own.folder / cell_folder.CELL, about)
+    table.to_csv(every.folder / SCORES, index=False)
+    about = json.loads((every.folder / cell_folder.CELL).read_text())
+    about["tags"]["kdsweep.split_protocol"] = "3 folds, by group (groups.csv)"
+    write_json(every.folder / cell_folder.CELL, about)
     values = {"test/dice": 0.5, "best/val_dice": 0.625, "best_epoch": 6}
-    cell_folder.write_finished(own.folder, values=values, files=["student.safetensors"])
-    return own
+    cell_folder.write_finished(every.folder, values=values, files=["student.safetensors"])
+    return every
 
 
 def test_the_card_says_what_the_folder_holds(cell):
-    told = card.card(models.load_model(cell.folder), b"content", name="student.onnx")
-    assert told.startswith("# L_MSE_WAug: lesions in ultrasound images, 0.82 M parameters\n")
-    assert hashlib.sha256(b"content").hexdigest() in told
-    rows = [re.sub(" +", " ", line) for line in told.splitlines() if line.startswith("| ")]
+    printed = card.card(models.load_model(cell.folder), b"content", name="student.onnx")
+    assert printed.startswith("# L_MSE_WAug: lesions in ultrasound images, 0.82 M parameters\n")
+    assert hashlib.sha256(b"content").hexdigest() in printed
+    rows = [re.sub(" +", " ", line) for line in printed.splitlines() if line.startswith("| ")]
     dice = pd.Series(DICE)
     assert f"| all test images | 4 | {100 * dice.mean():.2f} ± {100 * dice.std():.2f} |" in rows[1]
     assert "| benign | 2 | 80.00 ± 14.14 |" in rows[2]
-    assert "On 2 of 4 test images its Dice is below 0.5, on 1 it is 0" in told
-    assert "Weights of epoch 7, the best on the validation images (Dice 62.50 % there)" in told
-    assert "from a Teacher with the encoder resnet18 that sees weak views: path L, loss mse, weight 0.5." in told
-    assert "It is not a medical device" in told
-    assert "no patients" in told
-    assert "(3 folds, by group (groups.csv), split 0)" in told
+    assert "On 2 of 4 test images its Dice is below 0.5, on 1 it is 0" in printed
+    assert "Weights of epoch 7, the best on the validation images (Dice 62.50 % there)" in printed
+    assert "from a Teacher with the encoder resnet18 that sees weak views: path L, loss mse, weight 0.5." in printed
+    assert "It is not a medical device" in printed
+    assert "no patients" in printed
+    assert "(3 folds, by group (groups.csv), split 0)" in printed
     split = cell_folder.read_split(cell.folder)
-    assert f"{len(split['train'])} images for train, {len(split['validation'])} images for validation" in told
+    assert f"{len(split['train'])} images for train, {len(split['validation'])} images for validation" in printed
 
 
 def test_a_damaged_record_is_named(cell, tmp_path):
@@ -74,9 +74,9 @@ def test_best_is_the_run_with_the_highest_validation_dice_of_the_best_cell(empty
         values = {"test/dice": test_dice, "best/val_dice": dice[key], "best_epoch": 1}
         cell_folder.write_finished(cell.folder, values=values, files=["student.safetensors"])
         tracker.sync(cell_folder.read(cell.folder), sweep="study")
-    found = models.find_folder("best", store=store, uri=None)
-    assert found.resolve() == cells["mse", 1].folder.resolve()
-    assert models.find_folder("best/study", store=store, uri=None) == found
+    result = models.find_folder("best", store=store, uri=None)
+    assert result.resolve() == cells["mse", 1].folder.resolve()
+    assert models.find_folder("best/study", store=store, uri=None) == result
     out = tmp_path / "model" / "student.onnx"
     assert cli.main(["export", "--run", "best", "--store", str(store), "--out", str(out)]) == 0
     assert "and its card student.md" in capsys.readouterr().out

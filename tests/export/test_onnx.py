@@ -42,8 +42,8 @@ def retest(folder: Path, dice: float) -> None:
 def of_busi(small_busi, tmp_path_factory) -> tuple[Cell, float]:
     """A finished run of files, and the test Dice that it recorded as testing computes it."""
     store = tmp_path_factory.mktemp("busi")
-    own = ["profile=quick", "path=none", "device=cpu", "data=busi", f"data.root={small_busi}", f"store={store}"]
-    cfg = composition.compose(own)
+    each = ["profile=quick", "path=none", "device=cpu", "data=busi", f"data.root={small_busi}", f"store={store}"]
+    cfg = composition.compose(each)
     cell = identity.cell(cfg)
     cell_folder.describe(cell, split=inputs.split_ids(cfg), params=identity.params(cfg), tags=build.tags(cfg))
     checkpoint.save_network(cell.folder / "student.safetensors", build.student_network(cfg))
@@ -78,21 +78,21 @@ def test_a_batch_of_any_size_gives_the_networks_probabilities(cell, exported, ba
     session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
     model = models.load_model(cell.folder)
     images = torch.cat([predict.prepare(noise(70, 90, 3, seed=i), image_size=SIZE) for i in range(batch)])
-    (found,) = session.run(["probabilities"], {"images": images.numpy()})
+    (result,) = session.run(["probabilities"], {"images": images.numpy()})
     with torch.no_grad():
         expected = torch.sigmoid(model.network(images).logits).numpy()
-    assert found.shape == (batch, 1, SIZE, SIZE)
-    assert found.std() > 0.01
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert result.shape == (batch, 1, SIZE, SIZE)
+    assert result.std() > 0.01
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
 
 
 def test_the_file_says_where_it_is_from_and_how_images_are_prepared(cell, exported):
     proto = onnx.load(exported)
     onnx.checker.check_model(proto, full_check=True)
-    told = {entry.key.removeprefix("kdsweep."): entry.value for entry in proto.metadata_props}
-    steps = told.pop("preprocessing").split("; ")
-    assert told.pop("output").startswith("probability of lesion")
-    assert told == {
+    reported = {entry.key.removeprefix("kdsweep."): entry.value for entry in proto.metadata_props}
+    steps = reported.pop("preprocessing").split("; ")
+    assert reported.pop("output").startswith("probability of lesion")
+    assert reported == {
         "notation": "Student",
         "split": "0",
         "seed": "0",
@@ -104,21 +104,21 @@ def test_the_file_says_where_it_is_from_and_how_images_are_prepared(cell, export
         "threshold": "0.5",
     }
     assert "subtract the mean (0.485, 0.456, 0.406), divide by the standard deviation (0.229, 0.224, 0.225)" in steps
-    assert any(step.startswith(f"resize the whole image to {SIZE} x {SIZE}") for step in steps)
+    assert any(step.startswith(f"resize the complete image to {SIZE} x {SIZE}") for step in steps)
     assert (
         str(Path(onnx_file.__file__).parent.parent).encode() not in exported.read_bytes()
     )  # no paths of this computer
     assert sorted(file.name for file in exported.parent.iterdir()) == ["student.md", "student.onnx"]
 
 
-def test_the_preprocessing_that_it_tells_is_the_one_that_is_done():
+def test_the_preprocessing_that_it_reports_is_the_one_that_is_done():
     image = noise(SIZE, SIZE, 3)
     by_hand = (image / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
-    found = predict.prepare(image, image_size=SIZE)
-    np.testing.assert_allclose(found[0].numpy(), by_hand.transpose(2, 0, 1), rtol=0, atol=1e-5)
+    result = predict.prepare(image, image_size=SIZE)
+    np.testing.assert_allclose(result[0].numpy(), by_hand.transpose(2, 0, 1), rtol=0, atol=1e-5)
 
 
-def test_it_tells_parity_and_latency(cell, content, tmp_path, monkeypatch, capsys):
+def test_it_reports_parity_and_latency(cell, content, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(onnx_file, "to_onnx", lambda _: content)
     (tmp_path / "images").mkdir()
     Image.fromarray(noise(91, 77)).save(tmp_path / "images" / "a.png")
@@ -165,8 +165,8 @@ def test_by_default_it_compares_on_the_runs_test_images_and_reproduces_their_dic
     cell, dice = of_busi
     assert 0.01 < dice < 0.99
     _, _, last = made(cell.folder)
-    found = f"mean Dice {dice:.4f} there, recorded {dice:.4f}"
-    assert last.endswith(f" on the run's 5 test images (busi), allowed 1e-04; {found}")
+    result = f"mean Dice {dice:.4f} there, recorded {dice:.4f}"
+    assert last.endswith(f" on the run's 5 test images (busi), allowed 1e-04; {result}")
 
 
 def test_the_test_images_are_those_of_the_split(of_busi, small_busi, tmp_path):
@@ -183,7 +183,7 @@ def test_the_test_images_are_those_of_the_split(of_busi, small_busi, tmp_path):
 @pytest.mark.parametrize(
     ("precision", "cause"), [("fp32", "are these the images that it was tested on?"), ("bf16", "it was tested in bf16")]
 )
-def test_another_dice_than_the_recorded_one_is_told_as_a_warning(of_busi, made, tmp_path, precision, cause):
+def test_another_dice_than_the_recorded_one_is_reported_as_a_warning(of_busi, made, tmp_path, precision, cause):
     cell, dice = of_busi
     folder = copy(cell, tmp_path)
     about = json.loads((folder / "cell.json").read_text())
@@ -193,22 +193,22 @@ def test_another_dice_than_the_recorded_one_is_told_as_a_warning(of_busi, made, 
     assert made(folder)[-1].endswith(f"mean Dice {dice:.4f} there, recorded {dice + 0.0009:.4f}")
     for other in (dice + 0.0011, dice - 0.0011):
         retest(folder, other)
-        told = f"; WARNING: mean Dice {dice:.4f} there, but recorded {other:.4f} ({cause})"
-        assert made(folder)[-1].endswith(told)
+        reported = f"; WARNING: mean Dice {dice:.4f} there, but recorded {other:.4f} ({cause})"
+        assert made(folder)[-1].endswith(reported)
     assert (tmp_path / "a.onnx").is_file()
 
 
 def test_a_mean_dice_worked_out_by_hand(of_busi, tmp_path):
     folder = copy(of_busi[0], tmp_path)
     retest(folder, 0.75)
-    found = np.array([[0.6, 0.5], [0.9, 0.1]], np.float32).reshape(2, 1, 1, 2)  # lesion, none; lesion, none
+    result = np.array([[0.6, 0.5], [0.9, 0.1]], np.float32).reshape(2, 1, 1, 2)  # lesion, none; lesion, none
     masks = torch.tensor([[1, 1], [1, 0]]).reshape(2, 1, 1, 2)  # Dice 2/3 and 1
-    told = onnx_file.compare_dice(models.load_model(folder), found, masks)
-    assert told.startswith("WARNING: mean Dice 0.8333 there, but recorded 0.7500 ")
+    reported = onnx_file.compare_dice(models.load_model(folder), result, masks)
+    assert reported.startswith("WARNING: mean Dice 0.8333 there, but recorded 0.7500 ")
     model = models.load_model(folder)
     (folder / "finished.json").write_text("{}")
     with pytest.raises(InputError, match=r"finished\.json is damaged"):
-        onnx_file.compare_dice(model, found, masks)
+        onnx_file.compare_dice(model, result, masks)
 
 
 def test_images_that_were_moved_are_found_by_their_new_folder(of_busi, small_busi, made, tmp_path):
@@ -216,19 +216,19 @@ def test_images_that_were_moved_are_found_by_their_new_folder(of_busi, small_bus
     folder = copy(cell, tmp_path)
     text = (folder / "cell.json").read_text()
     (folder / "cell.json").write_text(text.replace(str(small_busi), "/gone"))
-    told, _, _, last = made(folder)
+    reported, _, _, last = made(folder)
     why = "the run's test images cannot be read: data.root=/gone: no such folder; name the folder that holds the images"
     instead = "compared on 4 phantoms instead (--data-root DIR names images that were moved)"
-    assert told == f"{why}; {instead}"
+    assert reported == f"{why}; {instead}"
     assert last.endswith(" on 4 phantoms, allowed 1e-04")
     assert made(folder, "--data-root", small_busi)[-1].endswith(f"mean Dice {dice:.4f} there, recorded {dice:.4f}")
 
 
 def test_a_folder_that_was_named_and_has_not_the_images_is_an_error(of_busi, made, tmp_path):
-    (told,) = made(of_busi[0].folder, "--data-root", tmp_path)
-    assert told.startswith(f"kdsweep: error: --data-root {tmp_path}: data.root={tmp_path}: no folder benign/")
-    (told,) = made(of_busi[0].folder, "--data-root", tmp_path, "--images", tmp_path)
-    assert told.endswith(": not together with --data-root; leave out one of them")
+    (reported,) = made(of_busi[0].folder, "--data-root", tmp_path)
+    assert reported.startswith(f"kdsweep: error: --data-root {tmp_path}: data.root={tmp_path}: no folder benign/")
+    (reported,) = made(of_busi[0].folder, "--data-root", tmp_path, "--images", tmp_path)
+    assert reported.endswith(": not together with --data-root; leave out one of them")
     assert not (tmp_path / "a.onnx").exists()
 
 
@@ -240,14 +240,14 @@ def test_a_folder_that_was_named_and_has_not_the_images_is_an_error(of_busi, mad
         ("split.json", '"benign (', '"gone (', "is not in the data set any more"),
     ],
 )
-def test_test_images_that_cannot_be_had_are_told_with_the_reason(of_busi, made, tmp_path, file, old, new, told):
+def test_test_images_that_cannot_be_had_are_reported_with_the_reason(of_busi, made, tmp_path, file, old, new, reported):
     folder = copy(of_busi[0], tmp_path)
     text = (folder / file).read_text()
     assert old in text
     (folder / file).write_text(text.replace(old, new))
     first, _, _, last = made(folder)
     assert first.startswith("the run's test images cannot be read: ")
-    assert told in first
+    assert reported in first
     assert "4 phantoms" in last
 
 
@@ -278,9 +278,9 @@ def test_a_file_that_computes_something_else_is_not_written(cell, made, tmp_path
     out = tmp_path / "a.onnx"
     out.write_text("an older one")
     monkeypatch.setattr(onnx_file, "open_session", lambda _: Constant(value))
-    told = made(cell.folder)[-1]
-    assert "not written, probabilities of ONNX Runtime and PyTorch differ by up to" in told
-    assert told.endswith("on the run's 1 test images (phantom); allowed are 1e-04")
+    reported = made(cell.folder)[-1]
+    assert "not written, probabilities of ONNX Runtime and PyTorch differ by up to" in reported
+    assert reported.endswith("on the run's 1 test images (phantom); allowed are 1e-04")
     assert out.read_text() == "an older one"
 
 
@@ -289,14 +289,14 @@ def test_the_largest_difference_worked_out_by_hand():
         return images[:, :1]
 
     images = [torch.tensor([0.2, 0.45]).expand(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.6)]
-    found = onnx_file.onnx_probabilities(Constant(0.5), images)
-    assert found.shape == (2, 1, 2, 2)
-    assert onnx_file.largest_difference(found, network, images) == pytest.approx(0.3)
-    found[1, 0, 1, 1] = np.nan
-    assert onnx_file.largest_difference(found, network, images) == np.inf
+    result = onnx_file.onnx_probabilities(Constant(0.5), images)
+    assert result.shape == (2, 1, 2, 2)
+    assert onnx_file.largest_difference(result, network, images) == pytest.approx(0.3)
+    result[1, 0, 1, 1] = np.nan
+    assert onnx_file.largest_difference(result, network, images) == np.inf
 
 
-def test_a_missing_package_bad_weights_and_a_bad_place_are_told_in_one_line(
+def test_a_missing_package_bad_weights_and_a_bad_place_are_reported_in_one_line(
     cell, content, tmp_path, monkeypatch, capsys
 ):
     def refused(*arguments: object) -> str:
@@ -315,6 +315,6 @@ def test_a_missing_package_bad_weights_and_a_bad_place_are_told_in_one_line(
     assert "checksum differs" in refused("--run", folder, "--out", tmp_path / "a.onnx")
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else real(name))
-    told = refused("--run", cell.folder, "--out", tmp_path / "a.onnx")
-    assert told == "kdsweep: error: ONNX export needs onnxscript: pip install 'kdsweep[export]'\n"
+    reported = refused("--run", cell.folder, "--out", tmp_path / "a.onnx")
+    assert reported == "kdsweep: error: ONNX export needs onnxscript: pip install 'kdsweep[export]'\n"
     assert not (tmp_path / "a.onnx").exists()

@@ -54,9 +54,9 @@ def cell(tmp_path_factory) -> Cell:
 
 @pytest.fixture(scope="module")
 def model(cell) -> models.Model:
-    found = models.load_model(cell.folder)
-    placed(found.network, CPU)
-    return found
+    returned = models.load_model(cell.folder)
+    placed(returned.network, CPU)
+    return returned
 
 
 def noise(*shape: int, seed=0) -> np.ndarray:
@@ -101,17 +101,17 @@ def test_on_images_of_the_networks_size_it_is_what_testing_computes(model):
     pictures = noise(6, SIZE, SIZE, 3)
     part = EvalPart(["a"] * 6, ["b"] * 6, torch.from_numpy(pictures), torch.zeros(6, 1, SIZE, SIZE, dtype=torch.uint8))
     tested = scoring.predict(model.network, part, compute=CPU)[:, 0].numpy()
-    own = [predict.probabilities(model.network, picture, image_size=SIZE, compute=CPU) for picture in pictures]
+    single = [predict.probabilities(model.network, picture, image_size=SIZE, compute=CPU) for picture in pictures]
     assert 0.01 < tested.mean() < 0.99
-    np.testing.assert_array_equal(np.stack(own) > predict.THRESHOLD, tested)
+    np.testing.assert_array_equal(np.stack(single) > predict.THRESHOLD, tested)
 
 
 def test_other_sizes_are_resized_as_test_images_and_their_probabilities_back(model):
     large = np.repeat(np.repeat(noise(SIZE, SIZE, 3), 3, axis=0), 2, axis=1)
-    found = predict.probabilities(model.network, large, image_size=SIZE, compute=CPU)
+    returned = predict.probabilities(model.network, large, image_size=SIZE, compute=CPU)
     small = predict.probabilities(model.network, resize_image(large, SIZE), image_size=SIZE, compute=CPU)
-    assert found.shape == (3 * SIZE, 2 * SIZE)
-    np.testing.assert_allclose(found[1::3, ::2][:, 1:], 0.75 * small[:, 1:] + 0.25 * small[:, :-1], atol=1e-5)
+    assert returned.shape == (3 * SIZE, 2 * SIZE)
+    np.testing.assert_allclose(returned[1::3, ::2][:, 1:], 0.75 * small[:, 1:] + 0.25 * small[:, :-1], atol=1e-5)
 
 
 def test_a_row_of_the_table_worked_out_by_hand():
@@ -278,10 +278,10 @@ def test_it_writes_only_where_nothing_is_lost(cell, images, tmp_path, capsys):
     assert len(list(out.iterdir())) == 2 * 9 + 2
 
 
-def test_a_folder_without_images_and_a_device_that_is_not_there_are_told(cell, images, tmp_path, capsys):
+def test_a_folder_without_images_and_a_device_that_is_not_there_are_reported(cell, images, tmp_path, capsys):
     call = ("--run", cell.folder, "--out", tmp_path / "out", "--images")
     (tmp_path / "empty").mkdir()
-    assert "no images found; expected files ending in .png" in refused(capsys, *call, tmp_path / "empty")
+    assert "no images in it; expected files ending in .png" in refused(capsys, *call, tmp_path / "empty")
     assert "no such folder" in refused(capsys, *call, tmp_path / "nowhere")
     assert "device=tpu is not allowed" in refused(capsys, *call, images, "--device", "tpu")
     assert not (tmp_path / "out").exists()
@@ -290,8 +290,8 @@ def test_a_folder_without_images_and_a_device_that_is_not_there_are_told(cell, i
 def test_results_of_images_of_one_stem_do_not_meet(tmp_path):
     for name in ("x.png", "X.tif", "x.png.jpg", "y.png", "z.webp"):
         (tmp_path / name).touch()
-    found, _ = predict.list_images(tmp_path)
-    assert {name: file.name for name, file in found.items()} == {
+    returned, _ = predict.list_images(tmp_path)
+    assert {name: file.name for name, file in returned.items()} == {
         "X.tif": "X.tif",
         "x.png": "x.png",
         "x.png.jpg": "x.png.jpg",
@@ -313,7 +313,7 @@ def test_a_run_is_found_by_folder_and_by_name(cell):
 
 
 @pytest.mark.parametrize("name", ["Student/split1", "Student/split0/seed7", "S*/split0", "nothing", "../split0/x"])
-def test_a_run_that_is_not_there_is_told(cell, name):
+def test_a_run_that_is_not_there_is_reported(cell, name):
     with pytest.raises(InputError, match=r"--run .*: (not in --store|no such folder with a cell.json)"):
         find(name, cell.store)
 

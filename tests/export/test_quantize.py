@@ -28,7 +28,7 @@ def store(empty_store, tmp_path_factory):
     store = tmp_path_factory.mktemp("quantize") / "store"
     shutil.copytree(empty_store, store)
     tracker = mirror.Tracker(store=store, uri=None)
-    cells = [finish(store, "data.count=25", *own) for own in ([], ["path=L", "loss=mse"])]
+    cells = [finish(store, "data.count=25", *one) for one in ([], ["path=L", "loss=mse"])]
     sweep_file.add(store, "study", cells=cells, teachers=[])
     for cell in cells:
         (cell.folder / PREDICTIONS).touch()
@@ -53,20 +53,20 @@ def forms(model, store):
 
 def test_the_file_is_in_integers_and_close_to_the_network(model, store, forms):
     content, _, cost = forms
-    kinds = {onnx.TensorProto.DataType.Name(own.data_type) for own in onnx.load_from_string(content).graph.initializer}
+    kinds = {onnx.TensorProto.DataType.Name(one.data_type) for one in onnx.load_from_string(content).graph.initializer}
     assert {"INT8", "UINT8"} <= kinds
     assert cost["int8_mb"] < 0.5 * cost["fp32_mb"]
     images, _, _ = models.split_images(model, "train", store=store, data_root=None, count=4)
-    found = onnx_file.onnx_probabilities(onnx_file.open_session(content), images)
+    returned = onnx_file.onnx_probabilities(onnx_file.open_session(content), images)
     with torch.no_grad():
         expected = np.concatenate([onnx_file.Probabilities(model.network)(image).numpy() for image in images])
-    assert 0 < np.abs(found - expected).max() < 0.1
+    assert 0 < np.abs(returned - expected).max() < 0.1
 
 
 def convolutions(content):
     """The weights (output channel, product) of each convolution of an ONNX file in 8-bit integers."""
-    arrays = [onnx.numpy_helper.to_array(own) for own in onnx.load_from_string(content).graph.initializer]
-    return [own.reshape(len(own), -1).astype(int) for own in arrays if own.dtype == np.int8 and own.ndim == 4]
+    arrays = [onnx.numpy_helper.to_array(one) for one in onnx.load_from_string(content).graph.initializer]
+    return [one.reshape(len(one), -1).astype(int) for one in arrays if one.dtype == np.int8 and one.ndim == 4]
 
 
 def without_vnni(weights):
@@ -80,9 +80,9 @@ def without_vnni(weights):
 def test_processors_without_vnni_compute_the_same(model, store, forms, monkeypatch):
     from onnxruntime import quantization
 
-    found = convolutions(forms[0])
-    assert len(found) > 30
-    for weights in found:
+    returned = convolutions(forms[0])
+    assert len(returned) > 30
+    for weights in returned:
         saturating, exact = without_vnni(weights)
         assert saturating.tolist() == exact.tolist()
     quantize_static = quantization.quantize_static
@@ -108,8 +108,8 @@ def test_dice_is_that_of_each_form_on_the_test_images(model, store, forms):
     images, masks, _ = models.split_images(model, "test", store=store, data_root=None)
     assert scores["image"].tolist() == cell_folder.read_split(model.folder)["test"]
     for name, file in {"fp32": onnx_file.to_onnx(model), "int8": content}.items():
-        found = onnx_file.onnx_probabilities(onnx_file.open_session(file), images)
-        mask, prediction = masks.bool().numpy(), found > 0.5
+        returned = onnx_file.onnx_probabilities(onnx_file.open_session(file), images)
+        mask, prediction = masks.bool().numpy(), returned > 0.5
         dice = 2 * (mask & prediction).sum(axis=(1, 2, 3)) / (mask.sum(axis=(1, 2, 3)) + prediction.sum(axis=(1, 2, 3)))
         assert scores[name].tolist() == pytest.approx(dice.tolist(), abs=1e-6)
     assert metrics.overlap(prediction=masks.bool(), mask=masks)["dice"].mean() == 1
@@ -117,11 +117,11 @@ def test_dice_is_that_of_each_form_on_the_test_images(model, store, forms):
 
 def test_the_numbers_of_the_table():
     rng, images = np.random.default_rng(0), [f"image{number}" for number in range(30)]
-    own = {"split": 0, "seed": 0, "image": images, "group": images, "test_to_train": 0.3}
+    one = {"split": 0, "seed": 0, "image": images, "group": images, "test_to_train": 0.3}
     parts = []
     for name in ("Student", "L_MSE"):
         fp32 = rng.uniform(0.3, 0.9, 30)
-        parts.append(pd.DataFrame({"notation": name, **own, "fp32": fp32, "int8": fp32 - rng.uniform(0, 0.1, 30)}))
+        parts.append(pd.DataFrame({"notation": name, **one, "fp32": fp32, "int8": fp32 - rng.uniform(0, 0.1, 30)}))
     cost = pd.DataFrame(
         {"notation": ["Student", "L_MSE"], "fp32_mb": [4.0, 5.0], "int8_mb": [1.0, 2.0], "fp32_ms": 3.0, "int8_ms": 1.0}
     )
@@ -144,8 +144,8 @@ def test_the_numbers_of_the_table():
 def test_the_command(store, tmp_path, capsys):
     arguments = ["--store", str(store), "--models", "Student,L_MSE_WAug", "--calibrate", "3", "--out", str(tmp_path)]
     assert cli.main(["quantize", *arguments]) == 0
-    told = capsys.readouterr().out
-    assert "2 networks of sweep study to 8-bit integers" in told
+    printed = capsys.readouterr().out
+    assert "2 networks of sweep study to 8-bit integers" in printed
     table = pd.read_csv(tmp_path / "quantized.csv").set_index("notation")
     assert table.index.tolist() == ["Student", "L_MSE_WAug"]
     assert len(list(tmp_path.glob("*.int8.onnx"))) == 2

@@ -72,10 +72,10 @@ def test_what_is_registered_is_loaded_as_the_printed_line_says(cell, client, cal
     before, uris = run_of(client, cell), (mlflow.get_tracking_uri(), mlflow.get_registry_uri())
     for version in (1, 2):
         assert call(NAME) == 0
-        told = capsys.readouterr().out.splitlines()[-1]
+        reported = capsys.readouterr().out.splitlines()[-1]
         place = mirror.store_uri(cell.store, None)
         loading = f'MLFLOW_TRACKING_URI={place} and mlflow.pyfunc.load_model("models:/{NAME}/{version}")'
-        assert told == f"registered {NAME} version {version}; to load it: {loading}"
+        assert reported == f"registered {NAME} version {version}; to load it: {loading}"
     after = run_of(client, cell)
     assert (mlflow.get_tracking_uri(), mlflow.get_registry_uri()) == uris
     assert mlflow.active_run() is None
@@ -84,13 +84,13 @@ def test_what_is_registered_is_loaded_as_the_printed_line_says(cell, client, cal
     assert (after.info, after.data.metrics, after.data.tags) == (before.info, before.data.metrics, before.data.tags)
     assert len(after.outputs.model_outputs) == 2
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", re.search(r"MLFLOW_TRACKING_URI=(\S+)", told)[1])
-    loaded = mlflow.pyfunc.load_model(re.search(r'load_model\("(.+)"\)', told)[1])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", re.search(r"MLFLOW_TRACKING_URI=(\S+)", reported)[1])
+    loaded = mlflow.pyfunc.load_model(re.search(r'load_model\("(.+)"\)', reported)[1])
     model = models.load_model(cell.folder)
     images = torch.cat([predict.prepare(noise(70, 90, 3, seed=i), image_size=SIZE) for i in range(3)])
-    found = loaded.predict({"images": images.numpy()})["probabilities"]
-    np.testing.assert_allclose(found, probabilities(model, images), rtol=0, atol=1e-4)
-    assert found.std() > 0.01
+    result = loaded.predict({"images": images.numpy()})["probabilities"]
+    np.testing.assert_allclose(result, probabilities(model, images), rtol=0, atol=1e-4)
+    assert result.std() > 0.01
 
 
 def test_a_version_says_what_it_takes_and_from_which_run_it_is(cell, client, call, content):
@@ -145,7 +145,7 @@ def test_a_failed_version_leaves_the_earlier_ones(cell, client, call, capsys, mo
     assert [int(version.version) for version in client.search_model_versions("name = 'kept'")] == [1]
 
 
-def test_a_run_that_mlflow_does_not_have_and_a_bad_name_are_told_in_one_line(
+def test_a_run_that_mlflow_does_not_have_and_a_bad_name_are_reported_in_one_line(
     cell, client, call, content, tmp_path, capsys
 ):
     def refused(name: str, *more: str) -> str:
@@ -157,13 +157,13 @@ def test_a_run_that_mlflow_does_not_have_and_a_bad_name_are_told_in_one_line(
     assert "--register a/b: MLflow at sqlite:" in refused("a/b")
     run = run_of(client, cell).info
     client.update_run(run.run_id, "RUNNING")
-    told = refused(NAME)
+    reported = refused(NAME)
     client.set_terminated(run.run_id, "FINISHED", run.end_time)
-    assert f"has no finished run of this cell (fingerprint {cell.fingerprint[:10]}); the sweep's command" in told
+    assert f"has no finished run of this cell (fingerprint {cell.fingerprint[:10]}); the sweep's command" in reported
     broken = tmp_path / "broken.db"
     broken.write_bytes(b"not a database" * 100)
-    told = refused(NAME, "--tracking-uri", f"sqlite:///{broken}")
-    assert told.endswith(
+    reported = refused(NAME, "--tracking-uri", f"sqlite:///{broken}")
+    assert reported.endswith(
         f"tracking.uri=sqlite:///{broken}: the store does not open: (sqlite3.DatabaseError) file is not a database\n"
     )
     model = models.load_model(cell.folder)
@@ -181,5 +181,5 @@ def test_a_registered_model_is_found_again_in_a_store_that_was_moved(cell, clien
     assert there.get_model_version_download_uri("moved", "1").startswith(f"file://{moved}/artifacts/")
     logged = there.search_logged_models([run.info.experiment_id])
     assert logged
-    assert all(own.artifact_location.startswith(f"file://{moved}/artifacts/") for own in logged)
+    assert all(each.artifact_location.startswith(f"file://{moved}/artifacts/") for each in logged)
     assert client.get_model_version_download_uri("moved", "1").startswith(f"file://{cell.store}/")

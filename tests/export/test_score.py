@@ -51,9 +51,9 @@ def arguments(finished, small_busi):
 def test_every_network_is_scored_once_and_the_table_comes_out(finished, small_busi, arguments, capsys, monkeypatch):
     store, cells = finished
     assert cli.main(["score", *arguments]) == 0
-    told = capsys.readouterr().out
-    assert "sweep study: 2 networks, 2 to score on data=busi with 25 images" in told
-    assert "scored 2 networks now" in told
+    printed = capsys.readouterr().out
+    assert "sweep study: 2 networks, 2 to score on data=busi with 25 images" in printed
+    assert "scored 2 networks now" in printed
 
     source = inputs.source(composition.compose([*WORDS, f"data.root={small_busi}"]))
     (file,) = (cells[0].folder / "external").iterdir()
@@ -95,8 +95,8 @@ def test_a_network_that_cannot_be_read_leaves_the_others(finished, arguments, tm
         assert cli.main(["score", *arguments]) == 1
     finally:
         file.write_bytes(content)
-    told = capsys.readouterr()
-    assert "missing or damaged" in told.err
+    printed = capsys.readouterr()
+    assert "missing or damaged" in printed.err
     assert (cells[0].folder / "external").is_dir()
     assert not (cells[1].folder / "external").exists()
     assert cli.main(["score", *arguments]) == 0  # the same command goes on
@@ -137,7 +137,7 @@ def test_the_drops_interval_is_welchs():
         pd.DataFrame({"split": 0, "seed": 0, "image": [f"{name}{i}" for i in range(count)], "dice": values})
         for name, count, values in (("a", 30, rng.uniform(0.4, 0.9, 30)), ("b", 50, rng.uniform(0.2, 0.9, 50)))
     ]
-    own, theirs = (frame.assign(group=frame["image"]) for frame in frames)
-    found = external._drop(own, theirs)
-    expected = ttest_ind(100 * theirs["dice"], 100 * own["dice"], equal_var=False).confidence_interval()
-    assert (found["low_points"], found["high_points"]) == pytest.approx(tuple(expected))
+    single, theirs = (frame.assign(group=frame["image"]) for frame in frames)
+    returned = external._drop(single, theirs)
+    expected = ttest_ind(100 * theirs["dice"], 100 * single["dice"], equal_var=False).confidence_interval()
+    assert (returned["low_points"], returned["high_points"]) == pytest.approx(tuple(expected))

@@ -27,7 +27,7 @@ GREEN, RED = "#00e8a8", "#ff1f3d"
 SOLID = None  # the pattern of a line without gaps
 BLANK = np.zeros((S, S), np.uint8)
 OWN = ("Teacher", "Teacher_WAug", "Student", *(cell for cell in CELLS if cell.startswith("HReg")))
-ARGUMENTS = {"uri": None, "split": None, "seed": None, "models": None, "count": 1, "ids": None}
+ARGUMENTS = {"uri": None, "split": None, "seed": None, "models": None, "count": 1, "ids": ()}
 
 
 def box(top, bottom, left, right):
@@ -68,8 +68,8 @@ def grid(figure):
 
 def outlines(axes):
     """The contours by color: line pattern and curve."""
-    found = [child for child in axes.get_children() if isinstance(child, ContourSet)]
-    return {to_hex(one.get_edgecolor()[0]): (one.get_linestyle()[0][1], one.get_paths()[0]) for one in found}
+    returned = [child for child in axes.get_children() if isinstance(child, ContourSet)]
+    return {to_hex(one.get_edgecolor()[0]): (one.get_linestyle()[0][1], one.get_paths()[0]) for one in returned}
 
 
 def area(curve):
@@ -91,7 +91,7 @@ def written(figure):
 DICE = pd.DataFrame({"A": [0.9, 0.1, 0.5, 0.2, 0.8], "B": [0.7, 0.1, 0.7, 0.6, 0.6]}, index=list("vwxyz"))
 
 
-def choose(dice, count, ids=None):
+def choose(dice, count, ids=()):
     return examples.choose(dice, count=count, ids=ids, where="split 0")
 
 
@@ -168,8 +168,8 @@ def test_cells_of_ones_own_follow_by_name():
     rows = [run_row(name, 0) for name in ("X_KLD_WAug", "X_Focal", "X_MSE", "L_Focal", "X_KLD")]
     sweep = sweep_of(splits=(0,))
     sweep = replace(sweep, runs=pd.concat([sweep.runs, pd.DataFrame(rows)], ignore_index=True))
-    own = ["L_Focal", "X_Focal", "X_KLD", "X_KLD_WAug", "X_MSE"]
-    assert examples.notations(sweep) == [*BASELINES, *CELLS, *own]
+    every = ["L_Focal", "X_Focal", "X_KLD", "X_KLD_WAug", "X_MSE"]
+    assert examples.notations(sweep) == [*BASELINES, *CELLS, *every]
 
 
 # ---- the grid ------------------------------------------------------------------------------------------------------
@@ -184,8 +184,8 @@ def test_the_whole_figure_has_the_image_the_baselines_and_a_row_per_path():
 
 
 def test_cells_of_ones_own_get_rows_of_their_own():
-    own = ["L_Focal", "X_MSE", "X_MSE_WAug", "X_KLD", "X_KLD_WAug", "X_Focal"]
-    assert grid(full([*BASELINES, *CELLS, *own]))[4:] == [["L_Focal"], own[1:5], ["X_Focal"]]
+    every = ["L_Focal", "X_MSE", "X_MSE_WAug", "X_KLD", "X_KLD_WAug", "X_Focal"]
+    assert grid(full([*BASELINES, *CELLS, *every]))[4:] == [["L_Focal"], every[1:5], ["X_Focal"]]
     methods = ["AT_WAug", "CWD", "CWD_WAug", "EMKD_WAug", "SKD_WAug"]
     assert grid(full([*BASELINES, *CELLS, *methods]))[4:] == [methods[:4], methods[4:]]
 
@@ -262,11 +262,11 @@ def test_an_empty_prediction_says_that_no_lesion_was_found():
     figure = figure_of({"Student": BLANK, "L_MSE": box(8, 20, 8, 20)})
     student, cell = panels(figure)["Student"], panels(figure)["L_MSE"]
     assert list(outlines(student)) == [GREEN]
-    assert [text.get_text() for text in student.texts] == ["no lesion found"]
+    assert [text.get_text() for text in student.texts] == ["no lesion predicted"]
     assert not cell.texts
 
 
-def test_an_image_without_a_lesion_is_told():
+def test_an_image_without_a_lesion_is_reported():
     figure = figure_of({"Student": BLANK}, mask=BLANK)
     assert outlines(panels(figure)["Student"]) == {}
     assert "The ground truth holds no lesion. Number: Dice on this image." in written(figure)
@@ -349,7 +349,7 @@ def study(scored, small_busi, tmp_path, monkeypatch):
             runs.append(run_row(notation, split, seed, run_id=name, params=params, tags=tags))
             masks = {image: shifted(images[image][1], notation) for image in tests[split]}
             checkpoint.save_predictions(tmp_path / f"{name}.npz", np.stack(list(masks.values())), ids=list(masks))
-            rows = {"image": list(masks), "dice": [by_hand(own, images[one][1]) for one, own in masks.items()]}
+            rows = {"image": list(masks), "dice": [by_hand(every, images[one][1]) for one, every in masks.items()]}
             scores.append(pd.DataFrame(rows).assign(fingerprint=name))
         return FakeSweep("study", pd.DataFrame(runs), pd.concat(scores, ignore_index=True))
 
@@ -415,9 +415,9 @@ def test_several_images_come_from_the_worst_to_the_best(study, tmp_path):
 
 
 def test_images_chosen_by_hand_are_called_so_with_their_place(study, scored, tmp_path):
-    wanted = sorted(scored[0][0])[:2][::-1]
-    shown = load(study(), tmp_path, split=0, ids=wanted)
-    for image, one in zip(wanted, shown, strict=True):
+    expected_of = sorted(scored[0][0])[:2][::-1]
+    shown = load(study(), tmp_path, split=0, ids=expected_of)
+    for image, one in zip(expected_of, shown, strict=True):
         assert one.caption.startswith(f"Split 0, image {image}: chosen by hand, place ")
         assert one.caption.endswith(" of 5 test images by mean Dice over the 7 models shown")
     worst = load(study(), tmp_path, split=0, count=5)[0].caption.split(":")[0].removeprefix("Split 0, image ")
@@ -461,8 +461,8 @@ def test_with_several_seeds_the_caption_names_the_seed(study, tmp_path):
         ({"count": 6}, r"--count 6: must be 1 to 5"),
     ],
 )
-def test_what_is_not_there_is_named_with_what_is(study, tmp_path, changes, told):
-    with pytest.raises(InputError, match=told) as error:
+def test_what_is_not_there_is_named_with_what_is(study, tmp_path, changes, printed):
+    with pytest.raises(InputError, match=printed) as error:
         load(study(), tmp_path, **changes)
     assert "\n" not in str(error.value)
 

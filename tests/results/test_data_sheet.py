@@ -113,7 +113,7 @@ def test_faulty_images_are_all_named_and_the_others_are_still_accounted_for(root
     ("words", "fault"),
     [
         (["split=kfold", "split.folds=20"], "split.folds=20 is not allowed: the data set has 10 images"),
-        (["split=kfold", "split.group=absent.csv"], "split.group=absent.csv cannot be read"),
+        (["split=kfold", "split.group=absent.csv"], "split.group=absent.csv: cannot be read"),
     ],
 )
 def test_a_split_that_cannot_be_drawn_is_a_fault_beside_the_account(root, capsys, words, fault):

@@ -96,10 +96,10 @@ def test_equal_figures_are_equal_files():
 
 
 def test_several_images_and_settings_have_files_of_their_own(call, monkeypatch):
-    asked = []
+    received = []
 
     def load(sweep, *_, count, **__):
-        asked.append((set(sweep.runs.loc[sweep.runs["role"] == "distilled", "notation"]), count))
+        received.append((set(sweep.runs.loc[sweep.runs["role"] == "distilled", "notation"]), count))
         return [shown(1), shown(2)]
 
     monkeypatch.setattr(examples, "load", load)
@@ -107,7 +107,7 @@ def test_several_images_and_settings_have_files_of_their_own(call, monkeypatch):
     _, files, _ = call(sweep, "figure2", "--count", "2")
     names = [name for name in files if name.endswith(".png")]
     assert names == [f"figure2-train.lr={rate}-{number}.png" for rate in "12" for number in "12"]
-    assert asked == [({"L_MSE"}, 2)] * 2
+    assert received == [({"L_MSE"}, 2)] * 2
 
 
 def test_a_quick_check_says_so_in_the_figure():
@@ -116,8 +116,8 @@ def test_a_quick_check_says_so_in_the_figure():
         "Each test image against Student. Sweep study: data busi, profile paper"
     )
     quick = sweep.runs.assign(profile="quick")
-    told = figures.heading("curves", reader.Sweep("demo", quick, sweep.scores), label="train.lr=1")
-    assert told.endswith("Sweep demo, train.lr=1: data busi, profile quick (a check, not a result)")
+    printed = figures.heading("curves", reader.Sweep("demo", quick, sweep.scores), label="train.lr=1")
+    assert printed.endswith("Sweep demo, train.lr=1: data busi, profile quick (a check, not a result)")
 
 
 def test_a_figure_that_cannot_be_drawn_leaves_the_others(call, monkeypatch, capsys):
@@ -140,12 +140,12 @@ def test_settings_that_cannot_be_drawn_leave_the_others(call, capsys):
 
 
 def test_options_of_figure2_reach_it(call, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(examples, "load", lambda *_, **options: asked.update(options) or [shown()])
+    received = {}
+    monkeypatch.setattr(examples, "load", lambda *_, **options: received.update(options) or [shown()])
     words = ("--models", "Student,L_MSE", "--split", "2", "--seed", "1", "--image", "a", "--image", "b")
     call(sweep_of(splits=(0,)), "figure2", *words, "--data-root", "moved")
-    assert asked["models"] == ["Student", "L_MSE"]
-    assert (asked["split"], asked["seed"], asked["ids"], asked["root"]) == (2, 1, ("a", "b"), Path("moved"))
+    assert received["models"] == ["Student", "L_MSE"]
+    assert (received["split"], received["seed"], received["ids"], received["root"]) == (2, 1, ("a", "b"), Path("moved"))
 
 
 def test_overrides_say_which_sweep_is_meant():
@@ -167,15 +167,15 @@ def test_a_data_set_of_ones_own_is_taken_from_the_command(tmp_path, monkeypatch,
     (tmp_path / "conf" / "data" / "clinic.yaml").write_text(node)
     (tmp_path / "own_scans.py").write_text("class Clinic:\n    def __init__(self, root):\n        self.root = root\n")
     monkeypatch.syspath_prepend(tmp_path)
-    asked = {}
-    monkeypatch.setattr(examples, "load", lambda *_, **options: asked.update(options) or [shown()])
+    received = {}
+    monkeypatch.setattr(examples, "load", lambda *_, **options: received.update(options) or [shown()])
     words = ("data=clinic", "data.root=here", f"hydra.searchpath=[file://{tmp_path / 'conf'}]")
     call(sweep_of(splits=(0,)), "figure2", *words)
-    assert type(asked["source"]).__name__ == "Clinic"
-    assert (asked["source"].root, asked["root"]) == ("here", Path("here"))
+    assert type(received["source"]).__name__ == "Clinic"
+    assert (received["source"].root, received["root"]) == ("here", Path("here"))
 
 
-def test_the_command_tells_a_missing_store_in_one_line(tmp_path):
+def test_the_command_reports_a_missing_store_in_one_line(tmp_path):
     command = [sys.executable, "-m", "kdsweep", "figures", "effects", "profile=quick", f"store={tmp_path}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
@@ -195,11 +195,11 @@ def test_what_is_drawn_from_and_where_it_goes_is_in_mlflow(tmp_path):
     file = tmp_path / "effects.png"
     file.write_bytes(b"picture")
     for _ in range(2):  # drawn again, it takes the place of the old one
-        told = reader.attach(sweep, [file], folder="figures", store=tmp_path, uri=None)
-        assert told == f"logged to MLflow, run {sweep.run_id}"
+        printed = reader.attach(sweep, [file], folder="figures", store=tmp_path, uri=None)
+        assert printed == f"logged to MLflow, run {sweep.run_id}"
     kept = (tmp_path / "artifacts" / sweep.run_id / "artifacts" / "figures" / "effects.png").read_bytes()
     assert kept == b"picture"
     other = replace(sweep, run_id="0" * 32)
-    told = reader.attach(other, [file], folder="figures", store=tmp_path, uri="http://127.0.0.1:9")
-    assert told.startswith("not logged to MLflow: ")
-    assert len(told.splitlines()) == 1
+    printed = reader.attach(other, [file], folder="figures", store=tmp_path, uri="http://127.0.0.1:9")
+    assert printed.startswith("not logged to MLflow: ")
+    assert len(printed.splitlines()) == 1

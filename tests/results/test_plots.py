@@ -82,15 +82,15 @@ def points(axes, label):
     """x by the notation whose row the mark stands in; a mark of a split stands a third of a row below."""
     (line,) = lines(axes, label)
     rows = [text.get_text() for text in axes.get_yticklabels()]
-    known = [(x, y) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True) if not np.isnan(x)]
-    return {rows[int(y)]: x for x, y in known}
+    existing = [(x, y) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True) if not np.isnan(x)]
+    return {rows[int(y)]: x for x, y in existing}
 
 
 def spans(axes, which=0, of=1):
-    found = [artist for artist in axes.collections if isinstance(artist, LineCollection)]
-    assert len(found) == of
-    found = found[which]
-    return [(x0, x1, y) for (x0, y), (x1, _) in filter(len, found.get_segments())]  # NaN makes an empty one
+    returned = [artist for artist in axes.collections if isinstance(artist, LineCollection)]
+    assert len(returned) == of
+    returned = returned[which]
+    return [(x0, x1, y) for (x0, y), (x1, _) in filter(len, returned.get_segments())]  # NaN makes an empty one
 
 
 def curves_of(notations=("Student", "L_MSE", "L_KLD"), splits=(0, 1), seeds=(0,), epochs=4):
@@ -149,14 +149,14 @@ def test_a_row_per_cell_in_the_papers_order_below_its_paths_heading():
     bold = [text.get_text() for text in left.get_yticklabels() if text.get_fontweight() == "bold"]
     assert bold == HEADINGS
     assert left.get_ylim()[0] > left.get_ylim()[1]  # the first row is the top one
-    own = drawn(scores=table_of(MEANS | {"AT_MAE_WAug": 75.0, "AT_MAE": 74.0})).axes[0]
-    assert [text.get_text() for text in own.get_yticklabels()][-3:] == ["Own cells", "AT_MAE", "AT_MAE_WAug"]
-    assert points(own, "weak Teacher augmentation")["AT_MAE_WAug"] == 75.0
+    single = drawn(scores=table_of(MEANS | {"AT_MAE_WAug": 75.0, "AT_MAE": 74.0})).axes[0]
+    assert [text.get_text() for text in single.get_yticklabels()][-3:] == ["Own cells", "AT_MAE", "AT_MAE_WAug"]
+    assert points(single, "weak Teacher augmentation")["AT_MAE_WAug"] == 75.0
     methods = drawn(scores=table_of(MEANS | {"CWD_WAug": 75.0})).axes[0]
     assert [text.get_text() for text in methods.get_yticklabels()][-2:] == ["Methods", "CWD_WAug"]
 
 
-def test_means_are_told_by_augmentation_in_shape_and_color():
+def test_means_are_reported_by_augmentation_in_shape_and_color():
     left = drawn().axes[0]
     weak = {cell: mean for cell, mean in MEANS.items() if cell in paper.CELLS and cell.endswith("_WAug")}
     strong = {cell: mean for cell, mean in MEANS.items() if cell in paper.CELLS and not cell.endswith("_WAug")}
@@ -172,9 +172,9 @@ def test_the_paired_interval_is_laid_off_from_the_students_mean():
     scores.loc[scores["notation"] == "H_MSE", NUMBERS[1:]] = [-3.0, 11.0]
     left = drawn(scores=scores).axes[0]
     rows = [text.get_text() for text in left.get_yticklabels()]
-    found = {rows[int(y)]: (low, high) for low, high, y in spans(left)}
+    returned = {rows[int(y)]: (low, high) for low, high, y in spans(left)}
     expected = {cell: (MEANS[cell] - 0.5, MEANS[cell] + 0.5) for cell in paper.CELLS} | {"H_MSE": (67.0, 81.0)}
-    assert found == {cell: pytest.approx(span) for cell, span in expected.items()}
+    assert returned == {cell: pytest.approx(span) for cell, span in expected.items()}
 
 
 def test_each_split_has_a_hollow_mark_of_its_own_shape():
@@ -196,8 +196,8 @@ def test_the_baselines_are_lines_of_different_styles_each_labelled_at_its_top():
 
 
 def test_the_legend_names_what_is_drawn_and_no_more():
-    whole = legend(drawn().axes[2])
-    assert whole == [
+    complete = legend(drawn().axes[2])
+    assert complete == [
         "mean of all test images, strong Teacher augmentation",
         "mean of all test images, weak Teacher augmentation",
         "95 % interval of the paired difference to Student (these networks), laid off from its mean",
@@ -221,13 +221,13 @@ def test_without_student_there_are_no_paired_intervals(missing):
     assert len(points(left, "strong")) == len(points(left, "split 1")) / 2 == 6
 
 
-def test_a_row_with_a_gap_tells_its_reason_in_place_of_marks():
+def test_a_row_with_a_gap_reports_its_reason_in_place_of_marks():
     left = drawn(scores=table_of(MEANS, splits=SHIFTS, gaps={"H_KLD": "failed: split 1", "L_MSE": LONG})).axes[0]
-    told = {text.get_text(): text.get_position()[1] for text in left.texts if text.get_color() == style.GRAY}
+    printed = {text.get_text(): text.get_position()[1] for text in left.texts if text.get_color() == style.GRAY}
     rows = [text.get_text() for text in left.get_yticklabels()]
-    assert told["failed: split 1"] == rows.index("H_KLD")
-    (short,) = set(told) - {"failed: split 1"}
-    assert told[short] == rows.index("L_MSE")
+    assert printed["failed: split 1"] == rows.index("H_KLD")
+    (short,) = set(printed) - {"failed: split 1"}
+    assert printed[short] == rows.index("L_MSE")
     assert LONG.startswith(short.removesuffix(" ..."))
     assert short.endswith(" ...")
     assert not {"H_KLD", "L_MSE"} & {*points(left, "strong"), *points(left, "split 0")}
@@ -266,8 +266,8 @@ def test_several_seeds_give_intervals_of_methods_too_thin_beside_those_of_the_ne
     main = main.assign(p_methods_holm=[1.0, 0.7, 0.09, 0.04, 0.5, 0.5])
     figure = drawn(scores=scores, main=main)
     left, right, beside = figure.axes
-    own, wide = spans(left, 0, of=2), spans(left, 1, of=2)
-    assert wide == [pytest.approx((low - 1.5, high + 2, y)) for low, high, y in own]
+    single, wide = spans(left, 0, of=2), spans(left, 1, of=2)
+    assert wide == [pytest.approx((low - 1.5, high + 2, y)) for low, high, y in single]
     widths = [artist.get_linewidth()[0] for artist in left.collections if isinstance(artist, LineCollection)]
     assert widths[0] > widths[1]
     ends = [line for line in left.lines if line.get_marker() == "|"]
@@ -293,7 +293,7 @@ def test_the_numbers_of_a_whole_sweep_reach_the_figure():
 
 
 def test_scores_without_a_cell_are_refused():
-    with pytest.raises(InputError, match=r"^scores: no row is a cell's; give the whole table"):
+    with pytest.raises(InputError, match=r"^scores: no row is a cell's; give the complete table"):
         drawn(scores=table_of({"Student": 70.0, "Teacher": 80.0}))
 
 
@@ -305,11 +305,11 @@ def test_a_panel_per_notation_holds_a_line_per_split_and_seed():
     frame = pd.concat([frame, frame.assign(metric="val/loss", value=7.0)])
     figure = curves.figure(frame, title="A sweep")
     axes = panels(figure)["L_KLD"]
-    own = [line for line in axes.lines if line.get_color() != style.LIGHT]
-    assert [line.get_xdata().tolist() for line in own] == [[1, 2, 3, 4]] * 4
-    starts = [line.get_ydata()[0] for line in own]
+    single = [line for line in axes.lines if line.get_color() != style.LIGHT]
+    assert [line.get_xdata().tolist() for line in single] == [[1, 2, 3, 4]] * 4
+    starts = [line.get_ydata()[0] for line in single]
     assert starts == pytest.approx([0.2031, 0.2071, 0.2131, 0.2171])
-    styles = [line.get_linestyle() for line in own]
+    styles = [line.get_linestyle() for line in single]
     assert styles[0] == styles[1] != styles[2] == styles[3]
     assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["split 0", "split 1"]
     assert (axes.get_ylabel(), panels(figure)["L_MSE"].get_ylabel()) == ("", "validation Dice")
@@ -321,7 +321,12 @@ def test_the_students_curves_lie_in_gray_behind_the_cells_only():
     behind = {
         name: [line for line in axes.lines if line.get_color() == style.LIGHT] for name, axes in panels(figure).items()
     }
-    assert {name: len(found) for name, found in behind.items()} == {"L_MSE": 2, "Student": 0, "Teacher": 0, "AT_MAE": 2}
+    assert {name: len(drawn) for name, drawn in behind.items()} == {
+        "L_MSE": 2,
+        "Student": 0,
+        "Teacher": 0,
+        "AT_MAE": 2,
+    }
     assert behind["L_MSE"][1].get_ydata().tolist() == pytest.approx([0.0101, 0.0102, 0.0103, 0.0104])
     assert behind["L_MSE"][0].get_zorder() < panels(figure)["L_MSE"].lines[-1].get_zorder()
     assert figure.legends[0].get_texts()[-1].get_text().startswith("Student")
@@ -364,13 +369,13 @@ def test_a_metric_that_no_run_has_is_refused_with_those_there_are():
 
 def test_paired_holds_each_image_beside_students_of_the_same_place():
     sweep = with_status(sweep_of(splits=(0, 1), seeds=(0,)), "L_KLD", 1, "FAILED")
-    found = pairs.paired(sweep)
-    assert list(found) == ["notation", "split", "seed", "image", "dice_ours", "dice_baseline"]
-    assert list(dict.fromkeys(found["notation"])) == [cell for cell in paper.CELLS if cell != "L_KLD"]
-    own = found[found["notation"] == "H_MSE"]
-    np.testing.assert_array_equal(own["dice_ours"], dice_all("H_MSE", (0, 1)))
-    np.testing.assert_array_equal(own["dice_baseline"], dice_all("Student", (0, 1)))
-    assert own["split"].tolist() == [0] * 12 + [1] * 12
+    returned = pairs.paired(sweep)
+    assert list(returned) == ["notation", "split", "seed", "image", "dice_ours", "dice_baseline"]
+    assert list(dict.fromkeys(returned["notation"])) == [cell for cell in paper.CELLS if cell != "L_KLD"]
+    single = returned[returned["notation"] == "H_MSE"]
+    np.testing.assert_array_equal(single["dice_ours"], dice_all("H_MSE", (0, 1)))
+    np.testing.assert_array_equal(single["dice_baseline"], dice_all("Student", (0, 1)))
+    assert single["split"].tolist() == [0] * 12 + [1] * 12
     for lacking in (
         with_status(sweep, "Student", 0, "RUNNING"),
         sweep_of(("Teacher", "L_MSE")),
@@ -378,7 +383,7 @@ def test_paired_holds_each_image_beside_students_of_the_same_place():
     ):
         none = pairs.paired(lacking)
         assert none.empty
-        assert list(none) == list(found)
+        assert list(none) == list(returned)
 
 
 def test_paired_refuses_different_images():
@@ -408,9 +413,9 @@ def test_a_mark_per_image_with_a_shape_per_split():
         ((2e-12, -2e-12, 0.03), "better 2, worse 1\nmean +1.00 points"),
     ],
 )
-def test_better_worse_equal_and_the_mean_are_counted(differences, told):
+def test_better_worse_equal_and_the_mean_are_counted(differences, printed):
     (axes,) = pairs.figure(pairs_of(*differences), title="A sweep").axes
-    assert axes.get_title(loc="left") == f"L_MSE\n{told}"
+    assert axes.get_title(loc="left") == f"L_MSE\n{printed}"
 
 
 def test_no_pairs_are_refused():

@@ -67,11 +67,19 @@ def test_any_other_error_keeps_its_class_and_loses_its_line_breaks():
     assert user_message(ValueError("a\n  b")) == "ValueError: a b"
 
 
-def test_a_kept_command_can_be_typed_again_and_has_no_password(monkeypatch):
-    typed = ["-m", "path=L,H", "store=/my scans", "tracking.uri=postgresql://me:se@cret@host:5432/db", "--plan"]
+def test_a_kept_command_names_no_folder_and_no_password(monkeypatch):
+    typed = [
+        "-m",
+        "path=L,H",
+        "store=/my runs",
+        "data.root=/my scans",
+        "tracking.uri=postgresql://me:se@cret@host:5432/db",
+        "--plan",
+    ]
     monkeypatch.setattr(launcher, "arguments", typed)
     assert launcher.command_line() == (
-        "python -m kdsweep -m path=L,H 'store=/my scans' tracking.uri=postgresql://USER:PASSWORD@host:5432/db --plan"
+        "python -m kdsweep -m path=L,H store=STORE 'data.root=my scans' "
+        "tracking.uri=postgresql://USER:PASSWORD@host:5432/db --plan"
     )
 
 

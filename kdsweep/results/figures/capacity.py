@@ -38,7 +38,7 @@ def figure(table: pd.DataFrame, *, title: str) -> Figure:
     """
     table = table.dropna(subset="mean_dice_percent")
     if table.empty:
-        raise InputError("no Student of this sweep is finished on all splits and seeds asked for")
+        raise InputError("no Student of this sweep is finished on all requested splits and seeds")
     frame = pd.concat(
         table.assign(panel=label, cost=table[column].astype(float) / unit, on_front=table[f"on_{front}_front"])
         for label, (front, column, unit) in COSTS.items()

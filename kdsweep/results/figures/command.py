@@ -29,21 +29,13 @@ FROM_SCORES = ("effects", "pairs", "capacity")  # the others need images, curves
 
 
 class Location(NamedTuple):
-    """The place of a sweep.
+    """The location of a sweep."""
 
-    Attributes:
-        store: folder of the runs.
-        uri: of the MLflow server or database, or None for the file in the store.
-        sweep: its name; None takes the last one.
-        root: folder of its images, if they were moved.
-        source: its data set, if that is a user's own class.
-    """
-
-    store: Path
-    uri: str | None
-    sweep: str | None
-    root: Path | None
-    source: sources.Source | None = None
+    store: Path  # folder of the runs
+    uri: str | None  # of the MLflow server or database; None is the file in the store
+    sweep: str | None  # its name; None takes the last one
+    root: Path | None  # folder of its images, if they were moved
+    source: sources.Source | None = None  # its data set, if that is a user's class
 
 
 def draw(which: str, sweep: Sweep, *, location: Location, **choice: Any) -> Iterator[tuple[str, Figure]]:
@@ -118,23 +110,15 @@ def make(
 ) -> None:
     """Draw, write and log one figure or all; a figure that cannot be drawn does not stop the others.
 
-    Args:
-        which: a key of FIGURES or all.
-        location: of the sweep.
-        out: folder of the figures; None is STORE/figures.
-        published: files to draw from instead of a store; nothing is logged then.
-        choice: for figure2.
+    Figures of published files are not logged; ``choice`` is for figure2.
 
     Raises:
         InputError: there is no such sweep, or it lacks what a figure needs.
     """
     if published and which not in (*FROM_SCORES, "all"):
         raise InputError(f"--published: {which} needs the store; --store names it")
-    sweep = (
-        read_published(published)
-        if published
-        else reader.read_sweep(store=location.store, uri=location.uri, name=location.sweep)
-    )
+    where: dict[str, Any] = {"store": location.store, "uri": location.uri}
+    sweep = read_published(published) if published else reader.read_sweep(**where, name=location.sweep)
     out = out or location.store / "figures"
     failed = []
     for name in _applicable(sweep, store=location.store, from_scores=bool(published)) if which == "all" else [which]:
@@ -143,9 +127,7 @@ def make(
                 written = style.write(figure, out / file_name)
                 line = f"wrote {out / file_name}.{', .'.join(style.FORMATS)}"
                 if not published:
-                    line += (
-                        f"; {reader.attach(sweep, written, folder='figures', store=location.store, uri=location.uri)}"
-                    )
+                    line += f"; {reader.attach(sweep, written, folder='figures', **where)}"
                 sys.stdout.write(f"{line}\n")
         except InputError as error:
             failed.append(str(error) if which == name else f"{name}: {error}")

@@ -56,7 +56,7 @@ def figure(example: Example) -> Figure:
             _outline(axes, example.predictions[name], *PREDICTION)
             if not example.predictions[name].any():
                 paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
-                _write(axes, 0.04, "no lesion found", bbox=paper, va="bottom")
+                _write(axes, 0.04, "no lesion predicted", bbox=paper, va="bottom")
     drawn.suptitle(example.title, fontsize=FONT, parse_math=False)
     handles = [
         Line2D([], [], color=color, linestyle=line, linewidth=1.3 * LINE, label=label, path_effects=HALO)

@@ -45,7 +45,7 @@ def figure(scores: pd.DataFrame, main: pd.DataFrame, *, title: str) -> Figure:
         heading = _heading(cell)
         rows += [cell] if heading in rows else [heading, cell]
     if not rows:
-        raise InputError("scores: no row is a cell's; give the whole table that table4.numbers makes of a sweep")
+        raise InputError("scores: no row is a cell's; give the complete table that table4.numbers makes of a sweep")
     drawn = style.page(title, height=max(3.9, 1.2 + ROW * len(rows)))
     grid = drawn.add_gridspec(2, 2, width_ratios=(1.75, 1), height_ratios=(1.0, 0.85))
     left, right, below = (drawn.add_subplot(place) for place in (grid[:, 0], grid[0, 1], grid[1, 1]))
@@ -56,9 +56,9 @@ def figure(scores: pd.DataFrame, main: pd.DataFrame, *, title: str) -> Figure:
         left.set_xlim(0, 100)
     _draw_effects(right, main=main[main["kind"] == "main"])
     below.set_axis_off()
-    marks, names = left.get_legend_handles_labels()
-    if marks:
-        below.legend(marks, names, loc="upper left", fontsize=FONT, frameon=False, borderaxespad=0, labelspacing=0.6)
+    handles, names = left.get_legend_handles_labels()
+    if handles:
+        below.legend(handles, names, loc="upper left", fontsize=FONT, frameon=False, borderaxespad=0, labelspacing=0.6)
     return drawn
 
 

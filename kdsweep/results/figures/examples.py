@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,40 +15,31 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from kdsweep.config.grid import run_folder
 from kdsweep.core.errors import InputError
 from kdsweep.data import run_data, sources
 from kdsweep.results.figures.contours import PATH_ROWS
 from kdsweep.results.frame import placed_runs, scored_images
 from kdsweep.results.paper import BASELINES, CELLS
 from kdsweep.results.stats import PLACE
-from kdsweep.store import checkpoint
+from kdsweep.store import cell_folder, checkpoint
 from kdsweep.tracking import artifacts, database
 from kdsweep.tracking.reader import Sweep
 
-STATUS = {"missing": "not run", "KILLED": "interrupted"}  # others by their own name
+STATUS = {"missing": "not run", "KILLED": "interrupted"}  # others by their name
 PREDICTIONS = "test_predictions.npz"
 
 
 class Example(NamedTuple):
-    """An image as Figure 2 shows it.
+    """An image as Figure 2 shows it, with what each model predicted, by notation."""
 
-    Attributes:
-        image: (S, S, 3) uint8.
-        mask: (S, S) in {0, 1}.
-        predictions: (S, S) bool by notation.
-        missing: why there is no prediction, by notation.
-        dice: fractions by notation of predictions.
-        caption: why this image was chosen.
-        title: sweep, data and profile.
-    """
-
-    image: np.ndarray
-    mask: np.ndarray
-    predictions: dict[str, np.ndarray]
-    missing: dict[str, str]
-    dice: dict[str, float]
-    caption: str
-    title: str
+    image: np.ndarray  # (S, S, 3) uint8
+    mask: np.ndarray  # (S, S) in {0, 1}
+    predictions: dict[str, np.ndarray]  # (S, S) bool
+    missing: dict[str, str]  # why there is no prediction
+    dice: dict[str, float]  # of the predictions, fractions
+    caption: str  # why this image was chosen
+    title: str  # sweep, data and profile
 
 
 # ---- which models --------------------------------------------------------------------------------------------------
@@ -103,7 +95,7 @@ def _split_and_seed(sweep: Sweep, *, split: int | None, seed: int | None, names:
 # ---- which images --------------------------------------------------------------------------------------------------
 
 
-def choose(dice: pd.DataFrame, *, count: int, ids: list[str] | None, where: str) -> dict[str, str]:
+def choose(dice: pd.DataFrame, *, count: int, ids: Sequence[str], where: str) -> dict[str, str]:
     """Return the images to show and why: those of these ids, else those at even quantiles, good and bad ones.
 
     Images are ranked by mean Dice over the models shown, equal ones by id. Number k of count is the first image with
@@ -124,7 +116,7 @@ def choose(dice: pd.DataFrame, *, count: int, ids: list[str] | None, where: str)
     models = dice.shape[1]
     by = f"mean Dice over the {models} models shown" if models > 1 else "Dice of the one model shown"
     ranking = f"{len(dice)} test images by {by}"
-    for image in ids or ():
+    for image in ids:
         if image not in ranked:
             there = ", ".join(sorted(ranked)[:5]) + (", ..." if len(ranked) > 5 else "")
             raise InputError(f"--image {image}: not a test image of {where}; there are {len(ranked)}: {there}")
@@ -150,7 +142,7 @@ def load(
     seed: int | None = None,
     models: list[str] | None = None,
     count: int = 1,
-    ids: list[str] | None = None,
+    ids: Sequence[str] = (),
     root: Path | None = None,
     source: sources.Source | None = None,
 ) -> list[Example]:
@@ -160,11 +152,11 @@ def load(
         sweep: as ``reader.read_sweep`` returns it.
         store: folder of the runs.
         uri: of the MLflow server, or None for the file in the store.
-        split: index of the random split; None takes the first in which most models are finished.
-        seed: of the cells; None as for split.
+        split: None takes the first split in which most models are finished; ``seed`` likewise.
+        seed: of the cells.
         models: notations; None takes the rows of the paper's figure.
-        count: number of images that ``choose`` takes.
-        ids: images chosen by hand instead.
+        count: number of images that ``choose`` takes; ids are taken instead.
+        ids: of images.
         root: folder of the images, if they were moved since the sweep ran.
         source: the data set, if it is not one of kdsweep's.
 
@@ -217,18 +209,16 @@ def _dice(finished: pd.DataFrame, *, scores: pd.DataFrame, where: str) -> pd.Dat
 
 
 def _predictions(run: pd.Series, ids: list[str], *, store: Path, uri: str | None) -> dict[str, np.ndarray]:
+    what = f"{run['notation']} split {run['split']} seed {run['seed']}: {PREDICTIONS} of run {run['run_id']}"
     try:
-        stored = checkpoint.load_predictions(
-            io.BytesIO(artifacts.read(run.to_dict(), PREDICTIONS, store=store, uri=uri))
-        )
+        content = artifacts.read(run.to_dict(), PREDICTIONS, store=store, uri=uri)
+        stored = checkpoint.load_predictions(io.BytesIO(content))
         return {image: stored[image] for image in ids}
     except InputError:
         raise
-    except Exception as error:  # MLflow, NumPy and zip files each have their own
-        what = f"{run['notation']} split {run['split']} seed {run['seed']}: {PREDICTIONS} of run {run['run_id']}"
-        raise InputError(
-            f"{what} cannot be read ({database.line(error)}); run the command of its sweep again"
-        ) from error
+    except Exception as error:  # MLflow, NumPy and zip files each have several kinds
+        why = database.line(error)
+        raise InputError(f"{what} cannot be read ({why}); run the command of its sweep again") from error
 
 
 def _images(
@@ -241,13 +231,14 @@ def _images(
     root: Path | None,
 ) -> dict[str, run_data.Scored]:
     """Read the images; raise InputError unless the data set is byte for byte that of the finished runs."""
-    params = finished.iloc[0]["params"]
-    source = source or run_data.source(params, store=store, root=root)
+    run = finished.iloc[0].to_dict()
+    root = root or cell_folder.data_root(run_folder(store, run))
+    source = source or run_data.source(run["params"], store=store, root=root)
     remedy = "--data-root does not reach phantoms: this version makes others, so run the sweep again"
     if hasattr(source, "root"):
         remedy = "name the folder of the sweep's images with --data-root"
     try:
-        images = run_data.scored(source, ids, image_size=int(params["image_size"]))
+        images = run_data.scored(source, ids, image_size=int(run["params"]["image_size"]))
     except InputError as error:
         raise InputError(f"{error}; {remedy}") from error
     if {tags["kdsweep.data"] for tags in finished["tags"] if "kdsweep.data" in tags} - {sources.listing(source).digest}:

@@ -55,7 +55,7 @@ def figure(pairs: pd.DataFrame, *, title: str) -> Figure:
         InputError: there is no pair.
     """
     if pairs.empty:
-        raise InputError("nothing to compare: no cell and Student are both finished on all splits and seeds asked for")
+        raise InputError("nothing to compare: no cell and Student are both finished on all requested splits and seeds")
     looks, names = style.looks_of(pairs["split"]), in_order(pairs["notation"])
 
     def draw(axes: Axes, name: str, rows: pd.DataFrame) -> None:
@@ -63,7 +63,7 @@ def figure(pairs: pd.DataFrame, *, title: str) -> Figure:
         for split, look in looks.items():
             here = rows[rows["split"] == split]
             hollow: dict[str, Any] = {"facecolors": "none", "edgecolors": look.color, "marker": look.marker}
-            axes.scatter(here["dice_baseline"], here["dice_ours"], s=9, linewidths=0.6, **hollow)
+            axes.scatter(here["dice_baseline"], here["dice_ours"], s=9, linewidths=0.6, alpha=0.6, **hollow)
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         axes.set_title(f"{name}\n{_counts(rows)}", fontsize=FONT, loc="left", pad=3, linespacing=1.15)
 

@@ -95,18 +95,9 @@ def panels(
     height: float = 1.25,
     sharex: bool = True,
 ) -> Figure:
-    """Draw a panel for each name, with common axes; only the outer panels have labels.
+    """Draw a panel of ``height`` inches for each name, with common axes; only the outer panels have labels, of x and y.
 
-    Args:
-        frame: the numbers of all panels.
-        draw: draws one, from its axes, its name, and the frame's rows with that name in column ``by``.
-        names: of the panels, in their order.
-        title: of the figure.
-        labels: of x and y.
-        handles: of the legend.
-        by: the column of the names.
-        height: inches of a panel.
-        sharex: whether all panels have one x.
+    ``draw`` draws a panel from its axes, its name, and the frame's rows with that name in column ``by``.
     """
     across = min(ACROSS, len(names))
     down = -(-len(names) // across)

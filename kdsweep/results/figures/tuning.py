@@ -24,7 +24,7 @@ def of_sweep(sweep: Sweep, *, title: str, store: Path, uri: str | None) -> Figur
 
 
 def figure(progress: pd.DataFrame, *, title: str) -> Figure:
-    """Draw what ``tuned.best_by_seconds`` returns; a thin line marks the seconds at which the cheapest method ends.
+    """Draw what ``tuned.best_by_seconds`` returns; a thin line shows the seconds at which the cheapest method ends.
 
     Raises:
         InputError: there are no trials.
