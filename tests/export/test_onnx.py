@@ -233,7 +233,7 @@ def test_a_folder_that_was_named_and_has_not_the_images_is_an_error(of_busi, mad
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "told"),
+    ("file", "old", "new", "reported"),
     [
         ("cell.json", "kdsweep.data.Busi", "own_data.Clinic", "data.source=own_data.Clinic: only kdsweep.data.Udiat"),
         ("split.json", '"test"', '"tests"', r"split.json is missing or damaged"),

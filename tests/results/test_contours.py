@@ -450,7 +450,7 @@ def test_with_several_seeds_the_caption_names_the_seed(study, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "printed"),
     [
         ({"models": ["Student", "Foo", "Bar"]}, r"--models Foo,Bar: not in sweep study; choose of Teacher, .*HReg_KLD"),
         ({"models": []}, r"--models : not in sweep study; choose of Teacher"),

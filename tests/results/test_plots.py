@@ -406,7 +406,7 @@ def test_a_mark_per_image_with_a_shape_per_split():
 
 
 @pytest.mark.parametrize(
-    ("differences", "told"),
+    ("differences", "printed"),
     [
         ((0.1, 0.2, -0.06), "better 2, worse 1\nmean +8.00 points"),
         ((0.1, -0.2, -0.2, 0.0, 5e-13), "better 1, worse 2\nequal 2, mean -6.00 points"),
