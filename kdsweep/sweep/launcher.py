@@ -86,7 +86,10 @@ class LockstepLauncher(Launcher):
         self.executor, self.plan = executor, plan
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep the arguments for ``launch``."""
+        """Keep the arguments for ``launch``; raise InputError if the jobs are those of another program."""
+        if task_function is not train_cell:
+            name = config.hydra.runtime.choices["hydra/launcher"]
+            raise InputError(f"hydra/launcher={name} trains kdsweep's cells alone; this program needs another launcher")
         self.hydra_context, self.config = hydra_context, config
 
     def read(self, job_overrides: Sequence[Sequence[str]]) -> list[Job]:
@@ -107,12 +110,23 @@ class LockstepLauncher(Launcher):
 
         self.executor.check(plan.waiting(jobs))
         plan.watch(jobs, command=command_line())
+        self._call_back("on_job_start", job_overrides, [{"task_function": train_cell} for _ in jobs])
         try:
             with self.executor:  # within: MLflow logs how those that are stopped have ended
                 results = self._obtain(jobs)
         finally:
             sync.close_all()
-        return [job_return(job.overrides, results[job.cell.fingerprint]) for job in jobs]
+        returns = [job_return(job.overrides, results[job.cell.fingerprint]) for job in jobs]
+        self._call_back("on_job_end", job_overrides, [{"job_return": each} for each in returns])
+        return returns
+
+    def _call_back(self, event: str, job_overrides: Sequence[Sequence[str]], values: Sequence[dict[str, Any]]) -> None:
+        """Call the user's Hydra callbacks for each job."""
+        callbacks = self.hydra_context.callbacks
+        if callbacks.callbacks:
+            configs = composition.compose_jobs(self.hydra_context.config_loader, self.config, job_overrides)
+            for config, each in zip(configs, values, strict=True):
+                getattr(callbacks, event)(config=config, **each)
 
     def _obtain(self, jobs: list[Job]) -> dict[str, Result]:
         """Return the results of all cells by fingerprint, read or computed; a plan is shown and gives none."""

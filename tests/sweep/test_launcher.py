@@ -10,6 +10,7 @@ from commands import kdsweep
 from hydra.core.utils import JobStatus
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from small import STUDENT
 
 from kdsweep.__main__ import user_message
 from kdsweep.config import composition, identity, inputs
@@ -153,7 +154,10 @@ def test_the_experiment_of_a_user_is_planned_with_options_in_any_order(small_bus
 # --- what Hydra sees
 
 
-def test_a_launcher_that_trains_no_cells_is_refused_in_one_line():
+def test_another_programs_jobs_are_refused_in_one_line():
+    message = "^hydra/launcher=lockstep trains kdsweep's cells alone; this program needs another launcher$"
+    with pytest.raises(InputError, match=message):
+        launcher.LockstepLauncher(None).setup(hydra_context=None, task_function=print, config=sweep("lockstep"))
     with pytest.raises(InputError, match=r"^hydra/launcher=joblib trains no cells: it must be lockstep, "):
         launcher.train_cell(sweep("joblib"))
 
@@ -163,6 +167,27 @@ def test_a_result_is_a_value_or_raises_its_error():
     assert (done.status, done.return_value, done.overrides) == (JobStatus.COMPLETED, 0.5, ["a=1"])
     with pytest.raises(CellError, match="a cell failed"):
         _ = failed.return_value
+
+
+@pytest.mark.slow
+def test_a_users_callbacks_see_each_job(small_busi, tmp_path):
+    (tmp_path / "listener.py").write_text(
+        "from hydra.experimental.callback import Callback\n"
+        "class Listener(Callback):\n"
+        "    def on_job_start(self, config, *, task_function, **_):\n"
+        "        print('start', config.seed, task_function.__name__)\n"
+        "    def on_job_end(self, config, job_return, **_):\n"
+        "        print('end', config.seed, job_return.status.name, job_return.return_value > 0)\n"
+    )
+    words = ["-m", "path=none", "seed=0,1", "profile=quick", "data=busi", f"data.root={small_busi}", "device=cpu"]
+    words += ["train.batch_size=8", "train.epochs=1", "+hydra.callbacks.listener._target_=listener.Listener", *STUDENT]
+    done = kdsweep(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("start", "end"))]
+    assert lines == [
+        *(f"start {seed} train_cell" for seed in (0, 1)),
+        *(f"end {seed} COMPLETED True" for seed in (0, 1)),
+    ]
 
 
 def test_help_is_quick():
