@@ -59,7 +59,8 @@ def test_the_first_line_says_what_will_run(swept):
 def test_the_command_is_kept_with_the_sweep(swept):
     cwd, done = swept
     sweep = reader.read_sweep(store=cwd / "multirun", uri=None, name=None)
-    assert sweep.commands == (shlex.join(["python", "-m", "kdsweep", *done.args[3:]]),)
+    *options, root = done.args[3:]
+    assert sweep.commands == (shlex.join(["python", "-m", "kdsweep", *options, f"data.root={Path(root).name}"]),)
 
 
 def test_the_screen_has_one_line_for_a_group_and_each_log_too(swept):
