@@ -19,7 +19,7 @@ REMEDY = "add sweep_name=NAME to the command whose results belong in one table; 
 ADDED = {"kd.lambda": "None", "teacher.monitor": "loss", "teacher.epochs": "None"}
 
 
-def known_values(runs: pd.DataFrame, key: str) -> list[str]:
+def distinct_values(runs: pd.DataFrame, key: str) -> list[str]:
     """Return the sorted distinct values of a column; "" is the value of a run that never started."""
     return sorted(set(runs[key]) - {""})
 
@@ -42,9 +42,9 @@ def refuse_mixing(sweep: Sweep) -> None:
         raise InputError(f"sweep {sweep.name} has no runs: start with `python -m kdsweep -m +experiment=table4`")
     mixes = f"sweep {sweep.name} mixes"
     for key in ("profile", "data", "results_version"):
-        _refuse_several([f"{key}={value}" for value in known_values(sweep.runs, key)], what=mixes)
+        _refuse_several([f"{key}={value}" for value in distinct_values(sweep.runs, key)], what=mixes)
     if not any(key.startswith("split.") for key in sweep.varied):
-        protocols = known_values(sweep.runs, "split_protocol")
+        protocols = distinct_values(sweep.runs, "split_protocol")
         if len(protocols) > 1:
             raise InputError(f"{mixes} splits ({' and '.join(protocols)}): {REMEDY}")
     if not sweep.varied:  # else each value's runs are checked as a part

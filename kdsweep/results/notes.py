@@ -9,7 +9,7 @@ import pandas as pd
 from kdsweep.config.grid import RESULTS_VERSION
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import place_teachers, variants
-from kdsweep.results.mixing import known_values
+from kdsweep.results.mixing import distinct_values
 from kdsweep.results.paper import PROTOCOL, SOURCE
 from kdsweep.results.stats import PLACE, RESAMPLES, TEST_NAMES
 
@@ -40,8 +40,8 @@ def provenance(sweep: Sweep) -> list[str]:
     finished = runs[runs["status"] == "FINISHED"]
     images = finished[["fingerprint", *PLACE]].merge(sweep.scores[["fingerprint", "image"]])
     images = images[[*PLACE, "image"]].drop_duplicates()
-    profile, data = ("".join(known_values(runs, key)) or DASH for key in ("profile", "data"))
-    device = ", ".join(known_values(finished, "device")) or DASH
+    profile, data = ("".join(distinct_values(runs, key)) or DASH for key in ("profile", "data"))
+    device = ", ".join(distinct_values(finished, "device")) or DASH
     seeds = sorted(set(runs["seed"]))
     notes = [
         f"profile {profile}, data {data}, weights {weights(finished)}, device {device}{_precision(finished)}; "
@@ -55,7 +55,7 @@ def provenance(sweep: Sweep) -> list[str]:
     settings = list(variants(sweep))
     if len(settings) > 1:
         notes.append(f"Settings: {'; '.join(settings)}. Each has its rows; nothing is averaged over the settings.")
-    version = "".join(known_values(runs, "results_version"))
+    version = "".join(distinct_values(runs, "results_version"))
     if version not in ("", str(RESULTS_VERSION)):
         notes.append(f"Computed by an earlier kdsweep, results version {version} (this one: {RESULTS_VERSION}).")
     if profile == "quick":
@@ -78,7 +78,7 @@ def _precision(runs: pd.DataFrame) -> str:
 def weights(runs: pd.DataFrame) -> str:
     """Return the weights that the networks began with, such as ``imagenet``, or by network where they differ."""
     network = (runs["role"] == "teacher").map({False: "Student", True: "Teacher"})
-    names = {name: " and ".join(known_values(part, "weights")) for name, part in runs.groupby(network)}
+    names = {name: " and ".join(distinct_values(part, "weights")) for name, part in runs.groupby(network)}
     names = {name: values for name, values in names.items() if values}
     if len(set(names.values())) <= 1:
         return "".join(set(names.values())) or DASH
@@ -95,7 +95,7 @@ def gaps(table: pd.DataFrame, *, by: str = "notation", fewer: str = "runs") -> l
 
 def paper(sweep: Sweep) -> str:
     """Return the note on the source of the paper's numbers."""
-    data = "".join(known_values(sweep.runs, "data")) or DASH
+    data = "".join(distinct_values(sweep.runs, "data")) or DASH
     differ = "" if data == "udiat" else f" (its data are UDIAT, not {data}: the figures do not compare directly)"
     return f"Paper: {SOURCE}, Table 4{differ}."
 

@@ -29,7 +29,7 @@ from kdsweep.results.figures import FIGURES, style
 from kdsweep.results.figures import command as figures
 from kdsweep.results.figures.command import Location
 from kdsweep.results.formats import DASH
-from kdsweep.results.mixing import known_values
+from kdsweep.results.mixing import distinct_values
 from kdsweep.results.notes import QUICK
 from kdsweep.results.paper import in_order
 from kdsweep.results.stats import PLACE
@@ -79,7 +79,7 @@ def shown_error(text: str) -> str:
 def is_synthetic(sweep: Sweep) -> bool:
     """Return whether all images of a sweep are phantoms, which no person can be recognized by."""
     sources = {params.get("data.source._target_") for params in sweep.runs["params"] if params}
-    return sources == {PHANTOMS} and known_values(sweep.runs, "data") == ["phantom"]
+    return sources == {PHANTOMS} and distinct_values(sweep.runs, "data") == ["phantom"]
 
 
 def ui_address(typed: str | None, *, uri: str | None) -> str:
@@ -166,7 +166,7 @@ def banners(sweep: Sweep) -> list[str]:
     done = counts(sweep.runs[sweep.runs["role"] != "teacher"])
     missing = f"Not all is there: {done}. What needs a missing cell is a gap, never a mean over fewer runs."
     return [
-        *([QUICK] if "quick" in known_values(sweep.runs, "profile") else []),
+        *([QUICK] if "quick" in distinct_values(sweep.runs, "profile") else []),
         *([missing] if (sweep.runs["status"] != "FINISHED").any() else []),
     ]
 
@@ -222,7 +222,7 @@ def collect(
     switches = " --with-images" * with_images + " --no-costs" * (not with_costs)
     return {
         "sweep": sweep.name,
-        "data": listed(known_values(sweep.runs, "data")),
+        "data": listed(distinct_values(sweep.runs, "data")),
         "banners": banners(sweep),
         "facts": summarize(sweep),
         "tables": made,

@@ -13,7 +13,7 @@ from kdsweep.config.decisions import decides
 from kdsweep.config.grid import variant_label
 from kdsweep.core.progress import duration, plural
 from kdsweep.results.formats import DASH
-from kdsweep.results.mixing import known_values, rank
+from kdsweep.results.mixing import distinct_values, rank
 from kdsweep.results.paper import BASELINES, in_order
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def summarize(sweep: Sweep) -> dict[str, str]:
     settings = dict.fromkeys(variant_label(variant) for variant in runs["variant"] if variant)
     per_split = sweep.scores.groupby("fingerprint")["image"].nunique().rename("images").reset_index()
     tested = runs.merge(per_split).groupby("split")["images"].max()
-    size, teacher_weights = _params(runs, "image_size"), known_values(teachers, "weights")
+    size, teacher_weights = _params(runs, "image_size"), distinct_values(teachers, "weights")
     started, ended = (runs.loc[runs[key] > 0, key] for key in ("started_ms", "ended_ms"))
     timed = runs[(runs["started_ms"] > 0) & (runs["ended_ms"] > runs["started_ms"])]
     seconds = (timed["ended_ms"] - timed["started_ms"]).sum() / 1000
@@ -39,21 +39,21 @@ def summarize(sweep: Sweep) -> dict[str, str]:
         "Factors": _factors(set(cells["notation"])),
         **({"Settings": "; ".join(settings)} if settings else {}),
         "Splits and seeds": f"{_numbered(cells['split'], 'split')}, {_numbered(cells['seed'], 'seed')}",
-        "Split protocol": listed(known_values(runs, "split_protocol")),
-        "Data": listed(known_values(runs, "data")),
+        "Split protocol": listed(distinct_values(runs, "split_protocol")),
+        "Data": listed(distinct_values(runs, "data")),
         "Images": _images(runs),
         "Test images": listed(f"{count} in split {split}" for split, count in tested.items()),
-        "Profile": listed(known_values(runs, "profile")),
+        "Profile": listed(distinct_values(runs, "profile")),
         "Image size": size if size == DASH else f"{size} pixels, square",
         "Batch size": _params(runs, "train.batch_size"),
         "Epochs at most": f"{_params(runs, 'train.epochs')}; patience {_params(runs, 'train.patience')}",
         "Learning rate": f"Student {_params(runs, 'train.lr')}, Teacher {_params(runs, 'teacher.lr')}",
-        "Student": f"{_params(runs, 'student.encoder')}; weights: {listed(known_values(cells, 'weights'))}",
+        "Student": f"{_params(runs, 'student.encoder')}; weights: {listed(distinct_values(cells, 'weights'))}",
         "Teacher": f"{_params(runs, 'teacher.encoder')}; weights: "
         f"{listed(teacher_weights) if teacher_weights else _params(runs, 'teacher.weights')}",  # before any has a run
         "KD weight": _params(runs, "kd.weight"),
         "Precision": _params(runs, "precision"),
-        "Device": f"{listed(known_values(runs, 'device'))}; threads: {_tags(runs, 'kdsweep.threads')}",
+        "Device": f"{listed(distinct_values(runs, 'device'))}; threads: {_tags(runs, 'kdsweep.threads')}",
         "PyTorch": _tags(runs, "kdsweep.torch"),
         "Code": _code(_tags(runs, "mlflow.source.git.commit")),
         "Trained": f"{_time(started.min())} to {_time(ended.max())}",

@@ -19,7 +19,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.data import run_data, sources
 from kdsweep.results.figures import FIGURES, contours, examples, style
 from kdsweep.results.frame import variants
-from kdsweep.results.mixing import known_values
+from kdsweep.results.mixing import distinct_values
 from kdsweep.results.published import read as read_published
 from kdsweep.results.tables import tuned
 from kdsweep.tracking import reader
@@ -70,7 +70,7 @@ def draw(which: str, sweep: Sweep, *, location: Location, **choice: Any) -> Iter
 
 def heading(which: str, sweep: Sweep, *, label: str) -> str:
     """Return the title of a figure: what it shows, of which sweep, data and profile."""
-    name, profile = ("".join(known_values(sweep.runs, key)) for key in ("data", "profile"))
+    name, profile = ("".join(distinct_values(sweep.runs, key)) for key in ("data", "profile"))
     shows = FIGURES[which][0].upper() + FIGURES[which][1:]
     kind = " (a check, not a result)" if profile == "quick" else ""
     return f"{shows}. Sweep {sweep.name}{f', {label}' if label else ''}: data {name}, profile {profile}{kind}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_text
 from kdsweep.results.frame import of_seeds
-from kdsweep.results.mixing import known_values
+from kdsweep.results.mixing import distinct_values
 from kdsweep.results.table import Options, Table
 from kdsweep.results.tables import TABLES
 
@@ -47,7 +47,7 @@ def make(name: str, sweep: Sweep, options: Options) -> Table:
 def write(table: Table, *, name: str, sweep: Sweep, out: Path) -> str:
     """Write NAME.md, .csv and .tex into a folder; return the Markdown."""
     markdown = table.markdown(f"{table.heading} (sweep {sweep.name})")
-    profile, data = ("".join(known_values(sweep.runs, key)) for key in ("profile", "data"))
+    profile, data = ("".join(distinct_values(sweep.runs, key)) for key in ("profile", "data"))
     files = {
         "md": markdown,
         "csv": table.frame.assign(sweep=sweep.name, profile=profile, data=data).to_csv(index=False),

@@ -12,7 +12,7 @@ import pandas as pd
 from kdsweep.results import notes
 from kdsweep.results.formats import DASH, after_holm, joined, number, or_gap, p, points, with_interval
 from kdsweep.results.frame import VALIDATION, Scores, each_variant, margin_of, variants
-from kdsweep.results.mixing import known_values
+from kdsweep.results.mixing import distinct_values
 from kdsweep.results.paper import BASELINES, PAPER, PAPER_COLUMNS, cell_notations
 from kdsweep.results.stats import ALPHA, NAN, compare, holm, non_inferiority, pair
 from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table, differences, p_values
@@ -171,7 +171,7 @@ def best_variant(sweep: Sweep, table: pd.DataFrame) -> tuple[Sweep, pd.DataFrame
 
 def lead(sweep: Sweep, table: pd.DataFrame) -> list[str]:
     """Return the answer in sentences: the best cell by validation, its differences, how many cells differ."""
-    lines = [notes.QUICK] if "quick" in known_values(sweep.runs, "profile") else []
+    lines = [notes.QUICK] if "quick" in distinct_values(sweep.runs, "profile") else []
     for _, row in ranked(table).head(1).iterrows():
         setting = f" with {row['settings']}" if "settings" in table else ""
         score = f"test DSC {with_std(row['mean_dice_percent'], row['std_dice_percent'])} %"

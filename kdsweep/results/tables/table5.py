@@ -17,7 +17,7 @@ from kdsweep.evaluation import costs
 from kdsweep.evaluation.latency import REPEATS, WARM_UP
 from kdsweep.results import notes
 from kdsweep.results.formats import DASH, number
-from kdsweep.results.mixing import known_values
+from kdsweep.results.mixing import distinct_values
 from kdsweep.results.paper import DUAL_TEACHER, PAPER_PARAMETERS_MILLIONS, PUBLISHED, SOURCE
 from kdsweep.results.stats import NAN, PLACE
 from kdsweep.results.table import Column, Options, Table, estimate
@@ -133,7 +133,7 @@ def _file_mb(runs: pd.DataFrame, *, store: Path) -> float:
 
 def footnotes(sweep: Sweep, table: pd.DataFrame, *, scores: pd.DataFrame, repeats: int = REPEATS) -> list[str]:
     """Return the notes on conditions, choice of the best cell, gaps, sources of published numbers."""
-    profile, data = ("".join(known_values(sweep.runs, key)) or DASH for key in ("profile", "data"))
+    profile, data = ("".join(distinct_values(sweep.runs, key)) or DASH for key in ("profile", "data"))
     sizes = " and ".join(f"{size} x {size}" for size in sorted(set(table["image_size"].dropna())))
     cuda = torch.cuda.get_device_name() if table["cuda_median_ms"].notna().any() else "not timed"
     lines = [
