@@ -27,6 +27,10 @@ demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick
 	$(PY) -m kdsweep -m +experiment=table4 $(if $(filter split=%,$(ARGS)),,split=s0) $(if $(filter profile=%,$(ARGS)),,profile=quick) $(ARGS)
 	@$(PY) -m kdsweep tables table3 --store $(STORE)
 	@$(PY) -m kdsweep tables table4 --store $(STORE)
+	@printf '%s\n' '' 'This was the whole machinery on synthetic images, with small networks: its scores are no result.' \
+	  'The tables are in $(STORE)/tables, the networks in $(STORE)/cells. Next:' \
+	  '  make ui                                    # the runs in MLflow, on http://127.0.0.1:5000' \
+	  '  $(PY) -m kdsweep -m +experiment=table4 data=busi data.root=/path/to/BUSI    # your images'
 
 test: setup ## Run the tests that need seconds each
 	$(PYTEST) -m 'not slow and not slurm'
