@@ -361,7 +361,8 @@ def _runs(store: Path) -> Iterator[tuple[str, str]]:
 def _run(client: mirror.MlflowClient, run: Run, store: Path) -> Iterator[tuple[str, str]]:
     yield "status", f"{run.info.status}, {run.info.lifecycle_stage}"
     for key, value in run.data.params.items():
-        yield f"param {key}", value.replace(str(store), "STORE")
+        if key != "store":  # its last name, by which the two stores differ
+            yield f"param {key}", value
     for key, value in run.data.tags.items():
         if key.startswith("kdsweep."):
             yield f"tag {key}", value.replace(str(store), "STORE")

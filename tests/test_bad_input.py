@@ -108,7 +108,7 @@ def test_an_unknown_option_is_named_with_the_choices() -> None:
 
 @pytest.mark.parametrize("network", ["student", "teacher"])
 def test_a_network_that_cannot_be_built_is_refused_before_training(small_busi: Path, network: str) -> None:
-    assert "encoder=resnet19 is not known" in refusal(*busi(small_busi), f"{network}.encoder=resnet19")
+    assert "encoder=resnet19 is not an encoder of" in refusal(*busi(small_busi), f"{network}.encoder=resnet19")
 
 
 @pytest.mark.parametrize("name", ["udiat", "busi", "folder"])

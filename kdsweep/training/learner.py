@@ -229,7 +229,8 @@ class Learner:
 
     def restore_best(self) -> None:
         """Put the weights of the best epoch back."""
-        assert self.best is not None, "a learner stops after a validated epoch"
+        if self.best is None:
+            raise RuntimeError(f"{self.title}: no epoch of it was validated")
         self._load_states(self.best)
 
     def save(self) -> None:

@@ -510,11 +510,11 @@ def test_two_data_folders_of_one_command_are_two_rows(small_busi, database, tmp_
     assert "2 of 2 cells done" in done.stdout
     printed = kdsweep("status", cwd=tmp_path).stdout
     assert "2 cells: 2 done" in printed
-    assert f"Student split 0 seed 0 (data.root={other})" in printed
+    assert "Student split 0 seed 0 (data.root=site-b)" in printed
     sweep = reader.read_sweep(store=tmp_path / "multirun", uri=None, name=None)
     table = table4.numbers(sweep)
     students = table[table["notation"] == "Student"]
-    assert sorted(students["settings"]) == sorted([f"data.root={small_busi}", f"data.root={other}"])
+    assert sorted(students["settings"]) == sorted([f"data.root={small_busi.name}", "data.root=site-b"])
     assert students["mean_dice_percent"].nunique() == 2
 
 
