@@ -100,7 +100,7 @@ class _Words(click.Group):
 )
 @click.version_option(__version__, prog_name="kdsweep")
 def app() -> None:
-    """Knowledge-distillation ablations: python -m kdsweep WORD [OPTIONS]."""
+    """Run knowledge-distillation ablations: python -m kdsweep WORD [OPTIONS]."""
 
 
 def _word(example: str, choices: str = "") -> Decorator:
@@ -113,7 +113,7 @@ def _word(example: str, choices: str = "") -> Decorator:
 @click.option("--sweep", help="name of the sweep  [default: the last that was started]")
 @click.option("--trials", type=PATH, metavar="FILE.csv", help="write the trials of its tuning there too")
 def status(store: Path, sweep: str | None, trials: Path | None) -> None:
-    """How far a sweep is: done, running, failed, waiting, time left."""
+    """Show how far a sweep is, and the time left."""
     from kdsweep.sweep import status
 
     sys.stdout.write(status.make(store=store, sweep=sweep, trials_file=trials))
@@ -129,7 +129,7 @@ def status(store: Path, sweep: str | None, trials: Path | None) -> None:
 @click.option("--margin", type=float, help="points of non-inferiority  [default: the sweep's stats.margin_points]")
 @click.option("--wide", is_flag=True, help="show all columns on the screen too")
 def tables(table: str, **options: Any) -> None:
-    """The paper's tables, effects, strata, seeds, settings."""
+    """Print the paper's tables, effects, seeds, strata and settings."""
     from kdsweep.results.tables import command
 
     command.show(table, **options)
@@ -149,7 +149,7 @@ def tables(table: str, **options: Any) -> None:
 @click.option("--count", type=int, default=1, help="figure2: test images, at even quantiles of Dice")
 @click.option("--image", "ids", multiple=True, help="figure2: id of a test image instead; may be repeated")
 def figures(figure: str, **options: Any) -> None:
-    """Contours, effects, curves, each image against Student.
+    """Draw contours, effects, curves, each image against Student.
 
     OVERRIDES of Hydra may say which sweep is meant and where its images are: data=busi data.root=DIR.
     """
@@ -166,7 +166,7 @@ def figures(figure: str, **options: Any) -> None:
 @click.option("--with-images", is_flag=True, help="show Figure 2 also of images that are not phantoms")
 @click.option("--with-costs/--no-costs", default=True, help="the tables whose latency is measured")
 def report(**options: Any) -> None:
-    """Tables, figures and every cell as one HTML file.
+    """Write tables, figures and every cell as one HTML file.
 
     OVERRIDES of Hydra may say which sweep is meant and where its images are: data=busi data.root=DIR.
     """
@@ -182,7 +182,7 @@ def report(**options: Any) -> None:
 @click.option("--device", default="cpu", help="cpu, cuda, cuda:NUMBER or auto")
 @click.option("--overwrite", is_flag=True, help="write into a folder that is not empty")
 def predict(**options: Any) -> int:
-    """Masks of new images."""
+    """Predict masks of new images."""
     from kdsweep.export import predict
 
     return predict.predict(**options)
@@ -195,7 +195,7 @@ def predict(**options: Any) -> int:
 @_data_root
 @click.option("--register", metavar="NAME", help="make it the next version of this model in MLflow's registry")
 def export(**options: Any) -> None:
-    """A trained network as one ONNX file, with its card."""
+    """Write a trained network as one ONNX file, with its card."""
     from kdsweep.export import onnx_file
 
     onnx_file.export(**options)
@@ -208,7 +208,7 @@ def export(**options: Any) -> None:
 @_data_root
 @_out("folder for the ONNX files and the table", required=True)
 def quantize(**options: Any) -> None:
-    """8-bit Students: Dice, size, latency before and after."""
+    """Quantize Students to 8 bits; compare Dice, size and latency."""
     from kdsweep.export import quantize
 
     quantize.quantize(**options)
@@ -218,7 +218,7 @@ def quantize(**options: Any) -> None:
 @click.argument("overrides", nargs=-1, required=True)
 @_sweep
 def score(**options: Any) -> int:
-    """Finished networks on another data set, without retraining.
+    """Score finished networks on another data set, without retraining.
 
     OVERRIDES of Hydra name the data set: data=folder data.root=DIR, and device=cuda.
     """
@@ -232,7 +232,7 @@ def score(**options: Any) -> int:
 @_seeds
 @_out("file, such as scores.json.gz; one that is there is replaced", required=True)
 def publish(**options: Any) -> None:
-    """Runs and scores of each image as one file for others."""
+    """Write runs and scores of each image as one file for others."""
     from kdsweep.results import published
 
     published.publish(**options)
@@ -242,7 +242,7 @@ def publish(**options: Any) -> None:
 @click.argument("overrides", nargs=-1)
 @click.option("--sheet", type=PATH, metavar="FILE", help="contact sheet  [default: one in the user's cache]")
 def data(**options: Any) -> int:
-    """What a data set holds: counts, faults, a contact sheet.
+    """Check a data set: counts, faults, a contact sheet.
 
     OVERRIDES of Hydra name the data set and its split: data=busi data.root=DIR split=kfold.
     """
@@ -255,7 +255,7 @@ def data(**options: Any) -> int:
 @click.argument("overrides", nargs=-1, required=True)
 @_out("folder for the results  [default: one in the user's cache, by data set]")
 def audit(**options: Any) -> None:
-    """Near-duplicates of a data set, as groups for its splits.
+    """Find near-duplicates of a data set, as groups for its splits.
 
     OVERRIDES of Hydra name the data set: data=busi data.root=DIR.
     """
@@ -267,7 +267,7 @@ def audit(**options: Any) -> None:
 @_word("models teacher=resnet34 image_size=128")
 @click.argument("overrides", nargs=-1)
 def models(overrides: Sequence[str]) -> None:
-    """Parameters, MACs and hidden shapes of the networks.
+    """Show parameters, MACs and hidden shapes of the networks.
 
     OVERRIDES of Hydra configure them: teacher=resnet34 image_size=128.
     """

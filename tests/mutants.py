@@ -95,8 +95,8 @@ MUTANTS = [
     Mutant(
         "a label that is missing is unknown",
         "data/labels.py",
-        "if lacking := [stem for stem, label in by_stem.items() if not label]:",
-        "if lacking := [stem for stem, label in by_stem.items() if label is None]:",
+        "if missing := [stem for stem, label in by_stem.items() if not label]:",
+        "if missing := [stem for stem, label in by_stem.items() if label is None]:",
         FOLDERS,
     ),
     Mutant("a group in two parts is taken", "data/splits.py", "if len(parts) > 1\n", "if len(parts) > 3\n", SPLITS),

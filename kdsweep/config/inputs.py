@@ -149,8 +149,8 @@ def imagenet(node: NetworkNode) -> str:
         return node.imagenet
     if package is None:
         raise InputError(f"weights=imagenet: there are none for encoder={node.encoder}; use weights=none or a file")
-    lacking = f"{package.partition('/')[0]} is not installed; {INSTALL}"
-    raise InputError(f"weights=imagenet: {lacking}, or train from scratch with weights=none")
+    absent = f"{package.partition('/')[0]} is not installed; {INSTALL}"
+    raise InputError(f"weights=imagenet: {absent}, or train from scratch with weights=none")
 
 
 def package_file(name: str) -> Path | None:

@@ -34,8 +34,8 @@ def read_labels(sheet: Path, stems: Sequence[str]) -> tuple[dict[str, str], list
         if labels.setdefault(key, label) != label:
             raise InputError(f"{sheet}: image {image} is {labels[key]!r} in one row and {label!r} in another; {REMEDY}")
     by_stem = {stem: labels.get(_key(stem), "") for stem in stems}
-    if lacking := [stem for stem, label in by_stem.items() if not label]:
-        raise InputError(f"{sheet} has no label for {several(lacking)} of {len(stems)} images; {REMEDY}")
+    if missing := [stem for stem, label in by_stem.items() if not label]:
+        raise InputError(f"{sheet} has no label for {several(missing)} of {len(stems)} images; {REMEDY}")
     unused = labels.keys() - {_key(stem) for stem in stems}
     return by_stem, [name for key, name in names.items() if key in unused]
 

@@ -123,8 +123,8 @@ def read_groups(ids: Sequence[str], group: str, *, root: Path | None) -> Groups:
         elif groups.setdefault(image_id, value) != value:
             both = f"{groups[image_id]!r} and {value!r}"
             raise InputError(f"split.group={group}: {file} has two groups for {image_id}, {both}; leave one row")
-    if lacking := [image_id for image_id in ids if not groups.get(image_id)]:
-        raise InputError(f"split.group={group}: {_several(lacking)} of the data set have no {column} in {file}")
+    if missing := [image_id for image_id in ids if not groups.get(image_id)]:
+        raise InputError(f"split.group={group}: {_several(missing)} of the data set have no {column} in {file}")
     return Groups([groups[image_id] for image_id in ids], unused)
 
 
@@ -141,8 +141,8 @@ def _groups_by_pattern(ids: Sequence[str], pattern: str) -> list[str]:
     if not compiled.groups:
         raise InputError(f"split.group={pattern}: which part is the group? Put it in (?P<patient>...)")
     matches = [compiled.fullmatch(image_id) for image_id in ids]
-    if lacking := [image_id for image_id, match in zip(ids, matches, strict=True) if not match or not match[1]]:
-        raise InputError(f"split.group={pattern} does not match {_several(lacking)}; it must match each complete id")
+    if missing := [image_id for image_id, match in zip(ids, matches, strict=True) if not match or not match[1]]:
+        raise InputError(f"split.group={pattern} does not match {_several(missing)}; it must match each complete id")
     return [match[1] for match in matches if match]
 
 

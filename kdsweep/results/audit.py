@@ -62,7 +62,10 @@ def write(entries: list[Entry], out: Path) -> str:
         sheets = _write_sheets(groups, images, entries, pairs, out)
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
-    kinds = Counter(pair.kind for pair in pairs)
+    return _summary(entries, groups, Counter(pair.kind for pair in pairs), sheets=sheets, out=out)
+
+
+def _summary(entries: list[Entry], groups: list[list[int]], kinds: Counter[str], *, sheets: int, out: Path) -> str:
     mixed = [members for members in groups if len({entries[number].label for number in members}) > 1]
     listed = "; ".join(", ".join(entries[number].id for number in members) for members in mixed)
     lines = [

@@ -105,7 +105,9 @@ def make_table(which: str, sweep: Sweep, *, options: Options) -> Part:
         table = tables.make(which, sweep, options)
     except (InputError, OSError) as error:
         return Part(which, heading, gap=one_line(error).rstrip("."))
-    return Part(which, heading, Markup(table.html()), tuple(table.notes), tuple(table.lead))
+    # The banner of the page says it already.
+    notes, lead = (tuple(line for line in lines if line != QUICK) for lines in (table.notes, table.lead))
+    return Part(which, heading, Markup(table.html()), notes, lead)
 
 
 def make_figures(which: str, sweep: Sweep, *, location: Location) -> Part:

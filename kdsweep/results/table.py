@@ -134,16 +134,21 @@ class Table:
         """Return the strings of the full or the narrow view."""
         return pd.DataFrame({column.heading: column.strings(self.frame) for column in self.shown(narrow=narrow)})
 
+    @property
+    def _sentences(self) -> list[str]:
+        """Return lead sentences and notes, each once."""
+        return list(dict.fromkeys((*self.lead, *self.notes)))
+
     def markdown(self, title: str) -> str:
         """Return a title line, the full table, sentences and notes."""
         body = self.text().to_markdown(index=False, disable_numparse=True)
-        return "\n".join([title, "", body, "", *(f"- {line}" for line in (*self.lead, *self.notes)), ""])
+        return "\n".join([title, "", body, "", *(f"- {line}" for line in self._sentences), ""])
 
     def latex(self, title: str) -> str:
         """Return a table environment for a document with the booktabs package, sentences and notes as lines below."""
         body = self.text().map(_tex).rename(columns=_tex).to_latex(index=False, escape=False).rstrip()
         lines = ["% needs \\usepackage{booktabs}", r"\begin{table}", rf"\caption{{{_tex(title)}}}", body]
-        below = [rf"\par\footnotesize {_tex(line)}" for line in (*self.lead, *self.notes)]
+        below = [rf"\par\footnotesize {_tex(line)}" for line in self._sentences]
         return "\n".join([*lines, *below, r"\end{table}", ""])
 
     def screen(self, title: str, *, width: int, wide: bool = False, last: Sequence[str] = ()) -> str:

@@ -380,7 +380,7 @@ def test_a_teachers_outputs_have_no_graph_even_where_its_input_has_one(frozen: F
         kd_path = small_path(name)
         forward = TeacherForward("Teacher", view="strong", precision="fp32")
         distillation = SimpleNamespace(teacher_stages=kd_path.stages, forward=forward)
-        forwards = frozen.teach([SimpleNamespace(distillation=distillation)], images)  # type: ignore[list-item]
+        forwards = frozen.teach([SimpleNamespace(distillation=distillation)], images)
         assert not kd_path.teacher_map(forwards[forward]).requires_grad
 
 
