@@ -1167,3 +1167,9 @@ def test_images_of_one_group_are_one_cluster_of_table4():
     for column in ("student_p", "student_difference_points", "teacher_bound_points"):
         assert grouped.loc["L_MSE", column] == pytest.approx(single.loc["L_MSE", column])
     assert grouped.loc["L_MSE", "n_images"] == 3 * single.loc["L_MSE", "n_images"]
+
+
+def test_a_sentence_that_is_in_lead_and_notes_is_written_once():
+    table = Table("Numbers", pd.DataFrame({"a": [1]}), [Column("a", "A")], lead=["A check."], notes=["A check.", "B."])
+    for text in (table.markdown("Numbers"), table.latex("Numbers")):
+        assert (text.count("A check."), text.count("B.")) == (1, 1)
