@@ -29,8 +29,8 @@ from kdsweep.config import composition, identity
 from kdsweep.config.schema import Settings
 from kdsweep.core.device import placed
 from kdsweep.data.loaders import Feed
-from kdsweep.models import unet
-from kdsweep.models.unet import UNet
+from kdsweep.models import networks
+from kdsweep.models.networks import Network
 from kdsweep.store import cell_folder, checkpoint
 from kdsweep.training import build, loop
 from kdsweep.training.learner import Learner
@@ -84,16 +84,16 @@ class Bench:
         """Compose a cell."""
         return composition.compose([*self.overrides, *overrides])
 
-    def _teachers(self) -> dict[str, UNet]:
+    def _teachers(self) -> dict[str, Network]:
         """Untrained Teachers, put into the store as if they had been trained."""
-        found: dict[str, UNet] = {}
+        found: dict[str, Network] = {}
         for settings in self.configs:
             cell = identity.teacher_cell(settings)
             if cell.fingerprint not in found:
                 network = build.teacher_network(settings)
                 checkpoint.save_network(cell.folder / "teacher.safetensors", network)
                 cell_folder.write_finished(cell.folder, values={"test/dice": 0.0}, files=["teacher.safetensors"])
-                found[cell.fingerprint] = unet.freeze(placed(network, self.compute))
+                found[cell.fingerprint] = networks.freeze(placed(network, self.compute))
         return found
 
     def learners(self, configs: list[Settings]) -> list[Learner]:

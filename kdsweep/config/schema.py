@@ -5,14 +5,34 @@ Comments in conf/ say what a key means.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from functools import partial
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
+from kdsweep.config.fields import (
+    Call,
+    Channels,
+    Count,
+    Device,
+    Folder,
+    Index,
+    Monitor,
+    Name,
+    Node,
+    Positive,
+    Precision,
+    Range,
+    Schedule,
+    Seed,
+    Share,
+    Supervised,
+    SweepName,
+    Text,
+    View,
+    rule,
+)
 from kdsweep.config.grid import DISTILLED, ROLES, STUDENTS, TEACHER, Decides
 
 LOCAL = Decides(())  # of the machine or the command
@@ -21,69 +41,18 @@ CONTENT, NAME_OF_CELL, REFERENCE = Decides(by="content"), Decides(by="name"), De
 UNSET = ("None", "null", "")  # a key without a value, as values and as MLflow keeps it
 PATH_AND_LOSS = {"method.name": ("none", "None")}  # are compared, not the terms of a method
 DRAWN, NO_FILE = {"split.protocol": ("paper", "holdout")}, {"split.protocol": ("paper", "holdout", "kfold")}
+STAGES = (*(f"encoder.{n}" for n in range(1, 6)), *(f"decoder.{n}" for n in range(1, 6)), "logits")  # of a U-Net
 MSE = dict.fromkeys(("loss.logits._target_", "loss.hidden._target_"), ("kdsweep.distill.losses.mse",))
-
-
-def _rule(holds: Callable[[Any], object], rule: str) -> AfterValidator:
-    """Return a check of a value; ``rule`` completes the error "it must ..."."""
-
-    def check(value: Any) -> Any:
-        if not holds(value):
-            raise ValueError(rule)
-        return value
-
-    return AfterValidator(check)
-
-
-def is_name(text: str, longest: int = 80) -> bool:
-    """Return whether a text can be a folder, a file, a key and a filter of MLflow, also in capitals."""
-    return bool(re.fullmatch(r"\w[\w .-]*", text)) and max(len(text.encode()), len(text.upper().encode())) <= longest
-
-
-NAME_RULE = "be made of letters, digits, blank . _ -, the first a letter, a digit or _, at most 80 bytes (a sweep: 200)"
-AS_TEXT = BeforeValidator(lambda value: str(value) if type(value) is int else value)  # 2024 on the command line
-STAGES = (*(f"encoder.{n}" for n in range(1, 6)), *(f"decoder.{n}" for n in range(1, 6)), "logits")
-
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Positive = Annotated[float, Field(gt=0)]
-SHARES = "a number from 0 to 1"
-Share = Annotated[float, _rule(lambda number: 0 <= number <= 1, f"be {SHARES}"), Field(description=SHARES)]
-Stage = Annotated[str, _rule(STAGES.__contains__, "be encoder.1 to encoder.5, decoder.1 to decoder.5, or logits")]
-Text = Annotated[str, Field(min_length=1)]
-Name = Annotated[str, AS_TEXT, _rule(is_name, NAME_RULE)]
-SweepName = Annotated[str, AS_TEXT, _rule(partial(is_name, longest=200), NAME_RULE)]
-Range = Annotated[list[Share], Field(min_length=2, max_length=2), _rule(lambda pair: pair == sorted(pair), "ascend")]
-DEVICES, DEVICE = "auto, cpu, cuda or cuda:NUMBER", re.compile(r"auto|cpu|cuda(:\d+)?")
-Device = Annotated[str, _rule(DEVICE.fullmatch, f"be {DEVICES}"), Field(description=DEVICES)]
-Folder = Annotated[Text, AS_TEXT, _rule(lambda name: name[0] != "~", "not begin with ~: write ${oc.env:HOME}")]
-View = Literal["weak", "strong"]
-Precision = Literal["fp32", "tf32", "bf16"]
-Monitor = Literal["loss", "dice"]
-Supervised = Literal["bce", "bce_dice"]
-Schedule = Literal["constant", "cosine", "poly"]
-Call = dict[str, Any]  # a function or class by _target_, and its arguments
-
-
-class Node(BaseModel):
-    """A part of the configuration. Types are strict: "1" is not a number."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    def plain(self) -> dict[str, Any]:
-        """Return it as dicts, lists and plain values, without the keys that are not set."""
-        return self.model_dump(by_alias=True, exclude_unset=True)
 
 
 class KDPathNode(Node, extra="allow"):
     """``path.kd_path``: the class of a KD path and its arguments, here those of the shipped classes."""
 
     target: Text = Field(alias="_target_")
-    stage: Stage | None = "encoder.5"
-    teacher_stage: Stage | None = None
+    stage: Text | None = "encoder.5"
+    teacher_stage: Text | None = None
     inner_channels: Count | None = None
-    kernel_size: Annotated[Count, _rule(lambda number: number % 2, "be odd")] | None = None
+    kernel_size: Annotated[Count, rule(lambda number: number % 2, "be odd")] | None = None
 
 
 class PathNode(Node, extra="allow"):
@@ -133,11 +102,42 @@ class TeacherAugNode(Node):
     distill_view: View
 
 
-class NetworkNode(Node):
-    """``student`` and ``teacher``: a U-Net and its weights."""
+class InputNode(Node):
+    """``student.input`` and ``teacher.input``: the images that a module expects; null: as for ImageNet, of any size."""
 
-    encoder: Text
-    decoder_channels: Annotated[list[Count], Field(min_length=5, max_length=5)]
+    mean: Channels | None = None
+    std: Channels | None = None
+    size: Count | None = None
+
+
+class Architecture(Node):
+    """A network without its weights: a U-Net by its encoder, or any module by ``network``."""
+
+    encoder: Text | None = None
+    decoder_channels: Annotated[list[Count], Field(min_length=5, max_length=5)] | None = None
+    network: Call | None = None
+    stages: dict[str, Text] = Field({})
+    output: Text | Index | None = None
+    input: InputNode | None = None
+
+    @property
+    def name(self) -> str:
+        """Return its name: of the encoder, or the last word of the module's target."""
+        return self.encoder or str((self.network or {}).get("_target_")).rpartition(".")[2]
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Return the stages whose maps can be compared."""
+        return STAGES if self.network is None else (*self.stages, "logits")
+
+    def as_json(self) -> str:
+        """Return it as text, equal for equal networks."""
+        return json.dumps(self.model_dump(include=set(Architecture.model_fields)), sort_keys=True)
+
+
+class NetworkNode(Architecture):
+    """``student`` and ``teacher``: a network and its weights."""
+
     weights: Text  # imagenet, none or a file
     imagenet: Annotated[Text | None, CONTENT] = None
     imagenet_package: Annotated[Text | None, CONTENT] = None
@@ -179,6 +179,7 @@ class KDNode(Node):
     temperature: Annotated[Positive, Decides(when=PATH_AND_LOSS, unless=MSE, by="reference")]
     teacher_precision: Precision
     align: Annotated[Literal["warp", "none"], Decides(unless={"teacher_aug.distill_view": ("strong",)})]
+    resize: bool = False
 
 
 class ViewsNode(Node):

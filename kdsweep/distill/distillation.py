@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdsweep.core.errors import InputError
 from kdsweep.distill.paths import KDPath
-from kdsweep.models.unet import Outputs
+from kdsweep.models.networks import Outputs
 
 
 class TeacherForward(NamedTuple):
@@ -53,12 +54,14 @@ class Term:
             masks in the frame and at the size of the maps.
         stages: of the Student, that the path takes; of the Teacher too unless the path says others.
         share: of the KD term, which is the sum of share times loss.
+        resize: bring the Student's map to the size of the Teacher's, bilinearly, as if the path said so.
     """
 
     kd_path: KDPath
     loss: Callable[..., Tensor]
     stages: tuple[str, ...]
     share: float = 1.0
+    resize: bool = False
 
     def __post_init__(self) -> None:
         self.teacher_stages = self.kd_path.teacher_stages or self.stages
@@ -83,7 +86,22 @@ class Term:
             masks = {"student_mask": views.student_mask.float(), "teacher_mask": teacher_mask}
             size = teacher_map.shape[2:]
             masks = {name: F.interpolate(mask, size, mode="nearest") for name, mask in masks.items()}
-        return self.loss(student=self.kd_path.student_map(student), teacher=teacher_map, valid=valid, **masks)
+        student_map = self._of_size(self.kd_path.student_map(student), teacher_map)
+        return self.loss(student=student_map, teacher=teacher_map, valid=valid, **masks)
+
+    def _of_size(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+        """Return the Student's map at the size of the Teacher's."""
+        size = teacher_map.shape[2:]
+        if student_map.shape[2:] == size:
+            return student_map
+        if not (self.resize or self.kd_path.resize):
+            sides = [" x ".join(str(side) for side in each.shape[2:]) for each in (student_map, teacher_map)]
+            stages = [", ".join(each) for each in (self.stages, self.teacher_stages)]
+            raise InputError(
+                f"maps of the Student ({stages[0]}: {sides[0]}) and of the Teacher ({stages[1]}: {sides[1]}) have "
+                "unequal sizes; kd.resize=true brings the Student's to the Teacher's"
+            )
+        return F.interpolate(student_map.float(), size, mode="bilinear", align_corners=False)
 
 
 @dataclass

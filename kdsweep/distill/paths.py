@@ -5,11 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdsweep.core.errors import InputError
-from kdsweep.models.unet import HIDDEN, Outputs, stage_size
+from kdsweep.models.networks import HIDDEN, Outputs
 
 
 class KDPath(nn.Module, ABC):
@@ -21,10 +19,12 @@ class KDPath(nn.Module, ABC):
         stages: the stages of the Student that the path takes, such as ``encoder.5``; neither network runs further than
             a cell needs. None: those of the configuration's ``representation``.
         teacher_stages: those of the Teacher; None: the same.
+        resize: bring the Student's map to the size of the Teacher's, bilinearly, where these differ; else refuse them.
     """
 
     stages: tuple[str, ...] | None = None
     teacher_stages: tuple[str, ...] | None = None
+    resize = False
 
     @abstractmethod
     def teacher_map(self, outputs: Outputs) -> Tensor:
@@ -32,7 +32,7 @@ class KDPath(nn.Module, ABC):
 
     @abstractmethod
     def student_map(self, outputs: Outputs) -> Tensor:
-        """Return the Student's map to compare: (N, C, h, w), the Teacher's shape."""
+        """Return the Student's map to compare: (N, C, h, w), of the Teacher's size unless ``resize`` is set."""
 
 
 class Logits(KDPath):
@@ -122,10 +122,7 @@ class Stage(KDPath):
         teacher_stage: of the Teacher, if it is another one.
         adapter: a 1 x 1 convolution (without bias) raises the Student's channels to the Teacher's, for losses that
             compare channel by channel. Source: FitNets' regressor (Romero et al., ICLR 2015, section 2.2).
-        resize: bring the Student's maps to the size of the Teacher's, bilinearly.
-
-    Raises:
-        InputError: the stages have maps of unequal size, and ``resize`` is not set.
+        resize: bring the Student's maps to the size of the Teacher's, bilinearly, where these differ.
     """
 
     def __init__(
@@ -140,12 +137,7 @@ class Stage(KDPath):
     ) -> None:
         super().__init__()
         self.student_stage, self.teacher_stage = stage, teacher_stage or stage
-        halvings = _halvings(self.teacher_stage) - _halvings(self.student_stage)
-        if halvings and not resize:
-            raise InputError(
-                f"stage={stage} and teacher_stage={teacher_stage} have maps of unequal size: add resize=true"
-            )
-        self.scale = 0.5**halvings
+        self.resize = resize
         self.stages, self.teacher_stages = (self.student_stage,), (self.teacher_stage,)
         self.adapter = nn.Conv2d(student_channels, teacher_channels, 1, bias=False) if adapter else nn.Identity()
 
@@ -154,16 +146,9 @@ class Stage(KDPath):
         return outputs[self.teacher_stage]
 
     def student_map(self, outputs: Outputs) -> Tensor:
-        """Return the Student's maps, adapted and resized as configured."""
+        """Return the Student's maps, adapted as configured."""
         maps: Tensor = self.adapter(outputs[self.student_stage])
-        if self.scale != 1:
-            maps = F.interpolate(maps.float(), scale_factor=self.scale, mode="bilinear", align_corners=False)
         return maps
-
-
-def _halvings(stage: str) -> int:
-    """Return how often the side of an image was halved in a stage."""
-    return 10 - (stage_size(stage, image_size=2**10).bit_length() - 1)
 
 
 class MaskedGeneration(Stage):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kdsweep.config.schema import Architecture
 from kdsweep.core.device import Compute, placed, usable_cores
 from kdsweep.core.files import DamagedError, read_json, write_json
 from kdsweep.evaluation import latency
@@ -22,8 +23,7 @@ FILE = "costs.json"  # in a store
 class Network(NamedTuple):
     """The options that decide the cost of a network."""
 
-    encoder: str
-    decoder_channels: tuple[int, ...]
+    architecture: str  # as JSON
     image_size: int
 
 
@@ -40,8 +40,7 @@ def measure(network: Network, *, store: Path | None = None, repeats: int = REPEA
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = {"cpu": cpu_name(), "threads": [1, usable_cores()], "cuda": gpu, "pytorch": str(torch.__version__)}
-    about: dict[str, Any] = {**network._asdict(), "decoder_channels": list(network.decoder_channels), **machine}
-    about["repeats"] = repeats
+    about: dict[str, Any] = {**network._asdict(), **machine, "repeats": repeats}
     file = store / FILE if store is not None and store.is_dir() else None
     entries: list[dict[str, Any]] = []
     if file is not None:
@@ -60,12 +59,13 @@ def measure(network: Network, *, store: Path | None = None, repeats: int = REPEA
 
 @cache
 def _measured(network: Network, repeats: int) -> dict[str, float]:
-    from kdsweep.models import unet  # with all encoders: seconds that costs in the store need not wait for
+    from kdsweep.models import networks  # with all encoders: seconds that costs in the store need not wait for
+    from kdsweep.models.build import new_network
 
-    channels, size = list(network.decoder_channels), network.image_size
-    built = unet.freeze(unet.unet(encoder=network.encoder, decoder_channels=channels, weights="none", seed=0))
-    macs = unet.count_macs(built, image_size=size)
-    costs: dict[str, float] = {"parameters": unet.count_parameters(built), "macs": macs}
+    architecture, size = Architecture.model_validate_json(network.architecture), network.image_size
+    built = networks.freeze(new_network(architecture, weights="none", seed=0))
+    macs = networks.count_macs(built, image_size=size)
+    costs: dict[str, float] = {"parameters": networks.count_parameters(built), "macs": macs}
     kinds = [("cpu_1_thread", "cpu", 1), ("cpu_all_threads", "cpu", usable_cores())]
     kinds += [("cuda", "cuda", torch.get_num_threads())] if torch.cuda.is_available() else []
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))

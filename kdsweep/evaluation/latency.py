@@ -12,7 +12,7 @@ import torch
 from kdsweep.core.device import Compute, give_back_memory, is_out_of_memory, placed
 
 if TYPE_CHECKING:
-    from kdsweep.models.unet import UNet
+    from kdsweep.models.networks import Network
 
 STEPS, ENOUGH_S = 5, 2.0  # timed steps at most, and seconds after which no further one begins
 WARM_UP_STEPS = {"cpu": 1, "cuda": 3}  # CUDA chooses algorithms and reserves memory in the first ones
@@ -27,7 +27,7 @@ class StepTime(NamedTuple):
 
 
 def time_step_s(
-    network: UNet, *, image_size: int, compute: Compute, images: int = 4, forward_only: bool = False
+    network: Network, *, image_size: int, compute: Compute, images: int = 4, forward_only: bool = False
 ) -> StepTime:
     """Time steps of a throwaway network on noise, after some to warm up; return the fastest, the least disturbed one.
 
@@ -46,7 +46,7 @@ def time_step_s(
         images //= 2
 
 
-def _time_step_s(network: UNet, *, image_size: int, compute: Compute, images: int, forward_only: bool) -> StepTime:
+def _time_step_s(network: Network, *, image_size: int, compute: Compute, images: int, forward_only: bool) -> StepTime:
     placed(network, compute)
     optimizer = torch.optim.Adam(network.parameters(), fused=compute.device.type == "cuda" or None)
     batch = torch.randn(images, 3, image_size, image_size, device=compute.device)

@@ -13,7 +13,7 @@ from kdsweep.core.device import Compute
 from kdsweep.data.loaders import EvalPart
 from kdsweep.data.views import normalize
 from kdsweep.evaluation import metrics
-from kdsweep.models.unet import UNet
+from kdsweep.models.networks import Network
 
 
 def eval_batches(part: EvalPart, compute: Compute) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -23,7 +23,7 @@ def eval_batches(part: EvalPart, compute: Compute) -> Iterator[tuple[dict[str, T
         yield {"strong": ready, "weak": ready}, masks.to(compute.device)
 
 
-def predict(network: UNet, part: EvalPart, *, compute: Compute) -> Tensor:
+def predict(network: Network, part: EvalPart, *, compute: Compute) -> Tensor:
     """Return predictions (N, 1, H, W) bool of complete images on the CPU: probability above 0.5."""
     network.eval()
     with torch.no_grad(), compute.autocast():

@@ -17,7 +17,7 @@ from kdsweep import __version__
 from kdsweep.core.errors import InputError
 from kdsweep.export import predict
 from kdsweep.export.model import Model
-from kdsweep.models.unet import count_macs, count_parameters
+from kdsweep.models.networks import count_macs, count_parameters
 from kdsweep.store import cell_folder
 
 # Of data sets with a publication: whoever passes a model on passes the source on too.

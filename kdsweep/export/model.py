@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdsweep.config import identity
 from kdsweep.config.grid import run_folder
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import DamagedError, read_json
 from kdsweep.data import run_data
 from kdsweep.data.views import normalize
-from kdsweep.models import unet
-from kdsweep.models.unet import UNet
+from kdsweep.models import networks
+from kdsweep.models.build import new_network
+from kdsweep.models.networks import Network
 from kdsweep.results.stats import PLACE
 from kdsweep.store import cell_folder, checkpoint
 
@@ -31,7 +33,7 @@ TAGS = ("notation", "split", "seed", "role", "fingerprint")
 class Model:
     """The network of a finished run, and what its folder records about it."""
 
-    network: UNet  # frozen, with the weights that were tested, on the CPU
+    network: Network  # frozen, with the weights that were tested, on the CPU
     folder: Path
     params: dict[str, Any]  # the flat configuration
     tags: dict[str, str]  # by TAGS
@@ -128,19 +130,22 @@ def load_model(folder: Path) -> Model:
         record = read_json(folder / cell_folder.CELL) or {}
         params, tags = record["params"], {key: str(record["tags"][f"kdsweep.{key}"]) for key in TAGS}
         node = "teacher" if tags["role"] == "teacher" else "student"
-        encoder, channels = str(params[f"{node}.encoder"]), list(params[f"{node}.decoder_channels"])
+        architecture = identity.architecture(params, node)
         image_size, precision = int(params["image_size"]), str(params["precision"])
     except (DamagedError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"--run {folder}: {cell_folder.CELL} is damaged") from error
+    if architecture is None:
+        raise InputError(f"--run {folder}: {cell_folder.CELL} names no network")
+    encoder = architecture.name
     file = folder / f"{node}.safetensors"
     if not cell_folder.check_file(folder, file.name):
         raise InputError(f"{file}: missing or damaged, its checksum differs; the sweep's command computes it again")
-    network = unet.unet(encoder=encoder, decoder_channels=channels, weights="none", seed=0)
+    network = new_network(architecture, weights="none", seed=0)
     try:
         checkpoint.load_network(file, network)
     except Exception as error:  # torch and safetensors have several kinds
         raise InputError(f"{file}: belongs to another network than {encoder} as this version builds it") from error
-    return Model(unet.freeze(network), folder, params, tags, encoder, image_size, precision)
+    return Model(networks.freeze(network), folder, params, tags, encoder, image_size, precision)
 
 
 def split_images(

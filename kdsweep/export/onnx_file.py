@@ -26,7 +26,7 @@ from kdsweep.evaluation.costs import cpu_name
 from kdsweep.export import predict
 from kdsweep.export.card import card
 from kdsweep.export.model import Model, find_folder, load_model, split_images
-from kdsweep.models.unet import UNet
+from kdsweep.models.networks import Network
 from kdsweep.store import cell_folder
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ INPUT, OUTPUT = "images", "probabilities"
 class Probabilities(nn.Module):
     """A network whose output is the probability of lesion (N, 1, S, S) of normalized images (N, 3, S, S)."""
 
-    def __init__(self, network: UNet) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
         self.eval()

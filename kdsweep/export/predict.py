@@ -26,7 +26,7 @@ from kdsweep.data.images import resize_image
 from kdsweep.data.pixels import FileError, naming, read_gray_or_color
 from kdsweep.data.views import normalize
 from kdsweep.export.model import Model, find_folder, load_model
-from kdsweep.models.unet import UNet
+from kdsweep.models.networks import Network
 
 THRESHOLD = 0.5  # a pixel is lesion if its probability is above: as in testing
 CONTOUR = (0xFF, 0x17, 0x44)  # RGB; the red of predictions in figures
@@ -61,7 +61,7 @@ def prepare(image: np.ndarray, *, image_size: int) -> torch.Tensor:
     return normalize(torch.from_numpy(resize_image(image, image_size))[None])
 
 
-def probabilities(network: UNet, image: np.ndarray, *, image_size: int, compute: Compute) -> np.ndarray:
+def probabilities(network: Network, image: np.ndarray, *, image_size: int, compute: Compute) -> np.ndarray:
     """Return the probability of lesion (H, W) float32 at each pixel of an image (H, W, 3) uint8, at its size."""
     views = prepare(image, image_size=image_size).to(compute.device)
     with torch.no_grad(), compute.autocast():

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import timm
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from kdsweep.config.inputs import INSTALL, PACKAGE, package_file
 from kdsweep.core.errors import InputError, reading
 from kdsweep.core.files import file_digest
-
-if TYPE_CHECKING:
-    from kdsweep.models.unet import UNet
+from kdsweep.models.module import ModuleNetwork
+from kdsweep.models.networks import Network
+from kdsweep.models.unet import UNet
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ def _hub_file(source: str) -> Path:
         ) from error
 
 
-def load_weights(network: UNet, file: Path, *, label: str) -> None:
+def load_weights(network: Network, file: Path, *, label: str) -> None:
     """Load a complete network's state, or the ImageNet classifier that its encoder was cut from.
 
     A classifier with other names for the same tensors in the same order, as the packages have them, is taken by order.
@@ -100,8 +99,10 @@ def load_weights(network: UNet, file: Path, *, label: str) -> None:
     Raises:
         InputError: the file cannot be read, does not belong to this network, or holds numbers that are not weights.
     """
-    states = _without_prefixes(read_weights(file))
-    fits = [fit(state, network) for state in states for fit in (_as_network, _as_encoder)]
+    states = list(_without_prefixes(read_weights(file)))
+    fits = [_as_network(state, network) for state in states]
+    if isinstance(network, UNet):
+        fits += [_as_encoder(state, network) for state in states]
     target, state, wrong = min(fits, key=lambda fit: len(fit[2]))
     if wrong:
         raise InputError(
@@ -123,9 +124,10 @@ def _without_prefixes(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         yield state
 
 
-def _as_network(state: dict[str, Tensor], network: UNet) -> Fit:
+def _as_network(state: dict[str, Tensor], network: Network) -> Fit:
     """Take tensors as those of a complete network."""
-    return network, state, _mismatches(expected=network.state_dict(), offered=state)
+    target = network.module if isinstance(network, ModuleNetwork) else network
+    return target, state, _mismatches(expected=target.state_dict(), offered=state)
 
 
 def _as_encoder(state: dict[str, Tensor], network: UNet) -> Fit:

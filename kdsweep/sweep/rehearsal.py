@@ -25,7 +25,7 @@ from kdsweep.core.device import Compute, find_device, give_back_memory, is_out_o
 from kdsweep.core.errors import CellError, InputError, one_line
 from kdsweep.data.loaders import EvalPart, Feed
 from kdsweep.evaluation import latency, scoring
-from kdsweep.models import unet
+from kdsweep.models import networks
 from kdsweep.store import cell_folder, checkpoint
 from kdsweep.sweep import plan
 from kdsweep.sweep.estimate import Preview
@@ -147,7 +147,7 @@ def _rehearse(jobs: list[Job], compute: Compute) -> None:
     feed = _feed(jobs[0].settings)
     teachers = {cell.fingerprint: build.teacher_network(job.settings) for cell, job in plan.teachers(jobs)}
     frozen = loop.FrozenTeachers(
-        {key: unet.freeze(placed(network, compute)) for key, network in teachers.items()}, compute
+        {key: networks.freeze(placed(network, compute)) for key, network in teachers.items()}, compute
     )
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # the folders that the lines name are gone soon, and an error is raised

@@ -14,7 +14,7 @@ import torch
 
 from kdsweep.config import composition, grid, identity, inputs
 from kdsweep.config.grid import TEACHER, Cell
-from kdsweep.config.schema import KDPathNode, NetworkNode, Settings
+from kdsweep.config.schema import Architecture, KDPathNode, NetworkNode, Settings
 from kdsweep.core.device import Compute, find_device, usable_precision
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import without_folders
@@ -24,8 +24,9 @@ from kdsweep.data.views import Strengths, Views
 from kdsweep.distill import losses
 from kdsweep.distill.distillation import Distillation, TeacherForward, Term
 from kdsweep.distill.paths import KDPath
-from kdsweep.models import unet
-from kdsweep.models.unet import UNet
+from kdsweep.models.build import new_network, stage_channels
+from kdsweep.models.build import summary as summary_of
+from kdsweep.models.networks import HIDDEN, Network
 from kdsweep.models.weights import IMAGENET
 from kdsweep.store import cell_folder
 from kdsweep.training import guard
@@ -99,19 +100,19 @@ def _affordable(number: int, batch_bytes: int) -> int:
     return possible
 
 
-def student_network(settings: Settings, *, weights: str | None = None) -> UNet:
+def student_network(settings: Settings, *, weights: str | None = None) -> Network:
     """Return a new Student; all cells of a seed start from the same one."""
     return _new_network(settings.student, seed=settings.seed, weights=weights)
 
 
-def teacher_network(settings: Settings, *, weights: str | None = None) -> UNet:
+def teacher_network(settings: Settings, *, weights: str | None = None) -> Network:
     """Return a new, untrained Teacher."""
     return _new_network(settings.teacher, seed=settings.teacher.seed, weights=weights)
 
 
-def _new_network(node: NetworkNode, *, seed: int, weights: str | None) -> UNet:
-    channels = node.decoder_channels
-    return unet.unet(encoder=node.encoder, decoder_channels=channels, weights=weights or _weights(node), seed=seed)
+def _new_network(node: NetworkNode, *, seed: int, weights: str | None) -> Network:
+    with guard.confined(seed):
+        return new_network(node, weights=weights or _weights(node), seed=seed)
 
 
 def _weights(node: NetworkNode) -> str:
@@ -121,12 +122,12 @@ def _weights(node: NetworkNode) -> str:
 def check_networks(settings: Settings) -> None:
     """Raise InputError if a cell's networks cannot be built or their weights are absent."""
     for node in (settings.student, settings.teacher) if settings.is_distilled else (settings.student,):
-        _check_network(node.encoder, tuple(node.decoder_channels), _weights(node))
+        _check_network(node.as_json(), _weights(node))
 
 
 @lru_cache(maxsize=8)
-def _check_network(encoder: str, decoder_channels: tuple[int, ...], weights: str) -> None:
-    unet.unet(encoder=encoder, decoder_channels=list(decoder_channels), weights=weights, seed=0)
+def _check_network(architecture: str, weights: str) -> None:
+    new_network(Architecture.model_validate_json(architecture), weights=weights, seed=0)
 
 
 def distillation(settings: Settings, *, teacher: str) -> Distillation | None:
@@ -160,14 +161,15 @@ def _terms(settings: Settings) -> dict[str, Term]:
     if not settings.method.terms:
         assert settings.path.kd_path is not None
         kd_path = _kd_path(settings, settings.path.kd_path)
-        implied = (unet.HIDDEN, "logits") if settings.path.representation == "logits" else (unet.HIDDEN,)
-        return {"kd": Term(kd_path, composition.build(identity.loss(settings)), kd_path.stages or implied)}
+        implied = (HIDDEN, "logits") if settings.path.representation == "logits" else (HIDDEN,)
+        loss = composition.build(identity.loss(settings))
+        return {"kd": Term(kd_path, loss, kd_path.stages or implied, resize=settings.kd.resize)}
     terms, shares = {}, settings.method.shares()
     for name, node in settings.method.terms.items():
         kd_path = _kd_path(settings, node.path)
         if kd_path.stages is None:
             raise InputError(f"method.terms.{name}.path={node.path.target} does not say which stages it takes")
-        terms[name] = Term(kd_path, composition.build(node.loss), kd_path.stages, shares[name])
+        terms[name] = Term(kd_path, composition.build(node.loss), kd_path.stages, shares[name], settings.kd.resize)
     return terms
 
 
@@ -175,16 +177,16 @@ def _kd_path(settings: Settings, node: KDPathNode) -> KDPath:
     """Return a KD path; one that is ``_partial_`` gets the channels of its stage in both networks."""
     kd_path = composition.build(node.plain())
     if isinstance(kd_path, partial):
-        stage = kd_path.keywords.get("stage", unet.HIDDEN)
+        stage = kd_path.keywords.get("stage", HIDDEN)
         kd_path = kd_path(
-            student_channels=_channels(settings.student)[stage],
-            teacher_channels=_channels(settings.teacher)[kd_path.keywords.get("teacher_stage") or stage],
+            student_channels=_channels(settings, settings.student)[stage],
+            teacher_channels=_channels(settings, settings.teacher)[kd_path.keywords.get("teacher_stage") or stage],
         )
     return cast("KDPath", kd_path)
 
 
-def _channels(node: NetworkNode) -> dict[str, int]:
-    return unet.stage_channels(node.encoder, tuple(node.decoder_channels))
+def _channels(settings: Settings, node: NetworkNode) -> dict[str, int]:
+    return stage_channels(node, image_size=settings.image_size)
 
 
 def learner(settings: Settings, cell: Cell) -> Learner:
@@ -246,4 +248,4 @@ def summary(overrides: Sequence[str]) -> str:
     """Return parameters, MACs and hidden shapes of the networks that overrides configure."""
     settings = composition.compose(overrides)
     student, teacher = student_network(settings, weights="none"), teacher_network(settings, weights="none")
-    return unet.summary(teacher=teacher, student=student, image_size=settings.image_size)
+    return summary_of(teacher=teacher, student=student, image_size=settings.image_size)

@@ -21,8 +21,8 @@ from kdsweep.core import logs, signals
 from kdsweep.core.device import Compute, give_back_memory, is_device_error, is_out_of_memory, placed
 from kdsweep.core.errors import CellError, DeviceError, InputError, one_line
 from kdsweep.data.loaders import Feed
-from kdsweep.models import unet
-from kdsweep.models.unet import UNet
+from kdsweep.models import networks
+from kdsweep.models.networks import Network
 from kdsweep.store import cell_folder, checkpoint
 from kdsweep.store.cell_folder import weights_file
 from kdsweep.training import build
@@ -37,7 +37,7 @@ LOOK_EVERY_S = 1.0
 
 Values = dict[str, float]
 Outcome = Values | Exception
-Networks = dict[str, UNet | Exception]  # Teachers by fingerprint, or the errors that ended their training
+Networks = dict[str, Network | Exception]  # Teachers by fingerprint, or the errors that ended their training
 # Returns the folders of the trials that end, from the number of epochs that all have completed and, by folder of each
 # trial that has not failed, the validation Dice and seconds of its epochs.
 Decide = Callable[[int, Mapping[Path, Sequence[tuple[float, float]]]], set[Path]]
@@ -78,7 +78,7 @@ def run_trials(jobs: list[Job], *, pruning: Pruning) -> list[float | Exception]:
 def obtain_teachers(jobs: list[Job]) -> Networks:
     """Return the trained and frozen Teachers of these cells by fingerprint; train those that are missing together."""
     needed = {cell.fingerprint: replace(job, cell=cell) for job in jobs if (cell := job.cell.teacher) is not None}
-    teachers, networks = list(needed.values()), dict[str, UNet | Exception]()
+    teachers, networks = list(needed.values()), dict[str, Network | Exception]()
     for group in grid.group_by([identity.batches_key(job.settings, seed=job.cell.seed) for job in teachers]):
         members = [teachers[position] for position in group]
         for job in members:
@@ -96,11 +96,11 @@ def _train_teachers(jobs: list[Job]) -> list[Outcome]:
     return _train(jobs, {})
 
 
-def _read_teacher(job: Job) -> UNet:
+def _read_teacher(job: Job) -> Network:
     log.info("%s: read from %s", job.cell.title, job.cell.folder)
     network = build.teacher_network(job.settings, weights="none")
     checkpoint.load_network(job.cell.folder / weights_file(TEACHER), network)
-    return unet.freeze(placed(network, build.compute(job.settings)))
+    return networks.freeze(placed(network, build.compute(job.settings)))
 
 
 def _complete(jobs: list[Job], train: Callable[[list[Job]], list[Outcome]]) -> list[Outcome]:
@@ -191,7 +191,7 @@ def _failed(cell: Cell, error: Exception) -> Exception:
 def run(
     made: Sequence[Learner | Exception],
     *,
-    teachers: Mapping[str, UNet],
+    teachers: Mapping[str, Network],
     feed: Feed,
     compute: Compute,
     pruning: Pruning | None = None,

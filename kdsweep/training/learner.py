@@ -17,7 +17,7 @@ from kdsweep.core.errors import CellError
 from kdsweep.core.files import DamagedError, remove_parts
 from kdsweep.distill import losses
 from kdsweep.distill.distillation import Distillation, ViewPair, gradient_ratio, matched_weight
-from kdsweep.models.unet import Outputs, UNet
+from kdsweep.models.networks import Network, Outputs
 from kdsweep.store import cell_folder, checkpoint
 from kdsweep.training.meter import Columns, EpochMeter, weighted_means
 
@@ -48,7 +48,7 @@ class Learner:
 
     title: str  # in messages
     role: str  # ``distilled``, ``baseline`` or ``teacher``
-    network: UNet
+    network: Network
     view: str  # that it sees in training, ``weak`` or ``strong``
     distillation: Distillation | None  # None for a network that learns from the masks alone
     lr: float  # Adam's, at the start
@@ -149,8 +149,8 @@ class Learner:
             terms["loss"].backward()
             return
         terms["loss"].backward(retain_graph=True)
-        encoder = list(self.network.encoder.parameters())
-        self.gradient_ratios.append(gradient_ratio(terms["kd"], weight=self.kd_weight, parameters=encoder))
+        parameters = self.network.measured_parameters()
+        self.gradient_ratios.append(gradient_ratio(terms["kd"], weight=self.kd_weight, parameters=parameters))
         if is_matching:
             self.kd_weight = matched_weight(torch.stack(self.gradient_ratios), ratio=kd.ratio)
 

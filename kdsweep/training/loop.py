@@ -21,8 +21,8 @@ from kdsweep.data.loaders import Feed
 from kdsweep.data.views import normalize
 from kdsweep.distill.distillation import TeacherForward, ViewPair
 from kdsweep.evaluation import metrics, scoring
-from kdsweep.models import unet
-from kdsweep.models.unet import Outputs, UNet
+from kdsweep.models import networks
+from kdsweep.models.networks import Network, Outputs
 from kdsweep.training import guard
 from kdsweep.training.learner import Learner
 from kdsweep.training.meter import EpochMeter, to_host
@@ -39,10 +39,10 @@ class FrozenTeachers:
     Weights are kept in the precision that they compute in: autocast would round frozen ones at each forward.
     """
 
-    def __init__(self, teachers: Mapping[str, UNet], compute: Compute) -> None:
+    def __init__(self, teachers: Mapping[str, Network], compute: Compute) -> None:
         self.teachers, self.compute = teachers, compute
         self.watches: dict[TeacherForward, Stopwatch] = {}  # of the last forward of each
-        self._rounded: dict[str, UNet] = {}
+        self._rounded: dict[str, Network] = {}
         for name, network in teachers.items():
             if network.training or any(parameter.requires_grad for parameter in network.parameters()):
                 raise ValueError(f"Teacher {name} is not frozen in eval mode")
@@ -63,7 +63,7 @@ class FrozenTeachers:
         network = self.teachers[forward.teacher]
         if forward.precision == "bf16":
             if forward.teacher not in self._rounded:
-                self._rounded[forward.teacher] = unet.in_bfloat16(network)
+                self._rounded[forward.teacher] = networks.in_bfloat16(network)
             network = self._rounded[forward.teacher]
         with self.compute.autocast(forward.precision):
             outputs: Outputs = network(images[forward.view], stages)
@@ -100,7 +100,7 @@ class CheckpointSchedule:
 def fit(
     learners: list[Learner],
     *,
-    teachers: Mapping[str, UNet],
+    teachers: Mapping[str, Network],
     feed: Feed,
     compute: Compute,
     after: Callable[[int], None] = lambda _: None,

@@ -11,6 +11,7 @@ import yaml
 
 from kdsweep import conf_dir
 from kdsweep.config import composition, decisions, grid, identity
+from kdsweep.config.schema import STAGES as UNET_STAGES
 from kdsweep.core.errors import InputError
 
 CONF = conf_dir()
@@ -36,6 +37,7 @@ PATH = {
     "kernel_size": (0, 2, -1, 1.5, "1"),
     "_target_": ("", 7, None),
 }
+MODULE = {"network": (5, "net"), "stages": (5, None), "output": (-1, 1.5, "", True), "input": (5, "224")}
 BAD: dict[str, tuple[Any, ...]] = {
     "seed": (-1, 0.5, 2**32, *NUMBERS),
     "split.protocol": ("random", None, 1),
@@ -75,6 +77,8 @@ BAD: dict[str, tuple[Any, ...]] = {
     "data.load_size": (0, 63, -1, 100.5, "256", True),
     "data.allow_empty_masks": ("yes", 1),
     **dict.fromkeys(("student.decoder_channels", "teacher.decoder_channels"), WIDTHS),
+    **{f"{of}.{key}": bad for of in ("student", "teacher") for key, bad in MODULE.items()},
+    "kd.resize": ("yes", 1, None),
     "store": (None, "", 7.5, True, "~", "~/runs"),
     "sweep_name": (*NAMES, "x" * 201, None),
     **dict.fromkeys(("path.name", "loss.name", "method.name", "method.notation", "data.name", "profile"), NAMES),
@@ -166,7 +170,11 @@ def test_a_bad_value_is_refused_with_key_and_value(defaults: dict[str, Any], key
         ("train.monitor", "Dice", "be 'loss' or 'dice'"),
         ("views.noise_std", [0.2, 0.1], "ascend"),
         ("kd", 5, "be keys with values"),
-        ("path.kd_path.stage", "encoder.6", "be encoder.1 to encoder.5, decoder.1 to decoder.5, or logits"),
+        (
+            "path.kd_path.stage",
+            "encoder.6",
+            f"be one of those of student=mobilenetv3_small_trimmed: {', '.join(UNET_STAGES)}",
+        ),
         ("sweep_name", 7.5, "be a valid string; quotes within quotes make it text: 'sweep_name=\"...\"'"),
     ],
 )

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import unet
 from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
 from kdsweep.distill import losses, methods, paths, relations
 from kdsweep.distill.distillation import Distillation, TeacherForward, Term, ViewPair
-from kdsweep.models import unet
+from kdsweep.models import networks
+from kdsweep.models.unet import UNet
 from kdsweep.training.learner import Learner
 from kdsweep.training.loop import Compute, FrozenTeachers
 
@@ -311,8 +313,8 @@ def test_bf16_logits_are_supervised_in_fp32() -> None:
 # ---- the Teacher is only read --------------------------------------------------------------------------------------
 
 
-def small_student(seed: int) -> unet.UNet:
-    return unet.unet(encoder="mobilenetv3_small_trimmed", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=seed)
+def small_student(seed: int) -> UNet:
+    return unet(encoder="mobilenetv3_small_trimmed", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=seed)
 
 
 def small_path(name: str) -> paths.KDPath:
@@ -326,8 +328,8 @@ WEAK = TeacherForward("Teacher", view="weak", precision="fp32")
 
 @pytest.fixture(scope="module")
 def frozen() -> FrozenTeachers:
-    teacher = unet.unet(encoder="resnet18", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=1)
-    return FrozenTeachers({"Teacher": unet.freeze(teacher)}, Compute(device=torch.device("cpu"), precision="fp32"))
+    teacher = unet(encoder="resnet18", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=1)
+    return FrozenTeachers({"Teacher": networks.freeze(teacher)}, Compute(device=torch.device("cpu"), precision="fp32"))
 
 
 @pytest.mark.parametrize("name", ["L", "H", "HR"])
@@ -389,4 +391,4 @@ def test_a_teacher_that_is_not_frozen_is_refused(frozen: FrozenTeachers) -> None
     with pytest.raises(ValueError, match="not frozen"):
         FrozenTeachers({"Teacher": network.eval()}, frozen.compute)
     with pytest.raises(ValueError, match="not frozen"):
-        FrozenTeachers({"Teacher": unet.freeze(network).train()}, frozen.compute)
+        FrozenTeachers({"Teacher": networks.freeze(network).train()}, frozen.compute)

@@ -17,8 +17,8 @@ from kdsweep.config.grid import Cell
 from kdsweep.core.errors import InputError
 from kdsweep.distill import losses, methods, paths, relations
 from kdsweep.distill.distillation import Distillation, TeacherForward, Term, ViewPair, warp
-from kdsweep.models import unet
-from kdsweep.models.unet import Outputs
+from kdsweep.models import networks
+from kdsweep.models.networks import Outputs
 from kdsweep.training import build
 
 METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml") if file.stem != "none")
@@ -259,17 +259,36 @@ def test_a_stage_is_taken_as_it_is_and_adapted_and_resized_as_configured() -> No
         student_channels=6, teacher_channels=12, stage="encoder.4", teacher_stage="encoder.5", adapter=True, resize=True
     )
     assert (both.stages, both.teacher_stages) == (("encoder.4",), ("encoder.5",))
-    assert both.student_map(outputs).shape == both.teacher_map(outputs).shape == (2, 12, 4, 4)
     weight = both.adapter.weight[:, :, 0, 0]
     adapted = torch.einsum("oi,nihw->nohw", weight, outputs["encoder.4"])
     halved = F.interpolate(adapted, (4, 4), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(both.student_map(outputs), halved, rtol=1e-4, atol=1e-5)
+    mask, seen = torch.zeros(2, 1, 8, 8), dict[str, Tensor]()
+
+    def loss(**arguments: Tensor) -> Tensor:
+        seen.update(arguments)
+        return torch.zeros(())
+
+    views = ViewPair(theta=None, student_mask=mask, teacher_mask=mask)
+    Term(both, loss, both.stages).value(student=outputs, teacher=outputs, views=views, align=True)
+    assert seen["student"].shape == seen["teacher"].shape == (2, 12, 4, 4)
+    torch.testing.assert_close(seen["student"], halved, rtol=1e-4, atol=1e-5)
 
 
-def test_stages_of_unequal_size_are_refused_without_resizing() -> None:
-    with pytest.raises(InputError, match=r"stage=decoder.1 and teacher_stage=encoder.5 have maps of unequal size: add"):
-        paths.Stage(student_channels=1, teacher_channels=1, stage="decoder.1", teacher_stage="encoder.5")
-    paths.Stage(student_channels=1, teacher_channels=1, stage="decoder.1", teacher_stage="encoder.4")
+@pytest.mark.parametrize(
+    "kd_path", [paths.Hidden(stage="map"), paths.HiddenRegressor(student_channels=3, teacher_channels=4, stage="map")]
+)
+def test_maps_of_unequal_size_are_refused_or_resized_to_the_teachers(kd_path: paths.KDPath) -> None:
+    student, teacher = Outputs({"map": draw(2, 3, 8, 8, seed=1)}), Outputs({"map": draw(2, 4, 6, 6, seed=2)})
+    mask = torch.zeros(2, 1, 8, 8)
+    views = ViewPair(theta=None, student_mask=mask, teacher_mask=mask)
+    given = {"student": student, "teacher": teacher, "views": views, "align": True}
+    with pytest.raises(
+        InputError, match=r"Student \(map: 8 x 8\) and of the Teacher \(map: 6 x 6\) have unequal sizes"
+    ):
+        Term(kd_path, losses.mse, kd_path.stages).value(**given)
+    value = Term(kd_path, losses.mse, kd_path.stages, resize=True).value(**given)
+    resized = F.interpolate(kd_path.student_map(student), (6, 6), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(value, F.mse_loss(resized, kd_path.teacher_map(teacher)))
 
 
 def test_the_generator_sees_a_quarter_of_the_positions_and_in_evaluation_always_the_same() -> None:
@@ -287,7 +306,7 @@ def test_the_generator_sees_a_quarter_of_the_positions_and_in_evaluation_always_
     assert not torch.equal(kept[0], kept[1])
     assert torch.equal(kept[2], kept[3])
     weights = 2 * (9 * 5 * 5 + 5) + 3 * 5
-    assert unet.count_parameters(kd_path) == weights
+    assert networks.count_parameters(kd_path) == weights
 
 
 # ---- terms ---------------------------------------------------------------------------------------------------------
@@ -388,7 +407,7 @@ def test_a_method_has_another_name_and_another_cell() -> None:
         (["method=at", "method.terms.group2.weight=-1"], "method.terms.group2.weight=-1 is not allowed"),
         (
             ["method=at", "method.terms.group2.path.stage=encoder.9"],
-            "stage=encoder.9 is not allowed: it must be encoder.1",
+            "stage=encoder.9 is not allowed: it must be one of those of student=mobilenetv3_small_trimmed: encoder.1",
         ),
     ],
 )

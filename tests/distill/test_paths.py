@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from small import unet
 from torch import Tensor
 
 from kdsweep.distill import paths
 from kdsweep.distill.distillation import Distillation, TeacherForward, Term, ViewPair, warp
-from kdsweep.models import unet
-from kdsweep.models.unet import Outputs
+from kdsweep.models import networks
+from kdsweep.models.networks import Outputs
 
 MASK = torch.zeros(2, 1, 64, 64)
 
@@ -17,7 +18,7 @@ MASK = torch.zeros(2, 1, 64, 64)
 def outputs(channels: int, *, seed: int) -> Outputs:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, 1, 64, 64, generator=generator)
-    return Outputs({"logits": logits, unet.HIDDEN: torch.randn(2, channels, 2, 2, generator=generator)})
+    return Outputs({"logits": logits, networks.HIDDEN: torch.randn(2, channels, 2, 2, generator=generator)})
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_hr_keeps_the_maps_size_with_any_odd_kernel(student: Outputs, kernel_siz
 @pytest.mark.parametrize(("name", "count"), [("L", 0), ("H", 0), ("HR", (96 * 512 + 512) + (512 * 2048 + 2048))])
 def test_only_hr_owns_parameters(name: str, count: int) -> None:
     kd_path = make_path(name)
-    assert unet.count_parameters(kd_path) == count
+    assert networks.count_parameters(kd_path) == count
     assert all(parameter.requires_grad for parameter in kd_path.parameters())
     assert name != "HR" or count == 1_100_288
 
@@ -90,7 +91,7 @@ def test_only_hr_owns_parameters(name: str, count: int) -> None:
 def test_the_regressor_is_trained_through_the_students_map(student: Outputs) -> None:
     kd_path = paths.HiddenRegressor(student_channels=96, teacher_channels=32, inner_channels=16)
     hidden = student.hidden.clone().requires_grad_()
-    kd_path.student_map(Outputs({unet.HIDDEN: hidden})).sum().backward()
+    kd_path.student_map(Outputs({networks.HIDDEN: hidden})).sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.any()
     for parameter in kd_path.parameters():
@@ -100,9 +101,7 @@ def test_the_regressor_is_trained_through_the_students_map(student: Outputs) -> 
 
 def test_a_regressor_changes_neither_the_student_built_before_nor_after_it() -> None:
     def student_weights() -> dict[str, Tensor]:
-        network = unet.unet(
-            encoder="mobilenetv3_small_trimmed", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=5
-        )
+        network = unet(encoder="mobilenetv3_small_trimmed", decoder_channels=[16, 16, 8, 8, 8], weights="none", seed=5)
         return {key: value.clone() for key, value in network.state_dict().items()}
 
     alone = student_weights()

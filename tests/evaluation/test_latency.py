@@ -5,9 +5,13 @@ import json
 import pytest
 import torch
 
+from kdsweep.config.schema import Architecture
 from kdsweep.core.device import usable_cores
 from kdsweep.evaluation import costs, latency
-from kdsweep.models import unet
+from kdsweep.models import networks
+from kdsweep.models.unet import UNet
+
+SMALL = Architecture(encoder="mobilenetv3_small_trimmed", decoder_channels=[16, 16, 8, 8, 8]).as_json()
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def test_durations_are_reported_as_median_and_95th_percentile(monkeypatch):
 
 
 def test_latency_is_median_and_95th_percentile_after_warm_up(clock):
-    network = costs.Network("mobilenetv3_small_trimmed", (16, 16, 8, 8, 8), 32)
+    network = costs.Network(SMALL, 32)
     before, warm = torch.get_num_threads(), latency.WARM_UP
     result = costs.measure(network, repeats=21)
     assert result["cpu_1_thread_median_ms"] == pytest.approx(warm + 11)
@@ -53,14 +57,14 @@ def test_networks_are_timed_in_eval_mode_and_channels_last(clock, monkeypatch):
     def forward(self, images):
         seen.append((self.training, images.shape, images.is_contiguous(memory_format=torch.channels_last)))
 
-    monkeypatch.setattr(unet, "count_macs", lambda network, image_size: 1)
-    monkeypatch.setattr(unet.UNet, "forward", forward)
-    costs.measure(costs.Network("mobilenetv3_small_trimmed", (16, 16, 8, 8, 8), 64), repeats=1)
+    monkeypatch.setattr(networks, "count_macs", lambda network, image_size: 1)
+    monkeypatch.setattr(UNet, "forward", forward)
+    costs.measure(costs.Network(SMALL, 64), repeats=1)
     assert set(seen) == {(False, (1, 3, 64, 64), True)}
 
 
 def test_equal_networks_are_measured_once(clock):
-    network = costs.Network("mobilenetv3_small_trimmed", (16, 16, 8, 8, 8), 96)
+    network = costs.Network(SMALL, 96)
     first = costs.measure(network, repeats=2)
     timed = len(clock["threads"])
     assert timed > 0
@@ -69,7 +73,7 @@ def test_equal_networks_are_measured_once(clock):
 
 
 def test_a_store_keeps_what_a_machine_measured(clock, tmp_path, monkeypatch):
-    network = costs.Network("mobilenetv3_small_trimmed", (16, 16, 8, 8, 8), 32)
+    network = costs.Network(SMALL, 32)
     first = costs.measure(network, store=tmp_path, repeats=3)
     timed = len(clock["threads"])
     (entry,) = json.loads((tmp_path / "costs.json").read_text())["measured"]

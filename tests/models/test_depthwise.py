@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+from small import unet
 from torch import nn
 
 from kdsweep.core.device import Compute
-from kdsweep.models import unet
 
 CPU = torch.device("cpu")
 ENCODERS = [
@@ -28,7 +28,7 @@ def batch(seed):
 
 
 def network_of(encoder, seed=0):
-    network = unet.unet(encoder=encoder, decoder_channels=DECODER, weights="none", seed=seed)
+    network = unet(encoder=encoder, decoder_channels=DECODER, weights="none", seed=seed)
     return network.to(memory_format=torch.channels_last)
 
 

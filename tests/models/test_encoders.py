@@ -3,11 +3,12 @@
 import pytest
 import timm
 import torch
+from small import unet
 from test_packages import renamed
 
 from kdsweep.config import composition
 from kdsweep.core.errors import InputError
-from kdsweep.models import encoders, unet
+from kdsweep.models import encoders, networks
 from kdsweep.training import build
 
 SIZES = {"200k": 0.2e6, "400k": 0.4e6, "small": 0.82e6, "1600k": 1.6e6, "3600k": 3.6e6}
@@ -15,14 +16,14 @@ CHANNELS = [52, 32, 24, 16, 16]
 
 
 def built(encoder):
-    return unet.unet(encoder=encoder, decoder_channels=CHANNELS, weights="none", seed=0)
+    return unet(encoder=encoder, decoder_channels=CHANNELS, weights="none", seed=0)
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES.items())
 def test_the_ladders_students_have_the_size_of_their_name_and_begin_with_imagenets_weights(name, size):
     cfg = composition.compose([f"student=efficientnet_lite0_{name}", "weights=imagenet", "path=none"])
     network = build.student_network(cfg)
-    assert unet.count_parameters(network) == pytest.approx(size, rel=0.04)
+    assert networks.count_parameters(network) == pytest.approx(size, rel=0.04)
     stem = renamed(cfg.student, "tf_efficientnet_lite0").conv_stem.weight
     assert torch.equal(network.encoder.conv_stem.weight, stem)
     maps = network.eval()(torch.zeros(1, 3, 64, 64), [f"encoder.{number}" for number in range(1, 6)])

@@ -11,11 +11,12 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from small import unet
 
 from kdsweep.config import composition, identity, inputs
 from kdsweep.core.errors import InputError
 from kdsweep.data.views import normalize
-from kdsweep.models import unet, weights
+from kdsweep.models import networks, weights
 from kdsweep.training import build
 
 TEACHER, STUDENT = "teacher=efficientnet_lite2", "student=efficientnet_lite0_small"
@@ -64,8 +65,8 @@ def test_photographs_are_recognized_with_the_tensors_in_this_order_and_these_sta
 
 def test_the_students_encoder_is_the_classifiers_up_to_the_first_block_of_its_sixth_stage(cfg):
     network, complete = build.student_network(cfg).eval(), renamed(cfg.student, "tf_efficientnet_lite0")
-    assert unet.count_parameters(network) == 817_425
-    assert unet.count_parameters(network.encoder) == 584_448
+    assert networks.count_parameters(network) == 817_425
+    assert networks.count_parameters(network.encoder) == 584_448
     pixels = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
     stages = [f"encoder.{number}" for number in range(1, 6)]
     with torch.no_grad():
@@ -85,7 +86,7 @@ def test_the_students_encoder_is_the_classifiers_up_to_the_first_block_of_its_si
 def test_the_teachers_encoder_gives_the_maps_of_the_classifier(name, millions):
     cfg = composition.compose([f"teacher={name}", "image_size=64"])
     network, complete = build.teacher_network(cfg).eval(), renamed(cfg.teacher, f"tf_{name}")
-    assert unet.count_parameters(network) == pytest.approx(millions * 1e6, rel=1e-3)
+    assert networks.count_parameters(network) == pytest.approx(millions * 1e6, rel=1e-3)
     pixels = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
     with torch.no_grad():
         hidden = network(normalize(pixels), {"encoder.5"})["encoder.5"]
@@ -94,7 +95,7 @@ def test_the_teachers_encoder_gives_the_maps_of_the_classifier(name, millions):
 
 
 def test_other_networks_get_their_images_as_they_are(cfg):
-    network = unet.unet(encoder="resnet18", decoder_channels=[16, 16, 8, 8, 4], weights="none", seed=0)
+    network = unet(encoder="resnet18", decoder_channels=[16, 16, 8, 8, 4], weights="none", seed=0)
     assert network.classifier == ""
     assert not [name for name, _ in network.named_buffers() if name.startswith("input_")]
     wrapped = build.student_network(cfg)
@@ -132,7 +133,7 @@ def test_a_damaged_file_of_a_package_is_named(monkeypatch, tmp_path, cfg):
 def test_a_classifier_of_another_size_is_refused(cfg):
     other = inputs.imagenet(cfg.teacher)
     with pytest.raises(InputError, match="belongs to another network than"):
-        unet.unet(
+        unet(
             encoder="efficientnet_lite0_w100_b1223110",
             decoder_channels=[16, 16, 8, 8, 4],
             weights=weights.IMAGENET + other,

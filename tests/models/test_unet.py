@@ -15,12 +15,15 @@ import torch
 import torchvision
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
+from small import unet
 from torch import Tensor, nn
 
 from kdsweep.config import composition
-from kdsweep.config.schema import STAGES
+from kdsweep.config.schema import STAGES, Architecture
 from kdsweep.core.errors import InputError
-from kdsweep.models import unet
+from kdsweep.models import networks
+from kdsweep.models.build import stage_channels, summary
+from kdsweep.models.unet import UNet
 from kdsweep.models.weights import imagenet_file, load_weights, read_weights
 from kdsweep.training.build import teacher_network
 
@@ -31,17 +34,17 @@ STUDENT = {"encoder": "mobilenetv3_small_trimmed", "decoder_channels": [80, 40, 
 SMALL_DECODER = [16, 16, 8, 8, 8]
 
 
-def build(encoder: str, *, weights: str = "none", seed: int = 0) -> unet.UNet:
-    return unet.unet(encoder=encoder, decoder_channels=SMALL_DECODER, weights=weights, seed=seed)
+def build(encoder: str, *, weights: str = "none", seed: int = 0) -> UNet:
+    return unet(encoder=encoder, decoder_channels=SMALL_DECODER, weights=weights, seed=seed)
 
 
-def student(seed: int = 0) -> unet.UNet:
-    return unet.unet(**STUDENT, weights="none", seed=seed)
+def student(seed: int = 0) -> UNet:
+    return unet(**STUDENT, weights="none", seed=seed)
 
 
-def teacher_without_memory() -> unet.UNet:
+def teacher_without_memory() -> UNet:
     with torch.device("meta"):
-        return unet.unet(**TEACHER, weights="none", seed=0)
+        return unet(**TEACHER, weights="none", seed=0)
 
 
 def images(count: int = 2, size: int = 64) -> Tensor:
@@ -82,13 +85,13 @@ def test_the_teacher_is_the_papers_96_million() -> None:
     teacher = teacher_without_memory()
     with torch.device("meta"):
         stock = smp.Unet("resnext101_32x8d", encoder_weights=None, in_channels=3, classes=1)
-    assert unet.count_parameters(teacher) == unet.count_parameters(stock) == 95_755_409
+    assert networks.count_parameters(teacher) == networks.count_parameters(stock) == 95_755_409
     shapes, stock_shapes = ({k: v.shape for k, v in net.state_dict().items()} for net in (teacher, stock))
     assert shapes == stock_shapes
 
 
 def test_the_student_is_the_papers_0_82_million() -> None:
-    count = unet.count_parameters(student())
+    count = networks.count_parameters(student())
     assert 815_000 < count < 825_000
     assert count == 820_385
 
@@ -130,8 +133,8 @@ def test_the_students_convolutions_pad_symmetrically() -> None:
 
 def test_summary_and_macs() -> None:
     teacher = teacher_without_memory()
-    assert unet.count_macs(teacher, image_size=224) / 1e9 == pytest.approx(20.5, abs=0.1)
-    table = unet.summary(teacher=teacher, student=student(), image_size=224)
+    assert networks.count_macs(teacher, image_size=224) / 1e9 == pytest.approx(20.5, abs=0.1)
+    table = summary(teacher=teacher, student=student(), image_size=224)
     assert "95,755,409" in table
     assert "820,385" in table
     assert "2048 x 7 x 7" in table
@@ -150,7 +153,7 @@ def test_macs_by_hand() -> None:
             return self.layer(batch)
 
     network = OneConvolution().train()
-    assert unet.count_macs(network, image_size=10) == 10 * 10 * 8 * 3 * 3 * 3  # type: ignore[arg-type]
+    assert networks.count_macs(network, image_size=10) == 10 * 10 * 8 * 3 * 3 * 3  # type: ignore[arg-type]
     assert network.training, "counting leaves the mode as it was"
 
 
@@ -174,14 +177,13 @@ def test_forward_is_smps_and_hidden_is_its_encoders_deepest_map(encoder: str) ->
 
 
 @pytest.mark.parametrize("encoder", ["resnet18", "mobilenetv3_small_trimmed"])
-def test_every_stage_has_the_channels_and_the_size_that_are_said_beforehand(encoder: str) -> None:
+def test_every_stage_has_the_channels_that_are_read_beforehand(encoder: str) -> None:
     with torch.no_grad():
         outputs = build(encoder).eval()(images(size=96), STAGES)
-    widths = unet.stage_channels(encoder, tuple(SMALL_DECODER))
-    sides = {stage: unet.stage_size(stage, image_size=96) for stage in STAGES}
-    assert {name: (maps.shape[1], maps.shape[2]) for name, maps in outputs.items()} == {
-        name: (widths[name], sides[name]) for name in STAGES
-    }
+    channels = stage_channels(Architecture(encoder=encoder, decoder_channels=SMALL_DECODER), image_size=96)
+    assert {name: maps.shape[1] for name, maps in outputs.items()} == channels
+    sides = [96 >> halvings for halvings in (1, 2, 3, 4, 5, 4, 3, 2, 1, 0, 0)]
+    assert [maps.shape[2] for maps in outputs.values()] == sides
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ def test_the_teachers_hidden_map_is_not_negative_and_the_students_is_signed() ->
 
 
 def test_freeze_stops_gradients_and_batch_statistics() -> None:
-    network = unet.freeze(build("resnet18").train())
+    network = networks.freeze(build("resnet18").train())
     before = copy_of(network.state_dict())
     outputs = network(images())
     assert not network.training
@@ -478,4 +480,4 @@ def test_an_encoder_without_imagenet_weights_says_so() -> None:
     cfg = composition.compose(["teacher.encoder=tu-resnet18", "~teacher.imagenet"])
     with pytest.raises(InputError) as error:
         teacher_network(cfg)
-    one_line(error, "encoder=tu-resnet18", "weights=none")
+    one_line(error, "there are none for tu-resnet18", "weights=none")

@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from small import unet
 from torch import Tensor
 
 from kdsweep.core.errors import InputError
-from kdsweep.models import unet
+from kdsweep.models.unet import UNet
 from kdsweep.models.weights import load_weights
 
 LAYER = "encoder.model.stem.conv.weight"
 
 
-def network(seed: int = 0) -> unet.UNet:
-    return unet.unet(encoder="tu-test_byobnet", decoder_channels=[16, 8, 8, 4, 4], weights="none", seed=seed)
+def network(seed: int = 0) -> UNet:
+    return unet(encoder="tu-test_byobnet", decoder_channels=[16, 8, 8, 4, 4], weights="none", seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_tensors_that_are_not_weights_are_refused_by_name(state, tmp_path, kind,
 
 
 def test_a_tensor_of_another_rank_is_refused_by_a_narrow_encoder(tmp_path) -> None:
-    narrow = unet.unet(encoder="efficientnet_lite0_w50_b1111110", decoder_channels=[8] * 5, weights="none", seed=0)
+    narrow = unet(encoder="efficientnet_lite0_w50_b1111110", decoder_channels=[8] * 5, weights="none", seed=0)
     weights = narrow.encoder.state_dict()
     name = next(key for key, value in weights.items() if value.ndim == 4)
     torch.save(weights | {name: weights[name].flatten(1)}, tmp_path / "flat.pt")

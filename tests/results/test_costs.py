@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from small import unet
 from test_tables import ALL, FakeSweep, changed, run_row, score_rows, shown, sweep_of, with_status, without
 from torch import nn
 
 from kdsweep.core.device import usable_cores
 from kdsweep.evaluation import costs
-from kdsweep.models import unet
 from kdsweep.results import paper
 from kdsweep.results.tables import table4, table5
 
@@ -100,7 +100,7 @@ def test_parameters_are_those_of_torch_and_of_smp(table):
 @pytest.mark.parametrize(("kind", "group"), [("teacher", "teacher"), ("student", "student")])
 def test_macs_are_those_of_the_convolutions(table, kind, group):
     channels = json.loads(QUICK[f"{group}.decoder_channels"])
-    network = unet.unet(encoder=QUICK[f"{group}.encoder"], decoder_channels=channels, weights="none", seed=1)
+    network = unet(encoder=QUICK[f"{group}.encoder"], decoder_channels=channels, weights="none", seed=1)
     assert row(table, kind)["image_size"] == 64
     # beyond the convolutions the counter sees nothing but what squeeze-and-excitation does, also convolutions
     assert row(table, kind)["macs"] == macs_by_hooks(network, 64)

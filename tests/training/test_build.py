@@ -7,7 +7,7 @@ from kdsweep.config import composition, identity, inputs
 from kdsweep.core.device import Compute
 from kdsweep.data.splits import random_split
 from kdsweep.distill import losses
-from kdsweep.models import unet
+from kdsweep.models import networks
 from kdsweep.training import build, loop
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32")
@@ -148,6 +148,6 @@ def test_the_groups_of_images_reach_their_scores(compose, tmp_path):
 
 
 def test_a_frozen_teacher_is_in_eval_mode_without_gradients(compose):
-    network = unet.freeze(build.teacher_network(compose("path=L")))
+    network = networks.freeze(build.teacher_network(compose("path=L")))
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())

@@ -21,8 +21,8 @@ from kdsweep.distill.distillation import TeacherForward, Term, ViewPair
 from kdsweep.distill.paths import Logits
 from kdsweep.evaluation import scoring
 from kdsweep.evaluation.metrics import mean_dice
-from kdsweep.models import unet
-from kdsweep.models.unet import Outputs
+from kdsweep.models import networks
+from kdsweep.models.networks import Outputs
 from kdsweep.store import cell_folder, checkpoint
 from kdsweep.training import build, loop, outcome
 from kdsweep.training import group as lockstep
@@ -55,7 +55,7 @@ def teachers_of(*configs):
             with torch.no_grad():  # equal seeds would give Teachers of both views the same weights
                 for parameter in network.parameters():
                     parameter.mul_(1.0 if cfg.teacher_aug.train_view == "weak" else 1.1)
-            teachers[identity.teacher_cell(cfg).fingerprint] = unet.freeze(network)
+            teachers[identity.teacher_cell(cfg).fingerprint] = networks.freeze(network)
     return teachers
 
 
@@ -279,7 +279,7 @@ def test_the_kd_term_reaches_the_student_and_the_regressor_which_is_not_exported
     assert "regressor.0.weight" in best["kd_path"]
     exported = build.student_network(cfg)
     checkpoint.load_network(tmp_path / "student.safetensors", exported)
-    assert unet.count_parameters(exported) == 820_385
+    assert networks.count_parameters(exported) == 820_385
     assert_same(exported.state_dict(), best["network"])
 
 

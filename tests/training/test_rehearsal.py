@@ -23,7 +23,7 @@ from kdsweep.data import views
 from kdsweep.data.loaders import EvalPart, Feed
 from kdsweep.distill import methods
 from kdsweep.evaluation import scoring
-from kdsweep.models import unet
+from kdsweep.models import networks
 from kdsweep.training import build, loop
 from kdsweep.training.learner import Learner
 
@@ -198,7 +198,7 @@ def rehearse(chosen, folder, precision):
     with no_device() as watch:
         compute = Compute(CUDA, precision)
         learners = [learner_of(*student, folder / str(number)) for number, student in enumerate(students)]
-        teacher = unet.freeze(on_device(teacher))
+        teacher = networks.freeze(on_device(teacher))
         frozen = loop.FrozenTeachers({"Teacher": teacher}, compute)
         images, masks = torch.zeros(3, SIZE, SIZE, 3, dtype=torch.uint8), torch.zeros(3, 1, SIZE, SIZE)
         part = EvalPart(["a", "b", "c"], ["x"] * 3, images, masks)

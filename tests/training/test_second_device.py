@@ -15,7 +15,7 @@ from kdsweep.config import composition, identity
 from kdsweep.core.device import Compute, Stopwatch
 from kdsweep.core.files import write_json
 from kdsweep.evaluation import latency
-from kdsweep.models import unet
+from kdsweep.models import networks
 from kdsweep.training import build, loop, meter
 from kdsweep.training.meter import EpochMeter
 
@@ -48,7 +48,7 @@ def step(learner, cfg, where):
     compute, size = Compute(where, "fp32"), cfg.image_size
     images = {view: torch.rand(6, 3, size, size, device=where) for view in ("strong", "weak")}
     masks = {f"{view}_mask": torch.ones(6, size, size, dtype=torch.uint8, device=where) for view in images}
-    teacher = unet.freeze(build.teacher_network(cfg)).to(where)
+    teacher = networks.freeze(build.teacher_network(cfg)).to(where)
     name = learner.distillation.forward.teacher if learner.distillation else ""
     forwards = loop.FrozenTeachers({name: teacher}, compute).teach([learner], images)
     loop._step(learner, {**masks, "theta": torch.eye(2, 3, device=where).repeat(6, 1, 1)}, images, forwards, compute)

@@ -5,13 +5,13 @@ All costs are measured, once on a machine (``evaluation.costs``); only the publi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 
+from kdsweep.config import identity
 from kdsweep.core.device import usable_cores
 from kdsweep.evaluation import costs
 from kdsweep.evaluation.latency import REPEATS, WARM_UP
@@ -114,11 +114,9 @@ def numbers(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = R
 
 def network_of(runs: pd.DataFrame, *, group: str) -> costs.Network | None:
     """Return the network of the first run that records it, preferring a finished one (``runs`` has these first)."""
-    keys = [f"{group}.encoder", f"{group}.decoder_channels", "image_size"]
     for params in runs["params"]:
-        if params.keys() >= set(keys):
-            encoder, channels, size = (params[key] for key in keys)  # MLflow: strings
-            return costs.Network(encoder, tuple(json.loads(channels)), int(size))
+        if (architecture := identity.architecture(params, group)) is not None and "image_size" in params:
+            return costs.Network(architecture.as_json(), int(params["image_size"]))
     return None
 
 
