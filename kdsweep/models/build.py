@@ -62,7 +62,7 @@ def stage_channels(architecture: Architecture, *, image_size: int) -> dict[str, 
 def _stage_channels(architecture: str, image_size: int) -> dict[str, int]:
     try:  # without making weights, where all layers can do so
         return _read_channels(Architecture.model_validate_json(architecture), image_size, torch.device("meta"))
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError, InputError):
         return _read_channels(Architecture.model_validate_json(architecture), image_size, torch.device("cpu"))
 
 
@@ -74,11 +74,12 @@ def _read_channels(architecture: Architecture, image_size: int, device: torch.de
 
 
 def summary(*, teacher: Network, student: Network, image_size: int) -> str:
-    """Return a Markdown table of parameters, MACs and stages; the networks lose their weights (meta device)."""
+    """Return a Markdown table of the networks' parameters, MACs and deepest maps, which have the stage ``encoder.5``."""
     lines = ["| network | encoder | parameters | MACs | hidden (C x H x W) |", "| --- | --- | ---: | ---: | --- |"]
     for label, network in (("Teacher", teacher), ("Student", student)):
-        with torch.device("meta"), torch.no_grad():
-            maps = network.to("meta").eval()(torch.zeros(1, 3, image_size, image_size), stages=network.stages)
+        image = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)
+        with torch.no_grad():
+            maps = network.eval()(image, stages=network.stages)
         shape = " x ".join(str(size) for size in maps[HIDDEN].shape[1:]) if HIDDEN in maps else "-"
         macs, parameters = count_macs(network, image_size=image_size), count_parameters(network)
         encoder = network.name.removeprefix("u-")
