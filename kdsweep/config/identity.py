@@ -116,7 +116,7 @@ def params(settings: Settings) -> dict[str, Any]:
     """Return the flat configuration, keys joined by dots, as MLflow keeps it; a module's arguments are JSON."""
     values = settings.plain()
     for node in (values["student"], values["teacher"]):
-        node |= {key: json.dumps(node[key]) for key in OF_A_MODULE if node.get(key) not in (None, {})}
+        node |= {key: json.dumps(node[key]) for key in OF_A_MODULE if node.get(key) is not None}
     return grid.flatten(values)
 
 
@@ -128,7 +128,7 @@ def architecture(params: grid.Params, group: str) -> Architecture | None:
         group: ``student`` or ``teacher``.
     """
     values = {key: params.get(f"{group}.{key}") for key in Architecture.model_fields}
-    values = {key: value for key, value in values.items() if str(value) not in (*UNSET, "{}")}
+    values = {key: value for key, value in values.items() if str(value) not in UNSET}
     texts = {key: value for key, value in values.items() if key != "encoder" and isinstance(value, str)}
     values |= {key: json.loads(text) for key, text in texts.items()}
     return Architecture.model_validate(values) if values else None

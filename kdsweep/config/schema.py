@@ -116,7 +116,7 @@ class Architecture(Node):
     encoder: Text | None = None
     decoder_channels: Annotated[list[Count], Field(min_length=5, max_length=5)] | None = None
     network: Call | None = None
-    stages: dict[str, Text] = Field({})
+    stages: dict[str, Text] | None = None
     output: Text | Index | None = None
     input: InputNode | None = None
 
@@ -128,7 +128,7 @@ class Architecture(Node):
     @property
     def stage_names(self) -> tuple[str, ...]:
         """Return the stages whose maps can be compared."""
-        return STAGES if self.network is None else (*self.stages, "logits")
+        return STAGES if self.network is None else (*(self.stages or ()), "logits")
 
     def as_json(self) -> str:
         """Return it as text, equal for equal networks."""

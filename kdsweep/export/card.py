@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pandas as pd
 
 from kdsweep import __version__
+from kdsweep.config import identity
 from kdsweep.core.errors import InputError
 from kdsweep.export import predict
 from kdsweep.export.model import Model
@@ -50,7 +52,8 @@ def card(model: Model, content: bytes, *, name: str) -> str:
         **model.tags | {"fingerprint": model.tags["fingerprint"][:16]},
         parameters=count_parameters(model.network),
         macs=count_macs(model.network, image_size=model.image_size),
-        encoder=model.encoder,
+        network=_described(params, "teacher" if model.tags["role"] == "teacher" else "student"),
+        teacher=_described(params, "teacher"),
         version=__version__,
         name=name,
         digest=hashlib.sha256(content).hexdigest(),
@@ -68,6 +71,13 @@ def card(model: Model, content: bytes, *, name: str) -> str:
         dice=scores["dice"],
         limit=LOW,
     )
+
+
+def _described(params: dict[str, Any], group: str) -> str:
+    network = identity.architecture(params, group)
+    if network is None:
+        return "network"
+    return f"U-Net with the encoder {network.encoder}" if network.network is None else f"network {network.name}"
 
 
 def _table(scores: pd.DataFrame) -> str:

@@ -50,7 +50,7 @@ def _untrained(architecture: Architecture) -> Network:
     if not isinstance(module, nn.Module):
         raise InputError(f"_target_={architecture.network['_target_']}: gives {type(module).__name__}, not a Module")
     statistics = architecture.input.plain() if architecture.input is not None else {}
-    return ModuleNetwork(module, stages=architecture.stages, output=architecture.output, **statistics)
+    return ModuleNetwork(module, stages=architecture.stages or {}, output=architecture.output, **statistics)
 
 
 def stage_channels(architecture: Architecture, *, image_size: int) -> dict[str, int]:
@@ -74,7 +74,7 @@ def _read_channels(architecture: Architecture, image_size: int, device: torch.de
 
 
 def summary(*, teacher: Network, student: Network, image_size: int) -> str:
-    """Return a Markdown table of the networks' parameters, MACs and deepest maps, which have the stage ``encoder.5``."""
+    """Return a Markdown table of the networks' parameters, MACs and maps of the stage ``encoder.5``."""
     lines = ["| network | encoder | parameters | MACs | hidden (C x H x W) |", "| --- | --- | ---: | ---: | --- |"]
     for label, network in (("Teacher", teacher), ("Student", student)):
         image = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)

@@ -134,7 +134,7 @@ class ModuleNetwork(Network):
             output = next((output[key] for key in USUAL_KEYS if key in output), output)
         if not isinstance(output, Tensor):
             raise InputError(f"{self.name} gives {type(output).__name__}; choose with output=...: {_listed(output)}")
-        if output.ndim != 4 or output.shape[:2] != (len(images), 1):
+        if output.ndim != 4 or output.shape[1] != 1:
             raise InputError(
                 f"{self.name} gives logits of shape {tuple(output.shape)}; they must be (N, 1, h, w): one lesion class"
             )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from kdsweep.config import identity
 from kdsweep.config.grid import RESULTS_VERSION
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import place_teachers, variants
@@ -26,7 +27,10 @@ def _params(runs: pd.DataFrame, key: str) -> list[str]:
 
 def departures(runs: pd.DataFrame) -> list[str]:
     """List the Students' options that differ from the paper's, such as ``image_size 128 instead of 224``."""
-    used = {key: _params(runs[runs["role"] != "teacher"], key) for key in PROTOCOL}
+    students = runs[runs["role"] != "teacher"]
+    used = {key: _params(students, key) for key in PROTOCOL}
+    teachers = (identity.architecture(params, "teacher") for params in students["params"])
+    used["teacher.encoder"] = sorted({teacher.name for teacher in teachers if teacher is not None})
     return [
         f"{key} {' and '.join(values)} instead of {PROTOCOL[key]}"
         for key, values in used.items()

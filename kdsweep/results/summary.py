@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from kdsweep import __version__
+from kdsweep.config import identity
 from kdsweep.config.decisions import decides
 from kdsweep.config.grid import variant_label
 from kdsweep.core.progress import duration, plural
@@ -48,8 +49,8 @@ def summarize(sweep: Sweep) -> dict[str, str]:
         "Batch size": _params(runs, "train.batch_size"),
         "Epochs at most": f"{_params(runs, 'train.epochs')}; patience {_params(runs, 'train.patience')}",
         "Learning rate": f"Student {_params(runs, 'train.lr')}, Teacher {_params(runs, 'teacher.lr')}",
-        "Student": f"{_params(runs, 'student.encoder')}; weights: {listed(distinct_values(cells, 'weights'))}",
-        "Teacher": f"{_params(runs, 'teacher.encoder')}; weights: "
+        "Student": f"{_networks(runs, 'student')}; weights: {listed(distinct_values(cells, 'weights'))}",
+        "Teacher": f"{_networks(runs, 'teacher')}; weights: "
         f"{listed(teacher_weights) if teacher_weights else _params(runs, 'teacher.weights')}",  # before any has a run
         "KD weight": _params(runs, "kd.weight"),
         "Precision": _params(runs, "precision"),
@@ -89,6 +90,14 @@ def _params(runs: pd.DataFrame, key: str) -> str:
     """Return the values that a param has in the runs whose role uses it."""
     cells = zip(runs["role"], runs["params"], strict=True)
     return _distinct(params.get(key, "") for role, params in cells if decides(key, role=role, params=params))
+
+
+def _networks(runs: pd.DataFrame, group: str) -> str:
+    """Return the names of the encoders or modules in the runs whose role uses the network."""
+    cells = zip(runs["role"], runs["params"], strict=True)
+    used = (params for role, params in cells if decides(group, role=role, params=params))
+    networks = (identity.architecture(params, group) for params in used)
+    return _distinct(network.name for network in networks if network is not None)
 
 
 def _tags(runs: pd.DataFrame, key: str) -> str:

@@ -37,7 +37,7 @@ PATH = {
     "kernel_size": (0, 2, -1, 1.5, "1"),
     "_target_": ("", 7, None),
 }
-MODULE = {"network": (5, "net"), "stages": (5, None), "output": (-1, 1.5, "", True), "input": (5, "224")}
+MODULE = {"network": (5, "net"), "stages": (5, "backbone"), "output": (-1, 1.5, "", True), "input": (5, "224")}
 BAD: dict[str, tuple[Any, ...]] = {
     "seed": (-1, 0.5, 2**32, *NUMBERS),
     "split.protocol": ("random", None, 1),
