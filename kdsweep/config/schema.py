@@ -55,6 +55,7 @@ Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, AS_TEXT, _rule(is_name, NAME_RULE)]
 SweepName = Annotated[str, AS_TEXT, _rule(partial(is_name, longest=200), NAME_RULE)]
 Range = Annotated[list[Share], Field(min_length=2, max_length=2), _rule(lambda pair: pair == sorted(pair), "ascend")]
+Window = Annotated[list[float], Field(min_length=2, max_length=2), _rule(lambda pair: pair[0] < pair[1], "ascend")]
 DEVICES, DEVICE = "auto, cpu, cuda or cuda:NUMBER", re.compile(r"auto|cpu|cuda(:\d+)?")
 Device = Annotated[str, _rule(DEVICE.fullmatch, f"be {DEVICES}"), Field(description=DEVICES)]
 Folder = Annotated[Text, AS_TEXT, _rule(lambda name: name[0] != "~", "not begin with ~: write ${oc.env:HOME}")]
@@ -227,6 +228,7 @@ class DataNode(Node, extra="allow"):
     source: Annotated[Call, Decides(places=("root", "cache_dir"))]
     load_size: Annotated[int, Field(ge=64)] | None = None
     allow_empty_masks: Annotated[bool | None, LOCAL] = None
+    window: Window | None = None
     # 100,000 images take 43 GiB of memory at image_size=224: a larger number is a typing error.
     count: Annotated[Annotated[int, Field(ge=4, le=100_000)] | None, REFERENCE] = None
     root: Annotated[Any, PLACE] = None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from kdsweep.config import composition, inputs
+from kdsweep.config import composition, grid, inputs
 from kdsweep.config.grid import run_folder
 from kdsweep.core.device import Compute, find_device, usable_precision
 from kdsweep.core.errors import InputError, one_line
@@ -48,7 +48,7 @@ def score_sweep(
     folders = {str(run["run_id"]): run_folder(store, run) for run in runs.to_dict("records")}
     listed = sources.listing(source)
     _refuse_shared_images(sweep, source, listed.entries, store=store)
-    name = f"{source.name}-{listed.digest[:8]}.csv"
+    name = f"{_data_set(source, listed.digest)}.csv"
 
     @lru_cache(maxsize=1)
     def part(image_size: int) -> EvalPart:
@@ -72,6 +72,13 @@ def score_sweep(
         except (InputError, OSError) as error:
             problems.append(f"{folder.name}: {one_line(error)}")
     return count, problems
+
+
+def _data_set(source: sources.Source, digest: str) -> str:
+    """Return the name under which scores on a data set are kept; read through a window it is another one."""
+    if isinstance(source, sources.Windowed):
+        digest = grid.digest([digest, source.window])
+    return f"{source.name}-{digest[:8]}"
 
 
 def _score(folder: Path, file: Path, part: Callable[[int], EvalPart], *, device: str) -> bool:
@@ -118,7 +125,7 @@ def _digests(entries: Iterable[sources.Entry]) -> dict[str, str]:
     digests = {}
     for entry in entries:
         with contextlib.suppress(ValueError):  # named when the images are loaded
-            pixels = read_gray_or_color(entry.image_file)
+            pixels = read_gray_or_color(entry.image_file, entry.window)
             digests[hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()] = entry.id
     return digests
 
@@ -135,7 +142,7 @@ def score(overrides: Sequence[str], *, store: Path, uri: str | None = None, swee
     sys.stdout.write(f"scored {plural(count, 'network')} now; mean over images, splits and seeds:\n")
     scored = reader.read_sweep(store=store, uri=uri, name=scored.name)
     notations = scored.runs[["fingerprint", "notation"]].drop_duplicates()
-    scores = scored.external[scored.external["data_set"] == f"{source.name}-{digest[:8]}"].merge(notations)
+    scores = scored.external[scored.external["data_set"] == _data_set(source, digest)].merge(notations)
     for notation, dice in scores.groupby("notation")["dice"].mean().sort_values(ascending=False).items():
         sys.stdout.write(f"  {notation:20} Dice {100 * dice:5.2f} %\n")
     sys.stdout.write(f"compared with the sweep's test images: tables external --sweep {scored.name}\n")

@@ -12,6 +12,7 @@ from test_predict import SIZE, finish
 from kdsweep import cli
 from kdsweep.config import composition, inputs
 from kdsweep.core.errors import InputError
+from kdsweep.data import sources
 from kdsweep.evaluation import scoring
 from kdsweep.export import model as models
 from kdsweep.export import score
@@ -108,6 +109,13 @@ def test_the_sweeps_own_images_are_refused(finished, capsys):
     words = ["profile=quick", "data=phantom", "data.count=5", f"store={store}"]
     assert cli.main(["score", *words, "--store", str(store)]) == 1
     assert "5 of 5 images are also in the data that the sweep was trained on" in capsys.readouterr().err
+
+
+def test_scores_through_a_window_are_kept_apart(small_busi):
+    busi = sources.Busi(small_busi)
+    names = {score._data_set(sources.windowed(busi, window), "abcdef0123") for window in (None, [0, 1], [0, 2])}
+    assert "busi-abcdef01" in names
+    assert len(names) == 3
 
 
 def test_without_scores_the_table_says_how_to_make_them(finished):
