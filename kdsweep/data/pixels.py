@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +136,8 @@ def _read_dicom(file: Path, window: Window | None) -> np.ndarray:
         from pydicom.pixels import get_decoder
     except ImportError as error:
         raise DoubtError("is a DICOM file; pip install 'kdsweep[dicom]' reads it") from error
+    logging.getLogger("pydicom").setLevel(logging.ERROR)  # no lines on padding and the like, which name no file
+    warnings.filterwarnings("ignore", module="pydicom")
     try:
         data = pydicom.dcmread(file, specific_tags=ELEMENTS)
     except pydicom.errors.InvalidDicomError as error:

@@ -23,7 +23,7 @@ from kdsweep.data import run_data, sources
 from kdsweep.data.folders import ignored_line
 from kdsweep.data.images import load_images
 from kdsweep.data.loaders import EvalPart, eval_part
-from kdsweep.data.pixels import read_gray_or_color
+from kdsweep.data.pixels import Window, read_gray_or_color
 from kdsweep.evaluation import scoring
 from kdsweep.export.model import load_model
 from kdsweep.store import cell_folder
@@ -108,11 +108,12 @@ def _refuse_shared_images(sweep: Sweep, source: sources.Source, entries: list[so
     run = started.iloc[0].to_dict()
     try:
         root = cell_folder.data_root(run_folder(store, run))
-        trained = _digests(run_data.source(run["params"], store=store, root=root).entries())
+        window = run_data.window(run["params"])  # for both: through another one the same image looks different
+        trained = _digests(run_data.source(run["params"], store=store, root=root).entries(), window)
     except (InputError, OSError, ValueError) as error:
         sys.stdout.write(f"not checked for images of the sweep's data, which cannot be read: {one_line(error)}\n")
         return
-    shared = [image for digest, image in _digests(entries).items() if digest in trained]
+    shared = [image for digest, image in _digests(entries, window).items() if digest in trained]
     if shared:
         raise InputError(
             f"data={source.name}: {len(shared)} of {len(entries)} images are also in the data that the sweep was "
@@ -120,12 +121,12 @@ def _refuse_shared_images(sweep: Sweep, source: sources.Source, entries: list[so
         )
 
 
-def _digests(entries: Iterable[sources.Entry]) -> dict[str, str]:
+def _digests(entries: Iterable[sources.Entry], window: Window | None) -> dict[str, str]:
     """Return ids by the SHA-256 of decoded pixels: the same image in another file format counts as the same."""
     digests = {}
     for entry in entries:
         with contextlib.suppress(ValueError):  # named when the images are loaded
-            pixels = read_gray_or_color(entry.image_file, entry.window)
+            pixels = read_gray_or_color(entry.image_file, window)
             digests[hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()] = entry.id
     return digests
 

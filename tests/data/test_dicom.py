@@ -146,6 +146,15 @@ def test_unused_bits_do_not_count(tmp_path) -> None:
     assert is_rounded(levels(file, (0, 4095)), by_window(DEEP, 0, 4095))
 
 
+def test_padding_is_read_without_a_word(tmp_path, caplog) -> None:
+    file = save_dicom(tmp_path / "0.dcm", DEEP, bits=12)
+    data = pydicom.dcmread(file)
+    data.PixelData += bytes(128)
+    data.save_as(file)
+    assert is_rounded(levels(file, (0, 4095)), by_window(DEEP, 0, 4095))
+    assert caplog.records == []
+
+
 def test_a_table_of_the_modality_is_applied_before_the_window(tmp_path) -> None:
     table = Dataset()
     table.LUTDescriptor, table.ModalityLUTType = [4096, 0, 16], "US"
