@@ -213,6 +213,42 @@ MUTANTS = [
     Mutant(
         "images lie on their side", "data/pixels.py", "ImageOps.exif_transpose(picture)", "picture.copy()", "tests/data"
     ),
+    Mutant("levels are cut off, not rounded", "data/pixels.py", "levels.round()", "levels", "tests/data/test_dicom.py"),
+    Mutant(
+        "MONOCHROME1 is not inverted",
+        "data/pixels.py",
+        '255 - levels if data.PhotometricInterpretation == "MONOCHROME1" else levels',
+        "levels",
+        "tests/data/test_dicom.py",
+    ),
+    Mutant(
+        "rescale slope and intercept are ignored",
+        "data/pixels.py",
+        "values = apply_modality_lut(pixels, data)",
+        "values = pixels",
+        "tests/data/test_dicom.py",
+    ),
+    Mutant(
+        "the complete header of a DICOM file is read",
+        "data/pixels.py",
+        "pydicom.dcmread(file, specific_tags=ELEMENTS)",
+        "pydicom.dcmread(file)",
+        "tests/data/test_dicom.py",
+    ),
+    Mutant(
+        "the fingerprint leaves the window out",
+        "config/schema.py",
+        "window: Window | None = None",
+        "window: Annotated[Window | None, LOCAL] = None",
+        "tests/config/test_decisions.py",
+    ),
+    Mutant(
+        "prediction ignores the window of the training",
+        "export/predict.py",
+        "read_gray_or_color(file, model.window)",
+        "read_gray_or_color(file)",
+        "tests/export/test_predict.py -k window",
+    ),
     Mutant("noise on each channel", "data/views.py", "per_channel=False", "per_channel=True", "tests/data"),
     Mutant("theta is not inverted", "data/views.py", "np.linalg.inv(matrix)", "matrix", "tests/data"),
     Mutant(

@@ -184,6 +184,10 @@ def one_class_too_many(root: Path) -> None:
             lambda root: masks(root, 255),
             ["8 of 8 images are lesion everywhere", "(0, 1, 2 and 5 more); save the lesion as 255"],
         ),
+        (
+            lambda root: (root / "images/5.png").rename(root / "images/5.dcm"),
+            ["1 of 8 images", "{root}/images/5.dcm is not a readable image (its content is not DICOM; save it again"],
+        ),
         (one_class_too_many, ["1 of 8 images", "{root}/masks/5.png has areas of the values 0, 85, 255"]),
         (
             lambda root: masks(root, 0, "5"),

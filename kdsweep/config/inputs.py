@@ -25,12 +25,12 @@ _images = lru_cache(maxsize=2)(load_images)
 
 def source(settings: Settings) -> Any:
     """Return the data set that settings name: a ``data.Source``."""
-    return _source(json.dumps(settings.data.source))
+    return _source(json.dumps(settings.data.source), json.dumps(settings.data.window))
 
 
 @lru_cache(maxsize=2)
-def _source(values: str) -> Any:
-    return composition.build(json.loads(values))
+def _source(values: str, window: str) -> Any:
+    return sources.windowed(composition.build(json.loads(values)), json.loads(window))
 
 
 def listing(settings: Settings) -> sources.Listing:

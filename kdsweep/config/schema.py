@@ -31,6 +31,7 @@ from kdsweep.config.fields import (
     SweepName,
     Text,
     View,
+    Window,
     rule,
 )
 from kdsweep.config.grid import DISTILLED, ROLES, STUDENTS, TEACHER, Decides
@@ -228,6 +229,7 @@ class DataNode(Node, extra="allow"):
     source: Annotated[Call, Decides(places=("root", "cache_dir"))]
     load_size: Annotated[int, Field(ge=64)] | None = None
     allow_empty_masks: Annotated[bool | None, LOCAL] = None
+    window: Window | None = None
     # 100,000 images take 43 GiB of memory at image_size=224: a larger number is a typing error.
     count: Annotated[Annotated[int, Field(ge=4, le=100_000)] | None, REFERENCE] = None
     root: Annotated[Any, PLACE] = None

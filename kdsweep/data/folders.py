@@ -15,7 +15,8 @@ from PIL import Image
 
 from kdsweep.core.errors import InputError
 
-COMMON = ".png, .jpg, .bmp, .tif, .webp, ..."
+COMMON = ".png, .jpg, .bmp, .tif, .webp, .dcm, ..."
+DICOM = frozenset({".dcm", ".dicom"})
 NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow names these formats and does not decode them
 DEEPEST = 3  # levels of folders below the root that are read
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
@@ -30,13 +31,13 @@ QUIET = {HIDDEN, DEEPER, OTHER}  # expected: a sweep does not mention them, the 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes, in lower case, of the image formats that Pillow decodes."""
+    """Return the suffixes, in lower case, of the image formats that Pillow decodes, and of DICOM."""
     formats = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, name in formats if name in Image.OPEN and name not in NO_PIXELS)
+    return DICOM.union(suffix for suffix, name in formats if name in Image.OPEN and name not in NO_PIXELS)
 
 
 def is_image(file: Path) -> bool:
-    """Return whether a file has the suffix of an image format that Pillow decodes."""
+    """Return whether a file has the suffix of an image format."""
     return file.suffix.lower() in image_suffixes()
 
 

@@ -152,7 +152,7 @@ def read_entry(entry: Entry) -> tuple[np.ndarray, np.ndarray]:
     """
     if not entry.mask_files:
         raise FileError(f"{entry.image_file} has no mask")
-    image = read_gray_or_color(entry.image_file)
+    image = read_gray_or_color(entry.image_file, entry.window)
     height, width = image.shape[:2]
     if min(height, width) < SMALLEST:
         raise FileError(f"{entry.image_file} is {width} x {height} pixels, an image needs {SMALLEST} a side")

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from kdsweep.data.folders import DICOM
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
 AS_MASK = "save the lesion as 255 and all else as 0"
+SET_WINDOW = "set data.window=[low,high], or save it with 8 bits"
 LABELS = 8  # a mask of at most as many colors is a map of labels, one of more was compressed or smoothed
+
+# All that is read of a DICOM file: nothing of its patient.
+ELEMENTS = [
+    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData"),
+    *("RescaleIntercept", "RescaleSlope", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
+]
+Window = tuple[float, float]
 
 
 class FileError(ValueError):
@@ -61,7 +78,7 @@ def _upright(file: Path) -> Image.Image:
             raise DoubtError(f"holds {pages} pages or frames; save one of them as a separate file")
         if picture.format == "PPM" and picture.mode == "I":  # 16 bits, as the format has at most
             return picture.convert("I;16")
-        if picture.mode in ("F", "I"):
+        if picture.mode == "F":
             raise DoubtError("has pixels of 32 bits, of unknown range; save it with 8 or 16 bits")
         return ImageOps.exif_transpose(picture)
 
@@ -82,14 +99,81 @@ def _visible(picture: Image.Image) -> np.ndarray:
     return ((colors.astype(np.uint16) * alpha[..., None] + 127) // 255).astype(np.uint8)
 
 
-def read_gray_or_color(file: Path) -> np.ndarray:
-    """Read any image file as (H, W, 3) uint8, upright; raise FileError for one that cannot be used."""
+def read_gray_or_color(file: Path, window: Window | None = None) -> np.ndarray:
+    """Read any image file as (H, W, 3) uint8, upright; raise FileError for one that cannot be used.
+
+    Args:
+        file: of any format that Pillow decodes, or DICOM.
+        window: the values that become black and white in a gray image of more than 8 bits. None takes the window of
+            a DICOM file, and the full range of 16 bits of another.
+    """
     with naming(file):
+        if file.suffix.lower() in DICOM:
+            return _read_dicom(file, window)
         picture = _upright(file)
-        if not picture.mode.startswith("I;16"):
+        if not picture.mode.startswith("I"):
             return _visible(picture)
-        gray = (np.asarray(picture) / 257).round().astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=2)
+        values = np.asarray(picture)
+        if window is None and picture.mode == "I":
+            raise DoubtError(f"has pixels of 32 bits, from {values.min()} to {values.max()}; {SET_WINDOW}")
+        return _as_rgb(_levels(values, *(window or (0, 65535))))
+
+
+def _as_rgb(levels: np.ndarray) -> np.ndarray:
+    return np.repeat(levels[..., None], 3, axis=2)
+
+
+def _levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return gray levels uint8: low and less are 0, high and more 255, linear between, rounded here and only here."""
+    levels: np.ndarray = np.clip((values - float(low)) * (255 / (float(high) - float(low))), 0, 255)
+    return levels.round().astype(np.uint8)
+
+
+def _read_dicom(file: Path, window: Window | None) -> np.ndarray:
+    """Read a DICOM file with one frame as (H, W, 3) uint8."""
+    try:
+        import pydicom
+        from pydicom.pixels import get_decoder
+    except ImportError as error:
+        raise DoubtError("is a DICOM file; pip install 'kdsweep[dicom]' reads it") from error
+    logging.getLogger("pydicom").setLevel(logging.ERROR)  # no lines on padding and the like, which name no file
+    warnings.filterwarnings("ignore", module="pydicom")
+    try:
+        data = pydicom.dcmread(file, specific_tags=ELEMENTS)
+    except pydicom.errors.InvalidDicomError as error:
+        raise ValueError("its content is not DICOM") from error
+    if (frames := int(data.get("NumberOfFrames") or 1)) > 1:
+        raise DoubtError(f"holds {frames} pages or frames; save one of them as a separate file")
+    syntax = data.file_meta.TransferSyntaxUID
+    if not get_decoder(syntax).is_available:
+        remedy = "pip install 'pylibjpeg[all]', or save it uncompressed"
+        raise DoubtError(f"is compressed as {syntax.name}, for which no decoder is installed; {remedy}")
+    pixels = data.pixel_array
+    if pixels.ndim == 3 and pixels.dtype == np.uint8:  # RGB: pydicom has converted YBR
+        return np.ascontiguousarray(pixels)
+    if pixels.ndim == 3 or not data.PhotometricInterpretation.startswith("MONOCHROME"):
+        kind = f"{data.PhotometricInterpretation} of {data.BitsAllocated} bits"
+        raise DoubtError(f"has pixels of the kind {kind}; save it in gray, or in RGB of 8 bits")
+    levels = _dicom_levels(pixels, data, window)
+    return _as_rgb(255 - levels if data.PhotometricInterpretation == "MONOCHROME1" else levels)
+
+
+def _dicom_levels(pixels: np.ndarray, data: Dataset, window: Window | None) -> np.ndarray:
+    """Return gray levels uint8 of stored pixels: 8 bits as they are, others through the window, else the file's."""
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+    values = apply_modality_lut(pixels, data)
+    has_window = None not in (data.get("WindowCenter"), data.get("WindowWidth"))
+    are_levels = data.BitsStored == 8 and data.PixelRepresentation == 0 and np.array_equal(values, pixels)
+    if are_levels and (window or not has_window):
+        return pixels.astype(np.uint8)
+    if window:
+        return _levels(values, *window)
+    if not has_window:
+        raise DoubtError(f"has values from {values.min():g} to {values.max():g} and no window; {SET_WINDOW}")
+    with np.errstate(over="ignore"):  # far outside of a sigmoid
+        black, white = apply_voi_lut(np.array([-1e30, 1e30]), data)
+        return _levels(apply_voi_lut(values, data), black, white)
 
 
 def read_mask(file: Path) -> np.ndarray:
@@ -99,7 +183,11 @@ def read_mask(file: Path) -> np.ndarray:
         FileError: the file is unreadable, or what in it is lesion is doubtful.
     """
     with naming(file):
+        if file.suffix.lower() in DICOM:
+            raise DoubtError(f"is a DICOM file, as a mask cannot be; {AS_MASK}, as PNG")
         picture = _upright(file)
+        if picture.mode == "I":
+            raise DoubtError(f"has pixels of 32 bits; {AS_MASK}")
         if picture.mode.startswith("I;16"):
             return lesion(np.asarray(picture).astype(np.uint16))
         return lesion(_mask_colors(picture))

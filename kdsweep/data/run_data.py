@@ -12,6 +12,7 @@ import numpy as np
 from kdsweep.core.errors import InputError
 from kdsweep.data import sources
 from kdsweep.data.images import read_entry, resize_image, resize_mask
+from kdsweep.data.pixels import Window
 
 # A record may come from elsewhere: it can only choose among these, and nothing that it names is imported.
 SOURCES: dict[str, Callable[..., Any]] = {
@@ -49,7 +50,7 @@ def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) 
     if "cache_dir" in values:
         arguments["cache_dir"] = str(store / "phantoms")
     try:
-        source: sources.Source = SOURCES[name](**arguments)
+        source: sources.Source = sources.windowed(SOURCES[name](**arguments), window(params))
     except TypeError as error:
         raise InputError(f"data.source={name}: the run recorded other options than it has now ({error})") from error
     return source
@@ -68,6 +69,12 @@ def scored(of: sources.Source, ids: Iterable[str], *, image_size: int) -> dict[s
             raise InputError(f"data={of.name}: {error}") from error
         scored[image_id] = Scored(resize_image(image, image_size), resize_mask(mask, image_size))
     return scored
+
+
+def window(params: Mapping[str, Any]) -> Window | None:
+    """Return the ``data.window`` of a run from its flat configuration."""
+    recorded = _value(params.get("data.window"))
+    return tuple(recorded) if recorded is not None else None
 
 
 def _value(recorded: Any) -> Any:

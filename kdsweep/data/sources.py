@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from filelock import FileLock
@@ -27,6 +27,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.data import phantom
 from kdsweep.data.folders import LONE_MASKS, Ignored, Inventory, folded, is_image, pair, refuse_unprintable
 from kdsweep.data.labels import read_labels
+from kdsweep.data.pixels import Window
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +37,13 @@ MASK_NAME = re.compile(r"(.+)_mask(_\d+)?", re.IGNORECASE)
 
 
 class Entry(NamedTuple):
-    """One image of a data set: unique id, label, image file, mask files (the lesion is their union)."""
+    """One image of a data set: unique id, label, image file, mask files (the lesion is their union), window."""
 
     id: str
     label: str
     image_file: Path
     mask_files: tuple[Path, ...]
+    window: Window | None = None
 
 
 class Contents(NamedTuple):
@@ -149,7 +151,7 @@ def _class_images(inventory: Inventory, folders: dict[str, Path]) -> list[Entry]
 
 @dataclass(frozen=True)
 class Folder(_InFolder):
-    """A plain folder: ``images/`` and ``masks/`` by equal name. Any image format that Pillow reads."""
+    """A plain folder: ``images/`` and ``masks/`` by equal name. Any image format that Pillow reads, or DICOM."""
 
     root: str | Path
     name: str = "folder"
@@ -216,6 +218,26 @@ class Phantoms:
         except OSError:  # a full disk: what was written would keep it full
             shutil.rmtree(scratch, ignore_errors=True)
             raise
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """A data set whose images are read through ``data.window``; in all else it is that data set."""
+
+    source: Source
+    window: Window
+
+    def entries(self) -> list[Entry]:
+        """Return the images, each with the window."""
+        return [entry._replace(window=self.window) for entry in self.source.entries()]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "source"), name)  # also of a copy in the making
+
+
+def windowed(source: Any, window: Sequence[float] | None) -> Any:
+    """Return a data set, read through a window if there is one: a ``Source``."""
+    return source if window is None else Windowed(source, (window[0], window[1]))
 
 
 class Listing(NamedTuple):

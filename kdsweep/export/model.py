@@ -18,6 +18,7 @@ from kdsweep.config.grid import run_folder
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import DamagedError, read_json
 from kdsweep.data import run_data
+from kdsweep.data.pixels import Window
 from kdsweep.data.views import normalize
 from kdsweep.models import networks
 from kdsweep.models.build import new_network
@@ -40,6 +41,11 @@ class Model:
     encoder: str
     image_size: int  # S, side in pixels of the images that it takes
     precision: str  # fp32, tf32 or bf16, as in its test; on a CPU fp32 replaces tf32
+
+    @property
+    def window(self) -> Window | None:
+        """Return the ``data.window`` of its training."""
+        return run_data.window(self.params)
 
     def __str__(self) -> str:
         """Return the name for messages, such as ``Student split 0 seed 0 (mobilenetv3_small_trimmed, 224 x 224)``."""

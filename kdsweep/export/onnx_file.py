@@ -65,8 +65,12 @@ def metadata(model: Model) -> dict[str, str]:
     """Return what the file says about itself: which run it is from, and how an image becomes its input."""
     size = model.image_size
     mean, std = (", ".join(map(str, numbers)) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+    deep = "16 bit divided by 257"
+    if model.window:
+        low, high = model.window
+        deep = f"more than 8 bit mapped from {low:g} to {high:g} onto 0 to 255, clipped and rounded"
     steps = (
-        "RGB, a gray image in three equal channels, 16 bit divided by 257",
+        f"RGB, a gray image in three equal channels, {deep}",
         f"resize the complete image to {size} x {size}, aspect ratio not kept: OpenCV INTER_AREA if both sides are at "
         f"least {size}, else bilinear (INTER_LINEAR); uint8",
         "divide by 255",
@@ -147,7 +151,7 @@ def find_inputs(
     """
     if images is not None:
         try:
-            pixels = [read_gray_or_color(file) for file in predict.list_images(images)[0].values()]
+            pixels = [read_gray_or_color(file, model.window) for file in predict.list_images(images)[0].values()]
         except ValueError as error:
             raise InputError(f"--images {images}: {error}") from error
         inputs = [predict.prepare(one, image_size=model.image_size) for one in pixels]

@@ -97,7 +97,7 @@ def predict_file(model: Model, file: Path, *, out: Path, name: str, compute: Com
     """
     with naming(file):
         file.name.encode()  # the table is in UTF-8
-        image = read_gray_or_color(file)
+        image = read_gray_or_color(file, model.window)
         probability = probabilities(model.network, image, image_size=model.image_size, compute=compute)
         mask = probability > THRESHOLD
         pictures = {f"{name}_overlay.png": draw(image, mask), f"{name}_mask.png": mask * np.uint8(255)}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from kdsweep.config import composition, inputs
+from kdsweep.config import composition, grid, inputs
 from kdsweep.config.grid import run_folder
 from kdsweep.core.device import Compute, find_device, usable_precision
 from kdsweep.core.errors import InputError, one_line
@@ -23,7 +23,7 @@ from kdsweep.data import run_data, sources
 from kdsweep.data.folders import ignored_line
 from kdsweep.data.images import load_images
 from kdsweep.data.loaders import EvalPart, eval_part
-from kdsweep.data.pixels import read_gray_or_color
+from kdsweep.data.pixels import Window, read_gray_or_color
 from kdsweep.evaluation import scoring
 from kdsweep.export.model import load_model
 from kdsweep.store import cell_folder
@@ -48,7 +48,7 @@ def score_sweep(
     folders = {str(run["run_id"]): run_folder(store, run) for run in runs.to_dict("records")}
     listed = sources.listing(source)
     _refuse_shared_images(sweep, source, listed.entries, store=store)
-    name = f"{source.name}-{listed.digest[:8]}.csv"
+    name = f"{_data_set(source, listed.digest)}.csv"
 
     @lru_cache(maxsize=1)
     def part(image_size: int) -> EvalPart:
@@ -72,6 +72,13 @@ def score_sweep(
         except (InputError, OSError) as error:
             problems.append(f"{folder.name}: {one_line(error)}")
     return count, problems
+
+
+def _data_set(source: sources.Source, digest: str) -> str:
+    """Return the name under which scores on a data set are kept; read through a window it is another one."""
+    if isinstance(source, sources.Windowed):
+        digest = grid.digest([digest, source.window])
+    return f"{source.name}-{digest[:8]}"
 
 
 def _score(folder: Path, file: Path, part: Callable[[int], EvalPart], *, device: str) -> bool:
@@ -101,11 +108,12 @@ def _refuse_shared_images(sweep: Sweep, source: sources.Source, entries: list[so
     run = started.iloc[0].to_dict()
     try:
         root = cell_folder.data_root(run_folder(store, run))
-        trained = _digests(run_data.source(run["params"], store=store, root=root).entries())
+        window = run_data.window(run["params"])  # for both: through another one the same image looks different
+        trained = _digests(run_data.source(run["params"], store=store, root=root).entries(), window)
     except (InputError, OSError, ValueError) as error:
         sys.stdout.write(f"not checked for images of the sweep's data, which cannot be read: {one_line(error)}\n")
         return
-    shared = [image for digest, image in _digests(entries).items() if digest in trained]
+    shared = [image for digest, image in _digests(entries, window).items() if digest in trained]
     if shared:
         raise InputError(
             f"data={source.name}: {len(shared)} of {len(entries)} images are also in the data that the sweep was "
@@ -113,12 +121,12 @@ def _refuse_shared_images(sweep: Sweep, source: sources.Source, entries: list[so
         )
 
 
-def _digests(entries: Iterable[sources.Entry]) -> dict[str, str]:
+def _digests(entries: Iterable[sources.Entry], window: Window | None) -> dict[str, str]:
     """Return ids by the SHA-256 of decoded pixels: the same image in another file format counts as the same."""
     digests = {}
     for entry in entries:
         with contextlib.suppress(ValueError):  # named when the images are loaded
-            pixels = read_gray_or_color(entry.image_file)
+            pixels = read_gray_or_color(entry.image_file, window)
             digests[hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()] = entry.id
     return digests
 
@@ -135,7 +143,7 @@ def score(overrides: Sequence[str], *, store: Path, uri: str | None = None, swee
     sys.stdout.write(f"scored {plural(count, 'network')} now; mean over images, splits and seeds:\n")
     scored = reader.read_sweep(store=store, uri=uri, name=scored.name)
     notations = scored.runs[["fingerprint", "notation"]].drop_duplicates()
-    scores = scored.external[scored.external["data_set"] == f"{source.name}-{digest[:8]}"].merge(notations)
+    scores = scored.external[scored.external["data_set"] == _data_set(source, digest)].merge(notations)
     for notation, dice in scores.groupby("notation")["dice"].mean().sort_values(ascending=False).items():
         sys.stdout.write(f"  {notation:20} Dice {100 * dice:5.2f} %\n")
     sys.stdout.write(f"compared with the sweep's test images: tables external --sweep {scored.name}\n")

@@ -80,7 +80,7 @@ def _summary(entries: list[Entry], groups: list[list[int]], kinds: Counter[str],
 
 
 def _gray(entry: Entry) -> np.ndarray:
-    return np.asarray(cv2.cvtColor(read_gray_or_color(entry.image_file), cv2.COLOR_RGB2GRAY))
+    return np.asarray(cv2.cvtColor(read_gray_or_color(entry.image_file, entry.window), cv2.COLOR_RGB2GRAY))
 
 
 def _write_sheets(

@@ -85,6 +85,7 @@ def test_the_fingerprints_of_shipped_configurations_are_those_that_were_recorded
         ("kd.weight=1", "kd.weight=1.0"),
         ("views.noise_std=[0,1]", "views.noise_std=[0.0,1.0]"),
         ("data.source.seed=1", "data.source.seed=1.0"),
+        ("+data.window=[0,4095]", "+data.window=[0.0,4095.0]"),
         ("+path.depth=3", "+path.depth=3.0"),
     ],
 )

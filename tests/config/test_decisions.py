@@ -42,6 +42,8 @@ def test_each_key_of_the_schema_says_what_it_decides() -> None:
         ("teacher.lr=0.5", "student teacher"),
         ("teacher.seed=7", "student teacher"),
         ("data.source.seed=7", "student teacher"),
+        ("+data.window=[0,4095]", "student teacher"),
+        ("+data.window=null", ""),  # the default
         ("loss.logits.temperature=3", "student"),
         ("kd.temperature=3", "student"),
         ("loss.hidden.temperature=3", ""),

@@ -76,6 +76,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "data.count": (3, 0, 4.5, "many", True),
     "data.load_size": (0, 63, -1, 100.5, "256", True),
     "data.allow_empty_masks": ("yes", 1),
+    "data.window": ([9, 1], [5, 5], [1], [1, 2, 3], [0, math.inf], [math.nan, 1], [0, "9"], "full", 255, True),
     **dict.fromkeys(("student.decoder_channels", "teacher.decoder_channels"), WIDTHS),
     **{f"{of}.{key}": bad for of in ("student", "teacher") for key, bad in MODULE.items()},
     "kd.resize": ("yes", 1, None),
@@ -116,6 +117,7 @@ EDGES: dict[str, tuple[Any, ...]] = {
     "views.rotate_deg": (0, 180),
     "views.noise_std": ([0, 0], [0.1, 0.1], [0, 1]),
     "data.load_size": (None, 224, 500),
+    "data.window": (None, [0, 4095], [-1024.5, 3071]),
     "sweep_name": ("busi-paper", "Try 2_b.c", "größer", "x" * 200),
     "path.notation": ("HReg", "KD-T1", "v1.2 b", "_x", "größer", "漢字", "L" * 80),
     "method.notation": ("KD-T1", None),
@@ -169,6 +171,7 @@ def test_a_bad_value_is_refused_with_key_and_value(defaults: dict[str, Any], key
         ("kd.weight", 2, "be a number from 0 to 1 or be 'matched' or 'published'"),
         ("train.monitor", "Dice", "be 'loss' or 'dice'"),
         ("views.noise_std", [0.2, 0.1], "ascend"),
+        ("data.window", [9, 1], "ascend"),
         ("kd", 5, "be keys with values"),
         (
             "path.kd_path.stage",

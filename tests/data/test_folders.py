@@ -91,8 +91,8 @@ DOUBTFUL = {
     ),
     "no image format": (
         Folder,
-        ["images/0.dcm", "masks/0.png"],
-        "ROOT/images: no images; it has 1 (images/0.dcm); they must be",
+        ["images/0.nii", "masks/0.png"],
+        "ROOT/images: no images; it has 1 (images/0.nii); they must be",
     ),
     "images in subfolders": (Folder, ["images/a/0.png", "masks/a/0.png"], "no images; it has 1 (images/a/0.png)"),
     "malignant alone": (Busi, BUSI[2:], "no folder benign/ next to malignant/; expected benign/*.png and malignant/"),
@@ -111,7 +111,7 @@ DOUBTFUL = {
     ),
     "no images in Latin-1": (
         Folder,
-        [b"caf\xe9/images/0.dcm", b"caf\xe9/masks/0.png"],
+        [b"caf\xe9/images/0.nii", b"caf\xe9/masks/0.png"],
         r"ROOT/caf\xe9/images: no images",
     ),
     "line break in a name": (Folder, [*FOLDER, "images/a\nb.png"], r"'images/a\x0ab.png' has bytes"),
@@ -148,7 +148,7 @@ IGNORED = {
     "masks without an image": (Folder, FOLDER, ["masks/2.png", "masks/0_mask.png"], {LONE_MASKS}),
     "UDIAT's masks without an image": (Udiat, UDIAT, ["GT/000003.png"], {LONE_MASKS}),
     "BUSI's masks without an image": (Busi, BUSI, ["benign/benign (2)_mask.png"], {LONE_MASKS}),
-    "files that are not images": (Folder, FOLDER, ["images/2.dcm", "masks/0.json", "images/README"], {NOT_IMAGES}),
+    "files that are not images": (Folder, FOLDER, ["images/2.nii", "masks/0.json", "images/README"], {NOT_IMAGES}),
     "companions": (Folder, FOLDER, ["manifest.csv", "LICENSE", "tables/a.csv", "volume.h5"], {OTHER}),
     "hidden files": (Folder, FOLDER, ["images/._0.png", ".DS_Store", "masks/Thumbs.db"], {HIDDEN}),
     "too deep": (Folder, FOLDER, [f"{DEEP}/0.png"], {DEEPER}),

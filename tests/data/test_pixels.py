@@ -283,9 +283,8 @@ def test_a_file_of_too_many_pixels_is_named_with_their_number(tmp_path, monkeypa
             read_gray_or_color(file)
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_pixels_of_32_bits_are_refused(tmp_path: Path, kind: type) -> None:
-    file = saved(Image.fromarray(gray().astype(kind)), tmp_path / "deep.tif")
+def test_pixels_of_floating_point_are_refused(tmp_path: Path) -> None:
+    file = saved(Image.fromarray(gray().astype(np.float32)), tmp_path / "deep.tif")
     with pytest.raises(FileError, match=r"deep\.tif has pixels of 32 bits, of unknown range; save it with 8 or"):
         read_gray_or_color(file)
 

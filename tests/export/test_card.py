@@ -45,7 +45,10 @@ def test_the_card_says_what_the_folder_holds(cell):
     assert "| benign | 2 | 80.00 ± 14.14 |" in rows[2]
     assert "On 2 of 4 test images its Dice is below 0.5, on 1 it is 0" in printed
     assert "Weights of epoch 7, the best on the validation images (Dice 62.50 % there)" in printed
-    assert "from a Teacher with the encoder resnet18 that sees weak views: path L, loss mse, weight 0.5." in printed
+    assert (
+        "from a Teacher, a U-Net with the encoder resnet18, that sees weak views: path L, loss mse, weight 0.5."
+        in printed
+    )
     assert "It is not a medical device" in printed
     assert "no patients" in printed
     assert "(3 folds, by group (groups.csv), split 0)" in printed

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from scans import PATIENT, deep_phantom, save_dicom
 
 from kdsweep import cli
 from kdsweep.config import composition, identity, inputs
@@ -21,7 +22,7 @@ from kdsweep.data.loaders import EvalPart
 from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.evaluation import scoring
 from kdsweep.export import model as models
-from kdsweep.export import predict
+from kdsweep.export import onnx_file, predict
 from kdsweep.models.weights import read_weights
 from kdsweep.store import cell_folder, checkpoint
 from kdsweep.tracking import mirror
@@ -171,6 +172,22 @@ def test_sixteen_bits_and_eight_give_the_same(cell, images, tmp_path):
     table = pd.read_csv(tmp_path / "out" / "predictions.csv", index_col="image")
     for deep in ("deep.png", "deep.tif"):
         pd.testing.assert_series_equal(table.loc[deep], table.loc["gray.png"], check_names=False)
+
+
+def test_images_are_read_through_the_window_of_the_training(tmp_path_factory, tmp_path):
+    trained, out = finish(tmp_path_factory.mktemp("windowed"), "+data.window=[0,4080]"), tmp_path / "out"
+    deep = deep_phantom()
+    (tmp_path / "images").mkdir()
+    Image.fromarray((deep / 16).round().astype(np.uint8)).save(tmp_path / "images" / "gray.png")
+    Image.fromarray(deep).save(tmp_path / "images" / "deep.tif")
+    save_dicom(tmp_path / "images" / "scan.dcm", deep, bits=12, WindowCenter=9, WindowWidth=3)
+    assert run("--run", trained.folder, "--images", tmp_path / "images", "--out", out) == 0
+    table = pd.read_csv(out / "predictions.csv", index_col="image")
+    for name in ("deep.tif", "scan.dcm"):
+        pd.testing.assert_series_equal(table.loc[name], table.loc["gray.png"], check_names=False)
+    assert all(PATIENT.encode() not in file.read_bytes() for file in out.iterdir())
+    steps = onnx_file.metadata(models.load_model(trained.folder))["kdsweep.preprocessing"]
+    assert "three equal channels, more than 8 bit mapped from 0 to 4080 onto 0 to 255, clipped and rounded;" in steps
 
 
 def test_images_that_fail_are_named_and_the_others_done(cell, images, tmp_path, capsys, monkeypatch):

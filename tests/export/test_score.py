@@ -6,12 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
+from scans import deep_phantom
 from scipy.stats import ttest_ind
 from test_predict import SIZE, finish
 
 from kdsweep import cli
 from kdsweep.config import composition, inputs
 from kdsweep.core.errors import InputError
+from kdsweep.data import sources
 from kdsweep.evaluation import scoring
 from kdsweep.export import model as models
 from kdsweep.export import score
@@ -108,6 +111,27 @@ def test_the_sweeps_own_images_are_refused(finished, capsys):
     words = ["profile=quick", "data=phantom", "data.count=5", f"store={store}"]
     assert cli.main(["score", *words, "--store", str(store)]) == 1
     assert "5 of 5 images are also in the data that the sweep was trained on" in capsys.readouterr().err
+
+
+def test_an_image_of_the_sweep_is_refused_through_another_window_too(finished, tmp_path):
+    store, _ = finished
+    sweep = reader.read_sweep(store=store, uri=None, name="study")
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+        Image.fromarray(deep_phantom()).save(tmp_path / part / "0.png")
+    params = {"data.source._target_": "kdsweep.data.Folder", "data.source.root": str(tmp_path), "data.window": "[0, 9]"}
+    sweep = replace(sweep, runs=sweep.runs.assign(params=[params] * len(sweep.runs)))
+    for window in (None, [0, 9], [0, 4095]):
+        other = sources.windowed(sources.Folder(tmp_path), window)
+        with pytest.raises(InputError, match="1 of 1 images are also in the data that the sweep was trained on"):
+            score._refuse_shared_images(sweep, other, other.entries(), store=store)
+
+
+def test_scores_through_a_window_are_kept_apart(small_busi):
+    busi = sources.Busi(small_busi)
+    names = {score._data_set(sources.windowed(busi, window), "abcdef0123") for window in (None, [0, 1], [0, 2])}
+    assert "busi-abcdef01" in names
+    assert len(names) == 3
 
 
 def test_without_scores_the_table_says_how_to_make_them(finished):
