@@ -107,9 +107,11 @@ def page() -> str:
         text += f"| `{folder.name}` | {', '.join(f'`{option}`' for option in options)} |\n"
     text += KEYS
     rows = [*lines(CONF / "profile" / "paper.yaml")[1:], *lines(CONF / "config.yaml")]
-    rows += [row for group, option in SHOWN.items() for row in lines(CONF / group / f"{option}.yaml", f"{group}.")]
+    shown_files = [*SHOWN.items(), *((group, "module") for group in ("student", "teacher"))]
+    rows += [row for group, option in shown_files for row in lines(CONF / group / f"{option}.yaml", f"{group}.")]
     types = allowed()
-    for key, value, meaning in rows:
+    first = {key: (key, value, meaning) for key, value, meaning in reversed(rows)}
+    for key, value, meaning in (first.pop(key) for key, *_ in rows if key in first):
         if key in types:
             shown = "" if value == "???" else f"`{value}`"
             text += f"| `{key}` | {shown} | {types[key]} | {meaning} |\n"

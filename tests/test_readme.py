@@ -23,14 +23,14 @@ from kdsweep.store import cell_folder
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+RECIPES = "".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in ("extending", "networks"))
 
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory, small_busi, empty_store):
-    """A folder with every file of docs/extending.md, and its images under the clinic's names."""
+    """A folder with every file of docs/extending.md and docs/networks.md, and its images under the clinic's names."""
     folder = tmp_path_factory.mktemp("recipes")
-    for _, name, body in re.findall(r"```(python|yaml)\n# (\S+)\n(.*?)```", EXTENDING, flags=re.DOTALL):
+    for _, name, body in re.findall(r"```(python|yaml)\n# (\S+)\n(.*?)```", RECIPES, flags=re.DOTALL):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(body)
@@ -42,11 +42,11 @@ def recipes(tmp_path_factory, small_busi, empty_store):
     return folder
 
 
-COMMANDS = [line for line in EXTENDING.splitlines() if line.startswith("python -m kdsweep --config-dir")]
+COMMANDS = [line for line in RECIPES.splitlines() if line.startswith("python -m kdsweep --config-dir")]
 
 
-def test_there_is_a_recipe_for_loss_path_method_and_data_set():
-    assert len(COMMANDS) == 4
+def test_there_is_a_recipe_for_loss_path_method_data_set_and_network():
+    assert len(COMMANDS) == 5
 
 
 @pytest.mark.slow
@@ -57,11 +57,13 @@ def test_there_is_a_recipe_for_loss_path_method_and_data_set():
         ("path=AT", "AT_MSE_WAug"),
         ("method=both", "Both_WAug"),
         ("data=clinic", "L_KLD_WAug"),
+        ("teacher=two_stage", "H_MSE_WAug"),
     ],
 )
 def test_a_recipe_works_as_written(recipes, small_busi, word, notation):
     (command,) = [line for line in COMMANDS if word in line]
-    small = ["train.epochs=1", "train.batch_size=8", f"store=store-{notation}", *TEACHER]
+    small = ["train.epochs=1", "train.batch_size=8", f"store=store-{notation}"]
+    small += [] if "teacher=" in command else TEACHER
     small += [] if "data=" in command else ["data=busi", f"data.root={small_busi}"]
     done = kdsweep(*command.removeprefix("python -m kdsweep ").split(), *small, cwd=recipes)
     assert done.returncode == 0, done.stdout + done.stderr
