@@ -58,6 +58,8 @@ def allowed(model: type[BaseModel] = Settings, prefix: str = "") -> dict[str, st
         kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
         nodes = [kind for kind in kinds if issubclass(kind, BaseModel)]
         found |= allowed(nodes[0], f"{key}.") if nodes else {key: in_words(properties[field.alias or name])}
+        if nodes and type(None) in kinds:
+            found[key] = "keys with values or null"
     return found
 
 
