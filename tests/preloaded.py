@@ -3,9 +3,13 @@
 import gc
 from importlib import import_module
 
+import PIL.Image
 import sqlalchemy.orm
 
+from kdsweep.evaluation import latency
+
 for name in (
+    "alembic.migration",
     "hydra_plugins.kdsweep_lockstep",
     "kdsweep.__main__",
     "kdsweep.sweep.executors.local",
@@ -18,9 +22,12 @@ for name in (
     "monai.metrics",
     "pyarrow.pandas_compat",
     "sklearn.model_selection",
+    "tabulate",
     "torch._dynamo",  # by the first step of an optimizer
 ):
     import_module(name)
+PIL.Image.init()  # its readers of all formats
+latency.ENOUGH_S = 0.0  # one timed step instead of five: an estimate's precision does not matter here
 sqlalchemy.orm.configure_mappers()
 gc.collect()
 gc.freeze()  # else each collection that the package asks for goes through all modules, and copies their memory

@@ -32,7 +32,7 @@ SHIPPED = [
 
 def compose(words: str, store: Path) -> Any:
     lead = [] if "profile=" in words else ["profile=quick"]
-    lead += [] if "data=" in words else ["data.count=60"]
+    lead += [] if "data=" in words else ["data.count=8"]
     return composition.compose([*lead, "weights=none", f"store={store}", *words.split()])
 
 

@@ -8,7 +8,7 @@ from kdsweep.config import composition, decisions, grid, identity
 from kdsweep.config.grid import ROLES
 
 LOSSES = "kdsweep.distill.losses"
-BASE = ["profile=quick", "weights=none", "data.count=60"]
+BASE = ["profile=quick", "weights=none", "data.count=8"]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Students in 8-bit integers: what was calibrated on which images, the same Dice as by hand, numbers by SciPy."""
 
+import functools
 import shutil
 from dataclasses import replace
 
@@ -44,6 +45,16 @@ def sweep(store):
 @pytest.fixture(scope="module")
 def model(store):
     return models.load_model(models.find_folder("Student/split0", store=store, uri=None))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exported_once():
+    """Each network's ONNX file is made once: tests/export/test_onnx.py checks it, and it takes 10 s of a CPU."""
+    export = onnx_file.to_onnx
+    contents = functools.cache(lambda folder: export(models.load_model(folder)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_file, "to_onnx", lambda model: contents(model.folder))
+        yield
 
 
 @pytest.fixture(scope="module")

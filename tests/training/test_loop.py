@@ -83,13 +83,14 @@ def assert_same(one, other):
 CPU = Compute(device=torch.device("cpu"), precision="fp32")
 
 
-def test_a_group_of_five_equals_five_solo_runs_bit_for_bit(compose, tmp_path):
+@pytest.mark.parametrize("networks", [SMALL, pytest.param(REAL, marks=pytest.mark.slow)], ids=["small", "real"])
+def test_a_group_of_five_equals_five_solo_runs_bit_for_bit(compose, tmp_path, networks):
     configs = [
-        compose("path=HR", "loss=kld", "teacher_aug=weak", networks=REAL),
-        compose("path=L", "loss=mse", "teacher_aug=strong", "train.lr=3e-4", networks=REAL),
-        compose("path=none", networks=REAL),
-        compose("method=emkd", "teacher_aug=weak", networks=REAL),
-        compose("method=mgd", "teacher_aug=weak", networks=REAL),  # its path draws random numbers
+        compose("path=HR", "loss=kld", "teacher_aug=weak", networks=networks),
+        compose("path=L", "loss=mse", "teacher_aug=strong", "train.lr=3e-4", networks=networks),
+        compose("path=none", networks=networks),
+        compose("method=emkd", "teacher_aug=weak", networks=networks),
+        compose("method=mgd", "teacher_aug=weak", networks=networks),  # its path draws random numbers
     ]
     group = [make_learner(cfg, tmp_path / f"group{i}") for i, cfg in enumerate(configs)]
     torch.manual_seed(123)  # what else has drawn random numbers must not matter
@@ -446,7 +447,7 @@ def test_a_matched_weight_balances_the_first_epoch_and_is_kept(compose, tmp_path
     assert final["kd/gradient_ratio"] == pytest.approx(0.5, rel=1e-4)
 
 
-@pytest.mark.parametrize("weight", ["0.5", "matched"])
+@pytest.mark.parametrize("weight", ["0.5", pytest.param("matched", marks=pytest.mark.slow)])  # short: the next test
 def test_a_training_resumes_where_it_was_interrupted_and_measures_every_tenth_epoch(compose, tmp_path, weight):
     recipe = ["train.schedule=cosine", "train.supervised=bce_dice"]
     cfg = compose("path=HR", f"kd.weight={weight}", "train.epochs=21", "train.patience=99", *recipe)
