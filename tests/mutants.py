@@ -603,7 +603,7 @@ MUTANTS = [
     ),
     Mutant(
         "the Teacher is left in train mode",
-        "models/unet.py",
+        "models/networks.py",
         "return network.eval().requires_grad_(requires_grad=False)",
         "return network.requires_grad_(requires_grad=False)",
         FACTORY,
@@ -994,7 +994,7 @@ MUTANTS = [
     ),
     Mutant(
         "cuda: frozen weights are rounded at each forward",
-        "models/unet.py",
+        "models/networks.py",
         "if isinstance(module, nn.Conv2d | nn.Linear):",
         "if isinstance(module, nn.Linear):",
         "tests/training/test_rehearsal.py",

@@ -312,7 +312,7 @@ def test_every_configuration_file_opens_with_a_comment_and_names_existing_code(f
     assert len(line) > 20
     values = yaml.safe_load(text)
     assert isinstance(values, dict)
-    for name in grid.targets(values):
+    for name in set(grid.targets(values)) - {"???"}:  # which the user gives
         assert callable(hydra.utils.get_object(name)), name
 
 
