@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import composing  # noqa: F401  # its import makes Hydra remember
 import numpy as np
 import pytest
 from hydra.conf import HydraConf

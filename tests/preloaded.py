@@ -3,9 +3,11 @@
 import gc
 from importlib import import_module
 
+import composing  # noqa: F401  # its import makes Hydra remember
 import PIL.Image
 import sqlalchemy.orm
 
+from kdsweep.config import composition
 from kdsweep.evaluation import latency
 
 for name in (
@@ -27,6 +29,8 @@ for name in (
 ):
     import_module(name)
 PIL.Image.init()  # its readers of all formats
+for words in ["path=none"], ["path=L", "teacher_aug=weak"], ["path=H", "loss=mse"], ["path=HR"]:
+    composition.compose_config(["profile=quick", "data=busi", *words])
 latency.ENOUGH_S = 0.0  # one timed step instead of five: an estimate's precision does not matter here
 sqlalchemy.orm.configure_mappers()
 gc.collect()

@@ -5,8 +5,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import composing
 import hydra
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
+from omegaconf import OmegaConf
 
 from kdsweep import cli, conf_dir
 from kdsweep.__main__ import user_message
@@ -21,6 +25,19 @@ def refusal(*words: str) -> str:
         composition.compose(["profile=quick", *words])
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_the_compositions_that_the_tests_remember_are_those_of_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ["data=busi", "data.root=/x", "split=kfold"]
+    for words in (["path=H", "~loss.hidden.temperature"], ["method=emkd", *data], ["profile=study", "+foo.bar=1"]):
+        composition.compose_config(words)
+        remembered = composition.compose_config(words)
+        with monkeypatch.context() as patch:
+            patch.setattr(ConfigRepository, "load_config", composing.load)
+            patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", composing.merge)
+            composed = composition.compose_config(words)
+        assert OmegaConf.to_container(remembered) == OmegaConf.to_container(composed)
+        assert OmegaConf.is_struct(remembered) == OmegaConf.is_struct(composed)
 
 
 # --- what Hydra takes without a word

@@ -139,6 +139,12 @@ def without(sweep, notation, split=None):
     return replace(sweep, runs=sweep.runs[~gone], scores=sweep.scores[~sweep.scores["fingerprint"].isin(names)])
 
 
+def only(sweep, *notations):
+    """These rows of a sweep alone: a test of one row need not compare all of them."""
+    runs = sweep.runs[sweep.runs["notation"].isin(notations)]
+    return replace(sweep, runs=runs, scores=sweep.scores[sweep.scores["fingerprint"].isin(runs["fingerprint"])])
+
+
 def with_dice(sweep, notation, split, dice):
     name = fingerprint(notation, split)
     rest = sweep.scores[sweep.scores["fingerprint"] != name]
@@ -211,7 +217,8 @@ def test_table4_shows_each_splits_mean_and_the_distance_to_the_paper(sweep, tabl
     assert row(table4, "L_MSE")["difference_to_paper_points"] == pytest.approx(distance)
     assert text.loc["L_MSE", "DSC points to paper"] == f"{distance:+.2f}"
     assert text.loc["Teacher_WAug", "DSC points to paper"] == DASH  # the paper does not tell of one
-    gap = shown(four, four.numbers(with_status(sweep, "L_MSE", 1, "FAILED"))).set_index("Model")
+    failed = only(with_status(sweep, "L_MSE", 1, "FAILED"), *paper.BASELINES, "L_MSE")
+    gap = shown(four, four.numbers(failed)).set_index("Model")
     assert gap.loc["L_MSE", "DSC % of split 0, 1, 2"] == gap.loc["L_MSE", "DSC points to paper"] == DASH
 
 
@@ -232,8 +239,8 @@ def test_table4_tells_how_long_each_row_was_trained(sweep):
 
 
 @pytest.mark.parametrize(("test", "reference"), [("ttest", ttest_rel), ("wilcoxon", wilcoxon)])
-def test_table4_p_values_are_those_of_hand_aligned_arrays(sweep, test, reference):
-    table = four.numbers(sweep, test=test)
+def test_table4_p_values_are_those_of_hand_aligned_arrays(sweep, table4, test, reference):
+    table = table4 if test == "ttest" else four.numbers(sweep, test=test)
     for cell in paper.CELLS:
         teacher = "Teacher_WAug" if cell.endswith("_WAug") else "Teacher"
         got = row(table, cell)
@@ -253,7 +260,8 @@ def test_the_teacher_is_the_one_of_the_fingerprint_not_of_the_name(sweep):
     runs = sweep.runs.copy()
     crossed = runs["notation"] == "L_KLD_WAug"
     runs.loc[crossed, "teacher"] = [fingerprint("Teacher", split) for split in runs.loc[crossed, "split"]]
-    got = row(four.numbers(replace(sweep, runs=runs)), "L_KLD_WAug")["teacher_p"]
+    crossed = only(replace(sweep, runs=runs), *paper.BASELINES, "L_KLD_WAug")
+    got = row(four.numbers(crossed), "L_KLD_WAug")["teacher_p"]
     assert got == pytest.approx(ttest_rel(dice_all("L_KLD_WAug"), dice_all("Teacher")).pvalue)
     assert got != pytest.approx(ttest_rel(dice_all("L_KLD_WAug"), dice_all("Teacher_WAug")).pvalue)
 
@@ -417,7 +425,7 @@ def test_nothing_finished_is_all_gaps(sweep):
     assert below(sweep=empty, table=table)
 
 
-def test_without_student_its_columns_are_gaps_and_a_note_names_the_command(sweep):
+def test_without_student_its_columns_are_gaps_and_a_note_names_the_command(sweep, table4):
     partial = with_status(sweep, "Student", 2, "FAILED")
     table = four.numbers(partial)
     assert table[["student_p", "student_p_holm", "student_low_points"]].isna().all(axis=None)
@@ -425,10 +433,10 @@ def test_without_student_its_columns_are_gaps_and_a_note_names_the_command(sweep
     assert row(table, "L_MSE")["teacher_p"] == pytest.approx(ttest_rel(dice_all("L_MSE"), dice_all("Teacher")).pvalue)
     notes = four.footnotes(partial, table, test="ttest")
     assert notes[-1].endswith("before its baseline is finished: the command of the sweep resumes it.")
-    never = without(sweep, "Student")
+    never = only(sweep, "Teacher", "L_MSE")
     notes = four.footnotes(never, four.numbers(never), test="ttest")
     assert notes[-1].endswith("run it with `python -m kdsweep -m path=none sweep_name=study`.")
-    whole = four.footnotes(sweep, four.numbers(sweep), test="ttest")
+    whole = four.footnotes(sweep, table4, test="ttest")
     assert not any("path=none" in note for note in whole)
 
 
@@ -450,7 +458,7 @@ def test_without_its_own_teacher_only_that_column_is_a_gap(sweep):
 
 def test_scores_of_a_failed_teacher_are_not_used(sweep):
     failed = replace(with_status(sweep, "Teacher", 1, "FAILED"), scores=sweep.scores)
-    assert np.isnan(row(four.numbers(failed), "L_MSE")["teacher_p"])
+    assert np.isnan(row(four.numbers(only(failed, "Student", "Teacher", "L_MSE")), "L_MSE")["teacher_p"])
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -723,13 +731,15 @@ def test_non_inferiority_to_its_own_teacher(sweep):
     family = table.loc[table["notation"].isin(paper.CELLS), "teacher_p_non_inferior"]
     adjusted = table.loc[table["notation"].isin(paper.CELLS), "teacher_p_non_inferior_holm"]
     assert adjusted.tolist() == pytest.approx(stats.holm(family).tolist())
-    assert row(four.numbers(sweep, margin_points=5.0), "HReg_MSE")["teacher_verdict"] == "non-inferior"
-    wide = four.numbers(with_dice(sweep, "H_MSE", 0, dice_of("Teacher", 0) + np.linspace(-0.4, 0.4, IMAGES)))
+    few = only(sweep, "Student", "Teacher", "H_MSE", "HReg_MSE")
+    assert row(four.numbers(few, margin_points=5.0), "HReg_MSE")["teacher_verdict"] == "non-inferior"
+    wide = four.numbers(with_dice(few, "H_MSE", 0, dice_of("Teacher", 0) + np.linspace(-0.4, 0.4, IMAGES)))
     assert row(wide, "H_MSE")["teacher_verdict"] == "open"
     assert row(table, "Teacher")["teacher_verdict"] is None
 
 
-def test_the_margin_is_the_sweeps_own_unless_the_table_is_given_one(sweep):
+def test_the_margin_is_the_sweeps_own_unless_the_table_is_given_one():
+    sweep = sweep_of(("Student", "Teacher", "L_MSE"))
     margins = ["1.5", "3.5", *["2.5"] * (len(sweep.runs) - 2)]  # that of the run begun last counts
     params = [own | {"stats.margin_points": each} for own, each in zip(sweep.runs["params"], margins, strict=True)]
     asked = changed(sweep, params=params, started_ms=[5, 9, *[7] * (len(sweep.runs) - 2)])
@@ -1037,7 +1047,7 @@ def test_holm_counts_the_cells_of_all_settings():
 
 
 def test_a_key_that_the_student_does_not_use_leaves_one_student_for_all():
-    sweep = rates({"0.5": 0.0, "0.9": 0.05}, key="kd.weight")
+    sweep = rates({"0.5": 0.0, "0.9": 0.05}, key="kd.weight", notations=("Teacher", "Student", "L_MSE"))
     students = sweep.runs[sweep.runs["notation"] == "Student"]
     keep = students["fingerprint"].str.endswith("0.5")  # the same cell, computed once
     sweep = replace(sweep, runs=sweep.runs.drop(students[~keep].index))
@@ -1081,7 +1091,7 @@ def test_what_differs_within_a_setting_or_was_not_swept_is_mixing():
 
 def test_a_value_that_was_asked_for_alone_is_a_row_too():
     """Typed after the sweep, it has no variant of its own: its params tell it."""
-    sweep = rates({"1": 0.0, "2": 0.0, "10": 0.0})
+    sweep = rates({"1": 0.0, "2": 0.0, "10": 0.0}, notations=("Teacher", "Student", "L_MSE"))
     alone = [params["train.lr"] == "10" for params in sweep.runs["params"]]
     sweep = changed(sweep, variant=sweep.runs["variant"].mask(alone, {}))
     labels = four.numbers(sweep)["settings"]
