@@ -180,7 +180,7 @@ def test_a_target_that_cannot_be_is_named(
         monkeypatch.setattr(user_code, cached.__name__, cache(cached.__wrapped__))  # another process has another path
     with pytest.raises(InputError) as caught:
         cfg = composition.compose(
-            ["profile=quick", "data.count=12", f"store={tmp_path}", f"loss.logits._target_={target}"]
+            ["profile=quick", "data.count=4", f"store={tmp_path}", f"loss.logits._target_={target}"]
         )
         identity.cell(cfg)
         build.distillation(cfg, teacher="")

@@ -355,7 +355,7 @@ def test_the_kd_term_is_the_weighted_sum_of_its_comparisons() -> None:
 
 
 def cell(*typed: str) -> Cell:
-    return identity.cell(composition.compose([*typed, "profile=quick"]))
+    return identity.cell(composition.compose([*typed, "profile=quick", "data.count=8"]))
 
 
 @pytest.mark.parametrize("name", METHODS)

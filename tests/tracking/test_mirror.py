@@ -211,13 +211,16 @@ def kill(patch: pytest.MonkeyPatch, number: int) -> None:
     patch.setattr(mirror, "write_json", dying(mirror.write_json))
 
 
-@pytest.mark.parametrize("lives", [False, True], ids=["killed", "answer lost"])
+@pytest.mark.parametrize(
+    ("lives", "first", "each"),  # a third of the changes each, and all of them
+    [(False, 1, 3), (True, 2, 3), *(pytest.param(lives, 1, 1, marks=pytest.mark.slow) for lives in (False, True))],
+)
 def test_killed_after_any_change_or_without_its_answer_a_cell_gets_one_run_with_each_value_once(
-    store, tmp_path, monkeypatch, lives
+    store, tmp_path, monkeypatch, lives, first, each
 ):
     """A cell is begun, loses its checkpoint, is trained again and finished; at some change the process is killed."""
-    sweep = f"killed {lives}"
-    for number in itertools.count(1):
+    sweep = f"killed {lives} {each}"
+    for number in itertools.count(first, each):
         cell = replace(make_cell(lr=number, killed=sweep), store=tmp_path)
         states = [
             lambda cell=cell: begin(cell, 1),
