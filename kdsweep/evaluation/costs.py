@@ -26,6 +26,11 @@ class Network(NamedTuple):
     architecture: str  # as JSON
     image_size: int
 
+    @property
+    def name(self) -> str:
+        """Return the name of its encoder or module."""
+        return Architecture.model_validate_json(self.architecture).name
+
 
 def measure(network: Network, *, store: Path | None = None, repeats: int = REPEATS) -> dict[str, float]:
     """Return parameters, MACs and latency of one image in fp32, by column; without CUDA its columns are left out.

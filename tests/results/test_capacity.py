@@ -37,7 +37,7 @@ def table(sweep, monkeypatch):
     by_encoder = dict(STUDENTS.values())
 
     def measure(network, *, repeats, **_):
-        cost = by_encoder[network.encoder]
+        cost = by_encoder[network.name]
         return {"parameters": int(1e6 * cost), "cpu_1_thread_median_ms": 10 / cost, **COST}
 
     monkeypatch.setattr(costs, "measure", measure)

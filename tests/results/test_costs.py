@@ -126,7 +126,7 @@ def test_every_cost_is_a_measured_one(sweep, store, monkeypatch):
 
     def measure(network, *, repeats, **_):
         assert repeats == 7
-        return {name: 100.0 * order[network.encoder] + i for i, name in enumerate(names)}
+        return {name: 100.0 * order[network.name] + i for i, name in enumerate(names)}
 
     names = ["parameters", "macs", *(f"{name}_{part}_ms" for name in table5.TIMINGS for part in ("median", "p95"))]
     monkeypatch.setattr(costs, "measure", measure)

@@ -22,7 +22,7 @@ def recorded_costs(network, **_):
     """What a network cost when the table of sizes was made."""
     table = pd.read_csv(RESULTS / "capacity" / "capacity.csv").set_index("encoder")
     columns = ["parameters", "macs", "cpu_1_thread_median_ms", "cpu_1_thread_p95_ms"]
-    return table.loc[[network.encoder], columns].iloc[0].to_dict()
+    return table.loc[[network.name], columns].iloc[0].to_dict()
 
 
 def test_the_tables_that_can_be_made_again_are_all_there():

@@ -86,7 +86,8 @@ def numbers(sweep: Sweep, *, scores: pd.DataFrame, store: Path | None = None, re
             f"sweep {sweep.name} has one Student: student=NAME,NAME compares several (+experiment=capacity)"
         )
     cost = pd.DataFrame(
-        {"settings": label, **network._asdict(), **costs.measure(network, store=store, repeats=repeats)}
+        {"settings": label, "encoder": network.name, "image_size": network.image_size}
+        | costs.measure(network, store=store, repeats=repeats)
         for label, network in networks.items()
     )
     of_scores = {name: name for name in OF_SCORES} | {f"student_{name}": name for name in TO_STUDENT}
