@@ -62,8 +62,9 @@ class Network(nn.Module):
         return images * self.input_scale + self.input_shift if self._shifts_input else images
 
     def measured_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters over which gradients of loss terms are compared: of the encoder, or of all."""
-        return list(getattr(self, "encoder", self).parameters())
+        """Return the parameters over which gradients of loss terms are compared: of the encoder, else all."""
+        module = getattr(self, "module", self)
+        return list(getattr(module, "encoder", module).parameters())
 
     def check_stages(self, stages: Collection[str]) -> None:
         """Raise InputError for a stage that the network does not have."""

@@ -152,6 +152,14 @@ def test_weights_have_the_modules_names_and_are_read_into_it(tmp_path):
         load_weights(ModuleNetwork(nn.Identity(), stages={}), tmp_path / "b.pt", label="weights=b.pt")
 
 
+def test_gradients_are_compared_over_the_encoder_if_there_is_one():
+    plain, with_encoder = Two(), nn.Module()
+    with_encoder.encoder, with_encoder.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 1, 1)
+    assert len(ModuleNetwork(plain, stages={}).measured_parameters()) == len(list(plain.parameters())) == 6
+    measured = ModuleNetwork(with_encoder, stages={}).measured_parameters()
+    assert [id(each) for each in measured] == [id(each) for each in with_encoder.encoder.parameters()]
+
+
 @pytest.mark.parametrize("name", ["deeplabv3plus", "fpn", "segformer"])
 def test_stages_of_smps_networks_are_the_maps_of_their_encoders(name):
     settings = composition.compose([f"teacher={name}"])
