@@ -40,7 +40,8 @@ Name = Annotated[str, AS_TEXT, rule(is_name, NAME_RULE)]
 SweepName = Annotated[str, AS_TEXT, rule(partial(is_name, longest=200), NAME_RULE)]
 Range = Annotated[list[Share], Field(min_length=2, max_length=2), rule(lambda pair: pair == sorted(pair), "ascend")]
 Window = Annotated[list[float], Field(min_length=2, max_length=2), rule(lambda pair: pair[0] < pair[1], "ascend")]
-Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+Means = Annotated[list[float], Field(min_length=3, max_length=3)]  # of three channels
+Deviations = Annotated[list[Positive], Field(min_length=3, max_length=3)]
 DEVICES, DEVICE = "auto, cpu, cuda or cuda:NUMBER", re.compile(r"auto|cpu|cuda(:\d+)?")
 Device = Annotated[str, rule(DEVICE.fullmatch, f"be {DEVICES}"), Field(description=DEVICES)]
 Folder = Annotated[Text, AS_TEXT, rule(lambda name: name[0] != "~", "not begin with ~: write ${oc.env:HOME}")]

@@ -13,11 +13,12 @@ from pydantic import Field
 
 from kdsweep.config.fields import (
     Call,
-    Channels,
     Count,
+    Deviations,
     Device,
     Folder,
     Index,
+    Means,
     Monitor,
     Name,
     Node,
@@ -106,8 +107,8 @@ class TeacherAugNode(Node):
 class InputNode(Node):
     """``student.input`` and ``teacher.input``: the images that a module expects; null: as for ImageNet, of any size."""
 
-    mean: Channels | None = None
-    std: Channels | None = None
+    mean: Means | None = None
+    std: Deviations | None = None
     size: Count | None = None
 
 

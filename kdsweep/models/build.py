@@ -62,7 +62,7 @@ def stage_channels(architecture: Architecture, *, image_size: int) -> dict[str, 
 def _stage_channels(architecture: str, image_size: int) -> dict[str, int]:
     try:  # without making weights, where all layers can do so
         return _read_channels(Architecture.model_validate_json(architecture), image_size, torch.device("meta"))
-    except (RuntimeError, NotImplementedError, InputError):
+    except (RuntimeError, NotImplementedError, InputError):  # of a layer without meta tensors; others come up again
         return _read_channels(Architecture.model_validate_json(architecture), image_size, torch.device("cpu"))
 
 

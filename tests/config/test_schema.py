@@ -319,3 +319,19 @@ def test_every_configuration_file_opens_with_a_comment_and_names_existing_code(f
 def test_a_number_as_a_name_is_taken_as_text() -> None:
     settings = composition.compose(["sweep_name=2024", "store=2025"])
     assert (settings.sweep_name, settings.store) == ("2024", "2025")
+
+
+@pytest.mark.parametrize(
+    ("statistics", "line"),
+    [
+        ("{mean: [0.5, 0.5, 0.5]}", "teacher.input has only one of mean and std"),
+        ("{mean: [0, 0, 0], std: [1, 1, 0]}", "teacher.input.std=[1, 1, 0] is not allowed: it must be greater than 0"),
+        ("{size: 0}", "teacher.input.size=0 is not allowed: it must be greater than or equal to 1"),
+    ],
+)
+def test_impossible_statistics_of_a_network_are_one_line(statistics: str, line: str) -> None:
+    with pytest.raises(InputError) as caught:
+        composition.compose(
+            ["teacher=vit", "~teacher.input", f"+teacher.input={statistics}", "teacher.network.size=64"]
+        )
+    assert line in str(caught.value)

@@ -254,3 +254,12 @@ def test_notes_tell_machine_conditions_and_sources(sweep, table):
         *("Other networks, hardware", "Titan Xp"),
     ):
         assert part in told, part
+
+
+def test_a_run_that_records_a_part_of_its_network_has_no_costs():
+    whole = {key: QUICK[key] for key in ("student.encoder", "student.decoder_channels")} | {"image_size": "64"}
+    for absent in ("student.decoder_channels", "image_size"):
+        part = {key: value for key, value in whole.items() if key != absent}
+        assert table5.network_of(pd.DataFrame({"params": [part]}), group="student") is None
+        found = table5.network_of(pd.DataFrame({"params": [part, whole]}), group="student")
+        assert (found.name, found.image_size) == (QUICK["student.encoder"], 64)

@@ -115,7 +115,10 @@ def numbers(sweep: Sweep, *, store: Path, scores: pd.DataFrame, repeats: int = R
 def network_of(runs: pd.DataFrame, *, group: str) -> costs.Network | None:
     """Return the network of the first run that records it, preferring a finished one (``runs`` has these first)."""
     for params in runs["params"]:
-        if (architecture := identity.architecture(params, group)) is not None and "image_size" in params:
+        architecture = identity.architecture(params, group)
+        if architecture is None or "image_size" not in params:
+            continue
+        if architecture.network or architecture.decoder_channels:  # else an incomplete record
             return costs.Network(architecture.as_json(), int(params["image_size"]))
     return None
 
