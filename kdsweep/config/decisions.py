@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from kdsweep.config import grid
 from kdsweep.config.grid import Decides, Params
@@ -62,6 +63,12 @@ def decides(key: str, *, role: str, params: Params) -> bool:
     """
     markers = _markers(key)
     return not markers or any(each.applies(role, params) for each in markers)
+
+
+def default(key: str) -> str:
+    """Return the default of a key as MLflow would keep it, ``unset`` if it has none."""
+    each = KEYS.get(key)
+    return "unset" if each is None or each.default is PydanticUndefined else str(each.default)
 
 
 @cache

@@ -5,6 +5,7 @@ Pure Python, no torch: names and fingerprints must be cheap.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 import json
@@ -102,6 +103,23 @@ def run_folder(store: Path, run: Mapping[Any, Any]) -> Path:
     """Return the folder of a cell from its role, notation, split, seed and fingerprint."""
     parent = store / ("teachers" if run["role"] == "teacher" else "cells")
     return below(parent, f"{run['notation']}-split{run['split']}-seed{run['seed']}-{run['fingerprint'][:10]}")
+
+
+def folders_named(store: Path, run: str) -> list[Path]:
+    """Return the folders of the cells that a name means, sorted.
+
+    Args:
+        store: folder of all runs.
+        run: ``NOTATION/splitK``, ``NOTATION/splitK/seedS``, or the name of a folder.
+    """
+    name = re.fullmatch(r"([^/]+)/split(\d+)(?:/seed(\d+))?", run)
+    stem = f"{glob.escape(name[1])}-split{name[2]}-seed{name[3] or '*'}-*" if name else glob.escape(run)
+    return sorted(folder for kind in ("cells", "teachers") for folder in (store / kind).glob(stem))
+
+
+def weights_file(role: str) -> str:
+    """Return the name of the file of a finished cell's weights, in its folder."""
+    return f"{'teacher' if role == TEACHER else 'student'}.safetensors"
 
 
 def notation(compared: str, view: str) -> str:

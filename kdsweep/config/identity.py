@@ -56,27 +56,32 @@ def cell(settings: Settings) -> Cell:
 
 
 def teacher_cell(settings: Settings) -> Cell:
-    """Return the Teacher that the cell of these settings learns from."""
+    """Return the Teacher that the cell of these settings learns from; one that comes trained has no training view."""
+    if settings.teacher.trained is not None:
+        return _cell(settings, TEACHER, "Teacher")
     return _cell(settings, TEACHER, grid.notation("Teacher", settings.teacher_aug.train_view))
 
 
 def _cell(settings: Settings, role: str, notation: str, *, teacher: Cell | None = None) -> Cell:
     decided = decisions.deciding(settings, role)
     name, network = ("teacher", settings.teacher) if role == TEACHER else ("student", settings.student)
-    input_digests = inputs.image_digests(settings) | inputs.weights_digests(name, network)
+    is_trained = role == TEACHER and settings.teacher.trained is not None
+    weights = inputs.trained_digest(settings) if is_trained else inputs.weights_digests(name, network)
+    input_digests = inputs.image_digests(settings) | weights
     sources = {"data.root": str(settings.data.root or ""), f"{name}.weights": network.weights}
     if "split" in input_digests:
         sources["split"] = settings.split.in_words()
     if teacher is not None:
         input_digests["teacher"] = teacher.fingerprint
         sources |= {"teacher.seed": str(teacher.seed), "teacher.weights": settings.teacher.weights}
+        sources |= {"teacher.trained": settings.teacher.trained} if settings.teacher.trained is not None else {}
     if code := user_code.user_code_digest(grid.targets(decided)):
         input_digests["user_code"] = code
     return Cell(
         role=role,
         notation=notation,
         split=settings.split.number,
-        seed=settings.teacher.seed if role == TEACHER else settings.seed,
+        seed=settings.seed if role != TEACHER else 0 if is_trained else settings.teacher.seed,
         settings=grid.without_modules(decided),
         input_digests=input_digests | {"results_version": str(grid.RESULTS_VERSION)},
         store=Path(settings.store).absolute(),
@@ -137,7 +142,7 @@ def architecture(params: grid.Params, group: str) -> Architecture | None:
 def factors(settings: Settings, *, role: str) -> dict[str, str]:
     """Return the factors as a cell uses them: first among the params, so MLflow compares runs by them."""
     if role == TEACHER:
-        return {"cell.teacher_aug": settings.teacher_aug.train_view}
+        return {} if settings.teacher.trained is not None else {"cell.teacher_aug": settings.teacher_aug.train_view}
     if role == BASELINE:
         return {"cell.path": "none"}
     by_method = {"cell.method": settings.method.name}

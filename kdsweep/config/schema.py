@@ -44,6 +44,7 @@ UNSET = ("None", "null", "")  # a key without a value, as values and as MLflow k
 PATH_AND_LOSS = {"method.name": ("none", "None")}  # are compared, not the terms of a method
 DRAWN, NO_FILE = {"split.protocol": ("paper", "holdout")}, {"split.protocol": ("paper", "holdout", "kfold")}
 STAGES = (*(f"encoder.{n}" for n in range(1, 6)), *(f"decoder.{n}" for n in range(1, 6)), "logits")  # of a U-Net
+TRAINED_HERE = {"teacher.trained": UNSET}  # a Teacher that comes trained does without all keys of training
 MSE = dict.fromkeys(("loss.logits._target_", "loss.hidden._target_"), ("kdsweep.distill.losses.mse",))
 
 
@@ -100,7 +101,7 @@ class MethodNode(Node):
 class TeacherAugNode(Node):
     """``teacher_aug``: the view of a Teacher in its training and in distillation."""
 
-    train_view: Annotated[View, Decides((DISTILLED, TEACHER))]
+    train_view: Annotated[View, Decides((DISTILLED, TEACHER), when=TRAINED_HERE)]
     distill_view: View
 
 
@@ -146,28 +147,32 @@ class NetworkNode(Architecture):
 
 
 class TeacherNode(NetworkNode):
-    """``teacher``: also how it is trained."""
+    """``teacher``: also how it is trained, or where its trained weights are."""
 
-    seed: Annotated[Seed, Decides(by="content", factor=True)]
-    lr: Positive
-    monitor: Monitor = "loss"
-    epochs: Count | None = None
-    supervised: Supervised | None = None
-    schedule: Schedule | None = None
+    weights: Annotated[Text, Decides(when=TRAINED_HERE)]
+    trained: Annotated[Text | None, CONTENT] = None
+    seed: Annotated[Seed, Decides(when=TRAINED_HERE, by="content", factor=True)]
+    lr: Annotated[Positive, Decides(when=TRAINED_HERE)]
+    monitor: Annotated[Monitor, Decides(when=TRAINED_HERE)] = "loss"
+    epochs: Annotated[Count | None, Decides(when=TRAINED_HERE)] = None
+    supervised: Annotated[Supervised | None, Decides(when=TRAINED_HERE)] = None
+    schedule: Annotated[Schedule | None, Decides(when=TRAINED_HERE)] = None
 
 
 class TrainNode(Node):
     """``train``: how networks are trained."""
 
-    epochs: Annotated[Count, Decides(STUDENTS), Decides((TEACHER,), when={"teacher.epochs": UNSET})]
+    epochs: Annotated[Count, Decides(STUDENTS), Decides((TEACHER,), when=TRAINED_HERE | {"teacher.epochs": UNSET})]
     batch_size: Count
     lr: Annotated[Positive, Decides(STUDENTS)]
     patience: Count
     monitor: Annotated[Monitor, Decides(STUDENTS)]
-    supervised: Annotated[Supervised, Decides(STUDENTS), Decides((TEACHER,), when={"teacher.supervised": UNSET})] = (
-        "bce"
-    )
-    schedule: Annotated[Schedule, Decides(STUDENTS), Decides((TEACHER,), when={"teacher.schedule": UNSET})] = "constant"
+    supervised: Annotated[
+        Supervised, Decides(STUDENTS), Decides((TEACHER,), when=TRAINED_HERE | {"teacher.supervised": UNSET})
+    ] = "bce"
+    schedule: Annotated[
+        Schedule, Decides(STUDENTS), Decides((TEACHER,), when=TRAINED_HERE | {"teacher.schedule": UNSET})
+    ] = "constant"
     last_batch: Literal["smaller", "drop", "fill"] = "smaller"
     workers: Annotated[Literal["auto"] | Index, LOCAL]
 
@@ -265,9 +270,9 @@ class Settings(Node):
     data: Annotated[DataNode, Decides(ROLES)]
     teacher: Annotated[TeacherNode, Decides((DISTILLED, TEACHER))]
     student: Annotated[NetworkNode, Decides(STUDENTS)]
-    train: Annotated[TrainNode, Decides(ROLES)]
+    train: Annotated[TrainNode, Decides(STUDENTS), Decides((TEACHER,), when=TRAINED_HERE)]
     kd: Annotated[KDNode, Decides((DISTILLED,))]
-    views: Annotated[ViewsNode, Decides(ROLES)]
+    views: Annotated[ViewsNode, Decides(STUDENTS), Decides((TEACHER,), when=TRAINED_HERE)]
     scores: Annotated[ScoresNode, Decides(ROLES)]
     stats: Annotated[StatsNode, LOCAL]
     tracking: Annotated[TrackingNode, LOCAL]
@@ -290,8 +295,8 @@ class Settings(Node):
 
     @property
     def teacher_epochs(self) -> int:
-        """Return the most epochs that the Teacher is trained."""
-        return self.teacher.epochs or self.train.epochs
+        """Return the most epochs that the Teacher is trained; 0 if it comes trained."""
+        return 0 if self.teacher.trained is not None else self.teacher.epochs or self.train.epochs
 
     @property
     def teacher_recipe(self) -> tuple[str, str]:

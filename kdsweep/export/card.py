@@ -16,6 +16,7 @@ import pandas as pd
 
 from kdsweep import __version__
 from kdsweep.config import identity
+from kdsweep.config.schema import UNSET
 from kdsweep.core.errors import InputError
 from kdsweep.export import predict
 from kdsweep.export.model import Model
@@ -40,7 +41,9 @@ def card(model: Model, content: bytes, *, name: str) -> str:
         InputError: the run's record is damaged.
     """
     record, split, params = cell_folder.read(model.folder), cell_folder.read_split(model.folder), model.params
-    weights = str(params.get("teacher.weights" if model.tags["role"] == "teacher" else "student.weights"))
+    group = "teacher" if model.tags["role"] == "teacher" else "student"
+    is_trained = group == "teacher" and str(params.get("teacher.trained")) not in UNSET
+    weights = str(params.get("teacher.trained" if is_trained else f"{group}.weights"))
     data = str(params.get("data.name"))
     try:
         scores = pd.read_csv(model.folder / "test_scores.csv", dtype={"image": str, "label": str})
@@ -52,7 +55,7 @@ def card(model: Model, content: bytes, *, name: str) -> str:
         **model.tags | {"fingerprint": model.tags["fingerprint"][:16]},
         parameters=count_parameters(model.network),
         macs=count_macs(model.network, image_size=model.image_size),
-        network=_described(params, "teacher" if model.tags["role"] == "teacher" else "student"),
+        network=_described(params, group),
         teacher=_described(params, "teacher"),
         version=__version__,
         name=name,
@@ -63,6 +66,7 @@ def card(model: Model, content: bytes, *, name: str) -> str:
         counts=", ".join(f"{len(ids)} images for {part}" for part, ids in split.items()),
         protocol=record.tags["kdsweep.split_protocol"],
         data_digest=record.tags["kdsweep.data"][:16],
+        is_trained=is_trained,
         weights=WEIGHTS.get(weights, Path(weights).name),
         params=params,
         best_epoch=record.values.get("best_epoch", float("nan")),

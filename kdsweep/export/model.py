@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 import tempfile
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdsweep.config import identity
-from kdsweep.config.grid import run_folder
+from kdsweep.config.grid import folders_named, run_folder
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import DamagedError, read_json
 from kdsweep.data import run_data
@@ -61,21 +60,18 @@ def find_folder(run: str, *, store: Path, uri: str | None) -> Path:
     Raises:
         InputError: there is no such run, or several.
     """
-    for folder in (Path(run), store / "cells" / run, store / "teachers" / run):
-        if (folder / cell_folder.CELL).is_file():
-            return folder
+    if (Path(run) / cell_folder.CELL).is_file():
+        return Path(run)
     if run.partition("/")[0] == BEST:
         return best_folder(store=store, uri=uri, name=run.partition("/")[2] or None)
     if re.fullmatch(r"[0-9a-f]{32}", run):
         return _folder_of_id(run, store=store, uri=uri)
-    name = re.fullmatch(r"([^/]+)/split(\d+)(?:/seed(\d+))?", run)
-    if name is None:
+    begun = [folder for folder in folders_named(store, run) if (folder / cell_folder.CELL).is_file()]
+    if not begun and not re.fullmatch(r"[^/]+/split\d+(/seed\d+)?", run):
         raise InputError(
             f"--run {run}: no such folder with a {cell_folder.CELL}; give a run's folder, its name such as "
             f"HReg_KLD_WAug/split0, the id of its MLflow run, or {BEST}"
         )
-    stem = f"{glob.escape(name[1])}-split{name[2]}-seed{name[3] or '*'}-*"
-    begun = [file.parent for file in sorted(store.glob(f"*/{stem}/{cell_folder.CELL}"))]
     finished = [folder for folder in begun if (folder / cell_folder.FINISHED).is_file()]
     if not begun:
         raise InputError(f"--run {run}: not in --store {store}")

@@ -89,8 +89,8 @@ def _hub_file(source: str) -> Path:
         ) from error
 
 
-def load_weights(network: Network, file: Path, *, label: str) -> None:
-    """Load a complete network's state, or the ImageNet classifier that its encoder was cut from.
+def load_weights(network: Network, file: Path, *, label: str, complete: bool = False) -> None:
+    """Load a complete network's state or, unless ``complete``, the ImageNet classifier that its encoder was cut from.
 
     A classifier with other names for the same tensors in the same order, as the packages have them, is taken by order.
     An encoder with fewer channels gets evenly chosen ones of it. A prefix that all names share is left out, such as
@@ -101,14 +101,14 @@ def load_weights(network: Network, file: Path, *, label: str) -> None:
     """
     states = list(_without_prefixes(read_weights(file)))
     fits = [_as_network(state, network) for state in states]
-    if isinstance(network, UNet):
+    if isinstance(network, UNet) and not complete:
         fits += [_as_encoder(state, network) for state in states]
     target, state, wrong = min(fits, key=lambda fit: len(fit[2]))
     if wrong:
         raise InputError(
             f"{label}: the file {file} belongs to another network than {network.name}: {wrong[0]}"
             f" ({len(wrong)} such tensors){_names(expected=target.state_dict(), offered=state)}; "
-            "take weights of that encoder, or weights=none"
+            f"{'configure its network' if complete else 'take weights of that encoder, or weights=none'}"
         )
     for key, value in state.items():
         if value.is_floating_point() and not value.float().isfinite().all():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from kdsweep.config.decisions import decides, kind
+from kdsweep.config.decisions import decides, default, kind
 from kdsweep.config.grid import is_under
 from kdsweep.core.errors import InputError
 from kdsweep.results.stats import PLACE
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
 
 REMEDY = "add sweep_name=NAME to the command whose results belong in one table; finished cells are not run again"
-# Defaults of keys that earlier versions did not record.
-ADDED = {"kd.lambda": "None", "teacher.monitor": "loss", "teacher.epochs": "None"}
 
 
 def distinct_values(runs: pd.DataFrame, key: str) -> list[str]:
@@ -84,7 +82,8 @@ def _mixed_params(runs: pd.DataFrame, *, except_for: tuple[str, ...]) -> list[st
         first: dict[str, str] = {}
         for role, params, notation, split in rows:
             if decides(key, role=role, params=params):
-                first.setdefault(params.get(key, ADDED.get(key, "unset")), f"({notation} split {split})")
+                value = params.get(key, default(key))  # of a key that an earlier version did not have
+                first.setdefault(value, f"({notation} split {split})")
         if len(first) > 1:
             mixed.append(" and ".join([f"{key}={value} {where}" for value, where in first.items()][:2]))
     return mixed

@@ -8,6 +8,7 @@ import pandas as pd
 
 from kdsweep.config import identity
 from kdsweep.config.grid import RESULTS_VERSION
+from kdsweep.config.schema import UNSET
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import place_teachers, variants
 from kdsweep.results.mixing import distinct_values
@@ -66,10 +67,21 @@ def provenance(sweep: Sweep) -> list[str]:
         notes.append(QUICK)
     elif other := departures(runs):
         notes.append(f"Not the protocol of the paper: {', '.join(other)}.")
+    notes += trained_teachers(runs)
     if "trivial_dice" in finished and finished["trivial_dice"].notna().any():
         everywhere = finished.drop_duplicates(PLACE)["trivial_dice"].mean()
         notes.append(f"For comparison: lesion predicted everywhere scores {100 * everywhere:.2f} on these images.")
     return notes
+
+
+def trained_teachers(runs: pd.DataFrame) -> list[str]:
+    """Return a note on Teachers that came trained, and on those that may have been trained on test images."""
+    files = [file for file in _params(runs[runs["role"] == "distilled"], "teacher.trained") if file not in UNSET]
+    one_for_all = [file for file in files if "{split}" not in file]
+    leaks = (
+        f"; {', '.join(one_for_all)} serves all splits: it may have been trained on test images" if one_for_all else ""
+    )
+    return [f"Teachers that came trained: {', '.join(files)}{leaks}."] if files else []
 
 
 def _precision(runs: pd.DataFrame) -> str:

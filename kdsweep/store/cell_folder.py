@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from kdsweep.config.grid import TEACHER, Cell
+from kdsweep.config.grid import TEACHER, Cell, weights_file
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import DamagedError, file_digest, is_locked, read_json, write_json
 
@@ -51,11 +51,6 @@ class Record:
     error: str = ""  # of a failed cell, in one line
     values: dict[str, float] = field(default_factory=dict)  # the final ones of a finished cell
     ended_ms: int = 0  # when it failed or was finished
-
-
-def weights_file(role: str) -> str:
-    """Return the name of the file of a finished cell's weights."""
-    return f"{'teacher' if role == TEACHER else 'student'}.safetensors"
 
 
 def now_ms() -> int:

@@ -86,13 +86,18 @@ def describe(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
     finished = len(unique) - len(waiting)
     parts = [f"{plural(len(unique), 'cell')}{repeats}: {len(waiting)} to run{resumed}, {finished} finished"]
     if groups:
-        shared, missing = len(plan.teachers(waiting)), len(plan.missing_teachers(waiting))
+        shared, missing = len(plan.teachers(waiting)), len(_untrained_teachers(waiting))
         counts = [plural(len(groups), "lockstep group"), plural(shared, "shared Teacher"), plural(missing, "Teacher")]
         parts.append(f"{', '.join(counts)} to train")
     parts.append(describe_data(first))
     if preview is not None:
         parts.append(_describe_time(groups, preview))
     return "; ".join([*parts, f"profile={first.profile}", f"sweep {first.sweep_name}"])
+
+
+def _untrained_teachers(jobs: Sequence[Job]) -> list[Cell]:
+    """Return the Teachers that will be trained."""
+    return [cell for cell, job in plan.missing_teachers(jobs) if job.settings.teacher.trained is None]
 
 
 def _describe_time(groups: Sequence[Sequence[Job]], preview: Preview) -> str:
@@ -136,7 +141,7 @@ def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         size, time = plural(len(group), "cell"), duration(group_s(group, preview))
         lines.append(f"group {number}: {size}, {where}, {time}: {listed}")
     waiting = list(chain(*groups))
-    if teachers := [cell.title for cell, _ in plan.missing_teachers(waiting)]:
+    if teachers := [cell.title for cell in _untrained_teachers(waiting)]:
         lines.append(f"Teachers first, {duration(teachers_s(waiting, preview))}: {', '.join(teachers)}")
     hours = longest_s(groups, preview) / 3600
     lines.append(f"at most {hours:.2g} device hours from one timed step on {preview.timed_on}; nothing was started")

@@ -207,7 +207,7 @@ def _read_back(learner: Learner, part: EvalPart) -> None:
     folder = learner.folder
     if cell_folder.read_finished(folder) is None or not learner.resume():
         raise RuntimeError(f"{folder}: what was written cannot be read")
-    checkpoint.load_network(folder / cell_folder.weights_file(learner.role), learner.network)
+    checkpoint.load_network(folder / grid.weights_file(learner.role), learner.network)
     masks = checkpoint.load_predictions(folder / cell_folder.PREDICTIONS)
     if not len(pd.read_csv(folder / cell_folder.SCORES)) == len(masks) == len(part.ids):
         raise RuntimeError(f"{folder}: not as many images as were written")

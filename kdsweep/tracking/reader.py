@@ -14,6 +14,7 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Run, RunData
 
+from kdsweep.config.schema import UNSET
 from kdsweep.core.errors import InputError
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.store.cell_folder import SCORES
@@ -151,9 +152,11 @@ def _row(run: Run | None, request: Request | None = None) -> dict[str, Any]:
 
 
 def _weights(role: str, data: RunData) -> str:
-    """Return the weights that a run's network began with: none, imagenet, or a file and its digest."""
+    """Return the weights that a run's network began with, or came with: none, imagenet, or a file and its digest."""
     network = "teacher" if role == "teacher" else "student"
     weights: str = data.params.get(f"{network}.weights", data.params.get("weights", ""))
+    if role == "teacher" and data.params.get("teacher.trained") not in (None, *UNSET):
+        weights = data.params["teacher.trained"]
     digest = data.tags.get("kdsweep.weights", "")
     return weights if weights in ("", "none", "imagenet") or not digest else f"{weights} (SHA-256 {digest[:10]})"
 

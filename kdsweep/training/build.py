@@ -29,7 +29,7 @@ from kdsweep.models.build import summary as summary_of
 from kdsweep.models.networks import HIDDEN, Network
 from kdsweep.models.weights import IMAGENET
 from kdsweep.store import cell_folder
-from kdsweep.training import guard
+from kdsweep.training import guard, trained
 from kdsweep.training.learner import Learner
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,9 @@ def student_network(settings: Settings, *, weights: str | None = None) -> Networ
 
 
 def teacher_network(settings: Settings, *, weights: str | None = None) -> Network:
-    """Return a new, untrained Teacher."""
+    """Return a new Teacher, untrained unless it comes trained."""
+    if weights is None and settings.teacher.trained is not None:
+        return trained.network(settings)
     return _new_network(settings.teacher, seed=settings.teacher.seed, weights=weights)
 
 
@@ -121,7 +123,12 @@ def _weights(node: NetworkNode) -> str:
 
 def check_networks(settings: Settings) -> None:
     """Raise InputError if a cell's networks cannot be built or their weights are absent."""
-    for node in (settings.student, settings.teacher) if settings.is_distilled else (settings.student,):
+    is_trained = settings.is_distilled and settings.teacher.trained is not None
+    if is_trained:
+        trained.check(settings)
+    for node in (
+        (settings.student, settings.teacher) if settings.is_distilled and not is_trained else (settings.student,)
+    ):
         _check_network(node.as_json(), _weights(node))
 
 

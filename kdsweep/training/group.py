@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kdsweep.config import grid, identity
-from kdsweep.config.grid import TEACHER, Cell
+from kdsweep.config.grid import TEACHER, Cell, weights_file
 from kdsweep.config.identity import Job
 from kdsweep.core import logs, signals
 from kdsweep.core.device import Compute, give_back_memory, is_device_error, is_out_of_memory, placed
@@ -24,7 +24,6 @@ from kdsweep.data.loaders import Feed
 from kdsweep.models import networks
 from kdsweep.models.networks import Network
 from kdsweep.store import cell_folder, checkpoint
-from kdsweep.store.cell_folder import weights_file
 from kdsweep.training import build
 from kdsweep.training.guard import isolated, log_failure
 from kdsweep.training.learner import Learner
@@ -76,7 +75,7 @@ def run_trials(jobs: list[Job], *, pruning: Pruning) -> list[float | Exception]:
 
 
 def obtain_teachers(jobs: list[Job]) -> Networks:
-    """Return the trained and frozen Teachers of these cells by fingerprint; train those that are missing together."""
+    """Return the frozen Teachers of these cells by fingerprint; train or score those that are missing together."""
     needed = {cell.fingerprint: replace(job, cell=cell) for job in jobs if (cell := job.cell.teacher) is not None}
     teachers, networks = list(needed.values()), dict[str, Network | Exception]()
     for group in grid.group_by([identity.batches_key(job.settings, seed=job.cell.seed) for job in teachers]):
@@ -92,7 +91,11 @@ def obtain_teachers(jobs: list[Job]) -> Networks:
 
 
 def _train_teachers(jobs: list[Job]) -> list[Outcome]:
-    log.info("%s: not in the store yet, so trained first", ", ".join(job.cell.title for job in jobs))
+    trained = [job for job in jobs if job.settings.teacher.trained is not None]
+    for job in trained:
+        log.info("%s: comes trained (%s), scored first", job.cell.title, job.settings.teacher.trained)
+    if others := [job.cell.title for job in jobs if job not in trained]:
+        log.info("%s: not in the store yet, so trained first", ", ".join(others))
     return _train(jobs, {})
 
 
@@ -255,7 +258,9 @@ def _begin(learners: list[Learner], *, feed: Feed, compute: Compute) -> None:
                 line = f"resumes after epoch {learner.epoch + 1} and {learner.steps} steps"
             learner.can_save = True  # not before: a half-read state must not replace its checkpoint
             log.info("%s: %s", learner.title, line, extra=logs.FILE_ONLY)
-    line = f"at most {max(learner.epochs for learner in learners)} epochs of {len(feed.train)} batches, "
+    if not (epochs := max(learner.epochs for learner in learners)):
+        return
+    line = f"at most {epochs} epochs of {len(feed.train)} batches, "
     line += f"{feed.train.image_count} training images, {compute.device}, {compute.precision}"
     line += f"; {resumed} resume from checkpoints" if resumed else ""
     log.info("%s: %s", label_of(learners), line)

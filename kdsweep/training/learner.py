@@ -52,7 +52,7 @@ class Learner:
     view: str  # that it sees in training, ``weak`` or ``strong``
     distillation: Distillation | None  # None for a network that learns from the masks alone
     lr: float  # Adam's, at the start
-    epochs: int  # the maximum
+    epochs: int  # the maximum; 0 for a Teacher that comes trained
     patience: int  # epochs without improvement of the monitored value after which it stops
     folder: Path
     fused: bool = False  # Adam steps all parameters in few kernels: for CUDA, where it matters
@@ -228,10 +228,11 @@ class Learner:
             module.load_state_dict(states[name])
 
     def restore_best(self) -> None:
-        """Put the weights of the best epoch back."""
-        if self.best is None:
+        """Put the weights of the best epoch back; a network that came trained keeps its weights."""
+        if self.best is not None:
+            self._load_states(self.best)
+        elif self.epochs:
             raise RuntimeError(f"{self.title}: no epoch of it was validated")
-        self._load_states(self.best)
 
     def save(self) -> None:
         """Write the checkpoint, from which training resumes as if never interrupted, then the progress."""

@@ -8,13 +8,14 @@ import statistics
 
 import pandas as pd
 
+from kdsweep.config.grid import weights_file
 from kdsweep.core.device import Compute
 from kdsweep.core.files import write_text
 from kdsweep.data.loaders import EvalPart
 from kdsweep.evaluation import metrics
 from kdsweep.evaluation.scoring import predict, score
 from kdsweep.store import cell_folder, checkpoint
-from kdsweep.store.cell_folder import HISTORY, PREDICTIONS, SCORES, SPLIT, weights_file
+from kdsweep.store.cell_folder import HISTORY, PREDICTIONS, SCORES, SPLIT
 from kdsweep.training.learner import Learner
 
 log = logging.getLogger(__name__)
@@ -35,13 +36,14 @@ def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, f
     table = score(predictions, part, nsd_tolerance_px=learner.nsd_tolerance_px)
     values = _final_values(learner, table, part)
     checkpoint.save_network(folder / weights, learner.network)
-    write_text(folder / HISTORY, pd.DataFrame(learner.history).to_csv(index=False))
+    write_text(folder / HISTORY, pd.DataFrame(learner.history or {"epoch": []}).to_csv(index=False))
     checkpoint.save_predictions(folder / PREDICTIONS, predictions[:, 0].numpy(), ids=part.ids)
     write_text(folder / SCORES, table.to_csv(index=False))
     (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
     cell_folder.write_finished(folder, values=values, files=[weights, HISTORY, PREDICTIONS, SCORES, SPLIT])
     dice = f"test Dice {values['test/dice']:.4f} ± {values['test/dice_std']:.4f} over {len(part.ids)} images"
-    log.info("%s: %s (best epoch %d of %d)", learner.title, dice, learner.best_epoch + 1, learner.epoch + 1)
+    best = f" (best epoch {learner.best_epoch + 1} of {learner.epoch + 1})" if learner.history else ""
+    log.info("%s: %s%s", learner.title, dice, best)
     return values
 
 
@@ -49,6 +51,8 @@ def _final_values(learner: Learner, table: pd.DataFrame, part: EvalPart) -> dict
     values = {f"test/{name}": float(table[name].mean()) for name in metrics.SCORES}
     values["test/dice_std"] = float(table["dice"].std())
     values["test/trivial_dice"] = metrics.trivial_dice(part.masks)
+    if not learner.history:  # it came trained
+        return values
     values |= {"best_epoch": float(learner.best_epoch), "epochs": float(learner.epoch + 1)}
     trained = learner.history[: learner.best_epoch + 1]
     values["best/val_dice"] = trained[-1]["val/dice"]

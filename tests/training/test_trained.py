@@ -1,0 +1,124 @@
+"""A Teacher that comes trained: read, scored on the test images, distilled from; never trained here."""
+
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from small import STUDENT, TEACHER
+
+from kdsweep.config import composition, identity
+from kdsweep.core.errors import InputError
+from kdsweep.results import notes
+from kdsweep.results.tables import table4
+from kdsweep.store import cell_folder
+from kdsweep.sweep import plan, rehearsal
+from kdsweep.tracking import reader, sync
+from kdsweep.training import build, group
+
+TRAINING = ["train.batch_size=8", "train.epochs=1", "device=cpu", "profile=quick", "data=busi", *TEACHER, *STUDENT]
+SELF = ["teacher=student", *STUDENT]
+
+
+@pytest.fixture(scope="module")
+def compose(small_busi, empty_store, tmp_path_factory):
+    store = tmp_path_factory.mktemp("trained") / "store"
+    shutil.copytree(empty_store, store)
+
+    def make(*overrides):
+        chosen = {override.partition("=")[0] for override in overrides}
+        fixed = [each for each in TRAINING if each.partition("=")[0] not in chosen]
+        if "teacher=student" in overrides:
+            fixed = [each for each in fixed if not each.startswith("teacher.")]
+        return composition.compose([*fixed, f"data.root={small_busi}", f"store={store}", *overrides])
+
+    return make
+
+
+def run(*configs):
+    jobs = [plan.Job(settings, identity.cell(settings)) for settings in configs]
+    plan.watch(jobs)
+    rehearsal.check(jobs)
+    try:
+        return group.run_group(jobs)
+    finally:
+        sync.close_all()
+
+
+@pytest.fixture(scope="module")
+def file(compose, tmp_path_factory):
+    """Return the file of a Teacher as Lightning saves it, trained elsewhere."""
+    network = build.teacher_network(compose(), weights="none")
+    state = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
+    file = tmp_path_factory.mktemp("teachers") / "fold0.pt"
+    torch.save({"state_dict": state, "epoch": 3}, file)
+    return file
+
+
+def test_its_weights_are_scored_and_distilled_from(compose, file):
+    settings = compose("path=L", f"teacher.trained={file}")
+    assert not [result for result in run(settings) if isinstance(result, Exception)]
+    teacher = identity.cell(settings).teacher
+    trained = build.teacher_network(compose(), weights="none").state_dict()
+    kept = build.teacher_network(compose(), weights=str(teacher.folder / "teacher.safetensors")).state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in trained.items())
+    record = cell_folder.read(teacher.folder)
+    assert (record.status, record.history, record.epochs) == ("FINISHED", [], 0)
+    scores = pd.read_csv(teacher.folder / cell_folder.SCORES)
+    assert record.values["test/dice"] == pytest.approx(scores["dice"].mean())
+    sweep = reader.read_sweep(store=teacher.store, uri=None, name=None)
+    (row,) = table4.numbers(sweep).query("notation == 'Teacher'").to_dict("records")
+    assert row["mean_dice_percent"] == pytest.approx(100 * scores["dice"].mean())
+    assert "fold0.pt serves all splits: it may have been trained on test images" in "".join(notes.provenance(sweep))
+    assert "fold0.pt (SHA-256" in "".join(notes.provenance(sweep))
+
+
+def test_keys_of_training_do_not_make_another_teacher(compose, file, tmp_path):
+    trained = f"teacher.trained={file}"
+    one = identity.teacher_cell(compose("path=L", trained))
+    same = ["teacher.lr=0.5", "teacher.seed=7", "train.epochs=2", "teacher_aug=strong", "views.shift=0.3"]
+    for override in same:
+        assert identity.teacher_cell(compose("path=L", trained, override)).fingerprint == one.fingerprint, override
+    moved = shutil.copy(file, tmp_path / f"fold{0}.pt")
+    pattern = f'teacher.trained="{tmp_path}/fold{{split}}.pt"'
+    assert identity.teacher_cell(compose("path=L", pattern)).fingerprint == one.fingerprint
+    state = torch.load(moved, weights_only=True)
+    torch.save({**state, "state_dict": {name: 2 * value for name, value in state["state_dict"].items()}}, moved)
+    assert identity.teacher_cell(compose("path=L", pattern)).fingerprint != one.fingerprint
+    assert (
+        identity.cell(compose("path=L", pattern)).fingerprint != identity.cell(compose("path=L", trained)).fingerprint
+    )
+
+
+def test_a_finished_student_teaches_its_like(compose):
+    (student,) = run(alone := compose("path=none"))
+    settings = compose("path=H", "loss=mse", *SELF, 'teacher.trained="run:Student/split{split}"')
+    (result,) = run(settings)
+    assert isinstance(result, float)
+    teacher = cell_folder.read(identity.cell(settings).teacher.folder)
+    assert teacher.values["test/dice"] == student
+    assert identity.cell(alone).folder.name.startswith("Student-split0-seed0-")
+    by_folder = compose("path=H", *SELF, f"teacher.trained=run:{identity.cell(alone).folder.name}")
+    assert identity.teacher_cell(by_folder).fingerprint == identity.teacher_cell(settings).fingerprint
+
+
+def test_bad_ones_are_refused_before_anything_is_trained(compose, file, tmp_path):
+    run(compose("path=none"))
+    other = tmp_path / "other.pt"
+    torch.save({"conv.weight": torch.zeros(3)}, other)
+    module = tmp_path / "module.pt"
+    torch.save(torch.nn.Linear(2, 2), module)
+    cases = {
+        f"{tmp_path}/none.pt": "no such file; use a .safetensors or .pt file, or run:NAME/split0",
+        "run:L_KLD/split0": "that run is not in store=",
+        "run:Student/split0/seed5": "that run is not in store=",
+        str(other): "the file alone has conv.weight; the network alone has decoder.blocks.0",
+        str(module): "holds torch.nn.modules.linear.Linear next to its tensors, which is not read",
+        "run:Student/split0": "has decoder_channels=[16, 8, 8, 4, 4], not teacher.decoder_channels=[32, 16, 8, 8, 4]; teacher=student",
+    }
+    for trained, message in cases.items():
+        with pytest.raises(InputError) as error:
+            run(compose("path=L", f"teacher.trained={trained}"))
+        assert message in str(error.value) and "\n" not in str(error.value), trained
+    with pytest.raises(InputError, match=r"was trained on \d+ images that this split holds out, the first is "):
+        run(compose("path=L", "split=s1", *SELF, "teacher.trained=run:Student/split0"))
