@@ -8,6 +8,7 @@ import pandas as pd
 
 from kdsweep.config import identity
 from kdsweep.config.grid import RESULTS_VERSION
+from kdsweep.config.inputs import RUN
 from kdsweep.config.schema import UNSET
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import place_teachers, variants
@@ -77,7 +78,7 @@ def provenance(sweep: Sweep) -> list[str]:
 def trained_teachers(runs: pd.DataFrame) -> list[str]:
     """Return a note on Teachers that came trained, and on those that may have been trained on test images."""
     files = [file for file in _params(runs[runs["role"] == "distilled"], "teacher.trained") if file not in UNSET]
-    one_for_all = [file for file in files if "{split}" not in file]
+    one_for_all = [file for file in files if "{split}" not in file and not file.startswith(RUN)]  # runs are checked
     leaks = (
         f"; {', '.join(one_for_all)} serves all splits: it may have been trained on test images" if one_for_all else ""
     )

@@ -44,7 +44,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "split.index": (-1, 1.5, *TYPES),
     "split.folds": (1, 2.5, *TYPES),
     "split.fold": (-1, 1.5, *TYPES),
-    **dict.fromkeys(("split.file", "split.group"), ("", 7)),
+    **dict.fromkeys(("split.file", "split.group", "teacher.trained"), ("", 7)),
     **dict.fromkeys(("split.allow_leakage", "deterministic", "retry_failed"), ("yes", 1, None)),
     "device": ("gpu", "cpu:1", "cuda:", "cuda:x", "auto:0", None, 1),
     **dict.fromkeys(("precision", "kd.teacher_precision"), ("fp16", "BF16", 32, None)),
