@@ -53,10 +53,12 @@ def compose_jobs(loader: ConfigLoader, config: DictConfig, jobs: Sequence[Sequen
         }
         shape = tuple(each.key_or_group if each.key_or_group in plain else str(each.input_line) for each in parsed)
         if shape not in shared:
-            shared[shape] = cloudpickle.dumps(loader.load_sweep_config(config, list(job)))
+            shared[shape] = cloudpickle.dumps(loader.load_sweep_config(config, overrides.with_ensembles(job)))
         composed: DictConfig = cloudpickle.loads(shared[shape])
         for key, value in plain.items():
             OmegaConf.update(composed, key, value)
+        for name in (str(each.input_line) for each in parsed if each.key_or_group == "teacher"):
+            composed.hydra.runtime.choices.teacher = name.partition("=")[2]  # all of an ensemble
         composed.hydra.overrides.task = [each.input_line for each in parsed if not each.is_hydra_override()]
         composed.hydra.job.override_dirname = "???"  # of another job
         yield composed
@@ -96,7 +98,7 @@ def compose_config(typed: Sequence[str]) -> DictConfig:
     checked = overrides.check(typed)
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return hydra.compose("config", checked)
+            return hydra.compose("config", overrides.with_ensembles(checked))
     except HydraException as error:
         raise InputError(one_line(error)) from error
 
@@ -256,7 +258,9 @@ def _conflicts(settings: Settings) -> Iterator[str]:
 
 def _network_conflicts(settings: Settings) -> Iterator[str]:
     """Yield the errors of a network's keys, and of stages that it does not have."""
-    for group, node in (("student", settings.student), ("teacher", settings.teacher)):
+    further = settings.teacher.ensemble or {}
+    nodes = {"student": settings.student, "teacher": settings.teacher}
+    for group, node in (nodes | {f"teacher.ensemble.{name}": node for name, node in further.items()}).items():
         if node.network is not None and node.encoder is not None:
             yield f"{group}.encoder and {group}.network are two networks: give one of them"
         for key in ("encoder", "decoder_channels") if node.network is None else ():
@@ -264,6 +268,8 @@ def _network_conflicts(settings: Settings) -> Iterator[str]:
                 yield f"{group}.{key}=null is not allowed: it must be set, unless {group}.network is"
         if node.input is not None and (node.input.mean is None) != (node.input.std is None):
             yield f"{group}.input has only one of mean and std: give both, a number for each of three channels"
+    for name in (name for name, node in further.items() if node.ensemble or name == "teacher"):
+        yield f"teacher.ensemble.{name} is not allowed: members have other names than teacher, and are no ensembles"
     for name, term in settings.method.terms.items():
         yield from _stage_conflicts(settings, f"method.terms.{name}.path", term.path)
     if settings.path.kd_path is not None:
@@ -280,4 +286,5 @@ def _stage_conflicts(settings: Settings, key: str, kd_path: KDPathNode) -> Itera
         if stage is not None and stage not in names:
             name = "teacher_stage" if group == "teacher" and kd_path.teacher_stage else "stage"
             network = f"{group}={getattr(settings, group).name}"
+            network += " with teacher.ensemble" if group == "teacher" and settings.members else ""
             yield f"{key}.{name}={stage} is not allowed: it must be one of those of {network}: {', '.join(names)}"

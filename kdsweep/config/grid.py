@@ -71,6 +71,7 @@ class Cell:
     sources: dict[str, str] = field(default_factory=dict, compare=False)  # settings that name the inputs
     variant: dict[str, str] = field(default_factory=dict, compare=False)
     teacher: Cell | None = field(default=None, compare=False)  # of a distilled Student
+    members: Mapping[str, Cell] = field(default_factory=dict, compare=False)  # Teachers of which it is the mean
 
     @cached_property
     def fingerprint(self) -> str:

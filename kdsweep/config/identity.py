@@ -6,7 +6,7 @@ It runs without torch: a sweep is checked and planned before any process has wai
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from kdsweep.config.grid import BASELINE, DISTILLED, TEACHER, Cell
 from kdsweep.config.schema import UNSET, Architecture, Settings
 from kdsweep.core.errors import InputError
 
-OF_A_MODULE = ("network", "stages", "output", "input")
+AS_JSON = ("network", "stages", "output", "input", "ensemble")  # keys of networks whose values MLflow keeps as JSON
 # The settings that determine batches and their computation.
 BATCHES = ("data", "image_size", "views", "precision", "deterministic", "train.batch_size", "train.last_batch")
 
@@ -57,17 +57,30 @@ def cell(settings: Settings) -> Cell:
 
 def teacher_cell(settings: Settings) -> Cell:
     """Return the Teacher that the cell of these settings learns from; one that comes trained has no training view."""
-    if settings.teacher.trained is not None:
+    members = {
+        name: replace(teacher_cell(member), variant={"teacher": member.teacher.name})
+        for name, member in settings.members.items()
+    }
+    if settings.teacher.trained is not None and not members:
         return _cell(settings, TEACHER, "Teacher")
-    return _cell(settings, TEACHER, grid.notation("Teacher", settings.teacher_aug.train_view))
+    return _cell(settings, TEACHER, grid.notation("Teacher", settings.teacher_aug.train_view), members=members)
 
 
-def _cell(settings: Settings, role: str, notation: str, *, teacher: Cell | None = None) -> Cell:
+def _cell(
+    settings: Settings,
+    role: str,
+    notation: str,
+    *,
+    teacher: Cell | None = None,
+    members: dict[str, Cell] | None = None,
+) -> Cell:
     decided = decisions.deciding(settings, role)
     name, network = ("teacher", settings.teacher) if role == TEACHER else ("student", settings.student)
     is_trained = role == TEACHER and settings.teacher.trained is not None
     weights = inputs.trained_digest(settings) if is_trained else inputs.weights_digests(name, network)
     input_digests = inputs.image_digests(settings) | weights
+    members = members or {}
+    input_digests |= {f"teacher.{name}": member.fingerprint for name, member in members.items()}
     sources = {"data.root": str(settings.data.root or ""), f"{name}.weights": network.weights}
     if "split" in input_digests:
         sources["split"] = settings.split.in_words()
@@ -87,6 +100,7 @@ def _cell(settings: Settings, role: str, notation: str, *, teacher: Cell | None 
         store=Path(settings.store).absolute(),
         sources=sources,
         teacher=teacher,
+        members=members,
     )
 
 
@@ -121,7 +135,7 @@ def params(settings: Settings) -> dict[str, Any]:
     """Return the flat configuration, keys joined by dots, as MLflow keeps it; a module's arguments are JSON."""
     values = settings.plain()
     for node in (values["student"], values["teacher"]):
-        node |= {key: json.dumps(node[key]) for key in OF_A_MODULE if node.get(key) is not None}
+        node |= {key: json.dumps(node[key]) for key in AS_JSON if node.get(key) is not None}
     return grid.flatten(values)
 
 
@@ -129,9 +143,11 @@ def architecture(params: grid.Params, group: str) -> Architecture | None:
     """Return the network that a flat configuration describes; None if it has none for the group.
 
     Args:
-        params: of ``params``, values or, as MLflow keeps them, strings.
+        params: of ``params``, values or, as MLflow keeps them, strings. An ensemble is not one network.
         group: ``student`` or ``teacher``.
     """
+    if str(params.get(f"{group}.ensemble")) not in UNSET:
+        return None
     values = {key: params.get(f"{group}.{key}") for key in Architecture.model_fields}
     values = {key: value for key, value in values.items() if str(value) not in UNSET}
     texts = {key: value for key, value in values.items() if key != "encoder" and isinstance(value, str)}

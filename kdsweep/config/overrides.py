@@ -68,6 +68,22 @@ def check(overrides: Sequence[str], *, multirun: bool = False, folders: Sequence
     return overrides
 
 
+def with_ensembles(overrides: Sequence[str]) -> list[str]:
+    """Return overrides for Hydra, which would merge the files of ``teacher=[a,b]``: b becomes a further Teacher."""
+    expanded: list[str] = []
+    for override in overrides:
+        listed = re.fullmatch(r"teacher=\[(.+)\]", override)
+        if listed is None:
+            expanded.append(override)
+            continue
+        first, *others = (name.strip() for name in listed[1].split(","))
+        expanded.append(f"teacher={first}")
+        for number, name in enumerate(others):
+            key = name if name not in others[:number] else f"{name}_{number + 2}"
+            expanded.append(f"+teacher@teacher.ensemble.{key}={name}")
+    return expanded
+
+
 def group_options(folders: Sequence[Path] = ()) -> dict[str, list[str]]:
     """Return the options of each group of configuration files, in the package's folder and in others."""
     options: dict[str, set[str]] = {}
@@ -102,6 +118,10 @@ def _check_values(override: Override, options: Sequence[str] | None, *, multirun
     if options is None or override.is_delete():
         return
     for value in _values(override):
+        if isinstance(value, list) and typed == "teacher" and len(value) > 1:
+            if missing := [name for name in value if name not in options]:
+                raise InputError(f"teacher={missing[0]} is not an option; teacher has: {', '.join(options)}")
+            continue
         if isinstance(value, list):
             remedy = f"run one command for each, or with -m {typed}={','.join(map(str, value))}"
             raise InputError(f"{typed}={text} is a list, of which only the last option counts: {remedy}")

@@ -151,12 +151,18 @@ class TeacherNode(NetworkNode):
 
     weights: Annotated[Text, Decides(when=TRAINED_HERE)]
     trained: Annotated[Text | None, CONTENT] = None
+    ensemble: Annotated[dict[Name, TeacherNode] | None, CONTENT] = None
     seed: Annotated[Seed, Decides(when=TRAINED_HERE, by="content", factor=True)]
     lr: Annotated[Positive, Decides(when=TRAINED_HERE)]
     monitor: Annotated[Monitor, Decides(when=TRAINED_HERE)] = "loss"
     epochs: Annotated[Count | None, Decides(when=TRAINED_HERE)] = None
     supervised: Annotated[Supervised | None, Decides(when=TRAINED_HERE)] = None
     schedule: Annotated[Schedule | None, Decides(when=TRAINED_HERE)] = None
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Return the stages whose maps can be compared: of an ensemble the logits alone."""
+        return ("logits",) if self.ensemble else super().stage_names
 
 
 class TrainNode(Node):
@@ -295,8 +301,18 @@ class Settings(Node):
 
     @property
     def teacher_epochs(self) -> int:
-        """Return the most epochs that the Teacher is trained; 0 if it comes trained."""
+        """Return the most epochs that the Teacher is trained, those of an ensemble added up; 0 if it comes trained."""
+        if members := self.members:
+            return sum(member.teacher_epochs for member in members.values())
         return 0 if self.teacher.trained is not None else self.teacher.epochs or self.train.epochs
+
+    @property
+    def members(self) -> dict[str, Settings]:
+        """Return the settings with each Teacher of an ensemble alone, by name; empty for a single Teacher."""
+        if not self.teacher.ensemble:
+            return {}
+        nodes = {"teacher": self.teacher.model_copy(update={"ensemble": None}), **self.teacher.ensemble}
+        return {name: self.model_copy(update={"teacher": node}) for name, node in nodes.items()}
 
     @property
     def teacher_recipe(self) -> tuple[str, str]:

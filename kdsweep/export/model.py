@@ -137,7 +137,7 @@ def load_model(folder: Path) -> Model:
     except (DamagedError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"--run {folder}: {cell_folder.CELL} is damaged") from error
     if architecture is None:
-        raise InputError(f"--run {folder}: {cell_folder.CELL} names no network")
+        raise InputError(f"--run {folder}: is the mean of several Teachers, not one network; choose another run")
     encoder = architecture.name
     file = folder / f"{node}.safetensors"
     if not cell_folder.check_file(folder, file.name):

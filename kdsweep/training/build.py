@@ -26,6 +26,7 @@ from kdsweep.distill.distillation import Distillation, TeacherForward, Term
 from kdsweep.distill.paths import KDPath
 from kdsweep.models.build import new_network, stage_channels
 from kdsweep.models.build import summary as summary_of
+from kdsweep.models.ensemble import Ensemble
 from kdsweep.models.networks import HIDDEN, Network
 from kdsweep.models.weights import IMAGENET
 from kdsweep.store import cell_folder
@@ -107,6 +108,8 @@ def student_network(settings: Settings, *, weights: str | None = None) -> Networ
 
 def teacher_network(settings: Settings, *, weights: str | None = None) -> Network:
     """Return a new Teacher, untrained unless it comes trained."""
+    if members := settings.members:
+        return Ensemble({name: teacher_network(member, weights=weights) for name, member in members.items()})
     if weights is None and settings.teacher.trained is not None:
         return trained.network(settings)
     return _new_network(settings.teacher, seed=settings.teacher.seed, weights=weights)
@@ -123,6 +126,10 @@ def _weights(node: NetworkNode) -> str:
 
 def check_networks(settings: Settings) -> None:
     """Raise InputError if a cell's networks cannot be built or their weights are absent."""
+    for member in settings.members.values():
+        check_networks(member)
+    if settings.members:
+        return
     is_trained = settings.is_distilled and settings.teacher.trained is not None
     if is_trained:
         trained.check(settings)
@@ -209,7 +216,7 @@ def learner(settings: Settings, cell: Cell) -> Learner:
         lr=settings.teacher.lr if is_teacher else settings.train.lr,
         supervised=SUPERVISED[recipe[0]],
         schedule=recipe[1],
-        epochs=settings.teacher_epochs if is_teacher else settings.train.epochs,
+        epochs=settings.train.epochs if not is_teacher else 0 if cell.members else settings.teacher_epochs,
         patience=settings.train.patience,
         folder=cell.folder,
         fused=find_device(settings.device).type == "cuda",

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from kdsweep.core.device import Compute, give_back_memory, is_device_error, is_o
 from kdsweep.core.errors import CellError, DeviceError, InputError, one_line
 from kdsweep.data.loaders import Feed
 from kdsweep.models import networks
+from kdsweep.models.ensemble import Ensemble
 from kdsweep.models.networks import Network
 from kdsweep.store import cell_folder, checkpoint
 from kdsweep.training import build
@@ -78,25 +80,38 @@ def obtain_teachers(jobs: list[Job]) -> Networks:
     """Return the frozen Teachers of these cells by fingerprint; train or score those that are missing together."""
     needed = {cell.fingerprint: replace(job, cell=cell) for job in jobs if (cell := job.cell.teacher) is not None}
     teachers, networks = list(needed.values()), dict[str, Network | Exception]()
+    # Members first: an ensemble's lock would keep them from being trained with it.
+    members = [member for job in teachers for member in _members(job)]
+    train = partial(_train_teachers, members=obtain_teachers(members) if members else {})
     for group in grid.group_by([identity.batches_key(job.settings, seed=job.cell.seed) for job in teachers]):
-        members = [teachers[position] for position in group]
-        for job in members:
+        together = [teachers[position] for position in group]
+        for job in together:
             folder, name = job.cell.folder, weights_file(TEACHER)
             if cell_folder.read_finished(folder) is not None and not cell_folder.check_file(folder, name):
                 cell_folder.forget_finished(folder, folder / name)
-        for job, outcome in zip(members, _complete(members, _train_teachers), strict=True):
+        for job, outcome in zip(together, _complete(together, train), strict=True):
             networks[job.cell.fingerprint] = outcome if isinstance(outcome, Exception) else _read_teacher(job)
         give_back_memory()
     return networks
 
 
-def _train_teachers(jobs: list[Job]) -> list[Outcome]:
-    trained = [job for job in jobs if job.settings.teacher.trained is not None]
-    for job in trained:
-        log.info("%s: comes trained (%s), scored first", job.cell.title, job.settings.teacher.trained)
-    if others := [job.cell.title for job in jobs if job not in trained]:
-        log.info("%s: not in the store yet, so trained first", ", ".join(others))
-    return _train(jobs, {})
+def _members(job: Job) -> list[Job]:
+    """Return a job for each Teacher of an ensemble that is not finished, as of a cell that learns from it."""
+    if cell_folder.read_finished(job.cell.folder) is not None:
+        return []
+    each = ((settings, job.cell.members[name]) for name, settings in job.settings.members.items())
+    return [Job(settings, replace(job.cell, teacher=cell)) for settings, cell in each]
+
+
+def _train_teachers(jobs: list[Job], *, members: Networks) -> list[Outcome]:
+    for job in jobs:
+        how = "not in the store yet, so trained first"
+        if job.cell.members:
+            how = f"the mean of {len(job.cell.members)} Teachers, scored first"
+        elif job.settings.teacher.trained is not None:
+            how = f"comes trained ({job.settings.teacher.trained}), scored first"
+        log.info("%s: %s", job.cell.title, how)
+    return _train(jobs, members)
 
 
 def _read_teacher(job: Job) -> Network:
@@ -177,10 +192,16 @@ def _make(job: Job, networks: Networks) -> Learner | Exception:
     cell = job.cell
     try:
         build.describe(job.settings, cell)
-        teacher = networks.get(cell.input_digests.get("teacher", ""))
-        if isinstance(teacher, Exception):
-            raise CellError(f"{cell.title}: its Teacher could not be trained: {one_line(teacher)}") from teacher
-        return build.learner(job.settings, cell)
+        teachers = dict(cell.members) if cell.teacher is None else {"teacher": cell.teacher}
+        trained = {name: networks[teacher.fingerprint] for name, teacher in teachers.items()}
+        for teacher in trained.values():
+            if isinstance(teacher, Exception):
+                raise CellError(f"{cell.title}: its Teacher could not be trained: {one_line(teacher)}") from teacher
+        learner = build.learner(job.settings, cell)
+        if cell.members:
+            members = {name: teacher for name, teacher in trained.items() if isinstance(teacher, Network)}
+            learner.network.load_state_dict(Ensemble(members).state_dict())
+        return learner
     except Exception as error:
         return _failed(cell, error)
 

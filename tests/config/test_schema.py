@@ -88,6 +88,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys((f"{of}.{key}" for of in ("student", "teacher") for key in ("imagenet", "imagenet_package")), (7,)),
     **dict.fromkeys(("tracking.uri", "tracking.experiment"), ("", 7)),
     **dict.fromkeys(("loss.logits", "loss.hidden", "data.source", "method.terms", "method.terms.hint.loss"), (5,)),
+    "teacher.ensemble": (5,),
     **dict.fromkeys(("path.kd_path", "kd", "train", "method.terms.hint", "method.terms.hint.path"), (5,)),
 }
 EDGES: dict[str, tuple[Any, ...]] = {

@@ -17,6 +17,10 @@ from kdsweep.tracking import reader, sync
 from kdsweep.training import build, group
 
 TRAINING = ["train.batch_size=8", "train.epochs=1", "device=cpu", "profile=quick", "data=busi", *TEACHER, *STUDENT]
+ENSEMBLE = [
+    *TEACHER,
+    *(override.replace("teacher.", "teacher.ensemble.resnet18.") for override in TEACHER),
+]
 SELF = ["teacher=student", *STUDENT]
 
 
@@ -100,6 +104,37 @@ def test_a_finished_student_teaches_its_like(compose):
     assert identity.cell(alone).folder.name.startswith("Student-split0-seed0-")
     by_folder = compose("path=H", *SELF, f"teacher.trained=run:{identity.cell(alone).folder.name}")
     assert identity.teacher_cell(by_folder).fingerprint == identity.teacher_cell(settings).fingerprint
+
+
+def test_an_ensemble_is_the_mean_of_its_members_and_shares_them(compose):
+    both = compose("path=L", "loss=mse", "teacher=[resnet18,resnet18]", "teacher.ensemble.resnet18.seed=1", *ENSEMBLE)
+    results = run(both, compose("path=L", "teacher=resnet18"))  # which learns from a member, in the same group
+    assert all(isinstance(result, float) for result in results)
+    ensemble = identity.cell(both).teacher
+    assert cell_folder.read(ensemble.folder).history == []
+    alone = identity.teacher_cell(compose("path=L", "teacher=resnet18"))
+    assert alone.fingerprint == ensemble.members["teacher"].fingerprint
+    assert cell_folder.read(alone.folder).status == "FINISHED"
+    network = group.obtain_teachers([identity.job(both)])[ensemble.fingerprint]
+    members = [
+        build.teacher_network(settings, weights=str(ensemble.members[name].folder / "teacher.safetensors"))
+        for name, settings in both.members.items()
+    ]
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        probabilities = [member.eval()(images, ("logits",)).logits.double().sigmoid() for member in members]
+        mean = network(images, ("logits",)).logits.double().sigmoid()
+    assert not torch.allclose(*probabilities)
+    torch.testing.assert_close(mean, torch.stack(probabilities).mean(dim=0), rtol=1e-5, atol=1e-7)
+    sweep = reader.read_sweep(store=ensemble.store, uri=None, name=None)
+    assert set(sweep.runs.query("role == 'teacher'")["fingerprint"]) >= {ensemble.fingerprint}
+
+
+def test_an_ensemble_has_logits_alone(compose):
+    with pytest.raises(InputError, match=r"with teacher.ensemble: logits"):
+        compose("path=H", "teacher=[resnet18,resnet18]", *ENSEMBLE)
+    with pytest.raises(InputError, match=r"teacher.ensemble.teacher is not allowed: members have other names"):
+        compose("path=L", "+teacher@teacher.ensemble.teacher=resnet18")
 
 
 def test_bad_ones_are_refused_before_anything_is_trained(compose, file, tmp_path):
