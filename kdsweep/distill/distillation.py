@@ -51,7 +51,7 @@ class Term:
 
     Attributes:
         kd_path: selects the tensors to compare.
-        loss: of the compared maps, see losses.py. One with arguments ``student_mask`` and ``teacher_mask`` gets the
+        loss: of the compared maps, see losses.py. One with arguments ``student_mask`` or ``teacher_mask`` gets these
             masks in the frame and at the size of the maps: (N, classes, h, w), in {0, 1}.
         stages: of the Student, that the path takes; of the Teacher too unless the path says others.
         share: of the KD term, which is the sum of share times loss.
@@ -68,7 +68,7 @@ class Term:
 
     def __post_init__(self) -> None:
         self.teacher_stages = self.kd_path.teacher_stages or self.stages
-        self.takes_masks = "student_mask" in inspect.signature(self.loss).parameters
+        self.masks = inspect.signature(self.loss).parameters.keys() & {"student_mask", "teacher_mask"}
 
     def value(self, *, student: Outputs, teacher: Outputs, views: ViewPair, align: bool) -> Tensor:
         """Return the loss of one batch; ``align``: warp the Teacher's maps into the Student's frame.
@@ -83,14 +83,11 @@ class Term:
         if theta is not None:
             teacher_map, valid = warp(teacher_map, theta=theta)
         masks: dict[str, Tensor] = {}
-        if self.takes_masks:
-            student_mask, teacher_mask = (
-                one_hot(mask, channels=self.classes + 1)[:, 1:] for mask in (views.student_mask, views.teacher_mask)
-            )
-            teacher_mask = teacher_mask if theta is None else _warped_mask(teacher_mask, theta=theta)
-            masks = {"student_mask": student_mask, "teacher_mask": teacher_mask}
-            size = teacher_map.shape[2:]
-            masks = {name: F.interpolate(mask, size, mode="nearest") for name, mask in masks.items()}
+        for name in self.masks:
+            mask = one_hot(getattr(views, name), channels=self.classes + 1)[:, 1:]
+            if name == "teacher_mask" and theta is not None:
+                mask = _warped_mask(mask, theta=theta)
+            masks[name] = F.interpolate(mask, teacher_map.shape[2:], mode="nearest")
         student_map = self._of_size(self.kd_path.student_map(student), teacher_map)
         return self.loss(student=student_map, teacher=teacher_map, valid=valid, **masks)
 
