@@ -43,7 +43,8 @@ def per_image(
         prediction: (N, 1, H, W), see ``predicted``.
         mask: (N, 1, H, W), ground truth in {0, 1} or {0, ..., K}.
         nsd_tolerance_px: how far a contour may be off in ``nsd``.
-        class_names: of K classes; their scores ``dice_NAME``, NaN in an image without that class, come behind the means.
+        class_names: of K classes; the scores of each, such as ``dice_NAME``, come behind the means and are NaN for an
+            image that has the class neither in its prediction nor in its ground truth.
     """
     measure = partial(_of_region, nsd_tolerance_px=nsd_tolerance_px)
     return _of_classes(measure, prediction=prediction, mask=mask, class_names=class_names)
@@ -66,14 +67,15 @@ def _of_classes(
     regions = [(prediction == index, mask == index) for index in range(1, len(class_names) + 1)]
     is_present = np.stack([(one | other).flatten(1).any(dim=1).numpy(force=True) for one, other in regions])  # (K, N)
     by_class = [measure(prediction=one, mask=other) for one, other in regions]
-    means, parts = {}, {}
+    means: dict[str, np.ndarray] = {}
+    parts: dict[str, np.ndarray] = {}
     for score in by_class[0]:
         values = np.stack([scores[score] for scores in by_class])
         sums = np.where(is_present, values, 0.0).sum(axis=0)
         # Without any class, each is empty in prediction and ground truth: the first one has the score of that.
         means[score] = np.where(is_present.any(axis=0), sums / is_present.sum(axis=0).clip(min=1), values[0])
-        named = zip(class_names, np.where(is_present, values, np.nan), strict=True)
-        parts |= {f"{score}_{name}": of_class for name, of_class in named}
+        names = [f"{score}_{name}" for name in class_names]
+        parts |= dict(zip(names, np.where(is_present, values, np.nan), strict=True))
     return means | parts
 
 
@@ -110,8 +112,9 @@ def hd95_px(*, prediction: Tensor, mask: Tensor) -> np.ndarray:
 def nsd(*, prediction: Tensor, mask: Tensor, tolerance_px: float) -> np.ndarray:
     """Return the normalized surface Dice: the share of both contours within the tolerance of the other one.
 
-    Arguments as for ``per_image``, of one class. It is 0 if one set is empty, and 1 if both are. Source: Nikolov et al., Clinically
-    applicable segmentation of head and neck anatomy for radiotherapy, J. Med. Internet Res. 23, 2021; as in MONAI.
+    Arguments as for ``per_image``, of one class. It is 0 if one set is empty, and 1 if both are. Source: Nikolov et
+    al., Clinically applicable segmentation of head and neck anatomy for radiotherapy, J. Med. Internet Res. 23, 2021;
+    as in MONAI.
     """
     from monai.metrics import compute_surface_dice
 
