@@ -150,7 +150,8 @@ class EvalPart:
         labels: N labels.
         groups: N groups, such as patients; None if the data set has none.
         images: (N, S, S, 3) uint8.
-        masks: (N, 1, S, S) uint8 in {0, 1}.
+        masks: (N, 1, S, S) uint8 in {0, 1}, or in {0, ..., K} of K classes.
+        class_names: K names; empty for one class.
     """
 
     ids: list[str]
@@ -158,6 +159,7 @@ class EvalPart:
     images: Tensor
     masks: Tensor
     groups: list[str] | None = None
+    class_names: tuple[str, ...] = ()
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images and masks in batches of at most ``size``, in order."""

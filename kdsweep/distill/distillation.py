@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdsweep.core.errors import InputError
+from kdsweep.distill.losses import one_hot
 from kdsweep.distill.paths import KDPath
 from kdsweep.models.networks import Outputs
 
@@ -35,7 +36,7 @@ class ViewPair(NamedTuple):
 
     Attributes:
         theta: (N, 2, 3), see ``sampling_theta``; None where both saw the same view.
-        student_mask: (N, 1, H, W), the lesion in the Student's view.
+        student_mask: (N, 1, H, W), the index of each pixel's class in the Student's view, 0 for background.
         teacher_mask: (N, 1, H, W), in the Teacher's.
     """
 
@@ -50,11 +51,12 @@ class Term:
 
     Attributes:
         kd_path: selects the tensors to compare.
-        loss: of the compared maps, see losses.py. One with arguments ``student_mask`` and ``teacher_mask`` gets the
-            masks in the frame and at the size of the maps.
+        loss: of the compared maps, see losses.py. One with arguments ``student_mask`` or ``teacher_mask`` gets these
+            masks in the frame and at the size of the maps: (N, classes, h, w), in {0, 1}.
         stages: of the Student, that the path takes; of the Teacher too unless the path says others.
         share: of the KD term, which is the sum of share times loss.
         resize: bring the Student's map to the size of the Teacher's, bilinearly, as if the path said so.
+        classes: of lesions, without background.
     """
 
     kd_path: KDPath
@@ -62,10 +64,11 @@ class Term:
     stages: tuple[str, ...]
     share: float = 1.0
     resize: bool = False
+    classes: int = 1
 
     def __post_init__(self) -> None:
         self.teacher_stages = self.kd_path.teacher_stages or self.stages
-        self.takes_masks = "student_mask" in inspect.signature(self.loss).parameters
+        self.masks = inspect.signature(self.loss).parameters.keys() & {"student_mask", "teacher_mask"}
 
     def value(self, *, student: Outputs, teacher: Outputs, views: ViewPair, align: bool) -> Tensor:
         """Return the loss of one batch; ``align``: warp the Teacher's maps into the Student's frame.
@@ -80,12 +83,11 @@ class Term:
         if theta is not None:
             teacher_map, valid = warp(teacher_map, theta=theta)
         masks: dict[str, Tensor] = {}
-        if self.takes_masks:
-            teacher_mask = views.teacher_mask.float()
-            teacher_mask = teacher_mask if theta is None else (warp(teacher_mask, theta=theta)[0] >= 0.5).float()
-            masks = {"student_mask": views.student_mask.float(), "teacher_mask": teacher_mask}
-            size = teacher_map.shape[2:]
-            masks = {name: F.interpolate(mask, size, mode="nearest") for name, mask in masks.items()}
+        for name in self.masks:
+            mask = one_hot(getattr(views, name), channels=self.classes + 1)[:, 1:]
+            if name == "teacher_mask" and theta is not None:
+                mask = _warped_mask(mask, theta=theta)
+            masks[name] = F.interpolate(mask, teacher_map.shape[2:], mode="nearest")
         student_map = self._of_size(self.kd_path.student_map(student), teacher_map)
         return self.loss(student=student_map, teacher=teacher_map, valid=valid, **masks)
 
@@ -191,3 +193,9 @@ def warp(maps: Tensor, *, theta: Tensor) -> tuple[Tensor, Tensor]:
     # "border": the half cell between the outermost centers and the frame's edge has no second neighbor to blend with.
     warped = F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return warped, (grid.abs() <= 1).all(dim=-1).unsqueeze(1)
+
+
+def _warped_mask(mask: Tensor, *, theta: Tensor) -> Tensor:
+    """Return masks (N, K, h, w) in {0, 1} of the weak view in the strong frame: the class that has half of a pixel."""
+    shares = warp(mask, theta=theta)[0] >= 0.5
+    return (shares & (shares.int().cumsum(dim=1) == 1)).float()  # of two that have a half each, the first

@@ -105,14 +105,15 @@ def standardized(*, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
 
 @in_single_precision
 def intra_class_relation(*, student: Tensor, teacher: Tensor, valid: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 (1 - Pearson correlation) of each class's probabilities over the batch's valid pixels (DIST, intra-class).
+    """T^2 (1 - Pearson correlation) of a class's probabilities over the batch's valid pixels, mean over classes (DIST).
 
-    With one logit z per pixel the probabilities are s(z / T) and 1 - s(z / T), whose correlations are equal. Source:
-    Huang et al., Knowledge distillation from a stronger teacher, NeurIPS 2022.
+    The intra-class term. With one logit z per pixel the probabilities are s(z / T) and 1 - s(z / T), whose correlations
+    are equal; with several channels they are softmax(z / T), background among them. Source: Huang et al., Knowledge
+    distillation from a stronger teacher, NeurIPS 2022.
 
     Args:
-        student: (N, 1, H, W) logits.
-        teacher: (N, 1, H, W) logits.
+        student: (N, C, H, W) logits.
+        teacher: (N, C, H, W) logits.
         valid: (N, 1, H, W) bool.
         temperature: T > 0.
 
@@ -121,13 +122,19 @@ def intra_class_relation(*, student: Tensor, teacher: Tensor, valid: Tensor, tem
         >>> intra_class_relation(student=student, teacher=teacher, valid=student != 0)  # 1 - 0
         tensor(1.)
     """
+    inside = valid[:, 0]
 
-    def centered(logits: Tensor) -> Tensor:
-        lesion = torch.sigmoid(logits / temperature)
-        mean = torch.where(valid, lesion, 0.0).sum() / valid.sum().clamp(min=1)
-        return torch.where(valid, lesion - mean, 0.0).flatten()
+    def shares(logits: Tensor) -> tuple[Tensor, ...]:
+        scaled = logits / temperature
+        return (torch.sigmoid(scaled) if logits.shape[1] == 1 else scaled.softmax(dim=1)).unbind(dim=1)
 
-    return temperature**2 * (1 - F.cosine_similarity(centered(student), centered(teacher), dim=0))
+    def centered(share: Tensor) -> Tensor:
+        mean = torch.where(inside, share, 0.0).sum() / inside.sum().clamp(min=1)
+        return torch.where(inside, share - mean, 0.0).flatten()
+
+    pairs = zip(shares(student), shares(teacher), strict=True)
+    terms = [1 - F.cosine_similarity(centered(q), centered(p), dim=0) for q, p in pairs]
+    return temperature**2 * torch.stack(terms).mean()
 
 
 @in_single_precision

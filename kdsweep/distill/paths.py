@@ -36,7 +36,10 @@ class KDPath(nn.Module, ABC):
 
 
 class Logits(KDPath):
-    """L, KD-Logits: the final logits before any activation (PAPER, Figure 1). Both maps are (N, 1, H, W)."""
+    """L, KD-Logits: the final logits before any activation (PAPER, Figure 1).
+
+    Both maps are (N, 1, H, W) or, of K classes, (N, K + 1, H, W).
+    """
 
     stages = ("logits",)
 

@@ -1,10 +1,13 @@
-"""The literature's comparisons of relations (conf/method/): between positions, images, or lesion and background.
+"""The literature's comparisons of relations (conf/method/): between positions, images, or the regions of a mask.
 
 They are losses like those of losses.py, computed in single precision. ``student_mask`` and ``teacher_mask``
-(N, 1, h, w) in {0, 1} are the lesion in the frame and at the size of the maps; the Teacher's is warped as its maps are.
+(N, K, h, w) in {0, 1} are the lesion, of each of K classes, in the frame and at the size of the maps; the Teacher's is
+warped as its maps are. The regions of a mask are its K classes and the background, which is what they leave.
 """
 
 from __future__ import annotations
+
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
@@ -107,15 +110,15 @@ def intra_class_variation(
 ) -> Tensor:
     """Mean squared difference, over valid positions, of the cosine between a position and its class's mean (IFVD).
 
-    The classes are lesion and background, the mean is over the image's valid positions of that class. Source: Wang et
+    The classes are the regions of the mask, the mean is over the image's valid positions of that class. Source: Wang et
     al., Intra-class feature variation distillation for semantic segmentation, ECCV 2020.
 
     Args:
         student: (N, C, h, w).
         teacher: (N, D, h, w).
         valid: (N, 1, h, w) bool.
-        student_mask: (N, 1, h, w).
-        teacher_mask: (N, 1, h, w).
+        student_mask: (N, K, h, w).
+        teacher_mask: (N, K, h, w).
 
     Example:
         >>> student, teacher, mask = torch.ones(1, 2, 1, 2), torch.eye(2)[None, :, None], torch.ones(1, 1, 1, 2)
@@ -125,7 +128,7 @@ def intra_class_variation(
     """
 
     def similarity(maps: Tensor, mask: Tensor) -> Tensor:
-        regions = torch.cat([mask, 1 - mask], dim=1)
+        regions = _regions(mask)
         means = torch.einsum("nrc,nrhw->nchw", _region_means(maps, regions, valid), regions)
         return F.cosine_similarity(maps, means, dim=1)[:, None]
 
@@ -137,17 +140,18 @@ def intra_class_variation(
 def region_affinity(
     *, student: Tensor, teacher: Tensor, valid: Tensor, student_mask: Tensor, teacher_mask: Tensor
 ) -> Tensor:
-    """Mean squared difference of the cosine between the means of lesion and background (EMKD, region affinity).
+    """Mean squared difference of the cosine between the means of two regions, over pairs of regions (EMKD).
 
-    An image without one of the two has no such cosine and does not count; without any other image the term is 0.
-    Source: Qin et al., IEEE TMI 40, 2021; their code adds 1 to the count of a region's positions.
+    The region affinity, of lesion and background or of each two of K classes and background. The mean is over those
+    pairs of all images whose two regions are in both masks; without such a pair the term is 0. Source: Qin et al., IEEE
+    TMI 40, 2021; their code adds 1 to the count of a region's positions.
 
     Args:
         student: (N, C, h, w).
         teacher: (N, D, h, w).
         valid: (N, 1, h, w) bool.
-        student_mask: (N, 1, h, w).
-        teacher_mask: (N, 1, h, w).
+        student_mask: (N, K, h, w).
+        teacher_mask: (N, K, h, w).
 
     Example:
         >>> student, mask = torch.tensor([[[[3.0, 4.0]], [[4.0, 3.0]]]]), torch.tensor([[[[1.0, 0.0]]]])
@@ -157,15 +161,21 @@ def region_affinity(
     """
 
     def contrast(maps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        regions = torch.cat([mask, 1 - mask], dim=1)
-        means = _region_means(maps, regions, valid)
-        both = ((regions * valid).sum(dim=(2, 3)) > 0).all(dim=1)
-        return F.cosine_similarity(means[:, 0], means[:, 1], dim=1), both
+        regions = _regions(mask)
+        means, present = _region_means(maps, regions, valid), (regions * valid).sum(dim=(2, 3)) > 0
+        pairs = list(combinations(range(regions.shape[1]), 2))
+        cosines = [F.cosine_similarity(means[:, one], means[:, other], dim=1) for one, other in pairs]
+        return torch.stack(cosines), torch.stack([present[:, one] & present[:, other] for one, other in pairs])
 
     student_values, student_has_both = contrast(student, student_mask)
     teacher_values, teacher_has_both = contrast(teacher, teacher_mask)
     has_both = (student_has_both & teacher_has_both).float()
     return ((student_values - teacher_values).square() * has_both).sum() / has_both.sum().clamp(min=1)
+
+
+def _regions(mask: Tensor) -> Tensor:
+    """Return the K classes of a mask (N, K, h, w) and the background: (N, K + 1, h, w)."""
+    return torch.cat([mask, 1 - mask.sum(dim=1, keepdim=True)], dim=1)
 
 
 def _region_means(maps: Tensor, regions: Tensor, valid: Tensor) -> Tensor:

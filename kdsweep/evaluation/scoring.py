@@ -24,19 +24,24 @@ def eval_batches(part: EvalPart, compute: Compute) -> Iterator[tuple[dict[str, T
 
 
 def predict(network: Network, part: EvalPart, *, compute: Compute) -> Tensor:
-    """Return predictions (N, 1, H, W) bool of complete images on the CPU: probability above 0.5."""
+    """Return predictions (N, 1, H, W) of complete images on the CPU, see ``metrics.predicted``."""
     network.eval()
     with torch.no_grad(), compute.autocast():
-        return torch.cat([(network(views["strong"]).logits > 0).cpu() for views, _ in eval_batches(part, compute)])
+        batches = eval_batches(part, compute)
+        return torch.cat([metrics.predicted(network(views["strong"]).logits).cpu() for views, _ in batches])
 
 
 def score(predictions: Tensor, part: EvalPart, *, nsd_tolerance_px: float) -> pd.DataFrame:
     """Return one row per image: image, label, lesion_px (of the ground truth), then the scores of metrics.py.
 
-    Behind the label comes the column group, where there are groups.
+    Behind the label comes the column group, where there are groups, and behind lesion_px the pixels of each class,
+    where there are classes.
     """
-    scores = metrics.per_image(prediction=predictions, mask=part.masks, nsd_tolerance_px=nsd_tolerance_px)
+    tolerance, names = nsd_tolerance_px, part.class_names
+    scores = metrics.per_image(prediction=predictions, mask=part.masks, nsd_tolerance_px=tolerance, class_names=names)
     about: dict[str, Any] = {"image": part.ids, "label": part.labels}
     about |= {"group": part.groups} if part.groups else {}
     about["lesion_px"] = part.masks.bool().flatten(1).sum(dim=1).numpy()
+    for index, name in enumerate(names, start=1):
+        about[f"lesion_px_{name}"] = (part.masks == index).flatten(1).sum(dim=1).numpy()
     return pd.DataFrame(about | scores)

@@ -169,7 +169,11 @@ def _feed(settings: Settings) -> Feed:
     feed = build.feed(settings, seed=settings.seed)
     feed.train.batches.indices = feed.train.batches.indices[: feed.train.batches.batch_size]
     parts = (
-        {name: values[:IMAGES] for name, values in vars(part).items() if values is not None}
+        {
+            name: values if name == "class_names" else values[:IMAGES]
+            for name, values in vars(part).items()
+            if values is not None
+        }
         for part in (feed.validation, feed.test)
     )
     return Feed(feed.train, *(EvalPart(**part) for part in parts))

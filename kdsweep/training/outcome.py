@@ -50,7 +50,7 @@ def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, f
 def _final_values(learner: Learner, table: pd.DataFrame, part: EvalPart) -> dict[str, float]:
     values = {f"test/{name}": float(table[name].mean()) for name in metrics.SCORES}
     values["test/dice_std"] = float(table["dice"].std())
-    values["test/trivial_dice"] = metrics.trivial_dice(part.masks)
+    values["test/trivial_dice"] = metrics.trivial_dice(part.masks, part.class_names)
     if not learner.history:  # it came trained
         return values
     values |= {"best_epoch": float(learner.best_epoch), "epochs": float(learner.epoch + 1)}

@@ -15,7 +15,7 @@ from small import unet
 from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
-from kdsweep.distill import losses, methods, paths, relations
+from kdsweep.distill import classes, losses, methods, paths, relations
 from kdsweep.distill.distillation import Distillation, TeacherForward, Term, ViewPair
 from kdsweep.models import networks
 from kdsweep.models.unet import UNet
@@ -124,11 +124,11 @@ def test_kld_positions_at_temperature_two_by_hand() -> None:
 def test_every_public_loss_has_an_example_that_holds() -> None:
     functions = [
         (function, vars(module))
-        for module in (losses, methods, relations)
+        for module in (losses, methods, relations, classes)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith("_") and name != "in_single_precision"
     ]
-    assert len(functions) == 16
+    assert len(functions) == 20
     for function, module_globals in functions:
         (example,) = doctest.DocTestFinder().find(function, globs=module_globals)
         assert example.examples, function

@@ -29,9 +29,12 @@ from kdsweep.training.learner import Learner
 
 CUDA = torch.device("cuda:0")
 SIZE, BATCH = 64, 4
+METHODS = [  # of one class
+    file.stem for file in sorted(Path("conf/method").glob("*.yaml")) if "distill.classes." not in file.read_text()
+]
 CELLS = [
     *([f"path={path}", f"loss={loss}"] for path in ("L", "H", "HR") for loss in ("mse", "kld")),
-    *([f"method={file.stem}"] for file in sorted(Path("conf/method").glob("*.yaml")) if file.stem != "none"),
+    *([f"method={name}"] for name in METHODS if name != "none"),
     ["path=none"],
 ]
 
