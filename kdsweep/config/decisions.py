@@ -129,6 +129,8 @@ def _unified(settings: Settings) -> dict[str, Any]:
     for name, share in settings.method.shares().items():
         values["method"]["terms"][name]["weight"] = share
     values["data"] |= {"load_size": settings.load_size}
+    if settings.data.classes:
+        values["data"]["classes"] = list(settings.data.classes.items())  # their order is that of the logits
     values["teacher"] |= {"epochs": settings.teacher_epochs, "supervised": supervised, "schedule": schedule}
     values["kd"] |= {"weight": "matched" if settings.kd_weight is None else settings.kd_weight, "lambda": None}
     for network in (values["student"], values["teacher"]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -24,6 +24,12 @@ def rule(holds: Callable[[Any], object], text: str) -> AfterValidator:
 def is_name(text: str, longest: int = 80) -> bool:
     """Return whether a text can be a folder, a file, a key and a filter of MLflow, also in capitals."""
     return bool(re.fullmatch(r"\w[\w .-]*", text)) and max(len(text.encode()), len(text.upper().encode())) <= longest
+
+
+def are_marks(classes: Mapping[str, Any]) -> bool:
+    """Return whether marks of classes in a mask are of one kind and differ from each other and from black."""
+    kinds, marks = {type(mark) for mark in classes.values()}, [str(mark) for mark in classes.values()]
+    return len(classes) > 1 and len(kinds) == 1 and len({*marks, "[0, 0, 0]"}) == len(marks) + 1
 
 
 NAME_RULE = "be made of letters, digits, blank . _ -, the first a letter, a digit or _, at most 80 bytes (a sweep: 200)"
@@ -50,6 +56,9 @@ Precision = Literal["fp32", "tf32", "bf16"]
 Monitor = Literal["loss", "dice"]
 Supervised = Literal["bce", "bce_dice"]
 Schedule = Literal["constant", "cosine", "poly"]
+Color = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
+MARKS = "be two names or more, all with a value from 1, all with a color [r, g, b] or all with a label, no one twice"
+Classes = Annotated[dict[Name, Annotated[int, Field(ge=1, le=65535)] | Color | Text], rule(are_marks, MARKS)]
 Call = dict[str, Any]  # a function or class by _target_, and its arguments
 
 

@@ -136,6 +136,8 @@ def params(settings: Settings) -> dict[str, Any]:
     values = settings.plain()
     for node in (values["student"], values["teacher"]):
         node |= {key: json.dumps(node[key]) for key in AS_JSON if node.get(key) is not None}
+    if settings.data.classes:
+        values["data"]["classes"] = json.dumps(settings.data.classes)
     return grid.flatten(values)
 
 

@@ -27,12 +27,12 @@ _images = lru_cache(maxsize=2)(load_images)
 
 def source(settings: Settings) -> Any:
     """Return the data set that settings name: a ``data.Source``."""
-    return _source(json.dumps(settings.data.source), json.dumps(settings.data.window))
+    return _source(*map(json.dumps, (settings.data.source, settings.data.window, settings.data.classes)))
 
 
 @lru_cache(maxsize=2)
-def _source(values: str, window: str) -> Any:
-    return sources.windowed(composition.build(json.loads(values)), json.loads(window))
+def _source(values: str, window: str, classes: str) -> Any:
+    return sources.read_as(composition.build(json.loads(values)), json.loads(window), json.loads(classes))
 
 
 def listing(settings: Settings) -> sources.Listing:

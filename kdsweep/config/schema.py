@@ -13,6 +13,7 @@ from pydantic import Field
 
 from kdsweep.config.fields import (
     Call,
+    Classes,
     Count,
     Deviations,
     Device,
@@ -242,6 +243,7 @@ class DataNode(Node, extra="allow"):
     load_size: Annotated[int, Field(ge=64)] | None = None
     allow_empty_masks: Annotated[bool | None, LOCAL] = None
     window: Window | None = None
+    classes: Classes | None = None
     # 100,000 images take 43 GiB of memory at image_size=224: a larger number is a typing error.
     count: Annotated[Annotated[int, Field(ge=4, le=100_000)] | None, REFERENCE] = None
     root: Annotated[Any, PLACE] = None
@@ -298,6 +300,11 @@ class Settings(Node):
     def load_size(self) -> int:
         """Return the side in pixels of the images that crops are taken from: by default 256 for 224, in that ratio."""
         return self.data.load_size or round(self.image_size * 256 / 224)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of several classes; empty for one."""
+        return tuple(self.data.classes or ())
 
     @property
     def teacher_epochs(self) -> int:

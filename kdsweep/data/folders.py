@@ -193,22 +193,27 @@ class Inventory:
         return {reason: sorted(names) for reason, names in sorted(self.ignored.items())}
 
 
-def pair(inventory: Inventory, image_dir: Path, mask_dir: Path) -> list[tuple[Path, tuple[Path, ...]]]:
+def pair(
+    inventory: Inventory, image_dir: Path, mask_dir: Path, *, suffixes: Sequence[str] = ()
+) -> list[tuple[Path, tuple[Path, ...]]]:
     """Return each image with the mask of equal name; masks without an image are noted as ignored.
+
+    With ``suffixes``, in lower case, an image has a mask for each of them: of its name and the suffix.
 
     Raises:
         InputError: no image has a mask, or ``Inventory.images`` refuses a folder.
     """
     images, masks = inventory.images(image_dir), inventory.images(mask_dir)
     by_name = {folded(mask.stem): mask for mask in masks}
-    names = {folded(image.stem) for image in images}
-    lone = [mask for name, mask in by_name.items() if name not in names]
+    names = {folded(image.stem): [f"{folded(image.stem)}{suffix}" for suffix in suffixes or ("",)] for image in images}
+    expected = {name for several_names in names.values() for name in several_names}
+    lone = [mask for name, mask in by_name.items() if name not in expected]
     if len(lone) == len(masks):
         example = f"{images[0]} and {inventory.name(masks[0])}"
-        raise InputError(f"no image has a mask of its name: {example}; give both one name")
+        remedy = f"name masks NAME{', NAME'.join(suffixes)} for an image NAME" if suffixes else "give both one name"
+        raise InputError(f"no image has a mask of its name: {example}; {remedy}")
     inventory.ignore(LONE_MASKS, lone)
-    pairs = [(image, by_name.get(folded(image.stem))) for image in images]
-    return [(image, (mask,) if mask is not None else ()) for image, mask in pairs]
+    return [(image, tuple(by_name[name] for name in names[folded(image.stem)] if name in by_name)) for image in images]
 
 
 def ignored_line(ignored: Ignored) -> str:

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -15,8 +16,9 @@ from kdsweep.core.errors import InputError
 from kdsweep.core.logs import FILE_ONLY
 from kdsweep.core.memory import available_memory
 from kdsweep.core.progress import track
-from kdsweep.data.pixels import AS_MASK, FileError, naming, read_gray_or_color, read_mask
-from kdsweep.data.sources import Entry, Source, listing
+from kdsweep.data.folders import folded
+from kdsweep.data.pixels import AS_MASK, FileError, naming, read_class_map, read_gray_or_color, read_mask
+from kdsweep.data.sources import Classes, Entry, Source, listing
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +45,11 @@ class Images:
         ids: N unique ids, sorted.
         labels: N labels.
         images: (N, L, L, 3) uint8, from which training views are cropped.
-        masks: (N, L, L) uint8 in {0, 1}.
+        masks: (N, L, L) uint8 in {0, 1}, or in {0, ..., K} of K classes.
         eval_images: (N, S, S, 3) uint8, the uncropped image at the size at which it is scored.
-        eval_masks: (N, S, S) uint8 in {0, 1}.
+        eval_masks: (N, S, S) uint8, as ``masks``.
         digest: SHA-256 over ids, labels and the bytes of all files.
+        class_names: K names; empty for one class.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Images:
     eval_images: np.ndarray = field(repr=False)
     eval_masks: np.ndarray = field(repr=False)
     digest: str
+    class_names: tuple[str, ...] = ()
 
 
 class _Loaded(NamedTuple):
@@ -104,7 +108,8 @@ def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_
     ids, labels = ([getattr(entry, name) for entry in entries] for name in ("id", "label"))
     _report(source.name, {i: one.warnings for i, one in zip(ids, loaded, strict=True)}, image_size=image_size)
     images, masks, eval_images, eval_masks = map(np.stack, zip(*(one.arrays for one in loaded), strict=True))
-    return Images(source.name, ids, labels, images, masks, eval_images, eval_masks, digest)
+    names = tuple(name for name, _ in entries[0].classes or ())
+    return Images(source.name, ids, labels, images, masks, eval_images, eval_masks, digest, names)
 
 
 def _load(image: np.ndarray, mask: np.ndarray, *, load_size: int, image_size: int) -> _Loaded:
@@ -145,7 +150,7 @@ def _check_memory(count: int, *, load_size: int, image_size: int) -> None:
 
 
 def read_entry(entry: Entry) -> tuple[np.ndarray, np.ndarray]:
-    """Read image (H, W, 3) uint8 and mask (H, W) uint8 in {0, 1} of one entry, both upright.
+    """Read image (H, W, 3) uint8 and mask (H, W) uint8 of one entry, both upright; 0 is background.
 
     Raises:
         FileError: a file is wrong or doubtful; the message is one line with its name.
@@ -158,11 +163,30 @@ def read_entry(entry: Entry) -> tuple[np.ndarray, np.ndarray]:
         raise FileError(f"{entry.image_file} is {width} x {height} pixels, an image needs {SMALLEST} a side")
     mask = np.zeros((height, width), np.uint8)
     for file in entry.mask_files:
-        part = read_mask(file)
+        part = _read_classes(file, entry, entry.classes) if entry.classes else read_mask(file)
         if part.shape != mask.shape:
             raise FileError(f"{file} is {part.shape[1]} x {part.shape[0]} pixels, its image {width} x {height}")
-        mask |= part
+        if ((mask > 0) & (part > 0) & (mask != part)).any():
+            raise FileError(
+                f"{file} gives pixels a class to which another mask of its image gives another; correct one"
+            )
+        mask = np.maximum(mask, part)
     return image, mask
+
+
+def _read_classes(file: Path, entry: Entry, classes: Classes) -> np.ndarray:
+    """Read a mask as (H, W) uint8: k where the k-th class is, 0 elsewhere."""
+    marks = [mark for _, mark in classes]
+    if not isinstance(marks[0], str):
+        return read_class_map(file, marks)
+    labels, mask = [folded(str(mark)) for mark in marks], read_mask(file)
+    suffix = folded(file.stem).removeprefix(f"{folded(entry.image_file.stem)}_mask_")
+    label = suffix if suffix in labels else folded(entry.label)
+    if label in labels:
+        return mask * np.uint8(labels.index(label) + 1)
+    if mask.any():
+        raise FileError(f"{file} shows a lesion with the label {entry.label}, which data.classes does not name; add it")
+    return mask
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
@@ -172,6 +196,16 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """Resize (H, W) uint8 in {0, 1} to (size, size): a pixel is lesion if at least half of its area is."""
-    share = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
-    return (share >= 0.5).astype(np.uint8)
+    """Resize a mask (H, W) uint8 to (size, size): a pixel is lesion if at least half of its area is.
+
+    With several classes it is what most of its area is; of equal ones the first, background the last.
+    """
+    indices = range(1, max(1, int(mask.max())) + 1)
+    shares = [
+        cv2.resize((mask == index).astype(np.float32), (size, size), interpolation=cv2.INTER_AREA) for index in indices
+    ]
+    if len(shares) == 1:
+        return (shares[0] >= 0.5).astype(np.uint8)
+    background = 1 - np.sum(shares, axis=0)
+    winner = np.argmax([*shares, background], axis=0) + 1
+    return np.where(winner > len(shares), 0, winner).astype(np.uint8)

@@ -174,6 +174,7 @@ def eval_part(images: Images, indices: list[int], *, groups: Mapping[str, str] |
         images=torch.from_numpy(images.eval_images[indices]),
         masks=torch.from_numpy(images.eval_masks[indices])[:, None],
         groups=[groups[images.ids[i]] for i in indices] if groups else None,
+        class_names=images.class_names,
     )
 
 

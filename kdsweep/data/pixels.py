@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ ELEMENTS = [
     *("RescaleIntercept", "RescaleSlope", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
 ]
 Window = tuple[float, float]
+Mark = int | tuple[int, int, int] | str  # what a mask shows where a class is: a value, a color, or its label
 
 
 class FileError(ValueError):
@@ -193,6 +194,47 @@ def read_mask(file: Path) -> np.ndarray:
         return lesion(_mask_colors(picture))
 
 
+def read_class_map(file: Path, marks: Sequence[Mark]) -> np.ndarray:
+    """Read a mask of several classes as (H, W) uint8, upright: k where it has the k-th mark, 0 where it is black.
+
+    Args:
+        file: of any mode; a palette's values are its indices.
+        marks: all values, or all colors.
+
+    Raises:
+        FileError: the file is unreadable, or has a value or color that is no mark.
+    """
+    with naming(file):
+        if file.suffix.lower() in DICOM:
+            raise DoubtError("is a DICOM file, as a mask cannot be; save it as PNG")
+        picture = _upright(file)
+        if isinstance(marks[0], int):
+            codes = np.asarray(picture).astype(np.int64)
+            if codes.ndim == 3 and (codes[..., :1] != codes[..., :3]).any():
+                raise DoubtError("is in color; give data.classes a color [r, g, b] for each name")
+            codes = codes[..., 0] if codes.ndim == 3 else codes
+            known = [int(mark) for mark in marks if isinstance(mark, int)]
+        else:
+            codes = _color_codes(_mask_colors(picture))
+            known = [int(_color_codes(np.array(mark))) for mark in marks]
+        classes = np.zeros(codes.shape, np.uint8)
+        for index, code in enumerate(known, start=1):
+            classes[codes == code] = index
+        if (unnamed := (classes == 0) & (codes != 0)).any():
+            values = codes[unnamed]
+            if not isinstance(marks[0], int):
+                values = np.stack([values >> 16, values >> 8 & 255, values & 255], axis=1)
+            named = _named(values.reshape(len(values), -1))
+            raise DoubtError(f"has {named}, which data.classes does not name; name it, or make it black")
+        return classes
+
+
+def _color_codes(colors: np.ndarray) -> np.ndarray:
+    """Return a number for each color (..., 3)."""
+    red, green, blue = np.moveaxis(colors.astype(np.int64), -1, 0)
+    return (red << 16) + (green << 8) + blue
+
+
 def _mask_colors(picture: Image.Image) -> np.ndarray:
     """Return the visible colors (H, W, 3) uint8 of a mask; raise DoubtError if some of its shape is hidden."""
     stored, colors, alpha = np.asarray(picture), _visible(picture), _varying_alpha(picture)
@@ -226,9 +268,7 @@ def lesion(mask: np.ndarray) -> np.ndarray:
     """
     levels = codes = mask
     if mask.ndim == 3:
-        red, green, blue = np.moveaxis(mask, 2, 0)
-        levels = np.maximum(np.maximum(red, green), blue)
-        codes = (red.astype(np.int32) << 16) + (green.astype(np.int32) << 8) + blue
+        levels, codes = mask.max(axis=2), _color_codes(mask)
     half = int(np.iinfo(mask.dtype).max) // 2
     first = np.unique(codes, return_index=True)[1]
     if levels.max() > half:

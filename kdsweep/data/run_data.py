@@ -21,7 +21,7 @@ SOURCES: dict[str, Callable[..., Any]] = {
 
 
 class Scored(NamedTuple):
-    """An image (S, S, 3) uint8 and its mask (S, S) uint8 in {0, 1}, as they are scored."""
+    """An image (S, S, 3) uint8 and its mask (S, S) uint8 of class indices, as they are scored."""
 
     image: np.ndarray
     mask: np.ndarray
@@ -50,7 +50,7 @@ def source(params: Mapping[str, Any], *, store: Path, root: Path | None = None) 
     if "cache_dir" in values:
         arguments["cache_dir"] = str(store / "phantoms")
     try:
-        source: sources.Source = sources.windowed(SOURCES[name](**arguments), window(params))
+        source: sources.Source = sources.read_as(SOURCES[name](**arguments), window(params), classes(params))
     except TypeError as error:
         raise InputError(f"data.source={name}: the run recorded other options than it has now ({error})") from error
     return source
@@ -75,6 +75,12 @@ def window(params: Mapping[str, Any]) -> Window | None:
     """Return the ``data.window`` of a run from its flat configuration."""
     recorded = _value(params.get("data.window"))
     return tuple(recorded) if recorded is not None else None
+
+
+def classes(params: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the ``data.classes`` of a run from its flat configuration."""
+    recorded: dict[str, Any] | None = _value(params.get("data.classes"))
+    return recorded
 
 
 def _value(recorded: Any) -> Any:

@@ -14,8 +14,8 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,7 +27,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.data import phantom
 from kdsweep.data.folders import LONE_MASKS, Ignored, Inventory, folded, is_image, pair, refuse_unprintable
 from kdsweep.data.labels import read_labels
-from kdsweep.data.pixels import Window
+from kdsweep.data.pixels import Mark, Window
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +36,22 @@ NORMAL = "images of normal/, which data.source.include_normal=true takes"
 MASK_NAME = re.compile(r"(.+)_mask(_\d+)?", re.IGNORECASE)
 
 
+Classes = tuple[tuple[str, Mark], ...]  # names, each with what a mask shows
+
+
 class Entry(NamedTuple):
-    """One image of a data set: unique id, label, image file, mask files (the lesion is their union), window."""
+    """One image of a data set: unique id, label, image file, mask files, window, classes.
+
+    The lesion is the union of the masks. With classes each mask shows those whose value or color it has; where classes
+    have a label, one mask shows one class: that of ``NAME_mask_LABEL``, else that of the image's label.
+    """
 
     id: str
     label: str
     image_file: Path
     mask_files: tuple[Path, ...]
     window: Window | None = None
+    classes: Classes | None = None
 
 
 class Contents(NamedTuple):
@@ -151,15 +159,22 @@ def _class_images(inventory: Inventory, folders: dict[str, Path]) -> list[Entry]
 
 @dataclass(frozen=True)
 class Folder(_InFolder):
-    """A plain folder: ``images/`` and ``masks/`` by equal name. Any image format that Pillow reads, or DICOM."""
+    """A plain folder: ``images/`` and ``masks/`` by equal name. Any image format that Pillow reads, or DICOM.
+
+    Args:
+        root: the folder.
+        labels: of classes with a mask each, such as ``NAME_mask_LABEL.png`` for the image NAME.
+    """
 
     root: str | Path
     name: str = "folder"
+    labels: tuple[str, ...] = ()
 
     def _contents(self) -> Contents:
         inventory = Inventory(self.root)
         folders = inventory.find(("images", "masks"), layout="folders images/ and masks/ next to each other")
-        entries = [Entry(image.stem, "unknown", image, masks) for image, masks in pair(inventory, *folders)]
+        pairs = pair(inventory, *folders, suffixes=[f"_mask_{folded(label)}" for label in self.labels])
+        entries = [Entry(image.stem, "unknown", image, masks) for image, masks in pairs]
         return Contents(entries, inventory.close(folders))
 
 
@@ -221,23 +236,30 @@ class Phantoms:
 
 
 @dataclass(frozen=True)
-class Windowed:
-    """A data set whose images are read through ``data.window``; in all else it is that data set."""
+class ReadAs:
+    """A data set that is read with ``data.window`` and ``data.classes``; in all else it is that data set."""
 
     source: Source
-    window: Window
+    window: Window | None
+    classes: Classes | None
 
     def entries(self) -> list[Entry]:
-        """Return the images, each with the window."""
-        return [entry._replace(window=self.window) for entry in self.source.entries()]
+        """Return the images, each with window and classes."""
+        return [entry._replace(window=self.window, classes=self.classes) for entry in self.source.entries()]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "source"), name)  # also of a copy in the making
 
 
-def windowed(source: Any, window: Sequence[float] | None) -> Any:
-    """Return a data set, read through a window if there is one: a ``Source``."""
-    return source if window is None else Windowed(source, (window[0], window[1]))
+def read_as(source: Any, window: Sequence[float] | None, classes: Mapping[str, Any] | None = None) -> Any:
+    """Return a data set, read with a window and classes if there are some: a ``Source``."""
+    if window is None and classes is None:
+        return source
+    marks = {name: tuple(mark) if isinstance(mark, list) else mark for name, mark in (classes or {}).items()}
+    labels = tuple(mark for mark in marks.values() if isinstance(mark, str))
+    if labels and isinstance(source, Folder):
+        source = replace(source, labels=labels)
+    return ReadAs(source, (window[0], window[1]) if window else None, tuple(marks.items()) or None)
 
 
 class Listing(NamedTuple):

@@ -24,9 +24,9 @@ class Rendering(NamedTuple):
 
     Attributes:
         strong: (S, S, 3) uint8.
-        strong_mask: (S, S) uint8 in {0, 1}.
+        strong_mask: (S, S) uint8, class indices, 0 for background.
         weak: (S, S, 3) uint8, the crop alone.
-        weak_mask: (S, S) uint8 in {0, 1}.
+        weak_mask: (S, S) uint8, alike.
         matrix: (3, 3) float64, maps weak pixel coordinates (x, y, 1) to strong ones.
     """
 
@@ -86,7 +86,7 @@ class Views:
 
         Args:
             image: (H, W, 3) uint8, H and W at least image_size.
-            mask: (H, W) uint8 in {0, 1}.
+            mask: (H, W) uint8, class indices.
             seed: any number of non-negative integers.
         """
         # Compose.set_random_seed would give all its transforms one seed, so that they apply together or not at all.

@@ -75,9 +75,9 @@ def score_sweep(
 
 
 def _data_set(source: sources.Source, digest: str) -> str:
-    """Return the name under which scores on a data set are kept; read through a window it is another one."""
-    if isinstance(source, sources.Windowed):
-        digest = grid.digest([digest, source.window])
+    """Return the name under which scores on a data set are kept; with a window or classes it is another one."""
+    if isinstance(source, sources.ReadAs):
+        digest = grid.digest([digest, source.window, *([source.classes] if source.classes else [])])
     return f"{source.name}-{digest[:8]}"
 
 

@@ -311,11 +311,11 @@ def test_data_window_counts_wherever_images_are_read(mixed) -> None:
 
 def test_a_data_set_through_a_window_is_in_all_else_the_same(mixed) -> None:
     folder = sources.Folder(mixed)
-    through = sources.windowed(folder, [1, 2])
-    assert sources.windowed(folder, None) is folder
+    through = sources.read_as(folder, [1, 2])
+    assert sources.read_as(folder, None) is folder
     assert (through.name, through.root, through.ignored()) == (folder.name, folder.root, folder.ignored())
     assert sources.listing(through).digest == sources.listing(folder).digest
-    assert sources.windowed(folder, [1, 2]) == through != sources.windowed(folder, [1, 3])
+    assert sources.read_as(folder, [1, 2]) == through != sources.read_as(folder, [1, 3])
     assert copy.copy(through) == through
     assert read_entry(through.entries()[1])[0].max() == 255
 

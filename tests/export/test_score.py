@@ -122,14 +122,14 @@ def test_an_image_of_the_sweep_is_refused_through_another_window_too(finished, t
     params = {"data.source._target_": "kdsweep.data.Folder", "data.source.root": str(tmp_path), "data.window": "[0, 9]"}
     sweep = replace(sweep, runs=sweep.runs.assign(params=[params] * len(sweep.runs)))
     for window in (None, [0, 9], [0, 4095]):
-        other = sources.windowed(sources.Folder(tmp_path), window)
+        other = sources.read_as(sources.Folder(tmp_path), window)
         with pytest.raises(InputError, match="1 of 1 images are also in the data that the sweep was trained on"):
             score._refuse_shared_images(sweep, other, other.entries(), store=store)
 
 
 def test_scores_through_a_window_are_kept_apart(small_busi):
     busi = sources.Busi(small_busi)
-    names = {score._data_set(sources.windowed(busi, window), "abcdef0123") for window in (None, [0, 1], [0, 2])}
+    names = {score._data_set(sources.read_as(busi, window), "abcdef0123") for window in (None, [0, 1], [0, 2])}
     assert "busi-abcdef01" in names
     assert len(names) == 3
 
