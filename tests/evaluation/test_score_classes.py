@@ -116,7 +116,7 @@ def test_the_most_probable_class_is_predicted_and_the_first_of_equal_ones() -> N
     assert torch.equal(predicted, classes)
     ties = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 2.0, 2.0]])[:, :, None, None]
     assert metrics.predicted(ties).flatten().tolist() == [0, 0, 1]
-    one = metrics.predicted(torch.tensor([[[[-1.0, 0.0, 1.0]]]]))
+    one = metrics.predicted(torch.tensor([[[[-1.0, 0.0, 0.25]]]]))
     assert one.dtype == torch.bool
     assert one.flatten().tolist() == [False, False, True]
 
