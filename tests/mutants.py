@@ -37,6 +37,7 @@ SPLITS, FOLDERS = "tests/data/test_splits.py", "tests/data/test_folders.py"
 DEVICE = "tests/training/test_device.py"
 EXECUTORS = "tests/sweep/test_executors.py"
 FACTORY, LOOP = "tests/training/test_build.py", "tests/training/test_loop.py"
+LOSS_CLASSES = "tests/distill/test_loss_classes.py"
 RESULTS = "tests/results/test_tables.py tests/results/test_stats.py"
 MUTANTS = [
     # the nine that lived when this list began
@@ -434,15 +435,15 @@ MUTANTS = [
     Mutant(
         "masks are not warped",
         "distill/distillation.py",
-        "teacher_mask if theta is None else (warp(teacher_mask, theta=theta)[0] >= 0.5).float()",
-        "teacher_mask",
+        "mask = _warped_mask(mask, theta=theta)",
+        "pass",
         "tests/distill/test_methods.py",
     ),
     Mutant(
         "the Student's mask for the Teacher",
         "distill/distillation.py",
-        '"teacher_mask": teacher_mask}',
-        '"teacher_mask": views.student_mask.float()}',
+        "getattr(views, name)",
+        "views.student_mask",
         "tests/distill/test_methods.py",
     ),
     Mutant(
@@ -618,9 +619,9 @@ MUTANTS = [
     # evaluation
     Mutant(
         "threshold at logit 0.5",
-        "evaluation/scoring.py",
-        ".logits > 0).cpu()",
-        ".logits > 0.5).cpu()",
+        "evaluation/metrics.py",
+        "return logits > 0 if",
+        "return logits > 0.5 if",
         "tests/evaluation tests/test_golden.py",
     ),
     Mutant(
@@ -634,8 +635,8 @@ MUTANTS = [
     Mutant(
         "validation Dice of empty pairs",
         "evaluation/metrics.py",
-        "return torch.where(total == 0, 1.0, dice).mean()",
-        "return dice.mean()",
+        "return torch.where(is_present.any(dim=1), mean, 1.0).mean()",
+        "return mean.mean()",
         "tests/evaluation",
     ),
     Mutant(
@@ -643,6 +644,84 @@ MUTANTS = [
         "evaluation/metrics.py",
         "class_thresholds=[tolerance_px]",
         "class_thresholds=[2.0]",
+        "tests/evaluation",
+    ),
+    # several classes
+    Mutant(
+        "KL of classes the wrong way round",
+        "distill/losses.py",
+        "F.kl_div(log_q, log_p,",
+        "F.kl_div(log_p, log_q,",
+        LOSS_CLASSES,
+    ),
+    Mutant(
+        "classes that a batch lacks have a Dice",
+        "distill/losses.py",
+        "is_present.sum().clamp(min=1)",
+        "len(is_present)",
+        LOSS_CLASSES,
+    ),
+    Mutant(
+        "the background has a Dice",
+        "distill/losses.py",
+        "shares, truth = logits.float().softmax(dim=1)[:, 1:], one_hot(mask, channels=logits.shape[1])[:, 1:]",
+        "shares, truth = logits.float().softmax(dim=1), one_hot(mask, channels=logits.shape[1])",
+        LOSS_CLASSES,
+    ),
+    Mutant(
+        "EMKD compares the first two regions alone",
+        "distill/relations.py",
+        "combinations(range(regions.shape[1]), 2)",
+        "combinations(range(2), 2)",
+        LOSS_CLASSES,
+    ),
+    Mutant(
+        "DKD's target is among the other classes",
+        "distill/classes.py",
+        "scaled.masked_fill(is_target, lowest)",
+        "scaled",
+        LOSS_CLASSES,
+    ),
+    Mutant(
+        "logits keep their deviation",
+        "distill/classes.py",
+        "(logits.std(dim=1, keepdim=True) + 1e-7)",
+        "1",
+        LOSS_CLASSES,
+    ),
+    Mutant(
+        "DIST's inter-class term is a cosine",
+        "distill/classes.py",
+        ".softmax(dim=1) - 1 / maps.shape[1]",
+        ".softmax(dim=1)",
+        LOSS_CLASSES,
+    ),
+    Mutant(
+        "a warped pixel has two classes",
+        "distill/distillation.py",
+        "(shares & (shares.int().cumsum(dim=1) == 1))",
+        "shares",
+        LOSS_CLASSES,
+    ),
+    Mutant(
+        "classes that an image lacks count",
+        "evaluation/metrics.py",
+        "is_present.sum(axis=0).clip(min=1)",
+        "len(class_names)",
+        "tests/evaluation",
+    ),
+    Mutant(
+        "classes that an image lacks count in validation",
+        "evaluation/metrics.py",
+        "is_present.sum(dim=1).clamp(min=1)",
+        "is_present.shape[1]",
+        "tests/evaluation",
+    ),
+    Mutant(
+        "the score of an absent class is a number",
+        "evaluation/metrics.py",
+        "np.where(is_present, values, np.nan)",
+        "values",
         "tests/evaluation",
     ),
     # configuration
