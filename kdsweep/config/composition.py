@@ -23,10 +23,12 @@ from kdsweep import conf_dir
 from kdsweep.config import decisions, grid, overrides
 from kdsweep.config.fields import NAME_RULE, is_name
 from kdsweep.config.grid import is_under
-from kdsweep.config.schema import KDPathNode, Settings
+from kdsweep.config.schema import KDPathNode, Settings, logits_of
 from kdsweep.config.user_code import canonical
 from kdsweep.core.errors import InputError
 
+# In the arguments of a network: the number of its logits, ``${logits:${oc.select:data.classes,null}}``.
+OmegaConf.register_new_resolver("logits", lambda classes: logits_of(classes or ()), replace=True)
 MESSAGES = {  # of Hydra and OmegaConf
     r"Missing mandatory value: (\S+)": "{0} is missing: give it on the command line, {0}=...",
     r"node `([\w.]+)` is not a container": "{0} does not take that value: give its keys one by one, {0}.KEY=...",

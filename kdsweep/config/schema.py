@@ -6,6 +6,7 @@ Comments in conf/ say what a key means.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,6 +48,11 @@ DRAWN, NO_FILE = {"split.protocol": ("paper", "holdout")}, {"split.protocol": ("
 STAGES = (*(f"encoder.{n}" for n in range(1, 6)), *(f"decoder.{n}" for n in range(1, 6)), "logits")  # of a U-Net
 TRAINED_HERE = {"teacher.trained": UNSET}  # a Teacher that comes trained does without all keys of training
 MSE = dict.fromkeys(("loss.logits._target_", "loss.hidden._target_"), ("kdsweep.distill.losses.mse",))
+
+
+def logits_of(class_names: Sequence[str]) -> int:
+    """Return the number of logits of a pixel for several classes by name, or for one class without a name."""
+    return len(class_names) + 1 if class_names else 1
 
 
 class KDPathNode(Node, extra="allow"):
@@ -305,6 +311,11 @@ class Settings(Node):
     def class_names(self) -> tuple[str, ...]:
         """Return the names of several classes; empty for one."""
         return tuple(self.data.classes or ())
+
+    @property
+    def logits(self) -> int:
+        """Return the number of logits of a pixel: one for one class, else one for each and one for the background."""
+        return logits_of(self.class_names)
 
     @property
     def teacher_epochs(self) -> int:

@@ -83,6 +83,11 @@ def classes(params: Mapping[str, Any]) -> dict[str, Any] | None:
     return recorded
 
 
+def class_names(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of several classes from a run's flat configuration; empty for one."""
+    return tuple(classes(params) or ())
+
+
 def _value(recorded: Any) -> Any:
     """Return a value as it was before MLflow stored it as a string."""
     if not isinstance(recorded, str):

@@ -25,6 +25,7 @@ class Network(NamedTuple):
 
     architecture: str  # as JSON
     image_size: int
+    logits: int = 1
 
     @property
     def name(self) -> str:
@@ -68,7 +69,7 @@ def _measured(network: Network, repeats: int) -> dict[str, float]:
     from kdsweep.models.build import new_network
 
     architecture, size = Architecture.model_validate_json(network.architecture), network.image_size
-    built = networks.freeze(new_network(architecture, weights="none", seed=0))
+    built = networks.freeze(new_network(architecture, logits=network.logits, weights="none", seed=0))
     macs = networks.count_macs(built, image_size=size)
     costs: dict[str, float] = {"parameters": networks.count_parameters(built), "macs": macs}
     kinds = [("cpu_1_thread", "cpu", 1), ("cpu_all_threads", "cpu", usable_cores())]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdsweep.config import identity
 from kdsweep.config.grid import folders_named, run_folder
+from kdsweep.config.schema import logits_of
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import DamagedError, read_json
 from kdsweep.data import run_data
@@ -40,6 +41,11 @@ class Model:
     encoder: str
     image_size: int  # S, side in pixels of the images that it takes
     precision: str  # fp32, tf32 or bf16, as in its test; on a CPU fp32 replaces tf32
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of several classes, in the order of the logits behind the background's; empty for one."""
+        return run_data.class_names(self.params)
 
     @property
     def window(self) -> Window | None:
@@ -142,7 +148,8 @@ def load_model(folder: Path) -> Model:
     file = folder / f"{node}.safetensors"
     if not cell_folder.check_file(folder, file.name):
         raise InputError(f"{file}: missing or damaged, its checksum differs; the sweep's command computes it again")
-    network = new_network(architecture, weights="none", seed=0)
+    logits = logits_of(run_data.class_names(params))
+    network = new_network(architecture, logits=logits, weights="none", seed=0)
     try:
         checkpoint.load_network(file, network)
     except Exception as error:  # torch and safetensors have several kinds

@@ -20,11 +20,12 @@ from kdsweep.models.unet import UNet
 from kdsweep.models.weights import IMAGENET, imagenet_file, load_weights
 
 
-def new_network(architecture: Architecture, *, weights: str, seed: int) -> Network:
+def new_network(architecture: Architecture, *, logits: int = 1, weights: str, seed: int) -> Network:
     """Build a network; equal arguments give equal initial weights whatever else has drawn random numbers.
 
     Args:
         architecture: a U-Net, or any module.
+        logits: of a pixel.
         weights: ``none``, a file (see ``load_weights``), or ``imagenet:`` and a source (see ``imagenet_file``).
         seed: of the random initialization.
 
@@ -33,7 +34,7 @@ def new_network(architecture: Architecture, *, weights: str, seed: int) -> Netwo
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _untrained(architecture)
+        network = _untrained(architecture, logits)
     if weights.startswith(IMAGENET):
         file, label = imagenet_file(weights.removeprefix(IMAGENET)), f"ImageNet weights of {architecture.name}"
         load_weights(network, file, label=label)
@@ -42,33 +43,34 @@ def new_network(architecture: Architecture, *, weights: str, seed: int) -> Netwo
     return network
 
 
-def _untrained(architecture: Architecture) -> Network:
+def _untrained(architecture: Architecture, logits: int) -> Network:
     if architecture.network is None:
         channels = architecture.decoder_channels
-        return UNet(architecture.name, encoder_weights=None, decoder_channels=channels, in_channels=3, classes=1)
+        return UNet(architecture.name, encoder_weights=None, decoder_channels=channels, in_channels=3, classes=logits)
     module = composition.build(architecture.network)
     if not isinstance(module, nn.Module):
         raise InputError(f"_target_={architecture.network['_target_']}: gives {type(module).__name__}, not a Module")
     statistics = architecture.input.plain() if architecture.input is not None else {}
-    return ModuleNetwork(module, stages=architecture.stages or {}, output=architecture.output, **statistics)
+    stages, output = architecture.stages or {}, architecture.output
+    return ModuleNetwork(module, stages=stages, logits=logits, output=output, **statistics)
 
 
-def stage_channels(architecture: Architecture, *, image_size: int) -> dict[str, int]:
+def stage_channels(architecture: Architecture, *, logits: int = 1, image_size: int) -> dict[str, int]:
     """Return how many channels each stage of a network has, from one forward of an image."""
-    return _stage_channels(architecture.as_json(), image_size)
+    return _stage_channels(architecture.as_json(), logits, image_size)
 
 
 @cache
-def _stage_channels(architecture: str, image_size: int) -> dict[str, int]:
+def _stage_channels(architecture: str, logits: int, image_size: int) -> dict[str, int]:
     try:  # without making weights, where all layers can do so
-        return _read_channels(Architecture.model_validate_json(architecture), image_size, torch.device("meta"))
+        return _read_channels(architecture, logits, image_size, torch.device("meta"))
     except (RuntimeError, NotImplementedError, InputError):  # of a layer without meta tensors; others come up again
-        return _read_channels(Architecture.model_validate_json(architecture), image_size, torch.device("cpu"))
+        return _read_channels(architecture, logits, image_size, torch.device("cpu"))
 
 
-def _read_channels(architecture: Architecture, image_size: int, device: torch.device) -> dict[str, int]:
+def _read_channels(architecture: str, logits: int, image_size: int, device: torch.device) -> dict[str, int]:
     with torch.random.fork_rng(devices=[]), torch.no_grad(), device:
-        network = _untrained(architecture).eval()
+        network = _untrained(Architecture.model_validate_json(architecture), logits).eval()
         maps = network(torch.zeros(1, 3, image_size, image_size), network.stages)
     return {stage: each.shape[1] for stage, each in maps.items()}
 

@@ -30,9 +30,11 @@ class Ensemble(Network):
         self.name = f"mean of {', '.join(network.name for network in networks.values())}"
 
     def forward(self, images: Tensor, stages: Collection[str] = (LOGITS,)) -> Outputs:
-        """Return the logits (N, 1, H, W) of the mean probability of normalized images (N, 3, H, W)."""
+        """Return the logits (N, C, H, W) of the mean probability of normalized images (N, 3, H, W)."""
         self.check_stages(stages)
         logits = torch.stack([network(images, (LOGITS,)).logits.float() for network in self.networks.values()])
+        if logits.shape[2] > 1:
+            return Outputs({LOGITS: _log_mean(logits.log_softmax(dim=2))})
         return Outputs({LOGITS: _log_mean(F.logsigmoid(logits)) - _log_mean(F.logsigmoid(-logits))})
 
     def state_dict(self, *args: Any, **options: Any) -> Any:

@@ -19,7 +19,7 @@ USUAL_KEYS = ("out", "logits")  # of networks that return a dict: torchvision's,
 
 
 class ModuleNetwork(Network):
-    """A module that maps images (N, 3, H, W) to logits (N, 1, h, w), with its own names in the state dict.
+    """A module that maps images (N, 3, H, W) to logits (N, C, h, w), with its own names in the state dict.
 
     Logits smaller than the images are resized to them, bilinearly. A forward ends where the last needed map is
     captured.
@@ -28,6 +28,7 @@ class ModuleNetwork(Network):
         module: returns a tensor, a dict with one of USUAL_KEYS, or several outputs of which ``output`` chooses one.
         stages: submodules by name of the stage, such as ``{"encoder.5": "backbone.layer4"}``. Their output is a map
             (N, C, h, w) or (N, h, w, C), or tokens (N, L, C) of a square map, those of classes and registers first.
+        logits: C, 1 of one class, else their number and one for the background.
         output: key or index of the logits among the outputs.
         mean: of each channel that the module expects, with pixels from 0 to 1; None: ImageNet's.
         std: the standard deviations.
@@ -42,6 +43,7 @@ class ModuleNetwork(Network):
         module: nn.Module,
         *,
         stages: Mapping[str, str],
+        logits: int = 1,
         output: str | int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -50,7 +52,7 @@ class ModuleNetwork(Network):
         super().__init__()
         self.module, self.name = module, type(module).__name__
         self.stages = (*stages, LOGITS)
-        self.output, self.size = output, size
+        self.logits, self.output, self.size = logits, output, size
         names = dict(module.named_modules())
         for stage, name in stages.items():
             if name not in names or not name:
@@ -134,10 +136,9 @@ class ModuleNetwork(Network):
             output = next((output[key] for key in USUAL_KEYS if key in output), output)
         if not isinstance(output, Tensor):
             raise InputError(f"{self.name} gives {type(output).__name__}; choose with output=...: {_listed(output)}")
-        if output.ndim != 4 or output.shape[1] != 1:
-            raise InputError(
-                f"{self.name} gives logits of shape {tuple(output.shape)}; they must be (N, 1, h, w): one lesion class"
-            )
+        if output.ndim != 4 or output.shape[1] != self.logits:
+            needed = f"(N, {self.logits}, h, w)" + ("" if self.logits == 1 else ", data.classes and the background")
+            raise InputError(f"{self.name} gives logits of shape {tuple(output.shape)}; they must be {needed}")
         if output.shape[2:] == images.shape[2:]:
             return output
         return F.interpolate(output.float(), images.shape[2:], mode="bilinear", align_corners=False)
@@ -154,22 +155,23 @@ def _listed(output: Any) -> str:
 
 
 class PatchSegmenter(nn.Module):
-    """A vision transformer of timm with a linear head: one logit for each patch.
+    """A vision transformer of timm with a linear head.
 
     Source: Strudel et al., Segmenter: transformer for semantic segmentation, ICCV 2021, section 3.2 (linear decoder).
 
     Args:
         encoder: timm's name, such as ``vit_small_patch16_224``.
         size: side in pixels of its images.
+        classes: C, logits of each patch.
     """
 
-    def __init__(self, encoder: str, *, size: int) -> None:
+    def __init__(self, encoder: str, *, size: int, classes: int = 1) -> None:
         super().__init__()
         self.encoder = timm.create_model(encoder, pretrained=False, num_classes=0, img_size=size)
-        self.head = nn.Linear(self.encoder.num_features, 1)
+        self.head = nn.Linear(self.encoder.num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (N, 1, size / patch, size / patch) of images (N, 3, size, size)."""
+        """Return logits (N, C, size / patch, size / patch) of images (N, 3, size, size)."""
         tokens = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
         side = math.isqrt(tokens.shape[1])
         patches: Tensor = self.head(tokens).transpose(1, 2).unflatten(2, (side, side))

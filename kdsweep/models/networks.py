@@ -21,12 +21,12 @@ class Outputs(dict[str, Tensor]):
     """The maps of one forward pass by stage.
 
     In a U-Net ``encoder.1`` to ``encoder.5`` have strides 2 to 32, ``decoder.1`` to ``decoder.5`` strides 16 to 1.
-    ``logits`` (N, 1, H, W) are before any activation.
+    ``logits`` (N, C, H, W) are before any activation.
     """
 
     @property
     def logits(self) -> Tensor:
-        """Return the logits (N, 1, H, W)."""
+        """Return the logits (N, C, H, W)."""
         return self[LOGITS]
 
     @property

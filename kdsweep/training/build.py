@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -103,7 +103,7 @@ def _affordable(number: int, batch_bytes: int) -> int:
 
 def student_network(settings: Settings, *, weights: str | None = None) -> Network:
     """Return a new Student; all cells of a seed start from the same one."""
-    return _new_network(settings.student, seed=settings.seed, weights=weights)
+    return _new_network(settings.student, logits=settings.logits, seed=settings.seed, weights=weights)
 
 
 def teacher_network(settings: Settings, *, weights: str | None = None) -> Network:
@@ -112,12 +112,12 @@ def teacher_network(settings: Settings, *, weights: str | None = None) -> Networ
         return Ensemble({name: teacher_network(member, weights=weights) for name, member in members.items()})
     if weights is None and settings.teacher.trained is not None:
         return trained.network(settings)
-    return _new_network(settings.teacher, seed=settings.teacher.seed, weights=weights)
+    return _new_network(settings.teacher, logits=settings.logits, seed=settings.teacher.seed, weights=weights)
 
 
-def _new_network(node: NetworkNode, *, seed: int, weights: str | None) -> Network:
+def _new_network(node: NetworkNode, *, logits: int, seed: int, weights: str | None) -> Network:
     with guard.confined(seed):
-        return new_network(node, weights=weights or _weights(node), seed=seed)
+        return new_network(node, logits=logits, weights=weights or _weights(node), seed=seed)
 
 
 def _weights(node: NetworkNode) -> str:
@@ -136,12 +136,12 @@ def check_networks(settings: Settings) -> None:
     for node in (
         (settings.student, settings.teacher) if settings.is_distilled and not is_trained else (settings.student,)
     ):
-        _check_network(node.as_json(), _weights(node))
+        _check_network(node.as_json(), settings.logits, _weights(node))
 
 
 @lru_cache(maxsize=8)
-def _check_network(architecture: str, weights: str) -> None:
-    new_network(Architecture.model_validate_json(architecture), weights=weights, seed=0)
+def _check_network(architecture: str, logits: int, weights: str) -> None:
+    new_network(Architecture.model_validate_json(architecture), logits=logits, weights=weights, seed=0)
 
 
 def distillation(settings: Settings, *, teacher: str) -> Distillation | None:
@@ -172,18 +172,19 @@ def distillation(settings: Settings, *, teacher: str) -> Distillation | None:
 
 def _terms(settings: Settings) -> dict[str, Term]:
     """Return the comparisons of a method, each of which names its stage, or that of ``path`` and ``loss``."""
+    common: Any = {"resize": settings.kd.resize, "classes": len(settings.class_names) or 1}
     if not settings.method.terms:
         assert settings.path.kd_path is not None
         kd_path = _kd_path(settings, settings.path.kd_path)
         implied = (HIDDEN, "logits") if settings.path.representation == "logits" else (HIDDEN,)
         loss = composition.build(identity.loss(settings))
-        return {"kd": Term(kd_path, loss, kd_path.stages or implied, resize=settings.kd.resize)}
+        return {"kd": Term(kd_path, loss, kd_path.stages or implied, **common)}
     terms, shares = {}, settings.method.shares()
     for name, node in settings.method.terms.items():
         kd_path = _kd_path(settings, node.path)
         if kd_path.stages is None:
             raise InputError(f"method.terms.{name}.path={node.path.target} does not say which stages it takes")
-        terms[name] = Term(kd_path, composition.build(node.loss), kd_path.stages, shares[name], settings.kd.resize)
+        terms[name] = Term(kd_path, composition.build(node.loss), kd_path.stages, shares[name], **common)
     return terms
 
 
@@ -200,7 +201,7 @@ def _kd_path(settings: Settings, node: KDPathNode) -> KDPath:
 
 
 def _channels(settings: Settings, node: NetworkNode) -> dict[str, int]:
-    return stage_channels(node, image_size=settings.image_size)
+    return stage_channels(node, logits=settings.logits, image_size=settings.image_size)
 
 
 def learner(settings: Settings, cell: Cell) -> Learner:

@@ -22,15 +22,15 @@ def network(settings: Settings) -> Network:
     Raises:
         InputError: there is no such file or run, or its weights are not those of the complete network.
     """
-    return _network(settings.teacher, inputs.trained_file(settings), label=_label(settings))
+    return _network(settings.teacher, settings.logits, inputs.trained_file(settings), label=_label(settings))
 
 
 def _label(settings: Settings) -> str:
     return f"teacher.trained={settings.teacher.trained}"
 
 
-def _network(architecture: Architecture, file: Path, *, label: str) -> Network:
-    untrained = new_network(architecture, weights="none", seed=0)
+def _network(architecture: Architecture, logits: int, file: Path, *, label: str) -> Network:
+    untrained = new_network(architecture, logits=logits, weights="none", seed=0)
     load_weights(untrained, file, label=label, complete=True)
     return untrained
 
@@ -43,12 +43,12 @@ def check(settings: Settings) -> None:
     file = inputs.trained_file(settings)
     if str(settings.teacher.trained).startswith(inputs.RUN):
         _check_run(settings, file.parent)
-    _check_file(settings.teacher.as_json(), file, _label(settings))
+    _check_file(settings.teacher.as_json(), settings.logits, file, _label(settings))
 
 
 @lru_cache(maxsize=8)
-def _check_file(architecture: str, file: Path, label: str) -> None:
-    _network(Architecture.model_validate_json(architecture), file, label=label)
+def _check_file(architecture: str, logits: int, file: Path, label: str) -> None:
+    _network(Architecture.model_validate_json(architecture), logits, file, label=label)
 
 
 def _check_run(settings: Settings, folder: Path) -> None:

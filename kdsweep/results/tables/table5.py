@@ -12,7 +12,9 @@ import pandas as pd
 import torch
 
 from kdsweep.config import identity
+from kdsweep.config.schema import logits_of
 from kdsweep.core.device import usable_cores
+from kdsweep.data import run_data
 from kdsweep.evaluation import costs
 from kdsweep.evaluation.latency import REPEATS, WARM_UP
 from kdsweep.results import notes
@@ -119,7 +121,9 @@ def network_of(runs: pd.DataFrame, *, group: str) -> costs.Network | None:
         if architecture is None or "image_size" not in params:
             continue
         if architecture.network or architecture.decoder_channels:  # else an incomplete record
-            return costs.Network(architecture.as_json(), int(params["image_size"]))
+            return costs.Network(
+                architecture.as_json(), int(params["image_size"]), logits_of(run_data.class_names(params))
+            )
     return None
 
 
