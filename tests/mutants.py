@@ -464,7 +464,7 @@ MUTANTS = [
         "EMKD counts images without lesion",
         "distill/relations.py",
         "has_both.sum().clamp(min=1)",
-        "len(has_both)",
+        "has_both.numel()",
         "tests/distill/test_methods.py",
     ),
     Mutant(

@@ -10,11 +10,13 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 from segmentation_models_pytorch.losses import MULTICLASS_MODE, DiceLoss
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchdistill.losses import mid_level
 
 from kdsweep.core.errors import InputError
 from kdsweep.distill import classes, losses, methods, paths, relations
 from kdsweep.distill.distillation import Distillation, TeacherForward, Term, ViewPair
+from kdsweep.evaluation import metrics
 from kdsweep.models.networks import Outputs
 
 K = 3
@@ -105,6 +107,15 @@ def test_supervised_terms_have_finite_gradients_in_bf16_without_lesion_and_for_s
             assert logits.grad is not None
             assert logits.grad.isfinite().all()
             assert torch.equal(value, loss(logits=logits.float(), mask=mask))
+
+
+def test_a_class_of_probability_zero_that_the_batch_lacks_has_no_dice() -> None:
+    logits, mask = draw(2, K + 1, 4, 4, seed=7), indices(2, 1, 4, 4, seed=8)
+    mask[mask == 2] = 0
+    logits[:, 2] = -1e4
+    rest = [0, 1, 3]
+    expected = losses.cross_entropy_and_dice(logits=logits[:, rest], mask=mask.clamp(max=2))
+    assert losses.cross_entropy_and_dice(logits=logits, mask=mask).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # ---- the KD terms: second sources ----------------------------------------------------------------------------------
@@ -270,6 +281,19 @@ def test_one_logit_per_pixel_is_refused_in_one_line(loss: Callable[..., Tensor])
     with pytest.raises(InputError, match=r"^loss \w+ compares the classes of a pixel, .* data\.classes") as caught:
         loss(**arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Tensors of FakeTensorMode have a device but no values: reading one on the host raises."""
+    with FakeTensorMode():
+        logits = torch.empty(2, K + 1, 6, 6, device="cuda:0", dtype=torch.bfloat16)
+        mask = torch.empty(2, 1, 6, 6, device="cuda:0", dtype=torch.uint8)
+        theta = torch.empty(2, 2, 3, device="cuda:0")
+        values = [losses.cross_entropy_and_dice(logits=logits, mask=mask), metrics.mean_dice(logits=logits, mask=mask)]
+        maps = Outputs({"logits": logits})
+        for loss in LOSSES:
+            values += term(loss, count=K).values(student=maps, teacher=maps, views=ViewPair(theta, mask, mask)).values()
+    assert {(value.device.type, value.dtype, value.shape) for value in values} == {("cuda", torch.float32, ())}
 
 
 # ---- masks ---------------------------------------------------------------------------------------------------------
