@@ -12,6 +12,7 @@ import pandas as pd
 from kdsweep.config.decisions import used_by
 from kdsweep.config.grid import variant_label
 from kdsweep.core.errors import InputError
+from kdsweep.data import run_data
 from kdsweep.results.mixing import rank, refuse_conflicts, refuse_mixing
 from kdsweep.results.paper import in_order
 from kdsweep.results.stats import PLACE
@@ -121,6 +122,11 @@ def each_variant(make: Callable[Concatenate[Scores, P], pd.DataFrame]) -> Callab
         return stacked
 
     return numbers
+
+
+def class_names(sweep: Sweep) -> tuple[str, ...]:
+    """Return the names of a sweep's classes; empty for one class."""
+    return next((names for params in sweep.runs["params"] if (names := run_data.class_names(params))), ())
 
 
 def of_seeds(sweep: Sweep, seeds: Sequence[int] | None) -> Sweep:

@@ -11,7 +11,7 @@ from kdsweep.config.grid import RESULTS_VERSION
 from kdsweep.config.inputs import RUN
 from kdsweep.config.schema import UNSET
 from kdsweep.results.formats import DASH
-from kdsweep.results.frame import place_teachers, variants
+from kdsweep.results.frame import class_names, place_teachers, variants
 from kdsweep.results.mixing import distinct_values
 from kdsweep.results.paper import PROTOCOL, SOURCE
 from kdsweep.results.stats import PLACE, RESAMPLES, TEST_NAMES
@@ -69,9 +69,13 @@ def provenance(sweep: Sweep) -> list[str]:
     elif other := departures(runs):
         notes.append(f"Not the protocol of the paper: {', '.join(other)}.")
     notes += trained_teachers(runs)
+    classes = class_names(sweep)
+    if classes:
+        notes.append(f"DSC: mean over those of the classes {', '.join(classes)} that an image or its prediction shows.")
     if "trivial_dice" in finished and finished["trivial_dice"].notna().any():
         everywhere = finished.drop_duplicates(PLACE)["trivial_dice"].mean()
-        notes.append(f"For comparison: lesion predicted everywhere scores {100 * everywhere:.2f} on these images.")
+        predicted = "the best of the classes" if classes else "lesion"
+        notes.append(f"For comparison: {predicted} predicted everywhere scores {100 * everywhere:.2f} on these images.")
     return notes
 
 

@@ -48,7 +48,9 @@ def finish(learner: Learner, *, part: EvalPart, compute: Compute) -> dict[str, f
 
 
 def _final_values(learner: Learner, table: pd.DataFrame, part: EvalPart) -> dict[str, float]:
-    values = {f"test/{name}": float(table[name].mean()) for name in metrics.SCORES}
+    of_classes = [f"{score}_{name}" for score in metrics.SCORES for name in part.class_names]
+    means = table[[*metrics.SCORES, *of_classes]].mean().dropna()  # none of a class that no image shows
+    values = {f"test/{name}": float(mean) for name, mean in means.items()}
     values["test/dice_std"] = float(table["dice"].std())
     values["test/trivial_dice"] = metrics.trivial_dice(part.masks, part.class_names)
     if not learner.history:  # it came trained

@@ -10,6 +10,7 @@ from kdsweep.config.grid import TEACHER
 from kdsweep.config.schema import Architecture, Settings
 from kdsweep.core.errors import InputError
 from kdsweep.core.progress import plural
+from kdsweep.data import run_data
 from kdsweep.models.build import new_network
 from kdsweep.models.networks import Network
 from kdsweep.models.weights import load_weights
@@ -62,6 +63,9 @@ def _check_run(settings: Settings, folder: Path) -> None:
             raise InputError(
                 f"{label} has {key}={of_run}, not teacher.{key}={value}; teacher=student takes the network of a Student"
             )
+    if (classes := run_data.class_names(record.params)) != settings.class_names:
+        of_run, expected = (", ".join(names) or "one" for names in (classes, settings.class_names))
+        raise InputError(f"{label} has the classes {of_run}, data.classes has {expected}; choose a run of the same")
     parts, seen = inputs.split_ids(settings), set(cell_folder.read_split(folder)["train"])
     held_out = [image for part in ("validation", "test") for image in parts[part] if image in seen]
     if held_out and record.params.get("data.name") == settings.data.name:

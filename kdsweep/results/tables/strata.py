@@ -10,7 +10,7 @@ import pandas as pd
 from kdsweep.core.errors import InputError
 from kdsweep.results import notes
 from kdsweep.results.formats import number, points
-from kdsweep.results.frame import Scores, each_variant
+from kdsweep.results.frame import Scores, class_names, each_variant
 from kdsweep.results.paper import BASELINES
 from kdsweep.results.stats import adjusted, compare, pair
 from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table, differences, estimate
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HEADING = "Strata. Test DSC by label and by size of the lesion"
 SIZES = ("small", "medium", "large")
+OF_A_CLASS = "DSC of a class: over the images that show it or of which the model predicts it, 0 for those it has wrong."
 COLUMNS = [
     SETTINGS,
     Column(("kind", "stratum"), "Images", "{} {}".format, narrow=True),
@@ -42,14 +43,19 @@ def make(sweep: Sweep, options: Options) -> Table:
         *notes.provenance(sweep),
         "Strata: looked at one by one. A difference that is shown in one and not in another is not shown to differ "
         "between them. Lesion size: area of the ground truth in pixels of image_size, in three equal parts.",
+        *([OF_A_CLASS] if class_names(sweep) else []),
         *notes.differences(frame, test=options.test, families="over the KD cells of each stratum"),
     ]
-    return Table(HEADING, frame.assign(test=options.test), COLUMNS, notes=below)
+    by_class = [estimate(f"mean_dice_percent_{name}", f"DSC % {name}", narrow=True) for name in class_names(sweep)]
+    columns = [*COLUMNS[:4], *by_class, *COLUMNS[4:]]
+    return Table(HEADING, frame.assign(test=options.test), columns, notes=below)
 
 
 @each_variant
 def numbers(scores: Scores, *, test: str = "ttest") -> pd.DataFrame:
     """Return Dice and NSD (%) of each model within each stratum, and its paired difference to Student there.
+
+    Of several classes, the Dice of each too.
 
     Strata: the labels that the data set has, and three equal parts of the different test images by the area of their
     ground truth.
@@ -61,7 +67,9 @@ def numbers(scores: Scores, *, test: str = "ttest") -> pd.DataFrame:
         InputError: the sweep is empty or mixed, or its scores name neither labels nor areas.
     """
     why = scores.gaps(scores.notations)
-    complete = scores.complete(why).merge(scores.sweep.scores.reindex(columns=["fingerprint", "image", "nsd"]))
+    dices = {name: f"dice_{name}" for name in class_names(scores.sweep)}
+    further = ["fingerprint", "image", "nsd", *dices.values()]
+    complete = scores.complete(why).merge(scores.sweep.scores.reindex(columns=further))
     rows = []
     for (kind, stratum), images in members(scores.sweep, images=set(scores.images["image"])).items():
         part = complete[complete["image"].isin(images)]
@@ -70,6 +78,7 @@ def numbers(scores: Scores, *, test: str = "ttest") -> pd.DataFrame:
             ours = part[part["notation"] == name]
             row = {"kind": kind, "stratum": stratum, "notation": name, "mean_dice_percent": 100 * ours["dice"].mean()}
             row |= {"mean_nsd_percent": 100 * ours["nsd"].mean(), "gap": gap}
+            row |= {f"mean_dice_percent_{name}": 100 * ours[dice].mean() for name, dice in dices.items()}
             pairs = pair(ours=ours, baseline=student.iloc[:0] if name == "Student" else student)
             rows.append(row | compare(pairs, test=test) | {"n_images": ours["image"].nunique() or pd.NA})
     table = pd.DataFrame(rows)
