@@ -7,7 +7,7 @@ import pytest
 import torch
 from small import STUDENT, TEACHER
 
-from kdsweep.config import composition, identity
+from kdsweep.config import composition, identity, inputs
 from kdsweep.core.errors import InputError
 from kdsweep.results import notes
 from kdsweep.results.tables import table4
@@ -141,6 +141,8 @@ def test_bad_ones_are_refused_before_anything_is_trained(compose, file, tmp_path
     run(compose("path=none"))
     other = tmp_path / "other.pt"
     torch.save({"conv.weight": torch.zeros(3)}, other)
+    encoder = tmp_path / "encoder.pt"
+    torch.save(build.teacher_network(compose(), weights="none").encoder.state_dict(), encoder)
     module = tmp_path / "module.pt"
     torch.save(torch.nn.Linear(2, 2), module)
     cases = {
@@ -148,6 +150,7 @@ def test_bad_ones_are_refused_before_anything_is_trained(compose, file, tmp_path
         "run:L_KLD/split0": "that run is not in store=",
         "run:Student/split0/seed5": "that run is not in store=",
         str(other): "the file alone has conv.weight; the network alone has decoder.blocks.0",
+        str(encoder): "the network alone has decoder.blocks.0",
         str(module): "holds torch.nn.modules.linear.Linear next to its tensors, which is not read",
         "run:Student/split0": "has decoder_channels=[16, 8, 8, 4, 4], not teacher.decoder_channels=[32, 16, 8, 8, 4]; ",
     }
@@ -155,5 +158,8 @@ def test_bad_ones_are_refused_before_anything_is_trained(compose, file, tmp_path
         with pytest.raises(InputError) as error:
             run(compose("path=L", f"teacher.trained={trained}"))
         assert message in str(error.value) and "\n" not in str(error.value), trained
-    with pytest.raises(InputError, match=r"was trained on \d+ images that this split holds out, the first is "):
-        run(compose("path=L", "split=s1", *SELF, "teacher.trained=run:Student/split0"))
+    other_split = compose("path=L", "split=s1", *SELF, "teacher.trained=run:Student/split0")
+    parts, seen = inputs.split_ids(other_split), set(inputs.split_ids(compose())["train"])
+    count = len(seen & {*parts["validation"], *parts["test"]})
+    with pytest.raises(InputError, match=f"was trained on {count} images that this split holds out, the first is "):
+        run(other_split)
