@@ -620,8 +620,8 @@ MUTANTS = [
     Mutant(
         "threshold at logit 0.5",
         "evaluation/metrics.py",
-        "return logits > 0 if",
-        "return logits > 0.5 if",
+        "return logits > 0\n",
+        "return logits > 0.5\n",
         "tests/evaluation tests/test_golden.py",
     ),
     Mutant(

@@ -133,4 +133,4 @@ def kld_standardized(*, student: Tensor, teacher: Tensor, valid: Tensor, tempera
 def _refuse_one_channel(logits: Tensor, *, loss: str) -> None:
     """Raise InputError for logits (N, 1, H, W)."""
     if logits.shape[1] == 1:
-        raise InputError(f"loss {loss} compares the classes of a pixel, and the logits have 1: name data.classes")
+        raise InputError(f"loss {loss} compares several classes, and the logits have one channel; set data.classes")

@@ -209,6 +209,18 @@ def test_region_affinity_is_the_mean_over_the_pairs_of_regions_that_are_present(
     assert relations.region_affinity(**maps).item() == pytest.approx(np.mean(squared), rel=1e-4)
 
 
+def test_a_region_outside_the_valid_positions_alone_has_no_affinity() -> None:
+    maps = arguments_of(relations.region_affinity)
+    mask = maps["student_mask"].clone()
+    mask[:, 0, :, :4], mask[:, 1:, :, 4:] = 0, 0  # the first class is where nothing is valid
+    valid = maps["valid"].clone()
+    valid[..., 4:] = False
+    maps |= {"valid": valid, "student_mask": mask, "teacher_mask": mask}
+    without = {name: value[:, 1:] if name.endswith("mask") else value for name, value in maps.items()}
+    assert mask[:, 0].any()
+    torch.testing.assert_close(relations.region_affinity(**maps), relations.region_affinity(**without))
+
+
 # ---- what holds for each -------------------------------------------------------------------------------------------
 
 
@@ -278,7 +290,7 @@ def test_the_order_of_classes_does_not_matter(loss: Callable[..., Tensor]) -> No
 @pytest.mark.parametrize("loss", OF_CLASSES, ids=[loss.__name__ for loss in OF_CLASSES])
 def test_one_logit_per_pixel_is_refused_in_one_line(loss: Callable[..., Tensor]) -> None:
     arguments = {name: value[:, :1] for name, value in arguments_of(loss).items()}
-    with pytest.raises(InputError, match=r"^loss \w+ compares the classes of a pixel, .* data\.classes") as caught:
+    with pytest.raises(InputError, match=r"^loss \w+ compares several classes, .*; set data\.classes") as caught:
         loss(**arguments)
     assert "\n" not in str(caught.value)
 
