@@ -39,6 +39,7 @@ EXECUTORS = "tests/sweep/test_executors.py"
 FACTORY, LOOP = "tests/training/test_build.py", "tests/training/test_loop.py"
 LOSS_CLASSES = "tests/distill/test_loss_classes.py"
 RESULTS = "tests/results/test_tables.py tests/results/test_stats.py"
+TRAINED, CLASSES = "tests/training/test_trained.py", "tests/training/test_classes.py"
 MUTANTS = [
     # the nine that lived when this list began
     Mutant(
@@ -118,15 +119,15 @@ MUTANTS = [
     Mutant(
         "the Student ignores its seed",
         "training/build.py",
-        "_new_network(settings.student, seed=settings.seed,",
-        "_new_network(settings.student, seed=0,",
+        "_new_network(settings.student, logits=settings.logits, seed=settings.seed,",
+        "_new_network(settings.student, logits=settings.logits, seed=0,",
         FACTORY,
     ),
     Mutant(
         "the Teacher follows the cell's seed",
         "training/build.py",
-        "_new_network(settings.teacher, seed=settings.teacher.seed,",
-        "_new_network(settings.teacher, seed=settings.seed,",
+        "logits=settings.logits, seed=settings.teacher.seed,",
+        "logits=settings.logits, seed=settings.seed,",
         FACTORY,
     ),
     Mutant(
@@ -742,8 +743,8 @@ MUTANTS = [
     Mutant(
         "a Teacher's seed does not count",
         "config/identity.py",
-        "seed=settings.teacher.seed if role == TEACHER else settings.seed,",
-        "seed=settings.seed,",
+        "else 0 if is_trained else settings.teacher.seed,",
+        "else 0 if is_trained else settings.seed,",
         "tests/config",
     ),
     Mutant(
@@ -1134,6 +1135,76 @@ MUTANTS = [
         '.sort_values("done", ascending=False, kind="stable")',
         "",
         "tests/results/test_published.py",
+    ),
+    Mutant(
+        "a trained Teacher depends on the rate of a training",
+        "config/schema.py",
+        "lr: Annotated[Positive, Decides(when=TRAINED_HERE)]",
+        "lr: Positive",
+        TRAINED,
+    ),
+    Mutant(
+        "a trained Teacher's weights do not count",
+        "config/identity.py",
+        "inputs.trained_digest(settings) if is_trained else",
+        "{} if is_trained else",
+        TRAINED,
+    ),
+    Mutant(
+        "an encoder alone is a trained Teacher",
+        "training/trained.py",
+        "label=label, complete=True)",
+        "label=label)",
+        TRAINED,
+    ),
+    Mutant(
+        "images for validation may have been trained on",
+        "training/trained.py",
+        'for part in ("validation", "test") for',
+        'for part in ("test",) for',
+        TRAINED,
+    ),
+    Mutant(
+        "an ensemble has the mean of the logits",
+        "models/ensemble.py",
+        "_log_mean(F.logsigmoid(logits)) - _log_mean(F.logsigmoid(-logits))",
+        "logits.mean(dim=0)",
+        TRAINED,
+    ),
+    Mutant(
+        "an ensemble is trained as its first member",
+        "training/group.py",
+        "learner.network.load_state_dict(Ensemble(members).state_dict())",
+        "pass",
+        TRAINED,
+    ),
+    Mutant(
+        "the members of an ensemble do not make it another Teacher",
+        "config/identity.py",
+        '{f"teacher.{name}": member.fingerprint for name, member in members.items()}',
+        "{}",
+        TRAINED,
+    ),
+    Mutant(
+        "the order of classes does not count",
+        "config/decisions.py",
+        "list(settings.data.classes.items())",
+        "settings.data.classes",
+        CLASSES,
+    ),
+    Mutant(
+        "an ensemble of several classes has the mean of the logits",
+        "models/ensemble.py",
+        "_log_mean(logits.log_softmax(dim=2))",
+        "logits.mean(dim=0)",
+        CLASSES,
+    ),
+    Mutant(
+        "regions of several classes are one",
+        "training/build.py",
+        '"classes": len(settings.class_names) or 1}',
+        '"classes": 1}',
+        CLASSES,
     ),
     Mutant(
         "study: a further grid keeps the words of the first",
