@@ -59,8 +59,8 @@ def compose_jobs(loader: ConfigLoader, config: DictConfig, jobs: Sequence[Sequen
         composed: DictConfig = cloudpickle.loads(shared[shape])
         for key, value in plain.items():
             OmegaConf.update(composed, key, value)
-        for name in (str(each.input_line) for each in parsed if each.key_or_group == "teacher"):
-            composed.hydra.runtime.choices.teacher = name.partition("=")[2]  # all of an ensemble
+        for typed in (line for line in job if line.startswith("teacher=[")):
+            composed.hydra.runtime.choices.teacher = typed.partition("=")[2]  # all of an ensemble
         composed.hydra.overrides.task = [each.input_line for each in parsed if not each.is_hydra_override()]
         composed.hydra.job.override_dirname = "???"  # of another job
         yield composed

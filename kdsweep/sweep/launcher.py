@@ -47,6 +47,7 @@ def train_cell(config: DictConfig) -> float:
 def as_sweep(options: list[str], typed: list[str]) -> list[str]:
     """Return a command's options and overrides for Hydra: without -m it is a sweep of one cell in this process."""
     typed = ["hydra/launcher=one_by_one" if override == "hydra/launcher=basic" else override for override in typed]
+    typed = overrides.with_ensembles(typed)  # Hydra composes them once before it divides a sweep into its jobs
     parsed = get_args_parser().parse_args(options)
     if parsed.multirun or parsed.cfg or parsed.info or parsed.shell_completion or "hydra.mode=MULTIRUN" in typed:
         return [*options, *typed]  # Hydra takes no option between overrides

@@ -235,3 +235,15 @@ def test_the_options_of_hydra_are_those_that_divide_expects() -> None:
     parser = overrides.get_args_parser()
     assert isinstance(parser, argparse.ArgumentParser)
     assert {"multirun", "config_dir", "overrides"} <= {action.dest for action in parser._actions}
+
+
+def test_a_list_of_teachers_becomes_an_ensemble() -> None:
+    expanded = overrides.with_ensembles(["path=L", "teacher=[a,b, b]", "teacher.lr=1"])
+    members = ["+teacher@teacher.ensemble.b=b", "+teacher@teacher.ensemble.b_3=b"]
+    assert expanded == ["path=L", "teacher=a", *members, "teacher.lr=1"]
+    settings = composition.compose(["teacher=[resnet18,resnet34,resnet18]", "teacher.ensemble.resnet18.seed=5"])
+    assert {name: (each.teacher.name, each.teacher.seed) for name, each in settings.members.items()} == {
+        "teacher": ("resnet18", 0),
+        "resnet34": ("resnet34", 0),
+        "resnet18": ("resnet18", 5),
+    }
