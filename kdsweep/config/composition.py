@@ -151,6 +151,9 @@ def build(values: Mapping[str, Any]) -> Any:
         while isinstance(cause.__cause__, Exception):
             cause = cause.__cause__
         reason = f"{type(cause).__name__}: {_reason(cause).partition(', set env var')[0]}"
+        module, _, name = str(values["_target_"]).rpartition(".")
+        if reason.endswith(f"{module!r} is not a package"):
+            reason = f"module {module} has no {name}"
         raise InputError(f"_target_={values['_target_']}: {reason}") from error
 
 

@@ -162,7 +162,7 @@ BAD = {
         ["path=H", *loss_of(name)] for name in ("two_numbers", "no_tensor", "no_student")
     ],
     "unexpected keyword argument": [["path=H", *loss_of("wrong_names")]],
-    f"_target_={__name__}.absent: ModuleNotFoundError: ": [["path=H", *loss_of("absent")]],
+    f"_target_={__name__}.absent: module {__name__} has no absent": [["path=H", *loss_of("absent")]],
     "SPKD_WAug split 0 seed 0: its KD term has no gradient in batches of 1 (train.batch_size)": [
         ["method=spkd", "train.batch_size=1"]
     ],
