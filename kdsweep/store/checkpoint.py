@@ -77,7 +77,7 @@ def load_network(file: Path, network: nn.Module) -> None:
 
 
 def save_predictions(file: Path, predictions: np.ndarray, *, ids: list[str]) -> None:
-    """Write predicted masks (N, H, W) with the ids of their images: bool, eight pixels a byte, or class indices uint8."""
+    """Write predicted masks (N, H, W) with the ids of their images: bool as bits, or class indices uint8."""
     is_one_class = predictions.dtype == np.bool_
     masks = {"bits": np.packbits(predictions), "shape": predictions.shape} if is_one_class else {"indices": predictions}
     with complete_file(file) as stream:
