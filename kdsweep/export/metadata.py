@@ -31,8 +31,8 @@ def metadata(model: Model) -> dict[str, str]:
     }
     if model.class_names:
         output = {
-            "output": "probabilities of each pixel, a channel per name of kdsweep.classes; resize bilinearly to the size of "
-            "the image; the most probable is the pixel's class",
+            "output": "probabilities of each pixel, a channel per name of kdsweep.classes, the highest is its class; "
+            "resize bilinearly to the size of the image",
             "classes": json.dumps(predict.channels(model.class_names)),
         }
     about = model.tags | {
