@@ -220,7 +220,7 @@ def predict(
     sys.stdout.flush()
     compute = Compute(device=on, precision=usable_precision(model.precision, on))
     failed = predict_folder(model, files, out=out, compute=compute)
-    tables = f"{TABLE} and {LEGEND}" if model.class_names else TABLE
-    done = f"wrote masks and overlays of {len(files) - failed} of {len(files)} images and {tables} to {out}"
+    tables = f", {TABLE} and {LEGEND}" if model.class_names else f" and {TABLE}"
+    done = f"wrote masks and overlays of {len(files) - failed} of {len(files)} images{tables} to {out}"
     sys.stdout.write(f"{done}; failed: {failed}; other files skipped: {others}\n")
     return int(failed > 0)

@@ -21,6 +21,7 @@ from kdsweep.config.grid import run_folder
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_bytes, write_text
 from kdsweep.core.progress import plural, track
+from kdsweep.data import run_data
 from kdsweep.evaluation import latency, metrics
 from kdsweep.evaluation.costs import cpu_name
 from kdsweep.export import onnx_file, predict
@@ -171,7 +172,10 @@ def notes(*, sweep: Sweep, runs: int, count: int) -> list[str]:
     """Return the footnotes."""
     import onnxruntime
 
+    names = run_data.class_names(sweep.runs.iloc[0]["params"])
+    by_class = [f"DSC: mean over the classes ({', '.join(names)}) in an image's ground truth or prediction."]
     return [
+        *(by_class if names else []),
         f"{plural(runs, 'network')} of sweep {sweep.name}, each on the test images of its split. Points: paired "
         "mean differences with the 95 % interval of these networks, images as clusters, seeds averaged.",
         f"int8: static quantization by ONNX Runtime {onnxruntime.__version__} (QDQ; weights per channel in 7 "

@@ -35,8 +35,8 @@ GRAY = "0.4"
 def figure(example: Example) -> Figure:
     """Draw the image alone, then a panel per model: ground truth green and solid, prediction red and dashed.
 
-    Of several classes each has its color, in ground truth and prediction. Use the paper's rows if they are complete (image
-    and baselines, then a row per path), else a compact grid.
+    Of several classes each has its color, in ground truth and prediction. Use the paper's rows if they are complete
+    (image and baselines, then a row per path), else a compact grid.
     """
     best = _best(example.dice)
     note = "" if example.mask.any() else "The ground truth holds no lesion. "
