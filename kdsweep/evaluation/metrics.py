@@ -57,7 +57,7 @@ def _of_region(*, prediction: Tensor, mask: Tensor, nsd_tolerance_px: float) -> 
         "hd95_px": hd95_px(prediction=prediction, mask=mask),
         "nsd": nsd(prediction=prediction, mask=mask, tolerance_px=nsd_tolerance_px),
     }
-    return overlap(prediction=prediction, mask=mask) | distances
+    return _overlap(prediction=prediction, mask=mask) | distances
 
 
 def _of_classes(
@@ -81,8 +81,12 @@ def _of_classes(
     return means | parts
 
 
-def overlap(*, prediction: Tensor, mask: Tensor) -> dict[str, np.ndarray]:
-    """Return Dice, IoU, precision and sensitivity of each image, of one class; arguments as for ``per_image``."""
+def overlap(*, prediction: Tensor, mask: Tensor, class_names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Return Dice, IoU, precision and sensitivity of each image; arguments and results as for ``per_image``."""
+    return _of_classes(_overlap, prediction=prediction, mask=mask, class_names=class_names)
+
+
+def _overlap(*, prediction: Tensor, mask: Tensor) -> dict[str, np.ndarray]:
     counts = smp.metrics.get_stats(prediction.long(), mask.long(), mode="binary")
     functions = (
         smp.metrics.f1_score,
@@ -153,7 +157,7 @@ def trivial_dice(masks: Tensor, class_names: Sequence[str] = ()) -> float:
         class_names: of K classes.
     """
     constant = (torch.full_like(masks, index) for index in range(1, max(len(class_names), 1) + 1))
-    scores = (_of_classes(overlap, prediction=each, mask=masks, class_names=class_names) for each in constant)
+    scores = (overlap(prediction=each, mask=masks, class_names=class_names) for each in constant)
     return max(float(score["dice"].mean()) for score in scores)
 
 

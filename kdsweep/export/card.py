@@ -7,6 +7,7 @@ run's folder.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def card(model: Model, content: bytes, *, name: str) -> str:
         digest=hashlib.sha256(content).hexdigest(),
         size=model.image_size,
         threshold=predict.THRESHOLD,
+        class_names=model.class_names,
         source=SOURCES.get(data, data),
         counts=", ".join(f"{len(ids)} images for {part}" for part, ids in split.items()),
         protocol=record.tags["kdsweep.split_protocol"],
@@ -71,7 +73,7 @@ def card(model: Model, content: bytes, *, name: str) -> str:
         params=params,
         best_epoch=record.values.get("best_epoch", float("nan")),
         val_dice=record.values.get("best/val_dice", float("nan")),
-        scores=_table(scores),
+        scores=_table(scores, model.class_names),
         dice=scores["dice"],
         limit=LOW,
     )
@@ -84,11 +86,15 @@ def _described(params: dict[str, Any], group: str) -> str:
     return f"U-Net with the encoder {network.encoder}" if network.network is None else f"network {network.name}"
 
 
-def _table(scores: pd.DataFrame) -> str:
-    """Return test scores in Markdown: of all images, then by label where they have one."""
+def _table(scores: pd.DataFrame, class_names: Sequence[str]) -> str:
+    """Return test scores in Markdown: of all images, then by label where they have one, then of each class."""
     groups = {"all test images": scores}
     if "label" in scores:
         groups |= {str(label): part for label, part in scores.groupby("label")}
+    for name in class_names:
+        columns = {f"{key}_{name}": key for key in (*SCORES, "hd95_px")}
+        of_class = scores.filter(list(columns)).rename(columns=columns)
+        groups[f"class {name}"] = of_class.dropna(subset=["dice"])
     rows = []
     for name, part in groups.items():
         row = {"images": name, "n": str(len(part))}

@@ -166,7 +166,7 @@ def split_images(
     evenly chosen.
 
     Returns:
-        N images (1, 3, S, S), masks (N, 1, S, S) in {0, 1}, and the name of the data set.
+        N images (1, 3, S, S), masks (N, 1, S, S) of class indices, and the name of the data set.
 
     Raises:
         InputError: the data set is not one of kdsweep's, is missing, or has changed.

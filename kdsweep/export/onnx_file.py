@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from kdsweep.core.errors import InputError, one_line
 from kdsweep.core.files import DamagedError, read_json, write_bytes, write_text
 from kdsweep.data import phantom
-from kdsweep.data.images import IMAGENET_MEAN, IMAGENET_STD
 from kdsweep.data.pixels import read_gray_or_color
 from kdsweep.evaluation import latency, metrics
 from kdsweep.evaluation.costs import cpu_name
 from kdsweep.export import predict
 from kdsweep.export.card import card
+from kdsweep.export.metadata import metadata
 from kdsweep.export.model import Model, find_folder, load_model, split_images
 from kdsweep.models.networks import Network
 from kdsweep.store import cell_folder
@@ -40,7 +40,10 @@ INPUT, OUTPUT = "images", "probabilities"
 
 
 class Probabilities(nn.Module):
-    """A network whose output is the probability of lesion (N, 1, S, S) of normalized images (N, 3, S, S)."""
+    """A network whose output are the probabilities (N, C, S, S) of normalized images (N, 3, S, S).
+
+    Of one class C is 1, the lesion; of K classes C is K + 1, background first.
+    """
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -48,8 +51,8 @@ class Probabilities(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return probabilities (N, 1, S, S) in 0 to 1."""
-        return torch.sigmoid(self.network(images).logits)
+        """Return probabilities (N, C, S, S) in 0 to 1."""
+        return predict.of_logits(self.network(images).logits)
 
 
 def check_installed() -> None:
@@ -61,35 +64,8 @@ def check_installed() -> None:
 # ---- the file ------------------------------------------------------------------------------------------------------
 
 
-def metadata(model: Model) -> dict[str, str]:
-    """Return what the file says about itself: which run it is from, and how an image becomes its input."""
-    size = model.image_size
-    mean, std = (", ".join(map(str, numbers)) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
-    deep = "16 bit divided by 257"
-    if model.window:
-        low, high = model.window
-        deep = f"more than 8 bit mapped from {low:g} to {high:g} onto 0 to 255, clipped and rounded"
-    steps = (
-        f"RGB, a gray image in three equal channels, {deep}",
-        f"resize the complete image to {size} x {size}, aspect ratio not kept: OpenCV INTER_AREA if both sides are at "
-        f"least {size}, else bilinear (INTER_LINEAR); uint8",
-        "divide by 255",
-        f"subtract the mean ({mean}), divide by the standard deviation ({std})",
-        f"float32 (N, 3, {size}, {size})",
-    )
-    about = model.tags | {
-        "source_run": model.folder.name,
-        "encoder": model.encoder,
-        "image_size": str(size),
-        "preprocessing": "; ".join(steps),
-        "output": "probability of lesion of each pixel; resize bilinearly to the size of the image",
-        "threshold": str(predict.THRESHOLD),
-    }
-    return {f"kdsweep.{key}": value for key, value in about.items()}
-
-
 def to_onnx(model: Model) -> bytes:
-    """Return a model as an ONNX file: images (batch, 3, S, S) float32 to probabilities (batch, 1, S, S), any batch."""
+    """Return a model as an ONNX file: images (batch, 3, S, S) float32 to probabilities (batch, C, S, S), any batch."""
     import onnx
 
     example = torch.zeros(2, 3, model.image_size, model.image_size)
@@ -131,7 +107,7 @@ def feed(image: Tensor) -> dict[str, np.ndarray]:
 
 
 def onnx_probabilities(session: Any, images: list[Tensor]) -> np.ndarray:
-    """Return probabilities (N, 1, S, S) of N images (1, 3, S, S), from a session with ONNX Runtime's interface."""
+    """Return probabilities (N, C, S, S) of N images (1, 3, S, S), from a session with ONNX Runtime's interface."""
     return np.concatenate([session.run([OUTPUT], feed(image))[0] for image in images])
 
 
@@ -144,7 +120,8 @@ def find_inputs(
     """Return a folder's images, else the run's test images, else phantoms (and print that these are used).
 
     Returns:
-        Normalized images (1, 3, S, S); masks (N, 1, S, S) in {0, 1} of test images; their name in the printed lines.
+        Normalized images (1, 3, S, S); masks (N, 1, S, S) of class indices of test images; their name in the
+        printed lines.
 
     Raises:
         InputError: a folder that was named does not have the images.
@@ -174,7 +151,7 @@ def phantoms(count: int, *, image_size: int) -> list[Tensor]:
 
 
 def largest_difference(outputs: np.ndarray, network: nn.Module, images: list[Tensor]) -> float:
-    """Return the largest difference of probabilities (N, 1, S, S) from PyTorch's on the CPU, infinite if one is NaN."""
+    """Return the largest difference of probabilities (N, C, S, S) from PyTorch's on the CPU, infinite if one is NaN."""
     with torch.no_grad():
         expected = np.concatenate([network(one).numpy() for one in images])
     difference = float(np.abs(outputs - expected).max())
@@ -182,14 +159,15 @@ def largest_difference(outputs: np.ndarray, network: nn.Module, images: list[Ten
 
 
 def compare_dice(model: Model, outputs: np.ndarray, masks: Tensor) -> str:
-    """Return a sentence: the mean Dice of probabilities (N, 1, S, S) and the one that the run recorded."""
+    """Return a sentence: the mean Dice of probabilities (N, C, S, S) and the one that the run recorded."""
     try:
         recorded = float((read_json(model.folder / cell_folder.FINISHED) or {})["values"]["test/dice"])
     except (DamagedError, KeyError, TypeError) as error:
         file = model.folder / cell_folder.FINISHED
         raise InputError(f"{file} is damaged; the sweep's command tests it again") from error
-    prediction = torch.from_numpy(outputs > predict.THRESHOLD)
-    dice = float(metrics.overlap(prediction=prediction, mask=masks)["dice"].mean())
+    prediction = torch.from_numpy(predict.predicted(outputs))
+    scores = metrics.overlap(prediction=prediction, mask=masks, class_names=model.class_names)
+    dice = float(scores["dice"].mean())
     if abs(dice - recorded) <= DICE_TOLERANCE:
         return f"mean Dice {dice:.4f} there, recorded {recorded:.4f}"
     rounded = model.precision != "fp32"

@@ -7,6 +7,7 @@ import io
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from kdsweep.core.device import Compute, find_device, is_device_error, placed, usable_precision
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_bytes, write_text
+from kdsweep.core.palette import BACKGROUND, as_hex, class_colors
 from kdsweep.core.progress import track
 from kdsweep.data import folders
 from kdsweep.data.images import resize_image
@@ -28,9 +30,9 @@ from kdsweep.data.views import normalize
 from kdsweep.export.model import Model, find_folder, load_model
 from kdsweep.models.networks import Network
 
-THRESHOLD = 0.5  # a pixel is lesion if its probability is above: as in testing
+THRESHOLD = 0.5  # a pixel is lesion if its probability is above: as in testing, of one class
 CONTOUR = (0xFF, 0x17, 0x44)  # RGB; the red of predictions in figures
-TABLE = "predictions.csv"
+TABLE, LEGEND = "predictions.csv", "classes.csv"
 COLUMNS = ["image", "width", "height", "area_px", "area_percent", "mean_probability", "max_probability"]
 
 
@@ -62,31 +64,85 @@ def prepare(image: np.ndarray, *, image_size: int) -> torch.Tensor:
 
 
 def probabilities(network: Network, image: np.ndarray, *, image_size: int, compute: Compute) -> np.ndarray:
-    """Return the probability of lesion (H, W) float32 at each pixel of an image (H, W, 3) uint8, at its size."""
+    """Return the probabilities float32 at each pixel of an image (H, W, 3) uint8, at its size.
+
+    Returns:
+        (H, W) of lesion or, of K classes, (K + 1, H, W) of background and classes.
+    """
     views = prepare(image, image_size=image_size).to(compute.device)
     with torch.no_grad(), compute.autocast():
         logits = network(views).logits
-    small = logits[0, 0].float().sigmoid().cpu().numpy()
+    small = of_logits(logits.float())[0].cpu().numpy()
     height, width = image.shape[:2]
-    large: np.ndarray = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
-    return large
+    large = np.stack([cv2.resize(one, (width, height), interpolation=cv2.INTER_LINEAR) for one in small])
+    return large[0] if len(large) == 1 else large
+
+
+def of_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Return the probabilities of logits (N, C, H, W): their sigmoid if C = 1, else their softmax over channels."""
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
+
+
+def channels(class_names: Sequence[str]) -> list[str]:
+    """Return the names of the channels of several classes' logits, which are those of the indices in a mask."""
+    return ["background", *class_names]
+
+
+def predicted(probabilities: np.ndarray) -> np.ndarray:
+    """Return the class (N, 1, H, W) of each pixel from probabilities (N, C, H, W), as ``metrics.predicted``."""
+    if probabilities.shape[1] == 1:
+        return probabilities > THRESHOLD
+    return probabilities.argmax(axis=1, keepdims=True).astype(np.uint8)
+
+
+def columns(class_names: Sequence[str]) -> list[str]:
+    """Return COLUMNS; of several classes each has its areas and probabilities, such as ``area_px_NAME``."""
+    if not class_names:
+        return COLUMNS
+    return [*COLUMNS[:3], *(f"{column}_{name}" for name in class_names for column in COLUMNS[3:])]
 
 
 def measure(name: str, probability: np.ndarray) -> list[Any]:
-    """Return COLUMNS of one image's probabilities (H, W): area above the threshold, mean there, maximum."""
-    mask = probability > THRESHOLD
-    height, width = mask.shape
-    area = int(mask.sum())
-    mean = f"{probability[mask].mean(dtype=np.float64):.6f}" if area else ""
-    return [name, width, height, area, f"{100 * area / mask.size:.4f}", mean, f"{probability.max():.6f}"]
+    """Return ``columns`` of one image's probabilities (H, W) or (K + 1, H, W).
+
+    Per class they are the area where it is predicted, as pixels and share, its mean probability there, and its maximum.
+    """
+    height, width = probability.shape[-2:]
+    row = [name, width, height]
+    mask = predicted(probability.reshape(1, -1, height, width))[0, 0]
+    for index, one in enumerate(probability.reshape(-1, height, width)[mask.dtype != np.bool_ :], start=1):
+        region = mask == index
+        area = int(region.sum())
+        mean = f"{one[region].mean(dtype=np.float64):.6f}" if area else ""
+        row += [area, f"{100 * area / mask.size:.4f}", mean, f"{one.max():.6f}"]
+    return row
 
 
 def draw(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Draw the contour of a mask (H, W) bool on a copy of the image (H, W, 3) uint8."""
-    lines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    """Draw the contours of a mask (H, W), bool or class indices uint8, on a copy of the image (H, W, 3) uint8."""
+    colors = [CONTOUR] if mask.dtype == np.bool_ else class_colors(int(mask.max()))
     drawn = np.ascontiguousarray(image).copy()
-    cv2.drawContours(drawn, lines, -1, CONTOUR, thickness=max(1, round(min(mask.shape) / 250)))
+    for index, color in enumerate(colors, start=1):
+        region = (mask == index).astype(np.uint8)
+        lines, _ = cv2.findContours(region, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(drawn, lines, -1, color, thickness=max(1, round(min(mask.shape) / 250)))
     return drawn
+
+
+def picture_of(mask: np.ndarray) -> Image.Image:
+    """Return a mask (H, W) as a picture: of bool 255 is lesion; class indices uint8 stay, their palette colors them."""
+    if mask.dtype == np.bool_:
+        return Image.fromarray(mask * np.uint8(255))
+    picture = Image.fromarray(mask)
+    picture.putpalette([level for color in (BACKGROUND, *class_colors(255)) for level in color])
+    return picture
+
+
+def legend(class_names: Sequence[str]) -> pd.DataFrame:
+    """Return a row for background and each class: its index in a mask, name, and color (``#RRGGBB``)."""
+    colors = map(as_hex, (BACKGROUND, *class_colors(len(class_names))))
+    rows = zip(channels(class_names), colors, strict=True)
+    return pd.DataFrame(rows, columns=["name", "color"]).rename_axis("index")
 
 
 def predict_file(model: Model, file: Path, *, out: Path, name: str, compute: Compute) -> list[Any]:
@@ -99,13 +155,13 @@ def predict_file(model: Model, file: Path, *, out: Path, name: str, compute: Com
         file.name.encode()  # the table is in UTF-8
         image = read_gray_or_color(file, model.window)
         probability = probabilities(model.network, image, image_size=model.image_size, compute=compute)
-        mask = probability > THRESHOLD
-        pictures = {f"{name}_overlay.png": draw(image, mask), f"{name}_mask.png": mask * np.uint8(255)}
+        mask = predicted(probability.reshape(1, -1, *image.shape[:2]))[0, 0]
+        pictures = {f"{name}_overlay.png": Image.fromarray(draw(image, mask)), f"{name}_mask.png": picture_of(mask)}
     try:
-        for picture, pixels in pictures.items():  # the longer name first
+        for file_name, picture in pictures.items():  # the longer name first
             stream = io.BytesIO()
-            Image.fromarray(pixels).save(stream, format="PNG")
-            write_bytes(out / picture, stream.getvalue())
+            picture.save(stream, format="PNG")
+            write_bytes(out / file_name, stream.getvalue())
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -114,7 +170,7 @@ def predict_file(model: Model, file: Path, *, out: Path, name: str, compute: Com
 
 
 def predict_folder(model: Model, images: dict[str, Path], *, out: Path, compute: Compute) -> int:
-    """Write mask, overlay and a table row for each image; return the number of images that failed."""
+    """Write mask, overlay and a table row for each image, for classes a legend; return the number that failed."""
     placed(model.network, compute)
     rows: list[list[Any]] = []
     try:
@@ -126,7 +182,9 @@ def predict_folder(model: Model, images: dict[str, Path], *, out: Path, compute:
                     raise error.__cause__ from None  # no other image can be predicted either
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
     finally:  # also after Ctrl-C
-        write_text(out / TABLE, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
+        write_text(out / TABLE, pd.DataFrame(rows, columns=columns(model.class_names)).to_csv(index=False))
+        if model.class_names:
+            write_text(out / LEGEND, legend(model.class_names).to_csv())
     return len(images) - len(rows)
 
 
@@ -162,6 +220,7 @@ def predict(
     sys.stdout.flush()
     compute = Compute(device=on, precision=usable_precision(model.precision, on))
     failed = predict_folder(model, files, out=out, compute=compute)
-    done = f"wrote masks and overlays of {len(files) - failed} of {len(files)} images and {TABLE} to {out}"
+    tables = f", {TABLE} and {LEGEND}" if model.class_names else f" and {TABLE}"
+    done = f"wrote masks and overlays of {len(files) - failed} of {len(files)} images{tables} to {out}"
     sys.stdout.write(f"{done}; failed: {failed}; other files skipped: {others}\n")
     return int(failed > 0)

@@ -21,6 +21,7 @@ from kdsweep.config.grid import run_folder
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import write_bytes, write_text
 from kdsweep.core.progress import plural, track
+from kdsweep.data import run_data
 from kdsweep.evaluation import latency, metrics
 from kdsweep.evaluation.costs import cpu_name
 from kdsweep.export import onnx_file, predict
@@ -43,9 +44,9 @@ DIFFERENCE = ("difference_points", "low_points", "high_points", "p")
 def to_int8(content: bytes, images: list[Tensor]) -> bytes:
     """Return an ONNX file in 8-bit integers: a scale per channel of each weight, one per map of each activation.
 
-    The batch norms are folded into the convolutions first. The sigmoid at the end stays in float32. Weights use 7 of
-    the 8 bits: processors without VNNI add two products of 8-bit numbers in 16 bits, which 255 * 127 * 2 exceeds and
-    255 * 64 * 2 does not. So the file computes the same on all of them.
+    The batch norms are folded into the convolutions first. The sigmoid or softmax at the end stays in float32. Weights
+    use 7 of the 8 bits: processors without VNNI add two products of 8-bit numbers in 16 bits, which 255 * 127 * 2
+    exceeds and 255 * 64 * 2 does not. So the file computes the same on all of them.
 
     Args:
         content: an ONNX file of ``onnx_file.to_onnx``.
@@ -59,7 +60,8 @@ def to_int8(content: bytes, images: list[Tensor]) -> bytes:
         plain, folded, small = (Path(scratch, f"{name}.onnx") for name in ("plain", "folded", "small"))
         plain.write_bytes(content)
         quant_pre_process(plain, folded)
-        sigmoids = [node.name for node in onnx.load(folded).graph.node if node.op_type == "Sigmoid"]
+        nodes = onnx.load(folded).graph.node
+        probabilities = [node.name for node in nodes if node.op_type in ("Sigmoid", "Softmax")]
         quantization.quantize_static(
             folded,
             small,
@@ -69,7 +71,7 @@ def to_int8(content: bytes, images: list[Tensor]) -> bytes:
             reduce_range=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
-            nodes_to_exclude=sigmoids[-1:],
+            nodes_to_exclude=probabilities[-1:],
         )
         return small.read_bytes()
 
@@ -80,8 +82,9 @@ def compare_forms(
     """Quantize a network on count training images and score both forms on its test images.
 
     Returns:
-        The ONNX file in 8-bit integers; per test image the Dice of both forms, columns image, fp32, int8 (fractions);
-        and by column what both forms cost: fp32_mb, int8_mb (10^6 bytes), fp32_ms, int8_ms (one image on one thread).
+        The ONNX file in 8-bit integers; per test image the Dice of both forms (of several classes their mean), columns
+        image, fp32, int8 (fractions); and by column what both forms cost: fp32_mb, int8_mb (10^6 bytes), fp32_ms,
+        int8_ms (one image on one thread).
     """
     images, masks, _ = split_images(model, "test", store=store, data_root=data_root)
     content = onnx_file.to_onnx(model)
@@ -90,8 +93,8 @@ def compare_forms(
     cost: dict[str, float] = {}
     for name, file in {"fp32": content, "int8": small}.items():
         session = onnx_file.open_session(file)
-        prediction = torch.from_numpy(onnx_file.onnx_probabilities(session, images) > predict.THRESHOLD)
-        scores[name] = metrics.overlap(prediction=prediction, mask=masks)["dice"]
+        prediction = torch.from_numpy(predict.predicted(onnx_file.onnx_probabilities(session, images)))
+        scores[name] = metrics.overlap(prediction=prediction, mask=masks, class_names=model.class_names)["dice"]
         call = session.run, [onnx_file.OUTPUT], onnx_file.feed(images[0])
         cost[f"{name}_mb"] = len(file) / 1e6
         cost[f"{name}_ms"], _ = latency.time_ms(*call, device=torch.device("cpu"), threads=1)
@@ -169,7 +172,10 @@ def notes(*, sweep: Sweep, runs: int, count: int) -> list[str]:
     """Return the footnotes."""
     import onnxruntime
 
+    names = run_data.class_names(sweep.runs.iloc[0]["params"])
+    by_class = [f"DSC: mean over the classes ({', '.join(names)}) in an image's ground truth or prediction."]
     return [
+        *(by_class if names else []),
         f"{plural(runs, 'network')} of sweep {sweep.name}, each on the test images of its split. Points: paired "
         "mean differences with the 95 % interval of these networks, images as clusters, seeds averaged.",
         f"int8: static quantization by ONNX Runtime {onnxruntime.__version__} (QDQ; weights per channel in 7 "

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import pandas as pd
+
 from kdsweep.config import composition, grid, inputs
 from kdsweep.config.grid import run_folder
 from kdsweep.core.device import Compute, find_device, usable_precision
@@ -40,11 +42,13 @@ def score_sweep(
         The number of networks scored now, and a line for each that could not be.
 
     Raises:
-        InputError: no run is finished, or the data set cannot be read or holds images of the sweep's.
+        InputError: no run is finished, or the data set cannot be read, has other classes, or holds images of the
+            sweep's.
     """
     runs = sweep.runs[sweep.runs["status"] == "FINISHED"].drop_duplicates("run_id")
     if runs.empty:
         raise InputError(f"sweep {sweep.name} has no finished run yet; its command resumes it")
+    _refuse_other_classes(sweep, source, runs)
     folders = {str(run["run_id"]): run_folder(store, run) for run in runs.to_dict("records")}
     listed = sources.listing(source)
     _refuse_shared_images(sweep, source, listed.entries, store=store)
@@ -98,6 +102,19 @@ def _score(folder: Path, file: Path, part: Callable[[int], EvalPart], *, device:
         file.parent.mkdir(exist_ok=True)
         write_text(file, scoring.score(predictions, images, nsd_tolerance_px=tolerance_px).to_csv(index=False))
     return True
+
+
+def _refuse_other_classes(sweep: Sweep, source: sources.Source, runs: pd.DataFrame) -> None:
+    """Raise InputError unless a data set has the classes of all networks, in the same order."""
+    classes = source.classes if isinstance(source, sources.ReadAs) else None
+    names = tuple(name for name, _ in classes or ())
+    for trained in map(run_data.class_names, runs["params"]):
+        if trained != names:
+            scored, expected = (f"[{', '.join(each)}]" if each else "null" for each in (names, trained))
+            raise InputError(
+                f"data.classes: the data set has {scored}, the networks of sweep {sweep.name} have {expected}; "
+                "name their classes, in their order"
+            )
 
 
 def _refuse_shared_images(sweep: Sweep, source: sources.Source, entries: list[sources.Entry], *, store: Path) -> None:

@@ -77,14 +77,19 @@ def load_network(file: Path, network: nn.Module) -> None:
 
 
 def save_predictions(file: Path, predictions: np.ndarray, *, ids: list[str]) -> None:
-    """Write predicted masks (N, H, W) bool, eight pixels a byte, with the ids of their images."""
+    """Write predicted masks (N, H, W) with the ids of their images: bool as bits, or class indices uint8."""
+    is_one_class = predictions.dtype == np.bool_
+    masks = {"bits": np.packbits(predictions), "shape": predictions.shape} if is_one_class else {"indices": predictions}
     with complete_file(file) as stream:
-        np.savez_compressed(stream, bits=np.packbits(predictions), shape=predictions.shape, ids=np.array(ids))
+        np.savez_compressed(stream, **masks, ids=np.array(ids))
 
 
 def load_predictions(file: Path | BinaryIO) -> dict[str, np.ndarray]:
-    """Read what ``save_predictions`` wrote: the predicted mask (H, W) bool of each image id."""
+    """Read what ``save_predictions`` wrote: the predicted mask (H, W) of each image id, bool or class indices uint8."""
     with np.load(file, allow_pickle=False) as stored:
-        shape = tuple(stored["shape"])
-        masks = np.unpackbits(stored["bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
+        if "indices" in stored:
+            masks = stored["indices"]
+        else:
+            shape = tuple(stored["shape"])
+            masks = np.unpackbits(stored["bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
         return dict(zip(stored["ids"].tolist(), masks, strict=True))

@@ -76,6 +76,16 @@ def test_predictions_come_back_by_id(tmp_path):
         assert np.array_equal(mask, restored)
 
 
+def test_predictions_of_several_classes_come_back_as_indices(tmp_path):
+    masks = np.random.default_rng(0).integers(0, 4, (2, 5, 7), dtype=np.uint8)
+    checkpoint.save_predictions(tmp_path / "p.npz", masks, ids=["b", "a"])
+    back = checkpoint.load_predictions(tmp_path / "p.npz")
+    assert list(back) == ["b", "a"]
+    restored = np.stack(list(back.values()))
+    assert restored.dtype == np.uint8
+    assert np.array_equal(restored, masks)
+
+
 def test_a_network_comes_back_bit_for_bit_whatever_its_memory_format(tmp_path):
     one, other = (torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)) for _ in range(2))
     one.to(memory_format=torch.channels_last)

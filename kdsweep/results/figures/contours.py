@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
+from kdsweep.core.palette import as_hex, class_colors
 from kdsweep.results.figures.style import ACROSS, FONT, WIDTH
 from kdsweep.results.paper import BASELINES, CELLS
 
@@ -22,6 +24,7 @@ IMAGE = "Image"
 PATH_ROWS = [CELLS[start : start + ACROSS] for start in range(0, len(CELLS), ACROSS)]
 # Inches: of the largest panel, of a panel's title, of a line of text, of what is above and below the panels.
 LARGEST_PANEL, PANEL_TITLE, TEXT_LINE, AROUND = 2.2, 0.2, 0.135, 0.6
+LEGEND_COLUMNS = 6
 PANEL_CHARACTERS, CAPTION_CHARACTERS = 21, 115  # what fits above the narrowest panel, and in the width
 # Green and red as in the paper, a green that stays lighter for the color-blind; dashes short enough for a small island.
 LINE, TRUTH, PREDICTION = 1.1, ("#00e8a8", "solid"), ("#ff1f3d", (0, (2.4, 1.2)))
@@ -32,11 +35,13 @@ GRAY = "0.4"
 def figure(example: Example) -> Figure:
     """Draw the image alone, then a panel per model: ground truth green and solid, prediction red and dashed.
 
-    Use the paper's rows if they are complete (image and baselines, then a row per path), else a compact grid.
+    Of several classes each has its color, in ground truth and prediction. Use the paper's rows if they are complete
+    (image and baselines, then a row per path), else a compact grid.
     """
     best = _best(example.dice)
     note = "" if example.mask.any() else "The ground truth holds no lesion. "
-    note += f"Number: Dice on this image{', bold: the best cell' if best else ''}."
+    mean = ", the mean over its classes" if example.class_names else ""
+    note += f"Number: Dice on this image{mean}{', bold: the best cell' if best else ''}."
     text = "\n".join(textwrap.fill(line, CAPTION_CHARACTERS) for line in (example.caption, note))
     drawn, panels = _grid(_rows([*example.predictions, *example.missing]), lines=text.count("\n") + 1)
     for name, axes in panels.items():
@@ -52,20 +57,38 @@ def figure(example: Example) -> Figure:
         label = name if name == IMAGE else f"{name} {example.dice[name]:.2f}"
         _label(axes, label, weight="bold" if name in best else "normal")
         if name in example.predictions:
-            _outline(axes, example.mask, *TRUTH)
-            _outline(axes, example.predictions[name], *PREDICTION)
+            _outline_classes(axes, example, name)
             if not example.predictions[name].any():
                 paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
                 _write(axes, 0.04, "no lesion predicted", bbox=paper, va="bottom")
     drawn.suptitle(example.title, fontsize=FONT, parse_math=False)
-    handles = [
-        Line2D([], [], color=color, linestyle=line, linewidth=1.3 * LINE, label=label, path_effects=HALO)
-        for label, (color, line) in {"ground truth": TRUTH, "prediction": PREDICTION}.items()
-    ]
     sizes: dict[str, float] = {"fontsize": FONT, "title_fontsize": FONT}
-    below = drawn.legend(handles=handles, title=text, loc="outside lower center", ncols=2, frameon=False, **sizes)
+    handles = _handles(example.class_names)
+    columns = min(len(handles), LEGEND_COLUMNS)
+    below = drawn.legend(handles=handles, title=text, loc="outside lower center", ncols=columns, frameon=False, **sizes)
     below.get_title().set(parse_math=False, ha="center")
     return drawn
+
+
+def _handles(class_names: Sequence[str]) -> list[Line2D]:
+    """Return the lines of the legend: each class in its color, and how ground truth and prediction are drawn."""
+    truth, prediction = ("white", "white") if class_names else (TRUTH[0], PREDICTION[0])
+    colors = map(as_hex, class_colors(len(class_names)))
+    lines: list[tuple[str, str, Any]] = [(*each, "solid") for each in zip(class_names, colors, strict=True)]
+    lines += [("ground truth", truth, TRUTH[1]), ("prediction", prediction, PREDICTION[1])]
+    return [
+        Line2D([], [], color=color, linestyle=line, linewidth=1.3 * LINE, label=label, path_effects=HALO)
+        for label, color, line in lines
+    ]
+
+
+def _outline_classes(axes: Axes, example: Example, name: str) -> None:
+    """Draw the contours of ground truth and of a model's prediction: green and red, or each class in its color."""
+    by_class = [as_hex(color) for color in class_colors(len(example.class_names))]
+    masks = {TRUTH: example.mask, PREDICTION: example.predictions[name]}
+    for (color, line), mask in masks.items():
+        for index, shown in enumerate(by_class or [color], start=1):
+            _outline(axes, mask == index, shown, line)
 
 
 def _best(dice: dict[str, float]) -> list[str]:

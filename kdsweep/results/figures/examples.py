@@ -34,12 +34,13 @@ class Example(NamedTuple):
     """An image as Figure 2 shows it, with what each model predicted, by notation."""
 
     image: np.ndarray  # (S, S, 3) uint8
-    mask: np.ndarray  # (S, S) in {0, 1}
-    predictions: dict[str, np.ndarray]  # (S, S) bool
+    mask: np.ndarray  # (S, S) of class indices
+    predictions: dict[str, np.ndarray]  # (S, S) bool, or class indices uint8
     missing: dict[str, str]  # why there is no prediction
     dice: dict[str, float]  # of the predictions, fractions
     caption: str  # why this image was chosen
     title: str  # sweep, data and profile
+    class_names: tuple[str, ...] = ()  # of several classes
 
 
 # ---- which models --------------------------------------------------------------------------------------------------
@@ -189,6 +190,7 @@ def load(
             dice=dict(zip(masks, map(float, dice.loc[image]), strict=True)),
             caption=f"{where.capitalize()}, image {image}: {why}",
             title=f"Sweep {sweep.name} (data {finished.iloc[0]['data']}, profile {finished.iloc[0]['profile']})",
+            class_names=run_data.class_names(finished.iloc[0]["params"]),
         )
         for image, why in chosen.items()
     ]
