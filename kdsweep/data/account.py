@@ -110,9 +110,9 @@ def measure(entries: Sequence[Entry], *, sizes: Sequence[int], allow_empty_masks
             return Measured(0, 0, math.nan, math.nan, 0, str(error))
         is_faulty = not (allow_empty_masks or mask.any())
         fault = f"{entry.mask_files[0]} shows no lesion ({TAKE_EMPTY} takes healthy images)" if is_faulty else ""
-        resized = min(float(resize_mask(mask, size).mean()) for size in sizes)
+        resized = min(float((resize_mask(mask, size) > 0).mean()) for size in sizes)
         height, width = mask.shape
-        return Measured(height, width, float(mask.mean()), resized, int(image.max()), fault)
+        return Measured(height, width, float((mask > 0).mean()), resized, int(image.max()), fault)
 
     with ThreadPoolExecutor() as threads:  # Pillow and OpenCV decode and resize outside Python's lock
         return list(track(threads.map(one, entries), what="reading images", unit="image", total=len(entries)))

@@ -25,9 +25,10 @@ from PIL import Image
 
 from kdsweep.core.errors import InputError
 from kdsweep.data import phantom
+from kdsweep.data.class_maps import Mark
 from kdsweep.data.folders import LONE_MASKS, Ignored, Inventory, folded, is_image, pair, refuse_unprintable
 from kdsweep.data.labels import read_labels
-from kdsweep.data.pixels import Mark, Window
+from kdsweep.data.pixels import Window
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,8 @@ class Folder(_InFolder):
 
     Args:
         root: the folder.
-        labels: of classes with a mask each, such as ``NAME_mask_LABEL.png`` for the image NAME.
+        labels: of classes with a mask each, ``NAME_mask_LABEL.png`` for the image NAME. An image that has none of these
+            has ``NAME.png``, whose class is not named: it must be black.
     """
 
     root: str | Path
