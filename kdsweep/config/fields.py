@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from kdsweep.data.folders import folded
+from kdsweep.core.files import folded
 
 
 def rule(holds: Callable[[Any], object], text: str) -> AfterValidator:

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from kdsweep.core.errors import InputError
+from kdsweep.core.files import folded
 
 COMMON = ".png, .jpg, .bmp, .tif, .webp, .dcm, ..."
 DICOM = frozenset({".dcm", ".dicom"})
@@ -39,11 +40,6 @@ def image_suffixes() -> frozenset[str]:
 def is_image(file: Path) -> bool:
     """Return whether a file has the suffix of an image format."""
     return file.suffix.lower() in image_suffixes()
-
-
-def folded(name: str) -> str:
-    """Return a name in the form by which images, masks and rows are matched: Unicode NFC, lower case."""
-    return unicodedata.normalize("NFC", name).lower()
 
 
 def printable(name: str) -> str:
@@ -198,8 +194,8 @@ def pair(
 ) -> list[tuple[Path, tuple[Path, ...]]]:
     """Return each image with the mask of equal name; masks without an image are noted as ignored.
 
-    With ``suffixes``, in lower case, an image has a mask for each of them, of its name and the suffix; an image that has
-    none of these has the mask of equal name.
+    With ``suffixes``, in lower case, an image has a mask for each of them, of its name and the suffix; without any of
+    these it has the mask of equal name.
 
     Raises:
         InputError: no image has a mask, or ``Inventory.images`` refuses a folder.

@@ -13,11 +13,11 @@ import cv2
 import numpy as np
 
 from kdsweep.core.errors import InputError
+from kdsweep.core.files import folded
 from kdsweep.core.logs import FILE_ONLY
 from kdsweep.core.memory import available_memory
 from kdsweep.core.progress import track
 from kdsweep.data.class_maps import AS_CLASSES, read_class_map
-from kdsweep.data.folders import folded
 from kdsweep.data.pixels import AS_MASK, FileError, naming, read_gray_or_color, read_mask
 from kdsweep.data.sources import Classes, Entry, Source, listing
 

@@ -24,9 +24,10 @@ from filelock import FileLock
 from PIL import Image
 
 from kdsweep.core.errors import InputError
+from kdsweep.core.files import folded
 from kdsweep.data import phantom
 from kdsweep.data.class_maps import Mark
-from kdsweep.data.folders import LONE_MASKS, Ignored, Inventory, folded, is_image, pair, refuse_unprintable
+from kdsweep.data.folders import LONE_MASKS, Ignored, Inventory, is_image, pair, refuse_unprintable
 from kdsweep.data.labels import read_labels
 from kdsweep.data.pixels import Window
 
