@@ -1,6 +1,5 @@
 """Masks of several classes: by value, color, label or a file each; resized, augmented, and part of the fingerprint."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -146,7 +145,7 @@ def test_udiats_labels_are_matched_in_any_case(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         Image.fromarray(np.array(values, np.uint8)[TRUTH]).save(tmp_path / name / "000001.png")
     (entry,) = read_as(Udiat(tmp_path), None, BY_LABEL).entries()
-    image, mask = read_entry(entry._replace(label="Malignant"))
+    _, mask = read_entry(entry._replace(label="Malignant"))
     assert np.array_equal(mask, 2 * MASK)
 
 
@@ -215,7 +214,15 @@ def test_a_pixel_is_what_most_of_its_area_is_by_exact_areas(shape: tuple[int, in
 
 
 def test_ties_by_hand() -> None:
-    blocks = {(0, 0, 2, 2): 2, (0, 1, 2, 2): 2, (1, 2, 0, 0): 1, (0, 0, 3, 2): 0, (0, 1, 2, 3): 1, (3, 3, 0, 1): 3}
+    blocks = {
+        (0, 0, 2, 2): 2,
+        (0, 1, 2, 2): 2,
+        (1, 2, 0, 0): 0,
+        (2, 1, 0, 3): 1,
+        (0, 0, 3, 2): 0,
+        (0, 1, 2, 3): 1,
+        (3, 3, 0, 1): 3,
+    }
     for block, expected in blocks.items():
         assert resize_mask(np.array(block, np.uint8).reshape(2, 2), 1) == expected
 
@@ -292,17 +299,13 @@ def test_a_run_is_read_again_with_its_classes(classes: dict[str, object], tmp_pa
 
 
 def test_the_order_of_classes_is_part_of_the_fingerprint_and_null_is_not() -> None:
-    orders = (
-        "",
-        "+data.classes=null",
-        "+data.classes={a: benign, b: malignant}",
-        "+data.classes={b: malignant, a: benign}",
-    )
-    decided = [decisions.deciding(settings(*([order] if order else [])), "baseline") for order in orders]
+    classes = ("null", "{a: benign, b: malignant}", "{b: malignant, a: benign}")
+    every = [settings("path=none"), *(settings("path=none", f"+data.classes={value}") for value in classes)]
+    decided = [decisions.deciding(each, "baseline") for each in every]
     assert decided[0] == decided[1]
     assert "data.classes" not in decided[0]
     assert decided[2] != decided[3] != decided[0]
-    prints = [identity.cell(settings(*([order] if order else []), "path=none")).fingerprint for order in orders]
+    prints = [identity.cell(each).fingerprint for each in every]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
 
@@ -338,4 +341,3 @@ def test_bus_bra_by_color(real_data: Path) -> None:
     one_lesion = load_images(Folder(real_data / "busbra36"), load_size=SIDE, image_size=SIDE)
     assert np.array_equal(images.masks > 0, one_lesion.masks > 0)
     assert images.digest == one_lesion.digest
-    assert replace(images, class_names=()).class_names == one_lesion.class_names
