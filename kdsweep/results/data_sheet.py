@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +17,13 @@ import numpy as np
 from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 
 from kdsweep.config import composition, inputs
 from kdsweep.config.schema import Settings
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import private_path, write_bytes
+from kdsweep.core.palette import as_hex, class_colors
 from kdsweep.core.progress import plural
 from kdsweep.data.account import Account, measure, text
 from kdsweep.data.images import read_entry
@@ -33,18 +33,9 @@ if TYPE_CHECKING:
 
 ACROSS, IMAGES, OF_A_KIND = 6, 36, 6  # panels in a row, on the sheet, and of each reason but the last
 PANEL_W, PANEL_H, HEAD = 2.0, 1.7, 0.62  # inches
-DPI, THUMB_PX, ID_CHARACTERS = 130, 300, 24
+DPI, THUMB_PX, ID_CHARACTERS, LEGEND_COLUMNS = 130, 300, 24, 6
 # Okabe and Ito's colors, safe for the color-blind; yellow stands out from gray images. The text says what color says.
-CONTOURS = {  # of the classes, in their order
-    "yellow": "#F0E442",
-    "sky blue": "#56B4E9",
-    "vermilion": "#D55E00",
-    "green": "#009E73",
-    "purple": "#CC79A7",
-    "orange": "#E69F00",
-    "blue": "#0072B2",
-}
-DOUBT, TITLE_CHARACTERS = "#D55E00", 120
+CONTOUR, DOUBT = "#F0E442", "#D55E00"
 HALO = [patheffects.withStroke(linewidth=2.6, foreground="black", alpha=0.7)]
 SMALLEST, LARGEST, RANDOM = "smallest lesions", "largest lesions", "at random"
 
@@ -81,29 +72,38 @@ def draw(account: Account, chosen: Mapping[int, str]) -> Figure:
         figsize=(ACROSS * PANEL_W, height),
         layout=ConstrainedLayoutEngine(h_pad=0.14, w_pad=0.04, rect=(0, 0.01, 1, 0.99)),
     )
-    legend = ", ".join(f"{name} {color}" for name, color in zip(account.class_names, cycle(CONTOURS), strict=False))
-    title = f"data={account.name}: {len(chosen)} of {plural(len(account.entries), 'image')}, "
-    title += f"masks as contours ({legend})" if legend else "masks as yellow contours"
-    title = textwrap.fill(f"{title}, circles on specks", TITLE_CHARACTERS)
+    title = f"data={account.name}: {len(chosen)} of {plural(len(account.entries), 'image')}, masks as "
+    title += "contours" if account.class_names else "yellow contours"
+    title += ", circles on specks" + "\n" * -(-len(account.class_names) // LEGEND_COLUMNS)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    if names := account.class_names:
+        lines = [Line2D([], [], color=color, path_effects=HALO) for color in _colors(len(names))]
+        look: dict[str, Any] = {"ncols": LEGEND_COLUMNS, "frameon": False, "fontsize": 9, "borderpad": 0}
+        below = (0.01, 1 - 0.34 / height)  # the first line of the title, whose others are empty
+        figure.legend(lines, names, loc="upper left", bbox_to_anchor=below, borderaxespad=0, **look)
     panels = figure.subplots(rows, ACROSS, squeeze=False).ravel()
     for axes in panels:
         axes.set_axis_off()
         axes.set_anchor("NW")  # the titles of a row on one line
     for axes, (number, reason) in zip(panels, chosen.items(), strict=False):
-        _draw_image(axes, *read_entry(account.entries[number]))
+        _draw_image(axes, *read_entry(account.entries[number]), _colors(len(account.class_names)))
         _write_title(axes, account, number, reason)
     return figure
 
 
-def _draw_image(axes: Axes, image: np.ndarray, mask: np.ndarray) -> None:
+def _colors(classes: int) -> list[str]:
+    """Return the colors of the contours of several classes, or of one (0)."""
+    return [as_hex(color) for color in class_colors(classes)] or [CONTOUR]
+
+
+def _draw_image(axes: Axes, image: np.ndarray, mask: np.ndarray, colors: Sequence[str]) -> None:
     """Draw an image (H, W, 3) uint8 and the contours of its mask (H, W) of class indices, in full resolution."""
     height, width = mask.shape
     scale = min(1.0, THUMB_PX / max(height, width))
     small = (max(1, round(width * scale)), max(1, round(height * scale)))
     thumb = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
     axes.imshow(thumb, extent=(0, width, height, 0), interpolation="antialiased")
-    for index, color in zip(range(1, int(mask.max()) + 1), cycle(CONTOURS.values()), strict=False):
+    for index, color in enumerate(colors, start=1):
         _draw_contours(axes, (mask == index).astype(np.uint8), color)
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)

@@ -220,14 +220,16 @@ def test_several_classes_are_counted_each(tmp_path, capsys):
     assert "faults:\n  data=folder: no mask shows the class none; leave it out of data.classes\n" in out
 
 
-def test_each_class_has_a_contour_of_its_color_and_the_title_names_it(tmp_path):
+def test_each_class_has_a_contour_of_its_color_and_the_legend_names_it(tmp_path):
     entries = read_as(Folder(of_classes(tmp_path)), None, {"left": 1, "right": 3}).entries()
     measured = accounts.measure(entries, sizes=(64, 73), allow_empty_masks=False)
     drawn = data_sheet.draw(Account("mine", entries, measured, image_size=64), dict.fromkeys((0, 9), data_sheet.RANDOM))
-    assert "masks as contours (left yellow, right sky blue), circles on specks" in drawn.get_suptitle()
+    (legend,) = drawn.legends
+    shown = [(text.get_text(), line.get_color()) for text, line in zip(legend.texts, legend.get_lines(), strict=True)]
+    assert shown == [("left", "#E69F00"), ("right", "#56B4E9")]
     first, second = (axes.get_lines() for axes in drawn.axes[:2])
     corners = [(line.get_color(), min(line.get_xdata()), min(line.get_ydata())) for line in second]
-    assert corners == [("#F0E442", 10.5, 10.5), ("#56B4E9", 50.5, 40.5)]
-    assert [line.get_color() for line in first] == ["#F0E442"]
+    assert corners == [("#E69F00", 10.5, 10.5), ("#56B4E9", 50.5, 40.5)]
+    assert [line.get_color() for line in first] == ["#E69F00"]
     titles = [axes.get_title(loc="left") for axes in drawn.axes[:2]]
     assert titles == ["00\nleft 6.2 %", "09\nleft 6.2 %, right 3.1 %"]
