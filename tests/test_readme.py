@@ -95,18 +95,6 @@ def test_the_commands_of_several_classes_and_of_trained_teachers_compose() -> No
     ]
 
 
-def test_the_errors_of_classes_that_the_page_lists_are_those_of_the_code() -> None:
-    code = " ".join(file.read_text(encoding="utf-8") for file in (ROOT / "kdsweep").rglob("*.py"))
-    page = (ROOT / "docs" / "classes.md").read_text(encoding="utf-8").split("## Errors")[1]
-    errors = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
-    assert len(errors) == 9
-    for error in errors:
-        longest = max(
-            re.split(r"[A-Z]{3,}|\d+|\.\.\.|decoupled|unknown|data\.classes=|data\.classes is", error), key=len
-        )
-        assert longest.strip() in code, error
-
-
 def test_the_map_names_every_package() -> None:
     shown = re.findall(r"^  (\w+)/ ", README.split("## How it is made")[1], flags=re.MULTILINE)
     packages = [file.parent.name for file in (ROOT / "kdsweep").glob("*/__init__.py")]
