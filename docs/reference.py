@@ -52,7 +52,8 @@ Values are those of `profile=paper`; other profiles set others (`conf/profile/`,
 def allowed(model: type[BaseModel] = Settings, prefix: str = "") -> dict[str, str]:
     """Return by key what the schema says that its value must be."""
     found: dict[str, str] = {}
-    properties = model.model_json_schema()["properties"]
+    schema = model.model_json_schema()
+    properties = (schema if "properties" in schema else schema["$defs"][model.__name__])["properties"]  # it has itself
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
         kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from math import sqrt
@@ -15,6 +16,8 @@ from commands import kdsweep
 from small import TEACHER
 
 from kdsweep import cli
+from kdsweep.config import composition
+from kdsweep.config.schema import Settings
 from kdsweep.results import formats, paper, published, stats
 from kdsweep.results.tables import effects, table4
 from kdsweep.results.tables.seeds import repeatability_points
@@ -70,6 +73,26 @@ def test_a_recipe_works_as_written(recipes, small_busi, word, notation):
     (folder,) = (recipes / f"store-{notation}" / "cells").iterdir()
     assert folder.name.startswith(f"{notation}-split0-seed0-")
     assert 0 <= cell_folder.read_finished(folder)["test/dice"] <= 1
+
+
+def settings_of(page: str, key: str) -> list[Settings]:
+    """The settings of each command of a page in docs/ that has this text, the first of those that it sweeps."""
+    lines = re.findall(r"^python -m kdsweep (.*)$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE)
+    words = [shlex.split(line.partition("  #")[0]) for line in lines if key in line]
+    overrides = [[word for word in each if word not in ("-m", "data")] for each in words]
+    return [composition.compose([re.sub(r"^(\w+=\w+),[\w,]+$", r"\1", word) for word in each]) for each in overrides]
+
+
+def test_the_commands_of_several_classes_and_of_trained_teachers_compose() -> None:
+    named = settings_of("classes.md", "data.classes")
+    assert [settings.logits for settings in named] == [3] * 7
+    assert {str(mark) for settings in named for mark in settings.data.classes.values()} >= {"1", "[0, 255, 0]", "cyst"}
+    teachers = [settings.teacher.trained for settings in settings_of("networks.md", "teacher.trained")]
+    assert teachers == ["resnet18.pt", "resnet18_{split}.pt", "run:Student/split{split}"]
+    assert [list(settings.members) for settings in settings_of("networks.md", "teacher=[")] == [
+        ["teacher", "segformer"],
+        ["teacher", "resnet18"],
+    ]
 
 
 def test_the_map_names_every_package() -> None:

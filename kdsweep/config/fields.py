@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from kdsweep.core.files import folded
+
 
 def rule(holds: Callable[[Any], object], text: str) -> AfterValidator:
     """Return a check of a value; ``text`` completes the error "it must ..."."""
@@ -27,9 +29,10 @@ def is_name(text: str, longest: int = 80) -> bool:
 
 
 def are_marks(classes: Mapping[str, Any]) -> bool:
-    """Return whether marks of classes in a mask are of one kind and differ from each other and from black."""
-    kinds, marks = {type(mark) for mark in classes.values()}, [str(mark) for mark in classes.values()]
-    return len(classes) > 1 and len(kinds) == 1 and len({*marks, "[0, 0, 0]"}) == len(marks) + 1
+    """Return whether marks of classes in a mask are of one kind and, as the names, differ by more than case."""
+    kinds, marks = {type(mark) for mark in classes.values()}, [folded(str(mark)) for mark in classes.values()]
+    names = {folded(name) for name in classes}
+    return len(names) > 1 and len(kinds) == 1 and len({*marks, "[0, 0, 0]"}) == len(marks) + 1 == len(names) + 1
 
 
 NAME_RULE = "be made of letters, digits, blank . _ -, the first a letter, a digit or _, at most 80 bytes (a sweep: 200)"
@@ -57,7 +60,10 @@ Monitor = Literal["loss", "dice"]
 Supervised = Literal["bce", "bce_dice"]
 Schedule = Literal["constant", "cosine", "poly"]
 Color = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
-MARKS = "be two names or more, all with a value from 1, all with a color [r, g, b] or all with a label, no one twice"
+MARKS = (
+    "be two names or more, all with a value from 1, all with a color [r, g, b] but black or all with a label, "
+    "no name or mark twice, also in another case"
+)
 Classes = Annotated[dict[Name, Annotated[int, Field(ge=1, le=65535)] | Color | Text], rule(are_marks, MARKS)]
 Call = dict[str, Any]  # a function or class by _target_, and its arguments
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -130,6 +131,11 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, str):
         return Path(value).name if value.startswith(("/", "~/")) else COMPLETE_PATH.sub(r"\1", value)
     return value
+
+
+def folded(name: str) -> str:
+    """Return a name in the form by which images, masks and rows are matched: Unicode NFC, lower case."""
+    return unicodedata.normalize("NFC", name).lower()
 
 
 def private_path(path: Path | None, option: str, *, default: str) -> Path:

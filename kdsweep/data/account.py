@@ -31,6 +31,7 @@ class Measured(NamedTuple):
         resized: the smallest share of the sizes at which images are trained and scored.
         brightest: value of a pixel, of 255.
         fault: why the image cannot be used, in one line; empty if it can.
+        classes: share of the image of each of several classes; empty for one.
     """
 
     height: int
@@ -39,6 +40,7 @@ class Measured(NamedTuple):
     resized: float
     brightest: int
     fault: str = ""
+    classes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,19 @@ class Account:
     groups: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of several classes; empty for one."""
+        return tuple(name for name, _ in self.entries[0].classes or ())
+
+    @property
     def faults(self) -> list[str]:
         """Return a line for everything that keeps the data set from being used."""
         lines = [image.fault for image in self.measured if image.fault]
         if not any(image.lesion > 0 for image in self.measured):
             lines.append(f"data={self.name}: no mask shows a lesion, so nothing can be learned")
+        for index, name in enumerate(self.class_names):
+            if not any(image.classes[index] > 0 for image in self.measured if image.classes):
+                lines.append(f"data={self.name}: no mask shows the class {name}; leave it out of data.classes")
         if 2 * (full := sum(image.lesion == 1 for image in self.measured)) > len(self.measured):
             lines.append(f"data={self.name}: {full} masks are lesion everywhere: are they inverted, or images?")
         return [*lines, *([self.refused] if self.refused else [])]
@@ -110,9 +120,10 @@ def measure(entries: Sequence[Entry], *, sizes: Sequence[int], allow_empty_masks
             return Measured(0, 0, math.nan, math.nan, 0, str(error))
         is_faulty = not (allow_empty_masks or mask.any())
         fault = f"{entry.mask_files[0]} shows no lesion ({TAKE_EMPTY} takes healthy images)" if is_faulty else ""
-        resized = min(float(resize_mask(mask, size).mean()) for size in sizes)
+        resized = min(float((resize_mask(mask, size) > 0).mean()) for size in sizes)
         height, width = mask.shape
-        return Measured(height, width, float(mask.mean()), resized, int(image.max()), fault)
+        classes = tuple(float((mask == index).mean()) for index in range(1, len(entry.classes or ()) + 1))
+        return Measured(height, width, float((mask > 0).mean()), resized, int(image.max()), fault, classes)
 
     with ThreadPoolExecutor() as threads:  # Pillow and OpenCV decode and resize outside Python's lock
         return list(track(threads.map(one, entries), what="reading images", unit="image", total=len(entries)))
@@ -173,6 +184,7 @@ def _details(account: Account) -> list[str]:
         values = np.percentile(lesions, QUANTILES)
         named_shares = zip(("min", "5 %", "25 %", "median", "75 %", "95 %", "max"), values, strict=True)
         lines.append("lesion in % of the image: " + ", ".join(f"{name}: {value:.3g}" for name, value in named_shares))
+    lines += _class_lines(account, readable)
     doubts = account.doubts()
     lines.append("; ".join(f"{reason}: {len(numbers)}" for reason, numbers in doubts.items()))
     several_masks = sum(len(entry.mask_files) > 1 for entry in account.entries)
@@ -184,6 +196,16 @@ def _details(account: Account) -> list[str]:
         for reason, names in account.ignored.items()
         if reason in QUIET
     ]
+    return lines
+
+
+def _class_lines(account: Account, readable: Sequence[Measured]) -> list[str]:
+    """Return a line for each of several classes: images that show it, and its share of the pixels of all images."""
+    lines, pixels = [], [image.height * image.width for image in readable]
+    for index, name in enumerate(account.class_names):
+        areas = [image.classes[index] * count for image, count in zip(readable, pixels, strict=True)]
+        shown = plural(sum(area > 0 for area in areas), "image")
+        lines.append(f"class {name}: in {shown}, {100 * sum(areas) / max(1, sum(pixels)):.3g} % of all pixels")
     return lines
 
 

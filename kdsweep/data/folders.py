@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from kdsweep.core.errors import InputError
+from kdsweep.core.files import folded
 
 COMMON = ".png, .jpg, .bmp, .tif, .webp, .dcm, ..."
 DICOM = frozenset({".dcm", ".dicom"})
@@ -39,11 +40,6 @@ def image_suffixes() -> frozenset[str]:
 def is_image(file: Path) -> bool:
     """Return whether a file has the suffix of an image format."""
     return file.suffix.lower() in image_suffixes()
-
-
-def folded(name: str) -> str:
-    """Return a name in the form by which images, masks and rows are matched: Unicode NFC, lower case."""
-    return unicodedata.normalize("NFC", name).lower()
 
 
 def printable(name: str) -> str:
@@ -198,22 +194,27 @@ def pair(
 ) -> list[tuple[Path, tuple[Path, ...]]]:
     """Return each image with the mask of equal name; masks without an image are noted as ignored.
 
-    With ``suffixes``, in lower case, an image has a mask for each of them: of its name and the suffix.
+    With ``suffixes``, in lower case, an image has a mask for each of them, of its name and the suffix; without any of
+    these it has the mask of equal name.
 
     Raises:
         InputError: no image has a mask, or ``Inventory.images`` refuses a folder.
     """
     images, masks = inventory.images(image_dir), inventory.images(mask_dir)
     by_name = {folded(mask.stem): mask for mask in masks}
-    names = {folded(image.stem): [f"{folded(image.stem)}{suffix}" for suffix in suffixes or ("",)] for image in images}
-    expected = {name for several_names in names.values() for name in several_names}
-    lone = [mask for name, mask in by_name.items() if name not in expected]
+    pairs = []
+    for image in images:
+        name = folded(image.stem)
+        names = [name + suffix for suffix in suffixes if name + suffix in by_name] or [name]
+        pairs.append((image, tuple(by_name[each] for each in names if each in by_name)))
+    paired = {mask for _, masks_of_image in pairs for mask in masks_of_image}
+    lone = [mask for mask in masks if mask not in paired]
     if len(lone) == len(masks):
         example = f"{images[0]} and {inventory.name(masks[0])}"
         remedy = f"name masks NAME{', NAME'.join(suffixes)} for an image NAME" if suffixes else "give both one name"
         raise InputError(f"no image has a mask of its name: {example}; {remedy}")
     inventory.ignore(LONE_MASKS, lone)
-    return [(image, tuple(by_name[name] for name in names[folded(image.stem)] if name in by_name)) for image in images]
+    return pairs
 
 
 def ignored_line(ignored: Ignored) -> str:

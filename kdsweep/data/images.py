@@ -13,11 +13,12 @@ import cv2
 import numpy as np
 
 from kdsweep.core.errors import InputError
+from kdsweep.core.files import folded
 from kdsweep.core.logs import FILE_ONLY
 from kdsweep.core.memory import available_memory
 from kdsweep.core.progress import track
-from kdsweep.data.folders import folded
-from kdsweep.data.pixels import AS_MASK, FileError, naming, read_class_map, read_gray_or_color, read_mask
+from kdsweep.data.class_maps import AS_CLASSES, read_class_map
+from kdsweep.data.pixels import AS_MASK, FileError, naming, read_gray_or_color, read_mask
 from kdsweep.data.sources import Classes, Entry, Source, listing
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,9 @@ def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_
         )
     loaded = [result for result in results if isinstance(result, _Loaded)]
     ids, labels = ([getattr(entry, name) for entry in entries] for name in ("id", "label"))
-    _report(source.name, {i: one.warnings for i, one in zip(ids, loaded, strict=True)}, image_size=image_size)
+    names = tuple(name for name, _ in entries[0].classes or ())
+    warnings = {i: one.warnings for i, one in zip(ids, loaded, strict=True)}
+    _report(source.name, warnings, image_size=image_size, remedy=AS_CLASSES if names else AS_MASK)
     images, masks, eval_images, eval_masks = map(np.stack, zip(*(one.arrays for one in loaded), strict=True))
     names = tuple(name for name, _ in entries[0].classes or ())
     return Images(source.name, ids, labels, images, masks, eval_images, eval_masks, digest, names)
@@ -124,7 +127,7 @@ def _load(image: np.ndarray, mask: np.ndarray, *, load_size: int, image_size: in
     return _Loaded([crops, truth, eval_image, eval_truth], [kind for kind in WARNINGS if applies[kind]])
 
 
-def _report(name: str, warnings: dict[str, list[str]], *, image_size: int) -> None:
+def _report(name: str, warnings: dict[str, list[str]], *, image_size: int, remedy: str) -> None:
     """Log a line for each kind of warning, from the kinds by image id; raise InputError if most masks are full."""
     extra = FILE_ONLY if multiprocessing.parent_process() else None  # the screen has the line of the parent's check
     for kind, text in WARNINGS.items():
@@ -134,7 +137,7 @@ def _report(name: str, warnings: dict[str, list[str]], *, image_size: int) -> No
         line = f"data={name}: {len(ids)} of {len(warnings)} images {text.format(size=image_size)}"
         line += f" ({', '.join(ids[:NAMED])}{more})"
         if kind == "full" and 2 * len(ids) > len(warnings):
-            raise InputError(f"{line}; {AS_MASK}")
+            raise InputError(f"{line}; {remedy}")
         log.warning("%s", line, extra=extra)
 
 
@@ -161,16 +164,15 @@ def read_entry(entry: Entry) -> tuple[np.ndarray, np.ndarray]:
     height, width = image.shape[:2]
     if min(height, width) < SMALLEST:
         raise FileError(f"{entry.image_file} is {width} x {height} pixels, an image needs {SMALLEST} a side")
-    mask = np.zeros((height, width), np.uint8)
+    mask, parts = np.zeros((height, width), np.uint8), dict[Path, np.ndarray]()
     for file in entry.mask_files:
         part = _read_classes(file, entry, entry.classes) if entry.classes else read_mask(file)
         if part.shape != mask.shape:
             raise FileError(f"{file} is {part.shape[1]} x {part.shape[0]} pixels, its image {width} x {height}")
-        if ((mask > 0) & (part > 0) & (mask != part)).any():
-            raise FileError(
-                f"{file} gives pixels a class to which another mask of its image gives another; correct one"
-            )
-        mask = np.maximum(mask, part)
+        for other, earlier in parts.items():
+            if ((earlier > 0) & (part > 0) & (earlier != part)).any():
+                raise FileError(f"{other} and {file} give a pixel two classes; correct one of them")
+        parts[file], mask = part, np.maximum(mask, part)
     return image, mask
 
 
@@ -185,7 +187,8 @@ def _read_classes(file: Path, entry: Entry, classes: Classes) -> np.ndarray:
     if label in labels:
         return mask * np.uint8(labels.index(label) + 1)
     if mask.any():
-        raise FileError(f"{file} shows a lesion with the label {entry.label}, which data.classes does not name; add it")
+        remedy = f"add it, or name the mask {entry.image_file.stem}_mask_LABEL with a label of data.classes"
+        raise FileError(f"{file} shows a lesion of the label {entry.label}, which data.classes does not name; {remedy}")
     return mask
 
 
@@ -198,14 +201,16 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
     """Resize a mask (H, W) uint8 to (size, size): a pixel is lesion if at least half of its area is.
 
-    With several classes it is what most of its area is; of equal ones the first, background the last.
+    With several classes it is the class, or the background, of the largest area; of equal areas, to 0.001 %, a class
+    comes before the background and an earlier class before a later one.
     """
-    indices = range(1, max(1, int(mask.max())) + 1)
-    shares = [
-        cv2.resize((mask == index).astype(np.float32), (size, size), interpolation=cv2.INTER_AREA) for index in indices
-    ]
-    if len(shares) == 1:
-        return (shares[0] >= 0.5).astype(np.uint8)
-    background = 1 - np.sum(shares, axis=0)
-    winner = np.argmax([*shares, background], axis=0) + 1
-    return np.where(winner > len(shares), 0, winner).astype(np.uint8)
+
+    def share_of(part: np.ndarray) -> np.ndarray:
+        return cv2.resize(part.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
+
+    indices = range(1, int(mask.max()) + 1)
+    if len(indices) <= 1:
+        share = share_of(mask)
+        return (share >= 0.5).astype(np.uint8)
+    areas = np.round([share_of(mask == index) for index in (*indices, 0)], 5)  # sums of float32 differ in the last bit
+    return np.array([*indices, 0], np.uint8)[np.argmax(areas, axis=0)]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdsweep.core.errors import InputError
-from kdsweep.data.folders import folded, is_image, several
+from kdsweep.core.files import folded
+from kdsweep.data.folders import is_image, several
 
 REMEDY = "correct it, or move it elsewhere: then there are no labels"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,6 @@ ELEMENTS = [
     *("RescaleIntercept", "RescaleSlope", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
 ]
 Window = tuple[float, float]
-Mark = int | tuple[int, int, int] | str  # what a mask shows where a class is: a value, a color, or its label
 
 
 class FileError(ValueError):
@@ -70,7 +69,7 @@ def _reason(error: Exception) -> str:
     return f"{text or type(error).__name__}; save it again or leave it out"
 
 
-def _upright(file: Path) -> Image.Image:
+def upright(file: Path) -> Image.Image:
     """Return the decoded picture of a file as a viewer shows it, turned as its EXIF orientation says."""
     # Pillow maps a TIFF opened by name into memory, where it confuses the sides of a picture that is rotated.
     with file.open("rb") as stream, Image.open(stream) as picture:
@@ -111,7 +110,7 @@ def read_gray_or_color(file: Path, window: Window | None = None) -> np.ndarray:
     with naming(file):
         if file.suffix.lower() in DICOM:
             return _read_dicom(file, window)
-        picture = _upright(file)
+        picture = upright(file)
         if not picture.mode.startswith("I"):
             return _visible(picture)
         values = np.asarray(picture)
@@ -186,64 +185,29 @@ def read_mask(file: Path) -> np.ndarray:
     with naming(file):
         if file.suffix.lower() in DICOM:
             raise DoubtError(f"is a DICOM file, as a mask cannot be; {AS_MASK}, as PNG")
-        picture = _upright(file)
+        picture = upright(file)
         if picture.mode == "I":
             raise DoubtError(f"has pixels of 32 bits; {AS_MASK}")
         if picture.mode.startswith("I;16"):
             return lesion(np.asarray(picture).astype(np.uint16))
-        return lesion(_mask_colors(picture))
+        return lesion(mask_colors(picture))
 
 
-def read_class_map(file: Path, marks: Sequence[Mark]) -> np.ndarray:
-    """Read a mask of several classes as (H, W) uint8, upright: k where it has the k-th mark, 0 where it is black.
-
-    Args:
-        file: of any mode; a palette's values are its indices.
-        marks: all values, or all colors.
-
-    Raises:
-        FileError: the file is unreadable, or has a value or color that is no mark.
-    """
-    with naming(file):
-        if file.suffix.lower() in DICOM:
-            raise DoubtError("is a DICOM file, as a mask cannot be; save it as PNG")
-        picture = _upright(file)
-        if isinstance(marks[0], int):
-            codes = np.asarray(picture).astype(np.int64)
-            if codes.ndim == 3 and (codes[..., :1] != codes[..., :3]).any():
-                raise DoubtError("is in color; give data.classes a color [r, g, b] for each name")
-            codes = codes[..., 0] if codes.ndim == 3 else codes
-            known = [int(mark) for mark in marks if isinstance(mark, int)]
-        else:
-            codes = _color_codes(_mask_colors(picture))
-            known = [int(_color_codes(np.array(mark))) for mark in marks]
-        classes = np.zeros(codes.shape, np.uint8)
-        for index, code in enumerate(known, start=1):
-            classes[codes == code] = index
-        if (unnamed := (classes == 0) & (codes != 0)).any():
-            values = codes[unnamed]
-            if not isinstance(marks[0], int):
-                values = np.stack([values >> 16, values >> 8 & 255, values & 255], axis=1)
-            named = _named(values.reshape(len(values), -1))
-            raise DoubtError(f"has {named}, which data.classes does not name; name it, or make it black")
-        return classes
-
-
-def _color_codes(colors: np.ndarray) -> np.ndarray:
+def color_codes(colors: np.ndarray) -> np.ndarray:
     """Return a number for each color (..., 3)."""
     red, green, blue = np.moveaxis(colors.astype(np.int64), -1, 0)
     return (red << 16) + (green << 8) + blue
 
 
-def _mask_colors(picture: Image.Image) -> np.ndarray:
+def mask_colors(picture: Image.Image, remedy: str = AS_MASK) -> np.ndarray:
     """Return the visible colors (H, W, 3) uint8 of a mask; raise DoubtError if some of its shape is hidden."""
     stored, colors, alpha = np.asarray(picture), _visible(picture), _varying_alpha(picture)
     if _varies(stored) and not _varies(colors):
-        raise DoubtError(f"has pixels that differ but show one color (palette or transparency); {AS_MASK}, opaque")
+        raise DoubtError(f"has pixels that differ but show one color (palette or transparency); {remedy}, opaque")
     if alpha is not None:
         hidden = np.asarray(picture.convert("RGB"))[alpha == 0]
         if hidden.size and (hidden != hidden[0]).any():
-            raise DoubtError(f"has several colors under transparent pixels; {AS_MASK}, opaque")
+            raise DoubtError(f"has several colors under transparent pixels; {remedy}, opaque")
     return colors
 
 
@@ -268,7 +232,7 @@ def lesion(mask: np.ndarray) -> np.ndarray:
     """
     levels = codes = mask
     if mask.ndim == 3:
-        levels, codes = mask.max(axis=2), _color_codes(mask)
+        levels, codes = mask.max(axis=2), color_codes(mask)
     half = int(np.iinfo(mask.dtype).max) // 2
     first = np.unique(codes, return_index=True)[1]
     if levels.max() > half:
@@ -280,7 +244,7 @@ def lesion(mask: np.ndarray) -> np.ndarray:
         inside = levels > 0
         if inside.any() and (len(first) != 2 or inside.all()):
             colors = mask.reshape(codes.size, -1)[first]
-            raise DoubtError(f"has {_named(colors)}, all below half of the range; {AS_MASK}")
+            raise DoubtError(f"has {named_colors(colors)}, all below half of the range; {AS_MASK}")
     return inside.astype(np.uint8)
 
 
@@ -307,10 +271,10 @@ def _check_areas(mask: np.ndarray, codes: np.ndarray, inside: np.ndarray, *, nea
             others = colors[(np.abs(colors - main).max(axis=1) > near) & (counts > few)]
             areas.append(np.vstack([main[None], others]))
     if any(len(colors) > 1 for colors in areas):
-        raise DoubtError(f"has areas of {_named(np.vstack(areas))}, but background and lesion are two; {AS_MASK}")
+        raise DoubtError(f"has areas of {named_colors(np.vstack(areas))}, but background and lesion are two; {AS_MASK}")
 
 
-def _named(colors: np.ndarray) -> str:
+def named_colors(colors: np.ndarray) -> str:
     """Return the first colors (N, C) in words, gray ones as one number."""
     colors = np.unique(colors, axis=0)
     names = [str(color[0]) if len(set(color)) == 1 else f"({', '.join(map(str, color))})" for color in colors.tolist()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,8 +80,9 @@ def window(params: Mapping[str, Any]) -> Window | None:
 
 def classes(params: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the ``data.classes`` of a run from its flat configuration."""
-    recorded: dict[str, Any] | None = _value(params.get("data.classes"))
-    return recorded
+    recorded = params.get("data.classes")  # JSON, or "None" as MLflow keeps it
+    marks: dict[str, Any] | None = json.loads(recorded) if recorded not in (None, "None") else None
+    return marks
 
 
 def class_names(params: Mapping[str, Any]) -> tuple[str, ...]:

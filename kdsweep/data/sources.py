@@ -24,10 +24,12 @@ from filelock import FileLock
 from PIL import Image
 
 from kdsweep.core.errors import InputError
+from kdsweep.core.files import folded
 from kdsweep.data import phantom
-from kdsweep.data.folders import LONE_MASKS, Ignored, Inventory, folded, is_image, pair, refuse_unprintable
+from kdsweep.data.class_maps import Mark
+from kdsweep.data.folders import LONE_MASKS, Ignored, Inventory, is_image, pair, refuse_unprintable
 from kdsweep.data.labels import read_labels
-from kdsweep.data.pixels import Mark, Window
+from kdsweep.data.pixels import Window
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +165,8 @@ class Folder(_InFolder):
 
     Args:
         root: the folder.
-        labels: of classes with a mask each, such as ``NAME_mask_LABEL.png`` for the image NAME.
+        labels: of classes with a mask each, ``NAME_mask_LABEL.png`` for the image NAME. An image that has none of these
+            has ``NAME.png``, whose class is not named: it must be black.
     """
 
     root: str | Path

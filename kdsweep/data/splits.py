@@ -156,7 +156,10 @@ def check_training_masks(images: Images, part: Split) -> None:
     """Raise InputError if no training image shows a lesion, or one of several classes: it could not be learned."""
     for index, name in enumerate(images.class_names, start=1):
         if not (images.masks[part.train] == index).any():
-            raise InputError(f"data={images.name}: none of {len(part.train)} training masks shows the class {name}")
+            remedy = "add images of it, take another split, or leave it out of data.classes"
+            raise InputError(
+                f"data={images.name}: none of {len(part.train)} training masks shows the class {name}; {remedy}"
+            )
     if not images.masks[part.train].any():
         raise InputError(
             f"data={images.name}: all {len(part.train)} training masks are empty; a lesion's pixels must be above 127"

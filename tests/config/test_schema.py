@@ -79,8 +79,9 @@ BAD: dict[str, tuple[Any, ...]] = {
     "data.classes": (
         {"a": 1},
         {"a": 1, "b": 1},
-        {"a": 0, "b": 1},
         {"a": 1, "b": "x"},
+        {"a": "x", "b": "X"},
+        {"a": 1, "A": 2},
         {"a": [0, 0, 0], "b": [1, 2, 3]},
         5,
     ),
@@ -182,6 +183,7 @@ def test_a_bad_value_is_refused_with_key_and_value(defaults: dict[str, Any], key
         ("train.monitor", "Dice", "be 'loss' or 'dice'"),
         ("views.noise_std", [0.2, 0.1], "ascend"),
         ("data.window", [9, 1], "ascend"),
+        ("data.classes.a", 0, "be greater than or equal to 1 or be a valid list or be a valid string"),
         ("kd", 5, "be keys with values"),
         (
             "path.kd_path.stage",
@@ -192,8 +194,9 @@ def test_a_bad_value_is_refused_with_key_and_value(defaults: dict[str, Any], key
     ],
 )
 def test_the_error_says_which_values_are_allowed(defaults: dict[str, Any], key: str, value: Any, rule: str) -> None:
+    values = changed(defaults, "data.classes", {"b": 1, "c": 2})
     with pytest.raises(InputError, match=re.escape(f"{key}={value} is not allowed: it must {rule}") + "$"):
-        composition.check(changed(defaults, key, value))
+        composition.check(changed(values, key, value))
 
 
 def test_of_several_errors_the_key_is_named_that_others_refer_to(defaults: dict[str, Any]) -> None:

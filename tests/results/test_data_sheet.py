@@ -10,7 +10,7 @@ from kdsweep import cli
 from kdsweep.core.files import CHECKOUT
 from kdsweep.data import account as accounts
 from kdsweep.data.account import Account, Measured
-from kdsweep.data.sources import Entry, Folder
+from kdsweep.data.sources import Entry, Folder, read_as
 from kdsweep.results import data_sheet
 
 SIDE = 80
@@ -199,3 +199,37 @@ def test_a_contour_is_where_the_lesion_is_and_the_title_says_whose(root):
     assert first.texts[0].get_text() == "FULL MASK, 80 x 80"
     assert second.texts[0].get_text() == "at random, 80 x 80"
     assert not any(axes.get_lines() or axes.images for axes in others)
+
+
+def of_classes(folder):
+    """Ten images of two classes: 1 at the left, in the last five also 3 at the right."""
+    for number in range(10):
+        mask = np.zeros((SIDE, SIDE), np.uint8)
+        mask[10:30, 10:30], mask[40:50, 50:70] = 1, 3 * (number > 4)
+        write(folder, number, mask)
+    return folder
+
+
+def test_several_classes_are_counted_each(tmp_path, capsys):
+    words = ["data=folder", f"data.root={of_classes(tmp_path / 'data')}", "image_size=64"]
+    code, out, _ = command(capsys, *words, "+data.classes={left: 1, right: 3}")
+    assert code == 0
+    assert "class left: in 10 images, 6.25 % of all pixels\nclass right: in 5 images, 1.56 % of all pixels\n" in out
+    code, out, _ = command(capsys, *words, "+data.classes={left: 1, right: 3, none: 2}")
+    assert code == 1
+    assert "faults:\n  data=folder: no mask shows the class none; leave it out of data.classes\n" in out
+
+
+def test_each_class_has_a_contour_of_its_color_and_the_legend_names_it(tmp_path):
+    entries = read_as(Folder(of_classes(tmp_path)), None, {"left": 1, "right": 3}).entries()
+    measured = accounts.measure(entries, sizes=(64, 73), allow_empty_masks=False)
+    drawn = data_sheet.draw(Account("mine", entries, measured, image_size=64), dict.fromkeys((0, 9), data_sheet.RANDOM))
+    (legend,) = drawn.legends
+    shown = [(text.get_text(), line.get_color()) for text, line in zip(legend.texts, legend.get_lines(), strict=True)]
+    assert shown == [("left", "#E69F00"), ("right", "#56B4E9")]
+    first, second = (axes.get_lines() for axes in drawn.axes[:2])
+    corners = [(line.get_color(), min(line.get_xdata()), min(line.get_ydata())) for line in second]
+    assert corners == [("#E69F00", 10.5, 10.5), ("#56B4E9", 50.5, 40.5)]
+    assert [line.get_color() for line in first] == ["#E69F00"]
+    titles = [axes.get_title(loc="left") for axes in drawn.axes[:2]]
+    assert titles == ["00\nleft 6.2 %", "09\nleft 6.2 %, right 3.1 %"]
