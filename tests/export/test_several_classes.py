@@ -99,11 +99,11 @@ def test_a_row_of_the_table_worked_out_by_hand():
     probability = np.array([[[0.6, 0.2], [0.1, 0.0]], [[0.3, 0.5], [0.2, 0.4]], [[0.1, 0.3], [0.7, 0.6]]], np.float32)
     row = dict(zip(predict.columns(["benign", "malignant"]), predict.measure("a.png", probability), strict=True))
     assert row == {
-        **{"image": "a.png", "width": 2, "height": 2},
-        **{"area_px_benign": 1, "area_percent_benign": "25.0000"},
-        **{"mean_probability_benign": "0.500000", "max_probability_benign": "0.500000"},
-        **{"area_px_malignant": 2, "area_percent_malignant": "50.0000"},
-        **{"mean_probability_malignant": "0.650000", "max_probability_malignant": "0.700000"},
+        "image": "a.png", "width": 2, "height": 2,
+        "area_px_benign": 1, "area_percent_benign": "25.0000",
+        "mean_probability_benign": "0.500000", "max_probability_benign": "0.500000",
+        "area_px_malignant": 2, "area_percent_malignant": "50.0000",
+        "mean_probability_malignant": "0.650000", "max_probability_malignant": "0.700000",
     }
     assert predict.measure("b.png", probability[[2, 1, 0]])[3:7] == [1, "25.0000", "0.500000", "0.500000"]
 
