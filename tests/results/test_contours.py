@@ -15,6 +15,7 @@ from PIL import Image
 from test_tables import FakeSweep, changed, fingerprint, run_row, sweep_of, with_status, without
 
 from kdsweep.core.errors import InputError
+from kdsweep.core.palette import class_colors
 from kdsweep.data import sources
 from kdsweep.data.images import load_images
 from kdsweep.data.splits import random_split
@@ -319,6 +320,23 @@ def test_caption_and_title_are_text_whatever_signs_they_hold(tmp_path):
     assert height == pytest.approx(100 * figure.get_figheight(), abs=1)
 
 
+def test_each_class_has_its_color_in_ground_truth_and_prediction():
+    mask, prediction = box(8, 20, 8, 20), box(8, 20, 9, 21) * 2
+    mask[24:28, 24:28] = 2
+    image = np.full((S, S, 3), 90, np.uint8)
+    shown = examples.Example(image, mask, {"Student": prediction}, {}, {"Student": 0.0}, "why", "what", ("a", "b"))
+    drawn = contours.figure(shown)
+    lines = [child for child in panels(drawn)["Student"].get_children() if isinstance(child, ContourSet)]
+    first, second = (to_hex(np.divide(color, 255)) for color in class_colors(2))
+    assert [to_hex(line.get_edgecolor()[0]) for line in lines] == [first, second, second]
+    assert [line.get_linestyle()[0][1] is SOLID for line in lines] == [True, True, False]
+    assert [area(line.get_paths()[0]) for line in lines] == pytest.approx([12 * 12, 4 * 4, 12 * 12], rel=0.05)
+    (legend,) = drawn.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "ground truth", "prediction"]
+    assert [to_hex(line.get_color()) for line in legend.get_lines()][:2] == [first, second]
+    assert "Number: Dice on this image, the mean over its classes." in written(drawn)
+
+
 # ---- reading and checking ------------------------------------------------------------------------------------------
 
 
@@ -384,6 +402,17 @@ def test_what_is_shown_is_the_image_its_mask_and_each_models_prediction(study, s
     assert shown.caption == f"Split 0, image {median}: {rule}"
     assert shown.title == "Sweep study (data busi, profile paper)"
     assert grid(contours.figure(shown)) == [["Image", *OWN[:3]], list(OWN[3:])]
+
+
+def test_masks_of_several_classes_are_read_as_the_run_read_them(study, scored, tmp_path, small_busi):
+    sweep = study(["Student"], splits=(0,))
+    classes = {"malignant": "malignant", "benign": "benign"}
+    runs = sweep.runs.assign(params=[one | {"data.classes": str(classes)} for one in sweep.runs["params"]])
+    for source in (None, sources.Busi(small_busi)):
+        for shown in load(replace(sweep, runs=runs), tmp_path, count=5, source=source):
+            assert shown.class_names == ("malignant", "benign")
+            index = 1 if "image malignant" in shown.caption else 2
+            assert set(np.unique(shown.mask)) == {0, index}
 
 
 def test_other_images_than_those_scored_are_refused(study, small_busi, tmp_path):

@@ -72,7 +72,7 @@ def figure(example: Example) -> Figure:
 
 def _handles(class_names: Sequence[str]) -> list[Line2D]:
     """Return the lines of the legend: each class in its color, and how ground truth and prediction are drawn."""
-    truth, prediction = ("white", "white") if class_names else (TRUTH[0], PREDICTION[0])
+    truth, prediction = (GRAY, GRAY) if class_names else (TRUTH[0], PREDICTION[0])
     colors = map(as_hex, class_colors(len(class_names)))
     lines: list[tuple[str, str, Any]] = [(*each, "solid") for each in zip(class_names, colors, strict=True)]
     lines += [("ground truth", truth, TRUTH[1]), ("prediction", prediction, PREDICTION[1])]

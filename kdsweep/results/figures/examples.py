@@ -234,8 +234,11 @@ def _images(
 ) -> dict[str, run_data.Scored]:
     """Read the images; raise InputError unless the data set is byte for byte that of the finished runs."""
     run = finished.iloc[0].to_dict()
-    root = root or cell_folder.data_root(run_folder(store, run))
-    source = source or run_data.source(run["params"], store=store, root=root)
+    if source is None:
+        root = root or cell_folder.data_root(run_folder(store, run))
+        source = run_data.source(run["params"], store=store, root=root)
+    else:
+        source = sources.read_as(source, run_data.window(run["params"]), run_data.classes(run["params"]))
     remedy = "--data-root does not reach phantoms: this version makes others, so run the sweep again"
     if hasattr(source, "root"):
         remedy = "name the folder of the sweep's images with --data-root"
