@@ -111,7 +111,6 @@ def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_
     warnings = {i: one.warnings for i, one in zip(ids, loaded, strict=True)}
     _report(source.name, warnings, image_size=image_size, remedy=AS_CLASSES if names else AS_MASK)
     images, masks, eval_images, eval_masks = map(np.stack, zip(*(one.arrays for one in loaded), strict=True))
-    names = tuple(name for name, _ in entries[0].classes or ())
     return Images(source.name, ids, labels, images, masks, eval_images, eval_masks, digest, names)
 
 

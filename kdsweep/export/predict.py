@@ -110,7 +110,8 @@ def measure(name: str, probability: np.ndarray) -> list[Any]:
     height, width = probability.shape[-2:]
     row = [name, width, height]
     mask = predicted(probability.reshape(1, -1, height, width))[0, 0]
-    for index, one in enumerate(probability.reshape(-1, height, width)[mask.dtype != np.bool_ :], start=1):
+    by_class = probability[1:] if probability.ndim == 3 else probability[None]  # without the background
+    for index, one in enumerate(by_class, start=1):
         region = mask == index
         area = int(region.sum())
         mean = f"{one[region].mean(dtype=np.float64):.6f}" if area else ""
