@@ -108,8 +108,11 @@ def test_the_order_of_classes_and_their_marks_make_other_cells(compose):
     assert len(prints) == 4
 
 
-def test_what_does_not_go_with_classes_is_refused_before_the_training(compose, cells):
+def test_what_does_not_go_with_classes_is_refused_before_the_training(compose, cells, tmp_path):
+    one_class = tmp_path / "one_class.pt"
+    torch.save(build.teacher_network(compose()).state_dict(), one_class)
     cases = {
+        "segmentation_head.0.bias has shape (1,), not (3,)": [THREE, "path=L", f"teacher.trained={one_class}"],
         "none of": [THREE[:-1] + ", cyst: cyst}"],
         "data.classes": ["method=dkd"],
         "has the classes benign, malignant, data.classes has one": [
