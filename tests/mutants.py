@@ -1138,7 +1138,7 @@ MUTANTS = [
     ),
     Mutant(
         "a trained Teacher depends on the rate of a training",
-        "config/schema.py",
+        "config/networks.py",
         "lr: Annotated[Positive, Decides(when=TRAINED_HERE)]",
         "lr: Positive",
         TRAINED,

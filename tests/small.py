@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdsweep.config.schema import Architecture
+from kdsweep.config.networks import Architecture
 from kdsweep.models.build import new_network
 from kdsweep.models.unet import UNet
 

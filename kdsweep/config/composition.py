@@ -23,7 +23,8 @@ from kdsweep import conf_dir
 from kdsweep.config import decisions, grid, overrides
 from kdsweep.config.fields import NAME_RULE, is_name
 from kdsweep.config.grid import is_under
-from kdsweep.config.schema import KDPathNode, Settings, logits_of
+from kdsweep.config.networks import logits_of
+from kdsweep.config.schema import KDPathNode, Settings
 from kdsweep.config.user_code import canonical
 from kdsweep.core.errors import InputError
 

@@ -114,6 +114,8 @@ def folders_named(store: Path, run: str) -> list[Path]:
         run: ``NOTATION/splitK``, ``NOTATION/splitK/seedS``, or the name of a folder.
     """
     name = re.fullmatch(r"([^/]+)/split(\d+)(?:/seed(\d+))?", run)
+    if name is None and (not run or Path(run).name != run):
+        return []
     stem = f"{glob.escape(name[1])}-split{name[2]}-seed{name[3] or '*'}-*" if name else glob.escape(run)
     return sorted(folder for kind in ("cells", "teachers") for folder in (store / kind).glob(stem))
 

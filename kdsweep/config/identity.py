@@ -12,7 +12,8 @@ from typing import Any
 
 from kdsweep.config import decisions, grid, inputs, user_code
 from kdsweep.config.grid import BASELINE, DISTILLED, TEACHER, Cell
-from kdsweep.config.schema import UNSET, Architecture, Settings
+from kdsweep.config.networks import UNSET, Architecture
+from kdsweep.config.schema import Settings
 from kdsweep.core.errors import InputError
 
 AS_JSON = ("network", "stages", "output", "input", "ensemble")  # keys of networks whose values MLflow keeps as JSON

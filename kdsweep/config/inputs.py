@@ -11,7 +11,8 @@ from typing import Any
 
 from kdsweep.config import composition, grid
 from kdsweep.config.grid import DISTILLED, TEACHER, weights_file
-from kdsweep.config.schema import NetworkNode, Settings, SplitNode
+from kdsweep.config.networks import NetworkNode
+from kdsweep.config.schema import Settings, SplitNode
 from kdsweep.core.errors import InputError
 from kdsweep.data import sources, split_files, splits
 from kdsweep.data.folders import Ignored

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kdsweep.config.schema import Architecture
+from kdsweep.config.networks import Architecture
 from kdsweep.core.device import Compute, placed, usable_cores
 from kdsweep.core.files import DamagedError, read_json, write_json
 from kdsweep.evaluation import latency

@@ -17,7 +17,7 @@ import pandas as pd
 
 from kdsweep import __version__
 from kdsweep.config import identity
-from kdsweep.config.schema import UNSET
+from kdsweep.config.networks import UNSET
 from kdsweep.core.errors import InputError
 from kdsweep.export import predict
 from kdsweep.export.model import Model

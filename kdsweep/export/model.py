@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdsweep.config import identity
 from kdsweep.config.grid import folders_named, run_folder
-from kdsweep.config.schema import logits_of
+from kdsweep.config.networks import logits_of
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import DamagedError, read_json
 from kdsweep.data import run_data

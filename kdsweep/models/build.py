@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kdsweep.config import composition
-from kdsweep.config.schema import Architecture
+from kdsweep.config.networks import Architecture
 from kdsweep.core.errors import InputError
 from kdsweep.models.module import ModuleNetwork
 from kdsweep.models.networks import HIDDEN, Network, count_macs, count_parameters

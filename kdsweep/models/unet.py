@@ -8,7 +8,7 @@ from typing import Any
 import segmentation_models_pytorch as smp
 from torch import Tensor
 
-from kdsweep.config.schema import STAGES
+from kdsweep.config.networks import STAGES
 from kdsweep.models.encoders import DEPTH, check_encoder
 from kdsweep.models.networks import HIDDEN, LOGITS, Network, Outputs
 

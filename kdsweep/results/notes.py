@@ -9,7 +9,7 @@ import pandas as pd
 from kdsweep.config import identity
 from kdsweep.config.grid import RESULTS_VERSION
 from kdsweep.config.inputs import RUN
-from kdsweep.config.schema import UNSET
+from kdsweep.config.networks import UNSET
 from kdsweep.results.formats import DASH
 from kdsweep.results.frame import class_names, place_teachers, variants
 from kdsweep.results.mixing import distinct_values

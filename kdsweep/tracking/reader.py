@@ -14,7 +14,7 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Run, RunData
 
-from kdsweep.config.schema import UNSET
+from kdsweep.config.networks import UNSET
 from kdsweep.core.errors import InputError
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.store.cell_folder import SCORES

@@ -14,7 +14,8 @@ import torch
 
 from kdsweep.config import composition, grid, identity, inputs
 from kdsweep.config.grid import TEACHER, Cell
-from kdsweep.config.schema import Architecture, KDPathNode, NetworkNode, Settings
+from kdsweep.config.networks import Architecture, NetworkNode
+from kdsweep.config.schema import KDPathNode, Settings
 from kdsweep.core.device import Compute, find_device, usable_precision
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import without_folders

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from kdsweep.config import identity, inputs
 from kdsweep.config.grid import TEACHER
-from kdsweep.config.schema import Architecture, Settings
+from kdsweep.config.networks import Architecture
+from kdsweep.config.schema import Settings
 from kdsweep.core.errors import InputError
 from kdsweep.core.progress import plural
 from kdsweep.data import run_data

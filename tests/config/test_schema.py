@@ -11,7 +11,7 @@ import yaml
 
 from kdsweep import conf_dir
 from kdsweep.config import composition, decisions, grid, identity
-from kdsweep.config.schema import STAGES as UNET_STAGES
+from kdsweep.config.networks import STAGES as UNET_STAGES
 from kdsweep.core.errors import InputError
 
 CONF = conf_dir()

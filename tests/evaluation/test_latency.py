@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kdsweep.config.schema import Architecture
+from kdsweep.config.networks import Architecture
 from kdsweep.core.device import usable_cores
 from kdsweep.evaluation import costs, latency
 from kdsweep.models import networks

@@ -19,7 +19,7 @@ from small import unet
 from torch import Tensor, nn
 
 from kdsweep.config import composition
-from kdsweep.config.schema import STAGES, Architecture
+from kdsweep.config.networks import STAGES, Architecture
 from kdsweep.core.errors import InputError
 from kdsweep.models import networks
 from kdsweep.models.build import stage_channels, summary

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from kdsweep.config import identity
-from kdsweep.config.schema import logits_of
+from kdsweep.config.networks import logits_of
 from kdsweep.core.device import usable_cores
 from kdsweep.data import run_data
 from kdsweep.evaluation import costs
