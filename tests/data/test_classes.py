@@ -179,7 +179,7 @@ def test_a_mask_that_names_no_class_is_refused_where_it_is_the_only_one_and_igno
     first, second, third = source.entries()
     assert source.ignored() == {"masks without an image": ["masks/a.png"]}
     assert np.array_equal(read_entry(first)[1], TRUTH)
-    with pytest.raises(FileError, match=r"b\.png shows a lesion of the label unknown.*name the mask b_mask_LABEL with"):
+    with pytest.raises(FileError, match=r"b\.png shows a lesion of the label unknown.*name the mask b_mask_LABEL, a"):
         read_entry(second)
     assert not read_entry(third)[1].any(), "without a lesion"
 
@@ -225,6 +225,9 @@ def test_ties_by_hand() -> None:
     }
     for block, expected in blocks.items():
         assert resize_mask(np.array(block, np.uint8).reshape(2, 2), 1) == expected
+    for side in (3, 6, 7, 9, 12, 15):  # areas that are no binary fractions
+        thirds = np.resize(np.repeat([0, 1, 2], side), (side, side)).astype(np.uint8)
+        assert resize_mask(thirds[: side // 3 * 3], 1) == 1
 
 
 def test_zeros_and_ones_are_resized_as_one_lesion() -> None:
@@ -284,7 +287,7 @@ def settings(*overrides: str):
     return composition.compose(["data.count=12", *overrides])
 
 
-@pytest.mark.parametrize("classes", [BY_VALUE, BY_COLOR, {"größer": "None", "b": "true"}])
+@pytest.mark.parametrize("classes", [BY_VALUE, BY_COLOR, {"größer": "None", "b": "\U0001d400"}])
 def test_a_run_is_read_again_with_its_classes(classes: dict[str, object], tmp_path: Path) -> None:
     node = settings().data.model_copy(update={"classes": classes})
     params = identity.params(settings().model_copy(update={"data": node}))
