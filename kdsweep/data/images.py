@@ -186,7 +186,9 @@ def _read_classes(file: Path, entry: Entry, classes: Classes) -> np.ndarray:
     if label in labels:
         return mask * np.uint8(labels.index(label) + 1)
     if mask.any():
-        remedy = f"add it, or name the mask {entry.image_file.stem}_mask_LABEL with a label of data.classes"
+        remedy = (
+            f"add it, or with data=folder name the mask {entry.image_file.stem}_mask_LABEL, a label of data.classes"
+        )
         raise FileError(f"{file} shows a lesion of the label {entry.label}, which data.classes does not name; {remedy}")
     return mask
 

@@ -179,7 +179,7 @@ def test_a_mask_that_names_no_class_is_refused_where_it_is_the_only_one_and_igno
     first, second, third = source.entries()
     assert source.ignored() == {"masks without an image": ["masks/a.png"]}
     assert np.array_equal(read_entry(first)[1], TRUTH)
-    with pytest.raises(FileError, match=r"b\.png shows a lesion of the label unknown.*name the mask b_mask_LABEL with"):
+    with pytest.raises(FileError, match=r"b\.png shows a lesion of the label unknown.*name the mask b_mask_LABEL, a"):
         read_entry(second)
     assert not read_entry(third)[1].any(), "without a lesion"
 
@@ -211,6 +211,14 @@ def test_a_pixel_is_what_most_of_its_area_is_by_exact_areas(shape: tuple[int, in
         resized = resize_mask(mask, size)
         assert resized.dtype == np.uint8
         assert np.array_equal(resized, expected)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(36, 35, 28), (35, 20, 8), (20, 23, 10)])
+def test_ties_of_areas_that_floats_do_not_hold_go_to_the_first_too(height: int, width: int, size: int) -> None:
+    for seed in range(20):
+        mask = np.random.default_rng(seed).integers(0, 3, (height, width)).astype(np.uint8)
+        winner = np.argmax([areas(mask == index, size) for index in (1, 2, 0)], axis=0)
+        assert np.array_equal(resize_mask(mask, size), np.array([1, 2, 0])[winner])
 
 
 def test_ties_by_hand() -> None:
@@ -284,7 +292,7 @@ def settings(*overrides: str):
     return composition.compose(["data.count=12", *overrides])
 
 
-@pytest.mark.parametrize("classes", [BY_VALUE, BY_COLOR, {"größer": "None", "b": "true"}])
+@pytest.mark.parametrize("classes", [BY_VALUE, BY_COLOR, {"größer": "None", "b": "\U0001d400"}])
 def test_a_run_is_read_again_with_its_classes(classes: dict[str, object], tmp_path: Path) -> None:
     node = settings().data.model_copy(update={"classes": classes})
     params = identity.params(settings().model_copy(update={"data": node}))
