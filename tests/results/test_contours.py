@@ -1,5 +1,6 @@
 """Figure 2: which models and images it shows and says so, what is drawn, and that wrong images are refused."""
 
+import json
 import shutil
 from dataclasses import replace
 from itertools import combinations
@@ -407,7 +408,7 @@ def test_what_is_shown_is_the_image_its_mask_and_each_models_prediction(study, s
 def test_masks_of_several_classes_are_read_as_the_run_read_them(study, scored, tmp_path, small_busi):
     sweep = study(["Student"], splits=(0,))
     classes = {"malignant": "malignant", "benign": "benign"}
-    runs = sweep.runs.assign(params=[one | {"data.classes": str(classes)} for one in sweep.runs["params"]])
+    runs = sweep.runs.assign(params=[one | {"data.classes": json.dumps(classes)} for one in sweep.runs["params"]])
     for source in (None, sources.Busi(small_busi)):
         for shown in load(replace(sweep, runs=runs), tmp_path, count=5, source=source):
             assert shown.class_names == ("malignant", "benign")
