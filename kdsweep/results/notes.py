@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -81,7 +82,10 @@ def provenance(sweep: Sweep) -> list[str]:
 
 def trained_teachers(runs: pd.DataFrame) -> list[str]:
     """Return a note on Teachers that came trained, and on those that may have been trained on test images."""
-    files = [file for file in _params(runs[runs["role"] == "distilled"], "teacher.trained") if file not in UNSET]
+    distilled = runs[runs["role"] == "distilled"]
+    ensembles = [json.loads(text) for text in _params(distilled, "teacher.ensemble") if text not in UNSET]
+    of_members = {str(node.get("trained")) for ensemble in ensembles for node in ensemble.values()}
+    files = sorted({*_params(distilled, "teacher.trained"), *of_members} - {*UNSET})
     one_for_all = [file for file in files if "{split}" not in file and not file.startswith(RUN)]  # runs are checked
     leaks = (
         f"; {', '.join(one_for_all)} serves all splits: it may have been trained on test images" if one_for_all else ""

@@ -9,6 +9,7 @@ from small import STUDENT, TEACHER
 
 from kdsweep.config import composition, identity, inputs
 from kdsweep.core.errors import InputError
+from kdsweep.core.files import without_folders
 from kdsweep.results import notes
 from kdsweep.results.tables import table4
 from kdsweep.store import cell_folder
@@ -128,6 +129,14 @@ def test_an_ensemble_is_the_mean_of_its_members_and_shares_them(compose):
     torch.testing.assert_close(mean, torch.stack(probabilities).mean(dim=0), rtol=1e-5, atol=1e-7)
     sweep = reader.read_sweep(store=ensemble.store, uri=None, name=None)
     assert set(sweep.runs.query("role == 'teacher'")["fingerprint"]) >= {ensemble.fingerprint}
+
+
+def test_the_file_of_a_member_is_noted_too(compose, file):
+    settings = compose("path=L", "teacher=[resnet18,resnet18]", f"teacher.ensemble.resnet18.trained={file}", *ENSEMBLE)
+    runs = pd.DataFrame({"role": ["distilled"], "params": [without_folders(identity.params(settings))]})
+    assert "fold0.pt serves all splits: it may have been trained on test images" in notes.trained_teachers(runs)[0]
+    alone = compose("path=L", "teacher=[resnet18,resnet18]", *ENSEMBLE)
+    assert identity.teacher_cell(settings).fingerprint != identity.teacher_cell(alone).fingerprint
 
 
 def test_an_ensemble_has_logits_alone(compose):
