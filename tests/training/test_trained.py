@@ -113,6 +113,8 @@ def test_an_ensemble_is_the_mean_of_its_members_and_shares_them(compose):
     assert all(isinstance(result, float) for result in results)
     ensemble = identity.cell(both).teacher
     assert cell_folder.read(ensemble.folder).history == []
+    other = compose("path=L", "loss=mse", "teacher=[resnet18,resnet18]", "teacher.ensemble.resnet18.seed=2", *ENSEMBLE)
+    assert identity.teacher_cell(other).fingerprint != ensemble.fingerprint
     alone = identity.teacher_cell(compose("path=L", "teacher=resnet18"))
     assert alone.fingerprint == ensemble.members["teacher"].fingerprint
     assert cell_folder.read(alone.folder).status == "FINISHED"
