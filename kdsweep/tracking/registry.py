@@ -13,6 +13,7 @@ import mlflow
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
+from mlflow.environment_variables import MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING
 
 from kdsweep.core.errors import InputError
 from kdsweep.tracking.database import check_location, exclusive, has_database, line, store_uri
@@ -66,6 +67,9 @@ def _new_model(uri: str, run: Run, *, tags: dict[str, str]) -> Iterator[LoggedMo
     """Make a logged model of a run, in the MLflow that is the current one until the end; delete it after an error."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)  # for MLflow's functions that take no address; sets the variable too
+    record = MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING
+    recorded = record.get_raw()
+    record.set(False)  # MLflow reads its set of names while other threads, who read variables, add to it: an error
     try:
         client = MlflowClient()
         model = client.create_logged_model(run.info.experiment_id, "onnx", run.info.run_id, tags=tags)
@@ -78,6 +82,7 @@ def _new_model(uri: str, run: Run, *, tags: dict[str, str]) -> Iterator[LoggedMo
             raise
     finally:
         mlflow.set_tracking_uri(before)
+        record.unset() if recorded is None else record.set(recorded)
 
 
 def _difference(uri: str, example: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:

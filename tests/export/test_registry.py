@@ -1,8 +1,12 @@
 """A network in MLflow's model registry: what is loaded from there is what was trained, and nothing else has changed."""
 
+import itertools
 import json
+import os
 import re
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import mlflow
@@ -113,6 +117,28 @@ def test_a_version_says_what_it_takes_and_from_which_run_it_is(cell, client, cal
     logged = client.get_logged_model(about.model_id)
     assert (logged.status, logged.source_run_id) == ("READY", run.info.run_id)
     assert json.loads(logged.tags["mlflow.modelVersions"]) == [{"name": "about", "version": 1}]
+
+
+def test_variables_that_other_threads_read_meanwhile_do_no_harm(call):
+    stop, interval = threading.Event(), sys.getswitchinterval()
+
+    def read_many() -> None:
+        for i in itertools.count():
+            if stop.is_set():
+                return
+            os.environ[name := f"KDSWEEP_TEST_{i}"] = "x"
+            os.environ.get(name)
+            del os.environ[name]
+
+    reader = threading.Thread(target=read_many)
+    sys.setswitchinterval(1e-6)
+    reader.start()
+    try:
+        assert call("meanwhile") == 0
+    finally:
+        stop.set()
+        reader.join()
+        sys.setswitchinterval(interval)
 
 
 def test_the_example_is_a_phantom(cell, client, call):
