@@ -86,7 +86,7 @@ def settings_of(page: str, key: str) -> list[Settings]:
 def test_the_commands_of_several_classes_and_of_trained_teachers_compose() -> None:
     named = settings_of("classes.md", "data.classes")
     assert [settings.logits for settings in named] == [3] * 7
-    assert {str(mark) for settings in named for mark in settings.data.classes.values()} >= {"1", "[0, 255, 0]", "cyst"}
+    assert {str(code) for settings in named for code in settings.data.classes.values()} >= {"1", "[0, 255, 0]", "cyst"}
     teachers = [settings.teacher.trained for settings in settings_of("networks.md", "teacher.trained")]
     assert teachers == ["resnet18.pt", "resnet18_{split}.pt", "run:Student/split{split}"]
     assert [list(settings.members) for settings in settings_of("networks.md", "teacher=[")] == [

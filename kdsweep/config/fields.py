@@ -28,11 +28,11 @@ def is_name(text: str, longest: int = 80) -> bool:
     return bool(re.fullmatch(r"\w[\w .-]*", text)) and max(len(text.encode()), len(text.upper().encode())) <= longest
 
 
-def are_marks(classes: Mapping[str, Any]) -> bool:
-    """Return whether marks of classes in a mask are of one kind and, as the names, differ by more than case."""
-    kinds, marks = {type(mark) for mark in classes.values()}, [folded(str(mark)) for mark in classes.values()]
+def are_class_codes(classes: Mapping[str, Any]) -> bool:
+    """Return whether the codes of classes in a mask are of one kind and, as the names, differ by more than case."""
+    kinds, codes = {type(code) for code in classes.values()}, [folded(str(code)) for code in classes.values()]
     names = {folded(name) for name in classes}
-    return len(names) > 1 and len(kinds) == 1 and len({*marks, "[0, 0, 0]"}) == len(marks) + 1 == len(names) + 1
+    return len(names) > 1 and len(kinds) == 1 and len({*codes, "[0, 0, 0]"}) == len(codes) + 1 == len(names) + 1
 
 
 NAME_RULE = "be made of letters, digits, blank . _ -, the first a letter, a digit or _, at most 80 bytes (a sweep: 200)"
@@ -60,11 +60,13 @@ Monitor = Literal["loss", "dice"]
 Supervised = Literal["bce", "bce_dice"]
 Schedule = Literal["constant", "cosine", "poly"]
 Color = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
-MARKS = (
+CLASS_CODES = (
     "be two names or more, all with a value from 1, all with a color [r, g, b] but black or all with a label, "
-    "no name or mark twice, also in another case"
+    "no name or code twice, also in another case"
 )
-Classes = Annotated[dict[Name, Annotated[int, Field(ge=1, le=65535)] | Color | Text], rule(are_marks, MARKS)]
+Classes = Annotated[
+    dict[Name, Annotated[int, Field(ge=1, le=65535)] | Color | Text], rule(are_class_codes, CLASS_CODES)
+]
 Call = dict[str, Any]  # a function or class by _target_, and its arguments
 
 

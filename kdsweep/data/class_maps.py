@@ -12,28 +12,28 @@ from kdsweep.data.folders import DICOM
 from kdsweep.data.pixels import DoubtError, color_codes, mask_colors, named_colors, naming, upright
 
 AS_CLASSES = "save each class as data.classes says and all else as 0"
-Mark = int | tuple[int, int, int] | str  # of a class in a mask: a value, a color, or the label of the mask or image
+Code = int | tuple[int, int, int] | str  # of a class in a mask: a value, a color, or the label of the mask or image
 
 
-def read_class_map(file: Path, marks: Sequence[Mark]) -> np.ndarray:
-    """Read a mask of several classes as (H, W) uint8, upright: k where it has the k-th mark, 0 where it is black.
+def read_class_map(file: Path, codes: Sequence[Code]) -> np.ndarray:
+    """Read a mask of several classes as (H, W) uint8, upright: k where it has the k-th code, 0 where it is black.
 
     Args:
         file: of any mode; the values of a palette with colors are its indices.
-        marks: all values, or all colors.
+        codes: all values, or all colors.
 
     Raises:
-        FileError: the file is unreadable, or has a value or color that is not a mark.
+        FileError: the file is unreadable, or has a value or color that is not a code.
     """
     with naming(file):
         if file.suffix.lower() in DICOM:
             raise DoubtError("is a DICOM file, as a mask cannot be; save it as PNG")
-        picture, by_value = upright(file), isinstance(marks[0], int)
-        codes = _values(picture) if by_value else color_codes(_colors(picture))
-        classes = np.zeros(codes.shape, np.uint8)
-        for index, code in enumerate(np.array(marks) if by_value else color_codes(np.array(marks)), start=1):
-            classes[codes == code] = index
-        if (unnamed := codes[(classes == 0) & (codes != 0)]).size:
+        picture, by_value = upright(file), isinstance(codes[0], int)
+        pixels = _values(picture) if by_value else color_codes(_colors(picture))
+        classes = np.zeros(pixels.shape, np.uint8)
+        for index, code in enumerate(np.array(codes) if by_value else color_codes(np.array(codes)), start=1):
+            classes[pixels == code] = index
+        if (unnamed := pixels[(classes == 0) & (pixels != 0)]).size:
             colors = unnamed[:, None] if by_value else np.stack([unnamed >> 16, unnamed >> 8 & 255, unnamed & 255], 1)
             remedy = "name them, or make them black"
             raise DoubtError(f"has {named_colors(colors)}, which data.classes does not name; {remedy}")

@@ -177,10 +177,10 @@ def read_entry(entry: Entry) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_classes(file: Path, entry: Entry, classes: Classes) -> np.ndarray:
     """Read a mask as (H, W) uint8: k where the k-th class is, 0 elsewhere."""
-    marks = [mark for _, mark in classes]
-    if not isinstance(marks[0], str):
-        return read_class_map(file, marks)
-    labels, mask = [folded(str(mark)) for mark in marks], read_mask(file)
+    codes = [code for _, code in classes]
+    if not isinstance(codes[0], str):
+        return read_class_map(file, codes)
+    labels, mask = [folded(str(code)) for code in codes], read_mask(file)
     suffix = folded(file.stem).removeprefix(f"{folded(entry.image_file.stem)}_mask_")
     label = suffix if suffix in labels else folded(entry.label)
     if label in labels:

@@ -81,8 +81,8 @@ def window(params: Mapping[str, Any]) -> Window | None:
 def classes(params: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the ``data.classes`` of a run from its flat configuration."""
     recorded = params.get("data.classes")  # JSON, or "None" as MLflow keeps it
-    marks: dict[str, Any] | None = json.loads(recorded) if recorded not in (None, "None") else None
-    return marks
+    codes: dict[str, Any] | None = json.loads(recorded) if recorded not in (None, "None") else None
+    return codes
 
 
 def class_names(params: Mapping[str, Any]) -> tuple[str, ...]:

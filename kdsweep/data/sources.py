@@ -26,7 +26,7 @@ from PIL import Image
 from kdsweep.core.errors import InputError
 from kdsweep.core.files import folded
 from kdsweep.data import phantom
-from kdsweep.data.class_maps import Mark
+from kdsweep.data.class_maps import Code
 from kdsweep.data.folders import LONE_MASKS, Ignored, Inventory, is_image, pair, refuse_unprintable
 from kdsweep.data.labels import read_labels
 from kdsweep.data.pixels import Window
@@ -38,7 +38,7 @@ NORMAL = "images of normal/, which data.source.include_normal=true takes"
 MASK_NAME = re.compile(r"(.+)_mask(_\d+)?", re.IGNORECASE)
 
 
-Classes = tuple[tuple[str, Mark], ...]  # names, each with what a mask shows
+Classes = tuple[tuple[str, Code], ...]  # names, each with what a mask shows
 
 
 class Entry(NamedTuple):
@@ -258,11 +258,11 @@ def read_as(source: Any, window: Sequence[float] | None, classes: Mapping[str, A
     """Return a data set, read with a window and classes if there are some: a ``Source``."""
     if window is None and classes is None:
         return source
-    marks = {name: tuple(mark) if isinstance(mark, list) else mark for name, mark in (classes or {}).items()}
-    labels = tuple(mark for mark in marks.values() if isinstance(mark, str))
+    codes = {name: tuple(code) if isinstance(code, list) else code for name, code in (classes or {}).items()}
+    labels = tuple(code for code in codes.values() if isinstance(code, str))
     if labels and isinstance(source, Folder):
         source = replace(source, labels=labels)
-    return ReadAs(source, (window[0], window[1]) if window else None, tuple(marks.items()) or None)
+    return ReadAs(source, (window[0], window[1]) if window else None, tuple(codes.items()) or None)
 
 
 class Listing(NamedTuple):

@@ -64,12 +64,12 @@ COLORS = {
 
 @pytest.mark.parametrize("name", VALUES)
 def test_classes_by_value(tmp_path: Path, name: str) -> None:
-    marks, mask = VALUES[name]
+    codes, mask = VALUES[name]
     mask.save(file := tmp_path / ("mask.tif" if name == "32 bits" else "mask.png"))
-    classes = read_class_map(file, marks)
+    classes = read_class_map(file, codes)
     assert classes.dtype == np.uint8
     assert np.array_equal(classes, TRUTH)
-    assert np.array_equal(read_class_map(file, marks[::-1]), np.array([0, 2, 1])[TRUTH]), "in the order of the marks"
+    assert np.array_equal(read_class_map(file, codes[::-1]), np.array([0, 2, 1])[TRUTH]), "in the order of the codes"
 
 
 @pytest.mark.parametrize("name", COLORS)
@@ -114,10 +114,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_data_classes_does_not_name_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
-    mask, marks, message = REFUSED[name]
+    mask, codes, message = REFUSED[name]
     mask.save(file := tmp_path / "mask.png")
     with pytest.raises(FileError) as caught:
-        read_class_map(file, marks)
+        read_class_map(file, codes)
     assert str(caught.value).startswith(f"{file} {message}")
     assert "255" not in str(caught.value).partition(";")[2], "the lesion is not one class"
 

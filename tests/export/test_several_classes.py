@@ -83,8 +83,8 @@ def test_masks_hold_indices_and_say_what_they_mean(finished, model, tmp_path, ca
         np.testing.assert_array_equal(np.asarray(mask), expected)
         colors = np.array([BACKGROUND, FIRST, SECOND])
         np.testing.assert_array_equal(np.asarray(mask.convert("RGB")), colors[expected])
-    for marks in ([1, 2], [FIRST, SECOND]):  # as data.classes reads it
-        np.testing.assert_array_equal(read_class_map(out / "a_mask.png", marks), expected)
+    for codes in ([1, 2], [FIRST, SECOND]):  # as data.classes reads it
+        np.testing.assert_array_equal(read_class_map(out / "a_mask.png", codes), expected)
     legend = pd.read_csv(out / "classes.csv").to_numpy().tolist()
     assert legend == [[0, "background", "#000000"], [1, "benign", "#E69F00"], [2, "malignant", "#56B4E9"]]
     (row,) = pd.read_csv(out / "predictions.csv").to_dict("records")

@@ -102,7 +102,7 @@ def test_tables_name_the_measure_and_have_a_column_for_each_class(cells):
     assert table["mean_dice_percent_malignant"].item() == pytest.approx(100 * scores["dice_malignant"].mean())
 
 
-def test_the_order_of_classes_and_their_marks_make_other_cells(compose):
+def test_the_order_of_classes_and_their_codes_make_other_cells(compose):
     orders = [THREE, "+data.classes={malignant: malignant, benign: benign}", "+data.classes={a: benign, b: malignant}"]
     prints = {identity.cell(compose(order)).fingerprint for order in orders} | {identity.cell(compose()).fingerprint}
     assert len(prints) == 4
