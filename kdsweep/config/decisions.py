@@ -132,6 +132,8 @@ def _unified(settings: Settings) -> dict[str, Any]:
     if settings.data.classes:
         values["data"]["classes"] = list(settings.data.classes.items())  # their order is that of the logits
     values["teacher"] |= {"epochs": settings.teacher_epochs, "supervised": supervised, "schedule": schedule}
+    if settings.teacher.patience == settings.train.patience:
+        values["teacher"]["patience"] = None  # train.patience, which then decides
     values["kd"] |= {"weight": "matched" if settings.kd_weight is None else settings.kd_weight, "lambda": None}
     for network in (values["student"], values["teacher"]):
         if network["weights"] not in ("imagenet", "none"):

@@ -87,6 +87,7 @@ class TeacherNode(NetworkNode):
     lr: Annotated[Positive, Decides(when=TRAINED_HERE)]
     monitor: Annotated[Monitor, Decides(when=TRAINED_HERE)] = "loss"
     epochs: Annotated[Count | None, Decides(when=TRAINED_HERE)] = None
+    patience: Annotated[Count | None, Decides(when=TRAINED_HERE)] = None
     supervised: Annotated[Supervised | None, Decides(when=TRAINED_HERE)] = None
     schedule: Annotated[Schedule | None, Decides(when=TRAINED_HERE)] = None
 

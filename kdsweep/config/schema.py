@@ -107,7 +107,7 @@ class TrainNode(Node):
     epochs: Annotated[Count, Decides(STUDENTS), Decides((TEACHER,), when=TRAINED_HERE | {"teacher.epochs": UNSET})]
     batch_size: Count
     lr: Annotated[Positive, Decides(STUDENTS)]
-    patience: Count
+    patience: Annotated[Count, Decides(STUDENTS), Decides((TEACHER,), when=TRAINED_HERE | {"teacher.patience": UNSET})]
     monitor: Annotated[Monitor, Decides(STUDENTS)]
     supervised: Annotated[
         Supervised, Decides(STUDENTS), Decides((TEACHER,), when=TRAINED_HERE | {"teacher.supervised": UNSET})
@@ -252,6 +252,11 @@ class Settings(Node):
         if members := self.members:
             return sum(member.teacher_epochs for member in members.values())
         return 0 if self.teacher.trained is not None else self.teacher.epochs or self.train.epochs
+
+    @property
+    def teacher_patience(self) -> int:
+        """Return the epochs without improvement after which the Teacher's training stops."""
+        return self.teacher.patience or self.train.patience
 
     @property
     def members(self) -> dict[str, Settings]:

@@ -219,7 +219,7 @@ def learner(settings: Settings, cell: Cell) -> Learner:
         supervised=SUPERVISED[recipe[0]],
         schedule=recipe[1],
         epochs=settings.train.epochs if not is_teacher else 0 if cell.members else settings.teacher_epochs,
-        patience=settings.train.patience,
+        patience=settings.teacher_patience if is_teacher else settings.train.patience,
         folder=cell.folder,
         fused=find_device(settings.device).type == "cuda",
         nsd_tolerance_px=settings.scores.nsd_tolerance_px,

@@ -50,6 +50,9 @@ def test_each_key_of_the_schema_says_what_it_decides() -> None:
         ("kd.ratio=3", ""),
         ("kd.lambda=1", ""),  # as kd.weight=0.5
         ("teacher.epochs=10", ""),  # as train.epochs
+        ("teacher.patience=6", ""),  # as train.patience
+        ("teacher.patience=7", "student teacher"),
+        ("train.patience=7", "student teacher"),
         ("data.load_size=73", ""),  # as without
         ("train.last_batch=smaller", ""),  # the default
         *((local, "") for local in ("device=cpu", "train.workers=1", "stats.margin_points=1", "sweep_name=x")),

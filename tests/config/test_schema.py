@@ -59,7 +59,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "teacher.supervised": ("dice", 1),
     "teacher.schedule": ("linear", 1),
     "train.workers": (-1, 1.5, "many", None, True),
-    "teacher.epochs": (0, -1, 1.5, "many", True),
+    **dict.fromkeys(("teacher.epochs", "teacher.patience"), (0, -1, 1.5, "many", True)),
     "teacher.seed": (-1, 0.5, *NUMBERS),
     **dict.fromkeys(("teacher_aug.train_view", "teacher_aug.distill_view"), ("medium", "Weak", None, 1)),
     "kd.weight": (-0.01, 1.01, "match", *NUMBERS),

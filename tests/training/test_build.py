@@ -138,6 +138,27 @@ def test_the_options_of_a_teachers_training_reach_its_learner(compose):
         assert student.supervised(logits=logits, mask=mask) == losses.cross_entropy_and_dice(logits=logits, mask=mask)
 
 
+def test_a_teacher_has_a_patience_of_its_own(compose, tmp_path):
+    """In the study no network is stopped by its curve, also no Teacher with more epochs than the Students."""
+    study = [
+        "profile=study",
+        "path=L",
+        "data=phantom",
+        "split=s0",
+        "weights=none",
+        "train.epochs=4",
+        f"store={tmp_path}",
+    ]
+    for settings, expected in (
+        (compose("path=L", "train.patience=3"), (3, 3)),
+        (compose("path=L", "train.patience=3", "teacher.patience=9"), (9, 3)),
+        (composition.compose([*study, "teacher.epochs=9"]), (9, 4)),
+        (composition.compose(study), (4, 4)),
+    ):
+        teacher = build.learner(settings, identity.teacher_cell(settings))
+        assert (teacher.patience, build.learner(settings, identity.cell(settings)).patience) == expected
+
+
 def test_the_groups_of_images_reach_their_scores(compose, tmp_path):
     ids, file = inputs.images(compose()).ids, tmp_path / "groups.csv"
     groups = {image_id: f"patient {number // 2}" for number, image_id in enumerate(ids)}
