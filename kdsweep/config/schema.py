@@ -132,7 +132,7 @@ class KDNode(Node):
 
 
 class ViewsNode(Node):
-    """``views``: ranges of the strong view."""
+    """``views``: ranges of the strong view, and whether both are mirrored."""
 
     shift: float = Field(ge=0, le=0.5)
     scale: float = Field(ge=0, le=0.9)
@@ -140,6 +140,8 @@ class ViewsNode(Node):
     noise_std: Range
     dropout: Share
     probability: Share
+    contrast: Share = 0.0
+    flip: Share = 0.0
 
 
 class SplitNode(Node):

@@ -1,7 +1,8 @@
 """Two augmented renderings ("views") of one image, for Student and Teacher, and the geometry between them.
 
-A view here is an augmentation of an image, not a scan plane. Both views share one random crop. The weak view is that
-crop; the strong view adds shift, scale and rotation, Gaussian noise and pixel dropout (PAPER, "Augmentation").
+A view here is an augmentation of an image, not a scan plane. Both views share one random crop, mirrored or not. The weak
+view is that crop; the strong view adds shift, scale and rotation, Gaussian noise and pixel dropout (PAPER,
+"Augmentation"), and where it is wanted another gain.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Rendering(NamedTuple):
     Attributes:
         strong: (S, S, 3) uint8.
         strong_mask: (S, S) uint8, class indices, 0 for background.
-        weak: (S, S, 3) uint8, the crop alone.
+        weak: (S, S, 3) uint8, the crop, mirrored or not.
         weak_mask: (S, S) uint8, alike.
         matrix: (3, 3) float64, maps weak pixel coordinates (x, y, 1) to strong ones.
     """
@@ -39,7 +40,7 @@ class Rendering(NamedTuple):
 
 @dataclass(frozen=True)
 class Strengths:
-    """Ranges of the strong view; the paper is silent on all of them.
+    """Ranges of the views; the paper is silent on all of them.
 
     Attributes:
         shift: largest shift, as a share of the image's side.
@@ -47,7 +48,9 @@ class Strengths:
         rotate_deg: largest rotation.
         noise_std: range of the Gaussian noise's standard deviation, as a share of the gray range.
         dropout: share of pixels set to 0.
-        probability: of applying each of the three, independently.
+        probability: of applying each of the strong view's transforms, independently.
+        contrast: largest change of contrast and of brightness, as a share of the gray range; the paper has none.
+        flip: probability that both views are mirrored, left to right; the paper has none.
     """
 
     shift: float
@@ -56,6 +59,8 @@ class Strengths:
     noise_std: tuple[float, float]
     dropout: float
     probability: float
+    contrast: float = 0.0
+    flip: float = 0.0
 
 
 class Views:
@@ -63,7 +68,7 @@ class Views:
 
     Args:
         image_size: side of the square views in pixels.
-        strengths: ranges of the strong view.
+        strengths: ranges of the views.
     """
 
     def __init__(self, *, image_size: int, strengths: Strengths) -> None:
@@ -78,8 +83,11 @@ class Views:
         # B-mode is gray in three equal channels: one noise field for all three keeps it gray.
         self.noise = A.GaussNoise(std_range=strengths.noise_std, per_channel=False, p=p)
         self.dropout = A.PixelDropout(dropout_prob=strengths.dropout, p=p)
-        self.shared = A.Compose([self.crop])
-        self.strong = A.Compose([self.affine, self.noise, self.dropout], save_applied_params=True)
+        self.flip = A.HorizontalFlip(p=strengths.flip)
+        self.contrast = A.RandomBrightnessContrast(strengths.contrast, strengths.contrast, p=p)
+        self.shared = A.Compose([self.crop, self.flip])
+        gain = [self.contrast] if strengths.contrast else []
+        self.strong = A.Compose([self.affine, *gain, self.noise, self.dropout], save_applied_params=True)
 
     def render(self, *, image: np.ndarray, mask: np.ndarray, seed: list[int]) -> Rendering:
         """Render both views of one image; the same seed gives the same views, whatever was drawn before.
@@ -90,8 +98,9 @@ class Views:
             seed: any number of non-negative integers.
         """
         # Compose.set_random_seed would give all its transforms one seed, so that they apply together or not at all.
-        transforms = (self.crop, self.affine, self.noise, self.dropout)
-        for transform, child in zip(transforms, np.random.SeedSequence(seed).generate_state(4), strict=True):
+        transforms = (self.crop, self.affine, self.noise, self.dropout, self.flip, self.contrast)  # a new one is last
+        children = np.random.SeedSequence(seed).generate_state(len(transforms))
+        for transform, child in zip(transforms, children, strict=True):
             transform.set_random_seed(int(child))
         weak = self.shared(image=image, mask=mask)
         strong = self.strong(image=weak["image"], mask=weak["mask"])

@@ -71,7 +71,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "views.shift": (-0.01, 0.51, *NUMBERS),
     "views.scale": (-0.01, 0.91, 1.0, *NUMBERS),
     "views.rotate_deg": (-1, 181, *NUMBERS),
-    **dict.fromkeys(("views.dropout", "views.probability"), SHARES),
+    **dict.fromkeys((f"views.{key}" for key in ("dropout", "probability", "contrast", "flip")), SHARES),
     "views.noise_std": ([0.2, 0.1], [0.1], [0.1, 0.2, 0.3], [-0.1, 0.1], [0.1, 1.1], [0.1, "0.2"], 0.1, None),
     "data.count": (3, 0, 4.5, "many", True),
     "data.load_size": (0, 63, -1, 100.5, "256", True),

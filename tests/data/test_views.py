@@ -144,6 +144,37 @@ def test_the_three_strong_transforms_are_drawn_independently() -> None:
     assert max(counts.values()) < 57
 
 
+def test_a_mirrored_image_is_mirrored_in_both_views_and_masks_and_moves_nothing_else() -> None:
+    image = noise_image()
+    never, always, half = (replace(PAPER, flip=share) for share in (0.0, 1.0, 0.5))
+    flipped = 0
+    for seed in range(60):
+        plain, mirrored, drawn = (render(each, seed, image=image) for each in (never, always, half))
+        for name in ("weak", "weak_mask"):
+            assert np.array_equal(getattr(mirrored, name), getattr(plain, name)[:, ::-1])
+        assert np.array_equal(mirrored.matrix, plain.matrix), "the warp is between the views: both are mirrored"
+        again = cv2.warpAffine(mirrored.weak_mask, mirrored.matrix[:2], (SIZE, SIZE), flags=cv2.INTER_NEAREST)
+        assert np.mean(again != mirrored.strong_mask) < 0.02
+        assert same(drawn, mirrored) or same(drawn, plain)
+        flipped += same(drawn, mirrored)
+    assert 20 < flipped < 40  # 30, deviation 3.9
+
+
+def test_contrast_changes_the_gray_levels_of_the_strong_view_alone() -> None:
+    still = Strengths(shift=0, scale=0, rotate_deg=0, noise_std=(0, 0), dropout=0, probability=1.0)
+    image, means, spreads = smooth_image(), [], []
+    for seed in range(60):
+        plain, drawn = render(still, seed, image=image), render(replace(still, contrast=0.3), seed, image=image)
+        assert np.array_equal(drawn.weak, plain.weak)
+        assert np.array_equal(drawn.strong_mask, plain.strong_mask)
+        assert np.array_equal(drawn.strong[..., 0], drawn.strong[..., 2]), "gray stays gray"
+        means.append(drawn.strong.mean() / plain.strong.mean())
+        inside = (drawn.strong > 0) & (drawn.strong < 255)  # others are cut off
+        spreads.append(np.polyfit(plain.strong[inside].astype(float), drawn.strong[inside].astype(float), 1)[0])
+    assert 0.69 < min(spreads) < 0.8 < 1.2 < max(spreads) < 1.31  # the slope is the contrast
+    assert min(means) < 0.8 < 1.2 < max(means)
+
+
 def test_noise_keeps_a_gray_image_gray_and_dropout_zeroes_its_share() -> None:
     noise = Strengths(shift=0, scale=0, rotate_deg=0, noise_std=(0.05, 0.05), dropout=0.0, probability=1.0)
     rendering = render(noise, 0, image=np.full((70, 70, 3), 128, dtype=np.uint8)).strong.astype(float)
