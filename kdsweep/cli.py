@@ -217,6 +217,7 @@ def quantize(**options: Any) -> None:
 @_word("score data=folder data.root=/path/to/images")
 @click.argument("overrides", nargs=-1, required=True)
 @_sweep
+@click.option("--name", help="what tables call the data set  [default: the folder of data=folder, else data.name]")
 def score(**options: Any) -> int:
     """Score finished networks on another data set, without retraining.
 

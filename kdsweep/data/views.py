@@ -1,8 +1,8 @@
 """Two augmented renderings ("views") of one image, for Student and Teacher, and the geometry between them.
 
-A view here is an augmentation of an image, not a scan plane. Both views share one random crop, mirrored or not. The weak
-view is that crop; the strong view adds shift, scale and rotation, Gaussian noise and pixel dropout (PAPER,
-"Augmentation"), and where it is wanted another gain.
+A view here is an augmentation of an image, not a scan plane. Both views share one random crop, mirrored or not. The
+weak view is that crop; the strong view adds shift, scale and rotation, Gaussian noise and pixel dropout (PAPER,
+"Augmentation"), and with ``views.contrast`` another gain.
 """
 
 from __future__ import annotations

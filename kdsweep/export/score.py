@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -34,9 +35,25 @@ from kdsweep.tracking.reader import EXTERNAL, Sweep
 
 
 def score_sweep(
-    sweep: Sweep, *, source: sources.Source, store: Path, uri: str | None, device: str, allow_empty_masks: bool = False
+    sweep: Sweep,
+    *,
+    source: sources.Source,
+    name: str,
+    store: Path,
+    uri: str | None,
+    device: str,
+    allow_empty_masks: bool = False,
 ) -> tuple[int, list[str]]:
     """Score every finished network of a sweep on another data set; those with scores are not computed again.
+
+    Args:
+        sweep: the sweep.
+        source: the data set.
+        name: under which its scores are kept, as ``data_set_name`` returns it.
+        store: of the sweep.
+        uri: of MLflow; None for the database in the store.
+        device: auto, cpu, cuda or cuda:NUMBER.
+        allow_empty_masks: whether images without lesion are accepted.
 
     Returns:
         The number of networks scored now, and a line for each that could not be.
@@ -52,14 +69,14 @@ def score_sweep(
     folders = {str(run["run_id"]): run_folder(store, run) for run in runs.to_dict("records")}
     listed = sources.listing(source)
     _refuse_shared_images(sweep, source, listed.entries, store=store)
-    name = f"{_data_set(source, listed.digest)}.csv"
+    file_name = f"{name}.csv"
 
     @lru_cache(maxsize=1)
     def part(image_size: int) -> EvalPart:
         images = load_images(source, load_size=image_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
         return eval_part(images, list(range(len(images.ids))))
 
-    done = sum((folder / EXTERNAL / name).is_file() for folder in folders.values())
+    done = sum((folder / EXTERNAL / file_name).is_file() for folder in folders.values())
     sys.stdout.write(
         f"sweep {sweep.name}: {plural(len(folders), 'network')}, {len(folders) - done} to score on data={source.name} "
         f"with {plural(len(listed.entries), 'image')} (digest {listed.digest[:8]}), {done} scored before; device "
@@ -71,18 +88,19 @@ def score_sweep(
     count, problems = 0, []
     for run_id, folder in track(folders.items(), what="scoring", unit="network", total=len(folders)):
         try:
-            count += _score(folder, folder / EXTERNAL / name, part, device=device)
-            reader.keep_external(folder / EXTERNAL / name, run_id=run_id, store=store, uri=uri)
+            count += _score(folder, folder / EXTERNAL / file_name, part, device=device)
+            reader.keep_external(folder / EXTERNAL / file_name, run_id=run_id, store=store, uri=uri)
         except (InputError, OSError) as error:
             problems.append(f"{folder.name}: {one_line(error)}")
     return count, problems
 
 
-def _data_set(source: sources.Source, digest: str) -> str:
+def data_set_name(name: str, source: sources.Source, digest: str) -> str:
     """Return the name under which scores on a data set are kept; with a window or classes it is another one."""
     if isinstance(source, sources.ReadAs):
         digest = grid.digest([digest, source.window, *([source.classes] if source.classes else [])])
-    return f"{source.name}-{digest[:8]}"
+    word = re.sub(r"[^\w.-]+", "_", name)  # in a tag of the run, and a file
+    return f"{word}-{digest[:8]}"
 
 
 def _score(folder: Path, file: Path, part: Callable[[int], EvalPart], *, device: str) -> bool:
@@ -148,19 +166,32 @@ def _digests(entries: Iterable[sources.Entry], window: Window | None) -> dict[st
     return digests
 
 
-def score(overrides: Sequence[str], *, store: Path, uri: str | None = None, sweep: str | None = None) -> int:
-    """Score a sweep on another data set; return 1 after a line on stderr for each network that could not be scored."""
+def score(
+    overrides: Sequence[str], *, store: Path, uri: str | None = None, sweep: str | None = None, name: str | None = None
+) -> int:
+    """Score a sweep on another data set; return 1 after a line on stderr for each network that could not be scored.
+
+    Tables call the data set by ``name``, by default that of a plain folder, else ``data.name``.
+    """
     settings = composition.compose(overrides)
     source, digest = inputs.source(settings), inputs.listing(settings).digest  # names an absent data set first
     scored = reader.read_sweep(store=store, uri=uri, name=sweep)
-    empty = bool(settings.data.allow_empty_masks)
+    root = settings.data.root
+    called = name or (Path(str(root)).resolve().name if settings.data.name == "folder" and root else settings.data.name)
+    data_set = data_set_name(called, source, digest)
     count, problems = score_sweep(
-        scored, source=source, store=store, uri=uri, device=settings.device, allow_empty_masks=empty
+        scored,
+        source=source,
+        name=data_set,
+        store=store,
+        uri=uri,
+        device=settings.device,
+        allow_empty_masks=bool(settings.data.allow_empty_masks),
     )
     sys.stdout.write(f"scored {plural(count, 'network')} now; mean over images, splits and seeds:\n")
     scored = reader.read_sweep(store=store, uri=uri, name=scored.name)
     notations = scored.runs[["fingerprint", "notation"]].drop_duplicates()
-    scores = scored.external[scored.external["data_set"] == _data_set(source, digest)].merge(notations)
+    scores = scored.external[scored.external["data_set"] == data_set].merge(notations)
     for notation, dice in scores.groupby("notation")["dice"].mean().sort_values(ascending=False).items():
         sys.stdout.write(f"  {notation:20} Dice {100 * dice:5.2f} %\n")
     sys.stdout.write(f"compared with the sweep's test images: tables external --sweep {scored.name}\n")

@@ -129,9 +129,34 @@ def test_an_image_of_the_sweep_is_refused_through_another_window_too(finished, t
 
 def test_scores_through_a_window_are_kept_apart(small_busi):
     busi = sources.Busi(small_busi)
-    names = {score._data_set(sources.read_as(busi, window), "abcdef0123") for window in (None, [0, 1], [0, 2])}
+    names = {
+        score.data_set_name("busi", sources.read_as(busi, window), "abcdef0123") for window in (None, [0, 1], [0, 2])
+    }
     assert "busi-abcdef01" in names
     assert len(names) == 3
+
+
+def test_a_data_set_is_called_as_its_user_calls_it(finished, small_busi, tmp_path, capsys):
+    store, cells = finished
+    root = tmp_path / "St. Anna 2"
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for number, file in enumerate(sorted(small_busi.glob("benign/*_mask.png"))[:3]):
+        shutil.copy(file, root / "masks" / f"{number}.png")
+        shutil.copy(file.with_name(file.name.replace("_mask", "")), root / "images" / f"{number}.png")
+    words = ["profile=quick", "device=cpu", "data=folder", f"data.root={root}", "--store", str(store)]
+    assert cli.main(["score", *words]) == 0
+    assert cli.main(["score", *words, "--name", "Anna"]) == 0
+    kept = {file.stem.rpartition("-")[0] for file in (cells[0].folder / "external").iterdir()}
+    assert {"St._Anna_2", "Anna"} <= kept
+    capsys.readouterr()
+    assert cli.main(["tables", "external", "--store", str(store)]) == 0
+    assert {"St._Anna_2", "Anna"} <= set(pd.read_csv(store / "tables" / "external.csv")["data_set"])
+
+
+def test_two_data_sets_of_one_name_are_told_apart_by_their_digests():
+    table = external.named(pd.DataFrame({"data_set": ["clinic-1-ab", "clinic-1-cd", "other-ef"]}))
+    assert table["data_set"].tolist() == ["clinic-1-ab", "clinic-1-cd", "other"]
 
 
 def test_without_scores_the_table_says_how_to_make_them(finished):
@@ -150,8 +175,8 @@ def test_each_data_set_is_compared_by_its_own_images(finished):
         table = pd.DataFrame({"image": images, "dice": dice, "data_set": name})
         parts += [table.assign(fingerprint=cell.fingerprint) for cell in cells]
     table = external.numbers(replace(sweep, external=pd.concat(parts))).set_index("data_set")
-    assert table["external_dice_percent"].to_dict() == pytest.approx({"clinic-1": 20, "other-2": 65})
-    assert table["n_external"].to_dict() == {"clinic-1": 3, "other-2": 4}
+    assert table["external_dice_percent"].to_dict() == pytest.approx({"clinic": 20, "other": 65})
+    assert table["n_external"].to_dict() == {"clinic": 3, "other": 4}
     assert (table["drop_points"] + table["internal_dice_percent"]).tolist() == pytest.approx([20, 65])
 
 
