@@ -190,6 +190,7 @@ class ScoresNode(Node):
     """``scores``: how test images are scored."""
 
     nsd_tolerance_px: Positive
+    each_epoch: Annotated[bool, LOCAL] = False
 
 
 class StatsNode(Node):

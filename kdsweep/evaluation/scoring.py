@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -32,16 +33,21 @@ def predict(network: Network, part: EvalPart, *, compute: Compute) -> Tensor:
 
 
 def score(predictions: Tensor, part: EvalPart, *, nsd_tolerance_px: float) -> pd.DataFrame:
-    """Return one row per image: image, label, lesion_px (of the ground truth), then the scores of metrics.py.
+    """Return one row per image: image, label, lesion_px (of the ground truth), predicted_px, then those of metrics.py.
 
-    Behind the label comes the column group, where there are groups, and behind lesion_px the pixels of each class,
-    where there are classes.
+    Behind the label comes the column group, where there are groups, and behind predicted_px both numbers of pixels of
+    each class, where there are classes.
     """
     tolerance, names = nsd_tolerance_px, part.class_names
     scores = metrics.per_image(prediction=predictions, mask=part.masks, nsd_tolerance_px=tolerance, class_names=names)
     about: dict[str, Any] = {"image": part.ids, "label": part.labels}
     about |= {"group": part.groups} if part.groups else {}
-    about["lesion_px"] = part.masks.bool().flatten(1).sum(dim=1).numpy()
+    about |= {"lesion_px": _pixels(part.masks.bool()), "predicted_px": _pixels(predictions.bool())}
     for index, name in enumerate(names, start=1):
-        about[f"lesion_px_{name}"] = (part.masks == index).flatten(1).sum(dim=1).numpy()
+        about |= {f"lesion_px_{name}": _pixels(part.masks == index)}
+        about |= {f"predicted_px_{name}": _pixels(predictions == index)}
     return pd.DataFrame(about | scores)
+
+
+def _pixels(region: Tensor) -> np.ndarray:
+    return region.flatten(1).sum(dim=1).numpy()

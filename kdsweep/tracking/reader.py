@@ -37,6 +37,7 @@ VALUES = {  # further ones, by metrics
     "val_dice": "best/val_dice",
     "kd_gradient_ratio": "kd/gradient_ratio",
     "kd_weight": "kd/weight",
+    "best_test_epoch_dice": "test/dice_of_best_test_epoch",
 }
 
 

@@ -223,6 +223,7 @@ def learner(settings: Settings, cell: Cell) -> Learner:
         folder=cell.folder,
         fused=find_device(settings.device).type == "cuda",
         nsd_tolerance_px=settings.scores.nsd_tolerance_px,
+        tests_each_epoch=settings.scores.each_epoch,
         monitor=settings.teacher.monitor if is_teacher else settings.train.monitor,
     )
 

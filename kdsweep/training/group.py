@@ -228,6 +228,8 @@ def run(
     """
     learners = [each for each in made if isinstance(each, Learner)]
     decide = pruning.begin() if pruning is not None else None
+    for learner in learners:
+        learner.tests_each_epoch &= pruning is None
 
     def end_stopped() -> None:
         for learner in (each for each in _unfinished(learners) if each.stopped):

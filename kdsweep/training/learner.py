@@ -60,6 +60,7 @@ class Learner:
     schedule: str = "constant"  # how the rate falls in the course of ``epochs``, see SCHEDULES
     monitor: str = "loss"  # the validation value that decides the best epoch: ``loss`` (KD term included) or ``dice``
     nsd_tolerance_px: float = 2.0
+    tests_each_epoch: bool = False  # measure the Dice on the test images after each epoch too, which chooses nothing
 
     epoch: int = -1  # number of the last complete epoch
     history: list[dict[str, float]] = field(default_factory=list)  # values of each complete epoch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from kdsweep.models import networks
 from kdsweep.models.networks import Network, Outputs
 from kdsweep.training import guard
 from kdsweep.training.learner import Learner
-from kdsweep.training.meter import EpochMeter, to_host
+from kdsweep.training.meter import EpochMeter, to_host, weighted_means
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,7 @@ def fit(
     frozen, schedule = FrozenTeachers(teachers, compute), CheckpointSchedule()
     validation = list(scoring.eval_batches(feed.validation, compute))  # uploaded and normalized once, for all
     forwards = [frozen.teach(active, views) for views, _ in validation]
+    test = list(scoring.eval_batches(feed.test, compute)) if any(each.tests_each_epoch for each in active) else []
     with counted(label, unit="epoch", total=most, done=first, write=log.info) as count:
         for epoch in range(first, most):
             if all(learner.stopped for learner in active):
@@ -128,7 +129,7 @@ def fit(
             train_epoch(due, epoch, frozen=frozen, feed=feed, compute=compute, schedule=schedule)
             # The number after those of the steps: validation draws what no step does, alone and in a group the same.
             seed = feed.train.step_seed(epoch, len(feed.train))
-            validate(due, validation, forwards, seed=seed, compute=compute)
+            validate(due, validation, forwards, seed=seed, compute=compute, test=test)
             after(epoch + 1)
             dices = [learner.history[-1]["val/dice"] for learner in due if learner.history]
             count(val_dice=f"{max(dices, default=0.0):.3f}")
@@ -205,24 +206,29 @@ def validate(
     *,
     seed: int,
     compute: Compute,
+    test: Sequence[tuple[Batch, Tensor]] = (),
 ) -> None:
     """End the epoch with the means over the validation images, which Teacher and Student see complete, unaugmented.
 
-    The forwards of all learners are queued before the values of all are read: the host waits once.
+    The forwards of all learners are queued before the values of all are read: the host waits once. Learners with
+    ``tests_each_epoch`` get their mean Dice on the test images as well.
     """
-    validated = []
+    validated: list[tuple[Learner, EpochMeter, EpochMeter]] = []
     for learner in (each for each in learners if each.failure is None):
         signals.check()
         with guard.turn(learner, "validation", seed=seed):
-            validated.append((learner, validation_values(learner, validation, forwards, compute)))
-    validated = [(learner, means) for learner, means in validated if learner.failure is None]
+            means = validation_values(learner, validation, forwards, compute)
+            tested = test_values(learner, test if learner.tests_each_epoch else (), compute)
+            validated.append((learner, means, tested))
+    validated = [each for each in validated if each[0].failure is None]
     with guard.shared("validation"):
-        parts = [columns for learner, means in validated for columns in (learner.columns(), means.columns())]
+        parts = [part.columns() for each in validated for part in each]
         columns = iter(to_host(parts, compute.device))
-    for learner, means in validated:
-        train, val = next(columns), next(columns)
+    for learner, means, tested in validated:
+        train, val, by_epoch = next(columns), next(columns), next(columns)
         with guard.turn(learner, "validation", seed=seed):
-            learner.end_epoch(learner.values(train, val, means.counts))
+            values = learner.values(train, val, means.counts)
+            learner.end_epoch(values | weighted_means(by_epoch, tested.counts, "test/"))
 
 
 def validation_values(
@@ -242,6 +248,18 @@ def validation_values(
     learner.trained.train()
     watch.stop()
     learner.watches.append(watch)
+    return means
+
+
+def test_values(learner: Learner, test: Sequence[tuple[Batch, Tensor]], compute: Compute) -> EpochMeter:
+    """Return the mean Dice of a learner over the test images as ``dice_by_epoch``, on the device."""
+    means = EpochMeter()
+    learner.trained.eval()
+    with torch.no_grad(), compute.autocast():
+        for views, mask in test:
+            logits = learner.network(views["strong"]).logits
+            means.add({"dice_by_epoch": metrics.mean_dice(logits=logits, mask=mask)}, len(mask))
+    learner.trained.train()
     return means
 
 

@@ -58,6 +58,8 @@ def _final_values(learner: Learner, table: pd.DataFrame, part: EvalPart) -> dict
     values |= {"best_epoch": float(learner.best_epoch), "epochs": float(learner.epoch + 1)}
     trained = learner.history[: learner.best_epoch + 1]
     values["best/val_dice"] = trained[-1]["val/dice"]
+    if all("test/dice_by_epoch" in row for row in learner.history):
+        values["test/dice_of_best_test_epoch"] = max(row["test/dice_by_epoch"] for row in learner.history)
     if ratios := [ratio for row in trained if (ratio := row.get("train/kd_gradient_ratio"))]:
         values["kd/gradient_ratio"] = statistics.geometric_mean(ratios)
     if "train/kd_weight" in trained[-1]:

@@ -102,7 +102,7 @@ def test_a_default_that_is_typed_is_the_same_cell(cell) -> None:
     usual = cell("path=HR")
     typed = ["+path.kd_path.stage=encoder.5", "train.last_batch=smaller", "train.schedule=constant"]
     typed += ["train.supervised=bce", "teacher.monitor=loss", "kd.align=warp", "kd.weight=0.5"]
-    typed += ["views.flip=0", "views.contrast=0"]
+    typed += ["views.flip=0", "views.contrast=0", "scores.each_epoch=true"]
     for word in typed:
         each = cell(f"path=HR {word}")
         assert (each.fingerprint, each.teacher.fingerprint) == (usual.fingerprint, usual.teacher.fingerprint), word

@@ -89,6 +89,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("student.decoder_channels", "teacher.decoder_channels"), WIDTHS),
     **{f"{of}.{key}": bad for of in ("student", "teacher") for key, bad in MODULE.items()},
     "kd.resize": ("yes", 1, None),
+    "scores.each_epoch": ("yes", 1, None),
     "store": (None, "", 7.5, True, "~", "~/runs"),
     "sweep_name": (*NAMES, "x" * 201, None),
     **dict.fromkeys(("path.name", "loss.name", "method.name", "method.notation", "data.name", "profile"), NAMES),
