@@ -35,17 +35,16 @@ def predict(network: Network, part: EvalPart, *, compute: Compute) -> Tensor:
 def score(predictions: Tensor, part: EvalPart, *, nsd_tolerance_px: float) -> pd.DataFrame:
     """Return one row per image: image, label, lesion_px (of the ground truth), predicted_px, then those of metrics.py.
 
-    Behind the label comes the column group, where there are groups, and behind predicted_px both numbers of pixels of
-    each class, where there are classes.
+    Behind the label comes the column group, where there are groups, and behind either number of pixels that of each
+    class, where there are classes.
     """
     tolerance, names = nsd_tolerance_px, part.class_names
     scores = metrics.per_image(prediction=predictions, mask=part.masks, nsd_tolerance_px=tolerance, class_names=names)
     about: dict[str, Any] = {"image": part.ids, "label": part.labels}
     about |= {"group": part.groups} if part.groups else {}
-    about |= {"lesion_px": _pixels(part.masks.bool()), "predicted_px": _pixels(predictions.bool())}
-    for index, name in enumerate(names, start=1):
-        about |= {f"lesion_px_{name}": _pixels(part.masks == index)}
-        about |= {f"predicted_px_{name}": _pixels(predictions == index)}
+    for column, maps in (("lesion_px", part.masks), ("predicted_px", predictions)):
+        about[column] = _pixels(maps.bool())
+        about |= {f"{column}_{name}": _pixels(maps == index) for index, name in enumerate(names, start=1)}
     return pd.DataFrame(about | scores)
 
 

@@ -158,8 +158,9 @@ def test_a_table_of_scores_has_the_area_of_the_lesion_not_of_the_prediction() ->
     predictions = torch.cat([pixels((1, 1)), pixels((2, 2), (2, 3)), pixels((4, 4))]).bool()
     part = EvalPart(["c", "a", "b"], ["x", "y", "x"], torch.zeros(3, 40, 30, 3), masks, groups=["p", "q", "p"])
     table = scoring.score(predictions, part, nsd_tolerance_px=2.0)
-    assert list(table) == ["image", "label", "group", "lesion_px", *metrics.SCORES]
+    assert list(table) == ["image", "label", "group", "lesion_px", "predicted_px", *metrics.SCORES]
     assert table["lesion_px"].tolist() == [3, 0, 1]
+    assert table["predicted_px"].tolist() == [1, 2, 1]
     assert table[["image", "label", "group"]].to_numpy().tolist() == [["c", "x", "p"], ["a", "y", "q"], ["b", "x", "p"]]
     assert table["dice"].tolist() == pytest.approx([0.5, 0.0, 1.0])
 

@@ -163,7 +163,9 @@ def test_a_table_of_scores_has_the_pixels_and_scores_of_each_class() -> None:
     table = scoring.score(predictions, part, nsd_tolerance_px=2.0)
     sizes = [f"lesion_px_{name}" for name in NAMES]
     assert list(table)[:6] == ["image", "label", "lesion_px", *sizes]
-    assert list(table)[6:] == list(per_image(prediction, mask))
+    predicted = ["predicted_px", *(f"predicted_px_{name}" for name in NAMES)]
+    assert list(table)[6:] == [*predicted, *per_image(prediction, mask)]
+    assert table["predicted_px"].tolist() == table[predicted[1:]].sum(axis=1).tolist()
     assert table["lesion_px"].tolist() == table[sizes].sum(axis=1).tolist()
     assert table[sizes].to_numpy().tolist() == [[int((each == k).sum()) for k in (1, 2, 3)] for each in mask]
     np.testing.assert_array_equal(table["dice_cyst"], per_image(prediction, mask)["dice_cyst"])

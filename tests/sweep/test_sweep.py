@@ -84,7 +84,7 @@ def test_every_cell_has_its_folder_with_its_files(swept):
         assert marker is not None
         table = pd.read_csv(folder / "test_scores.csv")
         of_masks = ["dice", "iou", "precision", "sensitivity", "hd95_px", "nsd"]
-        assert list(table) == ["image", "label", "lesion_px", *of_masks]
+        assert list(table) == ["image", "label", "lesion_px", "predicted_px", *of_masks]
         assert marker["test/dice"] == pytest.approx(table["dice"].mean())
         expected = {"config.yaml", "overrides.yaml", "kdsweep.log", "checkpoint.pt", "student.safetensors"}
         assert expected <= {path.name for path in folder.iterdir()}
