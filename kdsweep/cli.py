@@ -232,6 +232,7 @@ def score(**options: Any) -> int:
 @_sweep
 @_seeds
 @_out("file, such as scores.json.gz; one that is there is replaced", required=True)
+@click.option("--folds", type=PATH, metavar="FILE.json", help="write the ids of each split there, for split=file")
 def publish(**options: Any) -> None:
     """Write runs and scores of each image as one file for others."""
     from kdsweep.results import published

@@ -19,10 +19,12 @@ from typing import Any
 import pandas as pd
 
 from kdsweep.config.decisions import kind
+from kdsweep.config.grid import run_folder
 from kdsweep.core.errors import InputError, reading
 from kdsweep.core.files import without_folders, write_bytes
 from kdsweep.core.progress import plural
 from kdsweep.results.frame import of_seeds
+from kdsweep.store import cell_folder
 from kdsweep.tracking.reader import Sweep, read_scores, read_sweep
 
 FORMAT = 1
@@ -124,18 +126,49 @@ def _table(parts: list[str]) -> pd.DataFrame:
     return table.drop_duplicates(_keys(table), ignore_index=True)
 
 
+def read_folds(sweep: Sweep, store: Path) -> dict[int, dict[str, list[str]]]:
+    """Return by split the ids of the images of its parts: train, val, test, the keys of nnU-Net's splits_final.json.
+
+    Raises:
+        InputError: a split's file in the store is missing or damaged, or cells of one split have other images.
+    """
+    folds: dict[int, dict[str, list[str]]] = {}
+    begun = sweep.runs[sweep.runs["params"].map(bool)].sort_values("split", kind="stable")
+    for run in begun.to_dict("records"):
+        train, val, test = map(cell_folder.read_split(run_folder(store, run)).__getitem__, cell_folder.PARTS)
+        fold = {"train": train, "val": val, "test": test}
+        if folds.setdefault(run["split"], fold) != fold:
+            raise InputError(f"--folds: cells of split {run['split']} of sweep {sweep.name} have different images")
+    return folds
+
+
 def publish(
-    *, store: Path, out: Path, uri: str | None = None, sweep: str | None = None, seeds: Sequence[int] | None = None
+    *,
+    store: Path,
+    out: Path,
+    folds: Path | None = None,
+    uri: str | None = None,
+    sweep: str | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> None:
-    """Write a sweep's file, of these seeds or of all."""
+    """Write a sweep's file, of these seeds or of all, and its splits as a list of folds if a file for them is named."""
     published = of_seeds(read_sweep(store=store, uri=uri, name=sweep), seeds)
     content = write(published)
-    try:
-        write_bytes(out, content)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
+    _write("--out", out, content)
+    if folds is not None:
+        by_split = read_folds(published, store)
+        _write("--folds", folds, (json.dumps(list(by_split.values()), indent=1, ensure_ascii=False) + "\n").encode())
+        listed = ", ".join(f"{fold}: split {split}" for fold, split in enumerate(by_split))
+        sys.stdout.write(f"wrote {folds}: split=file split.file={folds} split.fold=N draws the same images; {listed}\n")
     done = int((published.runs["status"] == "FINISHED").sum())
     sys.stdout.write(
         f"wrote {out} ({len(content) / 1e6:.2f} MB): sweep {published.name}, {plural(done, 'finished run')}, "
         f"{plural(len(published.scores), 'score')} of test images by their ids\n"
     )
+
+
+def _write(option: str, file: Path, content: bytes) -> None:
+    try:
+        write_bytes(file, content)
+    except OSError as error:
+        raise InputError(f"{option} {file}: cannot write there ({error.strerror})") from error

@@ -190,3 +190,25 @@ def test_the_drops_interval_is_welchs():
     returned = external._drop(single, theirs)
     expected = ttest_ind(100 * theirs["dice"], 100 * single["dice"], equal_var=False).confidence_interval()
     assert (returned["low_points"], returned["high_points"]) == pytest.approx(tuple(expected))
+
+
+def test_the_published_folds_are_the_sweeps_splits_again(finished, tmp_path, capsys):
+    store, cells = finished
+    file = tmp_path / "splits_final.json"
+    words = ["publish", "--sweep", "study", "--store", str(store), "--out", str(tmp_path / "scores.json.gz")]
+    assert cli.main([*words, "--folds", str(file)]) == 0
+    assert "0: split 0, 1: split 1" in capsys.readouterr().out
+    for fold, cell in enumerate(cells):
+        base = ["profile=quick", "data.count=5", f"store={store}", "split=file", f"split.file={file}"]
+        split = inputs.split_ids(composition.compose([*base, f"split.fold={fold}"]))
+        assert {part: set(ids) for part, ids in split.items()} == {
+            part: set(ids) for part, ids in cell_folder.read_split(cell.folder).items()
+        }
+    (cells[1].folder / cell_folder.SPLIT).rename(tmp_path / "kept")
+    try:
+        assert cli.main([*words, "--folds", str(file)]) == 1
+    finally:
+        (tmp_path / "kept").rename(cells[1].folder / cell_folder.SPLIT)
+    assert "split.json is missing or damaged" in capsys.readouterr().err
+    assert cli.main([*words, "--folds", str(tmp_path / "scores.json.gz" / "x.json")]) == 1
+    assert "--folds" in capsys.readouterr().err
