@@ -41,8 +41,8 @@ test-all: setup ## Run all tests, also those with servers, clusters, browsers, i
 results: setup ## Make the tables of results/ of their published scores again; a difference fails
 	$(PY) -m pytest -q tests/results/test_remade.py
 
-mutants: setup ## Plant 165 defects, one at a time; each must make a test fail (an hour; ARGS="--help" for options)
-	$(PY) tests/mutants.py $(ARGS)
+mutants: setup ## Change losses, scores, statistics, splits and views bit by bit with mutmut; a test must fail each time (hours)
+	OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run $(ARGS); $(VENV)/bin/mutmut results
 
 chaos: setup ## Kill a sweep 20 times at random moments; it must end as an unbroken one (15 minutes; ARGS="--help" for options)
 	$(PY) tests/chaos.py $(ARGS)
@@ -96,5 +96,5 @@ trials: setup ## Open Optuna's dashboard on the studies of +experiment=tuned: ht
 	$(VENV)/bin/optuna-dashboard --host 127.0.0.1 --port 8080 sqlite:///$(abspath $(STORE))/optuna.db
 
 clean: ## Remove caches and build output (never multirun/)
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kdsweep tests -name __pycache__ -type d -prune -exec rm -rf {} +
