@@ -9,8 +9,8 @@ from kdsweep import cli
 from kdsweep.evaluation import costs
 
 RESULTS = Path(__file__).parents[2] / "results"
-# Not made of scores alone: Table 5 and int8 are measured, tuning's tables need its trials.
-MEASURED = {"table5", "quantized", "tuned", "trials"}
+# Not made of scores alone: Table 5 and int8 are measured, groups come from images, tuning's tables need its trials.
+MEASURED = {"table5", "quantized", "tuned", "trials", "groups"}
 FILES = [
     file
     for file in sorted(RESULTS.glob("*/*.csv"))
