@@ -308,13 +308,11 @@ def test_every_experiment_sweeps_existing_options_within_the_limits(name: str) -
             name for name in GROUPS["method"] if "distill.classes." not in (CONF / f"method/{name}.yaml").read_text()
         ]
         assert sorted(swept["method"]) == of_one_class, "all of them"
-    for key, values in swept.items():
-        for value in values:
-            compose(f"+experiment={name}", f"{key}={value}")
+    for place in range(max(map(len, swept.values()))):  # each value in one of these cells
+        compose(f"+experiment={name}", *(f"{key}={values[place % len(values)]}" for key, values in swept.items()))
     for words in cfg.hydra.sweeper.also:
         assert not any(word.startswith("seed=") for word in words.split()), "a part of the grid is a part of this too"
-        for word in words.split():
-            compose(f"+experiment={name}", word.partition(",")[0])
+        compose(f"+experiment={name}", *(word.partition(",")[0] for word in words.split()))
     count = math.prod(map(len, swept.values()))
     counts = {"table3": 12, "table4": 48, "cpu_study": 48, "methods": 16, "tuned": 48, "capacity": 10, "recipe": 2}
     assert count == (counts | {"study": 144})[name]

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from small import STUDENT
 from test_predict import CPU, SIZE, finish, noise, run
 
 from kdsweep import cli
@@ -33,7 +34,7 @@ def finished(empty_store, tmp_path_factory):
     """A store with an untrained Student of two classes, in MLflow, as a sweep leaves it."""
     store = tmp_path_factory.mktemp("classes") / "store"
     shutil.copytree(empty_store, store)
-    cell = finish(store, "data.count=9", CLASSES)
+    cell = finish(store, "data.count=9", CLASSES, *STUDENT)
     scores = {"image": cell_folder.read_split(cell.folder)["test"], "dice": [0.5, 0.25]}
     scores |= {"dice_benign": [0.5, np.nan], "dice_malignant": [0.5, 0.25]}
     pd.DataFrame(scores).to_csv(cell.folder / SCORES, index=False)
@@ -196,7 +197,7 @@ def test_another_data_set_needs_the_same_classes_in_the_same_order(finished, sma
 
 def test_a_network_of_one_class_refuses_data_of_several(empty_store, small_busi, tmp_path, capsys):
     store = shutil.copytree(empty_store, tmp_path / "store")
-    cell = finish(store)
+    cell = finish(store, *STUDENT)
     (cell.folder / PREDICTIONS).touch()
     sweep_file.add(store, "study", cells=[cell], teachers=[])
     mirror.Tracker(store=store, uri=None).sync(cell_folder.read(cell.folder), sweep="study")

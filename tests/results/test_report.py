@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from remembering import remembered_statistics  # noqa: F401
 from test_tables import FakeSweep, fingerprint, rates, sweep_of, with_status
 
 from kdsweep import cli
@@ -138,6 +139,11 @@ def shown(sweep, *_, **__):
     return [examples.Example(image, mask, {"Student": mask > 0}, {}, {"Student": 0.8}, "caption", sweep.name)]
 
 
+def some_interval(rows):
+    """In place of the bootstrap, which takes seconds."""
+    return (-1.0, 1.0) if len(rows) else (NAN, NAN)
+
+
 @pytest.fixture
 def call(monkeypatch, tmp_path):
     """Runs the command on a sweep made here: exit code, page or None, what was logged."""
@@ -150,8 +156,7 @@ def call(monkeypatch, tmp_path):
     monkeypatch.setattr(reader, "attach", attached)
     monkeypatch.setattr(reader, "read_curves", curves_of)
     monkeypatch.setattr(examples, "load", shown)
-    # the bootstrap takes seconds
-    monkeypatch.setattr(stats, "clustered_interval", lambda rows: (-1.0, 1.0) if len(rows) else (NAN, NAN))
+    monkeypatch.setattr(stats, "clustered_interval", some_interval)
     monkeypatch.setattr(costs, "measure", lambda *_, **__: pytest.fail("measured"))
 
     def run(sweep, *words, costs=False, draws=False, counts=False):
