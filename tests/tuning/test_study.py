@@ -1,5 +1,9 @@
 """Studies: the trials that follow from those that have ended; what is kept; what is chosen."""
 
+import functools
+import tempfile
+from pathlib import Path
+
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -31,6 +35,14 @@ GRID = {"_target_": "optuna.samplers.GridSampler"}
 ABOUT = {"sweep": "sweep", "notation": "L_KLD", "split": 0, "role": "distilled", "round": "4"}
 
 
+@functools.cache
+def empty_database():
+    """Return a database without studies: its tables take longer to make than a trial."""
+    with tempfile.TemporaryDirectory() as folder:
+        open_storage(default_storage(Path(folder))).engine.dispose()
+        return (Path(folder) / "optuna.db").read_bytes()
+
+
 class Study:
     """A study in the storage of a store, with the values of trial 0."""
 
@@ -38,6 +50,9 @@ class Study:
         self.space = space.read(search)
         values = {key: defaults[key] for key in self.space}
         self.configured = {key: value for key, value in values.items() if space.contains(self.space[key], value)}
+        file = store / "optuna.db"
+        if not file.exists():
+            file.write_bytes(empty_database())
         self.study = optuna.create_study(
             storage=open_storage(default_storage(store)), study_name=name, direction="maximize", load_if_exists=True
         )
@@ -69,24 +84,37 @@ class Study:
             trial.report(value, step)
 
 
-@pytest.mark.parametrize("sampler", [{}, TPE, QMC, GRID], ids=["default", "tpe", "qmc", "grid"])
-@pytest.mark.parametrize("stop_after", [2, 4, 7])
-def test_a_killed_command_asks_for_the_same_trials(tmp_path, sampler, stop_after):
+@pytest.fixture(scope="module", params=[{}, TPE, QMC, GRID], ids=["default", "tpe", "qmc", "grid"])
+def drawn(request, tmp_path_factory):
+    """A sampler, what it draws from, and the trials of three rounds that nothing happened to."""
+    sampler = request.param
     search = LISTS if sampler is GRID else SEARCH
-    unbroken = Study(tmp_path, search=search, name="unbroken")
+    unbroken = Study(tmp_path_factory.mktemp("drawn"), search=search, name="unbroken")
     unbroken.run(sampler, rounds=3)
+    return sampler, search, unbroken.values
+
+
+@pytest.mark.parametrize("stop_after", [2, 4, 7])
+def test_a_killed_command_asks_for_the_same_trials(tmp_path, drawn, stop_after):
+    sampler, search, values = drawn
     Study(tmp_path, search=search, name="broken").run(sampler, rounds=3, stop_after=stop_after)
     again = Study(tmp_path, search=search, name="broken")
     assert ended(again.study) == stop_after
     again.run(sampler, rounds=3)
-    assert again.values == unbroken.values
+    assert again.values == values
+
+
+@pytest.fixture(scope="module")
+def first_four(tmp_path_factory):
+    """The values of four trials that were drawn without a break."""
+    unbroken = Study(tmp_path_factory.mktemp("first-four"), name="unbroken")
+    unbroken.ask(4, TPE)
+    return unbroken.values
 
 
 @pytest.mark.parametrize("writes", range(0, 13, 2))
-def test_a_trial_that_was_half_drawn_gets_the_same_values(tmp_path, monkeypatch, writes):
+def test_a_trial_that_was_half_drawn_gets_the_same_values(tmp_path, monkeypatch, first_four, writes):
     """Killed at each of the first writes to the storage: a trial, then its three values, one after the other."""
-    unbroken = Study(tmp_path, name="unbroken")
-    unbroken.ask(4, TPE)
     broken, count = Study(tmp_path, name="broken"), [0]
 
     def dying(write):
@@ -104,7 +132,7 @@ def test_a_trial_that_was_half_drawn_gets_the_same_values(tmp_path, monkeypatch,
         broken.ask(4, TPE)
     again = Study(tmp_path, name="broken")
     assert [number for number, _ in again.ask(4, TPE)] == [0, 1, 2, 3]
-    assert again.values == unbroken.values
+    assert again.values == first_four
 
 
 def test_trial_0_has_the_configured_settings_that_are_in_the_space(tmp_path):
