@@ -41,7 +41,7 @@ VALUES = {  # further ones, by metrics
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a sweep equals itself alone, so that what is made of it can be kept
 class Sweep:
     """The requests of a sweep and what MLflow holds of them.
 

@@ -37,7 +37,7 @@ PAPER_P_TEACHER = [0.1414, 0.1565, 0.0950, 0.2075, 0.0645, 0.0341, 0.1320, 0.141
 PAPER_P_STUDENT = [0.0227, 0.0948, 0.0037, 0.0012, 0.0215, 0.0125, 0.0067, 0.0316, 0.0201, 0.0269, 0.0021, 0.0068]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FakeSweep:
     name: str
     runs: pd.DataFrame

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,7 +84,11 @@ def numbers(sweep: Sweep, *, test: str = "ttest", margin_points: float | None = 
     Teacher and the Student of its setting, and Holm's family is all of them. The margin of non-inferiority is by
     default that of the sweep.
     """
-    margin = margin_of(sweep) if margin_points is None else margin_points
+    return _numbers(sweep, test, margin_of(sweep) if margin_points is None else margin_points).copy()
+
+
+@lru_cache(maxsize=1)  # a report needs them several times
+def _numbers(sweep: Sweep, test: str, margin: float) -> pd.DataFrame:
     table = _models(sweep, test=test, margin_points=margin).assign(margin_points=margin)
     is_cell = ~table["notation"].isin(BASELINES)  # the family is the KD cells: no baseline is being tried
     for column in table.filter(regex=r"^(student|teacher)_p(?!_runs)(_|$)"):
