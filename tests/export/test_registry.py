@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from small import STUDENT
 from test_predict import SIZE, finish, noise
 
 from kdsweep import cli
@@ -32,7 +33,7 @@ NAME = "kdsweep-student"
 @pytest.fixture(scope="module")
 def cell(empty_store, tmp_path_factory) -> Cell:
     """A finished cell that is in the MLflow of its store."""
-    cell = finish(Path(shutil.copytree(empty_store, tmp_path_factory.mktemp("registered") / "store")))
+    cell = finish(Path(shutil.copytree(empty_store, tmp_path_factory.mktemp("registered") / "store")), *STUDENT)
     for name in SCORES, PREDICTIONS:
         (cell.folder / name).touch()
     mirror.Tracker(store=cell.store, uri=None).sync(cell_folder.read(cell.folder), sweep="study")

@@ -1,6 +1,7 @@
 """The command that draws figures: which sweep, which files, what is logged, what it refuses."""
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from remembering import remembered_statistics  # noqa: F401
 from test_mirror import begin, make_cell
 from test_tables import rates, sweep_of
 
@@ -183,7 +185,8 @@ def test_the_command_reports_a_missing_store_in_one_line(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_what_is_drawn_from_and_where_it_goes_is_in_mlflow(tmp_path):
+def test_what_is_drawn_from_and_where_it_goes_is_in_mlflow(empty_store, tmp_path):
+    shutil.copytree(empty_store, tmp_path, dirs_exist_ok=True)
     tracker, cell = mirror.Tracker(store=tmp_path, uri=None), make_cell(store=tmp_path)
     sweep_file.add(tmp_path, "study", cells=[cell, make_cell("Student", store=tmp_path)], teachers=[])
     tracker.sync(begin(cell, 3), sweep="study")
