@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import kdsweep, process
-from small import STUDENT, TEACHER
+from small import STUBS, STUDENT, TEACHER
 
 from kdsweep.config import composition, identity
 from kdsweep.core import signals
@@ -28,16 +28,15 @@ from kdsweep.store.cell_folder import FINISHED
 from kdsweep.training import group, loop
 from kdsweep.training.learner import Learner
 
-QUICK = [
+RECIPE = [
     "profile=quick",
     "data=busi",
     "train.batch_size=8",
     "train.epochs=3",
     "device=cpu",
     "teacher_aug=weak",
-    *TEACHER,
-    *STUDENT,
 ]
+QUICK = [*RECIPE, *STUBS, "teacher.lr=1e-3"]
 GROUP = (["path=HR"], ["path=L", "loss=mse"], ["path=none"])
 FILES = ("student.safetensors", "teacher.safetensors", "history.csv", "test_scores.csv", "test_predictions.npz")
 
@@ -375,7 +374,11 @@ def test_too_little_memory_for_one_cell_fails_that_cell(small_busi, tmp_path, mo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_too_little_memory_on_cuda_divides_the_group(small_busi, tmp_path, caplog):
     own = [
-        identity.job(composed(*QUICK, f"data.root={small_busi}", f"store={tmp_path}", "device=cuda", *each))
+        identity.job(
+            composed(
+                *(*RECIPE, *TEACHER, *STUDENT, f"data.root={small_busi}", f"store={tmp_path}", "device=cuda"), *each
+            )
+        )
         for each in GROUP
     ]
     group.obtain_teachers(own)
