@@ -22,7 +22,7 @@ def unet(*, encoder: str, decoder_channels: list[int], weights: str, seed: int) 
 
 
 class Stub(nn.Module):
-    """Two layers, with statistics of batches: for what happens around a training, which then takes a sixth."""
+    """Two layers, with statistics of batches: for what happens around a training, which is then short."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
