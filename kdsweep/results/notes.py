@@ -114,7 +114,7 @@ def gaps(table: pd.DataFrame, *, by: str = "notation", fewer: str = "runs") -> l
     """Return a note on the rows that have a gap, named by a column and their setting; none without such rows."""
     missing = table[table["gap"] != ""]
     names = missing[by] + (" with " + missing["settings"] if "settings" in missing else "")
-    listed = "; ".join(f"{name} ({gap})" for name, gap in zip(names, missing["gap"], strict=True))
+    listed = "; ".join(dict.fromkeys(f"{name} ({gap})" for name, gap in zip(names, missing["gap"], strict=True)))
     return [f"Gaps, never averaged over fewer {fewer}: {listed}."] if listed else []
 
 

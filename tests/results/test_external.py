@@ -85,6 +85,12 @@ def test_a_network_that_was_not_scored_is_a_gap_that_the_notes_name(sweep, tmp_p
     assert "of 11 cells" in table.lead[2]
 
 
+def test_a_gap_is_named_once_for_all_data_sets(sweep, tmp_path):
+    runs = sweep.runs.assign(status=sweep.runs["status"].mask(sweep.runs["notation"] == "H_MSE", "RUNNING"))
+    (line,) = [line for line in external.make(replace(sweep, runs=runs), Options(tmp_path)).notes if "Gaps" in line]
+    assert line.count("H_MSE") == 1
+
+
 def test_a_sweep_without_student_or_cells_still_has_its_drops(sweep, tmp_path):
     is_teacher = sweep.runs["role"] == "teacher"
     table = external.make(replace(sweep, runs=sweep.runs[is_teacher]), Options(tmp_path))

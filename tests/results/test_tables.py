@@ -392,7 +392,9 @@ def test_the_holm_family_shrinks_with_a_gap(sweep):
     table = four.numbers(with_status(sweep, "H_KLD_WAug", 1, "FAILED")).set_index("notation").loc[list(paper.CELLS)]
     smallest = table["student_p"].idxmin()
     assert table["student_p"].notna().sum() == 11
-    assert table.loc[smallest, "student_p_holm"] == pytest.approx(11 * table.loc[smallest, "student_p"], rel=1e-9, abs=0)
+    assert table.loc[smallest, "student_p_holm"] == pytest.approx(
+        11 * table.loc[smallest, "student_p"], rel=1e-9, abs=0
+    )
 
 
 def test_each_gap_says_why(sweep):

@@ -75,6 +75,17 @@ def test_the_best_cell_leads_and_what_is_not_recorded_is_said(tmp_path):
         "is best on the test images (wrong)."
     ]
     assert translation.applies(sweep, tmp_path)
+    assert {"points by pooling", "points by the wrong epoch"} <= set(table.text())
+
+    begun = replace(sweep, runs=sweep.runs.assign(status="RUNNING"), scores=sweep.scores.iloc[:0])
+    table = translation.make(begun, Options(tmp_path))
+    assert table.lead == []
+    assert set(table.frame["gap"]) == {"running: split 0, 1"}
+    assert table.frame[["mean_dice_percent", "pooled_dice_percent", "chosen_points"]].isna().all(axis=None)
+
+    one = sweep.runs["best_test_epoch_dice"].where(sweep.runs["fingerprint"] != fingerprint("L_MSE", 1))
+    mixed = translation.numbers(replace(sweep, runs=sweep.runs.assign(best_test_epoch_dice=one))).set_index("notation")
+    assert mixed["chosen_dice_percent"].isna().to_dict() == {name: name == "L_MSE" for name in NOTATIONS}
 
     runs = sweep.runs.drop(columns="best_test_epoch_dice")
     earlier = replace(sweep, runs=runs, scores=sweep.scores.drop(columns="predicted_px"))

@@ -25,9 +25,9 @@ COLUMNS = [
     MODEL,
     Column(("mean_dice_percent", "gap"), "DSC % per image (here)", or_gap(number), narrow=True),
     Column("pooled_dice_percent", "DSC % of pooled pixels", number, narrow=True),
-    Column("pooled_points", "points", points),
+    Column("pooled_points", "points by pooling", points),
     Column("chosen_dice_percent", "DSC % at the epoch best on test images (wrong)", number, narrow=True),
-    Column("chosen_points", "points", points),
+    Column("chosen_points", "points by the wrong epoch", points),
 ]
 NOTES = (
     "Per image: the mean over test images of each one's DSC, as in all tables here.",
@@ -86,8 +86,8 @@ def _pooled(images: pd.DataFrame, suffix: str) -> pd.Series:
 
 def _mean(of_runs: pd.Series, sizes: pd.Series) -> pd.Series:
     """Return the mean over each model's runs, weighted by their test images; NaN if one is."""
-    sums = (of_runs * sizes).groupby("notation").agg(lambda values: values.sum(skipna=False))
-    return sums / sizes.groupby("notation").sum()
+    sums = (of_runs.astype(float) * sizes).groupby("notation").sum()
+    return (sums / sizes.groupby("notation").sum()).where(of_runs.notna().groupby("notation").all())
 
 
 def lead(table: pd.DataFrame) -> list[str]:
