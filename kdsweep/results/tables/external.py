@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kdsweep.tracking.reader import Sweep
 
 HEADING = "External. Test DSC on other data sets"
+DROP = ("drop_points", "low_points", "high_points")
 STUDENT = tuple(f"student_{name}_points" for name in ("difference", "low", "high"))
 COLUMNS = [
     SETTINGS,
@@ -38,14 +39,16 @@ COLUMNS = [
     MODEL,
     Column("internal_dice_percent", "DSC % internal", number, narrow=True),
     Column("external_dice_percent", "DSC % external", number, narrow=True),
-    Column(("drop_points", "gap"), "Drop, points", or_gap(points), narrow=True),
-    Column(("low_points", "high_points"), "95 % interval", interval, narrow=True),
-    Column(STUDENT, "External, points to Student (95 % interval)", with_interval, narrow=True),
+    Column(("drop_points", "gap"), "Drop, points", or_gap(points)),
+    Column(("low_points", "high_points"), "95 % interval", interval),
+    Column((*DROP, "gap"), "drop, points (95 % interval)", or_gap(with_interval), narrow=True, full=False),
+    Column(STUDENT, "External, points to Student (95 % interval)", with_interval),
+    Column(STUDENT[0], "external, to Student", points, narrow=True, full=False),
     Column("student_p", "p", p),
     Column("student_p_holm", "p (Holm)", p, narrow=True),
     Column("n_external", "Images", partial(number, form=".0f")),
 ]
-MEASURED = ("internal_dice_percent", "external_dice_percent", "drop_points", "low_points", "high_points", "n_external")
+MEASURED = ("internal_dice_percent", "external_dice_percent", *DROP, "n_external")
 ORDER = ("rank_correlation", "rank_low", "rank_high")
 NOTES = (
     "Internal: the test images of the sweep's splits. External: all images of the other data set, scored by every "
@@ -152,7 +155,7 @@ def lead(table: pd.DataFrame) -> list[str]:
     if len(cells):
         best = cells.sort_values([VALIDATION, "notation"], ascending=[False, True])["notation"].iloc[0]
         rows = cells[cells["notation"] == best]
-        changes = _each(rows, lambda row: with_interval(row["drop_points"], row["low_points"], row["high_points"]))
+        changes = _each(rows, lambda row: with_interval(*(row[key] for key in DROP)))
         lines.append(
             f"Drop: {best}, the best cell in validation, has {number(rows['internal_dice_percent'].iloc[0])} % on the "
             f"sweep's test images; the change elsewhere is, in points, {changes}."
