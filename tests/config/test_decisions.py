@@ -107,7 +107,8 @@ def test_the_kinds_of_keys() -> None:
     keys = [*decisions.LEAVES, "data.source.root", "data.source.cache_dir", "data.source.seed", "cell.path"]
     kinds = {key: decisions.kind(key) for key in keys}
     assert {key for key, kind in kinds.items() if kind == "local"} == {
-        *("device", "retry_failed", "stats.margin_points", "store", "sweep_name", "tracking.uri", "train.workers"),
+        *("device", "retry_failed", "scores.each_epoch", "stats.margin_points", "store", "sweep_name"),
+        *("tracking.uri", "train.workers"),
         *("tracking.experiment", "data.allow_empty_masks"),
     }
     places = {"weights", "data.root", "data.source.root", "data.source.cache_dir"}

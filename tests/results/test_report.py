@@ -47,7 +47,7 @@ PARAMS = {
 TAGS = {"kdsweep.torch": "2.9", "kdsweep.threads": "4", "mlflow.source.git.commit": "abc-dirty"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stored(FakeSweep):
     """With what a sweep has of MLflow."""
 
