@@ -211,6 +211,8 @@ def rank_correlation(ours: pd.DataFrame, others: pd.DataFrame) -> tuple[float, f
         weights = np.vstack([np.ones(len(sizes)), weights])  # the first is the sample itself
         drawn.append(weights @ totals / (weights @ sizes)[:, None])
     values = _spearman(*drawn)
+    if np.isnan(values[0]):
+        return NAN, NAN, NAN
     low, high = np.nanpercentile(values[1:], [2.5, 97.5])
     return float(values[0]), float(low), float(high)
 

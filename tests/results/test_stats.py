@@ -299,6 +299,4 @@ def test_models_of_one_order_correlate_fully_and_two_models_or_equal_ones_not_at
     assert stats.rank_correlation(on_images(dice), on_images(dice[:, :5])) == pytest.approx((1, 1, 1))
     assert stats.rank_correlation(on_images(dice), on_images(-dice))[0] == pytest.approx(-1)
     assert np.isnan(stats.rank_correlation(on_images(dice[:2]), on_images(dice[:2]))).all()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN
-        assert np.isnan(stats.rank_correlation(on_images(dice * 0), on_images(dice))).all()
+    assert np.isnan(stats.rank_correlation(on_images(dice * 0), on_images(dice))).all()
