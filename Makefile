@@ -38,7 +38,7 @@ test: setup ## Run the tests that need seconds each
 test-all: setup ## Run all tests, also those with servers, clusters, browsers, installs, simulations
 	$(PYTEST)
 
-results: setup ## Make the tables of results/ of their published scores again; a difference fails
+results: setup ## Make the tables of results/ of their published scores again and compare them; a difference fails
 	$(PY) -m pytest -q tests/results/test_remade.py
 
 mutants: setup ## Change losses, scores, statistics, splits and views bit by bit with mutmut; a test must fail each time (hours)
