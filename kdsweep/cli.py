@@ -44,12 +44,7 @@ PATH = _Path()
 
 
 def _together(*decorators: Decorator) -> Decorator:
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
+    return lambda function: functools.reduce(lambda made, decorate: decorate(made), reversed(decorators), function)
 
 
 _store = click.option("--store", type=PATH, default="multirun", help="folder of the runs")

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,14 +46,7 @@ def score_sweep(
 ) -> tuple[int, list[str]]:
     """Score every finished network of a sweep on another data set; those with scores are not computed again.
 
-    Args:
-        sweep: the sweep.
-        source: the data set.
-        name: under which its scores are kept, as ``data_set_name`` returns it.
-        store: of the sweep.
-        uri: of MLflow; None for the database in the store.
-        device: auto, cpu, cuda or cuda:NUMBER.
-        allow_empty_masks: whether images without lesion are accepted.
+    The scores are kept under a name that ``data_set_name`` returns.
 
     Returns:
         The number of networks scored now, and a line for each that could not be.
@@ -66,33 +59,39 @@ def score_sweep(
     if runs.empty:
         raise InputError(f"sweep {sweep.name} has no finished run yet; its command resumes it")
     _refuse_other_classes(sweep, source, runs)
-    folders = {str(run["run_id"]): run_folder(store, run) for run in runs.to_dict("records")}
     listed = sources.listing(source)
     _refuse_shared_images(sweep, source, listed.entries, store=store)
-    file_name = f"{name}.csv"
+    files = {str(run["run_id"]): run_folder(store, run) / EXTERNAL / f"{name}.csv" for run in runs.to_dict("records")}
+    _announce(sweep, source, listed, files.values(), device=device)
 
     @lru_cache(maxsize=1)
     def part(image_size: int) -> EvalPart:
         images = load_images(source, load_size=image_size, image_size=image_size, allow_empty_masks=allow_empty_masks)
         return eval_part(images, list(range(len(images.ids))))
 
-    done = sum((folder / EXTERNAL / file_name).is_file() for folder in folders.values())
+    count, problems = 0, []
+    for run_id, file in track(files.items(), what="scoring", unit="network", total=len(files)):
+        try:
+            count += _score(file, part, device=device)
+            reader.keep_external(file, run_id=run_id, store=store, uri=uri)
+        except (InputError, OSError) as error:
+            problems.append(f"{file.parents[1].name}: {one_line(error)}")
+    return count, problems
+
+
+def _announce(
+    sweep: Sweep, source: sources.Source, listed: sources.Listing, files: Collection[Path], *, device: str
+) -> None:
+    """Print what will be scored on what, and the files of the data set that are not used."""
+    done = sum(file.is_file() for file in files)
     sys.stdout.write(
-        f"sweep {sweep.name}: {plural(len(folders), 'network')}, {len(folders) - done} to score on data={source.name} "
+        f"sweep {sweep.name}: {plural(len(files), 'network')}, {len(files) - done} to score on data={source.name} "
         f"with {plural(len(listed.entries), 'image')} (digest {listed.digest[:8]}), {done} scored before; device "
         f"{find_device(device)}\n"
     )
     if line := ignored_line(listed.ignored):
         sys.stdout.write(f"data={source.name}, ignored: {line}\n")
     sys.stdout.flush()
-    count, problems = 0, []
-    for run_id, folder in track(folders.items(), what="scoring", unit="network", total=len(folders)):
-        try:
-            count += _score(folder, folder / EXTERNAL / file_name, part, device=device)
-            reader.keep_external(folder / EXTERNAL / file_name, run_id=run_id, store=store, uri=uri)
-        except (InputError, OSError) as error:
-            problems.append(f"{folder.name}: {one_line(error)}")
-    return count, problems
 
 
 def data_set_name(name: str, source: sources.Source, digest: str) -> str:
@@ -103,8 +102,9 @@ def data_set_name(name: str, source: sources.Source, digest: str) -> str:
     return f"{word}-{digest[:8]}"
 
 
-def _score(folder: Path, file: Path, part: Callable[[int], EvalPart], *, device: str) -> bool:
-    """Write the file of a network's scores; return whether it was computed now."""
+def _score(file: Path, part: Callable[[int], EvalPart], *, device: str) -> bool:
+    """Write the file of a network's scores, below its folder; return whether it was computed now."""
+    folder = file.parents[1]
     with contextlib.ExitStack() as stack:
         if not file.is_file() and not cell_folder.hold(stack, folder):
             raise InputError("another process is at it; the same command scores what is left")

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from remembering import remembered_statistics  # noqa: F401
 from test_mirror import begin, make_cell
 from test_tables import rates, sweep_of
 

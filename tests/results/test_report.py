@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from remembering import remembered_statistics  # noqa: F401
 from test_tables import FakeSweep, fingerprint, rates, sweep_of, with_status
 
 from kdsweep import cli

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from remembering import remembered_statistics  # noqa: F401
 from scipy.stats import bootstrap, ttest_1samp, ttest_rel, wilcoxon
 from scipy.stats import t as student_t
 

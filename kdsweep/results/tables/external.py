@@ -14,6 +14,7 @@ from kdsweep.results import notes
 from kdsweep.results.formats import interval, number, or_gap, p, points, with_interval
 from kdsweep.results.frame import VALIDATION, Scores, each_variant, gaps, scored_images
 from kdsweep.results.paper import BASELINES, students
+from kdsweep.results.ranks import rank_correlation
 from kdsweep.results.stats import (
     ALPHA,
     NAN,
@@ -22,7 +23,6 @@ from kdsweep.results.stats import (
     networks_spread,
     over_seeds,
     pair,
-    rank_correlation,
     satterthwaite,
 )
 from kdsweep.results.table import MODEL, SETTINGS, Column, Options, Table

@@ -30,7 +30,7 @@ def once(compute: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def remembered_statistics() -> Iterator[None]:
-    """For the modules that import it: Tables 3 and 4, effects and strata remember."""
+    """Tables 3 and 4, effects and strata remember."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (table3, table4, effects, strata):
             for name in {"pair", "compare", "non_inferiority", "numbers"} & vars(module).keys():
