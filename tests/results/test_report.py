@@ -225,11 +225,16 @@ def test_the_page_is_complete_in_itself(call, capsys):
 def test_numbers_are_the_strings_of_the_tables(call):
     sweep = stored(sweep_of(splits=(0, 1)))
     others = sweep.scores.assign(data_set="folder-1a2b3c4d", dice=0.5)
-    sweep = replace(sweep, external=others, scores=sweep.scores.assign(lesion_px=range(len(sweep.scores))))
+    pixels = range(len(sweep.scores))
+    sweep = replace(sweep, external=others, scores=sweep.scores.assign(lesion_px=pixels, predicted_px=pixels))
     _, page, _ = call(sweep, "--test", "wilcoxon", counts=True)
     check_document(page)
-    for which in ("table3", "table4", "effects", "strata", "external"):
+    shown = [which for which in tables.applicable(sweep, store=Path()) if which != "table5"]
+    assert shown == ["effects", "external", "strata", "table3", "table4", "translation"]
+    for which in shown:
         made = tables.make(which, sweep, Options(Path(), "wilcoxon"))
+        for sentence in made.lead if which not in ("table3", "table4", "effects") else ():
+            assert sentence in page.text
         assert list(made.text()) in page.rows
         for row in made.text().to_numpy().tolist():
             assert row in page.rows
