@@ -17,6 +17,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.data import sources, split_files, splits
 from kdsweep.data.folders import Ignored
 from kdsweep.data.images import Images, load_images
+from kdsweep.data.listing import Listing, list_images
 from kdsweep.data.split_files import Groups
 from kdsweep.data.splits import Listed, Split
 
@@ -36,14 +37,14 @@ def _source(values: str, window: str, classes: str) -> Any:
     return sources.read_as(composition.build(json.loads(values)), json.loads(window), json.loads(classes))
 
 
-def listing(settings: Settings) -> sources.Listing:
+def listing(settings: Settings) -> Listing:
     """Return the list of the data set's images and its digest."""
     return _listing(source(settings))
 
 
 @lru_cache(maxsize=2)
-def _listing(data: Any) -> sources.Listing:
-    return sources.listing(data)
+def _listing(data: Any) -> Listing:
+    return list_images(data)
 
 
 def images(settings: Settings) -> Images:

@@ -18,8 +18,9 @@ from kdsweep.core.logs import FILE_ONLY
 from kdsweep.core.memory import available_memory
 from kdsweep.core.progress import track
 from kdsweep.data.class_maps import AS_CLASSES, read_class_map
+from kdsweep.data.listing import list_images
 from kdsweep.data.pixels import AS_MASK, FileError, naming, read_gray_or_color, read_mask
-from kdsweep.data.sources import Classes, Entry, Source, listing
+from kdsweep.data.sources import Classes, Entry, Source
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_
     Raises:
         InputError: some files are wrong; the message counts them and names the first ten. Or most masks are full.
     """
-    entries, digest, _ = listing(source)
+    entries, digest, _ = list_images(source)
     _check_memory(len(entries), load_size=load_size, image_size=image_size)
 
     def load(entry: Entry) -> _Loaded | FileError:

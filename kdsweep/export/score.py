@@ -25,6 +25,7 @@ from kdsweep.core.progress import plural, track
 from kdsweep.data import run_data, sources
 from kdsweep.data.folders import ignored_line
 from kdsweep.data.images import load_images
+from kdsweep.data.listing import Listing, list_images
 from kdsweep.data.loaders import EvalPart, eval_part
 from kdsweep.data.pixels import Window, read_gray_or_color
 from kdsweep.evaluation import scoring
@@ -59,7 +60,7 @@ def score_sweep(
     if runs.empty:
         raise InputError(f"sweep {sweep.name} has no finished run yet; its command resumes it")
     _refuse_other_classes(sweep, source, runs)
-    listed = sources.listing(source)
+    listed = list_images(source)
     _refuse_shared_images(sweep, source, listed.entries, store=store)
     files = {str(run["run_id"]): run_folder(store, run) / EXTERNAL / f"{name}.csv" for run in runs.to_dict("records")}
     _announce(sweep, source, listed, files.values(), device=device)
@@ -79,9 +80,7 @@ def score_sweep(
     return count, problems
 
 
-def _announce(
-    sweep: Sweep, source: sources.Source, listed: sources.Listing, files: Collection[Path], *, device: str
-) -> None:
+def _announce(sweep: Sweep, source: sources.Source, listed: Listing, files: Collection[Path], *, device: str) -> None:
     """Print what will be scored on what, and the files of the data set that are not used."""
     done = sum(file.is_file() for file in files)
     sys.stdout.write(

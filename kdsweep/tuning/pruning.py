@@ -90,7 +90,7 @@ class Pruning:
     host: str = field(default_factory=platform.node)  # of the command, the only one that may write to a SQLite file
 
     def begin(self) -> Callable[[int, Mapping[Path, Curve]], set[Path]]:
-        """See ``training.group.Pruning``.
+        """See ``training.lockstep.Pruning``.
 
         Raises:
             InputError: the storage cannot be used from this machine.

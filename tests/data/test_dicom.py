@@ -16,6 +16,7 @@ from kdsweep.config import composition, identity, inputs
 from kdsweep.core.errors import InputError
 from kdsweep.data import account, run_data, sources
 from kdsweep.data.images import load_images, read_entry
+from kdsweep.data.listing import list_images
 from kdsweep.data.pixels import FileError, read_gray_or_color, read_mask
 from kdsweep.results import audit
 
@@ -314,7 +315,7 @@ def test_a_data_set_through_a_window_is_in_all_else_the_same(mixed) -> None:
     through = sources.read_as(folder, [1, 2])
     assert sources.read_as(folder, None) is folder
     assert (through.name, through.root, through.ignored()) == (folder.name, folder.root, folder.ignored())
-    assert sources.listing(through).digest == sources.listing(folder).digest
+    assert list_images(through).digest == list_images(folder).digest
     assert sources.read_as(folder, [1, 2]) == through != sources.read_as(folder, [1, 3])
     assert copy.copy(through) == through
     assert read_entry(through.entries()[1])[0].max() == 255

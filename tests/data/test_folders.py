@@ -14,6 +14,7 @@ from PIL import Image
 from kdsweep.core.errors import InputError
 from kdsweep.data import folders, sources
 from kdsweep.data.folders import DEEPER, ELSEWHERE, HIDDEN, LONE_MASKS, NOT_IMAGES, OTHER, UNREADABLE
+from kdsweep.data.listing import list_images
 from kdsweep.data.sources import NORMAL, Busi, Folder, Phantoms, Udiat
 
 PIXELS = np.zeros((8, 9), np.uint8)
@@ -44,7 +45,7 @@ def spreadsheet(file: Path, rows: list[tuple[object, object]]) -> None:
 
 def refusal(source: sources.Source) -> str:
     with pytest.raises(InputError) as caught:
-        sources.listing(source)
+        list_images(source)
     message = str(caught.value)
     message.encode()  # or it could not be printed
     assert "\n" not in message
@@ -159,9 +160,9 @@ IGNORED = {
 def test_a_file_that_is_not_used_is_named_and_changes_nothing_else(tmp_path, case):
     source, used, others, reasons = IGNORED[case]
     root = make(tmp_path, *used)
-    before = sources.listing(source(root))
+    before = list_images(source(root))
     assert before.ignored == {}
-    after = sources.listing(source(make(tmp_path, *others)))
+    after = list_images(source(make(tmp_path, *others)))
     assert (after.entries, after.digest) == (before.entries, before.digest)
     assert after.ignored.keys() == reasons
     names = [name for names in after.ignored.values() for name in names]
@@ -173,7 +174,7 @@ def test_a_file_that_is_not_used_is_named_and_changes_nothing_else(tmp_path, cas
 
 def test_a_line_on_ignored_files_has_counts_and_the_first_names(tmp_path):
     make(tmp_path, *FOLDER, *(f"test/images/{n}.png" for n in range(12)), "masks/x.png", "manifest.csv")
-    line = folders.ignored_line(sources.listing(Folder(tmp_path)).ignored)
+    line = folders.ignored_line(list_images(Folder(tmp_path)).ignored)
     first = "test/images/0.png, test/images/1.png, test/images/10.png, ..."
     assert line == f"images in other folders: 12 ({first}); masks without an image: 1 (masks/x.png)"
 
@@ -194,7 +195,7 @@ def test_a_folder_that_cannot_be_read_and_names_that_cannot_be_printed_are_ignor
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    assert sources.listing(Folder(tmp_path)).ignored == {UNREADABLE: ["lost+found"], OTHER: [r"caf\xe9.csv"]}
+    assert list_images(Folder(tmp_path)).ignored == {UNREADABLE: ["lost+found"], OTHER: [r"caf\xe9.csv"]}
     root = tmp_path / "lost+found"
     assert refusal(Folder(root)) == f"data.root={root}: cannot be read (Permission denied); make it readable"
 
@@ -245,7 +246,7 @@ def test_a_row_names_its_image_by_number_stem_or_file(tmp_path, form):
     make(tmp_path, *UDIAT)
     rows = [(form.format(number), label) for number, label in LABELS]
     spreadsheet(tmp_path / "DatasetB.xlsx", [*rows, rows[0], (None, None)])
-    listed = sources.listing(Udiat(tmp_path))
+    listed = list_images(Udiat(tmp_path))
     assert [entry.label for entry in listed.entries] == ["benign", "malignant"]
     assert listed.ignored == {}
 
@@ -270,7 +271,7 @@ def test_labels_are_never_unknown_with_a_spreadsheet(tmp_path, rows, expected):
 def test_rows_without_an_image_are_named_and_a_spreadsheet_elsewhere_is_read(tmp_path):
     make(tmp_path, *(f"Dataset B/BUS/{name}" for name in UDIAT))
     spreadsheet(tmp_path / "datasetb.XLSX", [*LABELS, (163, "Benign")])
-    listed = sources.listing(Udiat(tmp_path))
+    listed = list_images(Udiat(tmp_path))
     assert listed.summary() == "2 images (1 benign, 1 malignant)"
     assert listed.ignored == {"rows of datasetb.XLSX without an image": ["163"]}
 
@@ -298,9 +299,9 @@ class Half(Folder):
 
 def test_a_users_class_needs_a_name_and_entries_alone(tmp_path):
     make(tmp_path, *FOLDER)
-    listed = sources.listing(Clinic(tmp_path))
+    listed = list_images(Clinic(tmp_path))
     assert ([entry.id for entry in listed.entries], listed.ignored) == (["0", "1"], {})
-    assert [entry.id for entry in sources.listing(Half(tmp_path)).entries] == ["0"]
+    assert [entry.id for entry in list_images(Half(tmp_path)).entries] == ["0"]
     assert refusal(Clinic(tmp_path / "empty")) == "data=clinic: no images; its class lists none"
 
 

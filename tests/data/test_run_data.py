@@ -10,6 +10,7 @@ from kdsweep.config import composition, identity, inputs
 from kdsweep.core.errors import InputError
 from kdsweep.data import run_data, sources
 from kdsweep.data.images import load_images
+from kdsweep.data.listing import list_images
 
 
 def recorded(source, *, name):
@@ -24,7 +25,7 @@ def test_the_recorded_configuration_gives_the_same_data_set(small_busi, tmp_path
     params = {key: str(value) for key, value in params.items()} if as_strings else params
     data_set = run_data.source(params, store=tmp_path)
     assert data_set == sources.Busi(root=str(small_busi), include_normal=False)
-    assert sources.listing(data_set).digest == inputs.listing(cfg).digest
+    assert list_images(data_set).digest == inputs.listing(cfg).digest
 
 
 def test_images_that_were_moved_are_read_from_their_new_folder(small_busi, tmp_path):

@@ -19,6 +19,7 @@ from kdsweep.core.errors import InputError
 from kdsweep.core.palette import class_colors
 from kdsweep.data import sources
 from kdsweep.data.images import load_images
+from kdsweep.data.listing import list_images
 from kdsweep.data.splits import random_split
 from kdsweep.results.figures import contours, examples
 from kdsweep.results.paper import BASELINES, CELLS
@@ -358,7 +359,7 @@ def study(scored, small_busi, tmp_path, monkeypatch):
     """Makes a sweep of predictions that are known: each mask, shifted by the model's place in the table."""
     tests, images = scored
     source = {"_target_": "kdsweep.data.Busi", "root": str(small_busi), "include_normal": "False", "name": "busi"}
-    tags = {"kdsweep.data": sources.listing(sources.Busi(small_busi)).digest}
+    tags = {"kdsweep.data": list_images(sources.Busi(small_busi)).digest}
     params = {"image_size": str(S)} | {f"data.source.{key}": value for key, value in source.items()}
 
     def make(notations=OWN, splits=(0, 1), seeds=(0,)):

@@ -7,7 +7,7 @@ from test_loop import compose as compose  # a fixture
 
 from kdsweep.evaluation import scoring
 from kdsweep.store import cell_folder
-from kdsweep.training import group, loop
+from kdsweep.training import lockstep, loop
 
 
 class Undecided:
@@ -22,7 +22,7 @@ def test_each_epoch_is_tested_and_nothing_else_changes(compose, tmp_path):
     for tests in (True, False):
         configs = [compose(words, "train.epochs=3", f"scores.each_epoch={tests}") for words in ("path=none", "path=HR")]
         learners = [make_learner(cfg, tmp_path / f"{tests}{i}") for i, cfg in enumerate(configs)]
-        group.run(learners, teachers=teachers_of(*configs), feed=feed_of(configs[0]), compute=CPU)
+        lockstep.run(learners, teachers=teachers_of(*configs), feed=feed_of(configs[0]), compute=CPU)
         histories[tests] = [learner.history for learner in learners]
         finals[tests] = [cell_folder.read_finished(learner.folder) for learner in learners]
         states[tests] = list(map(state_of, learners))
@@ -47,14 +47,14 @@ def test_a_learner_that_was_tested_in_some_epochs_alone_has_no_best_one(compose,
         loop.fit([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
         learner.save()
     assert ["test/dice_by_epoch" in row for row in learner.history] == [False, True]
-    final = group.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)[0]
+    final = lockstep.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)[0]
     assert "test/dice_of_best_test_epoch" not in final
 
 
 def test_trials_are_not_tested(compose, tmp_path):
     cfg = compose("path=none", "scores.each_epoch=true")
     learner = make_learner(cfg, tmp_path)
-    group.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU, pruning=Undecided())
+    lockstep.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU, pruning=Undecided())
     assert len(learner.history) == 2
     assert not any("test/dice_by_epoch" in row for row in learner.history)
 
@@ -62,7 +62,7 @@ def test_trials_are_not_tested(compose, tmp_path):
 def test_pixels_of_prediction_and_lesion_are_counted(compose, tmp_path):
     cfg = compose("path=none", "train.epochs=1")
     learner, part = make_learner(cfg, tmp_path), feed_of(cfg).test
-    group.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
+    lockstep.run([learner], teachers={}, feed=feed_of(cfg), compute=CPU)
     table = pd.read_csv(tmp_path / "test_scores.csv")
     predictions = scoring.predict(learner.network, part, compute=CPU)
     for number, row in table.iterrows():

@@ -24,8 +24,7 @@ from kdsweep.evaluation.metrics import mean_dice
 from kdsweep.models import networks
 from kdsweep.models.networks import Outputs
 from kdsweep.store import cell_folder, checkpoint
-from kdsweep.training import build, loop, outcome
-from kdsweep.training import group as lockstep
+from kdsweep.training import build, lockstep, loop, outcome
 from kdsweep.training.learner import DivergedError
 from kdsweep.training.meter import EpochMeter
 

@@ -18,6 +18,7 @@ import pandas as pd
 from kdsweep.config.grid import run_folder
 from kdsweep.core.errors import InputError
 from kdsweep.data import run_data, sources
+from kdsweep.data.listing import list_images
 from kdsweep.results.figures.contours import PATH_ROWS
 from kdsweep.results.frame import placed_runs, scored_images
 from kdsweep.results.paper import BASELINES, CELLS
@@ -246,7 +247,7 @@ def _images(
         images = run_data.scored(source, ids, image_size=int(run["params"]["image_size"]))
     except InputError as error:
         raise InputError(f"{error}; {remedy}") from error
-    if {tags["kdsweep.data"] for tags in finished["tags"] if "kdsweep.data" in tags} - {sources.listing(source).digest}:
+    if {tags["kdsweep.data"] for tags in finished["tags"] if "kdsweep.data" in tags} - {list_images(source).digest}:
         folder = getattr(source, "root", "") or getattr(source, "cache_dir", "")
         what = f"the images in {folder} are not those that sweep {sweep} was trained and scored on"
         raise InputError(f"{what}: other files or other bytes; {remedy}")
