@@ -35,7 +35,7 @@ MESSAGES = {  # of Hydra and OmegaConf
     r"node `([\w.]+)` is not a container": "{0} does not take that value: give its keys one by one, {0}.KEY=...",
     r"An item is already at '([^']+)'": "+{0} is not allowed: the key exists, so leave + out, {0}=...",
     r"Additional config directory '(.+)' not found": "--config-dir {0}: no such folder",
-    r"Could not override '(hydra\.(?:launcher|sweeper)\.[^']*)'": "{0}: no such key of this launcher or sweeper; all need -m",
+    r"Could not override '(hydra\.(?:launcher|sweeper)\.[^']*)'": "{0}: no such key here, and none without -m",
     r"Could not override '(hydra[^']*)'": "{0} has no such key yet: to add one put + before it, +{0}=...",
 }
 

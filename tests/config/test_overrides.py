@@ -114,7 +114,7 @@ def test_what_a_sweep_may_have_is_left_as_it_is(words: list[str]) -> None:
         ),
         ("trian.lr=1", "trian.lr is not a key of the configuration; do you mean train.lr? it has: method"),
         ("data=busi data.roto=x", "data.roto is not a key of the configuration; do you mean data.root? data has: "),
-        ("hydra.launcher.foo=1", "hydra.launcher.foo: no such key of this launcher or sweeper; all need -m"),
+        ("hydra.launcher.foo=1", "hydra.launcher.foo: no such key here, and none without -m"),
         ("hydra.foo=1", "hydra.foo has no such key yet: to add one put + before it"),
         ("hydra.job.chdir=maybe", "hydra.job.chdir=maybe is not allowed: Value 'maybe' is not a valid bool"),
         ("+train.lr=1", "+train.lr is not allowed: the key exists, so leave + out, train.lr=..."),
