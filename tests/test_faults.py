@@ -6,6 +6,7 @@ Whatever happened, the same call again ends with the bytes of a run that nothing
 import functools
 import itertools
 import logging
+import multiprocessing
 import os
 import random
 import re
@@ -410,10 +411,12 @@ def test_an_error_in_the_data_names_epoch_and_step_and_the_rest_goes_on(small_bu
         patch.setattr(views.Views, "render", broken)
         (result,) = group.run_group(jobs)
     assert str(result) == "epoch 2, step 1, data: ValueError: the image is upside down"
+    assert not multiprocessing.active_children(), "its workers have ended"
     record = cell_folder.read(jobs[0].cell.folder)
     assert (record.status, record.error) == ("FAILED", str(result))
-    (result,) = group.run_group(jobs)  # mended: it goes on
+    (result,) = group.run_group(jobs)  # mended: it resumes
     assert isinstance(result, float)
+    assert not multiprocessing.active_children()
 
 
 def test_an_error_in_a_teachers_forward_fails_those_that_share_it_with_epoch_and_step(

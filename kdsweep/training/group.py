@@ -169,7 +169,10 @@ def _train(jobs: list[Job], networks: Networks, pruning: Pruning | None = None) 
         half = len(jobs) // 2
         return train(jobs[:half]) + train(jobs[half:])
 
-    return train(jobs)
+    try:
+        return train(jobs)
+    finally:
+        feed.train.close()
 
 
 def _make(job: Job, networks: Networks) -> Learner | Exception:
