@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small import STUBS
 
 from kdsweep.config import composition, identity, inputs
 from kdsweep.core.device import Compute
@@ -138,15 +139,17 @@ def test_the_options_of_a_teachers_training_reach_its_learner(compose):
         assert student.supervised(logits=logits, mask=mask) == losses.cross_entropy_and_dice(logits=logits, mask=mask)
 
 
-def test_a_teacher_has_a_patience_of_its_own(compose, tmp_path):
+def test_a_teacher_has_a_patience_of_its_own(compose, small_busi, tmp_path):
     """In the study no network is stopped by its curve, also no Teacher with more epochs than the Students."""
     study = [
         "profile=study",
         "path=L",
-        "data=phantom",
+        "data=busi",
+        f"data.root={small_busi}",
         "split=s0",
         "weights=none",
         "train.epochs=4",
+        *STUBS,
         f"store={tmp_path}",
     ]
     for settings, expected in (
