@@ -90,11 +90,12 @@ def _timed(jobs: Sequence[Job], device: str) -> dict[str, Any]:
         del network
     give_back_memory()
     ids = inputs.split_ids(first)
-    images, validation_images = len(ids["train"]), len(ids["validation"])
+    images = len(ids["train"])
+    measured = len(ids["validation"]) + (len(ids["test"]) if first.scores.each_epoch else 0)  # after each epoch
     return {
         "timed_on": str(on),
-        "student_epoch_s": images * student.train + validation_images * student.forward,
-        "teacher_epoch_s": images * teacher.train + validation_images * teacher.forward,
+        "student_epoch_s": images * student.train + measured * student.forward,
+        "teacher_epoch_s": images * teacher.train + measured * teacher.forward,
         "forward_epoch_s": images * teacher.forward,
         "threads": torch.get_num_threads() if on.type == "cpu" else 0,
     }

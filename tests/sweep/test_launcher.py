@@ -34,8 +34,10 @@ def test_a_timed_step_is_a_positive_time_per_image():
     assert 0 < step.forward < step.train < 60
 
 
-@pytest.mark.parametrize(("device", "images"), [("cpu", 4), ("cuda:1", 64)])
-def test_a_plan_times_the_complete_batch_on_cuda_on_the_device_that_is_used(monkeypatch, device, images):
+@pytest.mark.parametrize(
+    ("device", "images", "each_epoch"), [("cpu", 4, "false"), ("cuda:1", 64, "false"), ("cpu", 4, "true")]
+)
+def test_a_plan_times_the_complete_batch_on_cuda_on_the_device_that_is_used(monkeypatch, device, images, each_epoch):
     timed = []
 
     def time_step_s(network, *, image_size, compute, images, forward_only=False):
@@ -47,11 +49,13 @@ def test_a_plan_times_the_complete_batch_on_cuda_on_the_device_that_is_used(monk
     monkeypatch.setattr(latency, "time_step_s", time_step_s)
     monkeypatch.setattr(rehearsal, "check", lambda _: None)
     monkeypatch.setattr(rehearsal, "rehearse", lambda *_: None)
-    cfg = composition.compose(["profile=quick", "train.batch_size=64", f"device={device}", "path=none"])
+    words = ["profile=quick", "train.batch_size=64", f"device={device}", "path=none"]
+    cfg = composition.compose([*words, f"scores.each_epoch={each_epoch}"])
     preview = rehearsal.preview([identity.job(cfg)], devices=[device] if device != "cpu" else [])
     assert (timed, preview.timed_on) == ([(device, images)], device)
     ids = inputs.split_ids(cfg)
-    assert preview.student_epoch_s == pytest.approx(0.1 * len(ids["train"]) + 0.05 * len(ids["validation"]))
+    measured = len(ids["validation"]) + (len(ids["test"]) if each_epoch == "true" else 0)
+    assert preview.student_epoch_s == pytest.approx(0.1 * len(ids["train"]) + 0.05 * measured)
 
 
 def test_the_users_error_is_taken_from_below_what_hydra_wraps_around_it():
