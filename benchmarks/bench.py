@@ -86,15 +86,15 @@ class Bench:
 
     def _teachers(self) -> dict[str, Network]:
         """Untrained Teachers, put into the store as if they had been trained."""
-        found: dict[str, Network] = {}
+        frozen: dict[str, Network] = {}
         for settings in self.configs:
             cell = identity.teacher_cell(settings)
-            if cell.fingerprint not in found:
+            if cell.fingerprint not in frozen:
                 network = build.teacher_network(settings)
                 checkpoint.save_network(cell.folder / "teacher.safetensors", network)
                 cell_folder.write_finished(cell.folder, values={"test/dice": 0.0}, files=["teacher.safetensors"])
-                found[cell.fingerprint] = networks.freeze(placed(network, self.compute))
-        return found
+                frozen[cell.fingerprint] = networks.freeze(placed(network, self.compute))
+        return frozen
 
     def learners(self, configs: list[Settings]) -> list[Learner]:
         """Make new learners on the device."""
@@ -237,7 +237,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             row: {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
             for row, rounds in shares.items()
         },
-        "peak_gib": {launcher: max(gib for _, gib in found) for launcher, found in commands.items()},
+        "peak_gib": {launcher: max(gib for _, gib in runs) for launcher, runs in commands.items()},
         "peak_cuda_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
         "torchdistill_cells": rival,
     }
@@ -257,15 +257,15 @@ def described(device: torch.device) -> dict[str, Any]:
     return {**machine(*names), "threads": torch.get_num_threads(), "device": name}
 
 
-def report(found: dict[str, Any]) -> str:
+def report(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    settings, own, median = found["settings"], found["machine"], found["median"]
+    settings, host, median = figures["settings"], figures["machine"], figures["median"]
     fp32 = median["lockstep 12"]
     lines = [
         f"{settings['image_size']} x {settings['image_size']} pixels, batch {settings['batch']}, Teacher "
         f"{settings['teacher']}, Student {settings['student']}, "
-        f"{own['device']} ({own['cpu']}, {own['threads']} threads), PyTorch {own['torch']}, "
-        f"torchdistill {own['torchdistill']}, {own['date']}; medians of {settings['rounds']} rounds",
+        f"{host['device']} ({host['cpu']}, {host['threads']} threads), PyTorch {host['torch']}, "
+        f"torchdistill {host['torchdistill']}, {host['date']}; medians of {settings['rounds']} rounds",
         "",
         "| 12 cells of one split | seconds | times as fast as lockstep, fp32 | as fast as torchdistill |",
         "| --- | ---: | ---: | ---: |",
@@ -281,11 +281,11 @@ def report(found: dict[str, Any]) -> str:
     for name, seconds in rows.items():
         against_rival = f"{rival / seconds:.2f}" if rival else ""
         lines.append(f"| {name} | {seconds:.2f} | {fp32 / seconds:.2f} | {against_rival} |")
-    whole = {name: median[f"command {name}"] for name in ("basic", "lockstep")}
-    for name, seconds in whole.items():
+    commands = {name: median[f"command {name}"] for name in ("basic", "lockstep")}
+    for name, seconds in commands.items():
         steps = settings["steps_per_epoch"]
         label = f"the whole command of {steps} steps with start, validation and test, hydra/launcher={name}"
-        lines.append(f"| {label} | {seconds:.1f} | {whole['lockstep'] / seconds:.2f} | |")
+        lines.append(f"| {label} | {seconds:.1f} | {commands['lockstep'] / seconds:.2f} | |")
     lines += [
         "",
         "| cells in the group | seconds per step | per cell | each further cell |",
@@ -303,12 +303,12 @@ def report(found: dict[str, Any]) -> str:
         "| share of a step of 12 cells | Students | Teachers | data | rest | all but Students / Students |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row, parts in found["shares"].items():
+    for row, parts in figures["shares"].items():
         shown = " | ".join(f"{parts[name] / parts['total']:.1%}" for name in ("students", "teachers", "data", "rest"))
         over = (parts["total"] - parts["students"]) / parts["students"]
         students, teachers = LOCKSTEP[row]
         lines.append(f"| {students} Students, {teachers} Teachers | {shown} | {over:.2f} |")
-    peak = found["peak_gib"]
+    peak = figures["peak_gib"]
     lines += ["", f"Largest process: {peak['lockstep']:.2f} GiB in lockstep, {peak['basic']:.2f} GiB one by one."]
     return "\n".join(lines)
 
@@ -326,10 +326,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("multirun/bench.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(options, Path(folder))
+        figures = measure(options, Path(folder))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
-    sys.stdout.write(report(found) + "\n")
+    options.out.write_text(json.dumps(figures, indent=1) + "\n")
+    sys.stdout.write(report(figures) + "\n")
 
 
 if __name__ == "__main__":

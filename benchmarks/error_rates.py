@@ -51,14 +51,14 @@ def draw(
 def rates(trials: int, **design: float) -> dict[str, float]:
     """Return shares of trials, by name; NaN where one seed cannot tell."""
     rng = np.random.default_rng(0)
-    found = []
+    rejections = []
     for _ in range(trials):
         rows, truth = draw(rng, **design)
         of_networks = stats.compare(rows.assign(points=rows["points"] - truth), test="ttest")
         shifted = rows.assign(points=rows["points"] + EFFECT)
         mean, spread = rows["points"].mean(), stats.components(rows).spread()
         naive = stats.Spread(float(rows["points"].std() / np.sqrt(len(rows))), len(rows) - 1)
-        found.append(
+        rejections.append(
             {
                 "networks": of_networks["p"] < stats.ALPHA,
                 "networks, interval": not of_networks["low_points"] <= 0 <= of_networks["high_points"],
@@ -70,7 +70,7 @@ def rates(trials: int, **design: float) -> dict[str, float]:
                 "all scores as if independent": naive.p(mean) < stats.ALPHA,
             }
         )
-    return {name: float(rate) for name, rate in pd.DataFrame(found).astype(float).mean(skipna=False).items()}
+    return {name: float(rate) for name, rate in pd.DataFrame(rejections).astype(float).mean(skipna=False).items()}
 
 
 def main() -> None:

@@ -35,13 +35,13 @@ def paired(sweep: reader.Sweep) -> pd.DataFrame:
 
 def measure(rows: pd.DataFrame, groups: pd.Series) -> dict[str, float]:
     """Return mean Dice (%) of both, the difference in points and half its 95 % interval, over these images."""
-    own = rows.assign(split=0, group=rows["image"].map(groups))
-    averaged = stats.over_seeds(own)
+    split_rows = rows.assign(split=0, group=rows["image"].map(groups))
+    averaged = stats.over_seeds(split_rows)
     spread = stats.networks_spread(averaged)
     return {
-        "images": own["image"].nunique(),
-        "by_image": 100 * own["by_image"].mean(),
-        "by_group": 100 * own["by_group"].mean(),
+        "images": split_rows["image"].nunique(),
+        "by_image": 100 * split_rows["by_image"].mean(),
+        "by_group": 100 * split_rows["by_group"].mean(),
         "difference_points": averaged["points"].mean(),
         "half_width_points": spread.half_width(),
     }
@@ -58,13 +58,13 @@ def main() -> None:
     groups = pd.read_csv(options.groups).set_index("id")["group"]
     rows = paired(reader.read_sweep(store=options.store, uri=None, name=options.sweep))
     alone = rows["image"].map(groups).str.startswith("alone-")
-    found = {
+    figures = {
         "all": measure(rows, groups),
         "with a near-duplicate": measure(rows[~alone], groups),
         "without": measure(rows[alone], groups),
-        "by seed": {str(seed): own["points"].mean() for seed, own in rows.groupby("seed")},
+        "by seed": {str(seed): of_seed["points"].mean() for seed, of_seed in rows.groupby("seed")},
     }
-    text = json.dumps(found, indent=1) + "\n"
+    text = json.dumps(figures, indent=1) + "\n"
     sys.stdout.write(text)
     if options.out:
         options.out.write_text(text)

@@ -73,7 +73,7 @@ class Clock:
     """Seconds and MB at the peak of each step of this process."""
 
     def __init__(self) -> None:
-        self.found: dict[str, dict[str, float]] = {}
+        self.steps: dict[str, dict[str, float]] = {}
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -86,7 +86,7 @@ class Clock:
 
     def note(self, name: str, *, seconds: float, cpu_s: float, peak_mb: float) -> None:
         """Keep a measurement, and tell it."""
-        self.found[name] = {"seconds": round(seconds, 3), "cpu_s": round(cpu_s, 3), "peak_mb": round(peak_mb, 1)}
+        self.steps[name] = {"seconds": round(seconds, 3), "cpu_s": round(cpu_s, 3), "peak_mb": round(peak_mb, 1)}
         sys.stderr.write(f"{name}: {seconds:.2f} s, {cpu_s:.2f} s on the CPU, {peak_mb:.0f} MB\n")
 
 
@@ -101,15 +101,15 @@ def _status_mb(process: str, key: str) -> float:
 def command(clock: Clock, name: str, words: Sequence[str]) -> str:
     """Run a program to its end, and note its time and the peak of all its processes together; what it printed."""
     start, before = time.perf_counter(), _children_s()
-    with tempfile.TemporaryFile("w+") as told:
-        done = subprocess.Popen([sys.executable, *words], stdout=told, stderr=told, start_new_session=True)
+    with tempfile.TemporaryFile("w+") as file:
+        done = subprocess.Popen([sys.executable, *words], stdout=file, stderr=file, start_new_session=True)
         peak_mb = 0.0
         while done.poll() is None:
             peak_mb = max(peak_mb, sum(_status_mb(process, "VmRSS") for process in _session(done.pid)))
             time.sleep(0.2)
         seconds = time.perf_counter() - start
-        told.seek(0)
-        output = told.read()
+        file.seek(0)
+        output = file.read()
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}\n{output[-4000:]}")
     clock.note(name, seconds=seconds, cpu_s=_children_s() - before, peak_mb=peak_mb)
@@ -123,15 +123,15 @@ def _children_s() -> float:
 
 def _session(leader: int) -> list[str]:
     """The processes of a session; what they share is counted in each, so their sum is an upper bound."""
-    found = []
+    folders = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[3]) == leader:
-            found.append(folder.name)
-    return found
+            folders.append(folder.name)
+    return folders
 
 
 # ---- the stub ------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
     command(clock, "whole command: rerun, all finished", ["-m", "kdsweep", "-m", *words])
     command(clock, "whole command: tables table4", ["-m", "kdsweep", "tables", "table4", "--store", str(store)])
     shutil.rmtree(store)
-    return {"cells": count, "steps": clock.found}
+    return {"cells": count, "steps": clock.steps}
 
 
 def planned(words: list[str], clock: Clock) -> list[Job]:
@@ -295,15 +295,15 @@ def exponent(small: dict[str, Any], large: dict[str, Any], step: str) -> float:
     return math.log(after / before) / math.log(large["cells"] / small["cells"])
 
 
-def report(found: dict[str, Any]) -> str:
+def report(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    sizes, own = found["sizes"], found["machine"]
+    sizes, host = figures["sizes"], figures["machine"]
     counts = [f"{each['cells']:,} cells" for each in sizes]
     growth = [f"growth to {count}" for count in counts[1:]]
     load = ", ".join(f"{each['load'][0]:.1f} to {each['load'][1]:.1f}" for each in sizes)
     lines = [
-        f"{own['cpu']}, {own['cores']} cores, Python {own['python']}, Hydra {own['hydra-core']}, "
-        f"MLflow {own['mlflow']}, {own['date']}; load while measured: {load}. Nothing is trained: the cells are stubs.",
+        f"{host['cpu']}, {host['cores']} cores, Python {host['python']}, Hydra {host['hydra-core']}, "
+        f"MLflow {host['mlflow']}, {host['date']}; load while measured: {load}. No cell is trained: all are stubs.",
         "",
         "| step: seconds, of the CPU (peak MB) | " + " | ".join([*counts, *growth]) + " |",
         "| --- |" + " ---: |" * (len(counts) + len(growth)),
@@ -324,17 +324,17 @@ def main() -> None:
     parser.add_argument("--cells", type=int, nargs="+", choices=sorted(SIZES), default=sorted(SIZES))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/growth.json"))
     options = parser.parse_args()
-    found: dict[str, Any] = {"machine": machine("hydra-core", "omegaconf", "mlflow", "pandas", "torch"), "sizes": []}
+    figures: dict[str, Any] = {"machine": machine("hydra-core", "omegaconf", "mlflow", "pandas", "torch"), "sizes": []}
     with tempfile.TemporaryDirectory(prefix="growth-") as folder:
         for size in options.cells:
             load = os.getloadavg()[0]
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=context) as alone:
-                own = alone.submit(measure, size, Path(folder)).result()
-            found["sizes"].append({**own, "load": [load, os.getloadavg()[0]]})
+                measured = alone.submit(measure, size, Path(folder)).result()
+            figures["sizes"].append({**measured, "load": [load, os.getloadavg()[0]]})
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(found, indent=1) + "\n")
-    sys.stdout.write(report(found) + "\n")
+            options.out.write_text(json.dumps(figures, indent=1) + "\n")
+    sys.stdout.write(report(figures) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ NOT_KERNELS = ("Memcpy", "Memset", "Context Sync", "Stream Sync", "Event Sync", 
 
 def busiest(events: Iterable[Any], *, steps: int, step_s: float) -> dict[str, Any]:
     """Return number and time of the kernels per step, the share of an unprofiled step, and the longest kernels."""
-    found = kernels(events)
-    busy_s = covered(sorted((event.time_range.start, event.time_range.end) for event in found)) / 1e6 / steps
+    launched = kernels(events)
+    busy_s = covered(sorted((event.time_range.start, event.time_range.end) for event in launched)) / 1e6 / steps
     by_name: dict[str, float] = {}
-    for event in found:
+    for event in launched:
         by_name[event.name] = by_name.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e6 / steps
     longest = sorted(by_name.items(), key=lambda item: -item[1])[:15]
     return {
-        "kernels_per_step": len(found) / steps,
+        "kernels_per_step": len(launched) / steps,
         "busy_s_per_step": busy_s,
         "busy_share": busy_s / step_s,
         "longest_kernels_s": {name[:120]: seconds for name, seconds in longest},

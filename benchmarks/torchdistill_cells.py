@@ -160,28 +160,28 @@ def networks_config(
         "requires_grad": False,  # so the box runs it under no_grad and gives the optimizer the Student alone
         "forward_proc": "forward_weak_view" if weak else "forward_batch_only",
     }
-    taught: dict[str, Any] = {"forward_proc": "forward_batch_only"}
-    config = {"teacher": teaches, "student": taught}
+    student_config: dict[str, Any] = {"forward_proc": "forward_batch_only"}
+    config = {"teacher": teaches, "student": student_config}
     if path == "L":
         return config, {"student_module": SAME, "teacher_module": SAME}
     # "sequential" is torchdistill's way to leave out modules that no loss needs: here the Teacher's decoder.
     teaches |= {"sequential": ENCODER, "forward_hook": {"output": [ENCODER[-1]]}}
     hidden = ENCODER[-1] if hasattr(student.encoder, "layer4") else "encoder.blocks.4"
     if path == "H":
-        taught["forward_hook"] = {"output": [hidden]}
+        student_config["forward_hook"] = {"output": [hidden]}
         return config, {"student_module": hidden, "teacher_module": ENCODER[-1]}
     hidden = f"student_model.{hidden}"
     wrapper = {"input_module_path": hidden, "teacher_channels": teacher.encoder.out_channels[-1], "seed": seed}
-    taught["auxiliary_model_wrapper"] = {"key": "StudentWithRegressor", "kwargs": wrapper}
-    taught["forward_hook"] = {"output": [hidden, "regressor"]}
+    student_config["auxiliary_model_wrapper"] = {"key": "StudentWithRegressor", "kwargs": wrapper}
+    student_config["forward_hook"] = {"output": [hidden, "regressor"]}
     return config, {"student_module": "regressor", "teacher_module": ENCODER[-1]}
 
 
 def worker_count(train: TrainLoader, *, image_size: int) -> int:
     """Return how many processes prepare batches: as many as kdsweep's, or as shared memory has room for."""
     batch_bytes = 28 * image_size**2 * train.batches.batch_size  # two views of three channels and a mask, all fp32
-    wanted = train.loader.num_workers
-    return affordable_workers(wanted, batch_bytes=batch_bytes) if wanted else 0
+    requested = train.loader.num_workers
+    return affordable_workers(requested, batch_bytes=batch_bytes) if requested else 0
 
 
 class TorchdistillCell:

@@ -65,17 +65,17 @@ def tuned(store: Path, common: list[str], *, trials: int, more: list[str]) -> di
     """Tune the four methods in lockstep; return seconds of the command and of the trials, and the chosen Dice."""
     as_configured = [f"hydra.sweeper.search.{key}=null" for key in ("teacher.lr", "kd.temperature")]
     options = [*as_configured, f"hydra.sweeper.trials={trials}", f"hydra.sweeper.round={trials}", *more]
-    whole = timed("-m", "+experiment=tuned", *SWEPT, *common, *options, f"store={store}")
+    run = timed("-m", "+experiment=tuned", *SWEPT, *common, *options, f"store={store}")
     name = "phantom-quick"
-    found = read_trials(read_studies(store, name)).query("role != 'teacher'")
-    chosen = found[found["is_chosen"]].set_index("notation")["value"]
+    rows = read_trials(read_studies(store, name)).query("role != 'teacher'")
+    chosen = rows[rows["is_chosen"]].set_index("notation")["value"]
     sweep = reader.read_sweep(store=store, uri=None, name=f"{name}{sweep_file.TUNED}")
     students = sweep.runs[sweep.runs["role"] != "teacher"]
     return {
-        **whole,
-        "training_s": float(sum(map(sum, found["seconds"]))),
-        "trials": len(found),
-        "pruned": int((found["state"] == "PRUNED").sum()),
+        **run,
+        "training_s": float(sum(map(sum, rows["seconds"]))),
+        "trials": len(rows),
+        "pruned": int((rows["state"] == "PRUNED").sum()),
         "chosen_val_dice": {key: round(float(value), 4) for key, value in chosen.items()},
         "seed_std_val_dice": {
             key: round(float(value), 4)
@@ -87,10 +87,10 @@ def tuned(store: Path, common: list[str], *, trials: int, more: list[str]) -> di
 def one_by_one(store: Path, common: list[str], *, trials: int) -> dict[str, Any]:
     """Run as many trials of the four methods, each in a process of its own; return the seconds of them all."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    own = space.read(SEARCH)
+    search = space.read(SEARCH)
     before_s, start_s, count = used_s(), time.monotonic(), 0
     for number, method in enumerate(METHODS):
-        part = {key: value for key, value in own.items() if number or key != "kd.weight"}
+        part = {key: value for key, value in search.items() if number or key != "kd.weight"}
         study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0))
         for _ in range(trials):
             trial = study.ask(part)
@@ -125,19 +125,19 @@ def main() -> None:
         for name, measure in measured.items():
             sides[name] = measure()
             sys.stderr.write(f"{name}: {json.dumps(sides[name])}\n")  # long before the end: what there is, is told
-    pruned, whole, alone = sides.values()
-    found = {
+    pruned, unpruned, alone = sides.values()
+    figures = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "optuna")},
         "settings": {"images": options.images, "epochs": options.epochs, "trials": options.trials},
         **sides,
-        "training_share_with_pruning": round(pruned["training_s"] / whole["training_s"], 3),
+        "training_share_with_pruning": round(pruned["training_s"] / unpruned["training_s"], 3),
         "times_faster_than_one_by_one": round(alone["processor_s"] / pruned["processor_s"], 2),
         "times_faster_by_the_clock": round(alone["clock_s"] / pruned["clock_s"], 2),
     }
-    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    sys.stdout.write(json.dumps(figures, indent=1) + "\n")
     if options.out:
-        write_json(options.out, found)
+        write_json(options.out, figures)
 
 
 if __name__ == "__main__":

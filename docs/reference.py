@@ -51,17 +51,17 @@ Values are those of `profile=paper`; other profiles set others (`conf/profile/`,
 
 def allowed(model: type[BaseModel] = Settings, prefix: str = "") -> dict[str, str]:
     """Return by key what the schema says that its value must be."""
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     schema = model.model_json_schema()
     properties = (schema if "properties" in schema else schema["$defs"][model.__name__])["properties"]  # it has itself
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
         kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
         nodes = [kind for kind in kinds if issubclass(kind, BaseModel)]
-        found |= allowed(nodes[0], f"{key}.") if nodes else {key: in_words(properties[field.alias or name])}
+        meanings |= allowed(nodes[0], f"{key}.") if nodes else {key: in_words(properties[field.alias or name])}
         if nodes and type(None) in kinds:
-            found[key] = "keys with values or null"
-    return found
+            meanings[key] = "keys with values or null"
+    return meanings
 
 
 def in_words(values: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ BIRTH_S = 1.0
 FINISHED_S = 3.0  # what the command takes that finds everything finished
 END_WITHIN_S = 60.0  # after a signal, or the death of a child
 RUN_WITHIN_S = 7200.0
-TOLD = 20  # differences
+SHOWN = 20  # differences
 
 Contents = dict[str, str]
 
@@ -116,8 +116,10 @@ class Sweep:
         """Raise DifferenceError for an exit code that is not allowed."""
         if code not in allowed:
             lines = self._log(name).read_text(errors="replace").strip().splitlines() or ["(no output)"]
-            wanted = " or ".join(map(str, sorted(allowed)))
-            raise DifferenceError(f"{name}: exit code {code} instead of {wanted}; {self._log(name)}: {lines[-1][:300]}")
+            expected = " or ".join(map(str, sorted(allowed)))
+            raise DifferenceError(
+                f"{name}: exit code {code} instead of {expected}; {self._log(name)}: {lines[-1][:300]}"
+            )
 
     def _log(self, name: str) -> Path:
         folder = self.store.parent / "logs"
@@ -132,7 +134,7 @@ class Sweep:
         """How many cells and Teachers are finished."""
         return len(list(self.store.glob("*/*/finished.json")))
 
-    def told(self) -> str:
+    def state(self) -> str:
         """What the store holds, in words."""
         cells, teachers = (len(list(self.store.glob(f"{part}/*/finished.json"))) for part in ("cells", "teachers"))
         return f"{cells} cells and {teachers} Teachers finished, {self.saved.total()} epochs saved"
@@ -170,13 +172,13 @@ def ends_within(process: subprocess.Popen[bytes], seconds: float) -> int | None:
 
 def members(session: int) -> list[int]:
     """Processes of a session, without those that have ended and were not asked for their exit code."""
-    found = []
+    pids = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, _, _, own, *_ = file.read_text().rpartition(")")[2].split()
-            if state != "Z" and int(own) == session:
-                found.append(int(file.parent.name))
-    return found
+            state, _, _, session_of, *_ = file.read_text().rpartition(")")[2].split()
+            if state != "Z" and int(session_of) == session:
+                pids.append(int(file.parent.name))
+    return pids
 
 
 def workers(pid: int) -> list[int]:
@@ -214,9 +216,9 @@ def strike(kind: str, process: subprocess.Popen[bytes]) -> None:
     elif kind in ("all", BIRTH):
         os.killpg(process.pid, signal.SIGKILL)
     elif kind == "child":
-        while not (own := workers(process.pid)) and ends_within(process, 0.05) is None:
+        while not (processes := workers(process.pid)) and ends_within(process, 0.05) is None:
             pass
-        for pid in own[:1]:
+        for pid in processes[:1]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     else:
@@ -237,7 +239,7 @@ class Pace:
     """
 
     start_s: float
-    whole_s: float
+    total_s: float
     folders: int
 
     def longest_s(self, kills: int) -> float:
@@ -245,9 +247,9 @@ class Pace:
 
         With s the start, m the training per start and 1 the earliest: (D - s)^2 = 2 m (D - 1), D >= s.
         """
-        share = (self.whole_s - self.start_s) / kills
+        share = (self.total_s - self.start_s) / kills
         root = math.sqrt(share**2 + 2 * share * max(self.start_s - EARLIEST_S, 0.0))
-        return min(self.start_s + share + root, self.whole_s)
+        return min(self.start_s + share + root, self.total_s)
 
 
 def unbroken(sweep: Sweep) -> Pace:
@@ -258,8 +260,8 @@ def unbroken(sweep: Sweep) -> Pace:
         if not begun_s and sweep.begun():
             begun_s.append(time.monotonic() - start_s)
 
-    whole_s = sweep.run("unbroken", look=look)
-    return Pace(begun_s[0] if begun_s else whole_s, whole_s, sweep.finished())
+    total_s = sweep.run("unbroken", look=look)
+    return Pace(begun_s[0] if begun_s else total_s, total_s, sweep.finished())
 
 
 def perform(sweep: Sweep, kill: Kill, *, longest_s: float, folders: int) -> tuple[str, str]:
@@ -281,7 +283,7 @@ def perform(sweep: Sweep, kill: Kill, *, longest_s: float, folders: int) -> tupl
             break
         sweep.expect(code, {0}, name)
         if not complete and sweep.finished() != folders:
-            raise DifferenceError(f"{name}: exit code 0, but {sweep.told()}")
+            raise DifferenceError(f"{name}: exit code 0, but {sweep.state()}")
     allowed = exit_codes(kind, caught=catches_signals(process.pid))
     strike(kind, process)
     struck_s = time.monotonic()
@@ -292,7 +294,7 @@ def perform(sweep: Sweep, kill: Kill, *, longest_s: float, folders: int) -> tupl
     sweep.expect(code, allowed, name)
     sweep.check_saved(name)
     took_s, after_s = time.monotonic() - struck_s, struck_s - start_s
-    line = f"{kill.number:3d}  {kind:8s} after {after_s:5.1f} s: {sweep.told()}; exit code {code} {took_s:.1f} s later"
+    line = f"{kill.number:3d}  {kind:8s} after {after_s:5.1f} s: {sweep.state()}; exit code {code} {took_s:.1f} s later"
     return kind, line
 
 
@@ -323,12 +325,12 @@ def exit_codes(kind: str, *, caught: bool) -> set[int]:
 
 def contents(store: Path) -> Contents:
     """All of a store that an interruption must not change, by name: files, tables, MLflow."""
-    found = dict(_tables(store))
+    contents = dict(_tables(store))
     for file in sorted(store.rglob("*")):
         name = file.relative_to(store)
         if file.is_file() and name.parts[0] not in ("artifacts", "tables"):
-            found[f"file {name}"] = file_digest(file) if file.name in COMPARED else "there"
-    return found | dict(_runs(store))
+            contents[f"file {name}"] = file_digest(file) if file.name in COMPARED else "there"
+    return contents | dict(_runs(store))
 
 
 def _tables(store: Path) -> Iterator[tuple[str, str]]:
@@ -351,9 +353,9 @@ def _runs(store: Path) -> Iterator[tuple[str, str]]:
     seen: Counter[str] = Counter()
     for name, run in zip(names, runs, strict=True):
         seen[name] += 1
-        own = name if seen[name] == 1 else f"{name} again"
+        run = name if seen[name] == 1 else f"{name} again"
         for key, value in _run(client, run, store):
-            yield f"{own}, {key}", value
+            yield f"{run}, {key}", value
     strays = {folder.name for folder in store.glob("artifacts/*")} - {run.info.run_id for run in everything}
     yield "artifacts of no run", ", ".join(sorted(strays))
 
@@ -380,9 +382,9 @@ def _run(client: mirror.MlflowClient, run: Run, store: Path) -> Iterator[tuple[s
             yield f"artifact {artifact.path}", file_digest(file)
 
 
-def faults(found: Contents) -> Iterator[str]:
+def faults(contents: Contents) -> Iterator[str]:
     """What no store may hold, killed or not."""
-    for name, value in found.items():
+    for name, value in contents.items():
         if name.startswith("file ") and any(part.match(mark) for part in _parts(name) for mark in LEFTOVERS):
             yield f"{name}: left over"
         if name.endswith(", status") and value != "FINISHED, active":
@@ -432,7 +434,7 @@ def chaos(calm: Sweep, killed: Sweep, *, kills: list[Kill], longest_s: float | N
     calm.check_saved("unbroken")
     longest_s = longest_s or pace.longest_s(len(kills))
     tell(
-        f"unbroken: {calm.told()} in {pace.whole_s:.0f} s, training from {pace.start_s:.0f} s on; "
+        f"unbroken: {calm.state()} in {pace.total_s:.0f} s, training from {pace.start_s:.0f} s on; "
         f"kills after {EARLIEST_S:.0f} to {longest_s:.0f} s"
     )
     kinds: Counter[str] = Counter()
@@ -443,7 +445,7 @@ def chaos(calm: Sweep, killed: Sweep, *, kills: list[Kill], longest_s: float | N
     for name in ("to-the-end", "once-more"):
         took_s = killed.run(name)
         killed.check_saved(name)
-        tell(f"{name}: {took_s:.0f} s, {killed.told()}")
+        tell(f"{name}: {took_s:.0f} s, {killed.state()}")
     return kinds, compare(calm, killed)
 
 
@@ -483,11 +485,11 @@ def main(argv: list[str] | None = None) -> int:
         except DifferenceError as error:
             tell(f"seed {seed}: {error}")
             return 1
-    for line in wrong[:TOLD]:
+    for line in wrong[:SHOWN]:
         tell(f"seed {seed}: {line}")
-    told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     outcome = f"{len(wrong)} differences to" if wrong else "equal to"
-    tell(f"{kinds.total()} kills ({told}) in {time.monotonic() - start_s:.0f} s: {outcome} the unbroken sweep")
+    tell(f"{kinds.total()} kills ({counts}) in {time.monotonic() - start_s:.0f} s: {outcome} the unbroken sweep")
     return 1 if wrong else 0
 
 

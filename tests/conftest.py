@@ -102,7 +102,7 @@ def job_config(tmp_path: Path) -> Callable[..., DictConfig]:
         log_file = "${hydra.runtime.output_dir}/job.log"
         handlers = {"file": {"class": "logging.FileHandler", "filename": log_file}}
         quiet = {"version": 1, "disable_existing_loggers": False}
-        own = {
+        nodes = {
             "sweep": {"dir": str(tmp_path), "subdir": subdir},
             "job": {"id": str(number), "num": number, "name": "job", "chdir": False},
             "overrides": {"task": [f"number={number}"]},
@@ -110,7 +110,7 @@ def job_config(tmp_path: Path) -> Callable[..., DictConfig]:
             "hydra_logging": {**quiet, "root": {"handlers": []}},
         }
         config = OmegaConf.create({"number": number})
-        config.hydra = OmegaConf.merge(OmegaConf.structured(HydraConf), own)
+        config.hydra = OmegaConf.merge(OmegaConf.structured(HydraConf), nodes)
         return config
 
     return make

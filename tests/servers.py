@@ -55,19 +55,21 @@ def serving(folder: Path, port: int, *, backend: str | None = None) -> Iterator[
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
     """A PostgreSQL of Debian's package with an empty database; gives its address for MLflow."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not versions:
         pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
-    programs = found[-1].parent
+    programs = versions[-1].parent
     user = "postgres" if getpass.getuser() == "root" else None  # it does not run as root
     folder, port = Path(tempfile.mkdtemp(prefix="kdsweep-postgres-")), free_port()
     if user:
         shutil.chown(folder, user, user)
     data = folder / "data"
-    own = {"cwd": folder, "user": user, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([programs / "initdb", "-D", data, "-A", "trust", "-U", "kdsweep", "--no-sync"], check=True, **own)
+    options = {"cwd": folder, "user": user, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(
+        [programs / "initdb", "-D", data, "-A", "trust", "-U", "kdsweep", "--no-sync"], check=True, **options
+    )
     options = ["-h", "127.0.0.1", "-p", str(port), "-k", "", "-c", "fsync=off"]
-    process = subprocess.Popen([programs / "postgres", "-D", data, *options], **own)
+    process = subprocess.Popen([programs / "postgres", "-D", data, *options], **options)
     try:
         assert until(lambda: answers(port), 60)
         yield f"postgresql+psycopg://kdsweep@127.0.0.1:{port}/postgres"
@@ -127,8 +129,8 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             processes.append(subprocess.Popen(command, env=environment, **quiet))
             assert until(lambda: (folder / "munge.socket").exists(), 20)
-        asked = ["sinfo", "--noheader", "--format=%T"]
-        assert until(lambda: b"idle" in subprocess.run(asked, env=environment, capture_output=True).stdout, 60)
+        question = ["sinfo", "--noheader", "--format=%T"]
+        assert until(lambda: b"idle" in subprocess.run(question, env=environment, capture_output=True).stdout, 60)
         yield environment
     finally:
         for process in reversed(processes):

@@ -300,5 +300,5 @@ def test_a_container_without_assertions_names_and_letters_trains_to_the_end(fold
 def test_no_assertion_is_relied_upon() -> None:
     """``python -O`` leaves assertions out, so the package has them for the type checker alone: not None."""
     package = Path(kdsweep.__file__).parent
-    found = [line.strip() for file in package.rglob("*.py") for line in file.read_text().splitlines()]
-    assert [line for line in found if line.startswith("assert ") and not line.endswith(" is not None")] == []
+    lines = [line.strip() for file in package.rglob("*.py") for line in file.read_text().splitlines()]
+    assert [line for line in lines if line.startswith("assert ") and not line.endswith(" is not None")] == []

@@ -37,8 +37,8 @@ def test_differences_and_faults_are_named():
 
 
 def test_a_sweep_killed_at_three_moments_equals_an_unbroken_one(small_busi, tmp_path, capsys):
-    own = ["--kills", "3", "--seed", "1475", "--folder", str(tmp_path)]
-    code = chaos.main([*own, *SMALL, f"data.root={small_busi}", "device=cpu"])
-    told = capsys.readouterr().out
-    assert code == 0, told
-    assert "equal to the unbroken sweep" in told
+    options = ["--kills", "3", "--seed", "1475", "--folder", str(tmp_path)]
+    code = chaos.main([*options, *SMALL, f"data.root={small_busi}", "device=cpu"])
+    output = capsys.readouterr().out
+    assert code == 0, output
+    assert "equal to the unbroken sweep" in output

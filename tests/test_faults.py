@@ -46,7 +46,7 @@ composed = functools.cache(lambda *overrides: composition.compose(list(overrides
 
 def jobs_of(small_busi: Path, store: Path, *each: list[str]):
     settings = [composed(*QUICK, f"data.root={small_busi}", *overrides) for overrides in each or GROUP]
-    return [identity.job(own.model_copy(update={"store": str(store)})) for own in settings]
+    return [identity.job(each.model_copy(update={"store": str(store)})) for each in settings]
 
 
 def contents(store: Path) -> dict[str, bytes]:
@@ -73,7 +73,9 @@ def dices(small_busi, unbroken) -> list[float]:
 def often(monkeypatch):
     """A checkpoint of the first cell after every step."""
     monkeypatch.setattr(
-        loop.CheckpointSchedule, "next", lambda _, own: own[0] if own and own[0].role != "teacher" else None
+        loop.CheckpointSchedule,
+        "next",
+        lambda _, learners: learners[0] if learners and learners[0].role != "teacher" else None,
     )
 
 
@@ -338,9 +340,9 @@ class Limit:
         step, epoch = loop._step, loop.train_epoch
         self.size = 0
 
-        def training(own: list[Learner], *args, **kwargs):
-            self.size = len(own)
-            return epoch(own, *args, **kwargs)
+        def training(learners: list[Learner], *args, **kwargs):
+            self.size = len(learners)
+            return epoch(learners, *args, **kwargs)
 
         def stepping(learner, *args):
             if self.size <= learners:
@@ -374,7 +376,7 @@ def test_too_little_memory_for_one_cell_fails_that_cell(small_busi, tmp_path, mo
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_too_little_memory_on_cuda_divides_the_group(small_busi, tmp_path, caplog):
-    own = [
+    jobs = [
         identity.job(
             composed(
                 *(*RECIPE, *TEACHER, *STUDENT, f"data.root={small_busi}", f"store={tmp_path}", "device=cuda"), *each
@@ -382,12 +384,12 @@ def test_too_little_memory_on_cuda_divides_the_group(small_busi, tmp_path, caplo
         )
         for each in GROUP
     ]
-    group.obtain_teachers(own)
+    group.obtain_teachers(jobs)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 120 * 2**20) / total)
     try:
-        results = group.run_group(own)
+        results = group.run_group(jobs)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "divided in two" in caplog.text

@@ -132,17 +132,17 @@ def test_a_shell_completes_words_and_options(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "remedy"),
     [
         ("tabels", "do you mean tables?"),
         ("train", "it must be one of status, tables, figures, report, predict, export"),
     ],
 )
-def test_a_word_that_is_none_is_told_in_one_line(tmp_path, word, told):
+def test_a_word_that_is_none_is_told_in_one_line(tmp_path, word, remedy):
     command = [sys.executable, "-m", "kdsweep", word]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"kdsweep: error: {word} is not a word of this command; {told}")
+    assert done.stderr.startswith(f"kdsweep: error: {word} is not a word of this command; {remedy}")
     assert done.stderr.count("\n") == 1
 
 

@@ -43,7 +43,7 @@ MAY_IMPORT = {
 ROOMS = MAY_IMPORT.keys() - {"__init__", "__main__", "cli", "plugins"}
 
 # What does not keep to it yet, by module. A line goes when its import goes.
-KNOWN: dict[str, set[str]] = {}
+EXCEPTIONS: dict[str, set[str]] = {}
 
 # Rooms and modules that may import a library.
 CONFINED = {
@@ -84,27 +84,27 @@ def nodes(tree: ast.AST, *, running: bool = False) -> Iterator[ast.AST]:
 
 def imported(source: str, *, running: bool = False) -> set[str]:
     """Dotted names of all that a module's source imports; of the package with x of ``from kdsweep.room import x``."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in nodes(ast.parse(source), running=running):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
-            own = base.split(".")[0] == "kdsweep"
-            found |= {f"{base}.{alias.name}" for alias in node.names} if own else {base}
-    return found
+            is_package = base.split(".")[0] == "kdsweep"
+            names |= {f"{base}.{alias.name}" for alias in node.names} if is_package else {base}
+    return names
 
 
-def own_imports(source: str, *, running: bool = False) -> set[str]:
+def package_imports(source: str, *, running: bool = False) -> set[str]:
     """Modules of the package that a module's source imports; for what is no module, the one that it is taken from."""
-    found = set()
+    modules = set()
     for name in imported(source, running=running):
         if name.split(".")[0] == "kdsweep":
-            own = name.removeprefix("kdsweep").removeprefix(".")
-            while own and own not in FILES:
-                own = own.rpartition(".")[0]
-            found.add(own or "__init__")
-    return found
+            module = name.removeprefix("kdsweep").removeprefix(".")
+            while module and module not in FILES:
+                module = module.rpartition(".")[0]
+            modules.add(module or "__init__")
+    return modules
 
 
 def read(name: str) -> str:
@@ -114,7 +114,7 @@ def read(name: str) -> str:
 def forbidden(name: str, source: str) -> set[str]:
     """What a module imports of rooms that its own room may not import."""
     allowed = MAY_IMPORT[room(name)] | {room(name), "__init__"}
-    return {other for other in own_imports(source) if room(other) not in allowed}
+    return {other for other in package_imports(source) if room(other) not in allowed}
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
@@ -125,13 +125,13 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
         for other in sorted(graph.get(path[-1], ())):
             if other in path:
                 return [*path[path.index(other) :], other]
-            found = search([*path, other]) if other not in done else []
-            if found:
-                return found
+            path_back = search([*path, other]) if other not in done else []
+            if path_back:
+                return path_back
         done.add(path[-1])
         return []
 
-    return next((found for name in sorted(graph) if name not in done and (found := search([name]))), [])
+    return next((path_back for name in sorted(graph) if name not in done and (path_back := search([name]))), [])
 
 
 def uses(name: str, library: str) -> bool:
@@ -151,17 +151,20 @@ def test_the_rooms_themselves_have_no_circle() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_room_imports_only_what_it_may(name: str) -> None:
-    assert forbidden(name, read(name)) == KNOWN.get(name, set())
+    assert forbidden(name, read(name)) == EXCEPTIONS.get(name, set())
 
 
 def test_what_is_known_is_about_modules_that_are_there() -> None:
-    assert KNOWN.keys() <= FILES.keys()
+    assert EXCEPTIONS.keys() <= FILES.keys()
 
 
 @pytest.mark.parametrize("name", sorted(ROOMS))
 def test_no_circle_inside_a_room(name: str) -> None:
-    own = [module for module in FILES if room(module) == name]
-    assert circle({module: own_imports(read(module), running=True) & set(own) for module in own}) == []
+    room_modules = [module for module in FILES if room(module) == name]
+    assert (
+        circle({module: package_imports(read(module), running=True) & set(room_modules) for module in room_modules})
+        == []
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -170,17 +173,17 @@ def test_imports_of_the_package_are_absolute(name: str) -> None:
 
 
 def test_the_walk_sees_imports_wherever_they_stand() -> None:
-    assert own_imports("from kdsweep.data import phantom, views") == {"data.phantom", "data.views"}
-    assert own_imports("from kdsweep.data import Entry") == {"data"}
-    assert own_imports("from kdsweep.data.sources import Entry") == {"data.sources"}
-    assert own_imports("import kdsweep.training.loop as t") == {"training.loop"}
-    assert own_imports("from kdsweep import __version__") == own_imports("import kdsweep") == {"__init__"}
-    assert own_imports("from kdsweep.sweep.executors import slurm") == {"sweep.executors.slurm"}
-    assert own_imports("def f():\n    from kdsweep.training.build import feed") == {"training.build"}
+    assert package_imports("from kdsweep.data import phantom, views") == {"data.phantom", "data.views"}
+    assert package_imports("from kdsweep.data import Entry") == {"data"}
+    assert package_imports("from kdsweep.data.sources import Entry") == {"data.sources"}
+    assert package_imports("import kdsweep.training.loop as t") == {"training.loop"}
+    assert package_imports("from kdsweep import __version__") == package_imports("import kdsweep") == {"__init__"}
+    assert package_imports("from kdsweep.sweep.executors import slurm") == {"sweep.executors.slurm"}
+    assert package_imports("def f():\n    from kdsweep.training.build import feed") == {"training.build"}
     checked = "if TYPE_CHECKING:\n    from kdsweep.tracking.mirror import Sweep"
-    assert own_imports(checked) == {"tracking.mirror"}
-    assert own_imports(checked, running=True) == set()
-    assert own_imports("if __name__ == '__main__':\n    from kdsweep.training.build import x") == set()
+    assert package_imports(checked) == {"tracking.mirror"}
+    assert package_imports(checked, running=True) == set()
+    assert package_imports("if __name__ == '__main__':\n    from kdsweep.training.build import x") == set()
     source = "from kdsweep.training import loop\nfrom kdsweep.models import unet\nfrom kdsweep import conf_dir"
     assert forbidden("distill.losses", source) == {"training.loop"}
 

@@ -182,13 +182,13 @@ def test_the_tools_print_help_that_names_their_options(word, option, capsys):
 
 
 def test_the_benchmarks_figures_are_those_of_its_file() -> None:
-    found = json.loads((ROOT / "benchmarks" / "cpu.json").read_text())
-    median = found["median"]
+    figures = json.loads((ROOT / "benchmarks" / "cpu.json").read_text())
+    median = figures["median"]
     names = ("torchdistill", "one by one", "lockstep 12", "lockstep bf16", "lockstep all bf16")
     shown = [f"| {median[name]:.1f} | {median['torchdistill'] / median[name]:.1f} |" for name in names]
     shown += [" | ".join(f"{median[f'lockstep {n}'] / n:.2f}" for n in (1, 2, 4, 8, 12))]
-    shown += [f"{median['one by one'] / median['lockstep 12']:.1f} times", f"{found['peak_gib']['lockstep']:.1f} GiB"]
-    parts = found["shares"]["bf16"]
+    shown += [f"{median['one by one'] / median['lockstep 12']:.1f} times", f"{figures['peak_gib']['lockstep']:.1f} GiB"]
+    parts = figures["shares"]["bf16"]
     shown += [f"{(parts['total'] - parts['students']) / parts['students']:.2f} of the Students' own time"]
     shown += [f"{median['command lockstep']:.0f} s instead of {median['command basic']:.0f} s"]
     pair = json.loads((ROOT / "benchmarks" / "study_pair.json").read_text())["median"]
@@ -214,39 +214,39 @@ def results() -> str:
 
 def test_the_table_of_the_results_is_that_of_their_file() -> None:
     table = result("table4")
-    wanted = []
+    expected = []
     for _, row in table.iterrows():
         splits = " / ".join(f"{row[f'mean_dice_percent_split{split}']:.2f}" for split in range(3))
         difference, p = f"{row['student_difference_points']:+.2f}", f"{row['student_p_runs']:.2f}"
         difference, p = (difference, p) if row["notation"] != "Student" else ("", "")
         dice = f"{row['mean_dice_percent']:.2f} ± {row['std_dice_percent']:.2f}"
         epochs = f"{row['mean_best_epoch']:.0f} of {row['mean_epochs']:.0f}"
-        wanted.append(" | ".join((f"| {row['notation']}", dice, splits, difference, p, f"{epochs} |")))
+        expected.append(" | ".join((f"| {row['notation']}", dice, splits, difference, p, f"{epochs} |")))
     shown = [line for line in results().splitlines() if re.match(r"\| [A-Z]", line)]
-    assert shown == wanted
+    assert shown == expected
     assert len(shown) == 15
 
 
 def test_the_sentences_of_the_results_are_those_of_their_files() -> None:
     seeds, cells = result("seeds"), result("table4").set_index("notation")
     limit = repeatability_points(seeds)
-    wanted = [f"less than {limit:.2f} points in 95 % of cases"]
-    wanted.append(f"{limit / sqrt(6):.2f} points for the mean of six cells")
+    expected = [f"less than {limit:.2f} points in 95 % of cases"]
+    expected.append(f"{limit / sqrt(6):.2f} points for the mean of six cells")
     for _, row in seeds.iterrows():
         means = " / ".join(f"{row[f'mean_dice_percent_seed{seed}']:.2f}" for seed in range(3))
-        wanted.append(f"{means} ({row['notation']})")
+        expected.append(f"{means} ({row['notation']})")
     epochs = cells["mean_epochs"].round().astype(int)
-    own = epochs[list(paper.CELLS)]
-    wanted.append(f"after {epochs['Student']} epochs on average")
-    wanted.append(f"after {own.min()} to {own.max()}")
+    of_cells = epochs[list(paper.CELLS)]
+    expected.append(f"after {epochs['Student']} epochs on average")
+    expected.append(f"after {of_cells.min()} to {of_cells.max()}")
     of_effects = result("effects").set_index("effect")
     for effect in ("HReg - L", "HReg - H", "H - L", "KLD - MSE", "weak - strong"):
         points, p = of_effects.loc[effect, ["difference_points", "p_runs"]]
-        wanted.append(f"{effect} {points:+.2f} points (p = {p:.2f})".replace("HReg - L ", "HReg - L is "))
+        expected.append(f"{effect} {points:+.2f} points (p = {p:.2f})".replace("HReg - L ", "HReg - L is "))
     of_settings = result("settings").set_index("notation")
-    wanted.append(f"{of_settings.loc['all cells', 'difference_points']:+.2f} points over the six cells")
+    expected.append(f"{of_settings.loc['all cells', 'difference_points']:+.2f} points over the six cells")
     text = " ".join(results().split())
-    assert [line for line in wanted if line not in text] == []
+    assert [line for line in expected if line not in text] == []
     assert cells.loc[list(paper.CELLS), "mean_dice_percent"].idxmin() == "L_KLD_WAug"
     assert (
         seeds["mean_dice_percent_seed0"] > seeds[["mean_dice_percent_seed1", "mean_dice_percent_seed2"]].max(axis=1)
@@ -264,9 +264,9 @@ def test_p_values_of_the_results_are_those_of_the_means_of_their_splits() -> Non
         return stats.corrected_p(pd.DataFrame(runs))
 
     others = cells.index.drop("Student")
-    found = [p(means.loc[name] - means.loc["Student"]) for name in others]
-    assert found == pytest.approx(cells.loc[others, "student_p_runs"].tolist())
-    assert min(found) > 0.05, "the page says that no method is shown to be better"
+    p_values = [p(means.loc[name] - means.loc["Student"]) for name in others]
+    assert p_values == pytest.approx(cells.loc[others, "student_p_runs"].tolist())
+    assert min(p_values) > 0.05, "the page says that no method is shown to be better"
     for effect, expected in result("effects").set_index("effect")["p_runs"].items():
         signs = dict.fromkeys(paper.LEVELS, 1)
         for plus, minus in re.findall(r"(\w+) - (\w+)", str(effect)):
@@ -312,33 +312,33 @@ def of_seed_0() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def test_the_studys_table_is_that_of_its_file() -> None:
-    told = RESULTS
-    wanted = rows_of(study("table4"))
-    assert [line for line in told.splitlines() if re.match(r"\| [A-Z]\w", line)] == wanted
-    assert len(wanted) == 15
+    text = RESULTS
+    expected = rows_of(study("table4"))
+    assert [line for line in text.splitlines() if re.match(r"\| [A-Z]\w", line)] == expected
+    assert len(expected) == 15
 
 
 def test_the_studys_sentences_are_those_of_its_files() -> None:
-    cells, found = study("table4").set_index("notation"), study("effects").set_index("effect")
-    taught, teacher, main = cells.loc[list(paper.CELLS)], cells.loc["Teacher"], found[found["kind"] == "main"]
+    cells, effects = study("table4").set_index("notation"), study("effects").set_index("effect")
+    distilled, teacher, main = cells.loc[list(paper.CELLS)], cells.loc["Teacher"], effects[effects["kind"] == "main"]
     best = cells.loc["HReg_MSE"]
     limit = repeatability_points(study("seeds"))
     seeds = study("seeds").set_index("notation")
     by_seed, gain = seeds.loc["H_MSE_WAug"], seeds.loc["HReg_MSE"]
     gains = [gain[f"mean_dice_percent_seed{n}"] - seeds.loc["Student", f"mean_dice_percent_seed{n}"] for n in range(3)]
     folds = [best[name := f"mean_dice_percent_split{n}"] - cells.loc["Student", name] for n in range(3)]
-    detectable = taught[["student_methods_detectable_points", "student_images_detectable_points"]].median()
-    wanted = [
+    detectable = distilled[["student_methods_detectable_points", "student_images_detectable_points"]].median()
+    expected = [
         points(teacher, "student_", "methods_").lstrip("+").replace(" (", " points (").rstrip(")"),
         f"p = {formats.p(teacher['student_p_methods'])}), as a method",
         f"{best['student_difference_points']:+.2f} points (p = {formats.p(best['student_p_methods_holm'])} after Holm)",
         f"with single seeds {min(gains):+.2f} to {max(gains):+.2f}",
         f"on single folds {min(folds):+.2f} to {max(folds):+.2f}",
         f"Nadeau and Bengio's p, which only large differences pass, is {best['student_p_runs']:.2f}",
-        *(f"{effect} {points(found.loc[effect], '', 'methods_')}" for effect in ("HReg - L", "HReg - H")),
-        *(f"{effect} {found.loc[effect, 'difference_points']:+.2f}" for effect in ("H - L", "KLD - MSE")),
-        f"strong than weak (p = {formats.p(found.loc['weak - strong', 'p_holm'])})",
-        f"weak - strong {points(found.loc['weak - strong'], '', 'methods_')}",
+        *(f"{effect} {points(effects.loc[effect], '', 'methods_')}" for effect in ("HReg - L", "HReg - H")),
+        *(f"{effect} {effects.loc[effect, 'difference_points']:+.2f}" for effect in ("H - L", "KLD - MSE")),
+        f"strong than weak (p = {formats.p(effects.loc['weak - strong', 'p_holm'])})",
+        f"weak - strong {points(effects.loc['weak - strong'], '', 'methods_')}",
         "{:.2f} with seed 0, {:.2f} with seed 1 and {:.2f} with seed 2".format(
             *(by_seed[f"mean_dice_percent_seed{seed}"] for seed in range(3))
         ),
@@ -348,25 +348,25 @@ def test_the_studys_sentences_are_those_of_its_files() -> None:
     sizes = study("strata").query("kind == 'lesion size'")
     shown = sizes[sizes["notation"].isin(paper.CELLS) & (sizes["p_holm"] < 0.05)]
     assert shown[["stratum", "notation"]].to_numpy().tolist() == [["small (44 to 560 px)", "HReg_MSE"]]
-    wanted.append(
+    expected.append(
         f"{shown['difference_points'].item():+.2f} points there (p = {formats.p(shown['p_methods_holm'].item())} after"
     )
-    told = " ".join(RESULTS.split())
-    assert [line for line in wanted if line not in told] == []
-    assert taught.index[taught["student_p_methods_holm"] < 0.05].tolist() == ["HReg_MSE"]
-    assert (taught["teacher_verdict"] == "inferior").sum() == 5
-    assert not (taught["teacher_verdict"] == "non-inferior").any()
+    text = " ".join(RESULTS.split())
+    assert [line for line in expected if line not in text] == []
+    assert distilled.index[distilled["student_p_methods_holm"] < 0.05].tolist() == ["HReg_MSE"]
+    assert (distilled["teacher_verdict"] == "inferior").sum() == 5
+    assert not (distilled["teacher_verdict"] == "non-inferior").any()
     assert not (main["p_methods_holm"] < 0.05).any()
     assert main.index[main["p_holm"] < 0.0001].tolist() == ["HReg - L", "HReg - H"]
     assert main.index[main["p_holm"] < 0.05].tolist() == ["HReg - L", "HReg - H", "weak - strong"]
-    assert (taught["student_difference_points"].abs() < limit).all()
+    assert (distilled["student_difference_points"].abs() < limit).all()
 
 
 def test_what_one_seed_had_shown_is_that_of_its_scores() -> None:
-    cells, found = of_seed_0()
+    cells, effects_of = of_seed_0()
     better = cells.index[cells["student_p_holm"] < 0.05]
     assert better.tolist() == ["H_MSE_WAug", "HReg_MSE", "HReg_KLD"]
-    assert found[found["p_holm"] < 0.0001].index.tolist() == ["(HReg - H) x (weak - strong)"]
+    assert effects_of[effects_of["p_holm"] < 0.0001].index.tolist() == ["(HReg - H) x (weak - strong)"]
 
 
 def test_the_strengths_of_the_studys_cells_are_those_of_their_file() -> None:
@@ -393,8 +393,8 @@ def test_the_trials_of_the_recipe_are_those_of_their_file() -> None:
     assert f"| {words(of_teacher, 'teacher')}: {of_teacher['val_dice_percent']:.1f} |" in page
     far = trials[trials["epochs"] > 7]
     longest = far[far["state"] == "PRUNED"].sort_values("val_dice_percent").iloc[-1]
-    told = f"pruned after {longest['epochs']} epochs ({words(longest, 'teacher')}), had reached"
-    assert f"{told} {longest['val_dice_percent']:.1f}" in page
+    sentence = f"pruned after {longest['epochs']} epochs ({words(longest, 'teacher')}), had reached"
+    assert f"{sentence} {longest['val_dice_percent']:.1f}" in page
     losses_of = far["train.supervised"].fillna(far["teacher.supervised"])
     assert (losses_of != "bce_dice").sum() == 1  # "in all but one of the trials that got far"
 
@@ -406,16 +406,18 @@ def test_the_table_of_the_tuned_cells_is_that_of_its_files() -> None:
     for _, row in tuned[tuned["trials"].notna()].iterrows():
         means = [f"{row[f'{side}_dice_percent']:.2f}" for side in ("configured", "chosen")]
         changed = "0" if pd.isna(row["p"]) else points(row, "", "methods_")
-        own = cells[cells["notation"] == row["notation"]].iloc[0]
-        other = [points(own, "student_", "methods_"), formats.p(own["student_p_methods_holm"])]
+        cell = cells[cells["notation"] == row["notation"]].iloc[0]
+        other = [points(cell, "student_", "methods_"), formats.p(cell["student_p_methods_holm"])]
         other = ["", ""] if row["notation"] == "Student" else other
         lines.append(" | ".join([f"| {row['notation']}", *means, changed, *other]) + " |")
     assert [line for line in lines if line not in page.splitlines()] == []
     best = cells.set_index("notation").loc["HReg_MSE"]
-    told = points(best, "student_", "methods_").replace(" (", " points (").rstrip(")")
-    assert f"{told}, p = {formats.p(best['student_p_methods_holm'])} after Holm over three cells)" in RESULTS
-    told = f"shown of these networks (p = {formats.p(best['student_p_holm'])} after Holm), as a method only before Holm"
-    assert f"{told} (p = {formats.p(best['student_p_methods'])})" in " ".join(page.split())
+    sentence = points(best, "student_", "methods_").replace(" (", " points (").rstrip(")")
+    assert f"{sentence}, p = {formats.p(best['student_p_methods_holm'])} after Holm over three cells)" in RESULTS
+    sentence = (
+        f"shown of these networks (p = {formats.p(best['student_p_holm'])} after Holm), as a method only before Holm"
+    )
+    assert f"{sentence} (p = {formats.p(best['student_p_methods'])})" in " ".join(page.split())
     trials = pd.read_csv(ROOT / "results" / "tuned" / "trials.csv")
     chosen = trials[trials["is_chosen"]].set_index(["notation", "split"])
     assert (chosen.loc["HReg_MSE", "number"] == 0).all()  # "stays as configured on all folds"
@@ -426,12 +428,12 @@ def test_the_strength_of_the_views_is_that_of_its_file() -> None:
     page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
     row = pd.read_csv(ROOT / "results" / "recipe" / "views.csv").iloc[0]
     chosen = dict(re.findall(r"views\.(\w+)=([\d.]+)", row["chosen"]))
-    told = (
+    sentence = (
         f"(probability {chosen['probability']}, rotation up to {chosen['rotate_deg']} degrees, scale {chosen['scale']})"
     )
-    assert f"{told} {row['val_dice_percent']:.2f} %" in page
-    told = f"{row['chosen_dice_percent']:.2f} % and as configured {row['configured_dice_percent']:.2f} %"
-    assert f"on the test images {told}, a difference of {points(row, '')}".replace(" (", " points (") in page
+    assert f"{sentence} {row['val_dice_percent']:.2f} %" in page
+    sentence = f"{row['chosen_dice_percent']:.2f} % and as configured {row['configured_dice_percent']:.2f} %"
+    assert f"on the test images {sentence}, a difference of {points(row, '')}".replace(" (", " points (") in page
 
 
 def test_the_table_of_int8_is_that_of_its_file() -> None:
@@ -451,8 +453,8 @@ def test_the_table_of_int8_is_that_of_its_file() -> None:
 def test_the_table_of_sizes_is_that_of_its_file() -> None:
     page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     table = pd.read_csv(ROOT / "results" / "capacity" / "capacity.csv")
-    for _, own in table.groupby("parameters"):
-        plain, distilled = (own[own["notation"] == name].iloc[0] for name in ("Student", "HReg_MSE_WAug"))
+    for _, of_size in table.groupby("parameters"):
+        plain, distilled = (of_size[of_size["notation"] == name].iloc[0] for name in ("Student", "HReg_MSE_WAug"))
         mean, low, high = (distilled[f"{key}_points"] for key in ("difference", "low", "high"))
         columns = [
             f"{plain['parameters']:,}",
@@ -483,10 +485,10 @@ def test_the_sizes_of_the_teacher_are_those_of_their_files() -> None:
 def test_the_scores_of_sizes_are_those_published() -> None:
     made = table4.numbers(published.read([ROOT / "results" / "capacity" / "scores.json.gz"]))
     key = ["settings", "notation"]
-    found = pd.read_csv(ROOT / "results" / "capacity" / "capacity.csv").set_index(key).sort_index()
+    table = pd.read_csv(ROOT / "results" / "capacity" / "capacity.csv").set_index(key).sort_index()
     made = made[~made["notation"].str.startswith("Teacher")].set_index(key).sort_index()
     for name in ("mean_dice_percent", "student_difference_points", "student_low_points", "student_p_holm"):
-        pd.testing.assert_series_equal(made[name], found[name.removeprefix("student_")], check_names=False)
+        pd.testing.assert_series_equal(made[name], table[name.removeprefix("student_")], check_names=False)
 
 
 def of_methods(name: str) -> pd.DataFrame:
@@ -497,29 +499,31 @@ def of_methods(name: str) -> pd.DataFrame:
 def test_the_table_of_the_methods_is_that_of_its_file() -> None:
     lines = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
     table, seeds = of_methods("table4"), of_methods("seeds")
-    wanted = rows_of(table)
-    assert [line for line in lines if line in wanted] == wanted
-    assert len(wanted) == 17
-    taught = table.drop(["Teacher", "Student"])
-    best = taught.loc[taught["student_difference_points"].idxmax()]
-    ratios = taught["kd_gradient_ratio"]
+    expected = rows_of(table)
+    assert [line for line in lines if line in expected] == expected
+    assert len(expected) == 17
+    distilled = table.drop(["Teacher", "Student"])
+    best = distilled.loc[distilled["student_difference_points"].idxmax()]
+    ratios = distilled["kd_gradient_ratio"]
     p_methods, p_networks = (formats.p(best[f"student_p_{kind}"]) for kind in ("methods_holm", "holm"))
-    told = f"{best.name} comes nearest, {best['student_difference_points']:+.2f} points, p = {p_methods} as a method"
-    assert f"({told})" in " ".join(RESULTS.split())
+    sentence = (
+        f"{best.name} comes nearest, {best['student_difference_points']:+.2f} points, p = {p_methods} as a method"
+    )
+    assert f"({sentence})" in " ".join(RESULTS.split())
     sentences = [
         f"{best.name} {points(best, 'student_', 'methods_')}: as a method p = {p_methods} after Holm, "
         f"{formats.p(best['student_p_methods'])} before, of these networks {p_networks}.",
         f"{ratios.min():.2f} ({ratios.idxmin()}) to {ratios.max():.0f} ({ratios.idxmax()})",
-        f"corrected p against the Student is {taught['student_p_runs'].min():.2f} or more",
+        f"corrected p against the Student is {distilled['student_p_runs'].min():.2f} or more",
         *(
             f"{name} {' / '.join(f'{dice:.2f}' for dice in seeds.loc[name].filter(regex='seed[0-9]'))}"
             for name in ("FitNet", "PKD", "SKD", "Student")
         ),
     ]
     assert [line for line in sentences if line not in " ".join(" ".join(lines).split())] == []
-    assert not (taught[["student_p_holm", "student_p_methods_holm"]] < 0.05).any(axis=None)
-    assert not (taught["teacher_verdict"] == "non-inferior").any()
-    assert taught.index[taught["teacher_verdict"] == "inferior"].tolist() == ["AT", "KD", "SPKD"]
+    assert not (distilled[["student_p_holm", "student_p_methods_holm"]] < 0.05).any(axis=None)
+    assert not (distilled["teacher_verdict"] == "non-inferior").any()
+    assert distilled.index[distilled["teacher_verdict"] == "inferior"].tolist() == ["AT", "KD", "SPKD"]
     same = table.loc["KD-T1"], study("table4").set_index("notation").loc["L_KLD_WAug"]
     assert same[0]["mean_dice_percent"] == same[1]["mean_dice_percent"], "the same method by two names"
 
@@ -565,15 +569,15 @@ def test_the_strengths_are_those_of_their_file() -> None:
 
 
 def test_what_duplicates_are_worth_is_in_its_file() -> None:
-    found = json.loads((ROOT / "results" / "flattery" / "flattery.json").read_text())
+    flattery = json.loads((ROOT / "results" / "flattery" / "flattery.json").read_text())
     page = " ".join((ROOT / "docs" / "data.md").read_text(encoding="utf-8").split())
-    everything, half = found["all"], found["all"]["half_width_points"]
+    everything, half = flattery["all"], flattery["all"]["half_width_points"]
     difference = everything["difference_points"]
-    wanted = [
+    expected = [
         f"{difference:+.2f} points higher ({everything['by_image']:.2f} instead of {everything['by_group']:.2f}",
         f"{difference - half:.2f} to {difference + half:.2f}",
-        f"{found['with a near-duplicate']['difference_points']:+.2f} on the 261 images",
-        f"{found['without']['difference_points']:+.2f} on the others",
-        "{:+.2f}, {:+.2f} and {:+.2f}".format(*found["by seed"].values()),
+        f"{flattery['with a near-duplicate']['difference_points']:+.2f} on the 261 images",
+        f"{flattery['without']['difference_points']:+.2f} on the others",
+        "{:+.2f}, {:+.2f} and {:+.2f}".format(*flattery["by seed"].values()),
     ]
-    assert [line for line in wanted if line not in page] == []
+    assert [line for line in expected if line not in page] == []

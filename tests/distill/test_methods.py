@@ -281,12 +281,12 @@ def test_maps_of_unequal_size_are_refused_or_resized_to_the_teachers(kd_path: pa
     student, teacher = Outputs({"map": draw(2, 3, 8, 8, seed=1)}), Outputs({"map": draw(2, 4, 6, 6, seed=2)})
     mask = torch.zeros(2, 1, 8, 8)
     views = ViewPair(theta=None, student_mask=mask, teacher_mask=mask)
-    given = {"student": student, "teacher": teacher, "views": views, "align": True}
+    arguments = {"student": student, "teacher": teacher, "views": views, "align": True}
     with pytest.raises(
         InputError, match=r"Student \(map: 8 x 8\) and of the Teacher \(map: 6 x 6\) have unequal sizes"
     ):
-        Term(kd_path, losses.mse, kd_path.stages).value(**given)
-    value = Term(kd_path, losses.mse, kd_path.stages, resize=True).value(**given)
+        Term(kd_path, losses.mse, kd_path.stages).value(**arguments)
+    value = Term(kd_path, losses.mse, kd_path.stages, resize=True).value(**arguments)
     resized = F.interpolate(kd_path.student_map(student), (6, 6), mode="bilinear", align_corners=False)
     torch.testing.assert_close(value, F.mse_loss(resized, kd_path.teacher_map(teacher)))
 

@@ -157,8 +157,8 @@ def made(content, tmp_path, monkeypatch, capsys):
 
 
 def test_both_cells_have_the_network_of_the_exported_file(cell, of_busi):
-    ours, theirs = (models.load_model(one.folder).network.state_dict() for one in (cell, of_busi[0]))
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, others = (models.load_model(one.folder).network.state_dict() for one in (cell, of_busi[0]))
+    assert all(torch.equal(ours[key], others[key]) for key in ours)
 
 
 def test_by_default_it_compares_on_the_runs_test_images_and_reproduces_their_dice(of_busi, made):

@@ -186,9 +186,9 @@ def test_the_drops_interval_is_welchs():
         pd.DataFrame({"split": 0, "seed": 0, "image": [f"{name}{i}" for i in range(count)], "dice": values})
         for name, count, values in (("a", 30, rng.uniform(0.4, 0.9, 30)), ("b", 50, rng.uniform(0.2, 0.9, 50)))
     ]
-    single, theirs = (frame.assign(group=frame["image"]) for frame in frames)
-    returned = external._drop(single, theirs)
-    expected = ttest_ind(100 * theirs["dice"], 100 * single["dice"], equal_var=False).confidence_interval()
+    single, grouped = (frame.assign(group=frame["image"]) for frame in frames)
+    returned = external._drop(single, grouped)
+    expected = ttest_ind(100 * grouped["dice"], 100 * single["dice"], equal_var=False).confidence_interval()
     assert (returned["low_points"], returned["high_points"]) == pytest.approx(tuple(expected))
 
 

@@ -25,8 +25,8 @@ def sweep():
         params = {"image_size": "64", "student.encoder": encoder, "student.decoder_channels": "[80, 40, 24, 16, 16]"}
         for name in ("Student", "L_MSE"):
             for split in (0, 1, 2):
-                own = run_row(name, split, params=params, variant={"student": student}, teacher="")
-                runs.append(own | {"fingerprint": f"{own['fingerprint']}-{student}"})
+                row = run_row(name, split, params=params, variant={"student": student}, teacher="")
+                runs.append(row | {"fingerprint": f"{row['fingerprint']}-{student}"})
                 table = score_rows(name, split)
                 scores.append(table.assign(fingerprint=runs[-1]["fingerprint"], dice=table["dice"] + 0.1 * number))
     return replace(sweep_of(), runs=pd.DataFrame(runs), scores=pd.concat(scores), varied=("student",))

@@ -29,7 +29,7 @@ S = 32
 GREEN, RED = "#00e8a8", "#ff1f3d"
 SOLID = None  # the pattern of a line without gaps
 BLANK = np.zeros((S, S), np.uint8)
-OWN = ("Teacher", "Teacher_WAug", "Student", *(cell for cell in CELLS if cell.startswith("HReg")))
+FEW = ("Teacher", "Teacher_WAug", "Student", *(cell for cell in CELLS if cell.startswith("HReg")))
 ARGUMENTS = {"uri": None, "split": None, "seed": None, "models": None, "count": 1, "ids": ()}
 
 
@@ -160,7 +160,7 @@ def test_rows_that_the_sweep_does_not_request_are_left_out():
     cases = [
         (sweep_of(splits=(0,)), [*BASELINES, *CELLS]),
         (without(sweep_of(splits=(0,)), "H_KLD"), [*BASELINES, *CELLS]),
-        (without(sweep_of(OWN, splits=(0,)), "Student"), list(OWN)),
+        (without(sweep_of(FEW, splits=(0,)), "Student"), list(FEW)),
         (sweep_of(few, splits=(0,)), few),
     ]
     for sweep, expected in cases:
@@ -183,7 +183,7 @@ def test_the_whole_figure_has_the_image_the_baselines_and_a_row_per_path():
     assert grid(full([*CELLS, *BASELINES])) == rows
     gone = dict.fromkeys(["Teacher", "H_KLD"], "not run")
     assert grid(full([name for name in (*BASELINES, *CELLS) if name not in gone], missing=gone)) == rows
-    assert grid(full(OWN)) == [rows[0], rows[3]]
+    assert grid(full(FEW)) == [rows[0], rows[3]]
 
 
 def test_cells_of_ones_own_get_rows_of_their_own():
@@ -362,7 +362,7 @@ def study(scored, small_busi, tmp_path, monkeypatch):
     tags = {"kdsweep.data": list_images(sources.Busi(small_busi)).digest}
     params = {"image_size": str(S)} | {f"data.source.{key}": value for key, value in source.items()}
 
-    def make(notations=OWN, splits=(0, 1), seeds=(0,)):
+    def make(notations=FEW, splits=(0, 1), seeds=(0,)):
         runs, scores = [], []
         for notation, split, seed in [(n, s, e) for n in notations for s in splits for e in seeds]:
             name = fingerprint(notation, split, seed)
@@ -389,7 +389,7 @@ def test_what_is_shown_is_the_image_its_mask_and_each_models_prediction(study, s
     sweep = with_status(study(), "HReg_MSE", 0, "FAILED")
     (shown,) = load(sweep, tmp_path, split=0)
     tests, images = scored
-    finished = [name for name in OWN if name != "HReg_MSE"]
+    finished = [name for name in FEW if name != "HReg_MSE"]
     means = {i: np.mean([by_hand(shifted(images[i][1], n), images[i][1]) for n in finished]) for i in tests[0]}
     median = sorted(means, key=lambda image: (round(means[image], 12), image))[2]
     image, mask = images[median]
@@ -403,7 +403,7 @@ def test_what_is_shown_is_the_image_its_mask_and_each_models_prediction(study, s
     rule = "median of 5 test images by mean Dice over the 6 models shown"
     assert shown.caption == f"Split 0, image {median}: {rule}"
     assert shown.title == "Sweep study (data busi, profile paper)"
-    assert grid(contours.figure(shown)) == [["Image", *OWN[:3]], list(OWN[3:])]
+    assert grid(contours.figure(shown)) == [["Image", *FEW[:3]], list(FEW[3:])]
 
 
 def test_masks_of_several_classes_are_read_as_the_run_read_them(study, scored, tmp_path, small_busi):

@@ -221,14 +221,14 @@ def test_with_weak_teachers_alone_the_row_is_theirs(tmp_path):
 
 
 def test_text_of_known_numbers(table):
-    known = table.assign(
+    published = table.assign(
         parameters=[95_755_409, *table["parameters"][1:]],
         macs=[20_474_000_000, *table["macs"][1:]],
         cpu_1_thread_median_ms=[412.34, 9.876, *table["cpu_1_thread_median_ms"][2:]],
         cpu_1_thread_p95_ms=[450.0, 12.0, *table["cpu_1_thread_p95_ms"][2:]],
         cuda_median_ms=float("nan"),
     )
-    text = shown(table5, known).set_index("Model")
+    text = shown(table5, published).set_index("Model")
     assert "CUDA (ms)" not in text
     teacher = text.loc["Teacher"]
     assert teacher[["Parameters (M)", "MACs (G)", "CPU, 1 thread (ms)"]].tolist() == ["95.76", "20.47", "412.3 (450.0)"]
@@ -236,13 +236,13 @@ def test_text_of_known_numbers(table):
     assert text.loc[f"{ALL[-1]} (best cell)", "Parameters (M)"] == "0.82"
     other = text.loc["dual-teacher Attention U-Net"]
     assert other.tolist() == [*[DASH] * 6, "2.2", "16.59", "88.4"]
-    with_cuda = shown(table5, known.assign(cuda_median_ms=1.5, cuda_p95_ms=2.0))
+    with_cuda = shown(table5, published.assign(cuda_median_ms=1.5, cuda_p95_ms=2.0))
     assert with_cuda["CUDA (ms)"].tolist() == ["1.50 (2.00)"] * len(table)
     assert all(isinstance(value, str) for value in text.to_numpy().ravel())
 
 
 def test_notes_tell_machine_conditions_and_sources(sweep, table):
-    told = "\n".join(table5.footnotes(sweep, table, scores=table4.numbers(sweep), repeats=3))
+    notes = "\n".join(table5.footnotes(sweep, table, scores=table4.numbers(sweep), repeats=3))
     for part in (
         *(costs.cpu_name(), f"1 thread and {usable_cores()} threads", torch.__version__, "64 x 64"),
         *("batch of 1", "3 forward passes after 5", "profile quick, data busi", "not a result"),
@@ -253,13 +253,13 @@ def test_notes_tell_machine_conditions_and_sources(sweep, table):
         ),
         *("Other networks, hardware", "Titan Xp"),
     ):
-        assert part in told, part
+        assert part in notes, part
 
 
 def test_a_run_that_records_a_part_of_its_network_has_no_costs():
-    whole = {key: QUICK[key] for key in ("student.encoder", "student.decoder_channels")} | {"image_size": "64"}
+    params = {key: QUICK[key] for key in ("student.encoder", "student.decoder_channels")} | {"image_size": "64"}
     for absent in ("student.decoder_channels", "image_size"):
-        part = {key: value for key, value in whole.items() if key != absent}
+        part = {key: value for key, value in params.items() if key != absent}
         assert table5.network_of(pd.DataFrame({"params": [part]}), group="student") is None
-        found = table5.network_of(pd.DataFrame({"params": [part, whole]}), group="student")
-        assert (found.name, found.image_size) == (QUICK["student.encoder"], 64)
+        network = table5.network_of(pd.DataFrame({"params": [part, params]}), group="student")
+        assert (network.name, network.image_size) == (QUICK["student.encoder"], 64)

@@ -169,13 +169,13 @@ def test_order_of_the_records_changes_no_digit(sweep, table):
 
 
 def test_other_cells_change_no_number_and_are_named(sweep, table):
-    own = [
+    extra = [
         run_row("Student", split, fingerprint=f"own{split}", role="distilled", notation="Mine_KLD")
         for split in range(3)
     ]
     scores = [score_rows("Student", split).assign(fingerprint=f"own{split}", dice=0.1) for split in range(3)]
     more = FakeSweep(
-        "study", pd.concat([sweep.runs, pd.DataFrame(own)], ignore_index=True), pd.concat([sweep.scores, *scores])
+        "study", pd.concat([sweep.runs, pd.DataFrame(extra)], ignore_index=True), pd.concat([sweep.scores, *scores])
     )
     pd.testing.assert_frame_equal(effects.numbers(more), table, check_exact=True)
     left_out = "Left out, not of the 12 cells: Mine_KLD, Student, Teacher, Teacher_WAug."
@@ -207,11 +207,13 @@ def test_an_image_that_several_splits_and_seeds_test_is_one_cluster():
 def test_a_gap_leaves_only_what_does_not_need_the_cell(sweep, table):
     gappy = with_status(sweep, "HReg_KLD", 1, "FAILED")
     got = effects.numbers(gappy)
-    whole = ["H - L", "(H - L) x (KLD - MSE)", "(H - L) x (weak - strong)"]
-    assert got.loc[got["gap"] == "", "effect"].tolist() == whole
+    complete = ["H - L", "(H - L) x (KLD - MSE)", "(H - L) x (weak - strong)"]
+    assert got.loc[got["gap"] == "", "effect"].tolist() == complete
     numbers = COLUMNS[3:7]
     pd.testing.assert_frame_equal(
-        got.set_index("effect").loc[whole, numbers], table.set_index("effect").loc[whole, numbers], check_exact=True
+        got.set_index("effect").loc[complete, numbers],
+        table.set_index("effect").loc[complete, numbers],
+        check_exact=True,
     )
     rest = got[got["gap"] != ""]
     assert set(rest["gap"]) == {"needs HReg_KLD (failed: split 1)"}

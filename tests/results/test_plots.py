@@ -425,12 +425,12 @@ def test_no_pairs_are_refused():
 
 # ---- all of them ---------------------------------------------------------------------------------------------------
 
-OWN = [f"Own{number}_MAE{'_WAug' if number % 2 else ''}" for number in range(8)]
+USERS = [f"Own{number}_MAE{'_WAug' if number % 2 else ''}" for number in range(8)]
 SIX = dict.fromkeys(range(6), 0.3)
 CLOSE = {"Student": 74.9, "Teacher": 74.91, "Teacher_WAug": 74.92}
 CASES = {
     "whole": lambda: drawn(),
-    "own cells, six splits": lambda: drawn(scores=table_of(MEANS | dict.fromkeys(OWN, 75.5), splits=SIX)),
+    "own cells, six splits": lambda: drawn(scores=table_of(MEANS | dict.fromkeys(USERS, 75.5), splits=SIX)),
     "one cell": lambda: drawn(scores=table_of({"Student": 70.0, "L_KLD": 71.0})),
     "long gaps": lambda: drawn(
         scores=table_of(MEANS, gaps={"L_MSE": LONG, "H_KLD": LONG}), main=effects_of(row0=LONG, row1=LONG)
@@ -438,11 +438,11 @@ CASES = {
     "close baselines": lambda: drawn(scores=table_of(MEANS | CLOSE)),
     "far baselines": lambda: drawn(scores=table_of(MEANS | {"Student": 1.0})),
     "curves": lambda: curves.figure(
-        curves_of(("Student", *paper.CELLS, *OWN), splits=range(6), seeds=(0, 1)), title="long title " * 20
+        curves_of(("Student", *paper.CELLS, *USERS), splits=range(6), seeds=(0, 1)), title="long title " * 20
     ),
     "one curve": lambda: curves.figure(curves_of(("AT_MAE_WAug",), splits=(0,)), title="A sweep"),
     "pairs": lambda: pairs.figure(
-        pd.concat([pairs_of(*[0.1] * 120, *[0.0] * 120, notation=name) for name in (*paper.CELLS, *OWN)]),
+        pd.concat([pairs_of(*[0.1] * 120, *[0.0] * 120, notation=name) for name in (*paper.CELLS, *USERS)]),
         title="A sweep",
     ),
     "one pair": lambda: pairs.figure(pairs_of(0.1), title="A sweep"),

@@ -25,10 +25,10 @@ def sweep():
         "data.root": "/home/someone/busi",
         "student.weights": "/home/someone/net.pt",
     }
-    whole = sweep_of(NAMES, seeds=(0, 1))
+    complete = sweep_of(NAMES, seeds=(0, 1))
     tags = {"kdsweep.split_images": "104/26/33", "mlflow.user": "someone"}
-    runs = whole.runs.assign(params=[params] * len(whole.runs), tags=[tags] * len(whole.runs))
-    return replace(whole, runs=runs, commands=(COMMAND,))
+    runs = complete.runs.assign(params=[params] * len(complete.runs), tags=[tags] * len(complete.runs))
+    return replace(complete, runs=runs, commands=(COMMAND,))
 
 
 @pytest.fixture
@@ -45,16 +45,16 @@ def part(sweep, keep, file):
 
 
 def test_the_tables_of_a_published_sweep_are_its_own(sweep, file):
-    found = published.read([file])
-    pd.testing.assert_frame_equal(table4.numbers(found), table4.numbers(sweep))
-    ours = table4.numbers(found).set_index("notation").loc["L_MSE", "mean_dice_percent"]
+    remade = published.read([file])
+    pd.testing.assert_frame_equal(table4.numbers(remade), table4.numbers(sweep))
+    ours = table4.numbers(remade).set_index("notation").loc["L_MSE", "mean_dice_percent"]
     by_hand = [
         100 * sweep.scores.loc[sweep.scores["fingerprint"] == f"L_MSE-{k}-{s}", "dice"].mean()
         for k in range(3)
         for s in (0, 1)
     ]
     assert ours == pytest.approx(sum(by_hand) / 6, abs=1e-9)
-    assert len(dice_all("L_MSE")) == table4.numbers(found).set_index("notation").loc["L_MSE", "n_images"]
+    assert len(dice_all("L_MSE")) == table4.numbers(remade).set_index("notation").loc["L_MSE", "n_images"]
 
 
 def test_no_folder_and_no_name_of_a_user_is_in_the_file(file):
@@ -83,9 +83,9 @@ def test_parts_from_several_machines_are_one_sweep(sweep, tmp_path):
     rest = part(with_status(sweep, "L_MSE", 0, "FAILED"), sweep.runs["seed"] >= 0, tmp_path / "1.json.gz")
     alone = table4.numbers(published.read([rest])).set_index("notation")
     assert alone.loc["L_MSE", "gap"] == "failed: split 0 seed 0"
-    whole = published.read([rest, first])
-    assert len(whole.runs) == len(sweep.runs)
-    pd.testing.assert_frame_equal(table4.numbers(whole), table4.numbers(sweep))
+    both = published.read([rest, first])
+    assert len(both.runs) == len(sweep.runs)
+    pd.testing.assert_frame_equal(table4.numbers(both), table4.numbers(sweep))
 
 
 def test_files_of_two_sweeps_and_other_files_are_refused(sweep, file, tmp_path):
@@ -149,8 +149,8 @@ def test_the_command_draws_figures_of_published_files(file, tmp_path, capsys):
 
 def test_unfinished_runs_of_another_state_are_kept(sweep, tmp_path):
     file = part(with_status(sweep, "H_MSE", 1, "RUNNING"), sweep.runs["seed"] == 0, tmp_path / "a.json.gz")
-    found = published.read([file]).runs
-    assert set(found.loc[found["notation"] == "H_MSE", "status"]) == {"FINISHED", "RUNNING"}
+    runs = published.read([file]).runs
+    assert set(runs.loc[runs["notation"] == "H_MSE", "status"]) == {"FINISHED", "RUNNING"}
 
 
 def test_the_seeds_that_are_done_can_be_seen_before_the_others(sweep, file, tmp_path, capsys):
@@ -160,9 +160,9 @@ def test_the_seeds_that_are_done_can_be_seen_before_the_others(sweep, file, tmp_
     assert "L_MSE (running: split 2 seed 0)" in capsys.readouterr().out
     assert cli.main(["tables", *call, "--seeds", "1"]) == 0
     assert "seeds: 1 (1), " in capsys.readouterr().out
-    found = pd.read_csv(tmp_path / "table4.csv")["mean_dice_percent"]
+    written = pd.read_csv(tmp_path / "table4.csv")["mean_dice_percent"]
     alone = table4.numbers(sweep_of(NAMES, seeds=(1,)))["mean_dice_percent"]
-    pd.testing.assert_series_equal(found, alone)
+    pd.testing.assert_series_equal(written, alone)
     assert cli.main(["tables", *call, "--seeds", "1,5"]) == 1
     assert capsys.readouterr().err == "kdsweep: error: --seeds 5: not in sweep study; it has 0, 1\n"
 
@@ -171,8 +171,8 @@ def test_seeds_keep_the_teachers_they_learn_from_whatever_seed_these_have(sweep)
     of_seed_0 = sweep.runs["teacher"].str.replace("-1$", "-0", regex=True)
     gone = (sweep.runs["role"] == "teacher") & (sweep.runs["seed"] == 1)
     shared = replace(sweep, runs=sweep.runs.assign(teacher=of_seed_0)[~gone])
-    found = frame.of_seeds(shared, [1])
-    assert set(found.runs.loc[found.runs["role"] == "teacher", "seed"]) == {0}
-    assert set(found.runs.loc[found.runs["role"] != "teacher", "seed"]) == {1}
-    assert set(found.scores["fingerprint"]) == set(found.runs["fingerprint"])
+    part = frame.of_seeds(shared, [1])
+    assert set(part.runs.loc[part.runs["role"] == "teacher", "seed"]) == {0}
+    assert set(part.runs.loc[part.runs["role"] != "teacher", "seed"]) == {1}
+    assert set(part.scores["fingerprint"]) == set(part.runs["fingerprint"])
     assert frame.of_seeds(shared, None) is shared

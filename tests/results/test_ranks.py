@@ -27,8 +27,8 @@ def test_the_rank_correlation_is_scipys_and_its_interval_that_of_a_bootstrap_ove
     drawn = []
     for _ in range(2000):
         images, patients = random.integers(0, 40, 40), random.integers(0, 12, 12)
-        theirs = np.concatenate([others[:, [2 * patient, 2 * patient + 1]] for patient in patients], axis=1)
-        drawn.append(spearmanr(ours[:, images].mean(axis=1), theirs.mean(axis=1)).statistic)
+        other_images = np.concatenate([others[:, [2 * patient, 2 * patient + 1]] for patient in patients], axis=1)
+        drawn.append(spearmanr(ours[:, images].mean(axis=1), other_images.mean(axis=1)).statistic)
     assert (low, high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.05)
     assert low < estimate < high
 

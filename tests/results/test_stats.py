@@ -39,8 +39,14 @@ def trainings(*, seeds=3, splits=3, images=33, of=163, run_sd=0.0, image_sd=0.0,
 
 def scored(notation, dice, *, split=0, teacher=""):
     images = [f"image{i}" for i in range(len(dice))]
-    own = {"fingerprint": f"{notation}-{split}", "notation": notation, "split": split, "seed": 0, "teacher": teacher}
-    return pd.DataFrame({"image": images, "group": images, "test_to_train": 0.3125, "dice": dice}).assign(**own)
+    columns = {
+        "fingerprint": f"{notation}-{split}",
+        "notation": notation,
+        "split": split,
+        "seed": 0,
+        "teacher": teacher,
+    }
+    return pd.DataFrame({"image": images, "group": images, "test_to_train": 0.3125, "dice": dice}).assign(**columns)
 
 
 def test_holm_by_hand():
@@ -97,8 +103,8 @@ def test_interval_is_seeded_contains_the_mean_and_narrows_with_n():
     differences = np.random.default_rng(3).normal(4, 10, 99)
     low, high = stats.clustered_interval(rows_of(differences))
     assert (low, high) == stats.clustered_interval(rows_of(differences))
-    theirs = bootstrap((differences,), np.mean, n_resamples=stats.RESAMPLES, random_state=np.random.default_rng(0))
-    assert (low, high) == tuple(theirs.confidence_interval)
+    expected = bootstrap((differences,), np.mean, n_resamples=stats.RESAMPLES, random_state=np.random.default_rng(0))
+    assert (low, high) == tuple(expected.confidence_interval)
     assert low < differences.mean() < high
     half = 1.96 * differences.std(ddof=1) / np.sqrt(99)
     assert [low, high] == pytest.approx([differences.mean() - half, differences.mean() + half], abs=0.15 * half)
@@ -160,10 +166,10 @@ def test_the_interval_draws_images_whole():
 
 
 def test_one_seed_cannot_tell_the_methods_apart():
-    found = stats.compare(trainings(seeds=1, mean=10), test="ttest")
+    row = stats.compare(trainings(seeds=1, mean=10), test="ttest")
     unknown = ["p_methods", "methods_low_points", "methods_high_points", "methods_detectable_points"]
-    assert np.isnan([found[name] for name in unknown]).all()
-    assert found["p"] < 0.05
+    assert np.isnan([row[name] for name in unknown]).all()
+    assert row["p"] < 0.05
 
 
 def test_variance_components_are_those_of_statsmodels():
@@ -222,8 +228,8 @@ def test_nadeau_and_bengio_by_hand():
 def test_a_true_null_is_rejected_about_as_often_as_is_said(run_sd):
     """The table of docs/statistics.md has more trials; these bounds hold for a rate of 3 to 7 % in 400 of them."""
     trials = [trainings(run_sd=run_sd, image_sd=12, noise_sd=18, rng=seed) for seed in range(400)]
-    found = [stats.components(rows).spread().p(stats.over_seeds(rows)["points"].mean()) for rows in trials]
-    assert 0.01 <= np.mean(np.array(found) < 0.05) <= 0.10
+    p_values = [stats.components(rows).spread().p(stats.over_seeds(rows)["points"].mean()) for rows in trials]
+    assert 0.01 <= np.mean(np.array(p_values) < 0.05) <= 0.10
 
 
 # ---- power and non-inferiority -------------------------------------------------------------------------------------
@@ -233,19 +239,19 @@ def test_the_detectable_difference_is_found_in_four_of_five_trials():
     assert stats.Spread(error=2.0, freedom=1e9).detectable == pytest.approx(2 * (1.959964 + 0.841621), rel=1e-5)
     rng = np.random.default_rng(0)
     effect = stats.Spread(error=10 / np.sqrt(30), freedom=29).detectable
-    found = [stats.networks_p(rows_of(rng.normal(effect, 10, 30)), test="ttest") for _ in range(400)]
-    assert np.mean(np.array(found) < 0.05) == pytest.approx(0.8, abs=0.07)
+    p_values = [stats.networks_p(rows_of(rng.normal(effect, 10, 30)), test="ttest") for _ in range(400)]
+    assert np.mean(np.array(p_values) < 0.05) == pytest.approx(0.8, abs=0.07)
 
 
 @pytest.mark.parametrize("mean", [-1.5, -4.0, 0.3])
 def test_non_inferiority_is_scipys_one_sided_test(mean):
     points = np.random.default_rng(2).normal(mean, 3, 40)
-    found = stats.non_inferiority(rows_of(points).assign(seed=0), margin_points=2.0)
+    row = stats.non_inferiority(rows_of(points).assign(seed=0), margin_points=2.0)
     better = ttest_1samp(points, -2.0, alternative="greater")
-    assert found["p_non_inferior"] == pytest.approx(better.pvalue)
-    assert found["bound_points"] == pytest.approx(better.confidence_interval(0.95).low)
-    assert found["p_inferior"] == pytest.approx(ttest_1samp(points, -2.0, alternative="less").pvalue)
-    assert np.isnan(found["p_methods_non_inferior"])
+    assert row["p_non_inferior"] == pytest.approx(better.pvalue)
+    assert row["bound_points"] == pytest.approx(better.confidence_interval(0.95).low)
+    assert row["p_inferior"] == pytest.approx(ttest_1samp(points, -2.0, alternative="less").pvalue)
+    assert np.isnan(row["p_methods_non_inferior"])
 
 
 def test_images_of_one_group_are_one_cluster():

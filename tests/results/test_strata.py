@@ -16,7 +16,7 @@ from kdsweep.results.tables import strata
 NAMES = ("Teacher", "Student", "L_MSE", "H_MSE")
 
 
-def known(sweep):
+def with_lesions(sweep):
     """Every other image is malignant; areas fall from 36 x 10 px, image by image."""
     order = {image: number for number, image in enumerate(sorted(set(sweep.scores["image"])))}
     numbers = sweep.scores["image"].map(order)
@@ -25,20 +25,20 @@ def known(sweep):
 
 
 def test_members_of_each_stratum():
-    sweep = known(sweep_of(NAMES))
-    found = strata.members(sweep, images=set(sweep.scores["image"]))
-    assert [(kind, name, len(images)) for (kind, name), images in found.items()] == [
+    sweep = with_lesions(sweep_of(NAMES))
+    strata_images = strata.members(sweep, images=set(sweep.scores["image"]))
+    assert [(kind, name, len(images)) for (kind, name), images in strata_images.items()] == [
         ("label", "benign", 18),
         ("label", "malignant", 18),
         ("lesion size", "small (10 to 120 px)", 12),
         ("lesion size", "medium (130 to 240 px)", 12),
         ("lesion size", "large (250 to 360 px)", 12),
     ]
-    assert found["lesion size", "large (250 to 360 px)"][0] == "split0 image00"
+    assert strata_images["lesion size", "large (250 to 360 px)"][0] == "split0 image00"
 
 
 def test_each_model_is_compared_with_student_on_the_images_of_the_stratum():
-    table = strata.numbers(known(sweep_of(NAMES)))
+    table = strata.numbers(with_lesions(sweep_of(NAMES)))
     got = table[(table["stratum"] == "malignant")].set_index("notation")
     ours, student = (100 * dice_all(name)[1::2] for name in ("L_MSE", "Student"))
     assert got.loc["L_MSE", "mean_dice_percent"] == pytest.approx(ours.mean())
@@ -54,7 +54,7 @@ def test_each_model_is_compared_with_student_on_the_images_of_the_stratum():
 
 
 def test_a_missing_run_is_a_gap_in_every_stratum():
-    table = strata.numbers(known(with_status(sweep_of(NAMES), "L_MSE", 1, "FAILED")))
+    table = strata.numbers(with_lesions(with_status(sweep_of(NAMES), "L_MSE", 1, "FAILED")))
     assert set(table.loc[table["notation"] == "L_MSE", "gap"]) == {"failed: split 1"}
     text = shown(strata, table).set_index("Model").loc["L_MSE"]
     assert set(text["DSC %"]) == {f"{DASH} (failed: split 1)"}
@@ -68,7 +68,7 @@ def test_scores_without_labels_and_areas_have_no_strata():
 
 
 def test_the_table_of_strata_is_written(tmp_path):
-    written("strata", known(sweep_of(NAMES)), tmp_path)
+    written("strata", with_lesions(sweep_of(NAMES)), tmp_path)
     text = (tmp_path / "strata.md").read_text(encoding="utf-8")
     assert "| label malignant" in text
     assert "over the KD cells of each stratum" in text

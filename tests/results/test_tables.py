@@ -73,7 +73,7 @@ def role_of(notation):
 
 
 def run_row(notation, split, seed=0, /, **changes):
-    own = "Teacher_WAug" if notation.endswith("_WAug") else "Teacher"
+    teacher = "Teacher_WAug" if notation.endswith("_WAug") else "Teacher"
     row = {
         "fingerprint": fingerprint(notation, split, seed),
         "role": role_of(notation),
@@ -90,7 +90,7 @@ def run_row(notation, split, seed=0, /, **changes):
         "split_protocol": "",
         "split_digest": "",
         "device": "cuda",
-        "teacher": fingerprint(own, split, seed) if role_of(notation) == "distilled" else "",
+        "teacher": fingerprint(teacher, split, seed) if role_of(notation) == "distilled" else "",
         "status": "FINISHED",
         "run_id": "r",
         "params": {"train.lr": "0.0001", "split": str(split)},
@@ -225,7 +225,7 @@ def test_table4_shows_each_splits_mean_and_the_distance_to_the_paper(sweep, tabl
 
 def test_table4_tells_how_long_each_row_was_trained(sweep):
     sweep = only(sweep, "Teacher", "Student", "L_MSE", "H_KLD")
-    params = [own | {"train.epochs": "100"} for own in sweep.runs["params"]]
+    params = [params_of | {"train.epochs": "100"} for params_of in sweep.runs["params"]]
     is_student = sweep.runs["notation"] == "Student"
     epochs = np.where(is_student, 40.0 + sweep.runs["split"], 100.0)
     longer = changed(sweep, epochs=epochs, best_epoch=epochs - 31, params=params)
@@ -442,8 +442,8 @@ def test_without_student_its_columns_are_gaps_and_a_note_names_the_command(sweep
     never = only(sweep, "Teacher", "L_MSE")
     notes = four.footnotes(never, four.numbers(never), test="ttest")
     assert notes[-1].endswith("run it with `python -m kdsweep -m path=none sweep_name=study`.")
-    whole = four.footnotes(sweep, table4, test="ttest")
-    assert not any("path=none" in note for note in whole)
+    notes = four.footnotes(sweep, table4, test="ttest")
+    assert not any("path=none" in note for note in notes)
 
 
 def test_the_command_for_student_is_that_of_the_sweep_with_another_path(sweep):
@@ -516,7 +516,7 @@ def test_one_cell_of_other_options_is_refused_and_three_keys_are_named(sweep):
 
 def test_what_determines_no_result_and_the_factors_may_differ(sweep):
     sweep = only(sweep, "Teacher", "Student", "H_MSE", "HReg_KLD")
-    whole = table3.numbers(sweep)
+    expected = table3.numbers(sweep)
     for key in (
         *("device", "store", "sweep_name", "tracking.uri", "train.workers", "weights"),
         *("data.root", "data.source.root", "data.source.cache_dir"),
@@ -524,7 +524,7 @@ def test_what_determines_no_result_and_the_factors_may_differ(sweep):
     ):
         mixed = with_params(sweep, runs_of(sweep, "Student"), {key: "a"})
         mixed = with_params(mixed, runs_of(sweep, "H_MSE"), {key: "b"})
-        pd.testing.assert_frame_equal(table3.numbers(mixed), whole, obj=key)
+        pd.testing.assert_frame_equal(table3.numbers(mixed), expected, obj=key)
     for key in ("data.roots", "path_length", "train.workers_seed", "weights_decay", "teacher_seed"):  # only begin so
         with pytest.raises(InputError, match=f"mixes {key}=unset .* and {key}=1|mixes {key}=1 .* and {key}=unset"):
             table3.numbers(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "1"}))
@@ -532,23 +532,23 @@ def test_what_determines_no_result_and_the_factors_may_differ(sweep):
 
 def test_a_key_that_older_runs_have_not_had_its_default_there(sweep):
     sweep = only(sweep, "Teacher", "Student", "H_MSE", "HReg_KLD")
-    whole, defaults = table3.numbers(sweep), identity.params(composition.compose(["profile=quick"]))
+    expected, defaults = table3.numbers(sweep), identity.params(composition.compose(["profile=quick"]))
     for key in ("teacher.monitor", "teacher.epochs", "kd.lambda"):
         newer = with_params(sweep, runs_of(sweep, "H_MSE"), {key: str(defaults[key])})
-        pd.testing.assert_frame_equal(table3.numbers(newer), whole, obj=key)
+        pd.testing.assert_frame_equal(table3.numbers(newer), expected, obj=key)
         with pytest.raises(InputError, match=f"mixes {key}="):
             table3.numbers(with_params(sweep, runs_of(sweep, "H_MSE"), {key: "another"}))
 
 
 def test_a_teacher_option_concerns_the_cells_only(sweep):
     sweep = only(sweep, "Teacher", "Student", "H_MSE", "HReg_KLD")
-    whole = table3.numbers(sweep)
+    expected = table3.numbers(sweep)
     options = {"teacher.encoder": "resnet18", "kd.weight": "0.9"}
     for role in ("baseline", "teacher"):
         other = with_params(sweep, sweep.runs["role"] == role, options)
-        pd.testing.assert_frame_equal(table3.numbers(other), whole)
+        pd.testing.assert_frame_equal(table3.numbers(other), expected)
     cells = with_params(sweep, sweep.runs["role"] == "distilled", options)
-    pd.testing.assert_frame_equal(table3.numbers(cells), whole)
+    pd.testing.assert_frame_equal(table3.numbers(cells), expected)
     for key, one, other in (("teacher.encoder", "resnet18", "resnet34"), ("kd.weight", "0.9", "0.1")):
         mixed = with_params(cells, runs_of(cells, "HReg_KLD", [0]), {key: other})
         with pytest.raises(InputError) as caught:
@@ -616,8 +616,8 @@ def test_different_images_under_one_name_are_refused(sweep):
     """Student on one site, a cell on another: equal ids, other images."""
     other = sweep.runs["notation"] == "L_KLD"
     params = [
-        own | {"data.root": "siteB" if is_other else "siteA"}
-        for own, is_other in zip(sweep.runs["params"], other, strict=True)
+        values | {"data.root": "siteB" if is_other else "siteA"}
+        for values, is_other in zip(sweep.runs["params"], other, strict=True)
     ]
     mixed = changed(sweep, data_digest=np.where(other, "b" * 64, "a" * 64), params=params)
     with pytest.raises(InputError) as caught:
@@ -630,13 +630,13 @@ def test_different_images_under_one_name_are_refused(sweep):
 
 def test_two_states_of_a_users_code_are_refused_within_a_cell_and_not_between_cells(sweep):
     sweep = only(sweep, "Teacher", "Student", "L_KLD", "H_KLD")
-    own = sweep.runs["notation"] == "L_KLD"
-    four.numbers(changed(sweep, user_code=np.where(own, "c" * 64, "")))
-    first = own & (sweep.runs["split"] == 0)
+    is_user = sweep.runs["notation"] == "L_KLD"
+    four.numbers(changed(sweep, user_code=np.where(is_user, "c" * 64, "")))
+    first = is_user & (sweep.runs["split"] == 0)
     with pytest.raises(
         InputError, match=r"mixes two states of your code in L_KLD: digests cccccccc .L_KLD split 0. and dddddddd"
     ):
-        four.numbers(changed(sweep, user_code=np.where(first, "c" * 64, np.where(own, "d" * 64, ""))))
+        four.numbers(changed(sweep, user_code=np.where(first, "c" * 64, np.where(is_user, "d" * 64, ""))))
 
 
 def test_two_teachers_of_one_place_are_refused(sweep):
@@ -677,9 +677,9 @@ def test_table3_factors_and_means(sweep):
 
 
 def test_a_cell_of_ones_own_loss_comes_after_the_papers(sweep):
-    own = [run_row("L_MSE", split, notation="L_COS_WAug", fingerprint=f"own{split}") for split in (0, 1, 2)]
+    users = [run_row("L_MSE", split, notation="L_COS_WAug", fingerprint=f"own{split}") for split in (0, 1, 2)]
     scores = [score_rows("L_MSE", split).assign(fingerprint=f"own{split}") for split in (0, 1, 2)]
-    sweep = replace(sweep, runs=pd.concat([sweep.runs, pd.DataFrame(own)]), scores=pd.concat([sweep.scores, *scores]))
+    sweep = replace(sweep, runs=pd.concat([sweep.runs, pd.DataFrame(users)]), scores=pd.concat([sweep.scores, *scores]))
     last = table3.numbers(sweep).iloc[-1]
     assert last[["representation", "loss", "teacher_augmentation"]].tolist() == ["Logits", "COS", "weak"]
     assert last["mean_dice_percent"] == pytest.approx(100 * dice_all("L_MSE").mean())
@@ -755,15 +755,17 @@ def test_non_inferiority_to_its_own_teacher(sweep):
 def test_the_margin_is_the_sweeps_own_unless_the_table_is_given_one():
     sweep = sweep_of(("Student", "Teacher", "L_MSE"))
     margins = ["1.5", "3.5", *["2.5"] * (len(sweep.runs) - 2)]  # that of the run begun last counts
-    params = [own | {"stats.margin_points": each} for own, each in zip(sweep.runs["params"], margins, strict=True)]
-    asked = changed(sweep, params=params, started_ms=[5, 9, *[7] * (len(sweep.runs) - 2)])
-    table = four.numbers(asked)
+    params = [
+        values | {"stats.margin_points": each} for values, each in zip(sweep.runs["params"], margins, strict=True)
+    ]
+    varied = changed(sweep, params=params, started_ms=[5, 9, *[7] * (len(sweep.runs) - 2)])
+    table = four.numbers(varied)
     assert set(table["margin_points"]) == {3.5}
     assert "at most 3.5 points worse than Teacher" in shown(four, table)
-    given = four.numbers(asked, margin_points=1.0)
-    notes = " ".join(four.footnotes(asked, given, test="ttest"))
+    chosen = four.numbers(varied, margin_points=1.0)
+    notes = " ".join(four.footnotes(varied, chosen, test="ttest"))
     assert "at most 1 points worse than its Teacher, chosen for this table" in notes
-    assert "chosen for this table" not in " ".join(four.footnotes(asked, table, test="ttest"))
+    assert "chosen for this table" not in " ".join(four.footnotes(varied, table, test="ttest"))
 
 
 def test_several_seeds_answer_on_the_methods_too():
@@ -789,8 +791,8 @@ def test_footnotes_say_what_made_the_numbers(sweep, table4):
     )
     computed = {"precision": "tf32", "kd.teacher_precision": "tf32"}
     for teachers, words in (("tf32", ", precision tf32; "), ("bf16", ", precision tf32 (Teacher's forward bf16); ")):
-        own = computed | {"kd.teacher_precision": teachers}
-        params = [params | own for params in sweep.runs["params"]]
+        changed_keys = computed | {"kd.teacher_precision": teachers}
+        params = [params | changed_keys for params in sweep.runs["params"]]
         (first, *_) = below(sweep=replace(sweep, runs=sweep.runs.assign(params=params)), table=table4)
         assert f"device cuda{words}splits: 3" in first
     assert "Behboodi, Brooks, Rivaz 2025" in notes[-1]
@@ -869,7 +871,7 @@ def test_html_is_escaped_aligned_and_names_the_rows():
     assert lines[5].startswith(f'<tr><th scope="row">&lt;H&gt;</th>{unknown}')
 
 
-def test_a_module_in_the_folder_is_a_table_without_a_list_to_edit(asked, monkeypatch, tmp_path, capsys):
+def test_a_module_in_the_folder_is_a_table_without_a_list_to_edit(requests, monkeypatch, tmp_path, capsys):
     new = types.ModuleType("kdsweep.results.tables.new")
     new.make = lambda *_: SMALL
     monkeypatch.setitem(sys.modules, new.__name__, new)
@@ -880,7 +882,7 @@ def test_a_module_in_the_folder_is_a_table_without_a_list_to_edit(asked, monkeyp
     assert "L_MSE is 100 %" in capsys.readouterr().out
 
 
-def test_a_terminal_gets_the_answer(asked, tmp_path, monkeypatch, capsys):
+def test_a_terminal_gets_the_answer(requests, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     assert cli.main(["tables", "table4", "--out", str(tmp_path)]) == 0
@@ -911,7 +913,7 @@ def written(name, sweep, out):
 
 
 @pytest.fixture
-def asked(sweep, monkeypatch):
+def requests(sweep, monkeypatch):
     """A tracking module that holds this sweep; the list records what it was asked for."""
     calls = []
 
@@ -928,10 +930,10 @@ def asked(sweep, monkeypatch):
 
 
 @pytest.mark.parametrize("which", ["table3", "table4"])
-def test_the_command_prints_and_writes(asked, sweep, tmp_path, capsys, which):
+def test_the_command_prints_and_writes(requests, sweep, tmp_path, capsys, which):
     store = tmp_path / "store"
     assert cli.main(["tables", which, "--store", str(store)]) == 0
-    assert asked == [(store, None, None)]
+    assert requests == [(store, None, None)]
     printed = capsys.readouterr().out
     written = store / "tables"
     assert sorted(file.name for file in written.iterdir()) == [f"{which}.{suffix}" for suffix in ("csv", "md", "tex")]
@@ -945,7 +947,7 @@ def test_the_command_prints_and_writes(asked, sweep, tmp_path, capsys, which):
     assert r"\caption{Table" not in latex  # LaTeX counts tables itself
 
 
-def test_the_csv_reads_back_unrounded(asked, sweep, table4, tmp_path):
+def test_the_csv_reads_back_unrounded(requests, sweep, table4, tmp_path):
     assert cli.main(["tables", "table4", "--out", str(tmp_path)]) == 0
     with (tmp_path / "table4.csv").open(encoding="utf-8", newline="") as file:
         back = list(csv.DictReader(file))  # pandas' own reader may differ in the last digit
@@ -958,11 +960,11 @@ def test_the_csv_reads_back_unrounded(asked, sweep, table4, tmp_path):
     }
 
 
-def test_options_reach_their_place(asked, tmp_path, capsys):
+def test_options_reach_their_place(requests, tmp_path, capsys):
     uri, out = "http://localhost:5000", tmp_path / "a" / "b"
     command = ["table4", "--tracking-uri", uri, "--sweep", "study", "--out", str(out), "--test", "wilcoxon"]
     assert cli.main(["tables", *command]) == 0
-    assert asked == [(Path("multirun"), uri, "study")]
+    assert requests == [(Path("multirun"), uri, "study")]
     back = pd.read_csv(out / "table4.csv").set_index("notation")
     expected = wilcoxon(dice_all("L_MSE"), dice_all("Student")).pvalue
     assert back.loc["L_MSE", "student_p"] == pytest.approx(expected)
@@ -970,14 +972,14 @@ def test_options_reach_their_place(asked, tmp_path, capsys):
     assert "Wilcoxon signed-rank test" in capsys.readouterr().out
 
 
-def test_an_input_error_is_one_line_and_code_one(asked, tmp_path, capsys):
+def test_an_input_error_is_one_line_and_code_one(requests, tmp_path, capsys):
     assert cli.main(["tables", "table3", "--sweep", "nowhere", "--out", str(tmp_path)]) == 1
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "kdsweep: error: no sweep nowhere in this store\n")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(asked, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_one_line(requests, tmp_path, capsys):
     blocked = Path(tmp_path / "file")
     blocked.write_text("")
     assert cli.main(["tables", "table3", "--out", str(blocked)]) == 1
@@ -986,7 +988,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(asked, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_an_unknown_table_names_the_choices(asked, capsys):
+def test_an_unknown_table_names_the_choices(requests, capsys):
     assert cli.main(["tables", "table9"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("kdsweep: error: TABLE: table9 is not one of capacity, effects, ")
@@ -997,10 +999,12 @@ def test_an_unknown_table_names_the_choices(asked, capsys):
 def test_what_departs_from_the_papers_protocol_is_said():
     sweep = sweep_of()
     assert not any("protocol" in note for note in footnotes.provenance(sweep))
-    params = [own | {"image_size": "128", "weights": "none", "train.epochs": "500"} for own in sweep.runs["params"]]
+    params = [
+        values | {"image_size": "128", "weights": "none", "train.epochs": "500"} for values in sweep.runs["params"]
+    ]
     lines = [note for note in footnotes.provenance(changed(sweep, params=params)) if "protocol" in note]
-    told = "weights none instead of imagenet, image_size 128 instead of 224"
-    assert lines == [f"Not the protocol of the paper: {told}."]
+    what = "weights none instead of imagenet, image_size 128 instead of 224"
+    assert lines == [f"Not the protocol of the paper: {what}."]
     rated = [note for note in footnotes.provenance(rates({"0.0001": 0.0, "0.01": 0.0})) if "protocol" in note]
     assert rated == ["Not the protocol of the paper: train.lr 0.0001 and 0.01 instead of 0.0001."]
 
@@ -1020,13 +1024,13 @@ def rates(changes, key="train.lr", **options):
         one = sweep_of(**options)
         name = one.runs["fingerprint"] + f"-{value}"
         teacher = one.runs["role"] == "teacher"
-        own = one.runs.assign(
+        of_value = one.runs.assign(
             fingerprint=one.runs["fingerprint"].where(teacher, name),
             params=[{**params, key: value} for params in one.runs["params"]],
             variant=[decisions.used_by(role, {key: value}, {}) for role in one.runs["role"]],
         )
-        runs.append(own)
-        named = dict(zip(one.runs["fingerprint"], own["fingerprint"], strict=True))
+        runs.append(of_value)
+        named = dict(zip(one.runs["fingerprint"], of_value["fingerprint"], strict=True))
         scores.append(
             one.scores.assign(fingerprint=one.scores["fingerprint"].map(named), dice=one.scores["dice"] + shift)
         )
@@ -1173,7 +1177,7 @@ def test_two_protocols_in_one_sweep_are_refused_unless_it_varies_them():
 def test_the_corrected_test_knows_how_many_images_a_split_trains_on(recorded, ratio):
     sweep = sweep_of(["Student", "L_MSE"])
     is_student = sweep.runs["notation"] == "Student"  # of an earlier version, which recorded nothing
-    runs = sweep.runs.assign(tags=[{} if own else recorded for own in is_student])
+    runs = sweep.runs.assign(tags=[{} if without else recorded for without in is_student])
     row = four.numbers(replace(sweep, runs=runs)).set_index("notation").loc["L_MSE"]
     means = [np.mean(dice_of("L_MSE", split)) - np.mean(dice_of("Student", split)) for split in range(3)]
     t = np.mean(means) / np.sqrt((1 / 3 + ratio) * np.var(means, ddof=1))

@@ -14,8 +14,8 @@ from kdsweep.store import sweep_file
 
 def trial(notation, number, dice, *, size=2, seconds=1.0, **about):
     state = {"state": "COMPLETE", "is_chosen": False, "value": max(dice), "params": {}, "split": 0, "role": "baseline"}
-    own = {"notation": notation, "number": number, "round": number // size, "dice": dice}
-    return {**state, **own, "seconds": [seconds] * len(dice), **about}
+    row = {"notation": notation, "number": number, "round": number // size, "dice": dice}
+    return {**state, **row, "seconds": [seconds] * len(dice), **about}
 
 
 @pytest.fixture
@@ -35,11 +35,11 @@ def trials():
 
 
 def test_trials_of_a_round_advance_side_by_side_and_their_seconds_add_up(trials):
-    found = tuned.best_by_seconds(trials)
-    own = found[found["notation"] == "A"]
-    assert list(own["seconds"]) == [2, 4, 6, 8]  # epochs 1 and 2 of both trials of the first round, then of the second
-    assert list(own["best_dice"]) == [0.2, 0.3, 0.5, 0.6]
-    other = found[found["notation"] == "B"]
+    curves = tuned.best_by_seconds(trials)
+    of_a = curves[curves["notation"] == "A"]
+    assert list(of_a["seconds"]) == [2, 4, 6, 8]  # epochs 1 and 2 of both trials of the first round, then of the second
+    assert list(of_a["best_dice"]) == [0.2, 0.3, 0.5, 0.6]
+    other = curves[curves["notation"] == "B"]
     assert list(other["seconds"]) == [4, 6, 10, 12]  # a pruned trial costs what it has taken
     assert list(other["best_dice"]) == [0.3, 0.4, 0.4, 0.4]
 
@@ -53,20 +53,20 @@ def test_equal_seconds_are_those_of_the_cheapest_method(trials):
 
 
 def test_what_a_row_says_of_its_trials(trials):
-    found = tuned._tried(trials[trials["notation"] == "B"])
-    assert found["trials"] == 4
-    assert found["pruned"] == 0.5
-    assert found["failed"] == 0.25
-    assert found["seconds"] == 12
-    assert found["val_dice_percent"] == pytest.approx(40)
-    assert found["chosen"] == "split 0: as configured"
+    row = tuned._tried(trials[trials["notation"] == "B"])
+    assert row["trials"] == 4
+    assert row["pruned"] == 0.5
+    assert row["failed"] == 0.25
+    assert row["seconds"] == 12
+    assert row["val_dice_percent"] == pytest.approx(40)
+    assert row["chosen"] == "split 0: as configured"
     assert tuned._tried(trials[trials["notation"] == "A"])["chosen"] == "split 0: train.lr=0.00123"
 
 
 def test_seconds_of_several_splits_are_a_mean(trials):
-    second = trials.assign(split=1, seconds=trials["seconds"].map(lambda own: [3 * s for s in own]))
-    found = tuned._tried(pd.concat([trials, second])[lambda table: table["notation"] == "A"])
-    assert found["seconds"] == (8 + 24) / 2
+    second = trials.assign(split=1, seconds=trials["seconds"].map(lambda seconds: [3 * s for s in seconds]))
+    row = tuned._tried(pd.concat([trials, second])[lambda table: table["notation"] == "A"])
+    assert row["seconds"] == (8 + 24) / 2
 
 
 def test_a_figure_has_a_panel_for_each_method(trials):
@@ -91,9 +91,9 @@ def test_a_method_that_stays_as_configured_is_not_tested(trials):
     assert table.loc["Student", ["p", "p_holm", "p_methods", "detectable_points"]].isna().all()
     assert table.loc["L_MSE", "p_holm"] == table.loc["L_MSE", "p"]  # a family of one
     assert table.loc["L_MSE", "difference_points"] < 0
-    told = tuned.footnotes(tuning, table.reset_index(), test="ttest")
-    assert any(note.startswith("A difference of 0 without p") for note in told)
-    assert not any("differences from 0.0 points" in note for note in told)
+    notes = tuned.footnotes(tuning, table.reset_index(), test="ttest")
+    assert any(note.startswith("A difference of 0 without p") for note in notes)
+    assert not any("differences from 0.0 points" in note for note in notes)
     (line,) = tuned.sentences(table.reset_index())
     assert line.startswith("These methods: L_MSE tuned: ")
     assert "Student" not in line

@@ -52,7 +52,7 @@ class Studies:
 
     def ask(self, count, *, name="study", **attrs):
         if name == "study" and not attrs and not self.file.exists():
-            self.file.write_bytes(asked(count, self.size))
+            self.file.write_bytes(empty_study(count, self.size))
             return
         self.ask_for(count, name=name, **attrs)
 
@@ -86,7 +86,7 @@ class Studies:
 
 
 @functools.cache
-def asked(count, size):
+def empty_study(count, size):
     """Return the database of a study that was asked for so many trials and for nothing else."""
     with tempfile.TemporaryDirectory() as folder:
         studies = Studies(folder, size=size)
