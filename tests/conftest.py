@@ -2,14 +2,11 @@
 
 import gc
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import composing  # noqa: F401  # its import makes Hydra remember
 import numpy as np
 import pytest
-from hydra.conf import HydraConf
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 SMALL_COUNT = 25  # 16 for training, 4 for validation, 5 for test
@@ -92,25 +89,3 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("set KDSWEEP_REAL_DATA to the folder that holds busi163 and busi-originals")
     return Path(folder)
-
-
-@pytest.fixture
-def job_config(tmp_path: Path) -> Callable[..., DictConfig]:
-    """Makes the configuration of a Hydra job that knows its ``number`` and logs to its folder alone."""
-
-    def make(number: int, *, subdir: str) -> DictConfig:
-        log_file = "${hydra.runtime.output_dir}/job.log"
-        handlers = {"file": {"class": "logging.FileHandler", "filename": log_file}}
-        quiet = {"version": 1, "disable_existing_loggers": False}
-        nodes = {
-            "sweep": {"dir": str(tmp_path), "subdir": subdir},
-            "job": {"id": str(number), "num": number, "name": "job", "chdir": False},
-            "overrides": {"task": [f"number={number}"]},
-            "job_logging": {**quiet, "handlers": handlers, "root": {"level": "INFO", "handlers": ["file"]}},
-            "hydra_logging": {**quiet, "root": {"handlers": []}},
-        }
-        config = OmegaConf.create({"number": number})
-        config.hydra = OmegaConf.merge(OmegaConf.structured(HydraConf), nodes)
-        return config
-
-    return make

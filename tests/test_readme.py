@@ -312,9 +312,8 @@ def of_seed_0() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def test_the_studys_table_is_that_of_its_file() -> None:
-    text = RESULTS
     expected = rows_of(study("table4"))
-    assert [line for line in text.splitlines() if re.match(r"\| [A-Z]\w", line)] == expected
+    assert [line for line in RESULTS.splitlines() if re.match(r"\| [A-Z]\w", line)] == expected
     assert len(expected) == 15
 
 

@@ -58,8 +58,9 @@ with x as taught, y as theirs: pass
 lambda evidence: 0
 [0 for asked in []]
 import os as torn
+def test_a_sentence_that_is_told(asked_for): pass
 """
-    names = "found own given Book told whole_path known wanted taught theirs evidence asked torn"
+    names = "found own given Book told whole_path known wanted taught theirs evidence asked torn asked_for"
     assert {line.rpartition(" ")[2] for line in bad_names(bound)} == set(names.split())
     assert bad_names("study.tell(trial)\nparser.parse_known_args()\nunknown = shown = 1") == []
 
