@@ -88,7 +88,7 @@ def variants(sweep: Sweep) -> dict[str, Sweep]:
         if not any(setting.items() < other.items() for other in different.values())
     }
     if len(complete) < 2:
-        return {"": replace(sweep, varied=())}
+        return {"": replace(sweep, varied=()) if sweep.varied else sweep}  # the same, whose numbers may be there
     parts = {}
     for label, setting in sorted(complete.items(), key=lambda each: [rank(value) for value in each[1].values()]):
         chosen = cells[[each.items() <= setting.items() for each in settings]]
