@@ -329,12 +329,12 @@ def exit_codes(kind: str, *, caught: bool) -> set[int]:
 
 def contents(store: Path) -> Contents:
     """All of a store that an interruption must not change, by name: files, tables, MLflow."""
-    contents = dict(_tables(store))
+    values = dict(_tables(store))
     for file in sorted(store.rglob("*")):
         name = file.relative_to(store)
         if file.is_file() and name.parts[0] not in ("artifacts", "tables"):
-            contents[f"file {name}"] = file_digest(file) if file.name in COMPARED else "there"
-    return contents | dict(_runs(store))
+            values[f"file {name}"] = file_digest(file) if file.name in COMPARED else "there"
+    return values | dict(_runs(store))
 
 
 def _tables(store: Path) -> Iterator[tuple[str, str]]:
