@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from kdsweep import conf_dir
 from kdsweep.config import composition, inputs
 from kdsweep.config.composition import compose_jobs
-from kdsweep.data import sources
 from kdsweep.results import frame
 from kdsweep.store import cell_folder, sweep_file
 from kdsweep.sweep import estimate, plan
@@ -97,8 +96,8 @@ def jobs_of(*of) -> list[plan.Job]:
 def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
     sweep, small_busi, tmp_path, monkeypatch, step
 ):
-    calls = {"listing": 0, "read": 0, "read_finished": 0}
-    for owner, name in ((sources, "listing"), (composition, "read"), (cell_folder, "read_finished")):
+    calls = {"list_images": 0, "read": 0, "read_finished": 0}
+    for owner, name in ((inputs, "list_images"), (composition, "read"), (cell_folder, "read_finished")):
         inner = getattr(owner, name)
 
         def counted(*args, inner=inner, name=name):
@@ -118,8 +117,8 @@ def test_a_plan_reads_images_once_each_configuration_once_and_each_teacher_once(
         counts.append({name: calls[name] - before[name] for name in calls})
     few, many = counts
     if step == "read":
-        assert many == {"listing": 0, "read": 16, "read_finished": 16}
-        assert few["listing"] == 1
+        assert many == {"list_images": 0, "read": 16, "read_finished": 16}
+        assert few["list_images"] == 1
     else:
         assert few["read_finished"] == many["read_finished"] == 1  # the one Teacher
         assert few["read"] == many["read"] == 0

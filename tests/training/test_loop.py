@@ -24,7 +24,7 @@ from kdsweep.evaluation.metrics import mean_dice
 from kdsweep.models import networks
 from kdsweep.models.networks import Outputs
 from kdsweep.store import cell_folder, checkpoint
-from kdsweep.training import build, lockstep, loop, outcome
+from kdsweep.training import build, group, lockstep, loop, outcome
 from kdsweep.training.learner import DivergedError
 from kdsweep.training.meter import EpochMeter
 
@@ -547,7 +547,7 @@ def test_a_teacher_read_from_the_store_teaches_as_the_one_just_trained(compose, 
     caplog.set_level("INFO")
     cfg = compose("path=L", "train.epochs=1", f"store={tmp_path}", networks=REAL)
     cell = identity.teacher_cell(cfg)
-    trained, read = (lockstep.obtain_teachers([identity.job(cfg)])[cell.fingerprint] for _ in range(2))
+    trained, read = (group.obtain_teachers([identity.job(cfg)])[cell.fingerprint] for _ in range(2))
     assert caplog.text.count("not in the store yet") == 1  # trained once, then read
     assert not read.training
     images = torch.randn(3, 3, 64, 64).to(memory_format=torch.channels_last)
