@@ -357,9 +357,9 @@ def _runs(store: Path) -> Iterator[tuple[str, str]]:
     seen: Counter[str] = Counter()
     for name, run in zip(names, runs, strict=True):
         seen[name] += 1
-        run = name if seen[name] == 1 else f"{name} again"
+        label = name if seen[name] == 1 else f"{name} again"
         for key, value in _run(client, run, store):
-            yield f"{run}, {key}", value
+            yield f"{label}, {key}", value
     strays = {folder.name for folder in store.glob("artifacts/*")} - {run.info.run_id for run in everything}
     yield "artifacts of no run", ", ".join(sorted(strays))
 
