@@ -169,6 +169,7 @@ def test_each_split_has_its_choice_and_each_seed_is_trained_with_it(small_busi, 
     rows = trials(store)
     assert dict(rows.groupby("split").size()) == {0: 3, 1: 3}, "as many trials, however many seeds there are"
     chosen = rows[rows["is_chosen"]].set_index("split")["params"]
+    assert any(chosen), "a split where the configured settings lose"
     for name in ("busi-quick", "busi-quick-tuned"):
         runs = reader.read_sweep(store=store, uri=None, name=name).runs
         assert sorted(zip(runs["split"], runs["seed"], strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
