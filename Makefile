@@ -6,6 +6,8 @@ PY := $(VENV)/bin/python
 ARGS ?=
 STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
 READY := $(VENV)/.ready
+# What is imported is compiled then, once; pip would compile 23,000 files, most of which nothing imports.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
@@ -17,12 +19,10 @@ help: ## Show this list
 
 setup: $(READY) ## Make .venv with everything that runs and tests need (about 6 GB)
 
-# pip would compile on one core, compileall uses all; it fails for the templates that some packages hold.
 $(READY): pyproject.toml kdsweep/plugins/hydra_plugins/kdsweep_lockstep.py  # both are copied when it is installed
 	$(PYTHON) -c 'import sys; sys.exit("kdsweep needs Python 3.11 or newer, PYTHON=%s is %s" % (sys.executable, sys.version.split()[0])) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
-	$(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick, then Tables 3 and 4
