@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +45,8 @@ LEFTOVERS = (".*.part", ".making-*", "checkpoint.previous.pt", "failed.json")
 EARLIEST_S = 1.0
 BIRTH_S = 1.0
 FINISHED_S = 3.0  # what the command takes that finds everything finished
-END_WITHIN_S = 60.0  # after a signal, or the death of a child without which nothing is left to train
+RESUME_S = 8.0  # after the death of a child, whose cells resume in halves; then the command is stopped
+END_WITHIN_S = 60.0  # after a signal
 RUN_WITHIN_S = 7200.0
 SHOWN = 20  # differences
 
@@ -242,12 +243,13 @@ class Pace:
     total_s: float
     folders: int
 
-    def longest_s(self, kills: int) -> float:
+    def longest_s(self, kills: Sequence[Kill]) -> float:
         """The latest moment of a kill for which so many starts, ended in [EARLIEST_S, this], train as long in all.
 
         With s the start, m the training per start and 1 the earliest: (D - s)^2 = 2 m (D - 1), D >= s.
         """
-        share = (self.total_s - self.start_s) / kills
+        resumed_s = RESUME_S * sum(kill.kind == "child" for kill in kills)
+        share = max(self.total_s - self.start_s - resumed_s, 0.0) / len(kills)
         root = math.sqrt(share**2 + 2 * share * max(self.start_s - EARLIEST_S, 0.0))
         return min(self.start_s + share + root, self.total_s)
 
@@ -287,8 +289,8 @@ def perform(sweep: Sweep, kill: Kill, *, longest_s: float, folders: int) -> tupl
     allowed = exit_codes(kind, caught=catches_signals(process.pid))
     strike(kind, process)
     struck_s = time.monotonic()
-    code = ends_within(process, END_WITHIN_S)
-    if code is None and kind == "child":  # the cells of the lost process resume in halves, so the command trains on
+    code = ends_within(process, RESUME_S if kind == "child" else END_WITHIN_S)
+    if code is None and kind == "child":
         allowed |= exit_codes("SIGTERM", caught=True)
         strike("SIGTERM", process)
         code = ends_within(process, END_WITHIN_S)
@@ -436,7 +438,7 @@ def chaos(calm: Sweep, killed: Sweep, *, kills: list[Kill], longest_s: float | N
     """Run both sweeps; kills by kind, and all that is wrong in the end."""
     pace = unbroken(calm)
     calm.check_saved("unbroken")
-    longest_s = longest_s or pace.longest_s(len(kills))
+    longest_s = longest_s or pace.longest_s(kills)
     tell(
         f"unbroken: {calm.state()} in {pace.total_s:.0f} s, training from {pace.start_s:.0f} s on; "
         f"kills after {EARLIEST_S:.0f} to {longest_s:.0f} s"
