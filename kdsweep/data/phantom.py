@@ -45,7 +45,7 @@ class Phantom:
 
 
 def cohort(*, count: int, seed: int) -> Iterator[Phantom]:
-    """Yield phantoms lazily, benign and malignant mixed in the ratio 110 to 53.
+    """Yield phantoms lazily, labeled as ``labels`` says.
 
     A shorter cohort of the same seed is the beginning of a longer one.
 
@@ -53,8 +53,17 @@ def cohort(*, count: int, seed: int) -> Iterator[Phantom]:
         count: Number of phantoms, at least 1.
         seed: Seed of the cohort, at least 0.
 
-    Returns:
-        Iterator over `count` phantoms; 163 hold exactly 110 benign and 53 malignant ones.
+    Raises:
+        InputError: `count` is below 1.
+    """
+    return (phantom(seed=seed, index=index, label=label) for index, label in enumerate(labels(count)))
+
+
+def labels(count: int) -> Iterator[str]:
+    """Yield the labels of a cohort lazily: benign and malignant mixed in the ratio 110 to 53.
+
+    Args:
+        count: Number of phantoms, at least 1; 163 hold exactly 110 benign and 53 malignant ones.
 
     Raises:
         InputError: `count` is below 1.
@@ -66,8 +75,7 @@ def cohort(*, count: int, seed: int) -> Iterator[Phantom]:
     def malignant_before(index: int) -> int:
         return (2 * index * part + total) // (2 * total)  # index * part / total, rounded
 
-    labels = (LABELS[malignant_before(index + 1) - malignant_before(index)] for index in range(count))
-    return (phantom(seed=seed, index=index, label=label) for index, label in enumerate(labels))
+    return (LABELS[malignant_before(index + 1) - malignant_before(index)] for index in range(count))
 
 
 def phantom(*, seed: int, index: int, label: str) -> Phantom:

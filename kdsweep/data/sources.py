@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -224,12 +225,17 @@ class Phantoms:
             shutil.rmtree(left)
         scratch = Path(tempfile.mkdtemp(dir=root.parent, prefix=".making-"))
         log.info("making %d phantoms, once: %s", self.count, root)
+
+        def write(index: int, label: str) -> None:
+            item = phantom.phantom(seed=self.seed, index=index, label=label)
+            folder = scratch / label
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(item.image).save(folder / f"{item.id}.png", compress_level=1)
+            Image.fromarray(item.mask * np.uint8(255)).save(folder / f"{item.id}_mask.png")
+
         try:
-            for item in phantom.cohort(count=self.count, seed=self.seed):
-                folder = scratch / item.label
-                folder.mkdir(exist_ok=True)
-                Image.fromarray(item.image).save(folder / f"{item.id}.png", compress_level=1)
-                Image.fromarray(item.mask * np.uint8(255)).save(folder / f"{item.id}_mask.png")
+            with ThreadPoolExecutor() as threads:  # NumPy, OpenCV and Pillow work outside Python's lock
+                list(threads.map(write, range(self.count), phantom.labels(self.count)))
             scratch.replace(root)
         except OSError:  # a full disk: what was written would keep it full
             shutil.rmtree(scratch, ignore_errors=True)

@@ -7,6 +7,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openpyxl
@@ -300,7 +301,7 @@ def phantom_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_phantoms_are_made_once_and_then_read(phantom_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = phantoms(phantom_cache).entries()
     written = {file: file.stat().st_mtime_ns for file in phantom_cache.rglob("*.png")}
-    monkeypatch.setattr(phantom, "cohort", lambda **_: pytest.fail("the phantoms were made again"))
+    monkeypatch.setattr(phantom, "phantom", lambda **_: pytest.fail("the phantoms were made again"))
     assert phantoms(phantom_cache).entries() == first
     assert {file: file.stat().st_mtime_ns for file in phantom_cache.rglob("*.png")} == written
     assert list(phantom_cache.glob(".making-*")) == []  # what a killed process left is gone
@@ -319,14 +320,14 @@ def test_phantoms_of_another_count_or_seed_are_in_another_folder(tmp_path: Path)
 
 
 def test_phantoms_that_two_want_at_once_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cohort, made = phantom.cohort, []
+    make, made = phantom.phantom, []
 
-    def slow_cohort(**arguments: int):
+    def make_slowly(**arguments: Any) -> phantom.Phantom:
         made.append(arguments)
         time.sleep(0.5)
-        return cohort(**arguments)
+        return make(**arguments)
 
-    monkeypatch.setattr(phantom, "cohort", slow_cohort)
+    monkeypatch.setattr(phantom, "phantom", make_slowly)
     with ThreadPoolExecutor(2) as pool:
         listed = list(pool.map(lambda _: phantoms(tmp_path, count=1).entries(), range(2)))
     assert listed[0] == listed[1]
