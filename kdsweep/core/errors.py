@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ParamSpec
 
@@ -55,6 +55,12 @@ def one_line(error: BaseException) -> str:
         owner = _owner(Path(os.fsdecode(error.filename))) if isinstance(error, PermissionError) else ""
         return f"{error.filename or 'the disk'}: {error.strerror}{owner}; when that is fixed the same command resumes"
     return f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def some(names: Sequence[str], *, most: int, separator: str = ", ") -> str:
+    """Return names in one line, those after the first ``most`` as their number."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
 
 
 def _owner(path: Path) -> str:

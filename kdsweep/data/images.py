@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from kdsweep.core.errors import InputError
+from kdsweep.core.errors import InputError, some
 from kdsweep.core.files import folded
 from kdsweep.core.logs import FILE_ONLY
 from kdsweep.core.memory import available_memory
@@ -102,10 +102,8 @@ def load_images(source: Source, *, load_size: int, image_size: int, allow_empty_
         read = track(threads.map(load, entries), what="reading images", unit="image", total=len(entries))
         results = list(read)
     if problems := [str(result) for result in results if isinstance(result, FileError)]:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise InputError(
-            f"data={source.name}: {len(problems)} of {len(entries)} images: {'; '.join(problems[:10])}{more}"
-        )
+        lines = some(problems, most=10, separator="; ")
+        raise InputError(f"data={source.name}: {len(problems)} of {len(entries)} images: {lines}")
     loaded = [result for result in results if isinstance(result, _Loaded)]
     ids, labels = ([getattr(entry, name) for entry in entries] for name in ("id", "label"))
     names = tuple(name for name, _ in entries[0].classes or ())
@@ -133,9 +131,8 @@ def _report(name: str, warnings: dict[str, list[str]], *, image_size: int, remed
     for kind, text in WARNINGS.items():
         if not (ids := [image_id for image_id, kinds in warnings.items() if kind in kinds]):
             continue
-        more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
         line = f"data={name}: {len(ids)} of {len(warnings)} images {text.format(size=image_size)}"
-        line += f" ({', '.join(ids[:NAMED])}{more})"
+        line += f" ({some(ids, most=NAMED)})"
         if kind == "full" and 2 * len(ids) > len(warnings):
             raise InputError(f"{line}; {remedy}")
         log.warning("%s", line, extra=extra)

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from kdsweep.core.errors import some
 from kdsweep.data.folders import DICOM
 
 if TYPE_CHECKING:
@@ -278,5 +279,4 @@ def named_colors(colors: np.ndarray) -> str:
     """Return the first colors (N, C) in words, gray ones as one number."""
     colors = np.unique(colors, axis=0)
     names = [str(color[0]) if len(set(color)) == 1 else f"({', '.join(map(str, color))})" for color in colors.tolist()]
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"the {'value' if len(names) == 1 else 'values'} {', '.join(names[:5])}{more}"
+    return f"the {'value' if len(names) == 1 else 'values'} {some(names, most=5)}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdsweep.config.inputs import INSTALL, PACKAGE, package_file
-from kdsweep.core.errors import InputError, reading
+from kdsweep.core.errors import InputError, reading, some
 from kdsweep.core.files import file_digest
 from kdsweep.models.module import ModuleNetwork
 from kdsweep.models.networks import Network
@@ -143,8 +143,7 @@ def _as_encoder(state: dict[str, Tensor], network: UNet) -> Fit:
 def _names(*, expected: dict[str, Tensor], offered: dict[str, Tensor]) -> str:
     """Return the first names that only one side has, for an error; nothing if both have the same."""
     sides = {"the file": offered.keys() - expected.keys(), "the network": expected.keys() - offered.keys()}
-    listed = [f"{side} alone has {', '.join(sorted(keys)[:5])}" for side, keys in sides.items() if keys]
-    return f"; {'; '.join(listed)}" if listed else ""
+    return "".join(f"; {side} alone has {some(sorted(keys), most=5)}" for side, keys in sides.items() if keys)
 
 
 def _thinned(state: dict[str, Tensor], *, shapes: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from kdsweep.config import decisions, grid, identity, inputs
 from kdsweep.config.grid import TEACHER, Cell
 from kdsweep.config.identity import Job
 from kdsweep.config.schema import Settings
+from kdsweep.core.errors import some
 from kdsweep.core.progress import duration, left_s, plural
 from kdsweep.data.folders import QUIET, ignored_line
 from kdsweep.store import cell_folder
@@ -21,6 +22,8 @@ from kdsweep.sweep import plan
 from kdsweep.sweep.plan import key_of
 
 log = logging.getLogger(__name__)
+
+NAMED = 12  # Teachers in a plan
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         lines.append(f"group {number}: {size}, {where}, {time}: {listed}")
     waiting = list(chain(*groups))
     if teachers := [cell.title for cell in _untrained_teachers(waiting)]:
-        lines.append(f"Teachers first, {duration(teachers_s(waiting, preview))}: {', '.join(teachers)}")
+        names = some(teachers, most=NAMED)
+        lines.append(f"Teachers first, {duration(teachers_s(waiting, preview))}: {names}")
     hours = longest_s(groups, preview) / 3600
     lines.append(f"at most {hours:.2g} device hours from one timed step on {preview.timed_on}; nothing was started")
     return "\n".join(lines)

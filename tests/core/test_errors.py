@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kdsweep.core.errors import TRACEBACK, CellError, InputError, command, reading
+from kdsweep.core.errors import TRACEBACK, CellError, InputError, command, reading, some
 from kdsweep.core.signals import Stopped
 
 HINT = f"; {TRACEBACK}=1 before the command shows where"
@@ -160,3 +160,11 @@ def test_reading_leaves_errors_that_are_written_for_the_user(error) -> None:
     with pytest.raises(type(error)) as caught, reading("f", what="x", remedy="y"):
         raise error
     assert caught.value is error
+
+
+def test_names_beyond_the_most_are_counted() -> None:
+    assert [some("abcd", most=most, separator="; ") for most in (2, 3, 4)] == [
+        "a; b and 2 more",
+        "a; b; c and 1 more",
+        "a; b; c; d",
+    ]

@@ -488,7 +488,7 @@ def test_with_several_seeds_the_caption_names_the_seed(study, tmp_path):
         ({"models": ["L_MSE"]}, r"--models L_MSE: no finished run in sweep study, split 0; finished there: Teacher, T"),
         ({"split": 7}, r"--split 7: not in sweep study; it has 0, 1"),
         ({"split": 1, "seed": 5}, r"--seed 5: not in sweep study split 1; it has 0"),
-        ({"split": 0, "ids": ["x"]}, r"--image x: not a test image of split 0; there are 5: (\w+ \(\d+\),? ?){5}$"),
+        ({"split": 0, "ids": ["x"]}, r"--image x: not a test image of split 0; there are (\w+ \(\d+\),? ?){5}$"),
         ({"count": 6}, r"--count 6: must be 1 to 5"),
     ],
 )

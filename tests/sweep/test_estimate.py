@@ -142,6 +142,12 @@ def test_the_overview_has_each_group_and_the_hours(jobs):
     assert estimate.overview(cells, groups=[], preview=None) == describe(cells, preview=None)
 
 
+def test_an_overview_counts_the_teachers_beyond_the_first(jobs):
+    groups = [[cell] for cell in jobs(*([*SHORT, "path=L", f"seed={seed}"] for seed in range(15)))]
+    *_, teachers, _ = estimate.overview(list(itertools.chain(*groups)), groups=groups, preview=PREVIEW).splitlines()
+    assert teachers.endswith("Teacher_WAug split 0 seed 10, Teacher_WAug split 0 seed 11 and 3 more")
+
+
 def test_what_is_ignored_is_counted_in_the_first_line_and_named_once(small_busi, tmp_path):
     root = shutil.copytree(small_busi, tmp_path / "busi")
     shutil.copytree(root / "benign", root / "cyst")

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from kdsweep.config.grid import run_folder
-from kdsweep.core.errors import InputError
+from kdsweep.core.errors import InputError, some
 from kdsweep.data import run_data, sources
 from kdsweep.data.listing import list_images
 from kdsweep.results.figures.contours import PATH_ROWS
@@ -120,8 +120,8 @@ def choose(dice: pd.DataFrame, *, count: int, ids: Sequence[str], where: str) ->
     ranking = f"{len(dice)} test images by {by}"
     for image in ids:
         if image not in ranked:
-            there = ", ".join(sorted(ranked)[:5]) + (", ..." if len(ranked) > 5 else "")
-            raise InputError(f"--image {image}: not a test image of {where}; there are {len(ranked)}: {there}")
+            there = some(sorted(ranked), most=5)
+            raise InputError(f"--image {image}: not a test image of {where}; there are {there}")
     if ids:
         return {image: f"chosen by hand, place {ranked.index(image) + 1} of {ranking}" for image in ids}
     if not 1 <= count <= len(ranked):

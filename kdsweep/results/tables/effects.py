@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from kdsweep.core.errors import InputError
+from kdsweep.core.errors import InputError, some
 from kdsweep.results import notes
 from kdsweep.results.formats import after_holm, on_methods, or_gap, points
 from kdsweep.results.frame import Scores, each_variant
@@ -102,7 +102,9 @@ def _row(effect: Effect, *, dice: pd.DataFrame, why: dict[str, str], test: str) 
     )
     names = [f"{plus} - {minus}" for _, plus, minus in effect]
     reasons = pd.Series(why)[signs != 0].loc[lambda reason: reason != ""]
-    needs = "; ".join(f"{_some(list(part.index))} ({gap})" for gap, part in reasons.groupby(reasons, sort=False))
+    needs = "; ".join(
+        f"{some(list(part.index), most=NAMED)} ({gap})" for gap, part in reasons.groupby(reasons, sort=False)
+    )
     rows = pd.DataFrame()
     if not needs:
         plus, minus = (dice[signs.index[signs == sign]].mean(axis=1) for sign in (1, -1))
@@ -114,11 +116,6 @@ def _row(effect: Effect, *, dice: pd.DataFrame, why: dict[str, str], test: str) 
         **compare(rows, test=test),
         "gap": f"needs {needs}" if needs else "",
     }
-
-
-def _some(cells: list[str]) -> str:
-    more = len(cells) - NAMED
-    return ", ".join(cells[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def sentences(table: pd.DataFrame) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from kdsweep.core.errors import InputError
+from kdsweep.core.errors import InputError, some
 from kdsweep.results import notes
 from kdsweep.results.formats import after_holm, number, on_methods, points, with_interval
 from kdsweep.results.frame import Scores, variants
@@ -78,7 +78,7 @@ def _against(ours: Scores, base: Scores, *, test: str) -> list[dict[str, Any]]:
     if not cells:
         return rows
     missing = [name for name in cells if why[name]]
-    gap = f"needs {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}" if missing else ""
+    gap = f"needs {some(missing, most=3)}" if missing else ""
     return [*rows, {"notation": ALL} | _compared(ours, base, cells, gap=gap, test=test)]
 
 
