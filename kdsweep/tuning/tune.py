@@ -146,12 +146,15 @@ def check(jobs: Sequence[Job], *, space: Space, read: Read) -> None:
         for name in ("train", "teacher") if settings.is_distilled else ("train",):
             if (monitor := getattr(settings, name).monitor) != "dice":
                 raise InputError(f"{name}.monitor={monitor}: all methods are chosen by one measure; give dice")
-        if settings.train.patience < settings.train.epochs:
-            why = "a method would be stopped by its curve, so that budgets differ"
-            raise InputError(f"train.patience={settings.train.patience}: {why}; give train.patience=${{train.epochs}}")
     if not space:
         raise InputError(f"{spaces.KEY}: all of its keys are null, so nothing is tuned; give one its values")
-    methods = methods_of(jobs, space).values()
+    methods = list(methods_of(jobs, space).values())
+    for method in (method for method in reversed(methods) if method.space):  # what Teachers have may be of Students
+        name, settings = "teacher" if method.role == "teacher" else "train", method.job.settings
+        patience = settings.teacher_patience if name == "teacher" else settings.train.patience
+        if patience < method.epochs:
+            why = "a method would be stopped by its curve, so that budgets differ"
+            raise InputError(f"{name}.patience={patience}: {why}; give {name}.patience={method.epochs}")
     overrides = {override.lstrip("+") for job in jobs for override in job.overrides}
     for key, values in space.items():
         if sum(override.startswith(f"{key}=") for override in overrides) > 1:
