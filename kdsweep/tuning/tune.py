@@ -121,7 +121,8 @@ def methods_of(jobs: Sequence[Job], space: Space) -> dict[str, Method]:
     methods: dict[str, Method] = {}
     for job in jobs:
         for cell in filter(None, (job.cell.teacher, job.cell)):
-            used = spaces.used(space, role=cell.role, params=identity.params(job.settings))
+            is_trained = not cell.members  # an ensemble is made of its members, which are trained as configured
+            used = spaces.used(space, role=cell.role, params=identity.params(job.settings)) if is_trained else {}
             methods.setdefault(key_of(cell), Method(replace(job, cell=cell), used))
     return dict(sorted(methods.items(), key=lambda pair: pair[1].role != "teacher"))
 

@@ -499,6 +499,14 @@ def test_bad_input_is_refused_before_anything_begins(small_busi, tmp_path):
         assert not (tmp_path / "store" / "cells").exists(), expected
 
 
+def test_an_ensemble_is_not_tuned(small_busi, tmp_path):
+    words = [*METHODS[1], *QUICK[:4], "device=cpu", "teacher=[resnet18,resnet34]", f"data.root={small_busi}"]
+    with pytest.raises(
+        InputError, match=r"teacher\.lr is used by none of L_KLD_WAug; .*teacher\.lr=null leaves it out"
+    ):
+        launch([words], [f"store={tmp_path}"], executor=Never(), **OPTIONS)
+
+
 def test_a_key_that_is_swept_and_searched_is_refused(small_busi, tmp_path):
     jobs = [[*METHODS[0], f"train.lr={lr}"] for lr in (1e-3, 1e-4)]
     with pytest.raises(InputError, match=r"train\.lr is swept by the command too"):
