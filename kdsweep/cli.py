@@ -114,8 +114,8 @@ def status(store: Path, sweep: str | None, trials: Path | None) -> None:
     sys.stdout.write(status.make(store=store, sweep=sweep, trials_file=trials))
 
 
-@_word("tables table4 --published results/study", f"TABLE: {', '.join(TABLES)}.")
-@click.argument("table", type=click.Choice(TABLES), metavar="TABLE")
+@_word("tables table4 --published results/study", f"TABLES: one or more of {', '.join(TABLES)}.")
+@click.argument("names", type=click.Choice(TABLES), metavar="TABLES", nargs=-1, required=True)
 @_sweep
 @_published
 @_seeds
@@ -123,11 +123,11 @@ def status(store: Path, sweep: str | None, trials: Path | None) -> None:
 @_test
 @click.option("--margin", type=float, help="points of non-inferiority  [default: the sweep's stats.margin_points]")
 @click.option("--wide", is_flag=True, help="show all columns on the screen too")
-def tables(table: str, **options: Any) -> None:
+def tables(names: Sequence[str], **options: Any) -> None:
     """Print the paper's tables, effects, seeds, strata and settings."""
     from kdsweep.results.tables import command
 
-    command.show(table, **options)
+    command.show(names, **options)
 
 
 @_word(
@@ -291,6 +291,6 @@ def main(argv: list[str]) -> int:
 def _line(error: click.UsageError, *, word: str) -> str:
     """Return what is wrong with a command line as one line: option, value, and where the remedy is."""
     text = " ".join(error.format_message().split()).replace("'", "").removeprefix("Invalid value for ")
-    text = text.rstrip(".?").replace(". Did you mean", "; do you mean")
-    text = text[0].lower() + text[1:] if text[1].islower() else text  # not the name of an argument, such as TABLE
+    text = text.rstrip(".?").replace(". Did you mean", "; do you mean").replace(". Choose", "; choose")
+    text = text[0].lower() + text[1:] if text[1].islower() else text  # not the name of an argument, such as TABLES
     return f"{text}; python -m kdsweep {word} --help shows its options"

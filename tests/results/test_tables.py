@@ -878,7 +878,7 @@ def test_a_module_in_the_folder_is_a_table_without_a_list_to_edit(requests, monk
     monkeypatch.setattr(tables, "TABLES", (*tables.TABLES, "new"))
     files = {file.stem for file in Path(tables.__file__).parent.glob("*.py")} - {"__init__", "command"}
     assert set(tables.TABLES) == files | {"new"}
-    tables.show("new", store=tmp_path)
+    tables.show(["new"], store=tmp_path)
     assert "L_MSE is 100 %" in capsys.readouterr().out
 
 
@@ -929,22 +929,24 @@ def requests(sweep, monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("which", ["table3", "table4"])
-def test_the_command_prints_and_writes(requests, sweep, tmp_path, capsys, which):
-    store = tmp_path / "store"
-    assert cli.main(["tables", which, "--store", str(store)]) == 0
+def test_the_command_prints_and_writes_each_table_of_one_reading(requests, sweep, tmp_path, capsys):
+    store, names = tmp_path / "store", ("table3", "table4")
+    assert cli.main(["tables", *names, "--store", str(store)]) == 0
     assert requests == [(store, None, None)]
-    printed = capsys.readouterr().out
     written = store / "tables"
-    assert sorted(file.name for file in written.iterdir()) == [f"{which}.{suffix}" for suffix in ("csv", "md", "tex")]
-    markdown = (written / f"{which}.md").read_text(encoding="utf-8")
-    assert printed == f"{markdown}\nwrote {written / which}.md, .csv, .tex\n"
-    assert markdown.startswith(f"Table {which[-1]}. ")
-    assert "| L_KLD_WAug " in markdown
-    assert "doi 10.36922/aih.3509" in markdown
-    latex = (written / f"{which}.tex").read_text(encoding="utf-8")
-    assert "doi 10.36922/aih.3509" in latex
-    assert r"\caption{Table" not in latex  # LaTeX counts tables itself
+    assert {file.name for file in written.iterdir()} == {
+        f"{n}.{suffix}" for n in names for suffix in ("csv", "md", "tex")
+    }
+    texts = [(written / f"{name}.md").read_text(encoding="utf-8") for name in names]
+    lines = [f"{text}\nwrote {written / name}.md, .csv, .tex\n" for name, text in zip(names, texts, strict=True)]
+    assert capsys.readouterr().out == "".join(lines)
+    for name, markdown in zip(names, texts, strict=True):
+        assert markdown.startswith(f"Table {name[-1]}. ")
+        assert "| L_KLD_WAug " in markdown
+        assert "doi 10.36922/aih.3509" in markdown
+        latex = (written / f"{name}.tex").read_text(encoding="utf-8")
+        assert "doi 10.36922/aih.3509" in latex
+        assert r"\caption{Table" not in latex  # LaTeX counts tables itself
 
 
 def test_the_csv_reads_back_unrounded(requests, sweep, table4, tmp_path):
@@ -988,10 +990,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(requests, tmp_path, capsys)
     assert error.count("\n") == 1
 
 
-def test_an_unknown_table_names_the_choices(requests, capsys):
+def test_no_table_and_an_unknown_one_name_the_choices(requests, capsys):
+    assert cli.main(["tables"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "kdsweep: error: missing argument TABLES; choose from: capacity, effects, "
+    )
     assert cli.main(["tables", "table9"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("kdsweep: error: TABLE: table9 is not one of capacity, effects, ")
+    assert error.startswith("kdsweep: error: TABLES: table9 is not one of capacity, effects, ")
     assert error.endswith("; python -m kdsweep tables --help shows its options\n")
     assert "table4" in error
 

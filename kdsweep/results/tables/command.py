@@ -1,4 +1,4 @@
-"""``python -m kdsweep tables TABLE``: print one table and write it as Markdown, CSV and LaTeX."""
+"""``python -m kdsweep tables TABLES``: print tables and write each as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write(table: Table, *, name: str, sweep: Sweep, out: Path) -> str:
 
 
 def show(
-    which: str,
+    names: Sequence[str],
     *,
     store: Path,
     uri: str | None = None,
@@ -71,38 +71,40 @@ def show(
     margin: float | None = None,
     wide: bool = False,
 ) -> None:
-    """Print and write one table, of a store or of published files: what fits a terminal, else Markdown."""
+    """Print and write tables, of a store or of published files: what fits a terminal, else Markdown."""
     if margin is not None and not 0 < margin < 100:
         raise InputError(f"--margin {margin:g}: must be a number of points above 0 and below 100")
     gc.freeze()
     gc.set_threshold(100_000)  # a large sweep is a million objects that stay: looking through them is half the time
-    scored = of_seeds(_read(which, store=store, uri=uri, sweep=sweep, published=published), seeds)
-    table = make(which, scored, Options(store, test, uri, margin))
-    title = f"{table.heading} (sweep {scored.name})"
-    folder = out or store / "tables"
-    try:
-        write(table, name=which, sweep=scored, out=folder)
-        written = f"wrote {folder / which}.md, .csv, .tex"
-    except OSError as error:
-        if folder != store / "tables":
-            raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
-        written = f"not written to {folder} ({error.strerror}); --out names another folder"
-    if not sys.stdout.isatty():
-        sys.stdout.write(f"{table.markdown(title)}\n{written}\n")
-        return
-    more = "" if wide else "--wide shows all columns; "
-    notes = f"{more}notes in {which}.md: {table.subjects()}"
-    width = shutil.get_terminal_size().columns
-    sys.stdout.write(table.screen(title, width=width, wide=wide, last=[notes, written]))
+    scored = of_seeds(_read(names, store=store, uri=uri, sweep=sweep, published=published), seeds)
+    for name in names:
+        table = make(name, scored, Options(store, test, uri, margin))
+        title = f"{table.heading} (sweep {scored.name})"
+        folder = out or store / "tables"
+        try:
+            write(table, name=name, sweep=scored, out=folder)
+            written = f"wrote {folder / name}.md, .csv, .tex"
+        except OSError as error:
+            if folder != store / "tables":
+                raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
+            written = f"not written to {folder} ({error.strerror}); --out names another folder"
+        if not sys.stdout.isatty():
+            sys.stdout.write(f"{table.markdown(title)}\n{written}\n")
+            continue
+        more = "" if wide else "--wide shows all columns; "
+        notes = f"{more}notes in {name}.md: {table.subjects()}"
+        width = shutil.get_terminal_size().columns
+        sys.stdout.write(table.screen(title, width=width, wide=wide, last=[notes, written]))
 
 
-def _read(which: str, *, store: Path, uri: str | None, sweep: str | None, published: Sequence[Path]) -> Sweep:
+def _read(names: Sequence[str], *, store: Path, uri: str | None, sweep: str | None, published: Sequence[Path]) -> Sweep:
     if not published:
         from kdsweep.tracking.reader import read_sweep
 
         return read_sweep(store=store, uri=uri, name=sweep)
-    if which in NEED_STORE:
-        raise InputError(f"--published: {which} needs the store; --store names it")
+    for name in NEED_STORE:
+        if name in names:
+            raise InputError(f"--published: {name} needs the store; --store names it")
     from kdsweep.results.published import read
 
     return read(published)
