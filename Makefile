@@ -6,6 +6,8 @@ PY := $(VENV)/bin/python
 ARGS ?=
 STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
 READY := $(VENV)/.ready
+DEV := $(VENV)/.ready-dev
+EXTRAS := export,dicom,slurm,weights
 # What is imported is compiled then, once; pip would compile 23,000 files, most of which nothing imports.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -17,52 +19,60 @@ help: ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'ARGS="..." passes Hydra overrides to demo, table3, table4, figure2, figures and report'
 
-setup: $(READY) ## Make .venv with everything that runs and tests need (about 6 GB)
+setup: $(READY) ## Make .venv with everything that runs (about 6 GB)
 
-$(READY): pyproject.toml kdsweep/plugins/hydra_plugins/kdsweep_lockstep.py  # both are copied when it is installed
-	$(PYTHON) -c 'import sys; sys.exit("kdsweep needs Python 3.11 or newer, PYTHON=%s is %s" % (sys.executable, sys.version.split()[0])) if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
-	@touch $@
+define install
+$(PYTHON) -c 'import sys; sys.exit("kdsweep needs Python 3.11 or newer, PYTHON=%s is %s" % (sys.executable, sys.version.split()[0])) if sys.version_info < (3, 11) else None'
+$(PYTHON) -m venv $(VENV)
+$(PY) -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(1)]'
+@touch $(READY) $@
+endef
+
+$(READY) $(DEV): pyproject.toml kdsweep/plugins/hydra_plugins/kdsweep_lockstep.py  # both are copied when it is installed
+
+$(READY):
+	$(call install,$(EXTRAS))
+
+$(DEV):
+	$(call install,dev)
 
 demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick, then Tables 3 and 4
 	$(PY) -m kdsweep -m +experiment=table4 $(if $(filter split=%,$(ARGS)),,split=s0) $(if $(filter profile=%,$(ARGS)),,profile=quick) $(ARGS)
-	@$(PY) -m kdsweep tables table3 --store $(STORE)
-	@$(PY) -m kdsweep tables table4 --store $(STORE)
+	@$(PY) -m kdsweep tables table3 table4 --store $(STORE)
 	@printf '%s\n' '' 'This was the whole machinery on synthetic images, with small networks: its scores are no result.' \
 	  'The tables are in $(STORE)/tables, the networks in $(STORE)/cells. Next:' \
 	  '  make ui                                    # the runs in MLflow, on http://127.0.0.1:5000' \
 	  '  $(PY) -m kdsweep -m +experiment=table4 data=busi data.root=/path/to/BUSI    # your images'
 
-test: setup ## Run the tests that need seconds each
+test: $(DEV) ## Run the tests that need seconds each
 	$(PYTEST) -m 'not slow and not slurm'
 
-test-all: setup ## Run all tests, also those with servers, clusters, browsers, installs, simulations
+test-all: $(DEV) ## Run all tests, also those with servers, clusters, browsers, installs, simulations
 	$(PYTEST)
 
-results: setup ## Make the tables of results/ of their published scores again and compare them; a difference fails
+results: $(DEV) ## Make the tables of results/ of their published scores again and compare them; a difference fails
 	$(PY) -m pytest -q tests/results/test_remade.py
 
-mutants: setup ## Change losses, scores, statistics, splits and views bit by bit with mutmut; a test must fail each time (hours)
+mutants: $(DEV) ## Change losses, scores, statistics, splits and views bit by bit with mutmut; a test must fail each time (hours)
 	OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run $(ARGS); $(VENV)/bin/mutmut results
 
-chaos: setup ## Kill a sweep 20 times at random moments; it must end as an unbroken one (15 minutes; ARGS="--help" for options)
+chaos: $(DEV) ## Kill a sweep 20 times at random moments; it must end as an unbroken one (15 minutes; ARGS="--help" for options)
 	$(PY) tests/chaos.py $(ARGS)
 
-bench: setup ## Measure lockstep against one by one, torchdistill and bare Students (20 minutes; ARGS="--help" for options)
+bench: $(DEV) ## Measure lockstep against one by one, torchdistill and bare Students (20 minutes; ARGS="--help" for options)
 	$(PY) benchmarks/bench.py $(ARGS)
 
-gpu: setup ## Measure on a CUDA device: Table 4's time, lockstep, a profile, torchdistill, tests (9 minutes; STUDY=1 runs Table 4)
+gpu: $(DEV) ## Measure on a CUDA device: Table 4's time, lockstep, a profile, torchdistill, tests (9 minutes; STUDY=1 runs Table 4)
 	$(PY) benchmarks/gpu.py $(if $(STUDY),--study --store $(STORE)) $(ARGS)
 
-growth: setup ## Measure plan and bookkeeping of 100, 1,000 and 10,000 cells, training stubbed (an hour; ARGS="--help" for options)
+growth: $(DEV) ## Measure plan and bookkeeping of 100, 1,000 and 10,000 cells, training stubbed (an hour; ARGS="--help" for options)
 	$(PY) benchmarks/growth.py $(ARGS)
 
-lint: setup ## Check style and format
+lint: $(DEV) ## Check style and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-types: setup ## Check types
+types: $(DEV) ## Check types
 	$(PY) -m mypy
 
 table3: setup ## Run the 12 cells of one split (finished ones are not run again) and print Table 3
@@ -94,7 +104,7 @@ ui: setup ## Open the MLflow UI on http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow ui --host 127.0.0.1 --port 5000 \
 		--backend-store-uri sqlite:///$(abspath $(STORE))/mlflow.db
 
-trials: setup ## Open Optuna's dashboard on the studies of +experiment=tuned: http://127.0.0.1:8080
+trials: $(DEV) ## Open Optuna's dashboard on the studies of +experiment=tuned: http://127.0.0.1:8080
 	$(VENV)/bin/optuna-dashboard --host 127.0.0.1 --port 8080 sqlite:///$(abspath $(STORE))/optuna.db
 
 clean: ## Remove caches and build output (never multirun/)
