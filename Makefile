@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 # Hydra overrides for the jobs below, such as ARGS="data=busi data.root=/path/to/BUSI profile=quick"
 ARGS ?=
 STORE := $(or $(patsubst store=%,%,$(filter store=%,$(ARGS))),multirun)
+# What make demo trains unless ARGS has a profile.
+QUICK := $(if $(filter profile=%,$(ARGS)),,profile=quick $(if $(filter train.epochs=%,$(ARGS)),,train.epochs=6))
 READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 EXTRAS := export,dicom,slurm,weights
@@ -36,8 +38,8 @@ $(READY):
 $(DEV):
 	$(call install,dev)
 
-demo: setup ## The 12 cells, Student and Teachers on phantoms with profile=quick, then Tables 3 and 4
-	$(PY) -m kdsweep -m +experiment=table4 $(if $(filter split=%,$(ARGS)),,split=s0) $(if $(filter profile=%,$(ARGS)),,profile=quick) $(ARGS)
+demo: setup ## The 12 cells, Student and Teachers on phantoms, small and short, then Tables 3 and 4
+	$(PY) -m kdsweep -m +experiment=table4 $(if $(filter split=%,$(ARGS)),,split=s0) $(QUICK) $(ARGS)
 	@$(PY) -m kdsweep tables table3 table4 --store $(STORE)
 	@printf '%s\n' '' 'This was the whole machinery on synthetic images, with small networks: its scores are no result.' \
 	  'The tables are in $(STORE)/tables, the networks in $(STORE)/cells. Next:' \

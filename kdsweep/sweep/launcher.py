@@ -107,9 +107,9 @@ class LockstepLauncher(Launcher):
             with self.executor:
                 self._obtain(jobs)
             return [job_return(job.overrides, math.nan) for job in jobs]
+        self.executor.check(plan.waiting(jobs))
         from kdsweep.tracking import sync  # with mlflow, which takes seconds to import
 
-        self.executor.check(plan.waiting(jobs))
         plan.watch(jobs, command=command_line())
         self._call_back("on_job_start", job_overrides, [{"task_function": train_cell} for _ in jobs])
         try:
