@@ -165,9 +165,15 @@ def test_a_model_that_comes_back_changed_leaves_no_version(cell, client, content
 
 
 def test_a_failed_version_leaves_the_earlier_ones(cell, client, call, capsys, monkeypatch):
+    names = {"MLFLOW_TRACKING_URI", "MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING"}
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
     assert call("kept") == 0
+    assert not names & os.environ.keys()  # both are set meanwhile
     monkeypatch.setattr(mlflow.pyfunc, "load_model", lambda _: 1 / 0)
+    monkeypatch.setenv("MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING", "true")
     assert call("kept") == 1
+    assert os.environ["MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING"] == "true"
     assert "--register kept: MLflow at sqlite:" in capsys.readouterr().err
     assert [int(version.version) for version in client.search_model_versions("name = 'kept'")] == [1]
 
