@@ -150,7 +150,9 @@ def check(jobs: Sequence[Job], *, space: Space, read: Read) -> None:
     if not space:
         raise InputError(f"{spaces.KEY}: all of its keys are null, so nothing is tuned; give one its values")
     methods = list(methods_of(jobs, space).values())
-    for method in (method for method in reversed(methods) if method.space):  # what Teachers have may be of Students
+    for method in reversed(methods):  # Teachers last: their patience may be that of the Students
+        if method.role == "teacher" and not method.space:
+            continue
         name, settings = "teacher" if method.role == "teacher" else "train", method.job.settings
         patience = settings.teacher_patience if name == "teacher" else settings.train.patience
         if patience < method.epochs:

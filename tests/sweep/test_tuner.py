@@ -487,6 +487,7 @@ def test_bad_input_is_refused_before_anything_begins(small_busi, tmp_path):
         ({}, ["train.monitor=loss"], f"train{one_measure}"),
         ({}, ["teacher.monitor=loss"], f"teacher{one_measure}"),
         ({}, ["train.patience=3"], "train.patience=3: a method would be stopped by its curve"),
+        ({"search": {"kd.weight": [0.1, 0.9]}}, ["train.patience=3"], "train.patience=3: "),
         ({}, ["teacher.patience=3"], "teacher.patience=3: .* so that budgets differ; give teacher.patience=6"),
     ]
     for options, words, expected in cases:
