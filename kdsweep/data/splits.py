@@ -57,9 +57,9 @@ def random_split(count: int, *, index: int) -> Split:
     from sklearn.model_selection import ShuffleSplit
 
     test, validation = round(count * TEST_SHARE), round(count * VALIDATION_SHARE)
-    if min(test, validation) < 1 or count - test - validation < 1:
+    if min(test, validation) < 1:
         raise InputError(f"the data set has {count} images; training, validation and test need at least 4")
-    shuffles = ShuffleSplit(n_splits=index + 1, test_size=test, train_size=count - test, random_state=SPLIT_SEED)
+    shuffles = ShuffleSplit(n_splits=index + 1, test_size=test, random_state=SPLIT_SEED)
     rest, test_part = list(shuffles.split(np.zeros(count)))[index]
     return Split(train=rest[validation:].tolist(), validation=rest[:validation].tolist(), test=test_part.tolist())
 

@@ -33,6 +33,11 @@ PLAIN = st.recursive(
 # --- names
 
 
+def test_the_weights_of_a_teacher_and_of_a_student_have_their_names() -> None:
+    names = [grid.weights_file(role) for role in ("teacher", "student", "distilled")]
+    assert names == ["teacher.safetensors", "student.safetensors", "student.safetensors"]
+
+
 def test_the_twelve_notations_are_those_of_the_papers_table_3() -> None:
     made = [
         grid.notation(f"{path}_{loss}", view)

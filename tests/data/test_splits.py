@@ -9,7 +9,7 @@ import pytest
 from kdsweep.config import composition, identity, inputs
 from kdsweep.core.errors import InputError
 from kdsweep.data import split_files, splits
-from kdsweep.data.splits import PARTS, Listed
+from kdsweep.data.splits import PARTS, Listed, Split
 
 IDS = [f"p{number // 3:02d}_{number:03d}" for number in range(60)]  # 20 patients of 3 images
 LABELS = ["malignant" if number % 3 == 0 else "benign" for number in range(60)]
@@ -54,7 +54,9 @@ def test_labels_have_equal_shares_in_all_parts():
 def test_no_patient_is_on_two_sides():
     for split in drawn(BY_PATIENT):
         assert splits.leaking_groups(BY_PATIENT, split) == {}
-    assert splits.leaking_groups(BY_PATIENT, splits.holdout(BY_IMAGE, index=0)), "or the check says nothing"
+    divided = Split(train=[0, *range(3, 60)], validation=[1], test=[2])
+    assert splits.leaking_groups(BY_PATIENT, divided) == {"p00": IDS[:3]}
+    assert splits.leaking_groups(BY_IMAGE, divided) == {}
 
 
 def test_indices_are_different_splits_and_equal_ones_are_equal():
@@ -94,6 +96,11 @@ def test_splits_stay_what_they_are(listed, held_out, folded):
 def test_too_few_for_the_folds_is_one_line(listed, folds, line):
     with pytest.raises(InputError, match=line):
         splits.kfold(listed, folds=folds, fold=0)
+
+
+def test_as_many_folds_as_images_groups_or_images_of_a_label_are_allowed():
+    for listed in (Listed(IDS[:6], ["unknown"] * 6), Listed(IDS[:18], LABELS[:18], PATIENTS[:18])):
+        assert sorted(every(splits.kfold(listed, folds=6, fold=5))) == list(range(len(listed.ids)))
 
 
 def test_too_few_to_divide_is_one_line():
