@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kdsweep.core.errors import InputError
+from kdsweep.core.progress import plural
 from kdsweep.data.images import Images
 
 SPLIT_SEED = 2025  # of all random splits; the same for every data set, cell and machine
@@ -131,8 +132,8 @@ def _hold_out(listed: Listed, among: np.ndarray, *, share: float, seed: int) -> 
     try:
         rest, held = next(iter(draws.split(among, labels, groups)))
     except ValueError as error:
-        grouped = "" if listed.groups is None else f" in {len(set(listed.groups))} groups"
-        counted = f"{len(listed.ids)} images{grouped}"
+        grouped = "" if listed.groups is None else f" in {plural(len(set(listed.groups)), 'group')}"
+        counted = f"{plural(len(listed.ids), 'image')}{grouped}"
         raise InputError(f"split: {counted} cannot be divided into training, validation and test: {error}") from error
     return among[rest], among[held]
 

@@ -33,6 +33,24 @@ PLAIN = st.recursive(
 # --- names
 
 
+def test_a_name_means_the_folders_of_all_its_cells(tmp_path) -> None:
+    names = ["cells/L_MSE-split1-seed0-aa", "cells/L_MSE-split1-seed1-bb", "cells/L_MSE-split10-seed0-cc"]
+    names += ["cells/L-split1-seed0-dd", "teachers/Teacher-split1-seed0-ee"]
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+
+    def named(run: str) -> list[str]:
+        return [folder.relative_to(tmp_path).as_posix() for folder in grid.folders_named(tmp_path, run)]
+
+    assert named("L_MSE/split1") == names[:2]
+    assert named("L_MSE/split1/seed1") == names[1:2]
+    assert named("Teacher/split1") == names[4:]
+    assert named("L_MSE-split10-seed0-cc") == names[2:3]
+    assert [named(run) for run in ("", "*", "L*/split1", "../x", "cells/L-split1-seed0-dd", "L_MSE/split1/x")] == [
+        []
+    ] * 6
+
+
 def test_the_weights_of_a_teacher_and_of_a_student_have_their_names() -> None:
     names = [grid.weights_file(role) for role in ("teacher", "student", "distilled")]
     assert names == ["teacher.safetensors", "student.safetensors", "student.safetensors"]

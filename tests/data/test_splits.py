@@ -106,6 +106,13 @@ def test_as_many_folds_as_images_groups_or_images_of_a_label_are_allowed():
 def test_too_few_to_divide_is_one_line():
     with pytest.raises(InputError, match="3 images cannot be divided into training, validation and test"):
         splits.holdout(Listed(IDS[:3], ["a", "b", "b"]), index=0)
+    with pytest.raises(InputError, match="3 images in 1 group cannot be divided"):
+        splits.holdout(Listed(IDS[:3], ["unknown"] * 3, ["p"] * 3), index=0)
+
+
+def test_five_images_have_one_for_test_and_one_for_validation():
+    split = splits.holdout(Listed(IDS[:5], ["unknown"] * 5), index=0)
+    assert [len(getattr(split, part)) for part in PARTS] == [3, 1, 1]
 
 
 # ---- files
