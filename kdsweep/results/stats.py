@@ -45,12 +45,13 @@ class Spread(NamedTuple):
     error: float = NAN
     freedom: float = NAN
 
-    def p(self, mean: float, *, alternative: str = "two-sided") -> float:
-        """Return the p of a t-test of this mean against 0; ``greater`` for the one-sided one. NaN without spread."""
-        if not self.error > EQUAL:
-            return NAN
-        value = mean / self.error
-        return float(2 * t.sf(abs(value), self.freedom) if alternative == "two-sided" else t.sf(value, self.freedom))
+    def p(self, mean: float) -> float:
+        """Return the two-sided p of a t-test of this mean against 0; NaN without spread."""
+        return 2 * self.p_greater(abs(mean))
+
+    def p_greater(self, mean: float) -> float:
+        """Return the one-sided p of "the true mean is 0 or less"; NaN without spread."""
+        return float(t.sf(mean / self.error, self.freedom)) if self.error > EQUAL else NAN
 
     def half_width(self, level: float = 1 - ALPHA) -> float:
         """Return half the width of the two-sided interval of this level (points)."""
@@ -260,10 +261,10 @@ def non_inferiority(differences: pd.DataFrame, *, margin_points: float) -> dict[
     networks, methods = networks_spread(rows), components(differences).spread()
     return {
         "bound_points": mean - networks.half_width(1 - 2 * ALPHA),
-        "p_non_inferior": networks.p(mean + margin_points, alternative="greater"),
-        "p_inferior": networks.p(-mean - margin_points, alternative="greater"),
+        "p_non_inferior": networks.p_greater(mean + margin_points),
+        "p_inferior": networks.p_greater(-mean - margin_points),
         "methods_bound_points": mean - methods.half_width(1 - 2 * ALPHA),
-        "p_methods_non_inferior": methods.p(mean + margin_points, alternative="greater"),
+        "p_methods_non_inferior": methods.p_greater(mean + margin_points),
     }
 
 

@@ -254,6 +254,38 @@ def test_non_inferiority_is_scipys_one_sided_test(mean):
     assert np.isnan(row["p_methods_non_inferior"])
 
 
+def test_non_inferiority_of_methods_is_the_one_sided_test_with_their_spread():
+    rows = trainings(run_sd=2, noise_sd=8, mean=-0.5)
+    row, methods = stats.non_inferiority(rows, margin_points=2.0), stats.components(rows).spread()
+    mean = stats.over_seeds(rows)["points"].mean()
+    law = student_t(methods.freedom, scale=methods.error)
+    assert row["methods_bound_points"] == pytest.approx(mean - law.ppf(0.95))
+    assert row["p_methods_non_inferior"] == pytest.approx(law.sf(mean + 2.0))
+    assert row["methods_bound_points"] < row["bound_points"]
+    assert 0.01 < row["p_non_inferior"] < row["p_methods_non_inferior"] < 0.5
+
+
+def test_what_no_number_of_seeds_takes_away_is_the_images_own_spread():
+    """The noise of three trainings is taken off: what remains is image_sd over the root of the images."""
+    drawn = [
+        stats.components(trainings(splits=1, images=160, image_sd=15, noise_sd=20, rng=rng)).images_spread()
+        for rng in range(20)
+    ]
+    assert np.mean([spread.error for spread in drawn]) == pytest.approx(15 / np.sqrt(160), rel=0.05)
+    assert {spread.freedom for spread in drawn} == {159}
+    few = trainings(splits=1, image_sd=0, noise_sd=20)
+    assert stats.components(few).images_spread().error >= 0
+
+
+def test_adjusted_p_values_stand_behind_their_own_and_those_of_no_family_are_not_adjusted():
+    table = pd.DataFrame({"model": list("abcd"), "p": [0.01, 0.04, 0.03, 0.02], "p_methods": [0.5, 0.01, 0.2, 0.3]})
+    result = stats.adjusted(table, family=pd.Series(["x", "x", "y", None]))
+    assert list(result) == ["model", "p", "p_holm", "p_methods", "p_methods_holm"]
+    assert result["p_holm"].tolist()[:3] == pytest.approx([0.02, 0.04, 0.03])
+    assert result["p_methods_holm"].tolist()[:3] == pytest.approx([0.5, 0.02, 0.2])
+    assert np.isnan(result.loc[3, ["p_holm", "p_methods_holm"]].astype(float)).all()
+
+
 def test_images_of_one_group_are_one_cluster():
     """Checked against statsmodels, as for images; three views of each patient hold less than three patients."""
     rows = trainings(splits=1, seeds=1, images=30, run_sd=0, image_sd=15, noise_sd=0)
