@@ -122,13 +122,24 @@ def test_pairs_are_of_one_image_whatever_the_order():
     pairs = stats.pair(ours=ours.iloc[::-1], baseline=baseline.iloc[[1, 2, 0]])
     assert pairs["dice_ours"].tolist() == [0.1, 0.2, 0.3]
     assert pairs["dice_baseline"].tolist() == [0.4, 0.5, 0.6]
+    assert pairs["points"].tolist() == pytest.approx([-30, -30, -30])
+    assert pairs.index.tolist() == [0, 1, 2]
 
 
 def test_a_split_without_a_baseline_leaves_no_pair_and_one_without_us_is_refused():
     one, both = (pd.concat([scored("L_MSE", [0.1], split=split) for split in splits]) for splits in ((0,), (0, 1)))
     assert stats.pair(ours=both, baseline=one).empty
-    with pytest.raises(InputError, match="different images: 1 without a partner, the first is image0 of split 1"):
+    of_one_seed, of_two = one.assign(notation="Student"), pd.concat([one, one.assign(seed=1)])
+    assert stats.pair(ours=of_two, baseline=of_one_seed).empty
+    partner = "L_MSE and L_MSE were scored on different images: 1 without a partner, the first is image0 of split 1"
+    with pytest.raises(InputError, match=partner):
         stats.pair(ours=one, baseline=both)
+
+
+def test_nothing_to_compare_has_no_values():
+    row = stats.compare(trainings().iloc[:0], test="ttest")
+    assert list(row) == [*stats.MEASURED, "n_images"]
+    assert pd.Series(row).isna().all()
 
 
 # ---- these networks ------------------------------------------------------------------------------------------------
@@ -184,6 +195,14 @@ def test_variance_components_are_those_of_statsmodels():
     assert parts.spread().error ** 2 == pytest.approx(total)
 
 
+def test_the_interval_of_methods_is_that_of_students_t_with_their_spread():
+    rows = trainings(run_sd=6, image_sd=15, noise_sd=10, mean=4)
+    row, methods = stats.compare(rows, test="ttest"), stats.components(rows).spread()
+    law = student_t(methods.freedom, loc=stats.over_seeds(rows)["points"].mean(), scale=methods.error)
+    assert (row["methods_low_points"], row["methods_high_points"]) == pytest.approx(law.interval(0.95))
+    assert row["p_methods"] == pytest.approx(2 * law.cdf(0))
+
+
 def test_other_trainings_never_make_a_difference_surer():
     """Means of the trainings that are all equal lie closer together than their images' noise would have them."""
     rows = trainings(splits=1, seeds=3, images=30, run_sd=0, image_sd=15, noise_sd=10)
@@ -220,6 +239,8 @@ def test_nadeau_and_bengio_by_hand():
     for ratio in (0.20 / 0.64, 0.10 / 0.72):
         t = 3 / np.sqrt((1 / 3 + ratio) * 7)
         assert stats.corrected_p(rows.assign(test_to_train=ratio)) == pytest.approx(2 * student_t.sf(t, 2))
+    two = 1.5 / np.sqrt((1 / 2 + 0.3125) * 0.5)  # means 1 and 2
+    assert stats.corrected_p(rows[rows["split"] < 2]) == pytest.approx(2 * student_t.sf(two, 1))
     assert np.isnan(stats.corrected_p(rows[rows["split"] == 0]))
 
 
