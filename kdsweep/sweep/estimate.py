@@ -145,8 +145,8 @@ def overview(jobs: Sequence[Job], *, groups: Sequence[Sequence[Job]], preview: P
         lines.append(f"group {number}: {size}, {where}, {time}: {listed}")
     waiting = list(chain(*groups))
     if teachers := [cell.title for cell in _untrained_teachers(waiting)]:
-        names = some(teachers, most=NAMED)
-        lines.append(f"Teachers first, {duration(teachers_s(waiting, preview))}: {names}")
+        seconds = teachers_s(waiting, preview)
+        lines.append(f"Teachers first, {duration(seconds)}: {some(teachers, most=NAMED)}")
     hours = longest_s(groups, preview) / 3600
     lines.append(f"at most {hours:.2g} device hours from one timed step on {preview.timed_on}; nothing was started")
     return "\n".join(lines)
