@@ -65,6 +65,15 @@ def test_attention_is_torchdistills_of_the_authors_code() -> None:
     assert methods.attention(**maps).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_importance_is_that_of_the_valid_positions_alone() -> None:
+    student, teacher = draw(2, 3, 4, 6, seed=1), draw(2, 5, 4, 6, seed=2)
+    valid = everywhere(student)
+    valid[..., :2] = False
+    value = methods.importance(student=student, teacher=teacher, valid=valid)
+    parts = {"student": student[..., 2:], "teacher": teacher[..., 2:], "valid": valid[..., 2:]}
+    torch.testing.assert_close(value, methods.importance(**parts))
+
+
 def test_batch_similarity_is_torchdistills_but_for_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows are divided by their L1 norm; the paper's equation and the authors' code have the L2 norm."""
     maps = arguments_of(relations.batch_similarity)
