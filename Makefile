@@ -55,7 +55,7 @@ test-all: $(DEV) ## Run all tests, also those with servers, clusters, browsers, 
 results: $(DEV) ## Make the tables of results/ of their published scores again and compare them; a difference fails
 	$(PY) -m pytest -q tests/results/test_remade.py
 
-mutants: $(DEV) ## Change losses, scores, statistics, splits and views bit by bit with mutmut; a test must fail each time (hours)
+mutants: $(DEV) ## Change losses, scores, statistics, splits and views bit by bit with mutmut; a test must fail each time (an hour)
 	OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run $(ARGS); $(VENV)/bin/mutmut results
 
 chaos: $(DEV) ## Kill a sweep 20 times at random moments; it must end as an unbroken one (15 minutes; ARGS="--help" for options)
