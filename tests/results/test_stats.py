@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
-from scipy.stats import bootstrap, ttest_1samp, wilcoxon
+from scipy.stats import bootstrap, ttest_1samp, ttest_ind, wilcoxon
 from scipy.stats import t as student_t
 from statsmodels.formula.api import ols
 from statsmodels.regression.mixed_linear_model import MixedLM
@@ -111,6 +111,7 @@ def test_interval_is_seeded_contains_the_mean_and_narrows_with_n():
 
 
 def test_interval_without_spread_or_pairs():
+    assert np.isfinite(stats.clustered_interval(rows_of([1, 2]))).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert stats.clustered_interval(rows_of([2.0, 2.0, 2.0])) == (2.0, 2.0)
@@ -201,6 +202,22 @@ def test_the_interval_of_methods_is_that_of_students_t_with_their_spread():
     law = student_t(methods.freedom, loc=stats.over_seeds(rows)["points"].mean(), scale=methods.error)
     assert (row["methods_low_points"], row["methods_high_points"]) == pytest.approx(law.interval(0.95))
     assert row["p_methods"] == pytest.approx(2 * law.cdf(0))
+
+
+def test_the_freedom_of_two_parts_is_that_of_welchs_test():
+    random = np.random.default_rng(5)
+    samples = random.normal(0, 1, 9), random.normal(0, 4, 5)
+    parts = [stats.Spread(each.std(ddof=1) / np.sqrt(len(each)), len(each) - 1) for each in samples]
+    variance = sum(part.error**2 for part in parts)
+    welch = ttest_ind(*samples, equal_var=False)
+    spread = stats.satterthwaite(variance, *parts)
+    assert spread.freedom == pytest.approx(welch.df)
+    assert spread.p(samples[0].mean() - samples[1].mean()) == pytest.approx(welch.pvalue)
+    assert stats.Components(*parts, noise=0.0).spread() == pytest.approx(spread)
+    less = stats.Components(*parts, noise=0.3 * parts[1].error ** 2).spread()
+    assert less.freedom == pytest.approx(welch.df * (less.error**2 / variance) ** 2)
+    assert np.isnan(stats.satterthwaite(0.0, stats.Spread(0.0, 3)).freedom)
+    assert stats.Components(*parts, noise=parts[0].error ** 2 + 1).images_spread() == (0.0, 8)
 
 
 def test_other_trainings_never_make_a_difference_surer():
