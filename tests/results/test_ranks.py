@@ -36,8 +36,8 @@ def test_the_rank_correlation_is_scipys_and_its_interval_that_of_a_bootstrap_ove
 def test_a_group_counts_by_its_images_and_each_resample_by_its_groups():
     """Exactly, from the weights that are drawn: the same call gives the same interval."""
     random = np.random.default_rng(8)
-    sides = [random.uniform(size=(3, 9)), random.uniform(size=(3, 5))]
-    groups = [[f"patient{i}" for i in (0, 1, 1, 1, 1, 2, 2, 3, 3)], ["a", "b", "b", "b", "b"]]
+    sides = [random.uniform(size=(8, 24)), random.uniform(size=(8, 18))]
+    groups = [[f"patient{i * i // 40}" for i in range(24)], [f"woman{i % 11}" for i in range(18)]]
     scored = [on_images(dice, names).assign(seed=7) for dice, names in zip(sides, groups, strict=True)]
     means, random = [], np.random.default_rng(0)
     for dice, names in zip(sides, groups, strict=True):
@@ -47,6 +47,7 @@ def test_a_group_counts_by_its_images_and_each_resample_by_its_groups():
         means.append([np.average(dice, axis=1, weights=row) for row in of_image])
     expected, *drawn = (spearmanr(ours, others).statistic for ours, others in zip(*means, strict=True))
     assert rank_correlation(*scored) == pytest.approx((expected, *np.percentile(drawn, [2.5, 97.5])))
+    assert np.isfinite(rank_correlation(scored[0], on_images(sides[1], ["a"] * 4 + ["b"] * 14))).all(), "two groups"
 
 
 def test_models_of_one_order_correlate_fully_and_two_models_or_equal_ones_not_at_all():
