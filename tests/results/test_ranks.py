@@ -6,6 +6,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from kdsweep.results.ranks import rank_correlation
+from kdsweep.results.stats import RESAMPLES
 
 
 def on_images(dice, groups=None):
@@ -36,13 +37,13 @@ def test_the_rank_correlation_is_scipys_and_its_interval_that_of_a_bootstrap_ove
 def test_a_group_counts_by_its_images_and_each_resample_by_its_groups():
     """Exactly, from the weights that are drawn: the same call gives the same interval."""
     random = np.random.default_rng(8)
-    sides = [random.uniform(size=(8, 24)), random.uniform(size=(8, 18))]
+    sides = [random.uniform(size=(20, 24)), random.uniform(size=(20, 18))]
     groups = [[f"patient{i * i // 40}" for i in range(24)], [f"woman{i % 11}" for i in range(18)]]
     scored = [on_images(dice, names).assign(seed=7) for dice, names in zip(sides, groups, strict=True)]
     means, random = [], np.random.default_rng(0)
     for dice, names in zip(sides, groups, strict=True):
         order = sorted(set(names))
-        weights = random.multinomial(len(order), np.full(len(order), 1 / len(order)), 2000)
+        weights = random.multinomial(len(order), np.full(len(order), 1 / len(order)), RESAMPLES)
         of_image = np.vstack([np.ones(len(order)), weights])[:, [order.index(name) for name in names]]
         means.append([np.average(dice, axis=1, weights=row) for row in of_image])
     expected, *drawn = (spearmanr(ours, others).statistic for ours, others in zip(*means, strict=True))
